@@ -1,0 +1,432 @@
+"""Checkpoints: finding them, memory-mapped strict loading, adapters in PEFT's format, streamed writing, resumable state.
+
+Only safetensors and JSON are read and written. Everything written appears under its final name complete or not at
+all: it is made beside it as NAME.partial, flushed, and renamed.
+
+Read before: model.py, lora.py. Read after: train.py, merge.py.
+Format: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
+"""
+import difflib
+import json
+import os
+import re
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from families import model_config, read_config_json
+from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters
+from model import CausalLM
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+               "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
+
+
+# ---- finding ----------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """A local folder as it is, or a hub id downloaded (or taken from the cache) by huggingface_hub.
+
+    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE act as huggingface_hub defines them. Raises FileNotFoundError with what to
+    do: a folder that does not exist, an id the hub does not know, a gated repository, no network.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise FileNotFoundError(f"{name_or_path} is a file; name the folder that holds the checkpoint")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith("."):
+        raise FileNotFoundError(f"{name_or_path} does not exist" + _near(path))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
+    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken"]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=files))
+    except GatedRepoError:
+        raise FileNotFoundError(f"{name_or_path} is gated: accept its licence at https://huggingface.co/{name_or_path}, "
+                                "then log in with `hf auth login` (or set HF_TOKEN)") from None
+    except RevisionNotFoundError:
+        raise FileNotFoundError(f"{name_or_path} has no revision {revision!r} (model_revision)") from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"{name_or_path} is neither a local folder{_near(path)} nor a repository of the hub that "
+                                "you may read (a private one needs `hf auth login`)") from None
+    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else type(error).__name__
+        raise FileNotFoundError(f"{name_or_path} is no local folder{_near(path)}, is not in the cache, and the hub could "
+                                f"not be reached ({reason}). Give a folder, or fetch it where there is a network: "
+                                f"hf download {name_or_path}") from None
+
+
+def _near(path: Path) -> str:
+    """`` (did you mean …?)`` from the names beside the one that is missing."""
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, 1)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_tensors(path, device="cpu"):
+    """safe_open with errors that say which file is broken and what to do."""
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); fetch it again") from None
+
+
+def tensor_files(folder) -> dict[str, Path]:
+    """{tensor name: file} of a checkpoint folder: one model.safetensors, or shards with an index."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+        if missing:
+            raise FileNotFoundError(f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
+                                    "The download is incomplete; fetch them again")
+        return {name: folder / file for name, file in names.items()}
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with open_tensors(single) as file:
+            return {name: single for name in file.keys()}
+    pickles = sorted(p.name for p in folder.glob("*.bin"))
+    hint = (f" It has {', '.join(pickles[:3])}: pickled weights are not read; convert them with transformers' "
+            "save_pretrained(safe_serialization=True)") if pickles else ""
+    raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
+
+
+def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weights: bool = False) -> CausalLM:
+    """Build the decoder of a checkpoint folder and fill it, tensor by tensor, straight onto `device`.
+
+    dtype: torch dtype of the weights; None keeps the checkpoint's. On the CPU, unconverted weights stay memory-mapped.
+    skip_weights: leave the model on the meta device (counting, planning). Raises ValueError that names tensors which
+    are missing, unused or of another shape than config.json says; FileNotFoundError for missing files.
+    """
+    folder = Path(folder)
+    config = model_config(read_config_json(folder), str(folder / "config.json"))
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if skip_weights:
+        return model
+    files = tensor_files(folder)
+    expected = dict(model.named_parameters())               # a tied head appears once, as the embedding
+    unused = [name for name in files if name not in expected and not _known_extra(name, config, files)]
+    missing = [name for name in expected if name not in files]
+    if unused or missing:
+        raise ValueError(_mismatch(folder, missing, unused))
+    for name, file in files.items():
+        if name not in expected:
+            continue
+        with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
+            tensor = tensors.get_tensor(name)
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, config.json makes it "
+                             f"{list(expected[name].shape)}")
+        _assign(model, name, tensor.to(dtype) if dtype else tensor)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def _known_extra(name, config, files):
+    """Buffers older tools stored, and the second copy of a tied head; both carry nothing of their own."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return True
+    if name == "lm_head.weight" and config.tie_word_embeddings:
+        embedding = "model.embed_tokens.weight"
+        with open_tensors(files[name]) as a, open_tensors(files[embedding]) as b:
+            if torch.equal(a.get_tensor(name), b.get_tensor(embedding)):
+                return True
+            raise ValueError(f"{files[name]}: lm_head.weight differs from {embedding}, but config.json says they are one "
+                             "(tie_word_embeddings: true). Set it to false to use both")
+    return False
+
+
+def _assign(model: nn.Module, name: str, tensor):
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _mismatch(folder, missing, unused):
+    lines = [f"{folder}: the tensors are not those that config.json describes."]
+    for what, names in (("missing", missing), ("not used", unused)):
+        if names:
+            lines.append(f"  {what}: {len(names)}, such as {', '.join(names[:4])}")
+    if missing == ["lm_head.weight"]:
+        lines.append("  If the head is the embedding's matrix, config.json must say tie_word_embeddings: true")
+    elif missing and unused:
+        close = difflib.get_close_matches(missing[0], unused, 1)
+        if close:
+            lines.append(f"  {missing[0]} may be what the file calls {close[0]}")
+    return "\n".join(lines)
+
+
+# ---- adapters ---------------------------------------------------------------------------------------------------
+
+PREFIX = "base_model.model."      # what PEFT writes before every name
+# fields of adapter_config.json that change nothing here
+NEUTRAL = frozenset("""
+    auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
+    peft_type peft_version revision task_type runtime_config qalora_group_size ensure_weight_tying bias
+""".split())
+
+
+def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
+    """The LoRAConfig of an adapter folder, and all its raw fields. Raises for what is not an adapter we can honour."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: adapter_name_or_path must be a folder with adapter_config.json and "
+                                "adapter_model.safetensors")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if raw.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{path}: peft_type {raw['peft_type']} is not supported, only LORA")
+    if raw.get("use_dora"):
+        raise ValueError(f"{path}: this is a DoRA adapter; DoRA is not in this release")
+    if raw.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
+    known = LoRAConfig.__dataclass_fields__
+    odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL and value
+           and key != "fan_in_fan_out" and not key.startswith("megatron")}
+    if odd:
+        raise ValueError(f"{path}: {', '.join(f'{k}: {v}' for k, v in odd.items())} is not honoured here, and would change "
+                         "what the adapter computes")
+    return LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None}), raw
+
+
+def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAConfig:
+    """Attach the adapter of a folder to the model, trainable. Strict: every tensor is used, none is missing.
+
+    dropout replaces the adapter's own (training gives it, inference leaves it: dropout is off in eval mode anyway).
+    """
+    config, raw = read_adapter_config(folder)
+    if dropout is not None:
+        config.lora_dropout = dropout
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file():
+        hint = "; adapter_model.bin is a pickle and is not read" if (Path(folder) / "adapter_model.bin").is_file() else ""
+        raise FileNotFoundError(f"{path} is missing{hint}")
+    try:
+        attach_lora(model, config)
+    except ValueError as error:
+        raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): {error}") from None
+    expected = adapter_tensors(model)
+    with open_tensors(path) as tensors:
+        names = set(tensors.keys())
+        missing, unused = sorted(expected.keys() - names), sorted(names - expected.keys())
+        if missing or unused:
+            raise ValueError(_mismatch(path, missing, unused).replace("that config.json describes",
+                                                                      "this model and adapter_config.json ask for"))
+        for name, parameter in expected.items():
+            tensor = tensors.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, the model and adapter_config.json make "
+                                 f"it {list(parameter.shape)}. Its base is {raw.get('base_model_name_or_path')!r}, r is "
+                                 f"{config.r}: is this another model, or another rank?")
+            with torch.no_grad():
+                parameter.copy_(tensor)
+    return config
+
+
+def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
+    """{name as PEFT writes it: parameter} of the adapters, and of modules trained whole."""
+    layers = lora_layers(model)
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            assert not any(name == f"{layer}.weight" for layer in layers), name
+            found[PREFIX + name] = parameter
+    return found
+
+
+def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
+    """Write adapter_config.json and adapter_model.safetensors; `base` is the base model as the user named it."""
+    folder = Path(folder)
+    save_file({name: p.detach().cpu().contiguous() for name, p in adapter_tensors(model).items()},
+              str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    targets = config.target_modules
+    if targets in ("all-linear", "all", ["all"], ["all-linear"]):      # spelled out, as PEFT does
+        targets = sorted({name.rsplit(".", 1)[-1] for name in lora_layers(model)})
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_dora": False,
+        "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
+        "use_rslora": config.use_rslora, "target_modules": targets, "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern, "modules_to_save": config.modules_to_save or None})
+
+
+def load_with_adapters(folder, adapters: list, dtype=None, device="cpu") -> CausalLM:
+    """Base model with adapters: all but the last are folded in, the last stays beside the weights."""
+    model = load_model(folder, dtype, device)
+    for index, adapter in enumerate(adapters):
+        load_adapter(model, adapter)
+        if index < len(adapters) - 1:
+            merge_adapters(model)
+    return model.requires_grad_(False).eval()
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def write_json(path, value):
+    """Write JSON under its final name in one step."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+@contextmanager
+def new_folder(path):
+    """A folder that appears under its name only when the block ends well: `with new_folder(p) as work: write into work`."""
+    path = Path(path)
+    work = path.with_name(path.name + ".partial")
+    if work.exists():
+        shutil.rmtree(work)                     # left by a run that was stopped while it wrote
+    work.mkdir(parents=True)
+    try:
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(work, path)
+
+
+def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Deal tensor names, in order, into files of at most `limit` bytes (a larger tensor gets a file of its own)."""
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def write_tensors(folder, shapes: dict, tensor_of, limit: int = 5 * 10**9, progress=lambda bytes_written: None):
+    """Write model.safetensors, or shards with an index, one tensor in memory at a time.
+
+    shapes: {name: (shape, torch dtype)} in the order to write; tensor_of(name) makes each tensor when its turn comes.
+    The safetensors package can only write a file whose tensors are all in memory; the format is simple enough to
+    stream: header length (8 bytes, little-endian), JSON header, bytes.
+    """
+    folder = Path(folder)
+    sizes = {name: dtype.itemsize * int(torch.Size(shape).numel()) for name, (shape, dtype) in shapes.items()}
+    free = shutil.disk_usage(folder).free
+    if sum(sizes.values()) > free:
+        raise OSError(f"{folder}: {sum(sizes.values()) / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. Make room, or choose "
+                      "another folder")
+    shards, where = plan_shards(sizes, limit), {}
+    for index, names in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name in names:
+            shape, dtype = shapes[name]
+            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + sizes[name]]}
+            offset += sizes[name]
+            where[name] = file
+        head = json.dumps(header, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)                     # tensors start on 8-byte boundaries
+        with open(folder / file, "wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            for name in names:
+                tensor = tensor_of(name).detach().cpu().contiguous()
+                assert (tuple(tensor.shape), tensor.dtype) == (tuple(shapes[name][0]), shapes[name][1]), name
+                out.write(tensor.reshape(-1).view(torch.uint8).numpy())
+                progress(sizes[name])
+    if len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
+
+
+def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None):
+    """Write all weights of a model (full fine-tuning) with the config.json of the folder it came from.
+
+    dtype None writes each tensor as it is held; config.json then says so.
+    """
+    weights = dict(model.named_parameters())
+    dtype = dtype or next(iter(weights.values())).dtype
+    write_tensors(folder, {n: (tuple(p.shape), dtype) for n, p in weights.items()}, lambda n: weights[n].data.to(dtype))
+    raw = read_config_json(source)
+    raw.pop("dtype", None)
+    write_json(Path(folder) / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")})
+    generation = Path(source) / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, Path(folder) / generation.name)
+
+
+# ---- resumable training state -----------------------------------------------------------------------------------
+
+
+def save_training_state(folder, optimizer, names: list[str], state: dict):
+    """optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
+
+    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step, log, …).
+    """
+    tensors = {}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, p in zip(names, params, strict=True):
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    save_file(tensors, str(Path(folder) / "optimizer.safetensors"))
+    rng = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    save_file(rng, str(Path(folder) / "rng.safetensors"))
+    write_json(Path(folder) / "trainer_state.json", state)
+
+
+def load_training_state(folder, optimizer, names: list[str]) -> dict:
+    """Put back what save_training_state wrote; returns the JSON part. Raises ValueError if the parameters differ."""
+    folder = Path(folder)
+    for file in ("optimizer.safetensors", "rng.safetensors", "trainer_state.json"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is missing: the run cannot be resumed from here (was it saved with "
+                                    "save_only_model: true?). Start from its adapter instead: adapter_name_or_path")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    by_name = dict(zip(names, params, strict=True))
+    with open_tensors(folder / "optimizer.safetensors") as tensors:
+        for key in tensors.keys():
+            name, _, field = key.partition("|")
+            if name not in by_name:
+                raise ValueError(f"{folder} holds optimizer state for {name}, which this run does not train: the settings "
+                                 "have changed since it was written")
+            value = tensors.get_tensor(key)
+            p = by_name[name]
+            optimizer.state[p][field] = value if field == "step" and p.device.type == "cpu" else value.to(p.device)
+    with open_tensors(folder / "rng.safetensors") as tensors:
+        torch.set_rng_state(tensors.get_tensor("cpu"))
+        if torch.cuda.is_available() and "cuda" in tensors.keys():
+            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def checkpoints_in(output_dir) -> list[Path]:
+    """checkpoint-N folders that are complete, oldest first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted((p for p in found if (p / "trainer_state.json").is_file()), key=lambda p: int(p.name.split("-")[1]))

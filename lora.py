@@ -1,0 +1,169 @@
+"""LoRA: a frozen matrix W learns through W x + scale * B(A x), where A is (r, in) and B is (out, r).
+
+    attach_lora(model, LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]), seed=42)
+
+The file knows nothing of the decoder: it works on any nn.Module that is made of nn.Linear, and leaves the names of
+all weights as they were. An adapter on disk is PEFT's own format under the checkpoint's own module names.
+
+Read before: model.py. Read after: checkpoint.py (how adapters are read and written), merge.py.
+Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732.
+"""
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class LoRAConfig:
+    """What is adapted and how; the fields of PEFT's adapter_config.json that we act on."""
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: list | str = "all-linear"        # last name parts or paths; a str is a regular expression or all-linear
+    modules_to_save: list = field(default_factory=list)     # trained whole, in float32
+    rank_pattern: dict = field(default_factory=dict)        # {name part: another r}
+    alpha_pattern: dict = field(default_factory=dict)       # {name part: another alpha}
+
+    def of_module(self, name: str) -> tuple[int, float]:
+        """Rank and scale of one module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732, theorem 3.2)."""
+        r, alpha = _pattern(self.rank_pattern, name, self.r), _pattern(self.alpha_pattern, name, self.lora_alpha)
+        return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+
+def _pattern(patterns, name, default):
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), default)
+
+
+class LoRALinear(nn.Linear):
+    """An nn.Linear with an adapter beside it. `weight` and `bias` are the frozen ones, shared with what it replaces."""
+
+    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        self.scale, self.enabled = scale, True
+        device = base.weight.device
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight, self.bias)                                  # (…, out)
+        if not self.enabled:
+            return y
+        # A and B stay float32 for the optimizer and take the activations' dtype for the product
+        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))          # (…, r)
+        return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+
+
+def merged_weight(W, A, B, scale: float):
+    """W + scale * B A, (out, in), summed in float32 and returned in W's dtype (arXiv:2106.09685, sec. 4.1)."""
+    return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
+
+
+def find_targets(model: nn.Module, target_modules) -> list[str]:
+    """Full names of the linear layers that `target_modules` means, in the model's order.
+
+    "all" / "all-linear": every nn.Linear but the head. A list: last name parts (`q_proj`) or path endings
+    (`self_attn.q_proj`). Another str: a regular expression for the full name. Raises ValueError for an entry that
+    matches nothing, with the nearest name.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name in linears if name.rsplit(".", 1)[-1] not in ("lora_A", "lora_B")]
+    if target_modules in ("all", "all-linear", ["all"], ["all-linear"]):
+        return [name for name in linears if name != "lm_head"]
+    if isinstance(target_modules, str):
+        found = [name for name in linears if re.fullmatch(target_modules, name)]
+        if not found:
+            raise ValueError(f"lora_target: the pattern {target_modules!r} matches no linear layer; names look like "
+                             f"{linears[0]!r}")
+        return found
+    wanted = set()
+    for target in target_modules:
+        matches = [name for name in linears if name == target or name.endswith("." + target)]
+        if not matches:
+            parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
+            near = difflib.get_close_matches(target, parts, 1)
+            raise ValueError(f"lora_target: {target!r} matches no linear layer of this model"
+                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
+        wanted.update(matches)
+    return [name for name in linears if name in wanted]
+
+
+def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> nn.Module:
+    """Freeze the model, then give it adapters and unfreeze what `config` says is trained. Works in place.
+
+    A starts as kaiming-uniform(a=sqrt 5), B as zeros, so the model is unchanged at first. Every A draws from a
+    generator of its own, seeded with `seed` and the module's place, so it does not depend on which others exist.
+    """
+    model.requires_grad_(False)
+    for index, name in enumerate(find_targets(model, config.target_modules)):
+        r, scale = config.of_module(name)
+        module = LoRALinear(model.get_submodule(name), r, scale, config.lora_dropout)
+        if module.weight.device.type != "meta":
+            generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + index)
+            bound = 1 / math.sqrt(module.in_features)
+            with torch.no_grad():
+                module.lora_A.weight.copy_(torch.empty(r, module.in_features).uniform_(-bound, bound, generator=generator))
+                module.lora_B.weight.zero_()
+        _replace(model, name, module)
+    for name in config.modules_to_save:
+        for full in _modules_named(model, name):
+            _train_whole(model.get_submodule(full))
+    return model
+
+
+def _replace(model, name, module):
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _modules_named(model, name):
+    found = [full for full, _ in model.named_modules() if full == name or full.endswith("." + name)]
+    if not found:
+        parts = sorted({full.rsplit(".", 1)[-1] for full, m in model.named_modules() if any(True for _ in m.parameters(False))})
+        near = difflib.get_close_matches(name, parts, 1)
+        raise ValueError(f"additional_target: {name!r} is no module of this model"
+                         + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
+    return found
+
+
+def _train_whole(module):
+    """Give the module float32 trainable weights of its own (a tied head is untied) and keep its callers' dtype."""
+    dtype = module.weight.dtype
+    for name, weight in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+    if dtype != torch.float32:
+        module.register_forward_pre_hook(lambda m, args: tuple(a.float() if a.is_floating_point() else a for a in args))
+        module.register_forward_hook(lambda m, args, out: out.to(dtype))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def set_adapters(model: nn.Module, enabled: bool):
+    """Switch all adapters on or off: off gives the base model with the very same weights."""
+    for module in lora_layers(model).values():
+        module.enabled = enabled
+
+
+def merge_adapters(model: nn.Module):
+    """Fold every adapter into its weight and put plain nn.Linear back, in place."""
+    for name, module in lora_layers(model).items():
+        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        weight = merged_weight(module.weight.data, module.lora_A.weight.data, module.lora_B.weight.data, module.scale)
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
+        _replace(model, name, linear)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

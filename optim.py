@@ -1,0 +1,142 @@
+"""The optimizer's parameter groups and the learning-rate schedules, as LLaMA-Factory users know them.
+
+A schedule here is a plain function: schedule(config, total_steps) returns factor(step), and the learning rate of
+optimizer step `step` (0-based) is learning_rate * factor(step).
+
+Read before: lora.py. Read after: train.py.
+Papers: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
+arXiv:2404.06395, NEFTune arXiv:2310.05914.
+"""
+import math
+
+import torch
+
+
+def _linear(s, total, warm, kw):
+    return max(0.0, (total - s) / max(1, total - warm))
+
+
+def _cosine(s, total, warm, kw):
+    progress = (s - warm) / max(1, total - warm)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)))
+
+
+def _cosine_with_restarts(s, total, warm, kw):
+    progress = (s - warm) / max(1, total - warm)
+    return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (kw.get("num_cycles", 1) * progress % 1)))
+
+
+def _cosine_with_min_lr(s, total, warm, kw):
+    floor = kw["min_lr_rate"]
+    return max(0.0, _cosine(s, total, warm, kw) * (1 - floor) + floor)
+
+
+def _polynomial(s, total, warm, kw):
+    end = kw.get("lr_end", 1e-7) / kw["learning_rate"]
+    if s > total:
+        return end
+    return (1 - end) * (1 - (s - warm) / (total - warm)) ** kw.get("power", 1.0) + end
+
+
+def _inverse_sqrt(s, total, warm, kw):
+    scale = kw.get("timescale") or warm or 10_000
+    return 1 / math.sqrt((s + scale - warm) / scale)
+
+
+def _constant(s, total, warm, kw):
+    return 1.0
+
+
+def _warmup_stable_decay(s, total, warm, kw):
+    stable = kw.get("num_stable_steps", (total - warm) // 3 if "num_decay_steps" not in kw
+                    else total - warm - kw["num_decay_steps"])
+    decay, floor = kw.get("num_decay_steps", total - warm - stable), kw.get("min_lr_ratio", 0.0)
+    if s < warm + stable:
+        return 1.0
+    if s >= warm + stable + decay:
+        return floor
+    progress = (s - warm - stable) / max(1, decay)
+    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)), "linear": 1 - progress,
+            "1-sqrt": 1 - math.sqrt(progress)}[kw.get("decay_type", "cosine")]
+    return max(0.0, fall * (1 - floor) + floor)
+
+
+SCHEDULES = {     # lr_scheduler_type: factor after the warm-up, from (step, total steps, warm-up steps, kwargs)
+    "linear": _linear, "cosine": _cosine, "cosine_with_restarts": _cosine_with_restarts,
+    "cosine_with_min_lr": _cosine_with_min_lr, "polynomial": _polynomial, "inverse_sqrt": _inverse_sqrt,
+    "constant": _constant, "constant_with_warmup": _constant, "warmup_stable_decay": _warmup_stable_decay,
+}
+
+
+def warmup_steps(config, total_steps: int) -> int:
+    """Optimizer steps of warm-up: warmup_steps if given (a fraction below 1 is a share of all), else the ratio."""
+    given = config.warmup_steps or config.warmup_ratio or 0
+    return int(given) if given >= 1 else math.ceil(total_steps * given)
+
+
+def schedule(config, total_steps: int):
+    """factor(step) for step 0 … total_steps - 1. Raises ValueError naming the key for arguments that make no sense."""
+    kind, rate = config.lr_scheduler_type, config.learning_rate
+    kw = dict(config.lr_scheduler_kwargs or {}, learning_rate=rate)
+    if kind == "cosine_with_min_lr":
+        if "min_lr" not in kw and "min_lr_rate" not in kw:
+            raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with min_lr (a rate) or "
+                             "min_lr_rate (a share of learning_rate)")
+        kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / rate)
+    shape, warm = SCHEDULES[kind], 0 if kind == "constant" else warmup_steps(config, total_steps)
+
+    def factor(step):
+        return step / max(1, warm) if step < warm else shape(step, total_steps, warm, kw)
+
+    return factor
+
+
+def parameter_groups(named: dict, config) -> list[dict]:
+    """AdamW groups from {name: parameter}. Each holds `base_lr`; decay spares biases and norms.
+
+    LoRA+ (loraplus_lr_ratio): matrices B learn `ratio` times faster than A (arXiv:2402.12354, sec. 4), and adapters of
+    embeddings at loraplus_lr_embedding. The first group is that whose rate the logs show.
+    """
+    rate, ratio = config.learning_rate, config.loraplus_lr_ratio
+
+    def key(name, p):
+        spared = p.dim() == 1 or "norm" in name.lower() or name.endswith("bias")
+        if ratio is not None and "lora_embedding_" in name:
+            return config.loraplus_lr_embedding, not spared
+        fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
+        return rate * ratio if fast else rate, not spared
+
+    groups = {}
+    for name, p in named.items():
+        groups.setdefault(key(name, p), []).append(p)
+    order = sorted(groups, key=lambda k: (k[0] != rate, not k[1]))
+    return [{"params": groups[k], "lr": k[0], "base_lr": k[0], "weight_decay": config.weight_decay if k[1] else 0.0}
+            for k in order]
+
+
+def make_optimizer(named: dict, config, device) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters (LLaMA-Factory's betas, eps and groups); one fused kernel on GPUs."""
+    return torch.optim.AdamW(parameter_groups(named, config), betas=(config.adam_beta1, config.adam_beta2),
+                             eps=config.adam_epsilon, fused=device.type == "cuda")
+
+
+def set_rates(optimizer, factor: float) -> float:
+    """Give every group base_lr * factor; returns the rate of the first group, which the logs show."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+def add_neftune(embedding, alpha: float, lengths_of_batch):
+    """Noise on the embeddings in training: uniform in ±alpha / sqrt(L * D) for a sequence of L tokens (arXiv:2310.05914).
+
+    lengths_of_batch() gives the lengths of the sequences that lie in the current row. Returns the hook's handle.
+    """
+    def hook(module, args, out):                                                             # out (1, N, D)
+        if not torch.is_grad_enabled():
+            return out
+        lengths = torch.tensor(lengths_of_batch(), device=out.device)
+        bound = alpha / torch.sqrt(lengths.repeat_interleave(lengths).float() * out.shape[-1])   # (N,)
+        return out + (torch.rand_like(out, dtype=torch.float32) * 2 - 1).mul(bound[None, :, None]).to(out.dtype)
+
+    return embedding.register_forward_hook(hook)
