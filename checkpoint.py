@@ -25,7 +25,8 @@ from model import CausalLM
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-               "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+               "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 
 
@@ -45,12 +46,17 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
         raise FileNotFoundError(f"{name_or_path} is a file; name the folder that holds the checkpoint")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith("."):
         raise FileNotFoundError(f"{name_or_path} does not exist" + _near(path))
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
-                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
+                                       LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
     files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken"]
+    doubles = ["consolidated*", "original/*"]      # the same weights once more, in the maker's own layout
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=files))
+        return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=files,
+                                      ignore_patterns=doubles))
+    except HFValidationError:
+        raise FileNotFoundError(f"{name_or_path} does not exist{_near(path)}, and no repository of the hub can have that "
+                                "name") from None
     except GatedRepoError:
         raise FileNotFoundError(f"{name_or_path} is gated: accept its licence at https://huggingface.co/{name_or_path}, "
                                 "then log in with `hf auth login` (or set HF_TOKEN)") from None
@@ -60,7 +66,7 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
         raise FileNotFoundError(f"{name_or_path} is neither a local folder{_near(path)} nor a repository of the hub that "
                                 "you may read (a private one needs `hf auth login`)") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") else type(error).__name__
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
         raise FileNotFoundError(f"{name_or_path} is no local folder{_near(path)}, is not in the cache, and the hub could "
                                 f"not be reached ({reason}). Give a folder, or fetch it where there is a network: "
                                 f"hf download {name_or_path}") from None
@@ -91,7 +97,10 @@ def tensor_files(folder) -> dict[str, Path]:
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{index} is damaged or incomplete; fetch it again") from None
         missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
             raise FileNotFoundError(f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
@@ -179,8 +188,9 @@ PREFIX = "base_model.model."      # what PEFT writes before every name
 # fields of adapter_config.json that change nothing here
 NEUTRAL = frozenset("""
     auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
-    peft_type peft_version revision task_type runtime_config qalora_group_size ensure_weight_tying bias
+    peft_type peft_version revision task_type runtime_config qalora_group_size bias
 """.split())
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")     # values of init_lora_weights that leave W as it was
 
 
 def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
@@ -193,15 +203,21 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not the fields of an adapter")
     if raw.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{path}: peft_type {raw['peft_type']} is not supported, only LORA")
     if raw.get("use_dora"):
         raise ValueError(f"{path}: this is a DoRA adapter; DoRA is not in this release")
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
+    if raw.get("init_lora_weights", True) not in PLAIN_STARTS:
+        raise ValueError(f"{path}: init_lora_weights {raw['init_lora_weights']!r} changed the base weights before training, so "
+                         "the adapter does not fit the base as published. Convert it to a plain LoRA with peft "
+                         "(save_pretrained with path_initial_model_for_weight_conversion)")
     known = LoRAConfig.__dataclass_fields__
-    odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL and value
-           and key != "fan_in_fan_out" and not key.startswith("megatron")}
+    odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL
+           and value is not False and value not in (None, "", [], {}) and key != "fan_in_fan_out"}
     if odd:
         raise ValueError(f"{path}: {', '.join(f'{k}: {v}' for k, v in odd.items())} is not honoured here, and would change "
                          "what the adapter computes")
@@ -226,7 +242,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
         raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): {error}") from None
     expected = adapter_tensors(model)
     with open_tensors(path) as tensors:
-        names = set(tensors.keys())
+        names = {name for name in tensors.keys() if not _copy_of_base(model, name, tensors)}
         missing, unused = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing or unused:
             raise ValueError(_mismatch(path, missing, unused).replace("that config.json describes",
@@ -240,6 +256,12 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
             with torch.no_grad():
                 parameter.copy_(tensor)
     return config
+
+
+def _copy_of_base(model, name, tensors) -> bool:
+    """PEFT stores the frozen weight of an adapted head beside the adapter; it says nothing new if it is the base's own."""
+    layer = lora_layers(model).get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight"))
+    return layer is not None and torch.equal(tensors.get_tensor(name).to(layer.weight), layer.weight)
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
@@ -256,8 +278,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
 def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
     """Write adapter_config.json and adapter_model.safetensors; `base` is the base model as the user named it."""
     folder = Path(folder)
-    save_file({name: p.detach().cpu().contiguous() for name, p in adapter_tensors(model).items()},
-              str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    _save_tensors(folder / "adapter_model.safetensors", adapter_tensors(model))
     targets = config.target_modules
     if targets in ("all-linear", "all", ["all"], ["all-linear"]):      # spelled out, as PEFT does
         targets = sorted({name.rsplit(".", 1)[-1] for name in lora_layers(model)})
@@ -294,13 +315,25 @@ def write_json(path, value):
     os.replace(partial, path)
 
 
+def _save_tensors(path, tensors: dict):
+    """A small safetensors file in one go. Raises OSError if it cannot be written, such as on a full disk."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path),
+                  metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written ({error}). Is there room on the disk?") from None
+
+
 @contextmanager
 def new_folder(path):
     """A folder that appears under its name only when the block ends well: `with new_folder(p) as work: write into work`."""
     path = Path(path)
-    work = path.with_name(path.name + ".partial")
-    if work.exists():
-        shutil.rmtree(work)                     # left by a run that was stopped while it wrote
+    work, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    if old.exists() and not path.exists():      # a run was killed between the two renames below
+        os.replace(old, path)
+    for leftover in (work, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
     work.mkdir(parents=True)
     try:
         yield work
@@ -312,14 +345,16 @@ def new_folder(path):
         shutil.rmtree(work, ignore_errors=True)
         raise
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, old)                   # one of the two is whole at any moment
     os.replace(work, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     """Deal tensor names, in order, into files of at most `limit` bytes (a larger tensor gets a file of its own)."""
     shards, room = [], 0
     for name, size in sizes.items():
+        size += len(name) + 150                 # its entry in the file's header
         if not shards or size > room:
             shards.append([])
             room = limit
@@ -328,12 +363,12 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_tensors(folder, shapes: dict, tensor_of, limit: int = 5 * 10**9, progress=lambda bytes_written: None):
-    """Write model.safetensors, or shards with an index, one tensor in memory at a time.
+def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9, progress=lambda bytes_written: None):
+    """Write model.safetensors, or shards with an index, no more in memory than one block of one tensor.
 
-    shapes: {name: (shape, torch dtype)} in the order to write; tensor_of(name) makes each tensor when its turn comes.
-    The safetensors package can only write a file whose tensors are all in memory; the format is simple enough to
-    stream: header length (8 bytes, little-endian), JSON header, bytes.
+    shapes: {name: (shape, torch dtype)} in the order to write; rows_of(name): the tensor's rows when its turn comes,
+    as one or several blocks in order. The safetensors package can only write a file whose tensors are all in memory;
+    the format is simple enough to stream: header length (8 bytes, little-endian), JSON header, bytes.
     """
     folder = Path(folder)
     sizes = {name: dtype.itemsize * int(torch.Size(shape).numel()) for name, (shape, dtype) in shapes.items()}
@@ -355,10 +390,12 @@ def write_tensors(folder, shapes: dict, tensor_of, limit: int = 5 * 10**9, progr
         with open(folder / file, "wb") as out:
             out.write(len(head).to_bytes(8, "little") + head)
             for name in names:
-                tensor = tensor_of(name).detach().cpu().contiguous()
-                assert (tuple(tensor.shape), tensor.dtype) == (tuple(shapes[name][0]), shapes[name][1]), name
-                out.write(tensor.reshape(-1).view(torch.uint8).numpy())
-                progress(sizes[name])
+                start = out.tell()
+                for block in rows_of(name):
+                    assert block.dtype == shapes[name][1], name
+                    out.write(block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    progress(block.nbytes)
+                assert out.tell() - start == sizes[name], name
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})
@@ -367,11 +404,12 @@ def write_tensors(folder, shapes: dict, tensor_of, limit: int = 5 * 10**9, progr
 def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None):
     """Write all weights of a model (full fine-tuning) with the config.json of the folder it came from.
 
-    dtype None writes each tensor as it is held; config.json then says so.
+    dtype None writes each tensor as it is held; config.json then states that of the first.
     """
     weights = dict(model.named_parameters())
+    write_tensors(folder, {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()},
+                  lambda n: weights[n].data.to(dtype or weights[n].dtype))
     dtype = dtype or next(iter(weights.values())).dtype
-    write_tensors(folder, {n: (tuple(p.shape), dtype) for n, p in weights.items()}, lambda n: weights[n].data.to(dtype))
     raw = read_config_json(source)
     raw.pop("dtype", None)
     write_json(Path(folder) / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")})
@@ -392,12 +430,12 @@ def save_training_state(folder, optimizer, names: list[str], state: dict):
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in zip(names, params, strict=True):
         for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"{name}|{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, str(Path(folder) / "optimizer.safetensors"))
+            tensors[f"{name}|{key}"] = torch.as_tensor(value)
+    _save_tensors(Path(folder) / "optimizer.safetensors", tensors)
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    save_file(rng, str(Path(folder) / "rng.safetensors"))
+    _save_tensors(Path(folder) / "rng.safetensors", rng)
     write_json(Path(folder) / "trainer_state.json", state)
 
 
@@ -409,15 +447,20 @@ def load_training_state(folder, optimizer, names: list[str]) -> dict:
             raise FileNotFoundError(f"{folder / file} is missing: the run cannot be resumed from here (was it saved with "
                                     "save_only_model: true?). Start from its adapter instead: adapter_name_or_path")
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    by_name = dict(zip(names, params, strict=True))
+    by_name, changed = dict(zip(names, params, strict=True)), "the settings have changed since it was written"
     with open_tensors(folder / "optimizer.safetensors") as tensors:
-        for key in tensors.keys():
+        keys = list(tensors.keys())
+        if missing := sorted(by_name.keys() - {key.partition("|")[0] for key in keys}):
+            raise ValueError(f"{folder} holds no optimizer state for {missing[0]}, which this run trains: {changed}")
+        for key in keys:
             name, _, field = key.partition("|")
             if name not in by_name:
-                raise ValueError(f"{folder} holds optimizer state for {name}, which this run does not train: the settings "
-                                 "have changed since it was written")
+                raise ValueError(f"{folder} holds optimizer state for {name}, which this run does not train: {changed}")
             value = tensors.get_tensor(key)
             p = by_name[name]
+            if field != "step" and value.shape != p.shape:
+                raise ValueError(f"{folder} holds optimizer state of shape {list(value.shape)} for {name}, which is "
+                                 f"{list(p.shape)} here: {changed}")
             optimizer.state[p][field] = value if field == "step" and p.device.type == "cpu" else value.to(p.device)
     with open_tensors(folder / "rng.safetensors") as tensors:
         torch.set_rng_state(tensors.get_tensor("cpu"))

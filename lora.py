@@ -75,11 +75,13 @@ def find_targets(model: nn.Module, target_modules) -> list[str]:
     matches nothing, with the nearest name.
     """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linears = [name for name in linears if name.rsplit(".", 1)[-1] not in ("lora_A", "lora_B")]
     if target_modules in ("all", "all-linear", ["all"], ["all-linear"]):
         return [name for name in linears if name != "lm_head"]
     if isinstance(target_modules, str):
-        found = [name for name in linears if re.fullmatch(target_modules, name)]
+        try:
+            found = [name for name in linears if re.fullmatch(target_modules, name)]
+        except re.error as error:
+            raise ValueError(f"lora_target: {target_modules!r} is no regular expression ({error})") from None
         if not found:
             raise ValueError(f"lora_target: the pattern {target_modules!r} matches no linear layer; names look like "
                              f"{linears[0]!r}")
@@ -100,22 +102,27 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None) -
     """Freeze the model, then give it adapters and unfreeze what `config` says is trained. Works in place.
 
     A starts as kaiming-uniform(a=sqrt 5), B as zeros, so the model is unchanged at first. Every A draws from a
-    generator of its own, seeded with `seed` and the module's place, so it does not depend on which others exist.
+    generator of its own, seeded with `seed` and the module's place in the model, so it does not depend on which others
+    are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT.
     """
+    assert not lora_layers(model), "merge the adapters of this model before attaching others"
     model.requires_grad_(False)
-    for index, name in enumerate(find_targets(model, config.target_modules)):
+    whole = {full for name in config.modules_to_save for full in _modules_named(model, name)}
+    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    for name in find_targets(model, config.target_modules):
+        if name in whole:
+            continue
         r, scale = config.of_module(name)
         module = LoRALinear(model.get_submodule(name), r, scale, config.lora_dropout)
         if module.weight.device.type != "meta":
-            generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + index)
+            generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + place[name])
             bound = 1 / math.sqrt(module.in_features)
             with torch.no_grad():
                 module.lora_A.weight.copy_(torch.empty(r, module.in_features).uniform_(-bound, bound, generator=generator))
                 module.lora_B.weight.zero_()
         _replace(model, name, module)
-    for name in config.modules_to_save:
-        for full in _modules_named(model, name):
-            _train_whole(model.get_submodule(full))
+    for name in whole:
+        _train_whole(model.get_submodule(name))
     return model
 
 
@@ -125,9 +132,12 @@ def _replace(model, name, module):
 
 
 def _modules_named(model, name):
-    found = [full for full, _ in model.named_modules() if full == name or full.endswith("." + name)]
+    """Modules with weights whose name ends in `name` (as PEFT matches: `norm` means every norm), or that lie in such a one."""
+    roots = [full for full, _ in model.named_modules() if full.endswith(name)]
+    weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    found = [full for full in weighty if any(full == root or full.startswith(root + ".") for root in roots)]
     if not found:
-        parts = sorted({full.rsplit(".", 1)[-1] for full, m in model.named_modules() if any(True for _ in m.parameters(False))})
+        parts = sorted({full.rsplit(".", 1)[-1] for full in weighty})
         near = difflib.get_close_matches(name, parts, 1)
         raise ValueError(f"additional_target: {name!r} is no module of this model"
                          + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
@@ -149,8 +159,16 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
+def head_weight(model: nn.Module):
+    """The matrix of the head, (V, D), with its adapter's product added where the head is adapted; gradients flow."""
+    head = model.lm_head
+    if isinstance(head, LoRALinear) and head.enabled:
+        return head.weight + (head.lora_B.weight @ head.lora_A.weight * head.scale).to(head.weight.dtype)
+    return head.weight
+
+
 def set_adapters(model: nn.Module, enabled: bool):
-    """Switch all adapters on or off: off gives the base model with the very same weights."""
+    """Switch all adapters on or off: off gives the base model with the very same weights (modules_to_save apart)."""
     for module in lora_layers(model).values():
         module.enabled = enabled
 

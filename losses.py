@@ -53,7 +53,8 @@ class _CrossEntropySum(torch.autograd.Function):
         d_hidden = None
         if dh is not None:
             d_hidden = dh.new_zeros(ctx.shape)
-            d_hidden[rows] = dh * grad.to(dh.dtype)
+            # in float32: grad is one over the step's tokens, and rounding it to 16 bits would rescale every gradient
+            d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
         return d_hidden, None if dW is None else dW * grad, None
 
 
@@ -63,4 +64,6 @@ def cross_entropy_sum(hidden, weight, targets):
     hidden: (N, D) final hidden states; weight: (V, D) of the head; targets: (N,) the next token's id, or IGNORE.
     The head is applied to supervised positions only.
     """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()            # evaluation needs no gradient of a trainable head
     return _CrossEntropySum.apply(hidden, weight, targets)

@@ -106,7 +106,7 @@ def rope_table(config: ModelConfig, position_ids, dtype):
 def rotate(x, cos, sin):
     """Turn feature pairs (i, i + Dh/2) of x (B, H, T, Dh) by their angles (arXiv:2104.09864, eq. 34, half-split)."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return (x * cos + torch.cat((-b, a), dim=-1) * sin).to(x.dtype)       # autocast hands in 16-bit x, float32 cos
 
 
 # ---- the block --------------------------------------------------------------------------------------------------

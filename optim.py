@@ -7,6 +7,7 @@ Read before: lora.py. Read after: train.py.
 Papers: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
 arXiv:2404.06395, NEFTune arXiv:2310.05914.
 """
+import difflib
 import math
 
 import torch
@@ -61,10 +62,16 @@ def _warmup_stable_decay(s, total, warm, kw):
     return max(0.0, fall * (1 - floor) + floor)
 
 
-SCHEDULES = {     # lr_scheduler_type: factor after the warm-up, from (step, total steps, warm-up steps, kwargs)
-    "linear": _linear, "cosine": _cosine, "cosine_with_restarts": _cosine_with_restarts,
-    "cosine_with_min_lr": _cosine_with_min_lr, "polynomial": _polynomial, "inverse_sqrt": _inverse_sqrt,
-    "constant": _constant, "constant_with_warmup": _constant, "warmup_stable_decay": _warmup_stable_decay,
+SCHEDULES = {     # lr_scheduler_type: factor after the warm-up, from (step, total steps, warm-up steps, kwargs); its kwargs
+    "linear": (_linear, ""),
+    "cosine": (_cosine, "num_cycles"),
+    "cosine_with_restarts": (_cosine_with_restarts, "num_cycles"),
+    "cosine_with_min_lr": (_cosine_with_min_lr, "num_cycles min_lr min_lr_rate"),
+    "polynomial": (_polynomial, "lr_end power"),
+    "inverse_sqrt": (_inverse_sqrt, "timescale"),
+    "constant": (_constant, ""),
+    "constant_with_warmup": (_constant, ""),
+    "warmup_stable_decay": (_warmup_stable_decay, "num_stable_steps num_decay_steps decay_type min_lr_ratio num_cycles"),
 }
 
 
@@ -76,17 +83,25 @@ def warmup_steps(config, total_steps: int) -> int:
 
 def schedule(config, total_steps: int):
     """factor(step) for step 0 … total_steps - 1. Raises ValueError naming the key for arguments that make no sense."""
-    kind, rate = config.lr_scheduler_type, config.learning_rate
-    kw = dict(config.lr_scheduler_kwargs or {}, learning_rate=rate)
+    kind, rate, kw = config.lr_scheduler_type, config.learning_rate, dict(config.lr_scheduler_kwargs or {})
+    shape, known = SCHEDULES[kind]
+    for name in kw:
+        if name not in known.split():
+            near = difflib.get_close_matches(name, known.split(), 1)
+            raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
+                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it knows {known or 'none'}")
     if kind == "cosine_with_min_lr":
-        if "min_lr" not in kw and "min_lr_rate" not in kw:
-            raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with min_lr (a rate) or "
+        if ("min_lr" in kw) == ("min_lr_rate" in kw):
+            raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with either min_lr (a rate) or "
                              "min_lr_rate (a share of learning_rate)")
         kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / rate)
-    shape, warm = SCHEDULES[kind], 0 if kind == "constant" else warmup_steps(config, total_steps)
+    if kw.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
+        raise ValueError(f"lr_scheduler_kwargs: decay_type {kw['decay_type']!r} is none of cosine, linear, 1-sqrt")
+    kw["learning_rate"], low = rate, kw.get("min_lr_ratio", 0.0)          # warmup_stable_decay climbs from its floor
+    warm = 0 if kind == "constant" else warmup_steps(config, total_steps)
 
     def factor(step):
-        return step / max(1, warm) if step < warm else shape(step, total_steps, warm, kw)
+        return low + (1 - low) * step / max(1, warm) if step < warm else shape(step, total_steps, warm, kw)
 
     return factor
 
@@ -125,6 +140,31 @@ def set_rates(optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]
+
+
+class LossScale:
+    """Loss scaling for float16, whose gradients underflow unscaled (arXiv:1710.03740, sec. 3.2).
+
+    The loss is multiplied by `value`; before the optimizer acts the gradients are divided by it again. A step whose
+    gradients overflowed is skipped and halves the value; 2,000 good steps in a row double it.
+    """
+
+    def __init__(self, value: float = 2.0 ** 16):
+        self.value, self.good_steps = value, 0
+
+    def unscale(self, parameters) -> bool:
+        """Divide the gradients by the scale, in place; False if any of them is not finite."""
+        finite = True
+        for p in parameters:
+            if p.grad is not None:
+                p.grad /= self.value
+                finite = finite and bool(p.grad.isfinite().all())
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps % 2000 == 0:
+            self.value *= 2
+        return finite
 
 
 def add_neftune(embedding, alpha: float, lengths_of_batch):

@@ -1,0 +1,185 @@
+"""What a run tells: the start page, one line per logged step, the JSON files people know, the picture of the loss.
+
+    python report.py saves/run        draws training_loss.png of a run again (needs matplotlib)
+
+Read before: train.py, which calls it. The files and their fields are those of LLaMA-Factory: trainer_log.jsonl,
+trainer_state.json, train_results.json, eval_results.json, all_results.json, training_loss.png.
+"""
+import json
+import math
+import platform
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tqdm import tqdm
+
+COLUMNS = "{step:>7} {epoch:>7} {loss:>9} {lr:>10} {grad:>9} {speed:>9}"
+
+
+def versions() -> dict:
+    """Versions of what the run stands on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "safetensors", "tokenizers", "flash_attn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
+
+
+def print_pairs(title: str, pairs: dict):
+    """A titled block of aligned `name  value` lines."""
+    print(f"\n{title}")
+    width = max((len(str(name)) for name in pairs), default=0)
+    for name, value in pairs.items():
+        print(f"  {name:<{width}}  {value}")
+
+
+def print_example(tokenizer, input_ids, labels, title="first example"):
+    """One sample three ways: ids, text, and the part of the text that carries loss. Cut in the middle when long."""
+    def short(text, limit=1200):
+        return text if len(text) <= limit else f"{text[:limit // 2]} … {len(text) - limit} more … {text[-limit // 2:]}"
+
+    ids, learned = [int(t) for t in input_ids], [int(t) for t in labels if t != -100]
+    print(f"\n{title}: {len(ids)} tokens, {len(learned)} carry loss")
+    print(f"  ids   {short(str(ids))}")
+    print(f"  text  {short(tokenizer.decode(ids))!r}")
+    print(f"  loss  {short(tokenizer.decode(learned))!r}", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+class RunLog:
+    """The log of one training run: bar, columns, trainer_log.jsonl, and the history that trainer_state.json keeps."""
+
+    def __init__(self, folder, total_steps: int, first_step: int = 0, history: list | None = None, disabled: bool = False):
+        self.path = Path(folder) / "trainer_log.jsonl"
+        self.total_steps, self.first_step, self.history = total_steps, first_step, list(history or [])
+        self.start = time.time()
+        kept = [line for line in self._lines() if line["current_steps"] <= first_step] if first_step else []
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
+                        disable=disabled or None)          # None: no bar where nobody watches (a file, a pipe)
+        tqdm.write(COLUMNS.format(step="step", epoch="epoch", loss="loss", lr="lr", grad="grad norm", speed="tokens/s"))
+
+    def _lines(self):
+        if not self.path.is_file():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def advance(self, loss: float, lr: float, tokens_per_second: float):
+        """Move the bar by one optimizer step."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def write(self, step: int, epoch: float, **values):
+        """One line of trainer_log.jsonl."""
+        spent = time.time() - self.start
+        done = max(1, step - self.first_step)
+        line = {"current_steps": step, "total_steps": self.total_steps, **values, "epoch": epoch,
+                "percentage": round(100 * step / self.total_steps, 2) if self.total_steps else 100.0,
+                "elapsed_time": clock(spent), "remaining_time": clock(spent / done * (self.total_steps - step))}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def train(self, step, epoch, loss, lr, grad_norm, tokens_per_second, tokens_seen):
+        """A logged training step, on the screen and in the files."""
+        self.history.append({"epoch": epoch, "grad_norm": grad_norm, "learning_rate": lr, "loss": loss,
+                             "num_input_tokens_seen": tokens_seen, "step": step})
+        tqdm.write(COLUMNS.format(step=step, epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", lr=f"{lr:.3e}",
+                                  grad=f"{grad_norm:.3f}", speed=f"{tokens_per_second:,.0f}"))
+        self.write(step, epoch, loss=loss, lr=lr, throughput=round(tokens_per_second, 2), total_tokens=tokens_seen)
+
+    def eval(self, step, epoch, metrics: dict):
+        """An evaluation; `metrics` holds eval_loss and its companions."""
+        self.history.append({"epoch": epoch, **metrics, "step": step})
+        tqdm.write(f"{step:>7} {epoch:>7.2f}  " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()
+                                                            if k in ("eval_loss", "eval_token_loss", "eval_perplexity")))
+        self.write(step, epoch, eval_loss=metrics["eval_loss"])
+
+    def close(self):
+        self.bar.close()
+
+
+def trainer_state(config, log: RunLog, step: int, epoch: float, **more) -> dict:
+    """The content of trainer_state.json under the names of LLaMA-Factory's, plus what resuming needs (`more`)."""
+    return {"epoch": epoch, "global_step": step, "max_steps": log.total_steps, "logging_steps": config.logging_steps,
+            "save_steps": config.save_steps, "eval_steps": config.eval_steps,
+            "num_train_epochs": config.num_train_epochs, "train_batch_size": config.per_device_train_batch_size,
+            "is_local_process_zero": True, "is_world_process_zero": True, "log_history": log.history, **more}
+
+
+# ---- the picture ------------------------------------------------------------------------------------------------
+
+
+def smooth(values: list) -> list:
+    """Exponential moving average, the weight growing with the number of points from 0 towards 0.9."""
+    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
+    out, last = [], values[0] if values else 0.0
+    for value in values:
+        last = weight * last + (1 - weight) * value
+        out.append(last)
+    return out
+
+
+def plot_losses(folder, history: list, keys=("loss", "eval_loss")) -> list[Path]:
+    """Write training_loss.png and, where there are evaluations, training_eval_loss.png. Needs matplotlib.
+
+    Returns the pictures written; without matplotlib one sentence is printed and nothing is written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("plot_loss: matplotlib is not installed, so no picture is drawn: pip install matplotlib, then "
+              f"python report.py {folder}")
+        return []
+    written = []
+    for key in keys:
+        steps = [row["step"] for row in history if key in row]
+        values = [row[key] for row in history if key in row]
+        if not values:
+            continue
+        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        axes.plot(steps, values, color="#1f77b4", alpha=0.4, label="original")
+        axes.plot(steps, smooth(values), color="#1f77b4", label="smoothed")
+        axes.set(xlabel="step", ylabel=key, title=f"training {key} of {folder}")
+        axes.grid(alpha=0.25)
+        axes.legend()
+        written.append(Path(folder) / f"training_{key}.png")
+        figure.savefig(written[-1])
+    return written
+
+
+def model_card(config, metrics: dict, template: str) -> str:
+    """README.md of an output folder: what was trained on what, and with which settings."""
+    kind = "LoRA adapter" if config.finetuning_type == "lora" else "model"
+    head = ["---", f"base_model: {config.model_name_or_path}", "tags:", "- pocket-factory", f"- {config.finetuning_type}",
+            *(["library_name: peft"] if config.finetuning_type == "lora" else []), "---", "",
+            f"# {Path(config.output_dir).name}", "",
+            f"A {kind} for `{config.model_name_or_path}`, trained on `{config.dataset}` (stage {config.stage}, chat format "
+            f"`{template}`).", "", "| setting | value |", "|---|---|"]
+    keys = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "lr_scheduler_type", "warmup_ratio", "warmup_steps", "cutoff_len", "seed", "lora_rank", "lora_alpha",
+            "lora_dropout", "lora_target")
+    rows = [f"| {key} | {getattr(config, key)} |" for key in keys
+            if config.finetuning_type == "lora" or not key.startswith("lora_")]
+    results = ["", "| result | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in metrics.items())]
+    made = ", ".join(f"{name} {number}" for name, number in versions().items())
+    return "\n".join([*head, *rows, *results, "", f"Made with {made}.", ""])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "trainer_state.json").is_file():
+        sys.exit("usage: python report.py FOLDER   (an output folder with trainer_state.json)")
+    state = json.loads((Path(sys.argv[1]) / "trainer_state.json").read_text(encoding="utf-8"))
+    for picture in plot_losses(sys.argv[1], state["log_history"]):
+        print(picture)

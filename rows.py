@@ -1,0 +1,441 @@
+"""Rows of data files as conversations: dataset_info.json, JSON / CSV / text files, the alpaca and chat layouts.
+
+Read before: nothing. Read after: data.py, which makes ids and labels of what is read here.
+Source: the dataset_info.json format is LLaMA-Factory's (github.com/hiyouga/LLaMA-Factory, data/README.md); what differs
+on purpose is listed in docs/differences.md.
+"""
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import nearest
+
+# What holds when an entry of dataset_info.json names no columns (tags). As soon as it names one, only those count.
+# formatting "messages" is ours: OpenAI's layout without the surprises of LLaMA-Factory's "openai".
+COLUMNS = {"alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+           "sharegpt": {"messages": "conversations"}, "openai": {"messages": "conversations"},
+           "messages": {"messages": "messages"}}
+TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+        "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
+OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+               "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
+ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools")
+FOREIGN = {"chosen": "preference pairs", "rejected": "preference pairs", "kto_tag": "good and bad answers",
+           "images": "pictures", "videos": "films", "audios": "sound"}      # roles of stages and models we do not have
+ENTRY_KEYS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "formatting",
+              "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
+REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
+
+# How a data file given by its path is recognised: for each role the names people use, likeliest first.
+LIKELY_COLUMNS = {"messages": ("messages", "conversations", "conversation"), "text": ("text", "content", "document"),
+                  "prompt": ("instruction", "prompt", "question", "input", "query"), "query": ("input", "context"),
+                  "response": ("output", "response", "completion", "answer"), "history": ("history",),
+                  "system": ("system", "system_prompt"), "tools": ("tools",)}
+LIKELY_TAGS = {"role_tag": ("role", "from"), "content_tag": ("content", "value"), "user_tag": ("user", "human"),
+               "assistant_tag": ("assistant", "gpt", "model", "bot"), "observation_tag": ("tool", "observation"),
+               "function_tag": ("function_call", "function"), "system_tag": ("system",)}
+
+SPLIT_WORDS = {"train": {"train", "training"}, "validation": {"validation", "valid", "dev", "val"},
+               "test": {"test", "testing", "eval", "evaluation"}}
+TO_JSONL = {".parquet": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{1}.jsonl', orient='records', "
+                        "lines=True, force_ascii=False)\"",
+            ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('{1}.jsonl', "
+                      "force_ascii=False)\""}
+PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset: its files, and how a row is laid out. formatting "": to be recognised from the rows."""
+    name: str
+    files: tuple
+    formatting: str = ""
+    columns: dict = field(default_factory=dict)      # role -> name of the column
+    tags: dict = field(default_factory=dict)         # role_tag, user_tag, … -> the word used in the rows
+    num_samples: int | None = None
+
+
+class Row(NamedTuple):
+    """A row as read. data: a dict, or the text of a line that could not be read. number: from 1, in its file."""
+    file: Path
+    number: int
+    data: object
+    source: Source = None
+
+    @property
+    def where(self) -> str:
+        return f"dataset '{self.source.name}', {self.file} row {self.number}"
+
+
+class Conversation(NamedTuple):
+    """What templates.py renders. A message: {"role": user | assistant | observation | function, "content": str}."""
+    messages: list
+    system: str = ""
+    tools: str = ""                 # JSON
+
+
+# ---- read: files -> rows ----------------------------------------------------------------------------------------
+
+
+def load_rows(names: list[str], config, sampler: np.random.RandomState, notes: list) -> list[Row]:
+    """The raw rows of the datasets named, one dataset after the other.
+
+    sampler draws for num_samples; notes receives what the user should know. Raises ValueError or FileNotFoundError.
+    """
+    found, once = [], list(dict.fromkeys(names))
+    if len(once) < len(names):
+        notes.append("a dataset that is named twice is read once, as in LLaMA-Factory")
+    for name in once:
+        source = find_source(name, config, notes)
+        rows = [row for file in source.files for row in read_rows(file)]
+        if not rows:
+            raise ValueError(f"dataset '{name}' is empty: no rows in {', '.join(map(str, source.files))}")
+        source = check_columns(source, rows, config.stage, notes)
+        if source.num_samples is not None:
+            picked = sampler.permutation(len(rows))[:source.num_samples].tolist()
+            if source.num_samples > len(rows):
+                picked += sampler.choice(len(rows), source.num_samples - len(rows)).tolist()
+            rows = [rows[i] for i in picked]
+        found += [row._replace(source=source) for row in rows[:config.max_samples]]
+    return found
+
+
+def find_source(name: str, config, notes: list) -> Source:
+    """The entry of dataset_info.json called `name`, or else the data file (or folder of files) at that path."""
+    info_path, info = Path(config.dataset_dir) / "dataset_info.json", {}
+    if info_path.is_file():
+        try:
+            info = json.loads(info_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{info_path}: not valid JSON ({error})") from None
+        if not isinstance(info, dict) or not isinstance(info.get(name, {}), dict):
+            raise ValueError(f"{info_path} must be an object, dataset name -> entry, and every entry an object")
+    if name in info:
+        return source_of_entry(name, info[name], info_path, config, notes)
+    for path in (Path(name), Path(config.dataset_dir) / name):
+        if path.exists():
+            return Source(name, files_at(path))
+    if not info_path.is_file():
+        raise FileNotFoundError(f"dataset '{name}': neither {info_path} nor a file of that name exists (dataset_dir is "
+                                "the folder of dataset_info.json)")
+    more = f" and {len(info) - 12} more" if len(info) > 12 else ""
+    raise ValueError(f"{info_path}: no dataset '{name}'{nearest(name, info)}. It names {', '.join(list(info)[:12])}{more}; "
+                     "a data file can also be given by its path")
+
+
+def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list) -> Source:
+    """One entry of dataset_info.json, checked, its files found. What cannot be honoured is an error or a note."""
+    where = f"{info_path}, dataset '{name}'"
+    notes += [f"{where}: key '{key}' is not used{nearest(key, ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
+    formatting = entry.get("formatting", "alpaca")
+    if formatting not in COLUMNS:
+        raise ValueError(f"{where}: formatting '{formatting}' is none of {', '.join(COLUMNS)}")
+    columns = entry.get("columns", COLUMNS[formatting])
+    tags = entry.get("tags", OPENAI_TAGS if formatting == "messages" else TAGS)
+    foreign = [FOREIGN[role] for role in columns if role in FOREIGN] + ["preference pairs"] * bool(entry.get("ranking"))
+    if foreign:
+        raise ValueError(f"{where} holds {foreign[0]}, which stage: {config.stage} cannot learn from")
+    for table, words, known in (("columns", columns, ROLES), ("tags", tags, TAGS)):
+        for word in words:
+            if word not in known:
+                raise ValueError(f"{where}: {table}: '{word}' is unknown{nearest(word, known)}. On the left stands one of "
+                                 f"{', '.join(known)}, on the right a name of your data")
+    missing = [tag for tag in REQUIRED_TAGS if not tags.get(tag)]
+    if missing and formatting != "alpaca":
+        raise ValueError(f"{where}: tags: '{missing[0]}' is not named; once tags are given, the defaults are off")
+    if formatting == "openai":
+        notes.append(f"{where}: formatting openai adds 'detailed thinking off' to the system text, as LLaMA-Factory "
+                     "does; formatting: messages reads the same rows without it")
+    if entry.get("hf_hub_url"):
+        files = hub_files(entry, where, config)
+    elif not entry.get("file_name"):
+        given = [key for key in ENTRY_KEYS[2:6] if key in entry]
+        raise ValueError(f"{where}: {given[0] if given else 'no file'} is given, but only file_name and hf_hub_url can be "
+                         "read: download the data and give its file_name")
+    elif entry.get("split", "train") != "train":
+        raise ValueError(f"{where}: split '{entry['split']}', but a local file has no splits; max_samples takes the "
+                         "first rows")
+    else:
+        files = files_at(info_path.parent / entry["file_name"])
+    return Source(name, files, formatting, columns, tags, entry.get("num_samples"))
+
+
+def files_at(path: Path) -> tuple:
+    """The data files at a path: the file itself, or all files of a folder by name; these must be of one type."""
+    if not path.exists():
+        around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"data file {path} does not exist{nearest(path.name, around)}")
+    inside = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else []
+    files = tuple(inside) if path.is_dir() else (path,)
+    types = sorted({p.suffix for p in files})
+    if len(types) != 1:
+        raise ValueError(f"folder {path} must hold data files of one type; it has {', '.join(types) or 'no files'}")
+    return files
+
+
+def hub_files(entry: dict, where: str, config) -> tuple:
+    """The files of a dataset on the hub: fetched (or found in the cache), then picked by folder, subset and split."""
+    from huggingface_hub import snapshot_download
+    repo, split, inside = entry["hf_hub_url"], entry.get("split", "train"), entry.get("folder", "")
+    patterns = [f"{inside}/*{suffix}" if inside else f"*{suffix}" for suffix in READERS]
+    try:
+        root = Path(snapshot_download(repo, repo_type="dataset", cache_dir=config.cache_dir, allow_patterns=patterns))
+    except (OSError, ValueError) as error:      # what the hub raises, offline or gated or misspelt, is one of the two
+        raise ValueError(f"{where}: '{repo}' could not be fetched ({type(error).__name__}: {shown(str(error).strip())}). "
+                         "Is the name right, is there a network? A gated dataset needs `hf auth login`") from None
+
+    def belongs(name):
+        named = [s for s, words in SPLIT_WORDS.items() if words & set(re.split("[^a-z]+", name.lower()))]
+        of_split = split in named or split == "train" and not named if split in SPLIT_WORDS else split in name
+        return of_split and (entry.get("subset") or "") in name and not name.startswith("dataset_info")
+
+    files = [path for path in sorted((root / inside).rglob("*")) if path.suffix in READERS]
+    files = tuple(path for path in files if belongs(str(path.relative_to(root))))
+    types = sorted({path.suffix for path in files})
+    if len(types) != 1:
+        found = f"files of types {', '.join(types)}" if types else f"no {', '.join(READERS)} file"
+        raise ValueError(f"{where}: '{repo}' has {found} for split '{split}'. Download it and give its file_name; parquet "
+                         f"can be converted: {TO_JSONL['.parquet'].format('FILE', 'FILE')}")
+    return files
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of one file. Bytes that are not UTF-8 survive as lone surrogates: convert names the row they are in."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        hint = TO_JSONL.get(path.suffix.lower(), "").format(path, path.with_suffix(""))
+        raise ValueError(f"{path}: type '{path.suffix}' cannot be read, only {', '.join(READERS)}"
+                         + (f". Convert it: {hint}" if hint else ""))
+    raw = path.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path} is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > {path.stem}_8{path.suffix}")
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
+    return [Row(path, number, data) for number, data in reader(text, path)]
+
+
+def read_json(text: str, path: Path):
+    """A list of objects, or one object a line, whatever the file is called. A line that is not JSON stays a text."""
+    start = text.lstrip()[:1]
+    if start in "[{":                       # of one object a line this parses the first only, then finds more
+        try:
+            whole = json.loads(text)
+        except ValueError as error:
+            whole = None
+            if start == "[":
+                near = shown(text[max(error.pos - 40, 0):error.pos + 40])
+                raise ValueError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}), "
+                                 f"near {near}") from None
+        if isinstance(whole, list):
+            yield from enumerate(whole, 1)
+            return
+    for number, line in enumerate(text.split("\n"), 1):      # splitlines() would also cut at U+2028 inside a text
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except ValueError:
+                yield number, line
+
+
+def read_csv(text: str, path: Path):
+    """Comma separated, the first line names the columns; every value is a text, also 3 and None."""
+    csv.field_size_limit(2**31 - 1)                          # the default refuses fields over 131,072 characters
+    try:
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
+            whole = None not in row and None not in row.values()     # None: a field too many or too few
+            yield number, row if whole else ",".join(map(str, row.values()))
+    except csv.Error as error:
+        raise ValueError(f"{path}: not a CSV file ({error})") from None
+
+
+def read_text(text: str, path: Path):
+    """One document a line, in the column `text`; an empty line is an empty document."""
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        yield number, {"text": line.removesuffix("\n")}
+
+
+READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".txt": read_text}
+
+
+def check_columns(source: Source, rows: list[Row], stage: str, notes: list) -> Source:
+    """Recognises a layout nobody declared, and makes sure that the columns to be read exist at all."""
+    keys = list(dict.fromkeys(str(key) for row in rows if isinstance(row.data, dict) for key in row.data))
+    if not source.formatting:
+        source = recognise(source, rows, keys, stage)
+        told = ", ".join(f"{role} = {column}" for role, column in source.columns.items())
+        notes.append(f"dataset '{source.name}' was recognised as {source.formatting}: {told}")
+    needed = ("messages",)
+    if source.formatting == "alpaca":
+        needed = ("prompt",) if stage == "pt" else ("prompt", "response")
+    for role in needed:
+        if role not in source.columns:
+            hint = " (the answer to learn); plain text is for stage: pt" if role == "response" else ""
+            raise ValueError(f"dataset '{source.name}': columns in dataset_info.json must name '{role}'{hint}")
+    for role, column in source.columns.items():
+        optional = role == "query" and source.columns == COLUMNS["alpaca"]     # many files simply have no `input`
+        if keys and column not in keys and not optional:
+            raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role}){nearest(column, keys)}. "
+                             f"The rows have {', '.join(keys)}; columns in dataset_info.json tells which is which")
+    roles = ("prompt", "query", "messages") if stage == "pt" else ROLES
+    unread = [key for key in keys if key not in [source.columns.get(role) for role in roles]]
+    if unread:
+        notes.append(f"dataset '{source.name}': columns not used: {', '.join(unread)}")
+    return source
+
+
+def recognise(source: Source, rows: list[Row], keys: list[str], stage: str) -> Source:
+    """The layout of a data file given by its path, from the names of its columns and of the roles inside."""
+    found = {role: next((name for name in names if name in keys), None) for role, names in LIKELY_COLUMNS.items()}
+    extras = {role: found[role] for role in ("system", "tools") if found[role]}
+    if found["messages"]:
+        turns = [turn for row in rows if isinstance(row.data, dict)
+                 for turn in row.data.get(found["messages"]) or [] if isinstance(turn, dict)]
+        role_tag = next((tag for tag in LIKELY_TAGS["role_tag"] if any(tag in turn for turn in turns)), "role")
+        words = {key for turn in turns for key in turn} | {str(turn.get(role_tag)) for turn in turns}
+        tags = {tag: next((name for name in names if name in words), names[0]) for tag, names in LIKELY_TAGS.items()}
+        return replace(source, formatting="messages", columns={"messages": found["messages"], **extras}, tags=tags)
+    if stage == "pt" and found["text"]:
+        return replace(source, formatting="alpaca", columns={"prompt": found["text"]})
+    if stage == "pt" or not found["prompt"] or not found["response"]:
+        hint = " (plain text is for stage: pt)" if found["text"] and stage != "pt" else ""
+        raise ValueError(f"{source.files[0]}: which columns to read cannot be told from their names, {', '.join(keys)}"
+                         f"{hint}. Describe them in dataset_info.json")
+    if found["query"] == found["prompt"]:
+        found["query"] = None
+    roles = {role: found[role] for role in ("prompt", "query", "response", "history") if found[role]}
+    return replace(source, formatting="alpaca", columns={**roles, **extras})
+
+
+# ---- convert: rows -> conversations -----------------------------------------------------------------------------
+
+
+def convert(row: Row, stage: str = "sft") -> Conversation:
+    """One row as a conversation; in stage pt its text as a single user message. Raises ValueError: what is bad."""
+    if not isinstance(row.data, dict):
+        raise ValueError("wrong number of fields" if row.file.suffix == ".csv" else "not a JSON object")
+    convert_row = convert_alpaca if row.source.formatting == "alpaca" else convert_messages
+    messages, system, tools = convert_row(row.data, row.source, stage)
+    for text in (system, tools, *(message["content"] for message in messages)):
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("it holds bytes that are not UTF-8 (iconv converts a file)") from None
+    if stage == "pt":
+        return Conversation(messages[:1])
+    for number, message in enumerate(messages, 1):
+        if message["role"] in ("assistant", "function") and not message["content"].strip():
+            raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
+    return Conversation(messages, system, tools)
+
+
+def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
+    """Columns prompt, query, response and, where declared, history ([question, answer] pairs), system, tools."""
+    columns, messages = source.columns, []
+    for pair in data.get(columns.get("history")) or []:
+        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
+            raise ValueError(f"'{columns['history']}' must be a list of pairs [question, answer]")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    for role in ("prompt",) if stage == "pt" else ("prompt", "response"):
+        if columns[role] not in data:
+            raise ValueError(f"the column '{columns[role]}' is missing")
+    asked = [text_in(data, columns.get(role)) for role in ("prompt", "query")]
+    messages.append({"role": "user", "content": "\n".join(text for text in asked if text)})
+    if stage != "pt":
+        messages.append({"role": "assistant", "content": text_in(data, columns["response"])})
+    return Conversation(messages, text_in(data, columns.get("system")), tools_in(data, columns))
+
+
+def convert_messages(data: dict, source: Source, stage: str) -> Conversation:
+    """A list of turns. Tool calls in OpenAI's form, and several tool turns in a row, are for "openai" and "messages"."""
+    columns, tags, strict = source.columns, source.tags, source.formatting == "sharegpt"
+    role_of = {tags[f"{role}_tag"]: role for role in ("system", "function", "observation", "assistant", "user")
+               if tags.get(f"{role}_tag")}
+    turns = data.get(columns["messages"])
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"'{columns['messages']}' must be a list of turns, and not an empty one")
+    messages, system = [], None
+    for number, turn in enumerate(turns, 1):
+        said = str(turn.get(tags["role_tag"])) if isinstance(turn, dict) else shown(turn)
+        role = role_of.get(said)
+        wanted = ("assistant", "function") if len(messages) % 2 else ("user", "observation")
+        if role == "system" and number == 1:
+            system = text_in(turn, tags["content_tag"])
+        elif role in ("assistant", "function") and role in wanted and not strict and turn.get("tool_calls"):
+            text = tool_calls_in(turn["tool_calls"], arguments_as_text=source.formatting == "openai")
+            messages.append({"role": "function", "content": text})
+        elif role in wanted:
+            messages.append({"role": role, "content": text_in(turn, tags["content_tag"])})
+        elif role == "observation" and not strict and messages[-1]["role"] == "observation":
+            messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + text_in(turn, tags["content_tag"])
+        else:
+            expected = [word for word, known in role_of.items() if known in wanted]
+            raise ValueError(f"turn {number} is of '{said}' where {' or '.join(expected)} must stand")
+    if not messages or len(messages) % 2:
+        raise ValueError("the last turn is not an answer")
+    tools = tools_in(data, columns)
+    system = text_in(data, columns.get("system")) if system is None else system
+    return Conversation(messages, openai_system(system, tools) if source.formatting == "openai" else system, tools)
+
+
+def tool_calls_in(calls, arguments_as_text: bool) -> str:
+    """OpenAI's tool_calls as the JSON list of {name, arguments} that a function message holds.
+
+    `arguments` is JSON text there. Left a text it is encoded a second time later on, as in LLaMA-Factory's "openai".
+    """
+    try:
+        functions = [dict(call["function"]) for call in calls]
+        for function in functions if not arguments_as_text else []:
+            if isinstance(function["arguments"], str):
+                function["arguments"] = json.loads(function["arguments"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tool_calls cannot be read ({type(error).__name__}: {error})") from None
+    return json.dumps(functions, ensure_ascii=False)
+
+
+def openai_system(system: str, tools: str) -> str:
+    """The system text as LLaMA-Factory's "openai" makes it: a switch of one family's thinking, for all families."""
+    if tools:
+        return system + "\n" if system else ""
+    if "detailed thinking on" in system or "detailed thinking off" in system:
+        return system
+    return f"{system}\ndetailed thinking off" if system else "detailed thinking off"
+
+
+def text_in(data: dict, column: str | None) -> str:
+    """The text of a column; '' where it is not declared, absent or null."""
+    value = data.get(column)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"'{column}' must be text, not {shown(value)}")
+    return value
+
+
+def tools_in(data: dict, columns: dict) -> str:
+    tools = data.get(columns.get("tools"))
+    if isinstance(tools, (list, dict)):
+        return json.dumps(tools, ensure_ascii=False)
+    return text_in(data, columns.get("tools"))
+
+
+def fill_placeholders(conversation: Conversation, values: dict) -> Conversation:
+    """{{name}} -> values["name"] in the system text and every message; a name without a value stays as it stands."""
+    if not values:
+        return conversation
+
+    def fill(text):
+        return PLACEHOLDER.sub(lambda match: str(values.get(match[1], match[0])), text)
+    filled = [{**message, "content": fill(message["content"])} for message in conversation.messages]
+    return conversation._replace(messages=filled, system=fill(conversation.system))
+
+
+def shown(value, limit: int = 200) -> str:
+    """A row or a piece of one for a message: JSON, shortened, printable whatever bytes it holds."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"

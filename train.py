@@ -1,0 +1,447 @@
+"""Fine-tune a language model: LoRA beside frozen weights, or all weights. One run, top to bottom.
+
+    python train.py --config configs/tiny_lora_sft.yaml
+    python train.py --config my.yaml learning_rate=2e-4 max_steps=20
+
+config → tokenizer and template → data → model and adapters → optimizer → resume → loop → save.
+
+Read before: README.md, for the order of the files. Read after: data.py (what a batch is), model.py, lora.py, losses.py.
+Papers: LoRA arXiv:2106.09685, AdamW arXiv:1711.05101; the step's loss is a sum over tokens counted beforehand
+(losses.py), so it does not depend on how the step is cut into micro-batches.
+"""
+import math
+import os
+import shutil
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from attention import Layout, pick_kernel          # before torch: see guard_amdsmi there
+import torch
+from tqdm import tqdm
+
+from checkpoint import (checkpoints_in, find_checkpoint, load_adapter, load_model, load_training_state, new_folder,
+                        save_adapter, save_model, save_training_state, write_json)
+from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
+from data import collate, epoch_order, load_examples, micro_batches, print_counts
+from families import model_config, read_config_json
+from lora import LoRAConfig, attach_lora, head_weight, merge_adapters, trainable
+from losses import cross_entropy_sum
+from model import CausalLM, init_weights
+from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
+from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
+from templates import TEMPLATES, choose_template, fit_tokenizer
+from tokenizer import load_tokenizer
+
+
+def main(argv):
+    config = load_config(argv, "train")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes were started; this release trains in one: python train.py, or torchrun "
+                         "--nproc-per-node 1")
+    device = pick_device(config)
+    resume = find_resume(config)
+    torch.manual_seed(config.seed)
+
+    # ---- tokenizer, chat format, data
+    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    shape = model_config(read_config_json(base), f"{base}/config.json")
+    tokenizer = load_tokenizer(base)
+    template, why = choose_template(config.template, tokenizer, shape.model_type, config.force_template)
+    fit_tokenizer(template, tokenizer)
+    template_name = next(name for name, row in TEMPLATES.items() if row is template)
+    settings = {**as_dict(config), "template": template_name, "versions": versions()}
+    print_pairs("settings that differ from the defaults", non_default(config))
+    if ignored := ignored_keys(config):
+        print(f"  accepted, no effect here: {', '.join(ignored)}")
+    print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template_name} ({why})"})
+    train_set, eval_set, counts = load_examples(config, tokenizer, template)
+    print_counts(counts)
+    print_example(tokenizer, train_set[0].input_ids, train_set[0].labels)
+
+    # ---- model, adapters, attention kernel
+    model, lora = build_model(config, base, device, resume)
+    weights = trainable(model)
+    dtype = compute_dtype(config, model)
+    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, head_dim=shape.head_dim,
+                         num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads,
+                         window=next((w for w in shape.windows if w), None))
+    model.kernel, model.recompute = choice.kernel, not config.disable_gradient_checkpointing
+    autocast = torch.autocast(device.type, dtype) if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
+    lengths = []                                    # of the sequences in the current row, for NEFTune
+    if config.neftune_noise_alpha:
+        add_neftune(model.model.embed_tokens, config.neftune_noise_alpha, lambda: lengths)
+
+    # ---- optimizer and the plan of steps
+    optimizer = make_optimizer(weights, config, device)
+    scale = LossScale() if dtype == torch.float16 else None
+    per_epoch = math.ceil(len(batches_of(config, train_set, 0)) / config.gradient_accumulation_steps)
+    if per_epoch == 0:
+        raise ValueError(f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
+                         "(dataloader_drop_last: true leaves out the incomplete one)")
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    factor = schedule(config, total_steps)
+    print_pairs("plan", plan(config, model, weights, dtype, train_set, per_epoch, total_steps))
+    print("\n".join(choice.lines), flush=True)
+
+    # ---- where to begin
+    output = prepare_output(config, resume)
+    write_json(output / "train_config.json", settings)
+    state = {"step": 0, "loss_total": 0.0, "tokens_seen": 0, "best": None, "waited": 0, "history": []}
+    names = optimizer_names(optimizer, weights)
+    if resume:
+        saved = load_training_state(resume, optimizer, names)
+        state = saved["resume"] | {"history": saved["log_history"]}
+        if scale:
+            scale.value, scale.good_steps = state["loss_scale"]
+        print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
+    log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm))
+    log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
+    eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
+    started, window_loss, window_steps, window_tokens, window_start = time.time(), 0.0, 0, 0, time.time()
+    first_step = state["step"]
+
+    def save(step, epoch):
+        with new_folder(output / f"checkpoint-{step}") as folder:
+            save_weights(config, model, lora, folder, base, tokenizer, settings)
+            if not config.save_only_model:
+                kept = state | ({"loss_scale": [scale.value, scale.good_steps]} if scale else {})
+                save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept))
+        remove_old_checkpoints(config, output, state["best"])
+
+    # ---- the loop
+    model.train()
+    for step in range(first_step + 1, total_steps + 1):
+        epoch, nth = divmod(step - 1, per_epoch)                           # both 0-based
+        if nth == 0 or step == first_step + 1:
+            rows = batches_of(config, train_set, epoch)
+        part = rows[nth * config.gradient_accumulation_steps:(nth + 1) * config.gradient_accumulation_steps]
+        batches = [collate([train_set[i] for i in batch]) for batch in part]
+        n_items = sum(batch.n_items for batch in batches)                  # counted first, divided by once
+        rate = set_rates(optimizer, factor(step - 1))
+        if step == first_step + 1 and dtype != torch.float32:
+            check_first_batch(model, batches[0], device, autocast)
+        loss = torch.zeros((), device=device)
+        for batch in batches:
+            lengths[:] = batch.lengths
+            with autocast:
+                micro_loss = batch_loss(model, batch, device) / n_items
+            (micro_loss * scale.value if scale else micro_loss).backward()
+            loss += micro_loss.detach()
+        overflow = scale is not None and not scale.unscale(weights.values())
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf))
+        loss = float(loss)
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflow):
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}. Nothing was learnt from this step and the "
+                             f"checkpoints in {output} are whole. A lower learning_rate (now {rate:.2e}), or bf16 in place "
+                             f"of fp16, usually helps; rows of this step: {[i for batch in part for i in batch]}")
+        if overflow:
+            tqdm.write(f"{step:>7} gradients overflowed in float16; step skipped, loss scale now {scale.value:g}")
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        # ---- what the step leaves behind
+        tokens = sum(len(batch.targets) for batch in batches)
+        state.update(step=step, loss_total=state["loss_total"] + loss, tokens_seen=state["tokens_seen"] + tokens)
+        window_loss, window_steps, window_tokens = window_loss + loss, window_steps + 1, window_tokens + tokens
+        speed = window_tokens / max(time.time() - window_start, 1e-9)
+        done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / len(rows))
+        ends_epoch = nth == per_epoch - 1 or step == total_steps
+        log.advance(loss, rate, speed)
+        if step % log_every == 0 or (step == 1 and config.logging_first_step):
+            log.train(step, done, window_loss / window_steps, rate, grad_norm, speed, state["tokens_seen"])
+            window_loss, window_steps, window_tokens, window_start = 0.0, 0, 0, time.time()
+        if eval_set and ((config.eval_strategy == "steps" and step % eval_every == 0)
+                         or (config.eval_strategy == "epoch" and ends_epoch)):
+            metrics = evaluate(config, model, eval_set, device, autocast)
+            log.eval(step, done, metrics)
+            better = state["best"] is None or metrics["eval_loss"] < state["best"][1]
+            state["best"] = [step, metrics["eval_loss"]] if better else state["best"]
+            state["waited"] = 0 if better else state["waited"] + 1
+        if (config.save_strategy == "steps" and step % save_every == 0) or (config.save_strategy == "epoch" and ends_epoch):
+            save(step, done)
+        if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
+            tqdm.write(f"{step:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
+            break
+
+    # ---- the end: the best or the last weights, results, pictures
+    seconds = time.time() - started
+    log.write(state["step"], done)
+    log.close()
+    if config.load_best_model_at_end and state["best"]:
+        load_best(config, model, weights, output, state["best"])
+    trained = {"epoch": done, "total_flos": flops(model, state["tokens_seen"]),
+               "train_loss": state["loss_total"] / state["step"], "train_runtime": round(seconds, 4),
+               "train_samples_per_second": round((state["step"] - first_step) / per_epoch * len(train_set) / seconds, 3),
+               "train_steps_per_second": round((state["step"] - first_step) / seconds, 3)}
+    log.history.append(trained | {"step": state["step"]})
+    results = {"train": trained}
+    if eval_set and config.do_eval:
+        results["eval"] = {"epoch": done, **evaluate(config, model, eval_set, device, autocast)}
+    save_weights(config, model, lora, output, base, tokenizer, settings)
+    write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], done))
+    for name, values in results.items():
+        write_json(output / f"{name}_results.json", values)
+        print_pairs(f"{name} results", values)
+    everything = {key: value for values in results.values() for key, value in values.items()}
+    write_json(output / "all_results.json", everything)
+    (output / "README.md").write_text(model_card(config, everything, template_name), encoding="utf-8")
+    if config.plot_loss:
+        plot_losses(output, log.history)
+    print(f"\nsaved to {output}. Next: python chat.py --config {config.source}" if config.source != "command line"
+          else f"\nsaved to {output}")
+
+
+# ---- device and folders -----------------------------------------------------------------------------------------
+
+
+def pick_device(config) -> torch.device:
+    """cuda (NVIDIA, AMD, Hygon) if there is one, else Apple's mps, else the CPU. Raises ValueError for what it cannot do."""
+    if config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        asked = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
+        if asked not in (None, "", "-1") and not config.use_cpu:
+            raise ValueError(f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees none: check "
+                             "the driver and that torch is a CUDA or ROCm build, or train on the CPU with use_cpu: true")
+        if config.fp16:
+            raise ValueError("fp16 needs a GPU, and none is used; leave it out, or take bf16: true")
+        return torch.device("cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "mps")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        if config.bf16 and not torch.cuda.is_bf16_supported():
+            raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set fp16: true instead")
+    return device
+
+
+def device_name(device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \
+        f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def find_resume(config) -> Path | None:
+    """The checkpoint to go on from, or None. Refuses an output_dir that holds something, unless told what to do with it."""
+    output, wish = Path(config.output_dir), config.resume_from_checkpoint
+    there = checkpoints_in(output)
+    if wish in ("true", "auto"):
+        if not there and wish == "true":
+            raise FileNotFoundError(f"resume_from_checkpoint: true, but {output} holds no complete checkpoint-N; leave it out "
+                                    "to start from the beginning, or write auto")
+        return there[-1] if there else None
+    if wish:
+        if not (Path(wish) / "trainer_state.json").is_file():
+            raise FileNotFoundError(f"resume_from_checkpoint: {wish} is no complete checkpoint (it has no trainer_state.json)"
+                                    + (f"; {output} holds {', '.join(p.name for p in there)}" if there else ""))
+        return Path(wish)
+    if output.is_file():
+        raise ValueError(f"output_dir: {output} is a file")
+    if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
+        raise ValueError(f"output_dir: {output} is not empty"
+                         + (f" (it holds {there[-1].name}: resume_from_checkpoint: true goes on from there)" if there else "")
+                         + ". Name another folder, or set overwrite_output_dir: true")
+    return None
+
+
+def prepare_output(config, resume) -> Path:
+    """Make output_dir; a new run over an old one removes the old one's checkpoints, so that they are never resumed."""
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        for old in output.glob("checkpoint-*"):
+            print(f"overwrite_output_dir: removed {old} of an earlier run")
+            shutil.rmtree(old)
+    return output
+
+
+def remove_old_checkpoints(config, output, best):
+    """Keep save_total_limit checkpoints: the newest, and the best one if it will be loaded at the end."""
+    there = checkpoints_in(output)
+    keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()
+    limit = max(1, (config.save_total_limit or len(there)) - len(keep & {p.name for p in there[:-1]}))
+    for old in there[:-limit]:
+        if old.name not in keep:
+            shutil.rmtree(old)
+
+
+# ---- model ------------------------------------------------------------------------------------------------------
+
+
+def build_model(config, base, device, resume):
+    """The model on its device with what learns unfrozen, and its LoRAConfig (None for full fine-tuning).
+
+    Trained weights are float32. A frozen base takes the dtype of bf16 / fp16, or keeps the checkpoint's.
+    """
+    if config.finetuning_type == "full":
+        if config.train_from_scratch and not resume:
+            model = CausalLM(model_config(read_config_json(base)))
+            init_weights(model, torch.Generator().manual_seed(config.seed))
+            model.to(device)
+        else:
+            model = load_model(resume or base, torch.float32, device)
+        return model.requires_grad_(True), None
+    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    model = load_model(base, half, device)
+    adapters = list(config.adapter_name_or_path or [])
+    continued = adapters.pop() if adapters and not config.create_new_adapter else None
+    for adapter in adapters:
+        load_adapter(model, find_checkpoint(adapter))
+        merge_adapters(model)
+    if resume or continued:
+        lora = load_adapter(model, resume or find_checkpoint(continued))
+        told = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha}
+        for key, value in told.items():
+            if key in config.given and config.given[key] != value:
+                print(f"note: {key} {config.given[key]} is not used; the adapter has {value}, and goes on with it")
+    else:
+        lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.lora_target,
+                          config.additional_target or [])
+        attach_lora(model, lora, config.seed)
+    return model, lora
+
+
+def compute_dtype(config, model) -> torch.dtype:
+    """What products are computed in: bf16 / fp16 if asked, else the dtype of the weights."""
+    if config.bf16 or config.fp16:
+        return torch.bfloat16 if config.bf16 else torch.float16
+    return model.model.layers[0].self_attn.q_proj.weight.dtype
+
+
+def optimizer_names(optimizer, weights) -> list[str]:
+    """Names of the trainable parameters in the optimizer's order."""
+    names = {id(p): name for name, p in weights.items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def plan(config, model, weights, dtype, train_set, per_epoch, total_steps) -> dict:
+    """The start page's figures."""
+    trained, total = sum(p.numel() for p in weights.values()), sum(p.numel() for p in model.parameters())
+    tokens = sum(len(example.input_ids) for example in train_set)
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    base = model.model.layers[0].self_attn.q_proj.weight.dtype
+    return {"parameters": f"{trained:,} of {total:,} learn ({100 * trained / total:.4f}%)",
+            "dtype": f"weights {base}, trained ones torch.float32, products {dtype}".replace("torch.", ""),
+            "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
+            "a step": f"{rows} rows ({config.per_device_train_batch_size} x {config.gradient_accumulation_steps}), about "
+                      f"{tokens / len(train_set) * rows:,.0f} tokens",
+            "recompute": "each block in the backward pass (gradient checkpointing)" if model.recompute else "nothing"}
+
+
+def flops(model, tokens: int) -> float:
+    """6 x parameters (without the embedding) x tokens: the convention of total_flos in LLaMA-Factory's results."""
+    return 6.0 * (sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()) * tokens
+
+
+# ---- one step ---------------------------------------------------------------------------------------------------
+
+
+def batches_of(config, train_set, epoch) -> list[list[int]]:
+    """The micro-batches of an epoch: lists of row numbers, in LLaMA-Factory's order."""
+    seed = config.seed if config.data_seed is None else config.data_seed
+    order = epoch_order(len(train_set), seed, epoch, shuffle=not config.disable_shuffling)
+    return micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
+
+
+def batch_loss(model, batch, device):
+    """Sum of the token losses of one row of sequences laid end to end."""
+    hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device))   # (1, N, D)
+    return cross_entropy_sum(hidden[0], head_weight(model), batch.targets.to(device))
+
+
+@torch.no_grad()
+def evaluate(config, model, examples, device, autocast) -> dict:
+    """eval_loss as LLaMA-Factory counts it (mean over batches of each batch's token mean, all batches alike), the loss
+    over all tokens alike under its own name, and its perplexity."""
+    model.eval()
+    start, size = time.time(), config.per_device_eval_batch_size
+    means, total, count, empty = [], 0.0, 0, 0
+    for first in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, disable=bool(config.disable_tqdm)):
+        batch = collate(examples[first:first + size])
+        supervised = int((batch.targets != -100).sum())
+        if supervised == 0:
+            empty += 1
+            continue
+        with autocast:
+            loss = float(batch_loss(model, batch, device))
+        means.append(loss / supervised)
+        total, count = total + loss, count + supervised
+    model.train()
+    if empty:
+        tqdm.write(f"evaluation: {empty} batches without a supervised token were left out")
+    if not means:
+        raise ValueError("the evaluation rows carry no loss at all: nothing to evaluate (cutoff_len too small?)")
+    seconds = max(time.time() - start, 1e-9)
+    return {"eval_loss": sum(means) / len(means), "eval_token_loss": total / count,
+            "eval_perplexity": math.exp(min(total / count, 700)), "eval_runtime": round(seconds, 4),
+            "eval_samples_per_second": round(len(examples) / seconds, 3),
+            "eval_steps_per_second": round(len(means) / seconds, 3)}
+
+
+@torch.no_grad()
+def check_first_batch(model, batch, device, autocast):
+    """One forward pass that stops at the first layer whose output is not finite, and says which, and what to do.
+
+    16-bit overflow otherwise shows as a loss of nan thousands of samples later (float16 ends at 65,504).
+    """
+    largest = {}                                    # the largest |value| each layer put out
+
+    def watch(name):
+        def hook(module, args, out):
+            if any(a.is_floating_point() and not a.isfinite().all() for a in args if torch.is_tensor(a)):
+                block = name.rpartition(".")[0]
+                seen = ", ".join(f"{n.rpartition('.')[2]} {v:.3g}" for n, v in largest.items() if n.startswith(block))
+                raise ValueError(f"first batch: what enters {name} is not finite, with attention kernel {model.kernel} in "
+                                 f"{str(dtype_of(args))} (largest values before it: {seen}). {remedy}")
+            if not out.isfinite().all():
+                peak = max(float(a.abs().max()) for a in args if torch.is_tensor(a))
+                raise ValueError(f"first batch: {name} overflows in {out.dtype} (its input reaches {peak:.3g}). {remedy}")
+            largest[name] = float(out.abs().max())
+        return hook
+
+    def dtype_of(args):
+        return next(a.dtype for a in args if torch.is_tensor(a))
+
+    remedy = "Train with bf16: true, which has the range of float32, or without fp16"
+    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in watched]
+    try:
+        with autocast:
+            loss = float(batch_loss(model, batch, device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not math.isfinite(loss):
+        raise ValueError(f"first batch: the head's scores overflow, the loss is {loss}. {remedy}")
+
+
+# ---- saving -----------------------------------------------------------------------------------------------------
+
+
+def save_weights(config, model, lora, folder, base, tokenizer, settings):
+    """The adapter (or the whole model), the tokenizer, and the settings that made them."""
+    if lora:
+        save_adapter(model, folder, lora, config.model_name_or_path)
+    else:
+        save_model(model, folder, base)
+    tokenizer.save(folder)
+    write_json(Path(folder) / "train_config.json", settings)
+
+
+@torch.no_grad()
+def load_best(config, model, weights, output, best):
+    """Put the weights of the best checkpoint back into the model."""
+    folder = output / f"checkpoint-{best[0]}"
+    other = load_model(folder, torch.float32) if config.finetuning_type == "full" else None
+    if other is None:
+        from checkpoint import PREFIX, open_tensors
+        with open_tensors(folder / "adapter_model.safetensors") as tensors:
+            for name, p in weights.items():
+                p.copy_(tensors.get_tensor(PREFIX + name))
+    else:
+        for (_, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
+            p.copy_(q)
+    print(f"load_best_model_at_end: step {best[0]} with eval_loss {best[1]:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
