@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 from families import model_config, read_config_json
 from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters
@@ -55,8 +56,8 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
         return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=files,
                                       ignore_patterns=doubles))
     except HFValidationError:
-        raise FileNotFoundError(f"{name_or_path} does not exist{_near(path)}, and no repository of the hub can have that "
-                                "name") from None
+        raise FileNotFoundError(f"{name_or_path} does not exist{_near(path)}, and no repository of the hub can have "
+                                "that name") from None
     except GatedRepoError:
         raise FileNotFoundError(f"{name_or_path} is gated: accept its licence at https://huggingface.co/{name_or_path}, "
                                 "then log in with `hf auth login` (or set HF_TOKEN)") from None
@@ -135,7 +136,8 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     missing = [name for name in expected if name not in files]
     if unused or missing:
         raise ValueError(_mismatch(folder, missing, unused))
-    for name, file in files.items():
+    # the bar shows itself only where someone watches and the load takes longer than a second
+    for name, file in tqdm(files.items(), desc="loading weights", unit="tensor", leave=False, disable=None, delay=1):
         if name not in expected:
             continue
         with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
@@ -190,7 +192,7 @@ NEUTRAL = frozenset("""
     auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
     peft_type peft_version revision task_type runtime_config qalora_group_size bias
 """.split())
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")     # values of init_lora_weights that leave W as it was
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")     # init_lora_weights that leave W as it was
 
 
 def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
@@ -212,9 +214,9 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
     if raw.get("init_lora_weights", True) not in PLAIN_STARTS:
-        raise ValueError(f"{path}: init_lora_weights {raw['init_lora_weights']!r} changed the base weights before training, so "
-                         "the adapter does not fit the base as published. Convert it to a plain LoRA with peft "
-                         "(save_pretrained with path_initial_model_for_weight_conversion)")
+        raise ValueError(f"{path}: init_lora_weights {raw['init_lora_weights']!r} changed the base weights before "
+                         "training, so the adapter does not fit the base as published. Convert it to a plain LoRA with "
+                         "peft (save_pretrained with path_initial_model_for_weight_conversion)")
     known = LoRAConfig.__dataclass_fields__
     odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL
            and value is not False and value not in (None, "", [], {}) and key != "fan_in_fan_out"}
@@ -259,9 +261,11 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
 
 
 def _copy_of_base(model, name, tensors) -> bool:
-    """PEFT stores the frozen weight of an adapted head beside the adapter; it says nothing new if it is the base's own."""
+    """PEFT stores the frozen weight of an adapted head beside the adapter: nothing new if it is the base's own."""
     layer = lora_layers(model).get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight"))
-    return layer is not None and torch.equal(tensors.get_tensor(name).to(layer.weight), layer.weight)
+    if layer is None or list(layer.weight.shape) != tensors.get_slice(name).get_shape():
+        return False
+    return layer.weight.is_meta or torch.equal(tensors.get_tensor(name).to(layer.weight), layer.weight)
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
@@ -395,6 +399,7 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9, progres
                     assert block.dtype == shapes[name][1], name
                     out.write(block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
                     progress(block.nbytes)
+                    del block                               # before the next is made, so that one is held at a time
                 assert out.tell() - start == sizes[name], name
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json",
@@ -408,7 +413,7 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
     """
     weights = dict(model.named_parameters())
     write_tensors(folder, {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()},
-                  lambda n: weights[n].data.to(dtype or weights[n].dtype))
+                  lambda n: [weights[n].data.to(dtype or weights[n].dtype)])
     dtype = dtype or next(iter(weights.values())).dtype
     raw = read_config_json(source)
     raw.pop("dtype", None)

@@ -21,7 +21,7 @@ from config import load_config, run
 from families import read_config_json
 from report import print_example
 from rows import PLACEHOLDER, Conversation, Row, convert, fill_placeholders, load_rows, shown
-from templates import TEMPLATES, Settings, choose_template, encode_pieces, fit_tokenizer, render_turns
+from templates import Settings, choose_template, encode_pieces, fit_tokenizer, render_turns
 from tokenizer import load_tokenizer
 
 IGNORE = -100                   # the label of a token that carries no loss
@@ -66,11 +66,14 @@ class Report:
 
 
 def load_examples(config, tokenizer, template, keep_unlearnable=False) -> tuple[list[Example], list[Example], Report]:
-    """(train, eval, report): everything from the files to arrays of ids, for `dataset` and `eval_dataset` or `val_size`.
+    """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name to arrays of ids.
 
     tokenizer must have been through fit_tokenizer(template, tokenizer). Examples without a token that carries loss are
     counted and left out unless keep_unlearnable. Raises ValueError or FileNotFoundError naming file, row and remedy.
     """
+    if config.train_on_prompt and template.efficient_eos:
+        raise ValueError(f"{config.source}: train_on_prompt cannot be used with template {template.name}, which labels "
+                         "the first token of a turn with the end of the answer before it")
     report = Report()
     sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
     train_rows, eval_rows = load_rows(config.dataset, config, sampler, report.notes), []
@@ -81,16 +84,23 @@ def load_examples(config, tokenizer, template, keep_unlearnable=False) -> tuple[
     found = []
     for split, rows in (("train", train_rows), ("eval", eval_rows)):
         examples = encode_rows(rows, config, tokenizer, template, report, split)
-        if not keep_unlearnable:
-            examples = [example for example in examples if (example.labels != IGNORE).any()]
-            if rows and not examples:
-                why = (f"{report.dropped_tail} tokens do not fill one block" if report.dropped_tail
-                       else "no token carries loss; is cutoff_len too small?")
-                raise ValueError(f"{config.source}: nothing to learn in the {len(rows)} rows of the {split} data with "
-                                 f"cutoff_len: {config.cutoff_len}: {why}")
-        report.examples[split] = len(examples)
-        found.append(examples)
+        learnable = [example for example in examples if (example.labels != IGNORE).any()]
+        report.examples[split] = len(learnable)
+        if keep_unlearnable:
+            learnable = examples
+        elif rows and not learnable:
+            raise ValueError(nothing_to_learn(config, report, split, len(rows)))
+        found.append(learnable)
     return found[0], found[1], report
+
+
+def nothing_to_learn(config, report: Report, split: str, rows: int) -> str:
+    """The sentence for data without a single token that carries loss."""
+    why = "no token carries loss; is cutoff_len too small?"
+    if report.dropped_tail:
+        why = f"{report.dropped_tail} tokens do not fill one block"
+    return f"{config.source}: nothing to learn in the {rows} rows of the {split} data with cutoff_len: " \
+           f"{config.cutoff_len}: {why}"
 
 
 # ---- split and check: rows -> conversations ---------------------------------------------------------------------
@@ -122,11 +132,10 @@ def convert_rows(rows: list[Row], config, report: Report, split: str) -> list[Co
     reject(bad, config, report, split)
     for dataset, rows_and_names in unfilled.items():
         names = sorted(set().union(*(names for _, names in rows_and_names)))
-        first = rows_and_names[0][0]
-        report.notes.append(
-            f"{len(rows_and_names)} answers of dataset '{dataset}' teach {', '.join('{{%s}}' % name for name in names)} as it "
-            f"stands; the first: {first.where}: {shown(first.data)}. To fill them, write in the config: "
-            f"placeholders: {{{', '.join(f'{name}: …' for name in names)}}}")
+        marks, first = ", ".join("{{%s}}" % name for name in names), rows_and_names[0][0]
+        report.notes.append(f"dataset '{dataset}' teaches {marks} as it stands ({len(rows_and_names)} of its answers, "
+                            f"first {first.where}: {shown(first.data)}). To fill it, set in the config: placeholders: "
+                            f"{{{', '.join(f'{name}: …' for name in names)}}}")
     return found
 
 
@@ -162,23 +171,22 @@ def encode_rows(rows: list[Row], config, tokenizer, template, report: Report, sp
 
 def settings_of(config) -> Settings:
     """What the config says about rendering a conversation."""
-    return Settings(enable_thinking=config.enable_thinking, preserve_thinking=config.preserve_thinking,
-                    mask_history=config.mask_history, tool_format=config.tool_format, default_system=config.default_system)
+    return Settings(config.enable_thinking, config.preserve_thinking, config.mask_history, config.tool_format,
+                    config.default_system)
 
 
 def packing_of(config) -> tuple[str, int]:
-    """(how rows are packed, most tokens of a row): "no", "apart", "joined" (samples see each other), "blocks" (pt).
+    """(how rows are packed, most tokens in a row): "no", "apart", "joined" (samples see each other), "blocks" (pt).
 
-    Here `packing: true` keeps samples apart; only an explicit `neat_packing: false` joins them. A packing that was asked
-    for makes rows one token shorter than cutoff_len, which LLaMA-Factory then fills with padding; so do we, without it.
+    `packing: true` keeps samples apart; only an explicit `neat_packing: false` joins them. Where packing is asked for,
+    LLaMA-Factory makes rows one token shorter than cutoff_len and pads them; we do so too, without the padding.
     """
-    asked = bool(config.given.get("packing")) or config.neat_packing
-    cutoff = config.cutoff_len - 1 if asked else config.cutoff_len
     if config.stage == "pt":
-        return "no" if config.packing is False else "blocks", cutoff
-    if not asked:
-        return "no", cutoff
-    return "joined" if config.given.get("neat_packing") is False else "apart", cutoff
+        shorter = bool(config.given.get("packing"))     # not where it is only the default of the stage
+        return "no" if config.packing is False else "blocks", config.cutoff_len - shorter
+    if not config.packing and not config.neat_packing:
+        return "no", config.cutoff_len
+    return "joined" if config.given.get("neat_packing") is False else "apart", config.cutoff_len - 1
 
 
 def encode_conversations(batch, config, tokenizer, template, report: Report, split: str) -> list[Example]:
@@ -207,10 +215,10 @@ def encode_conversations(batch, config, tokenizer, template, report: Report, spl
 def encode_documents(batch, config, tokenizer, template, report: Report, split: str) -> list[Example]:
     """Stage pt: every document ends in an end-of-text token; all tokens are labels.
 
-    Packed, the documents of the batch form one stream, cut in blocks; the tail that fills no block is dropped (counted).
-    LLaMA-Factory masks every token equal to the padding token, so that with pad = eos no end is learnt; we do not.
+    Packed, the documents of the batch form one stream, cut in blocks; the tail that fills no block is left out.
+    LLaMA-Factory masks every token equal to the padding token, so that with pad = eos no end is learnt; not so here.
     """
-    end = "<|end_of_text|>" if template == TEMPLATES["llama3"] else tokenizer.eos_token
+    end = "<|end_of_text|>" if template.name == "llama3" else tokenizer.eos_token
     documents = tokenizer.encode_batch([conversation.messages[0]["content"] + end for _, conversation in batch])
     packing, cutoff = packing_of(config)
     for (row, _), ids in zip(batch, documents):
@@ -258,7 +266,7 @@ def label_turns(turns: list, cutoff: int, train_on_prompt: bool = False, mask_hi
     """Turns [(source_ids, target_ids), …] -> (input_ids, labels) of at most `cutoff` tokens.
 
     Answers are labels; prompts too with train_on_prompt; only the last answer with mask_history. closing_eos: the eos
-    id, for templates whose answers end without it: the next turn's first token is labelled with it, and it ends the row.
+    id, for templates whose answers do not end in it: it labels the next turn's first token, and it ends the row.
     """
     parts, used = [], 0 if closing_eos is None else 1
     for place, (source, target) in enumerate(reversed(turns) if mask_history else turns):     # the last turn goes first
@@ -283,8 +291,8 @@ def label_turns(turns: list, cutoff: int, train_on_prompt: bool = False, mask_hi
 def pack(rows: list[tuple[list, list]], capacity: int, apart: bool) -> list[Example]:
     """Fills examples of at most `capacity` tokens, greedily: the longest row that still fits, again and again.
 
-    Positions restart with every row. apart: attention is cut there too; otherwise the rows of an example see each other.
-    Rows of equal length are taken last first, as in LLaMA-Factory. Rows without a label are packed like the others.
+    Positions restart with every row. apart: attention is cut there too; otherwise the rows of an example see one
+    another. Rows of equal length are taken last first, as in LLaMA-Factory; rows without a label are packed as well.
     """
     waiting, examples = sorted((len(ids), place) for place, (ids, _) in enumerate(rows)), []
     while waiting:
@@ -293,8 +301,8 @@ def pack(rows: list[tuple[list, list]], capacity: int, apart: bool) -> list[Exam
             length, place = waiting.pop(fits - 1)
             free -= length
             taken.append(place)
-        lengths = [len(rows[place][0]) for place in taken]
-        example = example_of([i for place in taken for i in rows[place][0]], [i for place in taken for i in rows[place][1]])
+        input_ids, labels = ([i for place in taken for i in rows[place][part]] for part in (0, 1))
+        example, lengths = example_of(input_ids, labels), [len(rows[place][0]) for place in taken]
         example.position_ids = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
         example.lengths = lengths if apart else [sum(lengths)]
         examples.append(example)
@@ -349,22 +357,20 @@ def collate(examples: list[Example]) -> Batch:
 
 def print_counts(report: Report):
     """The data part of the start page: a line per dataset, then what deserves a look."""
-    head = f"{'rows':>8} {'used':>8} {'tokens':>11} {'learnt':>7} {'cut off':>8} {'length 50%':>10} {'95%':>6} {'longest':>8}"
-    width = max(len(dataset) for _, dataset in report.datasets) + 6
-    print(f"\ndata{' ' * (width - 2)}{head}")
+    width = max(len(split) + len(dataset) for split, dataset in report.datasets) + 3
+    print(f"\n{'data':<{width}}    rows     used      tokens  learnt  cut off   length 50%      95%  longest")
     for (split, dataset), c in report.datasets.items():
         tokens = sum(c.lengths)
-        half, most, longest = np.percentile(c.lengths or [0], (50, 95, 100)).astype(int)
-        print(f"  {split + ' ' + dataset:<{width}}{c.rows:>8,} {len(c.lengths) - c.unlearnable:>8,} {tokens:>11,} "
-              f"{c.supervised / max(tokens, 1):>7.1%} {c.truncated:>8,} {half:>10,} {most:>6,} {longest:>8,}")
+        middle, most, longest = np.percentile(c.lengths or [0], (50, 95, 100)).astype(int)
+        print(f"  {split + ' ' + dataset:<{width - 2}}{c.rows:>8,} {len(c.lengths) - c.unlearnable:>8,} {tokens:>11,} "
+              f"{c.supervised / max(tokens, 1):>7.1%} {c.truncated:>8,} {middle:>12,} {most:>8,} {longest:>8,}")
         if c.unlearnable:
-            print(f"    {c.unlearnable} rows have nothing left to learn within cutoff_len and are skipped; the first: "
-                  f"{c.first_unlearnable}")
+            print(f"    skipped, nothing left to learn within cutoff_len: {c.unlearnable}, first {c.first_unlearnable}")
         if c.bad:
-            print(f"    {c.bad} bad rows were left out (skip_bad_rows)")
+            print(f"    left out as bad (skip_bad_rows): {c.bad}")
     if report.dropped_tail:
-        print(f"    {report.dropped_tail:,} tokens at the ends fill no block of their own and are left out")
-    print("  examples: " + ", ".join(f"{n:,} to {split}" for split, n in report.examples.items() if n))
+        print(f"  {report.dropped_tail:,} tokens at the end fill no block of cutoff_len and are left out")
+    print("  examples: " + ", ".join(f"{count:,} ({split})" for split, count in report.examples.items() if count))
     for line in report.bad_rows[:5]:
         print(f"  left out: {line}")
     for note in report.notes:
@@ -384,18 +390,20 @@ def main(argv):
     """Show the first examples, and with --jsonl FILE write all training rows, also those that training skips."""
     config = load_config(argv, "data")
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    tokenizer = load_tokenizer(base)
-    template, why = choose_template(config.template, tokenizer, read_config_json(base)["model_type"], config.force_template)
+    tokenizer, model_type = load_tokenizer(base), read_config_json(base).get("model_type")
+    template, why = choose_template(config.template, tokenizer, model_type, config.force_template)
     fit_tokenizer(template, tokenizer)
-    print(f"template: {why}")
     train, _, report = load_examples(config, tokenizer, template, keep_unlearnable=bool(config.jsonl))
     if config.jsonl:
         packed = packing_of(config)[0] in ("apart", "joined")
         write_jsonl(config.jsonl, train, config.cutoff_len if packed else 0, tokenizer.pad_id)
-        print(f"{len(train)} training rows written to {config.jsonl}")
+        print(f"{len(train):,} training rows written to {config.jsonl}")
+    print(f"template: {template.name} ({why})")
     print_counts(report)
     for number, example in enumerate(train[:3], 1):
         print_example(tokenizer, example.input_ids, example.labels, f"example {number}")
+    if not report.examples["train"]:
+        raise ValueError(nothing_to_learn(config, report, "train", len(train)))
 
 
 if __name__ == "__main__":

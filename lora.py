@@ -132,7 +132,7 @@ def _replace(model, name, module):
 
 
 def _modules_named(model, name):
-    """Modules with weights whose name ends in `name` (as PEFT matches: `norm` means every norm), or that lie in such a one."""
+    """Modules with weights whose name ends in `name` (as in PEFT: `norm` means every norm) or that lie in such a one."""
     roots = [full for full, _ in model.named_modules() if full.endswith(name)]
     weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     found = [full for full in weighty if any(full == root or full.startswith(root + ".") for root in roots)]

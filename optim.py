@@ -62,7 +62,7 @@ def _warmup_stable_decay(s, total, warm, kw):
     return max(0.0, fall * (1 - floor) + floor)
 
 
-SCHEDULES = {     # lr_scheduler_type: factor after the warm-up, from (step, total steps, warm-up steps, kwargs); its kwargs
+SCHEDULES = {     # lr_scheduler_type: factor after warm-up, from (step, total steps, warm-up steps, kwargs); its kwargs
     "linear": (_linear, ""),
     "cosine": (_cosine, "num_cycles"),
     "cosine_with_restarts": (_cosine_with_restarts, "num_cycles"),
@@ -92,8 +92,8 @@ def schedule(config, total_steps: int):
                              + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it knows {known or 'none'}")
     if kind == "cosine_with_min_lr":
         if ("min_lr" in kw) == ("min_lr_rate" in kw):
-            raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with either min_lr (a rate) or "
-                             "min_lr_rate (a share of learning_rate)")
+            raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with either min_lr (a rate) "
+                             "or min_lr_rate (a share of learning_rate)")
         kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / rate)
     if kw.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
         raise ValueError(f"lr_scheduler_kwargs: decay_type {kw['decay_type']!r} is none of cosine, linear, 1-sqrt")

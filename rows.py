@@ -1,8 +1,8 @@
 """Rows of data files as conversations: dataset_info.json, JSON / CSV / text files, the alpaca and chat layouts.
 
 Read before: nothing. Read after: data.py, which makes ids and labels of what is read here.
-Source: the dataset_info.json format is LLaMA-Factory's (github.com/hiyouga/LLaMA-Factory, data/README.md); what differs
-on purpose is listed in docs/differences.md.
+Source: the dataset_info.json format is LLaMA-Factory's (github.com/hiyouga/LLaMA-Factory, see its folder `data`); what
+differs on purpose is listed in docs/differences.md.
 """
 import csv
 import io
@@ -70,7 +70,8 @@ class Row(NamedTuple):
 
     @property
     def where(self) -> str:
-        return f"dataset '{self.source.name}', {self.file} row {self.number}"
+        name = "" if self.source.name == str(self.file) else f"dataset '{self.source.name}', "
+        return f"{name}{self.file} row {self.number}"
 
 
 class Conversation(NamedTuple):
@@ -125,8 +126,8 @@ def find_source(name: str, config, notes: list) -> Source:
         raise FileNotFoundError(f"dataset '{name}': neither {info_path} nor a file of that name exists (dataset_dir is "
                                 "the folder of dataset_info.json)")
     more = f" and {len(info) - 12} more" if len(info) > 12 else ""
-    raise ValueError(f"{info_path}: no dataset '{name}'{nearest(name, info)}. It names {', '.join(list(info)[:12])}{more}; "
-                     "a data file can also be given by its path")
+    raise ValueError(f"{info_path}: no dataset '{name}'{nearest(name, info)}; a data file can also be given by its "
+                     f"path. It names {', '.join(list(info)[:12])}{more}")
 
 
 def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list) -> Source:
@@ -144,8 +145,8 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
     for table, words, known in (("columns", columns, ROLES), ("tags", tags, TAGS)):
         for word in words:
             if word not in known:
-                raise ValueError(f"{where}: {table}: '{word}' is unknown{nearest(word, known)}. On the left stands one of "
-                                 f"{', '.join(known)}, on the right a name of your data")
+                raise ValueError(f"{where}: {table}: '{word}' is unknown{nearest(word, known)}. On the left stands one "
+                                 f"of {', '.join(known)}, on the right a name of your data")
     missing = [tag for tag in REQUIRED_TAGS if not tags.get(tag)]
     if missing and formatting != "alpaca":
         raise ValueError(f"{where}: tags: '{missing[0]}' is not named; once tags are given, the defaults are off")
@@ -156,8 +157,8 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
         files = hub_files(entry, where, config)
     elif not entry.get("file_name"):
         given = [key for key in ENTRY_KEYS[2:6] if key in entry]
-        raise ValueError(f"{where}: {given[0] if given else 'no file'} is given, but only file_name and hf_hub_url can be "
-                         "read: download the data and give its file_name")
+        raise ValueError(f"{where}: {given[0] if given else 'no file'} is given, but only file_name and hf_hub_url can "
+                         "be read: download the data and give its file_name")
     elif entry.get("split", "train") != "train":
         raise ValueError(f"{where}: split '{entry['split']}', but a local file has no splits; max_samples takes the "
                          "first rows")
@@ -187,8 +188,9 @@ def hub_files(entry: dict, where: str, config) -> tuple:
     try:
         root = Path(snapshot_download(repo, repo_type="dataset", cache_dir=config.cache_dir, allow_patterns=patterns))
     except (OSError, ValueError) as error:      # what the hub raises, offline or gated or misspelt, is one of the two
-        raise ValueError(f"{where}: '{repo}' could not be fetched ({type(error).__name__}: {shown(str(error).strip())}). "
-                         "Is the name right, is there a network? A gated dataset needs `hf auth login`") from None
+        why = f"{type(error).__name__}: {shown(str(error).strip())}"
+        raise ValueError(f"{where}: '{repo}' could not be fetched ({why}). Is the name right, is there a network? "
+                         "A gated dataset needs `hf auth login`") from None
 
     def belongs(name):
         named = [s for s, words in SPLIT_WORDS.items() if words & set(re.split("[^a-z]+", name.lower()))]
@@ -200,8 +202,8 @@ def hub_files(entry: dict, where: str, config) -> tuple:
     types = sorted({path.suffix for path in files})
     if len(types) != 1:
         found = f"files of types {', '.join(types)}" if types else f"no {', '.join(READERS)} file"
-        raise ValueError(f"{where}: '{repo}' has {found} for split '{split}'. Download it and give its file_name; parquet "
-                         f"can be converted: {TO_JSONL['.parquet'].format('FILE', 'FILE')}")
+        raise ValueError(f"{where}: '{repo}' has {found} for split '{split}'. Download it and give its file_name; "
+                         f"parquet can be converted: {TO_JSONL['.parquet'].format('FILE', 'FILE')}")
     return files
 
 
@@ -214,7 +216,7 @@ def read_rows(path: Path) -> list[Row]:
                          + (f". Convert it: {hint}" if hint else ""))
     raw = path.read_bytes()
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path} is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > {path.stem}_8{path.suffix}")
+        raise ValueError(f"{path} is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     return [Row(path, number, data) for number, data in reader(text, path)]
 
@@ -234,6 +236,8 @@ def read_json(text: str, path: Path):
         if isinstance(whole, list):
             yield from enumerate(whole, 1)
             return
+        if whole is not None and "\n" in text.strip():
+            raise ValueError(f"{path} holds one object; make it a list of rows, [{{…}}, {{…}}], or one row a line")
     for number, line in enumerate(text.split("\n"), 1):      # splitlines() would also cut at U+2028 inside a text
         if line.strip():
             try:
@@ -279,8 +283,9 @@ def check_columns(source: Source, rows: list[Row], stage: str, notes: list) -> S
     for role, column in source.columns.items():
         optional = role == "query" and source.columns == COLUMNS["alpaca"]     # many files simply have no `input`
         if keys and column not in keys and not optional:
-            raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role}){nearest(column, keys)}. "
-                             f"The rows have {', '.join(keys)}; columns in dataset_info.json tells which is which")
+            raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role})"
+                             f"{nearest(column, keys)}. The rows have {', '.join(keys)}; columns in dataset_info.json "
+                             "tells which is which")
     roles = ("prompt", "query", "messages") if stage == "pt" else ROLES
     unread = [key for key in keys if key not in [source.columns.get(role) for role in roles]]
     if unread:
@@ -351,7 +356,7 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
 
 
 def convert_messages(data: dict, source: Source, stage: str) -> Conversation:
-    """A list of turns. Tool calls in OpenAI's form, and several tool turns in a row, are for "openai" and "messages"."""
+    """A list of turns. "openai" and "messages" may have OpenAI's tool_calls, and several tool turns in a row."""
     columns, tags, strict = source.columns, source.tags, source.formatting == "sharegpt"
     role_of = {tags[f"{role}_tag"]: role for role in ("system", "function", "observation", "assistant", "user")
                if tags.get(f"{role}_tag")}

@@ -41,6 +41,9 @@ class Token:
 
     name: str
 
+    def __str__(self):
+        return f"[{self.name}]"
+
 
 BOS, EOS = Token("bos"), Token("eos")  # whichever tokens the tokenizer names for these roles
 
@@ -79,7 +82,8 @@ CHATML = Template(
 
 QWEN3 = replace(
     CHATML,
-    observation=("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n<|im_start|>assistant\n",),
+    observation=("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n"
+                 "<|im_start|>assistant\n",),
     tool_format="qwen", stop_is_eos=True, families=("qwen3", "qwen3_moe"))
 
 MISTRAL = Template(
@@ -221,7 +225,7 @@ TEMPLATES = {name: replace(row, name=name) for name, row in TEMPLATES.items()}
 class Settings:
     """The keys of the config that change how a conversation is rendered, under their names there."""
 
-    enable_thinking: bool | None = True  # formats with `reasoning` only: see add_thoughts
+    enable_thinking: bool | None = True  # formats with `reasoning` only: see settle_thought
     preserve_thinking: bool = False
     mask_history: bool = False
     tool_format: str | None = None  # in place of the template's
@@ -273,11 +277,14 @@ def render_turns(template, tokenizer, messages, system=None, tools=None, setting
     assert len(messages) % 2 == 0 and messages, f"{len(messages)} messages: turns and answers must alternate"
     template = with_overrides(template, settings)
     opening, system_text = render_opening(template, tokenizer, system, tools)
+    if system_text and messages[0]["role"] != "user":
+        raise ValueError("this format puts the system text into the first user's text, but the conversation begins "
+                         f"with {messages[0]['role']!r}. Leave the system text out, or begin with a user")
     turns = []
     for i in range(0, len(messages), 2):
         said, answer = messages[i:i + 2]
         text = (system_text if i == 0 else "") + said["content"]
-        # LLaMA-Factory numbers the turns in {{idx}} of a user slot; where somebody has typed it, it is replaced too.
+        # {{idx}} in a user slot is the turn's number, and so it is where a user has typed it: as LLaMA-Factory has it.
         number = str(i // 2) if said["role"] == "user" and not template.system_in_user else None
         source = (opening if i == 0 else []) + fill(turn_slots(template, said["role"]), tokenizer, text, number)
 
@@ -328,7 +335,7 @@ def turn_slots(template, role):
         "function": template.function or template.assistant,
     }
     if role not in slots:
-        raise ValueError(f"{unknown('role', role, slots)}")
+        raise ValueError(unknown("role", role, slots))
     return slots[role]
 
 
@@ -378,9 +385,9 @@ def settle_thought(template, text, is_last, only_last, settings):
     if unwanted or drop_history and not is_last:
         thought = re.escape(opens) + ".*?" + re.escape(closes) + "\n*"
         text = re.sub(thought, "", text, flags=re.DOTALL).lstrip("\n")
+    lacks_one = opens not in text and closes not in text
     wants_one = is_last or not (only_last or drop_history)
-    has_one = opens in text or closes in text
-    return text, "" if has_one or not wants_one else "".join(template.thought)
+    return text, "".join(template.thought) if lacks_one and wants_one else ""
 
 
 # ---------------------------------------------------------------------------------------------------------- tools
@@ -444,26 +451,35 @@ def read_call(text, thought):
     return lead, [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
 
 
+# Below, a pair of functions for each row of TOOL_FORMATS: describe_… gives the text about the tools that is added to
+# the system text, call_… the text of a call, from what read_tools and read_call have found.
+
+
 def describe_default(tools):
-    names, text = [], ""
-    for tool in tools:
-        function = tool.get("function", tool)
-        parameters = function.get("parameters") or {}
-        required = parameters.get("required") or []
-        lines = ""
-        for name, about in (parameters.get("properties") or {}).items():
-            lines += f"  - {name} ({about.get('type', '')}{', required' if name in required else ''}): "
-            lines += about.get("description", "")
-            lines += f", should be one of [{', '.join(map(str, about['enum']))}]" if about.get("enum") else ""
-            items = (about.get("items") or {}).get("type")
-            lines += f", where each item should be {items}\n" if items else "\n"
-        names.append(function["name"])
-        text += f"> Tool Name: {function['name']}\nTool Description: {function.get('description', '')}\n"
-        text += f"Tool Args:\n{lines}\n"
+    functions = [tool["function"] for tool in tools]
+    text = "".join(f"> Tool Name: {function['name']}\nTool Description: {function.get('description') or ''}\n"
+                   f"Tool Args:\n{describe_parameters(function)}\n" for function in functions)
     return (f"You have access to the following tools:\n{text}Use the following format if using a tool:\n```\n"
-            f"Action: tool name (one of [{', '.join(names)}])\n"
+            f"Action: tool name (one of [{', '.join(function['name'] for function in functions)}])\n"
             "Action Input: the input to the tool, in a JSON format representing the kwargs "
             '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n')
+
+
+def describe_parameters(function):
+    """A line for each parameter of a function, from its JSON schema."""
+    lines = ""
+    try:
+        schema = function.get("parameters") or {}
+        for name, about in (schema.get("properties") or {}).items():
+            required = ", required" if name in (schema.get("required") or ()) else ""
+            choices, items = about.get("enum"), (about.get("items") or {}).get("type")
+            lines += f"  - {name} ({about.get('type', '')}{required}): {about.get('description') or ''}"
+            lines += f", should be one of [{', '.join(map(str, choices))}]" if choices else ""
+            lines += f", where each item should be {items}\n" if items else "\n"
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"tools: the parameters of {function['name']!r} are not a JSON schema: "
+                         f"{shorten(json.dumps(function, ensure_ascii=False))}") from error
+    return lines
 
 
 def call_default(calls):
@@ -480,11 +496,12 @@ def describe_llama3(tools):
 
 
 def today():
+    """The llama3 format tells the model the day, so the same rows give other ids tomorrow (LLaMA-Factory's do too)."""
     return datetime.date.today().strftime("%d %b %Y")
 
 
 def call_llama3(calls):
-    texts = [f'{{"name": {json.dumps(name, ensure_ascii=False)}, "parameters": {arguments}}}' for name, arguments in calls]
+    texts = [call_json(call, "parameters") for call in calls]
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
@@ -496,9 +513,9 @@ def call_mistral(calls):
     return f"[{', '.join(map(call_json, calls))}]"
 
 
-def call_json(call):
+def call_json(call, key="arguments"):
     name, arguments = call
-    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
 
 
 def describe_qwen(tools):
@@ -515,12 +532,12 @@ def call_qwen(calls):
 
 
 def describe_glm4(tools):
-    functions = [tool.get("function", tool) for tool in tools]
+    functions = [tool["function"] for tool in tools]
     text = "".join(f"\n\n## {function['name']}\n\n{json.dumps(function, indent=4, ensure_ascii=False)}\n"
                    "在调用上述函数时，请使用 Json 格式表示调用的参数。" for function in functions)
     return (
-        "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，"
-        f"你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具{text}")
+        "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的"
+        f"问题和要求提供适当的答复和支持。\n\n# 可用工具{text}")
 
 
 def call_glm4(calls):
@@ -561,8 +578,8 @@ def fit_tokenizer(template, tokenizer, settings=Settings(), embedding_rows=None)
         if fits:
             tokenizer.add_tokens([token])
         elif place == 0 and template.stop_is_eos:
-            raise ValueError(f"this template ends answers with {token!r}, which this tokenizer lacks ({tokenizer.name}), "
-                             f"and the model has no room for it ({embedding_rows} ids). Choose another template")
+            raise ValueError(f"this template ends answers with {token!r}, which this tokenizer ({tokenizer.name}) "
+                             f"lacks, and the model has no room for it ({embedding_rows} ids). Choose another template")
     if template.stop_is_eos:
         tokenizer.set_token("eos_token", template.stop[0])
     if tokenizer.eos_id is None:
@@ -577,68 +594,63 @@ def fit_tokenizer(template, tokenizer, settings=Settings(), embedding_rows=None)
 
 
 def write_jinja(template, tokenizer):
-    """The same format as a jinja chat template, as other programs read it from the checkpoint. Text only: no tools."""
-
-    def expression(slots):
-        parts = []
-        for slot in slots:
-            if isinstance(slot, Token):
-                text = {BOS: tokenizer.bos_token, EOS: tokenizer.eos_token}.get(slot, slot.name)
-                parts.append(quote(text or ""))
-            else:
-                before, mark, after = slot.partition("{{content}}")
-                parts += [quote(before)] * bool(before) + ["content"] * bool(mark) + [quote(after)] * bool(after)
-        return " + ".join(parts) or "''"
+    """The format as a jinja chat template, for the programs that read one from the checkpoint. Text only, no tools."""
+    names = {BOS: tokenizer.bos_token or "", EOS: tokenizer.eos_token or ""}
 
     def quote(text):
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
-    system = expression(template.system)
-    opening = "" if template.system_in_user else "{% if system %}{% set content = system %}{{ " + system + " }}{% endif %}"
-    first_user = "{% if loop.first and system %}{% set content = system %}{% set content = " + system \
-        + " + message['content'] %}{% endif %}" if template.system_in_user else ""
+    def expression(slots, variable):
+        text = "".join(names.get(slot, slot.name) if isinstance(slot, Token) else slot for slot in slots)
+        return f" + {variable} + ".join(map(quote, text.split("{{content}}")))
+
+    system = expression(template.system, "system")
+    roles = {"user": template.user, "tool": template.observation or template.user, "assistant": template.assistant}
+    turns = "".join("{% if message['role'] == '" + role + "' %}{{ " + expression(slots, "content") + " }}{% endif %}"
+                    for role, slots in roles.items())
     return (
         "{% set system = " + quote(template.default_system) + " %}"
         "{% if messages[0]['role'] == 'system' %}"
         "{% set system = messages[0]['content'] or system %}{% set messages = messages[1:] %}{% endif %}"
-        "{{ " + expression(template.prefix) + " }}" + opening +
-        "{% for message in messages %}{% set content = message['content'] %}" + first_user +
-        "{% if message['role'] == 'user' %}{{ " + expression(template.user) + " }}"
-        "{% elif message['role'] == 'tool' %}{{ " + expression(template.observation or template.user) + " }}"
-        "{% elif message['role'] == 'assistant' %}{{ " + expression(template.assistant) + " }}{% endif %}{% endfor %}"
-    )
+        "{{ " + expression(template.prefix, "''") + " }}"
+        + ("" if template.system_in_user else "{% if system %}{{ " + system + " }}{% endif %}")
+        + "{% for message in messages %}{% set content = message['content'] %}"
+        + ("{% if loop.first and system %}{% set content = " + system + " + content %}{% endif %}"
+           if template.system_in_user else "")
+        + turns + "{% endfor %}")
 
 
 def choose_template(name, tokenizer, model_type=None, force=False):
-    """Check the template the config names, or find one where it names none. -> (Template, why).
+    """Check the template the config names, or find one where it names none. -> (Template, why); why: to be announced.
 
-    model_type: as in config.json. force: take a template that does not fit all the same. why: to be announced.
+    model_type: as in config.json. force: take a template that does not fit all the same.
     Raises ValueError naming a template that fits when this one does not, or when none can be found.
     """
     if name and name not in TEMPLATES:
         raise ValueError(unknown("template", name, TEMPLATES))
-    fitting = [row for row in TEMPLATES if TEMPLATES[row].families and not misfit(row, tokenizer, model_type)]
+    fitting = [row for row in TEMPLATES.values() if not misfit(row, tokenizer, model_type)]
     own = tokenizer.chat_template
     if own:  # what the checkpoint says of itself goes before what its vocabulary suggests
-        fitting = [row for row in TEMPLATES if TEMPLATES[row].says and not misfit(row, tokenizer, model_type)
-                   and all(text in own for text in TEMPLATES[row].says)]
-    if not name and not fitting:
-        raise ValueError(f"no template is set, and this checkpoint ({tokenizer.name}, model_type {model_type}) does not "
-                         f"show which it was made for. Set template: to one of {', '.join(TEMPLATES)}")
-    if not name:
-        why = "its chat template has " + " and ".join(map(repr, TEMPLATES[fitting[0]].says)) if own else "by vocabulary"
-        return TEMPLATES[fitting[0]], f"chosen for {tokenizer.name} ({why}; model_type {model_type})"
-    wrong = misfit(name, tokenizer, model_type)
-    if wrong and not force:
-        advice = f"Try template: {fitting[0]}" if fitting else "Try template: default"
-        raise ValueError(f"template {name!r} {wrong}. {advice} (or force_template: true to use it all the same)")
-    return TEMPLATES[name], "forced, although it " + wrong if wrong else "as the config says"
+        fitting = [row for row in fitting if row.says and all(text in own for text in row.says)]
+    else:
+        fitting = [row for row in fitting if row.families or row.needs]
+    who = f"{tokenizer.name}, model_type {model_type}"
+    if name:
+        wrong = misfit(TEMPLATES[name], tokenizer, model_type)
+        if wrong and not force:
+            raise ValueError(f"template {name!r} {wrong}. Try template: {fitting[0].name if fitting else 'default'} "
+                             "(or force_template: true to use this one all the same)")
+        return TEMPLATES[name], f"forced: it {wrong}" if wrong else "as the config says"
+    if not fitting:
+        raise ValueError(f"no template is set, and this checkpoint ({who}) does not show which one it was made for. "
+                         f"Set template: to one of {', '.join(TEMPLATES)}")
+    sign = "its chat template has " + " and ".join(map(repr, fitting[0].says)) if own else "by the tokens it has"
+    return fitting[0], f"chosen for {who}: {sign}"
 
 
-def misfit(name, tokenizer, model_type):
+def misfit(template, tokenizer, model_type):
     """Why this template does not suit this tokenizer and model, or "" if it does."""
-    template = TEMPLATES[name]
-    lacking = [token for token in template.needs if tokenizer.id_of(token) is None]
+    lacking = [token for token in template.needs if not tokenizer.knows(token)]
     if lacking:
         return f"uses {lacking[-1]!r}, which this tokenizer lacks ({tokenizer.name})"
     if model_type and template.families and model_type not in template.families:

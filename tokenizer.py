@@ -68,6 +68,10 @@ class Tokenizer:
         """The id of a token given by its exact name, or None when the vocabulary has no such token."""
         return None if token is None else self.core.token_to_id(token)
 
+    def knows(self, token):
+        """Is this text always one token? (Qwen's vocabulary has a piece `</s>` too, but cuts the text otherwise.)"""
+        return token in (added.content for added in self.core.get_added_tokens_decoder().values())
+
     def encode(self, text):
         """text -> list of ids. Never adds bos or eos."""
         return self.core.encode(text, add_special_tokens=False).ids
@@ -87,7 +91,7 @@ class Tokenizer:
         With split_special_tokens, `<|im_end|>` typed by a user must become ordinary text while the `<|im_end|>` of
         the format stays one id, so the format's are looked up before the user's text is put in.
         """
-        special = {t.content: i for i, t in self.core.get_added_tokens_decoder().items() if t.special}
+        special = {token.content: i for i, token in self.core.get_added_tokens_decoder().items() if token.special}
         if not special:
             return [text]
         longest_first = sorted(special, key=len, reverse=True)
@@ -95,8 +99,8 @@ class Tokenizer:
         return [special.get(part, part) for part in parts if part]
 
     def add_tokens(self, tokens):
-        """Give each of these an id at the end of the vocabulary, as a special token, unless it has one."""
-        new = [token for token in tokens if self.id_of(token) is None]
+        """Make each of these one special token, with an id at the end of the vocabulary unless it has one."""
+        new = [token for token in tokens if not self.knows(token)]
         self.core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
         self.grown = self.grown or bool(new)
         if "added_tokens_decoder" in self.config:
@@ -160,7 +164,7 @@ def missing_tokenizer(folder):
             return (f"{folder}: has {file} ({what}) but no tokenizer.json; only tokenizer.json can be read so far. "
                     "To convert it once, where transformers is installed: python -c \"from transformers import "
                     f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"")
-    return f"{folder}: no tokenizer.json. Is this the folder of a checkpoint? A tokenizer_config.json alone is not enough"
+    return f"{folder}: no tokenizer.json. Is this the folder of a checkpoint, fetched completely?"
 
 
 def read_json(path):
@@ -177,7 +181,7 @@ def read_json(path):
 
 
 def read_chat_template(folder, config):
-    """The checkpoint's chat template: a file of its own, or inside tokenizer_config.json, there maybe one of several."""
+    """The checkpoint's chat template: a file of its own, or in tokenizer_config.json, there maybe one of several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

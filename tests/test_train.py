@@ -122,7 +122,11 @@ def test_full_equals_a_plain_loop_of_torch(tmp_path, monkeypatch):
     out = tmp_path / "full"
     run("sft_llama3", out, monkeypatch, "finetuning_type=full", "adapter_name_or_path=null", "max_steps=1",
         "learning_rate=1e-3", "warmup_ratio=0", "lr_scheduler_type=constant", "adam_epsilon=1e-3")
-    model = transformers.AutoModelForCausalLM.from_pretrained(CURVES / "tiny_llama3", dtype=torch.float32)
+    base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "base")
+    (base / "config.json").chmod(0o644)
+    fields = json.loads((base / "config.json").read_text())               # transformers 4 reads the older key only
+    (base / "config.json").write_text(json.dumps({**fields, "rope_theta": fields["rope_parameters"]["rope_theta"]}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-3)      # eps: no sign-like steps where g is 0
     rows = read_jsonl(CURVES / "sft_llama3/processed.jsonl")[:8]
     count = sum(label != -100 for row in rows for label in row["labels"])

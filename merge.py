@@ -1,0 +1,303 @@
+"""Fold adapters into their base model, W + scale * B A, and write an ordinary checkpoint that needs no adapter.
+
+    python merge.py --config configs/tiny_merge.yaml
+    python merge.py --config my_training.yaml export_dir=models/mine        the adapter in its output_dir is taken
+
+No model is built. Every tensor passes from the base's files into new ones a block of rows at a time, so a 70B
+checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once, to the base's dtype.
+
+Read before: lora.py (merged_weight), checkpoint.py (how adapters are checked and files are streamed).
+Paper: LoRA arXiv:2106.09685, section 4.1.
+"""
+import math
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import (DTYPES, FILE_DTYPES, PREFIX, adapter_tensors, find_checkpoint, load_adapter, load_model,
+                        new_folder, open_tensors, read_adapter_config, tensor_files, write_json, write_tensors)
+from config import ignored_keys, load_config, run
+from families import read_config_json
+from lora import lora_layers, merged_weight
+from templates import choose_template, fit_tokenizer
+from tokenizer import load_tokenizer, read_json
+
+BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# how text is read and rendered; training settles all of it, so it comes from one folder, never from two
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+              "chat_template.jinja", "chat_template.json", "train_config.json")
+# what else the base's folder passes on, unless it matches the second line too
+CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+LEFT_BEHIND = ("config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", *TEXT_FILES)
+
+
+@dataclass
+class Change:
+    """What one adapter does to one tensor: adds scale * B A, or, where scale is None, puts its own in the place."""
+    file: Path
+    key: str                    # the tensor's name in the file; for B and A without .lora_A.weight, .lora_B.weight
+    scale: float | None
+    has_copy: bool = False      # the file holds the base's tensor too, as peft does it for an adapted head
+
+
+@dataclass
+class Planned:
+    """One tensor of the new checkpoint: which tensor of the base it is made from, by what changes, and its dtype."""
+    file: Path
+    key: str
+    shape: tuple
+    dtype: torch.dtype
+    changes: list[Change] = field(default_factory=list)
+
+
+def main(argv):
+    config = load_config(argv, "merge")
+    if ignored := ignored_keys(config):
+        print(f"accepted, no effect here: {', '.join(ignored)}")
+    device = "cuda" if config.export_device != "cpu" and torch.cuda.is_available() else "cpu"
+    if config.export_device == "cuda" and device == "cpu":
+        raise ValueError(f"export_device: cuda, but torch {torch.__version__} sees no GPU; set export_device: cpu")
+    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in adapter_names(config)]
+    print(f"base      {base}")
+    for adapter in adapters:
+        print(f"adapter   {adapter}{other_base(adapter, base, config.model_name_or_path)}")
+    if not adapters:
+        print("adapter   none (adapter_name_or_path is not set): the weights are written as they are")
+    merge_checkpoint(base, adapters, config.export_dir, DTYPES.get(config.infer_dtype), int(config.export_size * 1e9),
+                     config.overwrite, config.template, config.force_template, device)
+
+
+def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10**9, overwrite=False, template=None,
+                     force_template=False, device="cpu"):
+    """Write base + adapters as a checkpoint of its own into export_dir, which appears complete or not at all.
+
+    base, adapters: folders; adapters are added in their order. dtype: of all weights; None keeps each tensor's.
+    shard_bytes: largest weight file. template: name of the chat format, None: the one stored with the adapters.
+    device: where sums are formed. Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged
+    files, an export_dir that is in use; OSError when the disk is too small.
+    """
+    base, adapters, began = Path(base), [Path(adapter) for adapter in adapters], time.monotonic()
+    target = check_target(Path(export_dir), [base, *adapters], overwrite)
+    fields = read_config_json(base)
+    plan, untied = plan_tensors(base, adapters, dtype)
+    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.values())
+
+    template, force_template = stored_template(adapters or [base], template, force_template)
+    text_source = next((adapter for adapter in reversed(adapters) if (adapter / "tokenizer.json").is_file()), base)
+    print(f"template  {template or 'none is stored or set: the files of the tokenizer stay as they are'}")
+
+    with new_folder(target) as work:
+        copy_files(base, text_source, work)
+        if template and (text_source / "tokenizer.json").is_file():
+            fit_text_files(text_source, work, template, force_template, fields)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+            write_tensors(work, {name: (t.shape, t.dtype) for name, t in plan.items()},
+                          lambda name: blocks(name, plan[name], device), shard_bytes, bar.update)
+        if untied:
+            fields["tie_word_embeddings"] = False
+        if dtype:
+            fields |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in fields}
+        write_json(work / "config.json", fields)
+        read_back(work, plan)
+
+    print(f"{export_dir}: {len(list(target.iterdir()))} files, {total / 1e9:.3g} GB of weights, "
+          f"{time.monotonic() - began:.1f} s; {len(plan)} tensors read back with the planned names, shapes and dtypes")
+
+
+# ---- what is merged, and where to -------------------------------------------------------------------------------
+
+
+def adapter_names(config) -> list[str]:
+    """adapter_name_or_path; without it, the output_dir in which a training left its adapter; without both, none."""
+    if config.adapter_name_or_path or not config.output_dir:
+        return config.adapter_name_or_path or []
+    if not (Path(config.output_dir) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"output_dir {config.output_dir} holds no adapter (adapter_config.json); train first, "
+                                "or name the adapter's folder as adapter_name_or_path")
+    return [config.output_dir]
+
+
+def other_base(adapter, base, name) -> str:
+    """A remark when the adapter names another base. Only that: the same model has many names."""
+    trained_on = read_adapter_config(adapter)[1].get("base_model_name_or_path")
+    if not trained_on or trained_on in (name, str(base)) or base.resolve() in (
+            Path(trained_on).resolve(), (adapter / trained_on).resolve()):
+        return ""
+    return f"\n          warning: it says it was trained on {trained_on}; it is added all the same if its shapes fit"
+
+
+def stored_template(trained, asked, force) -> tuple[str | None, bool]:
+    """The chat format to use: the one asked for, else the one stored with what was trained; and whether it is a must.
+
+    Raises ValueError when the two differ and `force` is off.
+    """
+    stored = {folder: read_json(folder / "train_config.json").get("template") for folder in trained}
+    found = [name for name in stored.values() if name]
+    name = asked or (found[0] if found else None)
+    for folder, other in stored.items():
+        if other and other != name and not force:
+            raise ValueError(f"template: {name}, but {folder} was trained with {other}. Leave template out, or set "
+                             "force_template: true")
+    return name, force or name in found
+
+
+def check_target(path, sources, overwrite) -> Path:
+    """The absolute path to write to. Raises ValueError when that could cost the user anything."""
+    target = path.resolve()
+    for source in sources:
+        if target in (source.resolve(), *source.resolve().parents):
+            raise ValueError(f"export_dir: {path} {'is' if target == source.resolve() else 'holds'} {source}, which is "
+                             "read here and stays as it is. Name another folder")
+    if target.is_file():
+        raise ValueError(f"export_dir: {path} is a file. Name a folder")
+    there = sorted(target.iterdir()) if target.is_dir() else []
+    if there and not overwrite:
+        raise ValueError(f"export_dir: {path} is not empty (it holds {there[0].name}). Name another folder, or set "
+                         "overwrite: true")
+    if there and (target / "config.json" not in there or any(item.is_dir() for item in there)):
+        raise ValueError(f"export_dir: {path} holds other things than a checkpoint, and overwrite: true would remove "
+                         "them. Name another folder")
+    return target
+
+
+# ---- the plan, made from names and shapes alone -----------------------------------------------------------------
+
+
+def plan_tensors(base, adapters, dtype) -> tuple[dict[str, Planned], bool]:
+    """{name: Planned} in the base's order, and whether head and embedding, one matrix in the base, become two.
+
+    A dtype other than None is for weights; what else the files hold (older tools stored rotary_emb.inv_freq) is
+    carried as it is.
+    """
+    skeleton = load_model(base, skip_weights=True)          # on the meta device: shapes without numbers
+    weights = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    tied, untied, plan = skeleton.config.tie_word_embeddings, False, {}
+    for name, file in tensor_files(base).items():
+        shape, stored = stored_as(file, name)
+        if weights.get(name, shape) != shape:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it {list(weights[name])}")
+        plan[name] = Planned(file, name, shape, dtype if dtype and name in weights else stored)
+    if missing := [name for name in weights if name not in plan and not (tied and name == HEAD)]:
+        raise ValueError(f"{base}: {len(missing)} tensors that config.json describes are not in the files, such as "
+                         f"{', '.join(missing[:4])}. Is the download complete?")
+    for adapter in adapters:
+        for name, change in changes_of(adapter, base).items():
+            if tied and name in (HEAD, EMBEDDING):
+                untied = True
+                plan.setdefault(HEAD, replace(plan[EMBEDDING], changes=[]))
+            plan[name].changes.append(change)
+    return plan, untied
+
+
+def changes_of(adapter, base) -> dict[str, Change]:
+    """{tensor name: Change} of an adapter; attaching it to an empty model finds all that does not fit, by name."""
+    skeleton = load_model(base, skip_weights=True)
+    load_adapter(skeleton, adapter)
+    file = adapter / "adapter_model.safetensors"
+    with open_tensors(file) as tensors:
+        copies = [key for key in tensors.keys() if key.endswith(".base_layer.weight")]
+    changes = {}
+    for name, layer in lora_layers(skeleton).items():
+        key = PREFIX + name
+        changes[f"{name}.weight"] = Change(file, key, layer.scale, has_copy=f"{key}.base_layer.weight" in copies)
+    for key in adapter_tensors(skeleton):
+        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+            changes[key.removeprefix(PREFIX)] = Change(file, key, None)
+    return changes
+
+
+def stored_as(file, key) -> tuple[tuple, torch.dtype]:
+    """Shape and dtype of a tensor in a file, from the file's header."""
+    with open_tensors(file) as tensors:
+        part = tensors.get_slice(key)
+        shape, code = tuple(part.get_shape()), part.get_dtype()
+    if code not in FILE_DTYPES:
+        raise ValueError(f"{file}: {key} is stored as {code}; known are {', '.join(FILE_DTYPES)}")
+    return shape, FILE_DTYPES[code]
+
+
+# ---- the work ---------------------------------------------------------------------------------------------------
+
+
+def blocks(name, tensor: Planned, device):
+    """The rows of one finished tensor, in order, BLOCK numbers at a time.
+
+    Files are opened for each block: what was read of a mapped file counts as memory for as long as it is open.
+    """
+    def read(file, key, rows=...):
+        with open_tensors(file) as tensors:
+            return tensors.get_slice(key)[rows].to(device)
+
+    lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight") for c in tensor.changes]    # (r, in)
+    step = max(1, BLOCK // max(1, math.prod(tensor.shape[1:])))
+    for start in range(0, tensor.shape[0] if tensor.shape else 1, step):
+        rows = slice(start, start + step) if tensor.shape else ...
+        block = read(tensor.file, tensor.key, rows)
+        for change, A in zip(tensor.changes, lows):
+            if change.scale is None:
+                block = read(change.file, change.key, rows)
+                continue
+            if change.has_copy:
+                check_copy(block, read(change.file, change.key + ".base_layer.weight", rows), name, change.file)
+            B = read(change.file, change.key + ".lora_B.weight", rows)                          # (rows, r)
+            block = merged_weight(block.float(), A, B, change.scale)
+        if tensor.changes and not block.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} holds NaN or "
+                             "infinity")
+        rounded = block.to(tensor.dtype)
+        if tensor.dtype == torch.float16 and block.dtype != torch.float16 and not rounded.isfinite().all():
+            raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, which ends at "
+                             "65,504; set infer_dtype: bfloat16")
+        yield rounded
+
+
+def check_copy(block, copy, name, file):
+    """Raise unless the copy of the base's tensor in an adapter file is the base's, up to the rounding of 16 bits."""
+    if (block.float() - copy.float()).abs().max() > 0.01 * block.abs().max():
+        raise ValueError(f"{file}: it was trained on a model whose {name} has other values than this base's")
+
+
+def copy_files(base, text_source, work):
+    """Licence, generation settings and the like from the base's folder, what reads text from text_source."""
+    for file in base.iterdir():
+        if (file.is_file() and any(fnmatch(file.name, pattern) for pattern in CARRIED)
+                and not any(fnmatch(file.name, pattern) for pattern in LEFT_BEHIND)):
+            shutil.copyfile(file, work / file.name)
+    for name in TEXT_FILES:
+        if (text_source / name).is_file():
+            shutil.copyfile(text_source / name, work / name)
+
+
+def fit_text_files(text_source, work, template, force, fields):
+    """Make the tokenizer and generation_config.json end replies as the chat format does.
+
+    Without that, generate() of transformers runs on after the reply of a model whose base knew another end.
+    """
+    tokenizer = load_tokenizer(text_source)
+    chat_format, _ = choose_template(template, tokenizer, fields.get("model_type"), force)
+    stops = fit_tokenizer(chat_format, tokenizer, embedding_rows=fields["vocab_size"])
+    tokenizer.save(work)
+    (work / "special_tokens_map.json").unlink(missing_ok=True)      # its older form; the two must not disagree
+    generation = read_json(work / "generation_config.json")
+    known = generation.get("eos_token_id", fields.get("eos_token_id"))
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if new := [stop for stop in stops if stop not in known and stop < fields["vocab_size"]]:
+        write_json(work / "generation_config.json", {**generation, "eos_token_id": known + new})
+
+
+def read_back(work, plan):
+    """Compare names, shapes and dtypes of the written files with the plan, before they get their final name."""
+    found = {name: stored_as(file, name) for name, file in tensor_files(work).items()}
+    if found != {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}:
+        raise OSError(f"{work}: what was written does not read back as it was planned. Is the disk in order?")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,494 @@
+"""checkpoint.py: its files as safetensors reads them, a hub played by a local server, kills, full disks, resuming.
+
+Loading a whole model is proved in test_model.py, adapters in test_lora.py, streamed merging in test_merge.py.
+"""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+import checkpoint
+from checkpoint import (CODES, checkpoints_in, find_checkpoint, load_model, load_training_state, new_folder,
+                        open_tensors, plan_shards, save_adapter, save_model, save_training_state, tensor_files,
+                        write_json, write_tensors)
+from lora import LoRAConfig, attach_lora
+from tests.common import GOLDEN, ROOT, needs_shared
+from tests.test_model import tiny, write
+
+
+# ---- finding, on disk ----
+
+
+def test_a_local_folder_is_taken_as_it_is(tmp_path):
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="model.safetensors is a file; name the folder that holds"):
+        find_checkpoint(str(tmp_path / "model.safetensors"))
+
+
+def test_a_folder_that_does_not_exist_gets_the_nearest_name(tmp_path, monkeypatch):
+    (tmp_path / "Meta-Llama-3-8B").mkdir()
+    for wrong in (tmp_path / "Meta-LLama-3-8b", tmp_path / "x" / "y", tmp_path / "a b"):
+        with pytest.raises(FileNotFoundError, match=f"{wrong} does not exist"):
+            find_checkpoint(str(wrong))
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*/Meta-Llama-3-8B\?"):
+        find_checkpoint(str(tmp_path / "Meta-LLama-3-8b"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="./Meta does not exist"):
+        find_checkpoint("./Meta")
+
+
+# ---- finding, on the hub ----
+
+FILES = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors": b"weights", "README.md": b"text",
+         "consolidated.safetensors": b"weights again", "original/params.json": b"{}", "pytorch_model.bin": b"pickle"}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as huggingface.co does: one good repository, one gated, one unknown, one that fails."""
+
+    def do_GET(self):
+        path, commit = self.path.split("?")[0], "a" * 40
+        if "acme/gated" in path:
+            return self.answer(403, error="GatedRepo")
+        if "acme/unknown" in path:
+            return self.answer(401, error="RepoNotFound")
+        if "acme/tiny/revision/nope" in path:
+            return self.answer(404, error="RevisionNotFound")
+        if "acme/tiny/revision" in path:
+            files = [{"rfilename": name} for name in FILES]
+            return self.answer(200, {"id": "acme/tiny", "sha": commit, "siblings": files, "private": False, "tags": []})
+        if "acme/tiny/tree" in path:
+            return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "b" * 40}
+                                     for name, data in FILES.items()])
+        if "acme/tiny/resolve" in path:
+            return self.answer(200, FILES[path.split(f"{commit}/")[1]], commit)
+        self.answer(500)
+
+    do_HEAD = do_GET
+
+    def answer(self, status, content=b"", commit=None, error=None):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        headers = {"Content-Length": str(len(body)), "X-Error-Code": error, "X-Repo-Commit": commit,
+                   "ETag": f'"{hashlib.sha1(body).hexdigest()}"' if commit else None}
+        for name, value in headers.items():
+            if value is not None:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+ASK = """
+import json, os, sys
+from checkpoint import find_checkpoint
+answers = []
+for arguments in json.loads(sys.argv[1]):
+    try:
+        folder = find_checkpoint(*arguments)
+        answers.append([str(folder), sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())])
+    except Exception as error:
+        answers.append([type(error).__name__, str(error)])
+print(json.dumps(answers))
+"""
+
+
+def ask(home, endpoint, *arguments, **env):
+    """What find_checkpoint says in a process of its own: huggingface_hub reads the environment when it is imported."""
+    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **env}
+    env.pop("HF_TOKEN", None)
+    done = subprocess.run([sys.executable, "-c", ASK, json.dumps(arguments)], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_hub(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    try:
+        good, gated, unknown, revision, name, failing = ask(
+            tmp_path, endpoint, ["acme/tiny"], ["acme/gated"], ["acme/unknown"], ["acme/tiny", "nope"], ["acme/a--b"],
+            ["acme/failing"])
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert good[0].startswith(str(tmp_path))                            # HF_HOME
+    assert good[1] == ["config.json", "model.safetensors", "tokenizer.json"]      # no pickles, nothing twice
+    for error, words in [
+            (gated, "gated: accept its licence at https://huggingface.co/acme/gated, then log in with `hf auth login`"),
+            (unknown, "acme/unknown is neither a local folder nor a repository of the hub"),
+            (revision, "acme/tiny has no revision 'nope'"),
+            (name, "acme/a--b does not exist, and no repository of the hub can have that name"),
+            (failing, "acme/failing is no local folder, is not in the cache, and the hub could not be reached")]:
+        assert error[0] == "FileNotFoundError" and words in error[1], error
+
+    # the server is gone: what was fetched is still found, what was not says why
+    cached, absent = ask(tmp_path, endpoint, ["acme/tiny"], ["acme/other"], HF_HUB_OFFLINE="1")
+    assert cached == good
+    assert absent[0] == "FileNotFoundError"
+    assert "(HF_HUB_OFFLINE is set)" in absent[1] and "hf download acme/other" in absent[1]
+
+
+# ---- writing tensors ----
+
+
+def assorted():
+    """Tensors of every dtype the format shares with us, and of odd shapes."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t.{code}": (torch.randn(5, 7, generator=generator) * 9).to(dtype) for dtype, code in CODES.items()}
+    return {**tensors, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "turned": torch.randn(6, 3).T,
+            "odd bytes": torch.zeros(3, dtype=torch.uint8), "last": torch.randn(2, 2, 2)}
+
+
+def stream(folder, tensors, **more):
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    write_tensors(folder, shapes, lambda name: [tensors[name]], **more)
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(-1).view(torch.uint8),
+                                                                     b.contiguous().view(-1).view(torch.uint8))
+
+
+def test_the_safetensors_package_reads_what_we_write(tmp_path):
+    tensors, seen = assorted(), []
+    stream(tmp_path, tensors, progress=seen.append)
+    read = load_file(tmp_path / "model.safetensors")
+    assert read.keys() == tensors.keys() and all(same(read[name], tensors[name]) for name in tensors)
+    assert sum(seen) == sum(t.nbytes for t in tensors.values())
+    with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
+        assert file.metadata() == {"format": "pt"}                      # without it transformers refuses the file
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_shards_stay_below_the_limit_and_the_index_names_them(tmp_path):
+    tensors = {f"layers.{i}.weight": torch.randn(50, 10) for i in range(10)} | {"large": torch.randn(3000)}
+    limit = 5000
+    stream(tmp_path, tensors, limit=limit)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert list(index["weight_map"]) == list(tensors)
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 4
+    for file in files:
+        held = load_file(tmp_path / file)
+        assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
+        assert all(same(held[name], tensors[name]) for name in held)
+        assert os.path.getsize(tmp_path / file) <= limit or list(held) == ["large"]
+    assert {name: file.name for name, file in tensor_files(tmp_path).items()} == index["weight_map"]
+
+
+def test_shards_keep_the_order_and_waste_no_file():
+    shards = plan_shards({"a": 400, "b": 400, "c": 400, "d": 5000, "e": 10}, 1500)
+    assert shards == [["a", "b"], ["c"], ["d"], ["e"]]
+
+
+def test_tensors_may_come_in_blocks_and_one_is_held_at_a_time(tmp_path):
+    whole, alive, most = torch.randn(12, 5), weakref.WeakSet(), []
+
+    def rows_of(name):
+        for start in range(0, 12, 4):
+            block = whole[start:start + 4].clone()
+            alive.add(block)
+            most.append(len(alive))
+            yield block
+            del block
+
+    write_tensors(tmp_path, {name: ((12, 5), torch.float32) for name in "ab"}, rows_of)
+    read = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(read["a"], whole) and torch.equal(read["b"], whole) and most == [1] * 6
+
+
+def test_disk_full_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    asked = []
+    with pytest.raises(OSError, match="0.01 GB to write, 0.00 GB free. Make room, or choose another folder"):
+        write_tensors(tmp_path, {"x": ((2000, 1000), torch.float32)}, asked.append)
+    assert not asked and not list(tmp_path.iterdir())
+    stream(tmp_path, {"x": torch.zeros(700, 1000)})                     # 2.8 MB fit
+
+
+@pytest.fixture
+def no_file_above_20_kb():
+    """The disk ends in the middle of a write: the system refuses every byte beyond the limit."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_disk_full_in_the_middle_is_an_oserror_and_leaves_nothing(tmp_path, no_file_above_20_kb):
+    model = attach_lora(tiny(), LoRAConfig(r=64))
+    with pytest.raises(OSError):
+        with new_folder(tmp_path / "streamed") as work:
+            stream(work, {"x": torch.zeros(100, 100)})
+    with pytest.raises(OSError, match="adapter_model.safetensors could not be written .*Is there room on the disk"):
+        with new_folder(tmp_path / "adapter") as work:
+            save_adapter(model, work, LoRAConfig(r=64), "base")
+    with pytest.raises(OSError):
+        with new_folder(tmp_path / "json") as work:
+            write_json(work / "state.json", ["long"] * 10_000)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- whole models ----
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama3_sharded", "qwen2_bf16", "qwen2_tied", "qwen3", "mistral"])
+def test_load_then_save_gives_the_same_tensors(name, tmp_path):
+    source = GOLDEN / "models" / name
+    before = {tensor: load_file(file)[tensor] for tensor, file in tensor_files(source).items()}
+    save_model(load_model(source), tmp_path, source)
+    after = load_file(tmp_path / "model.safetensors")
+    assert after.keys() == before.keys() and all(same(after[key], before[key]) for key in before)
+    fields = [json.loads((path / "config.json").read_text()) for path in (source, tmp_path)]
+    for each in fields:
+        each["torch_dtype"] = each.pop("dtype", each.get("torch_dtype"))
+    assert fields[0] == fields[1]
+
+
+@needs_shared
+def test_saved_model_in_another_dtype_loads_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = GOLDEN / "models" / "qwen2_tied"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_bytes((source / "config.json").read_bytes())
+    (tmp_path / "source" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    (tmp_path / "out").mkdir()
+    save_model(load_model(source), tmp_path / "out", tmp_path / "source", torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16} and theirs.generation_config.temperature == 0.5
+    ids, ours = torch.arange(20)[None], load_model(tmp_path / "out")
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 0.3
+
+
+def test_weights_of_different_dtypes_stay_as_they_are(tmp_path):
+    """Part of a bfloat16 model trained in float32."""
+    model = tiny().to(torch.bfloat16)
+    model.lm_head.float()
+    (tmp_path / "out").mkdir()
+    save_model(model, tmp_path / "out", write(tmp_path / "base", tiny()))
+    read = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name for name, t in read.items() if t.dtype == torch.float32} == {"lm_head.weight"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": ', "{}", '{"weight_map": ', "[]"])
+def test_damaged_index(text, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match="model.safetensors.index.json is damaged or incomplete; fetch it again"):
+        tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\0" * 500])
+def test_files_that_are_not_safetensors(content, tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="x.safetensors is damaged or incomplete .*; fetch it again"):
+        with open_tensors(tmp_path / "x.safetensors"):
+            pass
+
+
+# ---- all or nothing ----
+
+
+def test_new_folder_appears_when_it_is_complete(tmp_path):
+    with new_folder(tmp_path / "deep" / "out") as work:
+        (work / "a").write_text("1")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["out"]
+    assert (tmp_path / "deep" / "out" / "a").read_text() == "1"
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_new_folder_after_an_exception(tmp_path, error):
+    """Nothing of the new one is left, and an old one is as it was."""
+    for old in (False, True):
+        if old:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "a").write_text("old")
+        with pytest.raises(error):
+            with new_folder(tmp_path / "out") as work:
+                (work / "a").write_text("new")
+                raise error
+        assert [p.name for p in tmp_path.rglob("*")] == (["out", "a"] if old else [])
+    assert (tmp_path / "out" / "a").read_text() == "old"
+    with new_folder(tmp_path / "out") as work:
+        (work / "b").write_text("new")
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "b"]
+
+
+def test_an_old_folder_outlives_a_stop_at_the_last_moment(tmp_path, monkeypatch):
+    """The old one is moved away, not deleted, before the new one takes the name."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    replace = os.replace
+
+    def stop(source, target):
+        if str(source).endswith(".partial"):
+            raise SystemExit("killed")
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", stop)
+    with pytest.raises(SystemExit):
+        with new_folder(tmp_path / "out") as work:
+            (work / "a").write_text("new")
+    kept = {p.parent.name: p.read_text() for p in tmp_path.rglob("a")}
+    assert kept == {"out.old": "old", "out.partial": "new"}
+    monkeypatch.undo()
+    with new_folder(tmp_path / "out") as work:
+        (work / "a").write_text("newer")
+    assert (tmp_path / "out" / "a").read_text() == "newer" and not (tmp_path / "out.partial").exists()
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from checkpoint import new_folder, write_tensors
+def rows_of(name):
+    if name == "c":
+        print("writing", flush=True)
+        time.sleep(60)
+    return [torch.ones(1000, 100)]
+with new_folder(Path(sys.argv[1])) as work:
+    write_tensors(work, {name: ((1000, 100), torch.float32) for name in "abc"}, rows_of)
+"""
+
+
+def test_kill_while_writing_leaves_no_folder_and_the_next_run_cleans_up(tmp_path):
+    target = tmp_path / "out"
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    assert child.wait(30) == -signal.SIGKILL
+    child.stdout.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]      # half a checkpoint, but not under the name
+    with new_folder(target) as work:
+        stream(work, {"a": torch.ones(2)})
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "model.safetensors"]
+
+
+def test_json_is_replaced_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    write_json(path, {"name": "小明", "loss": float("nan")})
+    assert "小明" in path.read_text(encoding="utf-8") and json.loads(path.read_text(encoding="utf-8"))["loss"] != 0
+    with pytest.raises(TypeError):
+        write_json(path, {"name": object()})
+    assert "小明" in path.read_text(encoding="utf-8")
+
+
+# ---- resuming ----
+
+
+class Toy:
+    """AdamW in two groups over a noisy loss: every step draws from torch's generator."""
+
+    def __init__(self, seed=0, size=6):
+        torch.manual_seed(seed)
+        self.named = {"layer.weight": nn.Parameter(torch.randn(size, 4)), "layer.bias": nn.Parameter(torch.randn(size))}
+        self.names = list(self.named)
+        weight, bias = self.named.values()
+        groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "lr": 0.02}]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.1)
+
+    def train(self, steps):
+        weight, bias = self.named.values()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            ((torch.randn(3, 4) @ weight.T + bias).square().mean() * torch.rand(())).backward()
+            self.optimizer.step()
+        return self
+
+    def values(self):
+        state = [value for p in self.named.values() for _, value in sorted(self.optimizer.state[p].items())]
+        return [*self.named.values(), *state, torch.get_rng_state()]
+
+
+def test_going_on_equals_never_stopping(tmp_path):
+    straight = Toy().train(9).values()
+    first = Toy().train(4)
+    state = {"step": 4, "log_history": [{"loss": 1.5}], "best": None}
+    save_training_state(tmp_path, first.optimizer, first.names, state)
+    weights = {name: p.detach().clone() for name, p in first.named.items()}
+    torch.rand(100)                                                     # time passes, another process starts
+    second = Toy(seed=99)
+    with torch.no_grad():
+        for name, p in second.named.items():
+            p.copy_(weights[name])
+    assert load_training_state(tmp_path, second.optimizer, second.names) == state
+    assert all(torch.equal(a, b) for a, b in zip(second.train(5).values(), straight))
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"]      # no pickle
+
+
+def test_a_second_save_may_replace_the_file_that_was_loaded(tmp_path):
+    """Loaded tensors must not change when the file they came from does."""
+    toy = Toy().train(3)
+    save_training_state(tmp_path, toy.optimizer, toy.names, {})
+    again = Toy()
+    load_training_state(tmp_path, again.optimizer, again.names)
+    held = [v.clone() for v in again.values()[2:-1]]
+    save_training_state(tmp_path, toy.train(2).optimizer, toy.names, {})
+    assert all(torch.equal(a, b) for a, b in zip(again.values()[2:-1], held))
+
+
+@pytest.mark.parametrize("rename, size, words", [
+    ({"layer.weight": "other.weight"}, 6, "holds no optimizer state for other.weight, which this run trains: the"),
+    ({}, 7, r"optimizer state of shape \[6.*\] for layer..*, which is \[7.*\] here"),
+])
+def test_state_of_another_run(tmp_path, rename, size, words):
+    toy = Toy().train(1)
+    save_training_state(tmp_path, toy.optimizer, toy.names, {})
+    other = Toy(size=size)
+    with pytest.raises(ValueError, match=words):
+        load_training_state(tmp_path, other.optimizer, [rename.get(name, name) for name in other.names])
+
+
+def test_state_of_a_run_that_trained_more(tmp_path):
+    toy = Toy().train(1)
+    save_training_state(tmp_path, toy.optimizer, toy.names, {})
+    fewer = torch.optim.AdamW([toy.named["layer.weight"]])
+    with pytest.raises(ValueError, match="holds optimizer state for layer.bias, which this run does not train"):
+        load_training_state(tmp_path, fewer, ["layer.weight"])
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"])
+def test_state_that_is_incomplete(tmp_path, file):
+    toy = Toy().train(1)
+    save_training_state(tmp_path, toy.optimizer, toy.names, {})
+    (tmp_path / file).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file} is missing: the run cannot be resumed from here"):
+        load_training_state(tmp_path, toy.optimizer, toy.names)
+
+
+def test_complete_checkpoints_oldest_first(tmp_path):
+    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "checkpoint-5.partial", "other-1"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-3":                                      # stopped before its state was written
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+    assert checkpoints_in(tmp_path / "absent") == []

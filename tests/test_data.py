@@ -1,0 +1,427 @@
+"""data.py against rows recorded from LLaMA-Factory (golden/data, golden/curves), identities, and hand-made numbers."""
+import functools
+import json
+
+import numpy as np
+import pytest
+
+import data
+import templates
+from config import Config, load_config
+from templates import TEMPLATES, encode_prompt, fit_tokenizer
+from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
+from tokenizer import load_tokenizer
+
+IGNORE = data.IGNORE
+CASE_KEYS = ("case", "stage", "template", "tokenizer", "tokenizer_backend", "predict", "settings", "dataset_info")
+
+
+@pytest.fixture(autouse=True)
+def day_of_recording(monkeypatch):
+    """The llama3 tool text names the date; the golden rows were recorded on this one."""
+    monkeypatch.setattr(templates, "today", lambda: "21 Nov 2026")
+
+
+@functools.cache
+def tokenizer_for(template, folder):
+    tokenizer = load_tokenizer(folder)
+    fit_tokenizer(template, tokenizer)
+    return tokenizer
+
+
+def make_config(folder, settings=(), **more):
+    """A Config for the dataset `rows` in `folder`, through the same door as a user's yaml."""
+    given = {"dataset": "rows", "dataset_dir": str(folder), "model_name_or_path": "unread", **dict(settings), **more}
+    path = folder / "config.json"
+    path.write_text(json.dumps(given), encoding="utf-8")
+    return load_config([str(path)], "data")
+
+
+def write_dataset(folder, rows, entry):
+    """rows as a data file of the kind the entry names, and dataset_info.json beside it."""
+    name = entry.get("file_name", "rows.json")
+    text = "".join(row["text"] + "\n" for row in rows) if name.endswith(".txt") else json.dumps(rows)
+    (folder / name).write_text(text, encoding="utf-8")
+    info = {"rows": {"file_name": name, **entry}}
+    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def pairs(examples):
+    return [(example.input_ids.tolist(), example.labels.tolist()) for example in examples]
+
+
+def cases_of(file):
+    """The recorded lines of a golden file, grouped by case: [(one line, raw rows, [(input_ids, labels), …])]."""
+    groups = {}
+    for line in read_jsonl(GOLDEN / "data" / f"{file}.jsonl"):
+        groups.setdefault(json.dumps([line.get(key) for key in CASE_KEYS]), []).append(line)
+    return [(lines[0], lines[0].get("rows") or [line["row"] for line in lines], lines) for lines in groups.values()]
+
+
+def known(line):
+    """Whether this release has the template, and reads the tokenizer as the line was made with."""
+    return line["template"] in TEMPLATES and line.get("tokenizer_backend", "file") == "file"
+
+
+# ---- against the recorded rows ----------------------------------------------------------------------------------
+
+
+@needs_shared
+@pytest.mark.parametrize("file", ["templates", "formats", "truncation", "settings", "thinking", "tools", "packing",
+                                  "pretrain", "templates_094"])
+def test_golden_rows(file, tmp_path):
+    checked = 0
+    for line, rows, lines in cases_of(file):
+        if not known(line) or line["predict"] or "error" in line:
+            continue
+        settings = {"cutoff_len": 2048, "stage": line["stage"], "template": line["template"], **line["settings"]}
+        if settings.get("packing") and not settings.get("neat_packing"):
+            settings["neat_packing"] = False          # said explicitly: LLaMA-Factory's plain packing
+        write_dataset(tmp_path, rows, line["dataset_info"])
+        if settings["stage"] == "pt" and settings.get("neat_packing") is False:
+            del settings["neat_packing"]
+        config = make_config(tmp_path, settings, skip_bad_rows=line["case"] == "broken_rows")
+        template = TEMPLATES[line["template"]]
+        tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
+        examples, _, _ = data.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        where = f"{file} {[line[key] for key in CASE_KEYS]}"
+        output = lines[0].get("output") or lines
+        assert len(examples) == len(output), where
+        for example, wanted in zip(examples, output):
+            check_example(example, wanted, tokenizer, settings, where)
+            checked += 1
+    assert checked > 10
+
+
+def check_example(example, wanted, tokenizer, settings, where):
+    """Equal ids, labels, positions and attention stretches. What LLaMA-Factory pads to cutoff_len, we do not store."""
+    n = len(example.input_ids)
+    padding = len(wanted["input_ids"]) - n
+    assert padding == 0 or settings.get("packing") and settings["stage"] == "sft", where
+    assert example.input_ids.tolist() + [tokenizer.pad_id] * padding == wanted["input_ids"], where
+    if "labels" in wanted:
+        assert example.labels.tolist() + [IGNORE] * padding == wanted["labels"], where
+    else:
+        assert example.labels.tolist() == wanted["input_ids"], where          # stage pt: made by its collator
+    if "position_ids" in wanted:
+        assert example.position_ids.tolist() + [0] * padding == wanted["position_ids"], where
+        mask = [i for i, length in enumerate(example.lengths, 1) for _ in range(length)]
+        fill = 0 if settings.get("neat_packing") else 1
+        assert mask + [fill] * padding == wanted["attention_mask"], where
+
+
+@needs_shared
+def test_golden_prompts(tmp_path):
+    """The generation path: prompt and answer apart, cut by the same rule."""
+    from rows import convert, load_rows
+    checked = 0
+    for line, rows, lines in cases_of("predict") + cases_of("templates_094"):
+        if not line["predict"] or not known(line):
+            continue
+        write_dataset(tmp_path, rows, line["dataset_info"])
+        config = make_config(tmp_path, {"cutoff_len": 2048, **line["settings"]})
+        template = TEMPLATES[line["template"]]
+        tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
+        raw = load_rows(config.dataset, config, np.random.RandomState(0), [])
+        for row, wanted in zip(raw, lines, strict=True):
+            messages, system, tools = convert(row)
+            prompt, answer = encode_prompt(template, tokenizer, messages, system, tools, data.settings_of(config))
+            answer = answer + [tokenizer.eos_id] * template.efficient_eos
+            keep_prompt, keep_answer = data.cut_pair(len(prompt), len(answer), config.cutoff_len)
+            assert prompt[:keep_prompt] == wanted["input_ids"], line
+            assert answer[:keep_answer] == wanted["labels"], line
+            checked += 1
+    assert checked > 100
+
+
+@needs_shared
+def test_golden_batches(tmp_path):
+    """A collated batch, padded by this test as LLaMA-Factory's collator pads, is the recorded one."""
+    checked = 0
+    for line in read_jsonl(GOLDEN / "data" / "batches.jsonl"):
+        if line["stage"] != "sft" or not known(line):
+            continue
+        settings = {"cutoff_len": 2048, **line["settings"]}
+        if settings.get("packing"):
+            settings.setdefault("neat_packing", False)
+        write_dataset(tmp_path, line["rows"], line["dataset_info"])
+        template = TEMPLATES[line["template"]]
+        tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
+        examples, _, _ = data.load_examples(make_config(tmp_path, settings), tokenizer, template)
+        wanted = line["batch"]
+        examples = examples[:len(wanted["input_ids"])]
+        batch, start = data.collate(examples), 0
+        for place, example in enumerate(examples):
+            n = len(example.input_ids)
+            padding = len(wanted["input_ids"][place]) - n
+            padded = batch.input_ids[0, start:start + n].tolist() + [tokenizer.pad_id] * padding
+            assert padded == wanted["input_ids"][place]
+            assert batch.targets[start:start + n - 1].tolist() + [IGNORE] * padding == wanted["labels"][place][1:]
+            if "may_attend" in wanted:
+                stretch = np.repeat(range(len(example.lengths)), example.lengths)
+                may = (stretch[:, None] == stretch[None]) & np.tri(n, dtype=bool)
+                assert (np.array(wanted["may_attend"][place])[..., :n, :n] == may).all()
+            if "position_ids" in wanted:
+                assert batch.position_ids[0, start:start + n].tolist() == wanted["position_ids"][place][:n]
+            start += n
+        assert batch.n_items == sum(label != IGNORE for row in wanted["labels"] for label in row)
+        checked += 1
+    assert checked >= 3
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ["sft_llama3", "sft_eval", "sft_packing", "sft_qwen2_loraplus", "sft_shuffled", "pt"])
+def test_curves(case):
+    """The recorded runs: processed rows in their order, and which of them made each micro-batch."""
+    folder = GOLDEN / "curves" / case
+    extra = ["neat_packing=false"] if case == "sft_packing" else []
+    config = load_config([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", *extra], "train")
+    template = TEMPLATES[config.template]
+    tokenizer = tokenizer_for(template, folder / config.model_name_or_path)
+    train, evaluation, _ = data.load_examples(config, tokenizer, template)
+    recorded = read_jsonl(folder / "processed.jsonl")
+    assert len(train) + len(evaluation) == len(recorded)
+    for example, wanted in zip(train + evaluation, recorded):
+        settings = {"packing": case == "sft_packing", "stage": config.stage}
+        check_example(example, wanted, tokenizer, settings, (case, wanted["split"], wanted["index"]))
+    order = []
+    for epoch in range(int(config.num_train_epochs)):
+        order += data.micro_batches(data.epoch_order(len(train), config.seed, epoch, not config.disable_shuffling),
+                                    config.per_device_train_batch_size)
+    steps = read_jsonl(folder / "micro_steps.rank0.jsonl")
+    batches = [[index for split, index in step["rows"]] for step in steps
+               if step["event"] == "batch" and step["rows"][0][0] == "train"]
+    assert order == batches[:len(order)] and len(batches) >= len(order) - 1
+    items = [step["num_items_in_batch"] for step in steps if step["event"] == "micro_step"]
+    group = config.gradient_accumulation_steps
+    assert sum(data.collate([train[i] for i in batch]).n_items for batch in order[:group]) == items[0]
+
+
+@needs_shared
+def test_published_example(tmp_path):
+    """The first example of the published runs, and how many they had (alpaca_en_demo had one row more then)."""
+    published = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text(encoding="utf-8"))
+    template = TEMPLATES["llama3"]
+    tokenizer = tokenizer_for(template, SHARED / "tokenizers" / "llama3")
+    config = make_config(tmp_path, dataset="identity,alpaca_en_demo", max_samples=500, dataset_dir=str(SHARED / "data"))
+    train, _, _ = data.load_examples(config, tokenizer, template)
+    first = published["training_example"]
+    assert train[0].input_ids.tolist() == first["input_ids"]
+    assert train[0].labels.tolist() == [IGNORE] * first["masked_prefix"] + first["input_ids"][first["masked_prefix"]:]
+    assert len(train) == published["runs"][2]["num_examples"]
+
+
+@needs_shared
+def test_golden_errors(tmp_path):
+    """What LLaMA-Factory refuses is refused here too, by the config, the template or the data."""
+    checked = 0
+    for line in read_jsonl(GOLDEN / "data" / "errors.jsonl"):
+        if "interleave_probs" in line["settings"]:
+            continue                                # listed by name as a key without effect: only concat exists
+        write_dataset(tmp_path, line["rows"], line["dataset_info"])
+        with pytest.raises(ValueError):
+            config = make_config(tmp_path, {"stage": line["stage"], "template": line["template"], **line["settings"]})
+            tokenizer = load_tokenizer(SHARED / "tokenizers" / line["tokenizer"])
+            template, _ = templates.choose_template(config.template, tokenizer, None, force=True)
+            fit_tokenizer(template, tokenizer)
+            data.load_examples(config, tokenizer, template)
+            pytest.fail(f"not refused: {line['case']}")
+        checked += 1
+    assert checked > 5
+
+
+# ---- rows that need the user's attention ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words():
+    """A tokenizer made here: one token a word, and a template of bare texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from tokenizer import Tokenizer as Ours
+    vocabulary = {word: i for i, word in enumerate(["[unk]", "</s>", *(f"w{n}" for n in range(200))])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Ours(core, {"eos_token": "</s>", "unk_token": "[unk]"})
+    template = templates.Template(user=("{{content}}",))
+    fit_tokenizer(template, tokenizer)
+    return tokenizer, template
+
+
+def load(tmp_path, words, rows, entry=None, **settings):
+    write_dataset(tmp_path, rows, entry or {})
+    return data.load_examples(make_config(tmp_path, settings), *words)
+
+
+def ask(question, answer):
+    return {"instruction": question, "input": "", "output": answer}
+
+
+def test_bad_rows_stop_the_run_or_are_left_out(tmp_path, words):
+    rows = [ask("w1", "w2"), ask("w3", " "), ask("w4", "w5")]
+    with pytest.raises(ValueError, match=r"(?s)1 bad row\n.*dataset 'rows'.*rows.json row 2: answer 1 is empty.*w3.*"
+                                         "skip_bad_rows: true"):
+        load(tmp_path, words, rows)
+    train, _, report = load(tmp_path, words, rows, skip_bad_rows=True)
+    assert len(train) == 2 and report.datasets["train", "rows"].bad == 1
+    assert len(report.bad_rows) == 1 and "row 2: answer 1 is empty" in report.bad_rows[0]
+
+
+def test_unreadable_tool_call_is_a_bad_row(tmp_path, words):
+    turns = [{"from": "human", "value": "w1"}, {"from": "function_call", "value": "call w2"}]
+    with pytest.raises(ValueError, match=r"(?s)rows.json row 1: function call: not JSON"):
+        load(tmp_path, words, [{"conversations": turns}], {"formatting": "sharegpt"})
+
+
+def test_placeholders_warn_or_are_filled(tmp_path, words):
+    rows = [ask("w9", "w1 {{ name }} w2"), ask("w9", "w3")]
+    train, _, report = load(tmp_path, words, rows)
+    assert len(train) == 2
+    assert any("{{name}}" in note and "row 1" in note and "placeholders: {name: …}" in note for note in report.notes)
+    train, _, report = load(tmp_path, words, rows, placeholders={"name": "w7"})
+    assert train[0].input_ids.tolist() == words[0].encode("w9 w1 w7 w2 </s>") and not report.notes
+
+
+def test_rows_with_nothing_to_learn_are_counted_shown_and_skipped(tmp_path, words, capsys):
+    """cutoff 2 leaves the second row two tokens of prompt: int(2 * 2 / 7) = 0 of its answer."""
+    rows = [ask("w1", "w2"), ask("w1 w2 w3 w4 w5", "w6")]
+    train, _, report = load(tmp_path, words, rows, cutoff_len=2)
+    assert pairs(train) == [([3, 4], [IGNORE, 4])]
+    data.print_counts(report)
+    told = capsys.readouterr().out
+    assert "nothing left to learn within cutoff_len: 1, first" in told and "row 2 (7 tokens)" in told
+    with pytest.raises(ValueError, match="no token carries loss"):
+        load(tmp_path, words, rows[1:], cutoff_len=2)
+
+
+def test_counts(tmp_path, words, capsys):
+    train, evaluation, report = load(tmp_path, words, [ask("w1", "w2 w3")] * 8, val_size=0.25)
+    assert (len(train), len(evaluation)) == (6, 2)
+    counts = report.datasets["train", "rows"]
+    assert (counts.rows, counts.lengths, counts.supervised, counts.truncated) == (6, [4] * 6, 18, 0)
+    data.print_counts(report)
+    assert "75.0%" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="val_size: 0.99 takes 8 of 8 rows"):
+        load(tmp_path, words, [ask("w1", "w2 w3")] * 8, val_size=0.99)
+
+
+def test_eval_dataset(tmp_path, words):
+    (tmp_path / "held_out.jsonl").write_text(json.dumps(ask("w5", "w6")), encoding="utf-8")
+    train, evaluation, _ = load(tmp_path, words, [ask("w1", "w2")], eval_dataset=str(tmp_path / "held_out.jsonl"))
+    assert (len(train), len(evaluation)) == (1, 1) and evaluation[0].input_ids.tolist() == words[0].encode("w5 w6 </s>")
+
+
+# ---- pieces by hand and by slow twins ---------------------------------------------------------------------------
+
+
+def test_cut_pair_fills_the_room_and_no_more():
+    for source in range(0, 30):
+        for target in range(1, 30):
+            for room in range(1, 40):
+                kept_source, kept_target = data.cut_pair(source, target, room)
+                assert 0 <= kept_source <= source and 0 <= kept_target <= target
+                assert kept_source + kept_target <= room
+                if source + target < room:
+                    assert (kept_source, kept_target) == (source, target)
+
+
+def test_label_turns_by_hand():
+    turns = [([1, 2], [3]), ([4], [5, 6])]
+    assert data.label_turns(turns, 100) == ([1, 2, 3, 4, 5, 6], [-100, -100, 3, -100, 5, 6])
+    assert data.label_turns(turns, 100, train_on_prompt=True) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
+    assert data.label_turns(turns, 100, mask_history=True) == ([1, 2, 3, 4, 5, 6], [-100] * 4 + [5, 6])
+    assert data.label_turns(turns, 100, closing_eos=9) == ([1, 2, 3, 4, 5, 6, 9], [-100, -100, 3, 9, 5, 6, 9])
+    assert data.label_turns(turns, 3) == ([1, 2, 3], [-100, -100, 3])            # the second turn finds no room
+    assert data.label_turns(turns, 3, mask_history=True)[0] == [4, 5, 6]         # the last turn has priority
+
+
+def slow_pack(lengths, capacity):
+    """The same greedy rule, written to be read: lists of row numbers."""
+    left, packs = list(range(len(lengths))), []
+    while left:
+        free, pack = capacity, []
+        while True:
+            fitting = [row for row in left if lengths[row] <= free]
+            if not fitting:
+                break
+            row = max(fitting, key=lambda row: (lengths[row], row))
+            left.remove(row)
+            pack.append(row)
+            free -= lengths[row]
+        packs.append(pack)
+    return packs
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pack_equals_its_slow_twin(seed):
+    generator = np.random.default_rng(seed)
+    rows = [([row] * n, [row] * n) for row, n in enumerate(generator.integers(1, 20, size=60).tolist())]
+    wanted = slow_pack([len(ids) for ids, _ in rows], 32)
+    for apart in (True, False):
+        examples = data.pack(rows, 32, apart)
+        assert [list(dict.fromkeys(example.input_ids.tolist())) for example in examples] == wanted
+        for example, pack in zip(examples, wanted):
+            lengths = [len(rows[row][0]) for row in pack]
+            assert example.lengths == (lengths if apart else [sum(lengths)])
+            assert example.position_ids.tolist() == [i for n in lengths for i in range(n)]
+
+
+def test_packing_keeps_samples_apart_unless_told_not_to(tmp_path, words):
+    rows = [ask("w1 w2", "w3"), ask("w4", "w5")]
+    for settings, lengths in (({"packing": True}, [4, 3]), ({"neat_packing": True}, [4, 3]),
+                              ({"packing": True, "neat_packing": False}, [7])):
+        train, _, _ = load(tmp_path, words, rows, cutoff_len=20, **settings)
+        assert [example.lengths for example in train] == [lengths]
+
+
+def test_collate_shifts_within_each_stretch():
+    first = data.Example(np.int32([1, 2, 3]), np.int32([-100, 2, 3]), [3])
+    second = data.Example(np.int32([4, 5, 6, 7]), np.int32([4, 5, 6, 7]), [2, 2], np.int32([0, 1, 0, 1]))
+    batch = data.collate([first, second])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    assert batch.targets.tolist() == [2, 3, -100, 5, -100, 7, -100]
+    assert batch.lengths == [3, 2, 2] and batch.n_items == 6
+
+
+def test_order_and_micro_batches():
+    order = data.epoch_order(10, seed=3, epoch=1, shuffle=True)
+    assert sorted(order) == list(range(10)) and order != data.epoch_order(10, seed=3, epoch=2, shuffle=True)
+    assert order == data.epoch_order(10, seed=4, epoch=0, shuffle=True)           # seed + epoch is all that counts
+    assert data.epoch_order(3, 0, 5, shuffle=False) == [0, 1, 2]
+    assert data.micro_batches(order, 4) == [order[:4], order[4:8], order[8:]]
+    assert data.micro_batches(order, 4, drop_last=True) == [order[:4], order[4:8]]
+    assert data.micro_batches(order, 5, drop_last=True) == [order[:5], order[5:]]
+
+
+def test_documents(tmp_path, words):
+    """Stage pt: one stream in blocks, or one document a row; all tokens are labels, the last tail is left out."""
+    entry = {"file_name": "rows.txt", "columns": {"prompt": "text"}}
+    rows = [{"text": "w1 w2 w3"}, {"text": ""}, {"text": "w4"}]
+    end = words[0].eos_id
+    template = templates.Template(user=("{{content}}",), assistant=("{{content}}", " ", templates.EOS))
+    tokenizer = words[0]
+    tokenizer.encode_batch = lambda texts: [tokenizer.encode(text.replace("</s>", " </s>")) for text in texts]
+    train, _, report = load(tmp_path, (tokenizer, template), rows, entry, stage="pt", cutoff_len=3)
+    stream = [*tokenizer.encode("w1 w2 w3"), end, end, *tokenizer.encode("w4"), end]
+    assert pairs(train) == [(stream[:3], stream[:3]), (stream[3:6], stream[3:6])] and report.dropped_tail == 1
+    train, _, _ = load(tmp_path, (tokenizer, template), rows, entry, stage="pt", cutoff_len=3, packing=False)
+    assert [ids for ids, _ in pairs(train)] == [stream[:3], [end], stream[5:]]
+    with pytest.raises(ValueError, match="7 tokens do not fill one block"):
+        load(tmp_path, (tokenizer, template), rows, entry, stage="pt", cutoff_len=30)
+
+
+@needs_shared
+def test_command_line_writes_every_row(tmp_path, capsys):
+    """python data.py config.yaml --jsonl FILE: the rows LLaMA-Factory made, its padding of packed rows included."""
+    folder, out = GOLDEN / "curves" / "sft_packing", tmp_path / "rows.jsonl"
+    data.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "neat_packing=false",
+               f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl", str(out)])
+    wanted = [{key: row[key] for key in ("input_ids", "labels")} for row in read_jsonl(folder / "processed.jsonl")]
+    assert read_jsonl(out) == wanted
+    told = capsys.readouterr().out
+    assert "example 1" in told and "train train" in told
+    with pytest.raises(ValueError, match="nothing to learn"):       # written all the same, to be looked at
+        data.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "packing=false", "cutoff_len=1",
+                   f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl", str(out)])
+    assert all(row["labels"] == [IGNORE] for row in read_jsonl(out)) and len(read_jsonl(out)) == 27

@@ -1,0 +1,109 @@
+"""The rules of the house, read from the source with ast: who may import whom, docstrings, no path of one machine."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.common import ROOT
+
+LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
+    ("config", "families", "attention", "tokenizer", "losses", "optim", "report", "generate"),
+    ("model", "lora", "templates", "rows"),
+    ("checkpoint",),
+    ("data",),
+    ("train", "chat", "merge"),
+)
+SCRIPTS = LEVELS[-1]
+# what a module of requirements.txt is called when it is imported
+PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
+            "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}
+OPTIONAL = {"flash_attn", "matplotlib"}         # used where installed, so imported inside the function that uses them
+MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)) for name, path in MODULES.items()}
+
+
+def imports(tree, inside_functions=True):
+    """Top names of the modules that a file imports."""
+    found, todo = set(), list(ast.iter_child_nodes(tree))
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "the files are no package: no relative imports"
+            found.add(node.module.split(".")[0])
+        elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            todo += ast.iter_child_nodes(node)
+    return found
+
+
+def tracked(*endings):
+    """Files of the repository with these endings, as git knows them (new ones too, ignored ones not)."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in listing.stdout.splitlines() if name.endswith(endings) and (ROOT / name).is_file()]
+
+
+def test_every_file_has_a_level():
+    levels = [name for level in LEVELS for name in level]
+    assert sorted(levels) == sorted(set(levels)) and set(MODULES) <= set(levels), set(MODULES) - set(levels)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_one_way(name):
+    level = next(i for i, names in enumerate(LEVELS) if name in names)
+    allowed = {other for names in LEVELS[:level] for other in names}
+    ours = imports(TREES[name]) & set(MODULES)
+    assert ours <= allowed, f"{name}.py imports {', '.join(sorted(ours - allowed))}"
+
+
+def test_the_reader_of_imports_sees_all_kinds():
+    tree = ast.parse("import a.b as c\nfrom d.e import f\ntry:\n    import g\nexcept ImportError:\n    pass\n"
+                     "class H:\n    import i\n    def j(self):\n        from k import l\n")
+    assert imports(tree) == {"a", "d", "g", "i", "k"} and imports(tree, inside_functions=False) == {"a", "d", "g", "i"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_only_the_packages_of_requirements_txt(name):
+    known = set(sys.stdlib_module_names) | set(MODULES) | set(PACKAGES.values())
+    assert imports(TREES[name], inside_functions=False) <= known
+    assert imports(TREES[name]) <= known | OPTIONAL
+
+
+def test_requirements_txt_is_that_list_and_nothing_is_left_over():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = {re.match(r"[\w.-]+", line)[0] for line in lines if line.strip() and not line.startswith("#")}
+    assert wanted == set(PACKAGES)
+    used = set().union(*(imports(tree) for tree in TREES.values()))
+    assert set(PACKAGES.values()) | OPTIONAL <= used
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_says_what_to_read_and_names_files_that_exist(name):
+    text = ast.get_docstring(TREES[name])
+    assert text and len(text.splitlines()) > 2
+    assert re.search(r"\bRead (before|first|after|next)\b", text), "what to read before or after this file?"
+    missing = [file for file in re.findall(r"[\w/]+\.(?:py|md)\b", text) if not (ROOT / file).is_file()]
+    assert not missing, missing
+    if name in SCRIPTS:
+        assert f"python {name}.py" in text
+
+
+def test_no_path_of_one_machine():
+    pattern = re.compile(r"(?<![\w.}~-])/(root|tmp|work|home|Users)\b")
+    files = tracked(".py", ".md", ".yaml", ".yml", ".txt", ".json", ".ini")
+    assert ROOT / "train.py" in files
+    found = [f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}" for path in files
+             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if pattern.search(line)]
+    assert not found, "\n".join(found)
+
+
+def test_config_knows_nothing_of_torch():
+    """Seen from inside: `python config.py --keys` answers at once."""
+    assert "torch" not in imports(TREES["config"])
+    code = "import sys, config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

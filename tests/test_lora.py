@@ -1,0 +1,430 @@
+"""lora.py and the adapter half of checkpoint.py, against PEFT: what it recorded, what it computes, what it reads."""
+import json
+import math
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from checkpoint import PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, save_adapter
+from families import model_config
+from lora import (LoRAConfig, LoRALinear, attach_lora, find_targets, head_weight, lora_layers, merge_adapters,
+                  merged_weight, set_adapters, trainable)
+from losses import cross_entropy_sum
+from model import CausalLM
+from tests.common import GOLDEN, needs_shared
+from tests.test_model import tiny, write
+
+PLAIN = [f"{base}_{kind}" for base in ("llama3", "qwen2", "qwen3") for kind in ("r8", "r4_rslora", "r8_qv")]
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft", "ignore::Warning:transformers")
+IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def golden(name):
+    """Base model, adapter folder, and what PEFT computed with them."""
+    folder = GOLDEN / "lora" / name
+    model = load_model(GOLDEN / "models" / name.split("_")[0], torch.float32)
+    return model, folder, load_file(folder / "expected.safetensors")
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model.logits(model(ids))
+
+
+def in_peft(base_folder, adapter_folder):
+    """The same base and adapter, loaded by transformers and PEFT."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_folder, attn_implementation="eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(base, adapter_folder).eval()
+    assert not [w for w in said if "missing adapter keys" in str(w.message)]
+    return model
+
+
+def shake(model, seed=0, size=0.3):
+    """Give every trained parameter a value of its own, so that an adapter that is not used shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in trainable(model).values():
+            p.add_(size * torch.randn(p.shape, generator=generator))
+    return model
+
+
+# ---- adapters that PEFT wrote ----
+
+
+@needs_shared
+@pytest.mark.parametrize("name", PLAIN)
+def test_golden_adapter(name):
+    model, folder, want = golden(name)
+    real = want["attention_mask"].bool()
+
+    def far(logits, key):
+        return (logits - want[key])[real].abs().max()
+
+    def loss(logits):
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), want["labels"][:, 1:].flatten(), ignore_index=-100)
+
+    load_adapter(model, folder)
+    model.eval()
+    logits = logits_of(model, want["input_ids"])
+    assert far(logits, "logits") < 1e-4 and abs(loss(logits) - want["loss"]) < 1e-5
+    set_adapters(model, False)
+    off = logits_of(model, want["input_ids"])
+    assert far(off, "logits_base") < 1e-4 and far(off, "logits") > 0.1
+    set_adapters(model, True)
+    merge_adapters(model)
+    assert not lora_layers(model) and not trainable(model)
+    merged = logits_of(model, want["input_ids"])
+    assert far(merged, "logits_merged") < 1e-4 and abs(loss(merged) - want["loss_merged"]) < 1e-5
+    weights = {key: value for key, value in want.items() if key.startswith("merged.")}
+    assert weights
+    for key, value in weights.items():
+        assert (model.get_parameter(key.removeprefix("merged.")) - value).abs().max() < 1e-5, key
+
+
+@needs_shared
+@pytest.mark.parametrize("name", PLAIN)
+def test_saved_golden_adapter_is_the_same_file_and_peft_reads_it(name, tmp_path):
+    model, folder, want = golden(name)
+    config = load_adapter(model, folder)
+    save_adapter(model, tmp_path, config, "somewhere/base")
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == theirs[key].dtype for key in theirs)
+    written, recorded = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path, folder))
+    assert sorted(written.pop("target_modules")) == sorted(recorded["target_modules"])
+    assert {**written, "base_model_name_or_path": None} == {key: recorded[key] for key in written} | {
+        "base_model_name_or_path": None}
+    with torch.no_grad():
+        logits = in_peft(GOLDEN / "models" / name.split("_")[0], tmp_path)(want["input_ids"]).logits
+    real = want["attention_mask"].bool()
+    assert (logits - logits_of(model.eval(), want["input_ids"]))[real].abs().max() < 1e-4
+
+
+@needs_shared
+@pytest.mark.parametrize("base", ["llama3", "qwen2", "qwen3"])
+def test_dora_is_refused(base):
+    model, folder, _ = golden(f"{base}_r8_dora")
+    with pytest.raises(ValueError, match="adapter_config.json: this is a DoRA adapter; DoRA is not in this release"):
+        load_adapter(model, folder)
+
+
+# ---- fresh adapters ----
+
+
+def test_fresh_adapter_changes_nothing_and_trains_only_itself():
+    model = tiny().requires_grad_(True)
+    before = logits_of(model, IDS)
+    attach_lora(model, LoRAConfig(r=4), seed=1)
+    assert torch.equal(logits_of(model, IDS), before)
+    model.logits(model(IDS)).square().mean().backward()
+    learn = trainable(model)
+    assert len(learn) == 2 * 2 * 7 and all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in learn)
+    for name, p in model.named_parameters():
+        assert (p.grad is not None) == (name in learn), name
+    for name, p in learn.items():                                       # B is zero, so only B feels the loss at first
+        assert bool(p.grad.any()) == ("lora_B" in name), name
+
+
+def test_fresh_adapter_is_distributed_as_pefts():
+    peft = pytest.importorskip("peft")
+    ours = attach_lora(nn.Sequential(nn.Linear(400, 30)), LoRAConfig(r=64), seed=3)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(400, 30)), peft.LoraConfig(r=64, target_modules=["0"]))
+    weights = [lora_layers(ours)["0"].lora_A.weight, theirs.get_submodule("base_model.model.0.lora_A.default").weight]
+    for A in weights:                                                   # uniform in ±1/sqrt(400)
+        A = A.detach()
+        assert A.shape == (64, 400) and 0.0499 < A.abs().max() <= 0.05
+        assert abs(A.mean()) < 1e-3 and abs(A.std() - 0.05 / math.sqrt(3)) < 5e-4
+    assert not lora_layers(ours)["0"].lora_B.weight.any()
+
+
+def test_seed_decides_the_adapter_whatever_else_is_adapted():
+    def A(seed, targets="all"):
+        model = attach_lora(tiny(), LoRAConfig(target_modules=targets), seed)
+        return model.model.layers[1].self_attn.v_proj.lora_A.weight
+
+    torch.manual_seed(0)
+    first = A(7)
+    torch.manual_seed(1)
+    assert torch.equal(first, A(7)) and torch.equal(first, A(7, ["v_proj"])) and not torch.equal(first, A(8))
+    model = attach_lora(tiny(), LoRAConfig(target_modules=["q_proj"]), 7)
+    assert not torch.equal(*(layer.self_attn.q_proj.lora_A.weight for layer in model.model.layers))
+
+
+def test_dropout_acts_on_the_input_of_A_in_training_only():
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(40, 30), r=4, scale=2.0, dropout=0.5)
+    x = torch.randn(3, 40)
+
+    def by_hand(x_dropped):
+        return (F.linear(x, layer.weight, layer.bias)
+                + 2.0 * F.linear(F.linear(x_dropped, layer.lora_A.weight), layer.lora_B.weight))
+
+    torch.manual_seed(1)
+    got = layer.train()(x)
+    torch.manual_seed(1)
+    assert torch.allclose(got, by_hand(F.dropout(x, 0.5)), atol=1e-6)
+    assert torch.allclose(layer.eval()(x), by_hand(x), atol=1e-6) and not torch.allclose(got, layer(x), atol=1e-2)
+
+
+# ---- which modules ----
+
+
+def test_targets_by_name_path_pattern_and_all():
+    model = tiny()
+    one, two = "model.layers.0.", "model.layers.1."
+    assert find_targets(model, ["v_proj", "q_proj"]) == [f"{i}self_attn.{n}_proj" for i in (one, two) for n in "qv"]
+    assert find_targets(model, ["layers.1.mlp.up_proj"]) == [two + "mlp.up_proj"]
+    assert find_targets(model, ["lm_head", one + "self_attn.o_proj"]) == [one + "self_attn.o_proj", "lm_head"]
+    assert find_targets(model, r".*\.0\..*(gate|up)_proj") == [one + "mlp.gate_proj", one + "mlp.up_proj"]
+    for every in ("all", "all-linear", ["all"]):
+        found = find_targets(model, every)
+        assert len(found) == 14 and "lm_head" not in found
+
+
+@pytest.mark.parametrize("target, words", [
+    (["q_prj"], r"lora_target: 'q_prj' matches no linear layer .* \(did you mean 'q_proj'\?\); it has down_proj,"),
+    (["proj"], "'proj' matches no linear layer"),                       # a part of a name is not a name
+    (["embed_tokens"], "'embed_tokens' matches no linear layer"),
+    ("q_proj", "pattern 'q_proj' matches no linear layer; names look like 'model.layers.0"),
+    ("*q_proj", "is no regular expression"),
+])
+def test_target_that_is_not_there(target, words):
+    with pytest.raises(ValueError, match=words):
+        attach_lora(tiny(), LoRAConfig(target_modules=target))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_rank_and_alpha_patterns_equal_peft(rslora, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    settings = dict(r=4, lora_alpha=8, use_rslora=rslora, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
+                    rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6, r"layers\.0\..*_proj": 3},
+                    alpha_pattern={"k_proj": 20, r"model.layers.1.self_attn.q_proj": 5, "up": 99})
+    ours = attach_lora(tiny(), LoRAConfig(**settings))
+    base = transformers.AutoModelForCausalLM.from_pretrained(write(tmp_path, tiny()))
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
+    for name, layer in lora_layers(ours).items():
+        twin = theirs.base_model.model.get_submodule(name)
+        assert (layer.lora_A.out_features, layer.scale) == (twin.r["default"], twin.scaling["default"]), name
+    assert len({layer.lora_A.out_features for layer in lora_layers(ours).values()}) == 4
+    save_adapter(shake(ours), tmp_path, LoRAConfig(**settings), str(tmp_path))
+    with torch.no_grad():
+        logits = in_peft(tmp_path, tmp_path)(IDS).logits
+    assert (logits - logits_of(ours, IDS)).abs().max() < 1e-4
+    again = tiny()
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits_of(again, IDS), logits_of(ours, IDS))
+
+
+# ---- modules trained whole (additional_target) ----
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "gate_proj", "lm_head"]], ids=["q", "with head"])
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"], ["mlp"]],
+                         ids="+".join)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_modules_to_save_equal_peft(tied, whole, targets, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = write(tmp_path / "base", tiny(tie_word_embeddings=tied), tie_word_embeddings=tied)
+    config = LoRAConfig(r=3, target_modules=targets, modules_to_save=whole)
+    ours = shake(attach_lora(load_model(base), config))
+    (tmp_path / "ours").mkdir()
+    save_adapter(ours, tmp_path / "ours", config, str(base))
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, target_modules=targets, modules_to_save=whole,
+                                                         task_type="CAUSAL_LM"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    keys = load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
+    assert adapter_tensors(ours).keys() == {key for key in keys if not key.endswith("base_layer.weight")}
+    load_adapter(load_model(base), tmp_path / "theirs")                 # PEFT's copy of the frozen head is no obstacle
+    load_adapter(load_model(base, skip_weights=True), tmp_path / "theirs")  # nor on the meta device, as in merging
+
+    wanted = logits_of(ours, IDS)
+    with torch.no_grad():
+        assert (in_peft(base, tmp_path / "ours")(IDS).logits - wanted).abs().max() < 1e-4
+    again = load_model(base)
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits_of(again, IDS), wanted)
+    if whole == ["lm_head"]:                                            # a tied head is untied; the embedding stays
+        assert torch.equal(ours.model.embed_tokens.weight, tiny(tie_word_embeddings=tied).model.embed_tokens.weight)
+
+
+def test_copy_of_another_base_in_an_adapter_is_refused(tmp_path):
+    model = attach_lora(tiny(), LoRAConfig(target_modules=["lm_head"]))
+    save_adapter(model, tmp_path, LoRAConfig(target_modules=["lm_head"]), "base")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for copy, fine in ((model.lm_head.weight.detach().clone(), True), (model.lm_head.weight + 1, False)):
+        save_file({**tensors, PREFIX + "lm_head.base_layer.weight": copy}, tmp_path / "adapter_model.safetensors")
+        if fine:
+            load_adapter(tiny(), tmp_path)
+        else:
+            with pytest.raises(ValueError, match="not used: 1, such as base_model.model.lm_head.base_layer.weight"):
+                load_adapter(tiny(), tmp_path)
+
+
+def test_modules_to_save_that_is_not_there():
+    with pytest.raises(ValueError, match=r"additional_target: 'lm_haed' is no module .* \(did you mean 'lm_head'"):
+        attach_lora(tiny(), LoRAConfig(modules_to_save=["lm_haed"]))
+
+
+def test_adapted_head_in_the_loss_equals_its_logits():
+    targets = IDS.roll(-1, 1).flatten()
+    for config in (LoRAConfig(target_modules=["lm_head"]), LoRAConfig(modules_to_save=["lm_head"])):
+        model, gradients = shake(attach_lora(tiny(), config)), []
+        losses = (F.cross_entropy(model.logits(model(IDS)).flatten(0, 1), targets, reduction="sum"),
+                  cross_entropy_sum(model(IDS).flatten(0, 1), head_weight(model), targets))
+        for loss in losses:
+            model.zero_grad()
+            loss.backward()
+            gradients.append([p.grad.clone() for p in trainable(model).values()])
+        assert torch.allclose(*losses, rtol=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-4) and a.any() for a, b in zip(*gradients))
+
+
+# ---- precision ----
+
+
+def test_float32_adapter_beside_a_bfloat16_base():
+    exact = tiny().to(torch.bfloat16).float()                           # the same numbers, in float32
+    model = tiny().to(torch.bfloat16)
+    config = LoRAConfig(r=4, modules_to_save=["lm_head", "embed_tokens"])
+    for each in (exact, model):
+        shake(attach_lora(each, config, seed=2), size=0.1)
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    hidden = model(IDS)
+    assert hidden.dtype == torch.bfloat16 and model.logits(hidden).dtype == torch.bfloat16
+    wanted = logits_of(exact, IDS)
+    assert (model.logits(hidden).float() - wanted).norm() / wanted.norm() < 0.03
+    set_adapters(exact, False)
+    assert (logits_of(exact, IDS) - wanted).norm() / wanted.norm() > 0.5
+    model.logits(hidden).float().square().mean().backward()
+    for p in trainable(model).values():
+        assert p.grad.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.any()
+
+
+def test_merging_sums_in_float32_and_keeps_the_dtype():
+    torch.manual_seed(0)
+    W, A, B = torch.randn(30, 20), torch.randn(4, 20), torch.randn(30, 4)
+    exact = W.bfloat16().double() + 0.7 * (B.double() @ A.double())
+    merged = merged_weight(W.bfloat16(), A, B, 0.7)
+    assert merged.dtype == torch.bfloat16
+    assert torch.equal(merged, exact.bfloat16())                        # rounded once, at the end
+
+
+# ---- counts ----
+
+
+@needs_shared
+def test_counts_of_the_published_runs():
+    log = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text())
+    with torch.device("meta"):
+        model = CausalLM(model_config({**log["llama3_8b_config"], "model_type": "llama"}))
+    attach_lora(model, LoRAConfig(r=8, target_modules="all"))
+    assert sum(p.numel() for p in trainable(model).values()) == log["base"]["trainable_params"] == 20_971_520
+    assert sum(p.numel() for p in model.parameters()) == log["base"]["all_params"] == 8_051_232_768
+
+
+# ---- several adapters ----
+
+
+@needs_shared
+def test_adapters_one_after_another_add_up():
+    names = ["llama3_r8", "llama3_r4_rslora", "llama3_r8_qv"]
+    base = GOLDEN / "models" / "llama3"
+    model = load_with_adapters(base, [GOLDEN / "lora" / name for name in names])
+    assert not trainable(model)
+    for layer in lora_layers(model).values():                           # the last stays beside the weights
+        assert layer.lora_A.out_features == 8
+    assert len(lora_layers(model)) == 2 * len(load_model(base).model.layers)
+    merge_adapters(model)
+    files = [load_file(GOLDEN / "lora" / name / "adapter_model.safetensors") for name in names]
+    rslora = json.loads((GOLDEN / "lora" / names[1] / "adapter_config.json").read_text())
+    scales, changed = [16 / 8, rslora["lora_alpha"] / math.sqrt(4), 16 / 8], 0
+    for name, weight in load_model(base, torch.float32).named_parameters():
+        total, key = weight.double(), PREFIX + name.removesuffix("weight")
+        for tensors, scale in zip(files, scales):
+            if key + "lora_A.weight" in tensors:
+                A, B = tensors[key + "lora_A.weight"], tensors[key + "lora_B.weight"]
+                total = total + scale * B.double() @ A.double()
+                changed += 1
+        assert (model.get_parameter(name) - total).abs().max() < 1e-5, name
+    assert changed == sum(len(tensors) // 2 for tensors in files)
+
+
+def test_a_second_adapter_needs_the_first_to_be_merged():
+    with pytest.raises(AssertionError, match="merge"):
+        attach_lora(attach_lora(tiny(), LoRAConfig()), LoRAConfig())
+
+
+# ---- what a user may get wrong ----
+
+
+def adapter_folder(tmp_path, drop=(), add=(), **changes):
+    """A good adapter of the tiny model, damaged as asked."""
+    config = LoRAConfig(r=4, target_modules=["q_proj", "up_proj"])
+    model = attach_lora(tiny(), config)
+    tmp_path.mkdir(exist_ok=True)
+    save_adapter(model, tmp_path, config, "acme/tiny")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, **changes}))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k not in drop} | dict(add), tmp_path / "adapter_model.safetensors")
+    return tmp_path
+
+
+A0 = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("damage, words", [
+    (dict(r=8), r"lora_A.weight has shape \[4, 32\], the model and .* make it \[8, 32\].*'acme/tiny', r is 8"),
+    (dict(drop=[A0]), f"missing: 1, such as {A0}"),
+    (dict(add=[("x", torch.ones(1))]), "not used: 1, such as x"),
+    (dict(target_modules=["q_proj"]), "not used: 4"),
+    (dict(target_modules=["q_proj", "up_proj", "c_attn"]), "for another model .acme/tiny.*'c_attn' matches no linear"),
+    (dict(modules_to_save=["lm_head"]), "missing: 1, such as base_model.model.lm_head.weight"),
+    (dict(peft_type="LOHA"), "peft_type LOHA is not supported"),
+    (dict(bias="all"), "bias 'all' is not supported"),
+    (dict(lora_bias=True), "lora_bias: True is not honoured"),
+    (dict(layers_to_transform=0), "layers_to_transform: 0 is not honoured"),
+    (dict(trainable_token_indices=[3]), r"trainable_token_indices: \[3\] is not honoured"),
+    (dict(ensure_weight_tying=True), "ensure_weight_tying: True is not honoured"),
+    (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changed the base weights"),
+], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
+def test_adapter_that_does_not_fit(damage, words, tmp_path):
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        load_adapter(tiny(), adapter_folder(tmp_path, **damage))
+
+
+@needs_shared
+def test_adapter_of_another_model():
+    model, _, _ = golden("llama3_r8")
+    with pytest.raises(ValueError, match=r"has shape .* is this another model, or another rank\?"):
+        load_adapter(model, GOLDEN / "lora" / "qwen3_r8")
+
+
+def test_adapter_files_that_are_missing_or_damaged(tmp_path):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing: adapter_name_or_path must be"):
+        load_adapter(tiny(), tmp_path)
+    weights = adapter_folder(tmp_path) / "adapter_model.safetensors"
+    load_adapter(tiny(), tmp_path)                                      # whole, it loads
+    whole = weights.read_bytes()
+    for part in (whole[:-40], whole[:30], b""):
+        weights.write_bytes(part)
+        with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or incomplete .*; fetch it again"):
+            load_adapter(tiny(), tmp_path)
+    shutil.move(weights, tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing; adapter_model.bin is a pickle"):
+        load_adapter(tiny(), tmp_path)
+    for text, words in (('{"r": 8', "adapter_config.json is not valid JSON"), ("[1]", "holds a list")):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            load_adapter(tiny(), tmp_path)

@@ -1,0 +1,184 @@
+"""losses.py: the chunked loss against its slow twin, against torch in float64, and against its promise on memory."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import losses
+from losses import IGNORE, cross_entropy_plain, cross_entropy_sum
+
+N, V, D = 60, 97, 24
+
+
+def problem(dtype=torch.float32, ignored=0.4, seed=0):
+    """hidden (N, D), weight (V, D) and targets (N,) with a share of positions that carry no loss."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(rows, D, generator=generator, dtype=torch.float64).to(dtype) for rows in (N, V))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    targets[torch.rand(N, generator=generator) < ignored] = IGNORE
+    return hidden, weight, targets
+
+
+def run(loss_of, hidden, weight, targets, factor=1.0):
+    """(loss, gradient of hidden, gradient of weight) of loss * factor, as float64."""
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = loss_of(hidden, weight, targets)
+    (loss * factor).backward()
+    assert hidden.grad.dtype == hidden.dtype and weight.grad.dtype == weight.dtype
+    return loss.detach().double(), hidden.grad.double(), weight.grad.double()
+
+
+def torch_in_float64(hidden, weight, targets):
+    return F.cross_entropy(hidden.double() @ weight.double().T, targets, ignore_index=IGNORE, reduction="sum")
+
+
+def rows_at_once(monkeypatch, rows, vocabulary=V):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * vocabulary)
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 0.97])
+@pytest.mark.parametrize("rows", [1, 7, N, 10 * N])
+def test_float32_equals_torch_in_float64(rows, ignored, monkeypatch):
+    rows_at_once(monkeypatch, rows)
+    inputs = problem(ignored=ignored)
+    assert 0 < (inputs[2] != IGNORE).sum() <= N
+    wanted = run(torch_in_float64, *inputs, factor=0.3)
+    for loss_of in (cross_entropy_sum, cross_entropy_plain):
+        for got, want in zip(run(loss_of, *inputs, factor=0.3), wanted):
+            assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+
+
+def test_loss_by_hand():
+    """Two tokens, three words, logits 0, ln 2, ln 5: probabilities 1/8, 2/8, 5/8."""
+    hidden = torch.ones(3, 1)
+    weight = torch.tensor([[1.0], [2.0], [5.0]]).log()
+    loss = cross_entropy_sum(hidden, weight, torch.tensor([0, IGNORE, 2]))
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(math.log(8) + math.log(8 / 5), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=["bf16", "fp16"])
+def test_sixteen_bits(dtype, bound, monkeypatch):
+    """Off by what 16-bit logits explain, and no more than the slow twin."""
+    rows_at_once(monkeypatch, 7)
+    inputs = problem(dtype)
+    inputs = (inputs[0] * 0.3, *inputs[1:])
+    wanted = run(torch_in_float64, *inputs)
+
+    def errors(loss_of):
+        return [((got - want).norm() / want.norm()).item() for got, want in zip(run(loss_of, *inputs), wanted)]
+
+    ours, twin = errors(cross_entropy_sum), errors(cross_entropy_plain)
+    assert max(ours) < bound
+    assert all(error < 1.5 * other + bound / 10 for error, other in zip(ours, twin))
+
+
+def test_division_by_the_token_count_is_exact_in_sixteen_bits():
+    """1/359 is 0.2 % away from the nearest bfloat16; the gradient must not be."""
+    inputs = problem(torch.bfloat16)
+    whole, part = (run(cross_entropy_sum, *inputs, factor=factor)[1] for factor in (1.0, 1 / 359))
+    ratio = (part * whole).sum() / whole.square().sum()                     # least-squares fit of part = ratio * whole
+    assert ratio * 359 == pytest.approx(1, abs=3e-4)
+
+
+def test_trained_float32_head_over_bfloat16_states():
+    hidden, weight, targets = problem(torch.bfloat16)
+    weight = problem()[1]
+    loss, d_hidden, d_weight = run(cross_entropy_sum, hidden, weight, targets)
+    want = run(torch_in_float64, hidden, weight, targets)
+    for got, true in zip((loss, d_hidden, d_weight), want):
+        assert (got - true).norm() / true.norm() < 2e-2
+
+
+@pytest.mark.parametrize("loss_of", [cross_entropy_sum, cross_entropy_plain])
+def test_nothing_supervised_is_zero_with_zero_gradients(loss_of):
+    hidden, weight, _ = problem()
+    loss, d_hidden, d_weight = run(loss_of, hidden, weight, torch.full((N,), IGNORE))
+    assert loss == 0 and torch.equal(d_hidden, torch.zeros(N, D).double())
+    assert torch.equal(d_weight, torch.zeros(V, D).double())
+
+
+def test_cutting_into_micro_batches_changes_nothing():
+    """Sums over a known count: one pass over N tokens equals any number of passes over its parts."""
+    hidden, weight, targets = problem()
+    count = (targets != IGNORE).sum()
+    whole, parts = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = cross_entropy_sum(hidden, whole, targets) / count
+    loss.backward()
+    sizes = [1, 30, 29]
+    pieces = [cross_entropy_sum(h, parts, t) / count for h, t in zip(hidden.split(sizes), targets.split(sizes))]
+    for piece in pieces:
+        piece.backward()
+    assert sum(pieces).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert torch.allclose(whole.grad, parts.grad, atol=1e-6)
+
+
+def test_head_tied_to_the_embedding_collects_both_gradients():
+    _, weight, targets = problem()
+    ids, results = torch.arange(N) % V, []
+    for loss_of in (cross_entropy_sum, cross_entropy_plain):
+        tied = weight.clone().requires_grad_()
+        loss_of(F.embedding(ids, tied).tanh(), tied, targets).backward()
+        results.append(tied.grad)
+    assert torch.allclose(*results, atol=1e-5)
+    frozen = weight.clone().requires_grad_()
+    cross_entropy_sum(F.embedding(ids, weight).tanh(), frozen, targets).backward()
+    assert not torch.allclose(frozen.grad, results[0], atol=1e-2)           # the embedding's share is not small
+
+
+@pytest.mark.parametrize("train", ["hidden", "weight"])
+def test_only_one_of_the_two_needs_a_gradient(train):
+    hidden, weight, targets = problem()
+    want = run(torch_in_float64, hidden, weight, targets)[1 if train == "hidden" else 2]
+    leaf = hidden if train == "hidden" else weight
+    leaf.requires_grad_()
+    cross_entropy_sum(hidden, weight, targets).backward()
+    assert (leaf.grad - want).abs().max() < 1e-4
+
+
+# ---- memory ----
+
+
+class Watch(TorchDispatchMode):
+    """Remembers which operations ran, and the largest tensor that any of them made, in elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel, self.names = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.add(str(func))
+        for item in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(item, torch.Tensor):
+                self.numel = max(self.numel, item.numel())
+        return out
+
+
+def largest(loss_of, hidden, weight, targets):
+    with Watch() as seen:
+        run(loss_of, hidden, weight, targets)
+    return seen.numel
+
+
+def test_a_tensor_of_tokens_times_vocabulary_never_exists(monkeypatch):
+    n, v, d, rows = 512, 1000, 16, 8
+    rows_at_once(monkeypatch, rows, v)
+    hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
+    assert largest(cross_entropy_plain, hidden, weight, targets) >= n * v   # the measure sees what the twin makes
+    assert largest(cross_entropy_sum, hidden, weight, targets) <= max(rows * v, n * d, v * d) < n * v / 10
+
+
+def test_evaluation_makes_no_gradients():
+    """A trainable head is no reason to form its gradient where nothing will ask for it."""
+    hidden, weight, targets = problem()
+    weight.requires_grad_()
+    seen = {}
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), Watch() as seen[mode]:
+            loss = cross_entropy_sum(hidden, weight, targets)
+        assert loss.requires_grad == (mode is torch.enable_grad)
+        assert loss.item() == pytest.approx(cross_entropy_plain(hidden, weight, targets).item(), rel=1e-5)
+    probabilities = "aten._softmax.default"                                 # only the gradient needs them
+    assert probabilities in seen[torch.enable_grad].names and probabilities not in seen[torch.no_grad].names

@@ -1,0 +1,416 @@
+"""merge.py: its weights against recorded ones, its checkpoints in transformers, its memory, and what may go wrong."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import merge
+from checkpoint import load_model, load_with_adapters, tensor_files, write_tensors
+from families import model_config
+from merge import EMBEDDING, HEAD, merge_checkpoint
+from model import CausalLM, init_weights
+from tests.common import GOLDEN, ROOT, needs_shared
+
+ADAPTERS = [p.name for p in sorted((GOLDEN / "lora").glob("*")) if "dora" not in p.name]
+TINY = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+
+
+def tensors_in(folder):
+    """All tensors of a checkpoint folder, sharded or not."""
+    return {name: load_file(file)[name] for name, file in tensor_files(folder).items()}
+
+
+def base_with(folder, dtype=torch.float32, shard_bytes=10**9, extra=(), **changes):
+    """A small random checkpoint."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = CausalLM(model_config({**TINY, **changes})).requires_grad_(False)
+    init_weights(model, torch.Generator().manual_seed(0))
+    weights = {**{name: p.to(dtype) for name, p in model.named_parameters()}, **dict(extra)}
+    shapes = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
+    write_tensors(folder, shapes, lambda name: [weights[name]], shard_bytes)
+    (folder / "config.json").write_text(json.dumps({**TINY, "torch_dtype": "float32", **changes}))
+    return folder
+
+
+def adapter_with(folder, base, r=4, alpha=8, targets=("q_proj", "down_proj"), seed=1, drop=(), add=(), **fields):
+    """A small random adapter in PEFT's format, made without the code under test."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    for name, weight in sorted(tensors_in(base).items()):
+        module = name.removesuffix(".weight")
+        if module.rsplit(".", 1)[-1] in targets:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(r, weight.shape[1], generator=draw)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(weight.shape[0], r, generator=draw)
+    tensors = {name: t for name, t in tensors.items() if name not in drop} | dict(add)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(targets),
+        "base_model_name_or_path": str(base), **fields}))
+    return folder
+
+
+# ---- the weights ----
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_recorded_adapters_merge_to_the_recorded_weights_and_logits(name, tmp_path):
+    adapter = GOLDEN / "lora" / name
+    base = adapter / json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    want, got = load_file(adapter / "expected.safetensors"), tensors_in(tmp_path / "out")
+    recorded = [key for key in want if key.startswith("merged.")]
+    assert recorded and all((got[key.removeprefix("merged.")] - want[key]).abs().max() < 1e-5 for key in recorded)
+    logits = in_transformers(tmp_path / "out")(want["input_ids"]).logits
+    real = want["attention_mask"].bool()
+    assert (logits - want["logits_merged"])[real].abs().max() < 1e-4
+    assert (logits - want["logits"])[real].abs().max() < 1e-4
+    ours = load_model(tmp_path / "out")
+    assert (ours.logits(ours(want["input_ids"])) - want["logits_merged"])[real].abs().max() < 1e-4
+
+
+@needs_shared
+@pytest.mark.parametrize("case", ["export_float32", "export_bfloat16"])
+def test_llama_factory_yaml_gives_the_same_bytes(case, tmp_path, monkeypatch):
+    """Tensors and config.json are what `llamafactory-cli export` wrote, with its own yaml."""
+    for part in (case, "tiny_llama3", "sft_llama3"):
+        shutil.copytree(GOLDEN / "curves" / part, tmp_path / part, ignore=shutil.ignore_patterns("exported"))
+    monkeypatch.chdir(tmp_path / case)
+    merge.main(["--config", "config.yaml"])
+    got, want = tmp_path / case / "exported", GOLDEN / "curves" / case / "exported"
+    ours, theirs = load_file(got / "model.safetensors"), load_file(want / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((got / "config.json").read_text()) == json.loads((want / "config.json").read_text())
+    transformers = pytest.importorskip("transformers")
+    talk = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(got)
+    other = (want / "chat_template.jinja").read_text()
+    rendered = [tokenizer.apply_chat_template(talk, chat_template=text, tokenize=False) for text in (None, other)]
+    assert rendered[0] == rendered[1] and "ASSISTANT" in rendered[0]
+    settings = json.loads((want / "tokenizer_config.json").read_text())
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (settings["eos_token"], settings["pad_token"])
+
+
+def in_transformers(folder):
+    """The folder opened by transformers, which must find every tensor it wants and no other."""
+    transformers = pytest.importorskip("transformers")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto",
+                                                                      attn_implementation="eager")
+    assert not any(report.values()), report
+    return model.eval().requires_grad_(False)
+
+
+PEFT_CASES = {      # base, settings of each adapter: as peft attaches them one after the other
+    "mistral": ("mistral", [dict(target_modules="all-linear")]),
+    "sharded": ("llama3_sharded", [dict(target_modules="all-linear")]),
+    "ranks of their own": ("qwen2", [dict(target_modules="all-linear", rank_pattern={"q_proj": 2},
+                                          alpha_pattern={"k_proj": 3})]),
+    "three adapters": ("qwen3", [dict(target_modules=["q_proj"]), dict(target_modules="all-linear", use_rslora=True),
+                                 dict(target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])]),
+    "tied": ("qwen2_tied", [dict(target_modules="all-linear")]),
+    "tied, head trained": ("llama3_tied", [dict(target_modules=["q_proj"], modules_to_save=["lm_head"])]),
+    "tied, embedding trained": ("qwen2_tied", [dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])]),
+    "tied, head adapted": ("llama3_tied", [dict(target_modules=["q_proj", "lm_head"])]),
+    "tied, both in turn": ("qwen2_tied", [dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+                                          dict(target_modules=["lm_head"])]),
+}
+
+
+@needs_shared
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_merged_equals_base_plus_adapter_in_peft(case, tmp_path):
+    peft = pytest.importorskip("peft")
+    name, settings = PEFT_CASES[case]
+    if name == "llama3_tied" and int(pytest.importorskip("transformers").__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 does not read the rope_parameters of this config.json")
+    base, adapters = GOLDEN / "models" / name, []
+    model = in_transformers(base)
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(5))
+    for number, fields in enumerate(settings):
+        torch.manual_seed(number)
+        attached = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields))
+        with torch.no_grad():
+            for key, p in attached.named_parameters():
+                if p.requires_grad:
+                    p += 0.05 * torch.randn(p.shape)
+        adapters.append(tmp_path / f"adapter{number}")
+        attached.save_pretrained(adapters[-1])
+        with torch.no_grad():
+            want = attached(ids).logits
+        model = attached.merge_and_unload()
+    merge_checkpoint(base, adapters, tmp_path / "out", shard_bytes=100_000)
+    assert (in_transformers(tmp_path / "out")(ids).logits - want).abs().max() < 1e-4
+    ours = load_with_adapters(base, adapters)
+    assert (ours.logits(ours(ids)) - want).abs().max() < 1e-4
+    assert max(p.stat().st_size for p in (tmp_path / "out").glob("model-*")) <= 100_000
+    names, before = set(tensor_files(tmp_path / "out")), set(tensor_files(base))
+    apart = case.startswith("tied, ")
+    assert names == before | ({HEAD} if apart else set())
+    still_tied = json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"]
+    assert still_tied == ("tied" in name and not apart)
+
+
+def test_sums_are_rounded_once_and_extra_tensors_are_carried(tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "BLOCK", 100)                              # every tensor in several blocks
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.0), "scalar": torch.tensor(3),
+             "empty": torch.zeros(0, 3)}
+    base = base_with(tmp_path / "base", torch.bfloat16, 20_000, extra.items())
+    adapters = [adapter_with(tmp_path / f"a{seed}", base, seed=seed) for seed in (1, 2)]
+    before, tensors = tensors_in(base), [load_file(a / "adapter_model.safetensors") for a in adapters]
+    assert len(set(tensor_files(base).values())) > 2
+    for dtype in (None, torch.float32):
+        merge_checkpoint(base, adapters, tmp_path / f"out {dtype}", dtype)
+        after = tensors_in(tmp_path / f"out {dtype}")
+        assert after.keys() == before.keys()
+        for name, weight in before.items():
+            want = weight.double()
+            for t in tensors:
+                A = f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"
+                if A in t:
+                    want = want + 2.0 * t[A.replace("lora_A", "lora_B")].double() @ t[A].double()
+            kept = weight.dtype if dtype is None or name in extra else dtype
+            assert after[name].dtype == kept
+            rtol = 0.008 if dtype is None else 1e-6
+            assert torch.allclose(after[name].double(), want.to(kept).double(), rtol=rtol, atol=1e-6)
+            if name in extra:
+                assert torch.equal(after[name], weight)
+            elif dtype is None:                                           # the nearest bfloat16, nearly everywhere
+                assert (after[name] == want.float().bfloat16()).float().mean() > 0.99
+
+
+def test_without_an_adapter_the_weights_are_converted(tmp_path):
+    base = base_with(tmp_path / "base")
+    merge_checkpoint(base, [], tmp_path / "out", torch.float16, shard_bytes=10_000)
+    before, after = tensors_in(base), tensors_in(tmp_path / "out")
+    assert all(torch.equal(after[name], before[name].half()) for name in before)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((base / "config.json").read_text()) | {
+        "torch_dtype": "float16"}
+
+
+# ---- memory and interruption ----
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc (Linux)")
+def test_memory_stays_below_the_largest_tensor_plus_300_mb(tmp_path):
+    """0.6 GB in four files; the largest tensor is adapted. VmHWM is the child's own peak; its ru_maxrss would begin at
+    that of the process it was forked from, and hide everything below."""
+    base = tmp_path / "base"
+    sizes = dict(hidden_size=2048, intermediate_size=4096, num_hidden_layers=4, vocab_size=40_000)
+    with torch.device("meta"):
+        model = CausalLM(model_config({**TINY, **sizes}))
+    shapes = {name: (tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
+    base.mkdir()
+    write_tensors(base, shapes, lambda n: [torch.full(shapes[n][0], 0.5, dtype=torch.bfloat16)], 170 * 10**6)
+    (base / "config.json").write_text(json.dumps({**TINY, **sizes}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    modules = {n.removesuffix(".weight"): s for n, (s, _) in shapes.items() if n == HEAD or "_proj" in n}
+    save_file({f"base_model.model.{n}.lora_{x}.weight": torch.full((8, s[1]) if x == "A" else (s[0], 8), 0.25)
+               for n, s in modules.items() for x in "AB"}, str(adapter / "adapter_model.safetensors"))
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8, "target_modules": sorted(
+        {n.rsplit(".", 1)[-1] for n in modules})}))
+    code = ("import sys, merge\n"
+            "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
+            "before = peak()\n"
+            "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3], shard_bytes=170 * 10**6)\n"
+            "print((peak() - before) * 1024)")
+    out = subprocess.run([sys.executable, "-c", code, base, adapter, tmp_path / "out"], capture_output=True, text=True,
+                         check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+    used, largest = int(out.split()[-1]), max(2 * math.prod(shape) for shape, _ in shapes.values())
+    written = sorted((tmp_path / "out").glob("model-*"))
+    assert sum(p.stat().st_size for p in written) > 590 * 10**6 and len(written) == len(list(base.glob("model-*"))) > 3
+    assert max(p.stat().st_size for p in written) <= 170 * 10**6
+    assert used < largest + 300 * 10**6, f"{used / 1e6:.0f} MB"
+    assert load_file(written[-1])[HEAD].unique().tolist() == [1.0]        # 0.5 + 8 * 0.25 * 0.25
+    shutil.rmtree(tmp_path)
+
+
+def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
+    base = base_with(tmp_path / "base")
+    adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
+    code = ("import itertools, os, sys, merge; count, add = itertools.count(), merge.merged_weight\n"
+            "merge.merged_weight = lambda *a: os.kill(os.getpid(), 9) if next(count) == 2 else add(*a)\n"
+            "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3])")
+    killed = subprocess.run([sys.executable, "-c", code, base, adapter, out], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL and not out.exists()
+    assert (tmp_path / "out.partial/model.safetensors").is_file()         # it was in the middle of writing
+
+    merge_checkpoint(base, [adapter], out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    whole = (out / "model.safetensors").read_bytes()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(merge, "merged_weight", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(base, [adapter], out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == whole              # what was there before is still there
+    os.replace(out, tmp_path / "out.old")                                 # as if killed between the two renames
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(base, [adapter], out, overwrite=True)
+    assert (out / "model.safetensors").read_bytes() == whole
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
+
+
+# ---- the other files, the template, the command line ----
+
+
+def test_files_that_are_carried_along(tmp_path):
+    base = base_with(tmp_path / "base")
+    adapters = [adapter_with(tmp_path / f"a{n}", base) for n in (1, 2)]
+    for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json",
+                 "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt", "README.md", "trainer_state.json",
+                 "all_results.json", "x.bin"):
+        (base / name).write_text("base")
+    merge_checkpoint(base, adapters, tmp_path / "plain")
+    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json",
+        "generation_config.json", "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt"}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "all_results.json"):
+        (adapters[0] / name).write_text("adapter")
+    merge_checkpoint(base, adapters, tmp_path / "tuned")
+    found = {p.name: p.read_text() for p in (tmp_path / "tuned").iterdir() if p.suffix in (".json", ".jinja")}
+    # a special_tokens_map.json of the base beside the adapter's tokenizer would bring the old tokens back
+    assert {name for name, text in found.items() if text == "adapter"} == {
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert found["generation_config.json"] == "base" and "special_tokens_map.json" not in found
+
+
+def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = base_with(Path("base"))
+    adapter = adapter_with(Path("saves/run"), base, base_model_name_or_path="org/other-name")
+    (adapter / "train_config.json").write_text('{"template": "qwen"}')
+    Path("train.yaml").write_text("model_name_or_path: base\nstage: sft\ndo_train: true\ndataset: identity\n"
+                                  "output_dir: saves/run\nlearning_rate: 1e-4\ntrust_remote_code: true\n")
+    merge.main(["--config", "train.yaml", "export_dir=out"])
+    said = capsys.readouterr().out
+    assert "template  qwen" in said and "warning: it says it was trained on org/other-name" in said
+    assert "out: 2 files" in said and "21 tensors read back" in said and "trust_remote_code" in said
+    with pytest.raises(ValueError, match="template: llama3, but saves/run was trained with qwen.*force_template: true"):
+        merge.main(["train.yaml", "export_dir=out2", "template=llama3"])
+    merge.main(["train.yaml", "export_dir=out2", "template=llama3", "force_template=true", "infer_dtype=bfloat16"])
+    assert tensors_in("out2")[HEAD].dtype == torch.bfloat16
+    shutil.rmtree(adapter)
+    with pytest.raises(FileNotFoundError, match="output_dir saves/run holds no adapter"):
+        merge.main(["train.yaml", "export_dir=out3"])
+
+
+@needs_shared
+def test_replies_end_where_the_stored_template_ends_them(tmp_path):
+    """The base knew another end of text; nothing but the adapter's train_config.json tells of the chat format."""
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "curves/tiny_llama3", base)
+    (base / "generation_config.json").write_text('{"eos_token_id": 1001}')
+    (base / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}')
+    adapter = adapter_with(tmp_path / "adapter", base)
+    (adapter / "train_config.json").write_text('{"template": "llama3", "enable_thinking": null}')
+    merge_checkpoint(base, [adapter], tmp_path / "out")
+    read = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
+    eot = {token["content"]: token["id"] for token in read["tokenizer.json"]["added_tokens"]}["<|eot_id|>"]
+    assert read["tokenizer_config.json"]["eos_token"] == "<|eot_id|>" and "special_tokens_map.json" not in read
+    ends = read["generation_config.json"]["eos_token_id"]
+    assert ends[0] == 1001 and eot in ends
+    assert (tmp_path / "out/chat_template.jinja").is_file()
+    with pytest.raises(ValueError, match="template 'qwen' uses '<|im_end|>'.*Try template: llama3"):
+        merge_checkpoint(base, [], tmp_path / "other", template="qwen")
+    assert not (tmp_path / "other").exists()
+
+
+def test_error_on_the_command_line_is_one_sentence(tmp_path):
+    base = base_with(tmp_path / "base")
+    settings = [f"model_name_or_path={base}", f"adapter_name_or_path={tmp_path}/none", f"export_dir={tmp_path}/out"]
+    ran = subprocess.run([sys.executable, "merge.py", *settings], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 1 and ran.stderr.startswith("error: ") and "Traceback" not in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+# ---- what a user may get wrong ----
+
+
+def test_where_it_does_not_write(tmp_path, monkeypatch):
+    base = base_with(tmp_path / "models/base")
+    adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
+    for place, words in ((base, "is .*stays as it is"), (adapter, "is .*stays"), (tmp_path / "models", "holds .*stays"),
+                         (base / "config.json", "is a file")):
+        with pytest.raises(ValueError, match=words):
+            merge_checkpoint(base, [adapter], place, overwrite=True)
+    out.mkdir()
+    merge_checkpoint(base, [adapter], out)                                # an empty folder is no obstacle
+    with pytest.raises(ValueError, match="is not empty.*overwrite: true"):
+        merge_checkpoint(base, [adapter], out)
+    merge_checkpoint(base, [], out, overwrite=True)
+    assert torch.equal(tensors_in(out)[HEAD], tensors_in(base)[HEAD])
+    (out / "photos").mkdir()
+    with pytest.raises(ValueError, match="other things than a checkpoint"):
+        merge_checkpoint(base, [adapter], out, overwrite=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(OSError, match="0.00 GB free. Make room"):
+        merge_checkpoint(base, [adapter], tmp_path / "more")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "models", "out"]
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BAD = {     # what is changed in the adapter: words of the message
+    "a tensor too many": (dict(add=[("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", torch.ones(4, 32))]),
+                          "not used: 1, such as .*layers.9"),
+    "a tensor too few": (dict(drop=[Q]), "missing: 1, such as .*q_proj.lora_A"),
+    "another rank": (dict(add=[(Q, torch.ones(5, 32))]), r"q_proj.lora_A.weight has shape \[5, 32\].*r is 4.*another"),
+    "another model's names": (dict(target_modules=["c_attn"]), "made for another model.*c_attn"),
+    "another base's head": (dict(targets=["lm_head"],
+                                 add=[("base_model.model.lm_head.base_layer.weight", torch.ones(50, 32))]),
+                            "trained on a model whose lm_head.weight has other values"),
+    "NaN": (dict(add=[(Q, torch.full((4, 32), math.nan))]), "q_proj.weight: the sum is not finite"),
+    "DoRA": (dict(use_dora=True), "DoRA is not in this release"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_adapters_that_do_not_fit(case, tmp_path):
+    base, (changes, words) = base_with(tmp_path / "base"), BAD[case]
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        merge_checkpoint(base, [adapter_with(tmp_path / "adapter", base, **changes)], tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_files_that_are_damaged_or_missing(tmp_path):
+    base = base_with(tmp_path / "base", shard_bytes=20_000)
+    adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
+    other = base_with(tmp_path / "other", hidden_size=40, intermediate_size=48)
+    with pytest.raises(ValueError, match="has shape .*is this another model"):
+        merge_checkpoint(other, [adapter], out)
+    with pytest.raises(ValueError, match="beyond float16.*infer_dtype: bfloat16"):
+        huge = adapter_with(tmp_path / "huge", base, alpha=10**7)
+        merge_checkpoint(base, [huge], out, torch.float16)
+    for file, words in ((adapter / "adapter_model.safetensors", "adapter_model.safetensors is damaged or incomplete"),
+                        (sorted(base.glob("model-*"))[1], "model-00002-.* is damaged or incomplete.*fetch it again")):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-50])
+        with pytest.raises(ValueError, match=words):
+            merge_checkpoint(base, [adapter], out)
+        file.write_bytes(whole)
+    config = (base / "config.json").read_text()
+    (base / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ValueError, match="9 tensors that config.json describes are not in .*layers.2"):
+        merge_checkpoint(base, [], out)
+    (base / "config.json").write_text(config.replace('"vocab_size": 50', '"vocab_size": 51'))
+    with pytest.raises(ValueError, match=rf"{EMBEDDING} has shape \[50, 32\], config.json makes it \[51, 32\]"):
+        merge_checkpoint(base, [], out)
+    (base / "config.json").write_text(config)
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_model.safetensors is missing"):
+        merge_checkpoint(base, [adapter], out)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        merge_checkpoint(base, [adapter], out)
+    assert not out.exists()
