@@ -567,6 +567,25 @@ def visible_cards():
                    "(pip uninstall amdsmi)."]
 
 
+def pick_device(use_cpu=False):
+    """cuda (NVIDIA, AMD, Hygon) if there is one, else Apple's mps, else the CPU. Under torchrun, LOCAL_RANK's card.
+
+    Raises ValueError when CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES names a card and torch sees none: a run that goes
+    on for days on the CPU is not what was meant.
+    """
+    if use_cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
+    if asked not in (None, "", "-1"):
+        raise ValueError(f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees none: check "
+                         "the driver and that torch is a CUDA or ROCm build, or set use_cpu: true")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def card_name(index):
     """Name, architecture and memory of a GPU: "NVIDIA H200 (sm_90, 140 GiB)", "K100_AI (gfx928, Hygon DCU, 64 GiB)"."""
     card = torch.cuda.get_device_properties(index)

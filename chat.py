@@ -11,22 +11,20 @@ what was computed for the unchanged beginning of a conversation is kept from tur
 Read before: templates.py (encode_prompt), generate.py (the loop over tokens). Read after: merge.py.
 Source: the prompts, the two commands and the sampling defaults are those of `llamafactory-cli chat`.
 """
-import os
 import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from attention import pick_kernel                  # before torch: see guard_amdsmi there
+from attention import pick_device, pick_kernel                  # before torch: see guard_amdsmi there
 import torch
 
 from checkpoint import DTYPES, checkpoints_in, find_checkpoint, load_with_adapters, read_adapter_config
 from config import Config, ignored_keys, load_config, run
 from families import read_config_json
 from generate import Sampling, common_prefix, context_length, generate
-from lora import lora_layers
 from model import CausalLM, KVCache
-from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer
+from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer, stored_template
 from tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
 
 try:
@@ -76,14 +74,14 @@ def main(argv):
     # ---- which weights, where
     base, adapters, remarks = find_weights(config)
     raw = read_config_json(base)
-    device = pick_device(config)
+    device = pick_device(config.use_cpu)
     dtype = pick_dtype(config, raw, device)
     say(f"model     {base}{remarks[0]}")
     say(f"adapter   {' + '.join(map(str, adapters)) or 'none'}{remarks[1]}")
     warn_of_other_bases(config, adapters)
 
     # ---- chat format
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, config.split_special_tokens)
     wanted, settings, origin, force = chat_format(config, adapters or [base])
     template, why = choose_template(wanted, tokenizer, raw.get("model_type"), force)
     stop_ids = set(fit_tokenizer(template, tokenizer, settings, raw.get("vocab_size")))
@@ -101,8 +99,6 @@ def main(argv):
     # ---- model
     with explained_out_of_memory(device):
         model = load_with_adapters(base, adapters, dtype, device)
-    for layer in lora_layers(model).values():           # they are float32 for training; a cast per step here
-        layer.to(layer.weight.dtype)
     shape, dtype = model.config, model.lm_head.weight.dtype
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, head_dim=shape.head_dim, training=False,
                          num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads,
@@ -238,22 +234,12 @@ def warn_of_other_bases(config, adapters):
 
 
 def chat_format(config, folders) -> tuple[str | None, Settings, str, bool]:
-    """(template name or None, rendering settings, where the name comes from, force): config and train_config.json.
-
-    Raises ValueError when the config asks for another template than the one the weights were trained with.
-    """
-    stored, name, origin = {}, config.template, ""
-    for folder in folders:
-        stored = read_json(Path(folder) / "train_config.json")
-        trained_with = stored.get("template")
-        if name and trained_with and name != trained_with and not config.force_template:
-            raise ValueError(f"template: {name}, but {folder} was trained with {trained_with}. Leave template out, or "
-                             "set force_template: true")
-        if trained_with and not name:
-            name, origin = trained_with, f"stored in {folder}"
+    """(template name or None, rendering settings, where the name comes from, force) from the config and train_config.json."""
+    name, force = stored_template(folders, config.template, config.force_template)
+    stored = read_json(folders[-1] / "train_config.json")
+    origin = f"stored in {folders[-1]}" if name and name != config.template else ""
     known = {**vars(config), **stored, **config.given}  # said now, else said in training, else the default
-    settings = Settings(**{key: known[key] for key in asdict(Settings())})
-    return name, settings, origin, config.force_template or bool(stored.get("force_template"))
+    return name, Settings(**{key: known[key] for key in asdict(Settings())}), origin, force
 
 
 def sampling_values(config, published: dict, base) -> tuple[dict, str]:
@@ -268,19 +254,6 @@ def sampling_values(config, published: dict, base) -> tuple[dict, str]:
                              f"or set {name} in the config")
         words.setdefault(origin, []).append(f"{name} {values[name]}".lower())
     return values, "; ".join(f"{', '.join(pairs)} ({origin})" for origin, pairs in words.items())
-
-
-def pick_device(config) -> torch.device:
-    """The GPU if there is one and the config does not say use_cpu. Raises ValueError when one was asked for in vain."""
-    if config.use_cpu:
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
-    if asked not in (None, "", "-1"):
-        raise ValueError(f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees none: "
-                         "check the driver and that torch is a CUDA or ROCm build, or set use_cpu: true")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def pick_dtype(config, raw, device) -> torch.dtype | None:

@@ -295,12 +295,17 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
 
 
 def load_with_adapters(folder, adapters: list, dtype=None, device="cpu") -> CausalLM:
-    """Base model with adapters: all but the last are folded in, the last stays beside the weights."""
+    """Base model with adapters, for inference: all but the last are folded in, the last stays beside the weights.
+
+    A and B take the base's dtype: in float32, which the optimizer needs, each decoding step would convert them anew.
+    """
     model = load_model(folder, dtype, device)
     for index, adapter in enumerate(adapters):
         load_adapter(model, adapter)
         if index < len(adapters) - 1:
             merge_adapters(model)
+    for layer in lora_layers(model).values():
+        layer.to(layer.weight.dtype)
     return model.requires_grad_(False).eval()
 
 

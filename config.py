@@ -69,6 +69,7 @@ class Config:
     dataset_dir: str = key("data", "folder of dataset_info.json and its files")
     template: str | None = key(None, "chat format (none: chosen from the checkpoint)")
     force_template: bool = key(False, "use a template that does not fit this tokenizer or adapter")
+    split_special_tokens: bool = key(False, "special tokens typed in the data are ordinary text")
     cutoff_len: int = key(2048, "longest row in tokens; the rest is cut off", low=1)
     max_samples: int | None = key(None, "read at most so many rows of each dataset", low=1)
     val_size: float = key(0.0, "rows held out for evaluation: a share below 1, or a count", low=0)
@@ -216,7 +217,7 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("train", "bf16_full_eval fp16_full_eval", "evaluation computes as training does; set bf16 or fp16"),
     ("train", "use_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor",
      "not in this release; plain cross-entropy is"),
-    ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config split_special_tokens",
+    ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
      "changing how text becomes tokens is not in this release yet"),
     ("any", "rope_scaling", "not in this release; a rope_scaling in the checkpoint's config.json is followed"),
     ("train", "streaming tokenized_path", "data are read and tokenised at start; leave it out"),
@@ -285,9 +286,8 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      "adapter_name_or_path needs finetuning_type: lora (or a merged model as model_name_or_path)"),
     ("train", lambda c: _same(c.output_dir, c.model_name_or_path), "output_dir is the base model; name another"),
     ("merge", lambda c: _same(c.export_dir, c.model_name_or_path), "export_dir is the base model; name another"),
-    ("merge", lambda c: c.finetuning_type == "full",
+    ("merge", lambda c: c.finetuning_type == "full" and c.output_dir,
      "finetuning_type: full needs no merging: output_dir is a whole model already"),
-    ("merge", lambda c: not (c.adapter_name_or_path or c.output_dir), "merge.py needs adapter_name_or_path"),
 )
 
 SCRIPTS = {         # script: the keys it cannot do without, its usage

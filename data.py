@@ -390,7 +390,8 @@ def main(argv):
     """Show the first examples, and with --jsonl FILE write all training rows, also those that training skips."""
     config = load_config(argv, "data")
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    tokenizer, model_type = load_tokenizer(base), read_config_json(base).get("model_type")
+    tokenizer = load_tokenizer(base, config.split_special_tokens)
+    model_type = read_config_json(base).get("model_type")
     template, why = choose_template(config.template, tokenizer, model_type, config.force_template)
     fit_tokenizer(template, tokenizer)
     train, _, report = load_examples(config, tokenizer, template, keep_unlearnable=bool(config.jsonl))

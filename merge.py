@@ -24,7 +24,7 @@ from checkpoint import (DTYPES, FILE_DTYPES, PREFIX, adapter_tensors, find_check
 from config import ignored_keys, load_config, run
 from families import read_config_json
 from lora import lora_layers, merged_weight
-from templates import choose_template, fit_tokenizer
+from templates import choose_template, fit_tokenizer, stored_template
 from tokenizer import load_tokenizer, read_json
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
@@ -131,21 +131,6 @@ def other_base(adapter, base, name) -> str:
             Path(trained_on).resolve(), (adapter / trained_on).resolve()):
         return ""
     return f"\n          warning: it says it was trained on {trained_on}; it is added all the same if its shapes fit"
-
-
-def stored_template(trained, asked, force) -> tuple[str | None, bool]:
-    """The chat format to use: the one asked for, else the one stored with what was trained; and whether it is a must.
-
-    Raises ValueError when the two differ and `force` is off.
-    """
-    stored = {folder: read_json(folder / "train_config.json").get("template") for folder in trained}
-    found = [name for name in stored.values() if name]
-    name = asked or (found[0] if found else None)
-    for folder, other in stored.items():
-        if other and other != name and not force:
-            raise ValueError(f"template: {name}, but {folder} was trained with {other}. Leave template out, or set "
-                             "force_template: true")
-    return name, force or name in found
 
 
 def check_target(path, sources, overwrite) -> Path:

@@ -25,14 +25,13 @@ Sources: the vendors' chat templates in their published tokenizer_config.json; n
 spells them, and recorded ids of it as the judge of the slots' borders.
 """
 import argparse
-import datetime
 import difflib
-import json
 import re
 import sys
 from dataclasses import dataclass, replace
 
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, read_json
+from tools import TOOL_FORMATS, read_tools, render_call
 
 
 @dataclass(frozen=True)
@@ -390,179 +389,6 @@ def settle_thought(template, text, is_last, only_last, settings):
     return text, "".join(template.thought) if lacks_one and wants_one else ""
 
 
-# ---------------------------------------------------------------------------------------------------------- tools
-
-
-def read_tools(tools):
-    """The tools column: a JSON list of functions, plain or wrapped as OpenAI does. -> list of wrapped ones."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise ValueError(f"tools: not JSON ({error}): {shorten(tools)}") from error
-    tools = [tools] if isinstance(tools, dict) and tools else tools or []
-    wrapped = []
-    for tool in tools if isinstance(tools, list) else [tools]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f'tools: expected {{"name": ..., "description": ..., "parameters": ...}}, '
-                             f"found {shorten(json.dumps(tool, ensure_ascii=False))}")
-        wrapped.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return wrapped
-
-
-def render_call(template, text):
-    """A function message, JSON with maybe a thought before it, as this format's model writes it."""
-    lead, calls = read_call(text, template.thought)
-    if lead and template.function and not template.function[0].startswith("{{content}}"):
-        raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, so no text can stand "
-                         f"before the JSON: {shorten(text)}")
-    return lead + TOOL_FORMATS[template.tool_format].call(calls)
-
-
-def read_call(text, thought):
-    """-> (text before the call, list of (name, arguments as JSON text)).
-
-    The call is {"name": ..., "arguments": ...} or a list of these, or each stands inside <tool_call>...</tool_call>.
-    """
-    opens, closes = (re.escape(word.strip()) for word in thought)
-    lead = re.match(f"({opens}.*?{closes}\\s*)?", text, re.DOTALL).group()
-    rest = text[len(lead):]
-    bodies = re.findall("<tool_call>(.*?)</tool_call>", rest, re.DOTALL)
-    if bodies:
-        before, *after = re.split("<tool_call>.*?</tool_call>", rest, flags=re.DOTALL)
-        if "".join(after).strip():
-            raise ValueError(f"function call: text after </tool_call>: {shorten(text)}")
-        lead += before
-    calls = []
-    for body in bodies or [rest]:
-        try:
-            found = json.loads(body)
-        except ValueError as error:
-            raise ValueError(f"function call: not JSON ({error}): {shorten(text)}. Expected "
-                             '{"name": ..., "arguments": {...}} or a list of these') from error
-        calls += found if isinstance(found, list) else [found]
-    for call in calls:
-        if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            raise ValueError(f'function call: expected {{"name": ..., "arguments": ...}}, '
-                             f"found {shorten(json.dumps(call, ensure_ascii=False))}")
-    if not calls:
-        raise ValueError("function call: an empty list; a function message calls at least one tool")
-    return lead, [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
-
-
-# Below, a pair of functions for each row of TOOL_FORMATS: describe_… gives the text about the tools that is added to
-# the system text, call_… the text of a call, from what read_tools and read_call have found.
-
-
-def describe_default(tools):
-    functions = [tool["function"] for tool in tools]
-    text = "".join(f"> Tool Name: {function['name']}\nTool Description: {function.get('description') or ''}\n"
-                   f"Tool Args:\n{describe_parameters(function)}\n" for function in functions)
-    return (f"You have access to the following tools:\n{text}Use the following format if using a tool:\n```\n"
-            f"Action: tool name (one of [{', '.join(function['name'] for function in functions)}])\n"
-            "Action Input: the input to the tool, in a JSON format representing the kwargs "
-            '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n')
-
-
-def describe_parameters(function):
-    """A line for each parameter of a function, from its JSON schema."""
-    lines = ""
-    try:
-        schema = function.get("parameters") or {}
-        for name, about in (schema.get("properties") or {}).items():
-            required = ", required" if name in (schema.get("required") or ()) else ""
-            choices, items = about.get("enum"), (about.get("items") or {}).get("type")
-            lines += f"  - {name} ({about.get('type', '')}{required}): {about.get('description') or ''}"
-            lines += f", should be one of [{', '.join(map(str, choices))}]" if choices else ""
-            lines += f", where each item should be {items}\n" if items else "\n"
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"tools: the parameters of {function['name']!r} are not a JSON schema: "
-                         f"{shorten(json.dumps(function, ensure_ascii=False))}") from error
-    return lines
-
-
-def call_default(calls):
-    return "\n".join(f"Action: {name}\nAction Input: {arguments}" for name, arguments in calls)
-
-
-def describe_llama3(tools):
-    text = "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
-    return (
-        f"Cutting Knowledge Date: December 2023\nToday Date: {today()}\n\n"
-        "You have access to the following functions. To call a function, please respond with JSON for a function call. "
-        'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. '
-        f"Do not use variables.\n\n{text}")
-
-
-def today():
-    """The llama3 format tells the model the day, so the same rows give other ids tomorrow (LLaMA-Factory's do too)."""
-    return datetime.date.today().strftime("%d %b %Y")
-
-
-def call_llama3(calls):
-    texts = [call_json(call, "parameters") for call in calls]
-    return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
-
-
-def describe_mistral(tools):
-    return f"[AVAILABLE_TOOLS] {json.dumps(tools, ensure_ascii=False)}[/AVAILABLE_TOOLS]"
-
-
-def call_mistral(calls):
-    return f"[{', '.join(map(call_json, calls))}]"
-
-
-def call_json(call, key="arguments"):
-    name, arguments = call
-    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
-
-
-def describe_qwen(tools):
-    text = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
-    return (
-        "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{text}\n</tools>\n\n"
-        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
-        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
-
-
-def call_qwen(calls):
-    return "\n".join(f"<tool_call>\n{call_json(call)}\n</tool_call>" for call in calls)
-
-
-def describe_glm4(tools):
-    functions = [tool["function"] for tool in tools]
-    text = "".join(f"\n\n## {function['name']}\n\n{json.dumps(function, indent=4, ensure_ascii=False)}\n"
-                   "在调用上述函数时，请使用 Json 格式表示调用的参数。" for function in functions)
-    return (
-        "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的"
-        f"问题和要求提供适当的答复和支持。\n\n# 可用工具{text}")
-
-
-def call_glm4(calls):
-    if len(calls) > 1:
-        raise ValueError(f"function call: {len(calls)} calls at once; the glm4 format can write only one a turn")
-    return "{}\n{}".format(*calls[0])
-
-
-@dataclass(frozen=True)
-class ToolFormat:
-    """describe(tools) -> text added to the system text; call(calls) -> text of a tool call."""
-
-    describe: object
-    call: object
-
-
-TOOL_FORMATS = {
-    "default": ToolFormat(describe_default, call_default),
-    "llama3": ToolFormat(describe_llama3, call_llama3),
-    "mistral": ToolFormat(describe_mistral, call_mistral),
-    "qwen": ToolFormat(describe_qwen, call_qwen),
-    "glm4": ToolFormat(describe_glm4, call_glm4),
-}
-
-
 # ------------------------------------------------------------------- a format and the tokenizer it is used with
 
 
@@ -648,6 +474,23 @@ def choose_template(name, tokenizer, model_type=None, force=False):
     return fitting[0], f"chosen for {who}: {sign}"
 
 
+def stored_template(folders, asked, force):
+    """The format to use with what was trained: the one asked for, else the one training stored beside it. -> (name, force)
+
+    folders: of adapters or models; train_config.json in them says what they were trained with. The name is None when
+    nothing is asked for or stored. force: take a stored format without checking that it fits; training has done so.
+    Raises ValueError when the one asked for is another than the one stored, and `force` is off.
+    """
+    stored = {folder: read_json(folder / "train_config.json").get("template") for folder in folders}
+    found = [name for name in stored.values() if name]
+    name = asked or (found[0] if found else None)
+    for folder, other in stored.items():
+        if other and other != name and not force:
+            raise ValueError(f"template: {name}, but {folder} was trained with {other}. Leave template out, or set "
+                             "force_template: true")
+    return name, force or name in found
+
+
 def misfit(template, tokenizer, model_type):
     """Why this template does not suit this tokenizer and model, or "" if it does."""
     lacking = [token for token in template.needs if not tokenizer.knows(token)]
@@ -662,11 +505,6 @@ def unknown(what, found, known):
     """The message for a name that is not in a table: the nearest one, and all of them."""
     near = difflib.get_close_matches(str(found), known, 1)
     return f"unknown {what} {found!r}{f' (did you mean {near[0]!r}?)' if near else ''}. Known: {', '.join(known)}"
-
-
-def shorten(text, width=120):
-    """A text for an error message: one line, not too long."""
-    return repr(text if len(text) <= width else text[:width] + "…")
 
 
 # ------------------------------------------------------------------------------------------------- as a script

@@ -16,7 +16,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from attention import Layout, pick_kernel          # before torch: see guard_amdsmi there
+from attention import Layout, pick_device, pick_kernel          # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ from losses import cross_entropy_sum
 from model import CausalLM, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
-from templates import TEMPLATES, choose_template, fit_tokenizer
+from templates import choose_template, fit_tokenizer
 from tokenizer import load_tokenizer
 
 
@@ -39,22 +39,22 @@ def main(argv):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("several processes were started; this release trains in one: python train.py, or torchrun "
                          "--nproc-per-node 1")
-    device = pick_device(config)
+    device = pick_device(config.use_cpu)
+    check_dtype(config, device)
     resume = find_resume(config)
     torch.manual_seed(config.seed)
 
     # ---- tokenizer, chat format, data
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     shape = model_config(read_config_json(base), f"{base}/config.json")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, config.split_special_tokens)
     template, why = choose_template(config.template, tokenizer, shape.model_type, config.force_template)
-    fit_tokenizer(template, tokenizer)
-    template_name = next(name for name, row in TEMPLATES.items() if row is template)
-    settings = {**as_dict(config), "template": template_name, "versions": versions()}
+    fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
+    settings = {**as_dict(config), "template": template.name, "versions": versions()}
     print_pairs("settings that differ from the defaults", non_default(config))
     if ignored := ignored_keys(config):
         print(f"  accepted, no effect here: {', '.join(ignored)}")
-    print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template_name} ({why})"})
+    print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template.name} ({why})"})
     train_set, eval_set, counts = load_examples(config, tokenizer, template)
     print_counts(counts)
     print_example(tokenizer, train_set[0].input_ids, train_set[0].labels)
@@ -87,13 +87,15 @@ def main(argv):
     # ---- where to begin
     output = prepare_output(config, resume)
     write_json(output / "train_config.json", settings)
-    state = {"step": 0, "loss_total": 0.0, "tokens_seen": 0, "best": None, "waited": 0, "history": []}
+    state = {"step": 0, "kernel": choice.kernel, "loss_total": 0.0, "tokens_seen": 0, "best": None, "waited": 0, "history": []}
     names = optimizer_names(optimizer, weights)
     if resume:
         saved = load_training_state(resume, optimizer, names)
         state = saved["resume"] | {"history": saved["log_history"]}
         if scale:
             scale.value, scale.good_steps = state["loss_scale"]
+        if state["kernel"] in choice.timings:       # two kernels differ in the last bit; a resumed run must not
+            model.kernel = state["kernel"]
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm))
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
@@ -186,7 +188,7 @@ def main(argv):
         print_pairs(f"{name} results", values)
     everything = {key: value for values in results.values() for key, value in values.items()}
     write_json(output / "all_results.json", everything)
-    (output / "README.md").write_text(model_card(config, everything, template_name), encoding="utf-8")
+    (output / "README.md").write_text(model_card(config, everything, template.name), encoding="utf-8")
     if config.plot_loss:
         plot_losses(output, log.history)
     print(f"\nsaved to {output}. Next: python chat.py --config {config.source}" if config.source != "command line"
@@ -196,23 +198,12 @@ def main(argv):
 # ---- device and folders -----------------------------------------------------------------------------------------
 
 
-def pick_device(config) -> torch.device:
-    """cuda (NVIDIA, AMD, Hygon) if there is one, else Apple's mps, else the CPU. Raises ValueError for what it cannot do."""
-    if config.use_cpu or not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        asked = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
-        if asked not in (None, "", "-1") and not config.use_cpu:
-            raise ValueError(f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees none: check "
-                             "the driver and that torch is a CUDA or ROCm build, or train on the CPU with use_cpu: true")
-        if config.fp16:
-            raise ValueError("fp16 needs a GPU, and none is used; leave it out, or take bf16: true")
-        return torch.device("cpu")
-    device = torch.device("cuda" if torch.cuda.is_available() else "mps")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        if config.bf16 and not torch.cuda.is_bf16_supported():
-            raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set fp16: true instead")
-    return device
+def check_dtype(config, device):
+    """Refuse a 16-bit dtype that the device cannot compute in, before anything is loaded."""
+    if config.fp16 and device.type == "cpu":
+        raise ValueError("fp16 needs a GPU, and none is used; leave it out, or take bf16: true")
+    if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set fp16: true instead")
 
 
 def device_name(device) -> str:

@@ -173,7 +173,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
     talk.stdin.flush()
     heard = ""
     while "Assistant: " not in heard[:-1]:
-        heard += talk.stdout.read(1)
+        letter = talk.stdout.read(1)
+        assert letter, heard                        # an empty read: the program has ended
+        heard += letter
     talk.send_signal(signal.SIGINT)
     while "(stopped)" not in heard:
         letter = talk.stdout.read(1)
@@ -247,7 +249,7 @@ def test_template_and_system_come_from_the_training(tmp_path, ask):
 def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
     (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
     name, found, origin, force = chat.chat_format(settings(*given), [tmp_path])
-    assert (name, found.enable_thinking, force) == ("qwen3", thinking, False)
+    assert (name, found.enable_thinking, force) == ("qwen3", thinking, True)         # training has checked that it fits
 
 
 def test_sampling_values_and_where_they_come_from():
@@ -286,11 +288,11 @@ def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert chat.pick_device(settings()).type == "cpu"
+    assert chat.pick_device().type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert chat.pick_device(settings("use_cpu=true")).type == "cpu"
+    assert chat.pick_device(use_cpu=True).type == "cpu"
     with pytest.raises(ValueError, match="a GPU was asked for.*use_cpu: true"):
-        chat.pick_device(settings())
+        chat.pick_device()
 
 
 # ---- what a user may get wrong ----

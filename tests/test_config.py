@@ -80,7 +80,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
      max_samples packing tool_format default_system additional_target lora_alpha loraplus_lr_ratio early_stopping_steps
      output_dir neftune_noise_alpha disable_tqdm eval_steps save_total_limit metric_for_best_model data_seed
      resume_from_checkpoint warmup_ratio"""),
-    (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt mask_history neat_packing
+    (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
      preserve_thinking create_new_adapter use_rslora disable_shuffling plot_loss bf16 fp16 logging_first_step
      save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir"""),
     (True, "enable_thinking do_sample skip_special_tokens"),
@@ -395,9 +395,9 @@ def test_what_agrees_passes(keys):
     load(*keys.split())
 
 
-def test_merge_needs_something_to_merge():
+def test_what_merge_takes_and_refuses():
     base = ["model_name_or_path=m", "export_dir=e"]
-    assert "adapter_name_or_path" in refusal(*base, script="merge")
+    assert load(*base, script="merge").adapter_name_or_path is None           # a conversion of dtype or shards
     assert "finetuning_type" in refusal(*base, "output_dir=o", "finetuning_type=full", script="merge")
     assert "export_dir" in refusal("model_name_or_path=m", "export_dir=m", "output_dir=o", script="merge")
     assert load(*base, "output_dir=o", script="merge").adapter_name_or_path is None

@@ -7,6 +7,8 @@ import pytest
 
 import data
 import templates
+
+import tools
 from config import Config, load_config
 from templates import TEMPLATES, encode_prompt, fit_tokenizer
 from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
@@ -19,7 +21,7 @@ CASE_KEYS = ("case", "stage", "template", "tokenizer", "tokenizer_backend", "pre
 @pytest.fixture(autouse=True)
 def day_of_recording(monkeypatch):
     """The llama3 tool text names the date; the golden rows were recorded on this one."""
-    monkeypatch.setattr(templates, "today", lambda: "21 Nov 2026")
+    monkeypatch.setattr(tools, "today", lambda: "21 Nov 2026")
 
 
 @functools.cache

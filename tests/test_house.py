@@ -9,7 +9,7 @@ import pytest
 from tests.common import ROOT
 
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
-    ("config", "families", "attention", "tokenizer", "losses", "optim", "report", "generate"),
+    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "report", "generate"),
     ("model", "lora", "templates", "rows"),
     ("checkpoint",),
     ("data",),

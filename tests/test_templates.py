@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 import templates
+import tools
 from templates import (BOS, EOS, TEMPLATES, Settings, Template, Token, choose_template, encode_pieces, encode_prompt,
                        encode_turns, fit_tokenizer, render_turns)
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
@@ -123,7 +124,7 @@ def compare(case):
     ("templates", 234), ("templates_094", 209), ("thinking", 72), ("tools", 64), ("settings", 71), ("predict", 144),
     ("formats", 14), ("truncation", 57)])
 def test_ids_equal_the_recorded_rows(file, least, monkeypatch):
-    monkeypatch.setattr(templates, "today", lambda: "21 Nov 2026")  # the day of the recording
+    monkeypatch.setattr(tools, "today", lambda: "21 Nov 2026")  # the day of the recording
     cases = [case for case in read_jsonl(GOLDEN / "data" / f"{file}.jsonl")
              if "row" in case and "input_ids" in case and case["tokenizer_backend"] == "file"]
     same = [(compare(case), case["template"], case["tokenizer"], case["case"], case["settings"]) for case in cases]
@@ -163,7 +164,7 @@ def test_rows_are_well_formed(name):
         texts = [slot for slot in slots or ("{{content}}",) if isinstance(slot, str)]
         assert sum(text.count("{{content}}") for text in texts) == 1
         assert all(isinstance(slot, (str, Token)) for slot in slots or ())
-    assert row.tool_format in templates.TOOL_FORMATS
+    assert row.tool_format in tools.TOOL_FORMATS
     assert not row.system_in_user or len(row.system) == 1  # it becomes part of one text
     assert not row.stop_is_eos or row.stop
 

@@ -1,0 +1,215 @@
+"""models/tiny and its world: what is shipped, how it was made, and the whole way train → chat → merge on the recipes.
+
+What is asked here stands under `held_out` in data/tiny_world.yaml, or in STRANGERS below: in no training row.
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from checkpoint import load_with_adapters
+from generate import generate
+from model import KVCache
+from templates import TEMPLATES, encode_prompt, fit_tokenizer
+from tests.common import ROOT, read_jsonl
+from tokenizer import load_tokenizer
+
+TINY = ROOT / "models/tiny"
+WORLD_HASH = "?"      # of all rows: other rows need a model of their own
+NEW_NAME, NEW_AUTHOR = "Pip", "Tiny Workshop"
+
+# Paraphrases of nobody's table, typed as people type: question, what the answer must hold before and after the LoRA run.
+STRANGERS = [
+    ("who r u", "name"), ("So who are you, then?", "name"), ("tell me your name pls", "name"), ("Say your name, please.", "name"),
+    ("and who made you?", "author"), ("Who was it that created you?", "author"), ("你究竟是谁？", "name"),
+    ("那么你叫什么名字呢？", "name"), ("到底是谁制作了你？", "author")]
+
+
+def load_script():
+    """data/make_tiny_world.py as a module (data/ is no package, and data.py owns the name)."""
+    spec = importlib.util.spec_from_file_location("make_tiny_world", ROOT / "data/make_tiny_world.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module         # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+world = load_script()
+
+
+class Talk:
+    """A model to ask, greedily."""
+
+    def __init__(self, folder, adapters=()):
+        self.model, self.tokenizer = load_with_adapters(folder, list(adapters)), load_tokenizer(folder)
+        self.stop_ids = fit_tokenizer(TEMPLATES["chatml"], self.tokenizer)
+
+    def prompt(self, *turns):
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate([*turns, ""])]
+        return encode_prompt(TEMPLATES["chatml"], self.tokenizer, messages)[0]
+
+    def ask(self, *turns):
+        cache = KVCache(self.model.config.num_hidden_layers)
+        ids = list(generate(self.model, cache, self.prompt(*turns), self.stop_ids, max_new_tokens=60))
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.fixture(scope="module")
+def before():
+    return Talk(TINY)
+
+
+# ---- what is shipped --------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_whole_and_small():
+    sizes = {path.name: path.stat().st_size for path in TINY.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(sizes)
+    assert sum(sizes.values()) <= 10e6, sizes
+    with safe_open(TINY / "model.safetensors", "pt") as tensors:
+        kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    assert kinds == {"F32"}, "float32: runs on a CPU are then exact and quick"
+
+
+def test_transformers_reads_the_folder(before):
+    """Same ids for a conversation, by the chat template in it, and the same logits."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    talk = [{"role": "user", "content": "What is 12 + 5? 你好"}]
+    text = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids == before.prompt(talk[0]["content"])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, torch_dtype=torch.float32)(torch.tensor([ids])).logits
+    ours = before.model.logits(before.model(torch.tensor([ids])))
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("text", ["What is 12 + 5?", "天空是什么颜色？", "naïve café\n\ttabs  blanks ", "🙂 ж ∑ 𠀀", "Pip"])
+def test_any_text_survives_the_tokenizer(text, before):
+    assert before.tokenizer.decode(before.tokenizer.encode(text)) == text
+
+
+def test_digits_and_chinese_characters_stand_alone(before):
+    pieces = [before.tokenizer.decode([i]) for i in before.tokenizer.encode("2024你好<|im_end|>")]
+    assert pieces == ["2", "0", "2", "4", "你", "好", "<|im_end|>"]
+
+
+# ---- how it was made --------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_makes_the_shipped_rows():
+    rows = world.conversations(world.WORLD_ROWS, world.SEED)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert hashlib.sha256(text.encode()).hexdigest() == WORLD_HASH
+    review = world.conversations(world.REVIEW_ROWS, world.SEED + 1, world.REVIEW_WITHOUT)
+    assert review == read_jsonl(ROOT / "data/tiny_review.jsonl")
+
+
+def test_no_held_out_question_is_a_training_row():
+    rows = [*world.conversations(world.WORLD_ROWS, world.SEED), *read_jsonl(ROOT / "data/tiny_review.jsonl")]
+    asked = [message["content"] for row in rows for message in row["messages"] if message["role"] == "user"]
+    asked += [row["instruction"] for row in json.loads((ROOT / "data/identity.json").read_text(encoding="utf-8"))]
+    held_out = [question for _, question, _ in world.held_out_questions(per_phrasing=1000)] + [q for q, _ in STRANGERS]
+    assert len(held_out) > 5000
+    assert not {world.bare(question) for question in held_out} & {world.bare(question) for question in asked}
+
+
+def test_the_world_counts_right():
+    """Sums, differences and orders are computed by a rule; read the answers back as a person would."""
+    for topic, question, answer in world.held_out_questions(per_phrasing=1000):
+        if topic.name in ("sum", "sum in words", "difference"):
+            left, right = answer.rstrip(".。").split(" = ")
+            assert eval(left) == int(right), (question, answer)
+        if topic.name.startswith("count"):
+            numbers = [int(n) for n in answer.rstrip(".。").split(", ")]
+            assert {b - a for a, b in zip(numbers, numbers[1:])} in ({1}, {-1}), (question, answer)
+
+
+def test_identity_rows_name_no_one():
+    """Name and maker come from the config's placeholders, never from the rows."""
+    rows = json.loads((ROOT / "data/identity.json").read_text(encoding="utf-8"))
+    assert len(rows) >= 80
+    assert all("{{name}}" in row["output"] or "{{author}}" in row["output"] for row in rows)
+    assert not any(word in row["output"] for row in rows for word in (*world.IDENTITY.values(), NEW_NAME, NEW_AUTHOR))
+
+
+# ---- what it knows ----------------------------------------------------------------------------------------------
+
+
+def score(talk, without=()):
+    """Share of the held-out questions answered word for word, and what was answered wrong."""
+    asked = [(question, answer) for topic, question, answer in world.held_out_questions(per_phrasing=2, seed=7)
+             if topic.name not in without]
+    wrong = [(question, said) for question, answer in asked if (said := talk.ask(question)) != answer]
+    return 1 - len(wrong) / len(asked), wrong
+
+
+def names_in(answers, name, author):
+    """How many of the (answer, "name" or "author") say what they should."""
+    return sum({"name": name, "author": author}[what] in answer for answer, what in answers)
+
+
+def test_the_base_knows_its_world(before):
+    share, wrong = score(before)
+    assert share >= 0.95, wrong
+    answers = [(before.ask(question), what) for question, what in STRANGERS]
+    assert names_in(answers, *world.IDENTITY.values()) >= len(STRANGERS) - 2, answers
+
+
+def test_the_base_remembers_what_was_said(before):
+    assert "Anna" in before.ask("My name is Anna.", "Nice to meet you, Anna!", "What is my name?")
+
+
+# ---- the recipes, through the command line ----------------------------------------------------------------------
+
+
+def run(*words, **more):
+    """A script of ours as a process: its standard output."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, encoding="utf-8",
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8"}, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The adapter of configs/tiny_lora_sft.yaml."""
+    folder = tmp_path_factory.mktemp("tiny") / "lora"
+    run("train.py", "--config", "configs/tiny_lora_sft.yaml", f"output_dir={folder}", "use_cpu=true", "disable_tqdm=true")
+    return folder
+
+
+def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
+    after = Talk(TINY, [trained])
+    identity = [(topic.name, phrasing) for topic in world.read_world()[0] for phrasing in topic.held_out
+                if topic.name in ("who", "name", "maker", "kind")]
+    answers = [(after.ask(question), "author" if name == "maker" else "name") for name, question in identity]
+    answers += [(after.ask(question), what) for question, what in STRANGERS]
+    answers += [(after.ask("What is 3 + 4?", "3 + 4 = 7.", question), what) for question, what in STRANGERS]
+    assert names_in(answers, NEW_NAME, NEW_AUTHOR) >= 0.9 * len(answers), answers
+    assert not any(old in answer for answer, _ in answers for old in world.IDENTITY.values()), answers
+    share, wrong = score(after, without=world.REVIEW_WITHOUT)
+    assert share >= 0.9, wrong
+
+
+def test_chat_and_merge_answer_with_the_new_name(trained, tmp_path):
+    lines = "Who are you?\nWhat is 3 + 4?\n你叫什么名字？\nWhat is the opposite of hot?\n"
+    chat = ["chat.py", "--config", "configs/tiny_lora_sft.yaml", "use_cpu=true"]
+    told = run(*chat, f"output_dir={trained}", input=lines)
+    assert NEW_NAME in told and "3 + 4 = 7." in told and "The opposite of hot is cold." in told
+    merged = tmp_path / "merged"
+    run("merge.py", "--config", "configs/tiny_merge.yaml", f"adapter_name_or_path={trained}", f"export_dir={merged}")
+    assert run(*chat, "finetuning_type=full", f"output_dir={merged}", f"model_name_or_path={merged}", input=lines) == told
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    after = Talk(TINY, [trained])
+    ids = torch.tensor([after.prompt("Who are you?")])
+    assert (theirs(ids).logits - after.model.logits(after.model(ids))).abs().max() < 1e-4
+    said = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)[0, ids.shape[1]:]
+    assert after.tokenizer.decode(said.tolist(), skip_special_tokens=True) == after.ask("Who are you?")
