@@ -160,7 +160,7 @@ def encode_rows(rows: list[Row], config, tokenizer, template, report: Report, sp
     encode = encode_documents if config.stage == "pt" else encode_conversations
     size = config.preprocessing_batch_size          # the rows that packing may combine, and one call of the tokenizer
     with tqdm(total=len(rows), desc=f"tokenising {split} rows", unit="row", leave=False,
-              disable=bool(config.disable_tqdm) or not rows) as bar:
+              disable=bool(config.disable_tqdm) or not rows or None) as bar:       # None: only where someone watches
         for start in range(0, len(rows), size):
             batch = [(row, conversation) for row, conversation in
                      zip(rows[start:start + size], conversations[start:start + size]) if conversation]

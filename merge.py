@@ -97,7 +97,7 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
         copy_files(base, text_source, work)
         if template and (text_source / "tokenizer.json").is_file():
             fit_text_files(text_source, work, template, force_template, fields)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging") as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
             write_tensors(work, {name: (t.shape, t.dtype) for name, t in plan.items()},
                           lambda name: blocks(name, plan[name], device), shard_bytes, bar.update)
         if untied:

@@ -346,7 +346,7 @@ def evaluate(config, model, examples, device, autocast) -> dict:
     model.eval()
     start, size = time.time(), config.per_device_eval_batch_size
     means, total, count, empty = [], 0.0, 0, 0
-    for first in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, disable=bool(config.disable_tqdm)):
+    for first in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, disable=bool(config.disable_tqdm) or None):
         batch = collate(examples[first:first + size])
         supervised = int((batch.targets != -100).sum())
         if supervised == 0:
