@@ -87,7 +87,8 @@ def main(argv):
     # ---- where to begin
     output = prepare_output(config, resume)
     write_json(output / "train_config.json", settings)
-    state = {"step": 0, "kernel": choice.kernel, "loss_total": 0.0, "tokens_seen": 0, "best": None, "waited": 0, "history": []}
+    state = {"step": 0, "epoch": 0.0, "kernel": choice.kernel, "loss_total": 0.0, "tokens_seen": 0, "window": [0.0, 0],
+             "best": None, "waited": 0, "history": []}     # window: loss and steps since the last logged line
     names = optimizer_names(optimizer, weights)
     if resume:
         saved = load_training_state(resume, optimizer, names)
@@ -100,14 +101,15 @@ def main(argv):
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm))
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
-    started, window_loss, window_steps, window_tokens, window_start = time.time(), 0.0, 0, 0, time.time()
-    first_step = state["step"]
+    started = window_start = time.time()
+    first_step, window_tokens, (window_loss, window_steps) = state["step"], 0, state["window"]
 
     def save(step, epoch):
         with new_folder(output / f"checkpoint-{step}") as folder:
             save_weights(config, model, lora, folder, base, tokenizer, settings)
             if not config.save_only_model:
-                kept = state | ({"loss_scale": [scale.value, scale.good_steps]} if scale else {})
+                kept = state | {"window": [window_loss, window_steps]}
+                kept |= ({"loss_scale": [scale.value, scale.good_steps]} if scale else {})
                 save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept))
         remove_old_checkpoints(config, output, state["best"])
 
@@ -145,10 +147,11 @@ def main(argv):
 
         # ---- what the step leaves behind
         tokens = sum(len(batch.targets) for batch in batches)
-        state.update(step=step, loss_total=state["loss_total"] + loss, tokens_seen=state["tokens_seen"] + tokens)
+        done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / len(rows))
+        state.update(step=step, epoch=done, loss_total=state["loss_total"] + loss,
+                     tokens_seen=state["tokens_seen"] + tokens)
         window_loss, window_steps, window_tokens = window_loss + loss, window_steps + 1, window_tokens + tokens
         speed = window_tokens / max(time.time() - window_start, 1e-9)
-        done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / len(rows))
         ends_epoch = nth == per_epoch - 1 or step == total_steps
         log.advance(loss, rate, speed)
         if step % log_every == 0 or (step == 1 and config.logging_first_step):
@@ -168,21 +171,21 @@ def main(argv):
             break
 
     # ---- the end: the best or the last weights, results, pictures
-    seconds = time.time() - started
-    log.write(state["step"], done)
+    seconds = max(time.time() - started, 1e-9)
+    log.write(state["step"], state["epoch"])
     log.close()
     if config.load_best_model_at_end and state["best"]:
         load_best(config, model, weights, output, state["best"])
-    trained = {"epoch": done, "total_flos": flops(model, state["tokens_seen"]),
+    trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
                "train_loss": state["loss_total"] / state["step"], "train_runtime": round(seconds, 4),
                "train_samples_per_second": round((state["step"] - first_step) / per_epoch * len(train_set) / seconds, 3),
                "train_steps_per_second": round((state["step"] - first_step) / seconds, 3)}
     log.history.append(trained | {"step": state["step"]})
     results = {"train": trained}
     if eval_set and config.do_eval:
-        results["eval"] = {"epoch": done, **evaluate(config, model, eval_set, device, autocast)}
+        results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast)}
     save_weights(config, model, lora, output, base, tokenizer, settings)
-    write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], done))
+    write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
         print_pairs(f"{name} results", values)

@@ -69,7 +69,7 @@ def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
 @pytest.mark.parametrize("case", ["sft_shuffled", "sft_qwen2_loraplus"])
 def test_resumed_equals_never_stopped(case, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
-    noise = ["neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2"]
+    noise = ["neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
     whole = run(case, tmp_path / "a", monkeypatch, *noise)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for late in (tmp_path / "b").glob("checkpoint-*"):
@@ -82,6 +82,18 @@ def test_resumed_equals_never_stopped(case, tmp_path, monkeypatch):
     assert same_tensors(tmp_path / "a/adapter_model.safetensors", tmp_path / "b/adapter_model.safetensors", 0)
     assert [r["current_steps"] for r in read_jsonl(tmp_path / "b/trainer_log.jsonl")] == \
         [r["current_steps"] for r in read_jsonl(tmp_path / "a/trainer_log.jsonl")]
+
+
+@needs_shared
+def test_a_finished_run_resumed_has_nothing_to_do(tmp_path, monkeypatch):
+    out, save = tmp_path / "out", ["save_strategy=steps", "save_steps=6"]
+    run("sft_eval", out, monkeypatch, *save)
+    before = load_file(out / "adapter_model.safetensors")
+    results = json.loads((out / "all_results.json").read_text())
+    run("sft_eval", out, monkeypatch, *save, "resume_from_checkpoint=true")
+    assert all(torch.equal(w, before[n]) for n, w in load_file(out / "adapter_model.safetensors").items())
+    again = json.loads((out / "all_results.json").read_text())
+    assert all(again[key] == results[key] for key in ("epoch", "train_loss", "eval_loss"))
 
 
 @needs_shared
