@@ -19,7 +19,8 @@ from pathlib import Path
 from attention import pick_device, pick_kernel                  # before torch: see guard_amdsmi there
 import torch
 
-from checkpoint import DTYPES, checkpoints_in, find_checkpoint, load_with_adapters, read_adapter_config
+from checkpoint import (DTYPES, checkpoints_in, find_checkpoint, folded_under, load_with_adapters, read_adapter_config,
+                        warn_of_folded)
 from config import Config, ignored_keys, load_config, run
 from families import read_config_json
 from generate import Sampling, common_prefix, context_length, generate
@@ -69,7 +70,6 @@ def main(argv):
         raise ValueError("--prompt is empty; write what to answer, or leave it out to talk")
     if ignored := ignored_keys(config):
         say(f"accepted, no effect here: {', '.join(ignored)}")
-    sys.stdout.reconfigure(errors="replace")            # a terminal without UTF-8 shows ? instead of ending the program
 
     # ---- which weights, where
     base, adapters, remarks = find_weights(config)
@@ -214,13 +214,14 @@ def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:
         return output, [], (" (all weights trained; the output_dir of this config)", "")
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     named = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
+    result = [*folded_under(output), str(output)] if trained else []
     if trained and not named:
-        return base, [output], ("", " (the output_dir of this config)")
+        return base, [find_checkpoint(name) for name in result], ("", " (the output_dir of this config)")
     if trained and output.resolve() not in [folder.resolve() for folder in named]:
-        return base, named, ("", f" (as named; output_dir holds another one: adapter_name_or_path={output})")
+        return base, named, ("", f" (as named; output_dir holds another one: adapter_name_or_path={','.join(result)})")
     if named or not config.output_dir:
         return base, named, ("", "")
-    key, halfway = ("model_name_or_path" if full else "adapter_name_or_path"), checkpoints_in(output)
+    key, halfway = ("model_name_or_path" if full else "adapter_name_or_path"), checkpoints_in(output, resumable=False)
     hint = f"; its newest checkpoint: {key}={halfway[-1]}" if halfway else ""
     return base, [], (f" (the base: {output} holds no finished training{hint})", "")
 
@@ -231,6 +232,8 @@ def warn_of_other_bases(config, adapters):
         trained_on = read_adapter_config(folder)[1].get("base_model_name_or_path")
         if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
             say(f"warning   {folder} says it was trained on {trained_on}, not on {config.model_name_or_path}")
+    if warning := warn_of_folded(adapters):
+        say(f"warning   {warning}")
 
 
 def chat_format(config, folders) -> tuple[str | None, Settings, str, bool]:

@@ -23,12 +23,14 @@ from tqdm import tqdm
 from families import model_config, read_config_json
 from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters
 from model import CausalLM
+from tokenizer import read_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
+STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")     # what resuming needs
 
 
 # ---- finding ----------------------------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
         raise FileNotFoundError(f"{name_or_path} is neither a local folder{_near(path)} nor a repository of the hub that "
                                 "you may read (a private one needs `hf auth login`)") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).strip().split("\n")[0]
         raise FileNotFoundError(f"{name_or_path} is no local folder{_near(path)}, is not in the cache, and the hub could "
                                 f"not be reached ({reason}). Give a folder, or fetch it where there is a network: "
                                 f"hf download {name_or_path}") from None
@@ -90,7 +92,7 @@ def open_tensors(path, device="cpu"):
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); fetch it again") from None
+        raise ValueError(f"{path} is damaged or incomplete ({error}); fetch it again, or use another copy") from None
 
 
 def tensor_files(folder) -> dict[str, Path]:
@@ -100,9 +102,9 @@ def tensor_files(folder) -> dict[str, Path]:
     if index.is_file():
         try:
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError):
+            missing = sorted({file for file in names.values() if not (folder / file).is_file()})
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{index} is damaged or incomplete; fetch it again") from None
-        missing = sorted({file for file in names.values() if not (folder / file).is_file()})
         if missing:
             raise FileNotFoundError(f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
                                     "The download is incomplete; fetch them again")
@@ -294,6 +296,23 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
         "alpha_pattern": config.alpha_pattern, "modules_to_save": config.modules_to_save or None})
 
 
+def folded_under(adapter) -> list[str]:
+    """The adapters that training folded into the base before this one, as its train_config.json names them."""
+    said = read_json(Path(adapter) / "train_config.json")
+    names = said.get("adapter_name_or_path") or []
+    return names if said.get("create_new_adapter") else names[:-1]
+
+
+def warn_of_folded(adapters: list) -> str:
+    """A warning when an adapter stands without those it was trained on top of (see folded_under); or ""."""
+    for place, adapter in enumerate(adapters):
+        before = [Path(other).resolve() for other in adapters[:place]]
+        if missing := [name for name in folded_under(adapter) if Path(name).resolve() not in before]:
+            return (f"{adapter} was trained with {' and '.join(missing)} folded into the base. Unless this base has it "
+                    f"already: adapter_name_or_path={','.join([*missing, str(adapter)])}")
+    return ""
+
+
 def load_with_adapters(folder, adapters: list, dtype=None, device="cpu") -> CausalLM:
     """Base model with adapters, for inference: all but the last are folded in, the last stays beside the weights.
 
@@ -316,19 +335,25 @@ def write_json(path, value):
     """Write JSON under its final name in one step."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=True)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)         # a full disk leaves nothing half-written
 
 
 def _save_tensors(path, tensors: dict):
     """A small safetensors file in one go. Raises OSError if it cannot be written, such as on a full disk."""
+    path.touch()
+    mode = path.stat().st_mode                  # as the umask says; save_file makes files that only their owner can read
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path),
                   metadata={"format": "pt"})
+        path.chmod(mode)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}). Is there room on the disk?") from None
 
@@ -357,6 +382,17 @@ def new_folder(path):
         os.replace(path, old)                   # one of the two is whole at any moment
     os.replace(work, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def into_folder(path):
+    """new_folder for a folder that is in use: the files move into it when the block ends well, each over an older one."""
+    path = Path(path)
+    with new_folder(path / "final") as work:
+        yield work
+    for file in (path / "final").iterdir():
+        os.replace(file, path / file.name)
+    (path / "final").rmdir()
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -441,18 +477,19 @@ def save_training_state(folder, optimizer, names: list[str], state: dict):
     for name, p in zip(names, params, strict=True):
         for key, value in optimizer.state.get(p, {}).items():
             tensors[f"{name}|{key}"] = torch.as_tensor(value)
-    _save_tensors(Path(folder) / "optimizer.safetensors", tensors)
+    folder = Path(folder)
+    _save_tensors(folder / "optimizer.safetensors", tensors)
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    _save_tensors(Path(folder) / "rng.safetensors", rng)
-    write_json(Path(folder) / "trainer_state.json", state)
+    _save_tensors(folder / "rng.safetensors", rng)
+    write_json(folder / "trainer_state.json", state)
 
 
 def load_training_state(folder, optimizer, names: list[str]) -> dict:
     """Put back what save_training_state wrote; returns the JSON part. Raises ValueError if the parameters differ."""
     folder = Path(folder)
-    for file in ("optimizer.safetensors", "rng.safetensors", "trainer_state.json"):
+    for file in STATE_FILES:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / file} is missing: the run cannot be resumed from here (was it saved with "
                                     "save_only_model: true?). Start from its adapter instead: adapter_name_or_path")
@@ -476,10 +513,16 @@ def load_training_state(folder, optimizer, names: list[str]) -> dict:
         torch.set_rng_state(tensors.get_tensor("cpu"))
         if torch.cuda.is_available() and "cuda" in tensors.keys():
             torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
-    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    path = folder / "trainer_state.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): the run cannot be resumed from here. An earlier "
+                         "checkpoint may do (resume_from_checkpoint: FOLDER)") from None
 
 
-def checkpoints_in(output_dir) -> list[Path]:
-    """checkpoint-N folders that are complete, oldest first."""
+def checkpoints_in(output_dir, resumable: bool = True) -> list[Path]:
+    """checkpoint-N folders, oldest first; resumable: only those with the state of their training."""
     found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in found if (p / "trainer_state.json").is_file()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted((p for p in found if not resumable or (p / "trainer_state.json").is_file()),
+                  key=lambda p: int(p.name.split("-")[1]))

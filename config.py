@@ -27,9 +27,9 @@ COMMAND_LINE = "command line"
 Steps = float       # optimizer steps: a count, or below 1 a share of all steps of the run (see in_steps)
 
 
-def key(default, help, group=None, choices=(), later=(), low=None, above=None, high=None):
-    """One row of the table. `later`: values LLaMA-Factory knows and this release does not; bounds: low <= x <= high."""
-    about = dict(help=help, group=group, choices=choices, later=later, low=low, above=above, high=high)
+def key(default, help, group=None, choices=(), later=(), low=None, above=None, high=None, below=None):
+    """One row of the table. `later`: values LLaMA-Factory knows and this release does not; the rest are bounds."""
+    about = dict(help=help, group=group, choices=choices, later=later, low=low, above=above, high=high, below=below)
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about)
@@ -103,7 +103,7 @@ class Config:
     gradient_accumulation_steps: int = key(1, "micro-batches of one optimizer step", low=1)
     num_train_epochs: float = key(3.0, "passes over the data", above=0)
     max_steps: int = key(-1, "stop after so many optimizer steps, whatever num_train_epochs says (-1: off)", low=-1)
-    learning_rate: float = key(5e-5, "highest learning rate", low=0)
+    learning_rate: float = key(5e-5, "highest learning rate", above=0)
     lr_scheduler_type: str = key(
         "linear", "course of the learning rate after the warm-up",
         choices=("linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
@@ -115,16 +115,16 @@ class Config:
     optim: str = key("adamw_torch_fused", "optimizer; the three names mean the same AdamW",
                      choices=("adamw_torch_fused", "adamw_torch", "adamw_hf"))
     weight_decay: float = key(0.0, "decoupled decay of weights (not of biases and norms)", low=0)
-    adam_beta1: float = key(0.9, "AdamW: memory of the mean gradient", low=0, high=1)
-    adam_beta2: float = key(0.999, "AdamW: memory of its square", low=0, high=1)
+    adam_beta1: float = key(0.9, "AdamW: memory of the mean gradient", low=0, below=1)
+    adam_beta2: float = key(0.999, "AdamW: memory of its square", low=0, below=1)
     adam_epsilon: float = key(1e-8, "AdamW: floor of the divisor", low=0)
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (0 or none: never)", low=0)
     neftune_noise_alpha: float | None = key(None, "NEFTune: noise on the embeddings in training", low=0)
     bf16: bool = key(False, "compute in bfloat16")
     fp16: bool = key(False, "compute in float16, with loss scaling")
     use_cpu: bool = key(False, "run on the CPU even where there is a GPU")
-    seed: int = key(42, "seed of shuffling, split, initial weights and dropout", low=0)
-    data_seed: int | None = key(None, "another seed for the order of the rows", low=0)
+    seed: int = key(42, "seed of shuffling, split, initial weights and dropout", low=0, high=2**32 - 1)
+    data_seed: int | None = key(None, "another seed for the order of the rows", low=0, high=2**32 - 1)
 
     do_eval: bool = key(False, "evaluate at the end (any eval_strategy but no turns it on)", "eval")
     eval_strategy: str = key("no", "when to evaluate", choices=("no", "steps", "epoch"))
@@ -410,6 +410,8 @@ def _acts_elsewhere(name, value, where, script):
 def read_argv(argv: list[str], script: str):
     """(config file or None, [(key, text, where), …]). The file is --config FILE or the first bare argument."""
     path, pairs, rest = None, [], [str(arg) for arg in argv]
+    if re.search("[\udc80-\udcff]", "".join(rest)):       # how Python shows bytes that it could not decode
+        raise ValueError(f"{COMMAND_LINE}: not UTF-8 text; where the locale is not UTF-8, set PYTHONUTF8=1")
     while rest:
         arg = rest.pop(0)
         if arg in ("-h", "--help"):
@@ -439,7 +441,7 @@ def _take_value(name, rest):
         return rest.pop(0) if follows and rest[0].lower() in TRUE + FALSE + NULL else "true"
     if follows:
         return rest.pop(0)
-    if name in UNUSED:
+    if name.partition(".")[0] not in (*KEYS, "config"):     # one of UNUSED, or one that load_config will not know
         return "true"
     raise ValueError(f"{COMMAND_LINE}: --{name} needs a value")
 
@@ -484,7 +486,9 @@ def _read_yaml(path, text):
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = str(getattr(error, "problem", None) or error)
+        hint = " (YAML is indented with spaces, not with tabs)" if "'\\t'" in problem else ""
+        raise ValueError(f"{path}{line}: not valid YAML: {problem}{hint}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: a config is made of lines `key: value`")
     return list(rows(root))
@@ -527,7 +531,7 @@ def read_value(spec, value, where: str, script: str):
     if about["choices"]:
         return _choice(value, about, wrong, script)
     for bound, words, fits in (("low", "at least", operator.ge), ("above", "above", operator.gt),
-                               ("high", "at most", operator.le)):
+                               ("high", "at most", operator.le), ("below", "below", operator.lt)):
         if about[bound] is not None and not fits(value, about[bound]):
             raise ValueError(f"{wrong} out of range: it must be {words} {about[bound]}. Meaning: {about['help']}")
     return value
@@ -634,6 +638,7 @@ def run(main):
 
     Other exceptions are bugs and keep their traceback; POCKET_TRACEBACK=1 shows it for all.
     """
+    sys.stdout.reconfigure(errors="replace")    # where the output is not UTF-8 a ? stands for what it cannot show
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
@@ -652,9 +657,12 @@ def run(main):
 
 def explain(error: Exception) -> str:
     """The sentence for an error of the user's making."""
+    if isinstance(error, UnicodeEncodeError):   # a name of a file, where the locale is not UTF-8
+        return f"{error.object!r} cannot be written in the encoding {error.encoding}: set PYTHONUTF8=1"
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
-    file = f"{error.filename}: " if error.filename else ""
+    file = error.filename2 or error.filename    # filename2: the target of a copy
+    file = f"{file}: " if file else ""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return f"{file}no space left on the disk; free some, or set output_dir, export_dir or HF_HOME to another one"
     return f"{file}{error.strerror}"

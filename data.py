@@ -21,7 +21,7 @@ from config import load_config, run
 from families import read_config_json
 from report import print_example
 from rows import PLACEHOLDER, Conversation, Row, convert, fill_placeholders, load_rows, shown
-from templates import Settings, choose_template, encode_pieces, fit_tokenizer, render_turns
+from templates import Settings, choose_template, encode_pieces, fit_tokenizer, render_turns, with_overrides
 from tokenizer import load_tokenizer
 
 IGNORE = -100                   # the label of a token that carries no loss
@@ -74,6 +74,7 @@ def load_examples(config, tokenizer, template, keep_unlearnable=False) -> tuple[
     if config.train_on_prompt and template.efficient_eos:
         raise ValueError(f"{config.source}: train_on_prompt cannot be used with template {template.name}, which labels "
                          "the first token of a turn with the end of the answer before it")
+    with_overrides(template, settings_of(config))       # raises for a tool_format that does not exist
     report = Report()
     sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
     train_rows, eval_rows = load_rows(config.dataset, config, sampler, report.notes), []
@@ -88,7 +89,7 @@ def load_examples(config, tokenizer, template, keep_unlearnable=False) -> tuple[
         report.examples[split] = len(learnable)
         if keep_unlearnable:
             learnable = examples
-        elif rows and not learnable:
+        elif rows and not any((example.labels[1:] != IGNORE).any() for example in learnable):     # nothing predicts the first
             raise ValueError(nothing_to_learn(config, report, split, len(rows)))
         found.append(learnable)
     return found[0], found[1], report

@@ -11,7 +11,7 @@ Sources: Llama arXiv:2302.13971, Mistral arXiv:2310.06825, Qwen2 arXiv:2407.1067
 """
 import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
@@ -104,10 +104,11 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
     """
     raw = {key: value for key, value in raw.items() if not key.startswith("_")}
     kind = raw.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         near = difflib.get_close_matches(str(kind), FAMILIES, 1)
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}."
                          + (f" If it has the same network as {near[0]!r}, write that as its model_type." if near else ""))
+    _check_types(raw, where)
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{where}: the weights are stored quantised ({method}); quantised checkpoints are not in this "
@@ -148,6 +149,19 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
         raise ValueError(f"{where}: {_listed(unread)} may change what the network computes and is not honoured here. If it "
                          "is only a remark, take it out of config.json.")
     return config
+
+
+def _check_types(raw, where):
+    """Raises ValueError for a field that is not of its type in ModelConfig; null stands for an absent one."""
+    kinds = {int: (lambda v: type(v) is int and v > 0, "a whole number above 0"),
+             float: (lambda v: type(v) in (int, float) and v >= 0, "a number, 0 or above"),
+             bool: (lambda v: type(v) is bool, "true or false"), dict: (lambda v: type(v) is dict, "an object")}
+    expected = {spec.name: spec.type for spec in fields(ModelConfig) if spec.type in kinds}
+    expected |= dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict)
+    for name, kind in expected.items():
+        fits, words = kinds[kind]
+        if raw.get(name) is not None and not fits(raw[name]):
+            raise ValueError(f"{where}: {name}: {json.dumps(raw[name])[:60]} is not {words}")
 
 
 def _listed(fields):

@@ -20,7 +20,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (DTYPES, FILE_DTYPES, PREFIX, adapter_tensors, find_checkpoint, load_adapter, load_model,
-                        new_folder, open_tensors, read_adapter_config, tensor_files, write_json, write_tensors)
+                        folded_under, new_folder, open_tensors, read_adapter_config, tensor_files, warn_of_folded,
+                        write_json, write_tensors)
 from config import ignored_keys, load_config, run
 from families import read_config_json
 from lora import lora_layers, merged_weight
@@ -68,6 +69,8 @@ def main(argv):
     print(f"base      {base}")
     for adapter in adapters:
         print(f"adapter   {adapter}{other_base(adapter, base, config.model_name_or_path)}")
+    if warning := warn_of_folded(adapters):
+        print(f"warning   {warning}")
     if not adapters:
         print("adapter   none (adapter_name_or_path is not set): the weights are written as they are")
     merge_checkpoint(base, adapters, config.export_dir, DTYPES.get(config.infer_dtype), int(config.export_size * 1e9),
@@ -115,13 +118,13 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
 
 
 def adapter_names(config) -> list[str]:
-    """adapter_name_or_path; without it, the output_dir in which a training left its adapter; without both, none."""
+    """adapter_name_or_path; without it, what a training left in output_dir, after those it stands on; without both, none."""
     if config.adapter_name_or_path or not config.output_dir:
         return config.adapter_name_or_path or []
     if not (Path(config.output_dir) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"output_dir {config.output_dir} holds no adapter (adapter_config.json); train first, "
                                 "or name the adapter's folder as adapter_name_or_path")
-    return [config.output_dir]
+    return [*folded_under(config.output_dir), config.output_dir]
 
 
 def other_base(adapter, base, name) -> str:

@@ -85,11 +85,13 @@ def schedule(config, total_steps: int):
     """factor(step) for step 0 … total_steps - 1. Raises ValueError naming the key for arguments that make no sense."""
     kind, rate, kw = config.lr_scheduler_type, config.learning_rate, dict(config.lr_scheduler_kwargs or {})
     shape, known = SCHEDULES[kind]
-    for name in kw:
+    for name, value in kw.items():
         if name not in known.split():
             near = difflib.get_close_matches(name, known.split(), 1)
             raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
                              + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it knows {known or 'none'}")
+        if name != "decay_type" and type(value) not in (int, float):
+            raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
     if kind == "cosine_with_min_lr":
         if ("min_lr" in kw) == ("min_lr_rate" in kw):
             raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with either min_lr (a rate) "

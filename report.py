@@ -62,16 +62,18 @@ class RunLog:
         self.path = Path(folder) / "trainer_log.jsonl"
         self.total_steps, self.first_step, self.history = total_steps, first_step, list(history or [])
         self.start = time.time()
-        kept = [line for line in self._lines() if line["current_steps"] <= first_step] if first_step else []
+        kept = [line for line in self._lines() if line.get("current_steps", 0) <= first_step] if first_step else []
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
                         disable=disabled or None)          # None: no bar where nobody watches (a file, a pipe)
         tqdm.write(COLUMNS.format(step="step", epoch="epoch", loss="loss", lr="lr", grad="grad norm", speed="tokens/s"))
 
     def _lines(self):
+        """The lines already written. A run that was killed, or met a full disk, may have left the last one half done."""
         if not self.path.is_file():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
     def advance(self, loss: float, lr: float, tokens_per_second: float):
         """Move the bar by one optimizer step."""

@@ -28,8 +28,10 @@ OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user",
 ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools")
 FOREIGN = {"chosen": "preference pairs", "rejected": "preference pairs", "kto_tag": "good and bad answers",
            "images": "pictures", "videos": "films", "audios": "sound"}      # roles of stages and models we do not have
-ENTRY_KEYS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "formatting",
-              "ranking", "subset", "split", "folder", "num_samples", "columns", "tags")
+ENTRY_KEYS = {"file_name": str, "hf_hub_url": str, "ms_hub_url": str, "om_hub_url": str, "script_url": str,
+              "cloud_file_name": str, "formatting": str, "ranking": bool, "subset": str, "split": str, "folder": str,
+              "num_samples": int, "columns": dict, "tags": dict}
+ELSEWHERE = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")       # where rows cannot be fetched from
 REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
 
 # How a data file given by its path is recognised: for each role the names people use, likeliest first.
@@ -112,13 +114,14 @@ def find_source(name: str, config, notes: list) -> Source:
     info_path, info = Path(config.dataset_dir) / "dataset_info.json", {}
     if info_path.is_file():
         try:
-            info = json.loads(info_path.read_text(encoding="utf-8"))
+            info = json.loads(info_path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{info_path}: not valid JSON ({error})") from None
         if not isinstance(info, dict) or not isinstance(info.get(name, {}), dict):
             raise ValueError(f"{info_path} must be an object, dataset name -> entry, and every entry an object")
     if name in info:
-        return source_of_entry(name, info[name], info_path, config, notes)
+        entry = {key: value for key, value in info[name].items() if value is not None}
+        return source_of_entry(name, entry, info_path, config, notes)
     for path in (Path(name), Path(config.dataset_dir) / name):
         if path.exists():
             return Source(name, files_at(path))
@@ -133,6 +136,7 @@ def find_source(name: str, config, notes: list) -> Source:
 def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list) -> Source:
     """One entry of dataset_info.json, checked, its files found. What cannot be honoured is an error or a note."""
     where = f"{info_path}, dataset '{name}'"
+    check_entry(entry, where)
     notes += [f"{where}: key '{key}' is not used{nearest(key, ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
     formatting = entry.get("formatting", "alpaca")
     if formatting not in COLUMNS:
@@ -156,15 +160,25 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
     if entry.get("hf_hub_url"):
         files = hub_files(entry, where, config)
     elif not entry.get("file_name"):
-        given = [key for key in ENTRY_KEYS[2:6] if key in entry]
-        raise ValueError(f"{where}: {given[0] if given else 'no file'} is given, but only file_name and hf_hub_url can "
-                         "be read: download the data and give its file_name")
+        given = [key for key in ELSEWHERE if key in entry]
+        raise ValueError(f"{where}: {given[0]} is given, but only file_name and hf_hub_url can be read: download the data "
+                         "and give its file_name" if given else f"{where}: neither file_name nor hf_hub_url is given")
     elif entry.get("split", "train") != "train":
         raise ValueError(f"{where}: split '{entry['split']}', but a local file has no splits; max_samples takes the "
                          "first rows")
     else:
         files = files_at(info_path.parent / entry["file_name"])
     return Source(name, files, formatting, columns, tags, entry.get("num_samples"))
+
+
+def check_entry(entry: dict, where: str):
+    """Raises ValueError for a value of another type than ENTRY_KEYS says, or a number of samples that is none."""
+    words = {str: "a text", bool: "true or false", int: "a whole number above 0", dict: "an object of texts"}
+    for key in ENTRY_KEYS.keys() & entry.keys():
+        value, kind = entry[key], ENTRY_KEYS[key]
+        texts = all(isinstance(text, str) for text in value.values()) if type(value) is dict else True
+        if type(value) is not kind or not texts or kind is int and value < 1:
+            raise ValueError(f"{where}: {key}: {shown(json.dumps(value, ensure_ascii=False))} is not {words[kind]}")
 
 
 def files_at(path: Path) -> tuple:
@@ -188,7 +202,7 @@ def hub_files(entry: dict, where: str, config) -> tuple:
     try:
         root = Path(snapshot_download(repo, repo_type="dataset", cache_dir=config.cache_dir, allow_patterns=patterns))
     except (OSError, ValueError) as error:      # what the hub raises, offline or gated or misspelt, is one of the two
-        why = f"{type(error).__name__}: {shown(str(error).strip())}"
+        why = shown(str(error).strip().split("\n")[0])
         raise ValueError(f"{where}: '{repo}' could not be fetched ({why}). Is the name right, is there a network? "
                          "A gated dataset needs `hf auth login`") from None
 
@@ -295,6 +309,9 @@ def check_columns(source: Source, rows: list[Row], stage: str, notes: list) -> S
 
 def recognise(source: Source, rows: list[Row], keys: list[str], stage: str) -> Source:
     """The layout of a data file given by its path, from the names of its columns and of the roles inside."""
+    if not keys:
+        raise ValueError(f"{source.files[0]}: no row of it is an object with columns; row {rows[0].number} is "
+                         f"{shown(rows[0].data)}")
     found = {role: next((name for name in names if name in keys), None) for role, names in LIKELY_COLUMNS.items()}
     extras = {role: found[role] for role in ("system", "tools") if found[role]}
     if found["messages"]:
@@ -307,7 +324,8 @@ def recognise(source: Source, rows: list[Row], keys: list[str], stage: str) -> S
     if stage == "pt" and found["text"]:
         return replace(source, formatting="alpaca", columns={"prompt": found["text"]})
     if stage == "pt" or not found["prompt"] or not found["response"]:
-        hint = " (plain text is for stage: pt)" if found["text"] and stage != "pt" else ""
+        hint = " (stage: pt reads one column of text; questions and answers are for stage: sft)" if stage == "pt" else \
+            " (plain text is for stage: pt)" if found["text"] else ""
         raise ValueError(f"{source.files[0]}: which columns to read cannot be told from their names, {', '.join(keys)}"
                          f"{hint}. Describe them in dataset_info.json")
     if found["query"] == found["prompt"]:

@@ -11,6 +11,7 @@ Papers: LoRA arXiv:2106.09685, AdamW arXiv:1711.05101; the step's loss is a sum 
 """
 import math
 import os
+import shlex
 import shutil
 import time
 from contextlib import nullcontext
@@ -20,18 +21,19 @@ from attention import Layout, pick_device, pick_kernel          # before torch: 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (checkpoints_in, find_checkpoint, load_adapter, load_model, load_training_state, new_folder,
-                        save_adapter, save_model, save_training_state, write_json)
+from checkpoint import (STATE_FILES, checkpoints_in, find_checkpoint, into_folder, load_adapter, load_model,
+                        load_training_state, new_folder, save_adapter, save_model, save_training_state, write_json)
 from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
 from data import collate, epoch_order, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
+from generate import context_length
 from lora import LoRAConfig, attach_lora, head_weight, merge_adapters, trainable
 from losses import cross_entropy_sum
 from model import CausalLM, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
-from templates import choose_template, fit_tokenizer
-from tokenizer import load_tokenizer
+from templates import choose_template, fit_tokenizer, stored_template
+from tokenizer import load_tokenizer, read_json
 
 
 def main(argv):
@@ -48,19 +50,26 @@ def main(argv):
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     shape = model_config(read_config_json(base), f"{base}/config.json")
     tokenizer = load_tokenizer(base, config.split_special_tokens)
-    template, why = choose_template(config.template, tokenizer, shape.model_type, config.force_template)
+    adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
+    name, force = stored_template([resume] if resume else adapters, config.template, config.force_template)
+    template, why = choose_template(name, tokenizer, shape.model_type, force)
     fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
     settings = {**as_dict(config), "template": template.name, "versions": versions()}
     print_pairs("settings that differ from the defaults", non_default(config))
     if ignored := ignored_keys(config):
         print(f"  accepted, no effect here: {', '.join(ignored)}")
+    if resume and (changed := changed_settings(resume, settings)):
+        print_pairs(f"settings changed since {resume}", changed)
     print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template.name} ({why})"})
     train_set, eval_set, counts = load_examples(config, tokenizer, template)
     print_counts(counts)
+    if eval_set and not config.do_eval:
+        print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch would use them")
+    check_examples(train_set + eval_set, shape, tokenizer)
     print_example(tokenizer, train_set[0].input_ids, train_set[0].labels)
 
     # ---- model, adapters, attention kernel
-    model, lora = build_model(config, base, device, resume)
+    model, lora = build_model(config, base, adapters, device, resume)
     weights = trainable(model)
     dtype = compute_dtype(config, model)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, head_dim=shape.head_dim,
@@ -85,10 +94,10 @@ def main(argv):
     print("\n".join(choice.lines), flush=True)
 
     # ---- where to begin
-    output = prepare_output(config, resume)
-    write_json(output / "train_config.json", settings)
+    output = Path(config.output_dir)
     state = {"step": 0, "epoch": 0.0, "kernel": choice.kernel, "loss_total": 0.0, "tokens_seen": 0, "window": [0.0, 0],
-             "best": None, "waited": 0, "history": []}     # window: loss and steps since the last logged line
+             "lowest": None, "waited": 0, "best": None, "history": []}
+    # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, weights)
     if resume:
         saved = load_training_state(resume, optimizer, names)
@@ -97,7 +106,14 @@ def main(argv):
             scale.value, scale.good_steps = state["loss_scale"]
         if state["kernel"] in choice.timings:       # two kernels differ in the last bit; a resumed run must not
             model.kernel = state["kernel"]
+        if state["step"] > total_steps:
+            raise ValueError(f"{resume} is at step {state['step']}, and this run ends at step {total_steps}: raise "
+                             "max_steps or num_train_epochs, or go on from an earlier checkpoint")
+        if state["best"] and not (output / f"checkpoint-{state['best'][0]}").is_dir():
+            state["best"] = None                    # it stayed behind in another output_dir
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
+    prepare_output(config, resume, weights)
+    write_json(output / "train_config.json", settings)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm))
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
@@ -153,6 +169,8 @@ def main(argv):
         window_loss, window_steps, window_tokens = window_loss + loss, window_steps + 1, window_tokens + tokens
         speed = window_tokens / max(time.time() - window_start, 1e-9)
         ends_epoch = nth == per_epoch - 1 or step == total_steps
+        saves = (config.save_strategy == "steps" and (step % save_every == 0 or step == total_steps)
+                 or config.save_strategy == "epoch" and ends_epoch)
         log.advance(loss, rate, speed)
         if step % log_every == 0 or (step == 1 and config.logging_first_step):
             log.train(step, done, window_loss / window_steps, rate, grad_norm, speed, state["tokens_seen"])
@@ -161,10 +179,12 @@ def main(argv):
                          or (config.eval_strategy == "epoch" and ends_epoch)):
             metrics = evaluate(config, model, eval_set, device, autocast)
             log.eval(step, done, metrics)
-            better = state["best"] is None or metrics["eval_loss"] < state["best"][1]
-            state["best"] = [step, metrics["eval_loss"]] if better else state["best"]
-            state["waited"] = 0 if better else state["waited"] + 1
-        if (config.save_strategy == "steps" and step % save_every == 0) or (config.save_strategy == "epoch" and ends_epoch):
+            eval_loss = metrics["eval_loss"]
+            better = state["lowest"] is None or eval_loss < state["lowest"]
+            state["lowest"], state["waited"] = (eval_loss, 0) if better else (state["lowest"], state["waited"] + 1)
+            if saves and (state["best"] is None or eval_loss < state["best"][1]):
+                state["best"] = [step, eval_loss]
+        if saves:
             save(step, done)
         if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
             tqdm.write(f"{step:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
@@ -176,6 +196,8 @@ def main(argv):
     log.close()
     if config.load_best_model_at_end and state["best"]:
         load_best(config, model, weights, output, state["best"])
+    with into_folder(output) as folder:
+        save_weights(config, model, lora, folder, base, tokenizer, settings)
     trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
                "train_loss": state["loss_total"] / state["step"], "train_runtime": round(seconds, 4),
                "train_samples_per_second": round((state["step"] - first_step) / per_epoch * len(train_set) / seconds, 3),
@@ -184,7 +206,6 @@ def main(argv):
     results = {"train": trained}
     if eval_set and config.do_eval:
         results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast)}
-    save_weights(config, model, lora, output, base, tokenizer, settings)
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
@@ -194,8 +215,7 @@ def main(argv):
     (output / "README.md").write_text(model_card(config, everything, template.name), encoding="utf-8")
     if config.plot_loss:
         plot_losses(output, log.history)
-    print(f"\nsaved to {output}. Next: python chat.py --config {config.source}" if config.source != "command line"
-          else f"\nsaved to {output}")
+    print(f"\nsaved to {output}. Next: python chat.py {shlex.join(map(str, argv))}")
 
 
 # ---- device and folders -----------------------------------------------------------------------------------------
@@ -209,48 +229,103 @@ def check_dtype(config, device):
         raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set fp16: true instead")
 
 
+def check_examples(examples, shape, tokenizer):
+    """Raises ValueError for a token id that the model lacks; prints a note when examples are longer than its context."""
+    largest = max(int(example.input_ids.max()) for example in examples)
+    if largest >= shape.vocab_size:
+        raise ValueError(f"the data hold token id {largest} ({tokenizer.decode([largest])!r}), and the model knows ids 0 to "
+                         f"{shape.vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
+    longest, made_for = max(max(example.lengths) for example in examples), context_length(shape)
+    if longest > made_for:
+        print(f"  note: rows have up to {longest:,} tokens, and the model was made for {made_for:,} "
+              "(max_position_embeddings)")
+
+
 def device_name(device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \
         f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
 def find_resume(config) -> Path | None:
-    """The checkpoint to go on from, or None. Refuses an output_dir that holds something, unless told what to do with it."""
+    """The checkpoint to go on from, or None. Raises rather than let a run write over what it does not go on from."""
     output, wish = Path(config.output_dir), config.resume_from_checkpoint
-    there = checkpoints_in(output)
-    if wish in ("true", "auto"):
-        if not there and wish == "true":
-            raise FileNotFoundError(f"resume_from_checkpoint: true, but {output} holds no complete checkpoint-N; leave it out "
-                                    "to start from the beginning, or write auto")
-        return there[-1] if there else None
-    if wish:
-        if not (Path(wish) / "trainer_state.json").is_file():
-            raise FileNotFoundError(f"resume_from_checkpoint: {wish} is no complete checkpoint (it has no trainer_state.json)"
-                                    + (f"; {output} holds {', '.join(p.name for p in there)}" if there else ""))
-        return Path(wish)
+    there, resume = checkpoints_in(output), None
     if output.is_file():
         raise ValueError(f"output_dir: {output} is a file")
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite_output_dir:
-        raise ValueError(f"output_dir: {output} is not empty"
-                         + (f" (it holds {there[-1].name}: resume_from_checkpoint: true goes on from there)" if there else "")
+    if wish in ("true", "auto"):
+        if not there and wish == "true":
+            lack = " (those of save_only_model: true are not)" if checkpoints_in(output, resumable=False) else ""
+            raise FileNotFoundError(f"resume_from_checkpoint: true, but {output} holds no complete checkpoint-N{lack}; "
+                                    "leave it out to start from the beginning, or write auto")
+        resume = there[-1] if there else None
+    elif wish:
+        resume = Path(wish)
+        if missing := [file for file in STATE_FILES if not (resume / file).is_file()]:
+            near = checkpoints_in(resume) or there
+            raise FileNotFoundError(f"resume_from_checkpoint: {wish} is no complete checkpoint (it has no {missing[0]})"
+                                    + (f"; {near[0].parent} holds {', '.join(p.name for p in near)}" if near else ""))
+    replaced = not_of_this_run(output, resume)
+    for name in [config.model_name_or_path, *(config.adapter_name_or_path or [])]:
+        source = Path(name).resolve()
+        if any(old.resolve() in (source, *source.parents) for old in replaced if old.name.startswith("checkpoint-")):
+            raise ValueError(f"{name} lies in output_dir, whose checkpoints a new run replaces; name another output_dir")
+    if replaced and not config.overwrite_output_dir:
+        raise ValueError(f"output_dir: {output} is not empty: it holds {replaced[0].name}, which is no part of this run"
+                         + (f". resume_from_checkpoint: true goes on from {there[-1].name}" if there and not resume else "")
                          + ". Name another folder, or set overwrite_output_dir: true")
-    return None
+    return resume
 
 
-def prepare_output(config, resume) -> Path:
-    """Make output_dir; a new run over an old one removes the old one's checkpoints, so that they are never resumed."""
+def not_of_this_run(output, resume) -> list[Path]:
+    """What a run that goes on from `resume` (None: a new one) would write over in output_dir: later checkpoints, or all.
+
+    A run that was stopped before its first checkpoint has left nothing to lose.
+    """
+    there = checkpoints_in(output, resumable=False)
+    same = [resume is not None and path.samefile(resume) for path in there]
+    if any(same):
+        return there[same.index(True) + 1:]
+    found = sorted(output.iterdir()) if output.is_dir() else []
+    return [path for path in found if path.name not in ("train_config.json", "trainer_log.jsonl")
+            and path.suffix != ".partial"]
+
+
+def changed_settings(resume, settings) -> dict:
+    """{key: "then -> now"} of what the config says otherwise than it did when the checkpoint was written.
+
+    Raises ValueError for what cannot change on the way: the adapter's shape and the kind of training.
+    """
+    then = read_json(resume / "train_config.json")
+    changed = {key: f"{then[key]} -> {now}" for key, now in settings.items() if key in then and then[key] != now
+               and key not in ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")}
+    for key in ("finetuning_type", "stage", "lora_rank", "lora_alpha", "lora_target", "additional_target", "use_rslora",
+                "lora_dropout"):
+        if key in changed:
+            raise ValueError(f"{key}: {changed[key]} cannot change when a run is resumed ({resume}). Set it back, or start "
+                             f"anew: adapter_name_or_path: {resume}, with another output_dir")
+    return changed
+
+
+def prepare_output(config, resume, weights):
+    """Make output_dir, without checkpoints of other runs: they must never be resumed. Raises OSError for a full disk."""
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        for old in output.glob("checkpoint-*"):
+    for old in not_of_this_run(output, resume):
+        if old.name.startswith("checkpoint-"):
             print(f"overwrite_output_dir: removed {old} of an earlier run")
             shutil.rmtree(old)
-    return output
+    for unfinished in output.glob("checkpoint-*.partial"):
+        shutil.rmtree(unfinished)
+    copies = 1 if config.save_strategy == "no" else 4       # a checkpoint has AdamW's two moments of each weight as well
+    needed, free = sum(p.nbytes for p in weights.values()) * copies / 1e9, shutil.disk_usage(output).free / 1e9
+    if needed > free:
+        raise OSError(f"output_dir: {output} has room for {free:.2f} GB, and this run writes {needed:.2f} GB at least. Make "
+                      "room, or name another folder")
 
 
 def remove_old_checkpoints(config, output, best):
     """Keep save_total_limit checkpoints: the newest, and the best one if it will be loaded at the end."""
-    there = checkpoints_in(output)
+    there = checkpoints_in(output, resumable=False)
     keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()
     limit = max(1, (config.save_total_limit or len(there)) - len(keep & {p.name for p in there[:-1]}))
     for old in there[:-limit]:
@@ -261,7 +336,7 @@ def remove_old_checkpoints(config, output, best):
 # ---- model ------------------------------------------------------------------------------------------------------
 
 
-def build_model(config, base, device, resume):
+def build_model(config, base, adapters, device, resume):
     """The model on its device with what learns unfrozen, and its LoRAConfig (None for full fine-tuning).
 
     Trained weights are float32. A frozen base takes the dtype of bf16 / fp16, or keeps the checkpoint's.
@@ -276,17 +351,18 @@ def build_model(config, base, device, resume):
         return model.requires_grad_(True), None
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     model = load_model(base, half, device)
-    adapters = list(config.adapter_name_or_path or [])
-    continued = adapters.pop() if adapters and not config.create_new_adapter else None
-    for adapter in adapters:
-        load_adapter(model, find_checkpoint(adapter))
+    continued = adapters[-1] if adapters and not config.create_new_adapter else None
+    for adapter in adapters[:-1] if continued else adapters:
+        load_adapter(model, adapter)
         merge_adapters(model)
     if resume or continued:
-        lora = load_adapter(model, resume or find_checkpoint(continued))
-        told = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha}
+        lora = load_adapter(model, resume or continued)
+        told = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "use_rslora":
+                lora.use_rslora, "lora_target": lora.target_modules, "additional_target": lora.modules_to_save}
         for key, value in told.items():
-            if key in config.given and config.given[key] != value:
-                print(f"note: {key} {config.given[key]} is not used; the adapter has {value}, and goes on with it")
+            given = config.given.get(key)
+            if given not in (None, value, ["all"]) and not (isinstance(given, list) and set(given) == set(value)):
+                print(f"note: {key} {given} is not used; the adapter has {value}, and goes on with it")
     else:
         lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.lora_target,
                           config.additional_target or [])
@@ -398,12 +474,14 @@ def check_first_batch(model, batch, device, autocast):
     remedy = "Train with bf16: true, which has the range of float32, or without fp16"
     watched = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n]
     hooks = [module.register_forward_hook(watch(name)) for name, module in watched]
+    model.eval()                                    # dropout would draw random numbers, and a resumed run differ
     try:
         with autocast:
             loss = float(batch_loss(model, batch, device))
     finally:
         for hook in hooks:
             hook.remove()
+        model.train()
     if not math.isfinite(loss):
         raise ValueError(f"first batch: the head's scores overflow, the loss is {loss}. {remedy}")
 

@@ -233,6 +233,18 @@ def test_weights_of_the_yaml_that_trained(tmp_path):
     assert chat.find_weights(settings(f"output_dir={BASE}", "finetuning_type=full"))[:2] == (BASE, [])
 
 
+def test_an_adapter_brings_those_that_were_folded_in_before_it(tmp_path, ask):
+    output = shutil.copytree(TRAINED, tmp_path / "out")
+    (output / "train_config.json").write_text(json.dumps({"adapter_name_or_path": [str(OTHER)], "create_new_adapter": True}))
+    assert chat.find_weights(settings(f"output_dir={output}"))[1] == [OTHER, output]
+    remarks = chat.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))[2]
+    assert f"adapter_name_or_path={OTHER},{output}" in remarks[1]
+    together = ask([*GREEDY, f"adapter_name_or_path={OTHER},{output}", "prompt=hi"])
+    assert ask([*GREEDY, f"output_dir={output}", "prompt=hi"]).out == together.out and "warning" not in together.err
+    alone = ask([*GREEDY, f"adapter_name_or_path={output}", "prompt=hi"])
+    assert f"warning   {output} was trained with {OTHER} folded into the base" in alone.err
+
+
 def test_template_and_system_come_from_the_training(tmp_path, ask):
     adapter = shutil.copytree(TRAINED, tmp_path / "adapter")
     (adapter / "train_config.json").write_text(json.dumps({"template": "llama3", "default_system": "Answer briefly."}))

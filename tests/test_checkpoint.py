@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import checkpoint
-from checkpoint import (CODES, checkpoints_in, find_checkpoint, load_model, load_training_state, new_folder,
-                        open_tensors, plan_shards, save_adapter, save_model, save_training_state, tensor_files,
-                        write_json, write_tensors)
+from checkpoint import (CODES, checkpoints_in, find_checkpoint, folded_under, into_folder, load_model,
+                        load_training_state, new_folder, open_tensors, plan_shards, save_adapter, save_model,
+                        save_training_state, tensor_files, warn_of_folded, write_json, write_tensors)
 from lora import LoRAConfig, attach_lora
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_model import tiny, write
@@ -298,7 +298,8 @@ def test_weights_of_different_dtypes_stay_as_they_are(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("text", ['{"weight_map": {"a": ', "{}", '{"weight_map": ', "[]"])
+@pytest.mark.parametrize("text", ['{"weight_map": {"a": ', "{}", '{"weight_map": ', "[]", '{"weight_map": ["a"]}',
+                                  '{"weight_map": {"a": 1}}'])
 def test_damaged_index(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="model.safetensors.index.json is damaged or incomplete; fetch it again"):
@@ -390,6 +391,42 @@ def test_kill_while_writing_leaves_no_folder_and_the_next_run_cleans_up(tmp_path
     with new_folder(target) as work:
         stream(work, {"a": torch.ones(2)})
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "model.safetensors"]
+
+
+def test_files_move_into_a_folder_in_use_all_or_none(tmp_path):
+    (tmp_path / "kept").write_text("old")
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyError):
+        with into_folder(tmp_path) as work:
+            (work / "a").write_text("half")
+            raise KeyError
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"kept": "old", "a": "old"}
+    with into_folder(tmp_path) as work:
+        (work / "a").write_text("new")
+        (work / "b").write_text("new")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"kept": "old", "a": "new", "b": "new"}
+
+
+def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"x": {1}})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"] and json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_adapters_are_as_readable_as_other_files(tmp_path):
+    save_adapter(attach_lora(tiny(), LoRAConfig(r=2)), tmp_path, LoRAConfig(r=2), "base")
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
+
+
+def test_adapters_folded_in_before_another(tmp_path):
+    for name, said in (("a", {}), ("b", {"adapter_name_or_path": ["a"]}), ("c", {"adapter_name_or_path": ["a", "b"]}),
+                       ("d", {"adapter_name_or_path": [str(tmp_path / "a")], "create_new_adapter": True})):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "train_config.json", said)
+    assert [folded_under(tmp_path / name) for name in "abc"] == [[], [], ["a"]]
+    assert warn_of_folded([tmp_path / "a", tmp_path / "d"]) == warn_of_folded([tmp_path / "b"]) == ""
+    assert f"adapter_name_or_path={tmp_path}/a,{tmp_path}/d" in warn_of_folded([tmp_path / "d"])
 
 
 def test_json_is_replaced_in_one_step(tmp_path, monkeypatch):
@@ -485,10 +522,19 @@ def test_state_that_is_incomplete(tmp_path, file):
         load_training_state(tmp_path, toy.optimizer, toy.names)
 
 
+def test_state_that_was_cut_short(tmp_path):
+    toy = Toy().train(1)
+    save_training_state(tmp_path, toy.optimizer, toy.names, {})
+    (tmp_path / "trainer_state.json").write_text('{"step": ')
+    with pytest.raises(ValueError, match="trainer_state.json is not valid JSON.*cannot be resumed from here"):
+        load_training_state(tmp_path, toy.optimizer, toy.names)
+
+
 def test_complete_checkpoints_oldest_first(tmp_path):
     for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "checkpoint-5.partial", "other-1"):
         (tmp_path / name).mkdir()
         if name != "checkpoint-3":                                      # stopped before its state was written
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
+    assert [p.name for p in checkpoints_in(tmp_path, resumable=False)] == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
     assert checkpoints_in(tmp_path / "absent") == []

@@ -8,6 +8,7 @@ Read next: config.py.
 import dataclasses
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -330,7 +331,7 @@ def test_unknown_key_names_the_nearest(tmp_path):
     ("lora_rank: 2.5", "'2.5' is not a whole number"), ("lora_rank: true", "'true' is not a whole number"),
     ("lora_rank: 0", "must be at least 1"), ("cutoff_len: 0", "at least 1"), ("save_total_limit: 0", "at least 1"),
     ("learning_rate: 1,5", "'1,5' is not a number"), ("learning_rate: nan", "not a number"),
-    ("learning_rate: -1e-4", "at least 0"), ("num_train_epochs: 0", "must be above 0"), ("top_p: 1.5", "at most 1"),
+    ("learning_rate: -1e-4", "above 0"), ("num_train_epochs: 0", "must be above 0"), ("top_p: 1.5", "at most 1"),
     ("bf16: maybe", "not true or false"), ("bf16: [true]", "not true or false"), ("template: [a]", "not a text"),
     ("dataset: {a: b}", "not a list of names"), ("placeholders: Max", "not a mapping"),
     ("save_steps: 1.5", "share below 1"),
@@ -340,6 +341,8 @@ def test_unknown_key_names_the_nearest(tmp_path):
     ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),
     ("eval_strategy: no\nevaluation_strategy: no", "line 2: eval_strategy was already set at"),
     ("a: [1\nb: 2", "not valid YAML"), ("\tseed: 1", "line 1: not valid YAML"), ("- a", "key: value"),
+    ("seed: 1\n\tbf16: true", "with spaces, not with tabs"), ("seed: 4294967296", "at most 4294967295"),
+    ("adam_beta1: 1", "must be below 1"),
     ("", "key: value"), ("lr_scheduler_kwargs: {power: 1, power: 2}", "power was already set on line 1"),
     ("default_system: {{name}}", "line 1: a text with braces or brackets needs quotes"),
 ])
@@ -445,6 +448,20 @@ def test_shows_a_file_or_one_error_line(tmp_path):
     assert re.fullmatch("error: command line: lora_rank: .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("argv, part", [
+    (["--nobf16"], "unknown key 'nobf16' (did you mean 'bf16'?)"), (["--placeholders.name"], "--placeholders.name needs a value"),
+    (["--config"], "--config needs a value"), (["default_system=\udcc3\udca4"], "not UTF-8 text; where the locale")])
+def test_mistakes_on_the_command_line(argv, part):
+    assert part in refusal(*argv)
+
+
+def test_output_that_cannot_show_a_character(tmp_path):
+    """A pipe, or a Windows console, in an encoding without the ellipsis: ? stands for it, and the run goes on."""
+    done = subprocess.run([sys.executable, "config.py", "default_system=…"], capture_output=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stdout) == (0, b"default_system: ?\n")
+
+
 def raising(error):
     def main(argv):
         raise error
@@ -454,6 +471,9 @@ def raising(error):
 @pytest.mark.parametrize("error, code, text", [
     (ValueError("x.yaml: wrong"), 1, "error: x.yaml: wrong\n"), (FileNotFoundError("no m"), 1, "error: no m\n"),
     (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "error: out: Permission denied\n"),
+    (PermissionError(errno.EACCES, "Permission denied", "from", None, "to"), 1, "error: to: Permission denied\n"),
+    (UnicodeEncodeError("ascii", "ü.json", 0, 1, ""), 1,
+     "error: 'ü.json' cannot be written in the encoding ascii: set PYTHONUTF8=1\n"),
     (KeyboardInterrupt(), 130, "\ninterrupted\n")])
 def test_run_turns_a_users_mistake_into_a_line(capsys, monkeypatch, error, code, text):
     monkeypatch.delenv("POCKET_TRACEBACK", raising=False)

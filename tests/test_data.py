@@ -414,6 +414,23 @@ def test_documents(tmp_path, words):
 
 
 @needs_shared
+def test_a_tool_format_that_does_not_exist_is_no_fault_of_the_rows():
+    folder = GOLDEN / "curves" / "sft_llama3"
+    with pytest.raises(ValueError, match="^unknown tool_format 'foo'"):
+        data.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "tool_format=foo", "skip_bad_rows=true",
+                   f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}"])
+
+
+@needs_shared
+def test_running_text_cut_to_single_tokens_teaches_nothing(tmp_path):
+    """A first token has a label, and nothing that predicts it."""
+    (tmp_path / "d.txt").write_text("hello there\n")
+    with pytest.raises(ValueError, match="nothing to learn .* cutoff_len: 1"):
+        data.main([f"dataset={tmp_path / 'd.txt'}", "stage=pt", "cutoff_len=1", "template=llama3",
+                   f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}"])
+
+
+@needs_shared
 def test_command_line_writes_every_row(tmp_path, capsys):
     """python data.py config.yaml --jsonl FILE: the rows LLaMA-Factory made, its padding of packed rows included."""
     folder, out = GOLDEN / "curves" / "sft_packing", tmp_path / "rows.jsonl"

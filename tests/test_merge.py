@@ -301,6 +301,14 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
         merge.main(["train.yaml", "export_dir=out2", "template=llama3"])
     merge.main(["train.yaml", "export_dir=out2", "template=llama3", "force_template=true", "infer_dtype=bfloat16"])
     assert tensors_in("out2")[HEAD].dtype == torch.bfloat16
+    under = adapter_with(Path("saves/under"), base, seed=2)
+    (adapter / "train_config.json").write_text('{"adapter_name_or_path": ["saves/under"], "create_new_adapter": true}')
+    merge.main(["train.yaml", "export_dir=both"])               # what it was trained on top of is added first
+    merge_checkpoint(base, [under, adapter], "same")
+    assert all(torch.equal(tensors_in("both")[name], tensor) for name, tensor in tensors_in("same").items())
+    assert "warning" not in capsys.readouterr().out.replace("warning: it says", "")
+    merge.main(["train.yaml", "export_dir=alone", "adapter_name_or_path=saves/run"])
+    assert "warning   saves/run was trained with saves/under folded into the base" in capsys.readouterr().out
     shutil.rmtree(adapter)
     with pytest.raises(FileNotFoundError, match="output_dir saves/run holds no adapter"):
         merge.main(["train.yaml", "export_dir=out3"])

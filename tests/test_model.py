@@ -149,6 +149,14 @@ def test_gradient_checkpointing_changes_nothing():
     ({"vocab_size": None}, "vocab_size.*missing"),
     ({"num_key_value_heads": 3}, "multiple"),
     ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ({"model_type": ["llama"]}, r"\['llama'\]"),
+    ({"hidden_size": "32"}, 'hidden_size: "32" is not a whole number above 0'),
+    ({"num_hidden_layers": 1.5}, "num_hidden_layers: 1.5 is not a whole number"),
+    ({"num_key_value_heads": 0}, "num_key_value_heads: 0 is not a whole number above 0"),
+    ({"rms_norm_eps": "x"}, "rms_norm_eps.*is not a number"),
+    ({"tie_word_embeddings": "false"}, 'tie_word_embeddings: "false" is not true or false'),
+    ({"rope_scaling": "linear"}, 'rope_scaling: "linear" is not an object'),
+    ({"quantization_config": "gptq"}, "quantization_config.*is not an object"),
 ])
 def test_config_json_that_is_not_understood(change, words):
     with pytest.raises(ValueError, match=words):

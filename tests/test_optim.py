@@ -102,6 +102,8 @@ def test_warmup_is_a_share_rounded_up_or_a_count(ratio, steps, total, want):
     ("cosine", {"num_cycle": 2}, r"lr_scheduler_type cosine has no 'num_cycle' \(did you mean 'num_cycles'\?\)"),
     ("linear", {"min_lr": 1e-6}, "linear has no 'min_lr'; it knows none"),
     ("warmup_stable_decay", {"decay_type": "sqrt"}, "decay_type 'sqrt' is none of cosine, linear, 1-sqrt"),
+    ("cosine", {"num_cycles": "many"}, "num_cycles: 'many' is not a number"),
+    ("polynomial", {"power": None}, "power: None is not a number"),
 ])
 def test_arguments_that_make_no_sense(kind, kwargs, words):
     with pytest.raises(ValueError, match=words):

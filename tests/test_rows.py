@@ -140,12 +140,32 @@ def test_unreadable_files(tmp_path, name, content, sentence):
     ({"columns": {"prompt": "instruction", "response": "output", "images": "i"}}, "holds pictures"),
     ({"split": "test"}, "a local file has no splits"),
     ({"file_name": None, "ms_hub_url": "a/b"}, "ms_hub_url is given, but only file_name and hf_hub_url"),
+    ({"file_name": None}, "neither file_name nor hf_hub_url is given"),
+    ({"file_name": ["d.json"]}, 'file_name: \\["d.json"\\] is not a text'),
+    ({"formatting": ["alpaca"]}, "formatting: .* is not a text"),
+    ({"columns": ["instruction"]}, "columns: .* is not an object of texts"),
+    ({"columns": {"prompt": None, "response": "output"}}, "columns: .* is not an object of texts"),
+    ({"formatting": "sharegpt", "tags": 5}, "tags: 5 is not an object of texts"),
+    ({"num_samples": "3"}, 'num_samples: "3" is not a whole number above 0'),
+    ({"num_samples": 0}, "num_samples: 0 is not a whole number above 0"),
+    ({"ranking": "yes"}, "ranking: .* is not true or false"),
 ])
 def test_entries_that_cannot_be_honoured(tmp_path, entry, sentence):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
     declare(tmp_path, d={"file_name": "d.json", **entry})
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         load(tmp_path)
+
+
+def test_null_in_an_entry_is_as_if_it_were_not_there(tmp_path):
+    assert texts(one(tmp_path, ALPACA, {"columns": None, "num_samples": None, "subset": None})) == [
+        ("user", "ask"), ("assistant", "answer")]
+
+
+def test_dataset_info_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8-sig")
+    assert len(load(tmp_path)) == 1
 
 
 def test_unknown_dataset_and_missing_info(tmp_path):
@@ -240,6 +260,20 @@ def test_file_that_cannot_be_recognised(tmp_path):
     with pytest.raises(ValueError, match="cannot be told from their names, text .plain text is for stage: pt"):
         load(tmp_path, str(tmp_path / "d.jsonl"))
     assert rows.convert(load(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
+
+
+@pytest.mark.parametrize("content, shown", [(b"[1, 2]", "row 1 is 1"), (b'["a"]', "row 1 is a"), (b"null", "row 1 is null"),
+                                            (b"\x93\xff\x00\x01", "row 1 is ")])
+def test_file_without_a_single_object(tmp_path, content, shown):
+    (tmp_path / "d.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"d.json: no row of it is an object with columns; {shown}"):
+        load(tmp_path, str(tmp_path / "d.json"))
+
+
+def test_questions_and_answers_as_running_text(tmp_path):
+    (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
+    with pytest.raises(ValueError, match="stage: pt reads one column of text; questions and answers are for stage: sft"):
+        load(tmp_path, str(tmp_path / "d.json"), stage="pt")
 
 
 # ---- bad rows ---------------------------------------------------------------------------------------------------

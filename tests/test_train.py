@@ -66,10 +66,11 @@ def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
 
 
 @needs_shared
-@pytest.mark.parametrize("case", ["sft_shuffled", "sft_qwen2_loraplus"])
-def test_resumed_equals_never_stopped(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case, more", [("sft_shuffled", []), ("sft_qwen2_loraplus", []),
+                                        ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"])])
+def test_resumed_equals_never_stopped(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
-    noise = ["neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
+    noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
     whole = run(case, tmp_path / "a", monkeypatch, *noise)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for late in (tmp_path / "b").glob("checkpoint-*"):
@@ -238,6 +239,187 @@ def test_best_checkpoint_is_loaded_and_kept(tmp_path, monkeypatch):
     kept = {p.name for p in out.glob("checkpoint-*")}
     assert kept == {f"checkpoint-{best}", "checkpoint-6"}
     assert same_tensors(out / "adapter_model.safetensors", out / f"checkpoint-{best}/adapter_model.safetensors", 0)
+
+
+@needs_shared
+def test_the_best_is_looked_for_among_the_checkpoints(tmp_path, monkeypatch):
+    """The lowest loss falls on step 3, which is evaluated and not saved."""
+    losses = iter([5.0, 4.0, 1.0, 3.0, 3.5, 3.2, 3.0])
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"eval_loss": next(losses)})
+    state = run("sft_eval", tmp_path / "out", monkeypatch, "load_best_model_at_end=true", "save_strategy=steps", "eval_steps=1",
+                "save_steps=2", "early_stopping_steps=9")
+    assert [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row][2] == 1.0
+    assert same_tensors(tmp_path / "out/adapter_model.safetensors", tmp_path / "out/checkpoint-4/adapter_model.safetensors", 0)
+
+
+# ---- what lies in output_dir ----
+
+SAVE = ["save_strategy=steps", "save_steps=2", "max_steps=6"]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@needs_shared
+def test_the_last_step_is_saved_and_rotation_counts_all_checkpoints(tmp_path, monkeypatch):
+    run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=3")
+    assert checkpoints(tmp_path / "a") == ["checkpoint-2", "checkpoint-3"]
+    run("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, "save_only_model=true", "save_total_limit=2")
+    assert checkpoints(tmp_path / "b") == ["checkpoint-4", "checkpoint-6"]
+
+
+@needs_shared
+def test_a_finished_run_resumed_writes_its_results_again(tmp_path, monkeypatch):
+    run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE)
+    (tmp_path / "a/adapter_model.safetensors").unlink()
+    run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "resume_from_checkpoint=true")
+    assert same_tensors(tmp_path / "a/adapter_model.safetensors", tmp_path / "a/checkpoint-6/adapter_model.safetensors", 0)
+    with pytest.raises(ValueError, match="is at step 6, and this run ends at step 4"):
+        run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=4", "resume_from_checkpoint=true")
+
+
+@needs_shared
+def test_what_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
+    out, resume = tmp_path / "a", "resume_from_checkpoint=true"
+    run("sft_llama3", out, monkeypatch, *SAVE, "max_steps=2")
+    for change, words in (("lora_rank=4", "lora_rank: 8 -> 4 cannot change"), ("stage=pt", "stage: sft -> pt cannot change"),
+                          ("template=default", "was trained with llama3"), ("lora_target=q_proj", "lora_target: .* cannot")):
+        with pytest.raises(ValueError, match=words):
+            run("sft_llama3", out, monkeypatch, *SAVE, resume, change)
+    capsys.readouterr()
+    run("sft_llama3", out, monkeypatch, *SAVE, resume, "learning_rate=1e-5", "max_samples=9")
+    shown = capsys.readouterr().out
+    assert "0.002 -> 1e-05" in shown and "None -> 9" in shown and "2 -> 6" in shown and "resumed from" in shown
+
+
+@needs_shared
+def test_resuming_in_the_middle_replaces_what_came_later_only_when_told(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    run("sft_llama3", out, monkeypatch, *SAVE)
+    middle = [*SAVE, f"resume_from_checkpoint={out}/checkpoint-2", "save_total_limit=1"]
+    with pytest.raises(ValueError, match="holds checkpoint-4, which is no part of this run"):
+        run("sft_llama3", out, monkeypatch, *middle, "overwrite_output_dir=false")
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    run("sft_llama3", out, monkeypatch, *middle, "max_steps=4")
+    assert checkpoints(out) == ["checkpoint-4"]
+
+
+@needs_shared
+def test_a_checkpoint_that_cannot_be_resumed_costs_nothing(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    run("sft_llama3", out, monkeypatch, *SAVE)
+    (out / "checkpoint-2/optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="optimizer.safetensors is damaged"):
+        run("sft_llama3", out, monkeypatch, *SAVE, f"resume_from_checkpoint={out}/checkpoint-2")
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@needs_shared
+def test_resuming_elsewhere_does_not_write_over_other_things(tmp_path, monkeypatch):
+    run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=2")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/README.md").write_text("mine")
+    with pytest.raises(ValueError, match="it holds README.md"):
+        run("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, f"resume_from_checkpoint={tmp_path}/a/checkpoint-2",
+            "overwrite_output_dir=false")
+    assert (tmp_path / "b/README.md").read_text() == "mine"
+    with pytest.raises(FileNotFoundError, match=f"no complete checkpoint.*{tmp_path}/a holds checkpoint-2"):
+        run("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, f"resume_from_checkpoint={tmp_path}/a")
+
+
+@needs_shared
+def test_what_a_run_starts_from_is_not_removed(tmp_path, monkeypatch):
+    run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE)
+    with pytest.raises(ValueError, match="checkpoint-2 lies in output_dir"):
+        run("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, f"adapter_name_or_path={tmp_path}/a/checkpoint-2")
+    assert checkpoints(tmp_path / "a") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+@needs_shared
+def test_auto_starts_again_after_a_run_that_was_killed_early_and_removes_nothing_else(tmp_path, monkeypatch):
+    auto = [*SAVE, "resume_from_checkpoint=auto", "overwrite_output_dir=false"]
+    out = tmp_path / "a"
+    (out / "checkpoint-2.partial").mkdir(parents=True)
+    (out / "trainer_log.jsonl").write_text('{"current_steps": 1')
+    run("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
+    assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    with pytest.raises(ValueError, match="is not empty"):       # checkpoints without optimizer state are no less precious
+        run("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
+
+
+@needs_shared
+def test_a_half_written_line_of_the_log_does_not_stop_resuming(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    run("sft_llama3", out, monkeypatch, *SAVE, "max_steps=2")
+    with open(out / "trainer_log.jsonl", "a") as file:
+        file.write('{"current_steps": 3, "total_st')
+    run("sft_llama3", out, monkeypatch, *SAVE, "resume_from_checkpoint=true")
+    assert {line["current_steps"] for line in read_jsonl(out / "trainer_log.jsonl")} == {1, 2, 3, 4, 5, 6}
+
+
+@needs_shared
+def test_a_full_disk_at_the_end_leaves_the_earlier_result_whole(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    run("sft_llama3", out, monkeypatch, "max_steps=1")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(self, folder):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenizer.Tokenizer.save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run("sft_llama3", out, monkeypatch, "max_steps=2")
+    after = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == after.keys()
+    assert all(before[name] == after[name] for name in before if name not in ("train_config.json", "trainer_log.jsonl"))
+
+
+@needs_shared
+def test_too_small_a_disk_is_noticed_before_training(tmp_path, monkeypatch):
+    usage = train.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    run("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
+    with pytest.raises(OSError, match="Make room, or name another folder"):
+        run("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", "save_strategy=steps")
+    with pytest.raises(OSError, match="Make room, or name another folder"):
+        run("sft_llama3", tmp_path / "c", monkeypatch, "max_steps=1", "finetuning_type=full", "adapter_name_or_path=null")
+
+
+# ---- what is told ----
+
+
+@needs_shared
+def test_notes_about_what_is_not_used_or_does_not_fit(tmp_path, monkeypatch, capsys):
+    base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "short")
+    (base / "config.json").chmod(0o644)
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 64}))
+    run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=1", "val_size=3", f"model_name_or_path={base}",
+        "lora_dropout=0.5", "use_rslora=true", "lora_target=q_proj", "additional_target=norm")
+    shown = capsys.readouterr().out
+    assert "the 3 rows for evaluation are not used" in shown and "the model was made for 64 (max_position" in shown
+    for key in ("lora_dropout 0.5", "use_rslora True", "lora_target ['q_proj']", "additional_target ['norm']"):
+        assert f"note: {key} is not used; the adapter has" in shown
+    assert f"Next: python chat.py config.yaml output_dir={tmp_path}/out" in shown
+
+
+@needs_shared
+def test_a_tokenizer_of_another_model(tmp_path, monkeypatch):
+    base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "mixed")
+    for file in (SHARED / "tokenizers/llama3").glob("*.json"):
+        (base / file.name).unlink(missing_ok=True)
+        shutil.copy(file, base)
+    with pytest.raises(ValueError, match=r"token id \d+ \(.*and the model knows ids 0 to 1005: is the tokenizer in .*mixed"):
+        run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", "template=default")
+
+
+@needs_shared
+def test_an_adapter_goes_on_with_the_template_it_was_trained_with(tmp_path, monkeypatch):
+    run("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
+    with pytest.raises(ValueError, match="was trained with llama3"):
+        run("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", f"adapter_name_or_path={tmp_path}/a", "template=default")
+    run("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", f"adapter_name_or_path={tmp_path}/a", "template=null")
 
 
 @needs_shared

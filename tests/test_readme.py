@@ -1,0 +1,35 @@
+"""README.md says what is there: its script runs, its table of files is the folder, its commands name files that exist."""
+import re
+import subprocess
+import sys
+
+from tests.common import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_script_of_the_readme_runs():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer, count = done.stdout.splitlines()
+    assert answer == "The sky is blue." and int(count) > 1000
+
+
+def test_the_table_of_files_is_the_folder():
+    named = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
+    assert named == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_commands_name_files_that_exist():
+    texts = [README, *(path.read_text(encoding="utf-8") for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/*.md")])]
+    for text in texts:
+        for script in re.findall(r"python (\w+\.py)", text):
+            assert (ROOT / script).is_file(), script
+        for config in re.findall(r"configs/\w+\.yaml", text):
+            assert (ROOT / config).is_file(), config
+
+
+def test_links_and_folders_of_the_readme_exist():
+    for name in re.findall(r"docs/\w+\.md", README):
+        assert (ROOT / name).is_file(), name
