@@ -9,8 +9,8 @@ torch's varlen and the flash-attn package. `pick_kernel` tries each on this mach
 Read first: nothing. Read next: model.py, which calls `attend` once per layer; docs/rocm_dcu.md for AMD and Hygon cards.
 
 Sources: Vaswani et al. 2017 (arXiv:1706.03762); grouped heads, arXiv:2305.13245; FlashAttention-2, arXiv:2307.08691;
-sliding window, arXiv:2310.06825. Letters for shapes as in model.py: B batch, T query length, S key length, H query
-heads, K key/value heads, Dh head_dim.
+sliding window, arXiv:2310.06825; ALiBi, arXiv:2108.12409; capped scores, arXiv:2408.00118 (sec. 2). Letters for shapes
+as in model.py: B batch, T query length, S key length, H query heads, K key/value heads, Dh head_dim.
 """
 import argparse
 import difflib
@@ -26,8 +26,9 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 
 
@@ -63,6 +64,12 @@ with guard_amdsmi():   # hence before every other import of torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+
+def release(version):
+    """(2, 10) of "2.10.1+das"."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 SDPA = {
     "sdpa-flash": SDPBackend.FLASH_ATTENTION,
     "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -70,7 +77,8 @@ SDPA = {
     "sdpa-math": SDPBackend.MATH,
 }
 KERNELS = ("flash-attn", "torch-varlen", *SDPA, "plain")   # the earlier one wins when two are about equally fast
-TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+TORCH = release(torch.__version__)
+PLAIN_QUERIES = 1024   # of one sequence, whose scores the plain twin holds at once
 
 
 # ---- the micro-batch as one row --------------------------------------------------------------------------------------
@@ -86,7 +94,7 @@ class Layout:
 
     def __init__(self, lengths, device="cpu"):
         """lengths: tokens of each segment, in order, each >= 1."""
-        self.lengths = tuple(int(n) for n in lengths)
+        self.lengths, self.chunks = tuple(int(n) for n in lengths), {}
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"segments must hold 1 token or more, found lengths {list(self.lengths)}")
         self.total, self.max_len = sum(self.lengths), max(self.lengths)
@@ -110,7 +118,18 @@ class Layout:
         """Move the index tensors, in place; returns self."""
         for name in ("cu_seqlens", "gather", "scatter"):
             setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        for layout in self.chunks.values():
+            layout.to(device)
         return self
+
+    def chunked(self, chunk):
+        """The layout whose segments are these, cut at every multiple of `chunk` tokens; made once and kept."""
+        if chunk >= self.max_len:
+            return self
+        if chunk not in self.chunks:
+            lengths = [min(chunk, n - start) for n in self.lengths for start in range(0, n, chunk)]
+            self.chunks[chunk] = Layout(lengths, self.gather.device)
+        return self.chunks[chunk]
 
 
 def group_by_length(lengths, waste=0.25, floor=32):
@@ -129,61 +148,122 @@ def group_by_length(lengths, waste=0.25, floor=32):
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None):
+def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chunk=None, softcap=None, slopes=None):
     """Causal attention of q (B, H, T, Dh) over k, v (B, K, S, Dh) -> (B, H, T, Dh). H is a multiple of K.
 
     Query i stands at position S - T + i, so the last query sees every key, whether T == S (training), T == 1 (decoding)
-    or between (a prompt after a cached one). window w: a query sees itself and the w - 1 keys before it. scale: default
-    Dh ** -0.5. layout: B is 1, T == S == layout.total, and attention stays within each segment.
-    Raises ValueError for an unknown kernel; RuntimeError when torch refuses the named backend for these inputs.
+    or between (a prompt after a cached one). scale: default Dh ** -0.5. layout: B is 1, T == S == layout.total, and
+    attention stays within each segment; positions count from its start.
+    window w: a query sees itself and the w - 1 keys before it. chunk c: a query sees only keys at positions with the
+    same position // c. softcap c: scores become c * tanh(scores / c). slopes (H,) float32, on q's device, for ALiBi:
+    scores += slopes[h] * (key position - query position).
+    Raises ValueError for an unknown kernel, or one that lacks what is asked; RuntimeError when torch refuses the named
+    backend for these inputs.
     """
     T, S = q.shape[2], k.shape[2]
     assert T <= S and q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
     assert layout is None or (q.shape[0] == 1 and T == S == layout.total), (q.shape, k.shape, layout.lengths)
     if kernel not in KERNELS:
         raise ValueError(f"unknown attention kernel {kernel!r}; known: {', '.join(KERNELS)}")
+    if lack := lacking(kernel, softcap is not None, slopes is not None):
+        raise ValueError(f"attention kernel {kernel!r} {lack}; 'plain' and 'flash-attn' have it")
+    if chunk is not None and layout is not None:
+        layout, chunk = layout.chunked(chunk), None
     if layout is not None and len(layout.lengths) == 1:
         layout = None
+    if chunk is not None and chunk < S:
+        options = {"kernel": kernel, "scale": scale, "window": window, "softcap": softcap, "slopes": slopes}
+        return attend_in_chunks(q, k, v, chunk, options)
     if window is not None and window >= (S if layout is None else layout.max_len):
         window = None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.to(v.dtype), k.to(v.dtype)   # under autocast the norms of q and k leave them in float32
 
     if kernel == "plain":
-        return plain(q, k, v, scale, layout, window)
+        return plain(q, k, v, scale, layout, window, softcap, slopes)
     if kernel == "flash-attn":
-        return flash_attn_2(q, k, v, scale, layout, window)
+        return flash_attn_2(q, k, v, scale, layout, window, softcap, slopes)
     if kernel == "torch-varlen" and layout is not None:
         return torch_varlen(q, k, v, scale, layout, window)
     kernel = "sdpa-flash" if kernel == "torch-varlen" else kernel   # without boundaries SDPA reaches the same code
     if layout is not None:
-        return sdpa_packed(q, k, v, kernel, scale, layout, window)
-    return sdpa(q, k, v, kernel, scale, window)
+        return sdpa_packed(q, k, v, kernel, scale, layout, window, slopes)
+    return sdpa(q, k, v, kernel, scale, window, slopes)
 
 
-def plain(q, k, v, scale, layout=None, window=None, careful=True):
-    """The slow twin: every score written out. The others are held to this one.
+def lacking(kernel, softcap, alibi):
+    """What a kernel lacks of what is asked, as the end of a sentence, or None."""
+    if softcap and kernel in ("torch-varlen", *SDPA):
+        return "has no softcap"
+    if alibi and kernel == "torch-varlen":
+        return "has no ALiBi"
+    return None
+
+
+def attend_in_chunks(q, k, v, chunk, options):
+    """Each chunk of positions is a call of its own, without a mask: its queries end where its keys end."""
+    T, S = q.shape[2], k.shape[2]
+    cached, outs = S - T, []                                         # keys before the first query
+    for start in range(cached // chunk * chunk, S, chunk):
+        queries = slice(max(start - cached, 0), start + chunk - cached)
+        keys = slice(start, start + chunk)
+        outs.append(attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], **options))
+    return torch.cat(outs, dim=2)
+
+
+def plain(q, k, v, scale, layout=None, window=None, softcap=None, slopes=None, careful=True):
+    """The slow twin, to which the others are held: sequence by sequence and, as scores take room, block by block."""
+    if layout is not None:
+        segments = zip(*(x.split(layout.lengths, dim=2) for x in (q, k, v)))
+        outs = [plain(*segment, scale, None, window, softcap, slopes, careful) for segment in segments]
+        return torch.cat(outs, dim=2)
+    end, outs = k.shape[2] - q.shape[2], []
+    for block in q.split(PLAIN_QUERIES, dim=2):
+        end += block.shape[2]                                        # no query of the block sees a later key
+        keys = within_reach(k[:, :, :end], v[:, :, :end], block.shape[2], window)
+        outs.append(written_out(block, *keys, scale, window, softcap, slopes, careful))
+    return torch.cat(outs, dim=2)
+
+
+def written_out(q, k, v, scale, window, softcap, slopes, careful):
+    """The definition: every score of every query with every key.
 
     Scores are float32 and q is scaled before the product: in float16 the q·k of Qwen2 passes 65504, and inf becomes
     NaN in the softmax. careful=False rounds every step to q's dtype: the measure of what is forgiven other kernels.
     """
-    if layout is not None:
-        segments = zip(*(x.split(layout.lengths, dim=2) for x in (q, k, v)))
-        return torch.cat([plain(*segment, scale, None, window, careful) for segment in segments], dim=2)
+    T, S = q.shape[2], k.shape[2]
     k, v = repeat_heads(k, v, q.shape[1])
     wide = torch.promote_types(q.dtype, torch.float32) if careful else q.dtype
     with torch.autocast(q.device.type, enabled=False):   # it would take the product back to 16 bits
         scores = (q.to(wide) * scale) @ k.to(wide).transpose(-1, -2)                         # (B, H, T, S)
-        scores = scores.masked_fill(~visible(q.shape[2], k.shape[2], window, q.device), float("-inf"))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None:
+            scores = scores + alibi(slopes, T, S).to(wide)
+        scores = scores.masked_fill(~visible(T, S, window, q.device), float("-inf"))
         return scores.softmax(-1).to(v.dtype) @ v
+
+
+def distance(T, S, device):
+    """Key position minus query position: int (T, S), 0 for a query's own key, negative for those before it."""
+    return torch.arange(S, device=device) - torch.arange(S - T, S, device=device)[:, None]
 
 
 def visible(T, S, window, device):
     """Which keys each query may see: bool (T, S)."""
-    query = torch.arange(S - T, S, device=device)[:, None]
-    key = torch.arange(S, device=device)[None]
-    seen = key <= query
-    return seen if window is None else seen & (key > query - window)
+    away = distance(T, S, device)
+    return away <= 0 if window is None else (away <= 0) & (away > -window)
+
+
+def alibi(slopes, T, S):
+    """What ALiBi adds to the scores: (H, T, S), each head's slope times the distance (arXiv:2108.12409, sec. 3)."""
+    return slopes[:, None, None] * distance(T, S, slopes.device)
+
+
+def within_reach(k, v, T, window):
+    """k and v (B, K, S, Dh) without the first keys, which lie before the window of each of the T last positions."""
+    reach = k.shape[2] if window is None else T + window - 1
+    return k[:, :, -reach:], v[:, :, -reach:]
 
 
 def repeat_heads(k, v, H):
@@ -191,26 +271,28 @@ def repeat_heads(k, v, H):
     return (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
 
 
-def sdpa(q, k, v, kernel, scale, window=None):
+def sdpa(q, k, v, kernel, scale, window=None, slopes=None):
     """torch's scaled_dot_product_attention, held to one backend."""
+    k, v = within_reach(k, v, q.shape[2], window)
     T, S = q.shape[2], k.shape[2]
-    if window is not None and S > T + window - 1:   # drop the keys that no query reaches
-        k, v, S = k[:, :, 1 - T - window:], v[:, :, 1 - T - window:], T + window - 1
     # is_causal aligns the first query with the first key, so it is right only when T == S; one query needs no mask.
-    # Where one is needed (a prompt after a cache, a window), torch may turn to MATH: flash takes no mask.
     masked = T > 1 and (T < S or window is not None)
-    mask = visible(T, S, window, q.device) if masked else None
-    backends = [SDPA[kernel], SDPBackend.MATH] if masked else [SDPA[kernel]]
+    mask = visible(T, S, window, q.device) if masked or slopes is not None else None
+    backends = [SDPA[kernel]]
+    if slopes is not None:   # the mask carries numbers, and a backend that takes none is refused by the picker
+        mask = alibi(slopes, T, S).masked_fill_(~mask, float("-inf")).to(q.dtype)[None]      # (1, H, T, S)
+    elif masked and kernel != "sdpa-math":   # flash takes no mask on a GPU; `mask_note` tells the user
+        backends += [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     grouped = {}
     if q.shape[1] != k.shape[1]:
-        if q.is_cuda and takes_grouped_heads(kernel, masked):
+        if q.is_cuda and takes_grouped_heads(kernel, mask is not None):
             grouped = {"enable_gqa": True}
         else:
             k, v = repeat_heads(k, v, q.shape[1])
     # contiguous: some ROCm builds give wrong numbers when v is a transposed view and q, k are not (ROCm/pytorch#3230)
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with sdpa_kernel(backends):   # for this call alone; torch.backends.cuda.enable_*_sdp would be for the whole process
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and not masked, scale=scale, **grouped)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None, scale=scale, **grouped)
 
 
 def takes_grouped_heads(kernel, masked):
@@ -221,23 +303,26 @@ def takes_grouped_heads(kernel, masked):
     return kernel == "sdpa-flash" and not masked and TORCH >= ((2, 6) if torch.version.hip else (2, 5))
 
 
-def sdpa_packed(q, k, v, kernel, scale, layout, window):
+def sdpa_packed(q, k, v, kernel, scale, layout, window, slopes):
     """SDPA knows no boundaries: run the layout's groups of similar segments, each as one right-padded batch."""
     q, k, v = (x[0].index_select(1, layout.gather) for x in (q, k, v))                       # (H or K, slots, Dh)
     outs, first = [], 0
     for n, padded in layout.groups:
         slots = slice(first, first + n * padded)
         batch = (x[:, slots].unflatten(1, (n, padded)).transpose(0, 1) for x in (q, k, v))   # (n, H or K, padded, Dh)
-        out = sdpa(*batch, kernel, scale, window if window is not None and window < padded else None)
+        out = sdpa(*batch, kernel, scale, window if window is not None and window < padded else None, slopes)
         outs.append(out.transpose(0, 1).flatten(1, 2))                                       # (H, n * padded, Dh)
         first += n * padded
     return torch.cat(outs, dim=1).index_select(1, layout.scatter)[None]
 
 
-def flash_attn_2(q, k, v, scale, layout, window):
-    """The flash_attn package: grouped heads, boundaries and windows are its own; bottom-right causal since 2.1."""
+def flash_attn_2(q, k, v, scale, layout, window, softcap, slopes):
+    """The flash_attn package has all of it; arguments that came with later versions are given only where needed."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
-    options = {"softmax_scale": scale, "causal": True} | ({"window_size": (window - 1, 0)} if window else {})
+    options = {"softmax_scale": scale, "causal": True}
+    options |= {"window_size": (window - 1, 0)} if window is not None else {}
+    options |= {"softcap": softcap} if softcap is not None else {}
+    options |= {"alibi_slopes": slopes} if slopes is not None else {}
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                                         # (B, T or S, H or K, Dh)
     if layout is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)
@@ -250,7 +335,7 @@ def torch_varlen(q, k, v, scale, layout, window):
     from torch.nn.attention.varlen import varlen_attn
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                      # (T, H or K, Dh)
     ends = (layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len)
-    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=(window - 1 if window else -1, 0),
+    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=(-1 if window is None else window - 1, 0),
                       enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(0, 1)[None]
 
@@ -264,6 +349,7 @@ WANTED = {   # LLaMA-Factory's key flash_attn -> the kernels that may serve it
     "disabled": ("plain",),
 }
 HALF_ONLY = ("flash-attn", "torch-varlen", "sdpa-flash", "sdpa-cudnn")          # on a GPU
+NO_MASK = ("torch-varlen", "sdpa-flash", "sdpa-cudnn")                          # on a GPU
 GPU_ONLY = ("flash-attn", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
 CHECKED = (1, 7, 62, 128, 129, 520, 1)     # segments round the tile sizes of kernels (64, 128), ends of length 1
 TIMED = (1024, 512, 257, 130, 62, 62, 1)   # a packed row of 2048 tokens
@@ -278,12 +364,22 @@ class Problem:
     head_dim: int
     num_heads: int
     num_kv_heads: int
-    training: bool = True
-    window: int | None = None
+    training: bool = True          # gradients are needed; else a prompt, further prompts, single tokens
+    window: int | None = None      # tokens; this and chunk may hold for some layers of the model only
+    chunk: int | None = None       # tokens
+    softcap: float | None = None
+    alibi: bool = False            # whether `attend` will be given slopes
+    scale: float | None = None     # None: head_dim ** -0.5
 
     @property
     def on_gpu(self):
         return self.device.startswith("cuda")
+
+    def options(self, heads, device):
+        """What `attend` and `plain` are asked alike. Slopes lie between 1 and 2 ** -8, as in models with ALiBi."""
+        slopes = 2.0 ** -torch.linspace(0.5, 8, heads, device=device) if self.alibi else None
+        scale = self.head_dim ** -0.5 if self.scale is None else self.scale
+        return {"scale": scale, "window": self.window, "softcap": self.softcap, "slopes": slopes}
 
 
 @dataclass
@@ -304,26 +400,26 @@ class Choice:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def pick_kernel(flash_attn="auto", *, device, dtype, head_dim, num_heads, num_kv_heads, training=True, window=None):
+def pick_kernel(flash_attn="auto", *, device, dtype, **asked):
     """The fastest kernel that is correct here for these shapes -> Choice. Takes seconds, once per process and shape.
 
-    flash_attn: auto (all), sdpa (torch's own), fa2 (flash-attn), disabled (the plain twin). When nothing that was asked
-    for works, the others are tried and a line says so. On a GPU the kernels run in child processes, so that one that
-    crashes or hangs costs a reason, not the run. Raises ValueError for another value of flash_attn, RuntimeError when
-    not even the plain twin is correct.
+    flash_attn: auto (all), sdpa (torch's own), fa2 (flash-attn), disabled (the plain twin). asked: the other fields of
+    `Problem`; with a window or a chunk the kernel is also right without. When nothing that was asked for works, the
+    others are tried and a line says so. On a GPU the kernels run in child processes, so that one that crashes or hangs
+    costs a reason, not the run. Raises ValueError for another value of flash_attn, RuntimeError when not even the plain
+    twin is correct.
     """
     if flash_attn not in WANTED:
         near = difflib.get_close_matches(str(flash_attn), WANTED, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"flash_attn: {flash_attn!r} is not known{hint}; choose one of {', '.join(WANTED)}")
+    problem = Problem(str(device), str(dtype).removeprefix("torch."), **asked)
     if flash_attn == "disabled":
         return Choice("plain", ["attention: plain (flash_attn: disabled)"])
-    dtype = str(dtype).removeprefix("torch.")
-    problem = Problem(str(device), dtype, head_dim, num_heads, num_kv_heads, training, window)
     lines = posing_card()
     verdicts = try_kernels(WANTED[flash_attn], problem)
     if all(verdict.reason for verdict in verdicts):
-        reasons = ", ".join(f"{verdict.kernel} ({verdict.reason})" for verdict in verdicts)
+        reasons = ", ".join(in_words({verdict.kernel: verdict.reason for verdict in verdicts}))
         lines.append(f"attention: flash_attn: {flash_attn} cannot be had here: {reasons}. Trying the others instead.")
         verdicts += try_kernels(tuple(name for name in KERNELS if name not in WANTED[flash_attn]), problem)
     timings = {verdict.kernel: verdict.ms for verdict in verdicts if not verdict.reason}
@@ -334,9 +430,26 @@ def pick_kernel(flash_attn="auto", *, device, dtype, head_dim, num_heads, num_kv
     near = (1.1 if problem.on_gpu else 2) * min(timings.values())
     kernel = next(name for name in KERNELS if name in timings and timings[name] <= near)
     others = [f"{name} (ok, {ms:.3g} ms)" for name, ms in timings.items() if name != kernel]
-    reasons = [f"{name} ({reason})" for name, reason in refused.items()]
-    lines.append(f"attention: {kernel} ({timings[kernel]:.3g} ms). not used: {', '.join(others + reasons)}")
+    lines += mask_note(kernel, problem)
+    lines.append(f"attention: {kernel} ({timings[kernel]:.3g} ms). not used: {', '.join(others + in_words(refused))}")
     return Choice(kernel, lines, timings, refused)
+
+
+def in_words(refused):
+    """["name (reason)"] of refused kernels; torch's backends are one "sdpa-*" when all are refused for one reason."""
+    reasons = {refused.get(name) for name in SDPA}
+    if len(reasons) == 1 and None not in reasons:
+        refused = {name: reason for name, reason in refused.items() if name not in SDPA} | {"sdpa-*": reasons.pop()}
+    return [f"{name} ({reason})" for name, reason in refused.items()]
+
+
+def mask_note(kernel, problem):
+    """[a line] when another kernel than the chosen one may run where a mask is needed, else []."""
+    cases = [f"sequences longer than the window of {problem.window} tokens"] if problem.window else []
+    cases += [] if problem.training else ["prompts after a cached one"]
+    if not cases or not problem.on_gpu or problem.alibi or kernel not in NO_MASK:
+        return []
+    return [f"attention: {kernel} may take no mask: {' and '.join(cases)} then run on sdpa-efficient or sdpa-math"]
 
 
 @lru_cache(maxsize=None)
@@ -351,6 +464,10 @@ def try_kernels(kernels, problem):
 
 def known_refusal(kernel, problem):
     """Why a kernel need not be tried, or None; nothing is imported or run."""
+    if lack := lacking(kernel, problem.softcap is not None, problem.alibi):
+        return lack
+    if kernel == "sdpa-flash" and problem.alibi and problem.on_gpu:
+        return "takes no mask, and ALiBi needs one"
     if kernel in GPU_ONLY and not problem.on_gpu:
         return "needs a GPU"
     if kernel in HALF_ONLY and problem.on_gpu and problem.dtype == "float32":
@@ -359,8 +476,11 @@ def known_refusal(kernel, problem):
         version = version_of("flash-attn")
         if version is None:
             return "not installed"
-        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 1):
-            return f"version {version} aligns the causal mask top left; 2.1 or newer is needed"
+        for needed, since, fault in ((True, "2.1", "aligns the causal mask top left"),
+                                     (problem.window, "2.3", "has no window"), (problem.alibi, "2.4", "has no ALiBi"),
+                                     (problem.softcap, "2.6", "has no softcap")):
+            if needed and release(version) < release(since):
+                return f"version {version} {fault}; {since} or newer is needed"
     if kernel == "torch-varlen" and TORCH < (2, 12):
         return f"not in torch {torch.__version__}; 2.12 or newer has it"
     if kernel == "sdpa-cudnn" and torch.version.hip:
@@ -454,18 +574,18 @@ def find_fault(kernel, problem):
     hit that by luck) and 1e-6 (float32 summed in another order). Real faults are some tenfold larger.
     """
     dtype = getattr(torch, problem.dtype)
-    twin = partial(plain, scale=problem.head_dim ** -0.5, careful=False)
-    for B, T, S, lengths in cases(problem.training):
+    for asked, (B, T, S, lengths) in product(variants(problem), cases(problem.training)):
         inputs = example(problem, B, T, S)
-        truth = run(partial(attend, kernel="plain"), inputs, "cpu", torch.float64, lengths, problem)
-        rounded = run(twin, inputs, "cpu", dtype, lengths, problem)
-        found = run(partial(attend, kernel=kernel), inputs, problem.device, dtype, lengths, problem)
+        truth = run(plain, inputs, "cpu", torch.float64, lengths, asked)
+        rounded = run(partial(plain, careful=False), inputs, "cpu", dtype, lengths, asked)
+        found = run(partial(attend, kernel=kernel), inputs, problem.device, dtype, lengths, asked)
         for name, *results in zip(("output", "gradient of q", "gradient of k", "gradient of v"), truth, rounded, found):
             for right, near, x in zip(*(result.split(lengths or result.shape[2], dim=2) for result in results)):
                 error, forgiven = ((y - right).square().mean().sqrt().item() for y in (x, near))
                 allowed = 2 * forgiven + torch.finfo(dtype).eps * right.shape[2] ** -0.5 + 1e-6
                 if not error <= allowed:   # so written, NaN is a fault too
                     where = f"a segment of {right.shape[2]}" if lengths else f"{T} queries, {S} keys"
+                    where += f", window {asked.window}" if asked.window else ""
                     return f"wrong {name} ({where}): off by {error:.2g}, rounding explains {allowed:.2g}"
     if dtype is torch.float16:   # the q·k of Qwen2 passes 65504 before it is scaled, and fits afterwards
         q, k, *rest = example(problem, 1, 129, 129)
@@ -473,6 +593,17 @@ def find_fault(kernel, problem):
         if not all(x.isfinite().all() for x in found):
             return "overflows in float16 where q·k passes 65504"
     return None
+
+
+def variants(problem):
+    """The problems to check for one: without a window and, if some layers of the model have one, with a window.
+
+    The window is made so short, and the cap so low, that in `cases` they matter. A chunk needs no check of a kernel's:
+    `attend` turns it into segments and shorter calls, which no kernel can tell from others.
+    """
+    windows = [None] if problem.window is None else [None, min(problem.window, 42)]
+    softcap = None if problem.softcap is None else min(problem.softcap, 2.0)
+    return [replace(problem, window=window, softcap=softcap) for window in windows]
 
 
 def cases(training):
@@ -502,7 +633,7 @@ def run(attention, inputs, device, dtype, lengths, problem):
     q, k, v, grad = (x.to(device, dtype) for x in inputs)
     v = v.transpose(1, 2).contiguous().transpose(1, 2)   # a view, as a model's v is
     leaves = [x.detach().requires_grad_(problem.training) for x in (q, k, v)]
-    out = attention(*leaves, layout=lengths and Layout(lengths, device), window=problem.window)
+    out = attention(*leaves, layout=lengths and Layout(lengths, device), **problem.options(q.shape[1], device))
     results = [out, *torch.autograd.grad(out, leaves, grad)] if problem.training else [out]
     return [x.detach().to("cpu", torch.float64) for x in results]
 
@@ -519,7 +650,7 @@ def time_kernel(kernel, problem, warm=3, runs=7):
     q, k, v, grad = (torch.randn(1, heads, S, problem.head_dim, **options) for heads in (H, K, K, H))
     leaves = [x.requires_grad_(problem.training) for x in (q, k, v)]
     wait = partial(torch.cuda.synchronize, problem.device) if problem.on_gpu else lambda: None
-    call, took = partial(attend, kernel=kernel, window=problem.window), []
+    call, took = partial(attend, kernel=kernel, chunk=problem.chunk, **problem.options(H, problem.device)), []
     for i in range(warm + runs):
         layout = Layout((first - i, second + i, *rest), problem.device)
         wait()
@@ -581,8 +712,8 @@ def pick_device(use_cpu=False):
         return device
     asked = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
     if asked not in (None, "", "-1"):
-        raise ValueError(f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees none: check "
-                         "the driver and that torch is a CUDA or ROCm build, or set use_cpu: true")
+        raise ValueError(f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees none: "
+                         "check the driver and that torch is a CUDA or ROCm build, or set use_cpu: true")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
@@ -623,6 +754,10 @@ def main():
     parser.add_argument("--num_heads", type=int, default=8)
     parser.add_argument("--num_kv_heads", type=int, default=2)
     parser.add_argument("--window", type=int, help="sliding window in tokens")
+    parser.add_argument("--chunk", type=int, help="attention within chunks of so many tokens (Llama 4)")
+    parser.add_argument("--softcap", type=float, help="scores become softcap * tanh(scores / softcap) (Gemma 2)")
+    parser.add_argument("--alibi", action="store_true", help="ALiBi in the place of rotary positions (Baichuan 2 13B)")
+    parser.add_argument("--scale", type=float, help="of the scores; default head_dim ** -0.5")
     parser.add_argument("--probe", metavar="JSON", help="for the picker: try the named kernels, print a JSON line each")
     options = vars(parser.parse_args())
     probe = options.pop("probe")

@@ -22,9 +22,9 @@ import torch
 from checkpoint import (DTYPES, checkpoints_in, find_checkpoint, folded_under, load_with_adapters, read_adapter_config,
                         warn_of_folded)
 from config import Config, ignored_keys, load_config, run
-from families import read_config_json
+from families import model_config, read_config_json
 from generate import Sampling, common_prefix, context_length, generate
-from model import CausalLM, KVCache
+from model import CausalLM, KVCache, attention_needs
 from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer, stored_template
 from tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
 
@@ -74,6 +74,7 @@ def main(argv):
     # ---- which weights, where
     base, adapters, remarks = find_weights(config)
     raw = read_config_json(base)
+    shape = model_config(raw, f"{base}/config.json")
     device = pick_device(config.use_cpu)
     dtype = pick_dtype(config, raw, device)
     say(f"model     {base}{remarks[0]}")
@@ -83,8 +84,8 @@ def main(argv):
     # ---- chat format
     tokenizer = load_tokenizer(base, config.split_special_tokens)
     wanted, settings, origin, force = chat_format(config, adapters or [base])
-    template, why = choose_template(wanted, tokenizer, raw.get("model_type"), force)
-    stop_ids = set(fit_tokenizer(template, tokenizer, settings, raw.get("vocab_size")))
+    template, why = choose_template(wanted, tokenizer, shape.model_type, force)
+    stop_ids = set(fit_tokenizer(template, tokenizer, settings, shape.vocab_size))
     say(f"template  {template.name} ({origin or why})")
 
     # ---- sampling
@@ -99,10 +100,8 @@ def main(argv):
     # ---- model
     with explained_out_of_memory(device):
         model = load_with_adapters(base, adapters, dtype, device)
-    shape, dtype = model.config, model.lm_head.weight.dtype
-    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, head_dim=shape.head_dim, training=False,
-                         num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads,
-                         window=next((w for w in shape.windows if w), None))
+    dtype = model.lm_head.weight.dtype
+    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False, **attention_needs(shape))
     model.kernel = choice.kernel
     say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}")
     say(f"dtype     {str(dtype).removeprefix('torch.')}")

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from families import model_config, read_config_json
-from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters
+from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, lora_layers, merge_adapters
 from model import CausalLM
 from tokenizer import read_json
 
@@ -133,8 +133,8 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     if skip_weights:
         return model
     files = tensor_files(folder)
-    expected = dict(model.named_parameters())               # a tied head appears once, as the embedding
-    unused = [name for name in files if name not in expected and not _known_extra(name, config, files)]
+    expected = {config.stored_name(name): (name, p) for name, p in model.named_parameters()}   # a tied head: once
+    unused = [name for name in files if name not in expected and not known_extra(name, config, files)]
     missing = [name for name in expected if name not in files]
     if unused or missing:
         raise ValueError(_mismatch(folder, missing, unused))
@@ -142,27 +142,34 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     for name, file in tqdm(files.items(), desc="loading weights", unit="tensor", leave=False, disable=None, delay=1):
         if name not in expected:
             continue
+        ours, parameter = expected[name]
         with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
             tensor = tensors.get_tensor(name)
-        if tensor.shape != expected[name].shape:
+        if tensor.shape != parameter.shape:
             raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, config.json makes it "
-                             f"{list(expected[name].shape)}")
-        _assign(model, name, tensor.to(dtype) if dtype else tensor)
+                             f"{list(parameter.shape)}")
+        _assign(model, ours, tensor.to(dtype) if dtype else tensor)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
 
 
-def _known_extra(name, config, files):
-    """Buffers older tools stored, and the second copy of a tied head; both carry nothing of their own."""
-    if name.endswith("rotary_emb.inv_freq"):
+# buffers that older tools stored beside the weights; all of them are computed here
+BUFFERS = re.compile(r".*(rotary_emb|rotary_pos_emb|attn)\.(inv_freq|cos_cached|sin_cached|masked_bias|bias|original_inv_freq)")
+
+
+def known_extra(name, config, files) -> bool:
+    """Does a tensor that the decoder lacks carry nothing of its own? Buffers, parts that read images, a tied head."""
+    if name.startswith(config.skips) if config.skips else False:
         return True
-    if name == "lm_head.weight" and config.tie_word_embeddings:
-        embedding = "model.embed_tokens.weight"
+    if BUFFERS.fullmatch(name):
+        return True
+    head, embedding = config.stored_name("lm_head.weight"), config.stored_name("model.embed_tokens.weight")
+    if name == head and config.tie_word_embeddings:
         with open_tensors(files[name]) as a, open_tensors(files[embedding]) as b:
             if torch.equal(a.get_tensor(name), b.get_tensor(embedding)):
                 return True
-            raise ValueError(f"{files[name]}: lm_head.weight differs from {embedding}, but config.json says they are one "
+            raise ValueError(f"{files[name]}: {head} differs from {embedding}, but config.json says they are one "
                              "(tie_word_embeddings: true). Set it to false to use both")
     return False
 
@@ -177,8 +184,9 @@ def _mismatch(folder, missing, unused):
     for what, names in (("missing", missing), ("not used", unused)):
         if names:
             lines.append(f"  {what}: {len(names)}, such as {', '.join(names[:4])}")
-    if missing == ["lm_head.weight"]:
-        lines.append("  If the head is the embedding's matrix, config.json must say tie_word_embeddings: true")
+    if len(missing) == 1 and not unused:
+        lines.append("  If it is the head, and the head is the embedding's matrix, config.json must say "
+                     "tie_word_embeddings: true")
     elif missing and unused:
         close = difflib.get_close_matches(missing[0], unused, 1)
         if close:
@@ -220,12 +228,17 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
                          "training, so the adapter does not fit the base as published. Convert it to a plain LoRA with "
                          "peft (save_pretrained with path_initial_model_for_weight_conversion)")
     known = LoRAConfig.__dataclass_fields__
-    odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL
+    odd = {key: value for key, value in raw.items() if key not in known | {"target_parameters": 0} and key not in NEUTRAL
            and value is not False and value not in (None, "", [], {}) and key != "fan_in_fan_out"}
     if odd:
         raise ValueError(f"{path}: {', '.join(f'{k}: {v}' for k, v in odd.items())} is not honoured here, and would change "
                          "what the adapter computes")
-    return LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None}), raw
+    config = LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
+    if stacks := raw.get("target_parameters"):              # stacks of matrices, one per expert: layers like any other here
+        if isinstance(config.target_modules, str):
+            raise ValueError(f"{path}: target_modules as a pattern together with target_parameters is not supported")
+        config.target_modules = [*config.target_modules, *stacks]
+    return config, raw
 
 
 def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAConfig:
@@ -241,7 +254,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
         hint = "; adapter_model.bin is a pickle and is not read" if (Path(folder) / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
     try:
-        attach_lora(model, config)
+        attach_lora(model, config, called=model.config.stored_name)
     except ValueError as error:
         raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): {error}") from None
     expected = adapter_tensors(model)
@@ -264,20 +277,34 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
 
 def _copy_of_base(model, name, tensors) -> bool:
     """PEFT stores the frozen weight of an adapted head beside the adapter: nothing new if it is the base's own."""
-    layer = lora_layers(model).get(name.removeprefix(PREFIX).removesuffix(".base_layer.weight"))
+    layers = {adapter_name(model, layer) + ".base_layer.weight": module for layer, module in lora_layers(model).items()}
+    layer = layers.get(name)
     if layer is None or list(layer.weight.shape) != tensors.get_slice(name).get_shape():
         return False
     return layer.weight.is_meta or torch.equal(tensors.get_tensor(name).to(layer.weight), layer.weight)
 
 
+def adapter_name(model: CausalLM, layer: str) -> str:
+    """What PEFT calls an adapted layer. The stacks of a layer's experts are parameters of one module to it, and it
+    wraps that module once for each: experts.base_layer is the first of two, experts the second."""
+    name, layers = model.config.stored_name(layer), lora_layers(model)
+    if isinstance(layers[layer], LoRAStacked):
+        block = layer.rpartition(".")[0]
+        stacks = [other for other in layers if other.startswith(block + ".") and isinstance(layers[other], LoRAStacked)]
+        name = model.config.stored_name(block) + ".base_layer" * (len(stacks) - 1 - stacks.index(layer))
+    return PREFIX + name
+
+
 def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
     """{name as PEFT writes it: parameter} of the adapters, and of modules trained whole."""
-    layers = lora_layers(model)
     found = {}
+    for layer, module in lora_layers(model).items():
+        assert not module.weight.requires_grad, layer
+        for part in ("lora_A", "lora_B"):
+            found[f"{adapter_name(model, layer)}.{part}.weight"] = getattr(module, part).weight
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad:
-            assert not any(name == f"{layer}.weight" for layer in layers), name
-            found[PREFIX + name] = parameter
+        if parameter.requires_grad and not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            found[PREFIX + model.config.stored_name(name)] = parameter
     return found
 
 
@@ -285,15 +312,30 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
     """Write adapter_config.json and adapter_model.safetensors; `base` is the base model as the user named it."""
     folder = Path(folder)
     _save_tensors(folder / "adapter_model.safetensors", adapter_tensors(model))
-    targets = config.target_modules
-    if targets in ("all-linear", "all", ["all"], ["all-linear"]):      # spelled out, as PEFT does
-        targets = sorted({name.rsplit(".", 1)[-1] for name in lora_layers(model)})
+    targets, stacks = peft_targets(model, config.target_modules)
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_dora": False,
         "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora, "target_modules": targets, "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern, "modules_to_save": config.modules_to_save or None})
+        "alpha_pattern": config.alpha_pattern, "modules_to_save": config.modules_to_save or None}
+        | ({"target_parameters": stacks} if stacks else {}))
+
+
+def peft_targets(model: CausalLM, wish) -> tuple[list | str, list]:
+    """target_modules and target_parameters that make PEFT adapt the same layers: the user's own, where PEFT reads them
+    alike (it knows no blocks, no `all`), else last name parts, else full names."""
+    called, layers = model.config.stored_name, lora_layers(model)
+    stacks = [called(name + ".weight") for name, layer in layers.items() if isinstance(layer, LoRAStacked)]
+    adapted = {called(name) for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    if isinstance(wish, str) and wish not in ("all", "all-linear") and not stacks:
+        return wish, []                                                         # a regular expression
+    names = [called(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    last = sorted({name.rsplit(".", 1)[-1] for name in adapted})
+    for targets in (wish if isinstance(wish, list) else [], last):
+        if adapted == {name for name in names if name.endswith(tuple("." + t for t in targets)) or name in targets}:
+            return targets, stacks
+    return sorted(adapted), stacks
 
 
 def folded_under(adapter) -> list[str]:
@@ -452,7 +494,7 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
 
     dtype None writes each tensor as it is held; config.json then states that of the first.
     """
-    weights = dict(model.named_parameters())
+    weights = {model.config.stored_name(name): p for name, p in model.named_parameters()}
     write_tensors(folder, {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()},
                   lambda n: [weights[n].data.to(dtype or weights[n].dtype)])
     dtype = dtype or next(iter(weights.values())).dtype

@@ -119,6 +119,7 @@ class Config:
     adam_beta2: float = key(0.999, "AdamW: memory of its square", low=0, below=1)
     adam_epsilon: float = key(1e-8, "AdamW: floor of the divisor", low=0)
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (0 or none: never)", low=0)
+    moe_aux_loss_coef: float | None = key(None, "weight of the loss that keeps a mixture's experts equally busy", low=0)
     neftune_noise_alpha: float | None = key(None, "NEFTune: noise on the embeddings in training", low=0)
     bf16: bool = key(False, "compute in bfloat16")
     fp16: bool = key(False, "compute in float16, with loss scaling")
@@ -178,10 +179,10 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat profiler_record_shapes
         profiler_profile_memory profiler_with_stack profile_modules""",
     "weights are written as safetensors": "export_legacy_format",
-    "the models of this release read text and are dense": """image_max_pixels image_min_pixels image_do_pan_and_scan
+    "the models read text": """image_max_pixels image_min_pixels image_do_pan_and_scan
         crop_to_patches image_resolution video_resolution video_max_pixels video_min_pixels video_fps video_maxlen
         use_audio_in_video audio_sampling_rate media_dir freeze_vision_tower freeze_multi_modal_projector
-        freeze_language_model moe_aux_loss_coef""",
+        freeze_language_model""",
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
         quantization_method quantization_type double_quantization quantization_device_map length_penalty pissa_iter
         freeze_trainable_layers freeze_trainable_modules freeze_extra_modules module_dropout oft_rank oft_block_size

@@ -6,55 +6,61 @@ at switches, never at a family's name.
 
     python model.py DIR          shows the result for a checkpoint
 
-Read before: nothing. Read after: model.py, which builds what is described here.
-Sources: Llama arXiv:2302.13971, Mistral arXiv:2310.06825, Qwen2 arXiv:2407.10671, Qwen3 arXiv:2505.09388.
+Read before: nothing. Read after: model.py, which builds what is described here; docs/add_a_family.md, to add a row.
+Sources, beside the rows: the technical reports; the fields and tensor names of the published checkpoints.
 """
 import difflib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
-@dataclass(frozen=True)
-class Family:
-    """How a family differs from the plain Llama block. A value that is a str names the config.json field to read."""
-    qkv_bias: bool | str = False          # q, k and v projections add a bias
-    o_bias: bool | str = False            # so does the output projection
-    mlp_bias: bool | str = False          # and gate, up and down
-    qk_norm: bool = False                 # RMSNorm over each head's q and k, before the rotation
-    window: str = "never"                 # "always": sliding_window acts on every layer;
-                                          # "asked": only with use_sliding_window, from layer max_window_layers on
+# ---- what a decoder can do otherwise than Llama -----------------------------------------------------------------
 
 
-FAMILIES = {
-    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "mistral": Family(window="always"),
-    "qwen2": Family(qkv_bias=True, window="asked"),
-    "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="asked"),
-}
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """The differences the decoder knows. The defaults are plain Llama (arXiv:2302.13971)."""
+    # projections
+    fused_qkv: str = ""                   # "blocks": one matrix, all q rows, all k, all v;
+                                          # "groups": for each key/value head its q heads, then its k, then its v
+    fused_gate_up: bool = False           # gate and up are one matrix, gate first
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False                # gate, up and down
+    clip_qkv: float | None = None         # q, k and v are clamped to [-clip, clip]
+    # norms
+    norm: str = "rms"                     # a row of model.NORMS
+    norm_place: str = "before"            # of attention and MLP: "before" them, "after" them, or "both"
+    qk_norm: str = ""                     # "head": RMSNorm over each head of q and k; "width": over all heads at once;
+                                          # "unit": each head to unit RMS, without a weight, after the rotation
+    # positions
+    rotary_pairs: str = "halves"          # features that turn together: i and i + R/2, or "neighbours" 2i and 2i + 1
+    rotary_part: float = 1.0              # share of each head's features that turn, the first ones
+    alibi: bool = False                   # no rotation: a score sinks linearly with the distance (arXiv:2108.12409)
+    query_growth: tuple = ()              # queries grow with their position: ("log1p", scale, floor tokens) on layers
+                                          # without rotation, or ("log", trained tokens) outside of training
+    # attention scores, MLP
+    attn_softcap: float | None = None     # scores become cap * tanh(scores / cap)
+    attn_scale: float | None = None       # scores are q.k times this; None: head_dim ** -0.5
+    hidden_act: str = "silu"              # a row of model.ACTIVATIONS
+    # embedding and head
+    embed_scale: bool = False             # embeddings are multiplied by sqrt(hidden_size)
+    normalized_head: bool = False         # rows of the head have length 1
+    final_softcap: float | None = None    # logits become cap * tanh(logits / cap)
+    tie_word_embeddings: bool = False     # the head is the embedding's matrix
+    # mixture of experts
+    router: str = "softmax"               # score of an expert: "softmax" over all of them, or "sigmoid" of its own
+    norm_topk_prob: bool = False          # the scores of the chosen experts are made to sum to 1
+    scale_input: bool = False             # a score multiplies what goes into the expert, not what comes out
+    shared_expert_gate: bool = False      # the shared expert's output is multiplied by a sigmoid
+    stacked_experts: bool = False         # one (E, in, out) tensor for all experts, gate and up fused
 
-ROPE_FIELDS = {      # rope_type: (fields it needs, fields it may have)
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "dynamic": (("factor",), ("original_max_position_embeddings",)),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-                           "mscale", "mscale_all_dim", "truncate")),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-}
 
-# Fields that leave the mathematics of training and inference alone. Anything that is neither read below nor named
-# here, and is not switched off, stops the load: a field that is shrugged off is how wrong logits begin.
-HARMLESS = frozenset("""
-    architectures auto_map bos_token_id eos_token_id pad_token_id decoder_start_token_id dtype torch_dtype
-    transformers_version use_cache initializer_range pretraining_tp id2label label2id problem_type
-    output_attentions output_hidden_states return_dict is_encoder_decoder is_decoder torchscript
-    tokenizer_class name_or_path unsloth_version unsloth_fixed model_name use_mrope chunk_size_feed_forward
-    max_length min_length temperature top_p top_k repetition_penalty do_sample num_beams
-""".split())
-
-
-@dataclass(frozen=True)
-class ModelConfig:
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Switches):
     """A decoder's shape, in the words of config.json. Sizes are counts of features, heads, layers or tokens."""
     model_type: str
     hidden_size: int                      # D
@@ -66,15 +72,243 @@ class ModelConfig:
     vocab_size: int                       # V
     max_position_embeddings: int
     rms_norm_eps: float
-    tie_word_embeddings: bool
     rope_theta: float
     rope: dict = field(default_factory=lambda: {"rope_type": "default"})
     initializer_range: float = 0.02       # standard deviation of fresh weights (train_from_scratch)
-    windows: tuple = ()                   # per layer: how many keys a query sees, itself included; None = all
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    # one entry per layer
+    windows: tuple                        # how many keys a query sees, itself included; None = all
+    chunks: tuple                         # or: queries see the keys of their own chunk of so many tokens; None = all
+    rotary: tuple                         # are q and k turned?
+    sparse: tuple                         # experts in place of one MLP?
+    # experts
+    num_experts: int = 0                  # E
+    num_experts_per_tok: int = 0          # k
+    moe_intermediate_size: int = 0        # ffn width of one expert
+    shared_expert_intermediate_size: int = 0      # of the expert that every token passes; 0 = none
+    router_aux_loss_coef: float = 0.0     # weight of the balance loss in training
+    # the checkpoint's files
+    names: dict = field(default_factory=dict)
+    prefix: str = ""
+    skips: tuple = ()
+    notes: tuple = ()                     # what a user should be told
+
+    def stored_name(self, name: str) -> str:
+        """The name that a parameter or module of the decoder has in the checkpoint's files."""
+        if self.names:
+            longest_first = sorted(self.names, key=len, reverse=True)
+            pattern = r"(?<![^.])(" + "|".join(map(re.escape, longest_first)) + r")(?![^.])"
+            name = re.sub(pattern, lambda found: self.names[found[0]], name)
+        return self.prefix + name
+
+
+# ---- the table --------------------------------------------------------------------------------------------------
+
+
+def said(name: str, default=None) -> Callable:
+    """For a row: the value that config.json gives under this name, or the default."""
+    return lambda take: take(name, default)
+
+
+def unless_null(name: str, default) -> Callable:
+    """The same for a field that null switches off."""
+    return lambda take: take(name, default, null=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family(Switches):
+    """A row of FAMILIES: switches, and how to read the files. `take(field, default)` reads a field of config.json.
+
+    A switch may be a function of `take`; the fields below `fixed` that are one per layer, of `take` and the layer.
+    """
+    called: dict = field(default_factory=dict)    # {field of ModelConfig: what config.json calls it}
+    absent: dict = field(default_factory=dict)    # {field: its value where config.json does not state it}
+    fixed: dict = field(default_factory=dict)     # {field: the only value that is honoured here}
+    windows: Callable = lambda take, layer: None
+    chunks: Callable = lambda take, layer: None
+    rotary: Callable = lambda take, layer: True
+    sparse: Callable = lambda take, layer: False
+    rope_theta: Callable = said("rope_theta", 10000.0)
+    rope_scaling: Callable = said("rope_scaling")
+    tie_word_embeddings: Callable = said("tie_word_embeddings", False)
+    hidden_act: Callable = said("hidden_act", "silu")
+    halved_ffn: bool = False                      # intermediate_size counts gate and up together
+    names: dict = field(default_factory=dict)     # {part of a parameter's name: the same part in the files}
+    prefix: str = ""                              # stands before every name in the files
+    text_field: str = ""                          # config.json holds the decoder's fields under this one
+    skips: tuple = ()                             # beginnings of names in the files that belong to no decoder
+
+
+def window_everywhere(take, layer):
+    return take("sliding_window")
+
+
+def window_if_asked(take, layer):
+    """Qwen's files carry a window that acts only with use_sliding_window, from layer max_window_layers on."""
+    return take("sliding_window") if take("use_sliding_window") and layer >= take("max_window_layers", 28) else None
+
+
+def window_on_even(take, layer):
+    """With use_sliding_window: every second layer below max_window_layers."""
+    even = layer % 2 == 0 and layer < take("max_window_layers", 28)
+    return take("sliding_window") if take("use_sliding_window") and even else None
+
+
+def sparse_by_step(take, layer):
+    """Experts in every decoder_sparse_step-th layer, but in none of mlp_only_layers."""
+    dense, step = take("mlp_only_layers") or (), take("decoder_sparse_step", 1)
+    return bool(take("num_experts") or take("num_local_experts")) and layer not in dense and (layer + 1) % step == 0
+
+
+def sparse_by_interval(take, layer):
+    """Experts in the layers that moe_layers lists, else in every interleave_moe_layer_step-th."""
+    listed, step = take("moe_layers"), take("interleave_moe_layer_step", 1)
+    return (layer + 1) % step == 0 if listed is None else layer in listed
+
+
+def turned_unless_listed(take, layer):
+    """no_rope_layers holds a 0 for each layer without rotation; without it every no_rope_layer_interval-th is one."""
+    listed, interval = take("no_rope_layers"), take("no_rope_layer_interval", 4)
+    return bool(listed[layer]) if listed else (layer + 1) % interval != 0
+
+
+def chunk_where_turned(take, layer):
+    size = take("attention_chunk_size", 8192, null=True)
+    return size if turned_unless_listed(take, layer) else None
+
+
+def growth_by_floor(take):
+    growth = ("log1p", take("attn_scale", 0.1), take("floor_scale", 8192))
+    return growth if take("attn_temperature_tuning", True) else ()
+
+
+def growth_by_log(take):
+    growth = ("log", take("seq_length", needed=True))
+    return growth if take("use_logn_attn", True) else ()
+
+
+def ntk_by_steps(take):
+    rope = {"rope_type": "ntk_steps", "original_max_position_embeddings": take("seq_length", needed=True)}
+    return rope if take("use_dynamic_ntk", True) else None
+
+
+BIASED = dict(qkv_bias=said("attention_bias", False), o_bias=said("attention_bias", False))
+
+SPARSE = dict(norm_topk_prob=said("norm_topk_prob", False), sparse=sparse_by_step)
+
+GEMMA = dict(norm="rms+1", embed_scale=True, absent={"tie_word_embeddings": True, "head_dim": 256}, **BIASED,
+             hidden_act=said("hidden_activation", "gelu_pytorch_tanh"))
+
+GLM = dict(rotary_pairs="neighbours", rotary_part=said("partial_rotary_factor", 0.5), fused_gate_up=True,
+           qkv_bias=said("attention_bias", True), absent={"rms_norm_eps": 1.5625e-7, "head_dim": 128})
+
+LLAMA4 = dict(                                                    # the Llama 4 model card; only its text part
+    **BIASED, rotary_pairs="neighbours", rotary=turned_unless_listed, query_growth=growth_by_floor,
+    chunks=chunk_where_turned, qk_norm=lambda take: "unit" if take("use_qk_norm", True) else "",
+    sparse=sparse_by_interval, router="sigmoid", scale_input=True, stacked_experts=True,
+    called={"intermediate_size": "intermediate_size_mlp", "moe_intermediate_size": "intermediate_size",
+            "shared_expert_intermediate_size": "intermediate_size"},
+    absent={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 128},
+    names={"mlp": "feed_forward", "mlp.gate": "feed_forward.router", "gate_up_proj.weight": "gate_up_proj",
+           "experts.down_proj.weight": "experts.down_proj"})
+
+FAMILIES = {
+    "llama": Family(**BIASED, mlp_bias=said("mlp_bias", False)),    # arXiv:2302.13971; 1 to 3.3, Yi, R1 distills
+    "xverse": Family(qkv_bias=said("bias", False), o_bias=said("bias", False)),
+    "mistral": Family(windows=window_everywhere),                                           # arXiv:2310.06825
+    "mixtral": Family(windows=window_everywhere, norm_topk_prob=True, sparse=lambda take, layer: True,
+                      names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+    "qwen2": Family(qkv_bias=True, windows=window_if_asked),                    # arXiv:2407.10671; 1.5 and 2.5, QwQ
+    "qwen3": Family(**BIASED, qk_norm="head", windows=window_if_asked, absent={"head_dim": 128}),   # arXiv:2505.09388
+    "qwen2_moe": Family(qkv_bias=said("qkv_bias", True), windows=window_on_even, shared_expert_gate=True, **SPARSE),
+    "qwen3_moe": Family(**BIASED, qk_norm="head", **SPARSE,
+                        windows=lambda take, layer: take("sliding_window") if take("use_sliding_window") else None),
+    "qwen": Family(                                                                         # Qwen 1, arXiv:2309.16609
+        fused_qkv="blocks", qkv_bias=True, o_bias=lambda take: not take("no_bias", True),
+        mlp_bias=lambda take: not take("no_bias", True), rotary_part=said("rotary_pct", 1.0),
+        query_growth=growth_by_log, rope_scaling=ntk_by_steps, halved_ffn=True, fixed={"scale_attn_weights": True},
+        called={"head_dim": "kv_channels", "rms_norm_eps": "layer_norm_epsilon", "rope_theta": "rotary_emb_base",
+                "vocab_size": "padded_vocab_size"},
+        names={"model": "transformer", "embed_tokens": "wte", "layers": "h", "norm": "ln_f",
+               "input_layernorm": "ln_1", "self_attn.qkv_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+               "post_attention_layernorm": "ln_2", "gate_proj": "w2", "up_proj": "w1",
+               "mlp.down_proj": "mlp.c_proj"}),
+    "gemma": Family(**GEMMA),                                                               # arXiv:2403.08295
+    "gemma2": Family(                                                                       # arXiv:2408.00118, sec. 2
+        **GEMMA, norm_place="both", attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
+        attn_softcap=unless_null("attn_logit_softcapping", 50.0),
+        final_softcap=unless_null("final_logit_softcapping", 30.0),
+        windows=lambda take, layer: take("sliding_window", 4096, null=True) if layer % 2 == 0 else None,
+        names={"after_attention_norm": "post_attention_layernorm", "after_mlp_norm": "post_feedforward_layernorm",
+               "post_attention_layernorm": "pre_feedforward_layernorm"}),
+    "glm": Family(**GLM),                                                                   # GLM-4, arXiv:2406.12793
+    "glm4": Family(**GLM, norm_place="both", names={                                        # GLM-4-0414, GLM-Z1
+        "after_attention_norm": "post_self_attn_layernorm", "after_mlp_norm": "post_mlp_layernorm"}),
+    "chatglm": Family(                              # ChatGLM 2 and 3, the first files of GLM-4, arXiv:2406.12793
+        rotary_pairs="neighbours", rotary_part=0.5, rope_theta=lambda take: 10000.0 * take("rope_ratio", 1),
+        fused_qkv="blocks", fused_gate_up=True, o_bias=said("add_bias_linear", False),
+        qkv_bias=lambda take: take("add_qkv_bias", False) | take("add_bias_linear", False),
+        mlp_bias=said("add_bias_linear", False),
+        fixed={"rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True},
+        called={"num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size", "head_dim": "kv_channels",
+                "vocab_size": "padded_vocab_size", "max_position_embeddings": "seq_length",
+                "rms_norm_eps": "layernorm_epsilon", "num_key_value_heads": "multi_query_group_num"},
+        names={"model.embed_tokens": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer",
+               "model.layers": "transformer.encoder.layers", "model.norm": "transformer.encoder.final_layernorm",
+               "self_attn": "self_attention", "qkv_proj": "query_key_value", "o_proj": "dense",
+               "gate_up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h"}),
+    "baichuan": Family(                                                                     # 1 and 2, arXiv:2309.10305
+        fused_qkv="blocks", names={"qkv_proj": "W_pack"},
+        alibi=lambda take: take("max_position_embeddings") is None,             # which the 13B models do not have
+        normalized_head=lambda take: take("vocab_size") != 64000),              # Baichuan 1 has 64,000 and a plain head
+    "olmo": Family(**BIASED, norm="layer", clip_qkv=said("clip_qkv")),                      # arXiv:2402.00838
+    "olmo2": Family(                                                                        # arXiv:2501.00656
+        **BIASED, norm="rms wide", norm_place="after", qk_norm="width", absent={"rms_norm_eps": 1e-5},
+        names={"after_attention_norm": "post_attention_layernorm", "after_mlp_norm": "post_feedforward_layernorm"}),
+    "phi3": Family(fused_qkv="blocks", fused_gate_up=True, rotary_part=said("partial_rotary_factor", 1.0),
+                   windows=window_everywhere, absent={"rms_norm_eps": 1e-5}),   # arXiv:2404.14219; Phi-4, Phi-4-mini
+    "internlm2": Family(                                                                    # arXiv:2403.17297
+        fused_qkv="groups", qkv_bias=said("bias", False), o_bias=said("bias", False),
+        names={"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention", "qkv_proj": "wqkv",
+               "o_proj": "wo", "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
+               "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}),
+    "llama4_text": Family(**LLAMA4),
+    "llama4": Family(**LLAMA4, prefix="language_model.", text_field="text_config",
+                     skips=("vision_model.", "multi_modal_projector.")),
+}
+
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")        # model.py has the functions
+
+ROPE_FIELDS = {      # rope_type: (fields it needs, fields it may have)
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+                           "mscale", "mscale_all_dim", "truncate")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
+    "ntk_steps": (("original_max_position_embeddings",), ()),
+}
+ROPE_ALIASES = {"su": "longrope"}         # as early files of Phi-3 spell it
+
+# Fields that leave the mathematics of training and inference alone. Anything that is neither read below nor named
+# here, and is not switched off, stops the load: a field that is shrugged off is how wrong logits begin.
+HARMLESS = frozenset("""
+    architectures auto_map bos_token_id eos_token_id pad_token_id decoder_start_token_id dtype torch_dtype
+    transformers_version use_cache initializer_range pretraining_tp id2label label2id problem_type
+    output_attentions output_hidden_states return_dict is_encoder_decoder is_decoder torchscript
+    tokenizer_class name_or_path unsloth_version unsloth_fixed model_name use_mrope chunk_size_feed_forward
+    max_length min_length temperature top_p top_k repetition_penalty do_sample num_beams gradient_checkpointing
+    cache_implementation model_max_length max_tokenizer_truncation attn_implementation tokenizer_type params_dtype
+    apply_query_key_layer_scaling attention_softmax_in_fp32 softmax_in_fp32 bias_dropout_fusion use_flash_attn
+    fp32_residual_connection original_rope onnx_safe bf16 fp16 fp32 use_cache_kernel use_cache_quantization
+    output_router_logits router_aux_loss_coef for_llm_class
+""".split())
+DROPOUTS = frozenset("""
+    attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob router_jitter_noise
+""".split())
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
 
 
 def read_config_json(folder) -> dict:
@@ -83,10 +317,11 @@ def read_config_json(folder) -> dict:
     if not path.is_file():
         found = sorted(p.name for p in Path(folder).iterdir())[:8] if Path(folder).is_dir() else []
         if "adapter_config.json" in found:
-            raise FileNotFoundError(f"{folder} is an adapter (it has adapter_config.json and no config.json): name it as "
-                                    "adapter_name_or_path, and its base model as model_name_or_path")
-        raise FileNotFoundError(f"{path} is missing: model_name_or_path must be a checkpoint folder in the Hugging Face "
-                                f"layout (config.json, *.safetensors, tokenizer.json). Found there: {found or 'nothing'}")
+            raise FileNotFoundError(f"{folder} is an adapter (it has adapter_config.json and no config.json): name it "
+                                    "as adapter_name_or_path, and its base model as model_name_or_path")
+        raise FileNotFoundError(f"{path} is missing: model_name_or_path must be a checkpoint folder in the Hugging "
+                                "Face layout (config.json, *.safetensors, tokenizer.json). Found there: "
+                                f"{found or 'nothing'}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -102,61 +337,137 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
     Raises ValueError for an unknown model_type, a missing field, or a field that would change the mathematics and is
     not honoured here; `where` names the file in the message.
     """
-    raw = {key: value for key, value in raw.items() if not key.startswith("_")}
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, 1)
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}."
-                         + (f" If it has the same network as {near[0]!r}, write that as its model_type." if near else ""))
-    _check_types(raw, where)
+                         + how_to_try(raw))
+    return read_fields(raw, kind, FAMILIES[kind], where)
+
+
+def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig:
+    """model_config with the row given."""
     if raw.get("quantization_config"):
+        check_types(raw, family.called, where)
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(f"{where}: the weights are stored quantised ({method}); quantised checkpoints are not in this "
                          "release. Use the 16-bit checkpoint of the same model.")
-    family, taken = FAMILIES[kind], {"model_type", "quantization_config"}
+    notes = []
+    if family.text_field:
+        if not isinstance(raw.get(family.text_field), dict):
+            raise ValueError(f"{where}: {family.text_field} is missing; a {kind} checkpoint has the decoder's fields "
+                             "there")
+        raw = raw[family.text_field]
+        notes.append(f"only the language part of this {kind} checkpoint is used, what reads images is left out")
+    raw = {key: value for key, value in raw.items() if not key.startswith("_")}
+    check_types(raw, family.called, where)
+    # a window that is not switched on, and the older spelling of an activation that the family states elsewhere
+    taken = {"model_type", "sliding_window", "use_sliding_window", "max_window_layers", "hidden_act"}
 
-    def take(name, default=None, needed=False):
-        taken.add(name)
-        if raw.get(name) is None:
-            if needed:
-                raise ValueError(f"{where}: the field {name!r} is missing; a {kind} checkpoint states it")
-            return default
-        return raw[name]
+    def take(name, default=None, needed=False, null=False):
+        """The field of this name, or of the name that the family gives it. null: a null there is a value."""
+        names = [family.called.get(name, name), name]
+        taken.update(names)
+        found = [raw[n] for n in names if raw.get(n) is not None or (null and n in raw)]
+        if needed and not found:
+            raise ValueError(f"{where}: the field {names[0]!r} is missing; a {kind} checkpoint states it")
+        return found[0] if found else family.absent.get(name, default)
 
-    def switch(value):
-        return bool(take(value, False)) if isinstance(value, str) else value
-
+    for name, value in family.fixed.items():
+        if take(name, value) != value:
+            raise ValueError(f"{where}: {name}: {json.dumps(take(name))} is not honoured here, only "
+                             f"{json.dumps(value)}")
     layers, heads, width = (take(n, needed=True) for n in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    positions = take("max_position_embeddings", 2048)
-    theta, rope = _rope(take("rope_theta", None), take("rope_scaling"), take("rope_parameters"), positions, where)
+    positions = take("max_position_embeddings") or take("model_max_length", 2048)
+    per_layer = read_layers(family, take, layers, where)
+    switches = {spec.name: getattr(family, spec.name) for spec in fields(Switches)}
+    switches = {name: value(take) if callable(value) else value for name, value in switches.items()}
+    theta, rope = read_rope(family, take, positions, where)
+    if "partial_rotary_factor" in rope:                          # where newer tools write it
+        switches["rotary_part"] = rope.pop("partial_rotary_factor")
     config = ModelConfig(
         model_type=kind, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=take("intermediate_size", needed=True), vocab_size=take("vocab_size", needed=True),
-        num_key_value_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", width // heads),
-        max_position_embeddings=positions, rms_norm_eps=take("rms_norm_eps", 1e-6),
-        tie_word_embeddings=take("tie_word_embeddings", False), rope_theta=theta, rope=rope,
-        initializer_range=take("initializer_range", 0.02), qkv_bias=switch(family.qkv_bias), o_bias=switch(family.o_bias),
-        mlp_bias=switch(family.mlp_bias), qk_norm=family.qk_norm,
-        windows=_windows(family.window, layers, take("sliding_window"), take("use_sliding_window", False),
-                         take("max_window_layers", layers), take("layer_types"), where))
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ValueError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                         f"{config.num_key_value_heads}")
-    if take("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"{where}: hidden_act {raw['hidden_act']!r} is not supported; {kind} models use silu")
-    unread = {k: v for k, v in raw.items() if k not in taken and k not in HARMLESS and v and v != 1.0}
+        intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
+        vocab_size=take("vocab_size", needed=True),
+        num_key_value_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", null=True) or width // heads,
+        max_position_embeddings=positions, rms_norm_eps=take("rms_norm_eps", 1e-6), rope_theta=theta, rope=rope,
+        initializer_range=take("initializer_range", 0.02), names=family.names, prefix=family.prefix, skips=family.skips,
+        **switches, **per_layer, **(read_experts(take) if family.sparse is not Family.sparse else {}),
+        notes=tuple(notes + dropped_out(raw)))
+    unread = {k: v for k, v in raw.items() if k not in taken | HARMLESS | DROPOUTS
+              and v and (v is True or v != 1.0)}
     if unread:
-        raise ValueError(f"{where}: {_listed(unread)} may change what the network computes and is not honoured here. If it "
-                         "is only a remark, take it out of config.json.")
+        raise ValueError(f"{where}: {listed(unread)} may change what the network computes and is not honoured here. If "
+                         "it is only a remark, take it out of config.json.")
+    check_sizes(config, where)
     return config
 
 
-def _check_types(raw, where):
+def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:
+    """What differs from layer to layer; layer_types, where config.json has them, win over the family's rule."""
+    rules = {name: tuple(getattr(family, name)(take, layer) for layer in range(layers))
+             for name in ("windows", "chunks", "rotary", "sparse")}
+    types = take("layer_types")
+    if not types:
+        return rules
+    sizes = {"full_attention": (None, None), "chunked_attention": (None, take("attention_chunk_size")),
+             "sliding_attention": (take("sliding_window") if take("use_sliding_window", True) else None, None)}
+    if unknown := [kind for kind in types if kind not in sizes]:
+        raise ValueError(f"{where}: layer_types holds {unknown[0]!r}; known are {', '.join(sizes)}")
+    if len(types) != layers:
+        raise ValueError(f"{where}: layer_types has {len(types)} entries for {layers} layers")
+    windows, chunks = zip(*(sizes[kind] for kind in types))
+    return rules | {"windows": windows, "chunks": chunks}
+
+
+def read_rope(family: Family, take: Callable, positions: int, where: str) -> tuple[float, dict]:
+    """rope_theta and one dict of rotation settings, from the older keys (rope_theta, rope_scaling) or the newer one."""
+    scaling, parameters = family.rope_scaling(take), take("rope_parameters")
+    theta = family.rope_theta(take)
+    rope = dict(parameters or scaling or {})
+    theta = rope.pop("rope_theta", None) or theta
+    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    kind = ROPE_ALIASES.get(kind, kind)
+    rope.pop("type", None)
+    if kind not in ROPE_FIELDS:
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_FIELDS)}")
+    needed, optional = ROPE_FIELDS[kind]
+    if rope.get("partial_rotary_factor") == 1.0 or callable(family.rotary_part):
+        optional += ("partial_rotary_factor",)
+    missing = [name for name in needed if rope.get(name) is None]
+    # older Qwen files spell the yarn length only; a key nobody reads would be a silent difference
+    extra = {k: v for k, v in rope.items() if k not in needed + optional and v is not None and kind != "default"}
+    if missing or extra:
+        raise ValueError(f"{where}: rope type {kind!r} " + (f"lacks {', '.join(missing)}" if missing else
+                         f"has fields that are not honoured here: {listed(extra)}"))
+    trained = take("original_max_position_embeddings")
+    if trained and kind == "longrope":
+        rope |= {"original_max_position_embeddings": trained, "factor": positions / trained}
+    rope.setdefault("original_max_position_embeddings", positions)
+    return float(theta), {"rope_type": kind, **rope}
+
+
+def read_experts(take: Callable) -> dict:
+    """The sizes of a mixture of experts."""
+    return {
+        "num_experts": take("num_experts") or take("num_local_experts", 0),
+        "num_experts_per_tok": take("num_experts_per_tok", 0),
+        "moe_intermediate_size": take("moe_intermediate_size") or take("intermediate_size"),
+        "shared_expert_intermediate_size": take("shared_expert_intermediate_size", 0),
+        "router_aux_loss_coef": take("router_aux_loss_coef", 0.001) if take("output_router_logits") else 0.0}
+
+
+def dropped_out(raw: dict) -> list[str]:
+    """A note on dropout of the network itself, which is not applied: LoRA training brings its own."""
+    rates = {name: raw[name] for name in DROPOUTS if raw.get(name)}
+    return [f"config.json asks for {listed(rates)} in training, which is not applied here"] if rates else []
+
+
+def check_types(raw: dict, called: dict, where: str):
     """Raises ValueError for a field that is not of its type in ModelConfig; null stands for an absent one."""
-    kinds = {int: (lambda v: type(v) is int and v > 0, "a whole number above 0"),
+    kinds = {int: (lambda v: type(v) is int and v >= 0, "a whole number"),
              float: (lambda v: type(v) in (int, float) and v >= 0, "a number, 0 or above"),
              bool: (lambda v: type(v) is bool, "true or false"), dict: (lambda v: type(v) is dict, "an object")}
-    expected = {spec.name: spec.type for spec in fields(ModelConfig) if spec.type in kinds}
+    expected = {called.get(spec.name, spec.name): spec.type for spec in fields(ModelConfig) if spec.type in kinds}
     expected |= dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict)
     for name, kind in expected.items():
         fits, words = kinds[kind]
@@ -164,39 +475,39 @@ def _check_types(raw, where):
             raise ValueError(f"{where}: {name}: {json.dumps(raw[name])[:60]} is not {words}")
 
 
-def _listed(fields):
-    return ", ".join(f"{key!r}: {json.dumps(value)[:60]}" for key, value in fields.items())
+def check_sizes(config: ModelConfig, where: str):
+    """Raises ValueError for sizes that no decoder can have."""
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "vocab_size", "max_position_embeddings"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{where}: {name}: {getattr(config, name)} is not above 0")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{where}: hidden_act {config.hidden_act!r} is not supported; supported are "
+                         f"{', '.join(ACTIVATIONS)}")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise ValueError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    if any(config.sparse) and not 0 < config.num_experts_per_tok <= config.num_experts:
+        raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and num_experts "
+                         f"{config.num_experts}: a token passes at least one, and not more than there are")
 
 
-def _rope(theta, scaling, parameters, positions, where):
-    """rope_theta and one dict of rotation settings, from the older keys (rope_theta, rope_scaling) or the newer one."""
-    rope = dict(parameters or scaling or {})
-    theta = rope.pop("rope_theta", None) or theta or 10000.0
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    if kind not in ROPE_FIELDS:
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_FIELDS)}")
-    needed, optional = ROPE_FIELDS[kind]
-    missing = [name for name in needed if rope.get(name) is None]
-    # older Qwen files spell the yarn length only; a key nobody reads would be a silent difference
-    extra = {k: v for k, v in rope.items() if k not in needed + optional and v is not None and kind != "default"}
-    if rope.get("partial_rotary_factor") == 1.0:
-        extra.pop("partial_rotary_factor", None)
-    if missing or extra:
-        raise ValueError(f"{where}: rope type {kind!r} " + (f"lacks {', '.join(missing)}" if missing else
-                         f"has fields that are not honoured here: {_listed(extra)}"))
-    rope.setdefault("original_max_position_embeddings", positions)
-    return float(theta), {"rope_type": kind, **rope}
+def listed(values: dict) -> str:
+    return ", ".join(f"{key!r}: {json.dumps(value)[:60]}" for key, value in values.items())
 
 
-def _windows(rule, layers, width, asked, first, layer_types, where):
-    """Per layer the sliding window in tokens, or None. Explicit layer_types win over the family's rule."""
-    if rule == "never" or width is None or (rule == "asked" and not asked):
-        return (None,) * layers
-    if layer_types is not None:
-        unknown = set(layer_types) - {"full_attention", "sliding_attention"}
-        if unknown or len(layer_types) != layers:
-            raise ValueError(f"{where}: layer_types must name full_attention or sliding_attention for each of the {layers} "
-                             f"layers; found {len(layer_types)} entries{', among them ' + unknown.pop() if unknown else ''}")
-        return tuple(width if kind == "sliding_attention" else None for kind in layer_types)
-    return tuple(width if rule == "always" or layer >= first else None for layer in range(layers))
+def how_to_try(raw: dict) -> str:
+    """For a model_type that is not in the table: what to do if only the name is new, told by the other fields."""
+    fits = []
+    for kind, family in FAMILIES.items():
+        try:
+            read_fields(raw, kind, family, "")
+        except (ValueError, TypeError, AttributeError, IndexError):
+            continue
+        fits.append(kind)
+    if not fits:
+        return " docs/add_a_family.md shows how to add one."
+    kind = (difflib.get_close_matches(str(raw.get("model_type")), fits, 1, 0.4) or fits)[0]
+    return (f" Its other fields are also those of a {kind} model. If only the name is new, try it: write "
+            f"\"model_type\": \"{kind}\" in a copy of config.json; loading then compares the name and shape of every "
+            "tensor with that family's. If more is new: docs/add_a_family.md")

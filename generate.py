@@ -100,6 +100,9 @@ def generate(model, input_ids: list[int], cache, stop_ids=(), sampling: Sampling
     """
     limit = check_prompt(model, input_ids, max_new_tokens)
     cache.crop(len(input_ids) - 1)                                 # the last one has to run: it gives the next token
+    rope = model.config.rope
+    if rope["rope_type"] == "ntk_steps" and len(input_ids) > rope["original_max_position_embeddings"]:
+        cache.crop(0)                                              # such a prompt turns its keys by a base of its own
     device = model.lm_head.weight.device
     seen = tokens_seen(model, input_ids) if sampling.repetition_penalty != 1 else None
     ids = torch.tensor([input_ids[cache.length:]], device=device)                            # (1, T)

@@ -2,8 +2,9 @@
 
     attach_lora(model, LoRAConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]), seed=42)
 
-The file knows nothing of the decoder: it works on any nn.Module that is made of nn.Linear, and leaves the names of
-all weights as they were. An adapter on disk is PEFT's own format under the checkpoint's own module names.
+The file knows nothing of the decoder: it works on any nn.Module that is made of nn.Linear (and of stacks of matrices,
+one per expert), and leaves the names of all weights as they were. Where a checkpoint calls its modules otherwise,
+`called` turns our names into its own: users, errors and PEFT's format on disk speak of those.
 
 Read before: model.py. Read after: checkpoint.py (how adapters are read and written), merge.py.
 Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732.
@@ -46,7 +47,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias, self.replaced = base.weight, base.bias, [base]       # a list: not a submodule
         self.scale, self.enabled = scale, True
         device = base.weight.device
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
@@ -61,64 +62,126 @@ class LoRALinear(nn.Linear):
         low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))          # (…, r)
         return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
 
+    def effective_weight(self):
+        """The matrix (out, in) with the adapter's product added; gradients flow to A and B."""
+        if not self.enabled:
+            return self.weight
+        return self.weight + (self.lora_B.weight @ self.lora_A.weight * self.scale).to(self.weight.dtype)
+
+
+class LoRAStacked(nn.Module):
+    """Adapters beside a stack of matrices `weight` (E, in, out), one per expert; called with the expert's number.
+
+    As PEFT keeps them for a parameter of three dimensions: A is (E*r, in), expert by expert; B is (out, r*E), the
+    experts lying next to each other for each of the r ranks.
+    """
+
+    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float):
+        super().__init__()
+        experts, self.in_features, self.out_features = base.weight.shape
+        self.weight, self.replaced, self.scale, self.enabled = base.weight, [base], scale, True
+        device = base.weight.device
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.lora_A = nn.Linear(self.in_features, experts * r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r * experts, self.out_features, bias=False, device=device, dtype=torch.float32)
+
+    def forward(self, x, expert: int):
+        y = x @ self.weight[expert]                                              # (n, out)
+        if not self.enabled:
+            return y
+        A, B = expert_matrices(self.lora_A.weight, self.lora_B.weight, len(self.weight), expert)
+        return y + F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype)) * self.scale
+
+
+def expert_matrices(A, B, experts: int, expert: int):
+    """One expert's A (r, in) and B (out, r) out of the stacked ones (see LoRAStacked)."""
+    return A.view(experts, -1, A.shape[1])[expert], B.view(B.shape[0], -1, experts)[..., expert]
+
 
 def merged_weight(W, A, B, scale: float):
     """W + scale * B A, (out, in), summed in float32 and returned in W's dtype (arXiv:2106.09685, sec. 4.1)."""
     return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
 
 
-def find_targets(model: nn.Module, target_modules) -> list[str]:
+def merged_stack(W, A, B, scale: float):
+    """The same for a stack of matrices (E, in, out), expert by expert; a stack keeps each of them transposed."""
+    return torch.stack([merged_weight(matrix.T, *expert_matrices(A, B, len(W), expert), scale).T
+                        for expert, matrix in enumerate(W)])
+
+
+# Like LLaMA-Factory 0.9.5, `all` means neither the routers of a mixture of experts nor the routed experts: they are
+# adapted when they are named, `lora_target: all,experts`.
+ALL_BUT = re.compile(r"lm_head|.*\.(mlp\.gate|experts\..*)")
+
+
+def same(name):
+    return name
+
+
+def can_adapt(module) -> bool:
+    """A linear layer, or a stack of matrices."""
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) or (isinstance(weight, nn.Parameter) and weight.dim() == 3)
+
+
+def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
     """Full names of the linear layers that `target_modules` means, in the model's order.
 
-    "all" / "all-linear": every nn.Linear but the head. A list: last name parts (`q_proj`) or path endings
-    (`self_attn.q_proj`). Another str: a regular expression for the full name. Raises ValueError for an entry that
-    matches nothing, with the nearest name.
+    "all" / "all-linear": every linear layer but the head, routers and routed experts. A list: last name parts
+    (`q_proj`), path endings (`self_attn.q_proj`), blocks (`experts`: all within), or all. Another str: a regular
+    expression for the full name. called: turns our names into those that are meant. Raises ValueError for an entry
+    that matches nothing, with the nearest name.
     """
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if target_modules in ("all", "all-linear", ["all"], ["all-linear"]):
-        return [name for name in linears if name != "lm_head"]
-    if isinstance(target_modules, str):
+    linears = {called(name): name for name, module in model.named_modules()
+               if can_adapt(module) and not name.endswith((".lora_A", ".lora_B"))}
+    if isinstance(target_modules, str) and target_modules not in ("all", "all-linear"):
         try:
-            found = [name for name in linears if re.fullmatch(target_modules, name)]
+            found = [ours for name, ours in linears.items() if re.fullmatch(target_modules, name)]
         except re.error as error:
             raise ValueError(f"lora_target: {target_modules!r} is no regular expression ({error})") from None
         if not found:
             raise ValueError(f"lora_target: the pattern {target_modules!r} matches no linear layer; names look like "
-                             f"{linears[0]!r}")
+                             f"{next(iter(linears))!r}")
         return found
     wanted = set()
-    for target in target_modules:
-        matches = [name for name in linears if name == target or name.endswith("." + target)]
+    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+        if target in ("all", "all-linear"):
+            wanted.update(ours for ours in linears.values() if not ALL_BUT.fullmatch(ours))
+            continue
+        inside = re.compile(rf"(.*\.)?{re.escape(target)}(\..*)?")
+        matches = [ours for name, ours in linears.items() if inside.fullmatch(name)]
         if not matches:
             parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
             near = difflib.get_close_matches(target, parts, 1)
             raise ValueError(f"lora_target: {target!r} matches no linear layer of this model"
                              + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
         wanted.update(matches)
-    return [name for name in linears if name in wanted]
+    return [name for name in linears.values() if name in wanted]
 
 
-def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None) -> nn.Module:
+def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, called=same) -> nn.Module:
     """Freeze the model, then give it adapters and unfreeze what `config` says is trained. Works in place.
 
     A starts as kaiming-uniform(a=sqrt 5), B as zeros, so the model is unchanged at first. Every A draws from a
     generator of its own, seeded with `seed` and the module's place in the model, so it does not depend on which others
-    are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT.
+    are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT. called: see find_targets.
     """
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     model.requires_grad_(False)
-    whole = {full for name in config.modules_to_save for full in _modules_named(model, name)}
+    whole = {full for name in config.modules_to_save for full in _modules_named(model, name, called)}
     place = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    for name in find_targets(model, config.target_modules):
+    for name in find_targets(model, config.target_modules, called):
         if name in whole:
             continue
-        r, scale = config.of_module(name)
-        module = LoRALinear(model.get_submodule(name), r, scale, config.lora_dropout)
-        if module.weight.device.type != "meta":
+        r, scale = config.of_module(called(name))
+        base = model.get_submodule(name)
+        module = (LoRALinear if isinstance(base, nn.Linear) else LoRAStacked)(base, r, scale, config.lora_dropout)
+        A = module.lora_A.weight
+        if not A.is_meta:
             generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + place[name])
             bound = 1 / math.sqrt(module.in_features)
             with torch.no_grad():
-                module.lora_A.weight.copy_(torch.empty(r, module.in_features).uniform_(-bound, bound, generator=generator))
+                A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
                 module.lora_B.weight.zero_()
         _replace(model, name, module)
     for name in whole:
@@ -131,13 +194,13 @@ def _replace(model, name, module):
     setattr(model.get_submodule(parent), child, module)
 
 
-def _modules_named(model, name):
+def _modules_named(model, name, called):
     """Modules with weights whose name ends in `name` (as in PEFT: `norm` means every norm) or that lie in such a one."""
-    roots = [full for full, _ in model.named_modules() if full.endswith(name)]
+    roots = [full for full, _ in model.named_modules() if called(full).endswith(name)]
     weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     found = [full for full in weighty if any(full == root or full.startswith(root + ".") for root in roots)]
     if not found:
-        parts = sorted({full.rsplit(".", 1)[-1] for full in weighty})
+        parts = sorted({called(full).rsplit(".", 1)[-1] for full in weighty})
         near = difflib.get_close_matches(name, parts, 1)
         raise ValueError(f"additional_target: {name!r} is no module of this model"
                          + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
@@ -154,17 +217,9 @@ def _train_whole(module):
         module.register_forward_hook(lambda m, args, out: out.to(dtype))
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAStacked]:
     """The adapted layers by full name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-
-
-def head_weight(model: nn.Module):
-    """The matrix of the head, (V, D), with its adapter's product added where the head is adapted; gradients flow."""
-    head = model.lm_head
-    if isinstance(head, LoRALinear) and head.enabled:
-        return head.weight + (head.lora_B.weight @ head.lora_A.weight * head.scale).to(head.weight.dtype)
-    return head.weight
+    return {name: module for name, module in model.named_modules() if isinstance(module, (LoRALinear, LoRAStacked))}
 
 
 def set_adapters(model: nn.Module, enabled: bool):
@@ -174,12 +229,12 @@ def set_adapters(model: nn.Module, enabled: bool):
 
 
 def merge_adapters(model: nn.Module):
-    """Fold every adapter into its weight and put plain nn.Linear back, in place."""
+    """Fold every adapter into its weight and put the plain layers back, in place."""
     for name, module in lora_layers(model).items():
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        weight = merged_weight(module.weight.data, module.lora_A.weight.data, module.lora_B.weight.data, module.scale)
-        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
-        _replace(model, name, linear)
+        fold = merged_weight if isinstance(module, LoRALinear) else merged_stack
+        weight = fold(module.weight.data, module.lora_A.weight.data, module.lora_B.weight.data, module.scale)
+        module.replaced[0].weight = nn.Parameter(weight, requires_grad=False)
+        _replace(model, name, module.replaced[0])
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

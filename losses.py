@@ -5,7 +5,8 @@ its loss *sum* / N. The gradient therefore does not depend on how the step was c
 
 Read before: model.py. Read after: train.py (the loop).
 The gradient of the head is formed in the same pass as its loss, chunk by chunk (as in arXiv:2410.10989), so a
-(tokens x vocabulary) tensor never exists.
+(tokens x vocabulary) tensor never exists. Softcapping of the logits: arXiv:2408.00118, sec. 2. Balance of experts:
+arXiv:2101.03961.
 """
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,17 @@ IGNORE = -100                   # label of a position that carries no loss
 CHUNK_BYTES = 64 * 2**20        # float32 logits held at once
 
 
-def cross_entropy_plain(hidden, weight, targets):
+def cross_entropy_plain(hidden, weight, targets, softcap=None):
     """The slow twin of cross_entropy_sum: all logits at once, autograd does the rest."""
     logits = F.linear(hidden, weight.to(hidden.dtype)).float()                               # (N, V)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, softcap):
         rows = (targets != IGNORE).nonzero().squeeze(1)                                      # (n,) supervised positions
         h, y = hidden[rows], targets[rows]                                                   # (n, D), (n,)
         W = weight.to(h.dtype)                                                               # (V, D)
@@ -33,11 +36,16 @@ class _CrossEntropySum(torch.autograd.Function):
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             logits = (h[part] @ W.T).float()                                                 # (c, V)
+            if softcap is not None:
+                bent = torch.tanh(logits / softcap)
+                logits = softcap * bent
             total += F.cross_entropy(logits, y[part], reduction="sum")
             if dh is None and dW is None:
                 continue
             p = logits.softmax(dim=-1)
             p[torch.arange(len(p), device=p.device), y[part]] -= 1                           # d loss / d logits
+            if softcap is not None:
+                p *= 1 - bent.square()                                                       # d logits before the cap
             p = p.to(h.dtype)
             if dh is not None:
                 dh[part] = p @ W
@@ -55,15 +63,28 @@ class _CrossEntropySum(torch.autograd.Function):
             d_hidden = dh.new_zeros(ctx.shape)
             # in float32: grad is one over the step's tokens, and rounding it to 16 bits would rescale every gradient
             d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
-        return d_hidden, None if dW is None else dW * grad, None
+        return d_hidden, None if dW is None else dW * grad, None, None
 
 
-def cross_entropy_sum(hidden, weight, targets):
+def cross_entropy_sum(hidden, weight, targets, softcap=None):
     """Sum of the token losses in nats, a float32 scalar.
 
     hidden: (N, D) final hidden states; weight: (V, D) of the head; targets: (N,) the next token's id, or IGNORE.
-    The head is applied to supervised positions only.
+    softcap c: the logits become c * tanh(logits / c), in float32. The head is applied to supervised positions only.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()            # evaluation needs no gradient of a trainable head
-    return _CrossEntropySum.apply(hidden, weight, targets)
+    return _CrossEntropySum.apply(hidden, weight, targets, softcap)
+
+
+def balance_loss(routers, num_experts_per_tok: int):
+    """E times the sum over experts of (share of tokens sent to it) x (mean probability of it): k when all serve alike.
+
+    routers: the router logits (N, E) of each layer with experts; the shares are counted over all of them together
+    (arXiv:2101.03961, eq. 4 to 6; the form that LLaMA-Factory's models use for moe_aux_loss_coef).
+    """
+    scores = torch.cat(routers)                                                              # (layers * N, E)
+    probability = scores.softmax(-1)
+    chosen = probability.topk(num_experts_per_tok).indices.flatten()
+    share = chosen.bincount(minlength=scores.shape[1]).float() / len(scores)                 # (E,) sums to k
+    return scores.shape[1] * (share * probability.float().mean(0)).sum()

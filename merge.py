@@ -19,17 +19,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, FILE_DTYPES, PREFIX, adapter_tensors, find_checkpoint, load_adapter, load_model,
-                        folded_under, new_folder, open_tensors, read_adapter_config, tensor_files, warn_of_folded,
-                        write_json, write_tensors)
+from checkpoint import (DTYPES, FILE_DTYPES, PREFIX, adapter_name, adapter_tensors, find_checkpoint, folded_under,
+                        load_adapter, load_model, new_folder, open_tensors, read_adapter_config,
+                        tensor_files, warn_of_folded, write_json, write_tensors)
 from config import ignored_keys, load_config, run
-from families import read_config_json
-from lora import lora_layers, merged_weight
+from families import model_config, read_config_json
+from lora import expert_matrices, lora_layers, merged_weight
 from templates import choose_template, fit_tokenizer, stored_template
 from tokenizer import load_tokenizer, read_json
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # how text is read and rendered; training settles all of it, so it comes from one folder, never from two
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "chat_template.jinja", "chat_template.json", "train_config.json")
@@ -161,25 +160,27 @@ def check_target(path, sources, overwrite) -> Path:
 def plan_tensors(base, adapters, dtype) -> tuple[dict[str, Planned], bool]:
     """{name: Planned} in the base's order, and whether head and embedding, one matrix in the base, become two.
 
-    A dtype other than None is for weights; what else the files hold (older tools stored rotary_emb.inv_freq) is
-    carried as it is.
+    All names are the files' own. A dtype other than None is for weights; what else the files hold (buffers of older
+    tools, the part of a model that reads images) is carried as it is.
     """
     skeleton = load_model(base, skip_weights=True)          # on the meta device: shapes without numbers
-    weights = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
-    tied, untied, plan = skeleton.config.tie_word_embeddings, False, {}
-    for name, file in tensor_files(base).items():
+    called = skeleton.config.stored_name
+    weights = {called(name): tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    head, embedding = called("lm_head.weight"), called("model.embed_tokens.weight")
+    tied, untied, plan, files = skeleton.config.tie_word_embeddings, False, {}, tensor_files(base)
+    for name, file in files.items():
         shape, stored = stored_as(file, name)
         if weights.get(name, shape) != shape:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it {list(weights[name])}")
         plan[name] = Planned(file, name, shape, dtype if dtype and name in weights else stored)
-    if missing := [name for name in weights if name not in plan and not (tied and name == HEAD)]:
+    if missing := [name for name in weights if name not in plan and not (tied and name == head)]:
         raise ValueError(f"{base}: {len(missing)} tensors that config.json describes are not in the files, such as "
                          f"{', '.join(missing[:4])}. Is the download complete?")
     for adapter in adapters:
         for name, change in changes_of(adapter, base).items():
-            if tied and name in (HEAD, EMBEDDING):
+            if tied and name in (head, embedding):
                 untied = True
-                plan.setdefault(HEAD, replace(plan[EMBEDDING], changes=[]))
+                plan.setdefault(head, replace(plan[embedding], changes=[]))
             plan[name].changes.append(change)
     return plan, untied
 
@@ -193,8 +194,9 @@ def changes_of(adapter, base) -> dict[str, Change]:
         copies = [key for key in tensors.keys() if key.endswith(".base_layer.weight")]
     changes = {}
     for name, layer in lora_layers(skeleton).items():
-        key = PREFIX + name
-        changes[f"{name}.weight"] = Change(file, key, layer.scale, has_copy=f"{key}.base_layer.weight" in copies)
+        key = adapter_name(skeleton, name)
+        changes[skeleton.config.stored_name(f"{name}.weight")] = Change(
+            file, key, layer.scale, has_copy=f"{key}.base_layer.weight" in copies)
     for key in adapter_tensors(skeleton):
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             changes[key.removeprefix(PREFIX)] = Change(file, key, None)
@@ -224,9 +226,7 @@ def blocks(name, tensor: Planned, device):
             return tensors.get_slice(key)[rows].to(device)
 
     lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight") for c in tensor.changes]    # (r, in)
-    step = max(1, BLOCK // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, tensor.shape[0] if tensor.shape else 1, step):
-        rows = slice(start, start + step) if tensor.shape else ...
+    for rows in row_blocks(tensor.shape):
         block = read(tensor.file, tensor.key, rows)
         for change, A in zip(tensor.changes, lows):
             if change.scale is None:
@@ -234,8 +234,14 @@ def blocks(name, tensor: Planned, device):
                 continue
             if change.has_copy:
                 check_copy(block, read(change.file, change.key + ".base_layer.weight", rows), name, change.file)
-            B = read(change.file, change.key + ".lora_B.weight", rows)                          # (rows, r)
-            block = merged_weight(block.float(), A, B, change.scale)
+            if len(tensor.shape) == 3:                                  # rows of one expert: (1, some of in, out)
+                B = read(change.file, change.key + ".lora_B.weight")                            # (out, r*E)
+                expert, part = rows[0].start, rows[1]
+                low, high = expert_matrices(A, B, tensor.shape[0], expert)                      # (r, in), (out, r)
+                block = merged_weight(block[0].float(), high.T, low[:, part].T, change.scale)[None]
+            else:
+                B = read(change.file, change.key + ".lora_B.weight", rows)                      # (rows, r)
+                block = merged_weight(block.float(), A, B, change.scale)
         if tensor.changes and not block.sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} holds NaN or "
                              "infinity")
@@ -244,6 +250,18 @@ def blocks(name, tensor: Planned, device):
             raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, which ends at "
                              "65,504; set infer_dtype: bfloat16")
         yield rounded
+
+
+def row_blocks(shape):
+    """Indices that cut a tensor into blocks of about BLOCK numbers: of rows, in a stack of matrices of one's rows."""
+    if len(shape) == 3:
+        for expert in range(shape[0]):
+            for rows in row_blocks(shape[1:]):
+                yield slice(expert, expert + 1), rows
+        return
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0] if shape else 1, step):
+        yield slice(start, start + step) if shape else ...
 
 
 def check_copy(block, copy, name, file):
@@ -269,14 +287,15 @@ def fit_text_files(text_source, work, template, force, fields):
     Without that, generate() of transformers runs on after the reply of a model whose base knew another end.
     """
     tokenizer = load_tokenizer(text_source)
-    chat_format, _ = choose_template(template, tokenizer, fields.get("model_type"), force)
-    stops = fit_tokenizer(chat_format, tokenizer, embedding_rows=fields["vocab_size"])
+    shape = model_config(fields)
+    chat_format, _ = choose_template(template, tokenizer, shape.model_type, force)
+    stops = fit_tokenizer(chat_format, tokenizer, embedding_rows=shape.vocab_size)
     tokenizer.save(work)
     (work / "special_tokens_map.json").unlink(missing_ok=True)      # its older form; the two must not disagree
     generation = read_json(work / "generation_config.json")
     known = generation.get("eos_token_id", fields.get("eos_token_id"))
     known = known if isinstance(known, list) else [] if known is None else [known]
-    if new := [stop for stop in stops if stop not in known and stop < fields["vocab_size"]]:
+    if new := [stop for stop in stops if stop not in known and stop < shape.vocab_size]:
         write_json(work / "generation_config.json", {**generation, "eos_token_id": known + new})
 
 

@@ -27,9 +27,9 @@ from config import as_dict, ignored_keys, in_steps, load_config, non_default, ru
 from data import collate, epoch_order, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
 from generate import context_length
-from lora import LoRAConfig, attach_lora, head_weight, merge_adapters, trainable
-from losses import cross_entropy_sum
-from model import CausalLM, init_weights
+from lora import LoRAConfig, attach_lora, merge_adapters, trainable
+from losses import balance_loss, cross_entropy_sum
+from model import CausalLM, attention_needs, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
 from templates import choose_template, fit_tokenizer, stored_template
@@ -72,9 +72,8 @@ def main(argv):
     model, lora = build_model(config, base, adapters, device, resume)
     weights = trainable(model)
     dtype = compute_dtype(config, model)
-    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, head_dim=shape.head_dim,
-                         num_heads=shape.num_attention_heads, num_kv_heads=shape.num_key_value_heads,
-                         window=next((w for w in shape.windows if w), None))
+    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
+    balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
     model.kernel, model.recompute = choice.kernel, not config.disable_gradient_checkpointing
     autocast = torch.autocast(device.type, dtype) if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
     lengths = []                                    # of the sequences in the current row, for NEFTune
@@ -145,7 +144,8 @@ def main(argv):
         for batch in batches:
             lengths[:] = batch.lengths
             with autocast:
-                micro_loss = batch_loss(model, batch, device) / n_items
+                token_loss, routing = batch_loss(model, batch, device, balance)
+                micro_loss = token_loss / n_items + routing         # the latter undivided, as LLaMA-Factory has it
             (micro_loss * scale.value if scale else micro_loss).backward()
             loss += micro_loss.detach()
         overflow = scale is not None and not scale.unscale(weights.values())
@@ -177,7 +177,7 @@ def main(argv):
             window_loss, window_steps, window_tokens, window_start = 0.0, 0, 0, time.time()
         if eval_set and ((config.eval_strategy == "steps" and step % eval_every == 0)
                          or (config.eval_strategy == "epoch" and ends_epoch)):
-            metrics = evaluate(config, model, eval_set, device, autocast)
+            metrics = evaluate(config, model, eval_set, device, autocast, balance)
             log.eval(step, done, metrics)
             eval_loss = metrics["eval_loss"]
             better = state["lowest"] is None or eval_loss < state["lowest"]
@@ -205,7 +205,7 @@ def main(argv):
     log.history.append(trained | {"step": state["step"]})
     results = {"train": trained}
     if eval_set and config.do_eval:
-        results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast)}
+        results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast, balance)}
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
@@ -366,7 +366,7 @@ def build_model(config, base, adapters, device, resume):
     else:
         lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.lora_target,
                           config.additional_target or [])
-        attach_lora(model, lora, config.seed)
+        attach_lora(model, lora, config.seed, called=model.config.stored_name)
     return model, lora
 
 
@@ -374,7 +374,7 @@ def compute_dtype(config, model) -> torch.dtype:
     """What products are computed in: bf16 / fp16 if asked, else the dtype of the weights."""
     if config.bf16 or config.fp16:
         return torch.bfloat16 if config.bf16 else torch.float16
-    return model.model.layers[0].self_attn.q_proj.weight.dtype
+    return model.model.layers[0].self_attn.o_proj.weight.dtype
 
 
 def optimizer_names(optimizer, weights) -> list[str]:
@@ -388,7 +388,7 @@ def plan(config, model, weights, dtype, train_set, per_epoch, total_steps) -> di
     trained, total = sum(p.numel() for p in weights.values()), sum(p.numel() for p in model.parameters())
     tokens = sum(len(example.input_ids) for example in train_set)
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    base = model.model.layers[0].self_attn.q_proj.weight.dtype
+    base = model.model.layers[0].self_attn.o_proj.weight.dtype
     return {"parameters": f"{trained:,} of {total:,} learn ({100 * trained / total:.4f}%)",
             "dtype": f"weights {base}, trained ones torch.float32, products {dtype}".replace("torch.", ""),
             "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
@@ -412,14 +412,17 @@ def batches_of(config, train_set, epoch) -> list[list[int]]:
     return micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
 
 
-def batch_loss(model, batch, device):
-    """Sum of the token losses of one row of sequences laid end to end."""
-    hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device))   # (1, N, D)
-    return cross_entropy_sum(hidden[0], head_weight(model), batch.targets.to(device))
+def batch_loss(model, batch, device, balance: float = 0.0):
+    """Sum of the token losses of one row of sequences laid end to end, and what its routing of experts adds (or 0.0)."""
+    routers = [] if balance else None
+    hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device),
+                   routers=routers)                                                          # (1, N, D)
+    loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets.to(device), model.config.final_softcap)
+    return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0
 
 
 @torch.no_grad()
-def evaluate(config, model, examples, device, autocast) -> dict:
+def evaluate(config, model, examples, device, autocast, balance) -> dict:
     """eval_loss as LLaMA-Factory counts it (mean over batches of each batch's token mean, all batches alike), the loss
     over all tokens alike under its own name, and its perplexity."""
     model.eval()
@@ -432,8 +435,8 @@ def evaluate(config, model, examples, device, autocast) -> dict:
             empty += 1
             continue
         with autocast:
-            loss = float(batch_loss(model, batch, device))
-        means.append(loss / supervised)
+            loss, routing = map(float, batch_loss(model, batch, device, balance))
+        means.append(loss / supervised + routing)
         total, count = total + loss, count + supervised
     model.train()
     if empty:
@@ -477,7 +480,7 @@ def check_first_batch(model, batch, device, autocast):
     model.eval()                                    # dropout would draw random numbers, and a resumed run differ
     try:
         with autocast:
-            loss = float(batch_loss(model, batch, device))
+            loss = float(batch_loss(model, batch, device)[0])
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,8 +1,9 @@
 """Proves attention.py: every kernel equals plain loops, no token sees another sample, the picker refuses what is wrong.
 
 Machines that are not at hand (GPUs, ROCm, Hygon DCU, flash-attn good and bad) are imitated by fakes. The judges from
-outside are attention written as loops over heads, queries and keys, and the code of torch 2.4 with the NameError in it.
+outside are attention written as loops over heads and queries, and the code of torch 2.4 with the NameError in it.
 """
+import itertools
 import json
 import math
 import re
@@ -19,21 +20,28 @@ import torch
 SDPA_ON_CPU = ("sdpa-flash", "sdpa-math")
 
 
-def by_hand(q, k, v, window=None, lengths=None):
-    """Attention written as loops over heads, queries and keys, in float64."""
+def by_hand(q, k, v, window=None, lengths=None, chunk=None, softcap=None, slopes=None):
+    """Attention written as loops over heads and queries, in float64; gradients flow."""
     (B, H, T, Dh), (K, S) = q.shape, k.shape[1:3]
-    sample = [i for i, n in enumerate(lengths or [S]) for _ in range(n)]
-    out = torch.zeros(B, H, T, Dh, dtype=torch.float64)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                at = S - T + t
-                seen = [s for s in range(S) if s <= at and sample[s] == sample[at] and (not window or at - s < window)]
-                scores = [float(q[b, h, t].double() @ k[b, h // (H // K), s].double()) / math.sqrt(Dh) for s in seen]
-                weights = [math.exp(score - max(scores)) for score in scores]
-                for weight, s in zip(weights, seen):
-                    out[b, h, t] += weight / sum(weights) * v[b, h // (H // K), s].double()
-    return out
+    place = [(sample, at) for sample, n in enumerate(lengths or [S]) for at in range(n)]
+
+    def sees(query, key):
+        (sample, at), (other, there) = place[query], place[key]
+        return (sample == other and there <= at and not (window and at - there >= window)
+                and not (chunk and at // chunk != there // chunk))
+
+    out = []
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        query = S - T + t
+        seen = [key for key in range(S) if sees(query, key)]
+        scores = k[b, h // (H // K), seen].double() @ q[b, h, t].double() / math.sqrt(Dh)
+        if softcap:
+            scores = softcap * (1 - 2 / (1 + torch.exp(2 * scores / softcap)))
+        if slopes is not None:
+            scores = scores + torch.tensor([float(slopes[h]) * (key - query) for key in seen], dtype=torch.float64)
+        weights = torch.exp(scores - scores.max())
+        out.append(weights @ v[b, h // (H // K), seen].double() / weights.sum())
+    return torch.stack(out).view(B, H, T, Dh)
 
 
 def tensors(B, H, K, T, S, Dh=8, seed=0, dtype=torch.float32):
@@ -41,10 +49,10 @@ def tensors(B, H, K, T, S, Dh=8, seed=0, dtype=torch.float32):
     return [torch.randn(B, heads, n, Dh, generator=generator).to(dtype) for heads, n in ((H, T), (K, S), (K, S))]
 
 
-def with_gradients(qkv, **options):
-    """[output, gradients of q, k, v] of A.attend."""
+def with_gradients(qkv, attention=A.attend, **options):
+    """[output, gradients of q, k, v]."""
     leaves = [x.detach().clone().requires_grad_() for x in qkv]
-    out = A.attend(*leaves, **options)
+    out = attention(*leaves, **options)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
@@ -145,8 +153,9 @@ def test_what_flash_is_asked(monkeypatch):
 
     def spy(q, k, v, attn_mask=None, **options):
         asked.append((attn_mask is not None, options["is_causal"], options.get("enable_gqa", False)))
-        assert torch.backends.cuda.flash_sdp_enabled() and not torch.backends.cuda.mem_efficient_sdp_enabled()
-        assert torch.backends.cuda.math_sdp_enabled() == (attn_mask is not None)   # else math would stand in unseen
+        assert torch.backends.cuda.flash_sdp_enabled()
+        for other in (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled):
+            assert other() == (attn_mask is not None)                       # else it would stand in unseen
         assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
         return real(q, k, v, attn_mask, **options)
 
@@ -168,6 +177,145 @@ def test_who_takes_grouped_heads(monkeypatch, version, hip, expected):
     assert A.takes_grouped_heads("sdpa-flash", masked=False) is expected
     assert not A.takes_grouped_heads("sdpa-flash", masked=True)
     assert not A.takes_grouped_heads("sdpa-efficient", masked=False)
+
+
+@pytest.mark.parametrize("kernel", SDPA_ON_CPU)
+def test_alibi_reaches_sdpa_as_a_mask_and_nothing_stands_in(monkeypatch, kernel):
+    """Neither for a batch, nor for one query, nor for the groups of a packed row."""
+    asked = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **options):
+        asked.append(tuple(attn_mask.shape))
+        assert attn_mask.dtype == q.dtype and not options["is_causal"]
+        assert torch.backends.cuda.flash_sdp_enabled() == (kernel == "sdpa-flash")
+        assert torch.backends.cuda.math_sdp_enabled() == (kernel == "sdpa-math")
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        return real(q, k, v, attn_mask, **options)
+
+    monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
+    for T, S, layout in ((6, 6, None), (1, 6, None), (3, 6, None), (110, 110, A.Layout((40, 30, 39, 1)))):
+        A.attend(*tensors(1, 4, 2, T, S), kernel=kernel, slopes=SLOPES, layout=layout)
+    assert asked == [(1, 4, 6, 6), (1, 4, 1, 6), (1, 4, 3, 6), (1, 4, 40, 40), (1, 4, 30, 30)]
+
+
+# ---- chunks, capped scores, ALiBi: with every kernel that has them ---------------------------------------------------
+
+SLOPES = torch.tensor([0.7, 0.25, 0.06, 0.004])
+RULES = {
+    "chunk": {"chunk": 4}, "chunk of one": {"chunk": 1}, "long chunk": {"chunk": 99},
+    "softcap": {"softcap": 0.8}, "alibi": {"slopes": SLOPES},
+    "chunk + window": {"chunk": 5, "window": 2}, "softcap + window": {"softcap": 2, "window": 3},
+    "alibi + window": {"slopes": SLOPES, "window": 3}, "alibi + chunk": {"slopes": SLOPES, "chunk": 4},
+    "all": {"softcap": 0.8, "slopes": SLOPES, "chunk": 5, "window": 3},
+}
+ABLE = [(kernel, name) for kernel in ("plain", "flash-attn", "torch-varlen", *SDPA_ON_CPU) for name in RULES
+        if not A.lacking(kernel, "softcap" in RULES[name], "slopes" in RULES[name])]
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen())
+
+
+def test_most_kernels_are_able():
+    assert len(ABLE) == 2 * len(RULES) + 4 + 2 * 7                          # plain and flash-attn, varlen, two of SDPA
+
+
+@pytest.mark.parametrize("kernel, name", ABLE)
+@pytest.mark.parametrize("T, S", ((6, 6), (1, 6), (1, 9), (3, 7), (6, 11)))
+def test_rules_equal_the_definition(packages, kernel, name, T, S):
+    qkv = tensors(2, 4, 2, T, S)
+    assert_close(with_gradients(qkv, kernel=kernel, **RULES[name]), with_gradients(qkv, by_hand, **RULES[name]))
+
+
+@pytest.mark.parametrize("kernel, name", ABLE)
+@pytest.mark.parametrize("lengths", ((1, 9, 4, 2), (13,), (5, 5)))
+def test_rules_hold_in_a_packed_row(packages, kernel, name, lengths):
+    rules, total = RULES[name], sum(lengths)
+    qkv = tensors(1, 4, 2, total, total)
+    found = with_gradients(qkv, kernel=kernel, layout=A.Layout(lengths), **rules)
+    assert_close(found, with_gradients(qkv, by_hand, lengths=lengths, **rules))
+    parts = zip(*(x.split(lengths, dim=2) for x in qkv))
+    alone = [A.attend(*part, kernel=kernel, **rules) for part in parts]     # each sample in a row of its own
+    assert_close(found[:1], [torch.cat(alone, dim=2)])
+
+
+@pytest.mark.parametrize("kernel, name", ABLE)
+def test_cached_equals_uncached(packages, kernel, name):
+    """A prompt, one token, a second prompt, one token: the same as all at once."""
+    q, k, v = tensors(2, 4, 2, 17, 17)
+    steps, start = [], 0
+    for end in (6, 7, 16, 17):
+        steps.append(A.attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], kernel=kernel, **RULES[name]))
+        start = end
+    assert_close([torch.cat(steps, dim=2)], [A.attend(q, k, v, kernel=kernel, **RULES[name])])
+
+
+def test_capped_scores_as_transformers_has_them():
+    gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    q, k, v = (3 * x for x in tensors(2, 4, 2, 9, 9))
+    module = types.SimpleNamespace(num_key_value_groups=2, head_dim=8, training=False)
+    mask = torch.full((9, 9), -1e30).triu(1)[None, None]
+    expected, _ = gemma2.eager_attention_forward(module, q, k, v, mask, scaling=0.3, softcap=5.0)
+    assert_close([A.attend(q, k, v, scale=0.3, softcap=5.0)], [expected.transpose(1, 2)])
+
+
+@pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
+def test_alibi_as_bloom_of_transformers_has_it(kernel):
+    """There the bias is slope * key position: the softmax forgets the difference."""
+    bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    q, k, v = tensors(1, 4, 4, 9, 9)
+    bias = bloom.build_alibi_tensor(torch.ones(1, 9), 4, torch.float32).view(4, 1, 9)
+    mask = bias + torch.full((9, 9), float("-inf")).triu(1)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[None])
+    assert_close([A.attend(q, k, v, kernel=kernel, slopes=bias[:, 0, 1])], [expected])
+
+
+@pytest.mark.parametrize("rules", ({"chunk": 3}, {"softcap": 0.8}, {"slopes": SLOPES}))
+def test_rules_matter(rules):
+    """The numbers above would not agree by luck: each rule moves the result by far more than the tolerance."""
+    qkv = tensors(1, 4, 2, 9, 9)
+    assert (A.attend(*qkv, **rules) - A.attend(*qkv)).abs().max() > 0.05
+
+
+def test_decoding_in_a_chunk_touches_only_its_keys():
+    q, k, v = tensors(1, 4, 2, 2, 11)
+    k[:, :, :8], v[:, :, :8] = float("nan"), float("nan")                   # chunks of 4: positions 8, 9, 10 are left
+    for T in (1, 2):
+        assert A.attend(q[:, :, -T:], k, v, chunk=4).isfinite().all()
+
+
+def test_autocast_changes_no_rule():
+    q, k, v = tensors(1, 4, 2, 12, 12, dtype=torch.bfloat16)
+    for kernel, rules in (("plain", RULES["all"]), *((kernel, RULES["alibi + chunk"]) for kernel in SDPA_ON_CPU)):
+        expected = A.attend(q, k, v, kernel=kernel, layout=A.Layout((7, 5)), **rules)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(A.attend(q, k, v, kernel=kernel, layout=A.Layout((7, 5)), **rules), expected)
+
+
+@pytest.mark.parametrize("kernel", ("torch-varlen", *A.SDPA))
+def test_what_a_kernel_lacks_is_never_ignored(kernel):
+    with pytest.raises(ValueError, match=f"'{kernel}' has no softcap; 'plain'"):
+        A.attend(*tensors(1, 4, 2, 6, 6), kernel=kernel, softcap=30.0)
+    if kernel == "torch-varlen":
+        with pytest.raises(ValueError, match="has no ALiBi"):
+            A.attend(*tensors(1, 4, 2, 6, 6), kernel=kernel, slopes=SLOPES)
+
+
+@pytest.mark.parametrize("window", (None, 3, 6))
+@pytest.mark.parametrize("T, S", ((24, 24), (22, 22), (9, 30)))
+def test_the_plain_twin_in_blocks(monkeypatch, window, T, S):
+    """Long sequences are computed some queries at a time: the same numbers, and never all scores at once."""
+    qkv, options = tensors(1, 4, 2, T, S, Dh=2), {"window": window, "softcap": 2.0, "slopes": SLOPES}
+    whole = with_gradients(qkv, **options)
+    monkeypatch.setattr(A, "PLAIN_QUERIES", 4)
+    scores, real = [], A.visible
+    monkeypatch.setattr(A, "visible", lambda *args: scores.append(real(*args)) or scores[-1])
+    assert_close(with_gradients(qkv, **options), whole, atol=1e-6)
+    assert max(len(block) for block in scores) == 4 and sum(len(block) for block in scores) == T
+    assert all(block[:, 0].any() and block[:, -1].any() for block in scores)   # no key that nobody sees
 
 
 # ---- Layout ----------------------------------------------------------------------------------------------------------
@@ -193,6 +341,14 @@ def test_padding_is_bounded_and_equal_lengths_share_a_batch():
     assert A.group_by_length([70] * 9) == [list(range(9))]
 
 
+def test_chunks_of_a_layout():
+    layout = A.Layout((3, 40, 8, 17))
+    cut = layout.chunked(8)
+    assert cut.lengths == (3, 8, 8, 8, 8, 8, 8, 8, 8, 1) and cut.total == layout.total
+    assert layout.chunked(8) is cut and layout.chunked(40) is layout and layout.chunked(7) is not cut
+    assert layout.to("meta").chunked(8).cu_seqlens.is_meta                  # kept ones move along
+
+
 def test_layout_refuses_nonsense():
     for lengths in ((), (3, 0)):
         with pytest.raises(ValueError, match="1 token or more"):
@@ -201,14 +357,19 @@ def test_layout_refuses_nonsense():
 
 # ---- flash-attn and torch's varlen, imitated -------------------------------------------------------------------------
 
-def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False):
-    """A module `flash_attn` with the package's calling convention. `spoil(q, k, v, out)` may falsify one sequence."""
-    def one(q, k, v, softmax_scale, causal, window_size=(-1, -1)):   # (T, H, Dh), (S, K, Dh)
-        assert causal and q.dtype == k.dtype == v.dtype
-        T, S, window = len(q), len(k), window_size[0] + 1 or None
+def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False, deaf_to=()):
+    """A module `flash_attn` with the package's calling convention. `spoil(q, k, v, out)` may falsify one sequence.
+
+    deaf_to: arguments that it takes and ignores, of window, softcap, slopes.
+    """
+    def one(q, k, v, softmax_scale, causal, window_size=(-1, -1), softcap=0.0, alibi_slopes=None):
+        assert causal and q.dtype == k.dtype == v.dtype                     # (T, H, Dh), (S, K, Dh)
+        assert alibi_slopes is None or (alibi_slopes.dtype is torch.float32 and alibi_slopes.shape == q.shape[1:2])
+        rules = {"window": window_size[0] + 1 or None, "softcap": softcap or None, "slopes": alibi_slopes}
+        rules = {name: None if name in deaf_to else value for name, value in rules.items()}
         if causal_from_top_left:
-            k, v, S = k[:T], v[:T], T
-        out = A.plain(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale, window=window)
+            k, v = k[:len(q)], v[:len(q)]
+        out = A.plain(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale, **rules)
         return spoil(q, k, v, out[0].transpose(0, 1))
 
     def flash_attn_func(q, k, v, **options):
@@ -327,6 +488,49 @@ def test_top_left_alignment_is_found_where_it_matters(monkeypatch):
     training, chat = (A.Problem("cpu", "float32", 32, 4, 2, training) for training in (True, False))
     assert A.find_fault("flash-attn", training) is None
     assert "wrong output (7 queries, 129 keys)" in A.find_fault("flash-attn", chat)
+
+
+RULED = {"window": {"window": 4096}, "softcap": {"softcap": 50.0}, "slopes": {"alibi": True}}
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("rule", RULED)
+def test_a_kernel_deaf_to_a_rule_is_refused(monkeypatch, rule, training):
+    """Although a window of 4096 and a cap of 50 change nothing in short sequences of small scores."""
+    problem = A.Problem("cpu", "bfloat16", 32, 4, 2, training, **RULED[rule])
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    assert A.find_fault("flash-attn", problem) is None
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(deaf_to=(rule,)))
+    fault = A.find_fault("flash-attn", problem)
+    assert fault.startswith("wrong output") and ("window 42" in fault) == (rule == "window")
+
+
+def test_a_kernel_right_with_the_window_only_is_refused(monkeypatch):
+    """Some layers of Gemma 2 have no window."""
+    module = fake_flash_attn()
+    real = module.flash_attn_varlen_func
+    module.flash_attn_varlen_func = lambda *args, **options: real(*args, **options | {"window_size": (41, 0)})
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    fault = A.find_fault("flash-attn", A.Problem("cpu", "float32", 32, 4, 2, window=42))
+    assert fault.startswith("wrong output (a segment of") and "window" not in fault
+
+
+def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
+    scales, real = [], A.flash_attn_2
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    monkeypatch.setattr(A, "flash_attn_2", lambda *args: scales.append(args[3]) or real(*args))
+    for scale in (None, 0.3):
+        assert A.try_here("flash-attn", A.Problem("cpu", "float32", 16, 4, 2, scale=scale)).ms > 0
+    assert set(scales) == {0.25, 0.3}
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("training", (True, False))
+def test_torch_passes_with_alibi_and_with_a_window(dtype, training):
+    for rules in ({"alibi": True}, {"window": 64, "chunk": 256}, {"alibi": True, "window": 64}):
+        for kernel in ("sdpa-math", *(("sdpa-flash",) if dtype == "float32" else ())):
+            verdict = A.try_here(kernel, A.Problem("cpu", dtype, 32, 4, 2, training, **rules))
+            assert verdict.reason is None and verdict.ms > 0, (kernel, rules, verdict.reason)
 
 
 def test_exceptions_become_reasons(monkeypatch):
@@ -509,6 +713,59 @@ def test_old_flash_attn_is_refused(monkeypatch, version, refused):
     reason = A.known_refusal("flash-attn", A.Problem("cuda:0", "bfloat16", 128, 8, 2))
     assert bool(reason) is refused and (not refused or "top left" in reason)
     assert A.known_refusal("flash-attn", A.Problem("cuda:0", "float32", 128, 8, 2)) == "takes only float16 and bfloat16"
+
+
+@pytest.mark.parametrize("version, rules, said", (
+    ("2.5.9", {"softcap": 50.0}, "has no softcap; 2.6 or newer"), ("2.6.1+das.opt2", {"softcap": 50.0}, None),
+    ("2.3.6", {"alibi": True}, "has no ALiBi; 2.4 or newer"), ("2.4.0", {"alibi": True}, None),
+    ("2.2.1", {"window": 9}, "has no window; 2.3 or newer"), ("2.2.1", {"chunk": 9}, None)))
+def test_flash_attn_learnt_things_over_time(monkeypatch, version, rules, said):
+    monkeypatch.setattr(A, "version_of", lambda package: version)
+    reason = A.known_refusal("flash-attn", A.Problem("cuda:0", "bfloat16", 128, 8, 2, **rules))
+    assert reason == (said and f"version {version} {said} is needed")
+
+
+def test_capped_scores_on_the_cpu_are_for_the_plain_twin():
+    rules = {"window": 4096, "softcap": 50.0, "scale": 256 ** -0.5}
+    choice = A.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, **rules)
+    assert choice.kernel == "plain" and "sdpa-* (has no softcap)" in choice.lines[-1]
+    assert all(choice.refused[name] == "has no softcap" for name in ("torch-varlen", *A.SDPA))
+    choice = A.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, **rules)
+    assert choice.kernel == "plain" and "cannot be had here" in choice.lines[0] and "has no softcap" in choice.lines[0]
+
+
+def test_alibi_and_chunks_on_the_cpu_may_use_torch():
+    choice = A.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, alibi=True)
+    assert choice.timings.keys() == {"sdpa-flash", "sdpa-math", "plain"}
+    assert choice.refused["torch-varlen"] == "has no ALiBi"
+    choice = A.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, chunk=64)
+    assert choice.timings.keys() == {"sdpa-flash", "sdpa-math"}
+
+
+def test_on_a_gpu_alibi_is_no_matter_for_flash_of_torch(monkeypatch):
+    imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-cudnn": 0.3, "sdpa-efficient": 0.4, "sdpa-math": 5.0,
+                              "plain": 6.0}, installed="2.7.4")
+    choice = A.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True)
+    assert choice.kernel == "flash-attn" and choice.refused == {"torch-varlen": "has no ALiBi",
+                                                                "sdpa-flash": "takes no mask, and ALiBi needs one"}
+    monkeypatch.setattr(A, "version_of", lambda package: None)
+    A.try_kernels.cache_clear()
+    choice = A.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True, window=64)
+    assert choice.kernel == "sdpa-cudnn" and len(choice.lines) == 1         # it takes the mask: nothing stands in
+
+
+@pytest.mark.parametrize("rules, cases", (
+    ({}, None), ({"window": 4096}, "sequences longer than the window of 4096 tokens"),
+    ({"training": False}, "prompts after a cached one"),
+    ({"window": 8, "training": False}, "sequences longer than the window of 8 tokens and prompts after a cached one")))
+def test_what_stands_in_where_a_mask_is_needed_is_announced(monkeypatch, rules, cases):
+    imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 6.0) | {"sdpa-flash": 0.1})
+    lines = A.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines
+    assert lines[-1].startswith("attention: sdpa-flash (0.1 ms)")
+    note = f"attention: sdpa-flash may take no mask: {cases} then run on sdpa-efficient or sdpa-math"
+    assert lines[:-1] == ([note] if cases else [])
+    imitate_gpu(monkeypatch, {"flash-attn": 0.1}, installed="2.7.4")        # has all of it
+    assert len(A.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines) == 1
 
 
 # ---- ROCm, DCU, amdsmi -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from model import CausalLM, KVCache, init_weights
 from tests.common import GOLDEN, needs_shared
 
 OURS = [path.parent.name for path in sorted((GOLDEN / "models").glob("*/config.json"))
-        if json.loads(path.read_text())["model_type"] in FAMILIES]
+        if json.loads(path.read_text())["model_type"] in FAMILIES.keys() - {"chatglm", "baichuan", "xverse", "llama4"}]
 TINY = dict(model_type="qwen3", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, head_dim=8, vocab_size=50, max_position_embeddings=64, initializer_range=0.2)
 PROMPT = [3, 14, 15, 9, 26, 5]

@@ -12,7 +12,7 @@ from torch import nn
 
 from checkpoint import PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, save_adapter
 from families import model_config
-from lora import (LoRAConfig, LoRALinear, attach_lora, find_targets, head_weight, lora_layers, merge_adapters,
+from lora import (LoRAConfig, LoRALinear, attach_lora, find_targets, lora_layers, merge_adapters,
                   merged_weight, set_adapters, trainable)
 from losses import cross_entropy_sum
 from model import CausalLM
@@ -280,7 +280,7 @@ def test_adapted_head_in_the_loss_equals_its_logits():
     for config in (LoRAConfig(target_modules=["lm_head"]), LoRAConfig(modules_to_save=["lm_head"])):
         model, gradients = shake(attach_lora(tiny(), config)), []
         losses = (F.cross_entropy(model.logits(model(IDS)).flatten(0, 1), targets, reduction="sum"),
-                  cross_entropy_sum(model(IDS).flatten(0, 1), head_weight(model), targets))
+                  cross_entropy_sum(model(IDS).flatten(0, 1), model.head_weight(), targets))
         for loss in losses:
             model.zero_grad()
             loss.backward()

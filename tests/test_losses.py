@@ -1,5 +1,6 @@
 """losses.py: the chunked loss against its slow twin, against torch in float64, and against its promise on memory."""
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -137,6 +138,73 @@ def test_only_one_of_the_two_needs_a_gradient(train):
     assert (leaf.grad - want).abs().max() < 1e-4
 
 
+# ---- capped logits (Gemma 2), a head that is computed (Baichuan 2) ----
+
+CAP = 4.0                                                                   # logits here have a spread of 5: it bites
+
+
+def capped_in_float64(hidden, weight, targets):
+    logits = hidden.double() @ weight.double().T
+    return F.cross_entropy(CAP * torch.tanh(logits / CAP), targets, ignore_index=IGNORE, reduction="sum")
+
+
+@pytest.mark.parametrize("rows", [1, 7, N, 10 * N])
+@pytest.mark.parametrize("loss_of", [cross_entropy_sum, cross_entropy_plain])
+def test_softcap_equals_torch_in_float64(rows, loss_of, monkeypatch):
+    rows_at_once(monkeypatch, rows)
+    inputs = problem()
+    wanted, uncapped = (run(f, *inputs, factor=0.3) for f in (capped_in_float64, torch_in_float64))
+    for got, want, other in zip(run(partial(loss_of, softcap=CAP), *inputs, factor=0.3), wanted, uncapped):
+        assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+        assert (other - want).norm() > 0.1 * want.norm()
+
+
+def test_softcap_by_hand():
+    """One token, two words with logits 0 and ln 3, the wrong one ahead: loss and slope worked out with math alone."""
+    logit, cap = math.log(3), 0.7
+    bent = cap * math.tanh(logit / cap)
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [logit]])
+    loss = cross_entropy_sum(hidden, weight, torch.tensor([0]), softcap=cap)
+    loss.backward()
+    p = math.exp(bent) / (1 + math.exp(bent))                               # of the wrong word
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(bent)), rel=1e-6)
+    assert hidden.grad.item() == pytest.approx(p * (1 - math.tanh(logit / cap) ** 2) * logit, rel=1e-5)
+
+
+def test_softcap_in_sixteen_bits(monkeypatch):
+    """The cap works on float32 logits: bfloat16 is off by what its logits explain, and no more than the slow twin."""
+    rows_at_once(monkeypatch, 7)
+    inputs = problem(torch.bfloat16)
+    wanted = run(capped_in_float64, *inputs)
+
+    def errors(loss_of):
+        found = run(partial(loss_of, softcap=CAP), *inputs)
+        return [((got - want).norm() / want.norm()).item() for got, want in zip(found, wanted)]
+
+    ours, twin = errors(cross_entropy_sum), errors(cross_entropy_plain)
+    assert max(ours) < 2e-2
+    assert all(error < 1.5 * other + 2e-3 for error, other in zip(ours, twin))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("softcap", [None, CAP])
+def test_gradient_flows_through_a_computed_head(dtype, bound, softcap, monkeypatch):
+    """A head whose rows are normalised in each pass: the gradient reaches the stored rows."""
+    rows_at_once(monkeypatch, 7)
+    hidden, weight, targets = problem(dtype)
+
+    def stored(loss_of):
+        return lambda hidden, raw, targets: loss_of(hidden, F.normalize(raw.float()).to(raw.dtype), targets)
+
+    def reference(hidden, raw, targets):
+        return (capped_in_float64 if softcap else torch_in_float64)(hidden, F.normalize(raw.double()), targets)
+
+    wanted = run(reference, hidden, weight, targets)
+    for loss_of in (cross_entropy_sum, cross_entropy_plain):
+        for got, want in zip(run(stored(partial(loss_of, softcap=softcap)), hidden, weight, targets), wanted):
+            assert (got - want).norm() < bound * want.norm()
+
+
 # ---- memory ----
 
 
@@ -167,7 +235,8 @@ def test_a_tensor_of_tokens_times_vocabulary_never_exists(monkeypatch):
     rows_at_once(monkeypatch, rows, v)
     hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     assert largest(cross_entropy_plain, hidden, weight, targets) >= n * v   # the measure sees what the twin makes
-    assert largest(cross_entropy_sum, hidden, weight, targets) <= max(rows * v, n * d, v * d) < n * v / 10
+    for loss_of in (cross_entropy_sum, partial(cross_entropy_sum, softcap=CAP)):
+        assert largest(loss_of, hidden, weight, targets) <= max(rows * v, n * d, v * d) < n * v / 10
 
 
 def test_evaluation_makes_no_gradients():

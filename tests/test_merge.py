@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 import merge
 from checkpoint import load_model, load_with_adapters, tensor_files, write_tensors
 from families import model_config
-from merge import EMBEDDING, HEAD, merge_checkpoint
+from merge import merge_checkpoint
 from model import CausalLM, init_weights
 from tests.common import GOLDEN, ROOT, needs_shared
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTERS = [p.name for p in sorted((GOLDEN / "lora").glob("*")) if "dora" not in p.name]
 TINY = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)

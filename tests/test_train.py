@@ -202,9 +202,10 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
     """A weight that turns nan after step 2: the run ends with an error, checkpoint-2 is whole, no 0 is logged."""
     out, real, calls = tmp_path / "out", train.batch_loss, []
 
-    def poisoned(model, batch, device):
+    def poisoned(*args):
         calls.append(1)
-        return real(model, batch, device) * (math.nan if len(calls) > 8 else 1.0)
+        loss, routing = real(*args)
+        return loss * (math.nan if len(calls) > 8 else 1.0), routing
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
     with pytest.raises(ValueError, match="step 3: loss nan"):

@@ -1,0 +1,32 @@
+"""The pages of docs/ that are to be followed, followed: their code is run as it stands."""
+import re
+
+import pytest
+
+import families
+from tests.common import ROOT
+
+
+def test_add_a_family(tmp_path, monkeypatch):
+    """docs/add_a_family.md from start to end; its last block compares the logits with transformers'."""
+    pytest.importorskip("transformers")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_a_family.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    monkeypatch.chdir(tmp_path)
+    assert "olmoe" not in families.FAMILIES and len(blocks) == 2
+    seen = {}
+    for block in blocks:
+        exec(block, seen)
+    assert seen["difference"] < 1e-4 and families.FAMILIES["olmoe"].qk_norm == "width"
+
+
+def test_the_row_of_the_page_is_needed(tmp_path, monkeypatch):
+    """Without qk_norm the tensors do not fit, and the error says which."""
+    from families import Family, model_config
+    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "olmoe": Family(fixed={"clip_qkv": None})})
+    fields = dict(model_type="olmoe", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                  vocab_size=100)
+    with pytest.raises(ValueError, match="clip_qkv: 8.0 is not honoured here, only null"):
+        model_config({**fields, "clip_qkv": 8.0})
+    with pytest.raises(ValueError, match="'num_experts': 6 may change what the network computes"):
+        model_config({**fields, "num_experts": 6})
