@@ -3,11 +3,12 @@
     python tokenizer.py path/to/checkpoint "Hello there"        shows the tokens of a text
 
 A checkpoint folder brings tokenizer.json (the vocabulary and the rules, used here exactly as they stand, through the
-`tokenizers` package), tokenizer_config.json (which token begins a text, ends an answer, pads), sometimes
-special_tokens_map.json (the same, older) and chat_template.jinja.
+`tokenizers` package) or an older form of vocabulary (vocabularies.py makes the same of it), tokenizer_config.json
+(which token begins a text, ends an answer, pads), sometimes special_tokens_map.json (the same, older) and
+chat_template.jinja.
 
 Read next: templates.py, which puts a conversation into the pieces that are encoded here; data.py, which does so for
-a whole dataset.
+a whole dataset; vocabularies.py, should the folder have no tokenizer.json.
 Sources: byte-level BPE, Radford et al. 2019 (GPT-2), section 2.2; SentencePiece, arXiv:1808.06226.
 """
 import json
@@ -19,15 +20,10 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
 
+from vocabularies import fields_of, find_vocabulary, load_vocabulary, mend
+
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 HALF_A_CHARACTER = "\ufffd"  # what decoders write for bytes that do not (yet) form a character
-
-OTHER_VOCABULARIES = {
-    "tokenizer.model": "a sentencepiece vocabulary",
-    "vocab.json": "a vocabulary in the older vocab.json + merges.txt form",
-    "qwen.tiktoken": "a tiktoken vocabulary",
-    "tokenizer.tiktoken": "a tiktoken vocabulary",
-}
 
 
 class Tokenizer:
@@ -44,7 +40,7 @@ class Tokenizer:
         self.config = config
         self.chat_template = chat_template
         self.source = source  # the folder it came from, or None
-        self.grown = False  # were tokens added? Then tokenizer.json must be written anew instead of copied
+        self.changed = False  # no longer what the folder's tokenizer.json says: to be written anew instead of copied
         self.split_special_tokens = core.encode_special_tokens = split_special_tokens
 
     bos_token = property(lambda self: token_text(self.config.get("bos_token")))
@@ -102,10 +98,11 @@ class Tokenizer:
         """Make each of these one special token, with an id at the end of the vocabulary unless it has one."""
         new = [token for token in tokens if not self.knows(token)]
         self.core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
-        self.grown = self.grown or bool(new)
+        self.changed = self.changed or bool(new)
         if "added_tokens_decoder" in self.config:
-            flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-            self.config["added_tokens_decoder"].update({str(self.id_of(t)): {"content": t, **flags} for t in new})
+            added = self.core.get_added_tokens_decoder()
+            ids = [self.id_of(token) for token in new]
+            self.config["added_tokens_decoder"].update({str(i): fields_of(added[i]) for i in ids})
 
     def set_token(self, role, token):
         """Say which token plays a role (one of ROLES), e.g. set_token("eos_token", "<|im_end|>")."""
@@ -117,7 +114,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / "tokenizer.json"
-        if self.grown or self.source is None:
+        if self.changed or self.source is None:
             self.core.save(str(target))
         elif target.resolve() != (Path(self.source) / "tokenizer.json").resolve():
             shutil.copyfile(Path(self.source) / "tokenizer.json", target)
@@ -135,36 +132,54 @@ def token_text(token):
 
 
 def load_tokenizer(folder, split_special_tokens=False):
-    """Read the tokenizer of a checkpoint folder.
+    """Read the tokenizer of a checkpoint folder: its tokenizer.json, else its sentencepiece or rank file.
 
-    Raises FileNotFoundError when there is no tokenizer.json, ValueError when a file is damaged.
+    Raises FileNotFoundError when there is neither, ValueError when a file is damaged.
     """
     folder = Path(folder)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
+    path, other = folder / "tokenizer.json", find_vocabulary(folder)
+    if not path.is_file() and not other:
         raise FileNotFoundError(missing_tokenizer(folder))
-    try:
-        core = Core.from_file(str(path))
-    except Exception as error:  # the package raises bare Exception, for bad JSON as for a missing field
-        raise ValueError(f"{path}: not a tokenizer ({error}). The file may be cut short: fetch it again") from error
+    core, changed = read_tokenizer_json(path) if path.is_file() else (None, True)
+    config, older = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    config.update({role: older[role] for role in ROLES if older.get(role) and not config.get(role)})
+    if core is None:
+        special = [token for file in (config, older) for token in file.get("additional_special_tokens") or []]
+        core, config = load_vocabulary(other, config, read_json(folder / "added_tokens.json"), special)
     core.no_truncation()  # both may be stored in the file, left over from whoever saved it
     core.no_padding()
-    config = read_json(folder / "tokenizer_config.json")
-    older = read_json(folder / "special_tokens_map.json")
-    config.update({role: older[role] for role in ROLES if older.get(role) and not config.get(role)})
-    return Tokenizer(core, config, read_chat_template(folder, config), folder, split_special_tokens)
+    tokenizer = Tokenizer(core, config, read_chat_template(folder, config), folder, split_special_tokens)
+    tokenizer.changed = changed
+    return tokenizer
+
+
+def read_tokenizer_json(path):
+    """-> (tokenizers.Tokenizer, whether the file had to be mended for it)."""
+    try:
+        return Core.from_file(str(path)), False
+    except Exception as error:  # the package raises bare Exception, for bad JSON as for a missing field
+        mended = mend(path.read_text(encoding="utf-8", errors="replace"))
+        if mended is None:
+            raise ValueError(f"{path}: not a tokenizer ({error}). The file may be cut short: fetch it again") from error
+    try:
+        core = Core.from_str(mended)
+    except Exception as error:
+        raise ValueError(f"{path}: not a tokenizer ({error}). The file may be damaged: fetch it again") from error
+    print(f"note: {path}: add_prefix_space: false is read as prepend_scheme: never, which newer versions of the "
+          "package `tokenizers` insist on; the file itself stays as it is")
+    return core, True
 
 
 def missing_tokenizer(folder):
-    """What to tell somebody whose checkpoint folder has no tokenizer.json."""
+    """What to tell somebody whose checkpoint folder has no vocabulary that can be read."""
     if not folder.is_dir():
         return f"{folder}: no such folder"
-    for file, what in OTHER_VOCABULARIES.items():
-        if (folder / file).is_file():
-            return (f"{folder}: has {file} ({what}) but no tokenizer.json; only tokenizer.json can be read so far. "
-                    "To convert it once, where transformers is installed: python -c \"from transformers import "
-                    f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"")
-    return f"{folder}: no tokenizer.json. Is this the folder of a checkpoint, fetched completely?"
+    if (folder / "vocab.json").is_file():
+        return (f"{folder}: has a vocabulary in the older vocab.json + merges.txt form but no tokenizer.json. "
+                "To convert it once, where transformers is installed: python -c \"from transformers import "
+                f"AutoTokenizer as T; T.from_pretrained('{folder}').save_pretrained('{folder}')\"")
+    return (f"{folder}: no tokenizer.json (nor tokenizer.model, nor *.tiktoken). Is this the folder of a checkpoint, "
+            "fetched completely?")
 
 
 def read_json(path):

@@ -147,8 +147,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError, match="no tokenizer.json"):
         load_tokenizer(tmp_path / "a")
-    (tmp_path / "a" / "tokenizer.model").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="sentencepiece.*save_pretrained"):
+    (tmp_path / "a" / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="vocab.json.*save_pretrained"):
         load_tokenizer(tmp_path / "a")
     folder = write_byte_level(tmp_path / "b")
     (folder / "tokenizer_config.json").write_text('{"bos_token": ')
