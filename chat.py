@@ -78,6 +78,8 @@ def main(argv):
     device = pick_device(config.use_cpu)
     dtype = pick_dtype(config, raw, device)
     say(f"model     {base}{remarks[0]}")
+    for note in shape.notes:
+        say(f"          note: {note}")
     say(f"adapter   {' + '.join(map(str, adapters)) or 'none'}{remarks[1]}")
     warn_of_other_bases(config, adapters)
 
@@ -235,8 +237,8 @@ def warn_of_other_bases(config, adapters):
         say(f"warning   {warning}")
 
 
-def chat_format(config, folders) -> tuple[str | None, Settings, str, bool]:
-    """(template name or None, rendering settings, where the name comes from, force) from the config and train_config.json."""
+def chat_format(config, folders) -> tuple[str | dict | None, Settings, str, bool]:
+    """(template or None, rendering settings, where the name comes from, force) from the config and train_config.json."""
     name, force = stored_template(folders, config.template, config.force_template)
     stored = read_json(folders[-1] / "train_config.json")
     origin = f"stored in {folders[-1]}" if name and name != config.template else ""

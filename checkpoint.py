@@ -1,7 +1,7 @@
 """Checkpoints: finding them, memory-mapped strict loading, adapters in PEFT's format, streamed writing, resumable state.
 
-Only safetensors and JSON are read and written. Everything written appears under its final name complete or not at
-all: it is made beside it as NAME.partial, flushed, and renamed.
+Only safetensors and JSON are written, and read, but for the models that exist as pytorch_model.bin alone. Everything
+written appears under its final name complete or not at all: it is made beside it as NAME.partial, flushed, and renamed.
 
 Read before: model.py, lora.py. Read after: train.py, merge.py.
 Format: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
@@ -9,8 +9,10 @@ Format: https://github.com/huggingface/safetensors (8 bytes of header length, a 
 import difflib
 import json
 import os
+import pickle
 import re
 import shutil
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from families import model_config, read_config_json
-from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, lora_layers, merge_adapters
+from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, lora_layers, merge_adapters
 from model import CausalLM
 from tokenizer import read_json
 
@@ -30,6 +32,8 @@ FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat1
                "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
                "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
+# a pickle can run anything; torch's restricted loader makes tensors only, and before 2.6 it could be escaped
+PICKLES_ARE_SAFE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)          # CVE-2025-32434
 STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")     # what resuming needs
 
 
@@ -52,11 +56,15 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
                                        LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError)
-    files = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken"]
+    # code is passed on by merge.py and never run
+    files, pickles = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py"], ["pytorch_model*.bin"]
     doubles = ["consolidated*", "original/*"]      # the same weights once more, in the maker's own layout
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=files,
-                                      ignore_patterns=doubles))
+        folder = Path(snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=files,
+                                        ignore_patterns=doubles))
+        if PICKLES_ARE_SAFE and not any(folder.glob("*.safetensors")):
+            snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, allow_patterns=pickles)
+        return folder
     except HFValidationError:
         raise FileNotFoundError(f"{name_or_path} does not exist{_near(path)}, and no repository of the hub can have "
                                 "that name") from None
@@ -87,7 +95,13 @@ def _near(path: Path) -> str:
 
 @contextmanager
 def open_tensors(path, device="cpu"):
-    """safe_open with errors that say which file is broken and what to do."""
+    """The tensors of a file, each read when it is asked for: keys(), get_tensor(name), get_slice(name)[rows].
+
+    Raises ValueError that says which file is broken and what to do.
+    """
+    if Path(path).suffix == ".bin":
+        yield PickledTensors(path, device)
+        return
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             yield file
@@ -95,28 +109,75 @@ def open_tensors(path, device="cpu"):
         raise ValueError(f"{path} is damaged or incomplete ({error}); fetch it again, or use another copy") from None
 
 
-def tensor_files(folder) -> dict[str, Path]:
-    """{tensor name: file} of a checkpoint folder: one model.safetensors, or shards with an index."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+class PickledTensors:
+    """A file of torch.save that is a dict of tensors, mapped into memory; the methods are those of safe_open."""
+
+    def __init__(self, path, device):
+        if not PICKLES_ARE_SAFE:
+            raise ValueError(f"{path} is a pickle, which is safe to read with torch 2.6 or newer only (CVE-2025-32434; "
+                             f"here is torch {torch.__version__}). Convert the checkpoint where there is a newer torch: "
+                             f"python merge.py model_name_or_path={Path(path).parent} export_dir=NEW_FOLDER")
+        self.path, self.device = path, device
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            missing = sorted({file for file in names.values() if not (folder / file).is_file()})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is damaged or incomplete; fetch it again") from None
-        if missing:
-            raise FileNotFoundError(f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
-                                    "The download is incomplete; fetch them again")
-        return {name: folder / file for name, file in names.items()}
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with open_tensors(single) as file:
-            return {name: single for name in file.keys()}
-    pickles = sorted(p.name for p in folder.glob("*.bin"))
-    hint = (f" It has {', '.join(pickles[:3])}: pickled weights are not read; convert them with transformers' "
-            "save_pretrained(safe_serialization=True)") if pickles else ""
-    raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json.{hint}")
+            self.tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path} holds other things than tensors, which are not read "
+                             f"({str(error).strip().splitlines()[0]})") from None
+        except (RuntimeError, EOFError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, incomplete, or older than torch 1.6 "
+                             f"({str(error).strip().splitlines()[0]}); fetch it again, or use another copy") from None
+        if not isinstance(self.tensors, dict) or not all(map(torch.is_tensor, self.tensors.values())):
+            raise ValueError(f"{path} is not a dict of tensors, as the weights of a model are")
+
+    def keys(self):
+        return self.tensors.keys()
+
+    def get_slice(self, name):
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} holds no {name}, which the index says it does; fetch both again")
+        return self.tensors[name].detach()
+
+    def get_tensor(self, name):
+        return self.get_slice(name).contiguous().to(self.device)
+
+
+def stored_as(file, key) -> tuple[tuple, torch.dtype]:
+    """Shape and dtype of a tensor in a file; the tensor itself is not read."""
+    with open_tensors(file) as tensors:
+        part = tensors.get_slice(key)
+        if torch.is_tensor(part):
+            shape, code = tuple(part.shape), CODES.get(part.dtype, str(part.dtype))
+        else:
+            shape, code = tuple(part.get_shape()), part.get_dtype()
+    if code not in FILE_DTYPES:
+        raise ValueError(f"{file}: {key} is stored as {code}; known are {', '.join(FILE_DTYPES)}")
+    return shape, FILE_DTYPES[code]
+
+
+def tensor_files(folder) -> dict[str, Path]:
+    """{tensor name: file} of a checkpoint folder: one file of weights, or shards with an index; safetensors first."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        single, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
+        if index.is_file():
+            return _shards(index)
+        if single.is_file():
+            with open_tensors(single) as file:
+                return {name: single for name in file.keys()}
+    raise FileNotFoundError(f"{folder} has no weights: no model.safetensors or pytorch_model.bin, nor the "
+                            ".index.json of either")
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    """{tensor name: file} as an index has it."""
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.parent / file for name, file in named.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index} is damaged or incomplete; fetch it again") from None
+    if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+        raise FileNotFoundError(f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
+                                "The download is incomplete; fetch them again")
+    return files
 
 
 def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weights: bool = False) -> CausalLM:
@@ -154,15 +215,13 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     return model.eval()
 
 
-# buffers that older tools stored beside the weights; all of them are computed here
-BUFFERS = re.compile(r".*(rotary_emb|rotary_pos_emb|attn)\.(inv_freq|cos_cached|sin_cached|masked_bias|bias|original_inv_freq)")
+# what older tools stored beside the weights: tables of the rotation, and the number that masked scores were set to
+BUFFERS = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|.*\.attn\.masked_bias")
 
 
 def known_extra(name, config, files) -> bool:
     """Does a tensor that the decoder lacks carry nothing of its own? Buffers, parts that read images, a tied head."""
-    if name.startswith(config.skips) if config.skips else False:
-        return True
-    if BUFFERS.fullmatch(name):
+    if name.startswith(config.skips) or BUFFERS.fullmatch(name):
         return True
     head, embedding = config.stored_name("lm_head.weight"), config.stored_name("model.embed_tokens.weight")
     if name == head and config.tie_word_embeddings:
@@ -200,7 +259,7 @@ PREFIX = "base_model.model."      # what PEFT writes before every name
 # fields of adapter_config.json that change nothing here
 NEUTRAL = frozenset("""
     auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
-    peft_type peft_version revision task_type runtime_config qalora_group_size bias
+    peft_type peft_version revision task_type runtime_config qalora_group_size bias target_parameters
 """.split())
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")     # init_lora_weights that leave W as it was
 
@@ -228,16 +287,14 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
                          "training, so the adapter does not fit the base as published. Convert it to a plain LoRA with "
                          "peft (save_pretrained with path_initial_model_for_weight_conversion)")
     known = LoRAConfig.__dataclass_fields__
-    odd = {key: value for key, value in raw.items() if key not in known | {"target_parameters": 0} and key not in NEUTRAL
+    odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL
            and value is not False and value not in (None, "", [], {}) and key != "fan_in_fan_out"}
     if odd:
         raise ValueError(f"{path}: {', '.join(f'{k}: {v}' for k, v in odd.items())} is not honoured here, and would change "
                          "what the adapter computes")
     config = LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
-    if stacks := raw.get("target_parameters"):              # stacks of matrices, one per expert: layers like any other here
-        if isinstance(config.target_modules, str):
-            raise ValueError(f"{path}: target_modules as a pattern together with target_parameters is not supported")
-        config.target_modules = [*config.target_modules, *stacks]
+    if raw.get("target_parameters") and raw.get("target_modules") is None:
+        config.target_modules = []
     return config, raw
 
 
@@ -253,19 +310,24 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
     if not path.is_file():
         hint = "; adapter_model.bin is a pickle and is not read" if (Path(folder) / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
-    try:
-        attach_lora(model, config, called=model.config.stored_name)
-    except ValueError as error:
-        raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): {error}") from None
-    expected = adapter_tensors(model)
     with open_tensors(path) as tensors:
-        names = {name for name in tensors.keys() if not _copy_of_base(model, name, tensors)}
+        try:
+            attach_lora(model, config, called=model.config.stored_name,
+                        targets=_targets_of(model, config, raw, tensors.keys()))
+        except ValueError as error:
+            raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): "
+                             f"{error}") from None
+        expected, copies = adapter_tensors(model), copies_of_base(model, tensors)
+        names = set(tensors.keys()) - copies
         missing, unused = sorted(expected.keys() - names), sorted(names - expected.keys())
         if missing or unused:
             raise ValueError(_mismatch(path, missing, unused).replace("that config.json describes",
                                                                       "this model and adapter_config.json ask for"))
+        if swapped := swapped_stacks(model, tensors, raw):
+            print(f"note      {path}: A and B of its stacked experts have each other's place (PEFT 0.20 and newer); "
+                  "they are put back")
         for name, parameter in expected.items():
-            tensor = tensors.get_tensor(name)
+            tensor = swapped_back(tensors, name, swapped[name]) if name in swapped else tensors.get_tensor(name)
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, the model and adapter_config.json make "
                                  f"it {list(parameter.shape)}. Its base is {raw.get('base_model_name_or_path')!r}, r is "
@@ -275,33 +337,86 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
     return config
 
 
-def _copy_of_base(model, name, tensors) -> bool:
-    """PEFT stores the frozen weight of an adapted head beside the adapter: nothing new if it is the base's own."""
-    layers = {adapter_name(model, layer) + ".base_layer.weight": module for layer, module in lora_layers(model).items()}
-    layer = layers.get(name)
-    if layer is None or list(layer.weight.shape) != tensors.get_slice(name).get_shape():
-        return False
-    return layer.weight.is_meta or torch.equal(tensors.get_tensor(name).to(layer.weight), layer.weight)
+def _targets_of(model, config, raw, keys) -> list[str]:
+    """Full names of the layers that an adapter file with these keys is for.
+
+    The routed experts are what the names in adapter_config.json leave open: `gate_proj` means those of all experts to
+    transformers 4, where they are linear layers, and that of the shared expert alone to transformers 5, where they are
+    stacks; stacks are what target_parameters names.
+    """
+    called, one_by_one = model.config.stored_name, any(re.search(r"\.experts\.\d", key) for key in keys)
+    if (named := raw.get("target_parameters") or []) and not model.config.stacked_experts:
+        raise ValueError(f"target_parameters {', '.join(named)} are stacks of experts, and this checkpoint has its "
+                         "experts one by one")
+    stacks = find_targets(model, named, called)
+    return stacks + [name for name in find_targets(model, config.target_modules, called) if ".experts." not in name
+                     or one_by_one and isinstance(model.get_submodule(name), nn.Linear)]
 
 
-def adapter_name(model: CausalLM, layer: str) -> str:
-    """What PEFT calls an adapted layer. The stacks of a layer's experts are parameters of one module to it, and it
-    wraps that module once for each: experts.base_layer is the first of two, experts the second."""
-    name, layers = model.config.stored_name(layer), lora_layers(model)
-    if isinstance(layers[layer], LoRAStacked):
-        block = layer.rpartition(".")[0]
-        stacks = [other for other in layers if other.startswith(block + ".") and isinstance(layers[other], LoRAStacked)]
-        name = model.config.stored_name(block) + ".base_layer" * (len(stacks) - 1 - stacks.index(layer))
-    return PREFIX + name
+def copies_of_base(model: CausalLM, tensors) -> set[str]:
+    """Names of the frozen weights that PEFT stores beside the adapter of a head, where they are the base's own."""
+    layers = {f"{name}.base_layer.weight": layer for layer, name in peft_names(model).items()}
+    found = set()
+    for name in layers.keys() & set(tensors.keys()):
+        weight = model.get_submodule(layers[name]).weight
+        if list(weight.shape) == tensors.get_slice(name).get_shape() and (
+                weight.is_meta or torch.equal(tensors.get_tensor(name).to(weight), weight)):
+            found.add(name)
+    return found
+
+
+def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
+    """{name of an A or B: number of experts} for stacks whose A and B have each other's place in the file, or {}.
+
+    PEFT writes them so from 0.20 on, where it takes the matrices of a stack as (out, in); their product is the same.
+    The shapes tell; where all matrices are square, only the version does.
+    """
+    names, plain, swapped, found = peft_names(model), True, True, {}
+    for layer, module in lora_layers(model).items():
+        if isinstance(module, LoRAStacked):
+            keys = [f"{names[layer]}.{part}.weight" for part in ("lora_A", "lora_B")]
+            held = [tuple(tensors.get_slice(key).get_shape()) for key in keys]
+            A, B = module.lora_A.weight, module.lora_B.weight
+            plain, swapped = plain and held == [A.shape, B.shape], swapped and held == [B.T.shape, A.T.shape]
+            found.update(dict.fromkeys(keys, len(module.weight)))
+    newer = re.match(r"0\.[2-9]\d|[1-9]", raw.get("peft_version") or "")
+    return found if swapped and (newer or not plain) else {}
+
+
+def swapped_back(tensors, name: str, experts: int):
+    """A (E*r, in) or B (out, r*E) of a stack, from a file that has them in each other's place."""
+    stem, part = name.removesuffix(".weight").rsplit(".", 1)
+    if part == "lora_A":
+        held = tensors.get_tensor(f"{stem}.lora_B.weight")                                      # (in, r*E)
+        return held.view(len(held), -1, experts).permute(2, 1, 0).flatten(0, 1)
+    held = tensors.get_tensor(f"{stem}.lora_A.weight")                                          # (E*r, out)
+    return held.view(experts, -1, held.shape[1]).permute(2, 1, 0).flatten(1)
+
+
+def peft_names(model: CausalLM) -> dict[str, str]:
+    """{adapted layer: what PEFT calls it}, under the checkpoint's own names.
+
+    The stacks of a block are parameters of one module to PEFT, which wraps that module once for each of them:
+    experts.base_layer is the first of two, experts the second.
+    """
+    called, found, outside = model.config.stored_name, {}, Counter()
+    for name, layer in reversed(lora_layers(model).items()):
+        if isinstance(layer, LoRAStacked):
+            block = name.rpartition(".")[0]
+            found[name] = PREFIX + called(block) + ".base_layer" * outside[block]
+            outside[block] += 1
+        else:
+            found[name] = PREFIX + called(name)
+    return found
 
 
 def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
     """{name as PEFT writes it: parameter} of the adapters, and of modules trained whole."""
-    found = {}
+    found, names = {}, peft_names(model)
     for layer, module in lora_layers(model).items():
         assert not module.weight.requires_grad, layer
         for part in ("lora_A", "lora_B"):
-            found[f"{adapter_name(model, layer)}.{part}.weight"] = getattr(module, part).weight
+            found[f"{names[layer]}.{part}.weight"] = getattr(module, part).weight
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and not name.endswith((".lora_A.weight", ".lora_B.weight")):
             found[PREFIX + model.config.stored_name(name)] = parameter
@@ -316,7 +431,8 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
         "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_dora": False,
-        "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
+        "r": config.r, "lora_alpha": config.lora_alpha,
+        "lora_dropout": 0.0 if stacks else config.lora_dropout,     # PEFT opens no adapter of stacks that has dropout
         "use_rslora": config.use_rslora, "target_modules": targets, "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern, "modules_to_save": config.modules_to_save or None}
         | ({"target_parameters": stacks} if stacks else {}))
@@ -328,12 +444,15 @@ def peft_targets(model: CausalLM, wish) -> tuple[list | str, list]:
     called, layers = model.config.stored_name, lora_layers(model)
     stacks = [called(name + ".weight") for name, layer in layers.items() if isinstance(layer, LoRAStacked)]
     adapted = {called(name) for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-    if isinstance(wish, str) and wish not in ("all", "all-linear") and not stacks:
-        return wish, []                                                         # a regular expression
-    names = [called(name) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    if isinstance(wish, list) and adapted == set(wish) or (
+            isinstance(wish, str) and wish not in ("all", "all-linear") and not stacks):
+        return wish, stacks                                                     # full names; a regular expression
+    names = [called(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     last = sorted({name.rsplit(".", 1)[-1] for name in adapted})
-    for targets in (wish if isinstance(wish, list) else [], last):
-        if adapted == {name for name in names if name.endswith(tuple("." + t for t in targets)) or name in targets}:
+    # a short name may also be that of a layer which reads images
+    for targets in () if model.config.skips else (wish if isinstance(wish, list) else [], last):
+        meant = [{name for name in names if f".{name}".endswith(f".{target}")} for target in targets]
+        if all(meant) and adapted == set().union(*meant):
             return targets, stacks
     return sorted(adapted), stacks
 
@@ -492,11 +611,21 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9, progres
 def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None):
     """Write all weights of a model (full fine-tuning) with the config.json of the folder it came from.
 
-    dtype None writes each tensor as it is held; config.json then states that of the first.
+    dtype None writes each tensor as it is held; config.json then states that of the first. What the source's files
+    hold beside the decoder, a part that reads images, is passed on as it is.
     """
     weights = {model.config.stored_name(name): p for name, p in model.named_parameters()}
-    write_tensors(folder, {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()},
-                  lambda n: [weights[n].data.to(dtype or weights[n].dtype)])
+    others = {}
+    if model.config.skips and any(Path(source).glob("*.safetensors")):          # none for a model made from scratch
+        others = {n: file for n, file in tensor_files(source).items() if n.startswith(model.config.skips)}
+
+    def read(name):
+        with open_tensors(others[name]) as tensors:
+            return tensors.get_tensor(name)
+
+    shapes = {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()}
+    write_tensors(folder, shapes | {n: stored_as(file, n) for n, file in others.items()},
+                  lambda n: [read(n) if n in others else weights[n].data.to(dtype or weights[n].dtype)])
     dtype = dtype or next(iter(weights.values())).dtype
     raw = read_config_json(source)
     raw.pop("dtype", None)

@@ -25,6 +25,7 @@ from pathlib import Path
 
 COMMAND_LINE = "command line"
 Steps = float       # optimizer steps: a count, or below 1 a share of all steps of the run (see in_steps)
+Format = object     # a chat format: its name, or a mapping of texts, which formats.py reads
 
 
 def key(default, help, group=None, choices=(), later=(), low=None, above=None, high=None, below=None):
@@ -67,7 +68,8 @@ class Config:
     dataset: list[str] | None = key(None, "names in dataset_info.json, or paths of data files", "dataset")
     eval_dataset: list[str] | None = key(None, "the same, for evaluation")
     dataset_dir: str = key("data", "folder of dataset_info.json and its files")
-    template: str | None = key(None, "chat format (none: chosen from the checkpoint)")
+    template: Format | None = key(None, "chat format: a name, or one of your own, see docs/templates.md (none: chosen "
+                                  "from the checkpoint)")
     force_template: bool = key(False, "use a template that does not fit this tokenizer or adapter")
     split_special_tokens: bool = key(False, "special tokens typed in the data are ordinary text")
     cutoff_len: int = key(2048, "longest row in tokens; the rest is cut off", low=1)
@@ -587,6 +589,12 @@ def _mapping(value, where=""):
     return dict(value)
 
 
+def _format(value):
+    if isinstance(value, str) and value.startswith("{"):    # as on a command line
+        value = _mapping(value)
+    return value if isinstance(value, dict) else _str(value)
+
+
 def _number_or_text(text):
     try:
         return json.loads(text.lower())
@@ -597,6 +605,7 @@ def _number_or_text(text):
 KINDS = {           # declared type: how its text is read, what it is called
     "bool": (_bool, "true or false"), "int": (_int, "a whole number"), "float": (_float, "a number"),
     "Steps": (lambda text: _int(text) if _float(text) >= 1 else _float(text), "a count of steps or a share below 1"),
+    "Format": (_format, "the name of a chat format or a mapping that describes one"),
     "str": (_str, "a text"), "list[str]": (_names, "a list of names, as a,b"),
     "dict": (lambda value: {k: _number_or_text(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=value"),
     "dict[str, str]": (lambda value: {k: _str(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=text"),

@@ -75,6 +75,7 @@ class ModelConfig(Switches):
     rope_theta: float
     rope: dict = field(default_factory=lambda: {"rope_type": "default"})
     initializer_range: float = 0.02       # standard deviation of fresh weights (train_from_scratch)
+    pad_token_id: int | None = None       # its embedding learns nothing from input, as in transformers
     # one entry per layer
     windows: tuple                        # how many keys a query sees, itself included; None = all
     chunks: tuple                         # or: queries see the keys of their own chunk of so many tokens; None = all
@@ -191,12 +192,17 @@ def ntk_by_steps(take):
     return rope if take("use_dynamic_ntk", True) else None
 
 
+def gelu_by_tanh(take):
+    """The first files of Gemma say "gelu" and mean its tanh form; hidden_activation, beside it, is read by nobody."""
+    take("hidden_activation")
+    return "gelu_pytorch_tanh" if take("hidden_act", "gelu") == "gelu" else take("hidden_act")
+
+
 BIASED = dict(qkv_bias=said("attention_bias", False), o_bias=said("attention_bias", False))
 
 SPARSE = dict(norm_topk_prob=said("norm_topk_prob", False), sparse=sparse_by_step)
 
-GEMMA = dict(norm="rms+1", embed_scale=True, absent={"tie_word_embeddings": True, "head_dim": 256}, **BIASED,
-             hidden_act=said("hidden_activation", "gelu_pytorch_tanh"))
+GEMMA = dict(norm="rms+1", embed_scale=True, absent={"tie_word_embeddings": True, "head_dim": 256}, **BIASED)
 
 GLM = dict(rotary_pairs="neighbours", rotary_part=said("partial_rotary_factor", 0.5), fused_gate_up=True,
            qkv_bias=said("attention_bias", True), absent={"rms_norm_eps": 1.5625e-7, "head_dim": 128})
@@ -232,9 +238,10 @@ FAMILIES = {
                "input_layernorm": "ln_1", "self_attn.qkv_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
                "post_attention_layernorm": "ln_2", "gate_proj": "w2", "up_proj": "w1",
                "mlp.down_proj": "mlp.c_proj"}),
-    "gemma": Family(**GEMMA),                                                               # arXiv:2403.08295
+    "gemma": Family(**GEMMA, hidden_act=gelu_by_tanh),                                      # arXiv:2403.08295
     "gemma2": Family(                                                                       # arXiv:2408.00118, sec. 2
-        **GEMMA, norm_place="both", attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
+        **GEMMA, norm_place="both", hidden_act=said("hidden_activation", "gelu_pytorch_tanh"),
+        attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
         attn_softcap=unless_null("attn_logit_softcapping", 50.0),
         final_softcap=unless_null("final_logit_softcapping", 30.0),
         windows=lambda take, layer: take("sliding_window", 4096, null=True) if layer % 2 == 0 else None,
@@ -283,7 +290,7 @@ ROPE_FIELDS = {      # rope_type: (fields it needs, fields it may have)
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ("original_max_position_embeddings",)),
     "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-                           "mscale", "mscale_all_dim", "truncate")),
+                           "mscale", "mscale_all_dim", "truncate", "finetuned")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
     "ntk_steps": (("original_max_position_embeddings",), ()),
@@ -293,7 +300,7 @@ ROPE_ALIASES = {"su": "longrope"}         # as early files of Phi-3 spell it
 # Fields that leave the mathematics of training and inference alone. Anything that is neither read below nor named
 # here, and is not switched off, stops the load: a field that is shrugged off is how wrong logits begin.
 HARMLESS = frozenset("""
-    architectures auto_map bos_token_id eos_token_id pad_token_id decoder_start_token_id dtype torch_dtype
+    architectures auto_map bos_token_id eos_token_id decoder_start_token_id dtype torch_dtype
     transformers_version use_cache initializer_range pretraining_tp id2label label2id problem_type
     output_attentions output_hidden_states return_dict is_encoder_decoder is_decoder torchscript
     tokenizer_class name_or_path unsloth_version unsloth_fixed model_name use_mrope chunk_size_feed_forward
@@ -301,7 +308,8 @@ HARMLESS = frozenset("""
     cache_implementation model_max_length max_tokenizer_truncation attn_implementation tokenizer_type params_dtype
     apply_query_key_layer_scaling attention_softmax_in_fp32 softmax_in_fp32 bias_dropout_fusion use_flash_attn
     fp32_residual_connection original_rope onnx_safe bf16 fp16 fp32 use_cache_kernel use_cache_quantization
-    output_router_logits router_aux_loss_coef for_llm_class
+    output_router_logits router_aux_loss_coef for_llm_compressor sliding_window_size is_llama_config
+    transformers.js_config
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob router_jitter_noise
@@ -390,8 +398,9 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
         vocab_size=take("vocab_size", needed=True),
         num_key_value_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", null=True) or width // heads,
         max_position_embeddings=positions, rms_norm_eps=take("rms_norm_eps", 1e-6), rope_theta=theta, rope=rope,
-        initializer_range=take("initializer_range", 0.02), names=family.names, prefix=family.prefix, skips=family.skips,
-        **switches, **per_layer, **(read_experts(take) if family.sparse is not Family.sparse else {}),
+        initializer_range=take("initializer_range", 0.02), pad_token_id=take("pad_token_id"),
+        names=family.names, prefix=family.prefix, skips=family.skips, **switches, **per_layer,
+        **(read_experts(take) if family.sparse is not Family.sparse else {}),
         notes=tuple(notes + dropped_out(raw)))
     unread = {k: v for k, v in raw.items() if k not in taken | HARMLESS | DROPOUTS
               and v and (v is True or v != 1.0)}

@@ -109,8 +109,8 @@ def merged_stack(W, A, B, scale: float):
                         for expert, matrix in enumerate(W)])
 
 
-# Like LLaMA-Factory 0.9.5, `all` means neither the routers of a mixture of experts nor the routed experts: they are
-# adapted when they are named, `lora_target: all,experts`.
+# `all` means what it means to LLaMA-Factory 0.9.5, where routers and routed experts (transformers 5) are no linear
+# layers: they are adapted when they are named, `lora_target: all,experts`.
 ALL_BUT = re.compile(r"lm_head|.*\.(mlp\.gate|experts\..*)")
 
 
@@ -127,10 +127,11 @@ def can_adapt(module) -> bool:
 def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
     """Full names of the linear layers that `target_modules` means, in the model's order.
 
-    "all" / "all-linear": every linear layer but the head, routers and routed experts. A list: last name parts
-    (`q_proj`), path endings (`self_attn.q_proj`), blocks (`experts`: all within), or all. Another str: a regular
-    expression for the full name. called: turns our names into those that are meant. Raises ValueError for an entry
-    that matches nothing, with the nearest name.
+    "all" / "all-linear": every linear layer but the head, routers and routed experts; a shared expert is in it, and so
+    is its gate. A list: last name parts (`q_proj`: wherever it stands, in experts too), path endings
+    (`self_attn.q_proj`), blocks (`experts`: all within), or all. Another str: a regular expression for the full name.
+    called: turns our names into those that are meant. Raises ValueError for an entry that matches nothing, with the
+    nearest name.
     """
     linears = {called(name): name for name, module in model.named_modules()
                if can_adapt(module) and not name.endswith((".lora_A", ".lora_B"))}
@@ -159,18 +160,20 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
     return [name for name in linears.values() if name in wanted]
 
 
-def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, called=same) -> nn.Module:
+def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, called=same,
+                targets: list[str] | None = None) -> nn.Module:
     """Freeze the model, then give it adapters and unfreeze what `config` says is trained. Works in place.
 
     A starts as kaiming-uniform(a=sqrt 5), B as zeros, so the model is unchanged at first. Every A draws from a
     generator of its own, seeded with `seed` and the module's place in the model, so it does not depend on which others
-    are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT. called: see find_targets.
+    are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT. called: see find_targets;
+    targets: what it would return, where that is known better.
     """
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     model.requires_grad_(False)
     whole = {full for name in config.modules_to_save for full in _modules_named(model, name, called)}
     place = {name: index for index, (name, _) in enumerate(model.named_modules())}
-    for name in find_targets(model, config.target_modules, called):
+    for name in find_targets(model, config.target_modules, called) if targets is None else targets:
         if name in whole:
             continue
         r, scale = config.of_module(called(name))
@@ -213,7 +216,8 @@ def _train_whole(module):
     for name, weight in list(module.named_parameters(recurse=False)):
         setattr(module, name, nn.Parameter(weight.detach().to(torch.float32, copy=True)))
     if dtype != torch.float32:
-        module.register_forward_pre_hook(lambda m, args: tuple(a.float() if a.is_floating_point() else a for a in args))
+        module.register_forward_pre_hook(lambda m, args: tuple(
+            a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args))
         module.register_forward_hook(lambda m, args, out: out.to(dtype))
 
 

@@ -19,21 +19,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, FILE_DTYPES, PREFIX, adapter_name, adapter_tensors, find_checkpoint, folded_under,
-                        load_adapter, load_model, new_folder, open_tensors, read_adapter_config,
-                        tensor_files, warn_of_folded, write_json, write_tensors)
+from checkpoint import (DTYPES, PREFIX, adapter_tensors, copies_of_base, find_checkpoint, folded_under, load_adapter,
+                        load_model, new_folder, open_tensors, peft_names, read_adapter_config, stored_as,
+                        swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
 from config import ignored_keys, load_config, run
 from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
-from templates import choose_template, fit_tokenizer, stored_template
+from templates import choose_template, fit_tokenizer, name_of, stored_template
 from tokenizer import load_tokenizer, read_json
+from vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
 # how text is read and rendered; training settles all of it, so it comes from one folder, never from two
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "chat_template.jinja", "chat_template.json", "train_config.json")
 # what else the base's folder passes on, unless it matches the second line too
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 LEFT_BEHIND = ("config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", *TEXT_FILES)
 
 
@@ -44,6 +45,7 @@ class Change:
     key: str                    # the tensor's name in the file; for B and A without .lora_A.weight, .lora_B.weight
     scale: float | None
     has_copy: bool = False      # the file holds the base's tensor too, as peft does it for an adapted head
+    swapped: bool = False       # A and B of a stack have each other's place in the file
 
 
 @dataclass
@@ -81,7 +83,8 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
     """Write base + adapters as a checkpoint of its own into export_dir, which appears complete or not at all.
 
     base, adapters: folders; adapters are added in their order. dtype: of all weights; None keeps each tensor's.
-    shard_bytes: largest weight file. template: name of the chat format, None: the one stored with the adapters.
+    shard_bytes: largest weight file. template: the config's, a name or a mapping; None: the one stored with the
+    adapters.
     device: where sums are formed. Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged
     files, an export_dir that is in use; OSError when the disk is too small.
     """
@@ -93,11 +96,12 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
 
     template, force_template = stored_template(adapters or [base], template, force_template)
     text_source = next((adapter for adapter in reversed(adapters) if (adapter / "tokenizer.json").is_file()), base)
-    print(f"template  {template or 'none is stored or set: the files of the tokenizer stay as they are'}")
+    print("template  " + (name_of(template) if template else
+                          "none is stored or set: the files of the tokenizer stay as they are"))
 
     with new_folder(target) as work:
         copy_files(base, text_source, work)
-        if template and (text_source / "tokenizer.json").is_file():
+        if template and ((text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)):
             fit_text_files(text_source, work, template, force_template, fields)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
             write_tensors(work, {name: (t.shape, t.dtype) for name, t in plan.items()},
@@ -189,28 +193,19 @@ def changes_of(adapter, base) -> dict[str, Change]:
     """{tensor name: Change} of an adapter; attaching it to an empty model finds all that does not fit, by name."""
     skeleton = load_model(base, skip_weights=True)
     load_adapter(skeleton, adapter)
-    file = adapter / "adapter_model.safetensors"
+    file, called = adapter / "adapter_model.safetensors", skeleton.config.stored_name
     with open_tensors(file) as tensors:
-        copies = [key for key in tensors.keys() if key.endswith(".base_layer.weight")]
-    changes = {}
+        copies = copies_of_base(skeleton, tensors)
+        swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
+    changes, names = {}, peft_names(skeleton)
     for name, layer in lora_layers(skeleton).items():
-        key = adapter_name(skeleton, name)
-        changes[skeleton.config.stored_name(f"{name}.weight")] = Change(
-            file, key, layer.scale, has_copy=f"{key}.base_layer.weight" in copies)
+        key = names[name]
+        changes[called(f"{name}.weight")] = Change(file, key, layer.scale, f"{key}.base_layer.weight" in copies,
+                                                   f"{key}.lora_A.weight" in swapped)
     for key in adapter_tensors(skeleton):
         if not key.endswith((".lora_A.weight", ".lora_B.weight")):
             changes[key.removeprefix(PREFIX)] = Change(file, key, None)
     return changes
-
-
-def stored_as(file, key) -> tuple[tuple, torch.dtype]:
-    """Shape and dtype of a tensor in a file, from the file's header."""
-    with open_tensors(file) as tensors:
-        part = tensors.get_slice(key)
-        shape, code = tuple(part.get_shape()), part.get_dtype()
-    if code not in FILE_DTYPES:
-        raise ValueError(f"{file}: {key} is stored as {code}; known are {', '.join(FILE_DTYPES)}")
-    return shape, FILE_DTYPES[code]
 
 
 # ---- the work ---------------------------------------------------------------------------------------------------
@@ -226,19 +221,21 @@ def blocks(name, tensor: Planned, device):
             return tensors.get_slice(key)[rows].to(device)
 
     lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight") for c in tensor.changes]    # (r, in)
+    stacked = len(tensor.shape) == 3                # its B is small beside it, and needed for each expert's rows
+    highs = [read(c.file, c.key + ".lora_B.weight") if stacked and c.scale is not None else None for c in tensor.changes]
     for rows in row_blocks(tensor.shape):
         block = read(tensor.file, tensor.key, rows)
-        for change, A in zip(tensor.changes, lows):
+        for change, A, B in zip(tensor.changes, lows, highs):
             if change.scale is None:
                 block = read(change.file, change.key, rows)
                 continue
             if change.has_copy:
                 check_copy(block, read(change.file, change.key + ".base_layer.weight", rows), name, change.file)
-            if len(tensor.shape) == 3:                                  # rows of one expert: (1, some of in, out)
-                B = read(change.file, change.key + ".lora_B.weight")                            # (out, r*E)
+            if stacked:                                         # rows of one expert: (1, some of in, out)
                 expert, part = rows[0].start, rows[1]
-                low, high = expert_matrices(A, B, tensor.shape[0], expert)                      # (r, in), (out, r)
-                block = merged_weight(block[0].float(), high.T, low[:, part].T, change.scale)[None]
+                low, high = expert_matrices(A, B, tensor.shape[0], expert)
+                A_e, B_e = (low, high) if change.swapped else (high.T, low.T)                   # (r, out), (in, r)
+                block = merged_weight(block[0].float(), A_e, B_e[part], change.scale)[None]
             else:
                 B = read(change.file, change.key + ".lora_B.weight", rows)                      # (rows, r)
                 block = merged_weight(block.float(), A, B, change.scale)

@@ -434,7 +434,8 @@ class Decoder(nn.Module):
         super().__init__()
         # not nn.Embedding(V, D): drawing its weights on the meta device imports the compiler, 0.7 s at every start
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        pad = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=pad)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
 

@@ -1,220 +1,31 @@
-"""Chat formats: how a conversation becomes token ids, and which of them the model learns to produce.
+"""Chat formats at work: a conversation becomes token ids, and which of them the model learns to produce.
 
     python templates.py                                    lists the formats
     python templates.py llama3                             shows an example conversation, marking what carries loss
     python templates.py llama3 --tokenizer path/to/model   the same as that tokenizer cuts it, with ids counted
+    python templates.py --check path/to/model              compares the format with the checkpoint's own chat template
 
-A format is one row of TEMPLATES, pure data. To add one, add a row:
-
-    "mychat": Template(
-        user=("<user>{{content}}</user><bot>",),      # the user's turn, up to where the answer begins
-        assistant=("{{content}}", EOS),               # the answer: all of this is learned
-        system=("<sys>{{content}}</sys>",),
-        prefix=(BOS,),                                # once, before everything
-    ),
-
-A turn is a tuple of slots: a text, in which {{content}} stands for what was said, or BOS, EOS, Token("<name>") for one
-id. Each text is tokenised on its own, so no token ever reaches across the border of two slots. The example above
-therefore never merges the answer with what follows it.
+The formats themselves are the rows of formats.py.
 
 A conversation is a list of {"role": ..., "content": ...}: "user" or "observation" (what a tool returned), answered in
 turn by "assistant" or "function" (the assistant calls a tool; the content is JSON).
 
-Read before: tokenizer.py. Read next: data.py, which reads rows, truncates what is rendered here, and makes labels.
-Sources: the vendors' chat templates in their published tokenizer_config.json; names of the formats as LLaMA-Factory
-spells them, and recorded ids of it as the judge of the slots' borders.
+Read before: formats.py, tokenizer.py. Read next: data.py, which reads rows, truncates what is rendered here, and makes
+labels.
+Sources: the vendors' chat templates in their published tokenizer_config.json; recorded ids of LLaMA-Factory.
 """
 import argparse
-import difflib
+import functools
+import json
 import re
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from tokenizer import load_tokenizer, read_json
-from tools import TOOL_FORMATS, read_tools, render_call
-
-
-@dataclass(frozen=True)
-class Token:
-    """A slot that is one id: the token of this name."""
-
-    name: str
-
-    def __str__(self):
-        return f"[{self.name}]"
-
-
-BOS, EOS = Token("bos"), Token("eos")  # whichever tokens the tokenizer names for these roles
-
-
-@dataclass(frozen=True)
-class Template:
-    """One chat format. All but `user` may be left out."""
-
-    user: tuple
-    assistant: tuple = ("{{content}}", EOS)
-    system: tuple = ("{{content}}",)
-    observation: tuple | None = None  # what a tool returned; None: as `user`
-    function: tuple | None = None  # a tool call; None: as `assistant`
-    prefix: tuple = ()
-    default_system: str = ""  # where a conversation brings no system text
-    tool_format: str = "default"  # a row of TOOL_FORMATS: how tools are described and called
-    stop: tuple = ()  # tokens that end an answer, besides the tokenizer's eos
-    stop_is_eos: bool = False  # stop[0] becomes the tokenizer's eos
-    system_in_user: bool = False  # no system turn: the system text opens the first user's text
-    efficient_eos: bool = False  # answers carry no eos: it is learned at the next turn's first token (data.py does it)
-    thought: tuple = ("<think>\n", "\n</think>\n\n")  # what opens and closes a thought
-    reasoning: bool = False  # every answer begins with a thought, if only an empty one
-    own_jinja: bool = False  # replace the checkpoint's chat template: it describes another format
-    # What choose_template goes by:
-    families: tuple = ()  # model_type in config.json of the models that speak it; () = any model can learn it
-    needs: tuple = ()  # special tokens it cannot do without
-    says: tuple = ()  # texts that give it away in a checkpoint's own chat template
-    name: str = ""  # its key in TEMPLATES
-
-
-CHATML = Template(
-    user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
-    assistant=("{{content}}<|im_end|>\n",),
-    system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
-    stop=("<|im_end|>",), needs=("<|im_start|>", "<|im_end|>"), says=("<|im_start|>",))
-
-QWEN3 = replace(
-    CHATML,
-    observation=("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n"
-                 "<|im_start|>assistant\n",),
-    tool_format="qwen", stop_is_eos=True, families=("qwen3", "qwen3_moe"))
-
-MISTRAL = Template(
-    user=("[INST] {{content}}[/INST]",),
-    assistant=(" {{content}}", EOS),
-    system=("{{content}}\n\n",), system_in_user=True,
-    function=("[TOOL_CALLS] {{content}}", EOS),
-    observation=('[TOOL_RESULTS] {"content": {{content}}}[/TOOL_RESULTS]',),
-    prefix=(BOS,), tool_format="mistral",
-    families=("mistral", "mixtral"), needs=("<s>", "</s>"), says=("[INST] ",))
-
-# The order matters once: where the config names no template, the first row that fits the checkpoint is taken.
-TEMPLATES = {
-    "deepseekr1": Template(
-        user=("<｜User｜>{{content}}<｜Assistant｜>",),
-        prefix=(BOS,), reasoning=True,
-        families=("deepseek_v3", "qwen2", "qwen3", "llama"),
-        needs=("<｜User｜>", "<｜Assistant｜>"), says=("<｜User｜>", "</think>")),
-    "llama3": Template(
-        user=("<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n",),
-        assistant=("{{content}}<|eot_id|>",),
-        system=("<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>",),
-        observation=("<|start_header_id|>ipython<|end_header_id|>\n\n{{content}}<|eot_id|>"
-                     "<|start_header_id|>assistant<|end_header_id|>\n\n",),
-        prefix=(BOS,), tool_format="llama3", stop=("<|eot_id|>", "<|eom_id|>"), stop_is_eos=True,
-        families=("llama",),
-        needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), says=("<|start_header_id|>",)),
-    "llama4": Template(
-        user=("<|header_start|>user<|header_end|>\n\n{{content}}<|eot|><|header_start|>assistant<|header_end|>\n\n",),
-        assistant=("{{content}}<|eot|>",),
-        system=("<|header_start|>system<|header_end|>\n\n{{content}}<|eot|>",),
-        observation=("<|header_start|>ipython<|header_end|>\n\n{{content}}<|eot|>"
-                     "<|header_start|>assistant<|header_end|>\n\n",),
-        prefix=(BOS,), tool_format="llama3", stop=("<|eot|>", "<|eom|>"), stop_is_eos=True,
-        families=("llama4", "llama4_text"),
-        needs=("<|header_start|>", "<|header_end|>", "<|eot|>"), says=("<|header_start|>",)),
-    "qwen3": replace(QWEN3, reasoning=True, says=("<|im_start|>", "</think>")),
-    "qwen3_nothink": QWEN3,
-    "qwen": replace(
-        QWEN3,
-        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        families=("qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
-    "mistral": MISTRAL,  # 7B v0.1 to v0.3, Mixtral
-    "mistral_small": replace(
-        MISTRAL,
-        user=("[INST]{{content}}[/INST]",),
-        assistant=("{{content}}", EOS),
-        system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False,
-        function=("[TOOL_CALLS]{{content}}", EOS),
-        observation=('[TOOL_RESULTS]{"content": {{content}}}[/TOOL_RESULTS]',),
-        says=("[SYSTEM_PROMPT]",)),
-    "ministral": replace(  # Ministral 8B, Nemo
-        MISTRAL,
-        user=("[INST]{{content}}[/INST]",),
-        assistant=("{{content}}", EOS),
-        function=("[TOOL_CALLS]{{content}}", EOS),
-        observation=('[TOOL_RESULTS]{"content": {{content}}}[/TOOL_RESULTS]',),
-        says=("[INST]",)),
-    "llama2": Template(
-        user=(BOS, "[INST] {{content}} [/INST]"),
-        system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True,
-        families=("llama",), needs=("<s>", "</s>"), says=("[INST]", "<<SYS>>")),
-    "phi4": Template(
-        user=("<|im_start|>user<|im_sep|>{{content}}<|im_end|><|im_start|>assistant<|im_sep|>",),
-        assistant=("{{content}}<|im_end|>",),
-        system=("<|im_start|>system<|im_sep|>{{content}}<|im_end|>",),
-        stop=("<|im_end|>",), stop_is_eos=True,
-        families=("phi3",), needs=("<|im_start|>", "<|im_sep|>", "<|im_end|>"), says=("<|im_sep|>",)),
-    "gemma": Template(
-        user=("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
-        assistant=("{{content}}<end_of_turn>\n",),
-        system=("{{content}}\n\n",), system_in_user=True,
-        observation=("<start_of_turn>tool\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
-        prefix=(BOS,), stop=("<end_of_turn>",), stop_is_eos=True,
-        families=("gemma",), needs=("<start_of_turn>", "<end_of_turn>"), says=("<start_of_turn>",)),
-    "glm4": Template(
-        user=("<|user|>\n{{content}}<|assistant|>",),
-        assistant=("\n{{content}}",), function=("{{content}}",), efficient_eos=True,
-        system=("<|system|>\n{{content}}",),
-        observation=("<|observation|>\n{{content}}<|assistant|>",),
-        prefix=("[gMASK]<sop>",), tool_format="glm4", stop=("<|user|>", "<|observation|>"),
-        families=("glm", "glm4", "chatglm"),
-        needs=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"), says=("[gMASK]", "<sop>")),
-    "chatglm3": Template(
-        user=(Token("<|user|>"), "\n", "{{content}}", Token("<|assistant|>")),
-        assistant=("\n", "{{content}}"), function=("{{content}}",), efficient_eos=True,
-        system=(Token("<|system|>"), "\n", "{{content}}"),
-        observation=(Token("<|observation|>"), "\n", "{{content}}", Token("<|assistant|>")),
-        prefix=(Token("[gMASK]"), Token("sop")), tool_format="glm4", stop=("<|user|>", "<|observation|>"),
-        families=("chatglm",), needs=("[gMASK]", "sop", "<|user|>", "<|assistant|>"), says=("[gMASK]", "sop")),
-    "baichuan2": Template(
-        user=("<reserved_106>{{content}}<reserved_107>",),
-        assistant=("{{content}}",), efficient_eos=True,
-        families=("baichuan",), needs=("<reserved_106>", "<reserved_107>"), says=("<reserved_106>",)),
-    "baichuan": Template(
-        user=(Token("<reserved_102>"), "{{content}}", Token("<reserved_103>")),
-        assistant=("{{content}}",), efficient_eos=True,
-        families=("baichuan",), needs=("<reserved_102>", "<reserved_103>"), says=("<reserved_102>",)),
-    "xverse": Template(
-        user=("Human: {{content}}\n\nAssistant: ",),
-        families=("xverse",), says=("Human: ", "Assistant: ")),
-    "deepseek": Template(
-        user=("User: {{content}}\n\nAssistant:",),
-        system=("{{content}}\n\n",),
-        prefix=(BOS,),
-        families=("llama", "deepseek_v2"), needs=("<｜begin▁of▁sentence｜>",), says=("User: ", "Assistant:")),
-    "yi": replace(CHATML, families=("llama",), needs=("<|startoftext|>", "<|im_start|>", "<|im_end|>")),
-    # Formats that any model can be taught:
-    "chatml": replace(
-        CHATML,
-        observation=("<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
-        stop=("<|im_end|>", "<|im_start|>"), stop_is_eos=True, own_jinja=True),
-    "vicuna": Template(
-        user=("USER: {{content}} ASSISTANT:",),
-        default_system="A chat between a curious user and an artificial intelligence assistant. "
-                       "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-        own_jinja=True, says=("USER: ", "ASSISTANT:")),
-    "alpaca": Template(
-        user=("### Instruction:\n{{content}}\n\n### Response:\n",),
-        assistant=("{{content}}", EOS, "\n\n"),
-        default_system="Below is an instruction that describes a task. "
-                       "Write a response that appropriately completes the request.\n\n",
-        own_jinja=True, says=("### Instruction:", "### Response:")),
-    "default": Template(
-        user=("Human: {{content}}", EOS, "\nAssistant:"),
-        assistant=("{{content}}", EOS, "\n"),
-        system=("System: {{content}}", EOS, "\n"),
-        own_jinja=True, says=("Human: ", "Assistant:")),
-    "empty": Template(user=("{{content}}",), assistant=("{{content}}",)),
-}
-TEMPLATES = {name: replace(row, name=name) for name, row in TEMPLATES.items()}
+from formats import BOS, EOS, TEMPLATES, Template, Token, find_template, unknown, written_template
+from sandbox import render_chats
+from tokenizer import load_tokenizer, read_json, token_text
+from tools import TOOL_FORMATS, describe_tools, render_call, shorten
 
 
 # ------------------------------------------------------------------------------------------------- a conversation
@@ -318,8 +129,7 @@ def render_opening(template, tokenizer, system, tools):
     if not system and not tools:
         return opening, ""
     if tools:
-        listed = read_tools(tools)
-        system += TOOL_FORMATS[template.tool_format].describe(listed) if listed else ""
+        system += describe_tools(template.tool_format, tools)
     if template.system_in_user:
         return opening, template.system[0].replace("{{content}}", system, 1)
     return opening + fill(template.system, tokenizer, system), ""
@@ -446,54 +256,88 @@ def write_jinja(template, tokenizer):
         + turns + "{% endfor %}")
 
 
-def choose_template(name, tokenizer, model_type=None, force=False):
+def choose_template(said, tokenizer, model_type=None, force=False):
     """Check the template the config names, or find one where it names none. -> (Template, why); why: to be announced.
 
-    model_type: as in config.json. force: take a template that does not fit all the same.
+    said: the config's `template`, a name, a mapping (see formats.py) or None. model_type: as in config.json.
+    force: take a template that does not fit all the same.
     Raises ValueError naming a template that fits when this one does not, or when none can be found.
     """
-    if name and name not in TEMPLATES:
-        raise ValueError(unknown("template", name, TEMPLATES))
+    if said:
+        template = find_template(said)
+        if template.tool_format not in TOOL_FORMATS:
+            raise ValueError(f"template: {unknown('tool_format', template.tool_format, TOOL_FORMATS)}")
+        wrong = misfit(template, tokenizer, model_type)
+        if wrong and not force:
+            best = [row.name for row, _ in fitting_templates(tokenizer, model_type)] or ["default"]
+            raise ValueError(f"template {template.name!r} {wrong}. Try template: {best[0]} "
+                             "(or force_template: true to use this one all the same)")
+        return template, f"forced: it {wrong}" if wrong else "as the config says"
+    who = f"{tokenizer.name}, model_type {model_type}"
+    for template, sign in fitting_templates(tokenizer, model_type):
+        return template, f"chosen for {who}: {sign}"
+    raise ValueError(f"no template is set, and this checkpoint ({who}) does not show which one it was made for. "
+                     f"Set template: to one of {', '.join(TEMPLATES)}")
+
+
+def fitting_templates(tokenizer, model_type):
+    """The rows that suit a checkpoint, best first. -> [(row, why)]
+
+    What its own chat template says goes before what its tokens could speak, and of several rows that it could mean,
+    those that write the same text go first.
+    """
     fitting = [row for row in TEMPLATES.values() if not misfit(row, tokenizer, model_type)]
     own = tokenizer.chat_template
-    if own:  # what the checkpoint says of itself goes before what its vocabulary suggests
-        fitting = [row for row in fitting if row.says and all(text in own for text in row.says)]
-    else:
-        fitting = [row for row in fitting if row.families or row.needs]
-    who = f"{tokenizer.name}, model_type {model_type}"
-    if name:
-        wrong = misfit(TEMPLATES[name], tokenizer, model_type)
-        if wrong and not force:
-            raise ValueError(f"template {name!r} {wrong}. Try template: {fitting[0].name if fitting else 'default'} "
-                             "(or force_template: true to use this one all the same)")
-        return TEMPLATES[name], f"forced: it {wrong}" if wrong else "as the config says"
-    if not fitting:
-        raise ValueError(f"no template is set, and this checkpoint ({who}) does not show which one it was made for. "
-                         f"Set template: to one of {', '.join(TEMPLATES)}")
-    sign = "its chat template has " + " and ".join(map(repr, fitting[0].says)) if own else "by the tokens it has"
-    return fitting[0], f"chosen for {who}: {sign}"
+    if not own:
+        known = [row for row in fitting if row.families or row.needs]
+        known.sort(key=lambda row: -len(row.needs))  # tokens say more than the model_type; else the order of the table
+        return [(row, "by the tokens it has") for row in known]
+    told = [row for row in fitting if row.says and all(text in own for text in row.says)]
+    same = []
+    if len(told) != 1:
+        rendered = render_theirs(tokenizer)
+        same = [row for row in told or fitting if agrees(row, tokenizer, rendered)]
+    told.sort(key=lambda row: (row not in same, -len(row.says)))  # more signs, better known
+    return [(row, "its chat template has " + " and ".join(map(repr, row.says))) for row in told] or [
+        (row, "its chat template writes the same text") for row in same]
 
 
-def stored_template(folders, asked, force):
-    """The format to use with what was trained: the one asked for, else the one training stored beside it. -> (name, force)
+def stored_template(folders, said, force):
+    """The format to use with what was trained: the one asked for, else the one stored beside it. -> (said, force)
 
-    folders: of adapters or models; train_config.json in them says what they were trained with. The name is None when
-    nothing is asked for or stored. force: take a stored format without checking that it fits; training has done so.
+    folders: of adapters or models; train_config.json in them says what they were trained with.
+    said: the config's `template`, a name, a mapping or None; what comes back is one of these too, None when nothing is
+    asked for or stored.
+    force: take a stored format without checking that it fits; training has done so.
     Raises ValueError when the one asked for is another than the one stored, and `force` is off.
     """
     stored = {folder: read_json(folder / "train_config.json").get("template") for folder in folders}
-    found = [name for name in stored.values() if name]
-    name = asked or (found[0] if found else None)
+    found = [other for other in stored.values() if other]
+    said = said or (found[0] if found else None)
     for folder, other in stored.items():
-        if other and other != name and not force:
-            raise ValueError(f"template: {name}, but {folder} was trained with {other}. Leave template out, or set "
-                             "force_template: true")
-    return name, force or name in found
+        if other and not force and not same_format(other, said):
+            raise ValueError(f"template: {name_of(said)}, but {folder} was trained with {name_of(other)}"
+                             f"{' of another wording' if name_of(said) == name_of(other) else ''}. Leave template out, "
+                             "or set force_template: true")
+    return said, force or any(same_format(other, said) for other in found)
+
+
+def same_format(one, other):
+    """Do two values of `template` mean the same? A row written out as a mapping is the row."""
+    return one == other or isinstance(one, dict) and isinstance(other, dict) and \
+        find_template(one) == find_template(other)
+
+
+def name_of(said):
+    """The name of a format as a config gives it, for messages."""
+    return said.get("name", "custom") if isinstance(said, dict) else said
 
 
 def misfit(template, tokenizer, model_type):
     """Why this template does not suit this tokenizer and model, or "" if it does."""
-    lacking = [token for token in template.needs if not tokenizer.knows(token)]
+    as_ids = [slot.name for slots in (template.prefix, template.user) for slot in slots if isinstance(slot, Token)]
+    lacking = [token for token in template.needs
+               if not tokenizer.knows(token) and not (token in as_ids and tokenizer.id_of(token) is not None)]
     if lacking:
         return f"uses {lacking[-1]!r}, which this tokenizer lacks ({tokenizer.name})"
     if model_type and template.families and model_type not in template.families:
@@ -501,10 +345,166 @@ def misfit(template, tokenizer, model_type):
     return ""
 
 
-def unknown(what, found, known):
-    """The message for a name that is not in a table: the nearest one, and all of them."""
-    near = difflib.get_close_matches(str(found), known, 1)
-    return f"unknown {what} {found!r}{f' (did you mean {near[0]!r}?)' if near else ''}. Known: {', '.join(known)}"
+# ------------------------------------------------------------------- a format and the checkpoint's own chat template
+
+SYSTEM = "Answer in one sentence."
+MARK = "\ue000"  # stands for a system text; nobody types it
+ASKED = [{"role": "user", "content": "What is 2 + 3?"}]
+ONE_TURN = [*ASKED, {"role": "assistant", "content": "2 + 3 = 5."}]
+TWO_TURNS = [*ONE_TURN, {"role": "user", "content": "为什么？ 😀"}, {"role": "assistant", "content": "因为。\n\nSo."}]
+SPACED = [{**message, "content": f"  {message['content']} \n"} for message in TWO_TURNS]
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "description": "its name"}}, "required": ["city"]}}}]
+CALLED = [*ASKED, {"role": "function", "content": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+          {"role": "observation", "content": '{"celsius": -3}'}, {"role": "assistant", "content": "-3 °C."}]
+CHATS = {  # what a comparison is called: the messages, the system text, the tools
+    "one turn": (ONE_TURN, None, None),
+    "two turns": (TWO_TURNS, None, None),
+    "system text": (TWO_TURNS, SYSTEM, None),
+    "prompt": (ASKED, None, None),  # up to where the answer begins
+    "later prompt": (TWO_TURNS[:3], None, None),
+    "white space": (SPACED, None, None),
+    "list of tools": (ONE_TURN, SYSTEM, TOOLS),
+    "tool call": (CALLED, None, None),
+}
+
+
+def check_template(template, tokenizer, tools=False):
+    """Compare a format with the chat template that the checkpoint carries, on the conversations of CHATS.
+
+    tokenizer: as it was loaded, before fit_tokenizer, which may change its eos and its chat template.
+    tools: the conversations with tools too; vendors describe tools in words of their own.
+    -> lines to show, none where all is equal or the checkpoint carries no chat template. Takes about 0.1 s. Lines that
+    begin with "known: " name differences that are well understood; the others show where the texts part.
+    """
+    return compare_chats(template, tokenizer, render_theirs(tokenizer, tools)) if tokenizer.chat_template else []
+
+
+def agrees(template, tokenizer, rendered):
+    """Does the format write what the checkpoint's chat template writes, but for known differences?"""
+    return all(line.startswith("known: ") for line in compare_chats(template, tokenizer, rendered))
+
+
+def render_theirs(tokenizer, tools=False):
+    """{name: (text or None, error)} of the conversations of CHATS, by the checkpoint's own chat template."""
+    chats = {name: chat for name, chat in CHATS.items() if tools or "tool" not in name}
+    tokens = {role: token_text(token) for role, token in tokenizer.config.items() if role.endswith("_token")}
+    tokens = {role: text for role, text in tokens.items() if isinstance(text, str)}
+    texts = render_chats(tokenizer.chat_template, tokens, [vendor_chat(*chat) for chat in chats.values()])
+    return dict(zip(chats, texts))
+
+
+def compare_chats(template, tokenizer, rendered):
+    """The lines of check_template."""
+    found = {}  # what there is to say: which conversations show it, and how it looks in the first of them
+    for name, (theirs, error) in rendered.items():
+        try:
+            remark, detail = compare_chat(template, tokenizer, CHATS[name], theirs, error)
+        except ValueError as wrong:  # a token that this tokenizer lacks
+            remark, detail = f"cannot be compared: {wrong}", ""
+        if remark:
+            found.setdefault(remark, ([], detail))[0].append(name)
+    lines = [f"{remark} (in: {', '.join(names)}){detail}" for remark, (names, detail) in found.items()]
+    return sorted(lines, key=lambda line: line.startswith("known: "))
+
+
+def vendor_chat(messages, system, tools):
+    """A conversation of CHATS as chat templates expect it."""
+    chat = [{"role": "system", "content": system}] if system else []
+    for message in messages:
+        if message["role"] == "function":
+            call = {"id": "call00001", "type": "function", "function": json.loads(message["content"])}
+            chat.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif message["role"] == "observation":
+            chat.append({"role": "tool", "tool_call_id": "call00001", "name": "weather", "content": message["content"]})
+        else:
+            chat.append(message)
+    return {"messages": chat, "tools": tools, "add_generation_prompt": len(messages) % 2 == 1}
+
+
+def our_text(template, tokenizer, messages, system, tools):
+    """The same conversation in our format. -> (text, ids)"""
+    is_prompt = len(messages) % 2 == 1
+    messages = messages + [{"role": "assistant", "content": ""}] * is_prompt
+    turns = render_turns(template, tokenizer, messages, system, tools, only_last=True)
+    pieces = [piece for turn in turns for part in turn for piece in part]
+    pieces = pieces[:len(pieces) - len(turns[-1][1])] if is_prompt else pieces
+    text = "".join(tokenizer.core.id_to_token(piece) if isinstance(piece, int) else piece for piece in pieces)
+    return text, encode_pieces(tokenizer, [pieces])[0]
+
+
+def compare_chat(template, tokenizer, chat, theirs, error):
+    """One conversation. theirs: its text by the checkpoint's chat template, None: see error. -> (remark, detail)"""
+    messages, system, tools = chat
+    ours, ids = our_text(template, tokenizer, *chat)
+    if theirs is None:
+        kind = "known: its" if system or messages is CALLED else "its"  # many know no system text, or no tools
+        return f"{kind} chat template refuses this: {error}", ""
+    if theirs == ours:
+        return different_ids(tokenizer, ids, theirs)
+    for what, given, sign in (("system text", system, SYSTEM), ("tools", tools, "Weather of a city"),
+                              ("tool call", messages is CALLED, "Oslo")):
+        if given and sign not in theirs:
+            return f"known: its chat template leaves the {what} out", ""
+    stripped = [{**message, "content": message["content"].strip()} for message in messages]
+    silent, default = replace(template, default_system=""), shorten(template.default_system, 60)
+    for row, one in ((template, []), (silent, [f"has no default system text, ours is {default}"])):
+        for said, two in ((messages, []), (stripped, ["strips white space around texts"])):
+            differences = known_differences(row, tokenizer, (said, system, tools), theirs)
+            if differences is not None:
+                return "known: its chat template " + " and ".join(one + two + differences), ""
+    at = first_difference(ours, theirs)
+    ours, theirs = (repr(text[max(at - 40, 0):at + 40]) for text in (ours, theirs))
+    return ("its chat template writes another text",
+            f", from character {at} on\n    ours    {ours}\n    theirs  {theirs}")
+
+
+def known_differences(template, tokenizer, chat, theirs):
+    """-> what differs, in words, if all of it is well understood; else None."""
+    messages, system, tools = chat
+    opens, closes = (re.escape(word.strip()) for word in template.thought)
+    ends = "|".join(re.escape(token) for token in (tokenizer.eos_token, *template.stop) if token)
+    known = {
+        "tells the date": r"(?:Cutting Knowledge|Today) Date: .*\n+",
+        "disagrees on empty thoughts": rf"{opens}\s*{closes}(?:\n\n)?",
+        **({"opens a thought at the end of a prompt": rf"{opens}\s*$"} if len(messages) % 2 else
+           {"ends the last answer otherwise": rf"(?:\s|{ends or ' '})+$"}),
+    }
+
+    def bare(text):
+        return functools.reduce(lambda left, pattern: re.sub(pattern, "", left), known.values(), text)
+
+    ours, _ = our_text(template, tokenizer, *chat)
+    remarks = [remark for remark, pattern in known.items() if re.findall(pattern, ours) != re.findall(pattern, theirs)]
+    must_end = ends and not (len(messages) % 2 or template.efficient_eos)
+    if must_end and re.search(rf"(?:{ends})\s*$", theirs) and not re.search(rf"(?:{ends})\s*$", ours):
+        return None  # the model would never learn to end
+    if bare(ours) == bare(theirs):
+        return remarks
+    marked, _ = our_text(template, tokenizer, messages, MARK, None)
+    frame = "(.*)".join(map(re.escape, bare(marked).split(MARK)))
+    found = None if tools else re.fullmatch(frame, bare(theirs), re.DOTALL)
+    if not found or found[1].isspace() or any(isinstance(part, int) for part in tokenizer.marked(found[1])):
+        return None  # more than another system text
+    own, other = system or template.default_system, found[1]
+    return [*remarks, "has an empty system turn" if other == own else
+            f"says {shorten(other, 60)} for the system text {shorten(own, 60)}"]
+
+
+def different_ids(tokenizer, ours, text):
+    """(remark, detail) on ids that slots give one by one, and the same text in one go; empty if they are the same."""
+    theirs = tokenizer.encode(text)
+    if ours == theirs or tokenizer.split_special_tokens:
+        return "", ""
+    at = first_difference(ours, theirs)
+    ours, theirs = ([tokenizer.core.id_to_token(i) for i in ids[max(at - 1, 0):at + 2]] for ids in (ours, theirs))
+    return ("known: the same text in other tokens, since slots are tokenised one by one",
+            f": ours {ours}, in one go {theirs}")
+
+
+def first_difference(one, other):
+    """Where two texts or lists part."""
+    return next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
 
 
 # ------------------------------------------------------------------------------------------------- as a script
@@ -532,14 +532,15 @@ def main(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("template", nargs="?", help="a row of the table")
     parser.add_argument("--tokenizer", help="folder of a checkpoint, to see ids too")
+    parser.add_argument("--check", metavar="DIR", help="compare with the chat template of this checkpoint")
     options = parser.parse_args(arguments)
+    if options.check:
+        return print_check(Path(options.check), options.template)
     if options.template is None:
         for name, row in TEMPLATES.items():
             print(f"{name:15s} {', '.join(row.families) or 'any model':35s} {''.join(map(str, row.user))!r}")
         return
-    if options.template not in TEMPLATES:
-        raise ValueError(unknown("template", options.template, TEMPLATES))
-    template, tokenizer = TEMPLATES[options.template], NoTokenizer()
+    template, tokenizer = find_template(options.template), NoTokenizer()
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)
         print(f"ends an answer: {fit_tokenizer(template, tokenizer)}")
@@ -548,6 +549,19 @@ def main(arguments):
             count = f"{len(encode_pieces(tokenizer, [pieces])[0]):4d} tokens " if options.tokenizer else ""
             shown = [tokenizer.decode([p]) if isinstance(p, int) else p for p in pieces]
             print(mark, count, *map(repr, shown))
+
+
+def print_check(folder, name=None):
+    """Compare a format, by default the one that would be chosen, with the chat template in this folder."""
+    tokenizer = load_tokenizer(folder)
+    model_type = read_json(folder / "config.json").get("model_type")
+    said, force = stored_template([folder], name, force=True)
+    template, why = choose_template(said, tokenizer, model_type, force)
+    print(f"template  {template.name} ({why})")
+    if not tokenizer.chat_template:
+        return print(f"{folder} carries no chat template to compare with")
+    lines = check_template(template, tokenizer, tools=True)
+    print(*lines or ["equal in text and ids: " + ", ".join(CHATS)], sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,14 @@ import re
 from dataclasses import dataclass
 
 
+def describe_tools(tool_format, tools):
+    """The text about the tools in a row's tools column. tool_format: a row of TOOL_FORMATS."""
+    listed, row = read_tools(tools), TOOL_FORMATS[tool_format]
+    if row.as_written:
+        return row.describe(tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False))
+    return row.describe(listed) if listed else ""
+
+
 def read_tools(tools):
     """The tools column: a JSON list of functions, plain or wrapped as OpenAI does. -> list of wrapped ones."""
     if isinstance(tools, str):
@@ -31,7 +39,7 @@ def read_tools(tools):
 
 
 def render_call(template, text):
-    """A function message, JSON with maybe a thought before it, as the model of this chat format (templates.py) writes it."""
+    """A function message, JSON with maybe a thought before it, as the model of this chat format writes it."""
     lead, calls = read_call(text, template.thought)
     if lead and template.function and not template.function[0].startswith("{{content}}"):
         raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, so no text can stand "
@@ -165,12 +173,17 @@ def call_glm4(calls):
     return "{}\n{}".format(*calls[0])
 
 
+def describe_phi4_mini(text):
+    return f"<|tool|>{text}<|/tool|>"
+
+
 @dataclass(frozen=True)
 class ToolFormat:
     """describe(tools) -> text added to the system text; call(calls) -> text of a tool call."""
 
     describe: object
     call: object
+    as_written: bool = False  # describe gets the JSON text as it stands in the row
 
 
 TOOL_FORMATS = {
@@ -179,6 +192,7 @@ TOOL_FORMATS = {
     "mistral": ToolFormat(describe_mistral, call_mistral),
     "qwen": ToolFormat(describe_qwen, call_qwen),
     "glm4": ToolFormat(describe_glm4, call_glm4),
+    "phi4_mini": ToolFormat(describe_phi4_mini, call_default, as_written=True),
 }
 
 

@@ -21,8 +21,9 @@ from attention import Layout, pick_device, pick_kernel          # before torch: 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (STATE_FILES, checkpoints_in, find_checkpoint, into_folder, load_adapter, load_model,
-                        load_training_state, new_folder, save_adapter, save_model, save_training_state, write_json)
+from checkpoint import (STATE_FILES, adapter_tensors, checkpoints_in, find_checkpoint, into_folder, load_adapter,
+                        load_model, load_training_state, new_folder, open_tensors, save_adapter, save_model,
+                        save_training_state, write_json)
 from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
 from data import collate, epoch_order, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
@@ -32,7 +33,7 @@ from losses import balance_loss, cross_entropy_sum
 from model import CausalLM, attention_needs, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
-from templates import choose_template, fit_tokenizer, stored_template
+from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer, read_json
 
 
@@ -53,14 +54,17 @@ def main(argv):
     adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
     name, force = stored_template([resume] if resume else adapters, config.template, config.force_template)
     template, why = choose_template(name, tokenizer, shape.model_type, force)
+    remarks = check_template(template, tokenizer) if config.stage == "sft" else []      # before the latter is changed
     fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
-    settings = {**as_dict(config), "template": template.name, "versions": versions()}
+    settings = {**as_dict(config), "template": written_template(template), "versions": versions()}
     print_pairs("settings that differ from the defaults", non_default(config))
     if ignored := ignored_keys(config):
         print(f"  accepted, no effect here: {', '.join(ignored)}")
     if resume and (changed := changed_settings(resume, settings)):
         print_pairs(f"settings changed since {resume}", changed)
     print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template.name} ({why})"})
+    for note in [*shape.notes, *(f"template {template.name}: {remark}" for remark in remarks)]:
+        print(f"  note: {note}")
     train_set, eval_set, counts = load_examples(config, tokenizer, template)
     print_counts(counts)
     if eval_set and not config.do_eval:
@@ -195,7 +199,7 @@ def main(argv):
     log.write(state["step"], state["epoch"])
     log.close()
     if config.load_best_model_at_end and state["best"]:
-        load_best(config, model, weights, output, state["best"])
+        load_best(config, model, output, state["best"])
     with into_folder(output) as folder:
         save_weights(config, model, lora, folder, base, tokenizer, settings)
     trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
@@ -503,15 +507,14 @@ def save_weights(config, model, lora, folder, base, tokenizer, settings):
 
 
 @torch.no_grad()
-def load_best(config, model, weights, output, best):
+def load_best(config, model, output, best):
     """Put the weights of the best checkpoint back into the model."""
     folder = output / f"checkpoint-{best[0]}"
     other = load_model(folder, torch.float32) if config.finetuning_type == "full" else None
     if other is None:
-        from checkpoint import PREFIX, open_tensors
         with open_tensors(folder / "adapter_model.safetensors") as tensors:
-            for name, p in weights.items():
-                p.copy_(tensors.get_tensor(PREFIX + name))
+            for name, p in adapter_tensors(model).items():
+                p.copy_(tensors.get_tensor(name))
     else:
         for (_, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
             p.copy_(q)

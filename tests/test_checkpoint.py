@@ -15,13 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoint
-from checkpoint import (CODES, checkpoints_in, find_checkpoint, folded_under, into_folder, load_model,
-                        load_training_state, new_folder, open_tensors, plan_shards, save_adapter, save_model,
-                        save_training_state, tensor_files, warn_of_folded, write_json, write_tensors)
+from checkpoint import (BUFFERS, CODES, PICKLES_ARE_SAFE, checkpoints_in, find_checkpoint, folded_under, into_folder,
+                        load_model, load_training_state, new_folder, open_tensors, plan_shards, save_adapter,
+                        save_model, save_training_state, stored_as, tensor_files, warn_of_folded, write_json,
+                        write_tensors)
 from lora import LoRAConfig, attach_lora
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_model import tiny, write
@@ -55,11 +56,14 @@ def test_a_folder_that_does_not_exist_gets_the_nearest_name(tmp_path, monkeypatc
 # ---- finding, on the hub ----
 
 FILES = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors": b"weights", "README.md": b"text",
-         "consolidated.safetensors": b"weights again", "original/params.json": b"{}", "pytorch_model.bin": b"pickle"}
+         "consolidated.safetensors": b"weights again", "original/params.json": b"{}", "pytorch_model.bin": b"pickle",
+         "modeling_tiny.py": b"code"}
+PICKLED = {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"pickle", "training_args.bin": b"arguments",
+           "pytorch_model.bin.index.json": b"{}"}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as huggingface.co does: one good repository, one gated, one unknown, one that fails."""
+    """Answers as huggingface.co does: one good repository, one with pickles only, one gated, one unknown, one that fails."""
 
     def do_GET(self):
         path, commit = self.path.split("?")[0], "a" * 40
@@ -69,14 +73,15 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(401, error="RepoNotFound")
         if "acme/tiny/revision/nope" in path:
             return self.answer(404, error="RevisionNotFound")
-        if "acme/tiny/revision" in path:
-            files = [{"rfilename": name} for name in FILES]
-            return self.answer(200, {"id": "acme/tiny", "sha": commit, "siblings": files, "private": False, "tags": []})
-        if "acme/tiny/tree" in path:
-            return self.answer(200, [{"type": "file", "path": name, "size": len(data), "oid": "b" * 40}
-                                     for name, data in FILES.items()])
-        if "acme/tiny/resolve" in path:
-            return self.answer(200, FILES[path.split(f"{commit}/")[1]], commit)
+        for name, files in (("acme/tiny", FILES), ("acme/pickled", PICKLED)):
+            if f"{name}/revision" in path:
+                listing = [{"rfilename": file} for file in files]
+                return self.answer(200, {"id": name, "sha": commit, "siblings": listing, "private": False, "tags": []})
+            if f"{name}/tree" in path:
+                return self.answer(200, [{"type": "file", "path": file, "size": len(data), "oid": "b" * 40}
+                                         for file, data in files.items()])
+            if f"{name}/resolve" in path:
+                return self.answer(200, files[path.split(f"{commit}/")[1]], commit)
         self.answer(500)
 
     do_HEAD = do_GET
@@ -127,14 +132,16 @@ def test_hub(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
     try:
-        good, gated, unknown, revision, name, failing = ask(
-            tmp_path, endpoint, ["acme/tiny"], ["acme/gated"], ["acme/unknown"], ["acme/tiny", "nope"], ["acme/a--b"],
-            ["acme/failing"])
+        good, pickled, gated, unknown, revision, name, failing = ask(
+            tmp_path, endpoint, ["acme/tiny"], ["acme/pickled"], ["acme/gated"], ["acme/unknown"], ["acme/tiny", "nope"],
+            ["acme/a--b"], ["acme/failing"])
     finally:
         server.shutdown()
         server.server_close()
     assert good[0].startswith(str(tmp_path))                            # HF_HOME
-    assert good[1] == ["config.json", "model.safetensors", "tokenizer.json"]      # no pickles, nothing twice
+    assert good[1] == ["config.json", "model.safetensors", "modeling_tiny.py", "tokenizer.json"]    # nothing twice
+    weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []    # nothing that could not be read
+    assert pickled[1] == ["config.json", *weights, "pytorch_model.bin.index.json"]
     for error, words in [
             (gated, "gated: accept its licence at https://huggingface.co/acme/gated, then log in with `hf auth login`"),
             (unknown, "acme/unknown is neither a local folder nor a repository of the hub"),
@@ -144,8 +151,8 @@ def test_hub(tmp_path):
         assert error[0] == "FileNotFoundError" and words in error[1], error
 
     # the server is gone: what was fetched is still found, what was not says why
-    cached, absent = ask(tmp_path, endpoint, ["acme/tiny"], ["acme/other"], HF_HUB_OFFLINE="1")
-    assert cached == good
+    cached, also, absent = ask(tmp_path, endpoint, ["acme/tiny"], ["acme/pickled"], ["acme/other"], HF_HUB_OFFLINE="1")
+    assert cached == good and also == pickled
     assert absent[0] == "FileNotFoundError"
     assert "(HF_HUB_OFFLINE is set)" in absent[1] and "hf download acme/other" in absent[1]
 
@@ -258,7 +265,7 @@ def test_disk_full_in_the_middle_is_an_oserror_and_leaves_nothing(tmp_path, no_f
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["llama3_sharded", "qwen2_bf16", "qwen2_tied", "qwen3", "mistral"])
+@pytest.mark.parametrize("name", ["llama3_sharded", "qwen2_bf16", "qwen2_tied", "qwen3", "llama4", "llama4_nested"])
 def test_load_then_save_gives_the_same_tensors(name, tmp_path):
     source = GOLDEN / "models" / name
     before = {tensor: load_file(file)[tensor] for tensor, file in tensor_files(source).items()}
@@ -312,6 +319,139 @@ def test_files_that_are_not_safetensors(content, tmp_path):
     with pytest.raises(ValueError, match="x.safetensors is damaged or incomplete .*; fetch it again"):
         with open_tensors(tmp_path / "x.safetensors"):
             pass
+
+
+# ---- buffers of older tools ----
+
+
+def test_buffers_in_the_files_are_known_and_weights_are_not_taken_for_them():
+    """The names that Llama, Baichuan, XVERSE, ChatGLM and Qwen 1 files hold, and weights that look like them."""
+    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.31.self_attn.rotary_emb.cos_cached",
+                 "model.layers.0.self_attn.rotary_emb.sin_cached", "transformer.rotary_pos_emb.inv_freq",
+                 "transformer.rotary_emb.inv_freq", "transformer.h.0.attn.rotary_emb.inv_freq",
+                 "transformer.h.0.attn.masked_bias", "model.rotary_emb.original_inv_freq"):
+        assert BUFFERS.fullmatch(name), name
+    for name in ("transformer.h.0.attn.bias", "model.layers.0.self_attn.bias", "transformer.h.0.attn.c_attn.bias",
+                 "model.layers.0.self_attn.masked_bias", "model.layers.0.self_attn.rotary_emb.weight", "inv_freq",
+                 "model.layers.0.self_attn.rotary_emb.inv_freq.weight", "model.my_rotary_emb.inv_freq"):
+        assert not BUFFERS.fullmatch(name), name
+
+
+def test_a_tensor_that_is_no_buffer_stops_the_load(tmp_path):
+    folder = write(tmp_path, tiny())
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
+    load_model(folder)
+    save_file({**tensors, "model.layers.0.self_attn.bias": torch.ones(4)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="not used: 1, such as model.layers.0.self_attn.bias"):
+        load_model(folder)
+
+
+# ---- pickles ----
+
+needs_safe_pickles = pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles")
+
+
+def pickled(folder, shards=1, **more):
+    """The tiny model as pytorch_model.bin, or in shards with an index."""
+    folder = write(folder, tiny())
+    tensors = load_file(folder / "model.safetensors") | more
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return folder
+    where = {name: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, name in enumerate(tensors)}
+    for file in set(where.values()):
+        torch.save({name: t for name, t in tensors.items() if where[name] == file}, folder / file)
+    write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": where})
+    return folder
+
+
+@needs_safe_pickles
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_pickled_checkpoint_is_read_like_any_other(shards, tmp_path):
+    folder, want = pickled(tmp_path, shards, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}), tiny()
+    model = load_model(folder)
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in want.named_parameters())
+    assert {p.dtype for p in load_model(folder, torch.bfloat16).parameters()} == {torch.bfloat16}
+    files = tensor_files(folder)
+    assert len(set(files.values())) == shards
+    assert stored_as(files["lm_head.weight"], "lm_head.weight") == ((50, 32), torch.float32)
+    with open_tensors(files["lm_head.weight"]) as tensors:
+        assert torch.equal(tensors.get_slice("lm_head.weight")[3:7], want.lm_head.weight[3:7])
+
+
+@needs_safe_pickles
+def test_safetensors_win_where_both_exist(tmp_path):
+    folder = pickled(tmp_path)
+    (folder / "pytorch_model.bin").rename(tmp_path / "kept")
+    write(tmp_path, tiny())
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    write_json(folder / "pytorch_model.bin.index.json", {"weight_map": {}})
+    load_model(folder)
+    assert set(tensor_files(folder).values()) == {folder / "model.safetensors"}
+
+
+class Other:
+    """Something that is no tensor."""
+
+
+@needs_safe_pickles
+@pytest.mark.parametrize("damage, words", [
+    (lambda file: file.write_bytes(file.read_bytes()[:-200]), "pytorch_model.bin is damaged, incomplete, or older"),
+    (lambda file: file.write_bytes(b""), "pytorch_model.bin is damaged, incomplete, or older"),
+    (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "pytorch_model.bin .* fetch it again"),
+    (lambda file: torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=False), "older than torch 1.6"),
+    (lambda file: torch.save({"a": Other()}, file), "holds other things than tensors, which are not read"),
+    (lambda file: torch.save({"model": {"a": torch.ones(1)}}, file), "is not a dict of tensors"),
+    (lambda file: torch.save([torch.ones(1)], file), "is not a dict of tensors"),
+    (lambda file: torch.save({"lm_head.weight": torch.ones(1)}, file), "missing: 24"),
+], ids=["cut", "empty", "text", "old", "object", "nested", "list", "incomplete"])
+def test_pickles_that_are_not_read(damage, words, tmp_path):
+    folder = pickled(tmp_path)
+    damage(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=words):
+        load_model(folder)
+
+
+@needs_safe_pickles
+def test_an_index_that_names_more_than_the_pickle_holds(tmp_path):
+    folder = pickled(tmp_path, 2)
+    file = tensor_files(folder)["lm_head.weight"]
+    torch.save({}, file)
+    with pytest.raises(ValueError, match="holds no .*, which the index says it does; fetch both again"):
+        load_model(folder)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="pytorch_model.bin.index.json names 1 file.s. that are not there"):
+        load_model(folder)
+
+
+def test_pickles_are_refused_before_torch_2_6(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PICKLES_ARE_SAFE", False)
+    with pytest.raises(ValueError, match="safe to read with torch 2.6 or newer only .CVE-2025-32434.*python merge.py"):
+        load_model(pickled(tmp_path))
+
+
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no weights: no model.safetensors or pytorch_model.bin"):
+        tensor_files(tmp_path)
+
+
+@needs_safe_pickles
+@pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="the peak of a process is read from /proc (Linux)")
+def test_a_tensor_of_a_pickle_is_read_without_the_others(tmp_path):
+    torch.save({name: torch.full((20_000_000,), 0.5) for name in "abc"}, tmp_path / "x.bin")      # 240 MB
+    code = ("import sys, checkpoint\n"
+            "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
+            "before = peak()\n"
+            "for start in range(0, 20_000_000, 2_000_000):\n"
+            "    with checkpoint.open_tensors(sys.argv[1]) as tensors:\n"
+            "        assert tensors.get_slice('b')[start:start + 2_000_000].sum() == 1_000_000\n"
+            "print((peak() - before) * 1024)")
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.bin")], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    (tmp_path / "x.bin").unlink()
+    assert int(out.stdout) < 40 * 10**6, f"{int(out.stdout) / 1e6:.0f} MB"
 
 
 # ---- all or nothing ----

@@ -228,6 +228,7 @@ def test_recorded_runs(path):
     ("enable_thinking", "none", None), ("enable_thinking", "false", False), ("max_grad_norm", "null", 0.0),
     ("save_strategy", "no", "no"), ("eval_strategy", "none", "no"), ("save_strategy", "False", "no"),
     ("lr_scheduler_type", "Cosine", "cosine"), ("template", "none", None), ("template", "qwen", "qwen"),
+    ("template", '{"based_on": "qwen", "stop": ["a"]}', {"based_on": "qwen", "stop": ["a"]}),
     ("dataset", "a, b", ["a", "b"]), ("dataset", "[a, b]", ["a", "b"]), ("lora_target", "q_proj", ["q_proj"]),
     ("save_steps", "100.0", 100), ("save_steps", "0.1", 0.1), ("resume_from_checkpoint", "True", "true"),
     ("resume_from_checkpoint", "false", None), ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
@@ -326,13 +327,31 @@ def test_unknown_key_names_the_nearest(tmp_path):
     assert "did you mean" not in refusal("qqqqqq=3")
 
 
+def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
+    path = write(tmp_path, """template:
+  name: mychat
+  user: "<user>{{content}}</user>\\n<bot>"
+  assistant: ["{{content}}", {token: eos}]
+  stop_is_eos: true
+  stop: ["</bot>"]
+""")
+    config = load(path)
+    assert config.template == {"name": "mychat", "user": "<user>{{content}}</user>\n<bot>", "stop_is_eos": "true",
+                               "assistant": ["{{content}}", {"token": "eos"}], "stop": ["</bot>"]}
+    again = load(write(tmp_path, json.dumps(as_dict(config)), "again.json"))
+    assert again.template == config.template == non_default(config)["template"]
+    assert load(path, "template=qwen").template == "qwen"  # the command line wins, as for every key
+    assert "needs quotes" in refusal(write(tmp_path, "template:\n  user: {{content}}\n"))
+
+
 @pytest.mark.parametrize("text, part", [
     ("lora_rank: eight", "line 1: lora_rank: 'eight' is not a whole number"),
     ("lora_rank: 2.5", "'2.5' is not a whole number"), ("lora_rank: true", "'true' is not a whole number"),
     ("lora_rank: 0", "must be at least 1"), ("cutoff_len: 0", "at least 1"), ("save_total_limit: 0", "at least 1"),
     ("learning_rate: 1,5", "'1,5' is not a number"), ("learning_rate: nan", "not a number"),
     ("learning_rate: -1e-4", "above 0"), ("num_train_epochs: 0", "must be above 0"), ("top_p: 1.5", "at most 1"),
-    ("bf16: maybe", "not true or false"), ("bf16: [true]", "not true or false"), ("template: [a]", "not a text"),
+    ("bf16: maybe", "not true or false"), ("bf16: [true]", "not true or false"),
+    ("template: [a]", "not the name of a chat format"),
     ("dataset: {a: b}", "not a list of names"), ("placeholders: Max", "not a mapping"),
     ("save_steps: 1.5", "share below 1"),
     ("stage: sftt", "none of sft, pt (did you mean 'sft'?)"), ("stage: dpo", "not in this release yet"),

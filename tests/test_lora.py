@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint import PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, save_adapter
+from checkpoint import (PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, peft_names,
+                        save_adapter)
 from families import model_config
-from lora import (LoRAConfig, LoRALinear, attach_lora, find_targets, lora_layers, merge_adapters,
+from lora import (LoRAConfig, LoRALinear, attach_lora, expert_matrices, find_targets, lora_layers, merge_adapters,
                   merged_weight, set_adapters, trainable)
 from losses import cross_entropy_sum
 from model import CausalLM
+from optim import parameter_groups
+from tests import twins
 from tests.common import GOLDEN, needs_shared
 from tests.test_model import tiny, write
 
@@ -428,3 +432,283 @@ def test_adapter_files_that_are_missing_or_damaged(tmp_path):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             load_adapter(tiny(), tmp_path)
+
+
+# ---- families with names of their own ----
+
+RANDOM = {"qwen": twins.QWEN1, "internlm2": twins.INTERNLM2, "glm4_original": twins.GLM4_ORIGINAL,
+          "baichuan1_7b": twins.BAICHUAN1_7B, "xverse_biases": {**twins.XVERSE, "bias": True}}
+FAMILIES = [*(p.name for p in sorted((GOLDEN / "models").glob("*"))), *RANDOM]
+FUSED = {       # what users name there, beside q_proj and its like; `experts` and `mlp` are blocks
+    "baichuan2_7b": ["W_pack"], "baichuan2_13b": ["W_pack"], "baichuan1_7b": ["W_pack"],
+    "chatglm3": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], "glm": ["gate_up_proj"],
+    "glm4_original": ["query_key_value", "self_attention.dense"], "glm4": ["gate_up_proj"],
+    "phi3": ["qkv_proj", "gate_up_proj"], "qwen": ["c_attn", "attn.c_proj", "mlp.c_proj", "w1", "w2"],
+    "internlm2": ["wqkv", "wo", "w1", "w2", "w3"], "qwen2_moe": ["experts", "shared_expert", "gate"],
+    "qwen3_moe": ["experts", "gate", "experts.1"], "llama4": ["feed_forward.down_proj", "router", "shared_expert"],
+    "llama4_nested": ["feed_forward", "q_proj"]}
+
+
+def checkpoint_of(name, folder):
+    """The recorded checkpoint of this name, or a random one written into `folder`."""
+    if name not in RANDOM:
+        return GOLDEN / "models" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes, _ = twins.TWINS[RANDOM[name]["model_type"]]
+    save_file(twins.random_weights(shapes(RANDOM[name]), 0), str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps(RANDOM[name]))
+    return folder
+
+
+def shapes_in(base):
+    """{tensor name: shape} of a checkpoint, as the safetensors package reads it."""
+    found = {}
+    for file in base.glob("model*.safetensors"):
+        found |= {name: tuple(t.shape) for name, t in load_file(file).items()}
+    return found
+
+
+def logits_and_merged(model):
+    """Logits with the adapter beside the weights and folded in, and the largest of the first."""
+    before = logits_of(model, IDS)
+    merge_adapters(model)
+    return before, (logits_of(model, IDS) - before).abs().max() / before.abs().max()
+
+
+@needs_shared
+@pytest.mark.parametrize("name, targets", [(name, "all") for name in FAMILIES]
+                         + [(name, [target]) for name, targets in FUSED.items() for target in targets])
+def test_adapters_keep_the_vendors_names(name, targets, tmp_path):
+    """On disk stands what the checkpoint's files call a layer; what is saved loads, and merges to the same logits."""
+    base, config = checkpoint_of(name, tmp_path / "base"), LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
+    model = load_model(base, torch.float32)
+    plain = logits_of(model, IDS)
+    shake(attach_lora(model, config, called=model.config.stored_name), size=0.05).eval()
+    save_adapter(model, tmp_path, config, str(base))
+    shapes, tensors = shapes_in(base), load_file(tmp_path / "adapter_model.safetensors")
+    layers = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
+    assert layers
+    for layer in layers - {name for name in layers if name.endswith((".experts", ".experts.base_layer"))}:
+        size_out, size_in = shapes[f"{layer}.weight"]
+        parts = [tensors[f"{PREFIX}{layer}.lora_{part}.weight"].shape for part in "AB"]
+        assert parts == [(3, size_in), (size_out, 3)], layer
+        assert targets == "all" or f".{targets[0]}." in f".{layer}."
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    if targets != "all" and not {"experts", "mlp", "feed_forward", "shared_expert", "experts.1"} & set(targets):
+        assert written["target_modules"] == (sorted(layers) if name == "llama4_nested" else targets)
+    again = load_model(base, torch.float32)
+    load_adapter(again, tmp_path)
+    logits, off = logits_and_merged(again.eval())
+    assert torch.equal(logits, logits_of(model, IDS)) and off < 1e-5
+    assert (logits - plain).abs().max() > 1e-2
+    set_adapters(model, False)
+    assert torch.equal(logits_of(model, IDS), plain)
+
+
+@needs_shared
+def test_all_is_what_it_is_in_llama_factory():
+    """Counted there, release 0.9.5 with transformers 5: neither routers nor routed experts, but shared ones."""
+    counts = {"qwen2_moe": 16, "qwen3_moe": 15, "llama4": 28, "llama4_nested": 28, "phi3": 8, "glm": 12, "gemma2": 28}
+    for name, count in counts.items():
+        model = load_model(GOLDEN / "models" / name, skip_weights=True)
+        found = find_targets(model, "all", model.config.stored_name)
+        assert len(found) == count and not any(".experts." in layer for layer in found), name
+        if model.config.stacked_experts:
+            both = find_targets(model, ["all", "experts"], model.config.stored_name)
+            assert len(both) == count + 2 * sum(model.config.sparse)
+    model = load_model(GOLDEN / "models" / "qwen2_moe", skip_weights=True)
+    assert {layer.split("mlp.")[1] for layer in find_targets(model, "all") if "mlp." in layer} == {
+        "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"}
+
+
+IN_PEFT = ["gemma2", "glm", "glm4", "olmo", "olmo2", "phi3", "qwen2_moe", "qwen3_moe", "llama4"]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", IN_PEFT)
+def test_peft_opens_ours_and_we_open_pefts(name, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    # PEFT 0.19 and newer take the gate_proj of Qwen 3's dense layers, where experts are stacks, for that of experts
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "qwen3_moe" else "all"
+    base, config = GOLDEN / "models" / name, LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
+    ours = load_model(base)
+    shake(attach_lora(ours, config, called=ours.config.stored_name), size=0.1).eval()
+    save_adapter(ours, tmp_path, config, str(base))
+    with torch.no_grad():
+        assert (in_peft(base, tmp_path)(IDS).logits - logits_of(ours, IDS)).abs().max() < 1e-4
+
+    targets = [layer.removeprefix(PREFIX) for layer in peft_names(ours).values()]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"))
+    shake(theirs, seed=1, size=0.1).eval().save_pretrained(tmp_path / "theirs")
+    again = load_model(base)
+    load_adapter(again, tmp_path / "theirs")
+    with torch.no_grad():
+        assert (theirs(IDS).logits - logits_of(again.eval(), IDS)).abs().max() < 1e-4
+
+
+# ---- stacked experts ----
+
+
+def by_pefts_formula(model, tensors, scale=2.0):
+    """Logits of a Llama 4 whose stacks have PEFT 0.18's sum added: W[e, i, o] + scale * B[o, r, e] A[e, r, i]."""
+    for layer, block in enumerate(model.model.layers):
+        if not model.config.sparse[layer]:
+            continue
+        for part, place in (("gate_up_proj", "experts.base_layer"), ("down_proj", "experts")):
+            key = f"{PREFIX}model.layers.{layer}.feed_forward.{place}"
+            weight = getattr(block.mlp.experts, part).weight
+            A, B = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
+            A, B = A.reshape(len(weight), -1, A.shape[-1]), B.reshape(B.shape[0], -1, len(weight))
+            with torch.no_grad():
+                weight += scale * torch.einsum("ore,eri->eio", B, A)
+    return logits_of(model, IDS)
+
+
+@needs_shared
+def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
+    base, config = GOLDEN / "models" / "llama4", LoRAConfig(r=3, lora_alpha=6, target_modules=["experts"])
+    config.lora_dropout = 0.1
+    model = load_model(base)
+    shake(attach_lora(model, config, called=model.config.stored_name), size=0.1).eval()
+    save_adapter(model, tmp_path, config, str(base))
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["target_modules"] == [] and fields["lora_dropout"] == 0     # PEFT refuses dropout beside stacks
+    assert fields["target_parameters"] == [f"model.layers.{layer}.feed_forward.experts.{part}" for layer in (1, 3)
+                                           for part in ("gate_up_proj", "down_proj")]
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert (by_pefts_formula(load_model(base, torch.float32), tensors) - logits_of(model, IDS)).abs().max() < 1e-4
+
+
+@needs_shared
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["down_proj", "gate_up_proj"]], ids="+".join)
+def test_stacked_experts_adapted_by_peft(parameters, tmp_path, capsys):
+    """Whichever form the installed version writes; its target_modules never mean a stack, whatever their names."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = GOLDEN / "models" / "llama4"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(
+        r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"],
+        target_parameters=[f"experts.{name}" for name in parameters]))
+    shake(theirs, size=0.1).eval().save_pretrained(tmp_path)
+    model = load_model(base)
+    config = load_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert (theirs(IDS).logits - logits_of(model.eval(), IDS)).abs().max() < 1e-4
+    newer = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 20)
+    assert ("A and B of its stacked experts have each other's place" in capsys.readouterr().out) == newer
+    save_adapter(model, tmp_path, config, str(base))
+    again = load_model(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits_of(again.eval(), IDS), logits_of(model, IDS)) and not capsys.readouterr().out
+
+
+def square_experts():
+    """A Llama 4 whose stack of `down` matrices is square, so that shapes do not tell A's place from B's."""
+    fields = dict(model_type="llama4_text", hidden_size=32, intermediate_size=32, intermediate_size_mlp=48,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=50,
+                  max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=2)
+    return tiny(**fields)
+
+
+@pytest.mark.parametrize("version", [None, "0.18.1", "0.20.0.dev0", "1.0"])
+def test_square_stacks_are_read_as_their_version_wrote_them(version, tmp_path):
+    model, config = square_experts(), LoRAConfig(r=2, target_modules=["experts.down_proj"])
+    shake(attach_lora(model, config, called=model.config.stored_name))
+    save_adapter(model, tmp_path, config, "base")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "peft_version": version}))
+    again = square_experts()
+    load_adapter(again, tmp_path)
+    (name, before), (_, after) = (next(iter(lora_layers(each).items())) for each in (model, again))
+    sums = []
+    for layer in (before, after):                       # what each adds to an expert's matrix, (E, in, out)
+        pairs = [expert_matrices(layer.lora_A.weight, layer.lora_B.weight, 2, expert) for expert in (0, 1)]
+        sums.append(torch.stack([(B @ A).T for A, B in pairs]))
+    newer = version in ("0.20.0.dev0", "1.0")           # there, A is what multiplies the outputs
+    assert torch.allclose(sums[1], sums[0].transpose(1, 2) if newer else sums[0], atol=1e-6)
+    assert not torch.allclose(sums[0], sums[0].transpose(1, 2), atol=1e-2)
+
+
+# ---- experts one by one ----
+
+
+@needs_shared
+@pytest.mark.parametrize("routed", [True, False])
+def test_adapters_of_experts_made_with_transformers_4_and_5(routed, tmp_path):
+    """`gate_proj` means the routed experts' to version 4, where they are linear layers, and not to version 5."""
+    base = GOLDEN / "models" / "qwen2_moe"
+    config = LoRAConfig(r=2, target_modules=["q_proj", "gate_proj", "gate"] if routed else ["q_proj", "gate_proj"])
+    model = load_model(base)
+    named = find_targets(model, config.target_modules)
+    wanted = [name for name in named if routed or ".experts." not in name]
+    attach_lora(model, config, targets=wanted)
+    save_adapter(shake(model, size=0.1).eval(), tmp_path, config, "base")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "target_modules": config.target_modules}))
+    again = load_model(base)
+    load_adapter(again, tmp_path)
+    assert list(lora_layers(again)) == wanted and len(named) > len(wanted) - routed
+    assert any(name.endswith("mlp.gate") for name in wanted) == routed
+    assert torch.equal(logits_of(again.eval(), IDS), logits_of(model, IDS))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    lost = [key for key in tensors if ".experts.0." in key or not routed and "shared" in key][:2]
+    save_file({key: t for key, t in tensors.items() if key not in lost}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="missing: 2"):
+        load_adapter(load_model(base), tmp_path)
+
+
+@needs_shared
+def test_stacks_of_transformers_5_do_not_fit_experts_one_by_one(tmp_path):
+    adapter_folder(tmp_path, target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj are stacks .* has its experts one by one"):
+        load_adapter(load_model(GOLDEN / "models" / "qwen3_moe"), tmp_path)
+
+
+# ---- vendors' names elsewhere ----
+
+
+@needs_shared
+@pytest.mark.parametrize("name, target, whole, ranks", [
+    ("chatglm3", "query_key_value", ["word_embeddings", "output_layer"], {"layers.1.self_attention.query_key_value": 5}),
+    ("qwen", "c_attn", ["wte", "lm_head"], {"c_attn": 4}), ("internlm2", "wqkv", ["tok_embeddings", "output"], {}),
+    ("baichuan2_7b", "W_pack", ["lm_head"], {"W_pack": 7}), ("gemma2", "q_proj", ["pre_feedforward_layernorm"], {}),
+    ("llama4", "experts", ["router", "shared_expert"], {"experts.gate_up_proj": 2}),
+])
+def test_modules_trained_whole_and_ranks_by_vendors_names(name, target, whole, ranks, tmp_path):
+    base = checkpoint_of(name, tmp_path / "base")
+    config = LoRAConfig(r=3, target_modules=[target], modules_to_save=whole, rank_pattern=ranks)
+    model = load_model(base)
+    attach_lora(model, config, called=model.config.stored_name)
+    save_adapter(shake(model, size=0.05).eval(), tmp_path, config, "base")
+    shapes, tensors = shapes_in(base), load_file(tmp_path / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            assert shapes[key.removeprefix(PREFIX)] == tensor.shape and any(part in key for part in whole)
+    assert all(any(part in key and ".lora_" not in key for key in tensors) for part in whole)
+    found = {layer.scale * config.lora_alpha ** -1 for layer in lora_layers(model).values()}
+    assert found == {1 / r for r in (*ranks.values(), *([] if target in ranks else [3]))}
+    again = load_model(base)
+    load_adapter(again, tmp_path)
+    assert torch.equal(logits_of(again.eval(), IDS), logits_of(model, IDS))
+
+
+def test_loraplus_learns_faster_in_b_of_any_name():
+    fields = {**twins.QWEN1, "num_hidden_layers": 1}
+    model = CausalLM(model_config(fields))
+    attach_lora(model, LoRAConfig(r=2, target_modules=["c_attn", "w2"]), called=model.config.stored_name)
+    config = SimpleNamespace(learning_rate=1e-3, loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-6, weight_decay=0.0)
+    rates = {id(p): group.get("lr", 1e-3) for group in parameter_groups(trainable(model), config) for p in group["params"]}
+    assert {name.split(".lora_")[1][0]: rates[id(p)] for name, p in trainable(model).items()} == {"A": 1e-3, "B": 16e-3}
+
+
+@needs_shared
+@pytest.mark.parametrize("name, targets, words", [
+    ("chatglm3", ["query_key_vale"], r"did you mean 'query_key_value'\?\); it has dense, dense_4h_to_h"),
+    ("baichuan2_7b", ["qkv_proj"], "'qkv_proj' matches no linear layer .*W_pack"),      # our own word is not theirs
+    ("internlm2", "mlp", "pattern 'mlp' .* names look like 'model.layers.0.attention.wqkv'"),
+])
+def test_errors_speak_the_vendors_names(name, targets, words, tmp_path):
+    model = load_model(checkpoint_of(name, tmp_path), skip_weights=True)
+    with pytest.raises(ValueError, match=words):
+        attach_lora(model, LoRAConfig(target_modules=targets), called=model.config.stored_name)

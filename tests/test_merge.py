@@ -10,14 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import merge
-from checkpoint import load_model, load_with_adapters, tensor_files, write_tensors
+from checkpoint import PICKLES_ARE_SAFE, load_model, load_with_adapters, save_adapter, tensor_files, write_tensors
 from families import model_config
+from lora import LoRAConfig, attach_lora, lora_layers
 from merge import merge_checkpoint
 from model import CausalLM, init_weights
+from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared
+from tests.test_lora import FAMILIES, IDS, checkpoint_of, logits_of, shake
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTERS = [p.name for p in sorted((GOLDEN / "lora").glob("*")) if "dora" not in p.name]
@@ -198,13 +202,208 @@ def test_without_an_adapter_the_weights_are_converted(tmp_path):
         "torch_dtype": "float16"}
 
 
+# ---- families with names of their own ----
+
+
+def adapted(base, folder, targets=None, size=0.05, **fields):
+    """A random adapter of `base` in `folder`, and the model with it; targets: all linear layers, experts among them."""
+    model = load_model(base, torch.float32)
+    targets = targets or (["all", "experts"] if model.config.num_experts else "all")
+    config = LoRAConfig(r=3, lora_alpha=6, target_modules=targets, **fields)
+    shake(attach_lora(model, config, called=model.config.stored_name), size=size).eval()
+    folder.mkdir()
+    save_adapter(model, folder, config, str(base))
+    return model
+
+
+def sum_by_hand(name, weight, tensors):
+    """The float32 tensor that base and adapter add up to, by PEFT's formulas, or None where the adapter has no part."""
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):          # experts.base_layer is the first of two
+        module = module.rpartition(".")[0] + (".base_layer" if name.endswith("gate_up_proj") else "")
+        A, B = (tensors[f"{module}.lora_{part}.weight"].double() for part in "AB")
+        A, B = A.reshape(len(weight), -1, A.shape[-1]), B.reshape(B.shape[0], -1, len(weight))
+        return weight.double() + 2 * torch.einsum("ore,eri->eio", B, A)
+    if f"{module}.lora_A.weight" not in tensors:
+        return None
+    A, B = (tensors[f"{module}.lora_{part}.weight"].double() for part in "AB")
+    return weight.double() + 2 * B @ A
+
+
+@needs_shared
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_merges_under_the_names_of_its_files(name, tmp_path):
+    """Names, their order, shapes and dtypes are the base's; what is not adapted (a part that reads images, buffers, the
+    raw rows of a normalised head) is the base's bit for bit."""
+    base = checkpoint_of(name, tmp_path / "base")
+    model = adapted(base, tmp_path / "adapter")
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out", shard_bytes=200_000)
+    before, after = tensors_in(base), tensors_in(tmp_path / "out")
+    assert list(tensor_files(tmp_path / "out")) == list(tensor_files(base))
+    tensors, changed = load_file(tmp_path / "adapter/adapter_model.safetensors"), 0
+    for key, weight in before.items():
+        want = sum_by_hand(key, weight, tensors)
+        assert (after[key].shape, after[key].dtype) == (weight.shape, weight.dtype)
+        if want is None:
+            assert torch.equal(after[key], weight), key
+        else:
+            assert (after[key].double() - want).abs().max() < (1e-5 if weight.dtype == torch.float32 else 0.02), key
+            changed += 1
+    assert changed == len(lora_layers(model)) and changed * 2 == len(tensors)
+    if next(iter(before.values())).dtype == torch.float32:
+        merged, wanted = logits_of(load_model(tmp_path / "out"), IDS), logits_of(model, IDS)
+        assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@needs_shared
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["chatglm3", "baichuan2_13b", "llama4", "qwen", "phi3"])
+def test_sums_of_16_bit_bases_in_shards_are_rounded_once(name, dtype, tmp_path):
+    base = tmp_path / "base"
+    source = checkpoint_of(name, tmp_path / "source")
+    base.mkdir()
+    weights = {key: weight.to(dtype) for key, weight in tensors_in(source).items()}
+    write_tensors(base, {key: (tuple(w.shape), dtype) for key, w in weights.items()}, lambda key: [weights[key]], 150_000)
+    shutil.copyfile(source / "config.json", base / "config.json")
+    assert len(set(tensor_files(base).values())) > 1
+    adapted(base, tmp_path / "adapter")
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
+    after, tensors = tensors_in(tmp_path / "out"), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert after.keys() == weights.keys() and {t.dtype for t in after.values()} == {dtype}
+    for key, weight in weights.items():
+        want = sum_by_hand(key, weight, tensors)
+        if want is None:
+            assert torch.equal(after[key], weight)
+        else:                                                               # sums in float32 may tie differently, rarely
+            assert (after[key] == want.to(dtype)).float().mean() > 0.99, key
+
+
+@needs_shared
+@pytest.mark.parametrize("name, whole", [("chatglm3", ["word_embeddings", "output_layer"]), ("baichuan2_7b", ["lm_head"]),
+                                         ("qwen", ["wte"]), ("llama4", ["experts", "router"])])
+def test_modules_trained_whole_replace_those_of_the_base(name, whole, tmp_path):
+    base = checkpoint_of(name, tmp_path / "base")
+    model = adapted(base, tmp_path / "adapter", ["all"], modules_to_save=whole)
+    merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
+    tensors, after = load_file(tmp_path / "adapter/adapter_model.safetensors"), tensors_in(tmp_path / "out")
+    replaced = [key for key in tensors if ".lora_" not in key]
+    assert {part for part in whole for key in replaced if part in key} == set(whole)
+    assert all(torch.equal(after[key.removeprefix("base_model.model.")], tensors[key]) for key in replaced)
+    assert list(after) == list(tensors_in(base))
+    merged, wanted = logits_of(load_model(tmp_path / "out"), IDS), logits_of(model, IDS)
+    assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("config, head, embedding", [(twins.INTERNLM2, "output", "tok_embeddings"),
+                                                     (twins.QWEN1, "lm_head", "wte")])
+def test_tied_heads_by_vendors_names(config, head, embedding, tmp_path):
+    base, config = tmp_path / "base", {**config, "tie_word_embeddings": True}
+    base.mkdir()
+    shapes, _ = twins.TWINS[config["model_type"]]
+    save_file(twins.random_weights(shapes(config), 0), str(base / "model.safetensors"))
+    (base / "config.json").write_text(json.dumps(config))
+    for number, (whole, apart) in enumerate([([], False), ([head], True), ([embedding], True)]):
+        adapter, out = tmp_path / f"adapter{number}", tmp_path / f"out{number}"
+        model = adapted(base, adapter, modules_to_save=whole)
+        merge_checkpoint(base, [adapter], out)
+        assert set(tensor_files(out)) - set(tensor_files(base)) == ({f"{head}.weight"} if apart else set())
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] != apart
+        merged, wanted = logits_of(load_model(out), IDS), logits_of(model, IDS)
+        assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+@needs_shared
+def test_both_forms_of_stacked_adapters_merge_alike(tmp_path):
+    """PEFT 0.20 and newer write A and B of stacks in each other's place; B'[i, r, e] A'[e, r, o] is the same sum."""
+    base = GOLDEN / "models" / "llama4"
+    model = adapted(base, tmp_path / "older", ["experts"])
+    shutil.copytree(tmp_path / "older", tmp_path / "newer")
+    tensors = load_file(tmp_path / "older/adapter_model.safetensors")
+    for key in [key for key in tensors if "lora_A" in key]:
+        other = key.replace("lora_A", "lora_B")
+        A, B = tensors[key].reshape(4, 3, -1), tensors[other].reshape(-1, 3, 4)                # (E, r, in), (out, r, E)
+        tensors[key], tensors[other] = (t.contiguous() for t in (B.permute(2, 1, 0).reshape(12, -1),
+                                                                 A.permute(2, 1, 0).reshape(-1, 12)))
+    save_file(tensors, tmp_path / "newer/adapter_model.safetensors")
+    for form in ("older", "newer"):
+        merge_checkpoint(base, [tmp_path / form], tmp_path / f"out {form}")
+    older, newer = (tensors_in(tmp_path / f"out {form}") for form in ("older", "newer"))
+    assert all(torch.allclose(newer[key], older[key], atol=1e-6) for key in older)
+    assert (logits_of(load_with_adapters(base, [tmp_path / "newer"]), IDS) - logits_of(model, IDS)).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles")
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_pickled_base_becomes_safetensors(shards, tmp_path):
+    base, pickled = base_with(tmp_path / "base", torch.bfloat16), tmp_path / "pickled"
+    adapter, weights = adapter_with(tmp_path / "adapter", base), tensors_in(base)
+    pickled.mkdir()
+    shutil.copyfile(base / "config.json", pickled / "config.json")
+    where = {name: f"pytorch_model-{n % shards}.bin" for n, name in enumerate(weights)}
+    for file in set(where.values()):
+        held = {name: tensor for name, tensor in weights.items() if where[name] == file}
+        torch.save(held, pickled / (file if shards > 1 else "pytorch_model.bin"))
+    if shards > 1:
+        (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    merge_checkpoint(base, [adapter], tmp_path / "want")
+    merge_checkpoint(pickled, [adapter], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    want, got = tensors_in(tmp_path / "want"), tensors_in(tmp_path / "out")
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
+
+
 # ---- memory and interruption ----
+
+
+def peak_of_merging(base, adapter, out, shard_bytes):
+    """Bytes that merging adds to the peak of a process of its own. VmHWM is the child's own peak; its ru_maxrss would
+    begin at that of the process it was forked from, and hide everything below."""
+    code = ("import sys, merge\n"
+            "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
+            "before = peak()\n"
+            "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3], shard_bytes=int(sys.argv[4]))\n"
+            "print((peak() - before) * 1024)")
+    command = [sys.executable, "-c", code, base, adapter, out, str(shard_bytes)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.returncode == 0, ran.stderr
+    return int(ran.stdout.split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc (Linux)")
+@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("bin", marks=pytest.mark.skipif(
+    not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles"))])
+def test_memory_of_stacked_experts_stays_small(suffix, tmp_path):
+    """0.3 GB, most of it in three stacks of 67 MB and three of 34 MB, all adapted."""
+    fields = dict(model_type="llama4_text", hidden_size=1024, intermediate_size=2048, intermediate_size_mlp=64,
+                  num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=64, vocab_size=500,
+                  max_position_embeddings=64, num_local_experts=8, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    with torch.device("meta"):
+        model = CausalLM(model_config(fields))
+    shapes = {model.config.stored_name(name): (tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    write_tensors(base, shapes, lambda name: [torch.full(shapes[name][0], 0.5, dtype=torch.bfloat16)])
+    (base / "config.json").write_text(json.dumps(fields))
+    config = LoRAConfig(r=8, lora_alpha=8, target_modules=["experts"])
+    attach_lora(model, config, called=model.config.stored_name)
+    adapter.mkdir()
+    save_adapter(model.to_empty(device="cpu"), adapter, config, "base")
+    if suffix == "bin":
+        torch.save(tensors_in(base), base / "pytorch_model.bin")
+        (base / "model.safetensors").unlink()
+    held = load_file(adapter / "adapter_model.safetensors")
+    save_file({key: torch.full_like(t, 0.25) for key, t in held.items()}, adapter / "adapter_model.safetensors")
+    del model, held
+    used = peak_of_merging(base, adapter, tmp_path / "out", 10**9)
+    with safe_open(str(tmp_path / "out/model.safetensors"), "pt") as file:
+        stack = file.get_slice("model.layers.2.feed_forward.experts.down_proj")[7:8, 2040:]
+    shutil.rmtree(tmp_path)
+    assert stack.unique().tolist() == [1.0] and used < 100 * 10**6, f"{used / 1e6:.0f} MB"        # 0.5 + 8 / 16
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc (Linux)")
 def test_memory_stays_below_the_largest_tensor_plus_300_mb(tmp_path):
-    """0.6 GB in four files; the largest tensor is adapted. VmHWM is the child's own peak; its ru_maxrss would begin at
-    that of the process it was forked from, and hide everything below."""
+    """0.6 GB in four files; the largest tensor is adapted."""
     base = tmp_path / "base"
     sizes = dict(hidden_size=2048, intermediate_size=4096, num_hidden_layers=4, vocab_size=40_000)
     with torch.device("meta"):
@@ -220,14 +419,8 @@ def test_memory_stays_below_the_largest_tensor_plus_300_mb(tmp_path):
                for n, s in modules.items() for x in "AB"}, str(adapter / "adapter_model.safetensors"))
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8, "target_modules": sorted(
         {n.rsplit(".", 1)[-1] for n in modules})}))
-    code = ("import sys, merge\n"
-            "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
-            "before = peak()\n"
-            "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3], shard_bytes=170 * 10**6)\n"
-            "print((peak() - before) * 1024)")
-    out = subprocess.run([sys.executable, "-c", code, base, adapter, tmp_path / "out"], capture_output=True, text=True,
-                         check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
-    used, largest = int(out.split()[-1]), max(2 * math.prod(shape) for shape, _ in shapes.values())
+    used = peak_of_merging(base, adapter, tmp_path / "out", 170 * 10**6)
+    largest = max(2 * math.prod(shape) for shape, _ in shapes.values())
     written = sorted((tmp_path / "out").glob("model-*"))
     assert sum(p.stat().st_size for p in written) > 590 * 10**6 and len(written) == len(list(base.glob("model-*"))) > 3
     assert max(p.stat().st_size for p in written) <= 170 * 10**6
@@ -271,12 +464,12 @@ def test_files_that_are_carried_along(tmp_path):
     adapters = [adapter_with(tmp_path / f"a{n}", base) for n in (1, 2)]
     for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json",
                  "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt", "README.md", "trainer_state.json",
-                 "all_results.json", "x.bin"):
+                 "all_results.json", "x.bin", "modeling_x.py"):
         (base / name).write_text("base")
     merge_checkpoint(base, adapters, tmp_path / "plain")
     assert {p.name for p in (tmp_path / "plain").iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json",
-        "generation_config.json", "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt"}
+        "generation_config.json", "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt", "modeling_x.py"}
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "all_results.json"):
         (adapters[0] / name).write_text("adapter")
     merge_checkpoint(base, adapters, tmp_path / "tuned")

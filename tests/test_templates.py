@@ -1,4 +1,4 @@
-"""templates.py against the ids LLaMA-Factory recorded, against jinja, and on what it must refuse.
+"""templates.py, formats.py and sandbox.py: against the ids LLaMA-Factory recorded, against jinja, and what they refuse.
 
 The golden rows are converted here by a few plain lines (data.py has its own, tested in test_data.py) and labelled as
 the recordings' notes say, so that only rows which cutoff_len does not shorten are compared.
@@ -6,16 +6,22 @@ Read next: test_data.py.
 """
 import functools
 import json
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
+import sandbox
 import templates
 import tools
-from templates import (BOS, EOS, TEMPLATES, Settings, Template, Token, choose_template, encode_pieces, encode_prompt,
-                       encode_turns, fit_tokenizer, render_turns)
+from config import as_dict, load_config
+from formats import find_template, written_template
+from templates import (BOS, CHATS, EOS, TEMPLATES, Settings, Template, Token, check_template, choose_template,
+                       encode_pieces, encode_prompt, encode_turns, fit_tokenizer, render_turns, stored_template,
+                       write_jinja)
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tests.test_tokenizer import write_byte_level
 from tokenizer import load_tokenizer
@@ -420,6 +426,331 @@ def test_all_golden_curves_fit_their_own_template():
         assert choose_template(None, tokenizer, model_type)[0].name == name
 
 
+NEW_FAMILIES = [  # model_type, the tokens of its vocabulary, the row
+    ("gemma", "<start_of_turn> <end_of_turn>", "gemma"), ("gemma2", "<start_of_turn> <end_of_turn>", "gemma2"),
+    ("glm", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"), ("glm4", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"),
+    ("chatglm", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"),
+    ("baichuan", "<reserved_106> <reserved_107>", "baichuan2"),
+    ("chatglm", "[gMASK] sop <|user|> <|assistant|>", "chatglm3"), ("internlm2", "<|im_start|> <|im_end|>", "intern2"),
+    ("phi3", "<|user|> <|assistant|> <|end|>", "phi"), ("phi3", "<|user|> <|assistant|> <|end|> <|tool|>", "phi4_mini"),
+    ("phi3", "<|im_start|> <|im_sep|> <|im_end|>", "phi4"), ("qwen", "<|im_start|> <|im_end|>", "qwen"),
+    ("qwen2_moe", "<|im_start|> <|im_end|>", "qwen"), ("qwen3_moe", "<|im_start|> <|im_end|>", "qwen3"),
+    ("olmo", "", "olmo"), ("olmo2", "", "olmo"), ("xverse", "", "xverse"), ("mixtral", "<s> </s>", "mistral"),
+    ("llama", "<|startoftext|> <|im_start|> <|im_end|>", "yi"), ("llama", "<s> </s>", "llama2"),
+    ("llama4_text", "<|header_start|> <|header_end|> <|eot|>", "llama4"),
+    ("qwen2", "<｜User｜> <｜Assistant｜>", "deepseekr1"),
+]
+
+
+@pytest.mark.parametrize("model_type, tokens, expected", NEW_FAMILIES)
+def test_a_template_is_chosen_for_a_family_without_a_chat_template(tmp_path, model_type, tokens, expected):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.add_tokens(tokens.split())
+    tokenizer.chat_template = None
+    assert choose_template(None, tokenizer, model_type)[0].name == expected
+    with pytest.raises(ValueError, match=f"Try template: {expected} "):
+        choose_template("cohere", tokenizer, model_type)
+
+
+def test_a_token_that_only_slots_name_need_not_be_found_in_texts(tmp_path):
+    """ChatGLM3's `sop` has an id, yet a user who types it types three letters."""
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|assistant|>", "<|system|>"])
+    row = replace(TEMPLATES["chatglm3"], prefix=(Token("[gMASK]"), Token("l")), needs=("[gMASK]", "l"))
+    assert not tokenizer.knows("l") and templates.misfit(row, tokenizer, "chatglm") == ""
+    assert "'<sop>'" in templates.misfit(TEMPLATES["glm4"], tokenizer, "chatglm")
+
+
+# ---- a format in the config
+
+PAGE = (ROOT / "docs" / "templates.md").read_text(encoding="utf-8")
+MYCHAT = {"name": "mychat", "user": "<u>{{content}}</u><b>", "prefix": [{"token": "bos"}]}
+
+
+def from_page(tmp_path, number):
+    """The template in a yaml of docs/templates.md, as a config gives it."""
+    path = tmp_path / "page.yaml"
+    path.write_text(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[number], encoding="utf-8")
+    return load_config([str(path)], "config").template
+
+
+def test_the_page_does_what_it_says(tmp_path):
+    said = from_page(tmp_path, 0)
+    assert len((tmp_path / "page.yaml").read_text().splitlines()) <= 10
+    [(source, target)] = text_of(find_template(said), talk("A", "B"), "S")
+    assert f"```\n{source}{target}\n```" in PAGE and f"`{target}` carries loss" in PAGE
+    row = eval(re.search(r"```python\n\"mychat\": (.*?),\n```", PAGE, re.DOTALL).group(1))
+    assert replace(row, name="mychat", own_jinja=True) == find_template(said)
+    assert text_of(row, call(CALL)) == text_of(find_template(said), call(CALL))
+    changed = find_template(from_page(tmp_path, 1))
+    assert text_of(changed, talk("A", "B")) == text_of("qwen", talk("A", "B"), default_system="You are Pip.")
+    fields = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", PAGE, re.MULTILINE)
+    assert {name for pair in fields for name in pair if name} == set(Template.__dataclass_fields__) - {"name"}
+
+
+def test_a_format_survives_being_stored(tmp_path):
+    said = from_page(tmp_path, 0)
+    template = find_template(said)
+    (tmp_path / "train_config.json").write_text(json.dumps({"template": written_template(template)}))
+    stored, force = stored_template([tmp_path], None, False)
+    assert find_template(stored) == template and force
+    assert stored_template([tmp_path], said, False) == (said, True)  # the same, written another way
+    with pytest.raises(ValueError, match="template: qwen, but .* was trained with mychat"):
+        stored_template([tmp_path], "qwen", False)
+    with pytest.raises(ValueError, match="template: mychat, but .* mychat of another wording"):
+        stored_template([tmp_path], {**said, "default_system": "You are Max."}, False)
+    config = load_config([str(tmp_path / "page.yaml")], "config")
+    (tmp_path / "train_config.json").write_text(json.dumps(as_dict(config)))
+    assert find_template(stored_template([tmp_path], None, False)[0]) == template
+    (tmp_path / "train_config.json").write_text('{"template": "llama3"}')
+    with pytest.raises(ValueError, match="template: mychat, but .* was trained with llama3"):
+        stored_template([tmp_path], said, False)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_row_can_be_written_as_a_mapping(name):
+    assert written_template(TEMPLATES[name]) == name
+    other = replace(TEMPLATES[name], name="other")
+    assert find_template(json.loads(json.dumps(written_template(other)))) == other
+
+
+def test_based_on_changes_what_is_said_and_keeps_the_rest():
+    changed = find_template({"name": "q", "based_on": "qwen3", "reasoning": "false", "stop": "<|im_end|>"})
+    assert text_of(changed, call(CALL), "s", TOOL) == text_of("qwen3_nothink", call(CALL), "s", TOOL)
+    assert changed.families == () and changed.needs == TEMPLATES["qwen3"].needs and changed.own_jinja
+    plain = find_template({"based_on": "llama3", "user": "Q: {{content}} A:", "system": "{{content}}",
+                           "assistant": ["{{content}}", {"token": "eos"}], "observation": "O: {{content}} A:"})
+    assert plain.needs == () and plain.name == "custom"
+
+
+@pytest.mark.parametrize("said, message", [
+    ({"usr": "{{content}}"}, "unknown key 'usr'.*did you mean 'user'"),
+    ({"name": "a"}, "'user' is missing"),
+    ({"user": "no mark"}, "user: {{content}} must stand in it once, found 0 times"),
+    ({"user": "{{content}}{{content}}"}, "found 2 times"),
+    ({"user": "{{query}}"}, "unknown mark {{query}}.*{{content}}"),
+    ({"user": "{{ content }}"}, "unknown mark {{ content }}"), ({"user": r"a\n{{content}}"}, "double quotes"),
+    ({"user": ["{{content}}", {"tokn": "eos"}]}, "is no slot.*token: eos"), ({"user": [["{{content}}"]]}, "is no slot"),
+    ({**MYCHAT, "prefix": "{{content}}"}, "nothing is put into the prefix"),
+    ({**MYCHAT, "stop_is_eos": "maybe"}, "not true or false"), ({**MYCHAT, "stop_is_eos": "true"}, "needs stop"),
+    ({**MYCHAT, "system_in_user": "true", "system": ["{{content}}", {"token": "eos"}]}, "a system of one text"),
+    ({**MYCHAT, "thought": ["<t>"]}, "two texts"), ({**MYCHAT, "stop": [{"token": "eos"}]}, "not a list of texts"),
+    ({**MYCHAT, "default_system": ["a"]}, "not a text"),
+    ({**MYCHAT, "name": "qwen"}, "based_on: qwen under another name"),
+    ({"based_on": "lama3"}, "unknown template 'lama3'.*did you mean 'llama3'"),
+    ({**MYCHAT, "tool_format": "quen"}, "unknown tool_format 'quen'.*did you mean 'qwen'"),
+    ({**MYCHAT, "needs": ["<|no|>"]}, "template 'mychat' uses '<.no.>', which this tokenizer lacks"),
+])
+def test_a_format_that_cannot_be_used_is_refused(tmp_path, said, message):
+    with pytest.raises(ValueError, match=message):
+        choose_template(said, load_tokenizer(write_byte_level(tmp_path / "a")), "llama")
+
+
+def test_a_format_of_ones_own_writes_the_chat_template(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.chat_template = "{{ 'something else' }}"
+    template, why = choose_template(MYCHAT, tokenizer, "llama")
+    assert why == "as the config says"
+    fit_tokenizer(template, tokenizer)
+    assert "<u>" in tokenizer.chat_template and check_template(template, tokenizer) == []
+
+
+# ---- the checkpoint's own chat template
+
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>"
+          "\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def checked(tmp_path, jinja, name="yi", **more):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.chat_template = jinja
+    return check_template(replace(TEMPLATES[name], **more), tokenizer)
+
+
+@needs_shared
+def test_formats_agree_with_the_chat_templates_they_were_made_from():
+    for name, folder in (("llama3", "llama3"), ("qwen3_nothink", "qwen3"), ("qwen", "qwen2.5")):
+        tokenizer = load_tokenizer(SHARED / "tokenizers" / folder)
+        lines = check_template(TEMPLATES[name], tokenizer)
+        assert all(line.startswith("known: ") for line in lines), lines
+        if name != "llama3":  # the templates in the folders of Qwen have this default
+            row = replace(TEMPLATES[name], default_system="You are a helpful assistant.")
+            assert check_template(row, tokenizer) == []
+    assert [line for line in check_template(TEMPLATES["qwen"], load_tokenizer(SHARED / "tokenizers" / "llama3"))
+            if "writes another text" in line]
+
+
+TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+PUBLISHED = {  # what the chat templates of published models say, shortened to texts; what is known to differ
+    "gemma2": ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+               "{% endif %}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else "
+               "m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}"
+               "{{ '<start_of_turn>model\n' }}{% endif %}", "refuses strips"),
+    "phi": ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}", "ends"),
+    "phi4_mini": ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}", "ends"),
+    "glm4": ("[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ m.metadata }}\n{{ m.content }}{% endfor %}"
+             "{% if add_generation_prompt %}<|assistant|>{% endif %}", ""),
+    "intern2": ("{{ bos_token }}" + TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+                "has"),
+    "yi": (TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", ""),
+    "olmo2": ("{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+              "{{ eos_token if m.role == 'assistant' }}{{ '\n' if m.role != 'assistant' or not loop.last }}"
+              "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}", "ends"),
+    "orion": ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{% if m.role == 'user' %}"
+              "{{ 'Human: ' + m.content + '\n\nAssistant: ' + eos_token }}{% elif m.role == 'assistant' %}"
+              "{{ m.content + eos_token }}{% endif %}{% endfor %}", "leaves"),
+    "granite3": ("{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + "
+                 "'<|end_of_text|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+                 "{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}", ""),
+    "cohere": ("{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' + {'user': '<|USER_TOKEN|>', "
+               "'system': '<|SYSTEM_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'}[m.role] + m.content.strip() + "
+               "(eos_token if m.role == 'assistant' else '<|END_OF_TURN_TOKEN|>') }}{% endfor %}"
+               "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}", "strips"),
+    "deepseekr1": ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == "
+                   "'user' %}{{ '<｜User｜>' + m.content }}{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')"
+                   "[-1] + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+                   "{{ '<｜Assistant｜><think>\n' }}{% endif %}", "disagrees opens"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_formats_without_recordings_agree_with_the_published_chat_templates(tmp_path, name):
+    jinja, words = PUBLISHED[name]
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.add_tokens(TEMPLATES[name].needs)
+    tokenizer.chat_template = jinja
+    lines = check_template(TEMPLATES[name], tokenizer)
+    named = {re.match(r"known: its chat template (\w+)", line)[1] for line in lines if "other tokens" not in line}
+    assert named == set(words.split()), lines
+    assert choose_template(None, tokenizer, (TEMPLATES[name].families or [None])[0])[0].name == name
+
+
+@needs_shared
+@pytest.mark.parametrize("old, new", [
+    ("<|eot_id|>", "<|eot_id|> "), ("<|end_header_id|>\n\n", "<|end_header_id|>\n"), ("bos_token + content", "content"),
+    ("message['role'] +", "message['role']|upper +"), ("message['content'] | trim", "message['content'][1:]"),
+    ("'<|start_header_id|>assistant", "'<|start_header_id|>Assistant"), ("<|eot_id|>", ""),
+    ("message['content'] | trim", "message['content'] | trim + '.'"), ("loop.index0 == 0", "loop.index0 >= 0")])
+def test_one_altered_character_is_found_and_shown(old, new):
+    jinja2 = pytest.importorskip("jinja2")
+    tokenizer = load_tokenizer(SHARED / "tokenizers" / "llama3")
+    theirs = tokenizer.chat_template
+    tokenizer.chat_template = theirs.replace(old, new)
+    assert tokenizer.chat_template != theirs
+    lines = check_template(TEMPLATES["llama3"], tokenizer)
+    shown = re.search(r"\(in: ([\w ]+)[^)]*\), from character (\d+) on\n    ours    (.*)\n    theirs  (.*)", lines[0])
+    messages, system, _ = CHATS[shown[1]]
+    variables = templates.vendor_chat(messages, system, None)
+    texts = [jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(
+        **variables, bos_token=tokenizer.bos_token) for source in (theirs, tokenizer.chat_template)]
+    at = int(shown[2])
+    assert texts[0][:at] == texts[1][:at] and texts[0][at:at + 1] != texts[1][at:at + 1]
+    assert [eval(part) for part in shown.groups()[2:]] == [text[max(at - 40, 0):at + 40] for text in texts]
+
+
+@pytest.mark.parametrize("jinja, expected", [
+    (CHATML, []),
+    (CHATML.replace("message['content']", "message['content'] | trim"),
+     ["strips white space around texts (in: white space)"]),
+    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML,
+     ["refuses this: no system role (in: system text)"]),
+    ("{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}" + CHATML,
+     ["leaves the system text out (in: system text)"]),
+    ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe.<|im_end|>\n' }}{% endif %}" + CHATML,
+     ["says 'Be.' for the system text '' (in: one turn, two turns, prompt, later prompt, white space)"]),
+    (CHATML.replace("message['content']", "('Cutting Knowledge Date: December 2023\nToday Date: ' + "
+                    "strftime_now('%d %b') + '\n\n' if message['role'] == 'system' else '') + message['content']"),
+     ["tells the date (in: system text)"]),
+    (CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+     ["ends the last answer otherwise (in: one turn, two turns, system text, white space)"]),
+    (CHATML.replace("{% endif %}", "{{ '<think>\n' }}{% endif %}"),
+     ["opens a thought at the end of a prompt (in: prompt, later prompt)"]),
+    ("{% generation %}" + CHATML + "{%- endgeneration -%}", []),
+])
+def test_known_differences_are_named(tmp_path, jinja, expected):
+    assert checked(tmp_path, jinja) == ["known: its chat template " + line for line in expected]
+
+
+def test_differences_that_matter_do_not_pass_for_known_ones(tmp_path):
+    for jinja in (CHATML + "{{ '\n' }}x", "{{ '\n' }}" + CHATML, "{{ '<s>' }}" + CHATML,
+                  CHATML.replace("assistant\\n", "assistant").replace("assistant\n", "assistant")):
+        assert "writes another text" in checked(tmp_path, jinja)[0], jinja
+    never_ends = dict(assistant=("{{content}}",))
+    written = ("{% for m in messages %}{{ 'Human: ' + m.content + '\n\nAssistant: ' if m.role == 'user' else m.content "
+               "}}{% endfor %}")
+    ended = written.replace("else m.content", "else m.content + eos_token")
+    assert "writes another text" in checked(tmp_path, ended, "xverse", **never_ends)[0]
+    assert "writes another" not in str(checked(tmp_path, written, "xverse", **never_ends))
+    bos_twice = checked(tmp_path, "{{ '<s>' }}" + ended, "xverse")
+    assert "writes another text" in bos_twice[0] and "system text" not in bos_twice[0].split("(in:")[0]
+
+
+def test_the_same_text_in_other_tokens_is_said(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.chat_template = ("{% for m in messages %}{{ 'hello' if m.role == 'user' else '' }}{{ m.content }}"
+                               "{% endfor %}")
+    lines = check_template(Template(user=("hel", "lo", "{{content}}"), assistant=("{{content}}",)), tokenizer)
+    assert lines[0].startswith("known: the same text in other tokens, since slots are tokenised one by one (in: ")
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_row_agrees_with_the_chat_template_written_for_it(tmp_path, name):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    row = TEMPLATES[name]
+    named = [slot.name for slots in (row.user, row.system, row.prefix) for slot in slots if isinstance(slot, Token)]
+    tokenizer.add_tokens([*row.needs, *row.stop, *named])
+    tokenizer.chat_template = write_jinja(row, tokenizer)
+    lines = check_template(row, tokenizer)
+    assert all(line.startswith("known: ") for line in lines), lines
+
+
+# ---- a chat template is a stranger's program
+
+
+@pytest.mark.parametrize("jinja, message", [
+    ("{% for", "it is no jinja template"), ("{{ other + 'x' }}", "'other' is undefined"),
+    ("{{ 1 / 0 }}", "division"),
+    ("{{ 'a' * 10 ** 11 }}", "memory"), ("{{ 'a' * 10 ** 6 }}", "more than 20000 characters"),
+    ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__.os.system('x') }}", "unsafe"),
+    ("{{ messages.append(1) }}", "unsafe"), ("{% include 'x' %}", "no loader"), ("{{ raise_exception('no') }}", "^no$"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "stopped after 2 seconds"),
+])
+def test_a_chat_template_that_cannot_be_rendered_is_a_sentence(tmp_path, jinja, message):
+    pytest.importorskip("jinja2")
+    began = time.monotonic()
+    [(text, why), second] = sandbox.render_chats(jinja, {}, [{"messages": []}] * 2)
+    assert text is None and re.search(message, why) and "\n" not in why and second == (text, why)
+    assert time.monotonic() - began < 15
+    if "stopped" not in message:  # once is slow enough
+        assert all("chat template refuses this: " in line for line in checked(tmp_path, jinja))
+
+
+def test_what_a_chat_template_writes_may_be_anything(tmp_path):
+    for jinja in ("{{ '\\ud800' }}", "{{ '\\x00' }}", " ", "{{ messages | tojson(indent=2) }}{{ tools | tojson }}"):
+        assert any("writes another text" in line or "leaves" in line or "cannot be compared" in line
+                   for line in checked(tmp_path, jinja)), jinja
+    assert checked(tmp_path, None) == []
+
+
+def test_without_jinja2_there_is_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "jinja2.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    [(text, why)] = sandbox.render_chats(CHATML, {}, [{"messages": []}])
+    assert text is None and why == "jinja2 is not installed, so chat templates cannot be read: pip install jinja2"
+
+
+def test_a_check_is_quick(tmp_path):
+    pytest.importorskip("jinja2")
+    checked(tmp_path, CHATML)
+    began = time.monotonic()
+    checked(tmp_path, CHATML)
+    assert time.monotonic() - began < 2  # 0.06 s on an idle core
+
+
 # ---- as a script
 
 
@@ -427,9 +758,32 @@ def test_the_script_lists_and_shows(tmp_path):
     def run(*arguments):
         return subprocess.run([sys.executable, "templates.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
-    assert all(name in run().stdout for name in TEMPLATES)
+    listed = run().stdout
+    assert all(name in listed for name in TEMPLATES)
     shown = run("llama3").stdout.splitlines()
     assert [line.split()[0] == "LOSS" for line in shown] == [False, True] * 3 and "2 + 3 = 5.<|eot_id|>" in shown[1]
     assert " tokens " in run("default", "--tokenizer", str(write_byte_level(tmp_path / "a"))).stdout
     wrong = run("lama3")
     assert wrong.returncode == 1 and "did you mean 'llama3'" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+@needs_shared
+def test_the_script_checks_a_checkpoint(tmp_path):
+    def check(*arguments):
+        command = [sys.executable, "templates.py", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    llama3 = SHARED / "tokenizers" / "llama3"
+    assert "template  llama3 (chosen" in check("--check", llama3)
+    assert "leaves the tool call out (in: tool call)" in check("--check", llama3)
+    assert "writes another text (in: one turn, two turns" in check("alpaca", "--check", llama3)
+    assert "no chat template to compare with" in check("--check", SHARED / "tokenizers" / "llama2")
+    folder = write_byte_level(tmp_path / "a", eos_token="</s>")
+    (folder / "chat_template.jinja").write_text(CHATML.replace("<|im_", "<im_").replace("|>", ">"))
+    (folder / "train_config.json").write_text(json.dumps({"template": {
+        "name": "mine", "user": "<im_start>user\n{{content}}<im_end>\n<im_start>assistant\n",
+        "assistant": "{{content}}<im_end>\n", "system": "<im_start>system\n{{content}}<im_end>\n"}}))
+    said = check("--check", folder)
+    assert "template  mine" in said and "(in: one turn" not in said

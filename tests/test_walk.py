@@ -1,0 +1,101 @@
+"""The three scripts on every family: train.py two steps, chat.py one answer, merge.py, chat.py on the merged folder."""
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import chat
+import merge
+import train
+from checkpoint import load_model, load_with_adapters, tensor_files, write_tensors
+from families import FAMILIES, model_config
+from model import CausalLM, init_weights
+from tests.common import GOLDEN, SHARED, needs_shared
+
+TOKENIZER = GOLDEN / "curves/tiny_llama3"
+PUBLISHED = {p.name: json.loads((p / "config.json").read_text()) for p in sorted((GOLDEN / "models").glob("*"))} \
+    if GOLDEN.is_dir() else {}
+LLAMA = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             vocab_size=320, max_position_embeddings=256)
+PUBLISHED |= {
+    "mixtral": {"model_type": "mixtral", **LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma": {"model_type": "gemma", **LLAMA, "head_dim": 16},
+    "internlm2": {"model_type": "internlm2", **LLAMA, "bias": False},
+    "qwen": {"model_type": "qwen", **LLAMA, "kv_channels": 16, "seq_length": 64, "layer_norm_epsilon": 1e-6},
+}
+PUBLISHED["qwen"].pop("num_key_value_heads", None)
+ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
+    "13B": "baichuan2_13b"} if SHARED.is_dir() else {}
+
+
+def base_of(name, folder):
+    """A random checkpoint with a family's published fields, a vocabulary of 1,010 ids, and a tokenizer."""
+    fields = json.loads(json.dumps(PUBLISHED[name]))
+    text = fields.get("text_config", fields)
+    text["padded_vocab_size" if "padded_vocab_size" in text else "vocab_size"] = 1010
+    text |= {"pad_token_id": None, "eos_token_id": 1005, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model = CausalLM(model_config(fields))
+    init_weights(model, torch.Generator().manual_seed(0))
+    weights = {model.config.stored_name(n): p.data for n, p in model.named_parameters()}
+    if fields.get("text_config"):
+        weights["vision_model.class_embedding"] = torch.randn(8)
+    folder.mkdir()
+    write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}, lambda n: [weights[n]])
+    (folder / "config.json").write_text(json.dumps(fields))
+    for file in TOKENIZER.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@needs_shared
+def test_every_row_of_the_table_is_walked():
+    assert set(ONE_EACH) - {"13B"} == set(FAMILIES)
+
+
+@needs_shared
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
+    base, out, merged = base_of(ONE_EACH[kind], tmp_path / "base"), tmp_path / "out", tmp_path / "merged"
+    rows = [{"instruction": f"Say {word}", "output": f"{word} it is"} for word in ("sky", "tree", "green", "nine")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.chdir(tmp_path)
+    targets = "all,experts" if any(load_model(base, skip_weights=True).config.sparse) else "all"
+    settings = [f"model_name_or_path={base}", f"output_dir={out}", "template=llama3", "force_template=true",
+                "use_cpu=true"]
+    train.main([*settings, "stage=sft", "do_train=true", "finetuning_type=lora", f"lora_target={targets}",
+                "dataset=rows.json", "max_steps=2", "learning_rate=0.02", "per_device_train_batch_size=2",
+                "report_to=none", "disable_tqdm=true", "warmup_ratio=0", "moe_aux_loss_coef=0.01"])
+    merge.main([*settings, f"export_dir={merged}"])
+    capsys.readouterr()
+
+    # the files: names, shapes and dtypes of the base; what was not trained, bit for bit
+    before, after = ({n: load_file(f)[n] for n, f in tensor_files(d).items()} for d in (base, merged))
+    assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    shape = load_model(base, skip_weights=True).config
+    adapted = {shape.stored_name(f"model.layers.0.{part}") for part in ("self_attn.o_proj.weight",)}
+    assert adapted <= changed and shape.stored_name("model.embed_tokens.weight") not in changed
+    assert not any(n.startswith("vision_model") or "norm" in n for n in changed)
+    if any(shape.sparse):
+        assert any("expert" in n for n in changed)
+
+    # the network: merged = base + adapter, and neither is the base
+    ids = torch.randint(5, 1000, (1, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        models = load_with_adapters(base, [out]), load_model(merged), load_model(base)
+        both, whole, bare = (m.logits(m(ids)) for m in models)
+    assert (both - whole).abs().max() < 1e-4 < 1e-2 < (both - bare).abs().max()
+
+    # the words: the same answer from base + adapter and from the merged folder
+    asked = [*settings[2:], "do_sample=true", "temperature=2", "top_p=1", "top_k=0", "max_new_tokens=6",
+             "skip_special_tokens=false", "--prompt", "Say sky"]
+    answers = []
+    for argv in ([*settings[:2], *asked], [f"model_name_or_path={merged}", *asked]):
+        monkeypatch.setattr(sys, "stdin", None)
+        chat.main(argv)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and len(answers[0]) > 1
