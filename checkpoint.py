@@ -347,7 +347,7 @@ def _targets_of(model, config, raw, keys) -> list[str]:
     called, one_by_one = model.config.stored_name, any(re.search(r"\.experts\.\d", key) for key in keys)
     if (named := raw.get("target_parameters") or []) and not model.config.stacked_experts:
         raise ValueError(f"target_parameters {', '.join(named)} are stacks of experts, and this checkpoint has its "
-                         "experts one by one")
+                         "experts one by one. Merge that adapter with peft, or train one here: lora_target: all,experts")
     stacks = find_targets(model, named, called)
     return stacks + [name for name in find_targets(model, config.target_modules, called) if ".experts." not in name
                      or one_by_one and isinstance(model.get_submodule(name), nn.Linear)]

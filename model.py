@@ -489,7 +489,7 @@ class CausalLM(nn.Module):
             start = cache.length if cache is not None else 0
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]    # (1, T)
         x = self.model.embed_tokens(input_ids)                                               # (B, T, D)
-        if config.embed_scale:          # rounded to the weights' dtype first, as Gemma was trained
+        if config.embed_scale:          # rounded to the weights' dtype first, as such models were trained
             x = x * torch.tensor(config.hidden_size ** 0.5, dtype=self.model.embed_tokens.weight.dtype, device=x.device)
         length = length_for_rope(config, position_ids, cache, self.training)
         if cache is not None and not cache.length:

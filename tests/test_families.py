@@ -28,7 +28,7 @@ LLAMA4 = dict(num_key_value_heads=2, head_dim=12, intermediate_size_mlp=52, num_
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 16}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-YARN_OPTIONS = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, "beta_fast": 16,
+YARN_OPTIONS = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "beta_fast": 16,
                 "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.8}
 SLIDE, FULL, CHUNK = "sliding_attention", "full_attention", "chunked_attention"
 
@@ -52,8 +52,10 @@ CASES = {
     "llama 3": ("llama", dict(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_attention_heads=6, hidden_size=48)),
     "llama 3, no blend": ("llama", dict(rope_scaling=dict(LLAMA3_ROPE, high_freq_factor=1.0), rope_theta=100.0)),
     "llama yarn": ("llama", dict(rope_scaling=YARN, rope_theta=5000.0)),
-    "llama yarn with all options": ("llama", dict(rope_scaling=YARN_OPTIONS)),
-    "llama yarn by hand": ("llama", dict(rope_scaling=dict(YARN, attention_factor=0.7, truncate=False))),
+    "llama yarn with all options": ("llama", dict(rope_scaling=YARN_OPTIONS, head_dim=32)),
+    "llama yarn by hand": ("llama", dict(
+        head_dim=32, rope_scaling=dict(YARN, original_max_position_embeddings=256, attention_factor=0.7,
+                                       truncate=False))),
     "llama longrope": ("llama", dict(rope_scaling=longrope(4, original_max_position_embeddings=16, factor=4.0))),
     "mistral": ("mistral", dict(sliding_window=5)),
     "mistral no window": ("mistral", dict(sliding_window=None, head_dim=20, num_key_value_heads=4)),
@@ -151,6 +153,10 @@ SINCE_5 = {     # what transformers 4.57 reads otherwise
 }
 
 
+DERIVED = ("layer_types", "no_rope_layers", "moe_layers")            # lists that later versions write out
+INTERVALS = ("no_rope_layer_interval",)                              # and 4.57 then forgets
+
+
 def reference(kind, fields, seed):
     """transformers' model with random weights, norms and biases."""
     transformers = pytest.importorskip("transformers")
@@ -172,8 +178,8 @@ def reference(kind, fields, seed):
 
 
 def older(config):
-    """config.json as it was spelled before transformers 5."""
-    config = dict(config)
+    """config.json as it was spelled before transformers 5, and without the lists that later versions derive."""
+    config = {key: value for key, value in config.items() if key not in DERIVED}
     rope = dict(config.pop("rope_parameters", None) or {})
     if rope:
         config["rope_theta"] = rope.pop("rope_theta")
@@ -228,7 +234,11 @@ def made(tmp_path_factory):
 def load(made, name, spelling=as_written, dtype=torch.float32):
     """(our model, ids, transformers' logits) of a case, with config.json spelled so."""
     folder, config, ids, logits = made(name)
-    (folder / "config.json").write_text(json.dumps(spelling(config)))
+    spelled = spelling(config)
+    if spelling is not as_written:
+        asked = CASES[name][1].get("text_config", CASES[name][1])
+        spelled.get("text_config", spelled).update({key: asked[key] for key in (*DERIVED, *INTERVALS) if key in asked})
+    (folder / "config.json").write_text(json.dumps(spelled))
     return load_model(folder, dtype), ids, logits
 
 
@@ -334,6 +344,21 @@ def experts(E, k, width, **more):
 def baichuan(D, F, L, H, **more):
     return dict(model_type="baichuan", hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
                 vocab_size=125696, model_max_length=4096, z_loss_weight=0, **more)
+
+
+# the fields that every config.json states, or that differ from size to size
+STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+          "num_key_value_heads", "max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
+          "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp",
+          "pad_token_id")
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _ in CASES.values()} - {"llama4"}))
+def test_fields_left_out_have_the_default_of_the_class(kind):
+    transformers = pytest.importorskip("transformers")
+    full = transformers.AutoConfig.for_model(kind).to_dict()
+    short = {key: value for key, value in full.items() if key in STATED}
+    assert model_config(short) == model_config(older(full))
 
 
 # the parameters that the hub counts, and what config.json says

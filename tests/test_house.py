@@ -94,6 +94,17 @@ def test_docstring_says_what_to_read_and_names_files_that_exist(name):
         assert f"python {name}.py" in text
 
 
+def test_the_decoder_knows_no_family():
+    """model.py goes by switches: no name of a family in it, Llama, from which all are told to differ, apart."""
+    sys.path.insert(0, str(ROOT))
+    from families import FAMILIES
+    names = {re.match("[a-z]+", name)[0] for name in FAMILIES} - {"llama"}
+    assert len(names) > 8
+    for file in ("model.py", "losses.py", "lora.py", "checkpoint.py", "merge.py"):
+        text = (ROOT / file).read_text(encoding="utf-8").lower()
+        assert not [name for name in names if re.search(rf"\b{name}", text)], file
+
+
 def test_no_path_of_one_machine():
     pattern = re.compile(r"(?<![\w.}~-])/(root|tmp|work|home|Users)\b")
     files = tracked(".py", ".md", ".yaml", ".yml", ".txt", ".json", ".ini")

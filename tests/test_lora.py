@@ -659,6 +659,27 @@ def test_adapters_of_experts_made_with_transformers_4_and_5(routed, tmp_path):
 
 
 @needs_shared
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "llama4"])
+def test_adapters_that_peft_made_from_bare_names(name, tmp_path):
+    """Which layers `gate_proj` and `down_proj` mean is up to the installed version; routers are linear in 4 only."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    linear_routers = transformers.__version__.startswith("4.") and name != "llama4"
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj", *(["gate"] if linear_routers else [])]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / name, attn_implementation="eager")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"))
+    shake(theirs, size=0.1).eval().save_pretrained(tmp_path)
+    ours = load_model(GOLDEN / "models" / name)
+    if json.loads((tmp_path / "adapter_config.json").read_text()).get("target_parameters"):     # gate_proj became a stack
+        with pytest.raises(ValueError, match="are stacks of experts, and this checkpoint has its experts one by one"):
+            load_adapter(ours, tmp_path)
+        return
+    load_adapter(ours, tmp_path)
+    assert any(".experts." in layer for layer in lora_layers(ours)) == linear_routers
+    with torch.no_grad():
+        assert (theirs(IDS).logits - logits_of(ours.eval(), IDS)).abs().max() < 1e-4
+
+
+@needs_shared
 def test_stacks_of_transformers_5_do_not_fit_experts_one_by_one(tmp_path):
     adapter_folder(tmp_path, target_parameters=["mlp.experts.gate_up_proj"])
     with pytest.raises(ValueError, match="mlp.experts.gate_up_proj are stacks .* has its experts one by one"):
