@@ -1,4 +1,4 @@
-"""Checkpoints: finding them, memory-mapped strict loading, adapters in PEFT's format, streamed writing, resumable state.
+"""Checkpoints: finding them, memory-mapped strict loading, adapters in PEFT's format, streamed writing, resuming.
 
 Only safetensors and JSON are written, and read, but for the models that exist as pytorch_model.bin alone. Everything
 written appears under its final name complete or not at all: it is made beside it as NAME.partial, flushed, and renamed.
@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import zlib
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,18 +70,18 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
         raise FileNotFoundError(f"{name_or_path} does not exist{_near(path)}, and no repository of the hub can have "
                                 "that name") from None
     except GatedRepoError:
-        raise FileNotFoundError(f"{name_or_path} is gated: accept its licence at https://huggingface.co/{name_or_path}, "
-                                "then log in with `hf auth login` (or set HF_TOKEN)") from None
+        raise FileNotFoundError(f"{name_or_path} is gated: accept its licence at https://huggingface.co/{name_or_path},"
+                                " then log in with `hf auth login` (or set HF_TOKEN)") from None
     except RevisionNotFoundError:
         raise FileNotFoundError(f"{name_or_path} has no revision {revision!r} (model_revision)") from None
     except RepositoryNotFoundError:
-        raise FileNotFoundError(f"{name_or_path} is neither a local folder{_near(path)} nor a repository of the hub that "
-                                "you may read (a private one needs `hf auth login`)") from None
+        raise FileNotFoundError(f"{name_or_path} is neither a local folder{_near(path)} nor a repository of the hub "
+                                "that you may read (a private one needs `hf auth login`)") from None
     except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).strip().split("\n")[0]
-        raise FileNotFoundError(f"{name_or_path} is no local folder{_near(path)}, is not in the cache, and the hub could "
-                                f"not be reached ({reason}). Give a folder, or fetch it where there is a network: "
-                                f"hf download {name_or_path}") from None
+        raise FileNotFoundError(f"{name_or_path} is no local folder{_near(path)}, is not in the cache, and the hub "
+                                f"could not be reached ({reason}). Give a folder, or fetch it where there is a "
+                                f"network: hf download {name_or_path}") from None
 
 
 def _near(path: Path) -> str:
@@ -115,7 +116,7 @@ class PickledTensors:
     def __init__(self, path, device):
         if not PICKLES_ARE_SAFE:
             raise ValueError(f"{path} is a pickle, which is safe to read with torch 2.6 or newer only (CVE-2025-32434; "
-                             f"here is torch {torch.__version__}). Convert the checkpoint where there is a newer torch: "
+                             f"here is torch {torch.__version__}). Convert the checkpoint where torch is newer: "
                              f"python merge.py model_name_or_path={Path(path).parent} export_dir=NEW_FOLDER")
         self.path, self.device = path, device
         try:
@@ -155,16 +156,21 @@ def stored_as(file, key) -> tuple[tuple, torch.dtype]:
 
 
 def tensor_files(folder) -> dict[str, Path]:
-    """{tensor name: file} of a checkpoint folder: one file of weights, or shards with an index; safetensors first."""
+    """{tensor name: file} of a checkpoint folder: one file of weights, or shards with an index; in the order of either.
+
+    Safetensors come before pickles. Raises FileNotFoundError or ValueError for what is missing or damaged.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
         if index.is_file():
             return _shards(index)
         if single.is_file():
-            with open_tensors(single) as file:
-                return {name: single for name in file.keys()}
-    raise FileNotFoundError(f"{folder} has no weights: no model.safetensors or pytorch_model.bin, nor the "
-                            ".index.json of either")
+            with open_tensors(single) as file:                  # in the order of the bytes; keys() alone is by name
+                return {tensor: single for tensor in getattr(file, "offset_keys", file.keys)()}
+    hint = "" if PICKLES_ARE_SAFE else (". If its repository has pytorch_model.bin alone: that is read with "
+                                        f"torch 2.6 or newer, here is torch {torch.__version__}")
+    raise FileNotFoundError(f"{folder} has no weights: no model.safetensors or pytorch_model.bin, nor the .index.json "
+                            f"of either{hint}")
 
 
 def _shards(index: Path) -> dict[str, Path]:
@@ -198,7 +204,7 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     unused = [name for name in files if name not in expected and not known_extra(name, config, files)]
     missing = [name for name in expected if name not in files]
     if unused or missing:
-        raise ValueError(_mismatch(folder, missing, unused))
+        raise ValueError(_mismatch(folder, missing, unused, config.stored_name("lm_head.weight")))
     # the bar shows itself only where someone watches and the load takes longer than a second
     for name, file in tqdm(files.items(), desc="loading weights", unit="tensor", leave=False, disable=None, delay=1):
         if name not in expected:
@@ -216,7 +222,8 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
 
 
 # what older tools stored beside the weights: tables of the rotation, and the number that masked scores were set to
-BUFFERS = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|.*\.attn\.masked_bias")
+BUFFERS = re.compile(r".*\.(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+                     r"|.*\.attn\.masked_bias")
 
 
 def known_extra(name, config, files) -> bool:
@@ -238,14 +245,13 @@ def _assign(model: nn.Module, name: str, tensor):
     setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _mismatch(folder, missing, unused):
+def _mismatch(folder, missing, unused, head=None):
     lines = [f"{folder}: the tensors are not those that config.json describes."]
     for what, names in (("missing", missing), ("not used", unused)):
         if names:
             lines.append(f"  {what}: {len(names)}, such as {', '.join(names[:4])}")
-    if len(missing) == 1 and not unused:
-        lines.append("  If it is the head, and the head is the embedding's matrix, config.json must say "
-                     "tie_word_embeddings: true")
+    if missing == [head]:
+        lines.append("  If the head is the embedding's matrix, config.json must say tie_word_embeddings: true")
     elif missing and unused:
         close = difflib.get_close_matches(missing[0], unused, 1)
         if close:
@@ -259,7 +265,7 @@ PREFIX = "base_model.model."      # what PEFT writes before every name
 # fields of adapter_config.json that change nothing here
 NEUTRAL = frozenset("""
     auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
-    peft_type peft_version revision task_type runtime_config qalora_group_size bias target_parameters
+    peft_type peft_version revision task_type runtime_config qalora_group_size bias
 """.split())
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")     # init_lora_weights that leave W as it was
 
@@ -268,8 +274,8 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     """The LoRAConfig of an adapter folder, and all its raw fields. Raises for what is not an adapter we can honour."""
     path = Path(folder) / "adapter_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: adapter_name_or_path must be a folder with adapter_config.json and "
-                                "adapter_model.safetensors")
+        raise FileNotFoundError(f"{path} is missing: adapter_name_or_path must be a folder with adapter_config.json "
+                                "and adapter_model.safetensors")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -288,10 +294,11 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
                          "peft (save_pretrained with path_initial_model_for_weight_conversion)")
     known = LoRAConfig.__dataclass_fields__
     odd = {key: value for key, value in raw.items() if key not in known and key not in NEUTRAL
-           and value is not False and value not in (None, "", [], {}) and key != "fan_in_fan_out"}
+           and value is not False and value not in (None, "", [], {})
+           and key not in ("fan_in_fan_out", "target_parameters")}
     if odd:
-        raise ValueError(f"{path}: {', '.join(f'{k}: {v}' for k, v in odd.items())} is not honoured here, and would change "
-                         "what the adapter computes")
+        raise ValueError(f"{path}: {', '.join(f'{k}: {v}' for k, v in odd.items())} is not honoured here, and would "
+                         "change what the adapter computes")
     config = LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
     if raw.get("target_parameters") and raw.get("target_modules") is None:
         config.target_modules = []
@@ -308,7 +315,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
         config.lora_dropout = dropout
     path = Path(folder) / "adapter_model.safetensors"
     if not path.is_file():
-        hint = "; adapter_model.bin is a pickle and is not read" if (Path(folder) / "adapter_model.bin").is_file() else ""
+        hint = "; adapter_model.bin is a pickle and is not read" if path.with_suffix(".bin").is_file() else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
     with open_tensors(path) as tensors:
         try:
@@ -329,9 +336,10 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
         for name, parameter in expected.items():
             tensor = swapped_back(tensors, name, swapped[name]) if name in swapped else tensors.get_tensor(name)
             if tensor.shape != parameter.shape:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, the model and adapter_config.json make "
-                                 f"it {list(parameter.shape)}. Its base is {raw.get('base_model_name_or_path')!r}, r is "
-                                 f"{config.r}: is this another model, or another rank?")
+                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, the model and adapter_config.json "
+                                 f"make it {list(parameter.shape)}. Its base is "
+                                 f"{raw.get('base_model_name_or_path')!r}, r is {config.r}: is this another model, or "
+                                 "another rank?")
             with torch.no_grad():
                 parameter.copy_(tensor)
     return config
@@ -347,7 +355,7 @@ def _targets_of(model, config, raw, keys) -> list[str]:
     called, one_by_one = model.config.stored_name, any(re.search(r"\.experts\.\d", key) for key in keys)
     if (named := raw.get("target_parameters") or []) and not model.config.stacked_experts:
         raise ValueError(f"target_parameters {', '.join(named)} are stacks of experts, and this checkpoint has its "
-                         "experts one by one. Merge that adapter with peft, or train one here: lora_target: all,experts")
+                         "experts one by one. Merge it with peft, or train one here: lora_target: all,experts")
     stacks = find_targets(model, named, called)
     return stacks + [name for name in find_targets(model, config.target_modules, called) if ".experts." not in name
                      or one_by_one and isinstance(model.get_submodule(name), nn.Linear)]
@@ -510,7 +518,7 @@ def write_json(path, value):
 def _save_tensors(path, tensors: dict):
     """A small safetensors file in one go. Raises OSError if it cannot be written, such as on a full disk."""
     path.touch()
-    mode = path.stat().st_mode                  # as the umask says; save_file makes files that only their owner can read
+    mode = path.stat().st_mode              # as the umask says; save_file makes files that only their owner can read
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, str(path),
                   metadata={"format": "pt"})
@@ -521,7 +529,7 @@ def _save_tensors(path, tensors: dict):
 
 @contextmanager
 def new_folder(path):
-    """A folder that appears under its name only when the block ends well: `with new_folder(p) as work: write into work`."""
+    """A folder that appears under its name only when the block ends well: `with new_folder(p) as work: fill work`."""
     path = Path(path)
     work, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     if old.exists() and not path.exists():      # a run was killed between the two renames below
@@ -542,12 +550,27 @@ def new_folder(path):
     if path.exists():
         os.replace(path, old)                   # one of the two is whole at any moment
     os.replace(work, path)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(path):
+    """Let a renaming outlive a power failure, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:                             # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError:                             # nor does every network file system
+        pass
+    finally:
+        os.close(handle)
 
 
 @contextmanager
 def into_folder(path):
-    """new_folder for a folder that is in use: the files move into it when the block ends well, each over an older one."""
+    """new_folder for a folder in use: the files move into it when the block ends well, each over an older one."""
     path = Path(path)
     with new_folder(path / "final") as work:
         yield work
@@ -580,8 +603,8 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9, progres
     sizes = {name: dtype.itemsize * int(torch.Size(shape).numel()) for name, (shape, dtype) in shapes.items()}
     free = shutil.disk_usage(folder).free
     if sum(sizes.values()) > free:
-        raise OSError(f"{folder}: {sum(sizes.values()) / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. Make room, or choose "
-                      "another folder")
+        raise OSError(f"{folder}: {sum(sizes.values()) / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. Make room, or "
+                      "choose another folder")
     shards, where = plan_shards(sizes, limit), {}
     for index, names in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -638,32 +661,39 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
 # ---- resumable training state -----------------------------------------------------------------------------------
 
 
-def save_training_state(folder, optimizer, names: list[str], state: dict):
+def rng_state() -> dict[str, torch.Tensor]:
+    """The state of this process's random generators, by device."""
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def save_training_state(folder, optimizer, names: list[str], state: dict, rng: dict[str, torch.Tensor]):
     """optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
 
-    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step, log, …).
+    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step, log, …); rng: the
+    generators of all ranks, as cpu.0, cpu.1, ….
     """
     tensors = {}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in zip(names, params, strict=True):
-        for key, value in optimizer.state.get(p, {}).items():
+        fields = optimizer.state.get(p) or {"unused": torch.zeros(0)}         # an expert that no token has passed yet
+        for key, value in fields.items():
             tensors[f"{name}|{key}"] = torch.as_tensor(value)
     folder = Path(folder)
     _save_tensors(folder / "optimizer.safetensors", tensors)
-    rng = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
     _save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)
 
 
-def load_training_state(folder, optimizer, names: list[str]) -> dict:
-    """Put back what save_training_state wrote; returns the JSON part. Raises ValueError if the parameters differ."""
+def load_training_state(folder, optimizer, names: list[str], rank: int = 0) -> dict:
+    """Put back what save_training_state wrote; returns the JSON part. Raises ValueError if the parameters differ.
+
+    A rank that was not there when the state was written keeps the generators it has.
+    """
     folder = Path(folder)
     for file in STATE_FILES:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing: the run cannot be resumed from here (was it saved with "
-                                    "save_only_model: true?). Start from its adapter instead: adapter_name_or_path")
+            raise FileNotFoundError(f"{folder / file} is missing: the run cannot be resumed from here (was it saved "
+                                    "with save_only_model: true?). Start from its adapter: adapter_name_or_path")
     params = [p for group in optimizer.param_groups for p in group["params"]]
     by_name, changed = dict(zip(names, params, strict=True)), "the settings have changed since it was written"
     with open_tensors(folder / "optimizer.safetensors") as tensors:
@@ -674,6 +704,8 @@ def load_training_state(folder, optimizer, names: list[str]) -> dict:
             name, _, field = key.partition("|")
             if name not in by_name:
                 raise ValueError(f"{folder} holds optimizer state for {name}, which this run does not train: {changed}")
+            if field == "unused":
+                continue
             value = tensors.get_tensor(key)
             p = by_name[name]
             if field != "step" and value.shape != p.shape:
@@ -681,15 +713,47 @@ def load_training_state(folder, optimizer, names: list[str]) -> dict:
                                  f"{list(p.shape)} here: {changed}")
             optimizer.state[p][field] = value if field == "step" and p.device.type == "cpu" else value.to(p.device)
     with open_tensors(folder / "rng.safetensors") as tensors:
-        torch.set_rng_state(tensors.get_tensor("cpu"))
-        if torch.cuda.is_available() and "cuda" in tensors.keys():
-            torch.cuda.set_rng_state(tensors.get_tensor("cuda"))
+        states = {key: tensors.get_tensor(key) for key in tensors.keys()}
+    if f"cpu.{rank}" in states:
+        torch.set_rng_state(states[f"cpu.{rank}"])
+    if f"cuda.{rank}" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"cuda.{rank}"])
     path = folder / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): the run cannot be resumed from here. An earlier "
                          "checkpoint may do (resume_from_checkpoint: FOLDER)") from None
+
+
+def write_checksums(folder):
+    """checksums.json: length in bytes and CRC-32 of every file in a checkpoint folder."""
+    folder = Path(folder)
+    write_json(folder / "checksums.json", {path.name: checksum(path) for path in sorted(folder.iterdir())})
+
+
+def checksum(path) -> list:
+    """[length in bytes, CRC-32 as hexadecimal text]: it finds what a disk or a copy has done by accident."""
+    crc, length = 0, 0
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            crc, length = zlib.crc32(block, crc), length + len(block)
+    return [length, f"{crc:08x}"]
+
+
+def damage(folder) -> str:
+    """What is wrong with a checkpoint, read back in full, or "". One without checksums.json is taken as it is."""
+    folder = Path(folder)
+    try:
+        expected = read_json(folder / "checksums.json")
+    except ValueError as error:
+        return str(error)
+    for name, was in expected.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (now := checksum(folder / name)) != was:
+            return f"{name} is not as it was written ({now[0]:,} bytes, {was[0]:,} then; checksum {now[1]}, {was[1]} then)"
+    return ""
 
 
 def checkpoints_in(output_dir, resumable: bool = True) -> list[Path]:

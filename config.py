@@ -19,7 +19,9 @@ import math
 import operator
 import os
 import re
+import signal
 import sys
+import time
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -58,7 +60,8 @@ class Config:
     lora_rank: int = key(8, "width r of the matrices A (r, in) and B (out, r)", low=1)
     lora_alpha: int | None = key(None, "the update is scaled by lora_alpha / lora_rank (none: twice the rank)", low=1)
     lora_dropout: float = key(0.0, "dropout on the input of A", low=0, high=1)
-    lora_target: list[str] = key(["all"], "modules that get an adapter, as q_proj,v_proj; all: all linear but the head")
+    lora_target: list[str] = key(["all"], "modules that get an adapter, under the checkpoint's names: last parts as "
+                                  "q_proj,v_proj, blocks as experts, or all: all linear but head, routers, experts")
     additional_target: list[str] | None = key(None, "further modules trained whole and saved with the adapter")
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_rank)")
     loraplus_lr_ratio: float | None = key(None, "LoRA+: B learns this many times faster than A", above=0)
@@ -123,6 +126,10 @@ class Config:
     max_grad_norm: float | None = key(1.0, "clip the gradient to this norm (0 or none: never)", low=0)
     moe_aux_loss_coef: float | None = key(None, "weight of the loss that keeps a mixture's experts equally busy", low=0)
     neftune_noise_alpha: float | None = key(None, "NEFTune: noise on the embeddings in training", low=0)
+    even_batches: bool = key(True, "several ranks: rows from the epoch's beginning fill up what the last ones lack")
+    ddp_timeout: int = key(180_000_000, "several ranks: seconds that one waits for the others", above=0)
+    time_limit: float | None = key(None, "minutes after which the run saves and stops (exit code 75)", above=0)
+    force_resume: bool = key(False, "resume although data, template or seed have changed")
     bf16: bool = key(False, "compute in bfloat16")
     fp16: bool = key(False, "compute in float16, with loss scaling")
     use_cpu: bool = key(False, "run on the CPU even where there is a GPU")
@@ -171,7 +178,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         auto_find_batch_size tf32 jit_mode_eval torchdynamo fp16_backend half_precision_backend fp16_opt_level""",
     "norms, softmax and loss are computed in float32 anyway": "upcast_layernorm upcast_lmhead_output",
     "one process; the loss is a mean over all tokens": """average_tokens_across_devices ddp_find_unused_parameters
-        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout local_rank master_addr
+        ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank master_addr
         master_port ray_num_workers ray_init_kwargs log_on_each_node save_on_each_node use_mps_device""",
     "parameters, tokens seen and speed are always shown, NaN is never hidden": """print_param_status run_name debug
         include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second log_level
@@ -320,7 +327,7 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
+OWN_KEYS = ("time_limit", "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases
 UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()}
@@ -661,8 +668,30 @@ def run(main):
     except (ValueError, OSError) as error:
         if os.environ.get("POCKET_TRACEBACK") == "1":
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        tell(f"error: {explain(error)}")
         sys.exit(1)
+    except RuntimeError as error:
+        if not lost_a_rank(error) or os.environ.get("POCKET_TRACEBACK") == "1":
+            raise
+        tell(f"error: rank {os.environ['RANK']} has lost another rank ({str(error).splitlines()[0][:160]}). The cause is what "
+             "that rank, or torchrun, says")
+        sys.exit(1)
+
+
+def tell(message: str):
+    """One line on stderr. Of several ranks that fail alike the first one tells it: torchrun then ends the others."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    sys.stderr.write(message + "\n")
+
+
+def lost_a_rank(error: RuntimeError) -> bool:
+    """Does this come from another process of the run that is no longer there?"""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Timed out waiting",
+             "Application timeout", "Broken pipe")
+    return os.environ.get("WORLD_SIZE", "1") != "1" and (
+        type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(sign in str(error) for sign in signs))
 
 
 def explain(error: Exception) -> str:

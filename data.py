@@ -10,7 +10,9 @@ differs on purpose is in docs/differences.md. Packing without contamination: Kre
 """
 import bisect
 import json
+import math
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -324,6 +326,23 @@ def micro_batches(order: list[int], size: int, drop_last: bool = False) -> list[
     """Consecutive `size` examples each; the last may be shorter, unless drop_last."""
     batches = [order[start:start + size] for start in range(0, len(order), size)]
     return batches[:-1] if drop_last and batches and len(batches[-1]) < size else batches
+
+
+def evened(batches: list[list[int]], size: int, world: int, drop_last: bool = False) -> list[list[int]]:
+    """The micro-batches with which `world` ranks, dealt to in turn, all have the same number of full ones.
+
+    As accelerate does it: what lacks is filled up from the beginning of the epoch (or, with drop_last, left out).
+    """
+    if drop_last:
+        return batches[:len(batches) - len(batches) % world]
+    start = [row for batch in batches[:world] for row in batch]
+    start = start * math.ceil(world * size / max(len(start), 1))            # fewer rows than one round asks for
+    full, filler = list(batches), iter(start)
+    if full and len(full[-1]) < size:
+        full[-1] = full[-1] + list(islice(filler, size - len(full[-1])))
+    while len(full) % world:
+        full.append(list(islice(filler, size)))
+    return full
 
 
 @dataclass

@@ -222,6 +222,7 @@ FAMILIES = {
     "xverse": Family(qkv_bias=said("bias", False), o_bias=said("bias", False)),
     "mistral": Family(windows=window_everywhere),                                           # arXiv:2310.06825
     "mixtral": Family(windows=window_everywhere, norm_topk_prob=True, sparse=lambda take, layer: True,
+                      absent={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
                       names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
     "qwen2": Family(qkv_bias=True, windows=window_if_asked),                    # arXiv:2407.10671; 1.5 and 2.5, QwQ
     "qwen3": Family(**BIASED, qk_norm="head", windows=window_if_asked, absent={"head_dim": 128}),   # arXiv:2505.09388

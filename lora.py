@@ -26,7 +26,7 @@ class LoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    target_modules: list | str = "all-linear"        # last name parts or paths; a str is a regular expression or all-linear
+    target_modules: list | str = "all-linear"               # what find_targets reads
     modules_to_save: list = field(default_factory=list)     # trained whole, in float32
     rank_pattern: dict = field(default_factory=dict)        # {name part: another r}
     alpha_pattern: dict = field(default_factory=dict)       # {name part: another alpha}
@@ -72,8 +72,8 @@ class LoRALinear(nn.Linear):
 class LoRAStacked(nn.Module):
     """Adapters beside a stack of matrices `weight` (E, in, out), one per expert; called with the expert's number.
 
-    As PEFT keeps them for a parameter of three dimensions: A is (E*r, in), expert by expert; B is (out, r*E), the
-    experts lying next to each other for each of the r ranks.
+    As PEFT 0.18 keeps them for a parameter of three dimensions: A is (E*r, in), expert by expert; B is (out, r*E),
+    the experts lying next to each other for each of the r ranks.
     """
 
     def __init__(self, base: nn.Module, r: int, scale: float, dropout: float):
@@ -198,7 +198,7 @@ def _replace(model, name, module):
 
 
 def _modules_named(model, name, called):
-    """Modules with weights whose name ends in `name` (as in PEFT: `norm` means every norm) or that lie in such a one."""
+    """Modules with weights whose name ends in `name` (as in PEFT: `norm` means every norm) or that lie in one."""
     roots = [full for full, _ in model.named_modules() if called(full).endswith(name)]
     weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     found = [full for full in weighty if any(full == root or full.startswith(root + ".") for root in roots)]

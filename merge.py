@@ -121,7 +121,7 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
 
 
 def adapter_names(config) -> list[str]:
-    """adapter_name_or_path; without it, what a training left in output_dir, after those it stands on; without both, none."""
+    """adapter_name_or_path; without it, what training left in output_dir, after those it stands on; or none."""
     if config.adapter_name_or_path or not config.output_dir:
         return config.adapter_name_or_path or []
     if not (Path(config.output_dir) / "adapter_config.json").is_file():
@@ -220,9 +220,10 @@ def blocks(name, tensor: Planned, device):
         with open_tensors(file) as tensors:
             return tensors.get_slice(key)[rows].to(device)
 
+    stacked = len(tensor.shape) == 3
     lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight") for c in tensor.changes]    # (r, in)
-    stacked = len(tensor.shape) == 3                # its B is small beside it, and needed for each expert's rows
-    highs = [read(c.file, c.key + ".lora_B.weight") if stacked and c.scale is not None else None for c in tensor.changes]
+    highs = [read(c.file, c.key + ".lora_B.weight") if stacked and A is not None else None
+             for c, A in zip(tensor.changes, lows)]
     for rows in row_blocks(tensor.shape):
         block = read(tensor.file, tensor.key, rows)
         for change, A, B in zip(tensor.changes, lows, highs):
@@ -231,7 +232,7 @@ def blocks(name, tensor: Planned, device):
                 continue
             if change.has_copy:
                 check_copy(block, read(change.file, change.key + ".base_layer.weight", rows), name, change.file)
-            if stacked:                                         # rows of one expert: (1, some of in, out)
+            if stacked:                                                 # rows of one expert: (1, some of in, out)
                 expert, part = rows[0].start, rows[1]
                 low, high = expert_matrices(A, B, tensor.shape[0], expert)
                 A_e, B_e = (low, high) if change.swapped else (high.T, low.T)                   # (r, out), (in, r)

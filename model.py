@@ -138,7 +138,7 @@ def _yarn(rope, speed, dim, base):
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=speed.device) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=speed.device) - low) / (high - low or 0.001)
     keep = 1 - ramp.clamp(0, 1)                                                              # (Dh/2,) 1 = unscaled
     speed = keep * speed + (1 - keep) * speed / factor
 

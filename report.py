@@ -58,12 +58,14 @@ def clock(seconds: float) -> str:
 class RunLog:
     """The log of one training run: bar, columns, trainer_log.jsonl, and the history that trainer_state.json keeps."""
 
-    def __init__(self, folder, total_steps: int, first_step: int = 0, history: list | None = None, disabled: bool = False):
-        self.path = Path(folder) / "trainer_log.jsonl"
+    def __init__(self, folder, total_steps: int, first_step: int = 0, history: list | None = None, disabled: bool = False,
+                 writes: bool = True):
+        self.path, self.writes = Path(folder) / "trainer_log.jsonl", writes        # one of several ranks writes
         self.total_steps, self.first_step, self.history = total_steps, first_step, list(history or [])
         self.start = time.time()
         kept = [line for line in self._lines() if line.get("current_steps", 0) <= first_step] if first_step else []
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if writes:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
                         disable=disabled or None)          # None: no bar where nobody watches (a file, a pipe)
         tqdm.write(COLUMNS.format(step="step", epoch="epoch", loss="loss", lr="lr", grad="grad norm", speed="tokens/s"))
@@ -87,8 +89,9 @@ class RunLog:
         line = {"current_steps": step, "total_steps": self.total_steps, **values, "epoch": epoch,
                 "percentage": round(100 * step / self.total_steps, 2) if self.total_steps else 100.0,
                 "elapsed_time": clock(spent), "remaining_time": clock(spent / done * (self.total_steps - step))}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if self.writes:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def train(self, step, epoch, loss, lr, grad_norm, tokens_per_second, tokens_seen):
         """A logged training step, on the screen and in the files."""

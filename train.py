@@ -2,6 +2,7 @@
 
     python train.py --config configs/tiny_lora_sft.yaml
     python train.py --config my.yaml learning_rate=2e-4 max_steps=20
+    torchrun --nproc-per-node 8 train.py --config my.yaml
 
 config → tokenizer and template → data → model and adapters → optimizer → resume → loop → save.
 
@@ -12,46 +13,54 @@ Papers: LoRA arXiv:2106.09685, AdamW arXiv:1711.05101; the step's loss is a sum 
 import math
 import os
 import shlex
-import shutil
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
+if os.environ.get("RANK", "0") != "0":
+    os.environ["TQDM_DISABLE"] = "1"                            # one rank draws bars; tqdm reads this when imported
 from attention import Layout, pick_device, pick_kernel          # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
-from checkpoint import (STATE_FILES, adapter_tensors, checkpoints_in, find_checkpoint, into_folder, load_adapter,
-                        load_model, load_training_state, new_folder, open_tensors, save_adapter, save_model,
-                        save_training_state, write_json)
+from checkpoint import (adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
+                        new_folder, open_tensors, rng_state, save_adapter, save_model, save_training_state,
+                        write_checksums, write_json)
 from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
-from data import collate, epoch_order, load_examples, micro_batches, print_counts
+from data import collate, epoch_order, evened, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
 from generate import context_length
 from lora import LoRAConfig, attach_lora, merge_adapters, trainable
 from losses import balance_loss, cross_entropy_sum
 from model import CausalLM, attention_needs, init_weights
+from parallel import Gradients, Ranks, end_ranks, start_ranks
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
+from resume import STOPPED, StopSigns, changed_settings, find_resume, prepare_output, remove_old_checkpoints
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
-from tokenizer import load_tokenizer, read_json
+from tokenizer import load_tokenizer
+
+
+MOST_SKIPPED = 3                # so many steps in a row without a finite loss and gradient end the run
 
 
 def main(argv):
     config = load_config(argv, "train")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("several processes were started; this release trains in one: python train.py, or torchrun "
-                         "--nproc-per-node 1")
     device = pick_device(config.use_cpu)
     check_dtype(config, device)
-    resume = find_resume(config)
-    torch.manual_seed(config.seed)
+    ranks = start_ranks(device, config.ddp_timeout)
+    if not ranks.main:                              # one rank prints and writes
+        sys.stdout = open(os.devnull, "w")
+    resume = ranks.from_main(lambda: find_resume(config))
+    torch.manual_seed(config.seed + ranks.rank)     # dropout; all else has generators of its own
 
     # ---- tokenizer, chat format, data
-    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    with ranks.one_per_host_first():
+        base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+        adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
     shape = model_config(read_config_json(base), f"{base}/config.json")
     tokenizer = load_tokenizer(base, config.split_special_tokens)
-    adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
     name, force = stored_template([resume] if resume else adapters, config.template, config.force_template)
     template, why = choose_template(name, tokenizer, shape.model_type, force)
     remarks = check_template(template, tokenizer) if config.stage == "sft" else []      # before the latter is changed
@@ -60,7 +69,7 @@ def main(argv):
     print_pairs("settings that differ from the defaults", non_default(config))
     if ignored := ignored_keys(config):
         print(f"  accepted, no effect here: {', '.join(ignored)}")
-    if resume and (changed := changed_settings(resume, settings)):
+    if resume and (changed := changed_settings(resume, settings, config.force_resume)):
         print_pairs(f"settings changed since {resume}", changed)
     print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template.name} ({why})"})
     for note in [*shape.notes, *(f"template {template.name}: {remark}" for remark in remarks)]:
@@ -78,7 +87,7 @@ def main(argv):
     dtype = compute_dtype(config, model)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
     balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
-    model.kernel, model.recompute = choice.kernel, not config.disable_gradient_checkpointing
+    model.recompute = not config.disable_gradient_checkpointing
     autocast = torch.autocast(device.type, dtype) if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
     lengths = []                                    # of the sequences in the current row, for NEFTune
     if config.neftune_noise_alpha:
@@ -86,50 +95,65 @@ def main(argv):
 
     # ---- optimizer and the plan of steps
     optimizer = make_optimizer(weights, config, device)
+    gradients = Gradients(list(weights.values()), ranks)
     scale = LossScale() if dtype == torch.float16 else None
-    per_epoch = math.ceil(len(batches_of(config, train_set, 0)) / config.gradient_accumulation_steps)
+    per_epoch = steps_per_epoch(config, train_set, ranks)
     if per_epoch == 0:
         raise ValueError(f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
                          "(dataloader_drop_last: true leaves out the incomplete one)")
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     factor = schedule(config, total_steps)
-    print_pairs("plan", plan(config, model, weights, dtype, train_set, per_epoch, total_steps))
+    print_pairs("plan", plan(config, model, weights, dtype, train_set, per_epoch, total_steps, ranks))
     print("\n".join(choice.lines), flush=True)
 
     # ---- where to begin
     output = Path(config.output_dir)
-    state = {"step": 0, "epoch": 0.0, "kernel": choice.kernel, "loss_total": 0.0, "tokens_seen": 0, "window": [0.0, 0],
-             "lowest": None, "waited": 0, "best": None, "history": []}
+    state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel), "loss_total": 0.0,
+             "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [], "skipped": 0,
+             "rows_per_step": rows_per_step(config, ranks)}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, weights)
     if resume:
-        saved = load_training_state(resume, optimizer, names)
+        saved = load_training_state(resume, optimizer, names, ranks.rank)
         state = saved["resume"] | {"history": saved["log_history"]}
         if scale:
             scale.value, scale.good_steps = state["loss_scale"]
-        if state["kernel"] in choice.timings:       # two kernels differ in the last bit; a resumed run must not
-            model.kernel = state["kernel"]
+        if state["rows_per_step"] != rows_per_step(config, ranks):
+            raise ValueError(f"{resume} was written with {state['rows_per_step']} rows a step, and this run takes "
+                             f"{rows_per_step(config, ranks)}: with {ranks.world} ranks, change gradient_accumulation_steps "
+                             "or per_device_train_batch_size so that their product stays the same")
         if state["step"] > total_steps:
             raise ValueError(f"{resume} is at step {state['step']}, and this run ends at step {total_steps}: raise "
                              "max_steps or num_train_epochs, or go on from an earlier checkpoint")
         if state["best"] and not (output / f"checkpoint-{state['best'][0]}").is_dir():
             state["best"] = None                    # it stayed behind in another output_dir
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
-    prepare_output(config, resume, weights)
-    write_json(output / "train_config.json", settings)
-    log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm))
+    # ranks, and a run and its continuation, use one kernel: two differ in the last bit
+    model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
+    if ranks.main:
+        prepare_output(config, resume, weights)
+        write_json(output / "train_config.json", settings)
+    log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm),
+                 writes=ranks.main)
+    same_everywhere(ranks, weights, train_set)
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
     started = window_start = time.time()
     first_step, window_tokens, (window_loss, window_steps) = state["step"], 0, state["window"]
+    stop, skipped = StopSigns(config.time_limit), 0                        # skipped: steps in a row
 
-    def save(step, epoch):
+    def save(step, epoch, stateful=not config.save_only_model):
+        rng = {f"{device}.{rank}": state for device, mine in rng_state().items()
+               for rank, state in enumerate(ranks.gather(mine))}
+        if not ranks.main:
+            return
         with new_folder(output / f"checkpoint-{step}") as folder:
             save_weights(config, model, lora, folder, base, tokenizer, settings)
-            if not config.save_only_model:
+            if stateful:
                 kept = state | {"window": [window_loss, window_steps]}
                 kept |= ({"loss_scale": [scale.value, scale.good_steps]} if scale else {})
-                save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept))
+                save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept), rng)
+            write_checksums(folder)
         remove_old_checkpoints(config, output, state["best"])
 
     # ---- the loop
@@ -137,79 +161,105 @@ def main(argv):
     for step in range(first_step + 1, total_steps + 1):
         epoch, nth = divmod(step - 1, per_epoch)                           # both 0-based
         if nth == 0 or step == first_step + 1:
-            rows = batches_of(config, train_set, epoch)
+            rows = batches_of(config, train_set, epoch, ranks)
         part = rows[nth * config.gradient_accumulation_steps:(nth + 1) * config.gradient_accumulation_steps]
         batches = [collate([train_set[i] for i in batch]) for batch in part]
-        n_items = sum(batch.n_items for batch in batches)                  # counted first, divided by once
+        n_items, tokens = ranks.total(sum(batch.n_items for batch in batches),         # counted first, divided by once
+                                      sum(len(batch.targets) for batch in batches))
         rate = set_rates(optimizer, factor(step - 1))
-        if step == first_step + 1 and dtype != torch.float32:
+        if step == first_step + 1 and dtype != torch.float32 and batches:
             check_first_batch(model, batches[0], device, autocast)
         loss = torch.zeros((), device=device)
-        for batch in batches:
+        gradients.clear()
+        for number, batch in enumerate(batches, 1):
             lengths[:] = batch.lengths
+            if number == len(batches):
+                gradients.send_early()
             with autocast:
                 token_loss, routing = batch_loss(model, batch, device, balance)
                 micro_loss = token_loss / n_items + routing         # the latter undivided, as LLaMA-Factory has it
             (micro_loss * scale.value if scale else micro_loss).backward()
             loss += micro_loss.detach()
+        gradients.sum()
         overflow = scale is not None and not scale.unscale(weights.values())
         grad_norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf))
-        loss = float(loss)
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflow):
-            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}. Nothing was learnt from this step and the "
-                             f"checkpoints in {output} are whole. A lower learning_rate (now {rate:.2e}), or bf16 in place "
-                             f"of fp16, usually helps; rows of this step: {[i for batch in part for i in batch]}")
-        if overflow:
+        asked = stop.asked()
+        loss, stops = ranks.total(float(loss), bool(asked))
+        finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflow)
+        skipped = 0 if finite else skipped + 1
+        if not finite:
+            tqdm.write(f"{step:>7} skipped: loss {loss}, gradient norm {grad_norm}; nothing is learnt from it. Rows of this "
+                       f"step{', on rank 0' if ranks.world > 1 else ''}: {[i for batch in part for i in batch]}")
+        elif overflow:
             tqdm.write(f"{step:>7} gradients overflowed in float16; step skipped, loss scale now {scale.value:g}")
         else:
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if skipped == MOST_SKIPPED:
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, for the {skipped}rd time in a row. Nothing "
+                             f"was learnt from these steps and the checkpoints in {output} are whole. A lower learning_rate "
+                             f"(now {rate:.2e}), or bf16 in place of fp16, usually helps")
 
         # ---- what the step leaves behind
-        tokens = sum(len(batch.targets) for batch in batches)
-        done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / len(rows))
-        state.update(step=step, epoch=done, loss_total=state["loss_total"] + loss,
-                     tokens_seen=state["tokens_seen"] + tokens)
-        window_loss, window_steps, window_tokens = window_loss + loss, window_steps + 1, window_tokens + tokens
+        done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / max(len(rows), 1))
+        state.update(step=step, epoch=done, loss_total=state["loss_total"] + (loss if finite else 0.0),
+                     tokens_seen=state["tokens_seen"] + int(tokens), skipped=state["skipped"] + (not finite))
+        window_tokens += tokens
+        if finite:
+            window_loss, window_steps = window_loss + loss, window_steps + 1
         speed = window_tokens / max(time.time() - window_start, 1e-9)
         ends_epoch = nth == per_epoch - 1 or step == total_steps
         saves = (config.save_strategy == "steps" and (step % save_every == 0 or step == total_steps)
                  or config.save_strategy == "epoch" and ends_epoch)
         log.advance(loss, rate, speed)
         if step % log_every == 0 or (step == 1 and config.logging_first_step):
-            log.train(step, done, window_loss / window_steps, rate, grad_norm, speed, state["tokens_seen"])
+            log.train(step, done, window_loss / window_steps if window_steps else math.nan, rate, grad_norm, speed, state["tokens_seen"])
             window_loss, window_steps, window_tokens, window_start = 0.0, 0, 0, time.time()
         if eval_set and ((config.eval_strategy == "steps" and step % eval_every == 0)
                          or (config.eval_strategy == "epoch" and ends_epoch)):
-            metrics = evaluate(config, model, eval_set, device, autocast, balance)
+            metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
             log.eval(step, done, metrics)
             eval_loss = metrics["eval_loss"]
             better = state["lowest"] is None or eval_loss < state["lowest"]
             state["lowest"], state["waited"] = (eval_loss, 0) if better else (state["lowest"], state["waited"] + 1)
             if saves and (state["best"] is None or eval_loss < state["best"][1]):
                 state["best"] = [step, eval_loss]
-        if saves:
-            save(step, done)
+        if saves or stops:
+            save(step, done, stateful=not config.save_only_model or stops)
+        if stops:
+            log.close()
+            end_ranks()
+            print(f"\nstopped by {asked or 'another rank'} after step {step} of {total_steps}, which is saved. "
+                  "resume_from_checkpoint: true goes on", file=sys.stderr if ranks.main else sys.stdout, flush=True)
+            raise SystemExit(STOPPED)
         if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
             tqdm.write(f"{step:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
             break
 
     # ---- the end: the best or the last weights, results, pictures
+    stop.restore()
     seconds = max(time.time() - started, 1e-9)
     log.write(state["step"], state["epoch"])
     log.close()
     if config.load_best_model_at_end and state["best"]:
-        load_best(config, model, output, state["best"])
-    with into_folder(output) as folder:
-        save_weights(config, model, lora, folder, base, tokenizer, settings)
+        if ranks.main:
+            load_best(config, model, output, state["best"])
+        ranks.share(weights.values())
     trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
-               "train_loss": state["loss_total"] / state["step"], "train_runtime": round(seconds, 4),
+               "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1), "train_runtime": round(seconds, 4),
                "train_samples_per_second": round((state["step"] - first_step) / per_epoch * len(train_set) / seconds, 3),
                "train_steps_per_second": round((state["step"] - first_step) / seconds, 3)}
+    if state["skipped"]:
+        print(f"\n{state['skipped']} steps were skipped because their loss or gradient was not finite; train_loss is the "
+              "mean of the others")
     log.history.append(trained | {"step": state["step"]})
     results = {"train": trained}
     if eval_set and config.do_eval:
-        results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast, balance)}
+        results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast, balance, ranks)}
+    end_ranks()
+    if not ranks.main:
+        return
+    with into_folder(output) as folder:
+        save_weights(config, model, lora, folder, base, tokenizer, settings)
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
@@ -222,7 +272,7 @@ def main(argv):
     print(f"\nsaved to {output}. Next: python chat.py {shlex.join(map(str, argv))}")
 
 
-# ---- device and folders -----------------------------------------------------------------------------------------
+# ---- device and data --------------------------------------------------------------------------------------------
 
 
 def check_dtype(config, device):
@@ -248,93 +298,6 @@ def check_examples(examples, shape, tokenizer):
 def device_name(device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \
         f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-def find_resume(config) -> Path | None:
-    """The checkpoint to go on from, or None. Raises rather than let a run write over what it does not go on from."""
-    output, wish = Path(config.output_dir), config.resume_from_checkpoint
-    there, resume = checkpoints_in(output), None
-    if output.is_file():
-        raise ValueError(f"output_dir: {output} is a file")
-    if wish in ("true", "auto"):
-        if not there and wish == "true":
-            lack = " (those of save_only_model: true are not)" if checkpoints_in(output, resumable=False) else ""
-            raise FileNotFoundError(f"resume_from_checkpoint: true, but {output} holds no complete checkpoint-N{lack}; "
-                                    "leave it out to start from the beginning, or write auto")
-        resume = there[-1] if there else None
-    elif wish:
-        resume = Path(wish)
-        if missing := [file for file in STATE_FILES if not (resume / file).is_file()]:
-            near = checkpoints_in(resume) or there
-            raise FileNotFoundError(f"resume_from_checkpoint: {wish} is no complete checkpoint (it has no {missing[0]})"
-                                    + (f"; {near[0].parent} holds {', '.join(p.name for p in near)}" if near else ""))
-    replaced = not_of_this_run(output, resume)
-    for name in [config.model_name_or_path, *(config.adapter_name_or_path or [])]:
-        source = Path(name).resolve()
-        if any(old.resolve() in (source, *source.parents) for old in replaced if old.name.startswith("checkpoint-")):
-            raise ValueError(f"{name} lies in output_dir, whose checkpoints a new run replaces; name another output_dir")
-    if replaced and not config.overwrite_output_dir:
-        raise ValueError(f"output_dir: {output} is not empty: it holds {replaced[0].name}, which is no part of this run"
-                         + (f". resume_from_checkpoint: true goes on from {there[-1].name}" if there and not resume else "")
-                         + ". Name another folder, or set overwrite_output_dir: true")
-    return resume
-
-
-def not_of_this_run(output, resume) -> list[Path]:
-    """What a run that goes on from `resume` (None: a new one) would write over in output_dir: later checkpoints, or all.
-
-    A run that was stopped before its first checkpoint has left nothing to lose.
-    """
-    there = checkpoints_in(output, resumable=False)
-    same = [resume is not None and path.samefile(resume) for path in there]
-    if any(same):
-        return there[same.index(True) + 1:]
-    found = sorted(output.iterdir()) if output.is_dir() else []
-    return [path for path in found if path.name not in ("train_config.json", "trainer_log.jsonl")
-            and path.suffix != ".partial"]
-
-
-def changed_settings(resume, settings) -> dict:
-    """{key: "then -> now"} of what the config says otherwise than it did when the checkpoint was written.
-
-    Raises ValueError for what cannot change on the way: the adapter's shape and the kind of training.
-    """
-    then = read_json(resume / "train_config.json")
-    changed = {key: f"{then[key]} -> {now}" for key, now in settings.items() if key in then and then[key] != now
-               and key not in ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")}
-    for key in ("finetuning_type", "stage", "lora_rank", "lora_alpha", "lora_target", "additional_target", "use_rslora",
-                "lora_dropout"):
-        if key in changed:
-            raise ValueError(f"{key}: {changed[key]} cannot change when a run is resumed ({resume}). Set it back, or start "
-                             f"anew: adapter_name_or_path: {resume}, with another output_dir")
-    return changed
-
-
-def prepare_output(config, resume, weights):
-    """Make output_dir, without checkpoints of other runs: they must never be resumed. Raises OSError for a full disk."""
-    output = Path(config.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    for old in not_of_this_run(output, resume):
-        if old.name.startswith("checkpoint-"):
-            print(f"overwrite_output_dir: removed {old} of an earlier run")
-            shutil.rmtree(old)
-    for unfinished in output.glob("checkpoint-*.partial"):
-        shutil.rmtree(unfinished)
-    copies = 1 if config.save_strategy == "no" else 4       # a checkpoint has AdamW's two moments of each weight as well
-    needed, free = sum(p.nbytes for p in weights.values()) * copies / 1e9, shutil.disk_usage(output).free / 1e9
-    if needed > free:
-        raise OSError(f"output_dir: {output} has room for {free:.2f} GB, and this run writes {needed:.2f} GB at least. Make "
-                      "room, or name another folder")
-
-
-def remove_old_checkpoints(config, output, best):
-    """Keep save_total_limit checkpoints: the newest, and the best one if it will be loaded at the end."""
-    there = checkpoints_in(output, resumable=False)
-    keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()
-    limit = max(1, (config.save_total_limit or len(there)) - len(keep & {p.name for p in there[:-1]}))
-    for old in there[:-limit]:
-        if old.name not in keep:
-            shutil.rmtree(old)
 
 
 # ---- model ------------------------------------------------------------------------------------------------------
@@ -387,17 +350,21 @@ def optimizer_names(optimizer, weights) -> list[str]:
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def plan(config, model, weights, dtype, train_set, per_epoch, total_steps) -> dict:
+def plan(config, model, weights, dtype, train_set, per_epoch, total_steps, ranks) -> dict:
     """The start page's figures."""
     trained, total = sum(p.numel() for p in weights.values()), sum(p.numel() for p in model.parameters())
     tokens = sum(len(example.input_ids) for example in train_set)
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    rows = rows_per_step(config, ranks)
+    again = rows_twice(config, train_set, ranks)
     base = model.model.layers[0].self_attn.o_proj.weight.dtype
     return {"parameters": f"{trained:,} of {total:,} learn ({100 * trained / total:.4f}%)",
             "dtype": f"weights {base}, trained ones torch.float32, products {dtype}".replace("torch.", ""),
             "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
-            "a step": f"{rows} rows ({config.per_device_train_batch_size} x {config.gradient_accumulation_steps}), about "
-                      f"{tokens / len(train_set) * rows:,.0f} tokens",
+            "a step": f"{rows} rows ({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x "
+                      f"{ranks.world} ranks), about {tokens / len(train_set) * rows:,.0f} tokens",
+            **({"ranks": f"{ranks.world}, gradients summed once a step" + (f"; {again} rows of an epoch are trained twice, "
+               "so that all ranks have full batches (even_batches: false would not)" if again else "")}
+               if ranks.world > 1 else {}),
             "recompute": "each block in the backward pass (gradient checkpointing)" if model.recompute else "nothing"}
 
 
@@ -409,11 +376,44 @@ def flops(model, tokens: int) -> float:
 # ---- one step ---------------------------------------------------------------------------------------------------
 
 
-def batches_of(config, train_set, epoch) -> list[list[int]]:
-    """The micro-batches of an epoch: lists of row numbers, in LLaMA-Factory's order."""
+def batches_of(config, train_set, epoch, ranks: Ranks) -> list[list[int]]:
+    """This rank's micro-batches of an epoch: lists of row numbers, in LLaMA-Factory's order, dealt to the ranks in turn."""
     seed = config.seed if config.data_seed is None else config.data_seed
     order = epoch_order(len(train_set), seed, epoch, shuffle=not config.disable_shuffling)
-    return micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
+    batches = micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
+    if ranks.world > 1 and config.even_batches:
+        batches = evened(batches, config.per_device_train_batch_size, ranks.world, config.dataloader_drop_last)
+    return batches[ranks.rank::ranks.world]
+
+
+def rows_twice(config, train_set, ranks: Ranks) -> int:
+    """How many rows an epoch has more than there are, on all ranks together."""
+    dealt = sum(len(batch) for rank in range(ranks.world)
+                for batch in batches_of(config, train_set, 0, Ranks(rank, ranks.world)))
+    return max(0, dealt - len(train_set))
+
+
+def steps_per_epoch(config, train_set, ranks: Ranks) -> int:
+    """Optimizer steps of an epoch, the same number on all ranks: rank 0 is dealt the most micro-batches."""
+    most = len(batches_of(config, train_set, 0, Ranks(0, ranks.world)))
+    return math.ceil(most / config.gradient_accumulation_steps)
+
+
+def rows_per_step(config, ranks: Ranks) -> int:
+    """The rows of an optimizer step, over all ranks."""
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
+
+
+@torch.no_grad()
+def same_everywhere(ranks: Ranks, weights, train_set):
+    """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may."""
+    mine = [float(sum(p.double().abs().sum() for p in weights.values())), len(train_set),
+            sum(int(example.input_ids.astype("int64").sum()) for example in train_set)]
+    found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]
+    for what, values in zip(("trained weights", "number of training rows", "training rows"), zip(*found)):
+        if len(set(values)) > 1:
+            raise ValueError(f"the ranks do not have the same {what}. Do all hosts have the same model, adapter and data "
+                             "files, and the same release of this program?")
 
 
 def batch_loss(model, batch, device, balance: float = 0.0):
@@ -426,13 +426,13 @@ def batch_loss(model, batch, device, balance: float = 0.0):
 
 
 @torch.no_grad()
-def evaluate(config, model, examples, device, autocast, balance) -> dict:
+def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -> dict:
     """eval_loss as LLaMA-Factory counts it (mean over batches of each batch's token mean, all batches alike), the loss
-    over all tokens alike under its own name, and its perplexity."""
+    over all tokens alike under its own name, and its perplexity. The ranks share the batches; each counts once."""
     model.eval()
     start, size = time.time(), config.per_device_eval_batch_size
     means, total, count, empty = [], 0.0, 0, 0
-    for first in tqdm(range(0, len(examples), size), desc="evaluating", leave=False, disable=bool(config.disable_tqdm) or None):
+    for first in tqdm(range(0, len(examples), size)[ranks.rank::ranks.world], desc="evaluating", leave=False, disable=bool(config.disable_tqdm) or None):
         batch = collate(examples[first:first + size])
         supervised = int((batch.targets != -100).sum())
         if supervised == 0:
@@ -443,15 +443,16 @@ def evaluate(config, model, examples, device, autocast, balance) -> dict:
         means.append(loss / supervised + routing)
         total, count = total + loss, count + supervised
     model.train()
+    mean, batches, total, count, empty = ranks.total(math.fsum(means), len(means), total, count, empty)
     if empty:
-        tqdm.write(f"evaluation: {empty} batches without a supervised token were left out")
-    if not means:
+        tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
+    if not batches:
         raise ValueError("the evaluation rows carry no loss at all: nothing to evaluate (cutoff_len too small?)")
     seconds = max(time.time() - start, 1e-9)
-    return {"eval_loss": sum(means) / len(means), "eval_token_loss": total / count,
+    return {"eval_loss": mean / batches, "eval_token_loss": total / count,
             "eval_perplexity": math.exp(min(total / count, 700)), "eval_runtime": round(seconds, 4),
             "eval_samples_per_second": round(len(examples) / seconds, 3),
-            "eval_steps_per_second": round(len(means) / seconds, 3)}
+            "eval_steps_per_second": round(batches / seconds, 3)}
 
 
 @torch.no_grad()

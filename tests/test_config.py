@@ -93,7 +93,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (1e-6, "loraplus_lr_embedding"), (0.95, "temperature"), (0.7, "top_p"), (50, "top_k"), (42, "seed"),
     (1024, "max_length max_new_tokens"), (1, "repetition_penalty max_grad_norm gradient_accumulation_steps"),
     (3, "num_train_epochs"), (-1, "max_steps"), (5e-5, "learning_rate"), (0.9, "adam_beta1"), (0.999, "adam_beta2"),
-    (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"),
+    (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"), (180_000_000, "ddp_timeout"),
 )
 PEER_OFF = {            # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
     "infer_backend": "huggingface", "mix_strategy": "concat", "ignore_pad_token_for_loss": "true", "num_beams": "1",
@@ -157,7 +157,7 @@ def test_training_keys_do_not_stop_chat_and_merge():
 
 def test_ignored_keys_are_listed():
     config = load("trust_remote_code=true", "lora_rank=4", "ddp_timeout=180000000", "bf16=true")
-    assert ignored_keys(config) == ["trust_remote_code", "ddp_timeout"]
+    assert ignored_keys(config) == ["trust_remote_code"]
     assert ignored_keys(load("finetuning_type=full", "lora_rank=4")) == ["lora_rank"]
 
 
@@ -178,7 +178,7 @@ def test_published_yaml_of_a_lora_run():
     assert (config.dataset, config.learning_rate, config.lora_alpha) == (["identity", "alpaca_en_demo"], 1e-4, 16)
     assert config.resume_from_checkpoint is None and config.bf16 is True and config.warmup_ratio == 0.1
     assert ignored_keys(config) == ["trust_remote_code", "overwrite_cache", "preprocessing_num_workers",
-                                    "dataloader_num_workers", "ddp_timeout"]
+                                    "dataloader_num_workers"]
     assert load(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template == "llama3"
     merge = load(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out", script="merge")
     assert merge.output_dir == "saves/llama3-8b/lora/sft"

@@ -56,6 +56,8 @@ CASES = {
     "llama yarn by hand": ("llama", dict(
         head_dim=32, rope_scaling=dict(YARN, original_max_position_embeddings=256, attention_factor=0.7,
                                        truncate=False))),
+    "llama yarn of a short length": ("llama", dict(
+        rope_scaling=dict(YARN, original_max_position_embeddings=8, beta_slow=2, truncate=False))),
     "llama longrope": ("llama", dict(rope_scaling=longrope(4, original_max_position_embeddings=16, factor=4.0))),
     "mistral": ("mistral", dict(sliding_window=5)),
     "mistral no window": ("mistral", dict(sliding_window=None, head_dim=20, num_key_value_heads=4)),

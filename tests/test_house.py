@@ -10,10 +10,10 @@ from tests.common import ROOT
 
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
     ("vocabularies", "formats", "sandbox"),
-    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "report", "generate"),
+    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
     ("model", "lora", "templates", "rows"),
     ("checkpoint",),
-    ("data",),
+    ("data", "resume"),
     ("train", "chat", "merge"),
 )
 SCRIPTS = LEVELS[-1]

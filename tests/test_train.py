@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import resume
 import train
 from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
 
@@ -198,8 +199,9 @@ def test_clear_errors(overrides, words, tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
-    """A weight that turns nan after step 2: the run ends with an error, checkpoint-2 is whole, no 0 is logged."""
+def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
+    """A weight that turns nan after step 2: three steps are skipped, by name, then the run ends with an error;
+    checkpoint-2 is whole, no 0 is logged."""
     out, real, calls = tmp_path / "out", train.batch_loss, []
 
     def poisoned(*args):
@@ -208,10 +210,31 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch):
         return loss * (math.nan if len(calls) > 8 else 1.0), routing
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
-    with pytest.raises(ValueError, match="step 3: loss nan"):
+    with pytest.raises(ValueError, match="step 5: loss nan.*3rd time in a row"):
         run("sft_llama3", out, monkeypatch, "save_strategy=steps", "save_steps=2")
     assert (out / "checkpoint-2/trainer_state.json").is_file() and not (out / "adapter_model.safetensors").exists()
-    assert all(row["loss"] > 1 for row in read_jsonl(out / "trainer_log.jsonl"))
+    losses = [row["loss"] for row in read_jsonl(out / "trainer_log.jsonl")]
+    assert all(loss > 1 for loss in losses[:2]) and all(math.isnan(loss) for loss in losses[2:])
+    assert "3 skipped: loss nan" in capsys.readouterr().out
+
+
+@needs_shared
+def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    """A step with a loss of nan leaves the weights alone; the mean of the run is that of the other steps."""
+    real, calls, before = train.batch_loss, [], []
+
+    def poisoned(model, *args):
+        calls.append(1)
+        before.append(float(model.model.layers[0].self_attn.q_proj.lora_B.weight.detach().abs().sum()))
+        loss, routing = real(model, *args)
+        return loss * (math.nan if len(calls) == 10 else 1.0), routing
+
+    monkeypatch.setattr(train, "batch_loss", poisoned)
+    state = run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4")
+    assert before[8] == before[12] != before[4] and "1 steps were skipped" in capsys.readouterr().out
+    losses = [row["loss"] for row in state["log_history"] if "loss" in row]
+    mean = (losses[0] + losses[1] + losses[3]) / 3
+    assert math.isnan(losses[2]) and abs(state["log_history"][-1]["train_loss"] - mean) < 1e-9
 
 
 @needs_shared
@@ -289,7 +312,9 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match=words):
             run("sft_llama3", out, monkeypatch, *SAVE, resume, change)
     capsys.readouterr()
-    run("sft_llama3", out, monkeypatch, *SAVE, resume, "learning_rate=1e-5", "max_samples=9")
+    with pytest.raises(ValueError, match="max_samples: None -> 9; seed: 42 -> 3: with that.*force_resume: true"):
+        run("sft_llama3", out, monkeypatch, *SAVE, resume, "seed=3", "max_samples=9")
+    run("sft_llama3", out, monkeypatch, *SAVE, resume, "learning_rate=1e-5", "max_samples=9", "force_resume=true")
     shown = capsys.readouterr().out
     assert "0.002 -> 1e-05" in shown and "None -> 9" in shown and "2 -> 6" in shown and "resumed from" in shown
 
@@ -311,7 +336,7 @@ def test_a_checkpoint_that_cannot_be_resumed_costs_nothing(tmp_path, monkeypatch
     out = tmp_path / "a"
     run("sft_llama3", out, monkeypatch, *SAVE)
     (out / "checkpoint-2/optimizer.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="optimizer.safetensors is damaged"):
+    with pytest.raises(ValueError, match="is damaged: optimizer.safetensors is not as it was written"):
         run("sft_llama3", out, monkeypatch, *SAVE, f"resume_from_checkpoint={out}/checkpoint-2")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
@@ -379,8 +404,8 @@ def test_a_full_disk_at_the_end_leaves_the_earlier_result_whole(tmp_path, monkey
 
 @needs_shared
 def test_too_small_a_disk_is_noticed_before_training(tmp_path, monkeypatch):
-    usage = train.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    usage = resume.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     run("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
     with pytest.raises(OSError, match="Make room, or name another folder"):
         run("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", "save_strategy=steps")
