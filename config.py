@@ -327,7 +327,8 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("time_limit", "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
+OWN_KEYS = ("time_limit", "force_resume", "even_batches", "force_template",
+            "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases
 UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()}
@@ -673,8 +674,8 @@ def run(main):
     except RuntimeError as error:
         if not lost_a_rank(error) or os.environ.get("POCKET_TRACEBACK") == "1":
             raise
-        tell(f"error: rank {os.environ['RANK']} has lost another rank ({str(error).splitlines()[0][:160]}). The cause is what "
-             "that rank, or torchrun, says")
+        tell(f"error: rank {os.environ['RANK']} has lost another rank ({str(error).splitlines()[0][:160]}). The cause "
+             "is what that rank, or torchrun, says")
         sys.exit(1)
 
 

@@ -29,7 +29,8 @@ import torch.distributed as dist
 START_LIMIT = 60                # seconds for the first word between all ranks
 BUCKET_BYTES = 32 * 2**20       # of gradients sent at once: large enough to be fast, small enough to be sent early
 
-CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong network card (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)
+CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong network card (GLOO_SOCKET_IFNAME,
+    NCCL_SOCKET_IFNAME)
   - another --nnodes, --rdzv-endpoint or code version on one of the hosts
   - fewer cards visible than --nproc-per-node (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES)
   - cards that cannot talk directly: try NCCL_P2P_DISABLE=1 (on ROCm, too), NCCL_DEBUG=INFO shows more"""
@@ -63,7 +64,7 @@ class Ranks:
         return box[0]
 
     def gather(self, tensor) -> list[torch.Tensor]:
-        """This rank's tensor (on the CPU, of one shape everywhere) beside those of the others, in the order of ranks."""
+        """This rank's tensor (on the CPU, of one shape everywhere) and those of the others, in the order of ranks."""
         found = [torch.empty_like(tensor) for _ in range(self.world)]
         if self.world == 1:
             return [tensor]
@@ -122,7 +123,7 @@ def end_ranks():
 
 
 class Bucket:
-    """Gradients of some parameters in one flat buffer; behind them, for each parameter, on how many ranks it had one."""
+    """Gradients of some parameters in one flat buffer; behind them, for each parameter, how many ranks had one."""
 
     def __init__(self, params: list):
         self.params, self.sizes = params, [p.numel() for p in params]

@@ -109,8 +109,8 @@ def main(argv):
     # ---- where to begin
     output = Path(config.output_dir)
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel), "loss_total": 0.0,
-             "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [], "skipped": 0,
-             "rows_per_step": rows_per_step(config, ranks)}
+             "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
+             "skipped": 0, "rows_per_step": rows_per_step(config, ranks)}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, weights)
     if resume:
@@ -120,8 +120,8 @@ def main(argv):
             scale.value, scale.good_steps = state["loss_scale"]
         if state["rows_per_step"] != rows_per_step(config, ranks):
             raise ValueError(f"{resume} was written with {state['rows_per_step']} rows a step, and this run takes "
-                             f"{rows_per_step(config, ranks)}: with {ranks.world} ranks, change gradient_accumulation_steps "
-                             "or per_device_train_batch_size so that their product stays the same")
+                             f"{rows_per_step(config, ranks)}: with {ranks.world} ranks, change "
+                             "gradient_accumulation_steps or per_device_train_batch_size so that the product is the same")
         if state["step"] > total_steps:
             raise ValueError(f"{resume} is at step {state['step']}, and this run ends at step {total_steps}: raise "
                              "max_steps or num_train_epochs, or go on from an earlier checkpoint")
@@ -188,16 +188,16 @@ def main(argv):
         finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflow)
         skipped = 0 if finite else skipped + 1
         if not finite:
-            tqdm.write(f"{step:>7} skipped: loss {loss}, gradient norm {grad_norm}; nothing is learnt from it. Rows of this "
-                       f"step{', on rank 0' if ranks.world > 1 else ''}: {[i for batch in part for i in batch]}")
+            tqdm.write(f"{step:>7} skipped: loss {loss}, gradient norm {grad_norm}; nothing is learnt from it. Rows of "
+                       f"this step{', on rank 0' if ranks.world > 1 else ''}: {[i for batch in part for i in batch]}")
         elif overflow:
             tqdm.write(f"{step:>7} gradients overflowed in float16; step skipped, loss scale now {scale.value:g}")
         else:
             optimizer.step()
         if skipped == MOST_SKIPPED:
-            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, for the {skipped}rd time in a row. Nothing "
-                             f"was learnt from these steps and the checkpoints in {output} are whole. A lower learning_rate "
-                             f"(now {rate:.2e}), or bf16 in place of fp16, usually helps")
+            raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, for the {skipped}rd time in a row. "
+                             f"Nothing was learnt from these steps and the checkpoints in {output} are whole. A lower "
+                             f"learning_rate (now {rate:.2e}), or bf16 in place of fp16, usually helps")
 
         # ---- what the step leaves behind
         done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / max(len(rows), 1))
@@ -212,7 +212,8 @@ def main(argv):
                  or config.save_strategy == "epoch" and ends_epoch)
         log.advance(loss, rate, speed)
         if step % log_every == 0 or (step == 1 and config.logging_first_step):
-            log.train(step, done, window_loss / window_steps if window_steps else math.nan, rate, grad_norm, speed, state["tokens_seen"])
+            mean = window_loss / window_steps if window_steps else math.nan
+            log.train(step, done, mean, rate, grad_norm, speed, state["tokens_seen"])
             window_loss, window_steps, window_tokens, window_start = 0.0, 0, 0, time.time()
         if eval_set and ((config.eval_strategy == "steps" and step % eval_every == 0)
                          or (config.eval_strategy == "epoch" and ends_epoch)):
@@ -244,17 +245,20 @@ def main(argv):
         if ranks.main:
             load_best(config, model, output, state["best"])
         ranks.share(weights.values())
+    steps = state["step"] - first_step
     trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
-               "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1), "train_runtime": round(seconds, 4),
-               "train_samples_per_second": round((state["step"] - first_step) / per_epoch * len(train_set) / seconds, 3),
-               "train_steps_per_second": round((state["step"] - first_step) / seconds, 3)}
+               "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1),
+               "train_runtime": round(seconds, 4),
+               "train_samples_per_second": round(steps / per_epoch * len(train_set) / seconds, 3),
+               "train_steps_per_second": round(steps / seconds, 3)}
     if state["skipped"]:
-        print(f"\n{state['skipped']} steps were skipped because their loss or gradient was not finite; train_loss is the "
-              "mean of the others")
+        print(f"\n{state['skipped']} steps were skipped because their loss or gradient was not finite; train_loss is "
+              "the mean of the others")
     log.history.append(trained | {"step": state["step"]})
     results = {"train": trained}
     if eval_set and config.do_eval:
-        results["eval"] = {"epoch": state["epoch"], **evaluate(config, model, eval_set, device, autocast, balance, ranks)}
+        metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
+        results["eval"] = {"epoch": state["epoch"], **metrics}
     end_ranks()
     if not ranks.main:
         return
@@ -284,11 +288,11 @@ def check_dtype(config, device):
 
 
 def check_examples(examples, shape, tokenizer):
-    """Raises ValueError for a token id that the model lacks; prints a note when examples are longer than its context."""
+    """Raises ValueError for a token id that the model lacks; prints a note for examples longer than its context."""
     largest = max(int(example.input_ids.max()) for example in examples)
     if largest >= shape.vocab_size:
-        raise ValueError(f"the data hold token id {largest} ({tokenizer.decode([largest])!r}), and the model knows ids 0 to "
-                         f"{shape.vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
+        raise ValueError(f"the data hold token id {largest} ({tokenizer.decode([largest])!r}), and the model knows ids 0 "
+                         f"to {shape.vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
     longest, made_for = max(max(example.lengths) for example in examples), context_length(shape)
     if longest > made_for:
         print(f"  note: rows have up to {longest:,} tokens, and the model was made for {made_for:,} "
@@ -331,8 +335,8 @@ def build_model(config, base, adapters, device, resume):
             if given not in (None, value, ["all"]) and not (isinstance(given, list) and set(given) == set(value)):
                 print(f"note: {key} {given} is not used; the adapter has {value}, and goes on with it")
     else:
-        lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.lora_target,
-                          config.additional_target or [])
+        lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora,
+                          config.lora_target, config.additional_target or [])
         attach_lora(model, lora, config.seed, called=model.config.stored_name)
     return model, lora
 
@@ -362,9 +366,9 @@ def plan(config, model, weights, dtype, train_set, per_epoch, total_steps, ranks
             "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
             "a step": f"{rows} rows ({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x "
                       f"{ranks.world} ranks), about {tokens / len(train_set) * rows:,.0f} tokens",
-            **({"ranks": f"{ranks.world}, gradients summed once a step" + (f"; {again} rows of an epoch are trained twice, "
-               "so that all ranks have full batches (even_batches: false would not)" if again else "")}
-               if ranks.world > 1 else {}),
+            **({"ranks": f"{ranks.world}, gradients summed once a step" + (
+                f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
+                "would not)" if again else "")} if ranks.world > 1 else {}),
             "recompute": "each block in the backward pass (gradient checkpointing)" if model.recompute else "nothing"}
 
 
@@ -377,7 +381,7 @@ def flops(model, tokens: int) -> float:
 
 
 def batches_of(config, train_set, epoch, ranks: Ranks) -> list[list[int]]:
-    """This rank's micro-batches of an epoch: lists of row numbers, in LLaMA-Factory's order, dealt to the ranks in turn."""
+    """This rank's micro-batches of an epoch, lists of row numbers: LLaMA-Factory's order, dealt to the ranks in turn."""
     seed = config.seed if config.data_seed is None else config.data_seed
     order = epoch_order(len(train_set), seed, epoch, shuffle=not config.disable_shuffling)
     batches = micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
@@ -412,12 +416,12 @@ def same_everywhere(ranks: Ranks, weights, train_set):
     found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]
     for what, values in zip(("trained weights", "number of training rows", "training rows"), zip(*found)):
         if len(set(values)) > 1:
-            raise ValueError(f"the ranks do not have the same {what}. Do all hosts have the same model, adapter and data "
-                             "files, and the same release of this program?")
+            raise ValueError(f"the ranks do not have the same {what}. Do all hosts have the same model, adapter and "
+                             "data files, and the same release of this program?")
 
 
 def batch_loss(model, batch, device, balance: float = 0.0):
-    """Sum of the token losses of one row of sequences laid end to end, and what its routing of experts adds (or 0.0)."""
+    """Sum of the token losses of one row of sequences laid end to end, and what its routing to experts adds."""
     routers = [] if balance else None
     hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device),
                    routers=routers)                                                          # (1, N, D)
@@ -432,7 +436,8 @@ def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -
     model.eval()
     start, size = time.time(), config.per_device_eval_batch_size
     means, total, count, empty = [], 0.0, 0, 0
-    for first in tqdm(range(0, len(examples), size)[ranks.rank::ranks.world], desc="evaluating", leave=False, disable=bool(config.disable_tqdm) or None):
+    for first in tqdm(range(0, len(examples), size)[ranks.rank::ranks.world], desc="evaluating", leave=False,
+                      disable=bool(config.disable_tqdm) or None):
         batch = collate(examples[first:first + size])
         supervised = int((batch.targets != -100).sum())
         if supervised == 0:
@@ -468,11 +473,12 @@ def check_first_batch(model, batch, device, autocast):
             if any(a.is_floating_point() and not a.isfinite().all() for a in args if torch.is_tensor(a)):
                 block = name.rpartition(".")[0]
                 seen = ", ".join(f"{n.rpartition('.')[2]} {v:.3g}" for n, v in largest.items() if n.startswith(block))
-                raise ValueError(f"first batch: what enters {name} is not finite, with attention kernel {model.kernel} in "
-                                 f"{str(dtype_of(args))} (largest values before it: {seen}). {remedy}")
+                raise ValueError(f"first batch: what enters {name} is not finite, with attention kernel {model.kernel} "
+                                 f"in {str(dtype_of(args))} (largest values before it: {seen}). {remedy}")
             if not out.isfinite().all():
                 peak = max(float(a.abs().max()) for a in args if torch.is_tensor(a))
-                raise ValueError(f"first batch: {name} overflows in {out.dtype} (its input reaches {peak:.3g}). {remedy}")
+                raise ValueError(f"first batch: {name} overflows in {out.dtype} (its input reaches {peak:.3g}). "
+                                 f"{remedy}")
             largest[name] = float(out.abs().max())
         return hook
 

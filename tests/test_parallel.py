@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from itertools import islice
 
 import pytest
 import torch
@@ -60,10 +59,11 @@ PATCH
 
 def main(argv):
     global counts
-    for name, bucket_bytes, settings in json.load(open(argv[0])):
-        counts = shares[name] = {}
+    for bucket_bytes, settings in json.load(open(argv[0])):
+        counts = shares[settings["output_dir"]] = {}
         train.Gradients = functools.partial(parallel.Gradients, bucket_bytes=bucket_bytes)
-        train.main([f"{item}-of-rank-{rank}" if rank and item.startswith("output_dir=") else item for item in settings])
+        settings["output_dir"] += f"-of-rank-{rank}" if rank else ""
+        train.main([f"{key}={value}" for key, value in settings.items()])
         if rank == 0:
             json.dump(shares, open(argv[0] + ".shares", "w"))       # on how many ranks a weight had a gradient, how often
     end_ranks()
@@ -107,7 +107,7 @@ def screen_of(launcher, seconds=90) -> tuple[int, str]:
 
 
 def worker(folder, runs, patch="") -> list:
-    """The script and its list of runs [(name, bucket bytes, settings), …], as arguments for python or torchrun."""
+    """The script and its list of runs [(bucket bytes, settings), …], as arguments for python or torchrun."""
     number = len(list(folder.glob("worker*.py")))
     script, todo = folder / f"worker{number}.py", folder / f"runs{number}.json"
     script.write_text(WORKER.replace("ROOT", repr(str(ROOT))).replace("PATCH", patch), encoding="utf-8")
@@ -123,26 +123,25 @@ DENSE = {"model_type": "qwen3", **SMALL, "tie_word_embeddings": True}
 MIXTURE = {"model_type": "qwen3_moe", **SMALL, "num_experts": 24, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
            "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.01,
            "tie_word_embeddings": False}
-COMMON = ["template=chatml", "stage=sft", "cutoff_len=96", "use_cpu=true", "disable_tqdm=true", "even_batches=false",
-          "logging_steps=1", "save_strategy=no", "num_train_epochs=2", "learning_rate=5e-3", "warmup_ratio=0.1",
-          "lora_rank=4", "flash_attn=disabled", "lr_scheduler_type=cosine", "disable_gradient_checkpointing=true"]
-ONE = 12                # micro-batches of a step, of all ranks together
-LARGE = 2**25           # bytes of a bucket that holds all gradients
+COMMON = dict(model_name_or_path="dense", dataset="rows.jsonl", template="chatml", cutoff_len=96, use_cpu=True,
+              disable_tqdm=True, even_batches=False, logging_steps=1, save_strategy="no", num_train_epochs=2, lora_rank=4,
+              learning_rate=5e-3, lr_scheduler_type="cosine", warmup_ratio=0.1, disable_gradient_checkpointing=True,
+              flash_attn="disabled")
 SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}       # ranks: rows of a micro-batch, micro-batches; 12 rows a step
+LARGE = 2**25                                               # bytes of a bucket that holds all gradients
 
-CASES = {       # name: (bytes of a bucket, settings; rows=n for n rows a micro-batch)
-    "27 rows": (LARGE, ["save_strategy=steps", "save_steps=2"]),
-    "packed": (LARGE, ["rows=1", "packing=true", "cutoff_len=128"]),
-    "micro-batches without a supervised token": (LARGE, ["rows=1", "stage=pt", "packing=false", "dataset={here}/texts.txt"]),
-    "experts that a rank never uses": (6000, ["rows=1", "model_name_or_path={here}/mixture", "cutoff_len=24",
-                                              "lora_target=all"]),
-    "full fine-tuning in small buckets": (8000, ["rows=2", "finetuning_type=full", "learning_rate=5e-4"]),
-    "evaluation": (LARGE, ["rows=1", "eval_dataset={here}/eval.jsonl", "eval_strategy=epoch", "save_strategy=epoch",
-                           "per_device_eval_batch_size=3", "load_best_model_at_end=true", "learning_rate=5e-2"]),
-    "the last batch left out": (LARGE, ["rows=2", "dataloader_drop_last=true"]),
-    "fewer batches than ranks": (1, ["rows=1", "max_samples=3"]),
+CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then has 12 on all ranks together; settings
+    "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),             # 27 rows: steps of 12, 12 and 3
+    "packed": (LARGE, 1, dict(packing=True, cutoff_len=128)),
+    "nothing to learn": (LARGE, 1, dict(stage="pt", packing=False, dataset="texts.txt")),
+    "experts": (6000, 1, dict(model_name_or_path="mixture", cutoff_len=24)),
+    "full": (8000, 2, dict(finetuning_type="full", learning_rate=5e-4)),
+    "evaluation": (LARGE, 1, dict(eval_dataset="eval.jsonl", eval_strategy="epoch", save_strategy="epoch",
+                                  per_device_eval_batch_size=3, load_best_model_at_end=True, learning_rate=5e-2)),
+    "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
+    "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
 }
-AGAIN = ["num_train_epochs=1", "disable_shuffling=true", "per_device_train_batch_size={}", "dataset={}", "even_batches=true"]
+FIVE = dict(even_batches=True, disable_shuffling=True, num_train_epochs=1)
 
 
 def tiny_model(folder, fields):
@@ -157,52 +156,325 @@ def tiny_model(folder, fields):
         shutil.copy(file, folder)
 
 
-def settings_of(here, world, name):
-    """(name, bucket bytes, settings) of a case for so many ranks: the same rows in every step."""
-    bucket, own = CASES[name]
-    rows = [item.removeprefix("rows=") for item in own if item.startswith("rows=")]
-    size, accumulate = (rows[0], ONE // world) if rows else SHAPES[world]
-    given = [f"model_name_or_path={here}/dense", f"dataset={here}/rows.jsonl", *COMMON,
-             *(item.replace("{here}", str(here)) for item in own if not item.startswith("rows=")),
-             f"per_device_train_batch_size={size}", f"gradient_accumulation_steps={accumulate}",
-             f"output_dir={here}/{world}/{name}"]
-    return name, bucket, list({item.partition("=")[0]: item for item in given}.values())
-
-
-def more(run, name, *settings):
-    """The same run under another name, with other settings."""
-    _, bucket, given = run
-    folder = next(item for item in given if item.startswith("output_dir=")).rpartition("/")[0]
-    changed = {item.partition("=")[0]: item for item in [*given, *settings, f"{folder}/{name}"]}
-    return name, bucket, list(changed.values())
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """All cases with one process (as 0) and 1 to 4 ranks, each set of ranks started once; {ranks: shares, screen}."""
-    here, found = tmp_path_factory.mktemp("ranks"), {}
+def small_world(here):
+    """Two models, and rows for training, evaluation and stage pt."""
+    tiny_model(here / "dense", DENSE)
+    tiny_model(here / "mixture", MIXTURE)
     rows = read_jsonl(ROOT / "data/tiny_review.jsonl")[:40]
     for file, part in (("rows", rows[:27]), ("eval", rows[27:]), ("five", rows[:5]), ("eight", rows[:5] + rows[:3])):
         (here / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     texts = [row["messages"][1]["content"].replace("\n", " ") for row in rows[:27]]
     texts[::4] = [""] * 7                           # an empty document: its end is a label that nothing predicts
     (here / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    tiny_model(here / "dense", DENSE)
-    tiny_model(here / "mixture", MIXTURE)
-    half = f"resume_from_checkpoint={here}/2/27 rows/checkpoint-2"
-    for world in (0, 2, 1, 3, 4):
-        todo = [settings_of(here, max(world, 1), name) for name in CASES]
-        if world == 0:
-            todo = [more(run, f"../0/{run[0]}") for run in todo]
-            todo.append(more(todo[0], "twice", *(s.format(v) for s, v in zip(AGAIN, ("", "", 4, here / "eight.jsonl", "")))))
-        if world == 1:
-            todo = [todo[0], more(todo[0], "resumed", half)]
-        if world == 2:
-            todo.append(more(todo[0], "twice", *(s.format(v) for s, v in zip(AGAIN, ("", "", 2, here / "five.jsonl", "")))))
-        if world == 3:
-            todo.append(more(todo[0], "resumed", half))
-        script = worker(here, todo)
-        code, screen = screen_of([*script] if world == 0 else torchrun(world, *script))
+
+
+def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
+    """(bytes of a bucket, settings) of a case for so many ranks: the same rows in every step, whatever their number."""
+    bucket, size, own = CASES[name]
+    size, accumulate = (size, 12 // world) if size else SHAPES[world]
+    settings = COMMON | dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate) | own | more
+    for key in ("model_name_or_path", "dataset", "eval_dataset"):
+        if key in settings:
+            settings[key] = f"{here}/{settings[key]}"
+    return bucket, settings | {"output_dir": f"{here}/{output}"}
+
+
+def runs_of(here, world) -> list:
+    """What so many ranks are to run; 0: one process without torchrun."""
+    todo = [settings_of(here, max(world, 1), name, f"{world} {name}") for name in CASES]
+    if world == 0:
+        todo.append(settings_of(here, 1, "uneven", "0 five", **FIVE, dataset="eight.jsonl", save_strategy="no",
+                                per_device_train_batch_size=4, gradient_accumulation_steps=1))
+    if world == 2:
+        todo.append(settings_of(here, 2, "uneven", "2 five", **FIVE, dataset="five.jsonl", save_strategy="no",
+                                per_device_train_batch_size=2, gradient_accumulation_steps=1))
+    if world in (1, 3):
+        todo = todo[:1] if world == 1 else todo
+        todo.append(settings_of(here, world, "uneven", f"{world} resumed", save_strategy="no",
+                                resume_from_checkpoint=f"{here}/2 uneven/checkpoint-2"))
+    return todo
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder, {ranks: (on how many ranks weights had a gradient, screen)}): all cases, each number of ranks started once."""
+    here, found = tmp_path_factory.mktemp("ranks"), {}
+    small_world(here)
+    for world in (0, 2, 1, 3, 4):                   # 2 before those that go on from its checkpoint
+        script = worker(here, runs_of(here, world))
+        code, screen = screen_of(torchrun(world, *script) if world else script)
         assert code == 0, screen[-4000:]
         found[world] = json.loads((here / f"{script[1].name}.shares").read_text()), screen
     return here, found
+
+
+def curves(folder) -> list:
+    """[(step, loss, eval_loss, gradient norm), …] of a run."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [[row.get(key, 0.0) for key in ("step", "loss", "eval_loss", "train_loss", "grad_norm")] for row in history]
+
+
+def weights_of(folder) -> dict:
+    found = [folder / name for name in ("adapter_model.safetensors", "model.safetensors")]
+    return load_file(next(path for path in found if path.is_file()))
+
+
+def assert_same(a, b, bound=1e-5):
+    """Two runs have the same losses, gradient norms and final weights."""
+    for mine, theirs in zip(curves(a), curves(b), strict=True):
+        assert mine == pytest.approx(theirs, abs=bound)
+    mine, theirs = weights_of(a), weights_of(b)
+    assert mine.keys() == theirs.keys()
+    assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= bound
+
+
+@pytest.mark.parametrize("world", (2, 3, 4))
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_equal_one_process(name, world, runs):
+    assert_same(runs[0] / f"{world} {name}", runs[0] / f"0 {name}")
+
+
+def test_one_rank_under_torchrun_is_one_process(runs):
+    assert_same(runs[0] / "1 uneven", runs[0] / "0 uneven", 0)
+
+
+@pytest.mark.parametrize("world", (1, 3))
+def test_resumed_with_another_number_of_ranks(world, runs):
+    """From step 2 of 6, in the middle of an epoch, of a run with two ranks."""
+    here = runs[0]
+    assert_same(here / f"{world} resumed", here / "0 uneven")
+    assert len(read_jsonl(here / f"{world} resumed/trainer_log.jsonl")) == 5        # steps 3 to 6, and the end
+
+
+def test_another_global_batch_is_refused(runs, tmp_path):
+    _, settings = settings_of(runs[0], 1, "uneven", "refused", per_device_train_batch_size=5,
+                              resume_from_checkpoint=f"{runs[0]}/2 uneven/checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoint-2 was written with 12 rows a step, and this run takes 15: with 1 ranks"):
+        train.main([f"{key}={value}" for key, value in settings.items()])
+    assert not (runs[0] / "refused").exists()
+
+
+def test_the_cases_are_what_they_are_called(runs):
+    """Weights that some ranks or none used, a loss of every step, evaluations: else the tests above prove little."""
+    here, found = runs
+    for world in (2, 3, 4):
+        shares = {folder.partition(f"/{world} ")[2]: counts for folder, counts in found[world][0].items()}
+        assert {"0", "1", str(world)} <= shares["experts"].keys()
+        assert world == 2 or {"1", "0"} & shares["few rows"].keys() or str(world) not in shares["few rows"]
+        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 4, 6, 6, 4, 9, 4, 2]
+    assert min(loss for _, loss, *_ in curves(here / "0 nothing to learn")[:-1]) > 0.1
+    assert json.loads((here / "0 evaluation/trainer_state.json").read_text())["log_history"][-2]["eval_loss"] > 1
+
+
+def test_only_rank_0_writes_and_prints(runs):
+    here, found = runs
+    assert not list(here.glob("*-of-rank-*"))
+    for world, (_, screen) in found.items():
+        assert screen.count("settings that differ from the defaults") == screen.count("\ntrain results") == len(runs_of(here, world))
+        assert screen.count("accepted, no effect") == 0 and screen.count("first example") == len(runs_of(here, world))
+
+
+def test_by_default_all_ranks_have_full_batches(runs):
+    """Two ranks, five rows, two rows a micro-batch: 0 1 | 2 3 and then 4 0 | 1 2, as one process sees eight rows."""
+    here, found = runs
+    assert_same(here / "2 five", here / "0 five")
+    assert "3 rows of an epoch are trained twice" in found[2][1] and "trained twice" not in found[3][1]
+
+
+# ---- who is dealt which rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, size, world, drop_last, wanted", [
+    (8, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]),                 # divides
+    (5, 2, 2, False, [[[0, 1], [4, 0]], [[2, 3], [1, 2]]]),                 # a short batch, and none for rank 1
+    (7, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 0]]]),                 # a short batch
+    (6, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [0, 1]]]),                 # a batch too few
+    (1, 2, 3, False, [[[0, 0]], [[0, 0]], [[0, 0]]]),                       # fewer rows than one round asks for
+    (7, 2, 2, True, [[[0, 1]], [[2, 3]]]),                                  # rows 4 to 6 fill no round
+    (3, 2, 2, True, [[], []]),
+])
+def test_dealing_by_hand(rows, size, world, drop_last, wanted):
+    batches = evened(micro_batches(list(range(rows)), size, drop_last), size, world, drop_last)
+    assert [batches[rank::world] for rank in range(world)] == wanted
+
+
+def test_dealing_is_that_of_accelerate():
+    """Sizes 0 to 40 of the data, 1 to 4 rows a micro-batch, 1 to 5 ranks."""
+    loader = pytest.importorskip("accelerate.data_loader")
+    for rows in range(41):
+        order = random.Random(rows).sample(range(rows), rows)
+        for size, world, drop_last in ((s, w, d) for s in range(1, 5) for w in range(1, 6) for d in (False, True)):
+            batches = micro_batches(order, size, drop_last)
+            dealt = batches if world == 1 else evened(batches, size, world, drop_last)
+            sampler = torch.utils.data.BatchSampler(order, size, drop_last)
+            for rank in range(world):
+                wanted = list(loader.BatchSamplerShard(sampler, world, rank, even_batches=True))
+                assert dealt[rank::world] == wanted, (rows, size, world, rank, drop_last)
+
+
+# ---- gradients in buckets, two ranks as threads of this process -------------------------------------------------
+
+
+class FakeGroup:
+    """all_reduce between threads: the k-th call of one meets the k-th call of the other."""
+
+    def __init__(self, world):
+        self.here, self.sent, self.ready = threading.local(), [[] for _ in range(world)], threading.Condition()
+
+    def all_reduce(self, tensor, async_op=False):
+        mine = self.sent[self.here.rank]
+        with self.ready:
+            mine.append(tensor.clone())
+            self.ready.notify_all()
+        self.here.nth, nth = None, len(mine) - 1
+
+        class Work:
+            def wait(work):
+                with self.ready:
+                    assert self.ready.wait_for(lambda: all(len(calls) > nth for calls in self.sent), timeout=10)
+                tensor.copy_(sum(calls[nth] for calls in self.sent))
+        return Work()
+
+
+def two_ranks(monkeypatch, losses, bucket_bytes, early=True):
+    """(gradients of each rank, buffers each sent) after two steps; losses[rank]: functions of the weights, a micro-batch
+    each."""
+    group, found, errors = FakeGroup(2), [None, None], []
+    monkeypatch.setattr(parallel.dist, "all_reduce", group.all_reduce)
+
+    def rank(number):
+        group.here.rank = number
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(size)) for size in (3, 1, 4, 2)]
+        gradients = Gradients(weights, Ranks(number, 2, number), bucket_bytes)
+        try:
+            for _ in range(2):                      # the second must not see the first
+                gradients.clear()
+                for place, loss in enumerate(losses[number], 1):
+                    if early and place == len(losses[number]):
+                        gradients.send_early()
+                    loss(*weights).backward()
+                gradients.sum()
+        except BaseException as error:
+            errors.append(error)
+        found[number] = [None if p.grad is None else p.grad.clone() for p in weights]
+
+    threads = [threading.Thread(target=rank, args=[number]) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not errors and not any(thread.is_alive() for thread in threads), errors
+    return found, group.sent
+
+
+def forwards(a, b, c, d):
+    return ((a.sum().tanh() * b + c.sum()).tanh() * c).sum()        # d has no part in it
+
+
+def backwards(a, b, c, d):
+    return ((c.sum().tanh() * b.exp()).sum() * a).tanh().sum()
+
+
+@pytest.mark.parametrize("bucket_bytes", (1, 20, LARGE))
+@pytest.mark.parametrize("losses", [
+    ([forwards], [backwards]),                                      # gradients arrive in another order
+    ([forwards, backwards, forwards], [backwards]),                 # three micro-batches and one
+    ([], [forwards, forwards]),                                     # none at all
+    ([lambda a, b, c, d: a.sum()], [lambda a, b, c, d: b.sum()]),   # other weights on each rank
+], ids=("order", "accumulated", "idle", "disjoint"))
+def test_buffers_are_summed_in_one_order(losses, bucket_bytes, monkeypatch):
+    """Each rank has the gradients of all losses together, None where no rank has any; the k-th buffers fit each other."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(size)) for size in (3, 1, 4, 2)]
+    sum(loss(*weights) for part in losses for loss in part).sum().backward()
+    found, sent = two_ranks(monkeypatch, losses, bucket_bytes)
+    for mine in found:
+        assert [g is None for g in mine] == [p.grad is None for p in weights]
+        assert all(torch.allclose(g, p.grad, atol=1e-6) for g, p in zip(mine, weights) if g is not None)
+    sizes = [[len(buffer) for buffer in buffers] for buffers in sent]
+    assert sizes[0] == sizes[1] == {1: [3, 5, 2, 4], 20: [3, 6, 4], LARGE: [14]}[bucket_bytes] * 2
+
+
+def test_early_sending_changes_nothing(monkeypatch):
+    early = two_ranks(monkeypatch, ([forwards, backwards], [backwards]), 1)[0]
+    late = two_ranks(monkeypatch, ([forwards, backwards], [backwards]), 1, early=False)[0]
+    assert all(torch.equal(a, b) for x, y in zip(early, late) for a, b in zip(x, y) if a is not None)
+
+
+def test_one_rank_sends_nothing(monkeypatch):
+    monkeypatch.setattr(parallel.dist, "all_reduce", None)
+    weight = torch.nn.Parameter(torch.ones(3))
+    gradients = Gradients([weight], Ranks())
+    for _ in range(2):
+        gradients.clear()
+        gradients.send_early()
+        (2 * weight).sum().backward()
+        gradients.sum()
+    assert weight.grad.tolist() == [2, 2, 2] and not gradients.buckets and Ranks().total(3, 0.5) == [3, 0.5]
+
+
+# ---- what goes wrong --------------------------------------------------------------------------------------------
+
+AT_STEP_2 = """
+real, calls = train.batch_loss, []
+def batch_loss(*args):
+    calls.append(1)
+    if rank == 1 and len(calls) == 5:
+        DO
+    return real(*args)
+train.batch_loss = batch_loss
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    here = tmp_path_factory.mktemp("failing")
+    small_world(here)
+    return here
+
+
+def test_a_wrong_setting_is_told_once(world):
+    for wrong, words in (("lora_alfa=3", "did you mean 'lora_alpha'"), ("dataset=identiti", "did you mean 'identity'")):
+        code, screen = screen_of(torchrun(2, "train.py", "configs/tiny_lora_sft.yaml", "use_cpu=true", wrong,
+                                          f"output_dir={world}/wrong"))
+        assert code != 0 and screen.count("error: ") == screen.count(words) == 1, screen[-3000:]
+        assert not (world / "wrong").exists()
+
+
+@pytest.mark.parametrize("act, cause, word_of_ours", [
+    ("os.kill(os.getpid(), 9)", r"traceback : Signal 9 \(SIGKILL\) received", 0),
+    ("raise OSError('the disk of rank 1 is gone')", "error: .*the disk of rank 1 is gone", 1)], ids=("killed", "error"))
+def test_a_rank_that_fails_ends_the_others(act, cause, word_of_ours, world):
+    """Within seconds, with an exit code; its cause is on the screen once, and no traceback of a rank that only lost it."""
+    script = worker(world, [settings_of(world, 2, "uneven", "failed")], AT_STEP_2.replace("DO", act))
+    start = time.time()
+    code, screen = screen_of(torchrun(2, *script))
+    assert code != 0 and time.time() - start < 60
+    assert len(re.findall(cause, screen)) == 1, screen[-4000:]
+    assert "[rank0]: Traceback" not in screen and "is finished and saved first" not in screen
+    assert not (world / "failed/adapter_model.safetensors").exists()
+
+
+def test_a_rank_that_never_comes(world):
+    """The others name the usual causes after START_LIMIT seconds, once on a host."""
+    script = worker(world, [settings_of(world, 3, "uneven", "never")],
+                    "parallel.START_LIMIT = 2\nif rank == 1:\n    train.start_ranks = lambda *args: time.sleep(60)")
+    start = time.time()
+    code, screen = screen_of(torchrun(3, *script))
+    assert code != 0 and time.time() - start < 30 and not (world / "never").exists()
+    assert "of 3, on " in screen and "has not heard from all others within 2 s" in screen
+    assert screen.count(parallel.CAUSES) == 1, screen[-4000:]
+
+
+def test_two_launchers_are_two_hosts(runs, world):
+    """Two hosts with a rank each, which find each other through --rdzv-endpoint: one host with two ranks."""
+    here, port = runs[0], free_port()
+    script = worker(here, [settings_of(here, 2, "uneven", "two hosts", save_strategy="no")])
+    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
+                "--rdzv-endpoint", f"localhost:{port}", *script]
+    with started(launcher, launcher) as hosts:
+        screens = [host.communicate(timeout=60)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], screens
+    assert_same(here / "two hosts", here / "2 uneven", 0)
+    assert sorted(screen.count("train results") for screen in screens) == [0, 1]
