@@ -34,13 +34,12 @@ from generate import context_length
 from lora import LoRAConfig, attach_lora, merge_adapters, trainable
 from losses import balance_loss, cross_entropy_sum
 from model import CausalLM, attention_needs, init_weights
-from parallel import Gradients, Ranks, end_ranks, start_ranks
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
-from resume import STOPPED, StopSigns, changed_settings, find_resume, prepare_output, remove_old_checkpoints
+from parallel import Gradients, Ranks, end_ranks, start_ranks
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
+from resume import STOPPED, StopSigns, changed_settings, find_resume, prepare_output, remove_old_checkpoints
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
-
 
 MOST_SKIPPED = 3                # so many steps in a row without a finite loss and gradient end the run
 
@@ -130,12 +129,12 @@ def main(argv):
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
     # ranks, and a run and its continuation, use one kernel: two differ in the last bit
     model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
+    same_everywhere(ranks, weights, train_set)
     if ranks.main:
         prepare_output(config, resume, weights)
         write_json(output / "train_config.json", settings)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm),
                  writes=ranks.main)
-    same_everywhere(ranks, weights, train_set)
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
     started = window_start = time.time()

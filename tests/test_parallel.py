@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -99,11 +100,22 @@ def torchrun(world, *rest, port=None):
     return ["-m", "torch.distributed.run", "--nproc-per-node", world, "--master-port", port or free_port(), *rest]
 
 
-def screen_of(launcher, seconds=90) -> tuple[int, str]:
-    """(exit code, all that was printed)."""
-    with started(launcher) as (process,):
-        text, _ = process.communicate(timeout=seconds)
-        return process.returncode, text
+def outcomes(*launchers, seconds=120) -> list[tuple[int, str, float]]:
+    """(exit code, all that was printed, seconds) of launchers that run at the same time."""
+    found, start = [None] * len(launchers), time.time()
+
+    def follow(place, process):
+        text = process.communicate()[0]
+        found[place] = process.returncode, text, time.time() - start
+
+    with started(*launchers) as processes:
+        threads = [threading.Thread(target=follow, args=pair) for pair in enumerate(processes)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(max(0, start + seconds - time.time()))
+        assert None not in found, found
+    return found
 
 
 def worker(folder, runs, patch="") -> list:
@@ -118,14 +130,15 @@ def worker(folder, runs, patch="") -> list:
 # ---- 1, 2, 3, 4 ranks equal one process -------------------------------------------------------------------------
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=8, vocab_size=1600, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=2, pad_token_id=0)
+             head_dim=8, vocab_size=1600, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=2, pad_token_id=0,
+             initializer_range=0.1)
 DENSE = {"model_type": "qwen3", **SMALL, "tie_word_embeddings": True}
 MIXTURE = {"model_type": "qwen3_moe", **SMALL, "num_experts": 24, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
            "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.01,
            "tie_word_embeddings": False}
 COMMON = dict(model_name_or_path="dense", dataset="rows.jsonl", template="chatml", cutoff_len=96, use_cpu=True,
               disable_tqdm=True, even_batches=False, logging_steps=1, save_strategy="no", num_train_epochs=2, lora_rank=4,
-              learning_rate=5e-3, lr_scheduler_type="cosine", warmup_ratio=0.1, disable_gradient_checkpointing=True,
+              learning_rate=5e-3, lr_scheduler_type="cosine", disable_gradient_checkpointing=True,
               flash_attn="disabled")
 SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}       # ranks: rows of a micro-batch, micro-batches; 12 rows a step
 LARGE = 2**25                                               # bytes of a bucket that holds all gradients
@@ -134,21 +147,21 @@ CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then
     "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),             # 27 rows: steps of 12, 12 and 3
     "packed": (LARGE, 1, dict(packing=True, cutoff_len=128)),
     "nothing to learn": (LARGE, 1, dict(stage="pt", packing=False, dataset="texts.txt")),
-    "experts": (6000, 1, dict(model_name_or_path="mixture", cutoff_len=24)),
+    "experts": (6000, 1, dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts")),
     "full": (8000, 2, dict(finetuning_type="full", learning_rate=5e-4)),
-    "evaluation": (LARGE, 1, dict(eval_dataset="eval.jsonl", eval_strategy="epoch", save_strategy="epoch",
-                                  per_device_eval_batch_size=3, load_best_model_at_end=True, learning_rate=5e-2)),
+    "evaluation": (LARGE, 1, dict(eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=4,
+                                  save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True)),
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
     "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
 }
-FIVE = dict(even_batches=True, disable_shuffling=True, num_train_epochs=1)
+FIVE = {1: ("eight.jsonl", 4), 2: ("five.jsonl", 2)}        # ranks: rows, of which so many are a micro-batch
 
 
 def tiny_model(folder, fields):
     """A random checkpoint with these fields of config.json, and the tokenizer of models/tiny."""
     model = CausalLM(model_config(fields))
     init_weights(model, torch.Generator().manual_seed(0))
-    weights = {model.config.stored_name(name): p.data * 4 for name, p in model.named_parameters()}
+    weights = {model.config.stored_name(name): p.data for name, p in model.named_parameters()}
     folder.mkdir()
     write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}, lambda n: [weights[n]])
     (folder / "config.json").write_text(json.dumps(fields))
@@ -179,19 +192,26 @@ def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
     return bucket, settings | {"output_dir": f"{here}/{output}"}
 
 
+def resumed(here) -> dict:
+    """From step 2 of 6, in the middle of an epoch, of the run with two ranks."""
+    return {"resume_from_checkpoint": f"{here}/2 uneven/checkpoint-2"}
+
+
+def train_here(bucket, settings):
+    """A run in this process, without torchrun."""
+    train.main([f"{key}={value}" for key, value in settings.items()])
+
+
 def runs_of(here, world) -> list:
-    """What so many ranks are to run; 0: one process without torchrun."""
-    todo = [settings_of(here, max(world, 1), name, f"{world} {name}") for name in CASES]
-    if world == 0:
-        todo.append(settings_of(here, 1, "uneven", "0 five", **FIVE, dataset="eight.jsonl", save_strategy="no",
-                                per_device_train_batch_size=4, gradient_accumulation_steps=1))
-    if world == 2:
-        todo.append(settings_of(here, 2, "uneven", "2 five", **FIVE, dataset="five.jsonl", save_strategy="no",
-                                per_device_train_batch_size=2, gradient_accumulation_steps=1))
-    if world in (1, 3):
-        todo = todo[:1] if world == 1 else todo
-        todo.append(settings_of(here, world, "uneven", f"{world} resumed", save_strategy="no",
-                                resume_from_checkpoint=f"{here}/2 uneven/checkpoint-2"))
+    """What so many ranks are to run."""
+    todo = [settings_of(here, world, name, f"{world} {name}") for name in CASES]
+    if world in FIVE:
+        dataset, size = FIVE[world]
+        todo.append(settings_of(here, world, "uneven", f"{world} five", dataset=dataset, even_batches=True, save_strategy="no",
+                                disable_shuffling=True, num_train_epochs=1, per_device_train_batch_size=size,
+                                gradient_accumulation_steps=1))
+    if world == 3:
+        todo.append(settings_of(here, 3, "uneven", "3 resumed", save_strategy="no", **resumed(here)))
     return todo
 
 
@@ -200,11 +220,11 @@ def runs(tmp_path_factory):
     """(folder, {ranks: (on how many ranks weights had a gradient, screen)}): all cases, each number of ranks started once."""
     here, found = tmp_path_factory.mktemp("ranks"), {}
     small_world(here)
-    for world in (0, 2, 1, 3, 4):                   # 2 before those that go on from its checkpoint
-        script = worker(here, runs_of(here, world))
-        code, screen = screen_of(torchrun(world, *script) if world else script)
-        assert code == 0, screen[-4000:]
-        found[world] = json.loads((here / f"{script[1].name}.shares").read_text()), screen
+    for together in ((1, 2), (3, 4)):               # two cores; and 3 goes on from a checkpoint of 2
+        scripts = [worker(here, runs_of(here, world)) for world in together]
+        for world, script, (code, screen, _) in zip(together, scripts, outcomes(*(torchrun(world, *script) for world, script in zip(together, scripts)))):
+            assert code == 0, screen[-4000:]
+            found[world] = json.loads((here / f"{script[1].name}.shares").read_text()), screen
     return here, found
 
 
@@ -231,26 +251,25 @@ def assert_same(a, b, bound=1e-5):
 @pytest.mark.parametrize("world", (2, 3, 4))
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_equal_one_process(name, world, runs):
-    assert_same(runs[0] / f"{world} {name}", runs[0] / f"0 {name}")
+    assert_same(runs[0] / f"{world} {name}", runs[0] / f"1 {name}")
 
 
 def test_one_rank_under_torchrun_is_one_process(runs):
-    assert_same(runs[0] / "1 uneven", runs[0] / "0 uneven", 0)
+    train_here(*settings_of(runs[0], 1, "uneven", "0 uneven"))
+    assert_same(runs[0] / "0 uneven", runs[0] / "1 uneven")
 
 
-@pytest.mark.parametrize("world", (1, 3))
-def test_resumed_with_another_number_of_ranks(world, runs):
-    """From step 2 of 6, in the middle of an epoch, of a run with two ranks."""
+def test_resumed_with_another_number_of_ranks(runs):
     here = runs[0]
-    assert_same(here / f"{world} resumed", here / "0 uneven")
-    assert len(read_jsonl(here / f"{world} resumed/trainer_log.jsonl")) == 5        # steps 3 to 6, and the end
+    train_here(*settings_of(here, 1, "uneven", "1 resumed", save_strategy="no", **resumed(here)))
+    for folder in (here / "1 resumed", here / "3 resumed"):
+        assert_same(folder, here / "1 uneven")
+        assert [row["current_steps"] for row in read_jsonl(folder / "trainer_log.jsonl")] == [3, 4, 5, 6, 6]
 
 
-def test_another_global_batch_is_refused(runs, tmp_path):
-    _, settings = settings_of(runs[0], 1, "uneven", "refused", per_device_train_batch_size=5,
-                              resume_from_checkpoint=f"{runs[0]}/2 uneven/checkpoint-2")
+def test_another_global_batch_is_refused(runs):
     with pytest.raises(ValueError, match="checkpoint-2 was written with 12 rows a step, and this run takes 15: with 1 ranks"):
-        train.main([f"{key}={value}" for key, value in settings.items()])
+        train_here(*settings_of(runs[0], 1, "uneven", "refused", per_device_train_batch_size=5, **resumed(runs[0])))
     assert not (runs[0] / "refused").exists()
 
 
@@ -259,25 +278,25 @@ def test_the_cases_are_what_they_are_called(runs):
     here, found = runs
     for world in (2, 3, 4):
         shares = {folder.partition(f"/{world} ")[2]: counts for folder, counts in found[world][0].items()}
-        assert {"0", "1", str(world)} <= shares["experts"].keys()
-        assert world == 2 or {"1", "0"} & shares["few rows"].keys() or str(world) not in shares["few rows"]
-        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 4, 6, 6, 4, 9, 4, 2]
-    assert min(loss for _, loss, *_ in curves(here / "0 nothing to learn")[:-1]) > 0.1
-    assert json.loads((here / "0 evaluation/trainer_state.json").read_text())["log_history"][-2]["eval_loss"] > 1
+        assert {"0", "1", str(world)} <= shares["experts"].keys(), shares
+        assert max(map(int, shares["few rows"])) == min(world, 3), shares
+        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 2, 6, 6, 4, 7, 4, 2]
+    assert min(loss for _, loss, *_ in curves(here / "1 nothing to learn")[:-1]) > 0.1
+    assert json.loads((here / "1 evaluation/trainer_state.json").read_text())["log_history"][-3]["eval_loss"] > 1
 
 
 def test_only_rank_0_writes_and_prints(runs):
     here, found = runs
     assert not list(here.glob("*-of-rank-*"))
     for world, (_, screen) in found.items():
-        assert screen.count("settings that differ from the defaults") == screen.count("\ntrain results") == len(runs_of(here, world))
-        assert screen.count("accepted, no effect") == 0 and screen.count("first example") == len(runs_of(here, world))
+        assert screen.count("settings that differ from the defaults") == len(runs_of(here, world))
+        assert screen.count("\ntrain results") == len(runs_of(here, world))
 
 
 def test_by_default_all_ranks_have_full_batches(runs):
     """Two ranks, five rows, two rows a micro-batch: 0 1 | 2 3 and then 4 0 | 1 2, as one process sees eight rows."""
     here, found = runs
-    assert_same(here / "2 five", here / "0 five")
+    assert_same(here / "2 five", here / "1 five")
     assert "3 rows of an epoch are trained twice" in found[2][1] and "trained twice" not in found[3][1]
 
 
@@ -299,13 +318,13 @@ def test_dealing_by_hand(rows, size, world, drop_last, wanted):
 
 
 def test_dealing_is_that_of_accelerate():
-    """Sizes 0 to 40 of the data, 1 to 4 rows a micro-batch, 1 to 5 ranks."""
+    """Sizes 0 to 40 of the data, 1 to 4 rows a micro-batch, 2 to 5 ranks."""
     loader = pytest.importorskip("accelerate.data_loader")
     for rows in range(41):
         order = random.Random(rows).sample(range(rows), rows)
-        for size, world, drop_last in ((s, w, d) for s in range(1, 5) for w in range(1, 6) for d in (False, True)):
+        for size, world, drop_last in product(range(1, 5), range(2, 6), (False, True)):
             batches = micro_batches(order, size, drop_last)
-            dealt = batches if world == 1 else evened(batches, size, world, drop_last)
+            dealt = evened(batches, size, world, drop_last)
             sampler = torch.utils.data.BatchSampler(order, size, drop_last)
             for rank in range(world):
                 wanted = list(loader.BatchSamplerShard(sampler, world, rank, even_batches=True))
@@ -393,7 +412,7 @@ def test_buffers_are_summed_in_one_order(losses, bucket_bytes, monkeypatch):
         assert [g is None for g in mine] == [p.grad is None for p in weights]
         assert all(torch.allclose(g, p.grad, atol=1e-6) for g, p in zip(mine, weights) if g is not None)
     sizes = [[len(buffer) for buffer in buffers] for buffers in sent]
-    assert sizes[0] == sizes[1] == {1: [3, 5, 2, 4], 20: [3, 6, 4], LARGE: [14]}[bucket_bytes] * 2
+    assert sizes[0] == sizes[1] == {1: [3, 5, 2, 4], 20: [3, 7, 4], LARGE: [14]}[bucket_bytes] * 2
 
 
 def test_early_sending_changes_nothing(monkeypatch):
@@ -428,53 +447,56 @@ train.batch_loss = batch_loss
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    here = tmp_path_factory.mktemp("failing")
+def failures(tmp_path_factory):
+    """(folder, {what goes wrong: (exit code, screen, seconds)}), all started at the same time; and two that are well."""
+    here, port = tmp_path_factory.mktemp("failing"), free_port()
     small_world(here)
-    return here
+
+    def patched(ranks, name, patch):
+        return torchrun(ranks, *worker(here, [settings_of(here, ranks, "uneven", name, save_strategy="no")], patch))
+
+    def recipe(name, *wrong):
+        return torchrun(2, "train.py", "configs/tiny_lora_sft.yaml", "use_cpu=true", f"output_dir={here}/{name}", *wrong)
+
+    hosts = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-endpoint",
+             f"localhost:{port}", *worker(here, [settings_of(here, 2, "uneven", "hosts", save_strategy="no")])]
+    launchers = {
+        "key": recipe("key", "lora_alfa=3"), "dataset": recipe("dataset", "dataset=identiti"),
+        "killed": patched(2, "killed", AT_STEP_2.replace("DO", "os.kill(os.getpid(), 9)")),
+        "error": patched(2, "error", AT_STEP_2.replace("DO", "raise OSError('the disk of rank 1 is gone')")),
+        "absent": patched(3, "absent", "parallel.START_LIMIT = 2\nif rank == 1:\n    train.start_ranks = lambda *a: time.sleep(99)"),
+        "host 1": hosts, "host 2": hosts}
+    return here, dict(zip(launchers, outcomes(*launchers.values())))
 
 
-def test_a_wrong_setting_is_told_once(world):
-    for wrong, words in (("lora_alfa=3", "did you mean 'lora_alpha'"), ("dataset=identiti", "did you mean 'identity'")):
-        code, screen = screen_of(torchrun(2, "train.py", "configs/tiny_lora_sft.yaml", "use_cpu=true", wrong,
-                                          f"output_dir={world}/wrong"))
-        assert code != 0 and screen.count("error: ") == screen.count(words) == 1, screen[-3000:]
-        assert not (world / "wrong").exists()
+@pytest.mark.parametrize("wrong, words", [("key", "did you mean 'lora_alpha'"), ("dataset", "did you mean 'identity'")])
+def test_a_wrong_setting_is_told_once(wrong, words, failures):
+    code, screen, _ = failures[1][wrong]
+    assert code != 0 and screen.count("error: ") == screen.count(words) == 1, screen[-3000:]
+    assert not (failures[0] / wrong).exists()
 
 
-@pytest.mark.parametrize("act, cause, word_of_ours", [
-    ("os.kill(os.getpid(), 9)", r"traceback : Signal 9 \(SIGKILL\) received", 0),
-    ("raise OSError('the disk of rank 1 is gone')", "error: .*the disk of rank 1 is gone", 1)], ids=("killed", "error"))
-def test_a_rank_that_fails_ends_the_others(act, cause, word_of_ours, world):
-    """Within seconds, with an exit code; its cause is on the screen once, and no traceback of a rank that only lost it."""
-    script = worker(world, [settings_of(world, 2, "uneven", "failed")], AT_STEP_2.replace("DO", act))
-    start = time.time()
-    code, screen = screen_of(torchrun(2, *script))
-    assert code != 0 and time.time() - start < 60
-    assert len(re.findall(cause, screen)) == 1, screen[-4000:]
-    assert "[rank0]: Traceback" not in screen and "is finished and saved first" not in screen
-    assert not (world / "failed/adapter_model.safetensors").exists()
+@pytest.mark.parametrize("name, cause", [("killed", r"traceback : Signal 9 \(SIGKILL\) received"),
+                                         ("error", "error: .*the disk of rank 1 is gone")])
+def test_a_rank_that_fails_ends_the_others(name, cause, failures):
+    """Within a minute, with an exit code; the cause is on the screen once, and no traceback of a rank that only lost it."""
+    code, screen, seconds = failures[1][name]
+    assert code != 0 and seconds < 60 and len(re.findall(cause, screen)) == 1, screen[-4000:]
+    assert "[rank0]: Traceback" not in screen and "is finished and saved first" not in screen, screen[-4000:]
+    assert "      1    " in screen and not (failures[0] / name / "adapter_model.safetensors").exists()
 
 
-def test_a_rank_that_never_comes(world):
-    """The others name the usual causes after START_LIMIT seconds, once on a host."""
-    script = worker(world, [settings_of(world, 3, "uneven", "never")],
-                    "parallel.START_LIMIT = 2\nif rank == 1:\n    train.start_ranks = lambda *args: time.sleep(60)")
-    start = time.time()
-    code, screen = screen_of(torchrun(3, *script))
-    assert code != 0 and time.time() - start < 30 and not (world / "never").exists()
+def test_a_rank_that_never_comes(failures):
+    """The others name the usual causes after START_LIMIT seconds (2 here), once on a host."""
+    code, screen, seconds = failures[1]["absent"]
+    assert code != 0 and seconds < 60 and not (failures[0] / "absent").exists()
     assert "of 3, on " in screen and "has not heard from all others within 2 s" in screen
     assert screen.count(parallel.CAUSES) == 1, screen[-4000:]
 
 
-def test_two_launchers_are_two_hosts(runs, world):
+def test_two_launchers_are_two_hosts(runs, failures):
     """Two hosts with a rank each, which find each other through --rdzv-endpoint: one host with two ranks."""
-    here, port = runs[0], free_port()
-    script = worker(here, [settings_of(here, 2, "uneven", "two hosts", save_strategy="no")])
-    launcher = ["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
-                "--rdzv-endpoint", f"localhost:{port}", *script]
-    with started(launcher, launcher) as hosts:
-        screens = [host.communicate(timeout=60)[0] for host in hosts]
-    assert [host.returncode for host in hosts] == [0, 0], screens
-    assert_same(here / "two hosts", here / "2 uneven", 0)
-    assert sorted(screen.count("train results") for screen in screens) == [0, 1]
+    hosts = [failures[1][name] for name in ("host 1", "host 2")]
+    assert [code for code, _, _ in hosts] == [0, 0], hosts
+    assert_same(failures[0] / "hosts", runs[0] / "2 uneven", 0)
+    assert sorted(screen.count("train results") for _, screen, _ in hosts) == [0, 1]
