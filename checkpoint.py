@@ -547,6 +547,7 @@ def new_folder(path):
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    sync_folder(work)
     if path.exists():
         os.replace(path, old)                   # one of the two is whole at any moment
     os.replace(work, path)
@@ -713,7 +714,7 @@ def load_training_state(folder, optimizer, names: list[str], rank: int = 0) -> d
                                  f"{list(p.shape)} here: {changed}")
             optimizer.state[p][field] = value if field == "step" and p.device.type == "cpu" else value.to(p.device)
     with open_tensors(folder / "rng.safetensors") as tensors:
-        states = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        states = {key if "." in key else f"{key}.0": tensors.get_tensor(key) for key in tensors.keys()}  # once: one rank
     if f"cpu.{rank}" in states:
         torch.set_rng_state(states[f"cpu.{rank}"])
     if f"cuda.{rank}" in states and torch.cuda.is_available():
@@ -748,11 +749,16 @@ def damage(folder) -> str:
         expected = read_json(folder / "checksums.json")
     except ValueError as error:
         return str(error)
+    state = folder / "trainer_state.json"               # releases that write rows_per_step write checksums, too
+    if not expected and state.is_file() and b"rows_per_step" in state.read_bytes():
+        return "checksums.json is missing or empty"
+    if not expected and not any(folder.glob("*.safetensors")):
+        return "it holds no weights"
     for name, was in expected.items():
-        if not (folder / name).is_file():
+        if Path(name).name != name or not (folder / name).is_file():
             return f"{name} is missing"
         if (now := checksum(folder / name)) != was:
-            return f"{name} is not as it was written ({now[0]:,} bytes, {was[0]:,} then; checksum {now[1]}, {was[1]} then)"
+            return f"{name} is not as it was written (bytes and checksum {now}, then {was})"
     return ""
 
 

@@ -129,6 +129,7 @@ class Config:
     even_batches: bool = key(True, "several ranks: rows from the epoch's beginning fill up what the last ones lack")
     ddp_timeout: int = key(180_000_000, "several ranks: seconds that one waits for the others", above=0)
     time_limit: float | None = key(None, "minutes after which the run saves and stops (exit code 75)", above=0)
+    dry_run: bool = key(False, "show data, steps and the memory needed, then end; weights are not read")
     force_resume: bool = key(False, "resume although data, template or seed have changed")
     bf16: bool = key(False, "compute in bfloat16")
     fp16: bool = key(False, "compute in float16, with loss scaling")
@@ -177,7 +178,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         use_kv_cache use_cache torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
         auto_find_batch_size tf32 jit_mode_eval torchdynamo fp16_backend half_precision_backend fp16_opt_level""",
     "norms, softmax and loss are computed in float32 anyway": "upcast_layernorm upcast_lmhead_output",
-    "one process; the loss is a mean over all tokens": """average_tokens_across_devices ddp_find_unused_parameters
+    "gradients are summed by hand; the loss is a mean over all tokens": """average_tokens_across_devices ddp_find_unused_parameters
         ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank master_addr
         master_port ray_num_workers ray_init_kwargs log_on_each_node save_on_each_node use_mps_device""",
     "parameters, tokens seen and speed are always shown, NaN is never hidden": """print_param_status run_name debug
@@ -214,7 +215,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
 }
 
 REFUSED = (         # in which script, which keys (=x: the value that is fine; otherwise false, 0, null), what to do
-    ("train", "deepspeed", "use fsdp: several GPUs come with a later release; on one GPU leave it out"),
+    ("train", "deepspeed", "leave it out: torchrun --nproc-per-node N train.py runs on N cards (docs/many_gpus.md)"),
     ("train", "fsdp parallelism_config use_hyper_parallel use_mca use_ray",
      "several GPUs come with a later release; on one GPU leave it out"),
     ("train", "use_unsloth use_kt", "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
@@ -327,7 +328,7 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("time_limit", "force_resume", "even_batches", "force_template",
+OWN_KEYS = ("dry_run", "time_limit", "force_resume", "even_batches", "force_template",
             "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases
@@ -674,8 +675,9 @@ def run(main):
     except RuntimeError as error:
         if not lost_a_rank(error) or os.environ.get("POCKET_TRACEBACK") == "1":
             raise
-        tell(f"error: rank {os.environ['RANK']} has lost another rank ({str(error).splitlines()[0][:160]}). The cause "
-             "is what that rank, or torchrun, says")
+        said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].splitlines()[0]
+        tell(f"error: rank {os.environ['RANK']} has lost another rank ({said}). The cause is what that rank, or torchrun, "
+             "says")
         sys.exit(1)
 
 
@@ -683,7 +685,7 @@ def tell(message: str):
     """One line on stderr. Of several ranks that fail alike the first one tells it: torchrun then ends the others."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
+        time.sleep(10)
     sys.stderr.write(message + "\n")
 
 

@@ -18,6 +18,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -111,6 +112,8 @@ def start_ranks(device: torch.device, timeout: float) -> Ranks:
 
 def give_up(ranks: Ranks):
     """End this process, which waits for others in vain, with a word on why that may be."""
+    if ranks.local_rank:                # the first rank of a host tells it; torchrun ends the others meanwhile
+        time.sleep(10)
     print(f"error: rank {ranks.rank} of {ranks.world}, on {socket.gethostname()}, has not heard from all others within "
           f"{START_LIMIT} s. Usual causes:\n{CAUSES}", file=sys.stderr, flush=True)
     os._exit(1)

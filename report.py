@@ -7,6 +7,7 @@ trainer_state.json, train_results.json, eval_results.json, all_results.json, tra
 """
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -63,9 +64,12 @@ class RunLog:
         self.path, self.writes = Path(folder) / "trainer_log.jsonl", writes        # one of several ranks writes
         self.total_steps, self.first_step, self.history = total_steps, first_step, list(history or [])
         self.start = time.time()
-        kept = [line for line in self._lines() if line.get("current_steps", 0) <= first_step] if first_step else []
+        kept = [line for line in self._lines() if line.get("current_steps", 0) <= first_step     # the closing line, which
+                and ("loss" in line or "eval_loss" in line)] if first_step else []               # has neither, comes again
         if writes:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            partial = self.path.with_name(self.path.name + ".partial")         # killed here, the run still has its log
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self.path)
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
                         disable=disabled or None)          # None: no bar where nobody watches (a file, a pipe)
         tqdm.write(COLUMNS.format(step="step", epoch="epoch", loss="loss", lr="lr", grad="grad norm", speed="tokens/s"))

@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 if os.environ.get("RANK", "0") != "0":
@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
-                        new_folder, open_tensors, rng_state, save_adapter, save_model, save_training_state,
-                        write_checksums, write_json)
+                        new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
+                        save_training_state, stored_as, tensor_files, write_checksums, write_json)
 from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
 from data import collate, epoch_order, evened, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
@@ -36,8 +36,11 @@ from losses import balance_loss, cross_entropy_sum
 from model import CausalLM, attention_needs, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from parallel import Gradients, Ranks, end_ranks, start_ranks
+from plan import largest_rows, memory_plan, plan_lines
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
-from resume import STOPPED, StopSigns, changed_settings, find_resume, prepare_output, remove_old_checkpoints
+from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
+                    remove_old_checkpoints, room_for, rows_sign, usable_best)
+from room import advice, available_bytes, explain_oom, out_of_memory
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
 
@@ -45,6 +48,7 @@ MOST_SKIPPED = 3                # so many steps in a row without a finite loss a
 
 
 def main(argv):
+    begun = time.time()
     config = load_config(argv, "train")
     device = pick_device(config.use_cpu)
     check_dtype(config, device)
@@ -80,14 +84,38 @@ def main(argv):
     check_examples(train_set + eval_set, shape, tokenizer)
     print_example(tokenizer, train_set[0].input_ids, train_set[0].labels)
 
-    # ---- model, adapters, attention kernel
-    model, lora = build_model(config, base, adapters, device, resume)
-    weights = trainable(model)
-    dtype = compute_dtype(config, model)
+    # ---- the plan: steps and memory, before anything is loaded
+    per_epoch = steps_per_epoch(config, train_set, ranks)
+    if per_epoch == 0:
+        raise ValueError(f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
+                         "(dataloader_drop_last: true leaves out the incomplete one)")
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
+    factor = schedule(config, total_steps)
+    dtype = compute_dtype(config, base, shape)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
+    dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
+             for batch in batches_of(config, train_set, epoch, Ranks()))
+    memory = memory_plan(config, shape, lora_settings(config, adapters, resume), largest_rows(train_set, dealt),
+                         dtype, choice.kernel, device, ranks.world)
+    there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks))
+    print("\n".join([*choice.lines, "", *plan_lines(memory, there_is)]))
+    for line in advice(memory, there_is, config):
+        print(f"  would fit: {line}")
+    sys.stdout.flush()
+    if config.dry_run:
+        end_ranks()
+        return print("\ndry_run: nothing was loaded, nothing written")
+
+    # ---- model, adapters
+    with memory_advice(memory, there_is, config):
+        model, lora = build_model(config, base, adapters, device, resume)
+    weights = trainable(model)
     balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
     model.recompute = not config.disable_gradient_checkpointing
-    autocast = torch.autocast(device.type, dtype) if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
+    # no cache: it would hold 16-bit copies of all matrices through the forward pass
+    autocast = torch.autocast(device.type, dtype, cache_enabled=False) \
+        if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
     lengths = []                                    # of the sequences in the current row, for NEFTune
     if config.neftune_noise_alpha:
         add_neftune(model.model.embed_tokens, config.neftune_noise_alpha, lambda: lengths)
@@ -96,26 +124,19 @@ def main(argv):
     optimizer = make_optimizer(weights, config, device)
     gradients = Gradients(list(weights.values()), ranks)
     scale = LossScale() if dtype == torch.float16 else None
-    per_epoch = steps_per_epoch(config, train_set, ranks)
-    if per_epoch == 0:
-        raise ValueError(f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
-                         "(dataloader_drop_last: true leaves out the incomplete one)")
-    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
-    factor = schedule(config, total_steps)
-    print_pairs("plan", plan(config, model, weights, dtype, train_set, per_epoch, total_steps, ranks))
-    print("\n".join(choice.lines), flush=True)
 
     # ---- where to begin
     output = Path(config.output_dir)
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel), "loss_total": 0.0,
              "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
-             "skipped": 0, "rows_per_step": rows_per_step(config, ranks)}
+             "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": rows_sign(train_set)}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, weights)
     if resume:
         saved = load_training_state(resume, optimizer, names, ranks.rank)
-        state = saved["resume"] | {"history": saved["log_history"]}
-        if scale:
+        check_rows(resume, saved["resume"], state["rows"], config.force_resume)
+        state |= saved["resume"] | {"history": saved["log_history"], "rows": state["rows"]}
+        if scale and "loss_scale" in state:
             scale.value, scale.good_steps = state["loss_scale"]
         if state["rows_per_step"] != rows_per_step(config, ranks):
             raise ValueError(f"{resume} was written with {state['rows_per_step']} rows a step, and this run takes "
@@ -124,8 +145,7 @@ def main(argv):
         if state["step"] > total_steps:
             raise ValueError(f"{resume} is at step {state['step']}, and this run ends at step {total_steps}: raise "
                              "max_steps or num_train_epochs, or go on from an earlier checkpoint")
-        if state["best"] and not (output / f"checkpoint-{state['best'][0]}").is_dir():
-            state["best"] = None                    # it stayed behind in another output_dir
+        state["best"] = ranks.from_main(lambda: usable_best(output, state["best"]))
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
     # ranks, and a run and its continuation, use one kernel: two differ in the last bit
     model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
@@ -139,13 +159,14 @@ def main(argv):
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
     started = window_start = time.time()
     first_step, window_tokens, (window_loss, window_steps) = state["step"], 0, state["window"]
-    stop, skipped = StopSigns(config.time_limit), 0                        # skipped: steps in a row
+    stop, skipped = StopSigns(config.time_limit, begun), 0                        # skipped: steps in a row
 
     def save(step, epoch, stateful=not config.save_only_model):
         rng = {f"{device}.{rank}": state for device, mine in rng_state().items()
                for rank, state in enumerate(ranks.gather(mine))}
         if not ranks.main:
             return
+        room_for(output, sum(p.nbytes for p in weights.values()) * (3 if stateful else 1), f"checkpoint-{step}")
         with new_folder(output / f"checkpoint-{step}") as folder:
             save_weights(config, model, lora, folder, base, tokenizer, settings)
             if stateful:
@@ -158,6 +179,9 @@ def main(argv):
     # ---- the loop
     model.train()
     for step in range(first_step + 1, total_steps + 1):
+        if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
+            tqdm.write(f"{step - 1:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
+            break
         epoch, nth = divmod(step - 1, per_epoch)                           # both 0-based
         if nth == 0 or step == first_step + 1:
             rows = batches_of(config, train_set, epoch, ranks)
@@ -170,15 +194,16 @@ def main(argv):
             check_first_batch(model, batches[0], device, autocast)
         loss = torch.zeros((), device=device)
         gradients.clear()
-        for number, batch in enumerate(batches, 1):
-            lengths[:] = batch.lengths
-            if number == len(batches):
-                gradients.send_early()
-            with autocast:
-                token_loss, routing = batch_loss(model, batch, device, balance)
-                micro_loss = token_loss / n_items + routing         # the latter undivided, as LLaMA-Factory has it
-            (micro_loss * scale.value if scale else micro_loss).backward()
-            loss += micro_loss.detach()
+        with memory_advice(memory, there_is, config):
+            for number, batch in enumerate(batches, 1):
+                lengths[:] = batch.lengths
+                if number == len(batches):
+                    gradients.send_early()
+                with autocast:
+                    token_loss, routing = batch_loss(model, batch, device, balance)
+                    micro_loss = token_loss / n_items + routing         # the latter undivided, as LLaMA-Factory has it
+                (micro_loss * scale.value if scale else micro_loss).backward()
+                loss += micro_loss.detach()
         gradients.sum()
         overflow = scale is not None and not scale.unscale(weights.values())
         grad_norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf))
@@ -192,7 +217,8 @@ def main(argv):
         elif overflow:
             tqdm.write(f"{step:>7} gradients overflowed in float16; step skipped, loss scale now {scale.value:g}")
         else:
-            optimizer.step()
+            with memory_advice(memory, there_is, config):
+                optimizer.step()
         if skipped == MOST_SKIPPED:
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, for the {skipped}rd time in a row. "
                              f"Nothing was learnt from these steps and the checkpoints in {output} are whole. A lower "
@@ -226,23 +252,22 @@ def main(argv):
         if saves or stops:
             save(step, done, stateful=not config.save_only_model or stops)
         if stops:
+            if ranks.main:
+                note_stop(output, asked or "another rank")
             log.close()
             end_ranks()
             print(f"\nstopped by {asked or 'another rank'} after step {step} of {total_steps}, which is saved. "
                   "resume_from_checkpoint: true goes on", file=sys.stderr if ranks.main else sys.stdout, flush=True)
             raise SystemExit(STOPPED)
-        if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
-            tqdm.write(f"{step:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
-            break
 
     # ---- the end: the best or the last weights, results, pictures
     stop.restore()
     seconds = max(time.time() - started, 1e-9)
     log.write(state["step"], state["epoch"])
     log.close()
-    if config.load_best_model_at_end and state["best"]:
+    if config.load_best_model_at_end and (best := ranks.from_main(lambda: usable_best(output, state["best"]))):
         if ranks.main:
-            load_best(config, model, output, state["best"])
+            load_best(config, model, output, best)
         ranks.share(weights.values())
     steps = state["step"] - first_step
     trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
@@ -268,10 +293,10 @@ def main(argv):
         write_json(output / f"{name}_results.json", values)
         print_pairs(f"{name} results", values)
     everything = {key: value for values in results.values() for key, value in values.items()}
-    write_json(output / "all_results.json", everything)
     (output / "README.md").write_text(model_card(config, everything, template.name), encoding="utf-8")
     if config.plot_loss:
         plot_losses(output, log.history)
+    write_json(output / "all_results.json", everything)                    # the last file: the run has come to its end
     print(f"\nsaved to {output}. Next: python chat.py {shlex.join(map(str, argv))}")
 
 
@@ -340,11 +365,42 @@ def build_model(config, base, adapters, device, resume):
     return model, lora
 
 
-def compute_dtype(config, model) -> torch.dtype:
-    """What products are computed in: bf16 / fp16 if asked, else the dtype of the weights."""
+def lora_settings(config, adapters, resume) -> LoRAConfig | None:
+    """What is adapted in this run, or None for full fine-tuning."""
+    if config.finetuning_type == "full":
+        return None
+    continued = resume or (adapters[-1] if adapters and not config.create_new_adapter else None)
+    if continued:
+        return read_adapter_config(continued)[0]
+    return LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.lora_target,
+                      config.additional_target or [])
+
+
+@contextmanager
+def memory_advice(memory, there_is, config):
+    """If memory runs out in this block, say what would fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ValueError(explain_oom(error, memory, there_is, config)) from None
+
+
+def compute_dtype(config, base, shape) -> torch.dtype:
+    """What products are computed in: bf16 / fp16 if asked, else the dtype of the weights; known before they are loaded,
+    from their file or, where there is none yet, from config.json."""
     if config.bf16 or config.fp16:
         return torch.bfloat16 if config.bf16 else torch.float16
-    return model.model.layers[0].self_attn.o_proj.weight.dtype
+    if config.finetuning_type == "full":
+        return torch.float32
+    name = shape.stored_name("model.layers.0.self_attn.o_proj.weight")
+    try:
+        return stored_as(tensor_files(base)[name], name)[1]
+    except (FileNotFoundError, KeyError):
+        raw = read_config_json(base)
+        said = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("torch_dtype")
+        return getattr(torch, str(said), torch.float32)
 
 
 def optimizer_names(optimizer, weights) -> list[str]:
@@ -353,9 +409,10 @@ def optimizer_names(optimizer, weights) -> list[str]:
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def plan(config, model, weights, dtype, train_set, per_epoch, total_steps, ranks) -> dict:
-    """The start page's figures."""
-    trained, total = sum(p.numel() for p in weights.values()), sum(p.numel() for p in model.parameters())
+def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks) -> dict:
+    """The start page's figures; `memory` holds the model without its weights."""
+    model = memory.asked["model"]
+    trained, total = sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
     tokens = sum(len(example.input_ids) for example in train_set)
     rows = rows_per_step(config, ranks)
     again = rows_twice(config, train_set, ranks)
@@ -368,7 +425,8 @@ def plan(config, model, weights, dtype, train_set, per_epoch, total_steps, ranks
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
                 f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
                 "would not)" if again else "")} if ranks.world > 1 else {}),
-            "recompute": "each block in the backward pass (gradient checkpointing)" if model.recompute else "nothing"}
+            "recompute": "each block in the backward pass (gradient checkpointing)"
+            if not config.disable_gradient_checkpointing else "nothing"}
 
 
 def flops(model, tokens: int) -> float:

@@ -12,8 +12,8 @@ LEVELS = (      # a file imports files of earlier lines only; scripts, the last 
     ("vocabularies", "formats", "sandbox"),
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
     ("model", "lora", "templates", "rows"),
-    ("checkpoint",),
-    ("data", "resume"),
+    ("checkpoint", "plan"),
+    ("data", "resume", "room"),
     ("train", "chat", "merge"),
 )
 SCRIPTS = LEVELS[-1]

@@ -1,0 +1,334 @@
+"""plan.py and room.py: the plan against the bytes that a real step holds, and the advice against the plan it promises.
+
+`Live` sees every tensor that torch makes and counts the storages that are alive, so what it measures owes nothing to
+the formula.
+
+Read before: plan.py, room.py.
+"""
+import weakref
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from attention import Layout
+from config import Config
+from families import model_config
+from lora import LoRAConfig, attach_lora, trainable
+from losses import cross_entropy_sum
+from model import CausalLM
+from optim import make_optimizer
+from parallel import Gradients, Ranks
+from plan import Plan, largest_rows, memory_plan, plan_lines
+from room import SPARE, advice, available_bytes, cut, explain_oom, out_of_memory
+
+SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
+             num_key_value_heads=4, vocab_size=512, max_position_embeddings=4096, rms_norm_eps=1e-5)
+EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=96)
+FAMILIES = {
+    "llama": {},
+    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
+    "qwen3": dict(model_type="qwen3", head_dim=16),
+    "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=64, query_pre_attn_scalar=16),
+    "glm4": dict(model_type="glm4", head_dim=16),
+    "olmo": dict(model_type="olmo", clip_qkv=8.0, num_key_value_heads=8),
+    "olmo2": dict(model_type="olmo2", num_key_value_heads=8),
+    "mistral": dict(model_type="mistral", sliding_window=100),
+    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(model_type="qwen2_moe", shared_expert_intermediate_size=160, **EXPERTS),
+    "llama4": dict(model_type="llama4_text", num_key_value_heads=2, head_dim=16, intermediate_size_mlp=352,
+                   intermediate_size=128, num_local_experts=4, attention_chunk_size=128, num_experts_per_tok=1),
+}
+LLAMA3_8B = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                 num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+                 rms_norm_eps=1e-5, rope_theta=500000.0)
+ALL = LoRAConfig(r=8, lora_alpha=16)
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def shape_of(name, **changes):
+    return model_config({**SMALL, **FAMILIES[name], **changes})
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most there were at once; `known` tensors count nothing."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen = {x.untyped_storage()._cdata: None for x in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.seen[key] = weakref.ref(storage, lambda _, key=key, size=size: self.gone(key, size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def gone(self, key, size):
+        del self.seen[key]
+        self.now -= size
+
+
+def measure(shape, lora, dtype, kernel, recompute, rows):
+    """(kept between forward and backward, the most at once), beside weights, gradients and optimizer state."""
+    torch.manual_seed(0)
+    model = CausalLM(shape)
+    for p in model.parameters():
+        torch.nn.init.normal_(p.data, 0, 0.02)
+    if lora:
+        attach_lora(model.to(dtype), lora, called=shape.stored_name)
+    model.kernel, model.recompute = kernel, recompute
+    model.train()
+    for p in trainable(model).values():
+        p.grad = torch.zeros_like(p)                    # as in the second micro-batch: they are there already
+    lengths = [n for row in rows for n in row]
+    layout, ids = Layout(lengths), torch.randint(shape.vocab_size, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    known = [*model.parameters(), *(p.grad for p in trainable(model).values()), ids, positions, layout.gather,
+             layout.scatter, layout.cu_seqlens]
+    autocast = nullcontext() if lora or dtype == F32 else torch.autocast("cpu", dtype, cache_enabled=False)
+    with Live(known) as live:
+        with autocast:
+            hidden = model(ids, positions, layout)
+            loss = cross_entropy_sum(hidden[0], model.head_weight(), ids[0], shape.final_softcap)
+        del hidden
+        kept = live.now
+        loss.backward()
+    return kept, live.peak
+
+
+def planned(shape, lora, dtype, kernel, recompute, rows, **more):
+    return memory_plan(Config(disable_gradient_checkpointing=not recompute), shape, lora, rows, dtype, kernel, "cpu",
+                       **more)
+
+
+def compare(shape, lora, dtype, kernel="sdpa-flash", recompute=False, rows=((150,), (120,)), close=0.1):
+    """What is kept must be close to the plan's activations, and the most at once to activations and working memory."""
+    plan = planned(shape, lora, dtype, kernel, recompute, rows)
+    kept, most = measure(shape, lora, dtype, kernel, recompute, rows)
+    if any(p.requires_grad for p in plan.asked["model"].lm_head.parameters()):
+        kept -= 4 * shape.vocab_size * shape.hidden_size        # the head's gradient: the plan has it in `working`
+    assert plan.activations == pytest.approx(kept, rel=close)
+    assert plan.activations + plan.working == pytest.approx(most, rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_of_every_kind_of_block(name, lora, dtype):
+    compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash")
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("kernel", ("plain", "sdpa-math", "sdpa-flash"))
+def test_activations_of_the_kernels(kernel, dtype):
+    for rows in ([[300]], [[20], [30], [64, 12], [100], [3]]):
+        compare(shape_of("llama"), ALL, dtype, kernel, rows=rows)
+
+
+def test_the_plain_kernel_keeps_all_scores_block_by_block():
+    compare(shape_of("llama", num_hidden_layers=2), ALL, F32, "plain", rows=[[1300]])
+    scores = [planned(shape_of("llama"), ALL, F32, "plain", False, [[n]]).activations for n in (500, 1000)]
+    flash = [planned(shape_of("llama"), ALL, F32, "sdpa-flash", False, [[n]]).activations for n in (500, 1000)]
+    assert scores[1] > 3 * scores[0] and flash[1] == pytest.approx(2 * flash[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
+@pytest.mark.parametrize("name", ("llama", "qwen2_moe"))
+def test_activations_with_recomputation(name, lora):
+    for dtype in (F32, BF16):
+        compare(shape_of(name), lora, dtype, recompute=True)
+
+
+@pytest.mark.parametrize("lora", (
+    LoRAConfig(target_modules=["q_proj", "v_proj"]), LoRAConfig(target_modules=["all", "experts"]),
+    LoRAConfig(lora_dropout=0.1), LoRAConfig(r=64), LoRAConfig(modules_to_save=["embed_tokens", "lm_head"]),
+    LoRAConfig(target_modules=r".*layers\.[23]\..*_proj")),
+    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper"))
+def test_activations_of_other_adapters(lora):
+    name = "mixtral" if "experts" in lora.target_modules else "llama"
+    for dtype in (F32, BF16):
+        compare(shape_of(name), lora, dtype, close=0.15)
+
+
+def test_the_head_of_a_large_vocabulary():
+    for lora in (ALL, None):
+        compare(shape_of("llama", vocab_size=60000), lora, F32, rows=[[300], [250]])      # several chunks
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_gradients_and_optimizer_are_exact(name):
+    shape = shape_of(name)
+    whole = LoRAConfig(modules_to_save=["embed_tokens"])
+    for lora, dtype in ((ALL, F32), (ALL, BF16), (whole, BF16), (None, F32), (None, BF16)):
+        model = CausalLM(shape)
+        if lora:
+            attach_lora(model.to(dtype), lora, called=shape.stored_name)
+        weights = trainable(model)
+        optimizer = make_optimizer(weights, Config(), torch.device("cpu"))
+        for p in weights.values():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        held = [sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+                sum(p.nbytes for p in weights.values()), sum(p.grad.nbytes for p in weights.values()),
+                sum(x.nbytes for state in optimizer.state.values() for x in state.values())]
+        plan = planned(shape, lora, dtype, "plain", True, [[8]])
+        assert [plan.weights, plan.trained, plan.gradients, plan.optimizer] == held
+        buffers = Gradients(list(weights.values()), Ranks(0, 2)).buckets
+        two = planned(shape, lora, dtype, "plain", True, [[8]], world=2)
+        assert two.gradients == sum(bucket.flat.nbytes for bucket in buffers)
+
+
+def test_the_figures_that_are_known_of_a_large_model():
+    """Llama 3 8B has 8,030,261,248 parameters; rank 16 on all linear layers adds 41,943,040 (its model card, PEFT)."""
+    shape, lora = model_config(LLAMA3_8B), LoRAConfig(r=16)
+    plan = planned(shape, lora, BF16, "flash-attn", True, [[2048]])
+    assert plan.weights == 2 * 8_030_261_248 and plan.trained == 4 * 41_943_040
+    per_token = (plan.activations - 2048 * (2 * 128 * 2 + 4096 * 6 + 4)) / 2048
+    assert per_token == 32 * 4096 * 2                           # the blocks' inputs
+    kept = planned(shape, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
+    least = 2 * (2 * 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336)         # residuals, q, k, v, output, gate, up
+    assert least < kept < 2.5 * least
+
+
+def test_sharding_divides_what_lasts():
+    shape = shape_of("llama", num_hidden_layers=40)
+    one, four, eight = (planned(shape, None, F32, "sdpa-flash", True, [[64]], world=n, sharded=n > 1)
+                        for n in (1, 4, 8))
+    assert four.optimizer == one.optimizer // 4 and eight.optimizer == one.optimizer // 8
+    assert four.trained == one.trained // 4 and eight.weights == four.weights < 0.2 * one.trained
+    assert eight.total < four.total < one.total
+
+
+def test_the_largest_micro_batch():
+    examples = [SimpleNamespace(input_ids=range(sum(n)), lengths=n) for n in ([3], [5, 4], [1], [7], [2])]
+    assert largest_rows(examples, [[0, 1], [2, 3], [4]]) == [[3], [5, 4]]
+    assert largest_rows(examples, [[4, 0], [3]]) == [[7]]
+
+
+# ---- room -------------------------------------------------------------------------------------------------------
+
+
+def write(root, files):
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+MEMINFO = "MemTotal:       32000000 kB\nMemFree:         100000 kB\nMemAvailable:   20000000 kB\n"
+
+
+def test_memory_of_a_machine_and_of_containers(tmp_path):
+    assert available_bytes("cpu", root=tmp_path) is None
+    write(tmp_path, {"proc/meminfo": MEMINFO})
+    assert available_bytes("cpu", root=tmp_path) == 20_000_000 * 1024
+    assert available_bytes("cpu", sharers=4, root=tmp_path) == 5_000_000 * 1024
+    job = "sys/fs/cgroup/slurm/job_7"
+    write(tmp_path, {"proc/self/cgroup": "0::/slurm/job_7/step_0\n", f"{job}/step_0/memory.max": "max\n",
+                     f"{job}/step_0/memory.current": "5\n", f"{job}/memory.max": "8000000000\n",
+                     f"{job}/memory.current": "3000000000\n",
+                     f"{job}/memory.stat": "anon 2000000000\ninactive_file 500000000\nactive_file 9\n"})
+    assert available_bytes("cpu", root=tmp_path) == 5_500_000_000
+    write(tmp_path, {"proc/self/cgroup": "12:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n0::/docker/a\n",
+                     "sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000000\n",
+                     "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000000000\n"})
+    assert available_bytes("cpu", root=tmp_path) == 3_000_000_000
+
+
+def test_memory_of_this_machine():
+    found = available_bytes("cpu")
+    assert found is None or 2**20 < found < 2**50
+
+
+def long_run(**settings):
+    """A plan and the config it was made for: full fine-tuning with everything that takes room."""
+    config = Config(**{**dict(disable_gradient_checkpointing=True, flash_attn="disabled", per_device_train_batch_size=4,
+                              gradient_accumulation_steps=3, cutoff_len=512, finetuning_type="full"), **settings})
+    lora = None if config.finetuning_type == "full" else ALL
+    kernel = "plain" if config.flash_attn == "disabled" else "sdpa-flash"
+    return memory_plan(config, shape_of("llama"), lora, [[512]] * 4, F32, kernel, "cpu"), config
+
+
+def test_no_advice_where_it_fits_or_nobody_knows():
+    plan, config = long_run()
+    assert advice(plan, None, config) == advice(plan, 2 * plan.total, config) == []
+    assert advice(plan, plan.total, config) != []               # nothing is left for scratch
+
+
+def test_advice_names_single_changes_and_what_they_come_to():
+    plan, config = long_run()
+    lines = advice(plan, int(0.97 * plan.total), config)
+    assert [line.partition(":")[0] for line in lines] == [
+        "disable_gradient_checkpointing", "flash_attn", "per_device_train_batch_size", "cutoff_len"]
+    assert lines[2].startswith("per_device_train_batch_size: 3 with gradient_accumulation_steps: 4 (")
+    for line, settings in zip(lines, (dict(disable_gradient_checkpointing=False), dict(flash_attn="auto"))):
+        other = long_run(**settings)[0]
+        assert other.total < SPARE * plan.total
+        assert line.endswith(f" ({other.total / 2**20:.4g} MiB)")
+
+
+def test_advice_that_is_followed_is_followed_by_none():
+    plan, config = long_run(flash_attn="auto", disable_gradient_checkpointing=False)
+    available = int(0.8 * plan.total)
+    assert advice(plan, available, config)[0].startswith("per_device_train_batch_size: ")
+    size = int(advice(plan, available, config)[0].split()[1])
+    assert 12 % size == 0
+    smaller = memory_plan(config, shape_of("llama"), None, [[512]] * size, F32, "sdpa-flash", "cpu")
+    assert advice(smaller, available, config) == []
+    if size < 3:
+        larger = memory_plan(config, shape_of("llama"), None, [[512]] * (size + 1), F32, "sdpa-flash", "cpu")
+        assert advice(larger, available, config) != []
+
+
+def test_where_weights_take_the_room_adapters_are_the_advice():
+    config = Config(finetuning_type="full", per_device_train_batch_size=1)
+    shape = shape_of("llama", hidden_size=512, intermediate_size=1408)
+    plan = memory_plan(config, shape, None, [[64]], F32, "sdpa-flash", "cpu")
+    line, = advice(plan, int(0.6 * plan.total), config)
+    assert line.startswith("finetuning_type: lora (")
+
+
+def test_several_changes_together_and_none_at_all():
+    plan, config = long_run()
+    least = long_run(finetuning_type="lora", disable_gradient_checkpointing=False, flash_attn="auto")[0]
+    line, = advice(plan, int(0.5 * least.total), config)
+    assert line.startswith("together disable_gradient_checkpointing: false, ")
+    line, = advice(plan, 1000, config)
+    assert "no settings are enough" in line and "finetuning_type: lora" in line
+
+
+def test_a_shorter_cutoff_cuts_rows_from_their_end():
+    assert cut([5, 4, 3], 20) == [5, 4, 3] and cut([5, 4, 3], 9) == [5, 4] and cut([5, 4, 3], 7) == [5, 2]
+
+
+def test_the_table_on_the_start_page():
+    plan, _ = long_run()
+    lines = plan_lines(plan, 2 * plan.total)
+    assert "2,048 tokens (rows: 4)" in lines[0] and lines[-1].endswith("free: fits")
+    assert not any("frozen" in line for line in lines)          # nothing is, here
+    assert plan_lines(plan, plan.total)[-1].endswith("tight")
+    assert plan_lines(plan, plan.total - 1)[-1].endswith("does not fit")
+    assert "free" not in plan_lines(plan, None)[-1]
+    assert "frozen" in plan_lines(long_run(finetuning_type="lora")[0], None)[1]
+    sizes = Plan(weights=3 * 2**30, trained=2**20, gradients=0, optimizer=0, activations=0, working=0, asked=plan.asked)
+    assert "3 GiB" in plan_lines(sizes, None)[1] and "3.001 GiB" in plan_lines(sizes, None)[-1]
+
+
+def test_what_is_said_when_memory_runs_out():
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert out_of_memory(found.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")) \
+        and out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("shapes differ"))
+    plan, config = long_run()
+    for available in (None, plan.total // 2, 10 * plan.total):  # also where the plan was too small
+        text = explain_oom(torch.OutOfMemoryError("CUDA out of memory. Tried.\nMore"), plan, available, config)
+        assert text.startswith("out of memory: CUDA out of memory. Tried.\n") and "disable_gradient" in text
