@@ -101,7 +101,11 @@ def start_ranks(device: torch.device, timeout: float) -> Ranks:
     watch.daemon = True
     watch.start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=min(timeout, 10**7)))
+    limit = timedelta(seconds=min(timeout, 10**7))
+    # torchrun's store still holds the addresses of ranks that have died and were started again: each attempt has its own
+    store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     for where in {"cpu", device.type}:
         word = torch.ones(1, device=where)
         dist.all_reduce(word)
