@@ -1,4 +1,4 @@
-"""Never lose a run, as one who runs it sees it: killed, stopped, cut short, flipped, filled up, it ends as if nothing had been.
+"""Never lose a run: killed, stopped, cut short, flipped, filled up, it ends as if nothing had been.
 
     python -m tests.test_resume 20 7        kills runs of one and of two ranks until 20 kills are counted, with seed 7
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import report
@@ -31,10 +32,10 @@ import train
 from config import KEYS, Config, load_config, run
 from tests.common import ROOT, read_jsonl
 
-BASE = dict(model_name_or_path=ROOT / "models/tiny", dataset=ROOT / "data/tiny_review.jsonl", max_samples=30, template="chatml",
-            cutoff_len=48, use_cpu=True, disable_tqdm=True, lora_rank=4, lora_dropout=0.2, neftune_noise_alpha=5,
-            learning_rate=2e-2, max_steps=8, per_device_train_batch_size=2, logging_steps=1, save_steps=2, save_total_limit=2,
-            val_size=4, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, flash_attn="disabled",
+BASE = dict(model_name_or_path=ROOT / "models/tiny", dataset=ROOT / "data/tiny_review.jsonl", max_samples=30,
+            template="chatml", cutoff_len=48, use_cpu=True, disable_tqdm=True, lora_rank=4, lora_dropout=0.2, neftune_noise_alpha=5,
+            learning_rate=2e-2, max_steps=8, per_device_train_batch_size=2, logging_steps=1, save_steps=2,
+            save_total_limit=2, val_size=4, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, flash_attn="disabled",
             disable_gradient_checkpointing=True, resume_from_checkpoint="auto")
 TIMES = ("time", "per_second", "throughput")            # what is in the name of a figure that no two runs share
 
@@ -47,7 +48,8 @@ class Nursery:
 
     def __init__(self):
         self.process = subprocess.Popen([sys.executable, "-m", "tests.test_resume"], cwd=ROOT, text=True, bufsize=1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def run(self, output, world=1, patch=(), kill=None, **settings) -> tuple[list, str]:
         """(exit codes of the ranks, -9 for killed; all that was printed). patch: [name, argument …] of functions below
@@ -224,7 +226,8 @@ def weights_at_the_end(rank, folder):
     real = train.flops
 
     def flops(model, tokens):
-        torch.save([p.detach() for p in model.parameters() if p.requires_grad], f"{folder}/{rank}.weights")
+        values = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        Path(f"{folder}/{rank}.weights").write_bytes(values.numpy().tobytes())
         return real(model, tokens)
 
     train.flops = flops
@@ -306,7 +309,7 @@ def assert_same_end(folder, other):
     """All files of both are there and the same, bit by bit, but for times; nothing half done lies about."""
     files = {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == files
-    assert {"adapter_model.safetensors", "checkpoint-8/optimizer.safetensors", "checkpoint-8/rng.safetensors"} <= set(map(str, files))
+    assert {"adapter_model.safetensors", "checkpoint-8/optimizer.safetensors"} <= set(map(str, files))
     for file in files:
         mine, theirs = folder / file, other / file
         if file.name in ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"):
@@ -322,11 +325,11 @@ def assert_same_end(folder, other):
 
 def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
     """Kill and resume runs, and compare those that come to their end, until so many kills are counted."""
-    draw, told = random.Random(seed), []
+    draw, told, names = random.Random(seed), [], iter(range(999))
     while len(told) < kills:
         world = draw.choice(worlds)
         reference, moments = whole(world)
-        output, codes = here / f"run{len(told)}", [None]
+        output, codes = here / f"run{next(names)}", [None]
         while codes != [0] * world and len(told) < kills + 5:
             victims = draw.choice([[0], [world - 1], list(range(world))])
             if draw.random() < 0.7:
@@ -346,7 +349,7 @@ def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
     return told
 
 
-@pytest.mark.parametrize("world, kills", [(1, 4), (2, 3)])
+@pytest.mark.parametrize("world, kills", [(1, 3), (2, 2)])
 def test_killed_at_random_moments(world, kills, nursery, whole, tmp_path):
     kill_until(nursery, tmp_path, whole, kills, seed=world, worlds=[world])
 
@@ -371,8 +374,8 @@ def torchrun(output, folder, patch, *options, **settings) -> subprocess.Complete
         "rank, round = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         f"for name, *values in {patch!r}.get(round, []):\n    globals()[name](rank, *values)\nrun(train.main)\n")
     given = {**BASE, "output_dir": output, **settings}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(),
-                           *options, str(folder / "worker.py"), *(f"{k}={v}" for k, v in given.items() if v is not None)],
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           free_port(), *options, str(folder / "worker.py"), *(f"{k}={v}" for k, v in given.items() if v is not None)],
                           capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -390,7 +393,8 @@ def test_torchrun_heals_what_dies_by_itself(whole, tmp_path):
 def test_torchrun_does_not_start_again_what_was_to_stop(tmp_path):
     """The ranks' exit code is 75, of which torchrun knows nothing; started again, they end at once."""
     done = torchrun(tmp_path / "run", tmp_path, {0: [["signals_at_step", 1, 3, "SIGTERM"]]}, "--max-restarts", "1")
-    assert done.returncode == 1 and "stopped by another rank before torchrun started it again: nothing to do" in done.stderr
+    assert done.returncode == 1
+    assert "stopped by another rank before torchrun started it again: nothing to do" in done.stderr
     assert resume.checkpoints_in(tmp_path / "run")[-1].name == "checkpoint-3" and done.stdout.count("resumed from") == 0
 
 
@@ -403,7 +407,7 @@ def test_stopped_by_a_signal(world, rank, name, nursery, whole, tmp_path):
     codes, screen = nursery.run(tmp_path / "run", world, [["signals_at_step", rank, 3, name]])
     assert codes == [resume.STOPPED] * world, screen
     assert f"stopped by {'another rank' if rank else name} after step 3 of 8, which is saved" in screen
-    assert rank or f"{name}: stopping after this step, which is saved" in screen
+    assert rank or f"{name}: stopping after this step" in screen
     assert (tmp_path / "run/checkpoint-3/trainer_state.json").is_file()
     codes, screen = nursery.run(tmp_path / "run", world)
     assert codes == [0] * world and "resumed from" in screen, screen
@@ -422,7 +426,7 @@ def test_a_time_limit_stops_a_run_again_and_again(nursery, whole, tmp_path):
 
 def test_a_second_interrupt_leaves_at_once(nursery, tmp_path):
     codes, screen = nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM", "SIGINT", "SIGINT"]])
-    assert codes == [130] and "SIGINT: stopping after this step, which is saved; once more leaves at once" in screen
+    assert codes == [130] and "SIGINT: stopping after this step; once more leaves at once" in screen
     assert [path.name for path in resume.checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
 
 
@@ -464,24 +468,22 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_taken(harm, wh
         harm(run / "checkpoint-8" / file)
         assert resume.find_resume(configured(run)) == resume.checkpoints_in(run, resumable=False)[-2]
         said = capsys.readouterr().err
-        assert re.search(rf"checkpoint-8 is damaged and cannot be used: .*{file}", said) and "going on from the one before" in said
-        for wish in (run / "checkpoint-8",):
-            with pytest.raises((ValueError, FileNotFoundError), match=rf"checkpoint-8 is (damaged.*{file}|no complete.*{file})"):
-                resume.find_resume(configured(run, resume_from_checkpoint=wish))
+        assert re.search(rf"checkpoint-8 is damaged and cannot be used: .*{file}", said)
+        assert "going on from the one before" in said
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"checkpoint-8 is (damaged|no complete).*{file}"):
+            resume.find_resume(configured(run, resume_from_checkpoint=run / "checkpoint-8"))
 
 
 def test_every_flipped_bit_of_the_checksums_is_seen(whole, tmp_path):
     folder = shutil.copytree(whole(1)[0] / "checkpoint-8", tmp_path / "checkpoint-8")
-    for file in ("tokenizer.json", "README.md"):                # only the sums matter here
-        (folder / file).unlink(missing_ok=True)
+    (folder / "tokenizer.json").unlink()                        # the largest file: without it this takes a second
+    (folder / "checksums.json").unlink()
     checkpoint.write_checksums(folder)
-    (folder / "checksums.json").write_text(json.dumps(
-        {name: sums for name, sums in json.loads((folder / "checksums.json").read_text()).items() if name != "checksums.json"}))
     assert resume.damage(folder) == ""
     before = (folder / "checksums.json").read_bytes()
     for bit in range(8 * len(before)):
         flip(folder / "checksums.json", bit)
-        assert resume.damage(folder), before[bit // 8:][:9]
+        assert resume.damage(folder), (bit, before[bit // 8:][:9])
         (folder / "checksums.json").write_bytes(before)
 
 
@@ -492,7 +494,8 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(nursery, whole
     for time_ in (1, 2):
         flip(output / "checkpoint-8/optimizer.safetensors")
         codes, screen = nursery.run(output)
-        assert codes == [0] and "checkpoint-8 is kept as checkpoint-8.damaged" in screen and "resumed from" in screen, screen
+        assert codes == [0] and "resumed from" in screen, screen
+        assert "checkpoint-8 is kept as checkpoint-8.damaged" in screen
     kept = sorted(output.glob("*.damaged"))
     assert [path.name for path in kept] == ["checkpoint-8.2.damaged", "checkpoint-8.damaged"]
     for path in kept:
@@ -510,7 +513,8 @@ def test_all_checkpoints_damaged(nursery, whole, tmp_path):
     for folder in damaged:
         cut(folder / "adapter_model.safetensors")
     codes, screen = nursery.run(tmp_path / "run", resume_from_checkpoint="true")
-    assert codes == [1] and "holds no complete checkpoint-N" in screen and screen.count("is damaged and cannot be used") == len(damaged)
+    assert codes == [1] and "holds no complete checkpoint-N" in screen
+    assert screen.count("is damaged and cannot be used") == len(damaged)
     codes, screen = nursery.run(tmp_path / "run")
     assert codes == [0] and "no whole checkpoint is left" in screen and "starting from the beginning" in screen
     for folder in damaged:
@@ -527,7 +531,6 @@ def test_checkpoints_without_checksums_of_an_older_release(nursery, whole, tmp_p
         state = json.loads((folder / "trainer_state.json").read_text())
         state["resume"] = {key: value for key, value in state["resume"].items() if key not in ("rows_per_step", "skipped", "rows")}
         (folder / "trainer_state.json").write_text(json.dumps(state))
-        from safetensors.torch import load_file, save_file
         save_file({"cpu": load_file(folder / "rng.safetensors")["cpu.0"]}, folder / "rng.safetensors")
     codes, screen = nursery.run(output)
     assert codes == [0] and "resumed from" in screen and "damaged" not in screen, screen
@@ -626,7 +629,7 @@ def test_all_ranks_skip_what_one_of_them_sees(nursery, tmp_path):
 
 
 @pytest.mark.parametrize("own", [
-    dict(learning_rate=20, lr_scheduler_type="constant", early_stopping_steps=2),
+    dict(learning_rate=0.1, lr_scheduler_type="constant", early_stopping_steps=2, eval_steps=1, save_steps=1),
     dict(save_strategy="epoch", eval_strategy="epoch", max_samples=12, save_total_limit=None),
     dict(save_steps=3, eval_strategy="no", load_best_model_at_end=None, save_total_limit=1),
 ], ids=["stops early", "epochs", "no evaluation"])
