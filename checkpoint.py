@@ -142,6 +142,12 @@ class PickledTensors:
         return self.get_slice(name).contiguous().to(self.device)
 
 
+def read_rows(tensors, name, rows: slice):
+    """Some rows of a tensor in an open file; the others are not read."""
+    part = tensors.get_slice(name)
+    return part[:1][:0] if rows.start is not None and rows.start == rows.stop else part[rows]
+
+
 def stored_as(file, key) -> tuple[tuple, torch.dtype]:
     """Shape and dtype of a tensor in a file; the tensor itself is not read."""
     with open_tensors(file) as tensors:
@@ -199,26 +205,36 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
         model = CausalLM(config)
     if skip_weights:
         return model
-    files = tensor_files(folder)
-    expected = {config.stored_name(name): (name, p) for name, p in model.named_parameters()}   # a tied head: once
+    for name, (file, stored) in with_bar(weight_files(model, folder)):
+        with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
+            tensor = tensors.get_tensor(stored)
+        check_shape(tensor.shape, model.get_parameter(name).shape, file, stored)
+        assign(model, name, tensor.to(dtype) if dtype else tensor)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def weight_files(model: CausalLM, folder) -> dict[str, tuple[Path, str]]:
+    """{name of a parameter: its file, its name there} in the files' order. Raises as load_model does."""
+    files, config = tensor_files(folder), model.config
+    expected = {config.stored_name(name): name for name, _ in model.named_parameters()}         # a tied head: once
     unused = [name for name in files if name not in expected and not known_extra(name, config, files)]
     missing = [name for name in expected if name not in files]
     if unused or missing:
         raise ValueError(_mismatch(folder, missing, unused, config.stored_name("lm_head.weight")))
-    # the bar shows itself only where someone watches and the load takes longer than a second
-    for name, file in tqdm(files.items(), desc="loading weights", unit="tensor", leave=False, disable=None, delay=1):
-        if name not in expected:
-            continue
-        ours, parameter = expected[name]
-        with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
-            tensor = tensors.get_tensor(name)
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, config.json makes it "
-                             f"{list(parameter.shape)}")
-        _assign(model, ours, tensor.to(dtype) if dtype else tensor)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model.eval()
+    return {expected[name]: (file, name) for name, file in files.items() if name in expected}
+
+
+def with_bar(files: dict):
+    """The items, with a bar that shows itself only where someone watches and the load takes longer than a second."""
+    return tqdm(files.items(), desc="loading weights", unit="tensor", leave=False, disable=None, delay=1)
+
+
+def check_shape(found, wanted, file, stored):
+    """Raises ValueError for a tensor that has another shape in its file than in the model."""
+    if tuple(found) != tuple(wanted):
+        raise ValueError(f"{file}: {stored} has shape {list(found)}, config.json makes it {list(wanted)}")
 
 
 # what older tools stored beside the weights: tables of the rotation, and the number that masked scores were set to
@@ -240,9 +256,10 @@ def known_extra(name, config, files) -> bool:
     return False
 
 
-def _assign(model: nn.Module, name: str, tensor):
+def assign(model: nn.Module, name: str, tensor, requires_grad: bool = False):
+    """Make the tensor the model's parameter of that name."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=False))
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad))
 
 
 def _mismatch(folder, missing, unused, head=None):
@@ -305,10 +322,11 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     return config, raw
 
 
-def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAConfig:
+def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=None) -> LoRAConfig:
     """Attach the adapter of a folder to the model, trainable. Strict: every tensor is used, none is missing.
 
     dropout replaces the adapter's own (training gives it, inference leaves it: dropout is off in eval mode anyway).
+    device: of what is trained, where it is not that of the weights.
     """
     config, raw = read_adapter_config(folder)
     if dropout is not None:
@@ -320,7 +338,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None) -> LoRAC
     with open_tensors(path) as tensors:
         try:
             attach_lora(model, config, called=model.config.stored_name,
-                        targets=_targets_of(model, config, raw, tensors.keys()))
+                        targets=_targets_of(model, config, raw, tensors.keys()), device=device)
         except ValueError as error:
             raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): "
                              f"{error}") from None
@@ -649,7 +667,7 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
 
     shapes = {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()}
     write_tensors(folder, shapes | {n: stored_as(file, n) for n, file in others.items()},
-                  lambda n: [read(n) if n in others else weights[n].data.to(dtype or weights[n].dtype)])
+                  lambda n: [read(n) if n in others else whole(weights[n]).to(dtype or weights[n].dtype)])
     dtype = dtype or next(iter(weights.values())).dtype
     raw = read_config_json(source)
     raw.pop("dtype", None)
@@ -657,6 +675,11 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
     generation = Path(source) / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, Path(folder) / generation.name)
+
+
+def whole(parameter) -> torch.Tensor:
+    """All of a parameter's values. One that is cut over the ranks (shard.py) is put together: all must ask for it."""
+    return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter.data
 
 
 # ---- resumable training state -----------------------------------------------------------------------------------
@@ -667,28 +690,37 @@ def rng_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-def save_training_state(folder, optimizer, names: list[str], state: dict, rng: dict[str, torch.Tensor]):
-    """optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
+NO_ROWS = ("step", "unused")        # parts of a parameter's state that are not of its shape
 
-    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step, log, …); rng: the
-    generators of all ranks, as cpu.0, cpu.1, ….
-    """
-    tensors = {}
+
+def state_of(optimizer, names: list[str]):
+    """(name of a parameter, {field: tensor}) of the optimizer's state; names: see save_training_state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in zip(names, params, strict=True):
         fields = optimizer.state.get(p) or {"unused": torch.zeros(0)}         # an expert that no token has passed yet
-        for key, value in fields.items():
-            tensors[f"{name}|{key}"] = torch.as_tensor(value)
+        yield name, {key: torch.as_tensor(value) for key, value in fields.items()}
+
+
+def save_training_state(folder, optimizer, names: list[str], state: dict, rng: dict[str, torch.Tensor],
+                        whole=lambda name, tensor: tensor):
+    """optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
+
+    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step, log, …); rng: the
+    generators of all ranks, as cpu.0, cpu.1, …; whole(name, tensor): the whole of a tensor, where ranks hold parts.
+    """
     folder = Path(folder)
-    _save_tensors(folder / "optimizer.safetensors", tensors)
+    _save_tensors(folder / "optimizer.safetensors", {
+        f"{name}|{key}": (tensor if key in NO_ROWS else whole(name, tensor)).cpu()
+        for name, fields in state_of(optimizer, names) for key, tensor in fields.items()})
     _save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)
 
 
-def load_training_state(folder, optimizer, names: list[str], rank: int = 0) -> dict:
+def load_training_state(folder, optimizer, names: list[str], rank: int = 0, cut: dict = {}) -> dict:
     """Put back what save_training_state wrote; returns the JSON part. Raises ValueError if the parameters differ.
 
-    A rank that was not there when the state was written keeps the generators it has.
+    A rank that was not there when the state was written keeps the generators it has. cut: {name: (shape of the whole,
+    this rank's rows)} of parameters that ranks hold parts of.
     """
     folder = Path(folder)
     for file in STATE_FILES:
@@ -707,11 +739,13 @@ def load_training_state(folder, optimizer, names: list[str], rank: int = 0) -> d
                 raise ValueError(f"{folder} holds optimizer state for {name}, which this run does not train: {changed}")
             if field == "unused":
                 continue
-            value = tensors.get_tensor(key)
             p = by_name[name]
-            if field != "step" and value.shape != p.shape:
-                raise ValueError(f"{folder} holds optimizer state of shape {list(value.shape)} for {name}, which is "
-                                 f"{list(p.shape)} here: {changed}")
+            shape, rows = cut.get(name, (p.shape, slice(None)))
+            held = tuple(tensors.get_slice(key).get_shape())
+            if field != "step" and held != tuple(shape):
+                raise ValueError(f"{folder} holds optimizer state of shape {list(held)} for {name}, which is "
+                                 f"{list(shape)} here: {changed}")
+            value = tensors.get_tensor(key) if field == "step" else read_rows(tensors, key, rows)
             optimizer.state[p][field] = value if field == "step" and p.device.type == "cpu" else value.to(p.device)
     with open_tensors(folder / "rng.safetensors") as tensors:
         states = {key if "." in key else f"{key}.0": tensors.get_tensor(key) for key in tensors.keys()}  # once: one rank

@@ -44,12 +44,12 @@ def _pattern(patterns, name, default):
 class LoRALinear(nn.Linear):
     """An nn.Linear with an adapter beside it. `weight` and `bias` are the frozen ones, shared with what it replaces."""
 
-    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float):
+    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float, device=None):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.replaced = base.weight, base.bias, [base]       # a list: not a submodule
         self.scale, self.enabled = scale, True
-        device = base.weight.device
+        device = device or base.weight.device
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
@@ -76,11 +76,11 @@ class LoRAStacked(nn.Module):
     the experts lying next to each other for each of the r ranks.
     """
 
-    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float):
+    def __init__(self, base: nn.Module, r: int, scale: float, dropout: float, device=None):
         super().__init__()
         experts, self.in_features, self.out_features = base.weight.shape
         self.weight, self.replaced, self.scale, self.enabled = base.weight, [base], scale, True
-        device = base.weight.device
+        device = device or base.weight.device
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Linear(self.in_features, experts * r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r * experts, self.out_features, bias=False, device=device, dtype=torch.float32)
@@ -161,13 +161,14 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
 
 
 def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, called=same,
-                targets: list[str] | None = None) -> nn.Module:
+                targets: list[str] | None = None, device=None) -> nn.Module:
     """Freeze the model, then give it adapters and unfreeze what `config` says is trained. Works in place.
 
     A starts as kaiming-uniform(a=sqrt 5), B as zeros, so the model is unchanged at first. Every A draws from a
     generator of its own, seeded with `seed` and the module's place in the model, so it does not depend on which others
     are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT. called: see find_targets;
-    targets: what it would return, where that is known better.
+    targets: what it would return, where that is known better. device: of what
+    is trained, where it is not that of the weights.
     """
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     model.requires_grad_(False)
@@ -178,7 +179,8 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
             continue
         r, scale = config.of_module(called(name))
         base = model.get_submodule(name)
-        module = (LoRALinear if isinstance(base, nn.Linear) else LoRAStacked)(base, r, scale, config.lora_dropout)
+        kind = LoRALinear if isinstance(base, nn.Linear) else LoRAStacked
+        module = kind(base, r, scale, config.lora_dropout, device)
         A = module.lora_A.weight
         if not A.is_meta:
             generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + place[name])
@@ -188,7 +190,7 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
                 module.lora_B.weight.zero_()
         _replace(model, name, module)
     for name in whole:
-        _train_whole(model.get_submodule(name))
+        _train_whole(model.get_submodule(name), device)
     return model
 
 
@@ -210,11 +212,13 @@ def _modules_named(model, name, called):
     return found
 
 
-def _train_whole(module):
+def _train_whole(module, device=None):
     """Give the module float32 trainable weights of its own (a tied head is untied) and keep its callers' dtype."""
     dtype = module.weight.dtype
     for name, weight in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(weight.detach().to(torch.float32, copy=True)))
+        empty = weight.is_meta and device is not None           # to be filled by the caller
+        setattr(module, name, nn.Parameter(torch.empty_like(weight, dtype=torch.float32, device=device) if empty else
+                                           weight.detach().to(torch.float32, copy=True)))
     if dtype != torch.float32:
         module.register_forward_pre_hook(lambda m, args: tuple(
             a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args))

@@ -22,7 +22,7 @@ calls otherwise is a renaming (ModelConfig.stored_name), and nothing is ever con
 import math
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -220,6 +220,7 @@ class Place:
     layout: Layout | None
     cache: "KVCache | None"
     kernel: str
+    routers: list | None = None           # receives the router's logits (N, E) of a block with experts
 
 
 class Attention(nn.Module):
@@ -313,10 +314,10 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.sparse[layer] else MLP(config, config.intermediate_size)
         self.after_mlp_norm = norm("after")
 
-    def forward(self, x, place: Place, routers: list | None = None):
+    def forward(self, x, place: Place):
         x = x + self.after_attention_norm(self.self_attn(self.input_layernorm(x), place))
         h = self.post_attention_layernorm(x)
-        h = self.mlp(h, routers) if isinstance(self.mlp, MoE) else self.mlp(h)
+        h = self.mlp(h, place.routers) if isinstance(self.mlp, MoE) else self.mlp(h)
         return x + self.after_mlp_norm(h)
 
 
@@ -352,8 +353,11 @@ class StackedExperts(nn.Module):
 class MoE(nn.Module):
     """Each token passes the k of E experts that its router scores highest, and the shared expert if there is one.
 
-    `grouped` computes the experts' sum by experts, `one_by_one`, its readable twin, by tokens.
+    `grouped` computes the experts' sum by experts, `one_by_one`, its readable twin, by tokens. visited: None, or a set:
+    then experts without a token run too, on no rows, so that all have gradients, and it collects the others' numbers.
     """
+
+    visited: set | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -390,14 +394,15 @@ class MoE(nn.Module):
         scores = self.gate(rows)                                                             # (N, E)
         if routers is not None:
             routers.append(scores)
-        y = grouped(rows, *self.route(scores), self.expert, self.config.num_experts, self.config.scale_input)
+        y = grouped(rows, *self.route(scores), self.expert, self.config.num_experts, self.config.scale_input,
+                    self.visited)
         if self.config.shared_expert_intermediate_size:
             shared = self.shared_expert(rows)
             y = y + (self.shared_expert_gate(rows).sigmoid() * shared if self.config.shared_expert_gate else shared)
         return y.view_as(x)
 
 
-def grouped(x, chosen, weights, expert, num_experts: int, scale_input: bool):
+def grouped(x, chosen, weights, expert, num_experts: int, scale_input: bool, visited: set | None = None):
     """Sum over the chosen experts, (N, D): tokens are sorted by expert, and each expert runs once on all of its own.
 
     x (N, D); chosen, weights (N, k); expert(rows, number) -> rows; scale_input: the weight multiplies what goes in.
@@ -407,7 +412,10 @@ def grouped(x, chosen, weights, expert, num_experts: int, scale_input: bool):
     counts = chosen.flatten().bincount(minlength=num_experts).tolist()                       # waits for the device
     rows, factor = x[order // k], weights.flatten()[order][:, None]
     rows = rows * factor if scale_input else rows
-    out = torch.cat([expert(part, number) for number, part in enumerate(rows.split(counts)) if len(part)])
+    if visited is not None:
+        visited.update(number for number, count in enumerate(counts) if count)
+    out = torch.cat([expert(part, number) for number, part in enumerate(rows.split(counts))
+                     if len(part) or visited is not None])
     out = out if scale_input else out * factor
     return out[order.argsort()].view(*chosen.shape, -1).sum(1)                               # back in the slots' order
 
@@ -521,7 +529,7 @@ def run_block(block, x, place, with_scores: bool):
     """(x after the block, the router's logits if there are any and they are wanted): a function of its inputs alone,
     which is what recomputing it in the backward pass asks for."""
     scores = [] if with_scores else None
-    return block(x, place, scores), *(scores or ())
+    return block(x, replace(place, routers=scores)), *(scores or ())
 
 
 def softcap(scores, cap: float | None):

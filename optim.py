@@ -154,13 +154,17 @@ class LossScale:
     def __init__(self, value: float = 2.0 ** 16):
         self.value, self.good_steps = value, 0
 
-    def unscale(self, parameters) -> bool:
-        """Divide the gradients by the scale, in place; False if any of them is not finite."""
+    def unscale(self, parameters, everywhere=lambda finite: finite) -> bool:
+        """Divide the gradients by the scale, in place; False if any of them is not finite.
+
+        everywhere(finite): whether it is so on all ranks, where they hold different gradients.
+        """
         finite = True
         for p in parameters:
             if p.grad is not None:
                 p.grad /= self.value
                 finite = finite and bool(p.grad.isfinite().all())
+        finite = everywhere(finite)
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2

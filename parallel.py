@@ -126,6 +126,7 @@ def give_up(ranks: Ranks):
 def end_ranks():
     """Leave the others, if there are any."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -192,6 +193,11 @@ class Gradients:
         for bucket in self.buckets:
             bucket.clear()
 
+    def forget_use(self):
+        """The passes so far have kept other ranks company: what they have used does not count as used."""
+        for bucket in self.buckets:
+            bucket.used.clear()
+
     def send_early(self):
         """From here on, send each buffer when the gradients of all its parameters have arrived."""
         for bucket in self.buckets:
@@ -212,3 +218,7 @@ class Gradients:
             bucket.send()
         for bucket in self.buckets:
             bucket.receive()
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradients down to the norm `limit`; returns the norm they had."""
+        return float(torch.nn.utils.clip_grad_norm_(self.weights, limit))

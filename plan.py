@@ -72,8 +72,9 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
 
     shape: the ModelConfig. lora: None for full fine-tuning. rows: of the largest micro-batch, for each row the lengths
     of its sequences (see largest_rows). dtype: of products and, with LoRA, of frozen weights. kernel: a name from
-    attention.py. sharded: weights, gradients and optimizer state are split over `world` ranks; embedding, head and two
-    blocks, that at work and the next, are whole. model: that of an earlier plan with the same shape, lora and dtype.
+    attention.py. sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and optimizer
+    state; embedding, head and two blocks, that at work and the next, are whole. model: that of an earlier plan
+    with the same shape, lora and dtype.
     """
     if model is None:
         with torch.device("meta"):
@@ -88,8 +89,9 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     if sharded:
         blocks = [sum(p.nbytes for p in block.parameters()) for block in model.model.layers]
         gathered = frozen + trained - sum(blocks) + 2 * max(blocks)
-        frozen, trained, gradients, states = (n // world for n in (frozen, trained, gradients, states))
-        frozen += gathered
+        frozen = frozen // world + gathered
+        if not lora:                                                    # adapters stay whole on every rank
+            trained, gradients, states = (n // world for n in (trained, gradients, states))
     work = Work([n for row in rows for n in row], dtype.itemsize, dtype.itemsize if lora else 4, kernel,
                 torch.device(device))
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
