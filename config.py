@@ -27,6 +27,7 @@ from pathlib import Path
 
 COMMAND_LINE = "command line"
 Steps = float       # optimizer steps: a count, or below 1 a share of all steps of the run (see in_steps)
+Words = list        # of words that blanks or commas part
 Format = object     # a chat format: its name, or a mapping of texts, which formats.py reads
 
 
@@ -128,6 +129,8 @@ class Config:
     neftune_noise_alpha: float | None = key(None, "NEFTune: noise on the embeddings in training", low=0)
     even_batches: bool = key(True, "several ranks: rows from the epoch's beginning fill up what the last ones lack")
     ddp_timeout: int = key(180_000_000, "several ranks: seconds that one waits for the others", above=0)
+    fsdp: Words = key([], "several ranks: full_shard cuts the weights into a part for each; full_shard offload keeps "
+                          "the parts in the CPU's memory")
     time_limit: float | None = key(None, "minutes after which the run saves and stops (exit code 75)", above=0)
     dry_run: bool = key(False, "show data, steps and the memory needed, then end; weights are not read")
     force_resume: bool = key(False, "resume although data, template or seed have changed")
@@ -193,6 +196,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         crop_to_patches image_resolution video_resolution video_max_pixels video_min_pixels video_fps video_maxlen
         use_audio_in_video audio_sampling_rate media_dir freeze_vision_tower freeze_multi_modal_projector
         freeze_language_model""",
+    "every block is a unit, and the words of fsdp say the rest": "fsdp_config",
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
         quantization_method quantization_type double_quantization quantization_device_map length_penalty pissa_iter
         freeze_trainable_layers freeze_trainable_modules freeze_extra_modules module_dropout oft_rank oft_block_size
@@ -205,7 +209,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose swanlab_project
         swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url
         swanlab_lark_secret project trackio_space_id trackio_bucket_id trackio_static_space_id hyper_parallel_args
-        asft_alpha eaft_alpha fp8_backend fp8_enable_fsdp_float8_all_gather fsdp_config optim_target_modules
+        asft_alpha eaft_alpha fp8_backend fp8_enable_fsdp_float8_all_gather optim_target_modules
         generation_max_length generation_num_beams generation_config hub_token hub_private_repo hub_model_id
         hub_strategy hub_always_push hub_revision ms_hub_token om_hub_token export_quantization_dataset
         export_quantization_nsamples export_quantization_maxlen kt_weight_path kt_expert_checkpoint_path
@@ -215,9 +219,10 @@ NO_EFFECT = {       # why the result is the same without it: the keys
 }
 
 REFUSED = (         # in which script, which keys (=x: the value that is fine; otherwise false, 0, null), what to do
-    ("train", "deepspeed", "leave it out: torchrun --nproc-per-node N train.py runs on N cards (docs/many_gpus.md)"),
-    ("train", "fsdp parallelism_config use_hyper_parallel use_mca use_ray",
-     "several GPUs come with a later release; on one GPU leave it out"),
+    ("train", "deepspeed", "leave it out: torchrun --nproc-per-node N train.py runs on N cards (docs/many_gpus.md), "
+     "and fsdp: full_shard cuts what does not fit one"),
+    ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
+     "leave it out: torchrun --nproc-per-node N train.py runs on N cards, fsdp: full_shard is for what does not fit"),
     ("train", "use_unsloth use_kt", "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
     ("any", "quantization_bit", "4-bit and 8-bit bases are not in this release yet; take 16-bit weights, bf16: true"),
     ("train", "use_dora pissa_init pissa_convert use_llama_pro mixture_of_depths shift_attn",
@@ -267,6 +272,11 @@ def _multiple(a, b):        # a share of all steps and a count cannot be compare
     return (a < 1) == (b < 1) and abs(a / b - round(a / b)) < 1e-9
 
 
+def _shards_oddly(words):
+    return words and (set(words) - {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
+                      or ("full_shard" in words) == ("shard_grad_op" in words))
+
+
 CONTRADICTIONS = (  # in which script, when, the sentence
     ("train", lambda c: c.bf16 and c.fp16, "bf16 and fp16 are both true; keep one (bf16, where the device has it)"),
     ("train", lambda c: c.fp16 and c.use_cpu, "fp16 needs a GPU; with use_cpu: true leave it out or take bf16"),
@@ -289,6 +299,11 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      and not _multiple(c.save_steps, c.eval_steps),
      "load_best_model_at_end needs save_steps to be a multiple of eval_steps, so that each checkpoint has a loss"),
     ("train", lambda c: c.early_stopping_steps and c.eval_strategy == "no", "early_stopping_steps needs eval_strategy"),
+    ("train", lambda c: _shards_oddly(c.fsdp),
+     "fsdp is full_shard, or shard_grad_op (which keeps gathered weights until the backward pass), and may add offload "
+     "and auto_wrap; copies of the shards (hybrid_shard) are not in this release"),
+    ("train", lambda c: c.fsdp and c.train_from_scratch,
+     "fsdp reads its parts from a checkpoint, and train_from_scratch has none; leave one of them out"),
     ("train", lambda c: c.train_from_scratch and c.finetuning_type == "lora",
      "train_from_scratch needs finetuning_type: full; beside random weights an adapter learns little"),
     ("train", lambda c: c.finetuning_type == "full" and (c.loraplus_lr_ratio or c.use_rslora or c.create_new_adapter),
@@ -616,6 +631,7 @@ KINDS = {           # declared type: how its text is read, what it is called
     "Steps": (lambda text: _int(text) if _float(text) >= 1 else _float(text), "a count of steps or a share below 1"),
     "Format": (_format, "the name of a chat format or a mapping that describes one"),
     "str": (_str, "a text"), "list[str]": (_names, "a list of names, as a,b"),
+    "Words": (lambda value: [word for name in _names(value) for word in name.split()], "words, as full_shard offload"),
     "dict": (lambda value: {k: _number_or_text(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=value"),
     "dict[str, str]": (lambda value: {k: _str(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=text"),
 }

@@ -41,6 +41,7 @@ from report import RunLog, model_card, plot_losses, print_example, print_pairs, 
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
                     remove_old_checkpoints, room_for, rows_sign, usable_best)
 from room import advice, available_bytes, explain_oom, out_of_memory
+from shard import CutGradients, cut, empty_model, fill, idle_batches, is_cut, print_shards, rows_of, take_part
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
 
@@ -96,7 +97,7 @@ def main(argv):
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
     memory = memory_plan(config, shape, lora_settings(config, adapters, resume), largest_rows(train_set, dealt),
-                         dtype, choice.kernel, device, ranks.world)
+                         dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1)
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks))
     print("\n".join([*choice.lines, "", *plan_lines(memory, there_is)]))
@@ -109,8 +110,11 @@ def main(argv):
 
     # ---- model, adapters
     with memory_advice(memory, there_is, config):
-        model, lora = build_model(config, base, adapters, device, resume)
-    weights = trainable(model)
+        model, lora = build_model(config, base, adapters, device, resume, ranks)
+    weights, sharded = trainable(model), any(map(is_cut, model.parameters()))
+    in_parts = sharded and not lora                 # what learns is cut, too
+    if config.fsdp:
+        print_shards(model, ranks)
     balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
     model.recompute = not config.disable_gradient_checkpointing
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
@@ -121,8 +125,9 @@ def main(argv):
         add_neftune(model.model.embed_tokens, config.neftune_noise_alpha, lambda: lengths)
 
     # ---- optimizer and the plan of steps
-    optimizer = make_optimizer(weights, config, device)
-    gradients = Gradients(list(weights.values()), ranks)
+    gradients = CutGradients(model, weights, ranks) if in_parts else Gradients(list(weights.values()), ranks)
+    learnt = gradients.parts if in_parts else weights
+    optimizer = make_optimizer(learnt, config, next(iter(learnt.values())).device)
     scale = LossScale() if dtype == torch.float16 else None
 
     # ---- where to begin
@@ -131,9 +136,10 @@ def main(argv):
              "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
              "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": rows_sign(train_set)}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
-    names = optimizer_names(optimizer, weights)
+    names = optimizer_names(optimizer, learnt)
     if resume:
-        saved = load_training_state(resume, optimizer, names, ranks.rank)
+        saved = load_training_state(resume, optimizer, names, ranks.rank,
+                                    {name: (p.shape, rows_of(p)) for name, p in weights.items()})
         check_rows(resume, saved["resume"], state["rows"], config.force_resume)
         state |= saved["resume"] | {"history": saved["log_history"], "rows": state["rows"]}
         if scale and "loss_scale" in state:
@@ -165,6 +171,8 @@ def main(argv):
         rng = {f"{device}.{rank}": state for device, mine in rng_state().items()
                for rank, state in enumerate(ranks.gather(mine))}
         if not ranks.main:
+            if in_parts:
+                take_part(model, optimizer if stateful else None, names, gradients)
             return
         room_for(output, sum(p.nbytes for p in weights.values()) * (3 if stateful else 1), f"checkpoint-{step}")
         with new_folder(output / f"checkpoint-{step}") as folder:
@@ -172,7 +180,8 @@ def main(argv):
             if stateful:
                 kept = state | {"window": [window_loss, window_steps]}
                 kept |= ({"loss_scale": [scale.value, scale.good_steps]} if scale else {})
-                save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept), rng)
+                save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept), rng,
+                                    **({"whole": gradients.whole} if in_parts else {}))
             write_checksums(folder)
         remove_old_checkpoints(config, output, state["best"])
 
@@ -189,6 +198,8 @@ def main(argv):
         batches = [collate([train_set[i] for i in batch]) for batch in part]
         n_items, tokens = ranks.total(sum(batch.n_items for batch in batches),         # counted first, divided by once
                                       sum(len(batch.targets) for batch in batches))
+        idle = idle_batches(len(batches), collate([train_set[0]]), ranks) if sharded else []
+        batches = idle + batches
         rate = set_rates(optimizer, factor(step - 1))
         if step == first_step + 1 and dtype != torch.float32 and batches:
             check_first_batch(model, batches[0], device, autocast)
@@ -197,16 +208,18 @@ def main(argv):
         with memory_advice(memory, there_is, config):
             for number, batch in enumerate(batches, 1):
                 lengths[:] = batch.lengths
-                if number == len(batches):
+                if number == len(batches) and not sharded:      # gathering comes between, in one order on all ranks
                     gradients.send_early()
                 with autocast:
-                    token_loss, routing = batch_loss(model, batch, device, balance)
+                    token_loss, routing = batch_loss(model, batch, device, balance if number > len(idle) else 0)
                     micro_loss = token_loss / n_items + routing         # the latter undivided, as LLaMA-Factory has it
                 (micro_loss * scale.value if scale else micro_loss).backward()
                 loss += micro_loss.detach()
+                if number == len(idle):
+                    gradients.forget_use()
         gradients.sum()
-        overflow = scale is not None and not scale.unscale(weights.values())
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm or math.inf))
+        overflow = scale is not None and not scale.unscale(learnt.values(), lambda fine: not ranks.total(not fine)[0])
+        grad_norm = gradients.clip(config.max_grad_norm or math.inf)
         asked = stop.asked()
         loss, stops = ranks.total(float(loss), bool(asked))
         finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflow)
@@ -266,9 +279,7 @@ def main(argv):
     log.write(state["step"], state["epoch"])
     log.close()
     if config.load_best_model_at_end and (best := ranks.from_main(lambda: usable_best(output, state["best"]))):
-        if ranks.main:
-            load_best(config, model, output, best)
-        ranks.share(weights.values())
+        load_best(config, model, weights, output, best, ranks)
     steps = state["step"] - first_step
     trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
                "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1),
@@ -283,11 +294,15 @@ def main(argv):
     if eval_set and config.do_eval:
         metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
         results["eval"] = {"epoch": state["epoch"], **metrics}
-    end_ranks()
+    if not in_parts:
+        end_ranks()                                 # the others have nothing left to do
+    elif not ranks.main:
+        take_part(model, None, names, gradients)
     if not ranks.main:
-        return
+        return end_ranks()
     with into_folder(output) as folder:
         save_weights(config, model, lora, folder, base, tokenizer, settings)
+    end_ranks()
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
@@ -331,13 +346,18 @@ def device_name(device) -> str:
 # ---- model ------------------------------------------------------------------------------------------------------
 
 
-def build_model(config, base, adapters, device, resume):
+def build_model(config, base, adapters, device, resume, ranks):
     """The model on its device with what learns unfrozen, and its LoRAConfig (None for full fine-tuning).
 
     Trained weights are float32. A frozen base takes the dtype of bf16 / fp16, or keeps the checkpoint's.
     """
+    sharded = bool(config.fsdp) and ranks.world > 1
     if config.finetuning_type == "full":
-        if config.train_from_scratch and not resume:
+        if sharded:
+            model = empty_model(resume or base, torch.float32).requires_grad_(True)
+            cut(model, config.fsdp, ranks, device)
+            fill(model, resume or base)
+        elif config.train_from_scratch and not resume:
             model = CausalLM(model_config(read_config_json(base)))
             init_weights(model, torch.Generator().manual_seed(config.seed))
             model.to(device)
@@ -345,13 +365,16 @@ def build_model(config, base, adapters, device, resume):
             model = load_model(resume or base, torch.float32, device)
         return model.requires_grad_(True), None
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-    model = load_model(base, half, device)
+    model = empty_model(base, half) if sharded else load_model(base, half, device)
     continued = adapters[-1] if adapters and not config.create_new_adapter else None
     for adapter in adapters[:-1] if continued else adapters:
+        if sharded:
+            raise ValueError(f"fsdp: {adapter} would have to be folded into weights that are cut; fold it first: "
+                             "python merge.py, then take the merged model as model_name_or_path")
         load_adapter(model, adapter)
         merge_adapters(model)
     if resume or continued:
-        lora = load_adapter(model, resume or continued)
+        lora = load_adapter(model, resume or continued, device=device)
         told = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "use_rslora":
                 lora.use_rslora, "lora_target": lora.target_modules, "additional_target": lora.modules_to_save}
         for key, value in told.items():
@@ -361,7 +384,10 @@ def build_model(config, base, adapters, device, resume):
     else:
         lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora,
                           config.lora_target, config.additional_target or [])
-        attach_lora(model, lora, config.seed, called=model.config.stored_name)
+        attach_lora(model, lora, config.seed, called=model.config.stored_name, device=device)
+    if sharded:
+        cut(model, config.fsdp, ranks, device)
+        fill(model, base, trained=not (resume or continued))        # the adapter's file has what learns
     return model, lora
 
 
@@ -468,7 +494,7 @@ def rows_per_step(config, ranks: Ranks) -> int:
 @torch.no_grad()
 def same_everywhere(ranks: Ranks, weights, train_set):
     """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may."""
-    mine = [float(sum(p.double().abs().sum() for p in weights.values())), len(train_set),
+    mine = [float(sum(p.double().abs().sum() for p in weights.values() if not is_cut(p))), len(train_set),
             sum(int(example.input_ids.astype("int64").sum()) for example in train_set)]
     found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]
     for what, values in zip(("trained weights", "number of training rows", "training rows"), zip(*found)):
@@ -493,18 +519,23 @@ def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -
     model.eval()
     start, size = time.time(), config.per_device_eval_batch_size
     means, total, count, empty = [], 0.0, 0, 0
-    for first in tqdm(range(0, len(examples), size)[ranks.rank::ranks.world], desc="evaluating", leave=False,
-                      disable=bool(config.disable_tqdm) or None):
+    batches = math.ceil(len(examples) / size)
+    rounded = math.ceil(batches / ranks.world) * ranks.world
+    for number in tqdm(range(ranks.rank, rounded, ranks.world), desc="evaluating", leave=False,
+                       disable=bool(config.disable_tqdm) or None):
+        first = size * min(number, batches - 1)     # a rank that has one less than others keeps them company
         batch = collate(examples[first:first + size])
         supervised = int((batch.targets != -100).sum())
-        if supervised == 0:
-            empty += 1
-            continue
         with autocast:
             loss, routing = map(float, batch_loss(model, batch, device, balance))
+        if supervised == 0 or number >= batches:
+            empty += number < batches
+            continue
         means.append(loss / supervised + routing)
         total, count = total + loss, count + supervised
     model.train()
+    if hasattr(model, "reshard"):                   # what the last forward pass has gathered
+        model.reshard()
     mean, batches, total, count, empty = ranks.total(math.fsum(means), len(means), total, count, empty)
     if empty:
         tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
@@ -571,17 +602,22 @@ def save_weights(config, model, lora, folder, base, tokenizer, settings):
 
 
 @torch.no_grad()
-def load_best(config, model, output, best):
-    """Put the weights of the best checkpoint back into the model."""
-    folder = output / f"checkpoint-{best[0]}"
-    other = load_model(folder, torch.float32) if config.finetuning_type == "full" else None
-    if other is None:
+def load_best(config, model, weights, output, best, ranks: Ranks):
+    """Put the weights of the best checkpoint back into the model, on all ranks."""
+    folder, in_parts = output / f"checkpoint-{best[0]}", any(map(is_cut, weights.values()))
+    if in_parts:
+        ranks.total(0)                              # rank 0 has written it by now
+        fill(model, folder)
+    elif ranks.main and config.finetuning_type == "full":
+        other = load_model(folder, torch.float32)
+        for (_, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
+            p.copy_(q)
+    elif ranks.main:
         with open_tensors(folder / "adapter_model.safetensors") as tensors:
             for name, p in adapter_tensors(model).items():
                 p.copy_(tensors.get_tensor(name))
-    else:
-        for (_, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
-            p.copy_(q)
+    if not in_parts:
+        ranks.share(weights.values())
     print(f"load_best_model_at_end: step {best[0]} with eval_loss {best[1]:.4f}")
 
 

@@ -93,7 +93,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (1e-6, "loraplus_lr_embedding"), (0.95, "temperature"), (0.7, "top_p"), (50, "top_k"), (42, "seed"),
     (1024, "max_length max_new_tokens"), (1, "repetition_penalty max_grad_norm gradient_accumulation_steps"),
     (3, "num_train_epochs"), (-1, "max_steps"), (5e-5, "learning_rate"), (0.9, "adam_beta1"), (0.999, "adam_beta2"),
-    (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"), (180_000_000, "ddp_timeout"),
+    (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"), (180_000_000, "ddp_timeout"), ([], "fsdp"),
 )
 PEER_OFF = {            # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
     "infer_backend": "huggingface", "mix_strategy": "concat", "ignore_pad_token_for_loss": "true", "num_beams": "1",

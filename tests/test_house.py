@@ -13,7 +13,7 @@ LEVELS = (      # a file imports files of earlier lines only; scripts, the last 
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
     ("model", "lora", "templates", "rows"),
     ("checkpoint", "plan"),
-    ("data", "resume", "room"),
+    ("data", "resume", "room", "shard"),
     ("train", "chat", "merge"),
 )
 SCRIPTS = LEVELS[-1]
