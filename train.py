@@ -519,13 +519,17 @@ def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -
     model.eval()
     start, size = time.time(), config.per_device_eval_batch_size
     means, total, count, empty = [], 0.0, 0, 0
-    batches = math.ceil(len(examples) / size)
-    rounded = math.ceil(batches / ranks.world) * ranks.world
+    batches, sharded = math.ceil(len(examples) / size), hasattr(model, "reshard")
+    # weights that are cut are gathered by all ranks: one that has a batch less than others keeps them company
+    rounded = math.ceil(batches / ranks.world) * ranks.world if sharded else batches
     for number in tqdm(range(ranks.rank, rounded, ranks.world), desc="evaluating", leave=False,
                        disable=bool(config.disable_tqdm) or None):
-        first = size * min(number, batches - 1)     # a rank that has one less than others keeps them company
+        first = size * min(number, batches - 1)
         batch = collate(examples[first:first + size])
         supervised = int((batch.targets != -100).sum())
+        if supervised == 0 and not sharded:
+            empty += 1
+            continue
         with autocast:
             loss, routing = map(float, batch_loss(model, batch, device, balance))
         if supervised == 0 or number >= batches:
@@ -534,7 +538,7 @@ def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -
         means.append(loss / supervised + routing)
         total, count = total + loss, count + supervised
     model.train()
-    if hasattr(model, "reshard"):                   # what the last forward pass has gathered
+    if sharded:                                     # what the last forward pass has gathered
         model.reshard()
     mean, batches, total, count, empty = ranks.total(math.fsum(means), len(means), total, count, empty)
     if empty:

@@ -101,8 +101,8 @@ def fork_ranks(arguments, world, patch, kill, screen) -> list:
             failed = time.time()
         elif failed and not asked and time.time() > failed + 0.3:
             asked = send(signal.SIGTERM, range(world))
-        elif failed and time.time() > failed + 10:
-            send(signal.SIGKILL, range(world))
+        elif failed and time.time() > failed + 10 or time.time() > start + 90:
+            send(signal.SIGKILL, range(world))              # also where a fork of this process hangs
         time.sleep(0.01)
     return codes
 
