@@ -349,7 +349,7 @@ def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
     return told
 
 
-@pytest.mark.parametrize("world, kills", [(1, 3), (2, 2)])
+@pytest.mark.parametrize("world, kills", [(1, 12), (2, 8)])
 def test_killed_at_random_moments(world, kills, nursery, whole, tmp_path):
     kill_until(nursery, tmp_path, whole, kills, seed=world, worlds=[world])
 
