@@ -597,7 +597,7 @@ def draw(config: ModelConfig) -> str:
              f"  {'tensor':68} {'shape':>22} {'parameters':>15}"]
     lines += table(config, [("model.embed_tokens", model.model.embed_tokens)])
     for sparse, layers in kinds.items():
-        lines.append(f"  {len(layers)} blocks ({ranges(layers)}) such as")
+        lines.append(f"  {len(layers)} block{'s' if len(layers) > 1 else ''} ({ranges(layers)}) such as")
         parts = model.model.layers[layers[0]].named_modules(prefix=f"model.layers.{layers[0]}")
         lines += table(config, [(name, module) for name, module in parts
                                 if any(True for _ in module.parameters(recurse=False)) and not later_expert(name)])

@@ -313,13 +313,13 @@ def remove_old_checkpoints(config, output, best):
     """Keep save_total_limit checkpoints: the newest, and the best one if it will be loaded at the end."""
     there = checkpoints_in(output, resumable=False)
     keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()
-    if damage(there[-1]):                       # the disk did not keep what was written: then nothing is taken away
+    limit = max(1, (config.save_total_limit or len(there)) - len(keep & {p.name for p in there[:-1]}))
+    surplus = [old for old in there[:-limit] if old.name not in keep]
+    if surplus and damage(there[-1]):           # the disk did not keep what was written: then nothing is taken away
         print(f"{there[-1]} is damaged although it has just been written; older checkpoints are kept", file=sys.stderr)
         return
-    limit = max(1, (config.save_total_limit or len(there)) - len(keep & {p.name for p in there[:-1]}))
-    for old in there[:-limit]:
-        if old.name not in keep:
-            remove(old)
+    for old in surplus:
+        remove(old)
 
 
 def remove(checkpoint: Path):

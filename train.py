@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import time
+import zlib
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from attention import Layout, pick_device, pick_kernel          # before torch: 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
+from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, write_checksums, write_json)
 from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
@@ -155,7 +156,7 @@ def main(argv):
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
     # ranks, and a run and its continuation, use one kernel: two differ in the last bit
     model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
-    same_everywhere(ranks, weights, train_set)
+    same_everywhere(ranks, weights, state["rows"])
     if ranks.main:
         prepare_output(config, resume, weights)
         write_json(output / "train_config.json", settings)
@@ -382,8 +383,7 @@ def build_model(config, base, adapters, device, resume, ranks):
             if given not in (None, value, ["all"]) and not (isinstance(given, list) and set(given) == set(value)):
                 print(f"note: {key} {given} is not used; the adapter has {value}, and goes on with it")
     else:
-        lora = LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora,
-                          config.lora_target, config.additional_target or [])
+        lora = lora_settings(config, adapters, resume)
         attach_lora(model, lora, config.seed, called=model.config.stored_name, device=device)
     if sharded:
         cut(model, config.fsdp, ranks, device)
@@ -425,8 +425,8 @@ def compute_dtype(config, base, shape) -> torch.dtype:
         return stored_as(tensor_files(base)[name], name)[1]
     except (FileNotFoundError, KeyError):
         raw = read_config_json(base)
-        said = raw.get("dtype") or raw.get("torch_dtype") or raw.get("text_config", {}).get("torch_dtype")
-        return getattr(torch, str(said), torch.float32)
+        raw |= raw.get("text_config", {})
+        return DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), torch.float32)
 
 
 def optimizer_names(optimizer, weights) -> list[str]:
@@ -492,12 +492,14 @@ def rows_per_step(config, ranks: Ranks) -> int:
 
 
 @torch.no_grad()
-def same_everywhere(ranks: Ranks, weights, train_set):
-    """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may."""
-    mine = [float(sum(p.double().abs().sum() for p in weights.values() if not is_cut(p))), len(train_set),
-            sum(int(example.input_ids.astype("int64").sum()) for example in train_set)]
+def same_everywhere(ranks: Ranks, weights, rows: str):
+    """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may.
+
+    rows: see rows_sign.
+    """
+    mine = [float(sum(p.double().abs().sum() for p in weights.values() if not is_cut(p))), zlib.crc32(rows.encode())]
     found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]
-    for what, values in zip(("trained weights", "number of training rows", "training rows"), zip(*found)):
+    for what, values in zip(("trained weights", "training rows"), zip(*found)):
         if len(set(values)) > 1:
             raise ValueError(f"the ranks do not have the same {what}. Do all hosts have the same model, adapter and "
                              "data files, and the same release of this program?")

@@ -291,7 +291,7 @@ def test_drawing_has_the_names_and_shapes_of_the_file(name):
               and not name.startswith(config.skips or "-")}
     text, total, blocks = draw(config), 0, 1
     for line in text.split("parameters: ")[0].splitlines():
-        if found := re.match(r"  (\d+) blocks \((.*)\) such as", line):
+        if found := re.match(r"  (\d+) blocks? \((.*)\) such as", line):
             blocks = int(found[1])
         if found := ROW.fullmatch(line):
             tensor, shape, bias, count, experts = found.groups()

@@ -33,15 +33,10 @@ from tests.common import ROOT, read_jsonl
 
 TINY = ROOT / "models/tiny"
 WORKER = '''
-import functools, json, os, sys, threading, time
+import functools, json, os, sys, time
 sys.path.insert(0, ROOT)
-
-def leave_with_parent(parent):
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os._exit(9)
-
-threading.Thread(target=leave_with_parent, args=[os.getppid()], daemon=True).start()
+from tests.common import leave_with_parent
+leave_with_parent()
 import parallel, train
 from config import run
 rank, joined, shares, wait = int(os.environ.get("RANK", "0")), [], {}, parallel.Bucket.receive

@@ -21,15 +21,10 @@ from tests.test_parallel import COMMON, outcomes, small_world, tiny_model, torch
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 pytestmark = pytest.mark.skipif(OLD, reason=f"fully_shard without GPUs needs torch 2.13; here: {torch.__version__}")
 WORKER = '''
-import gc, json, os, sys, threading, time
+import gc, json, os, sys
 sys.path.insert(0, ROOT)
-
-def leave_with_parent(parent):
-    while os.getppid() == parent:
-        time.sleep(0.3)
-    os._exit(9)
-
-threading.Thread(target=leave_with_parent, args=[os.getppid()], daemon=True).start()
+from tests.common import leave_with_parent
+leave_with_parent()
 import torch, train
 from config import run
 joined, held, rank = [], {}, os.environ["RANK"]
