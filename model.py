@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import Layout, attend
 from families import ModelConfig, Switches, model_config, read_config_json
+from linear import linears, same
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -220,6 +221,8 @@ class Place:
     layout: Layout | None
     cache: "KVCache | None"
     kernel: str
+    product: str = "plain"                # a name from linear.py
+    again: bool = False                   # gate and up of the MLP are computed again in the backward pass
     routers: list | None = None           # receives the router's logits (N, E) of a block with experts
 
 
@@ -241,17 +244,19 @@ class Attention(nn.Module):
             heads = (1, 1) if config.qk_norm == "head" else (H, K)                 # normed together
             self.q_norm, self.k_norm = (NORMS[config.norm](n * Dh, config.rms_norm_eps) for n in heads)
 
-    def project(self, x):
-        """q (B, T, H, Dh), k and v (B, T, K, Dh)."""
+    def project(self, x, norm, product):
+        """q (B, T, H, Dh), k and v (B, T, K, Dh) of norm(x)."""
         config = self.config
         H, K, Dh = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         if config.fused_qkv == "groups":
-            grouped = self.qkv_proj(x).unflatten(-1, (K, H // K + 2, Dh))          # (B, T, K, H/K + 2, Dh)
+            qkv, = linears([self.qkv_proj], x, before=norm, how=product)
+            grouped = qkv.unflatten(-1, (K, H // K + 2, Dh))                       # (B, T, K, H/K + 2, Dh)
             q, k, v = grouped[..., :-2, :].flatten(-2), grouped[..., -2, :], grouped[..., -1, :]
         elif config.fused_qkv:
-            q, k, v = self.qkv_proj(x).split((H * Dh, K * Dh, K * Dh), dim=-1)
+            qkv, = linears([self.qkv_proj], x, before=norm, how=product)
+            q, k, v = qkv.split((H * Dh, K * Dh, K * Dh), dim=-1)
         else:
-            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = linears([self.q_proj, self.k_proj, self.v_proj], x, before=norm, how=product)
         if config.clip_qkv:
             q, k, v = (t.clamp(-config.clip_qkv, config.clip_qkv) for t in (q, k, v))
         if config.qk_norm == "width":
@@ -261,9 +266,10 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def forward(self, x, place: Place):
+    def forward(self, x, norm, place: Place):
+        """Attention of norm(x), (B, T, D) -> (B, T, D)."""
         config = self.config
-        q, k, v = (t.transpose(1, 2) for t in self.project(x))                               # (B, H or K, T, Dh)
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, norm, place.product))                            # (B, H or K, T, Dh)
         if self.turned:
             q, k = (rotate(t, *place.rope, config.rotary_pairs) for t in (q, k))
             if config.qk_norm == "unit":
@@ -275,7 +281,7 @@ class Attention(nn.Module):
         out = attend(q, k, v, kernel=place.kernel, layout=place.layout, scale=config.attn_scale, slopes=place.slopes,
                      window=config.windows[self.layer], chunk=config.chunks[self.layer],
                      softcap=config.attn_softcap)                                            # (B, H, T, Dh)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return linears([self.o_proj], out.transpose(1, 2).flatten(2), how=place.product)[0]
 
 
 class MLP(nn.Module):
@@ -292,9 +298,21 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(width, D, bias=bias)
         self.act, self.fused = ACTIVATIONS[config.hidden_act], config.fused_gate_up
 
-    def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(self.act(gate) * up)
+    def forward(self, x, norm=same, product: str = "plain", again: bool = False):
+        """MLP of norm(x), (…, D) -> (…, D). Kept for the backward pass are x, gate and up, or, with `again`, x alone."""
+        first = [self.gate_up_proj] if self.fused else [self.gate_proj, self.up_proj]
+
+        def widen(x):
+            return linears(first, x, before=norm, how=product)
+
+        if again:
+            return linears([self.down_proj], x, before=lambda x: self.gated(*widen(x)), owners=(norm, *first), how=product)[0]
+        return linears([self.down_proj], *widen(x), before=self.gated, how=product)[0]
+
+    def gated(self, gate, up=None):
+        """act(gate) * up, (…, F); up None: the two lie side by side in `gate`."""
+        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
+        return self.act(gate) * up
 
 
 class Block(nn.Module):
@@ -315,9 +333,11 @@ class Block(nn.Module):
         self.after_mlp_norm = norm("after")
 
     def forward(self, x, place: Place):
-        x = x + self.after_attention_norm(self.self_attn(self.input_layernorm(x), place))
-        h = self.post_attention_layernorm(x)
-        h = self.mlp(h, place.routers) if isinstance(self.mlp, MoE) else self.mlp(h)
+        x = x + self.after_attention_norm(self.self_attn(x, self.input_layernorm, place))
+        if isinstance(self.mlp, MoE):
+            h = self.mlp(self.post_attention_layernorm(x), place)
+        else:
+            h = self.mlp(x, self.post_attention_layernorm, place.product, place.again)
         return x + self.after_mlp_norm(h)
 
 
@@ -384,20 +404,21 @@ class MoE(nn.Module):
             weights = weights / weights.sum(-1, keepdim=True)
         return chosen, weights.to(scores.dtype)
 
-    def expert(self, x, number: int):
-        """One expert on x (n, D) -> (n, D)."""
-        return self.experts(x, number) if self.config.stacked_experts else self.experts[number](x)
+    def expert(self, x, number: int, **how):
+        """One expert on x (n, D) -> (n, D). how: see MLP."""
+        return self.experts(x, number) if self.config.stacked_experts else self.experts[number](x, **how)
 
-    def forward(self, x, routers: list | None = None):
-        """x (B, T, D) -> (B, T, D). The router's logits (N, E) are appended to `routers`, for the balance loss."""
+    def forward(self, x, place: Place):
+        """x (B, T, D) -> (B, T, D). The router's logits (N, E) are appended to place.routers, for the balance loss."""
         rows = x.flatten(0, 1)                                                               # (N, D)
         scores = self.gate(rows)                                                             # (N, E)
-        if routers is not None:
-            routers.append(scores)
-        y = grouped(rows, *self.route(scores), self.expert, self.config.num_experts, self.config.scale_input,
-                    self.visited)
+        if place.routers is not None:
+            place.routers.append(scores)
+        how = {"product": place.product, "again": place.again}
+        y = grouped(rows, *self.route(scores), partial(self.expert, **how), self.config.num_experts,
+                    self.config.scale_input, self.visited)
         if self.config.shared_expert_intermediate_size:
-            shared = self.shared_expert(rows)
+            shared = self.shared_expert(rows, **how)
             y = y + (self.shared_expert_gate(rows).sigmoid() * shared if self.config.shared_expert_gate else shared)
         return y.view_as(x)
 
@@ -470,14 +491,21 @@ def attention_needs(config: ModelConfig) -> dict:
             "scale": config.attn_scale}
 
 
+# what a block computes again in the backward pass instead of keeping it, from fast to small: nothing but its cheap
+# steps (see linear.py); the products of gate and up; all (gradient checkpointing: its input alone is kept)
+RECOMPUTE = ("nothing", "mlp", "block")
+
+
 class CausalLM(nn.Module):
-    """Decoder and head. Attributes `kernel` (a name from attention.py) and `recompute` may be set at any time."""
+    """Decoder and head. Three attributes say how it computes, and may be set at any time: `kernel`, a name from
+    attention.py; `product`, one from linear.py; `recompute`, for each block a name from RECOMPUTE."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.kernel = "plain"
-        self.recompute = False          # gradient checkpointing: keep block inputs only, run each block twice
+        self.product = "plain"
+        self.recompute = ["nothing"] * config.num_hidden_layers
         self.model = Decoder(config)
         self.lm_head = NormalizedHead(config) if config.normalized_head else \
             nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -505,12 +533,13 @@ class CausalLM(nn.Module):
         place = Place(rope=None if config.alibi else rope_table(config, position_ids, x.dtype, length),
                       slopes=torch.tensor(alibi_slopes(config.num_attention_heads), device=x.device)
                       if config.alibi else None, growth=query_growth(config, position_ids, self.training),
-                      layout=layout, cache=cache, kernel=self.kernel)
-        for block in self.model.layers:
-            if self.recompute and torch.is_grad_enabled():
-                x, *scores = checkpoint(run_block, block, x, place, routers is not None, use_reentrant=False)
+                      layout=layout, cache=cache, kernel=self.kernel, product=self.product)
+        for block, level in zip(self.model.layers, self.recompute):
+            here = replace(place, again=level == "mlp")
+            if level == "block" and torch.is_grad_enabled():
+                x, *scores = checkpoint(run_block, block, x, here, routers is not None, use_reentrant=False)
             else:
-                x, *scores = run_block(block, x, place, routers is not None)
+                x, *scores = run_block(block, x, here, routers is not None)
             if routers is not None:
                 routers += scores
         return self.model.norm(x)

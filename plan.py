@@ -7,33 +7,40 @@ Weights, gradients and the optimizer's state are counted exactly, on a model wit
 Activations, what the forward pass keeps for the backward pass, are a formula. For each token and block, with D, F, H,
 K, Dh, T as in model.py, c bytes of a number in a product, and something to learn in all linear layers, these are
 
-    norms         2 x 4 D               each keeps its input in float32 (full: and what its weight is multiplied with)
-    their outputs 2 x c D               the inputs of q, k, v and of gate, up
+    blocks' input 2 x c D               of norm and q, k, v, and of norm and gate, up, which linear.py does again
     q, k, v       c (H + 2 K) Dh        with H for K where the kernel has no grouped heads
     attention     c H Dh + 4 H          its output, the input of o_proj, and a float32 number for each head
                   + (4 + c) H T         the plain kernel alone: all scores, in float32 and rounded
-    MLP           4 c F                 gate, act(gate), up, and their product, the input of down
-    LoRA          c r for each layer    A x; with dropout also that layer's own input, and the mask
+    MLP           2 c F                 gate and up
+    LoRA          c r for each layer    A x
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
 
-Without recomputation all blocks keep that at once. With it (gradient checkpointing, arXiv:1604.06174) all blocks keep
-their input, D numbers for each token, and one block at a time keeps the rest. Full fine-tuning in 16 bits has float32
+and where linear.py cannot help (adapters with dropout, weights that learn in 16 bits), also
+
+    norms         2 x 4 D               each keeps its input in float32 (full: and what its weight is multiplied with)
+    MLP           2 c F                 act(gate), and its product with up, the input of down
+    dropout                             each layer's own input, and the mask
+
+A block that keeps it all computes nothing again. One that recomputes "mlp" keeps neither gate nor up; "block" keeps its
+input alone (gradient checkpointing, arXiv:1604.06174). `lightest` gives each block what fits. Full fine-tuning in 16 bits has float32
 weights and a float32 stream between blocks; each matrix, and for each of them its input, is kept once more, rounded.
 
 Read before: model.py, losses.py. Read after: room.py (does it fit, and what would), train.py.
 Papers: activations arXiv:2205.05198 (sec. 4), mixed precision arXiv:1710.03740, sharding arXiv:1910.02054.
 """
+import bisect
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import nn
 
 from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable
-from losses import CHUNK_BYTES
+from losses import chunk_rows
 from model import CausalLM, LayerNorm, MoE, bytes_in_words
 
-HEAD_CHUNKS = 3         # of CHUNK_BYTES live at once in the loss: scores, probabilities, both rounded; with softcap 5
+HEAD_CHUNKS = 1.5       # of a chunk's float32 logits live at once in the loss, rounded ones counted; with softcap 4
 SPARE = 0.9             # the part of the memory that a plan may fill: scratch of kernels and fragments take the rest
 
 
@@ -61,20 +68,22 @@ class Work:
     stream: int             # bytes of a number between the blocks
     kernel: str
     device: torch.device
+    fast: bool              # linear.py keeps the inputs of norms and of gate * up, not their outputs
 
 
 # ---- the plan ---------------------------------------------------------------------------------------------------
 
 
 def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kernel: str, device, world: int = 1,
-                sharded: bool = False, model=None) -> Plan:
+                sharded: bool = False, fast: bool = False, recompute: list | None = None, model=None) -> Plan:
     """What one rank needs for a step; nothing is loaded.
 
     shape: the ModelConfig. lora: None for full fine-tuning. rows: of the largest micro-batch, for each row the lengths
     of its sequences (see largest_rows). dtype: of products and, with LoRA, of frozen weights. kernel: a name from
     attention.py. sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and optimizer
-    state; embedding, head and two blocks, that at work and the next, are whole. model: that of an earlier plan
-    with the same shape, lora and dtype.
+    state; embedding, head and two blocks, that at work and the next, are whole. fast: a product of linear.py is used.
+    recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing. model: that of an
+    earlier plan with the same shape, lora and dtype.
     """
     if model is None:
         with torch.device("meta"):
@@ -93,10 +102,40 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
         if not lora:                                                    # adapters stay whole on every rank
             trained, gradients, states = (n // world for n in (trained, gradients, states))
     work = Work([n for row in rows for n in row], dtype.itemsize, dtype.itemsize if lora else 4, kernel,
-                torch.device(device))
+                torch.device(device), fast and can_be_fast(lora, dtype))
+    recompute = recompute or ["nothing" if config.disable_gradient_checkpointing else "block"] * shape.num_hidden_layers
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
-                 sharded=sharded, model=model)
-    return Plan(frozen, trained, gradients, states, *activations(model, work, config), asked)
+                 sharded=sharded, fast=fast, recompute=recompute, model=model)
+    return Plan(frozen, trained, gradients, states, *activations(model, work, recompute), asked)
+
+
+def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
+    """Does linear.py take its fast path in the blocks? Not under autocast, and not with dropout on adapters."""
+    return not lora.lora_dropout if lora else dtype == torch.float32
+
+
+def lightest(plan: Plan, available: int | None, config) -> Plan:
+    """Of the plans that fit, that which computes least again in the backward pass; the smallest where none fits.
+
+    Down the ladder a block after the other keeps less (see model.RECOMPUTE), so that the memory there is gets used.
+    disable_gradient_checkpointing, where the config has it, leaves no choice.
+    """
+    shape = plan.asked["shape"]
+    count = shape.num_hidden_layers
+    if "disable_gradient_checkpointing" in config.given or available is None:
+        return plan
+    halves = plan.asked["fast"] and can_be_fast(plan.asked["lora"], plan.asked["dtype"]) and not any(shape.sparse)
+    steps = ("nothing", "mlp", "block") if halves else ("nothing", "block")
+    ladder = [["nothing"] * count] + [[less] * n + [more] * (count - n) for more, less in zip(steps, steps[1:])
+                                      for n in range(1, count + 1)]
+    plans = [None] * len(ladder)
+
+    def fits(i):
+        plans[i] = memory_plan(config, **plan.asked | {"recompute": ladder[i]})
+        return plans[i].total <= SPARE * available
+
+    first = bisect.bisect_left(range(len(ladder) - 1), True, key=fits)
+    return plans[first] or memory_plan(config, **plan.asked | {"recompute": ladder[first]})
 
 
 def largest_rows(examples, batches) -> list:
@@ -119,32 +158,55 @@ def plan_lines(plan: Plan, available: int | None) -> list[str]:
             f"  {'together':12}{bytes_in_words(plan.total):>11}  {free}".rstrip()]
 
 
-def activations(model, work: Work, config) -> tuple[int, int]:
+def in_words(recompute: list) -> str:
+    """What the blocks compute again in the backward pass, for the start page."""
+    names = {"mlp": "gate and up", "block": "all of it (gradient checkpointing)"}
+    parts = [f"{what} in {recompute.count(level)} of {len(recompute)} blocks" for level, what in names.items()
+             if level in recompute]
+    return ", ".join(parts) or "nothing: the blocks keep what the backward pass needs"
+
+
+def activations(model, work: Work, recompute: list) -> tuple[int, int]:
     """Bytes that are kept from the forward for the backward pass, and bytes for the loss or the block at work."""
     shape, tokens, layers, D = model.config, sum(work.lengths), model.model.layers, model.config.hidden_size
     parts = (model.model.embed_tokens, *layers, model.model.norm)
     learning = [any(p.requires_grad for p in part.parameters()) for part in parts]
     reached = max(learning.index(True) - 1, 0) if True in learning else len(layers)          # gradients end there
-    blocks = [block_bytes(block, layer, shape, work) for layer, block in enumerate(layers)][reached:] or [0]
+    entered = [block_bytes(block, layer, shape, work, "nothing") for layer, block in enumerate(layers)][reached:] or [0]
+    kept = [tokens * D * work.stream if level == "block" else block_bytes(layers[layer], layer, shape, work, level)
+            for layer, level in enumerate(recompute)][reached:] or [0]
     copies = sum(p.numel() for block in layers for name, p in block.named_parameters() if work.compute < 4
-                 and p.requires_grad and (p.dim() > 1 or name.endswith("bias"))) * work.compute
+                 and p.requires_grad and (p.dim() > 1 or name.endswith("bias"))) * work.compute // len(layers)
     rope = 0 if shape.alibi else 2 * int(shape.head_dim * shape.rotary_part) * work.stream
     last = norm_bytes(model.model.norm, D, work.stream) + D * work.stream        # and what the loss sends back to it
-    width = shape.moe_intermediate_size * shape.num_experts_per_tok or shape.intermediate_size
-    backward = tokens * width * work.compute                                     # gradients within a block
+    at_work = [backward_bytes(shape, work, sparse) for sparse in shape.sparse][reached:] or [0]
+    # the gradient of one expert comes as a stack of zeros but for its own
+    at_work[0] += max((p.nbytes for p in model.parameters() if p.requires_grad and p.dim() == 3), default=0)
+    # a block that recomputes has all of it once more while the backward pass is in it; those after it are through
+    again = [whole + copies if level == "block" else whole - part
+             for whole, part, level in zip(entered, kept, recompute[reached:])]
+    most = max(map(sum, zip(accumulate(kept), again, at_work))) - sum(kept)
+    plain = sum(level != "block" for level in recompute[reached:])
+    return sum(kept) + plain * copies + tokens * (rope + last), max(loss_bytes(model, work), most)
+
+
+def backward_bytes(shape, work: Work, sparse: bool) -> int:
+    """Bytes of the gradients within a block, for all tokens: of its MLP or experts, and of all scores."""
+    width = shape.moe_intermediate_size * shape.num_experts_per_tok if sparse else shape.intermediate_size
+    again = work.fast and not sparse            # gate * up, what it is made of, and the gradients of all that
+    mlp = sum(work.lengths) * width * work.compute * (5 if again else 1)
+    scores = 0
     if work.kernel == "plain":
-        backward += 2 * 4 * shape.num_attention_heads * max(T * S for T, S in query_blocks(work.lengths))
-    loss = loss_bytes(model, work)
-    if config.disable_gradient_checkpointing:
-        return sum(blocks) + copies + tokens * (rope + last), max(loss, backward)
-    at_work = max(loss, max(blocks) + copies // len(layers) + backward)
-    return tokens * (len(blocks) * D * work.stream + rope + last), at_work
+        scores = 2 * 4 * shape.num_attention_heads * max(T * S for T, S in query_blocks(work.lengths))
+    return max(mlp, scores) if again else mlp + scores
 
 
 def loss_bytes(model, work: Work) -> int:
     """Bytes for the loss alone (losses.py): scores of a chunk of tokens, and the gradient of a head that learns."""
     weight = model.lm_head.weight
-    chunk = min(CHUNK_BYTES, 4 * len(weight) * sum(work.lengths)) * (HEAD_CHUNKS + 2 * bool(model.config.final_softcap))
+    rows = min(chunk_rows(sum(work.lengths), len(weight)), sum(work.lengths))
+    live = 4 if model.config.final_softcap else HEAD_CHUNKS if work.compute < 4 else 1
+    chunk = int(4 * len(weight) * rows * live)
     made = weight.numel() * work.stream if hasattr(model.lm_head, "effective_weight") else 0
     rounded = weight.numel() * work.compute if work.compute < weight.itemsize else 0
     learnt = 4 * weight.numel() if any(p.requires_grad for p in model.lm_head.parameters()) else 0
@@ -154,13 +216,19 @@ def loss_bytes(model, work: Work) -> int:
 # ---- what a block keeps: bytes for all tokens of a micro-batch ---------------------------------------------------
 
 
-def block_bytes(block, layer: int, shape, work: Work) -> int:
-    """For all tokens: norms, attention, MLP or experts."""
-    D = shape.hidden_size
-    before = sum(norm_bytes(norm, D, work.stream) for norm in (block.input_layernorm, block.post_attention_layernorm))
+def block_bytes(block, layer: int, shape, work: Work, level: str) -> int:
+    """For all tokens: norms, attention, MLP or experts. level: "nothing" or "mlp" of model.RECOMPUTE."""
+    D, sparse = shape.hidden_size, isinstance(block.mlp, MoE)
+    before = [norm for norm, again in ((block.input_layernorm, work.fast),
+                                       (block.post_attention_layernorm, work.fast and not sparse)) if not again]
+    before = sum(norm_bytes(norm, D, work.stream) for norm in before)
     after = sum(norm_bytes(norm, D, work.compute) for norm in (block.after_attention_norm, block.after_mlp_norm))
-    mlp = moe_bytes(block.mlp, shape, work) if isinstance(block.mlp, MoE) else \
-        input_bytes(D, first_layers(block.mlp), work, True) + mlp_bytes(block.mlp, shape.intermediate_size, work)
+    if sparse:
+        mlp = moe_bytes(block.mlp, shape, work)
+    elif level == "mlp":
+        mlp = D * work.stream + narrow([block.mlp.down_proj]) * work.compute
+    else:
+        mlp = input_bytes(D, first_layers(block.mlp), work, True) + mlp_bytes(block.mlp, shape.intermediate_size, work)
     return sum(work.lengths) * (before + after + mlp) + attention_bytes(block.self_attn, layer, shape, work)
 
 
@@ -172,7 +240,9 @@ def norm_bytes(norm, width: int, size: int) -> int:
 
 
 def input_bytes(width: int, linears: list, work: Work, from_stream: bool = False) -> int:
-    """For each token: the input (`width` numbers) that these layers share, as far as they learn."""
+    """For each token: the input (`width` numbers) that these layers share, as far as they learn, or, fast, always."""
+    if work.fast:
+        return (width + narrow(linears)) * work.compute
     learning = [m for m in linears if any(p.requires_grad for p in m.parameters())]
     adapted = [m for m in learning if isinstance(m, (LoRALinear, LoRAStacked))]
     dropped = [m for m in adapted if isinstance(m.dropout, nn.Dropout)]
@@ -180,12 +250,19 @@ def input_bytes(width: int, linears: list, work: Work, from_stream: bool = False
     if not (from_stream and work.stream > work.compute):         # else each rounds its own copy
         copies = min(copies, 1)
     mask = 1 if work.device.type == "cuda" else work.compute
-    low = sum(m.lora_A.out_features // (len(m.weight) if isinstance(m, LoRAStacked) else 1) for m in adapted)
-    return width * (copies * work.compute + len(dropped) * (work.compute + mask)) + low * work.compute
+    return width * (copies * work.compute + len(dropped) * (work.compute + mask)) + narrow(linears) * work.compute
+
+
+def narrow(linears: list) -> int:
+    """Numbers of A x, for each token, over the adapters of these layers."""
+    return sum(m.lora_A.out_features // (len(m.weight) if isinstance(m, LoRAStacked) else 1) for m in linears
+               if isinstance(m, (LoRALinear, LoRAStacked)))
 
 
 def mlp_bytes(mlp, F: int, work: Work) -> int:
-    """For each token: gate, act(gate) and up, and their product; the input is counted apart."""
+    """For each token: gate, act(gate) and up, and their product, or, fast, gate and up; the input is counted apart."""
+    if work.fast:
+        return (2 * F + narrow([mlp.down_proj])) * work.compute
     return 3 * F * work.compute + input_bytes(F, [mlp.down_proj], work)
 
 

@@ -32,12 +32,13 @@ from config import as_dict, ignored_keys, in_steps, load_config, non_default, ru
 from data import collate, epoch_order, evened, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
 from generate import context_length
+from linear import PRODUCTS, pick_product, torch_product
 from lora import LoRAConfig, attach_lora, merge_adapters, trainable
 from losses import balance_loss, cross_entropy_sum
 from model import CausalLM, attention_needs, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from parallel import Gradients, Ranks, end_ranks, start_ranks
-from plan import largest_rows, memory_plan, plan_lines
+from plan import in_words, largest_rows, lightest, memory_plan, plan_lines
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
                     remove_old_checkpoints, room_for, rows_sign, usable_best)
@@ -95,13 +96,17 @@ def main(argv):
     factor = schedule(config, total_steps)
     dtype = compute_dtype(config, base, shape)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
+    products = pick_product(device, dtype)
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
     memory = memory_plan(config, shape, lora_settings(config, adapters, resume), largest_rows(train_set, dealt),
-                         dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1)
+                         dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1,
+                         fast=True)
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
+    memory = lightest(memory, there_is, config)
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks))
-    print("\n".join([*choice.lines, "", *plan_lines(memory, there_is)]))
+    print("\n".join([*choice.lines, *products.lines, "", *plan_lines(memory, there_is)]))
     for line in advice(memory, there_is, config):
         print(f"  would fit: {line}")
     sys.stdout.flush()
@@ -117,7 +122,7 @@ def main(argv):
     if config.fsdp:
         print_shards(model, ranks)
     balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
-    model.recompute = not config.disable_gradient_checkpointing
+    model.recompute = memory.asked["recompute"]
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
     autocast = torch.autocast(device.type, dtype, cache_enabled=False) \
         if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
@@ -133,7 +138,8 @@ def main(argv):
 
     # ---- where to begin
     output = Path(config.output_dir)
-    state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel), "loss_total": 0.0,
+    state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel),
+             "product": ranks.from_main(lambda: products.taken), "loss_total": 0.0,
              "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
              "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": rows_sign(train_set)}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
@@ -154,8 +160,9 @@ def main(argv):
                              "max_steps or num_train_epochs, or go on from an earlier checkpoint")
         state["best"] = ranks.from_main(lambda: usable_best(output, state["best"]))
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
-    # ranks, and a run and its continuation, use one kernel: two differ in the last bit
+    # ranks, and a run and its continuation, compute alike: two kernels, or products, differ in the last bit
     model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
+    model.product = state["product"] if state["product"] in products.rates else products.taken
     same_everywhere(ranks, weights, state["rows"])
     if ranks.main:
         prepare_output(config, resume, weights)
@@ -451,8 +458,7 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks) -> dic
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
                 f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
                 "would not)" if again else "")} if ranks.world > 1 else {}),
-            "recompute": "each block in the backward pass (gradient checkpointing)"
-            if not config.disable_gradient_checkpointing else "nothing"}
+            "recompute": in_words(memory.asked["recompute"])}
 
 
 def flops(model, tokens: int) -> float:
@@ -510,7 +516,8 @@ def batch_loss(model, batch, device, balance: float = 0.0):
     routers = [] if balance else None
     hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device),
                    routers=routers)                                                          # (1, N, D)
-    loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets.to(device), model.config.final_softcap)
+    loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, model.config.final_softcap,
+                             PRODUCTS.get(model.product, torch_product))
     return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import IGNORE, cross_entropy_plain, cross_entropy_sum
+from losses import IGNORE, MOST_CHUNKS, chunk_rows, cross_entropy_plain, cross_entropy_sum
 
 N, V, D = 60, 97, 24
 
@@ -37,6 +37,7 @@ def torch_in_float64(hidden, weight, targets):
 
 def rows_at_once(monkeypatch, rows, vocabulary=V):
     monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * vocabulary)
+    monkeypatch.setattr(losses, "MOST_CHUNKS", 10 ** 9)
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 0.97])
@@ -249,5 +250,11 @@ def test_evaluation_makes_no_gradients():
             loss = cross_entropy_sum(hidden, weight, targets)
         assert loss.requires_grad == (mode is torch.enable_grad)
         assert loss.item() == pytest.approx(cross_entropy_plain(hidden, weight, targets).item(), rel=1e-5)
-    probabilities = "aten._softmax.default"                                 # only the gradient needs them
+    probabilities = "aten.div_.Tensor"                                 # only the gradient needs them
     assert probabilities in seen[torch.enable_grad].names and probabilities not in seen[torch.no_grad].names
+
+
+def test_the_head_is_read_a_few_times_only():
+    assert chunk_rows(100, 128_256) == 130                       # 64 MiB of float32
+    assert chunk_rows(32_768, 128_256) == 32_768 / MOST_CHUNKS
+    assert chunk_rows(0, 10 ** 9) == 1

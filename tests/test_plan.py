@@ -77,7 +77,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def measure(shape, lora, dtype, kernel, recompute, rows):
+def measure(shape, lora, dtype, kernel, recompute, rows, fast):
     """(kept between forward and backward, the most at once), beside weights, gradients and optimizer state."""
     torch.manual_seed(0)
     model = CausalLM(shape)
@@ -85,7 +85,7 @@ def measure(shape, lora, dtype, kernel, recompute, rows):
         torch.nn.init.normal_(p.data, 0, 0.02)
     if lora:
         attach_lora(model.to(dtype), lora, called=shape.stored_name)
-    model.kernel, model.recompute = kernel, recompute
+    model.kernel, model.recompute, model.product = kernel, recompute, "torch" if fast else "plain"
     model.train()
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)                    # as in the second micro-batch: they are there already
@@ -106,14 +106,16 @@ def measure(shape, lora, dtype, kernel, recompute, rows):
 
 
 def planned(shape, lora, dtype, kernel, recompute, rows, **more):
-    return memory_plan(Config(disable_gradient_checkpointing=not recompute), shape, lora, rows, dtype, kernel, "cpu",
-                       **more)
+    """recompute: names of model.RECOMPUTE, or whether all blocks do so."""
+    if isinstance(recompute, bool):
+        recompute = ["block" if recompute else "nothing"] * shape.num_hidden_layers
+    return memory_plan(Config(), shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more)
 
 
-def compare(shape, lora, dtype, kernel="sdpa-flash", recompute=False, rows=((150,), (120,)), close=0.1):
+def compare(shape, lora, dtype, kernel="sdpa-flash", recompute=False, rows=((150,), (120,)), close=0.1, fast=False):
     """What is kept must be close to the plan's activations, and the most at once to activations and working memory."""
-    plan = planned(shape, lora, dtype, kernel, recompute, rows)
-    kept, most = measure(shape, lora, dtype, kernel, recompute, rows)
+    plan = planned(shape, lora, dtype, kernel, recompute, rows, fast=fast)
+    kept, most = measure(shape, lora, dtype, kernel, plan.asked["recompute"], rows, fast)
     if any(p.requires_grad for p in plan.asked["model"].lm_head.parameters()):
         kept -= 4 * shape.vocab_size * shape.hidden_size        # the head's gradient: the plan has it in `working`
     assert plan.activations == pytest.approx(kept, rel=close)
@@ -157,6 +159,22 @@ def test_activations_of_other_adapters(lora):
     name = "mixtral" if "experts" in lora.target_modules else "llama"
     for dtype in (F32, BF16):
         compare(shape_of(name), lora, dtype, close=0.15)
+
+
+@pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_activations_of_the_fast_path(name, lora, dtype):
+    compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", fast=True)
+    for level in ("mlp", "block"):
+        if not (level == "mlp" and name in ("mixtral", "qwen2_moe", "llama4") or lora is None and dtype == BF16):
+            compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", [level] * 4, fast=True)
+
+
+def test_activations_of_blocks_that_keep_differently():
+    for levels in (["mlp", "mlp", "nothing", "nothing"], ["block", "mlp", "mlp", "mlp"], ["block"] + ["nothing"] * 3):
+        for lora, dtype in ((ALL, F32), (ALL, BF16), (None, F32)):
+            compare(shape_of("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8)
 
 
 def test_the_head_of_a_large_vocabulary():
