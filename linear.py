@@ -37,6 +37,8 @@ def torch_product(x, W, bias=None):
 def onednn_product(x, W, bias=None):
     """oneDNN, which torch has on CPUs but asks in 16 bits only. In float32 torch asks MKL, which leaves half of an AMD
     processor idle. x and W are dense; either may be a transposed view."""
+    if not x.numel() or not W.numel():           # an expert without tokens: oneDNN refuses
+        return F.linear(x, W, bias)
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
@@ -144,7 +146,7 @@ def products(h, parts, product):
         if A is not None:
             y.addmm_(low[:, start:start + len(A)], B.to(h.dtype).T, alpha=scale)
             start += len(A)
-        ys.append(y.view(*h.shape[:-1], -1))
+        ys.append(y.view(*h.shape[:-1], len(W)))
     return ys, low
 
 

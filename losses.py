@@ -36,7 +36,7 @@ def loss_and_exps(logits, y):
     """Sum of -log p(y) over the rows of logits (c, V) float32; and e with its row sums s, so that p = e / s.
     e takes the logits' place."""
     at_y = logits.gather(1, y[:, None])                                                      # (c, 1)
-    top = logits.max(-1, keepdim=True).values
+    top = logits.amax(-1, keepdim=True)
     e = logits.sub_(top).exp_()
     s = e.sum(-1, keepdim=True)
     return (s.log() + top - at_y).sum(), e, s

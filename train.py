@@ -308,6 +308,7 @@ def main(argv):
         take_part(model, None, names, gradients)
     if not ranks.main:
         return end_ranks()
+    remove_old_checkpoints(config, output, state["best"])   # also where the run was killed just before it could
     with into_folder(output) as folder:
         save_weights(config, model, lora, folder, base, tokenizer, settings)
     end_ranks()

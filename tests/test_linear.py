@@ -178,7 +178,7 @@ def test_fast_equals_plain_in_every_family(name, learns):
 
 def test_products_agree_for_both_layouts():
     generator = torch.Generator().manual_seed(0)
-    for N, size_in, size_out in ((1, 8, 8), (5, 33, 70), (64, 128, 257)):
+    for N, size_in, size_out in ((1, 8, 8), (5, 33, 70), (64, 128, 257), (0, 8, 5), (5, 0, 8)):
         x, W = torch.randn(N, size_in, generator=generator), torch.randn(size_out, size_in, generator=generator)
         bias = torch.randn(size_out, generator=generator)
         for product in PRODUCTS.values():
