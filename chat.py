@@ -16,12 +16,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from config import Config, ignored_keys, load_config, run
+
+if __name__ == "__main__":
+    run(lambda argv: load_config(argv, "chat"))                 # --help and mistakes do not wait for torch
+
 from attention import pick_device, pick_kernel                  # before torch: see guard_amdsmi there
 import torch
 
 from checkpoint import (DTYPES, checkpoints_in, find_checkpoint, folded_under, load_with_adapters, read_adapter_config,
                         warn_of_folded)
-from config import Config, ignored_keys, load_config, run
 from families import model_config, read_config_json
 from generate import Sampling, common_prefix, context_length, generate
 from model import CausalLM, KVCache, attention_needs

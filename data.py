@@ -14,12 +14,16 @@ import math
 from dataclasses import dataclass, field
 from itertools import islice
 
+from config import load_config, run
+
+if __name__ == "__main__":
+    run(lambda argv: load_config(argv, "data"))                 # --help and mistakes do not wait for torch
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint
-from config import load_config, run
 from families import read_config_json
 from report import print_example
 from rows import PLACEHOLDER, Conversation, Row, convert, fill_placeholders, load_rows, shown

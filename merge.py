@@ -16,13 +16,17 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from config import ignored_keys, load_config, run
+
+if __name__ == "__main__":
+    run(lambda argv: load_config(argv, "merge"))                # --help and mistakes do not wait for torch
+
 import torch
 from tqdm import tqdm
 
 from checkpoint import (DTYPES, PREFIX, adapter_tensors, copies_of_base, find_checkpoint, folded_under, load_adapter,
                         load_model, new_folder, open_tensors, peft_names, read_adapter_config, stored_as,
                         swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
-from config import ignored_keys, load_config, run
 from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
 from templates import choose_template, fit_tokenizer, name_of, stored_template

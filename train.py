@@ -19,6 +19,10 @@ import zlib
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
+
+if __name__ == "__main__":
+    run(lambda argv: load_config(argv, "train"))                # --help and mistakes do not wait for torch
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"                            # one rank draws bars; tqdm reads this when imported
 from attention import Layout, pick_device, pick_kernel          # before torch: see guard_amdsmi there
@@ -28,7 +32,6 @@ from tqdm import tqdm
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, write_checksums, write_json)
-from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
 from data import collate, epoch_order, evened, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
 from generate import context_length

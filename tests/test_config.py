@@ -459,6 +459,28 @@ def test_help_of_each_script(capsys):
         assert stopped.value.code == 0 and f"python {script}.py" in text and "config.py --keys" in text
 
 
+@pytest.mark.parametrize("script", settings.SCRIPTS)
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script):
+    """A torch that ends the program when it is imported stands before the real one; the settings that are fine meet it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "torch/version.py").touch()                         # attention.py looks into it first
+
+    def start(*argv):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, f"{script}.py", *argv], capture_output=True, text=True, cwd=ROOT, env=env,
+                              timeout=60)
+
+    begun = time.time()
+    done = start("--help")
+    assert done.returncode == 0 and f"python {script}.py" in done.stdout and done.stderr == ""
+    assert time.time() - begun < 2                                  # about 0.1 s where nothing else runs
+    done = start(write(tmp_path, "model_name_or_path: m\nlora_rnak: 4\n"))
+    assert done.returncode == 1 and "line 2: unknown key 'lora_rnak' (did you mean 'lora_rank'?)" in done.stderr
+    done = start(*(f"{name}={name}" for name in settings.SCRIPTS[script][0]))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "torch is imported\n")
+
+
 def test_shows_a_file_or_one_error_line(tmp_path):
     done = program("config.py", write(tmp_path, "lora_rank: 4\ntrust_remote_code: true\n"))
     assert done.stdout == "lora_rank: 4\nlora_alpha: 8\naccepted, no effect here: trust_remote_code\n"
