@@ -89,6 +89,9 @@ class Config:
     tool_format: str | None = key(None, "how tool calls are written (none: the template's)")
     placeholders: dict[str, str] = key({}, "what {{name}}-like marks in the data become, as placeholders.name=Pip")
     skip_bad_rows: bool = key(False, "leave out rows that cannot be used, and count them, instead of stopping")
+    tokenized_path: str | None = key(None, "folder that keeps the tokenised rows (none: `tokenised` in output_dir)")
+    overwrite_cache: bool = key(False, "tokenise again although the tokenised rows are there")
+    preprocessing_num_workers: int | None = key(None, "processes that tokenise (none: as many as there are cores)", low=1)
     preprocessing_batch_size: int = key(1000, "rows that packing may combine with each other", low=1)
     disable_shuffling: bool = key(False, "keep the rows in their order")
     dataloader_drop_last: bool = key(False, "leave out an incomplete last batch")
@@ -173,9 +176,8 @@ class Config:
 NO_EFFECT = {       # why the result is the same without it: the keys
     "no code of others is executed; tokenizers are always the fast kind": "trust_remote_code use_fast_tokenizer",
     "weights are memory-mapped straight to the device": "low_cpu_mem_usage offload_folder",
-    "nothing is cached between runs; all cores tokenise": """overwrite_cache preprocessing_num_workers
-        data_shared_file_system dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-        dataloader_prefetch_factor remove_unused_columns label_names length_column_name sortish_sampler""",
+    "rows are read from one file of tokens, when their step comes": """data_shared_file_system dataloader_num_workers
+        dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns label_names length_column_name sortish_sampler""",
     "how fast or in how much memory, not what": """use_unsloth_gc enable_liger_kernel use_liger_kernel
         liger_kernel_config use_reentrant_gc gradient_checkpointing gradient_checkpointing_kwargs use_v1_kernels
         use_kv_cache use_cache torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
@@ -236,7 +238,7 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
      "changing how text becomes tokens is not in this release yet"),
     ("any", "rope_scaling", "not in this release; a rope_scaling in the checkpoint's config.json is followed"),
-    ("train", "streaming tokenized_path", "data are read and tokenised at start; leave it out"),
+    ("train", "streaming", "data are tokenised at start, and then stay on disk; leave it out"),
     ("train", "mix_strategy=concat", "not in this release; datasets are concatenated in the order given"),
     ("train", "eval_on_each_dataset", "not in this release yet; evaluate on one dataset a run"),
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),

@@ -9,10 +9,14 @@ Sources: the rules of masks, truncation, packing, split and order are LLaMA-Fact
 differs on purpose is in docs/differences.md. Packing without contamination: Krell et al., arXiv:2107.02027.
 """
 import bisect
+import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+import time
+from array import array
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 from config import load_config, run
 
@@ -20,30 +24,29 @@ if __name__ == "__main__":
     run(lambda argv: load_config(argv, "data"))                 # --help and mistakes do not wait for torch
 
 import numpy as np
+import tokenizers
 import torch
 from tqdm import tqdm
 
 from checkpoint import find_checkpoint
 from families import read_config_json
 from report import print_example
-from rows import PLACEHOLDER, Conversation, Row, convert, fill_placeholders, load_rows, shown
-from templates import Settings, choose_template, encode_pieces, fit_tokenizer, render_turns, with_overrides
+from rows import PLACEHOLDER, Conversation, Row, Rows, convert, fill_placeholders, find_sources, rows_of, shown
+from store import TOKENISED, Example, Examples, Part, SplitWriter, new_store, read_about, write_about
+from templates import (Settings, choose_template, encode_pieces, fit_tokenizer, render_turns, with_overrides,
+                       written_template)
 from tokenizer import load_tokenizer
+from tools import describe_tools
+from workers import how_many, in_order
 
 IGNORE = -100                   # the label of a token that carries no loss
-
-
-@dataclass(eq=False)
-class Example:
-    """One training example of n tokens; arrays are (n,) int32.
-
-    lengths cuts it into the stretches that attention keeps apart, [n] for a plain row. position_ids None: 0 … n-1.
-    No padding: training lays examples end to end in one row (see collate).
-    """
-    input_ids: np.ndarray
-    labels: np.ndarray
-    lengths: list
-    position_ids: np.ndarray | None = None
+SPLITS = ("train", "eval")
+SHOWN = 5                       # bad rows
+# what of the config decides which tokens the rows become
+DATA_KEYS = ("stage", "tool_format", "default_system", "enable_thinking", "preserve_thinking", "train_on_prompt",
+             "mask_history", "cutoff_len", "placeholders", "skip_bad_rows", "split_special_tokens", "max_samples",
+             "val_size", "seed", "preprocessing_batch_size")
+PROGRAM = ("data", "rows", "store", "templates", "formats", "tools", "tokenizer", "words", "vocabularies")
 
 
 @dataclass
@@ -55,7 +58,14 @@ class Counts:
     unlearnable: int = 0            # without a token that carries loss
     first_unlearnable: str = ""     # one of them, to be shown
     supervised: int = 0             # tokens that carry loss
-    lengths: list = field(default_factory=list)
+    lengths: array = field(default_factory=lambda: array("i"))
+
+    def add(self, more: "Counts"):
+        """Counts of further rows of the dataset."""
+        for name in ("rows", "bad", "truncated", "unlearnable", "supervised"):
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.first_unlearnable = self.first_unlearnable or more.first_unlearnable
+        self.lengths.extend(more.lengths)
 
 
 @dataclass
@@ -65,40 +75,145 @@ class Report:
     examples: dict = field(default_factory=dict)
     dropped_tail: int = 0                               # tokens of stage pt that filled no block
     notes: list = field(default_factory=list)
-    bad_rows: list = field(default_factory=list)
+    bad_rows: list = field(default_factory=list)        # the first ones
+    origin: str = ""                                    # where the tokenised rows are, and how they came there
 
-    def of(self, split: str, row: Row) -> Counts:
-        return self.datasets.setdefault((split, row.source.name), Counts())
+    def add(self, part: "Encoded", split: str):
+        """What became of some rows."""
+        for name, counts in part.counts.items():
+            self.datasets.setdefault((split, name), Counts()).add(counts)
+        self.dropped_tail += part.dropped_tail
+        self.bad_rows += part.bad[:SHOWN - len(self.bad_rows)]
 
 
-def load_examples(config, tokenizer, template, keep_unlearnable=False) -> tuple[list[Example], list[Example], Report]:
+class Encoded(Part):
+    """The examples made of some rows, and what is to be told of the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}            # dataset -> Counts
+        self.bad = []               # for each bad row a text: where, why, and the row
+        self.unfilled = []          # (dataset, {names}, where it stands) for answers that teach {{name}} as it stands
+        self.dropped_tail = 0
+        self.teaches = False        # is there a label that a token before it predicts?
+
+    def of(self, row: Row) -> Counts:
+        return self.counts.setdefault(row.source.name, Counts())
+
+    def reject(self, row: Row, why: ValueError):
+        self.bad.append(f"{row.where}: {why}\n    {shown(row.data)}")
+        self.of(row).bad += 1
+
+
+def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: Path | None = None
+                  ) -> tuple[Examples, Examples, Report]:
     """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name to arrays of ids.
 
     tokenizer must have been through fit_tokenizer(template, tokenizer). Examples without a token that carries loss are
-    counted and left out unless keep_unlearnable. Raises ValueError or FileNotFoundError naming file, row and remedy.
+    counted and left out unless keep_unlearnable. folder: where tokenised rows are kept; what lies there already is read
+    if it was made of the same (see store_key). Raises ValueError or FileNotFoundError naming file, row and remedy.
     """
     if config.train_on_prompt and template.efficient_eos:
         raise ValueError(f"{config.source}: train_on_prompt cannot be used with template {template.name}, which labels "
                          "the first token of a turn with the end of the answer before it")
     with_overrides(template, settings_of(config))       # raises for a tool_format that does not exist
-    report = Report()
+    notes, why = [], ""
+    sources = [find_sources(names or [], config, notes) for names in (config.dataset, config.eval_dataset)]
+    if folder:
+        key = store_key(config, tokenizer, template, sources)
+        about, why = read_about(folder, key)
+        if about and not config.overwrite_cache:
+            report = told(about)
+            report.origin = f"read from {folder}"
+            check_something_is_taught(config, report, about, keep_unlearnable)
+            return *(examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS), report
+    report, begun = Report(notes=notes), time.time()
+    with new_store(folder) as work:
+        about, processes = make_store(work, sources, config, tokenizer, template, report)
+        check_something_is_taught(config, report, about, keep_unlearnable)
+        if folder:
+            write_about(work, {"key": key, **about, **asdict_of(report)})
+        found = [examples_in(work, split, config, about, keep_unlearnable) for split in SPLITS]
+    if folder:
+        report.origin = (f"made in {time.time() - begun:.1f} s by {processes} process{'es'[:2 * (processes > 1)]}, kept in "
+                         f"{folder}{f' (what was there was made of other rows or settings; {why})' if why else ''}")
+    return *found, report
+
+
+def make_store(work: Path, sources: list, config, tokenizer, template, report: Report):
+    """Fill a folder with the tokenised rows of both splits. -> (what examples_in needs to know, processes at work)."""
     sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
-    train_rows, eval_rows = load_rows(config.dataset, config, sampler, report.notes), []
-    if config.eval_dataset:
-        eval_rows = load_rows(config.eval_dataset, config, sampler, report.notes)
+    rows = {"train": rows_of(sources[0], config, sampler, report.notes), "eval": []}
+    if sources[1]:
+        rows["eval"] = rows_of(sources[1], config, sampler, report.notes)
     elif config.val_size:
-        train_rows, eval_rows = split_rows(train_rows, config.val_size, config.seed)
-    found = []
-    for split, rows in (("train", train_rows), ("eval", eval_rows)):
-        examples = encode_rows(rows, config, tokenizer, template, report, split)
-        learnable = [example for example in examples if (example.labels != IGNORE).any()]
-        report.examples[split] = len(learnable)
-        if keep_unlearnable:
-            learnable = examples
-        elif rows and not any((example.labels[1:] != IGNORE).any() for example in learnable):     # nothing predicts the first
-            raise ValueError(nothing_to_learn(config, report, split, len(rows)))
-        found.append(learnable)
-    return found[0], found[1], report
+        rows["train"], rows["eval"] = split_rows(rows["train"], config.val_size, config.seed)
+    about, most = {}, 1
+    for split in SPLITS:
+        writer = SplitWriter(work, split)
+        teaches, processes = encode_rows(rows[split], config, tokenizer, template, report, split, writer)
+        about[split] = {**writer.close(), "teaches": teaches, "rows": len(rows[split])}
+        report.examples[split] = sum(writer.learnable)
+        most = max(most, processes)
+    return about, most
+
+
+def examples_in(folder: Path, split: str, config, about: dict, keep_unlearnable: bool) -> Examples:
+    return Examples(folder, split, about[split], packing_of(config)[0] == "apart", keep_unlearnable)
+
+
+def store_key(config, tokenizer, template, sources: list) -> dict:
+    """{what: a text} of all that decides which tokens the rows become; equal keys, equal tokens."""
+    program = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in PROGRAM]
+    key = {name: getattr(config, name) for name in DATA_KEYS}
+    key |= {"packing": packing_of(config), "template": written_template(template), "tokenizer": tokenizer.sign(),
+            "program": hashlib.sha256(b"".join(program)).hexdigest(), "tokenizers": tokenizers.__version__,
+            "tools": describe_tools(with_overrides(template, settings_of(config)).tool_format, "[]")}     # may name the day
+    if not any("tools" in source.columns or not source.formatting for found in sources for source in found):
+        del key["tools"]
+    for split, found in zip(SPLITS, sources):
+        for source in found:
+            key[f"{split} dataset {source.name}"] = repr(replace(source, files=()))
+            key |= {f"{split} file {path}": checksum(path) for path in source.files}
+    return {name: json.dumps(value, default=str) for name, value in key.items()}
+
+
+def kept_in(config, script: str = "train") -> Path | None:
+    """The folder of tokenised rows: tokenized_path, else, in training, one in output_dir; None: they are not kept."""
+    if config.tokenized_path:
+        return Path(config.tokenized_path)
+    return Path(config.output_dir, TOKENISED) if script == "train" and not config.dry_run else None
+
+
+def checksum(path: Path) -> str:
+    """Of all its bytes: a second of reading for a GB, and no doubt about a date or a size that stayed the same."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def asdict_of(report: Report) -> dict:
+    """A report as JSON knows it."""
+    datasets = [[split, name, {**vars(counts), "lengths": counts.lengths.tolist()}]
+                for (split, name), counts in report.datasets.items()]
+    return {"report": {**vars(report), "datasets": datasets}}
+
+
+def told(about: dict) -> Report:
+    """The report that a store was written with."""
+    report = Report(**about["report"])
+    report.datasets = {(split, name): Counts(**{**counts, "lengths": array("i", counts["lengths"])})
+                       for split, name, counts in report.datasets}
+    return report
+
+
+def check_something_is_taught(config, report: Report, about: dict, keep_unlearnable: bool):
+    """Raises ValueError for rows of which no token carries loss, unless they are only to be looked at."""
+    for split in SPLITS:
+        if about[split]["rows"] and not about[split]["teaches"] and not keep_unlearnable:
+            raise ValueError(nothing_to_learn(config, report, split, about[split]["rows"]))
 
 
 def nothing_to_learn(config, report: Report, split: str, rows: int) -> str:
@@ -113,67 +228,88 @@ def nothing_to_learn(config, report: Report, split: str, rows: int) -> str:
 # ---- split and check: rows -> conversations ---------------------------------------------------------------------
 
 
-def split_rows(rows: list[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_rows(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
     """(train, eval): a fraction for eval, or a count if val_size > 1. The training rows come out permuted as well."""
     count = int(val_size) if val_size > 1 else int(np.ceil(val_size * len(rows)))
     if not 0 < count < len(rows):
         raise ValueError(f"val_size: {val_size} takes {count} of {len(rows)} rows, so that none is left to train on")
     order = np.random.default_rng(seed).permutation(len(rows))
-    return [rows[i] for i in order[count:]], [rows[i] for i in order[:count]]
+    return rows.take(order[count:]), rows.take(order[:count])
 
 
-def convert_rows(rows: list[Row], config, report: Report, split: str) -> list[Conversation | None]:
-    """All rows converted and filled; None stands for a bad row that skip_bad_rows leaves out."""
-    found, bad, unfilled = [], [], {}
-    for row in rows:
-        report.of(split, row).rows += 1
-        try:
-            conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
-        except ValueError as error:
-            bad.append((row, error))
-            conversation = None
-        answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"] if conversation else []
-        if names := {name for answer in answers for name in PLACEHOLDER.findall(answer)}:
-            unfilled.setdefault(row.source.name, []).append((row, names))
-        found.append(conversation)
-    reject(bad, config, report, split)
-    for dataset, rows_and_names in unfilled.items():
-        names = sorted(set().union(*(names for _, names in rows_and_names)))
-        marks, first = ", ".join("{{%s}}" % name for name in names), rows_and_names[0][0]
-        report.notes.append(f"dataset '{dataset}' teaches {marks} as it stands ({len(rows_and_names)} of its answers, "
-                            f"first {first.where}: {shown(first.data)}). To fill it, set in the config: placeholders: "
-                            f"{{{', '.join(f'{name}: …' for name in names)}}}")
-    return found
+def conversation_of(row: Row, config, part: Encoded) -> Conversation | None:
+    """A row converted and filled; None for a bad one, which part then knows."""
+    try:
+        conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
+    except ValueError as error:
+        return part.reject(row, error)
+    names = {name for message in conversation.messages if message["role"] == "assistant" and "{{" in message["content"]
+             for name in PLACEHOLDER.findall(message["content"])}
+    if names:
+        part.unfilled.append((row.source.name, names, f"{row.where}: {shown(row.data)}"))
+    return conversation
 
 
-def reject(bad: list[tuple[Row, ValueError]], config, report: Report, split: str):
-    """Stops at bad rows, or counts and remembers them with skip_bad_rows: true."""
-    lines = [f"{row.where}: {why}\n    {shown(row.data)}" for row, why in bad]
-    if lines and not config.skip_bad_rows:
-        more = f"\n  … and {len(lines) - 5} more" if len(lines) > 5 else ""
-        raise ValueError(f"{len(lines)} bad row{'s'[:len(lines) > 1]}\n  " + "\n  ".join(lines[:5]) + more
-                         + "\nMend them, or leave them out with skip_bad_rows: true")
-    report.bad_rows += lines
-    for row, _ in bad:
-        report.of(split, row).bad += 1
+def note_unfilled(unfilled: list) -> list[str]:
+    """The notes about answers that teach a {{name}} as it stands, one for each dataset."""
+    notes = []
+    for dataset in dict.fromkeys(dataset for dataset, _, _ in unfilled):
+        found = [(names, where) for name, names, where in unfilled if name == dataset]
+        names = sorted(set().union(*(names for names, _ in found)))
+        marks = ", ".join("{{%s}}" % name for name in names)
+        notes.append(f"dataset '{dataset}' teaches {marks} as it stands ({len(found)} of its answers, first {found[0][1]}). "
+                     f"To fill it, set in the config: placeholders: {{{', '.join(f'{name}: …' for name in names)}}}")
+    return notes
+
+
+def refuse(bad: list[str]):
+    """Raises ValueError for rows that cannot be used."""
+    more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    raise ValueError(f"{len(bad)} bad row{'s'[:len(bad) > 1]}\n  " + "\n  ".join(bad[:SHOWN]) + more
+                     + "\nMend them, or leave them out with skip_bad_rows: true")
 
 
 # ---- encode: conversations -> ids and labels --------------------------------------------------------------------
 
 
-def encode_rows(rows: list[Row], config, tokenizer, template, report: Report, split: str) -> list[Example]:
-    """Rows -> examples in the order of the rows, packed if the config says so, also those without any label."""
-    examples, conversations = [], convert_rows(rows, config, report, split)
-    encode = encode_documents if config.stage == "pt" else encode_conversations
+def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: str, writer: SplitWriter):
+    """Rows -> examples in the order of the rows, packed if the config says so, also those without any label.
+
+    -> (does anything teach: is there a label that a token before it predicts, how many processes were at work).
+    """
     size = config.preprocessing_batch_size          # the rows that packing may combine, and one call of the tokenizer
+    starts, unfilled, teaches = range(0, len(rows), size), [], False
+    processes = how_many(len(starts), config.preprocessing_num_workers)
+
+    def encode(start):
+        return encode_batch(rows[start:start + size], config, tokenizer, template)
+
     with tqdm(total=len(rows), desc=f"tokenising {split} rows", unit="row", leave=False,
               disable=bool(config.disable_tqdm) or not rows or None) as bar:       # None: only where someone watches
-        for start in range(0, len(rows), size):
-            batch = [(row, conversation) for row, conversation in
-                     zip(rows[start:start + size], conversations[start:start + size]) if conversation]
-            examples += encode(batch, config, tokenizer, template, report, split)
-            bar.update(len(rows[start:start + size]))
-    return examples
+        for start, part in zip(starts, in_order(encode, starts, processes)):
+            if part.bad and not config.skip_bad_rows:
+                later = (encode_batch(rows[i:i + size], config, tokenizer, template, check_only=True) for i in starts if i > start)
+                refuse(part.bad + [line for other in later for line in other.bad])
+            report.add(part, split)
+            writer.add(part)
+            unfilled += part.unfilled
+            teaches = teaches or part.teaches
+            bar.update(min(size, len(rows) - start))
+    report.notes += note_unfilled(unfilled)
+    return teaches, processes
+
+
+def encode_batch(rows: list[Row], config, tokenizer, template, check_only: bool = False) -> Encoded:
+    """Some rows, which packing may combine, to examples. check_only: just find the bad ones."""
+    part, conversations = Encoded(), []
+    for row in rows:
+        part.of(row).rows += 1
+        if conversation := conversation_of(row, config, part):
+            conversations.append((row, conversation))
+    encode = encode_documents if config.stage == "pt" else encode_conversations
+    if not (check_only and config.stage == "pt"):
+        encode(conversations, config, tokenizer, template, part, check_only)
+    return part
 
 
 def settings_of(config) -> Settings:
@@ -196,15 +332,16 @@ def packing_of(config) -> tuple[str, int]:
     return "joined" if config.given.get("neat_packing") is False else "apart", config.cutoff_len - 1
 
 
-def encode_conversations(batch, config, tokenizer, template, report: Report, split: str) -> list[Example]:
+def encode_conversations(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
     """Stage sft: turns to ids and labels, then packed. batch: [(row, conversation), …]."""
-    settings, rendered, bad = settings_of(config), [], []
+    settings, rendered = settings_of(config), []
     for row, (messages, system, tools) in batch:
         try:
             rendered.append((row, render_turns(template, tokenizer, messages, system, tools, settings)))
         except ValueError as error:                 # a tool call or a tool description that cannot be read
-            bad.append((row, error))
-    reject(bad, config, report, split)
+            part.reject(row, error)
+    if check_only or part.bad and not config.skip_bad_rows:
+        return
     ids = iter(encode_pieces(tokenizer, [pieces for _, turns in rendered for turn in turns for pieces in turn]))
     packing, cutoff = packing_of(config)
     closing_eos, encoded = tokenizer.eos_id if template.efficient_eos else None, []
@@ -212,35 +349,46 @@ def encode_conversations(batch, config, tokenizer, template, report: Report, spl
         turns = [(next(ids), next(ids)) for _ in turns]
         input_ids, labels = label_turns(turns, cutoff, config.train_on_prompt, config.mask_history, closing_eos)
         full = sum(len(source) + len(target) for source, target in turns) + (closing_eos is not None)
-        count_row(report.of(split, row), row, input_ids, labels, full)
-        encoded.append((input_ids, labels))
-    if packing == "no":
-        return [example_of(input_ids, labels) for input_ids, labels in encoded]
-    return pack(encoded, cutoff, apart=packing == "apart")
+        supervised = count_row(part.of(row), row, input_ids, labels, full)
+        part.teaches |= supervised > (bool(labels) and labels[0] != IGNORE)         # nothing predicts the first
+        if packing == "no":
+            part.add(input_ids, labels, supervised > 0)
+        else:
+            encoded.append((input_ids, labels))
+    for rows in pack([len(input_ids) for input_ids, _ in encoded], cutoff):
+        input_ids, labels = ([i for row in rows for i in encoded[row][which]] for which in (0, 1))
+        part.add(input_ids, labels, labels.count(IGNORE) < len(labels), [len(encoded[row][0]) for row in rows])
 
 
-def encode_documents(batch, config, tokenizer, template, report: Report, split: str) -> list[Example]:
+def encode_documents(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
     """Stage pt: every document ends in an end-of-text token; all tokens are labels.
 
     Packed, the documents of the batch form one stream, cut in blocks; the tail that fills no block is left out.
     LLaMA-Factory masks every token equal to the padding token, so that with pad = eos no end is learnt; not so here.
     """
+    if check_only or part.bad and not config.skip_bad_rows:
+        return
     end = "<|end_of_text|>" if template.name == "llama3" else tokenizer.eos_token
     documents = tokenizer.encode_batch([conversation.messages[0]["content"] + end for _, conversation in batch])
     packing, cutoff = packing_of(config)
     for (row, _), ids in zip(batch, documents):
         kept = ids[:cutoff] if packing == "no" else ids
-        count_row(report.of(split, row), row, kept, kept, len(ids))
-    if packing == "no":
-        return [example_of(ids[:cutoff], ids[:cutoff]) for ids in documents]
-    stream = [i for ids in documents for i in ids]
-    whole = len(stream) // cutoff * cutoff
-    report.dropped_tail += len(stream) - whole
-    return [example_of(stream[i:i + cutoff], stream[i:i + cutoff]) for i in range(0, whole, cutoff)]
+        count_row(part.of(row), row, kept, kept, len(ids))
+    blocks = [ids[:cutoff] for ids in documents]
+    if packing != "no":
+        stream = [i for ids in documents for i in ids]
+        part.dropped_tail += len(stream) % cutoff
+        blocks = [stream[i:i + cutoff] for i in range(0, len(stream) - cutoff + 1, cutoff)]
+    for ids in blocks:
+        part.teaches |= len(ids) > 1
+        part.add(ids, ids, bool(ids))
 
 
-def count_row(counts: Counts, row: Row, input_ids: list, labels: list, full_length: int):
-    """Adds one encoded row to its dataset's counts; the first row left with nothing to learn is remembered."""
+def count_row(counts: Counts, row: Row, input_ids: list, labels: list, full_length: int) -> int:
+    """Adds one encoded row to its dataset's counts; the first row left with nothing to learn is remembered.
+
+    -> how many of its tokens carry loss.
+    """
     supervised = len(labels) - labels.count(IGNORE)
     counts.lengths.append(len(input_ids))
     counts.supervised += supervised
@@ -248,10 +396,7 @@ def count_row(counts: Counts, row: Row, input_ids: list, labels: list, full_leng
     if not supervised:
         counts.unlearnable += 1
         counts.first_unlearnable = counts.first_unlearnable or f"{row.where} ({full_length} tokens): {shown(row.data)}"
-
-
-def example_of(input_ids: list, labels: list) -> Example:
-    return Example(np.array(input_ids, np.int32), np.array(labels, np.int32), [len(input_ids)])
+    return supervised
 
 
 def cut_pair(source: int, target: int, room: int) -> tuple[int, int]:
@@ -289,30 +434,26 @@ def label_turns(turns: list, cutoff: int, train_on_prompt: bool = False, mask_hi
     if mask_history:
         parts.reverse()
     end = [] if closing_eos is None else [closing_eos]
-    return [i for ids, _ in parts for i in ids] + end, [i for _, labels in parts for i in labels] + end
+    return sum((ids for ids, _ in parts), []) + end, sum((labels for _, labels in parts), []) + end
 
 
 # ---- pack: several rows -> one example --------------------------------------------------------------------------
 
 
-def pack(rows: list[tuple[list, list]], capacity: int, apart: bool) -> list[Example]:
-    """Fills examples of at most `capacity` tokens, greedily: the longest row that still fits, again and again.
+def pack(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Which rows, by number, go together into examples of at most `capacity` tokens.
 
-    Positions restart with every row. apart: attention is cut there too; otherwise the rows of an example see one
-    another. Rows of equal length are taken last first, as in LLaMA-Factory; rows without a label are packed as well.
+    Greedily: the longest row that still fits, again and again. Rows of equal length are taken last first, as in
+    LLaMA-Factory; rows without a label are packed as well.
     """
-    waiting, examples = sorted((len(ids), place) for place, (ids, _) in enumerate(rows)), []
+    waiting, examples = sorted((length, row) for row, length in enumerate(lengths)), []
     while waiting:
         free, taken = capacity, []
-        while fits := bisect.bisect(waiting, (free, len(rows))):
-            length, place = waiting.pop(fits - 1)
+        while fits := bisect.bisect(waiting, (free, len(lengths))):
+            length, row = waiting.pop(fits - 1)
             free -= length
-            taken.append(place)
-        input_ids, labels = ([i for place in taken for i in rows[place][part]] for part in (0, 1))
-        example, lengths = example_of(input_ids, labels), [len(rows[place][0]) for place in taken]
-        example.position_ids = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-        example.lengths = lengths if apart else [sum(lengths)]
-        examples.append(example)
+            taken.append(row)
+        examples.append(taken)
     return examples
 
 
@@ -399,6 +540,8 @@ def print_counts(report: Report):
         print(f"  left out: {line}")
     for note in report.notes:
         print(f"  note: {note}")
+    if report.origin:
+        print(f"  tokenised rows: {report.origin}")
 
 
 def write_jsonl(path, examples: list[Example], pad_to: int = 0, pad_id: int = 0):
@@ -418,7 +561,7 @@ def main(argv):
     model_type = read_config_json(base).get("model_type")
     template, why = choose_template(config.template, tokenizer, model_type, config.force_template)
     fit_tokenizer(template, tokenizer)
-    train, _, report = load_examples(config, tokenizer, template, keep_unlearnable=bool(config.jsonl))
+    train, _, report = load_examples(config, tokenizer, template, bool(config.jsonl), kept_in(config, "data"))
     if config.jsonl:
         packed = packing_of(config)[0] in ("apart", "joined")
         write_jsonl(config.jsonl, train, config.cutoff_len if packed else 0, tokenizer.pad_id)

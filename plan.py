@@ -140,7 +140,8 @@ def lightest(plan: Plan, available: int | None, config) -> Plan:
 
 def largest_rows(examples, batches) -> list:
     """Of some micro-batches (lists of row numbers) that with the most tokens: for each row, its sequences' lengths."""
-    largest = max(batches, key=lambda batch: sum(len(examples[i].input_ids) for i in batch))
+    sizes = examples.sizes.tolist()
+    largest = max(batches, key=lambda batch: sum(sizes[i] for i in batch))
     return [list(examples[i].lengths) for i in largest]
 
 

@@ -15,11 +15,11 @@ import signal
 import socket
 import sys
 import time
-import zlib
 from itertools import count
 from pathlib import Path
 
 from checkpoint import STATE_FILES, checkpoints_in, damage
+from store import TOKENISED
 from tokenizer import read_json
 
 STOPPED = 75                    # exit code of a run that was asked to stop, has saved, and can be resumed
@@ -204,7 +204,7 @@ def not_of_this_run(output: Path, resume) -> list[Path]:
     if (output / "trainer_log.jsonl").is_file() and not (output / "all_results.json").is_file():
         return there
     found = sorted(output.iterdir()) if output.is_dir() else []
-    return [path for path in found if path.name not in (LOCK, "train_config.json", "trainer_log.jsonl")
+    return [path for path in found if path.name not in (LOCK, TOKENISED, "train_config.json", "trainer_log.jsonl")
             and path.suffix not in (".partial", ".damaged")]
 
 
@@ -229,7 +229,8 @@ HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
             "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps")
 # what says nothing about the training: where it is kept, how it is shown, and what other scripts read
 NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume", "time_limit",
-                "dry_run", "cache_dir", "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
+                "dry_run", "cache_dir", "tokenized_path", "overwrite_cache",
+                "preprocessing_num_workers", "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
                 "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "raw", "jsonl",
                 "export_dir", "export_size", "export_device", "overwrite")
 
@@ -253,16 +254,8 @@ def changed_settings(resume, settings, force: bool = False) -> dict:
     return changed
 
 
-def rows_sign(examples) -> str:
-    """A checksum of the training rows, as they have become tokens and labels."""
-    crc = 0
-    for example in examples:
-        crc = zlib.crc32(example.labels.tobytes(), zlib.crc32(example.input_ids.tobytes(), crc))
-    return f"{len(examples)} rows, {crc:08x}"
-
-
 def check_rows(resume, saved: dict, rows: str, force: bool = False):
-    """Raises ValueError if the files of the data have changed since `saved` (rows: see rows_sign), unless `force`."""
+    """Raises ValueError if the files of the data have changed since `saved` (rows: see Examples.sign in store.py), unless `force`."""
     if saved.get("rows", rows) != rows and not force:
         raise ValueError(f"the training rows are not those of {resume} ({saved['rows']} then, {rows} now), although the "
                          "settings are: has a file of the data changed? Put it back, or set force_resume: true")

@@ -4,10 +4,14 @@ Read before: nothing. Read after: data.py, which makes ids and labels of what is
 Source: the dataset_info.json format is LLaMA-Factory's (github.com/hiyouga/LLaMA-Factory, see its folder `data`); what
 differs on purpose is listed in docs/differences.md.
 """
+import codecs
 import csv
 import io
 import json
+import os
 import re
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +53,9 @@ TO_JSONL = {".parquet": "python -c \"import pandas; pandas.read_parquet('{0}').t
                         "lines=True, force_ascii=False)\"",
             ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json('{1}.jsonl', "
                       "force_ascii=False)\""}
+OPENING, COMMA, CLOSING, NOTHING = (re.compile(f"[ \\t\\n\\r]*{sign}[ \\t\\n\\r]*{end}")     # of a list in JSON
+                                    for sign, end in ((r"\[", ""), (",", ""), (r"\]", r"\Z"), (r"\[[ \t\n\r]*\]", r"\Z")))
+BLOCK = 2**20                   # bytes read at once
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
 
@@ -86,27 +93,126 @@ class Conversation(NamedTuple):
 # ---- read: files -> rows ----------------------------------------------------------------------------------------
 
 
-def load_rows(names: list[str], config, sampler: np.random.RandomState, notes: list) -> list[Row]:
+class DataFile:
+    """One data file. A row is parsed when it is asked for; what stays in memory is where each row lies.
+
+    keys: the names of all columns, in the order in which they first appear. Raises ValueError for a file that cannot be
+    read; a single row that cannot is a row all the same: convert says what is wrong with it.
+    """
+
+    def __init__(self, path: Path):
+        suffix = path.suffix.lower()
+        if suffix not in READERS:
+            hint = TO_JSONL.get(suffix, "").format(path, path.with_suffix(""))
+            raise ValueError(f"{path}: type '{path.suffix}' cannot be read, only {', '.join(READERS)}"
+                             + (f". Convert it: {hint}" if hint else ""))
+        scan, self.parse = READERS[suffix]
+        self.path, self.file, self.header = path, open(path, "rb"), None
+        head = self.file.read(3)
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{path} is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
+        keys, places = {}, array("q")
+        for number, data, start, end in scan(self, 3 * (head == b"\xef\xbb\xbf")):
+            places.extend((number, start, end))
+            if isinstance(data, dict):
+                keys.update(dict.fromkeys(map(str, data)))
+        self.keys, self.places = list(keys), np.frombuffer(places, np.int64).reshape(-1, 3)
+
+    def __len__(self):
+        return len(self.places)
+
+    def row(self, place: int, source: "Source") -> "Row":
+        """The row at a place, counted from 0."""
+        number, start, end = self.places[place].tolist()
+        return Row(self.path, number, self.parse(self, decode(read_at(self.file, start, end - start))), source)
+
+    def lines(self, start: int, newline: str):
+        """(text, start, end) of every line, cut where `newline` says (as in open); start and end count bytes."""
+        self.file.seek(start)
+        text = io.TextIOWrapper(self.file, encoding="utf-8", errors="surrogateescape", newline=newline)
+        try:
+            for line in text:
+                end = start + size_of(line)
+                yield line, start, end
+                start = end
+        finally:
+            text.detach()                           # else the file is closed with it
+
+
+class Rows(Sequence):
+    """Raw rows by number. files: [(DataFile, Source), …]; of[i], at[i]: in which file row i is, and at which place."""
+
+    def __init__(self, files: list, of: np.ndarray, at: np.ndarray):
+        self.files, self.of, self.at = files, of, at
+
+    def __len__(self):
+        return len(self.of)
+
+    def __getitem__(self, number):
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        file, source = self.files[self.of[number]]
+        return file.row(self.at[number], source)
+
+    def take(self, numbers) -> "Rows":
+        """These rows, in this order."""
+        return Rows(self.files, self.of[numbers], self.at[numbers])
+
+
+def decode(raw: bytes) -> str:
+    """Bytes that are not UTF-8 survive as lone surrogates: convert names the row they are in."""
+    return raw.decode("utf-8", errors="surrogateescape")
+
+
+def read_at(file, start: int, size: int) -> bytes:
+    """Bytes from anywhere in a file. Processes that share an open file do not disturb each other, except on Windows."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, start)
+    file.seek(start)
+    return file.read(size)
+
+
+def load_rows(names: list[str], config, sampler: np.random.RandomState, notes: list) -> Rows:
     """The raw rows of the datasets named, one dataset after the other.
 
     sampler draws for num_samples; notes receives what the user should know. Raises ValueError or FileNotFoundError.
     """
-    found, once = [], list(dict.fromkeys(names))
+    return rows_of(find_sources(names, config, notes), config, sampler, notes)
+
+
+def find_sources(names: list[str], config, notes: list) -> list[Source]:
+    """Where the rows of the datasets named lie; nothing is read but dataset_info.json."""
+    once = list(dict.fromkeys(names))
     if len(once) < len(names):
         notes.append("a dataset that is named twice is read once, as in LLaMA-Factory")
-    for name in once:
-        source = find_source(name, config, notes)
-        rows = [row for file in source.files for row in read_rows(file)]
+    return [find_source(name, config, notes) for name in once]
+
+
+def rows_of(sources: list[Source], config, sampler: np.random.RandomState, notes: list) -> Rows:
+    """The rows of these datasets: sampled where num_samples says so, at most max_samples of each."""
+    files, of, at = [], [], []
+    for source in sources:
+        rows = all_rows([DataFile(path) for path in source.files], source)
         if not rows:
-            raise ValueError(f"dataset '{name}' is empty: no rows in {', '.join(map(str, source.files))}")
+            raise ValueError(f"dataset '{source.name}' is empty: no rows in {', '.join(map(str, source.files))}")
         source = check_columns(source, rows, config.stage, notes)
+        picked = np.arange(len(rows))
         if source.num_samples is not None:
-            picked = sampler.permutation(len(rows))[:source.num_samples].tolist()
+            picked = sampler.permutation(len(rows))[:source.num_samples]
             if source.num_samples > len(rows):
-                picked += sampler.choice(len(rows), source.num_samples - len(rows)).tolist()
-            rows = [rows[i] for i in picked]
-        found += [row._replace(source=source) for row in rows[:config.max_samples]]
-    return found
+                picked = np.append(picked, sampler.choice(len(rows), source.num_samples - len(rows)))
+        picked = picked[:config.max_samples]
+        of.append(rows.of[picked] + len(files))
+        at.append(rows.at[picked])
+        files += [(file, source) for file, _ in rows.files]
+    return Rows(files, np.concatenate(of), np.concatenate(at))
+
+
+def all_rows(files: list[DataFile], source: Source) -> Rows:
+    """The rows of these files, one file after the other."""
+    counts = [len(file) for file in files]
+    return Rows([(file, source) for file in files], np.repeat(np.arange(len(files)), counts),
+                np.concatenate([np.arange(count) for count in counts]))
 
 
 def find_source(name: str, config, notes: list) -> Source:
@@ -221,68 +327,120 @@ def hub_files(entry: dict, where: str, config) -> tuple:
     return files
 
 
-def read_rows(path: Path) -> list[Row]:
-    """All rows of one file. Bytes that are not UTF-8 survive as lone surrogates: convert names the row they are in."""
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        hint = TO_JSONL.get(path.suffix.lower(), "").format(path, path.with_suffix(""))
-        raise ValueError(f"{path}: type '{path.suffix}' cannot be read, only {', '.join(READERS)}"
-                         + (f". Convert it: {hint}" if hint else ""))
-    raw = path.read_bytes()
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path} is UTF-16; make it UTF-8: iconv -f UTF-16 -t UTF-8 {path} > NEW_FILE")
-    text = raw.decode("utf-8-sig", errors="surrogateescape")
-    return [Row(path, number, data) for number, data in reader(text, path)]
+# ---- one kind of file each: a scan that finds the rows, (number, data, start, end in bytes), and what parses one
 
 
-def read_json(text: str, path: Path):
-    """A list of objects, or one object a line, whatever the file is called. A line that is not JSON stays a text."""
-    start = text.lstrip()[:1]
-    if start in "[{":                       # of one object a line this parses the first only, then finds more
+def scan_json(file: DataFile, start: int):
+    """A list of objects, or one object a line, whatever the file is called."""
+    first = next((line for line, _, _ in file.lines(start, "\n") if line.strip()), "")
+    if first.lstrip()[:1] == "[":
+        yield from scan_list(file, start)
+        return
+    if first.lstrip()[:1] == "{" and parse_json(file, first) == first:      # an object that goes on in the next lines?
         try:
-            whole = json.loads(text)
-        except ValueError as error:
-            whole = None
-            if start == "[":
-                near = shown(text[max(error.pos - 40, 0):error.pos + 40])
-                raise ValueError(f"{path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}), "
-                                 f"near {near}") from None
-        if isinstance(whole, list):
-            yield from enumerate(whole, 1)
-            return
-        if whole is not None and "\n" in text.strip():
-            raise ValueError(f"{path} holds one object; make it a list of rows, [{{…}}, {{…}}], or one row a line")
-    for number, line in enumerate(text.split("\n"), 1):      # splitlines() would also cut at U+2028 inside a text
+            json.loads(decode(file.path.read_bytes()).lstrip("\ufeff"))
+        except ValueError:
+            pass
+        else:
+            raise ValueError(f"{file.path} holds one object; make it a list of rows, [{{…}}, {{…}}], or one row a line")
+    for number, (line, start, end) in enumerate(file.lines(start, "\n"), 1):    # only there: U+2028 may be inside a text
         if line.strip():
+            yield number, parse_json(file, line.removesuffix("\n")), start, end - line.endswith("\n")
+
+
+def scan_list(file: DataFile, start: int):
+    """The elements of a JSON list, a block of the file in memory at a time."""
+    decoder, feed = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    before, number, text, size = OPENING, 0, "", BLOCK
+    file.file.seek(start)
+    while True:
+        raw = file.file.read(size)
+        text, at, size = text + feed.decode(raw, not raw), 0, 2 * size      # a row larger than a block: twice as much
+        while found := before.match(text, at):
             try:
-                yield number, json.loads(line)
+                data, end = decoder.raw_decode(text, found.end())
             except ValueError:
-                yield number, line
+                break
+            if end == len(text):                             # a number may go on in the next block
+                break
+            begin = start + size_of(text[at:found.end()])
+            start = begin + size_of(text[found.end():end])
+            number += 1
+            yield number, data, begin, start
+            before, at, size = COMMA, end, BLOCK
+        text = text[at:]
+        if not raw:
+            break
+    if not (CLOSING if number else NOTHING).match(text):
+        whole = decode(file.path.read_bytes()).removeprefix("\ufeff")
+        try:
+            json.loads(whole)
+        except ValueError as error:
+            near = shown(whole[max(error.pos - 40, 0):error.pos + 40])
+            raise ValueError(f"{file.path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}), "
+                             f"near {near}") from None
 
 
-def read_csv(text: str, path: Path):
+def size_of(text: str) -> int:
+    """In bytes."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def parse_json(file: DataFile, text: str):
+    """A line that is not JSON stays a text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def scan_csv(file: DataFile, start: int):
     """Comma separated, the first line names the columns; every value is a text, also 3 and None."""
     csv.field_size_limit(2**31 - 1)                          # the default refuses fields over 131,072 characters
+    read = [start]                                           # bytes that the reader has taken
+
+    def lines():
+        for line, _, read[0] in file.lines(start, ""):
+            yield line
+    reader, number = csv.reader(lines()), 0
     try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1):
-            whole = None not in row and None not in row.values()     # None: a field too many or too few
-            yield number, row if whole else ",".join(map(str, row.values()))
+        file.header = next(reader, [])
+        start = read[0]
+        for fields in reader:
+            if fields:                                       # an empty line is no row
+                number += 1
+                yield number, named(file.header, fields), start, read[0]
+            start = read[0]
     except csv.Error as error:
-        raise ValueError(f"{path}: not a CSV file ({error})") from None
+        raise ValueError(f"{file.path}: not a CSV file ({error})") from None
 
 
-def read_text(text: str, path: Path):
+def parse_csv(file: DataFile, text: str):
+    return named(file.header, next(csv.reader(io.StringIO(text, newline=""))))
+
+
+def named(header: list, fields: list):
+    """A row of a CSV file, or its text where it has a field too many or too few."""
+    return dict(zip(header, fields)) if len(header) == len(fields) else ",".join(fields)
+
+
+def scan_text(file: DataFile, start: int):
     """One document a line, in the column `text`; an empty line is an empty document."""
-    for number, line in enumerate(io.StringIO(text, newline=None), 1):
-        yield number, {"text": line.removesuffix("\n")}
+    for number, (line, start, end) in enumerate(file.lines(start, ""), 1):
+        yield number, parse_text(file, line), start, end
 
 
-READERS = {".json": read_json, ".jsonl": read_json, ".csv": read_csv, ".txt": read_text}
+def parse_text(file: DataFile, text: str):
+    return {"text": text.removesuffix("\n").removesuffix("\r")}
 
 
-def check_columns(source: Source, rows: list[Row], stage: str, notes: list) -> Source:
+READERS = {".json": (scan_json, parse_json), ".jsonl": (scan_json, parse_json), ".csv": (scan_csv, parse_csv),
+           ".txt": (scan_text, parse_text)}
+
+
+def check_columns(source: Source, rows: Rows, stage: str, notes: list) -> Source:
     """Recognises a layout nobody declared, and makes sure that the columns to be read exist at all."""
-    keys = list(dict.fromkeys(str(key) for row in rows if isinstance(row.data, dict) for key in row.data))
+    keys = list(dict.fromkeys(key for file, _ in rows.files for key in file.keys))
     if not source.formatting:
         source = recognise(source, rows, keys, stage)
         told = ", ".join(f"{role} = {column}" for role, column in source.columns.items())
@@ -307,7 +465,7 @@ def check_columns(source: Source, rows: list[Row], stage: str, notes: list) -> S
     return source
 
 
-def recognise(source: Source, rows: list[Row], keys: list[str], stage: str) -> Source:
+def recognise(source: Source, rows: Rows, keys: list[str], stage: str) -> Source:
     """The layout of a data file given by its path, from the names of its columns and of the roles inside."""
     if not keys:
         raise ValueError(f"{source.files[0]}: no row of it is an object with columns; row {rows[0].number} is "

@@ -75,8 +75,12 @@ def encode_pieces(tokenizer, piece_lists):
     """
     texts = list({piece: None for pieces in piece_lists for piece in pieces if isinstance(piece, str)})
     ids = dict(zip(texts, tokenizer.encode_batch(texts)))
-    return [[i for piece in pieces for i in (ids[piece] if isinstance(piece, str) else (piece,))]
-            for pieces in piece_lists]
+    found = []
+    for pieces in piece_lists:
+        found.append([])
+        for piece in pieces:
+            found[-1] += ids[piece] if isinstance(piece, str) else (piece,)
+    return found
 
 
 def render_turns(template, tokenizer, messages, system=None, tools=None, settings=Settings(), only_last=False):

@@ -11,6 +11,7 @@ Read next: templates.py, which puts a conversation into the pieces that are enco
 a whole dataset; words.py, which makes it fast; vocabularies.py, should the folder have no tokenizer.json.
 Sources: byte-level BPE, Radford et al. 2019 (GPT-2), section 2.2; SentencePiece, arXiv:1808.06226.
 """
+import hashlib
 import json
 import re
 import shutil
@@ -71,6 +72,15 @@ class Tokenizer:
     def knows(self, token):
         """Is this text always one token? (Qwen's vocabulary has a piece `</s>` too, but cuts the text otherwise.)"""
         return token in (added.content for added in self.core.get_added_tokens_decoder().values())
+
+    def sign(self):
+        """A checksum of all that decides which ids a text becomes."""
+        folder = Path(self.source or "unnamed")
+        path = folder / "tokenizer.json"
+        path = path if path.is_file() else find_vocabulary(folder)
+        added = {i: fields_of(token) for i, token in self.core.get_added_tokens_decoder().items()}
+        told = json.dumps([self.config, added, self.split_special_tokens])
+        return hashlib.sha256((path.read_bytes() if path else self.core.to_str().encode()) + told.encode()).hexdigest()
 
     def encode(self, text):
         """text -> list of ids. Never adds bos or eos."""

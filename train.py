@@ -32,7 +32,7 @@ from tqdm import tqdm
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, write_checksums, write_json)
-from data import collate, epoch_order, evened, load_examples, micro_batches, print_counts
+from data import collate, epoch_order, evened, kept_in, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
 from generate import context_length
 from linear import PRODUCTS, pick_product, torch_product
@@ -44,7 +44,7 @@ from parallel import Gradients, Ranks, end_ranks, start_ranks
 from plan import in_words, largest_rows, lightest, memory_plan, plan_lines
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
-                    remove_old_checkpoints, room_for, rows_sign, usable_best)
+                    remove_old_checkpoints, room_for, usable_best)
 from room import advice, available_bytes, explain_oom, out_of_memory
 from shard import CutGradients, cut, empty_model, fill, idle_batches, is_cut, print_shards, rows_of, take_part
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
@@ -83,11 +83,12 @@ def main(argv):
     print_pairs("environment", {**versions(), "device": device_name(device), "template": f"{template.name} ({why})"})
     for note in [*shape.notes, *(f"template {template.name}: {remark}" for remark in remarks)]:
         print(f"  note: {note}")
-    train_set, eval_set, counts = load_examples(config, tokenizer, template)
+    with ranks.one_per_host_first():                # it tokenises; the others find what it has written
+        train_set, eval_set, counts = load_examples(config, tokenizer, template, folder=kept_in(config))
     print_counts(counts)
     if eval_set and not config.do_eval:
         print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch would use them")
-    check_examples(train_set + eval_set, shape, tokenizer)
+    check_examples([train_set, eval_set], shape, tokenizer)
     print_example(tokenizer, train_set[0].input_ids, train_set[0].labels)
 
     # ---- the plan: steps and memory, before anything is loaded
@@ -144,7 +145,7 @@ def main(argv):
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel),
              "product": ranks.from_main(lambda: products.taken), "loss_total": 0.0,
              "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
-             "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": rows_sign(train_set)}
+             "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, learnt)
     if resume:
@@ -338,13 +339,13 @@ def check_dtype(config, device):
         raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set fp16: true instead")
 
 
-def check_examples(examples, shape, tokenizer):
+def check_examples(splits, shape, tokenizer):
     """Raises ValueError for a token id that the model lacks; prints a note for examples longer than its context."""
-    largest = max(int(example.input_ids.max()) for example in examples)
+    largest = max(examples.largest_id for examples in splits)
     if largest >= shape.vocab_size:
         raise ValueError(f"the data hold token id {largest} ({tokenizer.decode([largest])!r}), and the model knows ids 0 "
                          f"to {shape.vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
-    longest, made_for = max(max(example.lengths) for example in examples), context_length(shape)
+    longest, made_for = max(examples.longest for examples in splits), context_length(shape)
     if longest > made_for:
         print(f"  note: rows have up to {longest:,} tokens, and the model was made for {made_for:,} "
               "(max_position_embeddings)")
@@ -450,7 +451,7 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks) -> dic
     """The start page's figures; `memory` holds the model without its weights."""
     model = memory.asked["model"]
     trained, total = sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
-    tokens = sum(len(example.input_ids) for example in train_set)
+    tokens = int(train_set.sizes.sum())
     rows = rows_per_step(config, ranks)
     again = rows_twice(config, train_set, ranks)
     base = model.model.layers[0].self_attn.o_proj.weight.dtype
@@ -505,7 +506,7 @@ def rows_per_step(config, ranks: Ranks) -> int:
 def same_everywhere(ranks: Ranks, weights, rows: str):
     """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may.
 
-    rows: see rows_sign.
+    rows: a checksum, see Examples in store.py.
     """
     mine = [float(sum(p.double().abs().sum() for p in weights.values() if not is_cut(p))), zlib.crc32(rows.encode())]
     found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]

@@ -80,10 +80,10 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (None, """model_name_or_path adapter_name_or_path cache_dir export_dir template dataset eval_dataset
      max_samples packing tool_format default_system additional_target lora_alpha loraplus_lr_ratio early_stopping_steps
      output_dir neftune_noise_alpha moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model data_seed
-     resume_from_checkpoint warmup_ratio"""),
+     resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers"""),
     (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
      preserve_thinking create_new_adapter use_rslora disable_shuffling plot_loss bf16 fp16 logging_first_step
-     save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir"""),
+     save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir overwrite_cache"""),
     (True, "enable_thinking do_sample skip_special_tokens"),
     ("auto", "flash_attn infer_dtype"), ("main", "model_revision"), ("cpu", "export_device"), ("data", "dataset_dir"),
     (["all"], "lora_target"), ("sft", "stage"), ("lora", "finetuning_type"), ("linear", "lr_scheduler_type"),
@@ -177,8 +177,7 @@ def test_published_yaml_of_a_lora_run():
     config = load("--config", str(SHARED / "configs/llama3_lora_sft.yaml"), script="train")
     assert (config.dataset, config.learning_rate, config.lora_alpha) == (["identity", "alpaca_en_demo"], 1e-4, 16)
     assert config.resume_from_checkpoint is None and config.bf16 is True and config.warmup_ratio == 0.1
-    assert ignored_keys(config) == ["trust_remote_code", "overwrite_cache", "preprocessing_num_workers",
-                                    "dataloader_num_workers"]
+    assert ignored_keys(config) == ["trust_remote_code", "dataloader_num_workers"]
     assert load(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template == "llama3"
     merge = load(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out", script="merge")
     assert merge.output_dir == "saves/llama3-8b/lora/sft"
@@ -213,7 +212,7 @@ def test_published_flags_without_a_file():
 def test_recorded_runs(path):
     script = "merge" if path.parent.name.startswith("export") else "train"
     config = load(str(path), script=script)
-    assert ignored_keys(config) == (["overwrite_cache"] if script == "train" else [])
+    assert ignored_keys(config) == []
     assert config.neat_packing is (path.parent.name == "sft_packing")           # docs/differences.md
     assert config.packing is (path.parent.name in ("sft_packing", "pt"))
 
