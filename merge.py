@@ -5,15 +5,22 @@
 
 No model is built. Every tensor passes from the base's files into new ones a block of rows at a time, so a 70B
 checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once, to the base's dtype.
+Writing takes longest: while one block is written, threads read and sum the next ones, so that a merge takes about as
+long as copying the files.
 
 Read before: lora.py (merged_weight), checkpoint.py (how adapters are checked and files are streamed).
 Paper: LoRA arXiv:2106.09685, section 4.1.
 """
 import math
+import os
 import shutil
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from config import ignored_keys, load_config, run
@@ -34,6 +41,7 @@ from tokenizer import load_tokenizer, read_json
 from vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
+MAX_THREADS = 4                 # more find nothing to do: one writes while the others sum
 # how text is read and rendered; training settles all of it, so it comes from one folder, never from two
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
               "chat_template.jinja", "chat_template.json", "train_config.json")
@@ -108,8 +116,9 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
         if template and ((text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)):
             fit_text_files(text_source, work, template, force_template, fields)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
+            ready = ahead(work_on(plan, device))
             write_tensors(work, {name: (t.shape, t.dtype) for name, t in plan.items()},
-                          lambda name: blocks(name, plan[name], device), shard_bytes, bar.update)
+                          lambda name: islice(ready, len(list(row_blocks(plan[name].shape)))), shard_bytes, bar.update)
         if untied:
             fields["tie_word_embeddings"] = False
         if dtype:
@@ -215,43 +224,66 @@ def changes_of(adapter, base) -> dict[str, Change]:
 # ---- the work ---------------------------------------------------------------------------------------------------
 
 
-def blocks(name, tensor: Planned, device):
-    """The rows of one finished tensor, in order, BLOCK numbers at a time.
+def ahead(makers):
+    """What the functions of an iterator return, in their order; threads call them a few places before their turn.
 
-    Files are opened for each block: what was read of a mapped file counts as memory for as long as it is open.
+    One thread a core, each with one core to itself: torch's own threads would wait for each other and for the writing.
     """
-    def read(file, key, rows=...):
-        with open_tensors(file) as tensors:
-            return tensors.get_slice(key)[rows].to(device)
+    cores, before, waiting = os.cpu_count() or 1, torch.get_num_threads(), deque()
+    try:
+        with ThreadPoolExecutor(min(cores, MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for make in makers:
+                waiting.append(pool.submit(make))
+                if len(waiting) > min(cores, MAX_THREADS):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(before)
 
-    stacked = len(tensor.shape) == 3
-    lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight") for c in tensor.changes]    # (r, in)
-    highs = [read(c.file, c.key + ".lora_B.weight") if stacked and A is not None else None
-             for c, A in zip(tensor.changes, lows)]
-    for rows in row_blocks(tensor.shape):
-        block = read(tensor.file, tensor.key, rows)
-        for change, A, B in zip(tensor.changes, lows, highs):
-            if change.scale is None:
-                block = read(change.file, change.key, rows)
-                continue
-            if change.has_copy:
-                check_copy(block, read(change.file, change.key + ".base_layer.weight", rows), name, change.file)
-            if stacked:                                                 # rows of one expert: (1, some of in, out)
-                expert, part = rows[0].start, rows[1]
-                low, high = expert_matrices(A, B, tensor.shape[0], expert)
-                A_e, B_e = (low, high) if change.swapped else (high.T, low.T)                   # (r, out), (in, r)
-                block = merged_weight(block[0].float(), A_e, B_e[part], change.scale)[None]
-            else:
-                B = read(change.file, change.key + ".lora_B.weight", rows)                      # (rows, r)
-                block = merged_weight(block.float(), A, B, change.scale)
-        if tensor.changes and not block.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} holds NaN or "
-                             "infinity")
-        rounded = block.to(tensor.dtype)
-        if tensor.dtype == torch.float16 and block.dtype != torch.float16 and not rounded.isfinite().all():
-            raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, which ends at "
-                             "65,504; set infer_dtype: bfloat16")
-        yield rounded
+
+def work_on(plan, device):
+    """A function for each block of rows of each tensor, in order; called, it returns the finished rows."""
+    for name, tensor in plan.items():
+        # A is needed by all rows of a matrix, B by those of a stack; else B is read with the rows
+        lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight", device) for c in tensor.changes]
+        highs = [read(c.file, c.key + ".lora_B.weight", device) if len(tensor.shape) == 3 and A is not None else None
+                 for c, A in zip(tensor.changes, lows)]
+        for rows in row_blocks(tensor.shape):
+            yield partial(finished, name, tensor, rows, lows, highs, device)
+
+
+def read(file, key, device, rows=...):
+    """A tensor in a file, or some of its rows. The file is opened anew: what was read of a mapped file counts as memory
+    for as long as it is open."""
+    with open_tensors(file) as tensors:
+        return tensors.get_slice(key)[rows].to(device)
+
+
+def finished(name, tensor: Planned, rows, lows, highs, device):
+    """Rows of one tensor of the new checkpoint. lows: of each change A (r, in); highs: for stacks of matrices, B."""
+    block = read(tensor.file, tensor.key, device, rows)
+    for change, A, B in zip(tensor.changes, lows, highs):
+        if change.scale is None:
+            block = read(change.file, change.key, device, rows)
+            continue
+        if change.has_copy:
+            check_copy(block, read(change.file, change.key + ".base_layer.weight", device, rows), name, change.file)
+        if B is not None:                                               # rows of one expert: (1, some of in, out)
+            expert, part = rows[0].start, rows[1]
+            low, high = expert_matrices(A, B, tensor.shape[0], expert)
+            A_e, B_e = (low, high) if change.swapped else (high.T, low.T)                       # (r, out), (in, r)
+            block = merged_weight(block[0].float(), A_e, B_e[part], change.scale)[None]
+        else:
+            B = read(change.file, change.key + ".lora_B.weight", device, rows)                  # (rows, r)
+            block = merged_weight(block.float(), A, B, change.scale)
+    if tensor.changes and not block.sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} holds NaN or infinity")
+    rounded = block.to(tensor.dtype)
+    if tensor.dtype == torch.float16 and block.dtype != torch.float16 and not rounded.isfinite().all():
+        raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, which ends at "
+                         "65,504; set infer_dtype: bfloat16")
+    return rounded
 
 
 def row_blocks(shape):
