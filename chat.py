@@ -8,7 +8,8 @@
 config → which weights → chat format → sampling → model → turns. The chat format is the one stored with the adapter;
 what was computed for the unchanged beginning of a conversation is kept from turn to turn.
 
-Read before: templates.py (encode_prompt), generate.py (the loop over tokens). Read after: merge.py.
+Read before: templates.py (encode_prompt), generate.py (the loop over tokens), decode.py (what makes it fast).
+Read after: merge.py.
 Source: the prompts, the two commands and the sampling defaults are those of `llamafactory-cli chat`.
 """
 import sys
@@ -26,9 +27,11 @@ import torch
 
 from checkpoint import (DTYPES, checkpoints_in, find_checkpoint, folded_under, load_with_adapters, read_adapter_config,
                         warn_of_folded)
+from decode import prepare
 from families import model_config, read_config_json
 from generate import Sampling, common_prefix, context_length, generate
 from model import CausalLM, KVCache, attention_needs
+from room import available_bytes
 from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer, stored_template
 from tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
 
@@ -105,8 +108,10 @@ def main(argv):
 
     # ---- model
     with explained_out_of_memory(device):
-        model = load_with_adapters(base, adapters, dtype, device)
-    dtype = model.lm_head.weight.dtype
+        model = load_with_adapters(base, adapters, dtype, device, fold_last=config.fast_chat)
+        dtype = model.lm_head.weight.dtype
+        if config.fast_chat:
+            say("\n".join(prepare(model, available_bytes(device))))
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False, **attention_needs(shape))
     model.kernel = choice.kernel
     say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}")

@@ -500,15 +500,17 @@ def warn_of_folded(adapters: list) -> str:
     return ""
 
 
-def load_with_adapters(folder, adapters: list, dtype=None, device="cpu") -> CausalLM:
+def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_last: bool = False) -> CausalLM:
     """Base model with adapters, for inference: all but the last are folded in, the last stays beside the weights.
 
     A and B take the base's dtype: in float32, which the optimizer needs, each decoding step would convert them anew.
+    fold_last: the last one is folded in too, which makes the very weights that merge.py writes, and saves two products
+    for each layer and token.
     """
     model = load_model(folder, dtype, device)
     for index, adapter in enumerate(adapters):
         load_adapter(model, adapter)
-        if index < len(adapters) - 1:
+        if index < len(adapters) - 1 or fold_last:
             merge_adapters(model)
     for layer in lora_layers(model).values():
         layer.to(layer.weight.dtype)

@@ -160,6 +160,7 @@ class Config:
     max_length: int = key(1024, "longest prompt and reply together, if max_new_tokens is 0", low=1)
     skip_special_tokens: bool = key(True, "do not print special tokens of the reply")
     prompt: str | None = key(None, "chat.py: answer this and end")
+    fast_chat: bool = key(True, "chat.py: adapter folded into the weights, weights laid out anew (false: as in training)")
     raw: bool = key(False, "chat.py: show the rendered prompt as ids and text")
     jsonl: str | None = key(None, "data.py: write every processed row to this file", "show")
 
@@ -345,7 +346,7 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("dry_run", "time_limit", "force_resume", "even_batches", "force_template",
+OWN_KEYS = ("dry_run", "fast_chat", "time_limit", "force_resume", "even_batches", "force_template",
             "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases

@@ -7,13 +7,13 @@ both undone by nothing and seen by no caller:
 
     joined matrices     q, k, v read the same input, gate and up too: as one matrix each they are one product, not five.
                         The decoder has such blocks anyway (Switches.fused_qkv, fused_gate_up); the rows are the same
-    quick products      on a CPU oneDNN's product, in 16 bits on weights laid out as it likes them; torch's own takes one
-                        core in float32, and lays the weights out anew for each token in 16 bits
+    quick products      on a CPU oneDNN's product, in 16 bits on weights laid out as it likes them; torch's own takes
+                        one core in float32, and lays the weights out anew for each token in 16 bits
 
 Training does none of it, so the modules as model.py has them are the readable twin; a test holds the two together.
 
 Read before: model.py (Attention, MLP), generate.py (the loop over tokens). Read after: chat.py, which calls it.
-Sources: oneDNN's documentation of inner product and of memory formats; measured by bench/decode.py.
+Sources: oneDNN's documentation of inner product and of memory formats.
 """
 import time
 from dataclasses import replace

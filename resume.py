@@ -231,7 +231,7 @@ HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
 NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume", "time_limit",
                 "dry_run", "cache_dir", "tokenized_path", "overwrite_cache",
                 "preprocessing_num_workers", "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
-                "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "raw", "jsonl",
+                "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw", "jsonl",
                 "export_dir", "export_size", "export_device", "overwrite")
 
 

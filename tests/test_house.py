@@ -12,7 +12,7 @@ LEVELS = (      # a file imports files of earlier lines only; scripts, the last 
     ("vocabularies", "formats", "sandbox", "linear", "words", "workers"),
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
     ("model", "lora", "templates", "rows"),
-    ("checkpoint", "plan", "store"),
+    ("checkpoint", "plan", "store", "decode"),
     ("data", "resume", "room", "shard"),
     ("train", "chat", "merge"),
 )
