@@ -1,0 +1,239 @@
+"""What the benchmarks share: the peer's environment, a child whose time and memory are taken, turns, tables, results.
+
+    peer = peer_python("llamafactory==0.9.5")                      an environment of its own, made on first use
+    runs = in_turn({"ours": run_ours, "peer": run_peer}, times=3)  ours, peer, ours, peer, …
+    save("cpu", runs, …)                                           bench/results/cpu-<machine>.json
+
+A result (JSON) always has the same fields: script, command, commit, date, machine, versions, dtype, seed, settings,
+runs (for each name a list, one dict of raw figures a run), summary (medians), ratios (peer's median over ours).
+
+Nothing here imports torch: a child's peak memory begins at that of the program that started it, so that this one has
+to stay small (see Child).
+Read before: docs/speed.md, how to run each benchmark. Read next: cpu.py beside this file.
+Sources: getrusage(2), proc_pid_smaps(5); medians because a busy machine makes some runs slower and none faster.
+"""
+import json
+import os
+import platform
+import re
+import selectors
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+SHARED = Path(os.environ.get("POCKET_SHARED", ROOT.parent / "shared"))
+SAMPLE_SECONDS = 0.2            # how often the memory of a child with children of its own is looked at
+SHIM = """import importlib.metadata, json, sys
+found = {"python": ".".join(map(str, sys.version_info[:3]))}
+for name in sys.argv[1:]:
+    try:
+        found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))"""
+
+
+# ---- the peer's environment -------------------------------------------------------------------------------------
+
+
+def peer_python(packages, given=None, folder=None, python=sys.executable) -> str:
+    """Path of a python that has `packages` (pip requirements in one string).
+
+    given: such a python that is there already. Else a virtual environment is made in `folder` (default bench/.peer,
+    which git ignores) with `python` and pip, once for each list of packages. Raises FileNotFoundError or RuntimeError.
+    """
+    if given:
+        if not Path(given).is_file():
+            raise FileNotFoundError(f"--peer-python {given}: there is no such file")
+        return str(given)
+    folder = Path(folder or BENCH / ".peer")
+    made, mark = folder / "bin" / "python", folder / "installed.txt"
+    if mark.is_file() and mark.read_text() == packages:
+        return str(made)
+    print(f"installing {packages} into {folder} (once; some minutes)", flush=True)
+    for command in ([python, "-m", "venv", str(folder)], [str(made), "-m", "pip", "install", "-q", *packages.split()]):
+        if subprocess.run(command).returncode:
+            raise RuntimeError(f"{' '.join(command)} failed; see above. A python that has the peer can be named with "
+                               "--peer-python")
+    mark.write_text(packages)
+    return str(made)
+
+
+def versions_of(python, *packages) -> dict:
+    """Versions of python and of these packages in the environment of `python`; what it lacks is left out."""
+    out = subprocess.run([str(python), "-c", SHIM, *packages], capture_output=True, text=True, check=True).stdout
+    return json.loads(out)
+
+
+# ---- a child, its time and its memory ---------------------------------------------------------------------------
+
+
+@dataclass
+class Child:
+    """What a finished program took. lines: (seconds since the start, text) of all that it printed, both streams.
+
+    peak_bytes: the largest resident memory, of the largest of its processes (wait4) or of all together (their shares,
+    PSS, sampled), whichever is more. seconds: wall time. cpu_seconds: of all cores together.
+    """
+    seconds: float
+    peak_bytes: int
+    cpu_seconds: float
+    code: int
+    lines: list = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line for _, line in self.lines)
+
+
+def run_child(command, env=None, cwd=None, limit=3600, must_work=True) -> Child:
+    """Run a command to its end and account for it; its output is read as it comes, so that lines have true times.
+
+    env: added to this program's. limit: seconds after which it is ended with all its children. Raises RuntimeError
+    with the last lines if it fails, unless must_work is False.
+    """
+    command = [str(part) for part in command]
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd,
+                             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}), start_new_session=True)
+    lines, together, rest, sampled = [], 0, b"", 0.0
+    with selectors.DefaultSelector() as watched:
+        watched.register(child.stdout, selectors.EVENT_READ)
+        while True:
+            ready, now = watched.select(SAMPLE_SECONDS), time.perf_counter() - start
+            if now - sampled > SAMPLE_SECONDS:
+                together, sampled = max(together, memory_of_family(child.pid)), now
+            if now > limit:
+                os.killpg(child.pid, signal.SIGKILL)
+            if ready:
+                data = os.read(child.stdout.fileno(), 1 << 16)
+                if not data:
+                    break
+                *whole, rest = re.split(rb"[\r\n]", rest + data)                    # bars end their lines with \r
+                lines += [(now, line.decode(errors="replace")) for line in whole if line.strip()]
+    _, status, used = os.wait4(child.pid, 0)
+    seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+    child.stdout.close()
+    if rest.strip():
+        lines.append((seconds, rest.decode(errors="replace")))
+    found = Child(seconds, max(used.ru_maxrss * 1024, together), used.ru_utime + used.ru_stime, child.returncode, lines)
+    if must_work and found.code:
+        raise RuntimeError(f"{' '.join(command)} ended with {found.code}:\n" + "\n".join(found.text.splitlines()[-25:]))
+    return found
+
+
+def memory_of_family(pid: int) -> int:
+    """Bytes that a process and its children hold together, what they share counted once; 0 for one without children:
+    wait4 tells that exactly."""
+    family, todo = [], [pid]
+    while todo:
+        family.append(todo.pop())
+        try:
+            tasks = list(Path(f"/proc/{family[-1]}/task").iterdir())
+            todo += [int(one) for task in tasks for one in (task / "children").read_text().split()]
+        except OSError:                                             # it has ended meanwhile, or this is not Linux
+            pass
+    return sum(map(share_of, family)) if len(family) > 1 else 0
+
+
+def share_of(pid: int) -> int:
+    """A process's proportional share of resident memory in bytes; 0 when it is gone."""
+    try:
+        found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+# ---- several times in turn --------------------------------------------------------------------------------------
+
+
+def in_turn(programs: dict, times: int) -> dict:
+    """Call each of {name: function()} once a round, `times` rounds; {name: [what it returned, a dict of figures]}."""
+    runs = {name: [] for name in programs}
+    for number in range(1, times + 1):
+        for name, program in programs.items():
+            begun = time.perf_counter()
+            runs[name].append(program())
+            print(f"  round {number} of {times}: {name} done in {time.perf_counter() - begun:.1f} s", flush=True)
+    return runs
+
+
+def medians(runs: list) -> dict:
+    """The median of each figure that is one number in every run."""
+    keys = [key for key, value in runs[0].items() if isinstance(value, (int, float))]
+    return {key: statistics.median(run[key] for run in runs) for key in keys
+            if all(isinstance(run.get(key), (int, float)) for run in runs)}
+
+
+def ratios(summary: dict, ours="ours", peer="peer") -> dict:
+    """For each figure that both have: the peer's median over ours."""
+    return {key: summary[peer][key] / summary[ours][key] for key in summary[ours]
+            if summary[ours][key] and key in summary.get(peer, {})}
+
+
+# ---- where it ran, and what is kept -----------------------------------------------------------------------------
+
+
+def machine(gpu: str = "") -> dict:
+    """Processor, cores that this program may use, memory in GiB, system; with a GPU its name first."""
+    def first(path, pattern):
+        text = Path(path).read_text() if Path(path).is_file() else ""
+        found = re.search(pattern, text, re.M)
+        return found[1].strip() if found else ""
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = first("/proc/cpuinfo", r"^model name\s*:(.*)$") or platform.processor() or platform.machine()
+    memory = int(first("/proc/meminfo", r"^MemTotal:\s+(\d+) kB") or 0) / 2**20
+    return ({"gpu": gpu} if gpu else {}) | {"cpu": cpu, "cores": cores, "memory_gib": round(memory, 1),
+                                            "system": f"{platform.system()} {platform.release()}"}
+
+
+def slug(where: dict) -> str:
+    """The machine's name in file names: of the GPU, else processor and cores."""
+    name = where.get("gpu") or f"{where['cpu']} {where['cores']} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def commit() -> str:
+    """The commit that is measured, with + if files differ from it; "unknown" outside a git checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    head = git("rev-parse", "--short", "HEAD")
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+
+
+def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings: dict, gpu: str = "", folder=None,
+         **more) -> Path:
+    """Write bench/results/<script>-<machine>.json with the fields that all results have, and `more`; returns its path."""
+    where, summary = machine(gpu), {name: medians(found) for name, found in runs.items() if found}
+    result = {"script": f"bench/{script}.py", "command": " ".join(["python", f"bench/{script}.py", *sys.argv[1:]]),
+              "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M %z"), "machine": where, "versions": versions,
+              "dtype": dtype, "seed": seed, "settings": settings, "runs": runs, "summary": summary,
+              "ratios": ratios(summary) if "ours" in summary else {}, **more}
+    path = Path(folder or BENCH / "results") / f"{script}-{slug(where)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nwritten to {path}")
+    return path
+
+
+def table(header: list, rows: list) -> str:
+    """Columns as a Markdown table whose bars stand below one another; numbers to the right."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    right = [all(re.match(r"[-+≥≤<]?\s?[\d.]", row[i]) or row[i] in ("", "-") for row in cells[1:])
+             for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)) + " |"
+             for row in cells]
+    rule = "|" + "|".join("-" * (w + 1) + ":" if r else "-" * (w + 2) for w, r in zip(widths, right)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
