@@ -28,8 +28,9 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 SHARED = Path(os.environ.get("POCKET_SHARED", ROOT.parent / "shared"))
-SAMPLE_SECONDS = 0.2            # how often the memory of a child with children of its own is looked at
-SHIM = """import importlib.metadata, json, sys
+LOOK_SECONDS = 0.02             # how often a child's output is looked at
+SAMPLE_SECONDS = 0.2            # and the memory of one with children of its own
+ASK_VERSIONS = """import importlib.metadata, json, sys
 found = {"python": ".".join(map(str, sys.version_info[:3]))}
 for name in sys.argv[1:]:
     try:
@@ -67,7 +68,7 @@ def peer_python(packages, given=None, folder=None, python=sys.executable) -> str
 
 def versions_of(python, *packages) -> dict:
     """Versions of python and of these packages in the environment of `python`; what it lacks is left out."""
-    out = subprocess.run([str(python), "-c", SHIM, *packages], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([str(python), "-c", ASK_VERSIONS, *packages], capture_output=True, text=True, check=True).stdout
     return json.loads(out)
 
 
@@ -76,7 +77,8 @@ def versions_of(python, *packages) -> dict:
 
 @dataclass
 class Child:
-    """What a finished program took. lines: (seconds since the start, text) of all that it printed, both streams.
+    """What a finished program took. lines: (seconds since the start, text) of all that it printed, both streams, and
+    `watched` the same of a file that it wrote.
 
     peak_bytes: the largest resident memory, of the largest of its processes (wait4) or of all together (their shares,
     PSS, sampled), whichever is more. seconds: wall time. cpu_seconds: of all cores together.
@@ -86,46 +88,58 @@ class Child:
     cpu_seconds: float
     code: int
     lines: list = field(default_factory=list)
+    watched: list = field(default_factory=list)
 
     @property
     def text(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
 
-def run_child(command, env=None, cwd=None, limit=3600, must_work=True) -> Child:
+def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=None) -> Child:
     """Run a command to its end and account for it; its output is read as it comes, so that lines have true times.
 
-    env: added to this program's. limit: seconds after which it is ended with all its children. Raises RuntimeError
-    with the last lines if it fails, unless must_work is False.
+    env: added to this program's. limit: seconds after which it is ended with all its children. watch: a file that it
+    will write line by line. Raises RuntimeError with the last lines if it fails, unless must_work is False.
     """
-    command = [str(part) for part in command]
-    start = time.perf_counter()
+    command, start = [str(part) for part in command], time.perf_counter()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd,
                              env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}), start_new_session=True)
-    lines, together, rest, sampled = [], 0, b"", 0.0
-    with selectors.DefaultSelector() as watched:
-        watched.register(child.stdout, selectors.EVENT_READ)
-        while True:
-            ready, now = watched.select(SAMPLE_SECONDS), time.perf_counter() - start
-            if now - sampled > SAMPLE_SECONDS:
-                together, sampled = max(together, memory_of_family(child.pid)), now
-            if now > limit:
+    printed, written, together, sampled = Lines(start), Lines(start), 0, 0.0
+    with selectors.DefaultSelector() as ready:
+        ready.register(child.stdout, selectors.EVENT_READ)
+        data = b""
+        while data is not None:
+            data = os.read(child.stdout.fileno(), 1 << 16) or None if ready.select(LOOK_SECONDS) else b""
+            printed.add(data or b"")
+            if watch and os.path.isfile(watch):
+                with open(watch, "rb") as file:
+                    file.seek(written.bytes)
+                    written.add(file.read())
+            if time.perf_counter() - sampled > SAMPLE_SECONDS:
+                together, sampled = max(together, memory_of_family(child.pid)), time.perf_counter()
+            if time.perf_counter() - start > limit:
                 os.killpg(child.pid, signal.SIGKILL)
-            if ready:
-                data = os.read(child.stdout.fileno(), 1 << 16)
-                if not data:
-                    break
-                *whole, rest = re.split(rb"[\r\n]", rest + data)                    # bars end their lines with \r
-                lines += [(now, line.decode(errors="replace")) for line in whole if line.strip()]
     _, status, used = os.wait4(child.pid, 0)
     seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
     child.stdout.close()
-    if rest.strip():
-        lines.append((seconds, rest.decode(errors="replace")))
-    found = Child(seconds, max(used.ru_maxrss * 1024, together), used.ru_utime + used.ru_stime, child.returncode, lines)
+    printed.add(b"\n")
+    found = Child(seconds, max(used.ru_maxrss * 1024, together), used.ru_utime + used.ru_stime, child.returncode,
+                  printed.lines, written.lines)
     if must_work and found.code:
         raise RuntimeError(f"{' '.join(command)} ended with {found.code}:\n" + "\n".join(found.text.splitlines()[-25:]))
     return found
+
+
+class Lines:
+    """Bytes as they come, cut into lines with the seconds since `start`; bars end their lines with a carriage return."""
+
+    def __init__(self, start: float):
+        self.start, self.lines, self.rest, self.bytes = start, [], b"", 0
+
+    def add(self, data: bytes):
+        *whole, self.rest = re.split(rb"[\r\n]", self.rest + data)
+        now, self.bytes = time.perf_counter() - self.start, self.bytes + len(data)
+        self.lines += [(now, line.decode(errors="replace")) for line in whole if line.strip()]
 
 
 def memory_of_family(pid: int) -> int:
