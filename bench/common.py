@@ -68,8 +68,8 @@ def peer_python(packages, given=None, folder=None, python=sys.executable) -> str
 
 def versions_of(python, *packages) -> dict:
     """Versions of python and of these packages in the environment of `python`; what it lacks is left out."""
-    out = subprocess.run([str(python), "-c", ASK_VERSIONS, *packages], capture_output=True, text=True, check=True).stdout
-    return json.loads(out)
+    asked = subprocess.run([str(python), "-c", ASK_VERSIONS, *packages], capture_output=True, text=True, check=True)
+    return json.loads(asked.stdout)
 
 
 # ---- a child, its time and its memory ---------------------------------------------------------------------------
@@ -102,8 +102,8 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
     will write line by line. Raises RuntimeError with the last lines if it fails, unless must_work is False.
     """
     command, start = [str(part) for part in command], time.perf_counter()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=cwd,
-                             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}), start_new_session=True)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}), start_new_session=True)
     printed, written, together, sampled = Lines(start), Lines(start), 0, 0.0
     with selectors.DefaultSelector() as ready:
         ready.register(child.stdout, selectors.EVENT_READ)
@@ -131,7 +131,7 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
 
 
 class Lines:
-    """Bytes as they come, cut into lines with the seconds since `start`; bars end their lines with a carriage return."""
+    """Bytes as they come, cut into lines, each with its seconds since `start`; bars end theirs with a carriage return."""
 
     def __init__(self, start: float):
         self.start, self.lines, self.rest, self.bytes = start, [], b"", 0
@@ -228,7 +228,7 @@ def commit() -> str:
 
 def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings: dict, gpu: str = "", folder=None,
          **more) -> Path:
-    """Write bench/results/<script>-<machine>.json with the fields that all results have, and `more`; returns its path."""
+    """Write bench/results/<script>-<machine>.json, with the fields that all results have and `more`; returns its path."""
     where, summary = machine(gpu), {name: medians(found) for name, found in runs.items() if found}
     result = {"script": f"bench/{script}.py", "command": " ".join(["python", f"bench/{script}.py", *sys.argv[1:]]),
               "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M %z"), "machine": where, "versions": versions,

@@ -1,0 +1,180 @@
+"""Train the same small model with this program and with LLaMA-Factory, on a CPU, in turn: speed, start, memory, loss.
+
+    python bench/cpu.py                          installs LLaMA-Factory 0.9.5 into bench/.peer on first use; 10 minutes
+    python bench/cpu.py --peer-python PATH       a python that has it already
+    python bench/cpu.py --bf16 --times 1         other figures: 16 bits (then also of the peer), one round
+    python bench/cpu.py disable_gradient_checkpointing=true       other settings, for both
+
+Both get the same yaml, the same random checkpoint (llama, hidden 512, ffn 1408, 8 layers, 8 heads on 4 key/value heads,
+vocabulary 128,256) and the same LoRA adapter (rank 8, all linear layers) to begin with. Each counts the tokens it
+trains on itself, without padding; where the counts differ the benchmark stops. A step is over when its line is in
+trainer_log.jsonl, which both write; steady are the steps after --warm-up. Memory is that of the largest process or of
+all together, whichever is more.
+
+Read before: common.py (how a child is measured), random_model.py. Read next: docs/speed.md, scaling.py.
+Peer: LLaMA-Factory, arXiv:2403.13372.
+"""
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import yaml
+
+from bench.common import BENCH, ROOT, SHARED, in_turn, medians, peer_python, run_child, save, table, versions_of
+
+PEER = "llamafactory==0.9.5"
+WORK = BENCH / ".work" / "cpu"
+STUB = "__version__ = '0'\n"
+GOALS = (   # figure, its name in the table, how it is printed, the goal for the ratio and its words
+    ("tokens_per_second", "real tokens/s, steady", "{:,.0f}", 3, "≥ 3 ×"),
+    ("median_step_tokens_per_second", "the same, of the median step", "{:,.0f}", 3, "≥ 3 ×"),
+    ("first_step_seconds", "command to first optimizer step, s", "{:.2f}", 1 / 4, "≤ 1/4"),
+    ("peak_bytes", "peak resident memory, GiB", "{:.2f}", 1 / 2, "≤ 1/2"),
+    ("seconds", "wall time of the run, s", "{:.1f}", None, ""),
+)
+
+
+# ---- what is run ------------------------------------------------------------------------------------------------
+
+
+def settings(asked, model: Path, data: Path) -> dict:
+    """The yaml that both programs get, but for output_dir."""
+    fixed = {"model_name_or_path": from_root(model), "adapter_name_or_path": from_root(f"{model}-adapter"),
+             "stage": "sft", "do_train": True, "finetuning_type": "lora", "template": "llama3",
+             "dataset": "identity,alpaca_en_demo", "dataset_dir": from_root(data), "cutoff_len": 512, "overwrite_cache": True, "overwrite_output_dir": True,
+             "logging_steps": 1, "save_strategy": "no", "report_to": "none", "per_device_train_batch_size": 2,
+             "gradient_accumulation_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+             "warmup_ratio": 0.1, "max_steps": asked.steps, "seed": 42, "use_cpu": True,
+             "include_num_input_tokens_seen": "non_padding"}
+    if asked.bf16:
+        fixed["bf16"] = True
+    for pair in asked.settings:
+        key, _, value = pair.partition("=")
+        fixed[key] = yaml.safe_load(value)
+    return fixed
+
+
+def from_root(path) -> str:
+    """A path as it is written in the repository's root, where both programs run: the same on every machine."""
+    return os.path.relpath(path, ROOT)
+
+
+def make_model(asked) -> Path:
+    """The random checkpoint and adapter that both start from; made once for each kind."""
+    kind = "tiny" if asked.tiny else "cpu"
+    folder = WORK / f"{kind}-{'bf16' if asked.bf16 else 'float32'}"
+    if not Path(f"{folder}-adapter", "adapter_model.safetensors").is_file():
+        run_child([sys.executable, BENCH / "random_model.py", folder, "--shape", kind, "--tokenizer", asked.tokenizer,
+                   "--dtype", "bfloat16" if asked.bf16 else "float32", "--adapter", 8])
+    return folder
+
+
+def runner(name: str, command: list, config: dict, asked, env: dict):
+    """A function that trains once in a folder of its own and returns the figures of that run."""
+    def train():
+        folder = WORK / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        written = folder / "config.yaml"
+        written.write_text(yaml.safe_dump(config | {"output_dir": from_root(folder / "out")}))
+        offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "cache")}
+        child = run_child([*command, from_root(written)], offline | env, ROOT, watch=folder / "out" / "trainer_log.jsonl")
+        (folder / "printed.txt").write_text(child.text)
+        return figures(child, asked.warm_up)
+
+    return train
+
+
+def figures(child, warm_up: int) -> dict:
+    """The figures of one run, out of the lines that came in trainer_log.jsonl and their times."""
+    steps = [(at, line) for at, text in child.watched if "loss" in (line := json.loads(text))]
+    if len(steps) <= warm_up + 1:
+        raise ValueError(f"{len(steps)} steps were logged, and the first {warm_up} are not counted: raise --steps")
+    times, seen = [at for at, _ in steps], [line["total_tokens"] for _, line in steps]
+    tokens = [now - before for before, now in zip([0, *seen], seen)]
+    took = [now - before for before, now in zip(times, times[1:])]
+    speeds = [count / seconds for count, seconds in zip(tokens[1:], took)][warm_up - 1:]
+    return {"tokens_per_second": sum(tokens[warm_up:]) / (times[-1] - times[warm_up - 1]),
+            "median_step_tokens_per_second": statistics.median(speeds), "first_step_seconds": times[0],
+            "peak_bytes": child.peak_bytes, "seconds": child.seconds, "cpu_seconds": child.cpu_seconds,
+            "losses": [line["loss"] for _, line in steps], "tokens": tokens, "step_times": times}
+
+
+def peer_command(asked) -> tuple[str, list, dict]:
+    """(the peer's python, the command that trains with it, environment variables)."""
+    python = peer_python(PEER, asked.peer_python, asked.peer_folder)
+    env = {"DISABLE_VERSION_CHECK": "1"}        # pip's newest torch and transformers are newer than its release knows
+    if run_child([python, "-c", "import torchaudio"], must_work=False).code:
+        # imported by transformers for audio models, and of no use here; absent or built for another torch
+        (WORK / "stub" / "torchaudio").mkdir(parents=True, exist_ok=True)
+        (WORK / "stub" / "torchaudio" / "__init__.py").write_text(STUB)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(WORK / "stub"), os.environ.get("PYTHONPATH")]))
+        print("note: the peer's torchaudio cannot be imported; an empty module takes its place")
+    return python, [python, "-m", "llamafactory.cli", "train"], env
+
+
+# ---- what is told -----------------------------------------------------------------------------------------------
+
+
+def compare(summary: dict) -> str:
+    """The table of goals: ours, the peer's, ours over the peer's."""
+    rows = []
+    for key, what, form, goal, words in GOALS:
+        pair = [summary[name][key] / (2**30 if key == "peak_bytes" else 1) for name in ("ours", "peer")]
+        found = pair[0] / pair[1]
+        met = "" if goal is None else "yes" if (found >= goal if goal > 1 else found <= goal) else "no"
+        rows.append([what, *map(form.format, pair), f"{found:.2f}", words, met])
+    return table(["what", "ours", "LLaMA-Factory", "ours / theirs", "goal", "met"], rows)
+
+
+def curves(ours: dict, peer: dict) -> str:
+    """Both loss curves side by side, and the largest difference; raises ValueError if they count other tokens."""
+    if ours["tokens"] != peer["tokens"]:
+        at = next(i for i, (a, b) in enumerate(zip(ours["tokens"], peer["tokens"])) if a != b)
+        raise ValueError(f"step {at + 1}: ours counts {ours['tokens'][at]} tokens, the peer {peer['tokens'][at]}: they "
+                         "do not train on the same rows")
+    pairs = list(zip(ours["losses"], peer["losses"]))
+    rows = [[step, count, f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}"]
+            for step, (count, (a, b)) in enumerate(zip(ours["tokens"], pairs), 1)]
+    return table(["step", "tokens", "loss, ours", "loss, peer", "difference"], rows) \
+        + f"\nlargest difference of the losses: {max(abs(a - b) for a, b in pairs):.4f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes of the yaml, for both programs")
+    parser.add_argument("--times", type=int, default=3, help="rounds (default 3)")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of a run (default 20)")
+    parser.add_argument("--warm-up", type=int, default=4, help="steps that are not counted as steady (default 4)")
+    parser.add_argument("--bf16", action="store_true", help="16 bits, with a checkpoint that is stored so")
+    parser.add_argument("--tiny", action="store_true", help="a model of 2 layers, to try the benchmark itself")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3", help="a folder with its files")
+    parser.add_argument("--data", type=Path, default=SHARED / "data", help="a folder with dataset_info.json")
+    parser.add_argument("--peer-python", help="a python that has LLaMA-Factory")
+    parser.add_argument("--peer-folder", help="where its environment is made (default bench/.peer)")
+    parser.add_argument("--no-peer", action="store_true", help="measure this program alone")
+    parser.add_argument("--results", type=Path, help="instead of bench/results")
+    asked = parser.parse_args()
+    config = settings(asked, make_model(asked), asked.data)
+    names = ("torch", "transformers", "peft", "llamafactory", "tokenizers")
+    programs = {"ours": runner("ours", [sys.executable, "train.py", "--config"], config, asked, {})}
+    versions = {"ours": versions_of(sys.executable, *names)}
+    if not asked.no_peer:
+        python, command, env = peer_command(asked)
+        programs["peer"] = runner("peer", command, config, asked, env)
+        versions["peer"] = versions_of(python, *names)
+    runs = in_turn(programs, asked.times)
+    if not asked.no_peer:
+        print("", curves(runs["ours"][0], runs["peer"][0]), sep="\n")
+        print("", compare({name: medians(found) for name, found in runs.items()}), sep="\n")
+    save("cpu-bf16" if asked.bf16 else "cpu", runs, versions=versions, dtype="bfloat16" if asked.bf16 else "float32",
+         seed=config["seed"], settings=config, folder=asked.results)
+
+
+if __name__ == "__main__":
+    main()
