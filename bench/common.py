@@ -131,7 +131,7 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
 
 
 class Lines:
-    """Bytes as they come, cut into lines, each with its seconds since `start`; bars end theirs with a carriage return."""
+    """Bytes as they come, cut into lines with their seconds since `start`; bars end theirs with a carriage return."""
 
     def __init__(self, start: float):
         self.start, self.lines, self.rest, self.bytes = start, [], b"", 0
@@ -163,6 +163,42 @@ def share_of(pid: int) -> int:
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+# ---- a training run ---------------------------------------------------------------------------------------------
+
+
+def from_root(path) -> str:
+    """A path as it is written in the repository's root, where both programs run: the same on every machine."""
+    return os.path.relpath(path, ROOT)
+
+
+def training_figures(child, warm_up: int) -> dict:
+    """The figures of one run, out of the lines that came in trainer_log.jsonl and their times."""
+    steps = [(at, line) for at, text in child.watched if "loss" in (line := json.loads(text))]
+    if len(steps) <= warm_up + 1:
+        raise ValueError(f"{len(steps)} steps were logged, and the first {warm_up} are not counted: raise --steps")
+    times, seen = [at for at, _ in steps], [line["total_tokens"] for _, line in steps]
+    tokens = [now - before for before, now in zip([0, *seen], seen)]
+    took = [now - before for before, now in zip(times, times[1:])]
+    speeds = [count / seconds for count, seconds in zip(tokens[1:], took)][warm_up - 1:]
+    return {"tokens_per_second": sum(tokens[warm_up:]) / (times[-1] - times[warm_up - 1]),
+            "median_step_tokens_per_second": statistics.median(speeds), "first_step_seconds": times[0],
+            "peak_bytes": child.peak_bytes, "seconds": child.seconds, "cpu_seconds": child.cpu_seconds,
+            "losses": [line["loss"] for _, line in steps], "tokens": tokens, "step_times": times}
+
+
+def curves(ours: dict, peer: dict) -> str:
+    """Both loss curves side by side, and the largest difference; raises ValueError if they count other tokens."""
+    if ours["tokens"] != peer["tokens"]:
+        at = next(i for i, (a, b) in enumerate(zip(ours["tokens"], peer["tokens"])) if a != b)
+        raise ValueError(f"step {at + 1}: ours counts {ours['tokens'][at]} tokens, the peer {peer['tokens'][at]}: they "
+                         "do not train on the same rows")
+    pairs = list(zip(ours["losses"], peer["losses"]))
+    rows = [[step, count, f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}"]
+            for step, (count, (a, b)) in enumerate(zip(ours["tokens"], pairs), 1)]
+    return table(["step", "tokens", "loss, ours", "loss, peer", "difference"], rows) \
+        + f"\nlargest difference of the losses: {max(abs(a - b) for a, b in pairs):.4f}"
 
 
 # ---- several times in turn --------------------------------------------------------------------------------------
@@ -228,7 +264,7 @@ def commit() -> str:
 
 def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings: dict, gpu: str = "", folder=None,
          **more) -> Path:
-    """Write bench/results/<script>-<machine>.json, with the fields that all results have and `more`; returns its path."""
+    """Write bench/results/<script>-<machine>.json: the fields that all results have, and `more`; returns its path."""
     where, summary = machine(gpu), {name: medians(found) for name, found in runs.items() if found}
     result = {"script": f"bench/{script}.py", "command": " ".join(["python", f"bench/{script}.py", *sys.argv[1:]]),
               "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M %z"), "machine": where, "versions": versions,

@@ -15,17 +15,16 @@ Read before: common.py (how a child is measured), random_model.py. Read next: do
 Peer: LLaMA-Factory, arXiv:2403.13372.
 """
 import argparse
-import json
 import os
 import shutil
-import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
-from bench.common import BENCH, ROOT, SHARED, in_turn, medians, peer_python, run_child, save, table, versions_of
+from bench.common import (BENCH, ROOT, SHARED, curves, from_root, in_turn, medians, peer_python, run_child, save, table,
+                          training_figures, versions_of)
 
 PEER = "llamafactory==0.9.5"
 WORK = BENCH / ".work" / "cpu"
@@ -46,7 +45,8 @@ def settings(asked, model: Path, data: Path) -> dict:
     """The yaml that both programs get, but for output_dir."""
     fixed = {"model_name_or_path": from_root(model), "adapter_name_or_path": from_root(f"{model}-adapter"),
              "stage": "sft", "do_train": True, "finetuning_type": "lora", "template": "llama3",
-             "dataset": "identity,alpaca_en_demo", "dataset_dir": from_root(data), "cutoff_len": 512, "overwrite_cache": True, "overwrite_output_dir": True,
+             "dataset": "identity,alpaca_en_demo", "dataset_dir": from_root(data), "cutoff_len": 512,
+             "overwrite_cache": True, "overwrite_output_dir": True,
              "logging_steps": 1, "save_strategy": "no", "report_to": "none", "per_device_train_batch_size": 2,
              "gradient_accumulation_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
              "warmup_ratio": 0.1, "max_steps": asked.steps, "seed": 42, "use_cpu": True,
@@ -57,11 +57,6 @@ def settings(asked, model: Path, data: Path) -> dict:
         key, _, value = pair.partition("=")
         fixed[key] = yaml.safe_load(value)
     return fixed
-
-
-def from_root(path) -> str:
-    """A path as it is written in the repository's root, where both programs run: the same on every machine."""
-    return os.path.relpath(path, ROOT)
 
 
 def make_model(asked) -> Path:
@@ -83,26 +78,12 @@ def runner(name: str, command: list, config: dict, asked, env: dict):
         written = folder / "config.yaml"
         written.write_text(yaml.safe_dump(config | {"output_dir": from_root(folder / "out")}))
         offline = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "cache")}
-        child = run_child([*command, from_root(written)], offline | env, ROOT, watch=folder / "out" / "trainer_log.jsonl")
+        child = run_child([*command, from_root(written)], offline | env, ROOT,
+                          watch=folder / "out" / "trainer_log.jsonl")
         (folder / "printed.txt").write_text(child.text)
-        return figures(child, asked.warm_up)
+        return training_figures(child, asked.warm_up)
 
     return train
-
-
-def figures(child, warm_up: int) -> dict:
-    """The figures of one run, out of the lines that came in trainer_log.jsonl and their times."""
-    steps = [(at, line) for at, text in child.watched if "loss" in (line := json.loads(text))]
-    if len(steps) <= warm_up + 1:
-        raise ValueError(f"{len(steps)} steps were logged, and the first {warm_up} are not counted: raise --steps")
-    times, seen = [at for at, _ in steps], [line["total_tokens"] for _, line in steps]
-    tokens = [now - before for before, now in zip([0, *seen], seen)]
-    took = [now - before for before, now in zip(times, times[1:])]
-    speeds = [count / seconds for count, seconds in zip(tokens[1:], took)][warm_up - 1:]
-    return {"tokens_per_second": sum(tokens[warm_up:]) / (times[-1] - times[warm_up - 1]),
-            "median_step_tokens_per_second": statistics.median(speeds), "first_step_seconds": times[0],
-            "peak_bytes": child.peak_bytes, "seconds": child.seconds, "cpu_seconds": child.cpu_seconds,
-            "losses": [line["loss"] for _, line in steps], "tokens": tokens, "step_times": times}
 
 
 def peer_command(asked) -> tuple[str, list, dict]:
@@ -130,19 +111,6 @@ def compare(summary: dict) -> str:
         met = "" if goal is None else "yes" if (found >= goal if goal > 1 else found <= goal) else "no"
         rows.append([what, *map(form.format, pair), f"{found:.2f}", words, met])
     return table(["what", "ours", "LLaMA-Factory", "ours / theirs", "goal", "met"], rows)
-
-
-def curves(ours: dict, peer: dict) -> str:
-    """Both loss curves side by side, and the largest difference; raises ValueError if they count other tokens."""
-    if ours["tokens"] != peer["tokens"]:
-        at = next(i for i, (a, b) in enumerate(zip(ours["tokens"], peer["tokens"])) if a != b)
-        raise ValueError(f"step {at + 1}: ours counts {ours['tokens'][at]} tokens, the peer {peer['tokens'][at]}: they "
-                         "do not train on the same rows")
-    pairs = list(zip(ours["losses"], peer["losses"]))
-    rows = [[step, count, f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}"]
-            for step, (count, (a, b)) in enumerate(zip(ours["tokens"], pairs), 1)]
-    return table(["step", "tokens", "loss, ours", "loss, peer", "difference"], rows) \
-        + f"\nlargest difference of the losses: {max(abs(a - b) for a, b in pairs):.4f}"
 
 
 def main():
