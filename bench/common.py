@@ -281,7 +281,7 @@ def table(header: list, rows: list) -> str:
     """Columns as a Markdown table whose bars stand below one another; numbers to the right."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    right = [all(re.match(r"[-+≥≤<]?\s?[\d.]", row[i]) or row[i] in ("", "-") for row in cells[1:])
+    right = [all(re.fullmatch(r"(-|[-+≥≤<]?\s?[\d.,/]+\s?[%×]?)?", row[i]) for row in cells[1:])
              for i in range(len(header))]
     lines = ["| " + " | ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)) + " |"
              for row in cells]

@@ -53,14 +53,14 @@ def random_model(raw: dict, dtype=torch.float32, device="cpu", seed: int = 1) ->
     return model
 
 
-def make_checkpoint(folder, raw: dict, tokenizer_folder, seed: int = 1) -> CausalLM:
+def make_checkpoint(folder, raw: dict, tokenizer_folder, seed: int = 1, device="cpu") -> CausalLM:
     """Write config.json, safetensors and the tokenizer's files, as a published checkpoint has them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    model = random_model(raw, DTYPES[raw["torch_dtype"]], seed=seed)
+    model = random_model(raw, DTYPES[raw["torch_dtype"]], device, seed)
     weights = dict(model.named_parameters())
     write_tensors(folder, {name: (tuple(p.shape), p.dtype) for name, p in weights.items()},
-                  lambda name: weights[name].data)
+                  lambda name: [weights[name].data])
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for file in Path(tokenizer_folder).iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -82,10 +82,12 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--adapter", type=int, metavar="RANK", help="also write DIR-adapter")
+    parser.add_argument("--device", default="cpu", help="where the numbers are drawn")
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     changes = {"num_hidden_layers": asked.layers} if asked.layers else {}
-    model = make_checkpoint(asked.folder, raw_config(asked.shape, asked.dtype, **changes), asked.tokenizer, asked.seed)
+    model = make_checkpoint(asked.folder, raw_config(asked.shape, asked.dtype, **changes), asked.tokenizer, asked.seed,
+                            asked.device)
     print(f"{asked.folder}: {sum(p.numel() for p in model.parameters()):,} parameters in {asked.dtype}")
     if asked.adapter:
         make_adapter(f"{asked.folder}-adapter", model, asked.adapter, asked.folder, asked.seed)

@@ -1,0 +1,133 @@
+"""The peer of gpu.py: the run of a yaml of ours with transformers and peft, in the shortest loop that people write.
+
+    python bench/peer_hf.py my.yaml                    rows as the yaml packs or pads them; checkpointing as it says
+    python bench/peer_hf.py my.yaml --kernels liger    with Liger's kernels, or unsloth's model, where installed
+
+Rows, their order, the loss (a sum over the labels of the step, divided by their number) and AdamW are those of our own
+run, so that both print the same curve. Packed rows are one long row with positions that restart for flash-attention,
+which finds the boundaries in them; for torch's SDPA they stay rows of a batch, as the mask would grow with its square.
+A yaml without packing gives the padded batches with an attention mask that most scripts use.
+Writes trainer_log.jsonl and all_results.json under the names that train.py uses.
+
+Read before: gpu.py, which runs it. Read next: data.py (what an example is).
+Sources: the documentation of transformers (padding-free batches), peft, Liger-Kernel, Unsloth.
+"""
+import argparse
+import importlib.util
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from attention import pick_device
+from config import load_config
+from data import IGNORE, epoch_order, load_examples, micro_batches
+from families import read_config_json
+from speed import peak_memory
+from templates import choose_template, fit_tokenizer
+from tokenizer import load_tokenizer
+
+
+def rows_of(config) -> list:
+    """The examples that train.py would train on."""
+    tokenizer = load_tokenizer(config.model_name_or_path)
+    kind = read_config_json(config.model_name_or_path)["model_type"]
+    template, _ = choose_template(config.template, tokenizer, kind, config.force_template)
+    fit_tokenizer(template, tokenizer)
+    return load_examples(config, tokenizer, template)[0]
+
+
+def load_peer(config, dtype, device, kernels: str, attention: str):
+    """The checkpoint with the yaml's adapter, in transformers and peft; adapters are float32, as peft makes them."""
+    path = config.model_name_or_path
+    if kernels == "unsloth":
+        from unsloth import FastLanguageModel
+        model, _ = FastLanguageModel.from_pretrained(path, max_seq_length=config.cutoff_len, dtype=dtype,
+                                                     load_in_4bit=False)
+    else:
+        if kernels == "liger":
+            from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
+        else:
+            from transformers import AutoModelForCausalLM as Auto
+        model = Auto.from_pretrained(path, torch_dtype=dtype, attn_implementation=attention).to(device)
+    from peft import PeftModel
+    model.config.use_cache = False
+    if not config.disable_gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return PeftModel.from_pretrained(model, config.adapter_name_or_path[0], is_trainable=True).train()
+
+
+def inputs_of(examples, packed: bool, in_one_row: bool, device) -> dict:
+    """A micro-batch as a transformers model takes it: ids and labels (B, T), and what tells the sequences apart."""
+    if packed and in_one_row:
+        flat = [torch.cat([torch.as_tensor(part) for e in examples for part in parts(e)]) for parts in
+                (lambda e: [e.input_ids], lambda e: [e.labels], lambda e: map(torch.arange, e.lengths))]
+        ids, labels, positions = (values.long()[None] for values in flat)
+        return {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device)}
+    ids, labels = (pad_sequence([torch.as_tensor(getattr(e, name)).long() for e in examples], batch_first=True,
+                                padding_value=fill) for name, fill in (("input_ids", 0), ("labels", IGNORE)))
+    if not packed:
+        lengths = torch.tensor([len(e.input_ids) for e in examples])
+        mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+        return {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": mask.long().to(device)}
+    stretches = [[*e.lengths, ids.shape[1] - sum(e.lengths)] for e in examples]              # the last one is padding
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in stretches])
+    return {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device)}
+
+
+def steps_of(config, examples):
+    """The examples of each optimizer step: a list of micro-batches, in the order of train.py, epoch after epoch."""
+    for epoch in range(10**6):
+        order = epoch_order(len(examples), config.seed, epoch, shuffle=not config.disable_shuffling)
+        batches = [[examples[i] for i in batch] for batch in micro_batches(order, config.per_device_train_batch_size)]
+        for start in range(0, len(batches), config.gradient_accumulation_steps):
+            yield batches[start:start + config.gradient_accumulation_steps]
+
+
+def train(config, model, examples, device, dtype, in_one_row: bool):
+    """The loop. A line of trainer_log.jsonl after each step, when its loss is known."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    seen, packed, log = 0, bool(config.packing), Path(config.output_dir) / "trainer_log.jsonl"
+    for step, batches in enumerate(islice(steps_of(config, examples), config.max_steps), 1):
+        count, total = sum(int((e.labels != IGNORE).sum()) for batch in batches for e in batch), 0.0
+        for batch in batches:
+            with autocast:
+                loss = model(**inputs_of(batch, packed, in_one_row, device), num_items_in_batch=count).loss
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += sum(len(e.input_ids) for batch in batches for e in batch)
+        line = {"current_steps": step, "loss": float(total), "total_tokens": seen}
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", help="the yaml that train.py gets")
+    parser.add_argument("--kernels", choices=("none", "liger", "unsloth"), default="none")
+    parser.add_argument("--attention", help="flash_attention_2 or sdpa; else the first of them that is installed")
+    asked = parser.parse_args()
+    config = load_config(["--config", asked.config], "train")
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    device, dtype = pick_device(config.use_cpu), torch.bfloat16 if config.bf16 else torch.float32
+    flash = importlib.util.find_spec("flash_attn") is not None and device.type == "cuda"
+    attention = asked.attention or ("flash_attention_2" if flash else "sdpa")
+    examples = rows_of(config)
+    model = load_peer(config, dtype, device, asked.kernels, attention)
+    train(config, model, examples, device, dtype, in_one_row=attention == "flash_attention_2")
+    results = {"attention": attention, "peak_memory_gib": peak_memory(device) / 2**30}
+    (Path(config.output_dir) / "all_results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
