@@ -117,7 +117,7 @@ class Layout:
     def to(self, device):
         """Move the index tensors, in place; returns self."""
         for name in ("cu_seqlens", "gather", "scatter"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+            setattr(self, name, moved(getattr(self, name), device))
         for layout in self.chunks.values():
             layout.to(device)
         return self
@@ -130,6 +130,13 @@ class Layout:
             lengths = [min(chunk, n - start) for n in self.lengths for start in range(0, n, chunk)]
             self.chunks[chunk] = Layout(lengths, self.gather.device)
         return self.chunks[chunk]
+
+
+def moved(tensor, device):
+    """The tensor on the device. From memory of the host that may not be swapped out, a GPU fetches it while both go on."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def group_by_length(lengths, waste=0.25, floor=32):

@@ -110,6 +110,8 @@ class Config:
 
     per_device_train_batch_size: int = key(8, "rows of one micro-batch", "train", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches of one optimizer step", low=1)
+    join_micro_batches: bool = key(True, "compute small micro-batches of a step together, where memory allows: the same "
+                                   "sum, a busier GPU")
     num_train_epochs: float = key(3.0, "passes over the data", above=0)
     max_steps: int = key(-1, "stop after so many optimizer steps, whatever num_train_epochs says (-1: off)", low=-1)
     learning_rate: float = key(5e-5, "highest learning rate", above=0)
@@ -346,7 +348,7 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("dry_run", "fast_chat", "time_limit", "force_resume", "even_batches", "force_template",
+OWN_KEYS = ("join_micro_batches", "dry_run", "fast_chat", "time_limit", "force_resume", "even_batches", "force_template",
             "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases

@@ -473,6 +473,22 @@ def micro_batches(order: list[int], size: int, drop_last: bool = False) -> list[
     return batches[:-1] if drop_last and batches and len(batches[-1]) < size else batches
 
 
+def joined(batches: list[list[int]], tokens, limit: int) -> list[list[int]]:
+    """The micro-batches of an optimizer step, neighbours made one as long as that has at most `limit` tokens.
+
+    tokens(row): of that example. The step's loss is one sum, so it does not matter in how many passes it is computed.
+    """
+    passes, room = [], 0
+    for batch in batches:
+        size = sum(map(tokens, batch))
+        if passes and size <= room:
+            passes[-1] = passes[-1] + batch
+        else:
+            passes, room = [*passes, batch], limit
+        room -= size
+    return passes
+
+
 def evened(batches: list[list[int]], size: int, world: int, drop_last: bool = False) -> list[list[int]]:
     """The micro-batches with which `world` ranks, dealt to in turn, all have the same number of full ones.
 
@@ -496,13 +512,14 @@ class Batch:
 
     targets[t] is what the model should predict at position t, the label of t+1; IGNORE at the end of every stretch.
     n_items counts the labels before that shift: LLaMA-Factory divides by it, also where (stage pt) a first token is
-    counted that nothing predicts.
+    counted that nothing predicts. layout: of the lengths, for attention; made when the batch goes to the device.
     """
     input_ids: torch.Tensor         # (1, N) int64
     position_ids: torch.Tensor      # (1, N) int64
     targets: torch.Tensor           # (N,) int64
     lengths: list
     n_items: int
+    layout: object = None
 
 
 def collate(examples: list[Example]) -> Batch:

@@ -154,17 +154,12 @@ class LossScale:
     def __init__(self, value: float = 2.0 ** 16):
         self.value, self.good_steps = value, 0
 
-    def unscale(self, parameters, everywhere=lambda finite: finite) -> bool:
-        """Divide the gradients by the scale, in place; False if any of them is not finite.
+    def unscale(self, parameters):
+        """Divide the gradients by the scale, in place."""
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.value)
 
-        everywhere(finite): whether it is so on all ranks, where they hold different gradients.
-        """
-        finite = True
-        for p in parameters:
-            if p.grad is not None:
-                p.grad /= self.value
-                finite = finite and bool(p.grad.isfinite().all())
-        finite = everywhere(finite)
+    def update(self, finite: bool) -> bool:
+        """Learn whether the step's gradients were finite (their norm tells); returns it."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2
@@ -176,13 +171,15 @@ class LossScale:
 def add_neftune(embedding, alpha: float, lengths_of_batch):
     """Noise on the embeddings in training: uniform in ±alpha / sqrt(L * D) for a sequence of L tokens (arXiv:2310.05914).
 
-    lengths_of_batch() gives the lengths of the sequences that lie in the current row. Returns the hook's handle.
+    lengths_of_batch() gives the lengths of the sequences that lie in the current row (a list, or a tensor on the
+    device). Returns the hook's handle.
     """
     def hook(module, args, out):                                                             # out (1, N, D)
         if not torch.is_grad_enabled():
             return out
-        lengths = torch.tensor(lengths_of_batch(), device=out.device)
-        bound = alpha / torch.sqrt(lengths.repeat_interleave(lengths).float() * out.shape[-1])   # (N,)
+        lengths = torch.as_tensor(lengths_of_batch(), device=out.device)
+        each = lengths.repeat_interleave(lengths, output_size=out.shape[1])                      # (N,) told: no waiting
+        bound = alpha / torch.sqrt(each.float() * out.shape[-1])                                 # (N,)
         return out + (torch.rand_like(out, dtype=torch.float32) * 2 - 1).mul(bound[None, :, None]).to(out.dtype)
 
     return embedding.register_forward_hook(hook)

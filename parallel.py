@@ -57,6 +57,13 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
+    def read(self, loss, grad_norm, stops: bool) -> tuple[float, float, float]:
+        """The loss and the wishes to stop, both summed over the ranks, and the norm, which all have: scalar tensors on
+        the device become numbers here, together, for this is the one place of a step where the host waits for it."""
+        loss, grad_norm = torch.stack((loss, grad_norm.to(loss.device))).tolist()
+        loss, stops = self.total(loss, stops)
+        return loss, grad_norm, stops
+
     def from_main(self, make):
         """What make() returns on rank 0, on every rank: for what must be decided once."""
         box = [make() if self.main else None]
@@ -131,30 +138,31 @@ def end_ranks():
 
 
 class Bucket:
-    """Gradients of some parameters in one flat buffer; behind them, for each parameter, how many ranks had one."""
+    """Gradients of some parameters in one flat buffer."""
 
     def __init__(self, params: list):
         self.params, self.sizes = params, [p.numel() for p in params]
-        self.flat = torch.zeros(sum(self.sizes) + len(params), dtype=params[0].dtype, device=params[0].device)
+        self.flat = torch.zeros(sum(self.sizes), dtype=params[0].dtype, device=params[0].device)
         self.used, self.awaited, self.work = set(), None, None
 
     def clear(self):
         """Zero the sums and make every parameter's gradient a part of the buffer."""
         self.flat.zero_()
         self.used, self.awaited, self.work = set(), None, None
-        for p, part in zip(self.params, self.flat[:-len(self.params)].split(self.sizes)):
+        for p, part in zip(self.params, self.flat.split(self.sizes)):
             p.grad = part.view_as(p)
 
     def send(self):
         """Begin to sum the buffer over the ranks."""
-        used = [float(place in self.used) for place in range(len(self.params))]
-        self.flat[-len(used):] = torch.tensor(used, device=self.flat.device)
         self.work = dist.all_reduce(self.flat, async_op=True)
 
-    def receive(self):
-        """Wait for the sum. A parameter that no rank has used has no gradient, as in a single process."""
-        self.work.wait()
-        for p, ranks in zip(self.params, self.flat[-len(self.params):].tolist()):
+    def receive(self, ranks_with: list):
+        """Wait for the sum. A parameter that no rank has used has no gradient, as in a single process.
+
+        ranks_with: for each parameter, how many ranks have used it.
+        """
+        self.work.wait()                                # on a GPU its stream waits, not the host
+        for p, ranks in zip(self.params, ranks_with):
             if ranks == 0:
                 p.grad = None
 
@@ -173,7 +181,7 @@ class Gradients:
     """
 
     def __init__(self, weights: list, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES):
-        self.weights, self.buckets, self.sent = weights, [], 0
+        self.weights, self.ranks, self.buckets, self.sent = weights, ranks, [], 0
         group = []                                      # from the last layer to the first, as the backward pass goes
         for p in reversed(weights if ranks.world > 1 else []):
             if group and (sum(q.nbytes for q in group) + p.nbytes > bucket_bytes or p.dtype != group[0].dtype):
@@ -216,9 +224,12 @@ class Gradients:
         """Send what has not been sent, and wait for all: afterwards `.grad` is the same on all ranks."""
         for bucket in self.buckets[self.sent:]:
             bucket.send()
+        # told from CPU to CPU: the device need not have come to the end of the backward pass
+        used = iter(self.ranks.total(*(place in bucket.used for bucket in self.buckets
+                                       for place in range(len(bucket.params)))))
         for bucket in self.buckets:
-            bucket.receive()
+            bucket.receive([next(used) for _ in bucket.params])
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients down to the norm `limit`; returns the norm they had."""
-        return float(torch.nn.utils.clip_grad_norm_(self.weights, limit))
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradients down to the norm `limit`; returns the norm they had, a scalar on their device."""
+        return torch.nn.utils.clip_grad_norm_(self.weights, limit)

@@ -93,7 +93,7 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     sizes = [p.nbytes for p in trainable(model).values()]
     trained = sum(sizes)
     frozen = sum(p.nbytes for p in model.parameters()) - trained
-    gradients = trained + (4 * len(sizes) if world > 1 else 0)          # parallel.Bucket adds a mark for each
+    gradients = trained
     states = 2 * trained + 4 * len(sizes)                               # AdamW: two means, and a counter of steps
     if sharded:
         blocks = [sum(p.nbytes for p in block.parameters()) for block in model.model.layers]

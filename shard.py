@@ -169,14 +169,16 @@ class CutGradients:
                 if used[int(part.partition(".")[0])] == 0:
                     self.parts[f"{name}.experts.{part}"].grad = None
 
-    def clip(self, limit: float) -> float:
-        """Scale the gradients down to the norm `limit`; returns the norm they had."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parts.values(), math.inf))
-        norm = math.sqrt(self.ranks.total(norm ** 2)[0])
+    def clip(self, limit: float) -> torch.Tensor:
+        """Scale the gradients down to the norm `limit`; returns the norm they had, a scalar on their device."""
+        square = torch.nn.utils.clip_grad_norm_(self.parts.values(), math.inf).double() ** 2
+        if self.ranks.world > 1:
+            dist.all_reduce(square)
+        norm = square.sqrt()
         for part in self.parts.values():
-            if part.grad is not None and norm > limit:
-                part.grad *= limit / (norm + 1e-6)
-        return norm
+            if part.grad is not None:
+                part.grad *= (limit / (norm + 1e-6)).clamp(max=1)
+        return norm.float()
 
     def whole(self, name: str, tensor):
         """All rows of a tensor of the optimizer's state of that parameter; every rank must ask for it."""

@@ -10,6 +10,7 @@ Read before: README.md, for the order of the files. Read after: data.py (what a 
 Papers: LoRA arXiv:2106.09685, AdamW arXiv:1711.05101; the step's loss is a sum over tokens counted beforehand
 (losses.py), so it does not depend on how the step is cut into micro-batches.
 """
+import itertools
 import math
 import os
 import shlex
@@ -17,6 +18,8 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
@@ -25,32 +28,34 @@ if __name__ == "__main__":
     run(lambda argv: load_config(argv, "train"))                # --help and mistakes do not wait for torch
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"                            # one rank draws bars; tqdm reads this when imported
-from attention import Layout, pick_device, pick_kernel          # before torch: see guard_amdsmi there
+from attention import Layout, moved, pick_device, pick_kernel          # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, write_checksums, write_json)
-from data import collate, epoch_order, evened, kept_in, load_examples, micro_batches, print_counts
+from data import collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches, print_counts
 from families import model_config, read_config_json
 from generate import context_length
 from linear import PRODUCTS, pick_product, torch_product
 from lora import LoRAConfig, attach_lora, merge_adapters, trainable
 from losses import balance_loss, cross_entropy_sum
-from model import CausalLM, attention_needs, init_weights
+from model import LENGTH_DEPENDENT, CausalLM, attention_needs, init_weights
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from parallel import Gradients, Ranks, end_ranks, start_ranks
-from plan import in_words, largest_rows, lightest, memory_plan, plan_lines
+from plan import SPARE, in_words, largest_rows, lightest, memory_plan, plan_lines
 from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
                     remove_old_checkpoints, room_for, usable_best)
 from room import advice, available_bytes, explain_oom, out_of_memory
 from shard import CutGradients, cut, empty_model, fill, idle_batches, is_cut, print_shards, rows_of, take_part
+from speed import Pace, matmul_parameters, speed_results, training_flops
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
 
 MOST_SKIPPED = 3                # so many steps in a row without a finite loss and gradient end the run
+ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}      # in one pass: more make a device no faster
 
 
 def main(argv):
@@ -108,8 +113,9 @@ def main(argv):
                          fast=True)
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
-    memory = lightest(memory, there_is, config)
-    print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks))
+    at_once, memory = tokens_at_once(config, memory, there_is, device,
+                                     config.moe_aux_loss_coef or shape.router_aux_loss_coef)
+    print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once))
     print("\n".join([*choice.lines, *products.lines, "", *plan_lines(memory, there_is)]))
     for line in advice(memory, there_is, config):
         print(f"  would fit: {line}")
@@ -122,6 +128,7 @@ def main(argv):
     with memory_advice(memory, there_is, config):
         model, lora = build_model(config, base, adapters, device, resume, ranks)
     weights, sharded = trainable(model), any(map(is_cut, model.parameters()))
+    flops_of = partial(training_flops, shape, *matmul_parameters(model))          # for lengths of sequences
     in_parts = sharded and not lora                 # what learns is cut, too
     if config.fsdp:
         print_shards(model, ranks)
@@ -130,9 +137,9 @@ def main(argv):
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
     autocast = torch.autocast(device.type, dtype, cache_enabled=False) \
         if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
-    lengths = []                                    # of the sequences in the current row, for NEFTune
+    current = []                                    # the batch that is computed on, for NEFTune
     if config.neftune_noise_alpha:
-        add_neftune(model.model.embed_tokens, config.neftune_noise_alpha, lambda: lengths)
+        add_neftune(model.model.embed_tokens, config.neftune_noise_alpha, lambda: current[0].layout.cu_seqlens.diff())
 
     # ---- optimizer and the plan of steps
     gradients = CutGradients(model, weights, ranks) if in_parts else Gradients(list(weights.values()), ranks)
@@ -145,14 +152,15 @@ def main(argv):
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel),
              "product": ranks.from_main(lambda: products.taken), "loss_total": 0.0,
              "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
-             "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign}
+             "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign, "at_once": at_once}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, learnt)
     if resume:
         saved = load_training_state(resume, optimizer, names, ranks.rank,
                                     {name: (p.shape, rows_of(p)) for name, p in weights.items()})
         check_rows(resume, saved["resume"], state["rows"], config.force_resume)
-        state |= saved["resume"] | {"history": saved["log_history"], "rows": state["rows"]}
+        state |= {"at_once": 0} | saved["resume"] | {"history": saved["log_history"], "rows": state["rows"]}
+        state["at_once"] = min(state["at_once"], at_once)       # sums are rounded as before, unless memory has shrunk
         if scale and "loss_scale" in state:
             scale.value, scale.good_steps = state["loss_scale"]
         if state["rows_per_step"] != rows_per_step(config, ranks):
@@ -170,13 +178,15 @@ def main(argv):
     same_everywhere(ranks, weights, state["rows"])
     if ranks.main:
         prepare_output(config, resume, weights)
+        if resume:                                  # a kill may have come between writing the last and this
+            remove_old_checkpoints(config, output, state["best"])
         write_json(output / "train_config.json", settings)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm),
                  writes=ranks.main)
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
-    started = window_start = time.time()
-    first_step, window_tokens, (window_loss, window_steps) = state["step"], 0, state["window"]
+    started, pace = time.time(), Pace()
+    first_step, (window_loss, window_steps) = state["step"], state["window"]
     stop, skipped = StopSigns(config.time_limit, begun), 0                        # skipped: steps in a row
 
     def save(step, epoch, stateful=not config.save_only_model):
@@ -199,46 +209,44 @@ def main(argv):
 
     # ---- the loop
     model.train()
-    for step in range(first_step + 1, total_steps + 1):
+    steps = steps_of(config, train_set, device, ranks, range(first_step + 1, total_steps + 1), per_epoch,
+                     state["at_once"], sharded, flops_of)
+    ahead = next(steps, None)
+    while ahead:
+        this, step = ahead, ahead.number
         if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
             tqdm.write(f"{step - 1:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
             break
-        epoch, nth = divmod(step - 1, per_epoch)                           # both 0-based
-        if nth == 0 or step == first_step + 1:
-            rows = batches_of(config, train_set, epoch, ranks)
-        part = rows[nth * config.gradient_accumulation_steps:(nth + 1) * config.gradient_accumulation_steps]
-        batches = [collate([train_set[i] for i in batch]) for batch in part]
-        n_items, tokens = ranks.total(sum(batch.n_items for batch in batches),         # counted first, divided by once
-                                      sum(len(batch.targets) for batch in batches))
-        idle = idle_batches(len(batches), collate([train_set[0]]), ranks) if sharded else []
-        batches = idle + batches
         rate = set_rates(optimizer, factor(step - 1))
-        if step == first_step + 1 and dtype != torch.float32 and batches:
-            check_first_batch(model, batches[0], device, autocast)
+        if step == first_step + 1 and dtype != torch.float32 and this.passes:
+            check_first_batch(model, this.passes[0], device, autocast)
+        pace.begin()
         loss = torch.zeros((), device=device)
         gradients.clear()
         with memory_advice(memory, there_is, config):
-            for number, batch in enumerate(batches, 1):
-                lengths[:] = batch.lengths
-                if number == len(batches) and not sharded:      # gathering comes between, in one order on all ranks
+            for number, batch in enumerate(this.passes, 1):
+                current[:] = [batch]
+                if number == len(this.passes) and not sharded:  # gathering comes between, in one order on all ranks
                     gradients.send_early()
                 with autocast:
-                    token_loss, routing = batch_loss(model, batch, device, balance if number > len(idle) else 0)
-                    micro_loss = token_loss / n_items + routing         # the latter undivided, as LLaMA-Factory has it
+                    token_loss, routing = batch_loss(model, batch, device, balance if number > this.idle else 0)
+                    micro_loss = token_loss / this.n_items + routing    # the latter undivided, as LLaMA-Factory has it
                 (micro_loss * scale.value if scale else micro_loss).backward()
                 loss += micro_loss.detach()
-                if number == len(idle):
+                if number == this.idle:
                     gradients.forget_use()
-        gradients.sum()
-        overflow = scale is not None and not scale.unscale(learnt.values(), lambda fine: not ranks.total(not fine)[0])
-        grad_norm = gradients.clip(config.max_grad_norm or math.inf)
-        asked = stop.asked()
-        loss, stops = ranks.total(float(loss), bool(asked))
+            gradients.sum()
+            if scale:
+                scale.unscale(learnt.values())
+            grad_norm = gradients.clip(config.max_grad_norm or math.inf)
+        ahead, asked = next(steps, None), stop.asked()  # a GPU is still at work: meanwhile the next rows are sent to it
+        loss, grad_norm, stops = ranks.read(loss, grad_norm, bool(asked))                # here, and only here, it is awaited
+        overflow = scale is not None and not scale.update(math.isfinite(grad_norm))
         finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflow)
         skipped = 0 if finite else skipped + 1
         if not finite:
             tqdm.write(f"{step:>7} skipped: loss {loss}, gradient norm {grad_norm}; nothing is learnt from it. Rows of "
-                       f"this step{', on rank 0' if ranks.world > 1 else ''}: {[i for batch in part for i in batch]}")
+                       f"this step{', on rank 0' if ranks.world > 1 else ''}: {this.rows}")
         elif overflow:
             tqdm.write(f"{step:>7} gradients overflowed in float16; step skipped, loss scale now {scale.value:g}")
         else:
@@ -250,21 +258,21 @@ def main(argv):
                              f"learning_rate (now {rate:.2e}), or bf16 in place of fp16, usually helps")
 
         # ---- what the step leaves behind
-        done = epoch + min(1.0, (nth + 1) * config.gradient_accumulation_steps / max(len(rows), 1))
+        pace.end(this.tokens, this.flops)
+        done = this.epoch
         state.update(step=step, epoch=done, loss_total=state["loss_total"] + (loss if finite else 0.0),
-                     tokens_seen=state["tokens_seen"] + int(tokens), skipped=state["skipped"] + (not finite))
-        window_tokens += tokens
+                     tokens_seen=state["tokens_seen"] + int(this.tokens), skipped=state["skipped"] + (not finite))
         if finite:
             window_loss, window_steps = window_loss + loss, window_steps + 1
-        speed = window_tokens / max(time.time() - window_start, 1e-9)
-        ends_epoch = nth == per_epoch - 1 or step == total_steps
+        ends_epoch = step % per_epoch == 0 or step == total_steps
         saves = (config.save_strategy == "steps" and (step % save_every == 0 or step == total_steps)
                  or config.save_strategy == "epoch" and ends_epoch)
-        log.advance(loss, rate, speed)
+        log.advance(loss, rate, pace.tokens_per_second)
         if step % log_every == 0 or (step == 1 and config.logging_first_step):
             mean = window_loss / window_steps if window_steps else math.nan
-            log.train(step, done, mean, rate, grad_norm, speed, state["tokens_seen"])
-            window_loss, window_steps, window_tokens, window_start = 0.0, 0, 0, time.time()
+            log.train(step, done, mean, rate, grad_norm, pace.tokens_per_second, state["tokens_seen"])
+            window_loss, window_steps = 0.0, 0
+            pace.new_window()
         if eval_set and ((config.eval_strategy == "steps" and step % eval_every == 0)
                          or (config.eval_strategy == "epoch" and ends_epoch)):
             metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
@@ -293,7 +301,7 @@ def main(argv):
     if config.load_best_model_at_end and (best := ranks.from_main(lambda: usable_best(output, state["best"]))):
         load_best(config, model, weights, output, best, ranks)
     steps = state["step"] - first_step
-    trained = {"epoch": state["epoch"], "total_flos": flops(model, state["tokens_seen"]),
+    trained = {"epoch": state["epoch"], "total_flos": total_flos(model, state["tokens_seen"]),
                "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1),
                "train_runtime": round(seconds, 4),
                "train_samples_per_second": round(steps / per_epoch * len(train_set) / seconds, 3),
@@ -316,11 +324,12 @@ def main(argv):
     with into_folder(output) as folder:
         save_weights(config, model, lora, folder, base, tokenizer, settings)
     end_ranks()
+    results["speed"] = speed_results(pace, device, dtype, ranks.world)
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
         print_pairs(f"{name} results", values)
-    everything = {key: value for values in results.values() for key, value in values.items()}
+    everything = {key: value for name in ("train", "eval") for key, value in results.get(name, {}).items()}
     (output / "README.md").write_text(model_card(config, everything, template.name), encoding="utf-8")
     if config.plot_loss:
         plot_losses(output, log.history)
@@ -447,7 +456,40 @@ def optimizer_names(optimizer, weights) -> list[str]:
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks) -> dict:
+def tokens_at_once(config, memory, there_is, device, balance):
+    """(how many tokens micro-batches that are computed as one may have together, the plan of memory with such passes).
+
+    A step is the same sum however it is cut (losses.py), but few tokens do not keep a GPU busy. 0: each micro-batch
+    alone, as where something is reckoned over a whole micro-batch: the balance of experts, or frequencies that follow
+    its longest row. memory: the plan for the largest micro-batch, `there_is`: the bytes for it, or None.
+    Passes in which nothing is recomputed come first, then long ones.
+    """
+    rows, shape, size = memory.asked["rows"], memory.asked["shape"], config.gradient_accumulation_steps
+    alone, found = sum(map(sum, rows)), [(0, lightest(memory, there_is, config))]
+    if config.join_micro_batches and size > 1 and not balance and shape.rope["rope_type"] not in LENGTH_DEPENDENT:
+        limit = min(ENOUGH_TOKENS[device.type], alone * size)
+        while limit > alone:
+            several = [row for row in rows for _ in range(math.ceil(limit / alone))]    # no pass needs more than these
+            joint = lightest(memory_plan(config, **memory.asked | {"rows": several}), there_is, config)
+            if there_is is not None and joint.total <= SPARE * there_is:
+                found.append((limit, joint))
+            limit //= 2
+    return max(found, key=lambda one: (set(one[1].asked["recompute"]) == {"nothing"}, one[0]))
+
+
+def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
+    """What the start page says of micro-batches that are computed together, looking at the first steps."""
+    size, rows = config.gradient_accumulation_steps, batches_of(config, train_set, 0, ranks)[:1000]
+    length = lambda i: len(train_set[i].input_ids)
+    passes = [batch for start in range(0, len(rows), size) for batch in joined(rows[start:start + size], length, at_once)]
+    if len(passes) == len(rows):
+        return {}
+    tokens = sum(map(length, itertools.chain(*rows)))
+    return {"passes": f"{len(rows) / len(passes):.1f} micro-batches run as one pass of about {tokens / len(passes):,.0f} tokens, "
+                      f"at most {at_once:,} (join_micro_batches: false: each alone)"}
+
+
+def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once) -> dict:
     """The start page's figures; `memory` holds the model without its weights."""
     model = memory.asked["model"]
     trained, total = sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
@@ -460,13 +502,14 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks) -> dic
             "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
             "a step": f"{rows} rows ({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x "
                       f"{ranks.world} ranks), about {tokens / len(train_set) * rows:,.0f} tokens",
+            **passes_in_words(config, train_set, ranks, at_once),
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
                 f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
                 "would not)" if again else "")} if ranks.world > 1 else {}),
             "recompute": in_words(memory.asked["recompute"])}
 
 
-def flops(model, tokens: int) -> float:
+def total_flos(model, tokens: int) -> float:
     """6 x parameters (without the embedding) x tokens: the convention of total_flos in LLaMA-Factory's results."""
     return 6.0 * (sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()) * tokens
 
@@ -502,6 +545,44 @@ def rows_per_step(config, ranks: Ranks) -> int:
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
 
 
+@dataclass
+class Step:
+    """What this rank learns from in an optimizer step."""
+    number: int                 # counted from 1
+    epoch: float                # passes over the data when it is done
+    rows: list                  # numbers of its examples
+    passes: list                # Batches, on the device
+    idle: int                   # the first of them have no labels: they keep other ranks company (shard.py)
+    n_items: float              # labels, on all ranks together: counted first, divided by once
+    tokens: float               # on all ranks together
+    flops: float                # the same, as speed.py counts them
+
+
+def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_once, sharded, flops_of):
+    """Yields the Steps of these numbers. The loop asks for the next one while the device works at the one before."""
+    size, of_epoch, length = config.gradient_accumulation_steps, None, lambda row: len(train_set[row].input_ids)
+    for number in numbers:
+        epoch, nth = divmod(number - 1, per_epoch)                         # both 0-based
+        if epoch != of_epoch:
+            batches, of_epoch = batches_of(config, train_set, epoch, ranks), epoch
+        part = batches[nth * size:(nth + 1) * size]
+        passes = [collate([train_set[i] for i in rows]) for rows in joined(part, length, at_once)]
+        n_items, tokens, flops = ranks.total(*(sum(values) for values in (
+            [batch.n_items for batch in passes], [len(batch.targets) for batch in passes],
+            [flops_of(batch.lengths) for batch in passes])))
+        idle = idle_batches(len(passes), collate([train_set[0]]), ranks) if sharded else []
+        yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in part for i in rows],
+                   [on_device(batch, device) for batch in idle + passes], len(idle), n_items, tokens, flops)
+
+
+def on_device(batch, device):
+    """The batch with its tensors on the device, and the layout of its sequences; unchanged if it has been there."""
+    if batch.layout is not None:
+        return batch
+    return replace(batch, input_ids=moved(batch.input_ids, device), position_ids=moved(batch.position_ids, device),
+                   targets=moved(batch.targets, device), layout=Layout(batch.lengths, device))
+
+
 @torch.no_grad()
 def same_everywhere(ranks: Ranks, weights, rows: str):
     """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may.
@@ -519,8 +600,8 @@ def same_everywhere(ranks: Ranks, weights, rows: str):
 def batch_loss(model, batch, device, balance: float = 0.0):
     """Sum of the token losses of one row of sequences laid end to end, and what its routing to experts adds."""
     routers = [] if balance else None
-    hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device),
-                   routers=routers)                                                          # (1, N, D)
+    batch = on_device(batch, device)
+    hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)       # (1, N, D)
     loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, model.config.final_softcap,
                              PRODUCTS.get(model.product, torch_product))
     return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0

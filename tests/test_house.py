@@ -11,8 +11,7 @@ from tests.common import ROOT
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
     ("vocabularies", "formats", "sandbox", "linear", "words", "workers"),
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
-    ("model", "lora", "templates", "rows"),
-    ("checkpoint", "plan", "store", "decode"),
+    ("model", "lora", "templates", "rows", "checkpoint", "plan", "store", "decode", "speed"),
     ("data", "resume", "room", "shard"),
     ("train", "chat", "merge"),
 )

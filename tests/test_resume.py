@@ -223,14 +223,14 @@ def forgetful_disk(rank, step):
 
 def weights_at_the_end(rank, folder):
     """This rank's adapter, as bytes, into a file."""
-    real = train.flops
+    real = train.total_flos
 
-    def flops(model, tokens):
+    def total_flos(model, tokens):
         values = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
         Path(f"{folder}/{rank}.weights").write_bytes(values.numpy().tobytes())
         return real(model, tokens)
 
-    train.flops = flops
+    train.total_flos = total_flos
 
 
 def full_disk_at_step(rank, number, size):

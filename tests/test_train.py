@@ -211,7 +211,7 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
     with pytest.raises(ValueError, match="step 5: loss nan.*3rd time in a row"):
-        run("sft_llama3", out, monkeypatch, "save_strategy=steps", "save_steps=2")
+        run("sft_llama3", out, monkeypatch, "save_strategy=steps", "save_steps=2", "join_micro_batches=false")
     assert (out / "checkpoint-2/trainer_state.json").is_file() and not (out / "adapter_model.safetensors").exists()
     losses = [row["loss"] for row in read_jsonl(out / "trainer_log.jsonl")]
     assert all(loss > 1 for loss in losses[:2]) and all(math.isnan(loss) for loss in losses[2:])
@@ -230,7 +230,7 @@ def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
         return loss * (math.nan if len(calls) == 10 else 1.0), routing
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
-    state = run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4")
+    state = run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4", "join_micro_batches=false")
     assert before[8] == before[12] != before[4] and "1 steps were skipped" in capsys.readouterr().out
     losses = [row["loss"] for row in state["log_history"] if "loss" in row]
     mean = (losses[0] + losses[1] + losses[3]) / 3

@@ -1,0 +1,147 @@
+"""speed.py: FLOPs against a hand count of Llama-3-8B, pairs against a mask, the pace of steps, the start page's passes."""
+import json
+import time
+
+import pytest
+import torch
+
+import speed
+import train
+from attention import Layout
+from families import model_config
+from lora import LoRAConfig, attach_lora
+from model import CausalLM
+from speed import Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory, training_flops
+from tests.common import needs_shared
+from tests.test_train import run
+
+LLAMA3_8B = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
+                 rms_norm_eps=1e-5, tie_word_embeddings=False)
+
+
+def on_meta(fields, rank=0):
+    with torch.device("meta"):
+        model = CausalLM(model_config(fields))
+        return attach_lora(model, LoRAConfig(rank)) if rank else model
+
+
+@pytest.mark.parametrize("length, want", [(1024, 31.1e9), (2048, 31.9e9), (4096, 33.5e9), (8192, 36.7e9)])
+def test_llama_3_8b_with_lora_by_hand(length, want):
+    """Weights of a block: q and o 4096², k and v 4096 x 1024, the MLP 3 x 4096 x 14336; the head 4096 x 128256."""
+    model = on_meta(LLAMA3_8B, rank=16)
+    frozen, trained = matmul_parameters(model)
+    assert frozen == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
+    assert trained == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) == 41_943_040
+    assert training_flops(model.config, frozen, trained, [length] * 3) / (3 * length) == pytest.approx(want, rel=0.01)
+
+
+def test_full_training_and_a_tied_head():
+    fields = LLAMA3_8B | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+                              num_key_value_heads=2, vocab_size=500)
+    apart = matmul_parameters(on_meta(fields).requires_grad_(True))
+    tied = matmul_parameters(on_meta(fields | {"tie_word_embeddings": True}).requires_grad_(True))
+    assert apart == tied == (0, 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 500)
+
+
+def test_a_token_is_counted_with_the_experts_it_visits():
+    fields = dict(model_type="qwen3_moe", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+                  num_key_value_heads=2, head_dim=16, vocab_size=500, max_position_embeddings=512, rms_norm_eps=1e-6,
+                  num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
+                  decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False)
+    frozen, _ = matmul_parameters(on_meta(fields).requires_grad_(False))
+    assert frozen == 2 * 64 * 64 + 2 * 64 * 32 + 64 * 8 + 2 * 3 * 64 * 32 + 64 * 500
+
+
+@pytest.mark.parametrize("length, window, chunk", [(1, 0, 0), (17, 0, 0), (17, 5, 0), (17, 40, 0), (17, 0, 6), (18, 0, 6),
+                                                   (17, 4, 6), (5, 0, 6)])
+def test_pairs_are_those_of_the_mask(length, window, chunk):
+    q, k = torch.arange(length)[:, None], torch.arange(length)[None]
+    seen = (k <= q) & ((q - k < window) if window else True) & ((q // chunk == k // chunk) if chunk else True)
+    assert attention_pairs(length, window, chunk) == int(seen.sum())
+
+
+def test_packed_rows_pay_for_their_own_sequences_and_windows():
+    fields = LLAMA3_8B | dict(model_type="mistral", sliding_window=128)
+    shape = model_config(fields)
+    assert training_flops(shape, 0, 0, [512, 512]) == 2 * training_flops(shape, 0, 0, [512])
+    assert training_flops(shape, 0, 0, [512]) == 12 * 4096 * 32 * attention_pairs(512, 128)
+
+
+def test_flops_are_those_torch_counts():
+    """torch's own counter of operations, over a real forward and backward pass without recomputation."""
+    from torch.utils.flop_counter import FlopCounterMode
+    fields = LLAMA3_8B | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+                              num_key_value_heads=4, vocab_size=500)
+    model = CausalLM(model_config(fields)).requires_grad_(True)
+    ids = torch.randint(0, 500, (1, 24))
+    with FlopCounterMode(display=False) as counter:
+        hidden = model(ids, None, Layout([24]))
+        (hidden @ model.lm_head.weight.T).float().logsumexp(-1).sum().backward()
+    # it counts all pairs of the plain kernel, we those that the mask leaves
+    all_pairs = 12 * 2 * 64 * 24 * 24
+    ours = training_flops(model.config, *matmul_parameters(model), [24])
+    seen = 12 * 2 * 64 * attention_pairs(24)
+    assert counter.get_total_flops() == pytest.approx(ours - seen + all_pairs, rel=0.01)
+
+
+def test_a_measured_rate_is_plausible():
+    start = time.perf_counter()
+    rate = matrix_rate(torch.device("cpu"), torch.float32)
+    assert 1e8 < rate < 1e15 and time.perf_counter() - start < 2
+    assert peak_memory(torch.device("cpu")) > 50e6
+
+
+def test_pace_counts_steps_alone(monkeypatch):
+    clock = iter([0, 9, 100, 101, 200, 201, 300, 301, 400, 402, 500, 502])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    pace = Pace()
+    for _ in range(6):                              # the first three are no steady state
+        pace.begin()
+        pace.end(10, 7.0)
+    assert pace.steady == (30, 5, 21.0) and pace.tokens_per_second == 60 / 16
+    pace.new_window()
+    assert pace.window == (0.0, 0.0)
+
+
+@needs_shared
+def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "LEAST_SECONDS", 0.0)
+    run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=6")
+    found = json.loads((tmp_path / "out/speed_results.json").read_text())
+    assert found["tokens_per_second"] > 0 and 0 < found["model_flops_utilization"] < 2 and found["peak_memory_gib"] > 0.05
+    assert "speed results" in capsys.readouterr().out
+
+
+# ---- micro-batches that are computed as one ----
+
+
+@needs_shared
+@pytest.mark.parametrize("more", [[], ["neftune_noise_alpha=5"], ["bf16=true"]], ids=("plain", "noise", "bf16"))
+def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys):
+    """Losses, gradient norms and weights of a run whose micro-batches run one by one; with noise, only resuming is exact."""
+    monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 10_000})
+    a = run("sft_llama3", tmp_path / "a", monkeypatch, "per_device_train_batch_size=1", "gradient_accumulation_steps=8", *more)
+    assert "6.8 micro-batches run as one pass" in capsys.readouterr().out
+    b = run("sft_llama3", tmp_path / "b", monkeypatch, "per_device_train_batch_size=1", "gradient_accumulation_steps=8",
+            "join_micro_batches=false", *more)
+    assert "run as one pass" not in capsys.readouterr().out
+    bound = 1e-5 if not more else 0.05
+    for x, y in zip(a["log_history"], b["log_history"], strict=True):
+        if "loss" in x:
+            assert abs(x["loss"] - y["loss"]) < bound and abs(x["grad_norm"] - y["grad_norm"]) < 10 * bound
+
+
+@needs_shared
+def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
+    """Bit for bit, though the machine has become one that would join more; with noise, drawn anew for every pass."""
+    more = ["per_device_train_batch_size=1", "gradient_accumulation_steps=8", "neftune_noise_alpha=5", "save_strategy=steps",
+            "save_steps=2", "max_steps=4", "logging_steps=1", "lr_scheduler_type=constant", "warmup_ratio=0"]
+    monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 300})
+    whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
+    run("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
+    monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 10_000})
+    again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
+    other = run("sft_llama3", tmp_path / "c", monkeypatch, *more)
+    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again, other)]
+    assert len(losses[0]) == len(losses[1]) == 4 and losses[0] == losses[1] != losses[2]
