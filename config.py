@@ -112,6 +112,8 @@ class Config:
     gradient_accumulation_steps: int = key(1, "micro-batches of one optimizer step", low=1)
     join_micro_batches: bool = key(True, "compute small micro-batches of a step together, where memory allows: the same "
                                    "sum, a busier GPU")
+    token_budget: int | None = key(None, "micro-batches of rows of similar length with at most so many tokens, in place of "
+                                   "per_device_train_batch_size", low=1)
     num_train_epochs: float = key(3.0, "passes over the data", above=0)
     max_steps: int = key(-1, "stop after so many optimizer steps, whatever num_train_epochs says (-1: off)", low=-1)
     learning_rate: float = key(5e-5, "highest learning rate", above=0)
@@ -137,6 +139,7 @@ class Config:
     fsdp: Words = key([], "several ranks: full_shard cuts the weights into a part for each; full_shard offload keeps "
                           "the parts in the CPU's memory")
     time_limit: float | None = key(None, "minutes after which the run saves and stops (exit code 75)", above=0)
+    profile: bool = key(False, "show where the time of a few steps goes, and write a trace of them")
     dry_run: bool = key(False, "show data, steps and the memory needed, then end; weights are not read")
     force_resume: bool = key(False, "resume although data, template or seed have changed")
     bf16: bool = key(False, "compute in bfloat16")
@@ -297,6 +300,8 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      "val_size must be a share below 1 or a count of rows above 1"),
     ("train", lambda c: c.do_eval and not c.eval_dataset and not c.val_size,
      "evaluation is on (eval_strategy or do_eval) without rows for it; set val_size: 0.1 or eval_dataset"),
+    ("train", lambda c: c.token_budget and c.dataloader_drop_last,
+     "token_budget makes no incomplete batch that dataloader_drop_last could leave out; keep one"),
     ("train", lambda c: c.warmup_ratio and c.warmup_steps, "warmup_ratio and warmup_steps are both set; keep one"),
     ("train", lambda c: c.load_best_model_at_end and (c.eval_strategy == "no" or c.eval_strategy != c.save_strategy),
      "load_best_model_at_end needs eval_strategy and save_strategy to be the same, steps or epoch"),
@@ -348,7 +353,8 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("join_micro_batches", "dry_run", "fast_chat", "time_limit", "force_resume", "even_batches", "force_template",
+OWN_KEYS = ("join_micro_batches", "token_budget", "profile", "dry_run", "fast_chat", "time_limit", "force_resume",
+            "even_batches", "force_template",
             "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases

@@ -489,6 +489,16 @@ def joined(batches: list[list[int]], tokens, limit: int) -> list[list[int]]:
     return passes
 
 
+def budget_batches(order: list[int], tokens, budget: int, alike: bool = True, window: int = 2048) -> list[list[int]]:
+    """Micro-batches of as many rows as have at most `budget` tokens together (a longer row comes alone).
+
+    tokens(row): of that example. alike: within each `window` of the order, rows of similar length come together.
+    """
+    if alike:
+        order = [row for start in range(0, len(order), window) for row in sorted(order[start:start + window], key=tokens)]
+    return joined([[row] for row in order], tokens, budget)
+
+
 def evened(batches: list[list[int]], size: int, world: int, drop_last: bool = False) -> list[list[int]]:
     """The micro-batches with which `world` ranks, dealt to in turn, all have the same number of full ones.
 

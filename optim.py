@@ -9,6 +9,7 @@ arXiv:2404.06395, NEFTune arXiv:2310.05914.
 """
 import difflib
 import math
+from collections import defaultdict
 
 import torch
 
@@ -131,10 +132,55 @@ def parameter_groups(named: dict, config) -> list[dict]:
             for k in order]
 
 
-def make_optimizer(named: dict, config, device) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters (LLaMA-Factory's betas, eps and groups); one fused kernel on GPUs."""
-    return torch.optim.AdamW(parameter_groups(named, config), betas=(config.adam_beta1, config.adam_beta2),
-                             eps=config.adam_epsilon, fused=device.type == "cuda")
+class AdamW:
+    """torch.optim.AdamW, as far as we need it, without what that does when it is made: import torch's compiler, which
+    takes as long as a small run's first steps.
+
+    param_groups: as of parameter_groups, with betas and eps. state: {parameter: {"step", "exp_avg", "exp_avg_sq"}}, the
+    fields of torch's; a parameter that has never had a gradient has none.
+    """
+
+    def __init__(self, groups: list, betas: tuple, eps: float, update):
+        self.param_groups = [group | {"betas": betas, "eps": eps} for group in groups]
+        self.state, self.update = defaultdict(dict), update
+
+    @torch.no_grad()
+    def step(self):
+        """Change the parameters that have a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                                     "exp_avg_sq": torch.zeros_like(p)}
+            if params:
+                states = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+                self.update(params, [p.grad for p in params], *states, group)
+
+
+def adamw_fused(params, grads, means, squares, steps, group):
+    """One kernel for all parameters of a group."""
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(params, grads, means, squares, [], steps, lr=group["lr"], beta1=group["betas"][0],
+                        beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+                        maximize=False)
+
+
+def adamw_plain(params, grads, means, squares, steps, group):
+    """The slow twin of adamw_fused: arXiv:1711.05101, algorithm 2, in the paper's order."""
+    (beta1, beta2), rate = group["betas"], group["lr"]
+    for p, g, m, v, t in zip(params, grads, means, squares, steps):
+        t += 1
+        m.mul_(beta1).add_(g, alpha=1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        corrected = m / (1 - beta1 ** t), v / (1 - beta2 ** t)
+        p.mul_(1 - rate * group["weight_decay"]).sub_(corrected[0] / (corrected[1].sqrt() + group["eps"]), alpha=rate)
+
+
+def make_optimizer(named: dict, config, device) -> AdamW:
+    """AdamW over the trainable parameters (LLaMA-Factory's betas, eps and groups), fused where torch has the kernel."""
+    return AdamW(parameter_groups(named, config), (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
+                 adamw_fused if device.type in ("cpu", "cuda") else adamw_plain)
 
 
 def set_rates(optimizer, factor: float) -> float:

@@ -218,7 +218,7 @@ DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "cr
              "eval_dataset", "val_size", "max_samples", "template", "tool_format", "default_system", "enable_thinking",
              "preserve_thinking", "train_on_prompt", "mask_history", "cutoff_len", "packing", "neat_packing",
              "preprocessing_batch_size", "placeholders", "skip_bad_rows", "split_special_tokens", "disable_shuffling",
-             "seed", "data_seed", "dataloader_drop_last", "even_batches")
+             "seed", "data_seed", "dataloader_drop_last", "even_batches", "token_budget")
 # what applies from the first step on that is taken anew, and is listed
 HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs",
             "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
@@ -229,9 +229,10 @@ HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
             "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps")
 # what says nothing about the training: where it is kept, how it is shown, and what other scripts read
 NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume", "time_limit",
-                "dry_run", "cache_dir", "tokenized_path", "overwrite_cache",
-                "preprocessing_num_workers", "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
-                "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw", "jsonl",
+                "dry_run", "profile", "cache_dir", "tokenized_path", "overwrite_cache", "preprocessing_num_workers",
+                "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
+                "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw",
+                "jsonl",
                 "export_dir", "export_size", "export_device", "overwrite")
 
 

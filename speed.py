@@ -14,6 +14,7 @@ applied to tokens with a label only; of a mixture the experts that a token visit
 Read before: train.py (the loop). Read after: report.py (what is written of it).
 Sources: 6 N for each token arXiv:2001.08361 (sec. 2.1), model FLOPs utilisation arXiv:2204.02311 (appendix B).
 """
+import bisect
 import sys
 import time
 from dataclasses import dataclass
@@ -137,6 +138,102 @@ def speed_results(pace: Pace, device, dtype, world: int = 1) -> dict:
                   "matrix_tflops_per_second": round(rate / 1e12, 4),
                   "model_flops_utilization": round(flops / seconds / world / rate, 4)}
     return found
+
+
+# ---- where a step's time goes -----------------------------------------------------------------------------------
+
+PROFILED = 3                    # steps, after the first WARM_STEPS or as late as the run allows
+part = torch.profiler.record_function       # a named part of a step; without a profiler, it costs a microsecond
+PARTS = ("data", "forward", "loss", "backward", "communication", "optimizer", "waiting")
+KINDS = (("attention", ("attention", "scaleddotproduct", "flash")),      # by what the name of an operation contains
+         ("matrices", ("::mm", "::addmm", "::bmm", "::baddbmm", "scaled_mm")))
+OTHER = "norms, activations, copies"
+
+
+class StepProfile:
+    """The key `profile`: a few steps under torch.profiler, as a table and a trace (for chrome://tracing, ui.perfetto.dev)
+    in the folder. folder None: nothing happens."""
+
+    def __init__(self, folder, device):
+        self.folder, self.device, self.steps, self.profiler = folder, device, 0, None
+
+    def step(self, number: int, last: int):
+        """The number-th step of this run begins, of `last`."""
+        first = max(1, min(WARM_STEPS + 1, last - PROFILED + 1))
+        if self.folder and number == first:
+            kinds = torch.profiler.ProfilerActivity
+            self.profiler = torch.profiler.profile(
+                activities=[kinds.CPU, *([kinds.CUDA] if self.device.type == "cuda" else [])])
+            self.profiler.start()
+            self.start = time.perf_counter()
+        elif self.profiler and number == first + PROFILED:
+            self.finish()
+        self.steps += self.profiler is not None
+
+    def finish(self):
+        """Write and print what was seen, if that has not been done."""
+        if not self.profiler:
+            return
+        synchronize(self.device)
+        seconds, profiler, self.profiler = time.perf_counter() - self.start, self.profiler, None
+        profiler.stop()
+        profiler.export_chrome_trace(str(self.folder / "profile_trace.json.gz"))
+        text = "\n".join(profile_table(profiler.events(), seconds, self.steps, self.device))
+        (self.folder / "profile.txt").write_text(text + "\n", encoding="utf-8")
+        print(f"\n{text}\n  written to {self.folder}: profile.txt, profile_trace.json.gz", flush=True)
+        self.folder = None
+
+
+def profile_table(events, seconds: float, steps: int, device) -> list[str]:
+    """Milliseconds of a step by part and kind of operation: on a GPU those of its kernels, else those of the CPU.
+
+    events: of torch.profiler. The backward pass of a GPU runs in a thread of its own, so an operation belongs to the part
+    in whose time it starts, not to that which calls it.
+    """
+    marks = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.name in PARTS and in_host(e))
+    spent = {}
+    for event in events:
+        if in_host(event):
+            before = bisect.bisect(marks, (event.time_range.start, float("inf")))
+            inside = [name for start, end, name in reversed(marks[max(0, before - 2):before])      # loss lies in forward
+                      if event.time_range.start < end]
+            place = inside[0] if inside else "the rest of the loop", kind_of(event)
+            spent[place] = spent.get(place, 0.0) + self_time(event, device) / 1000 / steps
+    whole = 1000 * seconds / steps
+    if device.type == "cuda":
+        spent["the GPU waits", ""] = max(0.0, whole - sum(spent.values()))
+    order = [*PARTS, "the rest of the loop", "the GPU waits"]
+    lines = [f"where the time of a step goes: {whole:.1f} ms, mean of {steps}"]
+    for name in order:
+        rows = {kind: ms for (where, kind), ms in spent.items() if where == name and ms >= 0.0005 * whole}
+        if rows:
+            lines.append(f"  {name:<30}{sum(rows.values()):>10.1f} ms {sum(rows.values()) / whole:>7.1%}")
+        if len(rows) > 1:
+            lines += [f"    {kind:<28}{ms:>10.1f} ms {ms / whole:>7.1%}" for kind, ms in sorted(rows.items())]
+    return lines
+
+
+def in_host(event) -> bool:
+    """Is this something the host did, and no kernel of a GPU (which is counted with what has started it)?"""
+    return event.device_type == torch.autograd.DeviceType.CPU
+
+
+def self_time(event, device) -> float:
+    """Microseconds of an operation without those it is made of."""
+    if device.type == "cuda":
+        return getattr(event, "self_device_time_total", None) or getattr(event, "self_cuda_time_total", 0.0)
+    return event.self_cpu_time_total
+
+
+def kind_of(event) -> str:
+    """attention, matrices, or the rest: by the name of the operation, or of one that it is a part of."""
+    for kind, words in KINDS:
+        seen = event
+        while seen is not None and not any(word in seen.name.lower() for word in words):
+            seen = seen.cpu_parent
+        if seen is not None:
+            return kind
+    return OTHER
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, write_checksums, write_json)
-from data import collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches, print_counts
+from data import (budget_batches, collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
+                  print_counts)
 from families import model_config, read_config_json
 from generate import context_length
 from linear import PRODUCTS, pick_product, torch_product
@@ -50,7 +51,7 @@ from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resum
                     remove_old_checkpoints, room_for, usable_best)
 from room import advice, available_bytes, explain_oom, out_of_memory
 from shard import CutGradients, cut, empty_model, fill, idle_batches, is_cut, print_shards, rows_of, take_part
-from speed import Pace, matmul_parameters, speed_results, training_flops
+from speed import Pace, StepProfile, matmul_parameters, part, speed_results, training_flops
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
 
@@ -164,9 +165,10 @@ def main(argv):
         if scale and "loss_scale" in state:
             scale.value, scale.good_steps = state["loss_scale"]
         if state["rows_per_step"] != rows_per_step(config, ranks):
-            raise ValueError(f"{resume} was written with {state['rows_per_step']} rows a step, and this run takes "
+            what, key = ("tokens", "token_budget") if config.token_budget else ("rows", "per_device_train_batch_size")
+            raise ValueError(f"{resume} was written with {state['rows_per_step']} {what} a step, and this run takes "
                              f"{rows_per_step(config, ranks)}: with {ranks.world} ranks, change "
-                             "gradient_accumulation_steps or per_device_train_batch_size so that the product is the same")
+                             f"gradient_accumulation_steps or {key} so that the product is the same")
         if state["step"] > total_steps:
             raise ValueError(f"{resume} is at step {state['step']}, and this run ends at step {total_steps}: raise "
                              "max_steps or num_train_epochs, or go on from an earlier checkpoint")
@@ -209,6 +211,7 @@ def main(argv):
 
     # ---- the loop
     model.train()
+    profile = StepProfile(output if config.profile and ranks.main else None, device)
     steps = steps_of(config, train_set, device, ranks, range(first_step + 1, total_steps + 1), per_epoch,
                      state["at_once"], sharded, flops_of)
     ahead = next(steps, None)
@@ -217,6 +220,7 @@ def main(argv):
         if config.early_stopping_steps and state["waited"] >= config.early_stopping_steps:
             tqdm.write(f"{step - 1:>7} stopped early: eval_loss has not improved for {state['waited']} evaluations")
             break
+        profile.step(step - first_step, total_steps - first_step)
         rate = set_rates(optimizer, factor(step - 1))
         if step == first_step + 1 and dtype != torch.float32 and this.passes:
             check_first_batch(model, this.passes[0], device, autocast)
@@ -228,19 +232,25 @@ def main(argv):
                 current[:] = [batch]
                 if number == len(this.passes) and not sharded:  # gathering comes between, in one order on all ranks
                     gradients.send_early()
-                with autocast:
+                with autocast, part("forward"):
                     token_loss, routing = batch_loss(model, batch, device, balance if number > this.idle else 0)
                     micro_loss = token_loss / this.n_items + routing    # the latter undivided, as LLaMA-Factory has it
-                (micro_loss * scale.value if scale else micro_loss).backward()
+                with part("backward"):
+                    (micro_loss * scale.value if scale else micro_loss).backward()
                 loss += micro_loss.detach()
                 if number == this.idle:
                     gradients.forget_use()
-            gradients.sum()
-            if scale:
-                scale.unscale(learnt.values())
-            grad_norm = gradients.clip(config.max_grad_norm or math.inf)
-        ahead, asked = next(steps, None), stop.asked()  # a GPU is still at work: meanwhile the next rows are sent to it
-        loss, grad_norm, stops = ranks.read(loss, grad_norm, bool(asked))                # here, and only here, it is awaited
+            with part("communication"):
+                gradients.sum()
+            with part("optimizer"):
+                if scale:
+                    scale.unscale(learnt.values())
+                grad_norm = gradients.clip(config.max_grad_norm or math.inf)
+        with part("data"):                              # a GPU is still at work: meanwhile the next rows are sent to it
+            ahead = next(steps, None)
+        asked = stop.asked()
+        with part("waiting"):                           # for the device: here, and only here
+            loss, grad_norm, stops = ranks.read(loss, grad_norm, bool(asked))
         overflow = scale is not None and not scale.update(math.isfinite(grad_norm))
         finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflow)
         skipped = 0 if finite else skipped + 1
@@ -250,7 +260,7 @@ def main(argv):
         elif overflow:
             tqdm.write(f"{step:>7} gradients overflowed in float16; step skipped, loss scale now {scale.value:g}")
         else:
-            with memory_advice(memory, there_is, config):
+            with memory_advice(memory, there_is, config), part("optimizer"):
                 optimizer.step()
         if skipped == MOST_SKIPPED:
             raise ValueError(f"step {step}: loss {loss}, gradient norm {grad_norm}, for the {skipped}rd time in a row. "
@@ -295,6 +305,7 @@ def main(argv):
 
     # ---- the end: the best or the last weights, results, pictures
     stop.restore()
+    profile.finish()
     seconds = max(time.time() - started, 1e-9)
     log.write(state["step"], state["epoch"])
     log.close()
@@ -494,13 +505,15 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_onc
     model = memory.asked["model"]
     trained, total = sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
     tokens = int(train_set.sizes.sum())
-    rows = rows_per_step(config, ranks)
+    rows, size = rows_per_step(config, ranks), f"{config.per_device_train_batch_size}"
+    if config.token_budget:
+        rows, size = round(len(train_set) / per_epoch), f"as many as have {config.token_budget:,} tokens"
     again = rows_twice(config, train_set, ranks)
     base = model.model.layers[0].self_attn.o_proj.weight.dtype
     return {"parameters": f"{trained:,} of {total:,} learn ({100 * trained / total:.4f}%)",
             "dtype": f"weights {base}, trained ones torch.float32, products {dtype}".replace("torch.", ""),
             "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
-            "a step": f"{rows} rows ({config.per_device_train_batch_size} x {config.gradient_accumulation_steps} x "
+            "a step": f"{rows} rows ({size} x {config.gradient_accumulation_steps} x "
                       f"{ranks.world} ranks), about {tokens / len(train_set) * rows:,.0f} tokens",
             **passes_in_words(config, train_set, ranks, at_once),
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
@@ -518,9 +531,15 @@ def total_flos(model, tokens: int) -> float:
 
 
 def batches_of(config, train_set, epoch, ranks: Ranks) -> list[list[int]]:
-    """This rank's micro-batches of an epoch, lists of row numbers: LLaMA-Factory's order, dealt to the ranks in turn."""
+    """This rank's micro-batches of an epoch, lists of row numbers, dealt to the ranks in turn: in LLaMA-Factory's order
+    or, with token_budget, rows of similar length; then every row comes once, and ranks may have one batch less."""
     seed = config.seed if config.data_seed is None else config.data_seed
-    order = epoch_order(len(train_set), seed, epoch, shuffle=not config.disable_shuffling)
+    shuffle = not config.disable_shuffling
+    if config.token_budget:         # made once, so that all epochs have as many of them; their order is another each time
+        batches = budget_batches(epoch_order(len(train_set), seed, 0, shuffle),
+                                 lambda row: len(train_set[row].input_ids), config.token_budget, alike=shuffle)
+        return [batches[i] for i in epoch_order(len(batches), seed, epoch, shuffle)][ranks.rank::ranks.world]
+    order = epoch_order(len(train_set), seed, epoch, shuffle)
     batches = micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
     if ranks.world > 1 and config.even_batches:
         batches = evened(batches, config.per_device_train_batch_size, ranks.world, config.dataloader_drop_last)
@@ -541,8 +560,9 @@ def steps_per_epoch(config, train_set, ranks: Ranks) -> int:
 
 
 def rows_per_step(config, ranks: Ranks) -> int:
-    """The rows of an optimizer step, over all ranks."""
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * ranks.world
+    """The rows of an optimizer step, over all ranks; with token_budget, the most tokens of one."""
+    size = config.token_budget or config.per_device_train_batch_size
+    return size * config.gradient_accumulation_steps * ranks.world
 
 
 @dataclass
@@ -565,13 +585,13 @@ def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_onc
         epoch, nth = divmod(number - 1, per_epoch)                         # both 0-based
         if epoch != of_epoch:
             batches, of_epoch = batches_of(config, train_set, epoch, ranks), epoch
-        part = batches[nth * size:(nth + 1) * size]
-        passes = [collate([train_set[i] for i in rows]) for rows in joined(part, length, at_once)]
+        micro = batches[nth * size:(nth + 1) * size]
+        passes = [collate([train_set[i] for i in rows]) for rows in joined(micro, length, at_once)]
         n_items, tokens, flops = ranks.total(*(sum(values) for values in (
             [batch.n_items for batch in passes], [len(batch.targets) for batch in passes],
             [flops_of(batch.lengths) for batch in passes])))
         idle = idle_batches(len(passes), collate([train_set[0]]), ranks) if sharded else []
-        yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in part for i in rows],
+        yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in micro for i in rows],
                    [on_device(batch, device) for batch in idle + passes], len(idle), n_items, tokens, flops)
 
 
@@ -602,8 +622,9 @@ def batch_loss(model, batch, device, balance: float = 0.0):
     routers = [] if balance else None
     batch = on_device(batch, device)
     hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)       # (1, N, D)
-    loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, model.config.final_softcap,
-                             PRODUCTS.get(model.product, torch_product))
+    with part("loss"):
+        loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, model.config.final_softcap,
+                                 PRODUCTS.get(model.product, torch_product))
     return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0
 
 

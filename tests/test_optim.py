@@ -1,6 +1,8 @@
 """optim.py against the schedules LLaMA-Factory recorded, the rates of published runs, and transformers' decay rules."""
 import json
 import math
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -9,8 +11,9 @@ from torch import nn
 
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
-from optim import SCHEDULES, LossScale, add_neftune, make_optimizer, parameter_groups, schedule, set_rates, warmup_steps
-from tests.common import GOLDEN, needs_shared, read_jsonl
+from optim import (SCHEDULES, AdamW, LossScale, adamw_fused, adamw_plain, add_neftune, make_optimizer, parameter_groups,
+                   schedule, set_rates, warmup_steps)
+from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
 from tests.test_model import tiny
 
 RECORDED = PUBLISHED = []
@@ -168,6 +171,40 @@ def test_first_step_is_adamw_by_hand():
     optimizer.step()
     for p, before, decay in ((w, start[0], 0.2), (b, start[1], 0.0)):
         assert torch.allclose(p, before * (1 - 0.05 * decay) - 0.05 * p.grad / (p.grad.abs() + 1e-3), atol=1e-6)
+
+
+@pytest.mark.parametrize("update", (adamw_fused, adamw_plain))
+def test_our_adamw_is_that_of_torch(update):
+    """Ten steps of two groups; a parameter without a gradient stays as it is, and has no state."""
+    def parameters():
+        generator = torch.Generator().manual_seed(0)
+        return [nn.Parameter(torch.randn(size, generator=generator)) for size in ((4, 3), (7,), (2, 2))]
+
+    def groups(params):
+        return [{"params": params[:1], "lr": 0.1, "weight_decay": 0.2}, {"params": params[1:], "lr": 0.02, "weight_decay": 0.0}]
+
+    ours, theirs = parameters(), parameters()
+    mine = AdamW(groups(ours), (0.8, 0.95), 1e-3, update)
+    other = torch.optim.AdamW(groups(theirs), betas=(0.8, 0.95), eps=1e-3)
+    for step in range(10):
+        for p, q in zip(ours[:2], theirs[:2]):
+            p.grad = torch.sin(7.0 * step + torch.arange(p.numel())).view_as(p)
+            q.grad = p.grad.clone()
+        mine.step()
+        other.step()
+    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(ours, theirs))
+    assert torch.equal(ours[2], parameters()[2]) and not mine.state[ours[2]]
+    for p, q in zip(ours[:2], theirs[:2]):
+        assert mine.state[p].keys() == other.state[q].keys() and float(mine.state[p]["step"]) == 10
+        assert all(torch.allclose(mine.state[p][name], other.state[q][name], atol=1e-6) for name in mine.state[p])
+
+
+def test_the_optimizer_does_not_import_the_compiler():
+    code = ("import sys, torch; from config import Config; from optim import make_optimizer\n"
+            "w = torch.nn.Parameter(torch.ones(3)); w.grad = torch.ones(3)\n"
+            "make_optimizer({'x.weight': w}, Config(), w.device).step()\n"
+            "sys.exit(bool(w[0] == 1) or 'torch._dynamo' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_rates_of_all_groups_follow_the_schedule():
