@@ -609,6 +609,8 @@ def same_everywhere(ranks: Ranks, weights, rows: str):
 
     rows: a checksum, see Examples in store.py.
     """
+    if ranks.world == 1:
+        return
     mine = [float(sum(p.double().abs().sum() for p in weights.values() if not is_cut(p))), zlib.crc32(rows.encode())]
     found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]
     for what, values in zip(("trained weights", "training rows"), zip(*found)):

@@ -164,6 +164,7 @@ CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then
     "evaluation": (LARGE, 1, dict(eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=4,
                                   save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True)),
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
+    "budget": (LARGE, 1, dict(token_budget=100)),
     "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
 }
 FAILURES = {        # ranks: what rank 1 does in the middle of a last run; what is then on the screen

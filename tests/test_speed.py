@@ -1,16 +1,24 @@
 """speed.py: FLOPs against a hand count of Llama-3-8B, pairs against a mask, the pace of steps, the start page's passes."""
+import gzip
 import json
+import shutil
 import time
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 
 import speed
 import train
 from attention import Layout
+from config import Config
+from data import Example, budget_batches, epoch_order
 from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
+from parallel import Ranks
 from speed import Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory, training_flops
 from tests.common import needs_shared
 from tests.test_train import run
@@ -111,6 +119,94 @@ def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "out/speed_results.json").read_text())
     assert found["tokens_per_second"] > 0 and 0 < found["model_flops_utilization"] < 2 and found["peak_memory_gib"] > 0.05
     assert "speed results" in capsys.readouterr().out
+
+
+# ---- what a step waits for, and where its time goes ----
+
+
+@needs_shared
+def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_path, monkeypatch):
+    """On a GPU, reading one number waits for all that was asked before. The parts of a step run here under torch's own
+    dispatcher, which tells of each; the loss may look up where labels are, once a pass."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    seen, parts = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    @contextmanager
+    def watched(name):
+        parts.append(name)
+        with Watch() if name in ("forward", "backward", "communication", "optimizer") else nullcontext():
+            yield
+
+    monkeypatch.setattr(train, "part", watched)
+    run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=3", "neftune_noise_alpha=5", "join_micro_batches=false")
+    assert parts.count("waiting") == 3 and parts.count("forward") == 12 and len(seen) > 1000
+    assert "aten::_local_scalar_dense" not in seen and "aten::equal" not in seen
+    assert seen.count("aten::nonzero") <= 12
+
+
+@needs_shared
+def test_profile_tells_where_the_time_goes(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    run("sft_llama3", out, monkeypatch, "max_steps=4", "profile=true")
+    table = (out / "profile.txt").read_text()
+    assert table in capsys.readouterr().out
+    shares = {line.split("  ")[1]: float(line.split()[-1][:-1]) for line in table.splitlines()[1:] if line[2] != " "}
+    assert {"forward", "backward", "loss"} <= shares.keys() and 85 < sum(shares.values()) < 102, table
+    assert shares["backward"] > shares["optimizer"] and "matrices" in table and "attention" in table
+    with gzip.open(out / "profile_trace.json.gz", "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"data", "forward", "backward", "optimizer", "aten::mm"} <= names
+
+
+# ---- micro-batches of so many tokens ----
+
+
+@pytest.mark.parametrize("budget", (1, 100, 700, 10**6))
+def test_every_row_comes_once_within_the_budget(budget):
+    lengths = torch.randint(1, 300, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = epoch_order(5000, 1, 0, True)
+    batches = budget_batches(order, lengths.__getitem__, budget)
+    assert sorted(chain(*batches)) == list(range(5000))
+    assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= budget for batch in batches)
+    assert batches == budget_batches(order, lengths.__getitem__, budget)
+    if budget == 700:                               # alike: far less spread than among rows at random
+        spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+        assert sum(spread) / len(spread) < 5 and len(batches) < 1.2 * sum(lengths) / budget
+    assert list(chain(*budget_batches(order, lengths.__getitem__, budget, alike=False))) == order
+
+
+@pytest.mark.parametrize("world", (1, 2, 3))
+def test_all_ranks_together_have_every_row_once_an_epoch(world):
+    config = Config(token_budget=64, gradient_accumulation_steps=2)
+    examples = [Example(np.zeros(1 + i % 40, np.int32), np.zeros(1 + i % 40, np.int32), [1 + i % 40]) for i in range(200)]
+    epochs = [[train.batches_of(config, examples, epoch, Ranks(rank, world)) for rank in range(world)] for epoch in (0, 1)]
+    for dealt in epochs:
+        assert sorted(chain(*chain(*dealt))) == list(range(200))
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+        assert train.steps_per_epoch(config, examples, Ranks(0, world)) == -(-len(dealt[0]) // 2)
+    assert epochs[0] != epochs[1] and sorted(chain(*epochs[0])) == sorted(chain(*epochs[1]))
+
+
+@needs_shared
+def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys):
+    more = ["token_budget=150", "gradient_accumulation_steps=2", "save_strategy=steps", "save_steps=2", "max_steps=6",
+            "per_device_train_batch_size=3"]
+    whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
+    assert "(as many as have 150 tokens x 2 x 1 ranks)" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"b/checkpoint-{step}")
+    again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
+    assert [row["loss"] for row in whole["log_history"] if "loss" in row] == \
+        [row["loss"] for row in again["log_history"] if "loss" in row]
+    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (tmp_path / "b/adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="300 tokens a step, and this run takes 450: .*or token_budget so that"):
+        run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true", "gradient_accumulation_steps=3")
 
 
 # ---- micro-batches that are computed as one ----
