@@ -537,7 +537,7 @@ def batches_of(config, train_set, epoch, ranks: Ranks) -> list[list[int]]:
     shuffle = not config.disable_shuffling
     if config.token_budget:         # made once, so that all epochs have as many of them; their order is another each time
         batches = budget_batches(epoch_order(len(train_set), seed, 0, shuffle),
-                                 lambda row: len(train_set[row].input_ids), config.token_budget, alike=shuffle)
+                                 lambda row: int(train_set.sizes[row]), config.token_budget, alike=shuffle)
         return [batches[i] for i in epoch_order(len(batches), seed, epoch, shuffle)][ranks.rank::ranks.world]
     order = epoch_order(len(train_set), seed, epoch, shuffle)
     batches = micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
@@ -580,7 +580,7 @@ class Step:
 
 def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_once, sharded, flops_of):
     """Yields the Steps of these numbers. The loop asks for the next one while the device works at the one before."""
-    size, of_epoch, length = config.gradient_accumulation_steps, None, lambda row: len(train_set[row].input_ids)
+    size, of_epoch, length = config.gradient_accumulation_steps, None, lambda row: int(train_set.sizes[row])
     for number in numbers:
         epoch, nth = divmod(number - 1, per_epoch)                         # both 0-based
         if epoch != of_epoch:
@@ -596,11 +596,12 @@ def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_onc
 
 
 def on_device(batch, device):
-    """The batch with its tensors on the device, and the layout of its sequences; unchanged if it has been there."""
+    """The batch with its tensors on the device, and the layout of its sequences; unchanged if it has been there. The
+    targets stay: the loss asks which of them count, and on a GPU the answer would have to be waited for."""
     if batch.layout is not None:
         return batch
     return replace(batch, input_ids=moved(batch.input_ids, device), position_ids=moved(batch.position_ids, device),
-                   targets=moved(batch.targets, device), layout=Layout(batch.lengths, device))
+                   layout=Layout(batch.lengths, device))
 
 
 @torch.no_grad()
