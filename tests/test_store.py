@@ -1,0 +1,261 @@
+"""store.py and workers.py: what is read back is what was made, by however many processes, whole or not at all."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import store
+import workers
+from resume import DANGEROUS, FIXED
+from store import ABOUT, Examples, Part, SplitWriter
+from tests.common import ROOT
+from tests.test_data import ask, make_config, pairs, words, write_dataset  # noqa: F401  words is a fixture
+
+ROWS = [ask(f"w{i % 90} w3", " ".join(f"w{(i + k) % 100}" for k in range(1 + i % 7))) for i in range(60)]
+SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20}, "held out": {"val_size": 0.2},
+            "joined": {"packing": True, "neat_packing": False, "cutoff_len": 20}, "some": {"max_samples": 13}}
+
+
+def load(folder, words, kept="store", keep_unlearnable=False, **settings):  # noqa: F811
+    config = make_config(folder, {"preprocessing_batch_size": 8, **settings})
+    return data.load_examples(config, *words, keep_unlearnable, folder / kept if kept else None)
+
+
+def all_of(examples):
+    return [(*pair, example.lengths, None if example.position_ids is None else example.position_ids.tolist())
+            for pair, example in zip(pairs(examples), examples)]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings, capsys, monkeypatch):  # noqa: F811
+    write_dataset(tmp_path, ROWS, {})
+    made = load(tmp_path, words, **settings)
+    data.print_counts(made[2])
+    first = capsys.readouterr().out
+    monkeypatch.setattr(data, "encode_batch", None)             # whoever tokenises now fails
+    read = load(tmp_path, words, **settings)
+    data.print_counts(read[2])
+    second = capsys.readouterr().out
+    assert "tokenised rows: made in" in first and f"tokenised rows: read from {tmp_path / 'store'}" in second
+    assert [line for line in first.splitlines() if "tokenised rows" not in line] == [
+        line for line in second.splitlines() if "tokenised rows" not in line]
+    for one, other in zip(made[:2], read[:2]):
+        assert all_of(one) == all_of(other) and one.sign == other.sign and one.longest == other.longest
+        assert one.largest_id == max([0, *(int(example.input_ids.max()) for example in one)])
+        assert one.longest == max([0, *(max(example.lengths) for example in one)])
+        assert one.sizes.tolist() == [len(example.input_ids) for example in one]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_many_processes_do_what_one_does(tmp_path, words, settings):  # noqa: F811
+    write_dataset(tmp_path, ROWS, {})
+    one = load(tmp_path, words, None, preprocessing_num_workers=1, **settings)
+    two = load(tmp_path, words, None, preprocessing_num_workers=3, **settings)
+    assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and data.asdict_of(one[2]) == data.asdict_of(two[2])
+
+
+def test_the_sign_is_that_of_all_ids_and_labels_in_their_order(tmp_path, words):  # noqa: F811
+    """As runs of earlier releases have it in their checkpoints. A row without a label is no part of it."""
+    write_dataset(tmp_path, [*ROWS, ask("w1 w2 w3 w4 w5 w6 w7 w8 w9", "w1")], {})
+    examples, crc = load(tmp_path, words, cutoff_len=4)[0], 0
+    for example in examples:
+        crc = zlib.crc32(example.labels.tobytes(), zlib.crc32(example.input_ids.tobytes(), crc))
+    assert examples.sign == f"60 rows, {crc:08x}"
+    everything = load(tmp_path, words, cutoff_len=4, keep_unlearnable=True)[0]
+    assert len(everything) == 61 and all_of(everything)[:60] == all_of(examples)
+
+
+CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed": {"seed": 7}, "val_size": {"val_size": 0.5},
+           "train_on_prompt": {"train_on_prompt": True}, "default_system": {"default_system": "w5"}}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_setting_is_tokenised_anew(tmp_path, words, name):  # noqa: F811
+    write_dataset(tmp_path, ROWS, {})
+    load(tmp_path, words)
+    again = load(tmp_path, words, **CHANGES[name])
+    assert re.search(rf"made in .*changed: .*{name}", again[2].origin)
+    assert list(map(all_of, again[:2])) == list(map(all_of, load(tmp_path, words, None, **CHANGES[name])[:2]))
+    assert "read from" in load(tmp_path, words, **CHANGES[name])[2].origin
+
+
+def test_another_byte_in_the_data_is_seen(tmp_path, words):  # noqa: F811
+    """Although size and time of the file stay as they were."""
+    write_dataset(tmp_path, ROWS, {})
+    before, file = load(tmp_path, words)[0], tmp_path / "rows.json"
+    times = os.stat(file)
+    file.write_text(file.read_text().replace("w3", "w4", 1))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after, _, report = load(tmp_path, words)
+    assert before.sign != after.sign and "train file" in report.origin
+
+
+def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypatch):  # noqa: F811
+    from dataclasses import replace
+    write_dataset(tmp_path, ROWS, {})
+    tokenizer, template = words
+    load(tmp_path, words)
+    assert "template" in load(tmp_path, (tokenizer, replace(template, user=("w7", "{{content}}"))))[2].origin
+    tokenizer.add_tokens(["w1 w2"])
+    assert "changed: tokenizer, template" in load(tmp_path, words)[2].origin.replace("template, tokenizer", "tokenizer, template")
+    monkeypatch.setattr(data, "PROGRAM", data.PROGRAM[1:])
+    assert "changed: program" in load(tmp_path, words)[2].origin
+    assert "read from" in load(tmp_path, words)[2].origin
+
+
+def test_overwrite_cache_tokenises_again(tmp_path, words):  # noqa: F811
+    write_dataset(tmp_path, ROWS, {})
+    load(tmp_path, words)
+    assert "made in" in load(tmp_path, words, overwrite_cache=True)[2].origin
+
+
+def test_every_setting_that_makes_other_rows_is_in_the_key():
+    """resume.py knows which settings make the rest of a run another one; the others of them are not about tokens."""
+    of_the_model = {"finetuning_type", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
+                    "use_rslora", "lora_dropout", "adapter_name_or_path", "create_new_adapter", "model_name_or_path",
+                    "model_revision"}
+    of_the_order = {"disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
+    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
+    assert set(FIXED) | set(DANGEROUS) == set(data.DATA_KEYS) | of_the_model | of_the_order | otherwise
+
+
+def test_a_store_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811
+    write_dataset(tmp_path, ROWS, {})
+    whole = all_of(load(tmp_path, words)[0])
+    (tmp_path / "store" / ABOUT).write_text('{"key": {"cut')
+    train, _, report = load(tmp_path, words)
+    assert all_of(train) == whole and "cannot be read" in report.origin
+    with pytest.raises(ValueError, match="no folder of tokenised rows, and not empty"):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "thesis.txt").touch()
+        load(tmp_path, words, "other")
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+def test_nothing_is_left_of_rows_that_are_refused(tmp_path, words):  # noqa: F811
+    write_dataset(tmp_path, [*ROWS, ask("w1", "")], {})
+    with pytest.raises(ValueError, match="1 bad row"):
+        load(tmp_path, words, "new/store", preprocessing_num_workers=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_bad_rows_are_all_counted(tmp_path, words):  # noqa: F811
+    """Although no further row is tokenised after the first of them."""
+    rows = [ask("w1", "" if i % 10 == 3 else "w2") for i in range(200)]
+    write_dataset(tmp_path, rows, {})
+    for processes in (1, 2):
+        with pytest.raises(ValueError, match=r"(?s)^20 bad rows\n.*row 4: .*… and 15 more"):
+            load(tmp_path, words, preprocessing_num_workers=processes)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from store import Part, SplitWriter, new_store, write_about
+part = Part()
+part.add([1, 2], [-100, 2], True)
+with new_store(Path({folder!r})) as work:
+    writer = SplitWriter(work, "train")
+    writer.add(part)
+    writer.close()
+    if {moment} == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_about(work, {{"key": {{"a": "1"}}}})
+    if {moment} == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment, whole", [(0, True), (1, False), (2, False)])
+def test_kill_in_the_middle(tmp_path, moment, whole):
+    folder = tmp_path / "run" / "tokenised"
+    code = KILLED.format(root=str(ROOT), folder=str(folder), moment=moment)
+    done = subprocess.run([sys.executable, "-c", code])
+    assert done.returncode == (-signal.SIGKILL if moment else 0)
+    assert (store.read_about(folder, {"a": "1"})[0] is not None) is whole
+    with store.new_store(folder) as work:
+        assert list(work.iterdir()) == []
+    assert [path.name for path in folder.parent.iterdir()] == ["tokenised"]
+
+
+def test_no_example_at_all(tmp_path):
+    about = SplitWriter(tmp_path, "eval").close()
+    examples = Examples(tmp_path, "eval", about, apart=True)
+    assert len(examples) == 0 and not examples and list(examples) == [] and examples.longest == 0
+
+
+def test_examples_far_behind_two_gigabytes_are_found(tmp_path):
+    """Offsets in 64 bits: sizes that add up to more than 2^31 tokens, in a file with a hole."""
+    sizes = np.full(3, 2**30, np.int32)
+    with open(tmp_path / "train.tokens", "wb") as file:
+        file.truncate(4 * (4 * 2**30 + 2 * 3))
+        file.seek(4 * 4 * 2**30)
+        file.write(np.array([1, 2, 3, -100, 2, 3], np.int32).tobytes())
+    sizes[2] = 3
+    np.savez(tmp_path / "train.npz", sizes=sizes, learnable=np.ones(3, np.int8))
+    last = Examples(tmp_path, "train", {"largest_id": 3, "crc": 0}, apart=False)[-1]
+    assert (last.input_ids.tolist(), last.labels.tolist()) == ([1, 2, 3], [-100, 2, 3])
+
+
+# ---- workers ----------------------------------------------------------------------------------------------------
+
+
+def test_results_come_in_order_from_other_processes():
+    found = list(workers.in_order(lambda i: (i * i, os.getpid()), list(range(20)), 3))
+    assert [square for square, _ in found] == [i * i for i in range(20)]
+    assert found[0][1] == os.getpid() and len({process for _, process in found}) == 4
+    assert list(workers.in_order(abs, [-1, -2], 1)) == [1, 2] and list(workers.in_order(abs, [], 3)) == []
+
+
+def test_how_many(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert [workers.how_many(items) for items in (0, 1, 7, 8, 1000)] == [1, 1, 1, 2, 16]
+    assert [workers.how_many(items, 20) for items in (1, 3, 1000)] == [1, 2, 20]
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert workers.how_many(1000, 4) == 1
+
+
+def test_an_exception_and_a_process_that_dies_are_told():
+    def wrong(i):
+        if i == 5:
+            raise ValueError("row five")
+        return i
+    with pytest.raises(ValueError, match="row five"):
+        list(workers.in_order(wrong, list(range(9)), 2))
+
+    def dies(i):
+        return os._exit(9) if i == 5 else i
+    with pytest.raises(ValueError, match="exit code 9.*preprocessing_num_workers: 1"):
+        list(workers.in_order(dies, list(range(9)), 2))
+
+
+def test_processes_end_with_the_one_that_reads(tmp_path):
+    """Killed, it leaves none behind, although their results lie in pipes that nobody empties."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import workers
+def make(i):
+    open({str(tmp_path)!r} + f"/{{os.getpid()}}", "w").close()
+    return bytes(10**6)
+for place, result in enumerate(workers.in_order(make, list(range(100)), 3)):
+    if place == 6:
+        os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code])
+    left = [int(path.name) for path in Path(tmp_path).iterdir()]
+    assert len(left) == 4
+    until = time.time() + 20
+    while any(Path(f"/proc/{process}").exists() for process in left) and time.time() < until:
+        time.sleep(0.1)
+    assert not [process for process in left if Path(f"/proc/{process}").exists()]
