@@ -195,7 +195,7 @@ def test_output_dir_that_is_not_empty(tmp_path, monkeypatch):
 def test_clear_errors(overrides, words, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         run("sft_llama3", tmp_path / "out", monkeypatch, *overrides)
-    assert not (tmp_path / "out").exists()
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"tokenised"}        # which the mended run will find
 
 
 @needs_shared
