@@ -10,8 +10,8 @@ from tests.common import ROOT
 
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
     ("vocabularies", "formats", "sandbox", "linear", "words", "workers"),
-    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate", "speed"),
-    ("model", "lora", "templates", "rows"),
+    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
+    ("model", "lora", "templates", "rows", "speed"),
     ("checkpoint", "plan", "store", "decode"),
     ("data", "resume", "room", "shard"),
     ("train", "chat", "merge"),

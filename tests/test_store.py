@@ -123,7 +123,7 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
     of_the_model = {"finetuning_type", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
                     "use_rslora", "lora_dropout", "adapter_name_or_path", "create_new_adapter", "model_name_or_path",
                     "model_revision"}
-    of_the_order = {"disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
+    of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
     assert set(FIXED) | set(DANGEROUS) == set(data.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
