@@ -48,6 +48,8 @@ class Config:
     model_revision: str = key("main", "branch, tag or commit of a hub id")
     cache_dir: str | None = key(None, "folder for downloads (none: the hub's own cache, see HF_HOME)")
     train_from_scratch: bool = key(False, "start from random weights; only config.json and tokenizer are read")
+    torch_compile: bool | None = key(None, "make one kernel each of norms, rotation and gate * up with torch's compiler "
+                                     "(none: on GPUs where it works)")
     flash_attn: str = key("auto", "attention kernel (auto: the fastest correct one; disabled: the plain twin)",
                           choices=("auto", "disabled", "sdpa", "fa2"), later=("fa3",))
     disable_gradient_checkpointing: bool = key(False, "keep all activations: faster, more memory")
@@ -186,7 +188,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns label_names length_column_name sortish_sampler""",
     "how fast or in how much memory, not what": """use_unsloth_gc enable_liger_kernel use_liger_kernel
         liger_kernel_config use_reentrant_gc gradient_checkpointing gradient_checkpointing_kwargs use_v1_kernels
-        use_kv_cache use_cache torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+        use_kv_cache use_cache torch_compile_backend torch_compile_mode torch_empty_cache_steps
         auto_find_batch_size tf32 jit_mode_eval torchdynamo fp16_backend half_precision_backend fp16_opt_level""",
     "norms, softmax and loss are computed in float32 anyway": "upcast_layernorm upcast_lmhead_output",
     "gradients are summed by hand; the loss is a mean over all tokens": """average_tokens_across_devices ddp_find_unused_parameters

@@ -54,10 +54,14 @@ class RMSNorm(nn.Module):
         self.eps, self.offset, self.wide = eps, offset, wide
 
     def forward(self, x):
-        h = unit_rms(x.float(), self.eps)
-        if self.wide:
-            return ((self.offset + self.weight.float()) * h).to(x.dtype)
-        return self.weight * h.to(x.dtype)
+        return self.compute(x, self.weight, self.eps, self.offset, self.wide)
+
+    @staticmethod
+    def compute(x, weight, eps, offset, wide):
+        h = unit_rms(x.float(), eps)
+        if wide:
+            return ((offset + weight.float()) * h).to(x.dtype)
+        return weight * h.to(x.dtype)
 
 
 def unit_rms(x, eps):
@@ -244,6 +248,8 @@ class Attention(nn.Module):
             heads = (1, 1) if config.qk_norm == "head" else (H, K)                 # normed together
             self.q_norm, self.k_norm = (NORMS[config.norm](n * Dh, config.rms_norm_eps) for n in heads)
 
+    turn = staticmethod(rotate)
+
     def project(self, x, norm, product):
         """q (B, T, H, Dh), k and v (B, T, K, Dh) of norm(x)."""
         config = self.config
@@ -271,7 +277,7 @@ class Attention(nn.Module):
         config = self.config
         q, k, v = (t.transpose(1, 2) for t in self.project(x, norm, place.product))                            # (B, H or K, T, Dh)
         if self.turned:
-            q, k = (rotate(t, *place.rope, config.rotary_pairs) for t in (q, k))
+            q, k = (self.turn(t, *place.rope, config.rotary_pairs) for t in (q, k))
             if config.qk_norm == "unit":
                 q, k = (unit_rms(t.float(), config.rms_norm_eps).to(t.dtype) for t in (q, k))
         if place.growth is not None and not (self.turned and config.query_growth[0] == "log1p"):
@@ -311,8 +317,11 @@ class MLP(nn.Module):
 
     def gated(self, gate, up=None):
         """act(gate) * up, (…, F); up None: the two lie side by side in `gate`."""
-        gate, up = gate.chunk(2, dim=-1) if up is None else (gate, up)
-        return self.act(gate) * up
+        return self.compute(*(gate.chunk(2, dim=-1) if up is None else (gate, up)), self.act)
+
+    @staticmethod
+    def compute(gate, up, act):
+        return act(gate) * up
 
 
 class Block(nn.Module):
@@ -564,6 +573,62 @@ def run_block(block, x, place, with_scores: bool):
 def softcap(scores, cap: float | None):
     """cap * tanh(scores / cap): keeps scores within the cap, smoothly (arXiv:2408.00118, sec. 2)."""
     return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+# ---- the cheap steps, compiled ----------------------------------------------------------------------------------
+
+
+def compile_steps(model: nn.Module):
+    """Norms, the rotation of q and k, and act(gate) * up as one kernel each, in place of one for every operation in
+    them: each then reads its input once. In place; the functions as they are written stay what is right."""
+    compiled = {}
+    for module in model.modules():
+        for name in ("compute", "turn"):
+            if function := getattr(type(module), name, None):
+                if function not in compiled:
+                    compiled[function] = torch.compile(function, dynamic=True)
+                setattr(module, name, compiled[function])
+
+
+def pick_compile(asked: bool | None, device, dtype) -> tuple[bool, str]:
+    """(whether to compile_steps, a line for the start page). asked None: on GPUs, where torch has a compiler for it.
+
+    What the compiler makes is first tried on a small block, forward and backward, against what is written.
+    """
+    device = torch.device(device)
+    if not asked and (asked is False or device.type != "cuda"):
+        return False, "steps between products: as written" + ("" if asked is False else
+                                                              f" (on {device.type} compiling takes longer than it saves)")
+    try:
+        error = compile_error(device, dtype)
+    except Exception as refusal:        # what a broken compiler raises is of many kinds, and none must end a training
+        text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+        return False, f"steps between products: as written; torch.compile does not work here ({text[:120]})"
+    if not error < COMPILED_ERROR[dtype]:
+        return False, f"steps between products: as written; those that torch.compile makes are off by {error:.2g}"
+    return True, "steps between products: compiled (norms, rotation, gate * up)"
+
+
+COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}       # relative, of any gradient
+
+
+def compile_error(device, dtype) -> float:
+    """How far a compiled block is from one that is not: the largest relative error of its output and gradients."""
+    config = model_config(dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+                               num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64,
+                               rms_norm_eps=1e-5))
+    results = []
+    for compiled in (False, True):
+        model = CausalLM(config)
+        init_weights(model, torch.Generator().manual_seed(0))
+        model.to(device, dtype)
+        model.product = "torch"
+        if compiled:
+            compile_steps(model)
+        out = model(torch.arange(40, device=device)[None])
+        out.float().square().sum().backward()
+        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    return max(float((a - b).float().norm() / (a.float().norm() + 1e-12)) for a, b in zip(*results))
 
 
 class KVCache:

@@ -229,7 +229,7 @@ HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
             "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps")
 # what says nothing about the training: where it is kept, how it is shown, and what other scripts read
 NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume", "time_limit",
-                "dry_run", "profile", "cache_dir", "tokenized_path", "overwrite_cache", "preprocessing_num_workers",
+                "dry_run", "profile", "torch_compile", "cache_dir", "tokenized_path", "overwrite_cache", "preprocessing_num_workers",
                 "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
                 "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw",
                 "jsonl",

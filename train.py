@@ -42,7 +42,7 @@ from generate import context_length
 from linear import PRODUCTS, pick_product, torch_product
 from lora import LoRAConfig, attach_lora, merge_adapters, trainable
 from losses import balance_loss, cross_entropy_sum
-from model import LENGTH_DEPENDENT, CausalLM, attention_needs, init_weights
+from model import LENGTH_DEPENDENT, CausalLM, attention_needs, compile_steps, init_weights, pick_compile
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from parallel import Gradients, Ranks, end_ranks, start_ranks
 from plan import SPARE, in_words, largest_rows, lightest, memory_plan, plan_lines
@@ -107,6 +107,7 @@ def main(argv):
     dtype = compute_dtype(config, base, shape)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
     products = pick_product(device, dtype)
+    compiled, compile_line = pick_compile(config.torch_compile, device, dtype)
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
     memory = memory_plan(config, shape, lora_settings(config, adapters, resume), largest_rows(train_set, dealt),
@@ -117,7 +118,7 @@ def main(argv):
     at_once, memory = tokens_at_once(config, memory, there_is, device,
                                      config.moe_aux_loss_coef or shape.router_aux_loss_coef)
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once))
-    print("\n".join([*choice.lines, *products.lines, "", *plan_lines(memory, there_is)]))
+    print("\n".join([*choice.lines, *products.lines, compile_line, "", *plan_lines(memory, there_is)]))
     for line in advice(memory, there_is, config):
         print(f"  would fit: {line}")
     sys.stdout.flush()
@@ -151,7 +152,7 @@ def main(argv):
     # ---- where to begin
     output = Path(config.output_dir)
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel),
-             "product": ranks.from_main(lambda: products.taken), "loss_total": 0.0,
+             "product": ranks.from_main(lambda: products.taken), "compiled": ranks.from_main(lambda: compiled), "loss_total": 0.0,
              "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
              "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign, "at_once": at_once}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
@@ -177,6 +178,8 @@ def main(argv):
     # ranks, and a run and its continuation, compute alike: two kernels, or products, differ in the last bit
     model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
     model.product = state["product"] if state["product"] in products.rates else products.taken
+    if state["compiled"] and compiled:
+        compile_steps(model)
     same_everywhere(ranks, weights, state["rows"])
     if ranks.main:
         prepare_output(config, resume, weights)

@@ -80,7 +80,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (None, """model_name_or_path adapter_name_or_path cache_dir export_dir template dataset eval_dataset
      max_samples packing tool_format default_system additional_target lora_alpha loraplus_lr_ratio early_stopping_steps
      output_dir neftune_noise_alpha moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model data_seed
-     resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers"""),
+     resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers torch_compile"""),    # the last: false
     (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
      preserve_thinking create_new_adapter use_rslora disable_shuffling plot_loss bf16 fp16 logging_first_step
      save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir overwrite_cache"""),

@@ -13,12 +13,13 @@ from torch import nn
 import linear
 from attention import Layout
 from checkpoint import load_model
-from families import FAMILIES
+from families import FAMILIES, model_config
 from linear import PRODUCTS, is_simple, linears, pick_product
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
-from model import RECOMPUTE, CausalLM, RMSNorm, init_weights
+from model import RECOMPUTE, CausalLM, RMSNorm, compile_steps, init_weights, pick_compile
 from tests.common import GOLDEN, needs_shared
+from tests.test_plan import FAMILIES as FAMILY_FIELDS, SMALL
 
 FAMILY_FOLDERS = [folder.name for folder in sorted((GOLDEN / "models").glob("*"))
                   if json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES]
@@ -209,3 +210,37 @@ def test_the_fastest_is_taken_if_it_is_clearly_faster(monkeypatch):
 def _name_of(call, products):
     held = [cell.cell_contents for cell in call.__closure__]
     return next(name for name, product in products.items() if product in held)
+
+
+# ---- the compiled steps ---------------------------------------------------------------------------------------------
+
+
+def test_compiled_steps_are_tried_before_they_are_taken(monkeypatch):
+    """Without a real compiler, which takes half a minute on a CPU: its front part alone, a wrong one, a broken one."""
+    assert pick_compile(None, "cpu", torch.float32)[0] is False and pick_compile(False, "cuda", torch.float32)[0] is False
+    compiler, seen = torch.compile, []
+
+    def front_part(function, dynamic):
+        seen.append(function.__qualname__)
+        return compiler(function, dynamic=dynamic, backend="eager", fullgraph=True)
+
+    monkeypatch.setattr(torch, "compile", front_part)
+    assert pick_compile(True, "cpu", torch.float32)[0] is True
+    assert sorted(seen) == ["MLP.compute", "RMSNorm.compute", "rotate"]
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: 1.01 * function(*args))
+    found, line = pick_compile(True, "cpu", torch.float32)
+    assert found is False and "are off by" in line
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: 1 / 0)
+    found, line = pick_compile(True, "cpu", torch.float32)
+    assert found is False and "does not work here (division by zero)" in line
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3", "glm4", "olmo"])
+def test_compiled_steps_reach_every_family(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: seen.append(function) or function(*args))
+    fields, seen = dict(SMALL, **FAMILY_FIELDS[name]), []
+    model = CausalLM(model_config(fields))
+    init_weights(model, torch.Generator().manual_seed(0))
+    want = model(torch.arange(9)[None])
+    compile_steps(model)
+    assert torch.equal(model(torch.arange(9)[None]), want) and len(set(seen)) >= 2
