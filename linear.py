@@ -19,6 +19,7 @@ Papers: LoRA arXiv:2106.09685, recomputation arXiv:1604.06174 and, of cheap step
 """
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,8 +116,8 @@ def linears(layers, *xs, before=same, owners=(), how="plain"):
         return products(before(*xs), parts, PRODUCTS[how])[0]
     owners = (before,) if isinstance(before, nn.Module) else owners
     learnt = [p for owner in owners for p in owner.parameters() if p.requires_grad]
-    flat = [tensor for W, bias, A, B, _ in parts for tensor in (W, bias, A, B)]
-    return _Linears.apply(before, [scale for *_, scale in parts], PRODUCTS[how], len(xs), *xs, *flat, *learnt)
+    flat = [tensor for part in parts for tensor in part[:4]]
+    return _Linears.apply(before, [part[4:] for part in parts], PRODUCTS[how], len(xs), *xs, *flat, *learnt)
 
 
 def is_simple(layer) -> bool:
@@ -126,11 +127,22 @@ def is_simple(layer) -> bool:
             and (type(layer) is nn.Linear or isinstance(getattr(layer, "dropout", None), nn.Identity)))
 
 
-def weights_of(layer) -> tuple:
-    """(W, bias, A, B, scale); the latter three None where there is no adapter, or it is switched off."""
-    if getattr(layer, "enabled", False):
-        return layer.weight, layer.bias, layer.lora_A.weight, layer.lora_B.weight, layer.scale
-    return layer.weight, layer.bias, None, None, None
+class Part(NamedTuple):
+    """What a layer is made of. A, B: None where there is no adapter, or it is switched off. unit, fp8: None, or those
+    of weights in 8 bits (see fp8.py)."""
+    W: torch.Tensor                     # (out, in)
+    bias: torch.Tensor | None           # (out,)
+    A: torch.Tensor | None              # (r, in)
+    B: torch.Tensor | None              # (out, r)
+    scale: float
+    unit: torch.Tensor | None
+    fp8: object
+
+
+def weights_of(layer) -> Part:
+    A, B, scale = (layer.lora_A.weight, layer.lora_B.weight, layer.scale) if getattr(layer, "enabled", False) else \
+        (None, None, 1.0)
+    return Part(layer.weight, layer.bias, A, B, scale, getattr(layer, "unit", None), getattr(layer, "fp8", None))
 
 
 def products(h, parts, product):
@@ -139,10 +151,15 @@ def products(h, parts, product):
     A and B stay float32 for the optimizer and take the activations' dtype for the product.
     """
     rows = h.reshape(-1, h.shape[-1])                                                        # (N, in)
-    low = rows @ stacked(parts, h.dtype).T if any(A is not None for _, _, A, _, _ in parts) else None
+    low = rows @ stacked(parts, h.dtype).T if any(part.A is not None for part in parts) else None
     ys, start = [], 0
-    for W, bias, A, B, scale in parts:
-        y = product(rows, W, bias)                                                           # (N, out)
+    rounded = rounded_for(rows, parts)
+    for W, bias, A, B, scale, unit, fp8 in parts:
+        if fp8:
+            y = fp8.multiply(*rounded, W, unit, h.dtype)                                     # (N, out)
+            y = y if bias is None else y.add_(bias)
+        else:
+            y = product(rows, W, bias)
         if A is not None:
             y.addmm_(low[:, start:start + len(A)], B.to(h.dtype).T, alpha=scale)
             start += len(A)
@@ -150,27 +167,34 @@ def products(h, parts, product):
     return ys, low
 
 
+def rounded_for(rows, parts):
+    """The rows in 8 bits, once for all layers that want them so, and their unit; None where none does."""
+    fp8 = next((part.fp8 for part in parts if part.fp8), None)
+    return fp8.quantise(rows, fp8.form) if fp8 else None
+
+
 def stacked(parts, dtype):
     """All A under each other, (sum of r, in)."""
-    return torch.cat([A for _, _, A, _, _ in parts if A is not None]).to(dtype)
+    return torch.cat([part.A for part in parts if part.A is not None]).to(dtype)
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, before, scales, product, count, *tensors):
-        xs, flat = tensors[:count], tensors[count:count + 4 * len(scales)]
-        parts = [(*flat[4 * i:4 * i + 4], scale) for i, scale in enumerate(scales)]
+    def forward(ctx, before, others, product, count, *tensors):
+        xs, flat = tensors[:count], tensors[count:count + 4 * len(others)]
+        parts = [Part(*flat[4 * i:4 * i + 4], *other) for i, other in enumerate(others)]
         ys, low = products(before(*xs), parts, product)
         ctx.save_for_backward(*tensors, low)
-        ctx.before, ctx.scales, ctx.product, ctx.count = before, scales, product, count
+        ctx.before, ctx.others, ctx.product, ctx.count = before, others, product, count
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
         *tensors, low = ctx.saved_tensors
-        n, end = ctx.count, ctx.count + 4 * len(ctx.scales)
+        n, end = ctx.count, ctx.count + 4 * len(ctx.others)
         xs, flat, learnt = tensors[:n], tensors[n:end], tensors[end:]
+        parts = [Part(*flat[4 * i:4 * i + 4], *other) for i, other in enumerate(ctx.others)]
         needs = ctx.needs_input_grad[4:]
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(need) for x, need in zip(xs, needs)]
@@ -178,38 +202,40 @@ class _Linears(torch.autograd.Function):
         rows = h.detach().reshape(-1, h.shape[-1])                                           # (N, in)
         wanted = h.requires_grad
         dh, narrow, grads, start = None, [], [None] * len(flat), 0
-        for i, (scale, dy) in enumerate(zip(ctx.scales, dys)):
-            W, bias, A, B = flat[4 * i:4 * i + 4]
+        for i, (part, dy) in enumerate(zip(parts, dys)):
             dy = dy.reshape(-1, dy.shape[-1])                                                # (N, out)
-            if A is not None:
-                part = low[:, start:start + len(A)]
-                start += len(A)
-                narrow.append((dy @ B.to(dy.dtype)).mul_(scale))                             # (N, r) d loss / d (A h)
-                grads[4 * i + 3] = (dy.T @ part).mul_(scale).to(B.dtype)                     # (out, r)
+            if part.A is not None:
+                mine = low[:, start:start + len(part.A)]
+                start += len(part.A)
+                narrow.append((dy @ part.B.to(dy.dtype)).mul_(part.scale))                   # (N, r) d loss / d (A h)
+                grads[4 * i + 3] = (dy.T @ mine).mul_(part.scale).to(part.B.dtype)           # (out, r)
             if wanted:
-                dh = add(dh, dy, W, ctx.product)
+                dh = add(dh, dy, part, ctx.product)
             if needs[n + 4 * i]:
                 grads[4 * i] = ctx.product(dy.T, rows.T)                                     # (out, in)
-            if bias is not None and needs[n + 4 * i + 1]:
+            if part.bias is not None and needs[n + 4 * i + 1]:
                 grads[4 * i + 1] = dy.sum(0)
         if narrow:
-            adapted = [i for i in range(len(ctx.scales)) if flat[4 * i + 2] is not None]
-            dlow, all_A = torch.cat(narrow, dim=1), torch.cat([flat[4 * i + 2] for i in adapted])
-            for i, dA in zip(adapted, (dlow.T @ rows).to(all_A.dtype).split([flat[4 * i + 2].shape[0] for i in adapted])):
-                grads[4 * i + 2] = dA                                                        # (r, in)
+            dlow, all_A = torch.cat(narrow, dim=1), stacked(parts, h.dtype)
+            adapted = [i for i, part in enumerate(parts) if part.A is not None]
+            dA = (dlow.T @ rows).to(parts[adapted[0]].A.dtype).split([len(parts[i].A) for i in adapted])     # (r, in)
+            for i, grad in zip(adapted, dA):
+                grads[4 * i + 2] = grad
             if wanted:
-                dh.addmm_(dlow, all_A.to(dlow.dtype))
+                dh.addmm_(dlow, all_A)
         found = iter(torch.autograd.grad(h, [t for t in (*inputs, *learnt) if t.requires_grad], dh.view_as(h))
                      if wanted else ())
         d_xs, d_learnt = ([next(found) if t.requires_grad else None for t in group] for group in (inputs, learnt))
         return None, None, None, None, *d_xs, *grads, *d_learnt
 
 
-def add(total, dy, W, product):
+def add(total, dy, part: Part, product):
     """total + dy W, (N, in); total None counts as nothing. In place: the sum costs no tensor of its own."""
-    if total is None:
-        return product(dy, W.T)
-    return total.addmm_(dy, W) if product is torch_product else total.add_(product(dy, W.T))
+    if not part.fp8 and total is not None and product is torch_product:
+        return total.addmm_(dy, part.W)
+    more = part.fp8.multiply(*rounded_for(dy, [part]), part.W.T, part.unit, dy.dtype) if part.fp8 else \
+        product(dy, part.W.T)
+    return more if total is None else total.add_(more)
 
 
 if __name__ == "__main__":

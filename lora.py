@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fp8 import dequantise
+
 
 @dataclass
 class LoRAConfig:
@@ -42,7 +44,12 @@ def _pattern(patterns, name, default):
 
 
 class LoRALinear(nn.Linear):
-    """An nn.Linear with an adapter beside it. `weight` and `bias` are the frozen ones, shared with what it replaces."""
+    """An nn.Linear with an adapter beside it. `weight` and `bias` are the frozen ones, shared with what it replaces.
+
+    This is the slow twin of linear.py, which most calls take in its place. fp8: see fp8.py, which may round `weight`.
+    """
+
+    fp8 = None
 
     def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float, device=None):
         nn.Module.__init__(self)
@@ -55,7 +62,8 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
 
     def forward(self, x):
-        y = F.linear(x, self.weight, self.bias)                                  # (…, out)
+        weight = self.weight if self.fp8 is None else dequantise(self.weight, self.unit, x.dtype)
+        y = F.linear(x, weight, self.bias)                                       # (…, out)
         if not self.enabled:
             return y
         # A and B stay float32 for the optimizer and take the activations' dtype for the product

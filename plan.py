@@ -75,14 +75,15 @@ class Work:
 
 
 def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kernel: str, device, world: int = 1,
-                sharded: bool = False, fast: bool = False, recompute: list | None = None, model=None) -> Plan:
+                sharded: bool = False, fast: bool = False, recompute: list | None = None, fp8: bool = False,
+                model=None) -> Plan:
     """What one rank needs for a step; nothing is loaded.
 
     shape: the ModelConfig. lora: None for full fine-tuning. rows: of the largest micro-batch, for each row the lengths
     of its sequences (see largest_rows). dtype: of products and, with LoRA, of frozen weights. kernel: a name from
     attention.py. sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and optimizer
     state; embedding, head and two blocks, that at work and the next, are whole. fast: a product of linear.py is used.
-    recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing. model: that of an
+    fp8: see fp8.py. recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing. model: that of an
     earlier plan with the same shape, lora and dtype.
     """
     if model is None:
@@ -93,6 +94,8 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     sizes = [p.nbytes for p in trainable(model).values()]
     trained = sum(sizes)
     frozen = sum(p.nbytes for p in model.parameters()) - trained
+    if fp8:
+        frozen -= sum(m.weight.numel() * (m.weight.itemsize - 1) for m in model.modules() if isinstance(m, LoRALinear))
     gradients = trained
     states = 2 * trained + 4 * len(sizes)                               # AdamW: two means, and a counter of steps
     if sharded:
@@ -105,7 +108,7 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
                 torch.device(device), fast and can_be_fast(lora, dtype))
     recompute = recompute or ["nothing" if config.disable_gradient_checkpointing else "block"] * shape.num_hidden_layers
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
-                 sharded=sharded, fast=fast, recompute=recompute, model=model)
+                 sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, model=model)
     return Plan(frozen, trained, gradients, states, *activations(model, work, recompute), asked)
 
 

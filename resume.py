@@ -214,7 +214,8 @@ def not_of_this_run(output: Path, resume) -> list[Path]:
 FIXED = ("finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
          "use_rslora", "lora_dropout")
 # what makes the rest of the run another one: the rows, their order, how they become tokens, the base
-DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter", "dataset", "dataset_dir",
+DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter", "base_precision",
+             "dataset", "dataset_dir",
              "eval_dataset", "val_size", "max_samples", "template", "tool_format", "default_system", "enable_thinking",
              "preserve_thinking", "train_on_prompt", "mask_history", "cutoff_len", "packing", "neat_packing",
              "preprocessing_batch_size", "placeholders", "skip_bad_rows", "split_special_tokens", "disable_shuffling",

@@ -38,9 +38,10 @@ from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, l
 from data import (budget_batches, collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
                   print_counts)
 from families import model_config, read_config_json
+from fp8 import pick_fp8, to_fp8, with_compiled_rounding
 from generate import context_length
 from linear import PRODUCTS, pick_product, torch_product
-from lora import LoRAConfig, attach_lora, merge_adapters, trainable
+from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters, trainable
 from losses import balance_loss, cross_entropy_sum
 from model import LENGTH_DEPENDENT, CausalLM, attention_needs, compile_steps, init_weights, pick_compile
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
@@ -108,17 +109,18 @@ def main(argv):
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
     products = pick_product(device, dtype)
     compiled, compile_line = pick_compile(config.torch_compile, device, dtype)
+    fp8, fp8_line = pick_fp8(device, dtype) if config.base_precision else (None, None)
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
     memory = memory_plan(config, shape, lora_settings(config, adapters, resume), largest_rows(train_set, dealt),
                          dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1,
-                         fast=True)
+                         fast=True, fp8=bool(config.base_precision))
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
     at_once, memory = tokens_at_once(config, memory, there_is, device,
                                      config.moe_aux_loss_coef or shape.router_aux_loss_coef)
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once))
-    print("\n".join([*choice.lines, *products.lines, compile_line, "", *plan_lines(memory, there_is)]))
+    print("\n".join([*choice.lines, *products.lines, compile_line, *filter(None, [fp8_line]), "", *plan_lines(memory, there_is)]))
     for line in advice(memory, there_is, config):
         print(f"  would fit: {line}")
     sys.stdout.flush()
@@ -180,6 +182,9 @@ def main(argv):
     model.product = state["product"] if state["product"] in products.rates else products.taken
     if state["compiled"] and compiled:
         compile_steps(model)
+        fp8 = fp8 and with_compiled_rounding(fp8)
+    if fp8:
+        to_fp8([layer for layer in lora_layers(model).values() if isinstance(layer, LoRALinear)], fp8)
     same_everywhere(ranks, weights, state["rows"])
     if ranks.main:
         prepare_output(config, resume, weights)

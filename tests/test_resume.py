@@ -197,7 +197,7 @@ def signals_at_step(rank, of_rank, number, *names):
 
 
 def signals_while_loading(rank, name):
-    train.load_examples = lambda *args: os.kill(os.getpid(), signal.Signals[name])
+    train.load_examples = lambda *args, **more: os.kill(os.getpid(), signal.Signals[name])
 
 
 def dies_at_step(rank, of_rank, number):
@@ -211,11 +211,13 @@ def dies_at_the_end(rank):
 
 def forgetful_disk(rank, step):
     """From this checkpoint on, a bit of what is written changes on the way."""
-    real = train.remove_old_checkpoints
+    real, spoilt = train.remove_old_checkpoints, set()
 
     def remove(config, output, best):
-        if (output / f"checkpoint-{step}").is_dir():
-            flip(resume.checkpoints_in(output)[-1] / "rng.safetensors")
+        newest = resume.checkpoints_in(output)[-1]
+        if (output / f"checkpoint-{step}").is_dir() and newest not in spoilt:
+            flip(newest / "rng.safetensors")
+            spoilt.add(newest)
         real(config, output, best)
 
     train.remove_old_checkpoints = remove

@@ -1,0 +1,97 @@
+"""fp8.py: rounding against the format's own spacing, products against float32 and torch's, a training against bfloat16.
+
+Read before: fp8.py.
+"""
+
+import pytest
+import torch
+
+import fp8
+from fp8 import FORMATS, Fp8, dequantise, multiply, multiply_plain, pick_fp8, product_error, quantise, to_fp8
+from linear import linears
+from tests.common import needs_shared
+from tests.test_linear import adapted
+from tests.test_train import run
+
+PLAIN = Fp8(FORMATS[0], multiply_plain)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rounding_is_to_the_nearest_of_eight_steps_an_octave(form, dtype):
+    x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).to(dtype) * 3e-3
+    x8, unit = quantise(x, form)
+    assert x8.dtype == form and float(x8.float().abs().max()) == torch.finfo(form).max
+    error = (dequantise(x8, unit, torch.float32) - x.float()).abs()
+    least = float(unit) * 2 ** -9                                     # half the smallest number beside zero
+    assert (error <= x.float().abs() / 15 + least).all()             # half of an eighth of an octave, bfloat16 on top
+    zeros, unit = quantise(torch.zeros(3, 3, dtype=dtype), form)
+    assert (dequantise(zeros, unit, dtype) == 0).all()
+
+
+def test_products_of_both_directions():
+    assert product_error(PLAIN, "cpu", torch.bfloat16) < fp8.TOO_FAR
+    wrong = Fp8(FORMATS[0], lambda *args: 1.1 * multiply_plain(*args))
+    assert product_error(wrong, "cpu", torch.bfloat16) > fp8.TOO_FAR
+    missing = Fp8(FORMATS[0], lambda *args: float("nan") * multiply_plain(*args))
+    assert not product_error(missing, "cpu", torch.bfloat16) < fp8.TOO_FAR
+
+
+def test_torch_multiplies_the_same_numbers():
+    generator = torch.Generator().manual_seed(1)
+    x, W = (torch.randn(shape, generator=generator).bfloat16() for shape in ((32, 64), (48, 64)))
+    operands = *quantise(x, FORMATS[0]), *quantise(W, FORMATS[0])
+    try:
+        native = multiply(*operands, torch.bfloat16)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"torch._scaled_mm on this CPU: {str(error).splitlines()[0]}")
+    assert torch.allclose(native.float(), multiply_plain(*operands, torch.bfloat16).float(), rtol=0.01, atol=0.02)
+
+
+def test_a_device_without_such_products_is_refused(monkeypatch):
+    monkeypatch.setattr(fp8, "product_error", lambda how, device, dtype: 1 / 0 if how.form == FORMATS[0] else 0.5)
+    with pytest.raises(ZeroDivisionError):                           # only torch's refusals are taken for an answer
+        pick_fp8("cuda", torch.bfloat16)
+
+    def refused(how, device, dtype):
+        if how.form == FORMATS[0]:
+            raise RuntimeError("_scaled_mm needs compute capability 8.9\nmore")
+        return 0.5
+
+    monkeypatch.setattr(fp8, "product_error", refused)
+    with pytest.raises(ValueError, match="float8_e4m3fn: _scaled_mm needs compute capability 8.9; .*off by 0.5.*Leave"):
+        pick_fp8("cuda", torch.bfloat16)
+    monkeypatch.setattr(fp8, "product_error", lambda how, device, dtype: 0.03)
+    assert pick_fp8("cuda", torch.bfloat16)[0] == Fp8(FORMATS[0], multiply)
+
+
+def test_gradients_go_through_a_rounded_base():
+    """Fast and slow path agree on what an 8-bit layer is, and both are near the layer before it was rounded."""
+    torch.manual_seed(0)
+    layers = [adapted(32, 48, 4, dtype=torch.float32), adapted(32, 16, 4, bias=False, dtype=torch.float32)]
+    x, results = torch.randn(20, 32, requires_grad=True), []
+    for how in ("exact", "torch", "plain"):
+        if how == "torch":
+            to_fp8(layers, PLAIN)
+        x.grad = None
+        for layer in layers:
+            layer.zero_grad()
+        outs = linears(layers, x, how="torch" if how == "exact" else how)
+        sum((out ** 2).sum() for out in outs).backward()
+        results.append([*outs, x.grad.clone(), *(p.grad.clone() for layer in layers for p in (layer.lora_A.weight,
+                                                                                             layer.lora_B.weight))])
+    exact, fast, slow = results
+    for a, b, c in zip(exact, fast, slow):
+        assert (b - a).norm() < 0.06 * a.norm() and (c - a).norm() < 0.06 * a.norm()
+        assert (b - a).norm() > 1e-4 * a.norm()
+
+
+@needs_shared
+def test_a_training_with_an_8_bit_base_is_within_one_percent_of_bfloat16(tmp_path, monkeypatch, capsys):
+    curves = []
+    for name, more in (("bf16", []), ("fp8", ["base_precision=fp8"])):
+        state = run("sft_llama3", tmp_path / name, monkeypatch, "bf16=true", *more)
+        curves.append([row["loss"] for row in state["log_history"] if "loss" in row])
+    assert "8-bit base" in capsys.readouterr().out
+    assert curves[0] != curves[1] and len(curves[0]) > 3
+    assert all(abs(a - b) < 0.01 * a for a, b in zip(*curves))
