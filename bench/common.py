@@ -28,7 +28,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 SHARED = Path(os.environ.get("POCKET_SHARED", ROOT.parent / "shared"))
-LOOK_SECONDS = 0.02             # how often a child's output is looked at
+LOOK_SECONDS = 0.005            # how often a child's output is looked at: no time is known better than that
 SAMPLE_SECONDS = 0.2            # and the memory of one with children of its own
 ASK_VERSIONS = """import importlib.metadata, json, sys
 found = {"python": ".".join(map(str, sys.version_info[:3]))}
@@ -101,6 +101,8 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
     env: added to this program's. limit: seconds after which it is ended with all its children. watch: a file that it
     will write line by line. Raises RuntimeError with the last lines if it fails, unless must_work is False.
     """
+    if watch:
+        Path(watch).unlink(missing_ok=True)                         # else the lines of an earlier run would be read
     command, start = [str(part) for part in command], time.perf_counter()
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                              cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}), start_new_session=True)
@@ -173,16 +175,42 @@ def from_root(path) -> str:
     return os.path.relpath(path, ROOT)
 
 
+def write_rows(folder, name: str, rows):
+    """Write rows (dicts) as the only dataset of a folder, with the dataset_info.json that names it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / f"{name}.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    (Path(folder) / "dataset_info.json").write_text(json.dumps({name: {"file_name": f"{name}.jsonl"}}))
+
+
+def source_rows() -> list:
+    """Rows of alpaca layout: the thousand of alpaca_en_demo, or where that is not here those of data/identity.json."""
+    files = (SHARED / "data" / "alpaca_en_demo.json", ROOT / "data" / "identity.json")
+    return json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8"))
+
+
+def long_rows(count: int, tokens: int):
+    """Yields rows that fill at least so many tokens: answers that go on from row to row of the source."""
+    text = " ".join(row["output"] for row in source_rows())
+    whole = (text + " ") * (8 * tokens // len(text) + 1)                    # a token is rarely longer than 8 letters
+    yield from ({"instruction": f"Row {number}", "output": whole[:8 * tokens]} for number in range(count))
+
+
 def training_figures(child, warm_up: int) -> dict:
-    """The figures of one run, out of the lines that came in trainer_log.jsonl and their times."""
+    """The figures of one run, out of the lines that came in trainer_log.jsonl and their times.
+
+    tokens_per_second: of the steps after the first `warm_up` (at least one: the first has no beginning), all together;
+    the speed of the median step beside it says whether something interfered. tokens: of each step, without padding.
+    """
     steps = [(at, line) for at, text in child.watched if "loss" in (line := json.loads(text))]
+    assert warm_up >= 1
     if len(steps) <= warm_up + 1:
         raise ValueError(f"{len(steps)} steps were logged, and the first {warm_up} are not counted: raise --steps")
     times, seen = [at for at, _ in steps], [line["total_tokens"] for _, line in steps]
     tokens = [now - before for before, now in zip([0, *seen], seen)]
-    took = [now - before for before, now in zip(times, times[1:])]
+    took = [max(now - before, LOOK_SECONDS) for before, now in zip(times, times[1:])]
     speeds = [count / seconds for count, seconds in zip(tokens[1:], took)][warm_up - 1:]
-    return {"tokens_per_second": sum(tokens[warm_up:]) / (times[-1] - times[warm_up - 1]),
+    return {"tokens_per_second": sum(tokens[warm_up:]) / sum(took[warm_up - 1:]),
             "median_step_tokens_per_second": statistics.median(speeds), "first_step_seconds": times[0],
             "peak_bytes": child.peak_bytes, "seconds": child.seconds, "cpu_seconds": child.cpu_seconds,
             "losses": [line["loss"] for _, line in steps], "tokens": tokens, "step_times": times}

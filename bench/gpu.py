@@ -27,8 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import yaml
 
-from bench.common import (BENCH, ROOT, SHARED, curves, from_root, in_turn, medians, run_child, save, table,
-                          training_figures, versions_of)
+from bench.common import (BENCH, ROOT, SHARED, curves, from_root, in_turn, long_rows, medians, run_child, save, table,
+                          training_figures, versions_of, write_rows)
 from config import KEYS
 
 TEXT = {"llama": ("llama3", "llama3"), "qwen2": ("qwen2.5", "qwen")}        # folder of the tokenizer, template
@@ -92,15 +92,6 @@ def make_model(shape: str, tokenizer, asked) -> Path:
     return folder
 
 
-def make_long_rows(folder: Path, tokens: int, rows: int = 4):
-    """A dataset `long` of rows that fill so many tokens: answers that repeat those of data/identity.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = " ".join(row["output"] for row in json.loads((ROOT / "data" / "identity.json").read_text(encoding="utf-8")))
-    whole = (text + " ") * (8 * tokens // len(text) + 1)                    # a token is rarely longer than 8 letters
-    (folder / "long.json").write_text(json.dumps([{"instruction": f"Row {n}", "output": whole} for n in range(rows)]))
-    (folder / "dataset_info.json").write_text(json.dumps({"long": {"file_name": "long.json"}}))
-
-
 def settings(name: str, asked) -> dict:
     """The yaml of a case, but for output_dir; makes the checkpoint and the rows that it names."""
     _, shape, changes, _, _ = CASES[name]
@@ -109,7 +100,7 @@ def settings(name: str, asked) -> dict:
         shape, changes = "tiny", changes | {"cutoff_len": changes["cutoff_len"] // 16}
     model = make_model(shape, text.pop("tokenizer"), asked)
     if changes.get("dataset") == "long":
-        make_long_rows(asked.work / "long", changes["cutoff_len"])
+        write_rows(asked.work / "long", "long", long_rows(4, changes["cutoff_len"]))
         text["dataset_dir"] = asked.work / "long"
     fixed = {"model_name_or_path": model, "adapter_name_or_path": f"{model}-adapter", "stage": "sft", "do_train": True,
              "finetuning_type": "lora", "bf16": True, "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-4,
@@ -267,7 +258,8 @@ def main():
             print("", f"{ours} and {peer}:", curves(runs[ours][0], runs[peer][0]), sep="\n")
     packages = ("torch", "transformers", "peft", "flash_attn", "liger_kernel", "unsloth", "triton")
     save("gpu", runs, versions={"both": versions_of(sys.executable, *packages)}, dtype="bfloat16", seed=42,
-         gpu=known["gpu"], settings={"steps": asked.steps, "warm_up": asked.warm_up, "cases": {name: CASES[name][2] for name in names}},
+         gpu=known["gpu"],
+         settings={"steps": asked.steps, "warm_up": asked.warm_up, "cases": {name: CASES[name][2] for name in names}},
          left_out=left_out, matrix_rate=known["matrix_rate"], flops_per_token=known["flops"], folder=asked.results)
     shutil.rmtree(asked.work)
 

@@ -30,6 +30,7 @@ QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_thet
 EVERY = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0, "tie_word_embeddings": False}
 SHAPES = {  # family, hidden_size, intermediate_size, layers, heads, key/value heads, and what differs from the family
     "tiny": (LLAMA, 64, 176, 2, 4, 2, {}),
+    "small": (LLAMA, 256, 704, 4, 8, 4, {"vocab_size": 2048, "max_position_embeddings": 131072}),
     "cpu": (LLAMA, 512, 1408, 8, 8, 4, {}),
     "llama-3-8b": (LLAMA, 4096, 14336, 32, 32, 8, {}),
     "qwen2.5-7b": (QWEN, 3584, 18944, 28, 28, 4, {"vocab_size": 152064}),
@@ -63,7 +64,8 @@ def make_checkpoint(folder, raw: dict, tokenizer_folder, seed: int = 1, device="
                   lambda name: [weights[name].data])
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for file in Path(tokenizer_folder).iterdir():
-        shutil.copyfile(file, folder / file.name)
+        if file.name not in ("config.json", "generation_config.json") and file.suffix != ".safetensors":    # of a model
+            shutil.copyfile(file, folder / file.name)
     return model
 
 
