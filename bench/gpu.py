@@ -10,7 +10,7 @@ are real text: alpaca_en_demo and identity of ../shared/data with the model's ow
 the tokenizer of models/tiny. Each row of the table is a run of train.py itself, with a yaml, in a process of its own; a
 peer's is a run of peer_hf.py with the same yaml, checkpoint, adapter and rows.
 
-Tokens are counted without padding, and steady are the steps after --warm-up. The share of the matrix rate divides model
+Then decode.py is run, with the shape of Llama-3-8B. Tokens are counted without padding, and steady are the steps after --warm-up. The share of the matrix rate divides model
 FLOPs (see speed.py: 4 for each frozen weight and token, attention of pairs that see each other, nothing for
 recomputation) by what large bfloat16 products reach on this device, measured at the end of the same run.
 
@@ -262,6 +262,10 @@ def main():
          settings={"steps": asked.steps, "warm_up": asked.warm_up, "cases": {name: CASES[name][2] for name in names}},
          left_out=left_out, matrix_rate=known["matrix_rate"], flops_per_token=known["flops"], folder=asked.results)
     shutil.rmtree(asked.work)
+    if not asked.only and not asked.tiny:
+        command = [BENCH / "decode.py", "--device", asked.device, "--shape", "llama-3-8b"]
+        command += ["--no-peer"] * asked.no_peer + (["--results", asked.results] if asked.results else [])
+        print("", "decoding:", run_child([sys.executable, *command], cwd=ROOT, must_work=False).text, sep="\n")
 
 
 if __name__ == "__main__":
