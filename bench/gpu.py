@@ -8,11 +8,11 @@
 Nothing is downloaded: the weights are random, drawn on the device, and lie in memory (/dev/shm, or --work). The rows
 are real text: alpaca_en_demo and identity of ../shared/data with the model's own tokenizer, or without them data/ and
 the tokenizer of models/tiny. Each row of the table is a run of train.py itself, with a yaml, in a process of its own; a
-peer's is a run of peer_hf.py with the same yaml, checkpoint, adapter and rows.
+peer's is a run of peer_hf.py with the same yaml, checkpoint, adapter and rows. At the end decode.py is run, too.
 
-Then decode.py is run, with the shape of Llama-3-8B. Tokens are counted without padding, and steady are the steps after --warm-up. The share of the matrix rate divides model
+Tokens are counted without padding, and steady are the steps after --warm-up. The share of the matrix rate divides model
 FLOPs (see speed.py: 4 for each frozen weight and token, attention of pairs that see each other, nothing for
-recomputation) by what large bfloat16 products reach on this device, measured at the end of the same run.
+recomputation) by what large bfloat16 products reach on this device, measured after the runs.
 
 Read before: cpu.py, random_model.py. Read next: peer_hf.py, speed.py, decode.py.
 Sources: the goals and published figures that README compares with; the shapes' config.json.

@@ -135,7 +135,7 @@ def test_shapes_have_the_published_number_of_parameters(shape, published):
 
 
 def test_flops_of_llama_3_8b_by_hand():
-    """Blocks of 218,103,808 weights, a head of 525,336,576, 41,943,040 in adapters of rank 16, 2,049/2 pairs a token."""
+    """Blocks of 218,103,808 weights, a head of 525,336,576, 41,943,040 in adapters of rank 16; 2,049/2 pairs a token."""
     speed = pytest.importorskip("speed")
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config("llama-3-8b")))
@@ -177,7 +177,7 @@ def test_rows_that_are_long_enough():
 
 
 def test_cases_that_are_compared_exist_and_run_the_same_rows():
-    compared = {name for pair in gpu.AGAINST for name in pair[:2]} | {name for pair in gpu.SIDE_BY_SIDE for name in pair}
+    compared = {name for pair in (*gpu.AGAINST, *gpu.SIDE_BY_SIDE) for name in pair[:2]}
     assert compared <= set(gpu.CASES)
     for ours, peer in gpu.SIDE_BY_SIDE:
         rows = [{key: gpu.CASES[name][2][key] for key in ("packing", "cutoff_len", "per_device_train_batch_size",
