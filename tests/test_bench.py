@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import speed
 from bench import common, cpu, gpu, random_model, scaling
 from bench.common import Child, curves, in_turn, medians, ratios, run_child, slug, table, training_figures
 from families import model_config
@@ -135,8 +136,7 @@ def test_shapes_have_the_published_number_of_parameters(shape, published):
 
 
 def test_flops_of_llama_3_8b_by_hand():
-    """Blocks of 218,103,808 weights, a head of 525,336,576, 41,943,040 in adapters of rank 16; 2,049/2 pairs a token."""
-    speed = pytest.importorskip("speed")
+    """Blocks of 218,103,808 weights, a head of 525,336,576, 41,943,040 in adapters; 2,049 / 2 pairs a token."""
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config("llama-3-8b")))
     attach_lora(model, LoRAConfig(16, 32, target_modules="all"))
@@ -146,7 +146,6 @@ def test_flops_of_llama_3_8b_by_hand():
 
 
 def test_flops_of_the_scaling_shape_are_those_of_speed():
-    speed = pytest.importorskip("speed")
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config("small", num_hidden_layers=2)))
     attach_lora(model, LoRAConfig(16, 32, target_modules="all"))
@@ -209,7 +208,6 @@ def test_cpu_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_gpu_from_end_to_end(tmp_path, monkeypatch, capsys):
     """The curve of train.py is that of transformers and peft on the same packed rows, which proves their boundaries."""
-    pytest.importorskip("speed")
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     monkeypatch.setattr(gpu, "SHARED", tmp_path)                            # without the shared rows: those in data/
@@ -245,7 +243,7 @@ def test_every_file_says_how_it_is_run_and_what_to_read(path):
     assert re.search(r"\bRead (before|first|after|next)\b", text)
     if path.name != "common.py":
         assert f"python bench/{path.name}" in text
-    named = re.findall(r"[\w/]+\.(?:py|md)\b", text)
+    named = re.findall(r"[\w./]+\.(?:py|md)\b", text)
     missing = [name for name in named if not any((folder / name).is_file() for folder in (ROOT, ROOT / "bench"))]
     assert not missing, missing
 
