@@ -33,6 +33,7 @@ from config import KEYS
 
 TEXT = {"llama": ("llama3", "llama3"), "qwen2": ("qwen2.5", "qwen")}        # folder of the tokenizer, template
 ROW = 2048                      # tokens of a packed row
+ROOM = 40 * 10**9               # bytes for the three checkpoints
 CHECKPOINTED = {"disable_gradient_checkpointing": False}
 PACKED = {"packing": True, "cutoff_len": ROW, "gradient_accumulation_steps": 1}
 PADDED = {"cutoff_len": ROW, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4} | CHECKPOINTED
@@ -225,8 +226,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--work", type=Path, help="where checkpoints are written (default: in memory)")
     parser.add_argument("--results", type=Path, help="instead of bench/results")
     asked = parser.parse_args(argv)
-    shared_memory = Path("/dev/shm")
-    asked.work = asked.work or (shared_memory if shared_memory.is_dir() and not asked.tiny else BENCH / ".work") / "gpu"
+    memory = Path("/dev/shm")
+    roomy = not asked.tiny and memory.is_dir() and shutil.disk_usage(memory).free > ROOM
+    asked.work = asked.work or (memory / "pocket-factory-bench" if roomy else BENCH / ".work" / "gpu")
     return asked
 
 
@@ -243,10 +245,13 @@ def main():
     asked = parse_arguments()
     names = chosen(asked)
     left_out = {name: why for name in names if (why := absent(name))}
-    runs = in_turn({name: runner(name, asked) for name in names if name not in left_out},
-                   1 if asked.quick else asked.times)
-    worked = {name: good for name, found in runs.items() if (good := [run for run in found if "failed" not in run])}
-    known = facts(list(worked), asked)
+    try:
+        runs = in_turn({name: runner(name, asked) for name in names if name not in left_out},
+                       1 if asked.quick else asked.times)
+        worked = {name: good for name, found in runs.items() if (good := [run for run in found if "failed" not in run])}
+        known = facts(list(worked), asked)
+    finally:
+        shutil.rmtree(asked.work, ignore_errors=True)       # it may lie in memory
     for name, good in worked.items():
         for run in good:
             run["share_of_matrix_rate"] = run["tokens_per_second"] * known["flops"][name] / known["matrix_rate"]
@@ -255,13 +260,12 @@ def main():
     print("", told(summary, runs, left_out), compared(summary), sep="\n\n")
     for ours, peer in SIDE_BY_SIDE:
         if ours in summary and peer in summary:
-            print("", f"{ours} and {peer}:", curves(runs[ours][0], runs[peer][0]), sep="\n")
+            print("", f"{ours} and {peer}:", curves(worked[ours][0], worked[peer][0]), sep="\n")
     packages = ("torch", "transformers", "peft", "flash_attn", "liger_kernel", "unsloth", "triton")
     save("gpu", runs, versions={"both": versions_of(sys.executable, *packages)}, dtype="bfloat16", seed=42,
-         gpu=known["gpu"],
+         gpu=known["gpu"], left_out=left_out, matrix_rate=known["matrix_rate"], flops_per_token=known["flops"],
          settings={"steps": asked.steps, "warm_up": asked.warm_up, "cases": {name: CASES[name][2] for name in names}},
-         left_out=left_out, matrix_rate=known["matrix_rate"], flops_per_token=known["flops"], folder=asked.results)
-    shutil.rmtree(asked.work)
+         folder=asked.results)
     if not asked.only and not asked.tiny:
         command = [BENCH / "decode.py", "--device", asked.device, "--shape", "llama-3-8b"]
         command += ["--no-peer"] * asked.no_peer + (["--results", asked.results] if asked.results else [])

@@ -24,6 +24,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from attention import pick_device
+from checkpoint import read_adapter_config
 from config import load_config
 from data import IGNORE, epoch_order, load_examples, micro_batches
 from families import read_config_json
@@ -48,13 +49,16 @@ def load_peer(config, dtype, device, kernels: str, attention: str):
         from unsloth import FastLanguageModel
         model, _ = FastLanguageModel.from_pretrained(path, max_seq_length=config.cutoff_len, dtype=dtype,
                                                      load_in_4bit=False)
+        lora = read_adapter_config(config.adapter_name_or_path[0])[0]        # of its own, as its kernels go with them
+        return FastLanguageModel.get_peft_model(
+            model, r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules,
+            use_gradient_checkpointing=False if config.disable_gradient_checkpointing else "unsloth").train()
+    if kernels == "liger":
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
     else:
-        if kernels == "liger":
-            from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
-        else:
-            from transformers import AutoModelForCausalLM as Auto
-        model = Auto.from_pretrained(path, torch_dtype=dtype, attn_implementation=attention).to(device)
+        from transformers import AutoModelForCausalLM as Auto
     from peft import PeftModel
+    model = Auto.from_pretrained(path, torch_dtype=dtype, attn_implementation=attention).to(device)
     model.config.use_cache = False
     if not config.disable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
