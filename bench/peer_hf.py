@@ -5,7 +5,7 @@
 
 Rows, their order, the loss (a sum over the labels of the step, divided by their number) and AdamW are those of our own
 run, so that both print the same curve. Packed rows are one long row with positions that restart for flash-attention,
-which finds the boundaries in them; for torch's SDPA they stay rows of a batch, as the mask would grow with its square.
+which finds the boundaries in them; for torch's SDPA they stay rows of a batch, with a mask that keeps samples apart.
 A yaml without packing gives the padded batches with an attention mask that most scripts use.
 Writes trainer_log.jsonl and all_results.json under the names that train.py uses.
 
@@ -66,7 +66,7 @@ def load_peer(config, dtype, device, kernels: str, attention: str):
     return PeftModel.from_pretrained(model, config.adapter_name_or_path[0], is_trainable=True).train()
 
 
-def inputs_of(examples, packed: bool, in_one_row: bool, device) -> dict:
+def inputs_of(examples, packed: bool, in_one_row: bool, device, dtype) -> dict:
     """A micro-batch as a transformers model takes it: ids and labels (B, T), and what tells the sequences apart."""
     if packed and in_one_row:
         flat = [torch.cat([torch.as_tensor(part) for e in examples for part in parts(e)]) for parts in
@@ -79,9 +79,13 @@ def inputs_of(examples, packed: bool, in_one_row: bool, device) -> dict:
         lengths = torch.tensor([len(e.input_ids) for e in examples])
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
         return {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": mask.long().to(device)}
-    stretches = [[*e.lengths, ids.shape[1] - sum(e.lengths)] for e in examples]              # the last one is padding
+    stretches = [torch.tensor([*e.lengths, ids.shape[1] - sum(e.lengths)]) for e in examples]   # the last is padding
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in stretches])
-    return {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device)}
+    which = torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in stretches]).to(device)     # (B, T)
+    seen = (which[:, None, :, None] == which[:, None, None, :]).tril()                                # (B, 1, T, T)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device),
+            "attention_mask": mask}
 
 
 def steps_of(config, examples):
@@ -103,7 +107,7 @@ def train(config, model, examples, device, dtype, in_one_row: bool):
         count, total = sum(int((e.labels != IGNORE).sum()) for batch in batches for e in batch), 0.0
         for batch in batches:
             with autocast:
-                loss = model(**inputs_of(batch, packed, in_one_row, device), num_items_in_batch=count).loss
+                loss = model(**inputs_of(batch, packed, in_one_row, device, dtype), num_items_in_batch=count).loss
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
