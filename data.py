@@ -105,13 +105,14 @@ class Encoded(Part):
         self.of(row).bad += 1
 
 
-def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: Path | None = None
-                  ) -> tuple[Examples, Examples, Report]:
+def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: Path | None = None,
+                  writes: bool = True) -> tuple[Examples, Examples, Report]:
     """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name to arrays of ids.
 
     tokenizer must have been through fit_tokenizer(template, tokenizer). Examples without a token that carries loss are
     counted and left out unless keep_unlearnable. folder: where tokenised rows are kept; what lies there already is read
-    if it was made of the same (see store_key). Raises ValueError or FileNotFoundError naming file, row and remedy.
+    if it was made of the same (see store_key). writes: False for a rank that only looks there.
+    Raises ValueError or FileNotFoundError naming file, row and remedy.
     """
     if config.train_on_prompt and template.efficient_eos:
         raise ValueError(f"{config.source}: train_on_prompt cannot be used with template {template.name}, which labels "
@@ -128,13 +129,13 @@ def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: P
             check_something_is_taught(config, report, about, keep_unlearnable)
             return *(examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS), report
     report, begun = Report(notes=notes), time.time()
-    with new_store(folder) as work:
+    with new_store(folder if writes else None) as work:
         about, processes = make_store(work, sources, config, tokenizer, template, report)
         check_something_is_taught(config, report, about, keep_unlearnable)
-        if folder:
+        if folder and writes:
             write_about(work, {"key": key, **about, **asdict_of(report)})
         found = [examples_in(work, split, config, about, keep_unlearnable) for split in SPLITS]
-    if folder:
+    if folder and writes:
         report.origin = (f"made in {time.time() - begun:.1f} s by {processes} process{'es'[:2 * (processes > 1)]}, kept in "
                          f"{folder}{f' (what was there was made of other rows or settings; {why})' if why else ''}")
     return *found, report

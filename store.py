@@ -160,7 +160,12 @@ def new_store(path: Path | None):
     try:
         yield work
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(work, path)
+        try:
+            os.replace(work, path)
+        except OSError:                                     # another host was faster: its store is as good
+            if not (path / ABOUT).is_file():
+                raise
+            shutil.rmtree(work, ignore_errors=True)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         if not existed:

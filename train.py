@@ -91,7 +91,8 @@ def main(argv):
     for note in [*shape.notes, *(f"template {template.name}: {remark}" for remark in remarks)]:
         print(f"  note: {note}")
     with ranks.one_per_host_first():                # it tokenises; the others find what it has written
-        train_set, eval_set, counts = load_examples(config, tokenizer, template, folder=kept_in(config))
+        train_set, eval_set, counts = load_examples(config, tokenizer, template, folder=kept_in(config),
+                                                    writes=ranks.local_rank == 0)
     print_counts(counts)
     if eval_set and not config.do_eval:
         print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch would use them")

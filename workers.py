@@ -6,6 +6,7 @@ send back only results. Where the system cannot fork safely (Windows, macOS), or
 Read before: data.py (encode_rows), which tokenises so. Read after: parallel.py, for processes that train.
 Source: fork and pipes, as torch's DataLoader uses them.
 """
+import gc
 import multiprocessing
 import os
 import signal
@@ -31,13 +32,14 @@ def in_order(make, items, workers: int):
     n-th of the rest and waits when its result is not yet wanted, so few results exist at once. An exception of make's is
     raised here; ValueError if a process ends without a word.
     """
-    first, rest = items[:1], items[1:]
-    yield from map(make, first if workers > 1 else items)
-    if workers < 2 or not rest:
-        return
-    pipes, processes = [], []
+    pipes, processes, collects = [], [], gc.isenabled()
+    gc.disable()                # lists in lists have it look at all of them again and again: a fifth of the time
     try:
-        for number in range(workers):
+        first, rest = items[:1], items[1:]
+        yield from map(make, first if workers > 1 else items)
+        if workers < 2:
+            return
+        for number in range(min(workers, len(rest))):
             start(make, rest[number::workers], pipes, processes)
         for place in range(len(rest)):
             try:
@@ -51,6 +53,8 @@ def in_order(make, items, workers: int):
                 raise result
             yield result
     finally:
+        if collects:
+            gc.enable()
         for process in processes:
             process.terminate()
         for process, pipe in zip(processes, pipes):

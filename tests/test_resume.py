@@ -358,7 +358,8 @@ def test_killed_at_random_moments(world, kills, nursery, whole, tmp_path):
 
 def test_killed_in_the_last_second_without_checkpoints(nursery, whole, tmp_path):
     """Half of the final files are there; auto starts again, though nothing says overwrite_output_dir."""
-    own = dict(save_strategy="no", load_best_model_at_end=None, save_total_limit=None, eval_strategy="no", val_size=None)
+    own = dict(save_strategy="no", load_best_model_at_end=None, save_total_limit=None, eval_strategy="no", val_size=None,
+               overwrite_cache=True)        # else a later run has fewer moments
     other, moments = never_stopped(nursery, tmp_path / "whole", 1, **own)
     for back in (2, 9):
         assert nursery.run(tmp_path / "run", 1, [["die_at_moment", [0], moments - back]], **own)[0] == [-9]
