@@ -46,8 +46,10 @@ class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, product):
         rows = (targets != IGNORE).nonzero().squeeze(1)                                      # (n,) supervised positions
-        y = targets[rows].to(hidden.device, non_blocking=True)                               # (n,)
-        rows = rows.to(hidden.device, non_blocking=True)
+        y = targets[rows]                                                                    # (n,)
+        if hidden.is_cuda:              # from memory that may be swapped out, a copy waits for all that was asked before
+            rows, y = rows.pin_memory(), y.pin_memory()
+        rows, y = (t.to(hidden.device, non_blocking=True) for t in (rows, y))
         h, W = hidden[rows], weight.to(hidden.dtype)                                         # (n, D), (V, D)
         step = chunk_rows(len(rows), len(weight))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 WARM_STEPS = 3                  # of a run: kernels are chosen, caches filled, parts compiled
 LEAST_SECONDS = 1.0             # of steady state, below which its figures say nothing
@@ -61,16 +62,17 @@ def training_flops(shape, frozen: float, trained: float, lengths) -> float:
     return (4 * frozen + 6 * trained) * sum(lengths) + 12 * shape.num_attention_heads * shape.head_dim * pairs
 
 
-def matrix_rate(device, dtype, seconds: float = 0.15) -> float:
-    """FLOPs a second of large matrix products on this device, measured for about so long."""
+@torch.no_grad()
+def matrix_rate(device, dtype, product=F.linear, seconds: float = 0.15) -> float:
+    """FLOPs a second of large matrix products on this device, measured for about so long. product: see linear.py."""
     size = MATRIX[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
-    out, best = a @ b, float("inf")                                      # the first one chooses a kernel
-    end = time.perf_counter() + seconds
+    product(a, b)                                                        # the first one chooses a kernel
+    best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
-        torch.mm(a, b, out=out)
+        product(a, b)
         synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size ** 3 / best
@@ -126,13 +128,13 @@ class Pace:
         self.window = 0.0, 0.0
 
 
-def speed_results(pace: Pace, device, dtype, world: int = 1) -> dict:
+def speed_results(pace: Pace, device, dtype, world: int = 1, product=F.linear) -> dict:
     """What a run was like: peak memory and, if it was long enough, the speed of its steady state. The device's
     matrix rate is measured here, at the end: then it is as warm as it was in training, and nobody waits to begin."""
     found = {"peak_memory_gib": round(peak_memory(device) / 2**30, 3)}
     tokens, seconds, flops = pace.steady
     if seconds >= LEAST_SECONDS:
-        rate = matrix_rate(device, dtype)
+        rate = matrix_rate(device, dtype, product)
         found |= {"tokens_per_second": round(tokens / seconds, 1),
                   "model_tflops_per_second": round(flops / seconds / world / 1e12, 4),
                   "matrix_tflops_per_second": round(rate / 1e12, 4),
@@ -146,7 +148,7 @@ PROFILED = 3                    # steps, after the first WARM_STEPS or as late a
 part = torch.profiler.record_function       # a named part of a step; without a profiler, it costs a microsecond
 PARTS = ("data", "forward", "loss", "backward", "communication", "optimizer", "waiting")
 KINDS = (("attention", ("attention", "scaleddotproduct", "flash")),      # by what the name of an operation contains
-         ("matrices", ("::mm", "::addmm", "::bmm", "::baddbmm", "scaled_mm")))
+         ("matrices", ("::mm", "addmm", "::bmm", "baddbmm", "scaled_mm", "grouped_mm", "linear_pointwise")))
 OTHER = "norms, activations, copies"
 
 

@@ -189,8 +189,6 @@ def main(argv):
     same_everywhere(ranks, weights, state["rows"])
     if ranks.main:
         prepare_output(config, resume, weights)
-        if resume:                                  # a kill may have come between writing the last and this
-            remove_old_checkpoints(config, output, state["best"])
         write_json(output / "train_config.json", settings)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm),
                  writes=ranks.main)
@@ -344,7 +342,7 @@ def main(argv):
     with into_folder(output) as folder:
         save_weights(config, model, lora, folder, base, tokenizer, settings)
     end_ranks()
-    results["speed"] = speed_results(pace, device, dtype, ranks.world)
+    results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     for name, values in results.items():
         write_json(output / f"{name}_results.json", values)
