@@ -224,8 +224,8 @@ DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "cr
 HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs",
             "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
             "loraplus_lr_ratio", "loraplus_lr_embedding", "moe_aux_loss_coef", "neftune_noise_alpha",
-            "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16", "fp16", "use_cpu", "flash_attn",
-            "disable_gradient_checkpointing", "ddp_timeout", "fsdp", "force_template", "logging_steps", "logging_first_step",
+            "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16", "fp16", "use_cpu",
+            "flash_attn", "disable_gradient_checkpointing", "ddp_timeout", "fsdp", "force_template", "logging_steps", "logging_first_step",
             "save_strategy", "save_steps", "save_total_limit", "save_only_model", "do_eval", "eval_strategy", "eval_steps",
             "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps")
 # what says nothing about the training: where it is kept, how it is shown, and what other scripts read

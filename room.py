@@ -102,7 +102,21 @@ def other_kernel(plan, config):
     return [("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})] if slow else []
 
 
+def apart(plan, config):
+    rows, size = plan.asked["rows"], config.per_device_train_batch_size
+    together = config.join_micro_batches and not config.token_budget and len(rows) > size
+    return [("join_micro_batches: false", {"join_micro_batches": False}, {"rows": rows[:size]})] if together else []
+
+
+def smaller_budget(plan, config):
+    rows, budgets = plan.asked["rows"], [(config.token_budget or 0) >> halved for halved in range(1, 8)]
+    return [(f"token_budget: {n}", {"token_budget": n}, {"rows": rows[:max(1, len(rows) * n // config.token_budget)]})
+            for n in budgets if n]
+
+
 def smaller_batch(plan, config):
+    if config.token_budget or apart(plan, config):
+        return smaller_budget(plan, config)
     size, rows = config.per_device_train_batch_size, sorted(plan.asked["rows"], key=sum, reverse=True)
     total = size * config.gradient_accumulation_steps
     return [(f"per_device_train_batch_size: {n} with gradient_accumulation_steps: {total // n}",
@@ -132,7 +146,7 @@ def adapters(plan, config):
     return [("finetuning_type: lora", {"finetuning_type": "lora"}, {"lora": lora})] if not plan.asked["lora"] else []
 
 
-CHANGES = (recompute, other_kernel, smaller_batch, half_precision, shorter_rows, adapters)
+CHANGES = (recompute, other_kernel, apart, smaller_batch, half_precision, shorter_rows, adapters)
 
 
 # ---- when memory runs out all the same --------------------------------------------------------------------------

@@ -118,8 +118,8 @@ def main(argv):
                          fast=True, fp8=bool(config.base_precision))
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
-    at_once, memory = tokens_at_once(config, memory, there_is, device,
-                                     config.moe_aux_loss_coef or shape.router_aux_loss_coef)
+    balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
+    at_once, memory = tokens_at_once(config, memory, there_is, device, balance)
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once))
     print("\n".join([*choice.lines, *products.lines, compile_line, *filter(None, [fp8_line]), "", *plan_lines(memory, there_is)]))
     for line in advice(memory, there_is, config):
@@ -137,7 +137,6 @@ def main(argv):
     in_parts = sharded and not lora                 # what learns is cut, too
     if config.fsdp:
         print_shards(model, ranks)
-    balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
     model.recompute = memory.asked["recompute"]
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
     autocast = torch.autocast(device.type, dtype, cache_enabled=False) \
@@ -163,19 +162,9 @@ def main(argv):
     if resume:
         saved = load_training_state(resume, optimizer, names, ranks.rank,
                                     {name: (p.shape, rows_of(p)) for name, p in weights.items()})
-        check_rows(resume, saved["resume"], state["rows"], config.force_resume)
-        state |= {"at_once": 0} | saved["resume"] | {"history": saved["log_history"], "rows": state["rows"]}
-        state["at_once"] = min(state["at_once"], at_once)       # sums are rounded as before, unless memory has shrunk
+        state = taken_up(config, resume, saved, state, total_steps, ranks)
         if scale and "loss_scale" in state:
             scale.value, scale.good_steps = state["loss_scale"]
-        if state["rows_per_step"] != rows_per_step(config, ranks):
-            what, key = ("tokens", "token_budget") if config.token_budget else ("rows", "per_device_train_batch_size")
-            raise ValueError(f"{resume} was written with {state['rows_per_step']} {what} a step, and this run takes "
-                             f"{rows_per_step(config, ranks)}: with {ranks.world} ranks, change "
-                             f"gradient_accumulation_steps or {key} so that the product is the same")
-        if state["step"] > total_steps:
-            raise ValueError(f"{resume} is at step {state['step']}, and this run ends at step {total_steps}: raise "
-                             "max_steps or num_train_epochs, or go on from an earlier checkpoint")
         state["best"] = ranks.from_main(lambda: usable_best(output, state["best"]))
         print(f"resumed from {resume}, step {state['step']} of {total_steps}", flush=True)
     # ranks, and a run and its continuation, compute alike: two kernels, or products, differ in the last bit
@@ -313,22 +302,13 @@ def main(argv):
     # ---- the end: the best or the last weights, results, pictures
     stop.restore()
     profile.finish()
-    seconds = max(time.time() - started, 1e-9)
+    seconds = time.time() - started
     log.write(state["step"], state["epoch"])
     log.close()
     if config.load_best_model_at_end and (best := ranks.from_main(lambda: usable_best(output, state["best"]))):
         load_best(config, model, weights, output, best, ranks)
-    steps = state["step"] - first_step
-    trained = {"epoch": state["epoch"], "total_flos": total_flos(model, state["tokens_seen"]),
-               "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1),
-               "train_runtime": round(seconds, 4),
-               "train_samples_per_second": round(steps / per_epoch * len(train_set) / seconds, 3),
-               "train_steps_per_second": round(steps / seconds, 3)}
-    if state["skipped"]:
-        print(f"\n{state['skipped']} steps were skipped because their loss or gradient was not finite; train_loss is "
-              "the mean of the others")
-    log.history.append(trained | {"step": state["step"]})
-    results = {"train": trained}
+    results = {"train": train_results(state, first_step, per_epoch, model, train_set, seconds)}
+    log.history.append(results["train"] | {"step": state["step"]})
     if eval_set and config.do_eval:
         metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
         results["eval"] = {"epoch": state["epoch"], **metrics}
@@ -344,14 +324,7 @@ def main(argv):
     end_ranks()
     results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
-    for name, values in results.items():
-        write_json(output / f"{name}_results.json", values)
-        print_pairs(f"{name} results", values)
-    everything = {key: value for name in ("train", "eval") for key, value in results.get(name, {}).items()}
-    (output / "README.md").write_text(model_card(config, everything, template.name), encoding="utf-8")
-    if config.plot_loss:
-        plot_losses(output, log.history)
-    write_json(output / "all_results.json", everything)                    # the last file: the run has come to its end
+    write_results(config, output, results, template.name, log.history)
     print(f"\nsaved to {output}. Next: python chat.py {shlex.join(map(str, argv))}")
 
 
@@ -468,6 +441,25 @@ def compute_dtype(config, base, shape) -> torch.dtype:
         return DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), torch.float32)
 
 
+def taken_up(config, resume, saved: dict, state: dict, total_steps: int, ranks: Ranks) -> dict:
+    """What a run goes on with: `state`, what it would begin with, and what the checkpoint `resume` has saved over it.
+
+    Raises ValueError if this run has other rows, other steps, or ended before.
+    """
+    check_rows(resume, saved["resume"], state["rows"], config.force_resume)
+    then = {"at_once": 0} | saved["resume"]         # at_once: sums are rounded as before, unless memory has shrunk
+    if then["rows_per_step"] != state["rows_per_step"]:
+        what, key = ("tokens", "token_budget") if config.token_budget else ("rows", "per_device_train_batch_size")
+        raise ValueError(f"{resume} was written with {then['rows_per_step']} {what} a step, and this run takes "
+                         f"{state['rows_per_step']}: with {ranks.world} ranks, change gradient_accumulation_steps or {key} "
+                         "so that the product is the same")
+    if then["step"] > total_steps:
+        raise ValueError(f"{resume} is at step {then['step']}, and this run ends at step {total_steps}: raise "
+                         "max_steps or num_train_epochs, or go on from an earlier checkpoint")
+    return state | then | {"history": saved["log_history"], "rows": state["rows"],
+                           "at_once": min(then["at_once"], state["at_once"])}
+
+
 def optimizer_names(optimizer, weights) -> list[str]:
     """Names of the trainable parameters in the optimizer's order."""
     names = {id(p): name for name, p in weights.items()}
@@ -503,8 +495,8 @@ def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
     if len(passes) == len(rows):
         return {}
     tokens = sum(map(length, itertools.chain(*rows)))
-    return {"passes": f"{len(rows) / len(passes):.1f} micro-batches run as one pass of about {tokens / len(passes):,.0f} tokens, "
-                      f"at most {at_once:,} (join_micro_batches: false: each alone)"}
+    return {"passes": f"{len(rows) / len(passes):.1f} micro-batches run as one pass of about "
+                      f"{tokens / len(passes):,.0f} tokens, at most {at_once:,} (join_micro_batches: false: each alone)"}
 
 
 def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once) -> dict:
@@ -718,7 +710,32 @@ def check_first_batch(model, batch, device, autocast):
         raise ValueError(f"first batch: the head's scores overflow, the loss is {loss}. {remedy}")
 
 
-# ---- saving -----------------------------------------------------------------------------------------------------
+# ---- results and saving -----------------------------------------------------------------------------------------
+
+
+def train_results(state: dict, first_step: int, per_epoch: int, model, train_set, seconds: float) -> dict:
+    """train_results.json, with LLaMA-Factory's names. seconds: of this run, evaluations and checkpoints included."""
+    if state["skipped"]:
+        print(f"\n{state['skipped']} steps were skipped because their loss or gradient was not finite; train_loss is "
+              "the mean of the others")
+    steps, seconds = state["step"] - first_step, max(seconds, 1e-9)
+    return {"epoch": state["epoch"], "total_flos": total_flos(model, state["tokens_seen"]),
+            "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1),
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(steps / per_epoch * len(train_set) / seconds, 3),
+            "train_steps_per_second": round(steps / seconds, 3)}
+
+
+def write_results(config, output, results: dict, template: str, history: list):
+    """Show the results, and write them: train_results.json and its like, the model card, the picture."""
+    for name, values in results.items():
+        write_json(output / f"{name}_results.json", values)
+        print_pairs(f"{name} results", values)
+    everything = {key: value for name in ("train", "eval") for key, value in results.get(name, {}).items()}
+    (output / "README.md").write_text(model_card(config, everything, template), encoding="utf-8")
+    if config.plot_loss:
+        plot_losses(output, history)
+    write_json(output / "all_results.json", everything)                    # the last file: the run has come to its end
 
 
 def save_weights(config, model, lora, folder, base, tokenizer, settings):
