@@ -490,7 +490,7 @@ def tokens_at_once(config, memory, there_is, device, balance):
 def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
     """What the start page says of micro-batches that are computed together, looking at the first steps."""
     size, rows = config.gradient_accumulation_steps, batches_of(config, train_set, 0, ranks)[:1000]
-    length = lambda i: len(train_set[i].input_ids)
+    length = train_set.sizes.tolist().__getitem__
     passes = [batch for start in range(0, len(rows), size) for batch in joined(rows[start:start + size], length, at_once)]
     if len(passes) == len(rows):
         return {}
@@ -536,7 +536,7 @@ def batches_of(config, train_set, epoch, ranks: Ranks) -> list[list[int]]:
     shuffle = not config.disable_shuffling
     if config.token_budget:         # made once, so that all epochs have as many of them; their order is another each time
         batches = budget_batches(epoch_order(len(train_set), seed, 0, shuffle),
-                                 lambda row: int(train_set.sizes[row]), config.token_budget, alike=shuffle)
+                                 train_set.sizes.tolist().__getitem__, config.token_budget, alike=shuffle)
         return [batches[i] for i in epoch_order(len(batches), seed, epoch, shuffle)][ranks.rank::ranks.world]
     order = epoch_order(len(train_set), seed, epoch, shuffle)
     batches = micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
