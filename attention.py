@@ -76,6 +76,7 @@ SDPA = {
     "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa-math": SDPBackend.MATH,
 }
+SWITCHED = {"sdpa-flash": "flash", "sdpa-cudnn": "cudnn", "sdpa-efficient": "mem_efficient", "sdpa-math": "math"}
 KERNELS = ("flash-attn", "torch-varlen", *SDPA, "plain")   # the earlier one wins when two are about equally fast
 TORCH = release(torch.__version__)
 PLAIN_QUERIES = 1024   # of one sequence, whose scores the plain twin holds at once
@@ -282,6 +283,8 @@ def sdpa(q, k, v, kernel, scale, window=None, slopes=None):
     """torch's scaled_dot_product_attention, held to one backend."""
     k, v = within_reach(k, v, q.shape[2], window)
     T, S = q.shape[2], k.shape[2]
+    if T == 1 and slopes is None:
+        return one_query(q, k, v, kernel, scale)
     # is_causal aligns the first query with the first key, so it is right only when T == S; one query needs no mask.
     masked = T > 1 and (T < S or window is not None)
     mask = visible(T, S, window, q.device) if masked or slopes is not None else None
@@ -300,6 +303,28 @@ def sdpa(q, k, v, kernel, scale, window=None, slopes=None):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     with sdpa_kernel(backends):   # for this call alone; torch.backends.cuda.enable_*_sdp would be for the whole process
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None, scale=scale, **grouped)
+
+
+def one_query(q, k, v, kernel, scale):
+    """Decoding: q (B, H, 1, Dh) sees all of k and v (B, K, S, Dh), so no mask is needed, and the H / K query heads that
+    share a key/value head may as well stand in a row: nothing is repeated, and a cache is read where it lies."""
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                                 # (B, K, H / K, Dh)
+    k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (k, v))              # see sdpa
+    with held_to(kernel):
+        return F.scaled_dot_product_attention(rows, k, v, is_causal=False, scale=scale).view(q.shape)
+
+
+@contextmanager
+def held_to(kernel):
+    """sdpa_kernel for one backend, without its 30 microseconds, which one query on a small model does not take itself."""
+    before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SWITCHED.values()}
+    try:
+        for name in before:
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == SWITCHED[kernel])
+        yield
+    finally:
+        for name, enabled in before.items():
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
 
 
 def takes_grouped_heads(kernel, masked):

@@ -12,19 +12,17 @@ both undone by nothing and seen by no caller:
 
 Training does none of it, so the modules as model.py has them are the readable twin; a test holds the two together.
 
-Read before: model.py (Attention, MLP), generate.py (the loop over tokens). Read after: chat.py, which calls it.
+Read before: model.py (Attention, MLP), linear.py (onednn_product), generate.py (the loop). Read after: chat.py.
 Sources: oneDNN's documentation of inner product and of memory formats.
 """
-import time
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from linear import CLEARLY, onednn_product, shortest
 from model import MLP, Attention, CausalLM, bytes_in_words
-
-CLEARLY = 1.1           # how many times faster than torch's own another product must be to be taken
 
 
 @torch.no_grad()
@@ -97,21 +95,16 @@ class QuickLinear(nn.Module):
         self.weight = pack(layer.weight) if packed else layer.weight
 
     def forward(self, x):
-        return onednn(x, self.weight, self.bias)
-
-
-def onednn(x, W, bias=None):
-    """x (…, in) times W (out, in) transposed. It is what torch.compile calls on CPUs; nothing of torch's API reaches it
-    in float32, or with packed weights."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, W, bias, "none", [], "")
+        return onednn_product(x, self.weight, self.bias)
 
 
 def pack(W):
-    """A copy of W (out, in) in oneDNN's own order for products with one row. Only `onednn` can read it."""
+    """A copy of W (out, in) in oneDNN's own order for products with one row. Only onednn_product can read it."""
     return torch.ops.mkldnn._reorder_linear_weight.default(W.detach(), 1)
 
 
-PRODUCTS = {"torch": (F.linear, lambda W: W), "onednn": (onednn, lambda W: W), "onednn packed": (onednn, pack)}
+PRODUCTS = {"torch": (F.linear, lambda W: W), "onednn": (onednn_product, lambda W: W),
+            "onednn packed": (onednn_product, pack)}
 
 
 def pick_product(dtype, shape=(4096, 1024)) -> tuple[str, str]:
@@ -133,7 +126,7 @@ def pick_product(dtype, shape=(4096, 1024)) -> tuple[str, str]:
         except (RuntimeError, AttributeError, NotImplementedError):
             said.append(f"{name} (not in this torch)")
             continue
-        took[name] = shortest(lambda: product(x, weight))
+        took[name] = shortest(lambda: product(x, weight), times=40)
     quickest = min(took, key=took.get)
     taken = quickest if took[quickest] * CLEARLY < took["torch"] else "torch"
     if taken == "onednn packed" and "onednn" in took and took["onednn"] < took[taken] * CLEARLY:
@@ -141,13 +134,3 @@ def pick_product(dtype, shape=(4096, 1024)) -> tuple[str, str]:
     rates = {name: f"{W.nbytes / seconds / 1e9:.0f} GB/s" for name, seconds in took.items()}
     others = [f"{name} ({rate})" for name, rate in rates.items() if name != taken] + said
     return taken, f"product   {taken} ({rates[taken]} of weights; others: {', '.join(others)})"
-
-
-def shortest(call, times: int = 9) -> float:
-    """Seconds of the shortest of some calls: other work on this machine only ever adds to it."""
-    took = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - start)
-    return min(took)
