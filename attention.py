@@ -156,7 +156,18 @@ def group_by_length(lengths, waste=0.25, floor=32):
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
 
-def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chunk=None, softcap=None, slopes=None):
+@dataclass
+class Filled:
+    """How many of S key slots hold something, as numbers on the device, for a step that is captured once and run often.
+
+    ends: (2,) int32, 0 and the count. mask: (1, 1, 1, S) bool, true for the first `count` slots.
+    """
+    ends: "torch.Tensor"
+    mask: "torch.Tensor"
+
+
+def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chunk=None, softcap=None, slopes=None,
+           filled=None):
     """Causal attention of q (B, H, T, Dh) over k, v (B, K, S, Dh) -> (B, H, T, Dh). H is a multiple of K.
 
     Query i stands at position S - T + i, so the last query sees every key, whether T == S (training), T == 1 (decoding)
@@ -164,7 +175,8 @@ def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chu
     attention stays within each segment; positions count from its start.
     window w: a query sees itself and the w - 1 keys before it. chunk c: a query sees only keys at positions with the
     same position // c. softcap c: scores become c * tanh(scores / c). slopes (H,) float32, on q's device, for ALiBi:
-    scores += slopes[h] * (key position - query position).
+    scores += slopes[h] * (key position - query position). filled: see Filled; T and B are 1, and nothing but `scale`
+    and `softcap` is asked.
     Raises ValueError for an unknown kernel, or one that lacks what is asked; RuntimeError when torch refuses the named
     backend for these inputs.
     """
@@ -175,6 +187,9 @@ def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chu
         raise ValueError(f"unknown attention kernel {kernel!r}; known: {', '.join(KERNELS)}")
     if lack := lacking(kernel, softcap is not None, slopes is not None):
         raise ValueError(f"attention kernel {kernel!r} {lack}; 'plain' and 'flash-attn' have it")
+    if filled is not None:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return one_query(q, k, v, kernel, scale, softcap, filled)
     if chunk is not None and layout is not None:
         layout, chunk = layout.chunked(chunk), None
     if layout is not None and len(layout.lengths) == 1:
@@ -305,22 +320,49 @@ def sdpa(q, k, v, kernel, scale, window=None, slopes=None):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T > 1 and mask is None, scale=scale, **grouped)
 
 
-def one_query(q, k, v, kernel, scale):
-    """Decoding: q (B, H, 1, Dh) sees all of k and v (B, K, S, Dh), so no mask is needed, and the H / K query heads that
-    share a key/value head may as well stand in a row: nothing is repeated, and a cache is read where it lies."""
+def one_query(q, k, v, kernel, scale, softcap=None, filled=None):
+    """Decoding: q (B, H, 1, Dh) sees all of k and v (B, K, S, Dh), or as much of them as is filled.
+
+    The H / K query heads that share a key/value head may as well stand in a row, as no mask tells queries apart:
+    nothing is repeated, and a cache is read where it lies.
+    """
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                                 # (B, K, H / K, Dh)
+    if filled is not None and kernel in ("flash-attn", "torch-varlen"):
+        return up_to(q, k, v, kernel, scale, softcap, filled)
+    mask = None if filled is None else filled.mask
+    if kernel == "plain":
+        scores = (rows.float() * scale) @ k.float().transpose(-1, -2)                        # (B, K, H / K, S)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
     k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (k, v))              # see sdpa
-    with held_to(kernel):
-        return F.scaled_dot_product_attention(rows, k, v, is_causal=False, scale=scale).view(q.shape)
+    # flash takes no mask on a GPU, see sdpa
+    with held_to(kernel, *(("sdpa-efficient", "sdpa-math") if mask is not None else ())):
+        return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=False, scale=scale).view(q.shape)
+
+
+def up_to(q, k, v, kernel, scale, softcap, filled):
+    """one_query by a kernel that reads from the device where the keys end, and reads no further."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                                      # (1 or S, H or K, Dh)
+    ends = (torch.arange(2, dtype=torch.int32, device=q.device), filled.ends, 1, len(k))
+    if kernel == "flash-attn":
+        from flash_attn import flash_attn_varlen_func
+        options = {"softcap": softcap} if softcap is not None else {}
+        out = flash_attn_varlen_func(q, k, v, *ends, softmax_scale=scale, causal=False, **options)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+        out = varlen_attn(q, k, v, *ends, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(0, 1)[None]
 
 
 @contextmanager
-def held_to(kernel):
-    """sdpa_kernel for one backend, without its 30 microseconds, which one query on a small model does not take itself."""
+def held_to(*kernels):
+    """sdpa_kernel without its 30 microseconds: a single query on a small model does not take as long itself."""
+    wanted = [SWITCHED[kernel] for kernel in kernels]
     before = {name: getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in SWITCHED.values()}
     try:
         for name in before:
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == SWITCHED[kernel])
+            getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in wanted)
         yield
     finally:
         for name, enabled in before.items():

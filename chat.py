@@ -13,6 +13,7 @@ Read after: merge.py.
 Source: the prompts, the two commands and the sampling defaults are those of `llamafactory-cli chat`.
 """
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,9 +28,9 @@ import torch
 
 from checkpoint import (DTYPES, checkpoints_in, find_checkpoint, folded_under, load_with_adapters, read_adapter_config,
                         warn_of_folded)
-from decode import prepare
+from decode import pick_step, prepare
 from families import model_config, read_config_json
-from generate import Sampling, common_prefix, context_length, generate
+from generate import Sampling, common_prefix, context_length, generate, next_scores
 from model import CausalLM, KVCache, attention_needs
 from room import available_bytes
 from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer, stored_template
@@ -63,6 +64,7 @@ class Chat:
     max_new_tokens: int
     generator: torch.Generator
     cache: KVCache
+    step: Callable                                      # reads a token: next_scores, or what decode.py has for it
     held: list[int] = field(default_factory=list)       # ids of the last prompt and answer; the cache begins so
 
 
@@ -117,11 +119,14 @@ def main(argv):
     say(f"device    {torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type}")
     say(f"dtype     {str(dtype).removeprefix('torch.')}")
     say("\n".join([*choice.lines[:-1], f"kernel    {choice.kernel}"]))
+    cache, step = KVCache(shape.num_hidden_layers), next_scores
+    if config.fast_chat:
+        cache, step, line = pick_step(model)
+        say(line)
 
     # ---- turns
     generator = torch.Generator(device).manual_seed(config.seed)
-    chat = Chat(config, model, tokenizer, template, settings, stop_ids, sampling, max_new_tokens, generator,
-                KVCache(shape.num_hidden_layers))
+    chat = Chat(config, model, tokenizer, template, settings, stop_ids, sampling, max_new_tokens, generator, cache, step)
     if config.prompt:
         _, ended = answer(chat, [{"role": "user", "content": config.prompt}])
         if ended == "interrupted":
@@ -195,7 +200,7 @@ def answer(chat: Chat, messages: list[dict]) -> tuple[str, str]:
     try:
         with explained_out_of_memory(chat.model.lm_head.weight.device):
             for token in generate(chat.model, prompt, chat.cache, chat.stop_ids, chat.sampling, max_new_tokens=limit,
-                                  generator=chat.generator):
+                                  generator=chat.generator, step=chat.step):
                 chat.held.append(token)
                 if token in chat.stop_ids:
                     ended = "stop"

@@ -89,13 +89,20 @@ def sample(logits, sampling: Sampling, seen=None, generator: torch.Generator | N
 # ---- the two loops ----------------------------------------------------------------------------------------------
 
 
+def next_scores(model, ids, cache):
+    """The model reads ids (1, T) behind what the cache holds -> scores of the token after them, (V,) float32."""
+    return model.logits(model(ids, cache=cache)[0, -1]).float()
+
+
 @torch.no_grad()
 def generate(model, input_ids: list[int], cache, stop_ids=(), sampling: Sampling = Sampling(), *,
-             max_new_tokens: int | None = None, generator: torch.Generator | None = None) -> Iterator[int]:
+             max_new_tokens: int | None = None, generator: torch.Generator | None = None,
+             step=next_scores) -> Iterator[int]:
     """Continue `input_ids`; yields token ids. Ends after a stop id (yielded too), max_new_tokens, or a full context.
 
     cache: a KVCache that is empty, or holds the first cache.length tokens of input_ids (an unchanged beginning is not
-    computed twice). generator: on the model's device; the same seed gives the same answer.
+    computed twice). generator: on the model's device; the same seed gives the same answer. step: what stands for
+    next_scores, see decode.py.
     Raises ValueError for ids outside the vocabulary, a prompt that fills the context, and scores that are not finite.
     """
     limit = check_prompt(model, input_ids, max_new_tokens)
@@ -107,8 +114,7 @@ def generate(model, input_ids: list[int], cache, stop_ids=(), sampling: Sampling
     seen = tokens_seen(model, input_ids) if sampling.repetition_penalty != 1 else None
     ids = torch.tensor([input_ids[cache.length:]], device=device)                            # (1, T)
     for count in range(limit):
-        hidden = model(ids, cache=cache)                                                     # (1, T, D)
-        logits = model.logits(hidden[0, -1]).float()                                         # (V,)
+        logits = step(model, ids, cache)                                                     # (V,)
         if count == 0:
             check_finite(logits, model)
         chosen = sample(logits, sampling, seen, generator)

@@ -65,8 +65,8 @@ class RMSNorm(nn.Module):
 
 
 def unit_rms(x, eps):
-    """x / rms(x) over the last dimension."""
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    """x / rms(x) over the last dimension; x float32."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)         # x * rsqrt(mean(x * x) + eps), on a GPU in one kernel
 
 
 class LayerNorm(nn.Module):
@@ -167,30 +167,29 @@ def length_for_rope(config: ModelConfig, position_ids, cache, training: bool) ->
 
 
 def rope_table(config: ModelConfig, position_ids, dtype, length: int = 0):
-    """cos and sin for each position: two (B, 1, T, R) tensors in `dtype`, computed in float32."""
+    """For `rotate`: two (B, 1, T, R) tensors in `dtype`, computed in float32: for each feature the cosine of its pair's
+    angle, and what the other of the pair is multiplied with: minus the sine for the first of the two, then the sine."""
     speed, scale = rope_frequencies(config, length, position_ids.device)
     angle = position_ids[:, None, :, None].float() * speed                                   # (B, 1, T, R/2)
+    cos, sin = (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
     if config.rotary_pairs == "neighbours":
-        angle = angle.repeat_interleave(2, dim=-1)                                           # (B, 1, T, R)
-    else:
-        angle = torch.cat((angle, angle), dim=-1)                                            # (B, 1, T, R)
-    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+        return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin, pairs: str = "halves"):
     """Turn feature pairs of x (B, H, T, Dh) by their angles (arXiv:2104.09864, eq. 34).
 
-    cos, sin: (B, 1, T, R); the first R features turn, in pairs (i, i + R/2) or neighbours (2i, 2i + 1).
+    cos, sin: (B, 1, T, R), see rope_table; the first R features turn, in pairs (i, i + R/2) or neighbours (2i, 2i + 1).
     """
     R = cos.shape[-1]
-    part, rest = x[..., :R], x[..., R:]
+    part = x if R == x.shape[-1] else x[..., :R]
     if pairs == "neighbours":
-        across = torch.stack((-part[..., 1::2], part[..., ::2]), dim=-1).flatten(-2)
+        other = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
-        a, b = part.chunk(2, dim=-1)
-        across = torch.cat((-b, a), dim=-1)
-    part = (part * cos + across * sin).to(x.dtype)                        # autocast hands in 16-bit x, float32 cos
-    return torch.cat((part, rest), dim=-1) if rest.shape[-1] else part
+        other = part.roll(R // 2, -1)
+    part = (part * cos + other * sin).to(x.dtype)                         # autocast hands in 16-bit x, float32 cos
+    return part if R == x.shape[-1] else torch.cat((part, x[..., R:]), dim=-1)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -285,8 +284,8 @@ class Attention(nn.Module):
         if place.cache is not None:
             k, v = place.cache.update(self.layer, k, v)                                      # (B, K, S, Dh)
         out = attend(q, k, v, kernel=place.kernel, layout=place.layout, scale=config.attn_scale, slopes=place.slopes,
-                     window=config.windows[self.layer], chunk=config.chunks[self.layer],
-                     softcap=config.attn_softcap)                                            # (B, H, T, Dh)
+                     window=config.windows[self.layer], chunk=config.chunks[self.layer], softcap=config.attn_softcap,
+                     filled=place.cache.filled if place.cache else None)                     # (B, H, T, Dh)
         return linears([self.o_proj], out.transpose(1, 2).flatten(2), how=place.product)[0]
 
 
@@ -535,7 +534,7 @@ class CausalLM(nn.Module):
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]    # (1, T)
         x = self.model.embed_tokens(input_ids)                                               # (B, T, D)
         if config.embed_scale:          # rounded to the weights' dtype first, as such models were trained
-            x = x * torch.tensor(config.hidden_size ** 0.5, dtype=self.model.embed_tokens.weight.dtype, device=x.device)
+            x = x * torch.tensor(config.hidden_size ** 0.5, dtype=self.model.embed_tokens.weight.dtype).item()
         length = length_for_rope(config, position_ids, cache, self.training)
         if cache is not None and not cache.length:
             cache.first_length = length
@@ -632,7 +631,9 @@ def compile_error(device, dtype) -> float:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one pair of growing buffers per layer."""
+    """Keys and values of the tokens seen so far, one pair of growing buffers (B, K, room, Dh) per layer."""
+
+    filled = None                       # how much of the buffers counts, where the length is no fact for Python; decode.py
 
     def __init__(self, num_layers: int):
         self.buffers = [None] * num_layers
@@ -644,17 +645,20 @@ class KVCache:
         end = self.length + k.shape[2]
         held = self.buffers[layer]
         if held is None or held[0].shape[2] < end:
-            B, K, _, Dh = k.shape
-            grown = [k.new_empty(B, K, max(64, 2 * end), Dh) for _ in range(2)]
-            if held is not None:
-                for new, old in zip(grown, held):
-                    new[:, :, :self.length] = old[:, :, :self.length]
-            self.buffers[layer] = held = grown
+            held = self.buffers[layer] = self.grown(held, k, max(64, 2 * end))
         held[0][:, :, self.length:end] = k
         held[1][:, :, self.length:end] = v
         if layer == len(self.buffers) - 1:
             self.length = end
         return held[0][:, :, :end], held[1][:, :, :end]
+
+    def grown(self, held, like, room: int):
+        """A pair of larger buffers with what the old ones held; shape, dtype and device are those of `like`."""
+        B, K, _, Dh = like.shape
+        pair = [like.new_zeros(B, K, room, Dh) for _ in range(2)]
+        for new, old in zip(pair, held or ()):
+            new[:, :, :self.length] = old[:, :, :self.length]
+        return pair
 
     def crop(self, length: int):
         """Forget all but the first `length` tokens (chat.py keeps the part of the conversation that is unchanged)."""

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 import decode
-from decode import PRODUCTS, QuickLinear, join_matrices, pick_product, prepare
+from decode import PRODUCTS, CapturedStep, QuickLinear, StillCache, join_matrices, pick_product, pick_step, prepare
 from families import model_config
-from generate import generate, generate_uncached
+from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
 from lora import LoRAConfig, attach_lora, lora_layers
 from model import CausalLM, KVCache, init_weights
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
@@ -108,3 +108,166 @@ def test_the_quickest_product_is_taken_where_it_is_clearly_quicker(monkeypatch):
         took = iter((seconds | changes).values())
         monkeypatch.setattr(decode, "shortest", lambda call, times: next(took))
         assert pick_product(torch.float32, (64, 32))[0] == want
+
+
+# ---- captured steps: all but the capture itself runs here -------------------------------------------------------
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: a replay runs the recorded call again and writes over what the first run returned, and
+    Python's own numbers are made useless meanwhile, as a graph would not see them change."""
+
+    def __init__(self):
+        self.captured = self.replayed = 0
+
+    def record(self, call):
+        self.captured += 1
+        result = call()
+
+        def replay():
+            self.replayed += 1
+            result.copy_(call())
+        return replay, result
+
+
+def capturable(model):
+    return not decode.uncapturable(model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_still_cache_equals_growing_cache_equals_uncached(made, name):  # noqa: F811
+    """In every family: the same tokens three ways, or a sentence on why its steps are not captured."""
+    model, ids, _ = load(made, name)
+    model.requires_grad_(False).eval()
+    prompt, graph = ids[0, :7].tolist(), FakeGraph()
+    cache, step, line = pick_step(model, graph.record)
+    if not capturable(model):
+        assert type(cache) is KVCache and step is next_scores and graph.captured == 0 and "kernel by kernel (" in line
+        return
+    assert line == "steps     captured as a graph: one command a token" and type(cache) is StillCache
+    want = list(generate(model, prompt, KVCache(len(cache.buffers)), max_new_tokens=20))
+    assert list(generate(model, prompt, cache, max_new_tokens=20, step=step)) == want
+    assert list(generate_uncached(model, prompt, max_new_tokens=20)) == want
+    assert (graph.captured, graph.replayed) == (1, 1 + 19)              # the trial's, used again
+
+
+@pytest.mark.parametrize("kernel", ["plain", "sdpa-math", "sdpa-flash"])
+def test_a_captured_step_reads_what_is_filled_and_no_more(kernel):
+    """Slots behind the place hold rubbish; the scores are those of a cache without such slots, at every bucket."""
+    model, graph = small(max_position_embeddings=2048), FakeGraph()
+    model.kernel = kernel
+    cache, step, plain = StillCache(2), CapturedStep(graph.record), KVCache(2)
+    ids = torch.randint(0, 50, (1, 600), generator=torch.Generator().manual_seed(3))
+    for length in (250, 505):                                           # to both sides of 256 and 512 slots
+        for chunk in (ids[:, cache.length:length], *ids[:, length:length + 12].split(1, dim=1)):
+            with torch.no_grad():
+                want, got = next_scores(model, chunk, plain), step(model, chunk, cache)
+            assert (got - want).abs().max() < 1e-4, cache.length
+            assert cache.length == plain.length
+            for pair in cache.buffers:
+                for buffer in pair:
+                    buffer[:, :, cache.length:] = 1e4
+    assert graph.captured == 3 and list(step.recorded) == [1024]        # 256, 512, 1024; those of smaller buffers went
+
+
+def test_turns_on_a_still_cache():
+    """A conversation whose beginning is kept, then cut: as on a fresh cache each time, sampled and with a penalty."""
+    model, graph = small(), FakeGraph()
+    cache, step, _ = pick_step(model, graph.record)
+    sampling, held = Sampling(do_sample=True, temperature=1.5, repetition_penalty=1.3), []
+    for prompt in (PROMPT, PROMPT + [1, 2, 3], PROMPT[:4] + [8, 8], [7]):
+        cache.crop(common_prefix(held, prompt))
+        answers = [list(generate(model, prompt, c, (), sampling, max_new_tokens=12, step=s,
+                                 generator=torch.Generator().manual_seed(9)))
+                   for c, s in ((cache, step), (KVCache(2), next_scores))]
+        assert answers[0] == answers[1]
+        held = prompt + answers[0]
+
+
+def test_a_capture_that_fails_or_is_wrong_is_not_used():
+    def refuses(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    def stale(call):
+        result = call()
+        return lambda: result.zero_(), result
+
+    model = small()
+    for record, words in ((refuses, "not permitted when stream is capturing)"), (stale, "a captured step is off by")):
+        cache, step, line = pick_step(model, record)
+        assert type(cache) is KVCache and step is next_scores and words in line and "\n" not in line
+    assert "on a CPU" in pick_step(model)[2]
+
+
+def test_a_step_asks_python_for_nothing():
+    """What would be read off the device within a step cannot be captured: no number, no copy from the host."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert func.name().split(".")[0] not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh",
+                                                     "aten::masked_select", "aten::equal"), func
+            return func(*args, **(kwargs or {}))
+
+    def record(call):
+        with Refuse():
+            result = call()
+        return lambda: result.copy_(call()), result
+
+    assert "captured" in pick_step(small(), record)[2]
+
+
+def test_a_graph_is_recorded_after_two_runs_aside(monkeypatch):
+    """record_cuda with torch.cuda's parts written down instead of run."""
+    from contextlib import contextmanager
+    said = []
+
+    class Stream:
+        def wait_stream(self, other):
+            said.append("wait")
+
+    class Graph:
+        def replay(self):
+            said.append("replay")
+
+    @contextmanager
+    def within(what):
+        said.append(f"begin {type(what).__name__}")
+        yield
+        said.append(f"end {type(what).__name__}")
+
+    for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("current_stream", Stream), ("stream", within),
+                           ("graph", within)):
+        monkeypatch.setattr(torch.cuda, name, stand_in, raising=False)
+    replay, result = decode.record_cuda(lambda: said.append("call") or 5)
+    replay()
+    assert result == 5 and said == ["wait", "begin Stream", "call", "call", "end Stream", "wait", "begin Graph", "call",
+                                    "end Graph", "replay"]
+
+
+@pytest.mark.parametrize("kernel, module, name", [("flash-attn", "flash_attn", "flash_attn_varlen_func"),
+                                                  ("torch-varlen", "torch.nn.attention.varlen", "varlen_attn")])
+def test_kernels_with_ends_are_told_where_the_keys_end(kernel, module, name, monkeypatch):
+    """A stand-in of the kernel that does what it is told, by its own signature, gives what the mask gives."""
+    import sys
+    import types
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, scale=None, causal=False, enable_gqa=True, **more):
+        assert cu_q.tolist() == [0, 1] and cu_k.dtype == torch.int32 and (max_q, max_k) == (1, len(k)) and not causal
+        n = int(cu_k[1])
+        k, v = (x[:n].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+        weights = (torch.einsum("thd,shd->hts", q, k) * (softmax_scale or scale)).softmax(-1)
+        return torch.einsum("hts,shd->thd", weights, v)
+
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: varlen}))
+    model, graph = small(), FakeGraph()
+    want = list(generate(model, PROMPT, KVCache(2), max_new_tokens=30))
+    cache, step, _ = pick_step(model, graph.record)
+    with torch.no_grad():
+        next_scores(model, torch.tensor([PROMPT]), cache)               # the prompt by a kernel that is here
+        model.kernel = kernel
+        first = want[0]
+        got = [first]
+        for _ in range(29):
+            got.append(int(step(model, torch.tensor([[got[-1]]]), cache).argmax()))
+    assert got == want
