@@ -276,7 +276,7 @@ def refuse(bad: list[str]):
 def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: str, writer: SplitWriter):
     """Rows -> examples in the order of the rows, packed if the config says so, also those without any label.
 
-    -> (does anything teach: is there a label that a token before it predicts, how many processes were at work).
+    -> (is there a label that a token before it predicts, how many processes were at work).
     """
     size = config.preprocessing_batch_size          # the rows that packing may combine, and one call of the tokenizer
     starts, unfilled, teaches = range(0, len(rows), size), [], False
@@ -289,7 +289,8 @@ def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: 
               disable=bool(config.disable_tqdm) or not rows or None) as bar:       # None: only where someone watches
         for start, part in zip(starts, in_order(encode, starts, processes)):
             if part.bad and not config.skip_bad_rows:
-                later = (encode_batch(rows[i:i + size], config, tokenizer, template, check_only=True) for i in starts if i > start)
+                later = (encode_batch(rows[i:i + size], config, tokenizer, template, check_only=True)
+                         for i in starts if i > start)
                 refuse(part.bad + [line for other in later for line in other.bad])
             report.add(part, split)
             writer.add(part)
@@ -551,11 +552,11 @@ def collate(examples: list[Example]) -> Batch:
 def print_counts(report: Report):
     """The data part of the start page: a line per dataset, then what deserves a look."""
     width = max(len(split) + len(dataset) for split, dataset in report.datasets) + 3
-    print(f"\n{'data':<{width}}    rows     used      tokens  learnt  cut off   length 50%      95%  longest")
+    print(f"\n{'data':<{width}}     rows      used        tokens  learnt  cut off   length 50%      95%  longest")
     for (split, dataset), c in report.datasets.items():
         tokens = sum(c.lengths)
         middle, most, longest = np.percentile(c.lengths or [0], (50, 95, 100)).astype(int)
-        print(f"  {split + ' ' + dataset:<{width - 2}}{c.rows:>8,} {len(c.lengths) - c.unlearnable:>8,} {tokens:>11,} "
+        print(f"  {split + ' ' + dataset:<{width - 2}}{c.rows:>9,} {len(c.lengths) - c.unlearnable:>9,} {tokens:>13,} "
               f"{c.supervised / max(tokens, 1):>7.1%} {c.truncated:>8,} {middle:>12,} {most:>8,} {longest:>8,}")
         if c.unlearnable:
             print(f"    skipped, nothing left to learn within cutoff_len: {c.unlearnable}, first {c.first_unlearnable}")

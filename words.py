@@ -13,8 +13,8 @@ import re
 from itertools import chain
 
 LETTERS, DIGITS = "a-zA-ZÀ-ÖØ-öø-ÿ", "0-9"      # all of \p{L} and \p{N} that PLAIN has
-PLAIN = "\x00-\x7fÀ-ÖØ-öø-ÿ‐-‧"                 # ASCII, letters of Western Europe, dashes and quotes; no form of Unicode's
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # normalisation changes them
+PLAIN = "\x00-\x7fÀ-ÖØ-öø-ÿ‐-‧"                 # ASCII, letters of Western Europe, dashes and quotes, which
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"     # NFC leaves as they are
 NFC = {"type": "NFC"}
 MOST_WORDS = 500_000            # kept at once; real text has some ten thousand that come again
 

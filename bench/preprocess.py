@@ -1,10 +1,11 @@
 """Rows to tokens with this program and with LLaMA-Factory, in turn: rows per second, memory, and are the tokens the same?
 
-    python bench/preprocess.py                           52,000 rows; installs LLaMA-Factory into bench/.peer on first use
+    python bench/preprocess.py                           52,000 rows; installs LLaMA-Factory on first use
     python bench/preprocess.py --peer-python PATH        a python that has it already
     python bench/preprocess.py --rows 1000000 --no-peer  this program alone
 
-The rows are those of alpaca_en_demo again and again, with other numbers put into every text, so that no two are alike.
+The rows are those of alpaca_en_demo (without ../shared: of data/identity.json) again and again, with other numbers in
+every text, so that no two are alike.
 Both read the same file with the same settings, as many processes as each takes by itself; `peer 16` is LLaMA-Factory with
 preprocessing_num_workers: 16, as its example files have it. Timed is what lies between the loaded tokenizer and the
 rows of tokens, without the start of Python; `again` is a second start, which finds the rows of the first.
@@ -21,7 +22,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.common import BENCH, ROOT, SHARED, in_turn, medians, peer_python, run_child, save, source_rows, table, versions_of
+from bench.common import BENCH, ROOT, SHARED, in_turn, medians, peer_python, run_child, save, table, versions_of
 
 PEER = "llamafactory==0.9.5"
 WORK = BENCH / ".work" / "preprocess"
@@ -72,7 +73,9 @@ def make_rows(count: int) -> Path:
     if (folder / "dataset_info.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    source, draw = source_rows(), random.Random(0)
+    files = (SHARED / "data" / "alpaca_en_demo.json", ROOT / "data" / "identity.json")
+    source = json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8"))
+    draw = random.Random(0)
 
     def varied(text):
         words = text.split(" ")
@@ -166,7 +169,9 @@ def main():
     print("\n" + compare({name: medians(found) for name, found in runs.items()}))
     told = {}
     if not asked.no_check:
-        told = {name: {key: value for key, value in check().items() if key != "load_seconds"} for name, check in checks.items()}
+        told = {name: check() for name, check in checks.items()}
+        for found in told.values():
+            del found["load_seconds"]
         same = len({json.dumps(found) for found in told.values()}) == 1
         print(f"\ntokens: {told}" + ("" if asked.no_peer else ": the same ids and labels" if same else ": NOT THE SAME"))
     save("preprocess", runs, versions=versions, dtype="int32", seed=0, folder=asked.results, tokens=told,
