@@ -43,7 +43,7 @@ from templates import choose_template, fit_tokenizer
 from tokenizer import load_tokenizer
 config = load_config([sys.argv[1], "tokenized_path=" + sys.argv[2]], "data")
 tokenizer = load_tokenizer(config.model_name_or_path)
-template, _ = choose_template(config.template, tokenizer, "llama")
+template, _ = choose_template(config.template, tokenizer)
 fit_tokenizer(template, tokenizer)
 begun = time.perf_counter()
 train, _, report = load_examples(config, tokenizer, template, folder=kept_in(config))
@@ -94,7 +94,7 @@ def make_rows(count: int) -> Path:
 
 def write_yaml(asked, rows: Path, name: str, **more) -> Path:
     """The settings of both, but for what is in `more`."""
-    settings = {"model_name_or_path": asked.tokenizer, "stage": "sft", "finetuning_type": "lora", "template": "llama3",
+    settings = {"model_name_or_path": asked.tokenizer, "stage": "sft", "finetuning_type": "lora", "template": asked.template,
                 "dataset": "rows", "dataset_dir": rows, "cutoff_len": asked.cutoff_len, **more}
     path = WORK / f"{name}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
@@ -145,6 +145,7 @@ def main():
     parser.add_argument("--cutoff-len", type=int, default=512, help="longest row in tokens (default 512)")
     parser.add_argument("--times", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3", help="a folder with its files")
+    parser.add_argument("--template", default="llama3", help="the chat format of that tokenizer (default llama3)")
     parser.add_argument("--peer-python", help="a python that has LLaMA-Factory")
     parser.add_argument("--peer-folder", help="where its environment is made (default bench/.peer)")
     parser.add_argument("--no-peer", action="store_true", help="measure this program alone")
