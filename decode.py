@@ -32,6 +32,7 @@ from generate import next_scores
 from linear import CLEARLY, onednn_product, shortest
 from model import LENGTH_DEPENDENT, MLP, Attention, CausalLM, KVCache, NormalizedHead, bytes_in_words
 
+WORTH = 2**18           # numbers of a matrix from which on a quick product gains more than its call costs
 SMALLEST = 256          # tokens: a step is captured for caches of so many, and for each power of two above
 
 @torch.no_grad()
@@ -52,7 +53,8 @@ def prepare(model: CausalLM, available: int | None = None) -> list[str]:
     if weight.device.type == "cpu":
         product, line = pick_product(weight.dtype)
         if product != "torch":
-            for name, layer in [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]:
+            for name, layer in [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear
+                                and m.weight.numel() >= WORTH]:
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, QuickLinear(layer, product == "onednn packed"))
         lines.append(line)

@@ -39,6 +39,7 @@ def forced(request, monkeypatch):
     except (RuntimeError, AttributeError, NotImplementedError):
         pytest.skip(f"{request.param} is not in this torch")
     monkeypatch.setattr(decode, "pick_product", lambda dtype: (request.param, "product   forced"))
+    monkeypatch.setattr(decode, "WORTH", 0)
     return request.param
 
 
