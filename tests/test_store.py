@@ -121,7 +121,7 @@ def test_overwrite_cache_tokenises_again(tmp_path, words):  # noqa: F811
 def test_every_setting_that_makes_other_rows_is_in_the_key():
     """resume.py knows which settings make the rest of a run another one; the others of them are not about tokens."""
     of_the_model = {"finetuning_type", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
-                    "use_rslora", "lora_dropout", "adapter_name_or_path", "create_new_adapter", "model_name_or_path",
+                    "use_rslora", "lora_dropout", "base_precision", "adapter_name_or_path", "create_new_adapter", "model_name_or_path",
                     "model_revision"}
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
