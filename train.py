@@ -57,7 +57,7 @@ from templates import check_template, choose_template, fit_tokenizer, stored_tem
 from tokenizer import load_tokenizer
 
 MOST_SKIPPED = 3                # so many steps in a row without a finite loss and gradient end the run
-ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 1_024}    # in one pass: more make a device little faster
+ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}    # in one pass: more make a device little faster
 
 
 def main(argv):
