@@ -484,9 +484,10 @@ def joined(batches: list[list[int]], tokens, limit: int) -> list[list[int]]:
     for batch in batches:
         size = sum(map(tokens, batch))
         if passes and size <= room:
-            passes[-1] = passes[-1] + batch
+            passes[-1].extend(batch)
         else:
-            passes, room = [*passes, batch], limit
+            passes.append(list(batch))
+            room = limit
         room -= size
     return passes
 

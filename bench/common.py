@@ -294,15 +294,22 @@ def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings:
          **more) -> Path:
     """Write bench/results/<script>-<machine>.json: the fields that all results have, and `more`; returns its path."""
     where, summary = machine(gpu), {name: medians(found) for name, found in runs.items() if found}
-    result = {"script": f"bench/{script}.py", "command": " ".join(["python", f"bench/{script}.py", *sys.argv[1:]]),
+    program = f"bench/{Path(sys.argv[0]).name}"
+    result = {"script": program, "command": " ".join(["python", program, *sys.argv[1:]]),
               "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M %z"), "machine": where, "versions": versions,
               "dtype": dtype, "seed": seed, "settings": settings, "runs": runs, "summary": summary,
               "ratios": ratios(summary) if "ours" in summary else {}, **more}
     path = Path(folder or BENCH / "results") / f"{script}-{slug(where)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    path.write_text(short_paths(text) + "\n", encoding="utf-8")
     print(f"\nwritten to {path}")
     return path
+
+
+def short_paths(text: str) -> str:
+    """Absolute paths without the folders they lie in, which say something about one machine only."""
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+(?=[\w.+-])", "…/", text)
 
 
 def table(header: list, rows: list) -> str:
