@@ -360,8 +360,8 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
 OWN_KEYS = ("join_micro_batches", "base_precision", "token_budget", "profile", "dry_run", "fast_chat", "time_limit",
-            "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt", "raw",
-            "jsonl")
+            "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
+            "raw", "jsonl")
 LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases
 UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()}

@@ -62,7 +62,8 @@ def pick_fp8(device, dtype) -> tuple[Fp8, str]:
     """
     device = torch.device(device)
     if device.type == "cpu":
-        return Fp8(FORMATS[0], multiply_plain), "8-bit base: products are rounded to fp8 and computed in float32 (slow: this is a CPU)"
+        return (Fp8(FORMATS[0], multiply_plain),
+                "8-bit base: numbers are rounded to fp8 and multiplied in float32 (slow: this is a CPU)")
     said = {}
     for form in FORMATS:
         try:

@@ -274,7 +274,7 @@ class Attention(nn.Module):
     def forward(self, x, norm, place: Place):
         """Attention of norm(x), (B, T, D) -> (B, T, D)."""
         config = self.config
-        q, k, v = (t.transpose(1, 2) for t in self.project(x, norm, place.product))                            # (B, H or K, T, Dh)
+        q, k, v = (t.transpose(1, 2) for t in self.project(x, norm, place.product))      # (B, H or K, T, Dh)
         if self.turned:
             q, k = (self.turn(t, *place.rope, config.rotary_pairs) for t in (q, k))
             if config.qk_norm == "unit":
@@ -311,7 +311,8 @@ class MLP(nn.Module):
             return linears(first, x, before=norm, how=product)
 
         if again:
-            return linears([self.down_proj], x, before=lambda x: self.gated(*widen(x)), owners=(norm, *first), how=product)[0]
+            return linears([self.down_proj], x, before=lambda x: self.gated(*widen(x)), owners=(norm, *first),
+                           how=product)[0]
         return linears([self.down_proj], *widen(x), before=self.gated, how=product)[0]
 
     def gated(self, gate, up=None):

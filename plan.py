@@ -83,8 +83,8 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     of its sequences (see largest_rows). dtype: of products and, with LoRA, of frozen weights. kernel: a name from
     attention.py. sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and optimizer
     state; embedding, head and two blocks, that at work and the next, are whole. fast: a product of linear.py is used.
-    fp8: see fp8.py. recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing. model: that of an
-    earlier plan with the same shape, lora and dtype.
+    fp8: see fp8.py. recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing.
+    model: that of an earlier plan with the same shape, lora and dtype.
     """
     if model is None:
         with torch.device("meta"):

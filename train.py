@@ -121,7 +121,8 @@ def main(argv):
     balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
     at_once, memory = tokens_at_once(config, memory, there_is, device, balance)
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once))
-    print("\n".join([*choice.lines, *products.lines, compile_line, *filter(None, [fp8_line]), "", *plan_lines(memory, there_is)]))
+    print("\n".join([*choice.lines, *products.lines, compile_line, *filter(None, [fp8_line]), "",
+                     *plan_lines(memory, there_is)]))
     for line in advice(memory, there_is, config):
         print(f"  would fit: {line}")
     sys.stdout.flush()
@@ -154,9 +155,9 @@ def main(argv):
     # ---- where to begin
     output = Path(config.output_dir)
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel),
-             "product": ranks.from_main(lambda: products.taken), "compiled": ranks.from_main(lambda: compiled), "loss_total": 0.0,
-             "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None, "history": [],
-             "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign, "at_once": at_once}
+             "product": ranks.from_main(lambda: products.taken), "compiled": ranks.from_main(lambda: compiled),
+             "loss_total": 0.0, "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None,
+             "history": [], "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign, "at_once": at_once}
     # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, learnt)
     if resume:
