@@ -590,7 +590,7 @@ def compile_steps(model: nn.Module):
                 setattr(module, name, compiled[function])
 
 
-def pick_compile(asked: bool | None, device, dtype) -> tuple[bool, str]:
+def pick_compile(asked: bool | None, device, dtype, hidden_act: str = "silu") -> tuple[bool, str]:
     """(whether to compile_steps, a line for the start page). asked None: on GPUs, where torch has a compiler for it.
 
     What the compiler makes is first tried on a small block, forward and backward, against what is written.
@@ -600,7 +600,7 @@ def pick_compile(asked: bool | None, device, dtype) -> tuple[bool, str]:
         return False, "steps between products: as written" + ("" if asked is False else
                                                               f" (on {device.type} compiling takes longer than it saves)")
     try:
-        error = compile_error(device, dtype)
+        error = compile_error(device, dtype, hidden_act)
     except Exception as refusal:        # what a broken compiler raises is of many kinds, and none must end a training
         text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
         return False, f"steps between products: as written; torch.compile does not work here ({text[:120]})"
@@ -612,11 +612,11 @@ def pick_compile(asked: bool | None, device, dtype) -> tuple[bool, str]:
 COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}       # relative, of any gradient
 
 
-def compile_error(device, dtype) -> float:
+def compile_error(device, dtype, hidden_act: str) -> float:
     """How far a compiled block is from one that is not: the largest relative error of its output and gradients."""
     config = model_config(dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
                                num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64,
-                               rms_norm_eps=1e-5))
+                               rms_norm_eps=1e-5, hidden_act=hidden_act))
     results = []
     for compiled in (False, True):
         model = CausalLM(config)

@@ -109,7 +109,7 @@ def main(argv):
     dtype = compute_dtype(config, base, shape)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
     products = pick_product(device, dtype)
-    compiled, compile_line = pick_compile(config.torch_compile, device, dtype)
+    compiled, compile_line = pick_compile(config.torch_compile, device, dtype, shape.hidden_act)
     fp8, fp8_line = pick_fp8(device, dtype) if config.base_precision else (None, None)
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
@@ -448,7 +448,9 @@ def taken_up(config, resume, saved: dict, state: dict, total_steps: int, ranks: 
     Raises ValueError if this run has other rows, other steps, or ended before.
     """
     check_rows(resume, saved["resume"], state["rows"], config.force_resume)
-    then = {"at_once": 0} | saved["resume"]         # at_once: sums are rounded as before, unless memory has shrunk
+    # sums are rounded as before, unless memory has shrunk; what an older release has not written is what it did
+    then = {"at_once": 0, "product": "torch", "compiled": False,
+            "rows_per_step": state["rows_per_step"]} | saved["resume"]
     if then["rows_per_step"] != state["rows_per_step"]:
         what, key = ("tokens", "token_budget") if config.token_budget else ("rows", "per_device_train_batch_size")
         raise ValueError(f"{resume} was written with {then['rows_per_step']} {what} a step, and this run takes "

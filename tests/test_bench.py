@@ -229,7 +229,7 @@ def test_scaling_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "SHARED", tmp_path)
     monkeypatch.setattr(sys, "argv", ["scaling.py", "--quick", "--only", "lora_rank", "--steps", "4"])
     found = scaling.measure("lora_rank", 8, type("Asked", (), {"steps": 4}))
-    assert found["size"] == 8 and found["tokens"] == [1024] * 4 and found["peak_bytes"] > found["idle_bytes"] > 0
+    assert found["size"] == 8 and found["tokens"] == [1024] * 4 and found["peak_bytes"] >= found["idle_bytes"] > 0
     assert found["step_seconds"] == pytest.approx(1024 / found["tokens_per_second"])
     assert "| lora_rank |" in scaling.told("lora_rank", [found, found | {"size": 16}])
 

@@ -17,7 +17,7 @@ from families import FAMILIES, model_config
 from linear import PRODUCTS, is_simple, linears, pick_product
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
-from model import RECOMPUTE, CausalLM, RMSNorm, compile_steps, init_weights, pick_compile
+from model import ACTIVATIONS, RECOMPUTE, CausalLM, RMSNorm, compile_steps, init_weights, pick_compile
 from tests.common import GOLDEN, needs_shared
 from tests.test_plan import FAMILIES as FAMILY_FIELDS, SMALL
 
@@ -225,7 +225,9 @@ def test_compiled_steps_are_tried_before_they_are_taken(monkeypatch):
         return compiler(function, dynamic=dynamic, backend="eager", fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", front_part)
-    assert pick_compile(True, "cpu", torch.float32)[0] is True
+    for act in ACTIVATIONS:
+        seen.clear()
+        assert pick_compile(True, "cpu", torch.float32, act)[0] is True
     assert sorted(seen) == ["MLP.compute", "RMSNorm.compute", "rotate"]
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: lambda *args: 1.01 * function(*args))
     found, line = pick_compile(True, "cpu", torch.float32)
