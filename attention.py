@@ -338,7 +338,7 @@ def one_query(q, k, v, kernel, scale, softcap=None, filled=None):
     k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (k, v))              # see sdpa
     # flash takes no mask on a GPU, see sdpa
     with held_to(kernel, *(("sdpa-efficient", "sdpa-math") if mask is not None else ())):
-        return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=False, scale=scale).view(q.shape)
+        return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=False, scale=scale).reshape(q.shape)
 
 
 def up_to(q, k, v, kernel, scale, softcap, filled):

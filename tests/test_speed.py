@@ -243,6 +243,8 @@ def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
     run("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
     monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 10_000})
     again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
-    other = run("sft_llama3", tmp_path / "c", monkeypatch, *more)
-    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again, other)]
-    assert len(losses[0]) == len(losses[1]) == 4 and losses[0] == losses[1] != losses[2]
+    run("sft_llama3", tmp_path / "c", monkeypatch, *more)
+    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again)]
+    joined = [json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())["resume"]["at_once"] for name in "abc"]
+    assert len(losses[0]) == len(losses[1]) == 4 and losses[0] == losses[1]
+    assert joined[0] == joined[1] != joined[2]
