@@ -18,7 +18,7 @@ else takes time. Three things are done about that:
 Training does none of it, so the modules as model.py has them and generate.next_scores are the readable twins; tests
 hold them together.
 
-Read before: model.py (Attention, MLP), linear.py (onednn_product), generate.py (the loop). Read after: chat.py.
+Read before: model.py (Attention, MLP), linear.py (onednn), generate.py (the loop). Read after: chat.py.
 Sources: oneDNN's documentation of inner product and of memory formats; CUDA graphs in torch's notes on CUDA semantics.
 """
 from dataclasses import replace
@@ -29,7 +29,7 @@ from torch import nn
 
 from attention import Filled
 from generate import next_scores
-from linear import CLEARLY, onednn_product, shortest
+from linear import CLEARLY, onednn, shortest
 from model import LENGTH_DEPENDENT, MLP, Attention, CausalLM, KVCache, NormalizedHead, bytes_in_words
 
 WORTH = 2**18           # numbers of a matrix from which on a quick product gains more than its call costs
@@ -114,16 +114,16 @@ class QuickLinear(nn.Module):
         self.weight = pack(layer.weight) if packed else layer.weight
 
     def forward(self, x):
-        return onednn_product(x, self.weight, self.bias)
+        return onednn(x, self.weight, self.bias)
 
 
 def pack(W):
-    """A copy of W (out, in) in oneDNN's own order for products with one row. Only onednn_product can read it."""
+    """A copy of W (out, in) in oneDNN's own order for products with one row. Only onednn can read it."""
     return torch.ops.mkldnn._reorder_linear_weight.default(W.detach(), 1)
 
 
-PRODUCTS = {"torch": (F.linear, lambda W: W), "onednn": (onednn_product, lambda W: W),
-            "onednn packed": (onednn_product, pack)}
+PRODUCTS = {"torch": (F.linear, lambda W: W), "onednn": (onednn, lambda W: W),
+            "onednn packed": (onednn, pack)}
 
 
 def pick_product(dtype, shape=(4096, 1024)) -> tuple[str, str]:

@@ -35,14 +35,26 @@ def torch_product(x, W, bias=None):
     return F.linear(x, W, bias)
 
 
-def onednn_product(x, W, bias=None):
+def onednn(x, W, bias=None):
     """oneDNN, which torch has on CPUs but asks in 16 bits only. In float32 torch asks MKL, which leaves half of an AMD
-    processor idle. x and W are dense; either may be a transposed view."""
-    if not x.numel() or not W.numel():           # an expert without tokens: oneDNN refuses
-        return F.linear(x, W, bias)
+    processor idle. x and W are dense; either may be a transposed view. For each new shape oneDNN makes and keeps code,
+    a third of a megabyte."""
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
+def onednn_product(x, W, bias=None):
+    """The same for any number of rows, in blocks of a few sizes: else memory would grow with every new length."""
+    out, start = x.new_empty(len(x), len(W)), 0
+    for size in BLOCKS if W.numel() else ():
+        while start + size <= len(x):
+            out[start:start + size] = onednn(x[start:start + size], W, bias)
+            start += size
+    if start < len(x):
+        out[start:] = F.linear(x[start:], W, bias)
+    return out
+
+
+BLOCKS = (128, 32)      # rows
 PRODUCTS = {"torch": torch_product, "onednn": onednn_product}
 CLEARLY = 1.1           # how many times faster another product than torch's own must be to be taken
 
@@ -212,7 +224,7 @@ class _Linears(torch.autograd.Function):
             if wanted:
                 dh = add(dh, dy, part, ctx.product)
             if needs[n + 4 * i]:
-                grads[4 * i] = ctx.product(dy.T, rows.T)                                     # (out, in)
+                grads[4 * i] = dy.T @ rows                                                   # (out, in)
             if part.bias is not None and needs[n + 4 * i + 1]:
                 grads[4 * i + 1] = dy.sum(0)
         if narrow:

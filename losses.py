@@ -73,7 +73,7 @@ class _CrossEntropySum(torch.autograd.Function):
             if dh is not None:
                 dh[part] = product(p, W.T)
             if dW is not None:
-                dW += product(p.T, h[part].T).float()
+                dW += (p.T @ h[part]).float()
             del logits, e, p                                    # before there is room for the next chunk's
         ctx.save_for_backward(rows, dh, dW)
         ctx.shape = hidden.shape
