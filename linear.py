@@ -43,18 +43,19 @@ def onednn(x, W, bias=None):
 
 
 def onednn_product(x, W, bias=None):
-    """The same for any number of rows, in blocks of a few sizes: else memory would grow with every new length."""
-    out, start = x.new_empty(len(x), len(W)), 0
-    for size in BLOCKS if W.numel() else ():
-        while start + size <= len(x):
-            out[start:start + size] = onednn(x[start:start + size], W, bias)
-            start += size
-    if start < len(x):
-        out[start:] = F.linear(x[start:], W, bias)
-    return out
+    """The same for any number of rows, in blocks of BLOCK, the last one filled up to a multiple of STEP: with every length
+    there is, memory would grow."""
+    if not x.numel() or not W.numel():           # an expert without tokens: oneDNN refuses
+        return F.linear(x, W, bias)
+    outs = []
+    for rows in x.split(BLOCK):
+        lacking = -len(rows) % STEP
+        out = onednn(F.pad(rows, (0, 0, 0, lacking)) if lacking else rows, W, bias)
+        outs.append(out[:len(rows)])
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-BLOCKS = (128, 32)      # rows
+BLOCK, STEP = 128, 32   # rows
 PRODUCTS = {"torch": torch_product, "onednn": onednn_product}
 CLEARLY = 1.1           # how many times faster another product than torch's own must be to be taken
 

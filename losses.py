@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from linear import torch_product
+from linear import BLOCK, torch_product
 
 IGNORE = -100                   # label of a position that carries no loss
 CHUNK_BYTES = 64 * 2**20        # float32 logits held at once, or,
@@ -29,7 +29,8 @@ def cross_entropy_plain(hidden, weight, targets, softcap=None):
 
 def chunk_rows(supervised: int, vocabulary: int) -> int:
     """Positions whose logits are held at once."""
-    return max(1, CHUNK_BYTES // (4 * vocabulary), -(-supervised // MOST_CHUNKS))
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary), -(-supervised // MOST_CHUNKS))
+    return rows // BLOCK * BLOCK or rows                        # else a product would end in a small block
 
 
 def loss_and_exps(logits, y):
