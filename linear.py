@@ -236,10 +236,30 @@ class _Linears(torch.autograd.Function):
                 grads[4 * i + 2] = grad
             if wanted:
                 dh.addmm_(dlow, all_A)
-        found = iter(torch.autograd.grad(h, [t for t in (*inputs, *learnt) if t.requires_grad], dh.view_as(h))
-                     if wanted else ())
+        found = iter(gradients(h, dh.view_as(h), (*inputs, *learnt)) if wanted else ())
         d_xs, d_learnt = ([next(found) if t.requires_grad else None for t in group] for group in (inputs, learnt))
         return None, None, None, None, *d_xs, *grads, *d_learnt
+
+
+def gradients(h, dh, tensors):
+    """The gradients of those tensors that want one, where h has the gradient dh."""
+    with torch.enable_grad():
+        end = _End.apply(h, dh)
+    return torch.autograd.grad(end, [t for t in tensors if t.requires_grad])
+
+
+class _End(torch.autograd.Function):
+    """A scalar in which h has the gradient dh. To give dh to torch.autograd.grad means the same, but there torch imports
+    sympy, to compare two shapes: 0.4 s of every start."""
+
+    @staticmethod
+    def forward(ctx, h, dh):
+        ctx.save_for_backward(dh)
+        return h.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0], None
 
 
 def add(total, dy, part: Part, product):
