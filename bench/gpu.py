@@ -56,6 +56,10 @@ CASES = {
     "0.5b-32k": ("ours", "qwen2.5-0.5b", packed(32768), 140000, True),
     "8b-2k-least-memory": ("ours", "llama-3-8b", packed(2048) | CHECKPOINTED, None, True),
     "8b-fp8-16k": ("ours", "llama-3-8b", packed(16384) | {"base_precision": "fp8"}, 24000, True),
+    "8b-4bit-16k": ("ours", "llama-3-8b", packed(16384) | {"quantization_bit": 4}, None, True),
+    "8b-4bit-2k-least-memory": ("ours", "llama-3-8b", packed(2048) | CHECKPOINTED | {"quantization_bit": 4}, None,
+                                True),
+    "8b-4bit-8k": ("ours", "llama-3-8b", packed(8192) | {"quantization_bit": 4}, None, False),
     "7b-16k": ("ours", "qwen2.5-7b", packed(16384), 18000, False),
     "8b-8k": ("ours", "llama-3-8b", packed(8192), None, False),
     "8b-32k": ("ours", "llama-3-8b", packed(32768), 17000, False),
@@ -68,7 +72,8 @@ CASES = {
     "0.5b-peer": (["--kernels", "none"], "qwen2.5-0.5b", without_recomputing(8192), None, False),
 }
 SIDE_BY_SIDE = (("8b-8k", "8b-peer"), ("8b-16k", "8b-peer-16k-checkpointed"))        # the same rows in the same steps
-AGAINST = (("8b-16k", "8b-peer", 2), ("8b-16k", "8b-peer-padded", 4), ("0.5b-32k", "0.5b-peer", None))
+AGAINST = (("8b-16k", "8b-peer", 2), ("8b-16k", "8b-peer-padded", 4), ("0.5b-32k", "0.5b-peer", None),
+           ("8b-4bit-16k", "8b-16k", 0.85), ("8b-4bit-8k", "8b-8k", 0.85))
 
 
 # ---- what is run ------------------------------------------------------------------------------------------------
@@ -205,11 +210,13 @@ def told(summary: dict, runs: dict, left_out: dict) -> str:
 
 
 def compared(summary: dict) -> str:
-    """Our speed over the peers', where both ran."""
+    """Our speed over the peers', and of 4-bit weights over 16-bit ones, where both ran."""
     rows = [[ours, peer, f"{summary[ours]['tokens_per_second'] / summary[peer]['tokens_per_second']:.2f}",
              f"≥ {goal}" if goal else ""] for ours, peer, goal in AGAINST
             if ours in summary and peer in summary]
-    return table(["ours", "peer", "ours / peer", "goal"], rows) if rows else "no peer was measured"
+    if not rows:
+        return "nothing to compare with was measured"
+    return table(["case", "against", "ratio of tokens/s", "goal"], rows)
 
 
 def parse_arguments(argv=None):
