@@ -223,10 +223,10 @@ def answer(chat: Chat, messages: list[dict]) -> tuple[str, str]:
 
 def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:
     """(base folder, adapter folders, remarks on the two): what is named, else what the training of this yaml left."""
-    full, output = config.finetuning_type == "full", Path(config.output_dir or "")
+    full, output = config.finetuning_type != "lora", Path(config.output_dir or "")
     trained = config.output_dir and (output / ("config.json" if full else "adapter_config.json")).is_file()
     if full and trained:
-        return output, [], (" (all weights trained; the output_dir of this config)", "")
+        return output, [], (f" (finetuning_type: {config.finetuning_type}; the output_dir of this config)", "")
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     named = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
     result = [*folded_under(output), str(output)] if trained else []

@@ -279,6 +279,7 @@ def _mismatch(folder, missing, unused, head=None):
 # ---- adapters ---------------------------------------------------------------------------------------------------
 
 PREFIX = "base_model.model."      # what PEFT writes before every name
+OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # fields of adapter_config.json that change nothing here
 NEUTRAL = frozenset("""
     auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
@@ -301,8 +302,6 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
         raise ValueError(f"{path} holds a {type(raw).__name__}, not the fields of an adapter")
     if raw.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{path}: peft_type {raw['peft_type']} is not supported, only LORA")
-    if raw.get("use_dora"):
-        raise ValueError(f"{path}: this is a DoRA adapter; DoRA is not in this release")
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
     if raw.get("init_lora_weights", True) not in PLAIN_STARTS:
@@ -443,8 +442,10 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
         assert not module.weight.requires_grad, layer
         for part in ("lora_A", "lora_B"):
             found[f"{names[layer]}.{part}.weight"] = getattr(module, part).weight
+        if getattr(module, "lora_magnitude_vector", None) is not None:
+            found[f"{names[layer]}.lora_magnitude_vector"] = module.lora_magnitude_vector
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.requires_grad and not name.endswith((".lora_A.weight", ".lora_B.weight")):
+        if parameter.requires_grad and not name.endswith(OF_ADAPTERS):
             found[PREFIX + model.config.stored_name(name)] = parameter
     return found
 
@@ -456,7 +457,8 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
     targets, stacks = peft_targets(model, config.target_modules)
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_dora": False,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "use_dora": config.use_dora,
         "r": config.r, "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0 if stacks else config.lora_dropout,     # PEFT opens no adapter of stacks that has dropout
         "use_rslora": config.use_rslora, "target_modules": targets, "rank_pattern": config.rank_pattern,
@@ -503,7 +505,8 @@ def warn_of_folded(adapters: list) -> str:
 def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_last: bool = False) -> CausalLM:
     """Base model with adapters, for inference: all but the last are folded in, the last stays beside the weights.
 
-    A and B take the base's dtype: in float32, which the optimizer needs, each decoding step would convert them anew.
+    A and B take the base's dtype: in float32, which the optimizer needs, each decoding step would convert them anew;
+    nor would it find the lengths of DoRA's rows anew.
     fold_last: the last one is folded in too, which makes the very weights that merge.py writes, and saves two products
     for each layer and token.
     """
@@ -513,6 +516,8 @@ def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_la
         if index < len(adapters) - 1 or fold_last:
             merge_adapters(model)
     for layer in lora_layers(model).values():
+        if getattr(layer, "lora_magnitude_vector", None) is not None:
+            layer.fixed = layer.gain().detach()
         layer.to(layer.weight.dtype)
     return model.requires_grad_(False).eval()
 

@@ -60,8 +60,8 @@ class Config:
 
     stage: str = key("sft", "sft: learn replies; pt: learn running text", "method",
                      choices=("sft", "pt"), later=("rm", "ppo", "dpo", "kto"))
-    finetuning_type: str = key("lora", "lora: small matrices beside frozen weights; full: all weights",
-                               choices=("lora", "full"), later=("freeze", "oft"))
+    finetuning_type: str = key("lora", "lora: small matrices beside frozen weights; full: all weights; freeze: those "
+                               "of some layers", choices=("lora", "full", "freeze"), later=("oft",))
     lora_rank: int = key(8, "width r of the matrices A (r, in) and B (out, r)", low=1)
     lora_alpha: int | None = key(None, "the update is scaled by lora_alpha / lora_rank (none: twice the rank)", low=1)
     lora_dropout: float = key(0.0, "dropout on the input of A", low=0, high=1)
@@ -69,9 +69,15 @@ class Config:
                                   "q_proj,v_proj, blocks as experts, or all: all linear but head, routers, experts")
     additional_target: list[str] | None = key(None, "further modules trained whole and saved with the adapter")
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_rank)")
+    use_dora: bool = key(False, "DoRA: the lengths of a matrix's rows are learnt apart from their directions")
     loraplus_lr_ratio: float | None = key(None, "LoRA+: B learns this many times faster than A", above=0)
     loraplus_lr_embedding: float = key(1e-6, "LoRA+: learning rate of embedding adapters", low=0)
     create_new_adapter: bool = key(False, "merge every given adapter and train a fresh one")
+    freeze_trainable_layers: int = key(2, "freeze: so many of the last layers learn (below 0: of the first)")
+    freeze_trainable_modules: list[str] = key(["all"], "freeze: what learns in them, as mlp,self_attn")
+    freeze_extra_modules: list[str] | None = key(None, "freeze: what learns outside of the layers: every weight in "
+                                                 "whose name one of these occurs, as lm_head")
+    pure_bf16: bool = key(False, "full, freeze: weights that learn, gradients and optimizer in bfloat16 as well")
 
     dataset: list[str] | None = key(None, "names in dataset_info.json, or paths of data files", "dataset")
     eval_dataset: list[str] | None = key(None, "the same, for evaluation")
@@ -211,7 +217,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
     "every block is a unit, and the words of fsdp say the rest": "fsdp_config",
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
         quantization_method quantization_type double_quantization quantization_device_map length_penalty pissa_iter
-        freeze_trainable_layers freeze_trainable_modules freeze_extra_modules module_dropout oft_rank oft_block_size
+        module_dropout oft_rank oft_block_size
         oft_target pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight
         kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
         ref_model ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters reward_model_type
@@ -237,11 +243,11 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
      "leave it out: torchrun --nproc-per-node N train.py runs on N cards, fsdp: full_shard is for what does not fit"),
     ("train", "use_unsloth use_kt", "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
     ("any", "quantization_bit", "4-bit and 8-bit bases are not in this release yet; take 16-bit weights, bf16: true"),
-    ("train", "use_dora pissa_init pissa_convert use_llama_pro mixture_of_depths shift_attn",
-     "not in this release yet; plain LoRA (also use_rslora, loraplus_lr_ratio) and finetuning_type: full are"),
+    ("train", "pissa_init pissa_convert use_llama_pro mixture_of_depths shift_attn",
+     "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and finetuning_type: full are"),
     ("train", "use_galore use_apollo use_badam use_adam_mini use_muon",
      "not in this release; optim: adamw_torch is, and with LoRA it needs little memory"),
-    ("train", "fp8 pure_bf16", "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
+    ("train", "fp8", "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
     ("train", "bf16_full_eval fp16_full_eval", "evaluation computes as training does; set bf16 or fp16"),
     ("train", "use_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor",
      "not in this release; plain cross-entropy is"),
@@ -320,16 +326,23 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      "and auto_wrap; copies of the shards (hybrid_shard) are not in this release"),
     ("train", lambda c: c.fsdp and c.train_from_scratch,
      "fsdp reads its parts from a checkpoint, and train_from_scratch has none; leave one of them out"),
-    ("train", lambda c: c.train_from_scratch and c.finetuning_type == "lora",
+    ("train", lambda c: c.train_from_scratch and c.finetuning_type != "full",
      "train_from_scratch needs finetuning_type: full; beside random weights an adapter learns little"),
-    ("train", lambda c: c.finetuning_type == "full" and (c.loraplus_lr_ratio or c.use_rslora or c.create_new_adapter),
-     "loraplus_lr_ratio, use_rslora and create_new_adapter need finetuning_type: lora"),
-    ("any", lambda c: c.finetuning_type == "full" and c.adapter_name_or_path,
+    ("train", lambda c: c.finetuning_type != "lora" and (c.loraplus_lr_ratio or c.use_rslora or c.use_dora
+                                                         or c.create_new_adapter),
+     "loraplus_lr_ratio, use_rslora, use_dora and create_new_adapter need finetuning_type: lora"),
+    ("train", lambda c: c.fsdp and c.finetuning_type == "freeze",
+     "fsdp is for finetuning_type: lora and full; with freeze leave it out"),
+    ("train", lambda c: c.pure_bf16 and (not c.bf16 or c.finetuning_type == "lora" or c.fsdp),
+     "pure_bf16 needs bf16: true and finetuning_type: full or freeze, without fsdp"),
+    ("train", lambda c: c.finetuning_type == "freeze" and c.freeze_trainable_layers == 0 and not c.freeze_extra_modules,
+     "freeze_trainable_layers: 0 without freeze_extra_modules leaves nothing to learn"),
+    ("any", lambda c: c.finetuning_type in ("full", "freeze") and c.adapter_name_or_path,
      "adapter_name_or_path needs finetuning_type: lora (or a merged model as model_name_or_path)"),
     ("train", lambda c: _same(c.output_dir, c.model_name_or_path), "output_dir is the base model; name another"),
     ("merge", lambda c: _same(c.export_dir, c.model_name_or_path), "export_dir is the base model; name another"),
-    ("merge", lambda c: c.finetuning_type == "full" and c.output_dir,
-     "finetuning_type: full needs no merging: output_dir is a whole model already"),
+    ("merge", lambda c: c.finetuning_type in ("full", "freeze") and c.output_dir,
+     "finetuning_type: full and freeze need no merging: output_dir is a whole model already"),
 )
 
 SCRIPTS = {         # script: the keys it cannot do without, its usage
@@ -362,7 +375,10 @@ KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
 OWN_KEYS = ("join_micro_batches", "base_precision", "token_budget", "profile", "dry_run", "fast_chat", "time_limit",
             "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
             "raw", "jsonl")
-LORA_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding")
+KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding"),
+    "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
+}
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases
 UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()}
 UNUSED |= {item.partition("=")[0]: (script, item.partition("=")[2], sentence)
@@ -658,7 +674,8 @@ KINDS = {           # declared type: how its text is read, what it is called
 
 def ignored_keys(config: Config) -> list[str]:
     """Keys the user gave that change nothing in this run; the start page lists them by name."""
-    return config.no_effect + [name for name in LORA_KEYS if name in config.given and config.finetuning_type != "lora"]
+    return config.no_effect + [name for kind, names in KEYS_OF.items() for name in names
+                               if name in config.given and config.finetuning_type != kind]
 
 
 def as_dict(config: Config) -> dict:

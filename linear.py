@@ -134,10 +134,11 @@ def linears(layers, *xs, before=same, owners=(), how="plain"):
 
 
 def is_simple(layer) -> bool:
-    """May the function below stand for the layer? Not with dropout, whose mask is drawn once, and not where someone
-    listens to it."""
+    """May the function below stand for the layer? Not with dropout, whose mask is drawn once, not with DoRA, and not
+    where someone listens to it."""
     return (not layer._forward_hooks and not layer._forward_pre_hooks
-            and (type(layer) is nn.Linear or isinstance(getattr(layer, "dropout", None), nn.Identity)))
+            and (type(layer) is nn.Linear or isinstance(getattr(layer, "dropout", None), nn.Identity))
+            and getattr(layer, "lora_magnitude_vector", None) is None)
 
 
 class Part(NamedTuple):

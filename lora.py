@@ -7,7 +7,7 @@ one per expert), and leaves the names of all weights as they were. Where a check
 `called` turns our names into its own: users, errors and PEFT's format on disk speak of those.
 
 Read before: model.py. Read after: checkpoint.py (how adapters are read and written), merge.py.
-Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732.
+Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353.
 """
 import difflib
 import math
@@ -28,6 +28,7 @@ class LoRAConfig:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False                                  # rows get a length that is learnt apart
     target_modules: list | str = "all-linear"               # what find_targets reads
     modules_to_save: list = field(default_factory=list)     # trained whole, in float32
     rank_pattern: dict = field(default_factory=dict)        # {name part: another r}
@@ -51,7 +52,7 @@ class LoRALinear(nn.Linear):
 
     fp8 = None
 
-    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float, device=None):
+    def __init__(self, base: nn.Linear, r: int, scale: float, dropout: float, device=None, dora: bool = False):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.replaced = base.weight, base.bias, [base]       # a list: not a submodule
@@ -60,21 +61,60 @@ class LoRALinear(nn.Linear):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_magnitude_vector, self.fixed = None, None
+        if dora:
+            lengths = torch.empty(base.out_features, device=device, dtype=torch.float32)
+            self.lora_magnitude_vector = nn.Parameter(lengths)
 
     def forward(self, x):
-        weight = self.weight if self.fp8 is None else dequantise(self.weight, self.unit, x.dtype)
+        weight = self.dense(x.dtype)
+        if self.enabled and self.lora_magnitude_vector is not None:
+            return self.with_magnitude(x, weight)
         y = F.linear(x, weight, self.bias)                                       # (…, out)
-        if not self.enabled:
-            return y
-        # A and B stay float32 for the optimizer and take the activations' dtype for the product
-        low = F.linear(self.dropout(x), self.lora_A.weight.to(x.dtype))          # (…, r)
-        return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+        return y + self.change(self.dropout(x)) if self.enabled else y
+
+    def change(self, x):
+        """scale * B(A x). A and B stay float32 for the optimizer and take the activations' dtype for the product."""
+        low = F.linear(x, self.lora_A.weight.to(x.dtype))                        # (…, r)
+        return F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+
+    def with_magnitude(self, x, weight):
+        """DoRA (arXiv:2402.09353, eq. 5): gain * (W x + scale * B(A x)) + bias, multiplied in float32, where a gain
+        near 1 keeps its digits. What the adapter adds sees the dropped x, and gain - 1 is a part of that (PEFT)."""
+        gain, dropped, y = self.gain(), self.dropout(x), F.linear(x, weight)     # (out,), (…, in), (…, out)
+        if dropped is x:
+            y = (gain * (y + self.change(x))).to(x.dtype)
+        else:
+            y = (y + (gain - 1) * F.linear(dropped, weight) + gain * self.change(dropped)).to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def gain(self):
+        """m / the length of each row of W + scale * B A, (out,) float32. The length counts as a constant: gradients
+        flow to m alone (sec. 4.3)."""
+        if self.fixed is not None:
+            return self.fixed
+        return self.lora_magnitude_vector / self.lengths()
+
+    @torch.no_grad()
+    def lengths(self):
+        """The length of each row of W + scale * B A, (out,) float32."""
+        with torch.autocast(self.lora_A.weight.device.type, enabled=False):
+            rows = torch.addmm(self.dense(torch.float32), self.lora_B.weight.float(), self.lora_A.weight.float(),
+                               alpha=self.scale)
+            return row_lengths(rows)
+
+    def dense(self, dtype):
+        """The frozen weight as an ordinary matrix (out, in)."""
+        return self.weight.to(dtype) if self.fp8 is None else dequantise(self.weight, self.unit, dtype)
 
     def effective_weight(self):
-        """The matrix (out, in) with the adapter's product added; gradients flow to A and B."""
+        """The matrix (out, in) with the adapter in it; gradients flow to A, B and m."""
         if not self.enabled:
             return self.weight
-        return self.weight + (self.lora_B.weight @ self.lora_A.weight * self.scale).to(self.weight.dtype)
+        weight = self.weight + (self.lora_B.weight @ self.lora_A.weight * self.scale).to(self.weight.dtype)
+        if self.lora_magnitude_vector is None:
+            return weight
+        return (self.gain()[:, None] * weight).to(weight.dtype)
 
 
 class LoRAStacked(nn.Module):
@@ -106,9 +146,20 @@ def expert_matrices(A, B, experts: int, expert: int):
     return A.view(experts, -1, A.shape[1])[expert], B.view(B.shape[0], -1, experts)[..., expert]
 
 
-def merged_weight(W, A, B, scale: float):
-    """W + scale * B A, (out, in), summed in float32 and returned in W's dtype (arXiv:2106.09685, sec. 4.1)."""
-    return torch.addmm(W.float(), B.float(), A.float(), alpha=scale).to(W.dtype)
+def row_lengths(rows):
+    """(out,) for (out, in). A row of zeros, which vocabularies are filled up with, gets one that can be divided by."""
+    return torch.linalg.norm(rows, dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def merged_weight(W, A, B, scale: float, magnitude=None):
+    """W + scale * B A, (out, in), summed in float32 and returned in W's dtype (arXiv:2106.09685, sec. 4.1).
+
+    magnitude (out,): the length that DoRA gives each row of the sum.
+    """
+    rows = W.float() + (B.float() @ A.float()).mul_(scale)
+    if magnitude is not None:
+        rows = (magnitude.float() / row_lengths(rows))[:, None] * rows
+    return rows.to(W.dtype)
 
 
 def merged_stack(W, A, B, scale: float):
@@ -187,8 +238,13 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
             continue
         r, scale = config.of_module(called(name))
         base = model.get_submodule(name)
-        kind = LoRALinear if isinstance(base, nn.Linear) else LoRAStacked
-        module = kind(base, r, scale, config.lora_dropout, device)
+        if isinstance(base, nn.Linear):
+            module = LoRALinear(base, r, scale, config.lora_dropout, device, config.use_dora)
+        elif config.use_dora:
+            raise ValueError(f"use_dora: {called(name)} is a stack of experts, whose rows have no lengths here nor in "
+                             "PEFT; leave it out of lora_target, or use_dora")
+        else:
+            module = LoRAStacked(base, r, scale, config.lora_dropout, device)
         A = module.lora_A.weight
         if not A.is_meta:
             generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + place[name])
@@ -196,6 +252,8 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
             with torch.no_grad():
                 A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
                 module.lora_B.weight.zero_()
+        if config.use_dora and not base.weight.is_meta:
+            module.lora_magnitude_vector.data.copy_(module.lengths())
         _replace(model, name, module)
     for name in whole:
         _train_whole(model.get_submodule(name), device)
@@ -213,10 +271,7 @@ def _modules_named(model, name, called):
     weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
     found = [full for full in weighty if any(full == root or full.startswith(root + ".") for root in roots)]
     if not found:
-        parts = sorted({called(full).rsplit(".", 1)[-1] for full in weighty})
-        near = difflib.get_close_matches(name, parts, 1)
-        raise ValueError(f"additional_target: {name!r} is no module of this model"
-                         + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
+        _check_names("additional_target", [name], {called(full).rsplit(".", 1)[-1] for full in weighty})
     return found
 
 
@@ -247,10 +302,44 @@ def set_adapters(model: nn.Module, enabled: bool):
 def merge_adapters(model: nn.Module):
     """Fold every adapter into its weight and put the plain layers back, in place."""
     for name, module in lora_layers(model).items():
-        fold = merged_weight if isinstance(module, LoRALinear) else merged_stack
-        weight = fold(module.weight.data, module.lora_A.weight.data, module.lora_B.weight.data, module.scale)
+        matrices = module.weight.data, module.lora_A.weight.data, module.lora_B.weight.data, module.scale
+        if isinstance(module, LoRALinear):
+            weight = merged_weight(*matrices, module.lora_magnitude_vector)
+        else:
+            weight = merged_stack(*matrices)
         module.replaced[0].weight = nn.Parameter(weight, requires_grad=False)
         _replace(model, name, module.replaced[0])
+
+
+def unfreeze(model: nn.Module, layers: int, modules: list, extra: list, called=same) -> nn.Module:
+    """Freeze the model but for some of its layers, in place: finetuning_type: freeze.
+
+    layers: so many of the last ones; below 0: of the first. modules: what learns in them, by the first part of names
+    within a layer, or all. extra: what else learns: every weight in whose name one of these occurs, so that `norm` is
+    the norms of all layers, too, as it is to LLaMA-Factory 0.9.5. called: see find_targets. Raises ValueError for a
+    name that is not there.
+    """
+    inside = re.compile(r".*?\.(\d+)\.([^.]+)(\..*)?")              # (layer's number, first part in it)
+    names = {name: called(name) for name, _ in model.named_parameters()}
+    found = {name: match for name, full in names.items() if (match := inside.fullmatch(full))}
+    outside = {full.split(".")[-2] for name, full in names.items() if name not in found}
+    count = 1 + max(int(match[1]) for match in found.values())
+    chosen = range(max(0, count - layers), count) if layers > 0 else range(min(-layers, count))
+    _check_names("freeze_trainable_modules", set(modules) - {"all"}, {match[2] for match in found.values()})
+    _check_names("freeze_extra_modules", extra, outside)
+    for name, p in model.named_parameters():
+        match = found.get(name)
+        p.requires_grad_(any(part in names[name] for part in extra) or match is not None and int(match[1]) in chosen
+                         and ("all" in modules or match[2] in modules))
+    return model
+
+
+def _check_names(key, wanted, there):
+    for name in wanted:
+        if name not in there:
+            near, has = difflib.get_close_matches(name, there, 1), ", ".join(sorted(there))
+            raise ValueError(f"{key}: {name!r} is no module of this model"
+                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {has}")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -31,8 +31,8 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, PREFIX, adapter_tensors, copies_of_base, find_checkpoint, folded_under, load_adapter,
-                        load_model, new_folder, open_tensors, peft_names, read_adapter_config, stored_as,
+from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base, find_checkpoint, folded_under,
+                        load_adapter, load_model, new_folder, open_tensors, peft_names, read_adapter_config, stored_as,
                         swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
 from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
@@ -57,6 +57,7 @@ class Change:
     key: str                    # the tensor's name in the file; for B and A without .lora_A.weight, .lora_B.weight
     scale: float | None
     has_copy: bool = False      # the file holds the base's tensor too, as peft does it for an adapted head
+    has_lengths: bool = False   # and lora_magnitude_vector, what DoRA makes the rows' lengths
     swapped: bool = False       # A and B of a stack have each other's place in the file
 
 
@@ -214,9 +215,10 @@ def changes_of(adapter, base) -> dict[str, Change]:
     for name, layer in lora_layers(skeleton).items():
         key = names[name]
         changes[called(f"{name}.weight")] = Change(file, key, layer.scale, f"{key}.base_layer.weight" in copies,
+                                                   getattr(layer, "lora_magnitude_vector", None) is not None,
                                                    f"{key}.lora_A.weight" in swapped)
     for key in adapter_tensors(skeleton):
-        if not key.endswith((".lora_A.weight", ".lora_B.weight")):
+        if not key.endswith(OF_ADAPTERS):
             changes[key.removeprefix(PREFIX)] = Change(file, key, None)
     return changes
 
@@ -276,7 +278,9 @@ def finished(name, tensor: Planned, rows, lows, highs, device):
             block = merged_weight(block[0].float(), A_e, B_e[part], change.scale)[None]
         else:
             B = read(change.file, change.key + ".lora_B.weight", device, rows)                  # (rows, r)
-            block = merged_weight(block.float(), A, B, change.scale)
+            lengths = change.key + ".lora_magnitude_vector"
+            lengths = read(change.file, lengths, device, rows) if change.has_lengths else None              # (rows,)
+            block = merged_weight(block.float(), A, B, change.scale, lengths)
     if tensor.changes and not block.sum(dtype=torch.float32).isfinite():
         raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} holds NaN or infinity")
     rounded = block.to(tensor.dtype)

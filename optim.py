@@ -110,7 +110,7 @@ def schedule(config, total_steps: int):
 
 
 def parameter_groups(named: dict, config) -> list[dict]:
-    """AdamW groups from {name: parameter}. Each holds `base_lr`; decay spares biases and norms.
+    """AdamW groups from {name: parameter}. Each holds `base_lr`; decay spares biases and norms, not DoRA's lengths.
 
     LoRA+ (loraplus_lr_ratio): matrices B learn `ratio` times faster than A (arXiv:2402.12354, sec. 4), and adapters of
     embeddings at loraplus_lr_embedding. The first group is that whose rate the logs show.
@@ -118,7 +118,8 @@ def parameter_groups(named: dict, config) -> list[dict]:
     rate, ratio = config.learning_rate, config.loraplus_lr_ratio
 
     def key(name, p):
-        spared = p.dim() == 1 or "norm" in name.lower() or name.endswith("bias")
+        thin = p.dim() == 1 and not name.endswith("lora_magnitude_vector")
+        spared = thin or "norm" in name.lower() or name.endswith("bias")
         if ratio is not None and "lora_embedding_" in name:
             return config.loraplus_lr_embedding, not spared
         fast = ratio is not None and ("lora_B" in name or p.dim() == 1)

@@ -36,7 +36,7 @@ import torch
 from torch import nn
 
 from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
-from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable
+from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
 from model import CausalLM, LayerNorm, MoE, bytes_in_words
 
@@ -91,6 +91,11 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
             model = CausalLM(shape)
         if lora:
             attach_lora(model.to(dtype), lora, called=shape.stored_name)
+        elif config.finetuning_type == "freeze":
+            unfreeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules,
+                     config.freeze_extra_modules or [], shape.stored_name)
+        for p in () if lora else model.parameters():
+            p.data = p.data.to(torch.float32 if p.requires_grad and not config.pure_bf16 else dtype)
     sizes = [p.nbytes for p in trainable(model).values()]
     trained = sum(sizes)
     frozen = sum(p.nbytes for p in model.parameters()) - trained
@@ -104,8 +109,9 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
         frozen = frozen // world + gathered
         if not lora:                                                    # adapters stay whole on every rank
             trained, gradients, states = (n // world for n in (trained, gradients, states))
-    work = Work([n for row in rows for n in row], dtype.itemsize, dtype.itemsize if lora else 4, kernel,
-                torch.device(device), fast and can_be_fast(lora, dtype))
+    stream = dtype.itemsize if lora else model.model.embed_tokens.weight.itemsize
+    work = Work([n for row in rows for n in row], dtype.itemsize, stream, kernel, torch.device(device),
+                fast and can_be_fast(lora, dtype))
     recompute = recompute or ["nothing" if config.disable_gradient_checkpointing else "block"] * shape.num_hidden_layers
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
                  sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, model=model)
@@ -113,8 +119,8 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
 
 
 def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
-    """Does linear.py take its fast path in the blocks? Not under autocast, and not with dropout on adapters."""
-    return not lora.lora_dropout if lora else dtype == torch.float32
+    """Does linear.py take its fast path in the blocks? Not under autocast, with dropout on adapters, or with DoRA."""
+    return not (lora.lora_dropout or lora.use_dora) if lora else dtype == torch.float32
 
 
 def lightest(plan: Plan, available: int | None, config) -> Plan:
@@ -184,6 +190,9 @@ def activations(model, work: Work, recompute: list) -> tuple[int, int]:
     rope = 0 if shape.alibi else 2 * int(shape.head_dim * shape.rotary_part) * work.stream
     last = norm_bytes(model.model.norm, D, work.stream) + D * work.stream        # and what the loss sends back to it
     at_work = [backward_bytes(shape, work, sparse) for sparse in shape.sparse][reached:] or [0]
+    # the rows whose lengths DoRA wants, and what they are the sum of, in float32
+    rows = max((8 * m.weight.numel() for m in model.modules() if has_lengths(m)), default=0)
+    at_work = [size + rows for size in at_work]
     # the gradient of one expert comes as a stack of zeros but for its own
     at_work[0] += max((p.nbytes for p in model.parameters() if p.requires_grad and p.dim() == 3), default=0)
     # a block that recomputes has all of it once more while the backward pass is in it; those after it are through
@@ -258,9 +267,14 @@ def input_bytes(width: int, linears: list, work: Work, from_stream: bool = False
 
 
 def narrow(linears: list) -> int:
-    """Numbers of A x, for each token, over the adapters of these layers."""
-    return sum(m.lora_A.out_features // (len(m.weight) if isinstance(m, LoRAStacked) else 1) for m in linears
-               if isinstance(m, (LoRALinear, LoRAStacked)))
+    """Numbers of A x, for each token, over the adapters of these layers, and, with DoRA, of W x + scale * B(A x)."""
+    return sum(m.lora_A.out_features // (len(m.weight) if isinstance(m, LoRAStacked) else 1)
+               + (m.out_features if has_lengths(m) else 0) for m in linears if isinstance(m, (LoRALinear, LoRAStacked)))
+
+
+def has_lengths(module) -> bool:
+    """Is it a layer with DoRA?"""
+    return getattr(module, "lora_magnitude_vector", None) is not None
 
 
 def mlp_bytes(mlp, F: int, work: Work) -> int:

@@ -212,7 +212,8 @@ def not_of_this_run(output: Path, resume) -> list[Path]:
 
 # what cannot change when a run goes on: the shape of what is trained
 FIXED = ("finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
-         "use_rslora", "lora_dropout")
+         "use_rslora", "use_dora", "lora_dropout", "freeze_trainable_layers", "freeze_trainable_modules",
+         "freeze_extra_modules", "pure_bf16")
 # what makes the rest of the run another one: the rows, their order, how they become tokens, the base
 DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter", "base_precision",
              "dataset", "dataset_dir",

@@ -34,14 +34,14 @@ from tqdm import tqdm
 
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
-                        save_training_state, stored_as, tensor_files, write_checksums, write_json)
+                        save_training_state, stored_as, tensor_files, whole, write_checksums, write_json)
 from data import (budget_batches, collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
                   print_counts)
 from families import model_config, read_config_json
 from fp8 import pick_fp8, to_fp8, with_compiled_rounding
 from generate import context_length
 from linear import PRODUCTS, pick_product, torch_product
-from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters, trainable
+from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters, row_lengths, trainable, unfreeze
 from losses import balance_loss, cross_entropy_sum
 from model import LENGTH_DEPENDENT, CausalLM, attention_needs, compile_steps, init_weights, pick_compile
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
@@ -140,8 +140,8 @@ def main(argv):
         print_shards(model, ranks)
     model.recompute = memory.asked["recompute"]
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
-    autocast = torch.autocast(device.type, dtype, cache_enabled=False) \
-        if dtype != model.model.embed_tokens.weight.dtype else nullcontext()
+    held = {p.dtype for p in ([model.model.embed_tokens.weight] if lora else model.parameters())}   # adapters see to it
+    autocast = torch.autocast(device.type, dtype, cache_enabled=False) if held != {dtype} else nullcontext()
     current = []                                    # the batch that is computed on, for NEFTune
     if config.neftune_noise_alpha:
         add_neftune(model.model.embed_tokens, config.neftune_noise_alpha, lambda: current[0].layout.cu_seqlens.diff())
@@ -321,7 +321,8 @@ def main(argv):
         return end_ranks()
     remove_old_checkpoints(config, output, state["best"])   # also where the run was killed just before it could
     with into_folder(output) as folder:
-        save_weights(config, model, lora, folder, base, tokenizer, settings)
+        save_weights(config, model, lora, folder, base, tokenizer, settings,
+                     dtype if config.finetuning_type == "freeze" else None)
     end_ranks()
     results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
@@ -366,6 +367,8 @@ def build_model(config, base, adapters, device, resume, ranks):
     Trained weights are float32. A frozen base takes the dtype of bf16 / fp16, or keeps the checkpoint's.
     """
     sharded = bool(config.fsdp) and ranks.world > 1
+    if config.finetuning_type == "freeze":
+        return part_that_learns(config, load_model(resume or base, None, device)), None
     if config.finetuning_type == "full":
         if sharded:
             model = empty_model(resume or base, torch.float32).requires_grad_(True)
@@ -376,9 +379,9 @@ def build_model(config, base, adapters, device, resume, ranks):
             init_weights(model, torch.Generator().manual_seed(config.seed))
             model.to(device)
         else:
-            model = load_model(resume or base, torch.float32, device)
+            model = load_model(resume or base, torch.bfloat16 if config.pure_bf16 else torch.float32, device)
         return model.requires_grad_(True), None
-    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    half = half_of(config)
     model = empty_model(base, half) if sharded else load_model(base, half, device)
     continued = adapters[-1] if adapters and not config.create_new_adapter else None
     for adapter in adapters[:-1] if continued else adapters:
@@ -390,7 +393,8 @@ def build_model(config, base, adapters, device, resume, ranks):
     if resume or continued:
         lora = load_adapter(model, resume or continued, device=device)
         told = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout, "use_rslora":
-                lora.use_rslora, "lora_target": lora.target_modules, "additional_target": lora.modules_to_save}
+                lora.use_rslora, "use_dora": lora.use_dora, "lora_target": lora.target_modules,
+                "additional_target": lora.modules_to_save}
         for key, value in told.items():
             given = config.given.get(key)
             if given not in (None, value, ["all"]) and not (isinstance(given, list) and set(given) == set(value)):
@@ -401,18 +405,36 @@ def build_model(config, base, adapters, device, resume, ranks):
     if sharded:
         cut(model, config.fsdp, ranks, device)
         fill(model, base, trained=not (resume or continued))        # the adapter's file has what learns
+        if lora.use_dora and not (resume or continued):
+            for layer in lora_layers(model).values():
+                layer.lora_magnitude_vector.data.copy_(row_lengths(whole(layer.weight).float()))
     return model, lora
+
+
+def half_of(config) -> torch.dtype | None:
+    """The 16-bit dtype that the config asks for, or None."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+
+
+def part_that_learns(config, model):
+    """The model with what finetuning_type: freeze trains unfrozen, in float32, and the rest in 16 bits if asked."""
+    unfreeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules, config.freeze_extra_modules or [],
+             model.config.stored_name)
+    half = half_of(config) or torch.float32
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad and not config.pure_bf16 else half)
+    return model
 
 
 def lora_settings(config, adapters, resume) -> LoRAConfig | None:
     """What is adapted in this run, or None for full fine-tuning."""
-    if config.finetuning_type == "full":
+    if config.finetuning_type != "lora":
         return None
     continued = resume or (adapters[-1] if adapters and not config.create_new_adapter else None)
     if continued:
         return read_adapter_config(continued)[0]
-    return LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.lora_target,
-                      config.additional_target or [])
+    return LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora,
+                      config.lora_target, config.additional_target or [])
 
 
 @contextmanager
@@ -429,9 +451,9 @@ def memory_advice(memory, there_is, config):
 def compute_dtype(config, base, shape) -> torch.dtype:
     """What products are computed in: bf16 / fp16 if asked, else the dtype of the weights; known before they are loaded,
     from their file or, where there is none yet, from config.json."""
-    if config.bf16 or config.fp16:
-        return torch.bfloat16 if config.bf16 else torch.float16
-    if config.finetuning_type == "full":
+    if half_of(config):
+        return half_of(config)
+    if config.finetuning_type != "lora":
         return torch.float32
     name = shape.stored_name("model.layers.0.self_attn.o_proj.weight")
     try:
@@ -741,12 +763,13 @@ def write_results(config, output, results: dict, template: str, history: list):
     write_json(output / "all_results.json", everything)                    # the last file: the run has come to its end
 
 
-def save_weights(config, model, lora, folder, base, tokenizer, settings):
-    """The adapter (or the whole model), the tokenizer, and the settings that made them."""
+def save_weights(config, model, lora, folder, base, tokenizer, settings, dtype=None):
+    """The adapter (or the whole model), the tokenizer, and the settings that made them. dtype: None writes each weight
+    as it is held, which resuming needs; those of a finished model are of one."""
     if lora:
         save_adapter(model, folder, lora, config.model_name_or_path)
     else:
-        save_model(model, folder, base)
+        save_model(model, folder, base, dtype)
     tokenizer.save(folder)
     write_json(Path(folder) / "train_config.json", settings)
 
@@ -758,7 +781,7 @@ def load_best(config, model, weights, output, best, ranks: Ranks):
     if in_parts:
         ranks.total(0)                              # rank 0 has written it by now
         fill(model, folder)
-    elif ranks.main and config.finetuning_type == "full":
+    elif ranks.main and config.finetuning_type != "lora":
         other = load_model(folder, torch.float32)
         for (_, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
             p.copy_(q)

@@ -80,13 +80,16 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (None, """model_name_or_path adapter_name_or_path cache_dir export_dir template dataset eval_dataset
      max_samples packing tool_format default_system additional_target lora_alpha loraplus_lr_ratio early_stopping_steps
      output_dir neftune_noise_alpha moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model data_seed
+     freeze_extra_modules
      resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers torch_compile"""),    # the last: false
     (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
-     preserve_thinking create_new_adapter use_rslora disable_shuffling plot_loss bf16 fp16 logging_first_step
+     preserve_thinking create_new_adapter use_rslora use_dora
+     pure_bf16 disable_shuffling plot_loss bf16 fp16 logging_first_step
      save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir overwrite_cache"""),
     (True, "enable_thinking do_sample skip_special_tokens"),
     ("auto", "flash_attn infer_dtype"), ("main", "model_revision"), ("cpu", "export_device"), ("data", "dataset_dir"),
-    (["all"], "lora_target"), ("sft", "stage"), ("lora", "finetuning_type"), ("linear", "lr_scheduler_type"),
+    (["all"], "lora_target freeze_trainable_modules"), (2, "freeze_trainable_layers"),
+    ("sft", "stage"), ("lora", "finetuning_type"), ("linear", "lr_scheduler_type"),
     ("adamw_torch_fused", "optim"), ("no", "eval_strategy"), ("steps", "save_strategy"), ({}, "lr_scheduler_kwargs"),
     (5, "export_size"), (2048, "cutoff_len"), (1000, "preprocessing_batch_size"), (0, "val_size lora_dropout"),
     (0, "weight_decay warmup_steps"), (8, "lora_rank per_device_train_batch_size per_device_eval_batch_size"),
@@ -147,10 +150,10 @@ def test_refused_keys_pass_when_they_are_off_and_stop_when_on(name):
 
 
 def test_training_keys_do_not_stop_chat_and_merge():
-    argv = ["model_name_or_path=m", "deepspeed=z3.json", "stage=dpo", "finetuning_type=freeze", "use_dora=true",
+    argv = ["model_name_or_path=m", "deepspeed=z3.json", "stage=dpo", "finetuning_type=oft", "use_llama_pro=true",
             "bf16=true", "fp16=true", "eval_strategy=steps", "infer_backend=vllm"]
     config = load(*argv, "export_dir=e", "adapter_name_or_path=a", script="merge")
-    assert config.stage == "dpo" and ignored_keys(config) == ["deepspeed", "use_dora", "infer_backend"]
+    assert config.stage == "dpo" and ignored_keys(config) == ["deepspeed", "use_llama_pro", "infer_backend"]
     assert "infer_backend" in refusal(*argv, script="chat")
     assert "deepspeed" in refusal(*argv, script="train")
 
@@ -354,7 +357,7 @@ def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
     ("dataset: {a: b}", "not a list of names"), ("placeholders: Max", "not a mapping"),
     ("save_steps: 1.5", "share below 1"),
     ("stage: sftt", "none of sft, pt (did you mean 'sft'?)"), ("stage: dpo", "not in this release yet"),
-    ("finetuning_type: freeze", "not in this release yet"), ("optim: adamw_8bit", "none of adamw_torch_fused"),
+    ("finetuning_type: oft", "not in this release yet"), ("optim: adamw_8bit", "none of adamw_torch_fused"),
     ("seed: 1\nseed: 2", "line 2: seed was already set on line 1"),
     ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),
     ("eval_strategy: no\nevaluation_strategy: no", "line 2: eval_strategy was already set at"),

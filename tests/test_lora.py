@@ -15,7 +15,7 @@ from checkpoint import (PREFIX, adapter_tensors, load_adapter, load_model, load_
                         save_adapter)
 from families import model_config
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, expert_matrices, find_targets, lora_layers,
-                  merge_adapters, merged_weight, set_adapters, trainable)
+                  merge_adapters, merged_weight, set_adapters, trainable, unfreeze)
 from losses import cross_entropy_sum
 from model import CausalLM
 from optim import parameter_groups
@@ -23,7 +23,8 @@ from tests import twins
 from tests.common import GOLDEN, needs_shared
 from tests.test_model import tiny, write
 
-PLAIN = [f"{base}_{kind}" for base in ("llama3", "qwen2", "qwen3") for kind in ("r8", "r4_rslora", "r8_qv")]
+RECORDED = [f"{base}_{kind}" for base in ("llama3", "qwen2", "qwen3")
+            for kind in ("r8", "r4_rslora", "r8_qv", "r8_dora")]
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft", "ignore::Warning:transformers")
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(5))
 
@@ -64,7 +65,7 @@ def shake(model, seed=0, size=0.3):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", RECORDED)
 def test_golden_adapter(name):
     model, folder, want = golden(name)
     real = want["attention_mask"].bool()
@@ -94,7 +95,7 @@ def test_golden_adapter(name):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", RECORDED)
 def test_saved_golden_adapter_is_the_same_file_and_peft_reads_it(name, tmp_path):
     model, folder, want = golden(name)
     config = load_adapter(model, folder)
@@ -110,14 +111,6 @@ def test_saved_golden_adapter_is_the_same_file_and_peft_reads_it(name, tmp_path)
         logits = in_peft(GOLDEN / "models" / name.split("_")[0], tmp_path)(want["input_ids"]).logits
     real = want["attention_mask"].bool()
     assert (logits - logits_of(model.eval(), want["input_ids"]))[real].abs().max() < 1e-4
-
-
-@needs_shared
-@pytest.mark.parametrize("base", ["llama3", "qwen2", "qwen3"])
-def test_dora_is_refused(base):
-    model, folder, _ = golden(f"{base}_r8_dora")
-    with pytest.raises(ValueError, match="adapter_config.json: this is a DoRA adapter; DoRA is not in this release"):
-        load_adapter(model, folder)
 
 
 # ---- fresh adapters ----
@@ -176,6 +169,108 @@ def test_dropout_acts_on_the_input_of_A_in_training_only():
     torch.manual_seed(1)
     assert torch.allclose(got, by_hand(F.dropout(x, 0.5)), atol=1e-6)
     assert torch.allclose(layer.eval()(x), by_hand(x), atol=1e-6) and not torch.allclose(got, layer(x), atol=1e-2)
+
+
+# ---- DoRA ----
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_dora_and_its_gradients_equal_pefts(dropout):
+    """Output and gradients of x, A, B and m; in training PEFT's dropout acts on what the frozen matrix sees, too."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Linear(40, 30)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(40, 30)), peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["0"], use_dora=True, lora_dropout=dropout)).train()
+    twin = theirs.get_submodule("base_model.model.0")
+    twin.base_layer.load_state_dict(base.state_dict())
+    ours = attach_lora(nn.Sequential(base), LoRAConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=dropout)).train()
+    layer = ours[0]
+    assert torch.allclose(layer.lora_magnitude_vector, base.weight.norm(dim=1))
+    shake(ours)
+    pairs = [(layer.lora_A.weight, twin.lora_A.default.weight), (layer.lora_B.weight, twin.lora_B.default.weight),
+             (layer.lora_magnitude_vector, twin.lora_magnitude_vector.default.weight)]
+    xs = [torch.randn(3, 5, 40).requires_grad_() for _ in range(2)]
+    xs[1].data.copy_(xs[0])
+    outs = []
+    for a, b in pairs:
+        b.data.copy_(a)
+    for model, x in ((ours, xs[0]), (theirs, xs[1])):
+        torch.manual_seed(1)
+        outs.append(model(x))
+        outs[-1].square().sum().backward()
+    assert torch.allclose(*outs, atol=1e-5)
+    for a, b in (*pairs, xs):
+        assert a.grad.any() and torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    layer.enabled = False
+    assert torch.equal(ours(xs[0]), F.linear(xs[0], base.weight, base.bias))
+
+
+def test_fresh_dora_changes_nothing_also_where_rows_are_zeros():
+    model = tiny()
+    model.lm_head.weight.data[40:] = 0                                  # a vocabulary that was filled up
+    before = logits_of(model, IDS)
+    attach_lora(model, LoRAConfig(target_modules=["all", "lm_head"], use_dora=True), seed=1)
+    assert (logits_of(model, IDS) - before).abs().max() < 1e-5 and not before[..., 40:].any()
+    model.logits(model(IDS)).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in trainable(model).values())
+    with torch.no_grad():
+        model.lm_head.lora_B.weight.fill_(0.1)
+    merge_adapters(shake(model))
+    assert model.lm_head.weight.isfinite().all()
+
+
+def test_lengths_of_dora_keep_their_digits_beside_a_bfloat16_base():
+    """1.1055 lies between two numbers of bfloat16, 1.1016 and 1.1094."""
+    layer = attach_lora(nn.Sequential(nn.Linear(64, 16, bias=False).bfloat16()), LoRAConfig(use_dora=True))[0]
+    x = torch.randn(4096, 64).bfloat16()
+    before = layer(x).float()
+    layer.lora_magnitude_vector.data *= 1.1055
+    assert abs((layer(x).float() * before).sum() / before.square().sum() - 1.1055) < 5e-4
+
+
+def test_dora_beside_inference_keeps_its_lengths(tmp_path):
+    base = write(tmp_path / "base", tiny())
+    config = LoRAConfig(r=3, target_modules=["all", "lm_head"], use_dora=True)
+    model = shake(attach_lora(load_model(base), config)).eval()
+    save_adapter(model, tmp_path, config, "base")
+    for fold in (False, True):
+        loaded = load_with_adapters(base, [tmp_path], fold_last=fold)
+        assert (logits_of(loaded, IDS) - logits_of(model, IDS)).abs().max() < 1e-4
+    assert load_with_adapters(base, [tmp_path]).lm_head.fixed is not None
+
+
+@needs_shared
+def test_dora_of_stacks_is_refused():
+    model = load_model(GOLDEN / "models" / "llama4", skip_weights=True)
+    with pytest.raises(ValueError, match="use_dora: .*experts.* is a stack of experts"):
+        attach_lora(model, LoRAConfig(target_modules=["experts"], use_dora=True), called=model.config.stored_name)
+
+
+# ---- some layers alone (finetuning_type: freeze) ----
+
+FREEZE = [      # layers, modules, extra modules: what learns, as LLaMA-Factory 0.9.5 chose it of a model of 2 layers
+    (1, ["all"], [], lambda name: ".1." in name),
+    (-1, ["mlp", "input_layernorm"], ["lm_head"], lambda n: ".0.mlp" in n or ".0.input" in n or "head" in n),
+    (5, ["self_attn"], ["embed_tokens"], lambda name: "self_attn" in name or "embed" in name),
+    (-1, ["self_attn"], ["norm"], lambda name: ".0.self_attn" in name or "norm" in name),       # of all layers
+    (0, ["all"], ["norm"], lambda name: "norm" in name),
+]
+
+
+@pytest.mark.parametrize("layers, modules, extra, learns", FREEZE)
+def test_layers_that_learn(layers, modules, extra, learns):
+    model = unfreeze(tiny(), layers, modules, extra)
+    assert set(trainable(model)) == {name for name, _ in model.named_parameters() if learns(name)} != set()
+
+
+@pytest.mark.parametrize("modules, extra, words", [
+    (["mpl"], [], r"freeze_trainable_modules: 'mpl' is no .*\(did you mean 'mlp'\?\); it has input_layernorm, mlp,"),
+    (["all"], ["lm_haed"], r"freeze_extra_modules: 'lm_haed' .*'lm_head'\?\); it has embed_tokens, lm_head, norm$"),
+])
+def test_layers_that_are_not_there(modules, extra, words):
+    with pytest.raises(ValueError, match=words):
+        unfreeze(tiny(), 1, modules, extra)
 
 
 # ---- which modules ----
@@ -281,7 +376,8 @@ def test_modules_to_save_that_is_not_there():
 
 def test_adapted_head_in_the_loss_equals_its_logits():
     targets = IDS.roll(-1, 1).flatten()
-    for config in (LoRAConfig(target_modules=["lm_head"]), LoRAConfig(modules_to_save=["lm_head"])):
+    for config in (LoRAConfig(target_modules=["lm_head"]), LoRAConfig(modules_to_save=["lm_head"]),
+                   LoRAConfig(target_modules=["lm_head"], use_dora=True)):
         model, gradients = shake(attach_lora(tiny(), config)), []
         losses = (F.cross_entropy(model.logits(model(IDS)).flatten(0, 1), targets, reduction="sum"),
                   cross_entropy_sum(model(IDS).flatten(0, 1), model.head_weight(), targets))

@@ -165,6 +165,8 @@ CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then
                                   save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True)),
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
     "budget": (LARGE, 1, dict(token_budget=100)),
+    "dora": (LARGE, 1, dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12, adam_epsilon=1e-4)),
+    "freeze": (8000, 2, dict(finetuning_type="freeze", freeze_trainable_layers=1, learning_rate=5e-4, max_samples=12)),
     "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
 }
 FAILURES = {        # ranks: what rank 1 does in the middle of a last run; what is then on the screen
@@ -306,7 +308,7 @@ def test_the_cases_are_what_they_are_called(runs):
         shares = {folder.partition(f"/{world} ")[2]: counts for folder, counts in found[world][0].items()}
         assert {"0", "1", str(world)} <= shares["experts"].keys(), shares
         assert max(map(int, shares["few rows"])) == min(world, 3), shares
-        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 2, 6, 6, 4, 7, 4, 4, 2]
+        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 2, 6, 6, 4, 7, 4, 4, 2, 2, 2]
     assert max(row[2] for row in curves(here / "1 evaluation")) > 1
 
 

@@ -154,8 +154,8 @@ def test_activations_with_recomputation(name, lora):
 @pytest.mark.parametrize("lora", (
     LoRAConfig(target_modules=["q_proj", "v_proj"]), LoRAConfig(target_modules=["all", "experts"]),
     LoRAConfig(lora_dropout=0.1), LoRAConfig(r=64), LoRAConfig(modules_to_save=["embed_tokens", "lm_head"]),
-    LoRAConfig(target_modules=r".*layers\.[23]\..*_proj")),
-    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper"))
+    LoRAConfig(target_modules=r".*layers\.[23]\..*_proj"), LoRAConfig(use_dora=True)),
+    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper", "DoRA"))
 def test_activations_of_other_adapters(lora):
     name = "mixtral" if "experts" in lora.target_modules else "llama"
     for dtype in (F32, BF16):
@@ -204,6 +204,23 @@ def test_weights_gradients_and_optimizer_are_exact(name):
         buffers = Gradients(list(weights.values()), Ranks(0, 2)).buckets
         two = planned(shape, lora, dtype, "plain", True, [[8]], world=2)
         assert two.gradients == sum(bucket.flat.nbytes for bucket in buffers)
+
+
+@pytest.mark.parametrize("settings, weights, trained", [
+    (dict(finetuning_type="freeze", freeze_trainable_layers=1), 2, 4), (dict(finetuning_type="full"), 4, 4),
+    (dict(finetuning_type="freeze", freeze_extra_modules=["lm_head"], pure_bf16=True), 2, 2),
+    (dict(finetuning_type="full", pure_bf16=True), 2, 2),
+])
+def test_weights_of_other_ways_to_train(settings, weights, trained):
+    """bytes of a number that is frozen, and of one that learns"""
+    config, shape = Config(bf16=True, **settings), shape_of("llama")
+    plan = memory_plan(config, shape, None, [[8]], BF16, "plain", "cpu")
+    parts = [".3.", *([] if "freeze_trainable_layers" in settings else [".2.", "lm_head"])]
+    parts = [""] if settings["finetuning_type"] == "full" else parts
+    learns = [p for name, p in CausalLM(shape).named_parameters() if any(part in name for part in parts)]
+    count, total = sum(p.numel() for p in learns), sum(p.numel() for p in CausalLM(shape).parameters())
+    assert [plan.weights, plan.trained, plan.gradients] == [weights * (total - count), trained * count, trained * count]
+    assert plan.optimizer == 2 * trained * count + 4 * len(learns)
 
 
 def test_the_figures_that_are_known_of_a_large_model():

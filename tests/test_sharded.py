@@ -68,6 +68,7 @@ CASES = {           # settings of runs that end alike with 0 (one process), 2 an
     "lora": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **SAVES),
     "lora, whole modules": dict(lora_target="all,lm_head", additional_target="embed_tokens,norm",
                                 learning_rate=2e-4, **SAVES),
+    "dora": dict(use_dora=True, lora_target="q_proj,up_proj,lm_head", max_steps=3),
     "lora, experts": EVALUATION | dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts"),
     "full": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **FULL, **SAVES),
     "full, tied, best": FULL | EVALUATION,

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import resume
 import train
-from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
+from checkpoint import PREFIX
+from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 
 CURVES = GOLDEN / "curves"
 RECORDED = ["sft_llama3", "sft_qwen2_loraplus", "sft_packing", "sft_eval", "sft_shuffled", "pt"]
@@ -52,6 +53,70 @@ def test_recorded_curve(case, tmp_path, monkeypatch):
     assert recorded.keys() <= results.keys() and abs(results["train_loss"] - recorded["train_loss"]) < 1e-4
 
 
+OTHERS = json.loads((ROOT / "tests/llama_factory_runs.json").read_text())["runs"]
+
+
+def dora_init(folder):
+    """sft_llama3's initial adapter with lengths besides, as the runs in llama_factory_runs.json began."""
+    tensors = load_file(CURVES / "sft_llama3/adapter_init/adapter_model.safetensors")
+    base = load_file(CURVES / "tiny_llama3/model.safetensors")
+    for name in [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]:
+        lengths = base[name.removeprefix(PREFIX) + ".weight"].norm(dim=1)
+        tensors[f"{name}.lora_magnitude_vector"] = lengths * (1 + 0.1 * torch.sin(torch.arange(len(lengths)).float()))
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = json.loads((CURVES / "sft_llama3/adapter_init/adapter_config.json").read_text()) | {"use_dora": True}
+    return folder, fields
+
+
+def mark(tensor):
+    """One number that tells a tensor from others."""
+    flat = tensor.double().flatten()
+    return float((flat * torch.cos(torch.arange(len(flat), dtype=torch.float64))).sum())
+
+
+@needs_shared
+@pytest.mark.parametrize("case", OTHERS)
+def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
+    """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks."""
+    recorded, more = OTHERS[case], []
+    if case.startswith("dora"):
+        folder, fields = dora_init(tmp_path / "init")
+        (folder / "adapter_config.json").write_text(json.dumps(fields | {"use_rslora": case == "dora_plus"}))
+        more = [f"adapter_name_or_path={folder}"]
+    ours = run("sft_llama3", tmp_path / "out", monkeypatch, *recorded["settings"], *more)
+    rows = [row for row in ours["log_history"] if "loss" in row]
+    assert [row["loss"] for row in rows] == pytest.approx(recorded["loss"], abs=1e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(recorded["grad_norm"], abs=1e-4)
+    file = next(path for path in (tmp_path / "out").glob("*model.safetensors"))
+    assert {name: mark(t) for name, t in load_file(file).items()} == pytest.approx(recorded["marks"], abs=2e-4)
+
+
+@needs_shared
+@pytest.mark.parametrize("kind, method", [("llama3", ["pure_bf16=true"]), ("llama3", []), ("qwen2", [])])
+def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, monkeypatch):
+    """Also with q/k norms, and a head that is the embedding; frozen weights are held in 16 bits."""
+    case = {"llama3": "sft_llama3", "qwen2": "sft_qwen2_loraplus"}[kind]
+    freeze = ["finetuning_type=freeze", "adapter_name_or_path=null", "loraplus_lr_ratio=null",
+              "freeze_trainable_layers=1", "freeze_extra_modules=embed_tokens,norm", "save_strategy=steps", "save_steps=4", "max_steps=8"]
+    wanted = run(case, tmp_path / "a", monkeypatch, *freeze)
+    half = [*freeze, "bf16=true", *method]
+    whole = run(case, tmp_path / "b", monkeypatch, *half)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    shutil.rmtree(tmp_path / "c/checkpoint-8")
+    run(case, tmp_path / "c", monkeypatch, *half, "resume_from_checkpoint=true")
+    assert same_tensors(tmp_path / "b/model.safetensors", tmp_path / "c/model.safetensors", 0)
+    assert same_tensors(*(tmp_path / f"{run}/checkpoint-8/optimizer.safetensors" for run in "bc"), 0)
+    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (wanted, whole)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05) and losses[0][-1] < losses[0][0] - 0.2
+    written = load_file(tmp_path / "b/checkpoint-8/model.safetensors")
+    dtypes = {name: tensor.dtype for name, tensor in written.items()}
+    assert dtypes["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
+    assert dtypes["model.layers.1.mlp.up_proj.weight"] == (torch.bfloat16 if method else torch.float32)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "b/model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "b/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 @needs_shared
 def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -68,7 +133,9 @@ def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
 
 @needs_shared
 @pytest.mark.parametrize("case, more", [("sft_shuffled", []), ("sft_qwen2_loraplus", []),
-                                        ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"])])
+                                        ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"]),
+                                        ("sft_shuffled", ["use_dora=true", "create_new_adapter=true",
+                                                          "lora_dropout=0.2"])])
 def test_resumed_equals_never_stopped(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
     noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
