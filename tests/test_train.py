@@ -98,7 +98,8 @@ def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, 
     """Also with q/k norms, and a head that is the embedding; frozen weights are held in 16 bits."""
     case = {"llama3": "sft_llama3", "qwen2": "sft_qwen2_loraplus"}[kind]
     freeze = ["finetuning_type=freeze", "adapter_name_or_path=null", "loraplus_lr_ratio=null",
-              "freeze_trainable_layers=1", "freeze_extra_modules=embed_tokens,norm", "save_strategy=steps", "save_steps=4", "max_steps=8"]
+              "freeze_trainable_layers=1", "freeze_extra_modules=embed_tokens,norm", "save_strategy=steps",
+              "save_steps=4", "max_steps=8"]
     wanted = run(case, tmp_path / "a", monkeypatch, *freeze)
     half = [*freeze, "bf16=true", *method]
     whole = run(case, tmp_path / "b", monkeypatch, *half)
