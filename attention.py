@@ -158,12 +158,26 @@ def group_by_length(lengths, waste=0.25, floor=32):
 
 @dataclass
 class Filled:
-    """How many of S key slots hold something, as numbers on the device, for a step that is captured once and run often.
+    """How many of S key slots hold something, as numbers on the device: a step that is captured once and run often may
+    not know them otherwise, and each of several rows has its own.
 
-    ends: (2,) int32, 0 and the count. mask: (1, 1, 1, S) bool, true for the first `count` slots.
+    mask: (B, 1, 1, S) bool, true for the first `count` slots of a row; the query stands at the last of them.
+    ends: (2,) int32, 0 and the count, where there is one row.
     """
-    ends: "torch.Tensor"
     mask: "torch.Tensor"
+    ends: "torch.Tensor | None" = None
+
+    def distance(self):
+        """Key position minus query position, (B, 1, 1, S)."""
+        return torch.arange(self.mask.shape[-1], device=self.mask.device) - (self.mask.sum(-1, keepdim=True) - 1)
+
+    def seen(self, window, chunk):
+        """Which slots the query of each row sees, (B, 1, 1, S) bool."""
+        if window is None and chunk is None:
+            return self.mask
+        away = self.distance()
+        near = away > -window if window is not None else away >= -((self.mask.sum(-1, keepdim=True) - 1) % chunk)
+        return self.mask & near
 
 
 def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chunk=None, softcap=None, slopes=None,
@@ -175,8 +189,7 @@ def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chu
     attention stays within each segment; positions count from its start.
     window w: a query sees itself and the w - 1 keys before it. chunk c: a query sees only keys at positions with the
     same position // c. softcap c: scores become c * tanh(scores / c). slopes (H,) float32, on q's device, for ALiBi:
-    scores += slopes[h] * (key position - query position). filled: see Filled; T and B are 1, and nothing but `scale`
-    and `softcap` is asked.
+    scores += slopes[h] * (key position - query position). filled: see Filled; T is 1, and layout is None.
     Raises ValueError for an unknown kernel, or one that lacks what is asked; RuntimeError when torch refuses the named
     backend for these inputs.
     """
@@ -189,6 +202,8 @@ def attend(q, k, v, *, kernel="plain", layout=None, scale=None, window=None, chu
         raise ValueError(f"attention kernel {kernel!r} {lack}; 'plain' and 'flash-attn' have it")
     if filled is not None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if filled.ends is None:
+            return query_of_each_row(q, k, v, kernel, scale, filled, window, chunk, softcap, slopes)
         return one_query(q, k, v, kernel, scale, softcap, filled)
     if chunk is not None and layout is not None:
         layout, chunk = layout.chunked(chunk), None
@@ -331,14 +346,30 @@ def one_query(q, k, v, kernel, scale, softcap=None, filled=None):
         return up_to(q, k, v, kernel, scale, softcap, filled)
     mask = None if filled is None else filled.mask
     if kernel == "plain":
-        scores = (rows.float() * scale) @ k.float().transpose(-1, -2)                        # (B, K, H / K, S)
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
-        return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
+        return one_query_plain(q, k, v, scale, softcap, mask)
     k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (k, v))              # see sdpa
     # flash takes no mask on a GPU, see sdpa
     with held_to(kernel, *(("sdpa-efficient", "sdpa-math") if mask is not None else ())):
         return F.scaled_dot_product_attention(rows, k, v, mask, is_causal=False, scale=scale).reshape(q.shape)
+
+
+def one_query_plain(q, k, v, scale, softcap=None, mask=None, bias=0.0):
+    """The definition of one_query. mask: (B or 1, 1, 1, S) bool; bias: added to the scores, (B, K, H / K, S)."""
+    rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])                                 # (B, K, H / K, Dh)
+    scores = (rows.float() * scale) @ k.float().transpose(-1, -2)                            # (B, K, H / K, S)
+    scores = (scores if softcap is None else softcap * torch.tanh(scores / softcap)) + bias
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
+
+
+def query_of_each_row(q, k, v, kernel, scale, filled, window, chunk, softcap, slopes):
+    """Decoding several rows: q (B, H, 1, Dh) sees what each row has filled of k and v (B, K, S, Dh)."""
+    mask = filled.seen(window, chunk)
+    if kernel != "plain" and softcap is None and slopes is None:
+        kernel = kernel if kernel in SDPA else "sdpa-efficient"     # the others take no mask
+        return one_query(q, k, v, kernel, scale, filled=Filled(mask))
+    bias = 0.0 if slopes is None else slopes.view(1, k.shape[1], -1, 1) * filled.distance()
+    return one_query_plain(q, k, v, scale, softcap, mask, bias)
 
 
 def up_to(q, k, v, kernel, scale, softcap, filled):

@@ -14,9 +14,7 @@ Source: the prompts, the two commands and the sampling defaults are those of `ll
 """
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from config import Config, ignored_keys, load_config, run
 
@@ -26,15 +24,15 @@ if __name__ == "__main__":
 from attention import pick_device, pick_kernel                  # before torch: see guard_amdsmi there
 import torch
 
-from checkpoint import (DTYPES, checkpoints_in, find_checkpoint, folded_under, load_with_adapters, read_adapter_config,
-                        warn_of_folded)
+from checkpoint import load_with_adapters
 from decode import pick_step, prepare
 from families import model_config, read_config_json
 from generate import Sampling, common_prefix, context_length, generate, next_scores
 from model import CausalLM, KVCache, attention_needs
 from room import available_bytes
-from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer, stored_template
+from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer
 from tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
+from trained import chat_format, explained_out_of_memory, find_weights, other_bases, pick_dtype
 
 try:
     import readline  # noqa: F401  arrow keys and history in input(); Windows has no such module
@@ -90,7 +88,8 @@ def main(argv):
     for note in shape.notes:
         say(f"          note: {note}")
     say(f"adapter   {' + '.join(map(str, adapters)) or 'none'}{remarks[1]}")
-    warn_of_other_bases(config, adapters)
+    for warning in other_bases(config, adapters):
+        say(f"warning   {warning}")
 
     # ---- chat format
     tokenizer = load_tokenizer(base, config.split_special_tokens)
@@ -221,45 +220,6 @@ def answer(chat: Chat, messages: list[dict]) -> tuple[str, str]:
 # ---- what the config means for a conversation -------------------------------------------------------------------
 
 
-def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:
-    """(base folder, adapter folders, remarks on the two): what is named, else what the training of this yaml left."""
-    full, output = config.finetuning_type != "lora", Path(config.output_dir or "")
-    trained = config.output_dir and (output / ("config.json" if full else "adapter_config.json")).is_file()
-    if full and trained:
-        return output, [], (f" (finetuning_type: {config.finetuning_type}; the output_dir of this config)", "")
-    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    named = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
-    result = [*folded_under(output), str(output)] if trained else []
-    if trained and not named:
-        return base, [find_checkpoint(name) for name in result], ("", " (the output_dir of this config)")
-    if trained and output.resolve() not in [folder.resolve() for folder in named]:
-        return base, named, ("", f" (as named; output_dir holds another one: adapter_name_or_path={','.join(result)})")
-    if named or not config.output_dir:
-        return base, named, ("", "")
-    key, halfway = ("model_name_or_path" if full else "adapter_name_or_path"), checkpoints_in(output, resumable=False)
-    hint = f"; its newest checkpoint: {key}={halfway[-1]}" if halfway else ""
-    return base, [], (f" (the base: {output} holds no finished training{hint})", "")
-
-
-def warn_of_other_bases(config, adapters):
-    """Say it when an adapter was trained on a model of another name: its shapes may fit and its answers be nonsense."""
-    for folder in adapters:
-        trained_on = read_adapter_config(folder)[1].get("base_model_name_or_path")
-        if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
-            say(f"warning   {folder} says it was trained on {trained_on}, not on {config.model_name_or_path}")
-    if warning := warn_of_folded(adapters):
-        say(f"warning   {warning}")
-
-
-def chat_format(config, folders) -> tuple[str | dict | None, Settings, str, bool]:
-    """(template or None, rendering settings, where the name comes from, force) from the config and train_config.json."""
-    name, force = stored_template(folders, config.template, config.force_template)
-    stored = read_json(folders[-1] / "train_config.json")
-    origin = f"stored in {folders[-1]}" if name and name != config.template else ""
-    known = {**vars(config), **stored, **config.given}  # said now, else said in training, else the default
-    return name, Settings(**{key: known[key] for key in asdict(Settings())}), origin, force
-
-
 def sampling_values(config, published: dict, base) -> tuple[dict, str]:
     """({key: value}, the same in words): from the config, else generation_config.json, else LLaMA-Factory's default."""
     values, words = {}, {}
@@ -272,28 +232,6 @@ def sampling_values(config, published: dict, base) -> tuple[dict, str]:
                              f"or set {name} in the config")
         words.setdefault(origin, []).append(f"{name} {values[name]}".lower())
     return values, "; ".join(f"{', '.join(pairs)} ({origin})" for origin, pairs in words.items())
-
-
-def pick_dtype(config, raw, device) -> torch.dtype | None:
-    """infer_dtype, else bf16 / fp16, else None: the checkpoint's. Raises ValueError for what the GPU lacks."""
-    asked = config.infer_dtype if config.infer_dtype != "auto" else \
-        "bfloat16" if config.bf16 else "float16" if config.fp16 else None
-    dtype = asked or raw.get("dtype") or raw.get("torch_dtype")
-    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError(f"{'the config asks for' if asked else 'the checkpoint has'} bfloat16, which "
-                         f"{torch.cuda.get_device_name(device)} lacks: set infer_dtype: float16 (or float32)")
-    return DTYPES.get(asked)
-
-
-@contextmanager
-def explained_out_of_memory(device):
-    """Turn torch's error for a full GPU into a sentence."""
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError:
-        free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(device))
-        raise ValueError(f"the GPU's memory is full ({free:.1f} of {total:.1f} GiB free): close what else uses it, "
-                         "take a shorter conversation or a smaller dtype (infer_dtype), or set use_cpu: true") from None
 
 
 if __name__ == "__main__":

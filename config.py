@@ -161,10 +161,16 @@ class Config:
     do_eval: bool = key(False, "evaluate at the end (any eval_strategy but no turns it on)", "eval")
     eval_strategy: str = key("no", "when to evaluate", choices=("no", "steps", "epoch"))
     eval_steps: Steps | None = key(None, "steps between evaluations (none: logging_steps)", above=0)
-    per_device_eval_batch_size: int = key(8, "rows of one evaluation batch", low=1)
+    per_device_eval_batch_size: int = key(8, "rows of one evaluation batch, answers made at a time", low=1)
     load_best_model_at_end: bool = key(False, "end with the checkpoint of the lowest evaluation loss")
     metric_for_best_model: str | None = key(None, "what is lowest (both mean eval_loss)", choices=("loss", "eval_loss"))
     early_stopping_steps: int | None = key(None, "stop after so many evaluations without improvement", low=1)
+
+    do_train: bool = key(False, "train.py always trains; said to be false it stops, see do_predict")
+    do_predict: bool = key(False, "eval.py: answer the evaluation rows, and score the answers; train.py, with do_train: "
+                           "true, has it done after the training")
+    predict_with_generate: bool = key(False, "the same in eval.py")
+    compare: bool = key(True, "eval.py: measure the base, and the merged model in export_dir, beside the tuned one")
 
     do_sample: bool = key(True, "draw from the distribution; false: always the likeliest token", "generate")
     temperature: float = key(0.95, "below 1 sharper, above 1 flatter (0: the likeliest token)", low=0)
@@ -260,9 +266,7 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),
     ("train", "group_by_length train_sampling_strategy=random",
      "rows come shuffled, or with disable_shuffling: true in their order; either way no padding is computed"),
-    ("train", "do_train=true", "train.py trains; evaluation alone comes with a later release"),
-    ("train", "do_predict predict_with_generate compute_accuracy",
-     "comes with a later release; chat.py --prompt answers single questions"),
+    ("train", "compute_accuracy", "not in this release; eval.py tells loss, perplexity and the scores of answers"),
     ("train", "eval_on_start eval_delay", "not in this release; eval_strategy and eval_steps say when to evaluate"),
     ("train", "logging_strategy=steps", "set logging_steps"),
     ("train", "report_to=none use_swanlab", "only none and the JSON lines in output_dir are in this release"),
@@ -277,7 +281,7 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("merge", "export_quantization_bit", "merge.py writes 16- or 32-bit weights; another tool can quantise them"),
     ("any", "adapter_folder", "write the whole path in adapter_name_or_path"),
     ("any", "hf_hub_token", "a secret does not belong in a config: run `hf auth login` or set HF_TOKEN"),
-    ("chat", "infer_backend=huggingface", "chat.py generates by itself; leave it out"),
+    ("chat", "infer_backend=huggingface", "chat.py and eval.py generate by themselves; leave it out"),
     ("chat", "num_beams=1", "beam search is not in this release; leave it out"),
 )
 
@@ -298,6 +302,13 @@ def _shards_oddly(words):
 CONTRADICTIONS = (  # in which script, when, the sentence
     ("train", lambda c: c.bf16 and c.fp16, "bf16 and fp16 are both true; keep one (bf16, where the device has it)"),
     ("train", lambda c: c.fp16 and c.use_cpu, "fp16 needs a GPU; with use_cpu: true leave it out or take bf16"),
+    ("train", lambda c: not c.given.get("do_train", not (c.do_predict or c.predict_with_generate)),
+     "without do_train: true this is for measuring a model: run python eval.py with the same file. Add do_train: true to "
+     "train, and with do_predict: true to have the rows answered afterwards"),
+    ("eval", lambda c: not c.output_dir, "eval.py writes its files into output_dir; set it"),
+    ("eval", lambda c: not c.eval_dataset and not c.dataset, "there are no rows to measure on; set eval_dataset"),
+    ("eval", lambda c: c.val_size and c.eval_dataset,
+     "val_size and eval_dataset both choose what to evaluate on; keep one"),
     ("train", lambda c: c.train_on_prompt and c.mask_history,
      "train_on_prompt puts loss on a whole row, mask_history on its last reply only; keep one"),
     ("train", lambda c: c.stage == "pt" and (c.train_on_prompt or c.mask_history or c.neat_packing),
@@ -364,6 +375,12 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
     python chat.py my.yaml --raw                                    show the rendered prompt as ids and text
     python chat.py model_name_or_path=FOLDER temperature=0.2        no file at all
 """),
+    "eval": (("model_name_or_path",), """Loss, perplexity, answers and their scores, of a tuned model beside its base.
+
+    python eval.py --config configs/tiny_lora_eval.yaml
+    python eval.py my.yaml do_eval=true                             the loss alone
+    python eval.py my.yaml eval_dataset=questions.json do_sample=false max_new_tokens=256
+"""),
     "merge": (("model_name_or_path", "export_dir"), """Fold an adapter into its base and write a whole checkpoint.
 
     python merge.py --config configs/tiny_merge.yaml
@@ -372,7 +389,7 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("join_micro_batches", "base_precision", "token_budget", "profile", "dry_run", "fast_chat", "time_limit",
+OWN_KEYS = ("compare", "join_micro_batches", "base_precision", "token_budget", "profile", "dry_run", "fast_chat", "time_limit",
             "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
             "raw", "jsonl")
 KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
@@ -391,7 +408,7 @@ TRUE, FALSE, NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), (""
 def load_config(argv: list[str], script: str) -> Config:
     """The settings of a run from its command line: a config file, and key=value, --key value, --key=value or --switch.
 
-    script: train, data, chat or merge; it decides which keys are needed and which refusals and contradictions count.
+    script: train, data, chat, eval or merge; it decides which keys are needed and which refusals and contradictions count.
     Raises ValueError and FileNotFoundError that name file, line, key and value. `--help` prints the usage and exits.
     """
     path, overrides = read_argv(argv, script)
@@ -450,8 +467,9 @@ def _check(config: Config, script: str):
 
 
 def _concerns(scope, script):
-    """Whether a row of REFUSED or CONTRADICTIONS counts: chat and merge take the yaml of any training."""
-    return scope in ("any", script) or scope == "train" and script not in ("chat", "merge")
+    """Whether a row of REFUSED or CONTRADICTIONS counts: chat, eval and merge take the yaml of any training."""
+    return scope in ("any", script) or scope == "train" and script not in ("chat", "eval", "merge") \
+        or scope == "chat" and script == "eval"             # both generate
 
 
 def _acts_elsewhere(name, value, where, script):

@@ -36,10 +36,10 @@ WORTH = 2**18           # numbers of a matrix from which on a quick product gain
 SMALLEST = 256          # tokens: a step is captured for caches of so many, and for each power of two above
 
 @torch.no_grad()
-def prepare(model: CausalLM, available: int | None = None) -> list[str]:
+def prepare(model: CausalLM, available: int | None = None, rows: int = 1) -> list[str]:
     """Join matrices and take the quickest product, in place, for inference only. Returns lines that say what was done.
 
-    available: bytes of memory that may be taken, None for any amount. Joining and laying out anew make copies, which
+    rows: how many are to be decoded at once. available: bytes of memory that may be taken, None for any amount. Joining and laying out anew make copies, which
     weights mapped from a file do not need; where there is no room for that, they stay as they are.
     """
     weight = model.lm_head.weight
@@ -51,12 +51,12 @@ def prepare(model: CausalLM, available: int | None = None) -> list[str]:
     joined = join_matrices(model)
     lines = [f"weights   {joined} joined (q, k, v; gate, up)"] if joined else []
     if weight.device.type == "cpu":
-        product, line = pick_product(weight.dtype)
+        product, line = pick_product(weight.dtype, rows)
         if product != "torch":
             for name, layer in [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear
                                 and m.weight.numel() >= WORTH]:
                 parent, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, QuickLinear(layer, product == "onednn packed"))
+                setattr(model.get_submodule(parent), leaf, QuickLinear(layer, product == "onednn packed", rows))
         lines.append(line)
     return lines
 
@@ -106,39 +106,40 @@ def linear_of(weight, bias=None) -> nn.Linear:
 
 
 class QuickLinear(nn.Module):
-    """An nn.Linear of oneDNN's, without gradients. packed: the weights are copied into the layout it likes best."""
+    """An nn.Linear of oneDNN's, without gradients. packed: the weights are copied into the layout it likes best for so
+    many rows."""
 
-    def __init__(self, layer: nn.Linear, packed: bool):
+    def __init__(self, layer: nn.Linear, packed: bool, rows: int = 1):
         super().__init__()
         self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.weight = pack(layer.weight) if packed else layer.weight
+        self.weight = pack(layer.weight, rows) if packed else layer.weight
 
     def forward(self, x):
         return onednn(x, self.weight, self.bias)
 
 
-def pack(W):
-    """A copy of W (out, in) in oneDNN's own order for products with one row. Only onednn can read it."""
-    return torch.ops.mkldnn._reorder_linear_weight.default(W.detach(), 1)
+def pack(W, rows: int = 1):
+    """A copy of W (out, in) in oneDNN's own order for products with so many rows. Only onednn can read it."""
+    return torch.ops.mkldnn._reorder_linear_weight.default(W.detach(), rows)
 
 
-PRODUCTS = {"torch": (F.linear, lambda W: W), "onednn": (onednn, lambda W: W),
+PRODUCTS = {"torch": (F.linear, lambda W, rows=1: W), "onednn": (onednn, lambda W, rows=1: W),
             "onednn packed": (onednn, pack)}
 
 
-def pick_product(dtype, shape=(4096, 1024)) -> tuple[str, str]:
-    """(a name of PRODUCTS, a line about it): the quickest on this machine for one row, among those that are right.
+def pick_product(dtype, rows: int = 1, shape=(4096, 1024)) -> tuple[str, str]:
+    """(a name of PRODUCTS, a line about it): the quickest here for a number of rows, among those that are right.
 
     Right is what differs from float64 by no more than four times what torch's own product does.
     """
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(shape, generator=generator).to(dtype)
-    x = torch.randn(1, shape[1], generator=generator).to(dtype)
+    x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     exact, took, said = x.double() @ W.double().T, {}, []
     allowed = 4 * (F.linear(x, W) - exact).abs().max()
     for name, (product, laid_out) in PRODUCTS.items():
         try:
-            weight = laid_out(W)
+            weight = laid_out(W, rows)
             if not (product(x, weight) - exact).abs().max() <= allowed:
                 said.append(f"{name} (wrong)")
                 continue
@@ -249,8 +250,8 @@ class CapturedStep:
 def one_step(model: CausalLM, ids, cache: StillCache, slots: int):
     """Scores (V,) after the token ids (1, 1) at cache.place, with nothing that Python would have to know."""
     place = cache.place
-    cache.filled = Filled(F.pad(place + 1, (1, 0)).to(torch.int32),
-                          (torch.arange(slots, device=place.device) <= place)[None, None, None])
+    cache.filled = Filled((torch.arange(slots, device=place.device) <= place)[None, None, None],
+                          F.pad(place + 1, (1, 0)).to(torch.int32))
     try:
         return model.logits(model(ids, place[None], cache=cache)[0, -1]).float()
     finally:

@@ -38,6 +38,13 @@ def print_pairs(title: str, pairs: dict):
         print(f"  {name:<{width}}  {value}")
 
 
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Lines of aligned columns, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    return "\n".join("  " + "  ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width)
+                                       in enumerate(zip(row, widths))) for row in [head, *rows])
+
+
 def print_example(tokenizer, input_ids, labels, title="first example"):
     """One sample three ways: ids, text, and the part of the text that carries loss. Cut in the middle when long."""
     def short(text, limit=1200):
@@ -114,6 +121,20 @@ class RunLog:
 
     def close(self):
         self.bar.close()
+
+
+def eval_metrics(sum_of_means: float, batches: int, total: float, tokens: int, rows: int, seconds: float) -> dict:
+    """An evaluation under LLaMA-Factory's names. eval_loss is the mean over batches, all alike, of each batch's mean over
+    tokens; eval_token_loss is that over all tokens alike, and eval_perplexity its exponential.
+
+    sum_of_means: of the batches' means; total: of the losses of all tokens. Raises ValueError where nothing was learnt.
+    """
+    if not batches:
+        raise ValueError("the evaluation rows carry no loss at all: nothing to evaluate (cutoff_len too small?)")
+    seconds = max(seconds, 1e-9)
+    return {"eval_loss": sum_of_means / batches, "eval_token_loss": total / tokens,
+            "eval_perplexity": math.exp(min(total / tokens, 700)), "eval_runtime": round(seconds, 4),
+            "eval_samples_per_second": round(rows / seconds, 3), "eval_steps_per_second": round(batches / seconds, 3)}
 
 
 def trainer_state(config, log: RunLog, step: int, epoch: float, **more) -> dict:

@@ -47,7 +47,7 @@ from model import LENGTH_DEPENDENT, CausalLM, attention_needs, compile_steps, in
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from parallel import Gradients, Ranks, end_ranks, start_ranks
 from plan import SPARE, in_words, largest_rows, lightest, memory_plan, plan_lines
-from report import RunLog, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
+from report import RunLog, eval_metrics, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
                     remove_old_checkpoints, room_for, usable_best)
 from room import advice, available_bytes, explain_oom, out_of_memory
@@ -686,13 +686,7 @@ def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -
     mean, batches, total, count, empty = ranks.total(math.fsum(means), len(means), total, count, empty)
     if empty:
         tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
-    if not batches:
-        raise ValueError("the evaluation rows carry no loss at all: nothing to evaluate (cutoff_len too small?)")
-    seconds = max(time.time() - start, 1e-9)
-    return {"eval_loss": mean / batches, "eval_token_loss": total / count,
-            "eval_perplexity": math.exp(min(total / count, 700)), "eval_runtime": round(seconds, 4),
-            "eval_samples_per_second": round(len(examples) / seconds, 3),
-            "eval_steps_per_second": round(batches / seconds, 3)}
+    return eval_metrics(mean, batches, total, count, len(examples), time.time() - start)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The small world: the conversations models/tiny learns from, and the tokenizer that cuts them into tokens.
 
-    python data/make_tiny_world.py                        writes data/tiny_world.jsonl and data/tiny_review.jsonl
+    python data/make_tiny_world.py                        writes tiny_world.jsonl, tiny_review.jsonl, tiny_questions.jsonl
     python data/make_tiny_world.py --model models/tiny    instead: a new tokenizer and config.json; then pretrain anew
 
 The sentences are in data/tiny_world.yaml, the rules here: what follows from counting, how people type, how a
@@ -26,6 +26,7 @@ SEED = 1
 WORLD_ROWS = 40_000                     # conversations of 1 to 8 turns
 REVIEW_ROWS = 400                       # for the LoRA run, so that it does not forget; greetings and identity left out
 REVIEW_WITHOUT = ("who", "name", "maker", "kind", "hello", "morning", "evening")
+QUESTIONS = 64                          # to measure that run by: none of them in a training row
 IDENTITY = {"name": "Pebble", "author": "Pocket Factory"}
 
 VOCAB_SIZE = 1600
@@ -218,6 +219,19 @@ def held_out_questions(per_phrasing=4, seed=0):
             for fact in draw.sample(topic.facts, min(per_phrasing, len(topic.facts)))]
 
 
+def questions(count, seed):
+    """`count` rows {"messages": [question, answer]} that hold out: all about name and maker, which a run may change, and
+    of the rest a few."""
+    marks, topics = {slot: "{{%s}}" % slot for slot in IDENTITY}, read_world()[0]
+    own = [filled(topic, phrasing, marks) for topic in topics if topic.name in REVIEW_WITHOUT[:4]
+           for phrasing in topic.held_out]
+    rest = [(question, answer) for topic, question, answer in held_out_questions(1, seed)
+            if topic.name not in REVIEW_WITHOUT]
+    pairs = own + random.Random(seed).sample(rest, count - len(own))
+    return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+            for question, answer in pairs]
+
+
 # ---- tokenizer and files ----------------------------------------------------------------------------------------
 
 
@@ -258,7 +272,8 @@ def main():
     if folder:
         return write_model_folder(folder, rows)
     review = conversations(REVIEW_ROWS, SEED + 1, REVIEW_WITHOUT)
-    for name, part in (("tiny_world", rows), ("tiny_review", review)):
+    held_out = questions(QUESTIONS, SEED)
+    for name, part in (("tiny_world", rows), ("tiny_review", review), ("tiny_questions", held_out)):
         path = HERE / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
         print(f"wrote {path}: {len(part)} rows")

@@ -10,17 +10,17 @@ from tests.common import ROOT
 
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
     ("vocabularies", "formats", "sandbox", "linear", "fp8", "words", "workers"),
-    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate"),
+    ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate", "scores"),
     ("model", "lora", "templates", "rows", "speed"),
-    ("checkpoint", "plan", "store", "decode"),
-    ("data", "resume", "room", "shard"),
-    ("train", "chat", "merge"),
+    ("checkpoint", "plan", "store", "decode", "answers"),
+    ("data", "resume", "room", "shard", "trained"),
+    ("train", "chat", "eval", "merge"),
 )
 SCRIPTS = LEVELS[-1]
 # what a module of requirements.txt is called when it is imported
 PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
             "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}
-OPTIONAL = {"flash_attn", "matplotlib", "jinja2"}         # used where installed, so imported inside the function that uses them
+OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba"}         # used where installed, so imported inside the function that uses them
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)) for name, path in MODULES.items()}
 
