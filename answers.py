@@ -1,12 +1,12 @@
 """Many prompts answered at once: one reading of the weights gives a token to each of several rows.
 
-    for number, tokens in answer_all(model, prompts, rows=8, stop_ids=stop_ids, sampling=Sampling(), limit=lambda n: 100):
+    for number, tokens in answer_all(model, prompts, rows=8, stop_ids=stop_ids, limit=lambda length: 100):
         print(number, tokenizer.decode(tokens))         in the order in which they end
 
-New prompts lie end to end in one row of the model, as in training; attention keeps them apart, and their keys and values
-go to a cache that has a row for each. From then on every step reads one token of each row, and attention sees what that
-row has filled. Where an answer ends, the next prompt takes its place, so that the rows stay busy. Answers do not depend
-on how many are made at once: greedy ones are those of generate(), drawn ones have a generator for each prompt.
+New prompts lie end to end in one row of the model, as in training; attention keeps them apart, and their keys and
+values go to a cache that has a row for each. From then on every step reads one token of each row, and attention sees
+what that row has filled. Where an answer ends, the next prompt takes its place, so that the rows stay busy. Answers do
+not depend on how many are made at once: greedy ones are those of generate(), drawn ones have a generator for each prompt.
 
 Read before: generate.py (one prompt), attention.py (Filled). Read after: eval.py.
 Source: rows that come and go in a running batch: Orca, Yu et al., OSDI 2022 (sec. 3.1).
@@ -47,8 +47,8 @@ class RowCache(KVCache):
         self.places = None              # where it writes, if it reads one token of each row: (B,) int64
 
     def update(self, layer: int, k, v):
-        """Store k, v of one layer; return what attention is to see. Prompts (1, K, N, Dh) see themselves; single tokens
-        (B, K, 1, Dh) see all slots up to the longest row's end, (B, K, S, Dh), and `filled` tells which count."""
+        """Store k, v of one layer; return what attention is to see. Prompts (1, K, N, Dh) see themselves; single
+        tokens (B, K, 1, Dh) see slots up to the longest row's end, (B, K, S, Dh), and `filled` tells which count."""
         B, held = len(self.lengths), self.with_room(layer, k)
         if self.coming:
             for buffer, new in zip(held, (k, v)):
@@ -61,8 +61,8 @@ class RowCache(KVCache):
         return tuple(buffer[:B, :, :slots] for buffer in held)
 
     def with_room(self, layer: int, like):
-        """The buffers of a layer, made larger where the pass under way asks for it. Zeros: a slot that does not count is
-        multiplied by 0, and must not be NaN."""
+        """The buffers of a layer, made larger where the pass under way asks for it. Zeros: a slot that does not count
+        is multiplied by 0, and must not be NaN."""
         held, needed = self.buffers[layer], max([n + 1 for n in self.lengths] + self.coming)
         if held is None or held[0].shape[2] < needed:
             room, (_, K, _, Dh) = -(-needed // GROWTH) * GROWTH, like.shape

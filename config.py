@@ -166,7 +166,7 @@ class Config:
     metric_for_best_model: str | None = key(None, "what is lowest (both mean eval_loss)", choices=("loss", "eval_loss"))
     early_stopping_steps: int | None = key(None, "stop after so many evaluations without improvement", low=1)
 
-    do_train: bool = key(False, "train.py always trains; said to be false it stops, see do_predict")
+    do_train: bool | None = key(None, "false: train.py stops (none: it trains all the same, unless do_predict is on)")
     do_predict: bool = key(False, "eval.py: answer the evaluation rows, and score the answers; train.py, with do_train: "
                            "true, has it done after the training")
     predict_with_generate: bool = key(False, "the same in eval.py")
@@ -302,11 +302,9 @@ def _shards_oddly(words):
 CONTRADICTIONS = (  # in which script, when, the sentence
     ("train", lambda c: c.bf16 and c.fp16, "bf16 and fp16 are both true; keep one (bf16, where the device has it)"),
     ("train", lambda c: c.fp16 and c.use_cpu, "fp16 needs a GPU; with use_cpu: true leave it out or take bf16"),
-    ("train", lambda c: not c.given.get("do_train", not (c.do_predict or c.predict_with_generate)),
+    ("train", lambda c: c.do_train is False or not c.do_train and (c.do_predict or c.predict_with_generate),
      "without do_train: true this is for measuring a model: run python eval.py with the same file. Add do_train: true to "
      "train, and with do_predict: true to have the rows answered afterwards"),
-    ("eval", lambda c: not c.output_dir, "eval.py writes its files into output_dir; set it"),
-    ("eval", lambda c: not c.eval_dataset and not c.dataset, "there are no rows to measure on; set eval_dataset"),
     ("eval", lambda c: c.val_size and c.eval_dataset,
      "val_size and eval_dataset both choose what to evaluate on; keep one"),
     ("train", lambda c: c.train_on_prompt and c.mask_history,

@@ -68,6 +68,10 @@ def main(argv):
     if os.environ.get("RANK", "0") != "0":              # under torchrun one process does the work
         return
     config = load_config(argv, "eval")
+    if not config.output_dir:
+        raise ValueError(f"{config.source}: eval.py writes its files into output_dir; set it")
+    if not config.eval_dataset and not config.dataset:
+        raise ValueError(f"{config.source}: there are no rows to measure on; set eval_dataset")
     output = Path(config.output_dir)
 
     # ---- which models
@@ -96,7 +100,8 @@ def main(argv):
     words, called = pick_words()
     print_pairs("measured", {
         "template": f"{template.name} ({origin or why})", "loss": f"of {len(examples):,} examples",
-        "answers": f"to {len(prompts):,} prompts, {in_words(sampling, config)}; scores by {called}" if prompts else "none"})
+        "answers": f"to {len(prompts):,} prompts, {in_words(sampling, config)}" if prompts else "none",
+        **({"scores": f"by {called}"} if prompts else {})})
 
     # ---- measure
     output.mkdir(parents=True, exist_ok=True)
@@ -149,8 +154,8 @@ def held_out(config, tokenizer, template):
     if config.eval_dataset:
         config = replace(config, dataset=config.eval_dataset, eval_dataset=None, val_size=0.0)
     elif not config.val_size:
-        print("  note: measured are the rows of `dataset`. For a model trained on them the figures tell what it remembers; "
-              "eval_dataset or val_size holds some out")
+        print("  note: measured are the rows of `dataset`. For a model trained on them the figures tell what it "
+              "remembers; eval_dataset or val_size holds some out")
     folder = Path(config.tokenized_path) if config.tokenized_path else None
     train, held, counts = load_examples(config, tokenizer, template, folder=folder)
     split = "eval" if config.val_size else "train"
@@ -202,7 +207,8 @@ def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling
     with explained_out_of_memory(device):
         model = load_with_adapters(side.base, side.adapters, dtype, device)
         dtype = model.lm_head.weight.dtype
-        choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False, **attention_needs(model.config))
+        choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
+                             **attention_needs(model.config))
         model.kernel, model.product = choice.kernel, pick_product(device, dtype).taken
         prepared = time.time() - begun
         metrics, side.losses = measure_loss(config, model, examples, device)
@@ -285,8 +291,9 @@ def predict(side: Side, config, model, prompts, stop_ids, sampling, key) -> tupl
     else:
         print(f"  answers   {config.per_device_eval_batch_size} at a time (per_device_eval_batch_size)")
         made = answer_all(model, waiting, config.per_device_eval_batch_size, **how)
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=len(prompts), initial=len(found), desc="answers", unit="row",
-                                                         disable=bool(config.disable_tqdm) or None) as bar:
+    bar = tqdm(total=len(prompts), initial=len(found), desc="answers", unit="row",
+               disable=bool(config.disable_tqdm) or None)
+    with open(path, "a", encoding="utf-8") as file, bar:
         for number, tokens in made:
             found[number], seconds = tokens, spent + time.time() - start
             file.write(json.dumps({"row": number, "tokens": tokens, "seconds": seconds}) + "\n")
@@ -296,7 +303,7 @@ def predict(side: Side, config, model, prompts, stop_ids, sampling, key) -> tupl
 
 
 def read_progress(path: Path, key: dict) -> tuple[dict, float]:
-    """({row: ids}, seconds spent) of the whole lines of a file that a run with the same key left; else it begins anew."""
+    """({row: ids}, seconds spent) of the whole lines that a run with the same key left; else the file begins anew."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     whole = [json.loads(line) for line in lines if line.endswith("}\n")]        # the last may be half-written
     if whole and whole[0] != {"key": key}:
@@ -305,7 +312,8 @@ def read_progress(path: Path, key: dict) -> tuple[dict, float]:
         whole = []
     whole = whole or [{"key": key}]
     path.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-    return {line["row"]: line["tokens"] for line in whole[1:]}, max([line["seconds"] for line in whole[1:]], default=0.0)
+    seconds = max([line["seconds"] for line in whole[1:]], default=0.0)
+    return {line["row"]: line["tokens"] for line in whole[1:]}, seconds
 
 
 # ---- what is told -----------------------------------------------------------------------------------------------
@@ -342,11 +350,13 @@ def changed_most(tuned: Side, base: Side, examples, prompts, tokenizer) -> list[
     order = sorted((i for i in range(len(change)) if change[i]), key=lambda i: -abs(change[i]))[:SHOWN]
     better, worse = sum(value > 0 for value in change), sum(value < 0 for value in change)
     texts = [f"\n{tuned.name} against base: {better} rows better, {worse} worse, {len(change) - better - worse} alike"
-             + (f". Those that changed most:" if order else "")]
+             + (". Those that changed most:" if order else "")]
     for i in order:
         if prompts:
-            said = {"prompt": prompts[i][0], "label": prompts[i][1], "base": base.answers[i], tuned.name: tuned.answers[i]}
-            marks = {side.name: f" (mean of the scores {sum(side.scores[i].values()) / len(NAMES):.1f})" for side in (tuned, base)}
+            said = {"prompt": prompts[i][0], "label": prompts[i][1], base.name: base.answers[i],
+                    tuned.name: tuned.answers[i]}
+            marks = {side.name: f" (mean of the scores {sum(side.scores[i].values()) / len(NAMES):.1f})"
+                     for side in (tuned, base)}
             texts.append(f"\nrow {i + 1}")
             texts += [f"  {name:8}{one_line(tokenizer.decode(ids, name != 'prompt'))}{marks.get(name, '')}"
                       for name, ids in said.items()]
@@ -367,7 +377,8 @@ def in_digits(value) -> str:
 
 def in_words(sampling: Sampling, config) -> str:
     """How the answers are chosen."""
-    length = f"at most {config.max_new_tokens} tokens" if config.max_new_tokens else f"to {config.max_length} tokens in all"
+    length = f"at most {config.max_new_tokens} tokens" if config.max_new_tokens else \
+        f"to {config.max_length} tokens with the prompt"
     if sampling.greedy:
         return f"the likeliest tokens, {length}"
     changed = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if name != "do_sample")

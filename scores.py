@@ -2,10 +2,10 @@
 
     python scores.py generated_predictions.jsonl        the means, on the screen and in predictions_score.json
 
-BLEU-4 compares characters: runs of one to four of them, clipped to how often the label has them. ROUGE compares words:
-which words (1) and pairs of neighbours (2) the two have in common, and their longest common subsequence (L), each as the
-balance (F1) of what share of the prediction and of the label that is. What a word is says jieba, which knows Chinese
-ones; where it is not installed, every Chinese character is a word, and the result says so.
+BLEU-4 compares characters: runs of one to four of them, clipped to how often the label has them. ROUGE compares
+words: which words (1) and pairs of neighbours (2) the two have in common, and their longest common subsequence (L),
+each as the balance (F1) of what share of the prediction and of the label that is. What a word is says jieba, which
+knows Chinese ones; where it is not installed, every Chinese character is a word, and the result says so.
 
 Read before: nothing. Read after: eval.py, which makes the predictions.
 Sources: BLEU Papineni et al. 2002, smoothed as NIST's mteval-v13a.pl (nltk calls it method3); ROUGE Lin 2004, with the
@@ -24,8 +24,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 NAMES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
-# Text without Chinese falls apart as jieba cuts it: words and numbers, runs of the marks that are parts of names, others
-PLAIN_WORD = re.compile(r"[\u4e00-\u9fd5]|[a-zA-Z0-9]+(?:\.\d+)?%?|[+#&._%-]+|\S")
+# text without Chinese falls apart as jieba cuts it: words and numbers, runs of the marks that names may have, others;
+# blanks are words, too, of which as_rouge_sees makes something
+PLAIN_WORD = re.compile(r"[\u4e00-\u9fd5]|[a-zA-Z0-9]+(?:\.\d+)?%?|[+#&._%-]+|\r\n|[\s\S]")
 # after these, and before what follows, rouge-chinese begins a new sentence
 SENTENCE_ENDS = re.compile(r"([。！？?])([^”’])"), re.compile(r"(\.{6})([^”’])")
 
@@ -95,7 +96,7 @@ def rouge(predict: list[str], label: list[str]) -> dict[str, float]:
 
 
 def as_rouge_sees(words: list[str]) -> list[str]:
-    """The words without blanks, sentence by sentence, as rouge-chinese reads them: an empty line counts as a word ""."""
+    """The words without blanks, sentence by sentence, as rouge-chinese has them: an empty line counts as a word ""."""
     text = " ".join(words)
     for end in SENTENCE_ENDS:
         text = end.sub(r"\1\n\2", text)

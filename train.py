@@ -32,7 +32,7 @@ from attention import Layout, moved, pick_device, pick_kernel          # before 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, into_folder, load_adapter, load_model, load_training_state,
+from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, folded_under, into_folder, load_adapter, load_model, load_training_state,
                         new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, whole, write_checksums, write_json)
 from data import (budget_batches, collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
@@ -327,7 +327,11 @@ def main(argv):
     results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     write_results(config, output, results, template.name, log.history)
-    print(f"\nsaved to {output}. Next: python chat.py {shlex.join(map(str, argv))}")
+    print(f"\nsaved to {output}. Next: python {'eval' if eval_set else 'chat'}.py {shlex.join(map(str, argv))}", flush=True)
+    if config.do_predict:                           # in place of this process, whose memory is free then
+        result = ",".join([*folded_under(output), str(output)])
+        more = [f"adapter_name_or_path={result}"] if lora and config.adapter_name_or_path else []
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).with_name("eval.py")), *map(str, argv), *more])
 
 
 # ---- device and data --------------------------------------------------------------------------------------------

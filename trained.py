@@ -27,7 +27,8 @@ def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:
     if trained and not named:
         return base, [find_checkpoint(name) for name in result], ("", " (the output_dir of this config)")
     if trained and output.resolve() not in [folder.resolve() for folder in named]:
-        return base, named, ("", f" (as named; output_dir holds another one: adapter_name_or_path={','.join(result)})")
+        other = f" (as named; output_dir holds another one: adapter_name_or_path={','.join(result)})"
+        return base, named, ("", other)
     if named or not config.output_dir:
         return base, named, ("", "")
     key, halfway = ("model_name_or_path" if full else "adapter_name_or_path"), checkpoints_in(output, resumable=False)

@@ -428,7 +428,7 @@ def test_what_merge_takes_and_refuses():
     assert load(*base, "output_dir=o", script="merge").adapter_name_or_path is None
 
 
-@pytest.mark.parametrize("script", ["train", "data", "chat", "merge"])
+@pytest.mark.parametrize("script", ["train", "data", "chat", "eval", "merge"])
 def test_missing_keys_are_named(script):
     complete = [f"{name}={name}" for name in settings.SCRIPTS[script][0]] + ["adapter_name_or_path=a"]
     load(*complete, script=script)

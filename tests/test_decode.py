@@ -38,7 +38,7 @@ def forced(request, monkeypatch):
         product(torch.ones(1, 8), laid_out(torch.ones(4, 8)))
     except (RuntimeError, AttributeError, NotImplementedError):
         pytest.skip(f"{request.param} is not in this torch")
-    monkeypatch.setattr(decode, "pick_product", lambda dtype: (request.param, "product   forced"))
+    monkeypatch.setattr(decode, "pick_product", lambda dtype, rows: (request.param, "product   forced"))
     monkeypatch.setattr(decode, "WORTH", 0)
     return request.param
 
@@ -95,20 +95,20 @@ def test_joined_rows_are_the_parts_rows():
 def test_a_wrong_product_or_a_missing_one_is_never_taken(monkeypatch):
     def absent(x, W, bias=None):
         raise NotImplementedError
-    monkeypatch.setitem(PRODUCTS, "onednn", (lambda x, W, bias=None: x[:, :1] * W[:, 0], lambda W: W))
-    monkeypatch.setitem(PRODUCTS, "onednn packed", (absent, lambda W: W))
-    taken, line = pick_product(torch.float32, (64, 32))
+    monkeypatch.setitem(PRODUCTS, "onednn", (lambda x, W, bias=None: x[:, :1] * W[:, 0], lambda W, rows=1: W))
+    monkeypatch.setitem(PRODUCTS, "onednn packed", (absent, lambda W, rows=1: W))
+    taken, line = pick_product(torch.float32, shape=(64, 32))
     assert taken == "torch" and "onednn (wrong)" in line and "onednn packed (not in this torch)" in line
 
 
 def test_the_quickest_product_is_taken_where_it_is_clearly_quicker(monkeypatch):
     seconds = dict(zip(PRODUCTS, (10.0, 9.5, 9.4)))
-    monkeypatch.setattr(decode, "PRODUCTS", {name: (nn.functional.linear, lambda W: W) for name in PRODUCTS})
+    monkeypatch.setattr(decode, "PRODUCTS", {name: (nn.functional.linear, lambda W, rows=1: W) for name in PRODUCTS})
     for changes, want in (({}, "torch"), ({"onednn packed": 5.0}, "onednn packed"),
                           ({"onednn packed": 5.0, "onednn": 5.2}, "onednn"), ({"onednn": 5.0}, "onednn")):
         took = iter((seconds | changes).values())
         monkeypatch.setattr(decode, "shortest", lambda call, times: next(took))
-        assert pick_product(torch.float32, (64, 32))[0] == want
+        assert pick_product(torch.float32, shape=(64, 32))[0] == want
 
 
 # ---- captured steps: all but the capture itself runs here -------------------------------------------------------

@@ -1,0 +1,120 @@
+"""answers.py: many answers at once are those made one by one, token for token, whatever the family."""
+import random
+
+import pytest
+import torch
+
+from answers import RowCache, answer_all, answer_each, one_at_a_time
+from attention import Filled, attend
+from generate import Sampling, generate_uncached
+from tests.test_decode import small
+from tests.test_families import CASES, load, made  # noqa: F401  a fixture
+
+WAYS = [Sampling(), Sampling(repetition_penalty=1.3), Sampling(do_sample=True, top_k=20),
+        Sampling(do_sample=True, top_p=0.8, temperature=1.5, repetition_penalty=1.2)]
+
+
+def random_prompts(count, vocabulary=50, longest=20, seed=1):
+    draw = random.Random(seed)
+    return [(number, [draw.randrange(3, vocabulary) for _ in range(draw.randint(1, longest))])
+            for number in range(count)]
+
+
+def twenty(length):
+    return 20
+
+
+@pytest.mark.parametrize("sampling", WAYS, ids=str)
+@pytest.mark.parametrize("kernel", ["plain", "sdpa-flash", "sdpa-math"])
+def test_many_at_once_equal_one_by_one(kernel, sampling):
+    """13 prompts of 1 to 20 tokens; some answers end early, so that rows come and go."""
+    model, prompts = small(), random_prompts(13)
+    model.kernel = kernel
+    want = dict(answer_each(model, prompts, {7, 9}, sampling, limit=twenty, seed=3))
+    if sampling.do_sample:
+        assert len({len(tokens) for tokens in want.values()}) > 3
+    for rows in (1, 3, 8, 20):
+        assert dict(answer_all(model, prompts, rows, {7, 9}, sampling, limit=twenty, seed=3)) == want, rows
+
+
+def test_the_uncached_loop_says_the_same():
+    model, prompts = small(), random_prompts(5)
+    for number, tokens in answer_all(model, prompts, 3, limit=twenty):
+        assert tokens == list(generate_uncached(model, prompts[number][1], max_new_tokens=20))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family(made, name):  # noqa: F811
+    """Windows, chunks, ALiBi, softcaps, experts, positions of all kinds."""
+    model, ids, _ = load(made, name)
+    model.eval().requires_grad_(False)
+    tokens = ids[0].tolist()
+    prompts = [(0, tokens), (1, tokens[:3]), (2, tokens[5:]), (3, tokens[1:9])]
+    if one_at_a_time(model):
+        pytest.skip("one at a time")
+    model.kernel = "plain"
+    want = dict(answer_each(model, prompts, limit=lambda n: 12))
+    assert dict(answer_all(model, prompts, 3, limit=lambda n: 12)) == want
+
+
+@pytest.mark.parametrize("how", [{}, {"window": 3}, {"chunk": 4}, {"softcap": 2.0}, {"slopes": True},
+                                 {"window": 5, "softcap": 1.0, "slopes": True}], ids=str)
+@pytest.mark.parametrize("kernel", ["plain", "sdpa-flash"])
+def test_attention_of_each_row(kernel, how):
+    """A row among others sees what it sees alone."""
+    draw, lengths = torch.Generator().manual_seed(0), [1, 4, 9, 12]
+    q, k, v = (torch.randn(4, heads, length, 8, generator=draw) for heads, length in ((4, 1), (2, 12), (2, 12)))
+    how = {**how, **({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])} if "slopes" in how else {})}
+    if kernel != "plain" and "softcap" in how:
+        pytest.skip("the picker takes another kernel there")
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    got = attend(q, k, v, kernel=kernel, filled=Filled(mask[:, None, None]), **how)
+    for row, n in enumerate(lengths):
+        want = attend(q[row:row + 1], k[row:row + 1, :, :n], v[row:row + 1, :, :n], kernel="plain", **how)
+        assert (got[row] - want[0]).abs().max() < 1e-6, n
+
+
+def test_a_row_that_leaves_gives_its_place_to_the_last():
+    model = small()
+    cache = RowCache(2, 3, "cpu")
+    with torch.no_grad():
+        cache.read_prompts(model, [[3, 4, 5], [6, 7], [8, 9, 10, 11]])
+        cache.drop(0)
+        assert cache.lengths == [4, 2]
+        scores = cache.read_tokens(model, [12, 13])
+        fresh = RowCache(2, 3, "cpu")
+        fresh.read_prompts(model, [[8, 9, 10, 11], [6, 7]])
+        assert torch.equal(scores, fresh.read_tokens(model, [12, 13]))
+
+
+def test_the_cache_grows(monkeypatch):
+    monkeypatch.setattr("answers.GROWTH", 4)
+    model, prompts = small(), random_prompts(6)
+    assert dict(answer_all(model, prompts, 3, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
+
+
+def test_prompts_are_read_in_portions(monkeypatch):
+    monkeypatch.setattr("answers.AT_ONCE", 10)
+    model, prompts = small(), random_prompts(9)
+    assert dict(answer_all(model, prompts, 8, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
+
+
+def test_lengths_and_ends():
+    model = small()
+    for rows in (1, 4):
+        found = dict(answer_all(model, [(0, [3] * 60), (1, [3, 4])], rows, limit=lambda n: 100 if n > 2 else 5))
+        assert [len(found[0]), len(found[1])] == [4, 5]                 # the context has 64 tokens
+    stop = found[1][2]
+    assert dict(answer_all(model, [(1, [3, 4])], 2, {stop}, limit=twenty))[1] == found[1][:found[1].index(stop) + 1]
+    assert list(answer_all(model, [], 4, limit=twenty)) == []
+
+
+def test_a_prompt_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match=r"row 2: the prompt has 64 tokens"):
+        list(answer_all(small(), [(0, [3]), (1, [3] * 64)], 4, limit=twenty))
+
+
+def test_rotations_by_length_are_found():
+    assert not one_at_a_time(small())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert "dynamic" in one_at_a_time(small(rope_scaling=rope))
