@@ -54,7 +54,8 @@ def test_random_texts_score_as_the_packages_say():
         theirs = dict.fromkeys(("rouge-1", "rouge-2", "rouge-l"), 0.0)
         if made.split() and wanted.split():
             theirs = {name: round(100 * of["f"], 4) for name, of in package.Rouge().get_scores(made, wanted)[0].items()}
-        theirs["bleu-4"] = round(100 * nltk.sentence_bleu([list(label)], list(predict), smoothing_function=smoothing), 4)
+        bleu = nltk.sentence_bleu([list(label)], list(predict), smoothing_function=smoothing)
+        theirs["bleu-4"] = round(100 * bleu, 4)
         assert score(predict, label, jieba.lcut) == theirs, (predict, label)
 
 
