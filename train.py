@@ -327,7 +327,7 @@ def main(argv):
     results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
     write_results(config, output, results, template.name, log.history)
-    print(f"\nsaved to {output}. Next: python {'eval' if eval_set else 'chat'}.py {shlex.join(map(str, argv))}", flush=True)
+    print(f"\nsaved to {output}. Next: python chat.py {shlex.join(map(str, argv))}", flush=True)
     if config.do_predict:                           # in place of this process, whose memory is free then
         result = ",".join([*folded_under(output), str(output)])
         more = [f"adapter_name_or_path={result}"] if lora and config.adapter_name_or_path else []
