@@ -453,7 +453,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
 def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
     """Write adapter_config.json and adapter_model.safetensors; `base` is the base model as the user named it."""
     folder = Path(folder)
-    _save_tensors(folder / "adapter_model.safetensors", adapter_tensors(model))
+    save_tensors(folder / "adapter_model.safetensors", adapter_tensors(model))
     targets, stacks = peft_targets(model, config.target_modules)
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
@@ -540,7 +540,7 @@ def write_json(path, value):
         partial.unlink(missing_ok=True)         # a full disk leaves nothing half-written
 
 
-def _save_tensors(path, tensors: dict):
+def save_tensors(path, tensors: dict):
     """A small safetensors file in one go. Raises OSError if it cannot be written, such as on a full disk."""
     path.touch()
     mode = path.stat().st_mode              # as the umask says; save_file makes files that only their owner can read
@@ -716,10 +716,10 @@ def save_training_state(folder, optimizer, names: list[str], state: dict, rng: d
     generators of all ranks, as cpu.0, cpu.1, …; whole(name, tensor): the whole of a tensor, where ranks hold parts.
     """
     folder = Path(folder)
-    _save_tensors(folder / "optimizer.safetensors", {
+    save_tensors(folder / "optimizer.safetensors", {
         f"{name}|{key}": (tensor if key in NO_ROWS else whole(name, tensor)).cpu()
         for name, fields in state_of(optimizer, names) for key, tensor in fields.items()})
-    _save_tensors(folder / "rng.safetensors", rng)
+    save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)
 
 

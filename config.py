@@ -58,8 +58,8 @@ class Config:
     infer_dtype: str = key("auto", "dtype of the base in chat and of the merged weights (auto: the checkpoint's)",
                            choices=("auto", "float16", "bfloat16", "float32"))
 
-    stage: str = key("sft", "sft: learn replies; pt: learn running text", "method",
-                     choices=("sft", "pt"), later=("rm", "ppo", "dpo", "kto"))
+    stage: str = key("sft", "sft: learn replies; pt: running text; dpo: which of two replies is better; kto: which replies "
+                     "are good; rm: to score replies", "method", choices=("sft", "pt", "rm", "dpo", "kto"), later=("ppo",))
     finetuning_type: str = key("lora", "lora: small matrices beside frozen weights; full: all weights; freeze: those "
                                "of some layers", choices=("lora", "full", "freeze"), later=("oft",))
     lora_rank: int = key(8, "width r of the matrices A (r, in) and B (out, r)", low=1)
@@ -78,6 +78,19 @@ class Config:
     freeze_extra_modules: list[str] | None = key(None, "freeze: what learns outside of the layers: every weight in "
                                                  "whose name one of these occurs, as lm_head")
     pure_bf16: bool = key(False, "full, freeze: weights that learn, gradients and optimizer in bfloat16 as well")
+    pref_loss: str = key("sigmoid", "dpo: the loss of a pair; orpo and simpo need no reference model",
+                         choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"), later=("kto_pair",))
+    paper_losses: bool = key(False, "pref_loss hinge and ipo by the equations of their papers (false: as LLaMA-Factory "
+                             "0.9.5 computes them, which is sigmoid's, in ipo of mean log-probabilities)")
+    pref_beta: float = key(0.1, "dpo, kto: how much a change of log-probability is worth (orpo: weight of the odds ratio)",
+                           above=0)
+    pref_ftx: float = key(0.0, "dpo, kto: weight of the sft loss of good replies beside it", low=0)
+    dpo_label_smoothing: float = key(0.0, "dpo: share of pairs that are thought to be the wrong way round", low=0, high=0.5)
+    simpo_gamma: float = key(0.5, "simpo: margin that rewards should differ by", low=0)
+    kto_chosen_weight: float = key(1.0, "kto: weight of good replies", low=0)
+    kto_rejected_weight: float = key(1.0, "kto: weight of bad replies", low=0)
+    ref_model: str | None = key(None, "dpo, kto: folder or hub id of the reference (none: the base, adapters off)")
+    ref_model_adapters: list[str] | None = key(None, "adapter folders that are folded into ref_model")
 
     dataset: list[str] | None = key(None, "names in dataset_info.json, or paths of data files", "dataset")
     eval_dataset: list[str] | None = key(None, "the same, for evaluation")
@@ -224,10 +237,9 @@ NO_EFFECT = {       # why the result is the same without it: the keys
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
         quantization_method quantization_type double_quantization quantization_device_map length_penalty pissa_iter
         module_dropout oft_rank oft_block_size
-        oft_target pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight
-        kto_rejected_weight simpo_gamma ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
-        ref_model ref_model_adapters ref_model_quantization_bit reward_model reward_model_adapters reward_model_type
-        reward_model_quantization_bit ld_alpha galore_target galore_rank galore_update_interval galore_scale
+        oft_target ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
+        reward_model reward_model_adapters reward_model_type
+        reward_model_quantization_bit galore_target galore_rank galore_update_interval galore_scale
         galore_proj_type galore_layerwise apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj
         apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_mode badam_start_block
         badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose swanlab_project
@@ -257,6 +269,8 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("train", "bf16_full_eval fp16_full_eval", "evaluation computes as training does; set bf16 or fp16"),
     ("train", "use_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor",
      "not in this release; plain cross-entropy is"),
+    ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",
+     "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the base's precision"),
     ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
      "changing how text becomes tokens is not in this release yet"),
     ("any", "rope_scaling", "not in this release; a rope_scaling in the checkpoint's config.json is followed"),
@@ -299,6 +313,14 @@ def _shards_oddly(words):
                       or ("full_shard" in words) == ("shard_grad_op" in words))
 
 
+COMPARED = ("rm", "dpo", "kto")        # stages that learn from answers compared or judged
+
+
+def has_reference(c) -> bool:
+    """Does this run compare its model with another that does not learn?"""
+    return c.stage == "kto" or c.stage == "dpo" and c.pref_loss not in ("orpo", "simpo")
+
+
 CONTRADICTIONS = (  # in which script, when, the sentence
     ("train", lambda c: c.bf16 and c.fp16, "bf16 and fp16 are both true; keep one (bf16, where the device has it)"),
     ("train", lambda c: c.fp16 and c.use_cpu, "fp16 needs a GPU; with use_cpu: true leave it out or take bf16"),
@@ -311,6 +333,17 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      "train_on_prompt puts loss on a whole row, mask_history on its last reply only; keep one"),
     ("train", lambda c: c.stage == "pt" and (c.train_on_prompt or c.mask_history or c.neat_packing),
      "train_on_prompt, mask_history and neat_packing mean nothing for running text (stage: pt); leave them out"),
+    ("train", lambda c: c.stage in COMPARED and (c.train_on_prompt or c.mask_history or c.packing),
+     "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last answers count; leave them out"),
+    ("train", lambda c: c.dpo_label_smoothing and c.stage == "dpo" and c.pref_loss != "sigmoid",
+     "dpo_label_smoothing is for pref_loss: sigmoid; leave it out"),
+    ("train", lambda c: c.ref_model and c.stage in COMPARED and not has_reference(c),
+     "ref_model: rm, and dpo with pref_loss orpo or simpo, compare with no other model; leave it out"),
+    ("train", lambda c: c.ref_model_adapters and not c.ref_model, "ref_model_adapters needs ref_model, their base"),
+    ("train", lambda c: c.stage == "rm" and c.finetuning_type == "full" and c.fsdp,
+     "fsdp cuts no value head; in stage: rm take finetuning_type: lora with it, or leave it out"),
+    ("train", lambda c: c.moe_aux_loss_coef and c.stage in COMPARED,
+     "moe_aux_loss_coef is for stages sft and pt; leave it out"),
     ("train", lambda c: c.neat_packing and c.given.get("packing") is False,
      "neat_packing: true packs, packing: false does not; keep one"),
     ("train", lambda c: c.val_size and c.eval_dataset,
@@ -387,13 +420,18 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 }
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
-OWN_KEYS = ("compare", "join_micro_batches", "base_precision", "token_budget", "profile", "dry_run", "fast_chat", "time_limit",
+OWN_KEYS = ("compare", "join_micro_batches", "paper_losses", "base_precision", "token_budget", "profile", "dry_run",
+            "fast_chat", "time_limit",
             "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
             "raw", "jsonl")
 KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding"),
     "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
 }
+PREFERENCE_KEYS = {"dpo": ("pref_loss", "paper_losses", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma",
+                           "ref_model", "ref_model_adapters"),
+                   "kto": ("pref_beta", "pref_ftx", "kto_chosen_weight", "kto_rejected_weight", "ref_model",
+                           "ref_model_adapters")}
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}        # spellings of earlier releases
 UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()}
 UNUSED |= {item.partition("=")[0]: (script, item.partition("=")[2], sentence)
@@ -690,8 +728,10 @@ KINDS = {           # declared type: how its text is read, what it is called
 
 def ignored_keys(config: Config) -> list[str]:
     """Keys the user gave that change nothing in this run; the start page lists them by name."""
-    return config.no_effect + [name for kind, names in KEYS_OF.items() for name in names
-                               if name in config.given and config.finetuning_type != kind]
+    preference = dict.fromkeys(name for names in PREFERENCE_KEYS.values() for name in names)
+    return (config.no_effect + [name for kind, names in KEYS_OF.items() for name in names
+                                if name in config.given and config.finetuning_type != kind]
+            + [name for name in preference if name in config.given and name not in PREFERENCE_KEYS.get(config.stage, ())])
 
 
 def as_dict(config: Config) -> dict:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from checkpoint import find_checkpoint
 from families import read_config_json
 from report import print_example
-from rows import PLACEHOLDER, Conversation, Row, Rows, convert, fill_placeholders, find_sources, rows_of, shown
+from rows import JUDGED, PAIRS, PLACEHOLDER, Conversation, Row, Rows, convert, fill_placeholders, find_sources, rows_of, shown
 from store import TOKENISED, Example, Examples, Part, SplitWriter, new_store, read_about, write_about
 from templates import (Settings, choose_template, encode_pieces, fit_tokenizer, render_turns, with_overrides,
                        written_template)
@@ -308,9 +308,7 @@ def encode_batch(rows: list[Row], config, tokenizer, template, check_only: bool 
         part.of(row).rows += 1
         if conversation := conversation_of(row, config, part):
             conversations.append((row, conversation))
-    encode = encode_documents if config.stage == "pt" else encode_conversations
-    if not (check_only and config.stage == "pt"):
-        encode(conversations, config, tokenizer, template, part, check_only)
+    ENCODERS[config.stage](conversations, config, tokenizer, template, part, check_only)
     return part
 
 
@@ -326,6 +324,8 @@ def packing_of(config) -> tuple[str, int]:
     `packing: true` keeps samples apart; only an explicit `neat_packing: false` joins them. Where packing is asked for,
     LLaMA-Factory makes rows one token shorter than cutoff_len and pads them; we do so too, without the padding.
     """
+    if config.stage in PAIRS + JUDGED:
+        return "apart", config.cutoff_len               # the two answers of a row; rows are not combined
     if config.stage == "pt":
         shorter = bool(config.given.get("packing"))     # not where it is only the default of the stage
         return "no" if config.packing is False else "blocks", config.cutoff_len - shorter
@@ -337,7 +337,7 @@ def packing_of(config) -> tuple[str, int]:
 def encode_conversations(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
     """Stage sft: turns to ids and labels, then packed. batch: [(row, conversation), …]."""
     settings, rendered = settings_of(config), []
-    for row, (messages, system, tools) in batch:
+    for row, (messages, system, tools, *_) in batch:
         try:
             rendered.append((row, render_turns(template, tokenizer, messages, system, tools, settings)))
         except ValueError as error:                 # a tool call or a tool description that cannot be read
@@ -362,6 +362,57 @@ def encode_conversations(batch, config, tokenizer, template, part: Encoded, chec
         part.add(input_ids, labels, labels.count(IGNORE) < len(labels), [len(encoded[row][0]) for row in rows])
 
 
+def encode_answers(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
+    """Stages rm, dpo, kto: of each row an example of two stretches, the prompt with one answer and with another: the chosen
+    and the rejected one; or (kto) its own and, to estimate a KL divergence (arXiv:2402.01306, sec. 4.1), that of the row
+    before, the first row taking the last one's. Thoughts of earlier answers are left out. batch: [(row, conversation), …].
+    """
+    settings, rendered, own = settings_of(config), [], []
+
+    def render(conversation, answer):
+        messages, system, tools, *_ = conversation
+        turns = render_turns(template, tokenizer, [*messages[:-1], answer], system, tools, settings, only_last=True)
+        return [piece for turn in turns[:-1] for pieces in turn for piece in pieces] + turns[-1][0], turns[-1][1]
+
+    for row, conversation in batch:
+        try:
+            answers = [conversation.messages[-1]] + ([conversation.rejected] if config.stage in PAIRS else [])
+            rendered.append([render(conversation, answer) for answer in answers])
+            own.append((row, conversation))
+        except ValueError as error:                 # a tool call or a tool description that cannot be read
+            part.reject(row, error)
+    if check_only or part.bad and not config.skip_bad_rows:
+        return
+    if config.stage in JUDGED:
+        for number, (row, conversation) in enumerate(own):
+            rendered[number].append(render(conversation, own[number - 1][1].messages[-1]))
+    ids = iter(encode_pieces(tokenizer, [pieces for both in rendered for one in both for pieces in one]))
+    closing_eos = [tokenizer.eos_id] if template.efficient_eos else []
+    for row, conversation in own:
+        add_answers(part, row, conversation.desired, [(next(ids), next(ids) + closing_eos) for _ in range(2)], config)
+
+
+def add_answers(part: Encoded, row: Row, desired: bool | None, both: list, config):
+    """One row's example. both: two (prompt_ids, answer_ids). A pair has the prompt of the chosen answer, and is cut by the
+    longer of the two answers, as in LLaMA-Factory; in kto each is cut by its own."""
+    pairs, kept = config.stage in PAIRS, []
+    for prompt, answer in both:
+        prompt, longest = (both[0][0], max(len(other) for _, other in both)) if pairs else (prompt, len(answer))
+        of_prompt, of_answer = cut_pair(len(prompt), longest, config.cutoff_len)
+        prompt, answer = prompt[:of_prompt], answer[:of_answer]
+        kept.append((prompt + answer, [IGNORE] * len(prompt) + answer))
+    counted = slice(None if pairs else 1)           # the other answer of kto teaches nothing
+    full = sum(len(prompt) + len(answer) for prompt, answer in both[counted])
+    supervised = count_row(part.of(row), row, *laid(kept[counted]), full)
+    part.teaches |= any(len(labels) > 1 and labels[-1] != IGNORE for _, labels in kept[counted])
+    part.add(*laid(kept), supervised > 0, [len(ids) for ids, _ in kept], desired)
+
+
+def laid(stretches: list) -> tuple[list, list]:
+    """(ids, labels) of several stretches, end to end."""
+    return sum((ids for ids, _ in stretches), []), sum((labels for _, labels in stretches), [])
+
+
 def encode_documents(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
     """Stage pt: every document ends in an end-of-text token; all tokens are labels.
 
@@ -384,6 +435,10 @@ def encode_documents(batch, config, tokenizer, template, part: Encoded, check_on
     for ids in blocks:
         part.teaches |= len(ids) > 1
         part.add(ids, ids, bool(ids))
+
+
+ENCODERS = {"sft": encode_conversations, "pt": encode_documents, "rm": encode_answers, "dpo": encode_answers,
+            "kto": encode_answers}
 
 
 def count_row(counts: Counts, row: Row, input_ids: list, labels: list, full_length: int) -> int:
@@ -475,8 +530,8 @@ def micro_batches(order: list[int], size: int, drop_last: bool = False) -> list[
     return batches[:-1] if drop_last and batches and len(batches[-1]) < size else batches
 
 
-def joined(batches: list[list[int]], tokens, limit: int) -> list[list[int]]:
-    """The micro-batches of an optimizer step, neighbours made one as long as that has at most `limit` tokens.
+def joined(batches: list[list[int]], tokens, limit: int) -> list[list[list[int]]]:
+    """The micro-batches of an optimizer step as passes, each of as many neighbours as have at most `limit` tokens together.
 
     tokens(row): of that example. The step's loss is one sum, so it does not matter in how many passes it is computed.
     """
@@ -484,9 +539,9 @@ def joined(batches: list[list[int]], tokens, limit: int) -> list[list[int]]:
     for batch in batches:
         size = sum(map(tokens, batch))
         if passes and size <= room:
-            passes[-1].extend(batch)
+            passes[-1].append(batch)
         else:
-            passes.append(list(batch))
+            passes.append([batch])
             room = limit
         room -= size
     return passes
@@ -499,7 +554,7 @@ def budget_batches(order: list[int], tokens, budget: int, alike: bool = True, wi
     """
     if alike:
         order = [row for start in range(0, len(order), window) for row in sorted(order[start:start + window], key=tokens)]
-    return joined([[row] for row in order], tokens, budget)
+    return [sum(batches, []) for batches in joined([[row] for row in order], tokens, budget)]
 
 
 def evened(batches: list[list[int]], size: int, world: int, drop_last: bool = False) -> list[list[int]]:
@@ -524,15 +579,20 @@ class Batch:
     """Examples end to end in one row of N tokens; lengths are the stretches attention keeps apart.
 
     targets[t] is what the model should predict at position t, the label of t+1; IGNORE at the end of every stretch.
-    n_items counts the labels before that shift: LLaMA-Factory divides by it, also where (stage pt) a first token is
-    counted that nothing predicts. layout: of the lengths, for attention; made when the batch goes to the device.
+    n_items is what the step's loss is divided by, once summed over the step: the labels before that shift, as in
+    LLaMA-Factory, also where (stage pt) a first token is counted that nothing predicts; of answers that are compared or
+    judged, see collate_answers. layout: of the lengths, for attention; made when the batch goes to the device.
     """
     input_ids: torch.Tensor         # (1, N) int64
     position_ids: torch.Tensor      # (1, N) int64
     targets: torch.Tensor           # (N,) int64
     lengths: list
-    n_items: int
+    n_items: float
     layout: object = None
+    groups: tuple = ()              # of answers: how many rows each micro-batch has that this pass is made of
+    shares: torch.Tensor | None = None      # (rows,) float32: what the loss of each row counts
+    desired: torch.Tensor | None = None     # (rows,) bool: of judged answers, is it a good one?
+    other: object = None            # of judged answers: the Batch of prompts with answers of other rows
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -545,6 +605,39 @@ def collate(examples: list[Example]) -> Batch:
     return Batch(torch.from_numpy(np.concatenate([e.input_ids for e in examples]).astype(np.int64))[None],
                  torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
                  torch.from_numpy(targets), lengths, int((labels != IGNORE).sum()))
+
+
+def collate_answers(groups: list[list[Example]], alike: bool = False) -> Batch:
+    """The rows of some micro-batches: of pairs first all chosen answers, then all rejected ones; judged answers in one
+    Batch, and in its `other` those to estimate the KL divergence with.
+
+    A row counts one over the rows of its micro-batch, and n_items is the number of these: the mean over micro-batches of
+    their means, as in LLaMA-Factory. alike: every row counts 1, and n_items is the number of rows.
+    """
+    examples = [example for group in groups for example in group]
+    first, second = ([stretch(example, which) for example in examples] for which in (0, 1))
+    sizes = tuple(map(len, groups))
+    shares = torch.tensor([1.0 if alike else 1 / size for size in sizes for _ in range(size)])
+    more = dict(groups=sizes, shares=shares, n_items=len(examples) if alike else len(groups))
+    if examples[0].desired is None:
+        return replace(collate(first + second), **more)
+    return replace(collate(first), desired=torch.tensor([example.desired for example in examples]), other=collate(second),
+                   **more)
+
+
+def stretch(example: Example, number: int) -> Example:
+    """One of the stretches that an example is made of."""
+    end = sum(example.lengths[:number + 1])
+    part = slice(end - example.lengths[number], end)
+    return Example(example.input_ids[part], example.labels[part], [example.lengths[number]])
+
+
+def collate_rows(groups: list[list[Example]], alike: bool = False) -> Batch:
+    """The rows of some micro-batches of stages sft and pt: it does not matter which is whose."""
+    return collate([example for group in groups for example in group])
+
+
+COLLATE = {"sft": collate_rows, "pt": collate_rows, "rm": collate_answers, "dpo": collate_answers, "kto": collate_answers}
 
 
 # ---- show -------------------------------------------------------------------------------------------------------
@@ -574,13 +667,31 @@ def print_counts(report: Report):
         print(f"  tokenised rows: {report.origin}")
 
 
-def write_jsonl(path, examples: list[Example], pad_to: int = 0, pad_id: int = 0):
-    """One {"input_ids": […], "labels": […]} a line. pad_to: packed rows filled up as LLaMA-Factory stores them."""
+def print_row(tokenizer, example: Example, stage: str, title: str):
+    """An example as ids, text and the text that carries loss; of a pair, both answers."""
+    titles = [title]
+    if stage in PAIRS:
+        titles = [f"{title}, chosen", f"{title}, rejected"]
+    elif stage in JUDGED:
+        titles = [f"{title}, a {'good' if example.desired else 'bad'} answer"]
+    for number, words in enumerate(titles):
+        one = stretch(example, number) if stage in PAIRS + JUDGED else example
+        print_example(tokenizer, one.input_ids, one.labels, words)
+
+
+def write_jsonl(path, examples: list[Example], stage: str = "sft", pad_to: int = 0, pad_id: int = 0):
+    """One {"input_ids": […], "labels": […]} a line; of stages with two answers, both under LLaMA-Factory's names. pad_to:
+    packed rows filled up as LLaMA-Factory stores them."""
+    names = ("chosen_", "rejected_") if stage in PAIRS else ("", "kl_") if stage in JUDGED else ("",)
     with open(path, "w", encoding="utf-8") as file:
         for example in examples:
-            missing = max(pad_to - len(example.input_ids), 0)
-            file.write(json.dumps({"input_ids": example.input_ids.tolist() + [pad_id] * missing,
-                                   "labels": example.labels.tolist() + [IGNORE] * missing}) + "\n")
+            line = {}
+            for number, name in enumerate(names):
+                one = stretch(example, number) if len(names) > 1 else example
+                missing = max(pad_to - len(one.input_ids), 0)
+                line |= {f"{name}input_ids": one.input_ids.tolist() + [pad_id] * missing,
+                         f"{name}labels": one.labels.tolist() + [IGNORE] * missing}
+            file.write(json.dumps(line | ({} if example.desired is None else {"kto_tags": example.desired})) + "\n")
 
 
 def main(argv):
@@ -593,13 +704,13 @@ def main(argv):
     fit_tokenizer(template, tokenizer)
     train, _, report = load_examples(config, tokenizer, template, bool(config.jsonl), kept_in(config, "data"))
     if config.jsonl:
-        packed = packing_of(config)[0] in ("apart", "joined")
-        write_jsonl(config.jsonl, train, config.cutoff_len if packed else 0, tokenizer.pad_id)
+        packed = bool(config.packing) and config.stage == "sft"
+        write_jsonl(config.jsonl, train, config.stage, config.cutoff_len if packed else 0, tokenizer.pad_id)
         print(f"{len(train):,} training rows written to {config.jsonl}")
     print(f"template: {template.name} ({why})")
     print_counts(report)
     for number, example in enumerate(train[:3], 1):
-        print_example(tokenizer, example.input_ids, example.labels, f"example {number}")
+        print_row(tokenizer, example, config.stage, f"example {number}")
     if not report.examples["train"]:
         raise ValueError(nothing_to_learn(config, report, "train", len(train)))
 

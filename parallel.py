@@ -57,12 +57,13 @@ class Ranks:
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def read(self, loss, grad_norm, stops: bool) -> tuple[float, float, float]:
-        """The loss and the wishes to stop, both summed over the ranks, and the norm, which all have: scalar tensors on
-        the device become numbers here, together, for this is the one place of a step where the host waits for it."""
-        loss, grad_norm = torch.stack((loss, grad_norm.to(loss.device))).tolist()
-        loss, stops = self.total(loss, stops)
-        return loss, grad_norm, stops
+    def read(self, loss, grad_norm, stops: bool, seen: dict) -> tuple[float, float, float, dict]:
+        """The loss, the wishes to stop, and what else is logged ({name: tensor}), summed over the ranks, and the norm, which
+        all have: tensors on the device become numbers here, together, for this is the one place of a step where the host
+        waits for it."""
+        loss, grad_norm, *values = torch.cat((loss[None], grad_norm.to(loss.device)[None], *seen.values())).tolist()
+        loss, stops, *values = self.total(loss, stops, *values)
+        return loss, grad_norm, stops, {name: values[2 * i:2 * i + 2] for i, name in enumerate(seen)}
 
     def from_main(self, make):
         """What make() returns on rank 0, on every rank: for what must be decided once."""

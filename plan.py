@@ -76,7 +76,7 @@ class Work:
 
 def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kernel: str, device, world: int = 1,
                 sharded: bool = False, fast: bool = False, recompute: list | None = None, fp8: bool = False,
-                model=None) -> Plan:
+                model=None, beside: int = 0) -> Plan:
     """What one rank needs for a step; nothing is loaded.
 
     shape: the ModelConfig. lora: None for full fine-tuning. rows: of the largest micro-batch, for each row the lengths
@@ -84,7 +84,7 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     attention.py. sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and optimizer
     state; embedding, head and two blocks, that at work and the next, are whole. fast: a product of linear.py is used.
     fp8: see fp8.py. recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing.
-    model: that of an earlier plan with the same shape, lora and dtype.
+    model: that of an earlier plan with the same shape, lora and dtype. beside: bytes of another model, that does not learn.
     """
     if model is None:
         with torch.device("meta"):
@@ -114,7 +114,8 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
                 fast and can_be_fast(lora, dtype))
     recompute = recompute or ["nothing" if config.disable_gradient_checkpointing else "block"] * shape.num_hidden_layers
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
-                 sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, model=model)
+                 sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, model=model, beside=beside)
+    frozen += beside // world if sharded else beside
     return Plan(frozen, trained, gradients, states, *activations(model, work, recompute), asked)
 
 
@@ -151,7 +152,8 @@ def largest_rows(examples, batches) -> list:
     """Of some micro-batches (lists of row numbers) that with the most tokens: for each row, its sequences' lengths."""
     sizes = examples.sizes.tolist()
     largest = max(batches, key=lambda batch: sum(sizes[i] for i in batch))
-    return [list(examples[i].lengths) for i in largest]
+    return [list(example.lengths[:1] if example.desired is not None else example.lengths)      # the other is only read
+            for example in (examples[i] for i in largest)]
 
 
 def plan_lines(plan: Plan, available: int | None) -> list[str]:

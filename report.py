@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+SHOWN = {"accuracy": "accuracy", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 COLUMNS = "{step:>7} {epoch:>7} {loss:>9} {lr:>10} {grad:>9} {speed:>9}"
 
 
@@ -104,19 +105,24 @@ class RunLog:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def train(self, step, epoch, loss, lr, grad_norm, tokens_per_second, tokens_seen):
-        """A logged training step, on the screen and in the files."""
-        self.history.append({"epoch": epoch, "grad_norm": grad_norm, "learning_rate": lr, "loss": loss,
+    def train(self, step, epoch, loss, lr, grad_norm, tokens_per_second, tokens_seen, more: dict = {}):
+        """A logged training step, on the screen and in the files. more: what the stage has to tell besides."""
+        self.history.append({"epoch": epoch, "grad_norm": grad_norm, "learning_rate": lr, "loss": loss, **more,
                              "num_input_tokens_seen": tokens_seen, "step": step})
+        told = [f"{word} {more[name]:.4f}" for name, word in SHOWN.items() if name in more]
         tqdm.write(COLUMNS.format(step=step, epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", lr=f"{lr:.3e}",
-                                  grad=f"{grad_norm:.3f}", speed=f"{tokens_per_second:,.0f}"))
-        self.write(step, epoch, loss=loss, lr=lr, throughput=round(tokens_per_second, 2), total_tokens=tokens_seen)
+                                  grad=f"{grad_norm:.3f}", speed=f"{tokens_per_second:,.0f}") + "".join(
+            f"  {words}" for words in told))
+        accuracy = {"accuracy": more[name] for name in ("accuracy", "rewards/accuracies") if name in more}
+        self.write(step, epoch, loss=loss, **accuracy, lr=lr, throughput=round(tokens_per_second, 2),
+                   total_tokens=tokens_seen)
 
     def eval(self, step, epoch, metrics: dict):
         """An evaluation; `metrics` holds eval_loss and its companions."""
         self.history.append({"epoch": epoch, **metrics, "step": step})
         tqdm.write(f"{step:>7} {epoch:>7.2f}  " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()
-                                                            if k in ("eval_loss", "eval_token_loss", "eval_perplexity")))
+                                                            if k in ("eval_loss", "eval_token_loss", "eval_perplexity")
+                                                            or k.removeprefix("eval_") in SHOWN))
         self.write(step, epoch, eval_loss=metrics["eval_loss"])
 
     def close(self):

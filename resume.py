@@ -216,6 +216,7 @@ FIXED = ("finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_al
          "freeze_extra_modules", "pure_bf16")
 # what makes the rest of the run another one: the rows, their order, how they become tokens, the base
 DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter", "base_precision",
+             "ref_model", "ref_model_adapters",
              "dataset", "dataset_dir",
              "eval_dataset", "val_size", "max_samples", "template", "tool_format", "default_system", "enable_thinking",
              "preserve_thinking", "train_on_prompt", "mask_history", "cutoff_len", "packing", "neat_packing",
@@ -224,7 +225,8 @@ DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "cr
 # what applies from the first step on that is taken anew, and is listed
 HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs",
             "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-            "loraplus_lr_ratio", "loraplus_lr_embedding", "moe_aux_loss_coef", "neftune_noise_alpha",
+            "pref_loss", "paper_losses", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight",
+            "kto_rejected_weight", "loraplus_lr_ratio", "loraplus_lr_embedding", "moe_aux_loss_coef", "neftune_noise_alpha",
             "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16", "fp16", "use_cpu",
             "flash_attn", "disable_gradient_checkpointing", "ddp_timeout", "fsdp", "force_template", "logging_steps", "logging_first_step",
             "save_strategy", "save_steps", "save_total_limit", "save_only_model", "do_eval", "eval_strategy", "eval_steps",

@@ -29,9 +29,9 @@ TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assist
         "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
                "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
-ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools")
-FOREIGN = {"chosen": "preference pairs", "rejected": "preference pairs", "kto_tag": "good and bad answers",
-           "images": "pictures", "videos": "films", "audios": "sound"}      # roles of stages and models we do not have
+ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag")
+FOREIGN = {"images": "pictures", "videos": "films", "audios": "sound"}      # roles of models we do not have
+PAIRS, JUDGED = ("rm", "dpo"), ("kto",)     # the stages that compare two answers, and that know good answers from bad
 ENTRY_KEYS = {"file_name": str, "hf_hub_url": str, "ms_hub_url": str, "om_hub_url": str, "script_url": str,
               "cloud_file_name": str, "formatting": str, "ranking": bool, "subset": str, "split": str, "folder": str,
               "num_samples": int, "columns": dict, "tags": dict}
@@ -40,6 +40,7 @@ REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
 
 # How a data file given by its path is recognised: for each role the names people use, likeliest first.
 LIKELY_COLUMNS = {"messages": ("messages", "conversations", "conversation"), "text": ("text", "content", "document"),
+                  "chosen": ("chosen",), "rejected": ("rejected",), "kto_tag": ("kto_tag", "label"),
                   "prompt": ("instruction", "prompt", "question", "input", "query"), "query": ("input", "context"),
                   "response": ("output", "response", "completion", "answer"), "history": ("history",),
                   "system": ("system", "system_prompt"), "tools": ("tools",)}
@@ -68,6 +69,7 @@ class Source:
     columns: dict = field(default_factory=dict)      # role -> name of the column
     tags: dict = field(default_factory=dict)         # role_tag, user_tag, … -> the word used in the rows
     num_samples: int | None = None
+    ranking: bool = False                            # a row has two answers, the better first
 
 
 class Row(NamedTuple):
@@ -88,6 +90,8 @@ class Conversation(NamedTuple):
     messages: list
     system: str = ""
     tools: str = ""                 # JSON
+    rejected: dict | None = None    # of a pair: the message that is worse than the last one
+    desired: bool | None = None     # is the last answer a good one? None: nobody has judged it
 
 
 # ---- read: files -> rows ----------------------------------------------------------------------------------------
@@ -249,9 +253,9 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
         raise ValueError(f"{where}: formatting '{formatting}' is none of {', '.join(COLUMNS)}")
     columns = entry.get("columns", COLUMNS[formatting])
     tags = entry.get("tags", OPENAI_TAGS if formatting == "messages" else TAGS)
-    foreign = [FOREIGN[role] for role in columns if role in FOREIGN] + ["preference pairs"] * bool(entry.get("ranking"))
-    if foreign:
-        raise ValueError(f"{where} holds {foreign[0]}, which stage: {config.stage} cannot learn from")
+    if foreign := [FOREIGN[role] for role in columns if role in FOREIGN]:
+        raise ValueError(f"{where} holds {foreign[0]}, which this release cannot read")
+    check_stage(bool(entry.get("ranking")), "kto_tag" in columns, where, config.stage)
     for table, words, known in (("columns", columns, ROLES), ("tags", tags, TAGS)):
         for word in words:
             if word not in known:
@@ -274,7 +278,22 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
                          "first rows")
     else:
         files = files_at(info_path.parent / entry["file_name"])
-    return Source(name, files, formatting, columns, tags, entry.get("num_samples"))
+    return Source(name, files, formatting, columns, tags, entry.get("num_samples"), bool(entry.get("ranking")))
+
+
+def check_stage(ranking: bool, judged: bool, where: str, stage: str):
+    """Raises ValueError where rows of this kind are not what the stage learns from."""
+    if ranking and stage not in PAIRS:
+        raise ValueError(f"{where} has preference pairs (ranking: true), which stage: {stage} cannot learn from; stages "
+                         f"{' and '.join(PAIRS)} can")
+    if judged and not ranking and stage not in JUDGED:
+        raise ValueError(f"{where} has good and bad answers (kto_tag), which stage: {stage} cannot learn from; stage: kto can")
+    if stage in PAIRS and not ranking:
+        raise ValueError(f"{where} has no preference pairs, which stage: {stage} learns from. If its rows have two answers, "
+                         "write in its entry of dataset_info.json ranking: true, and columns chosen and rejected")
+    if stage in JUDGED and not judged:
+        raise ValueError(f"{where} does not say which answers are good, which stage: {stage} learns from. If its rows have a "
+                         "column of true and false, name it in the entry of dataset_info.json: columns: kto_tag")
 
 
 def check_entry(entry: dict, where: str):
@@ -445,9 +464,11 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list) -> Source
         source = recognise(source, rows, keys, stage)
         told = ", ".join(f"{role} = {column}" for role, column in source.columns.items())
         notes.append(f"dataset '{source.name}' was recognised as {source.formatting}: {told}")
-    needed = ("messages",)
-    if source.formatting == "alpaca":
-        needed = ("prompt",) if stage == "pt" else ("prompt", "response")
+    needed = ("prompt",) if source.formatting == "alpaca" else ("messages",)
+    if source.ranking:
+        needed += ("chosen", "rejected")
+    elif source.formatting == "alpaca" and stage != "pt":
+        needed += ("response",)
     for role in needed:
         if role not in source.columns:
             hint = " (the answer to learn); plain text is for stage: pt" if role == "response" else ""
@@ -472,23 +493,30 @@ def recognise(source: Source, rows: Rows, keys: list[str], stage: str) -> Source
                          f"{shown(rows[0].data)}")
     found = {role: next((name for name in names if name in keys), None) for role, names in LIKELY_COLUMNS.items()}
     extras = {role: found[role] for role in ("system", "tools") if found[role]}
+    ranking, where = bool(found["chosen"] and found["rejected"]), str(source.files[0])
+    if stage in PAIRS + JUDGED:
+        check_stage(ranking, bool(found["kto_tag"]), where, stage)
+        source = replace(source, ranking=ranking and stage in PAIRS)
+        extras |= {role: found[role] for role in (("chosen", "rejected") if source.ranking else ("kto_tag",))}
     if found["messages"]:
         turns = [turn for row in rows if isinstance(row.data, dict)
-                 for turn in row.data.get(found["messages"]) or [] if isinstance(turn, dict)]
+                 for turn in [*(row.data.get(found["messages"]) or []), row.data.get(found["chosen"])]
+                 if isinstance(turn, dict)]
         role_tag = next((tag for tag in LIKELY_TAGS["role_tag"] if any(tag in turn for turn in turns)), "role")
         words = {key for turn in turns for key in turn} | {str(turn.get(role_tag)) for turn in turns}
         tags = {tag: next((name for name in names if name in words), names[0]) for tag, names in LIKELY_TAGS.items()}
         return replace(source, formatting="messages", columns={"messages": found["messages"], **extras}, tags=tags)
     if stage == "pt" and found["text"]:
         return replace(source, formatting="alpaca", columns={"prompt": found["text"]})
-    if stage == "pt" or not found["prompt"] or not found["response"]:
+    if stage == "pt" or not found["prompt"] or not (found["response"] or source.ranking):
         hint = " (stage: pt reads one column of text; questions and answers are for stage: sft)" if stage == "pt" else \
             " (plain text is for stage: pt)" if found["text"] else ""
         raise ValueError(f"{source.files[0]}: which columns to read cannot be told from their names, {', '.join(keys)}"
                          f"{hint}. Describe them in dataset_info.json")
     if found["query"] == found["prompt"]:
         found["query"] = None
-    roles = {role: found[role] for role in ("prompt", "query", "response", "history") if found[role]}
+    roles = {role: found[role] for role in ("prompt", "query", "response", "history")
+             if found[role] and not (source.ranking and role == "response")}
     return replace(source, formatting="alpaca", columns={**roles, **extras})
 
 
@@ -500,67 +528,120 @@ def convert(row: Row, stage: str = "sft") -> Conversation:
     if not isinstance(row.data, dict):
         raise ValueError("wrong number of fields" if row.file.suffix == ".csv" else "not a JSON object")
     convert_row = convert_alpaca if row.source.formatting == "alpaca" else convert_messages
-    messages, system, tools = convert_row(row.data, row.source, stage)
-    for text in (system, tools, *(message["content"] for message in messages)):
+    found = convert_row(row.data, row.source, stage)
+    messages = found.messages + [found.rejected] * (found.rejected is not None)
+    for text in (found.system, found.tools, *(message["content"] for message in messages)):
         try:
             text.isascii() or text.encode()
         except UnicodeEncodeError:
             raise ValueError("it holds bytes that are not UTF-8 (iconv converts a file)") from None
     if stage == "pt":
-        return Conversation(messages[:1])
-    for number, message in enumerate(messages, 1):
+        return Conversation(found.messages[:1])
+    for number, message in enumerate(found.messages, 1):
         if message["role"] in ("assistant", "function") and not message["content"].strip():
             raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
-    return Conversation(messages, system, tools)
+    if found.rejected is not None and not found.rejected["content"].strip():
+        raise ValueError(f"the answer in '{row.source.columns['rejected']}' is empty, there is nothing to learn")
+    return found
 
 
 def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
-    """Columns prompt, query, response and, where declared, history ([question, answer] pairs), system, tools."""
+    """Columns prompt, query, response (or chosen and rejected) and, where declared, history ([question, answer] pairs),
+    system, tools, kto_tag."""
     columns, messages = source.columns, []
     for pair in data.get(columns.get("history")) or []:
         if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
             raise ValueError(f"'{columns['history']}' must be a list of pairs [question, answer]")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    for role in ("prompt",) if stage == "pt" else ("prompt", "response"):
+    answers = () if stage == "pt" else ("chosen", "rejected") if source.ranking else ("response",)
+    for role in ("prompt", *answers):
         if columns[role] not in data:
             raise ValueError(f"the column '{columns[role]}' is missing")
     asked = [text_in(data, columns.get(role)) for role in ("prompt", "query")]
     messages.append({"role": "user", "content": "\n".join(text for text in asked if text)})
-    if stage != "pt":
-        messages.append({"role": "assistant", "content": text_in(data, columns["response"])})
-    return Conversation(messages, text_in(data, columns.get("system")), tools_in(data, columns))
+    answers = [{"role": "assistant", "content": text_in(data, columns[role])} for role in answers]
+    return Conversation(messages + answers[:1], text_in(data, columns.get("system")), tools_in(data, columns),
+                        answers[1] if source.ranking else None, desired_in(data, columns))
 
 
 def convert_messages(data: dict, source: Source, stage: str) -> Conversation:
-    """A list of turns. "openai" and "messages" may have OpenAI's tool_calls, and several tool turns in a row."""
+    """A list of turns, and of a pair its two answers, each a turn. "openai" and "messages" may have OpenAI's tool_calls,
+    and several tool turns in a row."""
     columns, tags, strict = source.columns, source.tags, source.formatting == "sharegpt"
-    role_of = {tags[f"{role}_tag"]: role for role in ("system", "function", "observation", "assistant", "user")
-               if tags.get(f"{role}_tag")}
     turns = data.get(columns["messages"])
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"'{columns['messages']}' must be a list of turns, and not an empty one")
     messages, system = [], None
     for number, turn in enumerate(turns, 1):
-        said = str(turn.get(tags["role_tag"])) if isinstance(turn, dict) else shown(turn)
-        role = role_of.get(said)
+        role = role_of(turn, source)
         wanted = ("assistant", "function") if len(messages) % 2 else ("user", "observation")
         if role == "system" and number == 1:
             system = text_in(turn, tags["content_tag"])
-        elif role in ("assistant", "function") and role in wanted and not strict and turn.get("tool_calls"):
-            text = tool_calls_in(turn["tool_calls"], arguments_as_text=source.formatting == "openai")
-            messages.append({"role": "function", "content": text})
         elif role in wanted:
-            messages.append({"role": role, "content": text_in(turn, tags["content_tag"])})
+            messages.append(message_of(turn, role, source))
         elif role == "observation" and not strict and messages[-1]["role"] == "observation":
             messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + text_in(turn, tags["content_tag"])
         else:
-            expected = [word for word, known in role_of.items() if known in wanted]
-            raise ValueError(f"turn {number} is of '{said}' where {' or '.join(expected)} must stand")
-    if not messages or len(messages) % 2:
+            raise ValueError(f"turn {number} is of '{said_by(turn, source)}' where {speakers(wanted, source)} must stand")
+    rejected = None
+    if source.ranking:
+        if len(messages) % 2 == 0:
+            raise ValueError(f"'{columns['messages']}' ends with an answer, and the answers are in '{columns['chosen']}' and "
+                             f"'{columns['rejected']}'" if messages else f"'{columns['messages']}' asks nothing")
+        chosen, rejected = (answer_in(data, columns[role], source) for role in ("chosen", "rejected"))
+        messages.append(chosen)
+    elif not messages or len(messages) % 2:
         raise ValueError("the last turn is not an answer")
     tools = tools_in(data, columns)
     system = text_in(data, columns.get("system")) if system is None else system
-    return Conversation(messages, openai_system(system, tools) if source.formatting == "openai" else system, tools)
+    return Conversation(messages, openai_system(system, tools) if source.formatting == "openai" else system, tools,
+                        rejected, desired_in(data, columns))
+
+
+def answer_in(data: dict, column: str, source: Source) -> dict:
+    """One of the two answers of a pair, as a message."""
+    turn, wanted = data.get(column), ("assistant", "function")
+    if not isinstance(turn, dict):
+        raise ValueError(f"'{column}' must be one turn, an object like those of the conversation, not {shown(turn)}")
+    role = role_of(turn, source)
+    if role not in wanted:
+        raise ValueError(f"'{column}' is of '{said_by(turn, source)}' where {speakers(wanted, source)} must stand")
+    return message_of(turn, role, source)
+
+
+def role_of(turn, source: Source) -> str | None:
+    """Who speaks: system, user, assistant, function or observation; None for a word that no tag names."""
+    words = {source.tags.get(f"{role}_tag"): role for role in ("system", "function", "observation", "assistant", "user")}
+    return {**words, None: None}.get(said_by(turn, source))
+
+
+def said_by(turn, source: Source) -> str:
+    return str(turn.get(source.tags["role_tag"])) if isinstance(turn, dict) else shown(turn)
+
+
+def speakers(roles, source: Source) -> str:
+    """The words of the data for these roles."""
+    found = [source.tags[f"{role}_tag"] for role in ("function", "observation", "assistant", "user")
+             if role in roles and source.tags.get(f"{role}_tag")]
+    return " or ".join(found)
+
+
+def message_of(turn: dict, role: str, source: Source) -> dict:
+    """A turn as a message. An assistant's tool_calls become a function message, but not in sharegpt's layout."""
+    if role in ("assistant", "function") and source.formatting != "sharegpt" and turn.get("tool_calls"):
+        text = tool_calls_in(turn["tool_calls"], arguments_as_text=source.formatting == "openai")
+        return {"role": "function", "content": text}
+    return {"role": role, "content": text_in(turn, source.tags["content_tag"])}
+
+
+def desired_in(data: dict, columns: dict) -> bool | None:
+    """Is the answer a good one? None where no column says so."""
+    column = columns.get("kto_tag")
+    if column is None:
+        return None
+    if not isinstance(data.get(column), bool):
+        raise ValueError(f"'{column}' must be true (a good answer) or false, not {shown(data.get(column))}")
+    return data[column]
 
 
 def tool_calls_in(calls, arguments_as_text: bool) -> str:
@@ -612,7 +693,8 @@ def fill_placeholders(conversation: Conversation, values: dict) -> Conversation:
     def fill(text):
         return PLACEHOLDER.sub(lambda match: str(values.get(match[1], match[0])), text)
     filled = [{**message, "content": fill(message["content"])} for message in conversation.messages]
-    return conversation._replace(messages=filled, system=fill(conversation.system))
+    rejected = conversation.rejected and {**conversation.rejected, "content": fill(conversation.rejected["content"])}
+    return conversation._replace(messages=filled, system=fill(conversation.system), rejected=rejected)
 
 
 def shown(value, limit: int = 200) -> str:

@@ -201,7 +201,8 @@ def idle_batches(count: int, example, ranks: Ranks) -> list:
     """What a rank with `count` micro-batches must run besides, to keep company with that which has the most: `example`,
     a batch, without labels."""
     most = max(int(other) for other in ranks.gather(torch.tensor([count])))
-    return [replace(example, targets=torch.full_like(example.targets, IGNORE), n_items=0)] * (most - count)
+    shares = None if example.shares is None else torch.zeros_like(example.shares)
+    return [replace(example, targets=torch.full_like(example.targets, IGNORE), n_items=0, shares=shares)] * (most - count)
 
 
 def print_shards(model, ranks: Ranks):

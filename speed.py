@@ -56,10 +56,20 @@ def training_flops(shape, frozen: float, trained: float, lengths) -> float:
     shape: a ModelConfig. frozen, trained: see matmul_parameters. Llama-3-8B with LoRA of rank 16 on all linear layers
     comes to 31.9e9 a token for sequences of 2048.
     """
+    return (4 * frozen + 6 * trained) * sum(lengths) + 3 * attention_flops(shape, lengths)
+
+
+def forward_flops(shape, weights: float, lengths) -> float:
+    """Model FLOPs of a forward pass alone, with so many weights of matrices, over sequences of these lengths."""
+    return 2 * weights * sum(lengths) + attention_flops(shape, lengths)
+
+
+def attention_flops(shape, lengths) -> float:
+    """Of a forward pass, for the pairs of tokens that see each other."""
     kinds = list(zip(shape.windows, shape.chunks))                       # of the layers, most of which are alike
     pairs = sum(kinds.count((window, chunk)) * sum(attention_pairs(n, window or 0, chunk or 0) for n in lengths)
                 for window, chunk in set(kinds))
-    return (4 * frozen + 6 * trained) * sum(lengths) + 12 * shape.num_attention_heads * shape.head_dim * pairs
+    return 4 * shape.num_attention_heads * shape.head_dim * pairs
 
 
 @torch.no_grad()
@@ -146,7 +156,7 @@ def speed_results(pace: Pace, device, dtype, world: int = 1, product=F.linear) -
 
 PROFILED = 3                    # steps, after the first WARM_STEPS or as late as the run allows
 part = torch.profiler.record_function       # a named part of a step; without a profiler, it costs a microsecond
-PARTS = ("data", "forward", "loss", "backward", "communication", "optimizer", "waiting")
+PARTS = ("data", "reference", "forward", "loss", "backward", "communication", "optimizer", "waiting")
 KINDS = (("attention", ("attention", "scaleddotproduct", "flash")),      # by what the name of an operation contains
          ("matrices", ("::mm", "addmm", "::bmm", "baddbmm", "scaled_mm", "grouped_mm", "linear_pointwise")))
 OTHER = "norms, activations, copies"

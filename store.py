@@ -4,7 +4,8 @@ A store is a folder:
 
     train.tokens, eval.tokens   int32: of each example its ids, then its labels
     train.npz, eval.npz         sizes (tokens) and learnable (has it a label?) of each example; of packed ones also
-                                parts (how many rows they are made of) and rows (tokens of each row)
+                                parts (how many rows they are made of) and rows (tokens of each row); of judged answers
+                                (stage kto) also desired
     store.json                  the key, and what the start page tells of the rows
 
 The key names all that the tokens depend on: the bytes of the data files, settings, chat format, tokenizer, the files of
@@ -43,6 +44,7 @@ class Example:
     labels: np.ndarray
     lengths: list
     position_ids: np.ndarray | None = None
+    desired: bool | None = None         # of a judged answer: is it a good one?
 
 
 class Examples(Sequence):
@@ -61,6 +63,7 @@ class Examples(Sequence):
         self.rows = index.get("rows")
         if self.rows is not None:
             self.parts, self.first_row = index["parts"][chosen], starts_of(index["parts"])[chosen]
+        self.desired = index["desired"][chosen] if "desired" in index else None
         self.largest_id, self.sign = about["largest_id"], f"{len(self)} rows, {about['crc']:08x}"
 
     def __len__(self):
@@ -75,7 +78,8 @@ class Examples(Sequence):
             return Example(tokens[:size], tokens[size:], [size])
         lengths = self.lengths_of(number)
         positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-        return Example(tokens[:size], tokens[size:], lengths if self.apart else [size], positions)
+        desired = None if self.desired is None else bool(self.desired[number])
+        return Example(tokens[:size], tokens[size:], lengths if self.apart else [size], positions, desired)
 
     def lengths_of(self, number: int) -> list:
         """Tokens of each row that a packed example is made of."""
@@ -98,15 +102,18 @@ class Part:
 
     def __init__(self):
         self.tokens, self.sizes, self.learnable, self.rows = array("i"), array("i"), array("b"), []
+        self.desired = array("b")
 
-    def add(self, ids: list, labels: list, learnable: bool, rows: list | None = None):
-        """One example. rows: tokens of each row it is packed of."""
+    def add(self, ids: list, labels: list, learnable: bool, rows: list | None = None, desired: bool | None = None):
+        """One example. rows: tokens of each row it is packed of. desired: see Example."""
         self.tokens.fromlist(ids)
         self.tokens.fromlist(labels)
         self.sizes.append(len(ids))
         self.learnable.append(learnable)
         if rows is not None:
             self.rows.append(rows)
+        if desired is not None:
+            self.desired.append(desired)
 
 
 class SplitWriter:
@@ -115,6 +122,7 @@ class SplitWriter:
     def __init__(self, folder: Path, split: str):
         self.folder, self.split, self.file = folder, split, open(folder / f"{split}.tokens", "wb")
         self.sizes, self.learnable, self.parts, self.rows = array("i"), array("b"), array("i"), array("i")
+        self.desired = array("b")
         self.crc = self.largest_id = 0
 
     def add(self, part: Part):
@@ -125,6 +133,8 @@ class SplitWriter:
             if learnable:
                 self.crc = zlib.crc32(tokens[start:start + 2 * size], self.crc)
             start += 2 * size
+        self.crc = zlib.crc32(part.desired, self.crc)
+        self.desired.extend(part.desired)
         self.sizes.extend(part.sizes)
         self.learnable.extend(part.learnable)
         for rows in part.rows:
@@ -137,6 +147,8 @@ class SplitWriter:
         index = {"sizes": np.array(self.sizes, np.int32), "learnable": np.array(self.learnable, np.int8)}
         if self.rows:
             index |= {"parts": np.array(self.parts, np.int32), "rows": np.array(self.rows, np.int32)}
+        if self.desired:
+            index["desired"] = np.array(self.desired, np.int8)
         with open(self.folder / f"{self.split}.npz", "wb") as file:
             np.savez(file, **index)
             file.flush()

@@ -6,7 +6,11 @@
 
 config → tokenizer and template → data → model and adapters → optimizer → resume → loop → save.
 
-Read before: README.md, for the order of the files. Read after: data.py (what a batch is), model.py, lora.py, losses.py.
+One loop serves all stages. `stage` is looked up in two places: how rows make a batch (data.COLLATE), and which objective
+scores it (objective_for, below).
+
+Read before: README.md, for the order of the files. Read after: data.py (what a batch is), model.py, lora.py, losses.py,
+preference.py.
 Papers: LoRA arXiv:2106.09685, AdamW arXiv:1711.05101; the step's loss is a sum over tokens counted beforehand
 (losses.py), so it does not depend on how the step is cut into micro-batches.
 """
@@ -22,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from config import as_dict, ignored_keys, in_steps, load_config, non_default, run
+from config import as_dict, has_reference, ignored_keys, in_steps, load_config, non_default, run
 
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "train"))                # --help and mistakes do not wait for torch
@@ -32,11 +36,11 @@ from attention import Layout, moved, pick_device, pick_kernel          # before 
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, folded_under, into_folder, load_adapter, load_model, load_training_state,
-                        new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
+from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, folded_under, into_folder, load_adapter, load_model,
+                        load_training_state, new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
                         save_training_state, stored_as, tensor_files, whole, write_checksums, write_json)
-from data import (budget_batches, collate, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
-                  print_counts)
+from data import (COLLATE, budget_batches, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
+                  print_counts, print_row)
 from families import model_config, read_config_json
 from fp8 import pick_fp8, to_fp8, with_compiled_rounding
 from generate import context_length
@@ -46,13 +50,14 @@ from losses import balance_loss, cross_entropy_sum
 from model import LENGTH_DEPENDENT, CausalLM, attention_needs, compile_steps, init_weights, pick_compile
 from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, warmup_steps
 from parallel import Gradients, Ranks, end_ranks, start_ranks
+from preference import AS_SIGMOID, Objective, logged, objective_of, value_head
 from plan import SPARE, in_words, largest_rows, lightest, memory_plan, plan_lines
-from report import RunLog, eval_metrics, model_card, plot_losses, print_example, print_pairs, trainer_state, versions
+from report import RunLog, eval_metrics, model_card, plot_losses, print_pairs, trainer_state, versions
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
                     remove_old_checkpoints, room_for, usable_best)
 from room import advice, available_bytes, explain_oom, out_of_memory
 from shard import CutGradients, cut, empty_model, fill, idle_batches, is_cut, print_shards, rows_of, take_part
-from speed import Pace, StepProfile, matmul_parameters, part, speed_results, training_flops
+from speed import Pace, StepProfile, forward_flops, matmul_parameters, part, speed_results, training_flops
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
 
@@ -79,7 +84,7 @@ def main(argv):
     tokenizer = load_tokenizer(base, config.split_special_tokens)
     name, force = stored_template([resume] if resume else adapters, config.template, config.force_template)
     template, why = choose_template(name, tokenizer, shape.model_type, force)
-    remarks = check_template(template, tokenizer) if config.stage == "sft" else []      # before the latter is changed
+    remarks = check_template(template, tokenizer) if config.stage != "pt" else []       # before the latter is changed
     fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
     settings = {**as_dict(config), "template": written_template(template), "versions": versions()}
     print_pairs("settings that differ from the defaults", non_default(config))
@@ -97,7 +102,10 @@ def main(argv):
     if eval_set and not config.do_eval:
         print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch would use them")
     check_examples([train_set, eval_set], shape, tokenizer)
-    print_example(tokenizer, train_set[0].input_ids, train_set[0].labels)
+    print_row(tokenizer, train_set[0], config.stage, "first example")
+    if config.stage == "dpo" and config.pref_loss in AS_SIGMOID and not config.paper_losses:
+        print(f"  note: pref_loss: {config.pref_loss} is computed as LLaMA-Factory 0.9.5 does, with the loss of sigmoid; "
+              "paper_losses: true takes that of its paper")
 
     # ---- the plan: steps and memory, before anything is loaded
     per_epoch = steps_per_epoch(config, train_set, ranks)
@@ -113,12 +121,13 @@ def main(argv):
     fp8, fp8_line = pick_fp8(device, dtype) if config.base_precision else (None, None)
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
-    memory = memory_plan(config, shape, lora_settings(config, adapters, resume), largest_rows(train_set, dealt),
+    adapted = lora_settings(config, adapters, resume)
+    memory = memory_plan(config, shape, adapted, largest_rows(train_set, dealt),
                          dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1,
-                         fast=True, fp8=bool(config.base_precision))
+                         fast=True, fp8=bool(config.base_precision), beside=reference_bytes(config, adapted, shape, dtype))
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
-    balance = config.moe_aux_loss_coef or shape.router_aux_loss_coef
+    balance = (config.moe_aux_loss_coef or shape.router_aux_loss_coef) if config.stage in ("sft", "pt") else 0.0
     at_once, memory = tokens_at_once(config, memory, there_is, device, balance)
     print_pairs("plan", plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once))
     print("\n".join([*choice.lines, *products.lines, compile_line, *filter(None, [fp8_line]), "",
@@ -133,8 +142,12 @@ def main(argv):
     # ---- model, adapters
     with memory_advice(memory, there_is, config):
         model, lora = build_model(config, base, adapters, device, resume, ranks)
-    weights, sharded = trainable(model), any(map(is_cut, model.parameters()))
-    flops_of = partial(training_flops, shape, *matmul_parameters(model))          # for lengths of sequences
+        reference = build_reference(config, base, adapters, device, ranks, lora)
+        head = value_head(config, shape, base, adapters, device, resume) if config.stage == "rm" else None
+        objective = objective_for(config, reference, head, balance)
+    weights = trainable(model) | (head.weights() if head else {})
+    sharded = any(map(is_cut, model.parameters()))
+    flops_of = partial(flops_of_batch, shape, model, reference, has_reference(config))
     in_parts = sharded and not lora                 # what learns is cut, too
     if config.fsdp:
         print_shards(model, ranks)
@@ -156,9 +169,9 @@ def main(argv):
     output = Path(config.output_dir)
     state = {"step": 0, "epoch": 0.0, "kernel": ranks.from_main(lambda: choice.kernel),
              "product": ranks.from_main(lambda: products.taken), "compiled": ranks.from_main(lambda: compiled),
-             "loss_total": 0.0, "tokens_seen": 0, "window": [0.0, 0], "lowest": None, "waited": 0, "best": None,
+             "loss_total": 0.0, "tokens_seen": 0, "window": [0.0, 0], "seen": {}, "lowest": None, "waited": 0, "best": None,
              "history": [], "skipped": 0, "rows_per_step": rows_per_step(config, ranks), "rows": train_set.sign, "at_once": at_once}
-    # window: loss and steps since the last logged line; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
+    # window: loss and steps since the last logged line; seen: what else is logged of them; lowest: eval_loss; best: [step, eval_loss] of a checkpoint
     names = optimizer_names(optimizer, learnt)
     if resume:
         saved = load_training_state(resume, optimizer, names, ranks.rank,
@@ -171,8 +184,11 @@ def main(argv):
     # ranks, and a run and its continuation, compute alike: two kernels, or products, differ in the last bit
     model.kernel = state["kernel"] if state["kernel"] in choice.timings else choice.kernel
     model.product = state["product"] if state["product"] in products.rates else products.taken
+    for other in filter(None, [reference]):
+        other.kernel, other.product = model.kernel, model.product
     if state["compiled"] and compiled:
-        compile_steps(model)
+        for one in filter(None, [model, reference]):
+            compile_steps(one)
         fp8 = fp8 and with_compiled_rounding(fp8)
     if fp8:
         to_fp8([layer for layer in lora_layers(model).values() if isinstance(layer, LoRALinear)], fp8)
@@ -185,7 +201,7 @@ def main(argv):
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
     started, pace = time.time(), Pace()
-    first_step, (window_loss, window_steps) = state["step"], state["window"]
+    first_step, (window_loss, window_steps), window_seen = state["step"], state["window"], state["seen"]
     stop, skipped = StopSigns(config.time_limit, begun), 0                        # skipped: steps in a row
 
     def save(step, epoch, stateful=not config.save_only_model):
@@ -197,9 +213,9 @@ def main(argv):
             return
         room_for(output, sum(p.nbytes for p in weights.values()) * (3 if stateful else 1), f"checkpoint-{step}")
         with new_folder(output / f"checkpoint-{step}") as folder:
-            save_weights(config, model, lora, folder, base, tokenizer, settings)
+            save_weights(config, model, lora, folder, base, tokenizer, settings, head)
             if stateful:
-                kept = state | {"window": [window_loss, window_steps]}
+                kept = state | {"window": [window_loss, window_steps], "seen": window_seen}
                 kept |= ({"loss_scale": [scale.value, scale.good_steps]} if scale else {})
                 save_training_state(folder, optimizer, names, trainer_state(config, log, step, epoch, resume=kept), rng,
                                     **({"whole": gradients.whole} if in_parts else {}))
@@ -220,21 +236,24 @@ def main(argv):
         profile.step(step - first_step, total_steps - first_step)
         rate = set_rates(optimizer, factor(step - 1))
         if step == first_step + 1 and dtype != torch.float32 and this.passes:
-            check_first_batch(model, this.passes[0], device, autocast)
+            check_first_batch(model, this.passes[0], device, autocast, objective)
         pace.begin()
-        loss = torch.zeros((), device=device)
+        loss, seen = torch.zeros((), device=device), objective.nothing_seen(device)
         gradients.clear()
         with memory_advice(memory, there_is, config):
-            for number, batch in enumerate(this.passes, 1):
+            with autocast, part("reference"):
+                told = objective.ask(model, this.passes, ranks)
+            for number, (batch, known) in enumerate(zip(this.passes, told), 1):
                 current[:] = [batch]
                 if number == len(this.passes) and not sharded:  # gathering comes between, in one order on all ranks
                     gradients.send_early()
                 with autocast, part("forward"):
-                    token_loss, routing = batch_loss(model, batch, device, balance if number > this.idle else 0)
-                    micro_loss = token_loss / this.n_items + routing    # the latter undivided, as LLaMA-Factory has it
+                    loss_sum, routing, shown = batch_loss(model, batch, device, objective, known)
+                    micro_loss = loss_sum / this.n_items + routing      # the latter undivided, as LLaMA-Factory has it
                 with part("backward"):
                     (micro_loss * scale.value if scale else micro_loss).backward()
                 loss += micro_loss.detach()
+                seen = {name: total + shown[name] for name, total in seen.items()}
                 if number == this.idle:
                     gradients.forget_use()
             with part("communication"):
@@ -247,7 +266,7 @@ def main(argv):
             ahead = next(steps, None)
         asked = stop.asked()
         with part("waiting"):                           # for the device: here, and only here
-            loss, grad_norm, stops = ranks.read(loss, grad_norm, bool(asked))
+            loss, grad_norm, stops, seen = ranks.read(loss, grad_norm, bool(asked), seen)
         overflow = scale is not None and not scale.update(math.isfinite(grad_norm))
         finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflow)
         skipped = 0 if finite else skipped + 1
@@ -271,18 +290,20 @@ def main(argv):
                      tokens_seen=state["tokens_seen"] + int(this.tokens), skipped=state["skipped"] + (not finite))
         if finite:
             window_loss, window_steps = window_loss + loss, window_steps + 1
+            window_seen = {name: [a + b for a, b in zip(pair, window_seen.get(name, (0.0, 0.0)))]
+                           for name, pair in {**window_seen, **seen}.items()}
         ends_epoch = step % per_epoch == 0 or step == total_steps
         saves = (config.save_strategy == "steps" and (step % save_every == 0 or step == total_steps)
                  or config.save_strategy == "epoch" and ends_epoch)
         log.advance(loss, rate, pace.tokens_per_second)
         if step % log_every == 0 or (step == 1 and config.logging_first_step):
             mean = window_loss / window_steps if window_steps else math.nan
-            log.train(step, done, mean, rate, grad_norm, pace.tokens_per_second, state["tokens_seen"])
-            window_loss, window_steps = 0.0, 0
+            log.train(step, done, mean, rate, grad_norm, pace.tokens_per_second, state["tokens_seen"], logged(window_seen))
+            window_loss, window_steps, window_seen = 0.0, 0, {}
             pace.new_window()
         if eval_set and ((config.eval_strategy == "steps" and step % eval_every == 0)
                          or (config.eval_strategy == "epoch" and ends_epoch)):
-            metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
+            metrics = evaluate(config, model, eval_set, device, autocast, objective, ranks)
             log.eval(step, done, metrics)
             eval_loss = metrics["eval_loss"]
             better = state["lowest"] is None or eval_loss < state["lowest"]
@@ -307,11 +328,11 @@ def main(argv):
     log.write(state["step"], state["epoch"])
     log.close()
     if config.load_best_model_at_end and (best := ranks.from_main(lambda: usable_best(output, state["best"]))):
-        load_best(config, model, weights, output, best, ranks)
+        load_best(config, model, weights, output, best, ranks, head)
     results = {"train": train_results(state, first_step, per_epoch, model, train_set, seconds)}
     log.history.append(results["train"] | {"step": state["step"]})
     if eval_set and config.do_eval:
-        metrics = evaluate(config, model, eval_set, device, autocast, balance, ranks)
+        metrics = evaluate(config, model, eval_set, device, autocast, objective, ranks)
         results["eval"] = {"epoch": state["epoch"], **metrics}
     if not in_parts:
         end_ranks()                                 # the others have nothing left to do
@@ -321,7 +342,7 @@ def main(argv):
         return end_ranks()
     remove_old_checkpoints(config, output, state["best"])   # also where the run was killed just before it could
     with into_folder(output) as folder:
-        save_weights(config, model, lora, folder, base, tokenizer, settings,
+        save_weights(config, model, lora, folder, base, tokenizer, settings, head,
                      dtype if config.finetuning_type == "freeze" else None)
     end_ranks()
     results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
@@ -384,7 +405,10 @@ def build_model(config, base, adapters, device, resume, ranks):
             model.to(device)
         else:
             model = load_model(resume or base, torch.bfloat16 if config.pure_bf16 else torch.float32, device)
-        return model.requires_grad_(True), None
+        model.requires_grad_(True)
+        if config.stage == "rm" and model.lm_head.weight is not model.model.embed_tokens.weight:
+            model.lm_head.requires_grad_(False)     # nothing is scored over the vocabulary
+        return model, None
     half = half_of(config)
     model = empty_model(base, half) if sharded else load_model(base, half, device)
     continued = adapters[-1] if adapters and not config.create_new_adapter else None
@@ -412,6 +436,9 @@ def build_model(config, base, adapters, device, resume, ranks):
         if lora.use_dora and not (resume or continued):
             for layer in lora_layers(model).values():
                 layer.lora_magnitude_vector.data.copy_(row_lengths(whole(layer.weight).float()))
+    if has_reference(config):                       # dropout would be a difference, too
+        for layer in lora_layers(model).values():
+            layer.dropout = torch.nn.Identity()
     return model, lora
 
 
@@ -428,6 +455,54 @@ def part_that_learns(config, model):
     for p in model.parameters():
         p.data = p.data.to(torch.float32 if p.requires_grad and not config.pure_bf16 else half)
     return model
+
+
+def needs_copy(config, lora) -> bool:
+    """Does this run compare with a second model? Not where the one that learns serves, its adapters off: then these, and
+    no weights of the base, must be all that learns."""
+    return has_reference(config) and bool(config.ref_model or not lora or lora.modules_to_save)
+
+
+def reference_bytes(config, lora, shape, dtype) -> int:
+    """What build_reference will take."""
+    if not needs_copy(config, lora):
+        return 0
+    if config.ref_model:
+        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
+        shape = model_config(read_config_json(folder), f"{folder}/config.json")
+    with torch.device("meta"):
+        return sum(p.numel() for p in CausalLM(shape).parameters()) * dtype.itemsize
+
+
+def build_reference(config, base, adapters, device, ranks, lora):
+    """The second model of stages dpo and kto, which does not learn; None: see needs_copy."""
+    if not needs_copy(config, lora):
+        return None
+    half = half_of(config) or (None if lora else torch.float32)
+    folder, folded = base, [] if not lora else adapters if config.create_new_adapter else adapters[:-1]
+    if config.ref_model:
+        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
+        folded = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.ref_model_adapters or []]
+    if config.fsdp and ranks.world > 1:
+        if folded:
+            raise ValueError("fsdp: the reference model's adapters would have to be folded into weights that are cut; "
+                             "fold them first: python merge.py, then take the merged model as ref_model")
+        reference = empty_model(folder, half)
+        cut(reference.requires_grad_(False), config.fsdp, ranks, device)
+        fill(reference, folder)
+    else:
+        reference = load_model(folder, half, device)
+        for adapter in folded:
+            load_adapter(reference, adapter)
+            merge_adapters(reference)
+    return reference.requires_grad_(False)
+
+
+def objective_for(config, reference, head, balance: float) -> Objective:
+    """The second place where `stage` is looked up: which objective scores a batch."""
+    if config.stage in ("sft", "pt"):
+        return Objective(partial(score_tokens, balance))
+    return objective_of(config, reference, head)
 
 
 def lora_settings(config, adapters, resume) -> LoRAConfig | None:
@@ -609,16 +684,17 @@ class Step:
 def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_once, sharded, flops_of):
     """Yields the Steps of these numbers. The loop asks for the next one while the device works at the one before."""
     size, of_epoch, length = config.gradient_accumulation_steps, None, lambda row: int(train_set.sizes[row])
+    make = partial(COLLATE[config.stage], alike=bool(config.token_budget))
     for number in numbers:
         epoch, nth = divmod(number - 1, per_epoch)                         # both 0-based
         if epoch != of_epoch:
             batches, of_epoch = batches_of(config, train_set, epoch, ranks), epoch
         micro = batches[nth * size:(nth + 1) * size]
-        passes = [collate([train_set[i] for i in rows]) for rows in joined(micro, length, at_once)]
+        passes = [make([[train_set[i] for i in rows] for rows in group]) for group in joined(micro, length, at_once)]
         n_items, tokens, flops = ranks.total(*(sum(values) for values in (
             [batch.n_items for batch in passes], [len(batch.targets) for batch in passes],
-            [flops_of(batch.lengths) for batch in passes])))
-        idle = idle_batches(len(passes), collate([train_set[0]]), ranks) if sharded else []
+            [flops_of(batch) for batch in passes])))
+        idle = idle_batches(len(passes), make([[train_set[0]]]), ranks) if sharded else []
         yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in micro for i in rows],
                    [on_device(batch, device) for batch in idle + passes], len(idle), n_items, tokens, flops)
 
@@ -628,8 +704,21 @@ def on_device(batch, device):
     targets stay: the loss asks which of them count, and on a GPU the answer would have to be waited for."""
     if batch.layout is not None:
         return batch
+    more = {name: moved(getattr(batch, name), device) for name in ("shares", "desired") if getattr(batch, name) is not None}
     return replace(batch, input_ids=moved(batch.input_ids, device), position_ids=moved(batch.position_ids, device),
-                   layout=Layout(batch.lengths, device))
+                   layout=Layout(batch.lengths, device), other=batch.other and on_device(batch.other, device), **more)
+
+
+def flops_of_batch(shape, model, reference, asks: bool, batch) -> float:
+    """Model FLOPs of a batch: of learning from it and, where a reference is asked, of that."""
+    frozen, trained = matmul_parameters(model)
+    flops = training_flops(shape, frozen, trained, batch.lengths)
+    if asks:
+        asked = sum(matmul_parameters(reference)) if reference is not None else frozen
+        flops += forward_flops(shape, asked, batch.lengths)
+        if batch.other is not None:
+            flops += sum(forward_flops(shape, weights, batch.other.lengths) for weights in (frozen + trained, asked))
+    return flops
 
 
 @torch.no_grad()
@@ -648,53 +737,64 @@ def same_everywhere(ranks: Ranks, weights, rows: str):
                              "data files, and the same release of this program?")
 
 
-def batch_loss(model, batch, device, balance: float = 0.0):
-    """Sum of the token losses of one row of sequences laid end to end, and what its routing to experts adds."""
-    routers = [] if balance else None
-    batch = on_device(batch, device)
+def batch_loss(model, batch, device, objective: Objective, told=None):
+    """(sum of the losses of a batch's rows, what is added to it undivided, what is to be logged); see Objective."""
+    return objective.score(model, on_device(batch, device), told)
+
+
+def score_tokens(balance: float, model, batch, told):
+    """Stages sft and pt: the sum of the token losses of sequences laid end to end, and what the routing to experts adds."""
+    routers = [] if balance and batch.n_items else None         # idle batches (shard.py) have no labels, and add nothing
     hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)       # (1, N, D)
     with part("loss"):
         loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, model.config.final_softcap,
                                  PRODUCTS.get(model.product, torch_product))
-    return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0
+    return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0, {}
 
 
 @torch.no_grad()
-def evaluate(config, model, examples, device, autocast, balance, ranks: Ranks) -> dict:
-    """eval_loss as LLaMA-Factory counts it (mean over batches of each batch's token mean, all batches alike), the loss
-    over all tokens alike under its own name, and its perplexity. The ranks share the batches; each counts once."""
+def evaluate(config, model, examples, device, autocast, objective: Objective, ranks: Ranks) -> dict:
+    """eval_loss as LLaMA-Factory counts it (mean over batches of each batch's mean, all batches alike), what the objective
+    has to show, and in stages sft and pt the loss over all tokens alike under its own name, and its perplexity. The ranks
+    share the batches; each counts once."""
     model.eval()
     start, size = time.time(), config.per_device_eval_batch_size
-    means, total, count, empty = [], 0.0, 0, 0
+    means, total, count, empty, seen = [], 0.0, 0, 0, objective.nothing_seen(device)
     batches, sharded = math.ceil(len(examples) / size), hasattr(model, "reshard")
     # weights that are cut are gathered by all ranks: one that has a batch less than others keeps them company
     rounded = math.ceil(batches / ranks.world) * ranks.world if sharded else batches
     for number in tqdm(range(ranks.rank, rounded, ranks.world), desc="evaluating", leave=False,
                        disable=bool(config.disable_tqdm) or None):
         first = size * min(number, batches - 1)
-        batch = collate(examples[first:first + size])
-        supervised = int((batch.targets != -100).sum())
-        if supervised == 0 and not sharded:
+        batch = on_device(COLLATE[config.stage]([examples[first:first + size]]), device)
+        items = batch.n_items if batch.groups else int((batch.targets != -100).sum())
+        if items == 0 and not sharded:
             empty += 1
             continue
         with autocast:
-            loss, routing = map(float, batch_loss(model, batch, device, balance))
-        if supervised == 0 or number >= batches:
+            told, = objective.ask(model, [batch], Ranks())
+            loss, routing, shown = batch_loss(model, batch, device, objective, told)
+        if items == 0 or number >= batches:
             empty += number < batches
             continue
-        means.append(loss / supervised + routing)
-        total, count = total + loss, count + supervised
+        means.append(float(loss) / items + float(routing))
+        total, count = total + float(loss), count + items
+        seen = {name: pair + shown[name] for name, pair in seen.items()}
     model.train()
     if sharded:                                     # what the last forward pass has gathered
         model.reshard()
     mean, batches, total, count, empty = ranks.total(math.fsum(means), len(means), total, count, empty)
     if empty:
         tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
-    return eval_metrics(mean, batches, total, count, len(examples), time.time() - start)
+    metrics = eval_metrics(mean, batches, total, count, len(examples), time.time() - start)
+    if config.stage not in ("sft", "pt"):           # the loss is of pairs, not of tokens
+        del metrics["eval_token_loss"], metrics["eval_perplexity"]
+    shown = {name: ranks.total(*pair.tolist()) for name, pair in seen.items()}
+    return metrics | {f"eval_{name}": value for name, value in logged(shown).items()}
 
 
 @torch.no_grad()
-def check_first_batch(model, batch, device, autocast):
+def check_first_batch(model, batch, device, autocast, objective: Objective):
     """One forward pass that stops at the first layer whose output is not finite, and says which, and what to do.
 
     16-bit overflow otherwise shows as a loss of nan thousands of samples later (float16 ends at 65,504).
@@ -724,7 +824,9 @@ def check_first_batch(model, batch, device, autocast):
     model.eval()                                    # dropout would draw random numbers, and a resumed run differ
     try:
         with autocast:
-            loss = float(batch_loss(model, batch, device)[0])
+            batch = on_device(batch, device)
+            told, = objective.ask(model, [batch], Ranks())
+            loss = float(batch_loss(model, batch, device, objective, told)[0])
     finally:
         for hook in hooks:
             hook.remove()
@@ -761,19 +863,21 @@ def write_results(config, output, results: dict, template: str, history: list):
     write_json(output / "all_results.json", everything)                    # the last file: the run has come to its end
 
 
-def save_weights(config, model, lora, folder, base, tokenizer, settings, dtype=None):
-    """The adapter (or the whole model), the tokenizer, and the settings that made them. dtype: None writes each weight
-    as it is held, which resuming needs; those of a finished model are of one."""
+def save_weights(config, model, lora, folder, base, tokenizer, settings, head, dtype=None):
+    """The adapter (or the whole model), the value head if there is one, the tokenizer, and the settings that made them.
+    dtype: None writes each weight as it is held, which resuming needs; those of a finished model are of one."""
     if lora:
         save_adapter(model, folder, lora, config.model_name_or_path)
     else:
         save_model(model, folder, base, dtype)
+    if head:
+        head.write(folder)
     tokenizer.save(folder)
     write_json(Path(folder) / "train_config.json", settings)
 
 
 @torch.no_grad()
-def load_best(config, model, weights, output, best, ranks: Ranks):
+def load_best(config, model, weights, output, best, ranks: Ranks, head):
     """Put the weights of the best checkpoint back into the model, on all ranks."""
     folder, in_parts = output / f"checkpoint-{best[0]}", any(map(is_cut, weights.values()))
     if in_parts:
@@ -787,6 +891,8 @@ def load_best(config, model, weights, output, best, ranks: Ranks):
         with open_tensors(folder / "adapter_model.safetensors") as tensors:
             for name, p in adapter_tensors(model).items():
                 p.copy_(tensors.get_tensor(name))
+    if head and ranks.main:
+        head.read(folder)
     if not in_parts:
         ranks.share(weights.values())
     print(f"load_best_model_at_end: step {best[0]} with eval_loss {best[1]:.4f}")

@@ -81,17 +81,19 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
      max_samples packing tool_format default_system additional_target lora_alpha loraplus_lr_ratio early_stopping_steps
      output_dir neftune_noise_alpha moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model data_seed
      freeze_extra_modules
-     resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers torch_compile"""),    # the last: false
+     resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers torch_compile ref_model
+     ref_model_adapters"""),    # torch_compile: false
     (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
      preserve_thinking create_new_adapter use_rslora use_dora
      pure_bf16 disable_shuffling plot_loss bf16 fp16 logging_first_step
      save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir overwrite_cache"""),
     (True, "enable_thinking do_sample skip_special_tokens"),
     ("auto", "flash_attn infer_dtype"), ("main", "model_revision"), ("cpu", "export_device"), ("data", "dataset_dir"),
-    (["all"], "lora_target freeze_trainable_modules"), (2, "freeze_trainable_layers"),
+    (["all"], "lora_target freeze_trainable_modules"), (2, "freeze_trainable_layers"), ("sigmoid", "pref_loss"),
+    (0.1, "pref_beta"), (1.0, "kto_chosen_weight kto_rejected_weight"),
     ("sft", "stage"), ("lora", "finetuning_type"), ("linear", "lr_scheduler_type"),
     ("adamw_torch_fused", "optim"), ("no", "eval_strategy"), ("steps", "save_strategy"), ({}, "lr_scheduler_kwargs"),
-    (5, "export_size"), (2048, "cutoff_len"), (1000, "preprocessing_batch_size"), (0, "val_size lora_dropout"),
+    (5, "export_size"), (2048, "cutoff_len"), (1000, "preprocessing_batch_size"), (0, "val_size lora_dropout pref_ftx dpo_label_smoothing"), (0.5, "simpo_gamma"),
     (0, "weight_decay warmup_steps"), (8, "lora_rank per_device_train_batch_size per_device_eval_batch_size"),
     (1e-6, "loraplus_lr_embedding"), (0.95, "temperature"), (0.7, "top_p"), (50, "top_k"), (42, "seed"),
     (1024, "max_length max_new_tokens"), (1, "repetition_penalty max_grad_norm gradient_accumulation_steps"),
@@ -357,7 +359,7 @@ def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
     ("template: [a]", "not the name of a chat format"),
     ("dataset: {a: b}", "not a list of names"), ("placeholders: Max", "not a mapping"),
     ("save_steps: 1.5", "share below 1"),
-    ("stage: sftt", "none of sft, pt (did you mean 'sft'?)"), ("stage: dpo", "not in this release yet"),
+    ("stage: sftt", "none of sft, pt, rm, dpo, kto (did you mean 'sft'?)"), ("stage: ppo", "not in this release yet"),
     ("finetuning_type: oft", "not in this release yet"), ("optim: adamw_8bit", "none of adamw_torch_fused"),
     ("seed: 1\nseed: 2", "line 2: seed was already set on line 1"),
     ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),
@@ -450,7 +452,7 @@ def test_keys_prints_every_key_quickly_and_without_torch():
     assert done.returncode == 0 and time.time() - start < 2         # about 0.05 s where nothing else runs
     assert "torch" not in done.stderr and "yaml" not in done.stderr
     assert [name for name in [*KEYS, *UNUSED] if not re.search(rf"(?m)(^|[\s,]){name}\b", done.stdout)] == []
-    assert "learning_rate: 5e-05    (float)" in done.stdout and "stage: sft    (sft|pt)" in done.stdout
+    assert "learning_rate: 5e-05    (float)" in done.stdout and "stage: sft    (sft|pt|rm|dpo|kto)" in done.stdout
     assert all(spec.metadata["help"] in re.sub(r"\s+", " ", done.stdout) for spec in KEYS.values())
 
 

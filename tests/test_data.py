@@ -95,6 +95,92 @@ def test_golden_rows(file, tmp_path):
     assert checked > 10
 
 
+@needs_shared
+@pytest.mark.parametrize("file", ["dpo", "kto"])
+def test_golden_rows_with_two_answers(file, tmp_path):
+    """Pairs, and judged answers with those of the row before: ids, labels and tags of every recorded row."""
+    names, checked = {"dpo": ("chosen_", "rejected_"), "kto": ("", "kl_")}[file], 0
+    for line, rows, lines in cases_of(file):
+        write_dataset(tmp_path, rows, line["dataset_info"])
+        config = make_config(tmp_path, {"stage": line["stage"], "template": line["template"], **line["settings"]})
+        template = TEMPLATES[line["template"]]
+        tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
+        examples, _, _ = data.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        for example, wanted in zip(examples, lines, strict=True):
+            assert example.desired == wanted.get("kto_tags"), line
+            for number, name in enumerate(names):
+                one = data.stretch(example, number)
+                assert pairs([one]) == [(wanted[f"{name}input_ids"], wanted[f"{name}labels"])], (line["case"], name)
+                checked += 1
+    assert checked > 100
+
+
+def test_rows_with_two_answers_in_every_layout(tmp_path, words):
+    """alpaca, sharegpt, openai, and files given by their path, say the same; a bad row is named or counted."""
+    said = {"role": "user", "content": "w1"}
+    alpaca = {"instruction": "w1", "chosen": "w2 w3", "rejected": "w4"}
+    share = {"conversations": [{"from": "human", "value": "w1"}], "chosen": {"from": "gpt", "value": "w2 w3"},
+             "rejected": {"from": "gpt", "value": "w4"}}
+    openai = {"messages": [said], "chosen": {"role": "assistant", "content": "w2 w3"},
+              "rejected": {"role": "assistant", "content": "w4"}}
+    columns = {"chosen": "chosen", "rejected": "rejected"}
+    layouts = [(alpaca, {"ranking": True, "columns": {"prompt": "instruction", **columns}}),
+               (share, {"ranking": True, "formatting": "sharegpt", "columns": {"messages": "conversations", **columns}}),
+               (openai, {"ranking": True, "formatting": "messages", "columns": {"messages": "messages", **columns}}),
+               (alpaca, None), (openai, None)]
+    found = []
+    for row, entry in layouts:
+        write_dataset(tmp_path, [row], entry or {})
+        name = "rows" if entry else str(tmp_path / "rows.json")
+        examples, _, _ = loaded(tmp_path, words, stage="dpo", dataset=name)
+        found.append([data.stretch(examples[0], number).input_ids.tolist() for number in (0, 1)])
+    assert found[1:] == found[:-1] and found[0][0] != found[0][1]
+
+    bad = [{**alpaca, "rejected": " "}, {**alpaca, "chosen": None}, {**alpaca, "chosen": ["w2"]}, alpaca]
+    write_dataset(tmp_path, bad, layouts[0][1])
+    with pytest.raises(ValueError, match="3 bad rows(.|\n)*row 1: the answer in 'rejected' is empty(.|\n)*row 2: answer 1 is "
+                                         "empty(.|\n)*row 3: 'chosen' must be text"):
+        loaded(tmp_path, words, stage="dpo")
+    assert len(loaded(tmp_path, words, stage="dpo", skip_bad_rows=True)[0]) == 1
+    for broken, why in (({"chosen": "w2"}, "'chosen' must be one turn"), ({"chosen": said}, "'chosen' is of 'user' where"),
+                        ({"messages": openai["messages"] * 2}, "turn 2 is of 'user'"),
+                        ({"messages": [said, openai["chosen"]]}, "ends with an answer")):
+        write_dataset(tmp_path, [{**openai, **broken}], layouts[2][1])
+        with pytest.raises(ValueError, match=why):
+            loaded(tmp_path, words, stage="dpo")
+    write_dataset(tmp_path, [{"instruction": "w1", "output": "w2", "label": "good"}], {})
+    with pytest.raises(ValueError, match="'label' must be true .a good answer. or false"):
+        loaded(tmp_path, words, stage="kto", dataset=str(tmp_path / "rows.json"))
+
+
+def test_judged_answers_meet_the_prompt_of_the_next_row(tmp_path, words):
+    """The first takes the last one's, within preprocessing_batch_size rows; rows left out as bad are not met."""
+    rows = [{"instruction": f"w{i}", "output": f"w{10 + i}" if i != 2 else "", "label": i % 2 == 0} for i in range(6)]
+    write_dataset(tmp_path, rows, {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}})
+    examples, _, _ = loaded(tmp_path, words, stage="kto", skip_bad_rows=True, preprocessing_batch_size=3)
+    answers = [[one.input_ids[one.labels != IGNORE][0] for one in (data.stretch(e, 0), data.stretch(e, 1))] for e in examples]
+    own = [answer for answer, _ in answers]
+    assert [other for _, other in answers] == [own[1], own[0], own[4], own[2], own[3]]
+    assert [example.desired for example in examples] == [True, False, False, True, False]
+
+
+def test_batches_of_pairs_lie_chosen_first(tmp_path):
+    """Two micro-batches in one pass: each row counts one over the rows of its own; judged answers keep the others apart."""
+    def example(*stretches, desired=None):
+        ids = np.array(sum(stretches, []), np.int32)
+        return data.Example(ids, ids, [len(s) for s in stretches], ids, desired)
+
+    rows = [example([1, 2], [3]), example([4], [5, 6]), example([7, 8, 9], [10])]
+    batch = data.collate_answers([rows[:2], rows[2:]])
+    assert batch.input_ids[0].tolist() == [1, 2, 4, 7, 8, 9, 3, 5, 6, 10] and batch.lengths == [2, 1, 3, 1, 2, 1]
+    assert batch.shares.tolist() == [0.5, 0.5, 1.0] and (batch.n_items, batch.groups) == (2, (2, 1))
+    alike = data.collate_answers([rows[:2], rows[2:]], alike=True)
+    assert alike.shares.tolist() == [1.0, 1.0, 1.0] and alike.n_items == 3
+    judged = data.collate_answers([[example([1, 2], [3], desired=True), example([4], [5, 6], desired=False)]])
+    assert judged.input_ids[0].tolist() == [1, 2, 4] and judged.other.input_ids[0].tolist() == [3, 5, 6]
+    assert judged.desired.tolist() == [True, False]
+
+
 def check_example(example, wanted, tokenizer, settings, where):
     """Equal ids, labels, positions and attention stretches. What LLaMA-Factory pads to cutoff_len, we do not store."""
     n = len(example.input_ids)
@@ -126,7 +212,7 @@ def test_golden_prompts(tmp_path):
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
         raw = load_rows(config.dataset, config, np.random.RandomState(0), [])
         for row, wanted in zip(raw, lines, strict=True):
-            messages, system, tools = convert(row)
+            messages, system, tools, *_ = convert(row)
             prompt, answer = encode_prompt(template, tokenizer, messages, system, tools, data.settings_of(config))
             answer = answer + [tokenizer.eos_id] * template.efficient_eos
             keep_prompt, keep_answer = data.cut_pair(len(prompt), len(answer), config.cutoff_len)
@@ -252,6 +338,10 @@ def words():
 
 def load(tmp_path, words, rows, entry=None, **settings):
     write_dataset(tmp_path, rows, entry or {})
+    return loaded(tmp_path, words, **settings)
+
+
+def loaded(tmp_path, words, **settings):
     return data.load_examples(make_config(tmp_path, settings), *words)
 
 

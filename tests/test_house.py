@@ -13,7 +13,7 @@ LEVELS = (      # a file imports files of earlier lines only; scripts, the last 
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate", "scores"),
     ("model", "lora", "templates", "rows", "speed"),
     ("checkpoint", "plan", "store", "decode", "answers"),
-    ("data", "resume", "room", "shard", "trained"),
+    ("data", "resume", "room", "shard", "preference", "trained"),
     ("train", "chat", "eval", "merge"),
 )
 SCRIPTS = LEVELS[-1]

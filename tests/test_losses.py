@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import IGNORE, MOST_CHUNKS, chunk_rows, cross_entropy_plain, cross_entropy_sum
+from losses import (IGNORE, MOST_CHUNKS, answer_logps, answer_logps_plain, chunk_rows, cross_entropy_plain,
+                    cross_entropy_sum)
 
 N, V, D = 60, 97, 24
 
@@ -258,3 +259,64 @@ def test_the_head_is_read_a_few_times_only():
     assert chunk_rows(100, 128_256) == 128                       # nearly 64 MiB of float32
     assert chunk_rows(32_768, 128_256) == 32_768 / MOST_CHUNKS
     assert chunk_rows(0, 10 ** 9) == 1
+
+
+# ---- log-probabilities of sequences -----------------------------------------------------------------------------
+
+LENGTHS = [13, 1, 20, 26]
+SHARES = torch.tensor([0.5, -2.0, -1.0, 0.25])                  # what each sequence's log-probability is worth
+
+
+def weighed(logps_of, hidden, weight, targets):
+    """A number that depends on every sequence, each otherwise, for `run`."""
+    return (logps_of(hidden, weight, targets, LENGTHS)[0] * SHARES).sum()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows", [1, 7, 10 * N])
+def test_answer_logps_equal_their_slow_twin(rows, softcap, monkeypatch):
+    """Forward, and backward to hidden states and to a head that learns; and torch in float64 says the same."""
+    rows_at_once(monkeypatch, rows)
+    inputs = problem()
+    inputs[2][13] = IGNORE                                      # the second sequence has nothing to learn
+    fast, plain = (partial(f, softcap=softcap) for f in (answer_logps, answer_logps_plain))
+    exact = run(partial(weighed, plain), inputs[0].double(), inputs[1].double(), inputs[2])
+    for found in (run(partial(weighed, fast), *inputs), run(partial(weighed, plain), *inputs)):
+        for got, want in zip(found, exact):
+            assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
+    logps, counts = fast(*inputs, LENGTHS)
+    assert counts.tolist() == [int((part != IGNORE).sum()) for part in inputs[2].split(LENGTHS)] and counts[1] == 0
+    assert logps[1] == 0 and logps.dtype == counts.dtype == torch.float32
+    assert -logps.sum().item() == pytest.approx(cross_entropy_sum(*inputs, softcap).item(), rel=1e-5)
+
+
+def test_answer_logps_beside_a_frozen_head():
+    """Then the gradient is formed in the forward pass; it is the same one."""
+    hidden, weight, targets = problem()
+    wanted = run(partial(weighed, answer_logps), hidden, weight, targets)[1]
+    hidden.requires_grad_()
+    weighed(answer_logps, hidden, weight, targets).backward()
+    assert weight.grad is None and (hidden.grad - wanted).abs().max() < 1e-6
+
+
+def test_answer_logps_in_sixteen_bits():
+    inputs = problem(torch.bfloat16)
+    for got, want in zip(run(partial(weighed, answer_logps), *inputs),
+                         run(partial(weighed, answer_logps_plain), *[t.float() if t.is_floating_point() else t for t in inputs])):
+        assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_answer_logps_of_nothing_have_zero_gradients():
+    """As a rank has them that only keeps others company (shard.py)."""
+    hidden, weight, _ = problem()
+    loss, d_hidden, d_weight = run(partial(weighed, answer_logps), hidden, weight, torch.full((N,), IGNORE))
+    assert loss == 0 and not d_hidden.any() and not d_weight.any()
+
+
+def test_answer_logps_never_make_tokens_times_vocabulary(monkeypatch):
+    n, v, d, rows = 512, 1000, 16, 8
+    rows_at_once(monkeypatch, rows, v)
+    hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
+    sums = [lambda *inputs, f=f: f(*inputs, [n])[0].sum() for f in (answer_logps, answer_logps_plain)]
+    assert largest(sums[0], hidden, weight, targets) <= max(rows * v, n * d, v * d) < n * v / 10
+    assert largest(sums[1], hidden, weight, targets) >= n * v

@@ -154,6 +154,7 @@ COMMON = dict(model_name_or_path="dense", dataset="rows.jsonl", template="chatml
               flash_attn="disabled")
 SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}       # ranks: rows of a micro-batch, micro-batches of a step
 LARGE = 2**25                                               # bytes of a bucket that holds all gradients
+WHOLE = 12                                                  # rows: a step is one micro-batch on all ranks together
 
 CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then has 12 on all ranks together; settings
     "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),             # 27 rows: steps of 12, 12 and 3
@@ -167,6 +168,8 @@ CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then
     "budget": (LARGE, 1, dict(token_budget=100)),
     "dora": (LARGE, 1, dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12, adam_epsilon=1e-4)),
     "freeze": (8000, 2, dict(finetuning_type="freeze", freeze_trainable_layers=1, learning_rate=5e-4, max_samples=12)),
+    "pairs": (LARGE, 1, dict(stage="dpo", dataset="pairs.jsonl", eval_dataset="pairs.jsonl", eval_strategy="epoch")),
+    "judged": (LARGE, WHOLE, dict(stage="kto", dataset="judged.jsonl")),    # 24: steps of 12
     "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
 }
 FAILURES = {        # ranks: what rank 1 does in the middle of a last run; what is then on the screen
@@ -195,6 +198,11 @@ def small_world(here):
     rows = read_jsonl(ROOT / "data/tiny_review.jsonl")[:40]
     for file, part in (("rows", rows[:27]), ("eval", rows[27:]), ("five", rows[:5]), ("eight", rows[:5] + rows[:3])):
         (here / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    pairs = [{"messages": row["messages"][:-1], "chosen": row["messages"][-1], "rejected": other["messages"][-1]}
+             for row, other in zip(rows[:27], rows[1:])]
+    judged = [{"messages": row["messages"], "label": i % 3 > 0} for i, row in enumerate(rows[:24])]
+    for file, part in (("pairs", pairs), ("judged", judged)):
+        (here / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     texts = [row["messages"][1]["content"].replace("\n", " ") for row in rows[:27]]
     texts[::4] = [""] * 7                           # an empty document: its end is a label that nothing predicts
     (here / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
@@ -203,7 +211,7 @@ def small_world(here):
 def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
     """(bytes of a bucket, settings) of a case for so many ranks: the same rows in every step, whatever their number."""
     bucket, size, own = CASES[name]
-    size, accumulate = (size, 12 // world) if size else SHAPES[world]
+    size, accumulate = (12 // world, 1) if size == WHOLE else (size, 12 // world) if size else SHAPES[world]
     settings = COMMON | dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate) | own | more
     for key in ("model_name_or_path", "dataset", "eval_dataset"):
         if key in settings:
@@ -308,7 +316,7 @@ def test_the_cases_are_what_they_are_called(runs):
         shares = {folder.partition(f"/{world} ")[2]: counts for folder, counts in found[world][0].items()}
         assert {"0", "1", str(world)} <= shares["experts"].keys(), shares
         assert max(map(int, shares["few rows"])) == min(world, 3), shares
-        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 2, 6, 6, 4, 7, 4, 4, 2, 2, 2]
+        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 2, 6, 6, 4, 7, 4, 4, 2, 2, 8, 4, 2]
     assert max(row[2] for row in curves(here / "1 evaluation")) > 1
 
 

@@ -247,9 +247,11 @@ def test_sharding_divides_what_lasts():
 def test_the_largest_micro_batch():
     class Some(list):
         sizes = np.array([3, 9, 1, 7, 2])
-    examples = Some(SimpleNamespace(lengths=n) for n in ([3], [5, 4], [1], [7], [2]))
+    examples = Some(SimpleNamespace(lengths=n, desired=None) for n in ([3], [5, 4], [1], [7], [2]))
     assert largest_rows(examples, [[0, 1], [2, 3], [4]]) == [[3], [5, 4]]
     assert largest_rows(examples, [[4, 0], [3]]) == [[7]]
+    examples[1].desired = False                     # of a judged answer the other stretch is read, not learnt
+    assert largest_rows(examples, [[1]]) == [[5]]
 
 
 # ---- room -------------------------------------------------------------------------------------------------------

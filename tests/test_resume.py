@@ -252,8 +252,8 @@ def poison(rank, of_rank, value, *steps):
 
     def batch_loss(*args):
         calls.append(1)
-        loss, routing = real(*args)
-        return loss * (float(value) if rank == of_rank and len(calls) in steps else 1.0), routing
+        loss, *rest = real(*args)
+        return loss * (float(value) if rank == of_rank and len(calls) in steps else 1.0), *rest
 
     train.batch_loss = batch_loss
 

@@ -71,6 +71,8 @@ CASES = {           # settings of runs that end alike with 0 (one process), 2 an
     "dora": dict(use_dora=True, lora_target="q_proj,up_proj,lm_head", max_steps=3),
     "lora, experts": EVALUATION | dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts"),
     "full": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **FULL, **SAVES),
+    "lora, pairs": dict(model_name_or_path="llama", stage="dpo", dataset="pairs.jsonl"),
+    "full, pairs": dict(model_name_or_path="llama", stage="dpo", dataset="pairs.jsonl", **FULL),
     "full, tied, best": FULL | EVALUATION,
     "full, experts": dict(model_name_or_path="mixture", cutoff_len=24, max_steps=3, **FULL),
 }

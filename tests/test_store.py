@@ -122,7 +122,8 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
     """resume.py knows which settings make the rest of a run another one; the others of them are not about tokens."""
     of_the_model = {"finetuning_type", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
                     "use_rslora", "lora_dropout", "base_precision", "adapter_name_or_path", "create_new_adapter", "model_name_or_path",
-                    "model_revision"}
+                    "model_revision", "ref_model", "ref_model_adapters", "freeze_trainable_layers",
+                    "freeze_trainable_modules", "freeze_extra_modules", "pure_bf16", "use_dora"}
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
     assert set(FIXED) | set(DANGEROUS) == set(data.DATA_KEYS) | of_the_model | of_the_order | otherwise

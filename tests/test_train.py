@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import resume
 import train
 from checkpoint import PREFIX
+from config import Config
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 
 CURVES = GOLDEN / "curves"
@@ -274,8 +275,8 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 
     def poisoned(*args):
         calls.append(1)
-        loss, routing = real(*args)
-        return loss * (math.nan if len(calls) > 8 else 1.0), routing
+        loss, *rest = real(*args)
+        return loss * (math.nan if len(calls) > 8 else 1.0), *rest
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
     with pytest.raises(ValueError, match="step 5: loss nan.*3rd time in a row"):
@@ -294,8 +295,8 @@ def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     def poisoned(model, *args):
         calls.append(1)
         before.append(float(model.model.layers[0].self_attn.q_proj.lora_B.weight.detach().abs().sum()))
-        loss, routing = real(model, *args)
-        return loss * (math.nan if len(calls) == 10 else 1.0), routing
+        loss, *rest = real(model, *args)
+        return loss * (math.nan if len(calls) == 10 else 1.0), *rest
 
     monkeypatch.setattr(train, "batch_loss", poisoned)
     state = run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4", "join_micro_batches=false")
@@ -317,7 +318,8 @@ def test_float16_overflow_is_named(tmp_path, monkeypatch):
     batch = collate([Example(ids, ids, [8])])
     from contextlib import nullcontext
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
-        train.check_first_batch(model, batch, torch.device("cpu"), nullcontext())
+        train.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
+                                train.objective_for(Config(), None, None, balance=0.0))
 
 
 @needs_shared
