@@ -179,7 +179,7 @@ def prompts_of(rows, config, tokenizer, template) -> list[tuple[list, list]]:
         if (conversation := conversation_of(row, config, part)) is None:
             continue
         try:
-            prompt, answer = encode_prompt(template, tokenizer, *conversation, settings=settings_of(config))
+            prompt, answer = encode_prompt(template, tokenizer, *conversation[:3], settings=settings_of(config))
         except ValueError as error:                     # a tool call or a tool description that cannot be read
             part.reject(row, error)
             continue
