@@ -125,6 +125,16 @@ class Config:
     logging_steps: Steps = key(500, "steps between log lines", above=0)
     logging_first_step: bool = key(False, "log step 1 too")
     plot_loss: bool = key(False, "draw training_loss.png (needs matplotlib)")
+    report_to: list[str] = key([], "dashboards that get the curves: tensorboard, wandb, swanlab, mlflow, all, none")
+    run_name: str | None = key(None, "what they call the run")
+    logging_dir: str | None = key(None, "folder of tensorboard's files (none: `runs` in output_dir)")
+    project: str = key("huggingface", "wandb's project, mlflow's experiment (not said: their own settings count)")
+    use_swanlab: bool = key(False, "the same as report_to: swanlab")
+    swanlab_project: str = key("llamafactory", "swanlab's project")
+    swanlab_workspace: str | None = key(None, "swanlab's workspace")
+    swanlab_run_name: str | None = key(None, "what swanlab calls the run (none: run_name)")
+    swanlab_mode: str = key("cloud", "where swanlab keeps it", choices=("cloud", "local"))
+    swanlab_logdir: str | None = key(None, "folder of swanlab's files")
     disable_tqdm: bool | None = key(None, "no progress bar")
     save_strategy: str = key("steps", "when to write checkpoints", choices=("no", "steps", "epoch"), later=("best",))
     save_steps: Steps = key(500, "steps between checkpoints", above=0)
@@ -221,9 +231,9 @@ NO_EFFECT = {       # why the result is the same without it: the keys
     "gradients are summed by hand; the loss is a mean over all tokens": """average_tokens_across_devices ddp_find_unused_parameters
         ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank master_addr
         master_port ray_num_workers ray_init_kwargs log_on_each_node save_on_each_node use_mps_device""",
-    "parameters, tokens seen and speed are always shown, NaN is never hidden": """print_param_status run_name debug
+    "parameters, tokens seen and speed are always shown, NaN is never hidden": """print_param_status debug
         include_num_input_tokens_seen include_tokens_per_second include_effective_tokens_per_second log_level
-        log_level_replica logging_dir logging_nan_inf_filter skip_memory_metrics prediction_loss_only
+        log_level_replica logging_nan_inf_filter skip_memory_metrics prediction_loss_only
         eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
         restore_callback_states_from_checkpoint enable_jit_checkpoint enable_torch_profiler profiler_output_dir
         profiler_wait_steps profiler_warmup_steps profiler_active_steps profiler_repeat profiler_record_shapes
@@ -242,9 +252,8 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         reward_model_quantization_bit galore_target galore_rank galore_update_interval galore_scale
         galore_proj_type galore_layerwise apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj
         apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_mode badam_start_block
-        badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose swanlab_project
-        swanlab_workspace swanlab_run_name swanlab_mode swanlab_api_key swanlab_logdir swanlab_lark_webhook_url
-        swanlab_lark_secret project trackio_space_id trackio_bucket_id trackio_static_space_id hyper_parallel_args
+        badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose
+        swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id trackio_static_space_id hyper_parallel_args
         asft_alpha eaft_alpha fp8_backend fp8_enable_fsdp_float8_all_gather optim_target_modules
         generation_max_length generation_num_beams generation_config hub_token hub_private_repo hub_model_id
         hub_strategy hub_always_push hub_revision ms_hub_token om_hub_token export_quantization_dataset
@@ -283,7 +292,7 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("train", "compute_accuracy", "not in this release; eval.py tells loss, perplexity and the scores of answers"),
     ("train", "eval_on_start eval_delay", "not in this release; eval_strategy and eval_steps say when to evaluate"),
     ("train", "logging_strategy=steps", "set logging_steps"),
-    ("train", "report_to=none use_swanlab", "only none and the JSON lines in output_dir are in this release"),
+    ("train", "swanlab_api_key", "a secret does not belong in a config: run `swanlab login` or set SWANLAB_API_KEY"),
     ("train", "greater_is_better", "the best model is that of the lowest loss"),
     ("train", "optim_args", "write adam_beta1, adam_beta2, adam_epsilon"),
     ("train", "ignore_data_skip", "a resumed run goes on with the row after the last one; leave it out"),

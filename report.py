@@ -1,8 +1,9 @@
 """What a run tells: the start page, one line per logged step, the JSON files people know, the picture of the loss.
 
-    python report.py saves/run        draws training_loss.png of a run again (needs matplotlib)
+    python report.py saves/run                  draws training_loss.png and its like of a run again (needs matplotlib)
+    python report.py saves/one saves/two …      several runs in one picture, compared_runs.png in the current folder
 
-Read before: train.py, which calls it. The files and their fields are those of LLaMA-Factory: trainer_log.jsonl,
+Read before: train.py, which calls it. Read after: trackers.py (dashboards). The files and their fields are those of LLaMA-Factory: trainer_log.jsonl,
 trainer_state.json, train_results.json, eval_results.json, all_results.json, training_loss.png.
 """
 import json
@@ -12,10 +13,15 @@ import platform
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
 from pathlib import Path
 
 from tqdm import tqdm
 
+from trackers import close_all, tell
+
+# what is drawn, where a run has it: file names as people know them, with _ for /
+DRAWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")
 SHOWN = {"accuracy": "accuracy", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
 COLUMNS = "{step:>7} {epoch:>7} {loss:>9} {lr:>10} {grad:>9} {speed:>9}"
 
@@ -65,11 +71,13 @@ def clock(seconds: float) -> str:
 
 
 class RunLog:
-    """The log of one training run: bar, columns, trainer_log.jsonl, and the history that trainer_state.json keeps."""
+    """The log of one training run: bar, columns, trainer_log.jsonl, the history that trainer_state.json keeps, and
+    dashboards (trackers.py)."""
 
     def __init__(self, folder, total_steps: int, first_step: int = 0, history: list | None = None, disabled: bool = False,
-                 writes: bool = True):
+                 writes: bool = True, trackers: list = ()):
         self.path, self.writes = Path(folder) / "trainer_log.jsonl", writes        # one of several ranks writes
+        self.trackers = list(trackers)
         self.total_steps, self.first_step, self.history = total_steps, first_step, list(history or [])
         self.start = time.time()
         kept = [line for line in self._lines() if line.get("current_steps", 0) <= first_step     # the closing line, which
@@ -107,7 +115,7 @@ class RunLog:
 
     def train(self, step, epoch, loss, lr, grad_norm, tokens_per_second, tokens_seen, more: dict = {}):
         """A logged training step, on the screen and in the files. more: what the stage has to tell besides."""
-        self.history.append({"epoch": epoch, "grad_norm": grad_norm, "learning_rate": lr, "loss": loss, **more,
+        self.remember({"epoch": epoch, "grad_norm": grad_norm, "learning_rate": lr, "loss": loss, **more,
                              "num_input_tokens_seen": tokens_seen, "step": step})
         told = [f"{word} {more[name]:.4f}" for name, word in SHOWN.items() if name in more]
         tqdm.write(COLUMNS.format(step=step, epoch=f"{epoch:.2f}", loss=f"{loss:.4f}", lr=f"{lr:.3e}",
@@ -119,14 +127,20 @@ class RunLog:
 
     def eval(self, step, epoch, metrics: dict):
         """An evaluation; `metrics` holds eval_loss and its companions."""
-        self.history.append({"epoch": epoch, **metrics, "step": step})
+        self.remember({"epoch": epoch, **metrics, "step": step})
         tqdm.write(f"{step:>7} {epoch:>7.2f}  " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()
                                                             if k in ("eval_loss", "eval_token_loss", "eval_perplexity")
                                                             or k.removeprefix("eval_") in SHOWN))
         self.write(step, epoch, eval_loss=metrics["eval_loss"])
 
+    def remember(self, row: dict):
+        """A row of log_history, which the dashboards get, too."""
+        self.history.append(row)
+        tell(self.trackers, row)
+
     def close(self):
         self.bar.close()
+        close_all(self.trackers)
 
 
 def eval_metrics(sum_of_means: float, batches: int, total: float, tokens: int, rows: int, seconds: float) -> dict:
@@ -155,44 +169,108 @@ def trainer_state(config, log: RunLog, step: int, epoch: float, **more) -> dict:
 
 
 def smooth(values: list) -> list:
-    """Exponential moving average, the weight growing with the number of points from 0 towards 0.9."""
-    weight = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5)
-    out, last = [], values[0] if values else 0.0
+    """Exponential moving average, the weight growing with the number of points from 0 towards 0.9. Where a value is not
+    finite the curve has a gap."""
+    weight, out, last = 1.8 * (1 / (1 + math.exp(-0.05 * len(values))) - 0.5), [], None
     for value in values:
-        last = weight * last + (1 - weight) * value
-        out.append(last)
+        if math.isfinite(value):
+            last = value if last is None else weight * last + (1 - weight) * value
+        out.append(last if math.isfinite(value) else math.nan)
     return out
 
 
-def plot_losses(folder, history: list, keys=("loss", "eval_loss")) -> list[Path]:
-    """Write training_loss.png and, where there are evaluations, training_eval_loss.png. Needs matplotlib.
-
-    Returns the pictures written; without matplotlib one sentence is printed and nothing is written.
-    """
+def drawing(count: int, hint: str):
+    """(figure, its `count` panels under each other), or (None, []) and a sentence where there is no matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print("plot_loss: matplotlib is not installed, so no picture is drawn: pip install matplotlib, then "
-              f"python report.py {folder}")
-        return []
+        print(f"matplotlib is not installed, so no picture is drawn: pip install matplotlib, then {hint}")
+        return None, []
+    figure = Figure(figsize=(8, 1 + 4 * count), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
+
+
+def draw(axes, history: list, key: str, color: str, label: str = ""):
+    """One curve: the values faint, and smoothed. label: of a run among others."""
+    steps, values = zip(*[(row["step"], row[key]) for row in history if key in row])
+    axes.plot(steps, values, color=color, alpha=0.3 if label else 0.4, label=None if label else "original")
+    axes.plot(steps, smooth(values), color=color, label=label or "smoothed", marker="o" if len(steps) == 1 else None)
+    axes.set(xlabel="step", ylabel=key)
+
+
+def plot_losses(folder, history: list, keys=DRAWN) -> list[Path]:
+    """Write training_loss.png and, of what else of `keys` was logged, training_eval_loss.png and so on.
+
+    Returns the pictures written; without matplotlib one sentence is printed and nothing is written.
+    """
     written = []
-    for key in keys:
-        steps = [row["step"] for row in history if key in row]
-        values = [row[key] for row in history if key in row]
-        if not values:
-            continue
-        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        axes.plot(steps, values, color="#1f77b4", alpha=0.4, label="original")
-        axes.plot(steps, smooth(values), color="#1f77b4", label="smoothed")
-        axes.set(xlabel="step", ylabel=key, title=f"training {key} of {folder}")
-        axes.grid(alpha=0.25)
-        axes.legend()
-        written.append(Path(folder) / f"training_{key}.png")
+    for key in [key for key in keys if any(key in row for row in history)]:
+        figure, panels = drawing(1, f"python report.py {folder}")
+        if figure is None:
+            return []
+        draw(panels[0], history, key, "#1f77b4")
+        panels[0].set_title(f"training {key} of {folder}")
+        panels[0].grid(alpha=0.25)
+        panels[0].legend()
+        written.append(Path(folder) / f"training_{key.replace('/', '_')}.png")
         figure.savefig(written[-1])
     return written
+
+
+def plot_runs(runs: dict, path) -> Path | None:
+    """Several runs in one picture: a panel for each of DRAWN that one of them has. runs: {name: log_history}.
+
+    Raises ValueError where there is nothing to draw. None where there is no matplotlib.
+    """
+    keys = [key for key in DRAWN if any(key in row for history in runs.values() for row in history)]
+    if not keys:
+        raise ValueError(f"nothing is logged yet in {', '.join(runs)}")
+    figure, panels = drawing(len(keys), f"python report.py {' '.join(runs)}")
+    for axes, key in zip(panels, keys):
+        for (name, history), color in zip(runs.items(), cycle(f"C{i}" for i in range(10))):
+            if any(key in row for row in history):
+                draw(axes, history, key, color, name)
+        axes.grid(alpha=0.25)
+        axes.legend()
+    if figure is None:
+        return None
+    figure.savefig(path)
+    return Path(path)
+
+
+def read_history(folder) -> list:
+    """log_history of a run, or, of one that is not finished, what trainer_log.jsonl has.
+
+    Raises FileNotFoundError for a folder that has neither, ValueError for one that cannot be read.
+    """
+    state, log = Path(folder) / "trainer_state.json", Path(folder) / "trainer_log.jsonl"
+    try:
+        if state.is_file():
+            return json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        if log.is_file():
+            lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            return [line | {"step": line["current_steps"]} for line in lines]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder}: its log cannot be read ({error})") from None
+    raise FileNotFoundError(f"{folder} holds neither trainer_state.json nor trainer_log.jsonl: is it a run's output_dir?")
+
+
+def names_of_runs(folders: list[str]) -> list[str]:
+    """Their last parts, or, where two have the same, all of their paths."""
+    short = [Path(folder).resolve().name for folder in folders]
+    return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+
+def summary(runs: dict) -> str:
+    """A line for each run: its steps, where its smoothed loss ended, its lowest eval_loss."""
+    rows = []
+    for name, history in runs.items():
+        losses, evals = ([row[key] for row in history if key in row] for key in ("loss", "eval_loss"))
+        rows.append([name, str(max((row["step"] for row in history), default=0)),
+                     f"{smooth(losses)[-1]:.4f}" if losses else "", f"{min(evals):.4f}" if evals else ""])
+    return table(["run", "steps", "loss, smoothed", "lowest eval_loss"], rows)
 
 
 def model_card(config, metrics: dict, template: str) -> str:
@@ -213,9 +291,19 @@ def model_card(config, metrics: dict, template: str) -> str:
     return "\n".join([*head, *rows, *results, "", f"Made with {made}.", ""])
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "trainer_state.json").is_file():
-        sys.exit("usage: python report.py FOLDER   (an output folder with trainer_state.json)")
-    state = json.loads((Path(sys.argv[1]) / "trainer_state.json").read_text(encoding="utf-8"))
-    for picture in plot_losses(sys.argv[1], state["log_history"]):
+def main(folders):
+    """Draw one run's pictures into its folder, or several runs into one."""
+    if not folders or folders[0].startswith("-"):
+        raise ValueError("usage: python report.py RUN …   (output folders of train.py)")
+    runs = dict(zip(names_of_runs(folders), map(read_history, folders)))
+    print(summary(runs))
+    pictures = plot_losses(folders[0], *runs.values()) if len(folders) == 1 else [plot_runs(runs, "compared_runs.png")]
+    for picture in filter(None, pictures):
         print(picture)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

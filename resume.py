@@ -236,7 +236,8 @@ NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_c
                 "dry_run", "profile", "torch_compile", "cache_dir", "tokenized_path", "overwrite_cache", "preprocessing_num_workers",
                 "disable_tqdm", "plot_loss", "infer_dtype", "do_sample", "temperature", "top_p", "top_k",
                 "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw",
-                "jsonl", "do_train", "do_predict", "predict_with_generate", "compare",
+                "report_to", "run_name", "logging_dir", "project", "use_swanlab", "swanlab_project", "swanlab_workspace",
+                "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "jsonl", "do_train", "do_predict", "predict_with_generate", "compare",
                 "export_dir", "export_size", "export_device", "overwrite")
 
 

@@ -60,6 +60,7 @@ from shard import CutGradients, cut, empty_model, fill, idle_batches, is_cut, pr
 from speed import Pace, StepProfile, forward_flops, matmul_parameters, part, speed_results, training_flops
 from templates import check_template, choose_template, fit_tokenizer, stored_template, written_template
 from tokenizer import load_tokenizer
+from trackers import open_trackers, wanted_trackers
 
 MOST_SKIPPED = 3                # so many steps in a row without a finite loss and gradient end the run
 ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}    # in one pass: more make a device little faster
@@ -74,6 +75,7 @@ def main(argv):
     if not ranks.main:                              # one rank prints and writes
         sys.stdout = open(os.devnull, "w")
     resume = ranks.from_main(lambda: find_resume(config))
+    wanted_trackers(config)                         # one that is not installed ends the run now, not after the data
     torch.manual_seed(config.seed + ranks.rank)     # dropout; all else has generators of its own
 
     # ---- tokenizer, chat format, data
@@ -197,7 +199,7 @@ def main(argv):
         prepare_output(config, resume, weights)
         write_json(output / "train_config.json", settings)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm),
-                 writes=ranks.main)
+                 writes=ranks.main, trackers=open_trackers(config, settings, state["step"]) if ranks.main else [])
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
     started, pace = time.time(), Pace()

@@ -99,11 +99,13 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (1024, "max_length max_new_tokens"), (1, "repetition_penalty max_grad_norm gradient_accumulation_steps"),
     (3, "num_train_epochs"), (-1, "max_steps"), (5e-5, "learning_rate"), (0.9, "adam_beta1"), (0.999, "adam_beta2"),
     (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"), (180_000_000, "ddp_timeout"), ([], "fsdp"),
-    (False, "do_predict predict_with_generate"), (None, "do_train"),       # the last: false
+    (False, "do_predict predict_with_generate use_swanlab"), (None, "do_train"),       # the last: false
+    ([], "report_to"), (None, "run_name logging_dir swanlab_workspace swanlab_run_name swanlab_logdir"),
+    ("huggingface", "project"), ("llamafactory", "swanlab_project"), ("cloud", "swanlab_mode"),
 )
 PEER_OFF = {            # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
     "infer_backend": "huggingface", "mix_strategy": "concat", "ignore_pad_token_for_loss": "true", "num_beams": "1",
-    "label_smoothing_factor": "0.0", "logging_strategy": "steps", "report_to": "none", "eval_delay": "0",
+    "label_smoothing_factor": "0.0", "logging_strategy": "steps", "eval_delay": "0",
     "train_sampling_strategy": "random", "save_safetensors": "true",
 }
 

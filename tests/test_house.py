@@ -9,7 +9,7 @@ import pytest
 from tests.common import ROOT
 
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
-    ("vocabularies", "formats", "sandbox", "linear", "fp8", "words", "workers"),
+    ("vocabularies", "formats", "sandbox", "linear", "fp8", "words", "workers", "trackers"),
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate", "scores"),
     ("model", "lora", "templates", "rows", "speed"),
     ("checkpoint", "plan", "store", "decode", "answers"),
@@ -20,7 +20,7 @@ SCRIPTS = LEVELS[-1]
 # what a module of requirements.txt is called when it is imported
 PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
             "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}
-OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba"}         # used where installed, so imported inside the function that uses them
+OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow"}         # used where installed, so imported inside the function that uses them
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)) for name, path in MODULES.items()}
 
