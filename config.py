@@ -193,6 +193,11 @@ class Config:
     do_predict: bool = key(False, "eval.py: answer the evaluation rows, and score the answers; train.py, with do_train: "
                            "true, has it done after the training")
     predict_with_generate: bool = key(False, "the same in eval.py")
+    task: str | None = key(None, "eval.py: multiple choice, as mmlu_test, ceval_validation, or a csv file or folder of them")
+    task_dir: str = key("evaluation", "folder of the tasks that go by a name")
+    lang: str = key("en", "language the questions are put in", choices=("en", "zh"))
+    n_shot: int = key(5, "questions of the dev split that are shown with their answers", low=0)
+    save_dir: str | None = key(None, "new folder for the results of a task (none: output_dir)")
     compare: bool = key(True, "eval.py: measure the base, and the merged model in export_dir, beside the tuned one")
 
     do_sample: bool = key(True, "draw from the distribution; false: always the likeliest token", "generate")
@@ -223,7 +228,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
     "weights are memory-mapped straight to the device": "low_cpu_mem_usage offload_folder",
     "rows are read from one file of tokens, when their step comes": """data_shared_file_system dataloader_num_workers
         dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns label_names length_column_name sortish_sampler""",
-    "how fast or in how much memory, not what": """use_unsloth_gc enable_liger_kernel use_liger_kernel
+    "how fast or in how much memory, not what": """batch_size use_unsloth_gc enable_liger_kernel use_liger_kernel
         liger_kernel_config use_reentrant_gc gradient_checkpointing gradient_checkpointing_kwargs use_v1_kernels
         use_kv_cache use_cache torch_compile_backend torch_compile_mode torch_empty_cache_steps
         auto_find_batch_size tf32 jit_mode_eval torchdynamo fp16_backend half_precision_backend fp16_opt_level""",
@@ -420,6 +425,7 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
     python eval.py --config configs/tiny_lora_eval.yaml
     python eval.py my.yaml do_eval=true                             the loss alone
     python eval.py my.yaml eval_dataset=questions.json do_sample=false max_new_tokens=256
+    python eval.py my.yaml task=mmlu_test                           multiple choice
 """),
     "merge": (("model_name_or_path", "export_dir"), """Fold an adapter into its base and write a whole checkpoint.
 

@@ -3,6 +3,7 @@
     python eval.py --config configs/tiny_lora_eval.yaml             loss, answers, BLEU and ROUGE; adapter beside base
     python eval.py my.yaml do_eval=true                             the loss alone
     python eval.py my.yaml eval_dataset=questions.json max_new_tokens=256 do_sample=false
+    python eval.py my.yaml task=mmlu_test                           multiple choice, see choices.py
 
 config → which models → chat format, rows → of each model its loss and its answers → files → the table. The rows are
 eval_dataset, or the share val_size of dataset that training held out, or dataset itself. The yaml of the training will
@@ -31,6 +32,7 @@ from tqdm import tqdm
 
 from answers import answer_all, answer_each, one_at_a_time
 from checkpoint import load_with_adapters, write_json
+from choices import accuracies, answers_of, find_subjects
 from data import (Encoded, collate, conversation_of, cut_pair, load_examples, micro_batches, print_counts, refuse,
                   settings_of, split_rows)
 from decode import pick_step, prepare
@@ -68,11 +70,8 @@ def main(argv):
     if os.environ.get("RANK", "0") != "0":              # under torchrun one process does the work
         return
     config = load_config(argv, "eval")
-    if not config.output_dir:
-        raise ValueError(f"{config.source}: eval.py writes its files into output_dir; set it")
-    if not config.eval_dataset and not config.dataset:
-        raise ValueError(f"{config.source}: there are no rows to measure on; set eval_dataset")
-    output = Path(config.output_dir)
+    check(config)
+    output = Path(config.output_dir or "")
 
     # ---- which models
     base, adapters, remarks = find_weights(config)
@@ -90,6 +89,8 @@ def main(argv):
     wanted, settings, origin, force = chat_format(config, adapters or [base])
     template, why = choose_template(wanted, tokenizer, shape.model_type, force)
     stop_ids = set(fit_tokenizer(template, tokenizer, settings, shape.vocab_size)) | own_ends(base)
+    if config.task:
+        return measure_choices(config, sides, template, tokenizer, settings, device)
     config = replace(config, **asdict(settings))        # said now, else said in training
     examples = held_out(config, tokenizer, template)
     if examples.largest_id >= shape.vocab_size:
@@ -126,6 +127,19 @@ def main(argv):
     for path in output.glob(progress_name("*")):        # all is done: the next run begins anew
         path.unlink()
     print(f"\nwritten to {output}: {', '.join(files_of(sides[0], bool(prompts)))}, comparison.json")
+
+
+def check(config):
+    """Raises ValueError for a config that says too little, or asks for what is measured elsewhere."""
+    if config.task:
+        return
+    if not config.output_dir:
+        raise ValueError(f"{config.source}: eval.py writes its files into output_dir; set it")
+    if not config.eval_dataset and not config.dataset:
+        raise ValueError(f"{config.source}: there are no rows to measure on; set eval_dataset")
+    if config.stage not in ("sft", "pt"):
+        raise ValueError(f"{config.source}: eval.py measures replies, and rows of stage: {config.stage} are pairs or "
+                         "marks; take stage=sft and rows with replies. Rewards are told by train.py (eval_strategy)")
 
 
 # ---- which models, which rows -----------------------------------------------------------------------------------
@@ -200,16 +214,22 @@ def own_ends(base: Path) -> set[int]:
 # ---- one model --------------------------------------------------------------------------------------------------
 
 
+def load(side: Side, config, device):
+    """The model of one side, adapters apart, with the kernels of this machine."""
+    print(f"\n{side.name}", flush=True)
+    dtype = pick_dtype(config, read_config_json(side.base), device)
+    model = load_with_adapters(side.base, side.adapters, dtype, device)
+    choice = pick_kernel(config.flash_attn, device=device, dtype=model.lm_head.weight.dtype, training=False,
+                         **attention_needs(model.config))
+    model.kernel, model.product = choice.kernel, pick_product(device, model.lm_head.weight.dtype).taken
+    return model
+
+
 def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling, device):
     """Load one model, and fill in its losses and answers. It is gone when this returns."""
-    print(f"\n{side.name}", flush=True)
-    begun, dtype = time.time(), pick_dtype(config, read_config_json(side.base), device)
     with explained_out_of_memory(device):
-        model = load_with_adapters(side.base, side.adapters, dtype, device)
-        dtype = model.lm_head.weight.dtype
-        choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
-                             **attention_needs(model.config))
-        model.kernel, model.product = choice.kernel, pick_product(device, dtype).taken
+        begun = time.time()
+        model = load(side, config, device)
         prepared = time.time() - begun
         metrics, side.losses = measure_loss(config, model, examples, device)
         side.results |= metrics | {"eval_model_preparation_time": round(prepared, 4)}
@@ -220,9 +240,9 @@ def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling
             merge_adapters(model)
         model.product = "plain"
         lines = prepare(model, available_bytes(device), config.per_device_eval_batch_size) if config.fast_chat else []
-        print("  " + "\n  ".join([*lines, f"kernel    {choice.kernel}"]), flush=True)
+        print("  " + "\n  ".join([*lines, f"kernel    {model.kernel}"]), flush=True)
         prepared += time.time() - begun
-        key = run_key(side, config, prompts, stop_ids, sampling, dtype)
+        key = run_key(side, config, prompts, stop_ids, sampling, model.lm_head.weight.dtype)
         side.answers, seconds = predict(side, config, model, prompts, stop_ids, sampling, key)
     steps = math.ceil(len(prompts) / config.per_device_eval_batch_size)
     side.results |= {"predict_model_preparation_time": round(prepared, 4), "predict_runtime": round(seconds, 4),
@@ -314,6 +334,42 @@ def read_progress(path: Path, key: dict) -> tuple[dict, float]:
     path.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
     seconds = max([line["seconds"] for line in whole[1:]], default=0.0)
     return {line["row"]: line["tokens"] for line in whole[1:]}, seconds
+
+
+# ---- multiple choice --------------------------------------------------------------------------------------------
+
+
+def measure_choices(config, sides: list[Side], template, tokenizer, settings, device):
+    """Accuracy of each model on the questions of `task`; results.json and results.log into save_dir, or output_dir."""
+    folder = Path(config.save_dir or config.output_dir) if config.save_dir or config.output_dir else None
+    if config.save_dir and folder.exists():
+        raise ValueError(f"save_dir: {folder} exists already; name another one")
+    subjects = find_subjects(config.task, config.task_dir)
+    lone = [subject.name for subject in subjects if len(subject.shots) < config.n_shot]
+    print_pairs("questions", {
+        "task": f"{config.task}: {sum(len(subject.questions) for subject in subjects):,} in {len(subjects)} subjects",
+        "examples": f"{config.n_shot} each" + (f"; fewer in {len(lone)} subjects, such as {lone[0]}" if lone else ""),
+        "template": template.name})
+    found, chosen = {}, {}
+    for side in sides:
+        with explained_out_of_memory(device):
+            model, said = load(side, config, device), {}
+            for subject in tqdm(subjects, desc="subjects", leave=False, disable=bool(config.disable_tqdm) or None):
+                said[subject.name], cut = answers_of(model, subject, config, template, tokenizer, settings)
+                if cut:
+                    tqdm.write(f"  {subject.name}: examples left out of {cut} questions, to fit the model's context")
+        found[side.name], chosen[side.name] = accuracies(subjects, said), said
+        del model
+    text = table(["percent right", *found],
+                 [[name, *(f"{of[name]:.2f}" for of in found.values())] for name in found[sides[0].name]])
+    print(f"\n{text}")
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "results.json", {name: {str(i): letter for i, letter in enumerate(letters)}
+                                             for name, letters in chosen[sides[0].name].items()})
+        write_json(folder / "accuracy.json", found)
+        (folder / "results.log").write_text(text + "\n", encoding="utf-8")
+        print(f"\nwritten to {folder}: results.json, accuracy.json, results.log")
 
 
 # ---- what is told -----------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
     python report.py saves/run                  draws training_loss.png and its like of a run again (needs matplotlib)
     python report.py saves/one saves/two …      several runs in one picture, compared_runs.png in the current folder
 
-Read before: train.py, which calls it. Read after: trackers.py (dashboards). The files and their fields are those of LLaMA-Factory: trainer_log.jsonl,
-trainer_state.json, train_results.json, eval_results.json, all_results.json, training_loss.png.
+Read before: train.py, which calls it. Read after: trackers.py (dashboards). The files and their fields are those of
+LLaMA-Factory: trainer_log.jsonl, trainer_state.json, train_results.json, eval_results.json, all_results.json,
+training_loss.png.
 """
 import json
 import math
@@ -144,8 +145,8 @@ class RunLog:
 
 
 def eval_metrics(sum_of_means: float, batches: int, total: float, tokens: int, rows: int, seconds: float) -> dict:
-    """An evaluation under LLaMA-Factory's names. eval_loss is the mean over batches, all alike, of each batch's mean over
-    tokens; eval_token_loss is that over all tokens alike, and eval_perplexity its exponential.
+    """An evaluation under LLaMA-Factory's names. eval_loss is the mean over batches, all alike, of each batch's mean
+    over tokens; eval_token_loss is that over all tokens alike, and eval_perplexity its exponential.
 
     sum_of_means: of the batches' means; total: of the losses of all tokens. Raises ValueError where nothing was learnt.
     """
@@ -254,7 +255,8 @@ def read_history(folder) -> list:
             return [line | {"step": line["current_steps"]} for line in lines]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder}: its log cannot be read ({error})") from None
-    raise FileNotFoundError(f"{folder} holds neither trainer_state.json nor trainer_log.jsonl: is it a run's output_dir?")
+    raise FileNotFoundError(f"{folder} holds neither trainer_state.json nor trainer_log.jsonl: is it a run's "
+                            "output_dir?")
 
 
 def names_of_runs(folders: list[str]) -> list[str]:

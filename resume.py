@@ -238,6 +238,7 @@ NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_c
                 "repetition_penalty", "max_new_tokens", "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw",
                 "report_to", "run_name", "logging_dir", "project", "use_swanlab", "swanlab_project", "swanlab_workspace",
                 "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "jsonl", "do_train", "do_predict", "predict_with_generate", "compare",
+                "task", "task_dir", "lang", "n_shot", "save_dir",
                 "export_dir", "export_size", "export_device", "overwrite")
 
 

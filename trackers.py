@@ -3,9 +3,9 @@
     python train.py my.yaml report_to=tensorboard               then: tensorboard --logdir saves/my-run/runs
     python train.py my.yaml report_to=wandb,mlflow run_name=second-try
 
-Each is a function that opens it and returns how to log and how to close. Its package is imported there and nowhere else;
-where it is missing, the run stops before it begins. The names of the curves are those of transformers (train/loss,
-eval/loss, train/learning_rate, …), so that runs of both lie in the same diagrams. trainer_log.jsonl is written in any case.
+Each is a function that opens it and returns how to log and how to close. Its package is imported there and nowhere
+else; where it is missing, the run stops before it begins. The curves have the names of transformers (train/loss,
+eval/loss, train/learning_rate, …), so that runs of both lie in the same diagrams. trainer_log.jsonl is always written.
 
 Read before: report.py (RunLog), which calls it. Read after: train.py.
 Sources: the documentation of the four packages; the names, transformers 5's integrations.
@@ -52,7 +52,8 @@ def open_swanlab(config, settings: dict, first_step: int) -> Tracker:
     """Its own keys are LLaMA-Factory's; the key of the account is SWANLAB_API_KEY, which swanlab reads itself."""
     import swanlab
     swanlab.init(project=config.swanlab_project, workspace=config.swanlab_workspace, mode=config.swanlab_mode,
-                 experiment_name=config.swanlab_run_name or config.run_name, logdir=config.swanlab_logdir, config=settings)
+                 experiment_name=config.swanlab_run_name or config.run_name, logdir=config.swanlab_logdir,
+                 config=settings)
     return Tracker("swanlab", lambda values, step: swanlab.log(values, step=step), swanlab.finish)
 
 
@@ -83,8 +84,8 @@ def wanted_trackers(config) -> list[str]:
                          + (f" (did you mean '{close[0]}'?)" if close else ""))
     there = [name for name in OPENERS if importlib.util.find_spec(name)]
     if missing := [name for name in asked if name not in (*there, "all")]:
-        raise ValueError(f"{config.source}: report_to: {missing[0]} is not installed: pip install {missing[0]}, or leave "
-                         "it out; trainer_log.jsonl is written in any case")
+        raise ValueError(f"{config.source}: report_to: {missing[0]} is not installed: pip install {missing[0]}, or "
+                         "leave it out; trainer_log.jsonl is written in any case")
     return [name for name in OPENERS if name in asked or "all" in asked and name in there]
 
 

@@ -75,6 +75,7 @@ PEER_KEYS = """
     use_muon use_reentrant_gc use_rslora use_swanlab use_unsloth use_unsloth_gc use_v1_kernels val_size video_fps
     video_max_pixels video_maxlen video_min_pixels vllm_config vllm_enforce_eager vllm_gpu_util vllm_max_lora_rank
     vllm_maxlen warmup_ratio warmup_steps weight_decay
+    task task_dir batch_size lang n_shot save_dir
 """
 PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it)
     (None, """model_name_or_path adapter_name_or_path cache_dir export_dir template dataset eval_dataset
@@ -101,6 +102,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"), (180_000_000, "ddp_timeout"), ([], "fsdp"),
     (False, "do_predict predict_with_generate use_swanlab"), (None, "do_train"),       # the last: false
     ([], "report_to"), (None, "run_name logging_dir swanlab_workspace swanlab_run_name swanlab_logdir"),
+    (None, "task save_dir"), ("evaluation", "task_dir"), ("en", "lang"), (5, "n_shot"),
     ("huggingface", "project"), ("llamafactory", "swanlab_project"), ("cloud", "swanlab_mode"),
 )
 PEER_OFF = {            # values of keys we refuse that are LLaMA-Factory's defaults: they must pass

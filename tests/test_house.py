@@ -12,7 +12,7 @@ LEVELS = (      # a file imports files of earlier lines only; scripts, the last 
     ("vocabularies", "formats", "sandbox", "linear", "fp8", "words", "workers", "trackers"),
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate", "scores"),
     ("model", "lora", "templates", "rows", "speed"),
-    ("checkpoint", "plan", "store", "decode", "answers"),
+    ("checkpoint", "plan", "store", "decode", "answers", "choices"),
     ("data", "resume", "room", "shard", "preference", "trained"),
     ("train", "chat", "eval", "merge"),
 )

@@ -53,7 +53,8 @@ def test_pictures_of_one_run(tmp_path, drawn):
     for name, (axes,), values in zip(names, drawn, ([3.0, 2.0, 1.0, 0.5], [2.5, 0.7], [0.2, 0.4, 0.6, 0.8])):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
         raw, smoothed = axes.get_lines()
-        assert list(raw.get_ydata()) == pytest.approx(values) and list(smoothed.get_ydata()) == pytest.approx(smooth(values))
+        assert list(raw.get_ydata()) == pytest.approx(values)
+        assert list(smoothed.get_ydata()) == pytest.approx(smooth(values))
         assert [text.get_text() for text in axes.get_legend().get_texts()] == ["original", "smoothed"]
     assert drawn[0][0].get_title() == f"training loss of {tmp_path}" and drawn[0][0].get_xlabel() == "step"
     assert plot_losses(tmp_path, [{"step": 1, "lr": 1}]) == []
@@ -61,7 +62,8 @@ def test_pictures_of_one_run(tmp_path, drawn):
 
 def test_several_runs_in_one_picture(tmp_path, drawn):
     runs = {"one": history([3.0, 2.0]), "two": history([2.5, 2.0, 1.0], [1.2]), "three": history([1.0])}
-    assert plot_runs(runs, tmp_path / "all.png") == tmp_path / "all.png" and (tmp_path / "all.png").stat().st_size > 5000
+    assert plot_runs(runs, tmp_path / "all.png") == tmp_path / "all.png"
+    assert (tmp_path / "all.png").stat().st_size > 5000
     losses, evals = drawn[0]
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["one", "two", "three"]
     assert [text.get_text() for text in evals.get_legend().get_texts()] == ["two"]
@@ -80,7 +82,7 @@ def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
 
 @needs_shared
 def test_a_recorded_run_is_read_finished_or_not(tmp_path):
-    """From LLaMA-Factory's own files: trainer_state.json, or, while it runs, trainer_log.jsonl with a half-written line."""
+    """From LLaMA-Factory's own files: trainer_state.json, or, while it runs, trainer_log.jsonl, a line half-written."""
     finished = read_history(GOLDEN / "curves/sft_eval")
     text = (GOLDEN / "curves/sft_eval/trainer_log.jsonl").read_text()
     (tmp_path / "trainer_log.jsonl").write_text(text + '{"current_steps": 7, "lo')
@@ -101,8 +103,8 @@ def test_the_command(tmp_path):
     runs = [str(GOLDEN / "curves" / name) for name in ("sft_eval", "sft_llama3")]
     done = subprocess.run([sys.executable, ROOT / "report.py", *runs], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "compared_runs.png").is_file(), done.stderr
-    evals = [row["eval_loss"] for row in json.loads((GOLDEN / "curves/sft_eval/trainer_state.json").read_text())["log_history"]
-             if "eval_loss" in row]
+    state = json.loads((GOLDEN / "curves/sft_eval/trainer_state.json").read_text())
+    evals = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
     assert f"{min(evals):.4f}" in done.stdout.splitlines()[1] and "sft_eval" in done.stdout
     done = subprocess.run([sys.executable, ROOT / "report.py"], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: usage")

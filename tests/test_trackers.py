@@ -29,7 +29,7 @@ def stubs(monkeypatch):
     for name in STUBS:
         modules[name] = types.ModuleType(name)
         modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
-        for function in ("init", "log", "finish", "set_experiment", "start_run", "log_params", "log_metrics", "end_run"):
+        for function in "init log finish set_experiment start_run log_params log_metrics end_run".split():
             setattr(modules[name], function, noting(name, function))
         monkeypatch.setitem(sys.modules, name, modules[name])
     return calls
@@ -42,7 +42,8 @@ def settings(*pairs):
 def trained(tmp_path, monkeypatch, *pairs):
     """A recorded run with evaluations; its log_history."""
     monkeypatch.chdir(GOLDEN / "curves/sft_eval")
-    train.main(["config.yaml", f"output_dir={tmp_path}/out", "plot_loss=false", "disable_tqdm=true", "max_steps=4", *pairs])
+    train.main(["config.yaml", f"output_dir={tmp_path}/out", "plot_loss=false", "disable_tqdm=true", "max_steps=4",
+                *pairs])
     return json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
 
 
@@ -52,7 +53,8 @@ def test_every_logged_number_reaches_every_dashboard(tmp_path, monkeypatch, stub
                       "swanlab_project=mine", "project=ours")
     rows = [row for row in history if "loss" in row or "eval_loss" in row]
     want = [(curves(row), row["step"]) for row in rows]
-    assert len(want) == 5 and {"train/loss", "train/learning_rate", "train/grad_norm", "train/epoch"} <= want[0][0].keys()
+    assert len(want) == 5
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/epoch"} <= want[0][0].keys()
     assert "eval/loss" in want[3][0] and want[3][1] == 3
     for name, function in (("wandb", "log"), ("swanlab", "log"), ("mlflow", "log_metrics")):
         assert [(args[0], kwargs["step"]) for called, args, kwargs in stubs[name] if called == function] == want
