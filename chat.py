@@ -29,6 +29,7 @@ from decode import pick_step, prepare
 from families import model_config, read_config_json
 from generate import Sampling, common_prefix, context_length, generate, next_scores
 from model import CausalLM, KVCache, attention_needs
+from quant import form_asked, in_words, quantised_weights
 from room import available_bytes
 from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer
 from tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
@@ -109,8 +110,13 @@ def main(argv):
 
     # ---- model
     with explained_out_of_memory(device):
-        model = load_with_adapters(base, adapters, dtype, device, fold_last=config.fast_chat)
-        dtype = model.lm_head.weight.dtype
+        model = load_with_adapters(base, adapters, dtype, device, config.fast_chat, form_asked(config))
+        dtype = model.model.embed_tokens.weight.dtype
+        if packed := quantised_weights(model):
+            say(f"weights   {in_words(weight.form for weight in packed.values())}"
+                + ("; the adapter stays beside them: folded in, they would take 16 bits" if adapters else "")
+                + (f". {len(adapters) - 1} adapters before the last one are folded in: what they adapt takes 16 bits"
+                   if len(adapters) > 1 else ""))
         if config.fast_chat:
             say("\n".join(prepare(model, available_bytes(device))))
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False, **attention_needs(shape))

@@ -15,6 +15,7 @@ import shutil
 import zlib
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from tqdm import tqdm
 from families import model_config, read_config_json
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, lora_layers, merge_adapters
 from model import CausalLM
+from quant import (Form, Quantised, can_be_quantised, empty_quantised, form_of_state, quantise, quantised_from,
+                   set_quantised)
 from tokenizer import read_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -192,24 +195,37 @@ def _shards(index: Path) -> dict[str, Path]:
     return files
 
 
-def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weights: bool = False) -> CausalLM:
+def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weights: bool = False,
+               form: Form | None = None) -> CausalLM:
     """Build the decoder of a checkpoint folder and fill it, tensor by tensor, straight onto `device`.
 
     dtype: torch dtype of the weights; None keeps the checkpoint's. On the CPU, unconverted weights stay memory-mapped.
-    skip_weights: leave the model on the meta device (counting, planning). Raises ValueError that names tensors which
-    are missing, unused or of another shape than config.json says; FileNotFoundError for missing files.
+    skip_weights: leave the model on the meta device (counting, planning). form: quantise the linear layers, each as
+    soon as it is read; what is stored quantised stays so. Raises ValueError that names tensors which are missing,
+    unused or of another shape than config.json says; FileNotFoundError for missing files.
     """
     folder = Path(folder)
     config = model_config(read_config_json(folder), str(folder / "config.json"))
     with torch.device("meta"):
         model = CausalLM(config)
     if skip_weights:
-        return model
+        return empty_quantised(model, base_forms(model, folder, form))
+    packed = packed_weights(folder)
+    wanted = () if packed or not form else set(can_be_quantised(model))
     for name, (file, stored) in with_bar(weight_files(model, folder)):
+        if stored in packed:
+            check_shape(packed[stored].shape, model.get_parameter(name).shape, file, stored)
+            set_quantised(model, name, read_packed(packed[stored], device))
+            continue
         with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
             tensor = tensors.get_tensor(stored)
+        check_plain(tensor.dtype, file, stored)
         check_shape(tensor.shape, model.get_parameter(name).shape, file, stored)
-        assign(model, name, tensor.to(dtype) if dtype else tensor)
+        tensor = tensor.to(dtype) if dtype else tensor
+        if name in wanted:
+            set_quantised(model, name, quantise(tensor, form))
+        else:
+            assign(model, name, tensor)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
@@ -218,8 +234,10 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
 def weight_files(model: CausalLM, folder) -> dict[str, tuple[Path, str]]:
     """{name of a parameter: its file, its name there} in the files' order. Raises as load_model does."""
     files, config = tensor_files(folder), model.config
+    beside = {key for packed in packed_weights(folder).values() for _, key in packed.parts.values()}
     expected = {config.stored_name(name): name for name, _ in model.named_parameters()}         # a tied head: once
-    unused = [name for name in files if name not in expected and not known_extra(name, config, files)]
+    unused = [name for name in files if name not in expected and name not in beside
+              and not known_extra(name, config, files)]
     missing = [name for name in expected if name not in files]
     if unused or missing:
         raise ValueError(_mismatch(folder, missing, unused, config.stored_name("lm_head.weight")))
@@ -235,6 +253,104 @@ def check_shape(found, wanted, file, stored):
     """Raises ValueError for a tensor that has another shape in its file than in the model."""
     if tuple(found) != tuple(wanted):
         raise ValueError(f"{file}: {stored} has shape {list(found)}, config.json makes it {list(wanted)}")
+
+
+# ---- weights that are stored in 4 or 8 bits, as bitsandbytes does it ------------------------------------------------
+
+# parts of a weight as files name them: what Form.tensors calls them. The state, and the format of int8, are read here
+PARTS = {"weight": "codes", "weight.absmax": "absmax", "weight.quant_map": "quant_map",
+         "weight.nested_absmax": "nested_absmax", "weight.nested_quant_map": "nested_quant_map",
+         "weight.quant_state.bitsandbytes__nf4": "state", "weight.quant_state.bitsandbytes__fp4": "state",
+         "SCB": "absmax", "weight_format": "format"}
+
+
+@dataclass
+class Packed:
+    """Where a quantised weight lies. parts: {name of PARTS' right side: (file, key)}; offset: see quant.py."""
+    form: Form
+    shape: tuple
+    parts: dict[str, tuple[Path, str]]
+    offset: float = 0.0
+
+
+def packed_weights(folder) -> dict[str, Packed]:
+    """{name of a weight in the files: Packed} of those that are stored quantised, as the keys beside them tell; {}
+    where there are none, or no files. Raises ValueError with file and key for parts that are missing or unknown."""
+    try:
+        files = tensor_files(folder)
+    except FileNotFoundError:
+        return {}
+    groups, found = {}, {}
+    for key, file in files.items():
+        part = re.fullmatch(r"(.+)\.(weight\..+|SCB|weight_format)", key)
+        if part and f"{part[1]}.weight" in files:
+            if part[2] not in PARTS:
+                raise ValueError(f"{file}: {key} is no part of a quantised weight that is known here; known beside a "
+                                 f"weight are {', '.join(name for name in PARTS if name != 'weight')}")
+            groups.setdefault(part[1], {"codes": (files[f"{part[1]}.weight"], f"{part[1]}.weight")})
+            groups[part[1]][PARTS[part[2]]] = (file, key)
+    by_file = {}
+    for module, parts in groups.items():
+        if f"{module}.SCB" not in files and "state" not in parts:
+            file, key = next(place for part, place in parts.items() if part != "codes")
+            lacking = module + (".SCB" if "format" in parts else ".weight.quant_state.bitsandbytes__nf4 (or __fp4)")
+            raise ValueError(f"{file}: {key} is there, and {lacking} is in no file of {folder}; fetch the files again")
+        by_file.setdefault(parts.get("state", parts["codes"])[0], []).append(module)
+    for file, modules in by_file.items():
+        with open_tensors(file) as tensors:
+            for module in modules:
+                found[f"{module}.weight"] = read_form(folder, groups[module], tensors)
+    return found
+
+
+def read_form(folder, parts: dict, tensors) -> Packed:
+    """The Packed of one weight. tensors: the open file of its state, or, for int8, of its codes."""
+    offset, (file, key) = 0.0, parts.get("state", parts["codes"])
+    if "state" in parts:
+        form, shape, offset = form_of_state(tensors.get_tensor(key), f"{file}: {key}")
+    else:
+        raw = read_config_json(folder)
+        shape, _ = stored_as(file, key)
+        form = Form("int8", nested=0, dtype=DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), torch.float16))
+        if "format" in parts and int(read_part(parts["format"])):
+            raise ValueError(f"{parts['format'][0]}: {parts['format'][1]} says that the rows are laid out for one kind "
+                             "of GPU; only the plain order (0) is read")
+    for part in form.tensors(shape):
+        if part not in parts and part != "nested_offset":
+            beside = key.partition(".weight")[0] + "." + next(name for name, ours in PARTS.items() if ours == part)
+            raise ValueError(f"{file}: {key} tells of a part {beside}, which is in no file of {folder}; fetch them "
+                             "again")
+    return Packed(form, shape, parts, offset)
+
+
+def read_part(place: tuple, device="cpu"):
+    file, key = place
+    with open_tensors(file, device) as tensors:
+        return tensors.get_tensor(key)
+
+
+def read_packed(packed: Packed, device) -> Quantised:
+    """Read a quantised weight onto the device."""
+    parts, (file, key) = {}, packed.parts["codes"]
+    for name in packed.form.tensors(packed.shape):
+        if name in packed.parts:
+            parts[name] = read_part(packed.parts[name], device)
+    return quantised_from(packed.form, packed.shape, parts, packed.offset, f"{file}: {key}")
+
+
+def base_forms(model: CausalLM, folder, form: Form | None = None) -> dict[str, Form]:
+    """{parameter of the model: Form} of all that is quantised: in the files or, where nothing is, by `form` on load."""
+    packed, called = packed_weights(folder), model.config.stored_name
+    if not packed:
+        return dict.fromkeys(can_be_quantised(model), form) if form else {}
+    return {name: packed[called(name)].form for name, _ in model.named_parameters() if called(name) in packed}
+
+
+def check_plain(dtype, file, stored):
+    """Raises ValueError for integers where a weight should be."""
+    if not dtype.is_floating_point:
+        raise ValueError(f"{file}: {stored} is stored as {str(dtype).removeprefix('torch.')}, without the scales that "
+                         "bitsandbytes writes beside such weights. Other ways of quantising are not read here")
 
 
 # what older tools stored beside the weights: tables of the rotation, and the number that masked scores were set to
@@ -502,23 +618,25 @@ def warn_of_folded(adapters: list) -> str:
     return ""
 
 
-def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_last: bool = False) -> CausalLM:
+def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_last: bool = False,
+                       form: Form | None = None) -> CausalLM:
     """Base model with adapters, for inference: all but the last are folded in, the last stays beside the weights.
 
     A and B take the base's dtype: in float32, which the optimizer needs, each decoding step would convert them anew;
     nor would it find the lengths of DoRA's rows anew.
     fold_last: the last one is folded in too, which makes the very weights that merge.py writes, and saves two products
-    for each layer and token.
+    for each layer and token; but for matrices in 4 or 8 bits, which would take 16 bits then. form: see load_model.
     """
-    model = load_model(folder, dtype, device)
+    model = load_model(folder, dtype, device, form=form)
     for index, adapter in enumerate(adapters):
         load_adapter(model, adapter)
         if index < len(adapters) - 1 or fold_last:
-            merge_adapters(model)
+            merge_adapters(model, quantised=index < len(adapters) - 1)
+    computed = model.model.embed_tokens.weight.dtype
     for layer in lora_layers(model).values():
         if getattr(layer, "lora_magnitude_vector", None) is not None:
             layer.fixed = layer.gain().detach()
-        layer.to(layer.weight.dtype)
+        layer.to(computed if isinstance(layer.weight, Quantised) else layer.weight.dtype)
     return model.requires_grad_(False).eval()
 
 

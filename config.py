@@ -50,6 +50,12 @@ class Config:
     train_from_scratch: bool = key(False, "start from random weights; only config.json and tokenizer are read")
     base_precision: str | None = key(None, "fp8: frozen weights beside adapters in 8 bits, half the memory and faster "
                                      "products on Hopper, Ada and MI300", choices=("fp8",))
+    quantization_bit: int | None = key(None, "4 or 8: the linear layers of the base are quantised when they are read; "
+                                       "adapters learn beside them (QLoRA)")
+    quantization_type: str = key("nf4", "the 4-bit format", choices=("nf4", "fp4"))
+    double_quantization: bool = key(True, "4 bits: the scales take 8 bits, too (4.13 bits a weight in place of 4.5)")
+    quantization_method: str = key("bnb", "whose format: bitsandbytes' (the package is not needed)", choices=("bnb",),
+                                   later=("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8"))
     torch_compile: bool | None = key(None, "make one kernel each of norms, rotation and gate * up with torch's compiler "
                                      "(none: on GPUs where it works)")
     flash_attn: str = key("auto", "attention kernel (auto: the fastest correct one; disabled: the plain twin)",
@@ -214,6 +220,8 @@ class Config:
     jsonl: str | None = key(None, "data.py: write every processed row to this file", "show")
 
     export_dir: str | None = key(None, "folder for the merged model", "export")
+    merge_base: str = key("dequantised", "what an adapter that was trained on a 4- or 8-bit base is folded into: that "
+                          "base, in 16 bits again, or the original", choices=("dequantised", "original"))
     export_size: float = key(5, "largest weight file in GB (10^9 bytes)", above=0)
     export_device: str = key("cpu", "where the sums are computed", choices=("cpu", "auto", "cuda"))
     overwrite: bool = key(False, "replace an export_dir that exists")
@@ -250,7 +258,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         freeze_language_model""",
     "every block is a unit, and the words of fsdp say the rest": "fsdp_config",
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
-        quantization_method quantization_type double_quantization quantization_device_map length_penalty pissa_iter
+        quantization_device_map length_penalty pissa_iter
         module_dropout oft_rank oft_block_size
         oft_target ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
         reward_model reward_model_adapters reward_model_type
@@ -274,7 +282,6 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
      "leave it out: torchrun --nproc-per-node N train.py runs on N cards, fsdp: full_shard is for what does not fit"),
     ("train", "use_unsloth use_kt", "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
-    ("any", "quantization_bit", "4-bit and 8-bit bases are not in this release yet; take 16-bit weights, bf16: true"),
     ("train", "pissa_init pissa_convert use_llama_pro mixture_of_depths shift_attn",
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and finetuning_type: full are"),
     ("train", "use_galore use_apollo use_badam use_adam_mini use_muon",
@@ -337,7 +344,6 @@ def has_reference(c) -> bool:
 
 CONTRADICTIONS = (  # in which script, when, the sentence
     ("train", lambda c: c.bf16 and c.fp16, "bf16 and fp16 are both true; keep one (bf16, where the device has it)"),
-    ("train", lambda c: c.fp16 and c.use_cpu, "fp16 needs a GPU; with use_cpu: true leave it out or take bf16"),
     ("train", lambda c: c.do_train is False or not c.do_train and (c.do_predict or c.predict_with_generate),
      "without do_train: true this is for measuring a model: run python eval.py with the same file. Add do_train: true to "
      "train, and with do_predict: true to have the rows answered afterwards"),
@@ -368,6 +374,12 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      "evaluation is on (eval_strategy or do_eval) without rows for it; set val_size: 0.1 or eval_dataset"),
     ("train", lambda c: c.base_precision and (c.finetuning_type != "lora" or not c.bf16 or c.fsdp),
      "base_precision: fp8 is for the frozen weights of finetuning_type: lora, with bf16: true and without fsdp"),
+    ("any", lambda c: c.quantization_bit not in (None, 4, 8),
+     "quantization_bit is 4 or 8, the formats of bitsandbytes; leave it out for a 16-bit base"),
+    ("train", lambda c: c.quantization_bit and c.finetuning_type != "lora",
+     "quantization_bit freezes the base, and only adapters learn beside it: it needs finetuning_type: lora"),
+    ("train", lambda c: c.quantization_bit and (c.fsdp or c.base_precision),
+     "quantization_bit goes with neither fsdp (4-bit weights are whole on every rank) nor base_precision; keep one"),
     ("train", lambda c: c.token_budget and c.dataloader_drop_last,
      "token_budget makes no incomplete batch that dataloader_drop_last could leave out; keep one"),
     ("train", lambda c: c.warmup_ratio and c.warmup_steps, "warmup_ratio and warmup_steps are both set; keep one"),
@@ -438,7 +450,7 @@ KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
 OWN_KEYS = ("compare", "join_micro_batches", "paper_losses", "base_precision", "token_budget", "profile", "dry_run",
             "fast_chat", "time_limit",
             "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
-            "raw", "jsonl")
+            "raw", "jsonl", "merge_base")
 KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding"),
     "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),

@@ -40,6 +40,7 @@ from families import model_config, read_config_json
 from generate import Sampling
 from linear import PRODUCTS, pick_product, torch_product
 from lora import merge_adapters
+from quant import form_asked
 from losses import balance_loss, cross_entropy_sum
 from model import attention_needs
 from report import eval_metrics, print_pairs, table
@@ -214,14 +215,19 @@ def own_ends(base: Path) -> set[int]:
 # ---- one model --------------------------------------------------------------------------------------------------
 
 
+def form_of(side: Side, config):
+    """What its weights are quantised to on load, or None; a merged model is one in 16 bits."""
+    return None if side.name == "merged" else form_asked(config)
+
+
 def load(side: Side, config, device):
     """The model of one side, adapters apart, with the kernels of this machine."""
     print(f"\n{side.name}", flush=True)
     dtype = pick_dtype(config, read_config_json(side.base), device)
-    model = load_with_adapters(side.base, side.adapters, dtype, device)
-    choice = pick_kernel(config.flash_attn, device=device, dtype=model.lm_head.weight.dtype, training=False,
-                         **attention_needs(model.config))
-    model.kernel, model.product = choice.kernel, pick_product(device, model.lm_head.weight.dtype).taken
+    model = load_with_adapters(side.base, side.adapters, dtype, device, form=form_of(side, config))
+    dtype = model.model.embed_tokens.weight.dtype
+    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False, **attention_needs(model.config))
+    model.kernel, model.product = choice.kernel, pick_product(device, dtype).taken
     return model
 
 
@@ -237,12 +243,14 @@ def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling
             return
         begun = time.time()
         if config.fast_chat:                            # the loss is that of adapter and base apart, as in training
-            merge_adapters(model)
+            merge_adapters(model, quantised=False)
         model.product = "plain"
         lines = prepare(model, available_bytes(device), config.per_device_eval_batch_size) if config.fast_chat else []
         print("  " + "\n  ".join([*lines, f"kernel    {model.kernel}"]), flush=True)
         prepared += time.time() - begun
-        key = run_key(side, config, prompts, stop_ids, sampling, model.lm_head.weight.dtype)
+        form = form_of(side, config)
+        key = run_key(side, config, prompts, stop_ids, sampling, model.model.embed_tokens.weight.dtype)
+        key |= {"form": str(form)} if form else {}
         side.answers, seconds = predict(side, config, model, prompts, stop_ids, sampling, key)
     steps = math.ceil(len(prompts) / config.per_device_eval_batch_size)
     side.results |= {"predict_model_preparation_time": round(prepared, 4), "predict_runtime": round(seconds, 4),

@@ -355,12 +355,18 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
 
 def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig:
     """model_config with the row given."""
+    notes = []
     if raw.get("quantization_config"):
         check_types(raw, family.called, where)
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(f"{where}: the weights are stored quantised ({method}); quantised checkpoints are not in this "
-                         "release. Use the 16-bit checkpoint of the same model.")
-    notes = []
+        stored = raw["quantization_config"]
+        older = stored.get("load_in_4bit") or stored.get("load_in_8bit")
+        method = stored.get("quant_method") or ("bitsandbytes" if older else "unknown")
+        if method != "bitsandbytes":
+            raise ValueError(f"{where}: the weights are stored quantised ({method}); of such checkpoints those of "
+                             "bitsandbytes (4 and 8 bits) are read. Use the 16-bit checkpoint of the same model, with "
+                             "quantization_bit: 4 if memory is short")
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}   # the files tell, one by one
+        notes += stored_in_8_bits(stored)
     if family.text_field:
         if not isinstance(raw.get(family.text_field), dict):
             raise ValueError(f"{where}: {family.text_field} is missing; a {kind} checkpoint has the decoder's fields "
@@ -410,6 +416,12 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
                          "it is only a remark, take it out of config.json.")
     check_sizes(config, where)
     return config
+
+
+def stored_in_8_bits(stored: dict) -> list[str]:
+    """A note on what LLM.int8 does besides storing weights; stored: config.json's quantization_config."""
+    return ["its 8-bit weights are multiplied with activations in full; bitsandbytes rounds those to 8 bits, too"] \
+        if stored.get("load_in_8bit") else []
 
 
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:

@@ -94,6 +94,7 @@ def to_fp8(layers, fp8: Fp8):
     for layer in layers:
         weight, unit = quantise(layer.weight, fp8.form)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer.replaced[0].weight = layer.weight             # or the 16-bit matrix would live on there
         layer.register_buffer("unit", unit, persistent=False)
         layer.fp8 = fp8
 

@@ -8,7 +8,8 @@ in one autograd function:
 
     before(*xs)     the cheap step in front, a norm or silu(gate) * up, is computed again in the backward pass: what is
                     kept are its inputs xs, and of each adapter the narrow product A x, nothing else
-    frozen W        get no gradient, and none of the work for it
+    frozen W        get no gradient, and none of the work for it; those in 4 or 8 bits (quant.py) are made dense for the
+                    product, forward and backward, and not kept
     adapters        all A that read the same input are one product; B's is added in place: y += scale * (A x) B'
 
 So what of gate and up is kept is a matter of what `before` is: with the products of gate and up inside it (model.MLP),
@@ -136,27 +137,40 @@ def linears(layers, *xs, before=same, owners=(), how="plain"):
 def is_simple(layer) -> bool:
     """May the function below stand for the layer? Not with dropout, whose mask is drawn once, not with DoRA, and not
     where someone listens to it."""
+    dropout = getattr(layer, "dropout", None)
     return (not layer._forward_hooks and not layer._forward_pre_hooks
-            and (type(layer) is nn.Linear or isinstance(getattr(layer, "dropout", None), nn.Identity))
+            and (type(layer) is nn.Linear or isinstance(dropout, nn.Identity)
+                 or dropout is None and is_quantised(layer))
             and getattr(layer, "lora_magnitude_vector", None) is None)
+
+
+def is_quantised(layer) -> bool:
+    """Is its weight stored in 4 or 8 bits (quant.py), a dense matrix to be made for each product?"""
+    return hasattr(layer.weight, "dense")
 
 
 class Part(NamedTuple):
     """What a layer is made of. A, B: None where there is no adapter, or it is switched off. unit, fp8: None, or those
-    of weights in 8 bits (see fp8.py)."""
-    W: torch.Tensor                     # (out, in)
+    of weights in 8 bits (see fp8.py). packed: a quant.Quantised in the place of W, or None."""
+    W: torch.Tensor | None              # (out, in)
     bias: torch.Tensor | None           # (out,)
     A: torch.Tensor | None              # (r, in)
     B: torch.Tensor | None              # (out, r)
     scale: float
     unit: torch.Tensor | None
     fp8: object
+    packed: object
+
+    def dense(self, dtype):
+        """W; the numbers of a packed one are brought back for this call, and nobody keeps them."""
+        return self.packed.dense(dtype) if self.packed is not None else self.W
 
 
 def weights_of(layer) -> Part:
     A, B, scale = (layer.lora_A.weight, layer.lora_B.weight, layer.scale) if getattr(layer, "enabled", False) else \
         (None, None, 1.0)
-    return Part(layer.weight, layer.bias, A, B, scale, getattr(layer, "unit", None), getattr(layer, "fp8", None))
+    W, packed = (None, layer.weight) if is_quantised(layer) else (layer.weight, None)
+    return Part(W, layer.bias, A, B, scale, getattr(layer, "unit", None), getattr(layer, "fp8", None), packed)
 
 
 def products(h, parts, product):
@@ -168,16 +182,17 @@ def products(h, parts, product):
     low = rows @ stacked(parts, h.dtype).T if any(part.A is not None for part in parts) else None
     ys, start = [], 0
     rounded = rounded_for(rows, parts)
-    for W, bias, A, B, scale, unit, fp8 in parts:
-        if fp8:
-            y = fp8.multiply(*rounded, W, unit, h.dtype)                                     # (N, out)
+    for part in parts:
+        W, bias, A, B, scale = part[:5]
+        if part.fp8:
+            y = part.fp8.multiply(*rounded, W, part.unit, h.dtype)                           # (N, out)
             y = y if bias is None else y.add_(bias)
         else:
-            y = product(rows, W, bias)
+            y = product(rows, part.dense(h.dtype), bias)
         if A is not None:
             y.addmm_(low[:, start:start + len(A)], B.to(h.dtype).T, alpha=scale)
             start += len(A)
-        ys.append(y.view(*h.shape[:-1], len(W)))
+        ys.append(y.view(*h.shape[:-1], y.shape[-1]))
     return ys, low
 
 
@@ -266,9 +281,9 @@ class _End(torch.autograd.Function):
 def add(total, dy, part: Part, product):
     """total + dy W, (N, in); total None counts as nothing. In place: the sum costs no tensor of its own."""
     if not part.fp8 and total is not None and product is torch_product:
-        return total.addmm_(dy, part.W)
+        return total.addmm_(dy, part.dense(dy.dtype))
     more = part.fp8.multiply(*rounded_for(dy, [part]), part.W.T, part.unit, dy.dtype) if part.fp8 else \
-        product(dy, part.W.T)
+        product(dy, part.dense(dy.dtype).T)
     return more if total is None else total.add_(more)
 
 

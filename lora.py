@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp8 import dequantise
+from quant import Quantised, multiply
 
 
 @dataclass
@@ -47,7 +48,8 @@ def _pattern(patterns, name, default):
 class LoRALinear(nn.Linear):
     """An nn.Linear with an adapter beside it. `weight` and `bias` are the frozen ones, shared with what it replaces.
 
-    This is the slow twin of linear.py, which most calls take in its place. fp8: see fp8.py, which may round `weight`.
+    This is the slow twin of linear.py, which most calls take in its place. `weight` may be a quant.Quantised, in 4 or
+    8 bits a number. fp8: see fp8.py, which may round `weight`.
     """
 
     fp8 = None
@@ -67,25 +69,30 @@ class LoRALinear(nn.Linear):
             self.lora_magnitude_vector = nn.Parameter(lengths)
 
     def forward(self, x):
-        weight = self.dense(x.dtype)
         if self.enabled and self.lora_magnitude_vector is not None:
-            return self.with_magnitude(x, weight)
-        y = F.linear(x, weight, self.bias)                                       # (…, out)
+            return self.with_magnitude(x)
+        y = self.product(x, self.bias)                                           # (…, out)
         return y + self.change(self.dropout(x)) if self.enabled else y
+
+    def product(self, x, bias=None):
+        """W x + bias, (…, out), with the frozen W."""
+        if isinstance(self.weight, Quantised):
+            return multiply(x, self.weight, bias)
+        return F.linear(x, self.dense(x.dtype), bias)
 
     def change(self, x):
         """scale * B(A x). A and B stay float32 for the optimizer and take the activations' dtype for the product."""
         low = F.linear(x, self.lora_A.weight.to(x.dtype))                        # (…, r)
         return F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
 
-    def with_magnitude(self, x, weight):
+    def with_magnitude(self, x):
         """DoRA (arXiv:2402.09353, eq. 5): gain * (W x + scale * B(A x)) + bias, multiplied in float32, where a gain
         near 1 keeps its digits. What the adapter adds sees the dropped x, and gain - 1 is a part of that (PEFT)."""
-        gain, dropped, y = self.gain(), self.dropout(x), F.linear(x, weight)     # (out,), (…, in), (…, out)
+        gain, dropped, y = self.gain(), self.dropout(x), self.product(x)         # (out,), (…, in), (…, out)
         if dropped is x:
             y = (gain * (y + self.change(x))).to(x.dtype)
         else:
-            y = (y + (gain - 1) * F.linear(dropped, weight) + gain * self.change(dropped)).to(x.dtype)
+            y = (y + (gain - 1) * self.product(dropped) + gain * self.change(dropped)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def gain(self):
@@ -103,15 +110,20 @@ class LoRALinear(nn.Linear):
                                alpha=self.scale)
             return row_lengths(rows)
 
-    def dense(self, dtype):
-        """The frozen weight as an ordinary matrix (out, in)."""
-        return self.weight.to(dtype) if self.fp8 is None else dequantise(self.weight, self.unit, dtype)
+    def dense(self, dtype=None):
+        """The frozen weight as an ordinary matrix (out, in), whatever it is stored as. dtype None: its own."""
+        if self.fp8 is not None:
+            return dequantise(self.weight, self.unit, dtype or torch.bfloat16)
+        if isinstance(self.weight, Quantised):
+            return self.weight.dense(dtype)
+        return self.weight.to(dtype or self.weight.dtype)
 
     def effective_weight(self):
         """The matrix (out, in) with the adapter in it; gradients flow to A, B and m."""
+        weight = self.dense()
         if not self.enabled:
-            return self.weight
-        weight = self.weight + (self.lora_B.weight @ self.lora_A.weight * self.scale).to(self.weight.dtype)
+            return weight
+        weight = weight + (self.lora_B.weight @ self.lora_A.weight * self.scale).to(weight.dtype)
         if self.lora_magnitude_vector is None:
             return weight
         return (self.gain()[:, None] * weight).to(weight.dtype)
@@ -232,7 +244,8 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     model.requires_grad_(False)
     whole = {full for name in config.modules_to_save for full in _modules_named(model, name, called)}
-    place = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    modules = [name for name, module in model.named_modules() if not isinstance(module, Quantised)]
+    place = {name: index for index, name in enumerate(modules)}             # the same over a 16-bit and a 4-bit base
     for name in find_targets(model, config.target_modules, called) if targets is None else targets:
         if name in whole:
             continue
@@ -268,7 +281,8 @@ def _replace(model, name, module):
 def _modules_named(model, name, called):
     """Modules with weights whose name ends in `name` (as in PEFT: `norm` means every norm) or that lie in one."""
     roots = [full for full, _ in model.named_modules() if called(full).endswith(name)]
-    weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+    weighty = [full for full, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))
+               or isinstance(getattr(module, "weight", None), Quantised)]
     found = [full for full in weighty if any(full == root or full.startswith(root + ".") for root in roots)]
     if not found:
         _check_names("additional_target", [name], {called(full).rsplit(".", 1)[-1] for full in weighty})
@@ -278,6 +292,9 @@ def _modules_named(model, name, called):
 def _train_whole(module, device=None):
     """Give the module float32 trainable weights of its own (a tied head is untied) and keep its callers' dtype."""
     dtype = module.weight.dtype
+    if isinstance(module.weight, Quantised):
+        raise ValueError(f"additional_target: a layer in {module.weight.form.kind} cannot be trained whole; adapt it "
+                         "(lora_target), or take a 16-bit base")
     for name, weight in list(module.named_parameters(recurse=False)):
         empty = weight.is_meta and device is not None           # to be filled by the caller
         setattr(module, name, nn.Parameter(torch.empty_like(weight, dtype=torch.float32, device=device) if empty else
@@ -299,16 +316,31 @@ def set_adapters(model: nn.Module, enabled: bool):
         module.enabled = enabled
 
 
-def merge_adapters(model: nn.Module):
-    """Fold every adapter into its weight and put the plain layers back, in place."""
+def plain(layer, weight):
+    """The layer that an adapter stood beside, with this matrix; one in 4 or 8 bits becomes an ordinary layer."""
+    if isinstance(layer.weight, Quantised):
+        bias = layer.bias
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        layer.bias = bias
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
+
+
+def merge_adapters(model: nn.Module, quantised: bool = True):
+    """Fold every adapter into its weight and put the plain layers back, in place.
+
+    A matrix in 4 or 8 bits becomes an ordinary one by that. quantised: False leaves adapters beside such matrices.
+    """
     for name, module in lora_layers(model).items():
-        matrices = module.weight.data, module.lora_A.weight.data, module.lora_B.weight.data, module.scale
+        if not quantised and isinstance(module.weight, Quantised):
+            continue
+        frozen = module.dense() if isinstance(module.weight, Quantised) else module.weight.data
+        matrices = frozen, module.lora_A.weight.data, module.lora_B.weight.data, module.scale
         if isinstance(module, LoRALinear):
             weight = merged_weight(*matrices, module.lora_magnitude_vector)
         else:
             weight = merged_stack(*matrices)
-        module.replaced[0].weight = nn.Parameter(weight, requires_grad=False)
-        _replace(model, name, module.replaced[0])
+        _replace(model, name, plain(module.replaced[0], weight))
 
 
 def unfreeze(model: nn.Module, layers: int, modules: list, extra: list, called=same) -> nn.Module:

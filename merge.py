@@ -2,14 +2,19 @@
 
     python merge.py --config configs/tiny_merge.yaml
     python merge.py --config my_training.yaml export_dir=models/mine        the adapter in its output_dir is taken
+    python merge.py my_training.yaml export_dir=models/mine merge_base=original
 
 No model is built. Every tensor passes from the base's files into new ones a block of rows at a time, so a 70B
 checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once, to the base's dtype.
+An adapter that was trained on a base in 4 or 8 bits is folded into that base, made dense: what was trained. It has
+learnt to make up for the rounding, so the sum with the original weights (merge_base: original) is another model. Where
+the yaml names rows, the losses of base, base with adapter, and merged model on some of them are shown then.
+
 Writing takes longest: while one block is written, threads read and sum the next ones, so that a merge takes about as
 long as copying the files.
 
-Read before: lora.py (merged_weight), checkpoint.py (how adapters are checked and files are streamed).
-Paper: LoRA arXiv:2106.09685, section 4.1.
+Read before: lora.py (merged_weight), quant.py, checkpoint.py (how adapters are checked and files are streamed).
+Papers: LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
 """
 import math
 import os
@@ -28,19 +33,27 @@ from config import ignored_keys, load_config, run
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "merge"))                # --help and mistakes do not wait for torch
 
+from attention import Layout, pick_kernel               # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base, find_checkpoint, folded_under,
-                        load_adapter, load_model, new_folder, open_tensors, peft_names, read_adapter_config, stored_as,
-                        swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
+from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, Packed, adapter_tensors, copies_of_base, find_checkpoint,
+                        folded_under, load_adapter, load_model, load_with_adapters, new_folder, open_tensors,
+                        packed_weights, peft_names, read_adapter_config, read_packed, stored_as, swapped_stacks,
+                        tensor_files, warn_of_folded, write_json, write_tensors)
+from data import collate, kept_in, load_examples
 from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
+from losses import cross_entropy_sum
+from model import attention_needs
+from quant import Form, form_asked, in_words, quantise, quantised_weights
+from room import available_bytes
 from templates import choose_template, fit_tokenizer, name_of, stored_template
 from tokenizer import load_tokenizer, read_json
 from vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
+ROWS = 32                       # whose losses are compared, at most
 MAX_THREADS = 4                 # more find nothing to do: one writes while the others sum
 # how text is read and rendered; training settles all of it, so it comes from one folder, never from two
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -69,6 +82,8 @@ class Planned:
     shape: tuple
     dtype: torch.dtype
     changes: list[Change] = field(default_factory=list)
+    packed: Packed | None = None        # it is stored in 4 or 8 bits
+    form: Form | None = None            # training has quantised it so when it was read
 
 
 def main(argv):
@@ -87,24 +102,28 @@ def main(argv):
         print(f"warning   {warning}")
     if not adapters:
         print("adapter   none (adapter_name_or_path is not set): the weights are written as they are")
+    form, trained = form_to_merge(config, base, adapters)
     merge_checkpoint(base, adapters, config.export_dir, DTYPES.get(config.infer_dtype), int(config.export_size * 1e9),
-                     config.overwrite, config.template, config.force_template, device)
+                     config.overwrite, config.template, config.force_template, device, form)
+    if trained and adapters and (config.dataset or config.eval_dataset):
+        compare_losses(config, base, adapters, device)
 
 
 def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10**9, overwrite=False, template=None,
-                     force_template=False, device="cpu"):
+                     force_template=False, device="cpu", form: Form | None = None):
     """Write base + adapters as a checkpoint of its own into export_dir, which appears complete or not at all.
 
     base, adapters: folders; adapters are added in their order. dtype: of all weights; None keeps each tensor's.
     shard_bytes: largest weight file. template: the config's, a name or a mapping; None: the one stored with the
     adapters.
-    device: where sums are formed. Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged
+    device: where sums are formed. form: what the base is rounded to first, as training on a quantised base has done it.
+    Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged
     files, an export_dir that is in use; OSError when the disk is too small.
     """
     base, adapters, began = Path(base), [Path(adapter) for adapter in adapters], time.monotonic()
     target = check_target(Path(export_dir), [base, *adapters], overwrite)
     fields = read_config_json(base)
-    plan, untied = plan_tensors(base, adapters, dtype)
+    plan, untied = plan_tensors(base, adapters, dtype, form)
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.values())
 
     template, force_template = stored_template(adapters or [base], template, force_template)
@@ -120,6 +139,7 @@ def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10*
             ready = ahead(work_on(plan, device))
             write_tensors(work, {name: (t.shape, t.dtype) for name, t in plan.items()},
                           lambda name: islice(ready, len(list(row_blocks(plan[name].shape)))), shard_bytes, bar.update)
+        fields.pop("quantization_config", None)
         if untied:
             fields["tie_word_embeddings"] = False
         if dtype:
@@ -175,22 +195,31 @@ def check_target(path, sources, overwrite) -> Path:
 # ---- the plan, made from names and shapes alone -----------------------------------------------------------------
 
 
-def plan_tensors(base, adapters, dtype) -> tuple[dict[str, Planned], bool]:
+def plan_tensors(base, adapters, dtype, form: Form | None = None) -> tuple[dict[str, Planned], bool]:
     """{name: Planned} in the base's order, and whether head and embedding, one matrix in the base, become two.
 
     All names are the files' own. A dtype other than None is for weights; what else the files hold (buffers of older
     tools, the part of a model that reads images) is carried as it is.
     """
-    skeleton = load_model(base, skip_weights=True)          # on the meta device: shapes without numbers
-    called = skeleton.config.stored_name
-    weights = {called(name): tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    skeleton = load_model(base, skip_weights=True, form=form)   # on the meta device: shapes without numbers
+    called, packed = skeleton.config.stored_name, packed_weights(base)
+    rounded = quantised_weights(skeleton)
+    weights = {called(name): tuple(p.shape) for name, p in (*skeleton.named_parameters(remove_duplicate=False),
+                                                            *rounded.items())}
+    beside = {key for weight in packed.values() for part, (_, key) in weight.parts.items() if part != "codes"}
     head, embedding = called("lm_head.weight"), called("model.embed_tokens.weight")
     tied, untied, plan, files = skeleton.config.tie_word_embeddings, False, {}, tensor_files(base)
     for name, file in files.items():
+        if name in beside:
+            continue
         shape, stored = stored_as(file, name)
+        if name in packed:
+            shape, stored = packed[name].shape, packed[name].form.dtype
         if weights.get(name, shape) != shape:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it {list(weights[name])}")
-        plan[name] = Planned(file, name, shape, dtype if dtype and name in weights else stored)
+        plan[name] = Planned(file, name, shape, dtype if dtype and name in weights else stored, packed=packed.get(name))
+    for name in () if packed else rounded:
+        plan[called(name)].form = form
     if missing := [name for name in weights if name not in plan and not (tied and name == head)]:
         raise ValueError(f"{base}: {len(missing)} tensors that config.json describes are not in the files, such as "
                          f"{', '.join(missing[:4])}. Is the download complete?")
@@ -251,8 +280,21 @@ def work_on(plan, device):
         lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight", device) for c in tensor.changes]
         highs = [read(c.file, c.key + ".lora_B.weight", device) if len(tensor.shape) == 3 and A is not None else None
                  for c, A in zip(tensor.changes, lows)]
+        matrix = dense(tensor, device)
         for rows in row_blocks(tensor.shape):
-            yield partial(finished, name, tensor, rows, lows, highs, device)
+            yield partial(finished, name, tensor, rows, lows, highs, matrix, device)
+
+
+def dense(tensor: Planned, device):
+    """What training saw in the place of a matrix in 4 or 8 bits; None for other tensors, which are read by rows."""
+    if tensor.packed:
+        weight = read_packed(tensor.packed, device)
+    elif tensor.form:
+        original = read(tensor.file, tensor.key, device)
+        weight = quantise(original.to(tensor.form.dtype or original.dtype), tensor.form)
+    else:
+        return None
+    return weight.dense(torch.float32 if weight.form.kind == "int8" else None)
 
 
 def read(file, key, device, rows=...):
@@ -262,9 +304,10 @@ def read(file, key, device, rows=...):
         return tensors.get_slice(key)[rows].to(device)
 
 
-def finished(name, tensor: Planned, rows, lows, highs, device):
-    """Rows of one tensor of the new checkpoint. lows: of each change A (r, in); highs: for stacks of matrices, B."""
-    block = read(tensor.file, tensor.key, device, rows)
+def finished(name, tensor: Planned, rows, lows, highs, matrix, device):
+    """Rows of one tensor of the new checkpoint. lows: of each change A (r, in); highs: for stacks of matrices, B;
+    matrix: all of the base's, where it is not in the files."""
+    block = read(tensor.file, tensor.key, device, rows) if matrix is None else matrix[rows]
     for change, A, B in zip(tensor.changes, lows, highs):
         if change.scale is None:
             block = read(change.file, change.key, device, rows)
@@ -306,6 +349,91 @@ def check_copy(block, copy, name, file):
     """Raise unless the copy of the base's tensor in an adapter file is the base's, up to the rounding of 16 bits."""
     if (block.float() - copy.float()).abs().max() > 0.01 * block.abs().max():
         raise ValueError(f"{file}: it was trained on a model whose {name} has other values than this base's")
+
+
+# ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------------------------
+
+
+SAID = ("quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
+
+
+def as_trained(config, adapters) -> tuple[Form | None, torch.dtype | None, str]:
+    """(form that quantisation on load gave the base, or None; dtype of the base, None: the file's; stage of training):
+    from the config, or from the train_config.json that lies with the last adapter."""
+    said = read_json(adapters[-1] / "train_config.json") if adapters else {}
+    known = replace(config, **{key: said[key] for key in SAID if key in said and key not in config.given})
+    half = torch.bfloat16 if known.bf16 else torch.float16 if known.fp16 else None
+    form = form_asked(known)
+    return replace(form, dtype=half) if form else None, half, known.stage
+
+
+def form_to_merge(config, base, adapters) -> tuple[Form | None, str]:
+    """(what a 16-bit base is rounded to before the sum, or None; what the base was in training, in words, or "").
+
+    Raises ValueError where the original is wanted and is not there.
+    """
+    original, packed = config.merge_base == "original", packed_weights(base)
+    if packed:
+        words = in_words(weight.form for weight in packed.values())
+        if original:
+            raise ValueError(f"merge_base: original: {base} itself is stored quantised ({words}); name the 16-bit "
+                             "checkpoint that it was made from as model_name_or_path, or leave merge_base out")
+        print(f"base      {words}: made dense, and so what was trained")
+        return None, words
+    form = as_trained(config, adapters)[0]
+    if form and original:
+        print(f"base      as it is, although the adapter learnt beside {form.kind}: another model than was trained")
+    elif form:
+        print(f"base      rounded to {form.kind} and made dense, as in training (merge_base: original: not)")
+    return None if original else form, form.kind if form else ""
+
+
+def compare_losses(config, base, adapters, device):
+    """Print the mean loss a token of base, base with adapters, and merged model on some rows of the yaml."""
+    size = sum(file.stat().st_size for file in Path(config.export_dir).glob("*.safetensors"))
+    if (free := available_bytes(device)) and size > 0.9 * free:
+        return print(f"losses    not compared: the merged model takes more than is free ({device})")
+    form, half, stage = as_trained(config, adapters)
+    if stage not in ("sft", "pt"):
+        return print(f"losses    not compared: that of stage {stage} is none a token")
+    tokenizer = load_tokenizer(config.export_dir, config.split_special_tokens)
+    shape = model_config(read_config_json(base))
+    wanted, force = stored_template(adapters, config.template, config.force_template)
+    template, _ = choose_template(wanted, tokenizer, shape.model_type, force)
+    fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
+    rows, what = some_rows(replace(config, stage=stage), tokenizer, template)
+    models = {"base": lambda: load_model(base, half, device, form=form),
+              "with adapter": lambda: load_with_adapters(base, adapters, half, device, form=form),
+              "merged": lambda: load_model(config.export_dir, half, device)}
+    losses = {name: mean_loss(load(), rows, device) for name, load in models.items()}        # one in memory at a time
+    print("losses    " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+          + f" (a token, over {len(rows)} {what})")
+
+
+def some_rows(config, tokenizer, template):
+    """(the first examples held out for evaluation, what they are); without such, training rows."""
+    if config.eval_dataset or not config.val_size:          # a split is made of all rows, as in training
+        config = replace(config, max_samples=min(config.max_samples or ROWS, ROWS))
+    folder = kept_in(config) if config.output_dir or config.tokenized_path else None
+    train_set, eval_set, _ = load_examples(config, tokenizer, template, folder=folder, writes=False)
+    if eval_set:
+        return eval_set[:ROWS], "rows held out"
+    return train_set[:ROWS], "training rows; eval_dataset or val_size would hold some out"
+
+
+@torch.no_grad()
+def mean_loss(model, rows, device) -> float:
+    """Loss a token that carries one, nats."""
+    shape, device = model.config, torch.device(device)
+    model.kernel = pick_kernel("auto", device=device, dtype=model.model.embed_tokens.weight.dtype, training=False,
+                               **attention_needs(shape)).kernel
+    total, tokens = 0.0, 0
+    for row in rows:
+        batch = collate([row])
+        hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device))
+        total += float(cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, shape.final_softcap))
+        tokens += batch.n_items
+    return total / max(tokens, 1)
 
 
 def copy_files(base, text_source, work):

@@ -39,6 +39,7 @@ from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
 from model import CausalLM, LayerNorm, MoE, bytes_in_words
+from quant import Form, can_be_quantised, embedding_may_stay_outside, empty_quantised, piece_of, quantised_weights
 
 HEAD_CHUNKS = 1.5       # of a chunk's float32 logits live at once in the loss, rounded ones counted; with softcap 4
 SPARE = 0.9             # the part of the memory that a plan may fill: scratch of kernels and fragments take the rest
@@ -76,21 +77,22 @@ class Work:
 
 def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kernel: str, device, world: int = 1,
                 sharded: bool = False, fast: bool = False, recompute: list | None = None, fp8: bool = False,
-                model=None, beside: int = 0) -> Plan:
+                forms: dict[str, Form] | None = None, model=None, beside: int = 0) -> Plan:
     """What one rank needs for a step; nothing is loaded.
 
     shape: the ModelConfig. lora: None for full fine-tuning. rows: of the largest micro-batch, for each row the lengths
     of its sequences (see largest_rows). dtype: of products and, with LoRA, of frozen weights. kernel: a name from
     attention.py. sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and optimizer
     state; embedding, head and two blocks, that at work and the next, are whole. fast: a product of linear.py is used.
-    fp8: see fp8.py. recompute: for each block a name of model.RECOMPUTE; None: that of disable_gradient_checkpointing.
-    model: that of an earlier plan with the same shape, lora and dtype. beside: bytes of another model, that does not learn.
+    fp8: see fp8.py. forms: of the weights in 4 or 8 bits, by name (quant.py). recompute: for each block a name of
+    model.RECOMPUTE; None: that of disable_gradient_checkpointing. model: that of an earlier plan with the same shape,
+    lora and dtype. beside: bytes of another model, that does not learn.
     """
     if model is None:
         with torch.device("meta"):
             model = CausalLM(shape)
         if lora:
-            attach_lora(model.to(dtype), lora, called=shape.stored_name)
+            attach_lora(empty_quantised(model.to(dtype), forms or {}), lora, called=shape.stored_name)
         elif config.finetuning_type == "freeze":
             unfreeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules,
                      config.freeze_extra_modules or [], shape.stored_name)
@@ -98,7 +100,9 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
             p.data = p.data.to(torch.float32 if p.requires_grad and not config.pure_bf16 else dtype)
     sizes = [p.nbytes for p in trainable(model).values()]
     trained = sum(sizes)
-    frozen = sum(p.nbytes for p in model.parameters()) - trained
+    frozen = sum(p.nbytes for p in (*model.parameters(), *quantised_weights(model).values())) - trained
+    if embedding_may_stay_outside(model, device):
+        frozen -= model.model.embed_tokens.weight.nbytes
     if fp8:
         frozen -= sum(m.weight.numel() * (m.weight.itemsize - 1) for m in model.modules() if isinstance(m, LoRALinear))
     gradients = trained
@@ -114,9 +118,15 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
                 fast and can_be_fast(lora, dtype))
     recompute = recompute or ["nothing" if config.disable_gradient_checkpointing else "block"] * shape.num_hidden_layers
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
-                 sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, model=model, beside=beside)
+                 sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, forms=forms, model=model, beside=beside)
     frozen += beside // world if sharded else beside
     return Plan(frozen, trained, gradients, states, *activations(model, work, recompute), asked)
+
+
+def all_in(form: Form, shape) -> dict[str, Form]:
+    """memory_plan's `forms` where quantisation on load makes them."""
+    with torch.device("meta"):
+        return dict.fromkeys(can_be_quantised(CausalLM(shape)), form)
 
 
 def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
@@ -202,7 +212,14 @@ def activations(model, work: Work, recompute: list) -> tuple[int, int]:
              for whole, part, level in zip(entered, kept, recompute[reached:])]
     most = max(map(sum, zip(accumulate(kept), again, at_work))) - sum(kept)
     plain = sum(level != "block" for level in recompute[reached:])
-    return sum(kept) + plain * copies + tokens * (rope + last), max(loss_bytes(model, work), most)
+    working = max(loss_bytes(model, work), most + dense_bytes(model, work))
+    return sum(kept) + plain * copies + tokens * (rope + last), working
+
+
+def dense_bytes(model, work: Work) -> int:
+    """Bytes of the largest matrix in 4 or 8 bits while it is dense for a product, and of the piece that is unpacked."""
+    return max((work.compute * weight.numel() + 6 * min(weight.numel(), piece_of(work.device, 2))
+                for weight in quantised_weights(model.model).values()), default=0)
 
 
 def backward_bytes(shape, work: Work, sparse: bool) -> int:
@@ -219,11 +236,11 @@ def backward_bytes(shape, work: Work, sparse: bool) -> int:
 def loss_bytes(model, work: Work) -> int:
     """Bytes for the loss alone (losses.py): scores of a chunk of tokens, and the gradient of a head that learns."""
     weight = model.lm_head.weight
-    rows = min(chunk_rows(sum(work.lengths), len(weight)), sum(work.lengths))
+    rows = min(chunk_rows(sum(work.lengths), weight.shape[0]), sum(work.lengths))
     live = 4 if model.config.final_softcap else HEAD_CHUNKS if work.compute < 4 else 1
-    chunk = int(4 * len(weight) * rows * live)
+    chunk = int(4 * weight.shape[0] * rows * live)
     made = weight.numel() * work.stream if hasattr(model.lm_head, "effective_weight") else 0
-    rounded = weight.numel() * work.compute if work.compute < weight.itemsize else 0
+    rounded = weight.numel() * work.compute if work.compute < weight.dtype.itemsize else 0
     learnt = 4 * weight.numel() if any(p.requires_grad for p in model.lm_head.parameters()) else 0
     return chunk + made + rounded + learnt
 

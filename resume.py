@@ -217,6 +217,7 @@ FIXED = ("finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_al
 # what makes the rest of the run another one: the rows, their order, how they become tokens, the base
 DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter", "base_precision",
              "ref_model", "ref_model_adapters",
+             "quantization_bit", "quantization_type", "double_quantization", "quantization_method",
              "dataset", "dataset_dir",
              "eval_dataset", "val_size", "max_samples", "template", "tool_format", "default_system", "enable_thinking",
              "preserve_thinking", "train_on_prompt", "mask_history", "cutoff_len", "packing", "neat_packing",
@@ -239,7 +240,7 @@ NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_c
                 "report_to", "run_name", "logging_dir", "project", "use_swanlab", "swanlab_project", "swanlab_workspace",
                 "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "jsonl", "do_train", "do_predict", "predict_with_generate", "compare",
                 "task", "task_dir", "lang", "n_shot", "save_dir",
-                "export_dir", "export_size", "export_device", "overwrite")
+                "export_dir", "export_size", "export_device", "overwrite", "merge_base")
 
 
 def changed_settings(resume, settings, force: bool = False) -> dict:

@@ -15,7 +15,8 @@ import torch
 
 from lora import LoRAConfig
 from model import bytes_in_words
-from plan import SPARE, Plan, memory_plan
+from plan import SPARE, Plan, all_in, memory_plan
+from quant import Form
 
 WORTH_IT = 0.98         # what a change among several must bring the plan down to
 
@@ -80,7 +81,7 @@ def after(change, plan: Plan, config, limit: float):
     """(text, plan, config) after the mildest change of a kind that is enough, else after the strongest, or None."""
     found = None
     for text, settings, asked in change(plan, config):
-        other = plan.asked | asked | ({"model": None} if {"lora", "dtype"} & set(asked) else {})
+        other = plan.asked | asked | ({"model": None} if {"lora", "dtype", "forms"} & set(asked) else {})
         settings = replace(config, **settings)
         found = text, memory_plan(settings, **other), settings
         if found[1].total <= limit:
@@ -146,7 +147,14 @@ def adapters(plan, config):
     return [("finetuning_type: lora", {"finetuning_type": "lora"}, {"lora": lora})] if not plan.asked["lora"] else []
 
 
-CHANGES = (recompute, other_kernel, apart, smaller_batch, half_precision, shorter_rows, adapters)
+def quantised(plan, config):
+    asked, settings = plan.asked, {"quantization_bit": 4}
+    if not asked["lora"] or asked["forms"] or asked["fp8"] or asked["sharded"]:
+        return []
+    return [("quantization_bit: 4", settings, {"forms": all_in(Form("nf4"), asked["shape"])})]
+
+
+CHANGES = (recompute, other_kernel, apart, smaller_batch, half_precision, shorter_rows, adapters, quantised)
 
 
 # ---- when memory runs out all the same --------------------------------------------------------------------------

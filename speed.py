@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from quant import quantised_weights
+
 WARM_STEPS = 3                  # of a run: kernels are chosen, caches filled, parts compiled
 LEAST_SECONDS = 1.0             # of steady state, below which its figures say nothing
 MATRIX = {"cuda": 8192, "mps": 4096, "cpu": 1024}       # rows and columns of the products that are timed
@@ -34,7 +36,7 @@ def matmul_parameters(model) -> tuple[float, float]:
     """(frozen, trained) weights that a token is multiplied with: those of matrices, the embedding apart, the head
     included even where it is the embedding; of a mixture, as many experts as a token visits."""
     shape, counts = model.config, [0.0, 0.0]
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in (*model.named_parameters(remove_duplicate=False), *quantised_weights(model).items()):
         if p.dim() > 1 and not name.startswith("model.embed_tokens."):
             visited = shape.num_experts_per_tok / shape.num_experts if ".experts." in name else 1
             counts[p.requires_grad] += p.numel() * visited

@@ -37,8 +37,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, folded_under, into_folder, load_adapter, load_model,
-                        load_training_state, new_folder, open_tensors, read_adapter_config, rng_state, save_adapter, save_model,
-                        save_training_state, stored_as, tensor_files, whole, write_checksums, write_json)
+                        load_training_state, new_folder, open_tensors, packed_weights, read_adapter_config, rng_state,
+                        save_adapter, save_model, save_training_state, stored_as, tensor_files, whole, write_checksums,
+                        write_json)
 from data import (COLLATE, budget_batches, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
                   print_counts, print_row)
 from families import model_config, read_config_json
@@ -52,6 +53,8 @@ from optim import LossScale, add_neftune, make_optimizer, schedule, set_rates, w
 from parallel import Gradients, Ranks, end_ranks, start_ranks
 from preference import AS_SIGMOID, Objective, logged, objective_of, value_head
 from plan import SPARE, in_words, largest_rows, lightest, memory_plan, plan_lines
+from quant import (EmbeddingOutside, compile_unpacking, count, embedding_may_stay_outside, empty_quantised, form_asked,
+                   in_words as quantised_in_words, quantised_weights)
 from report import RunLog, eval_metrics, model_card, plot_losses, print_pairs, trainer_state, versions
 from resume import (STOPPED, StopSigns, changed_settings, check_rows, find_resume, note_stop, prepare_output,
                     remove_old_checkpoints, room_for, usable_best)
@@ -83,6 +86,7 @@ def main(argv):
         base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
         adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in config.adapter_name_or_path or []]
     shape = model_config(read_config_json(base), f"{base}/config.json")
+    forms = forms_of_base(config, base, adapters)
     tokenizer = load_tokenizer(base, config.split_special_tokens)
     name, force = stored_template([resume] if resume else adapters, config.template, config.force_template)
     template, why = choose_template(name, tokenizer, shape.model_type, force)
@@ -116,7 +120,7 @@ def main(argv):
                          "(dataloader_drop_last: true leaves out the incomplete one)")
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * per_epoch)
     factor = schedule(config, total_steps)
-    dtype = compute_dtype(config, base, shape)
+    dtype = compute_dtype(config, base, shape, forms)
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, **attention_needs(shape))
     products = pick_product(device, dtype)
     compiled, compile_line = pick_compile(config.torch_compile, device, dtype, shape.hidden_act)
@@ -126,7 +130,8 @@ def main(argv):
     adapted = lora_settings(config, adapters, resume)
     memory = memory_plan(config, shape, adapted, largest_rows(train_set, dealt),
                          dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1,
-                         fast=True, fp8=bool(config.base_precision), beside=reference_bytes(config, adapted, shape, dtype))
+                         fast=True, fp8=bool(config.base_precision), forms=forms,
+                         beside=reference_bytes(config, adapted, shape, dtype, forms))
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
     balance = (config.moe_aux_loss_coef or shape.router_aux_loss_coef) if config.stage in ("sft", "pt") else 0.0
@@ -192,6 +197,8 @@ def main(argv):
         for one in filter(None, [model, reference]):
             compile_steps(one)
         fp8 = fp8 and with_compiled_rounding(fp8)
+        if device.type == "cuda" and (line := compile_unpacking(model)):        # on a CPU it is slower than without
+            print(line)
     if fp8:
         to_fp8([layer for layer in lora_layers(model).values() if isinstance(layer, LoRALinear)], fp8)
     same_everywhere(ranks, weights, state["rows"])
@@ -363,7 +370,7 @@ def main(argv):
 def check_dtype(config, device):
     """Refuse a 16-bit dtype that the device cannot compute in, before anything is loaded."""
     if config.fp16 and device.type == "cpu":
-        raise ValueError("fp16 needs a GPU, and none is used; leave it out, or take bf16: true")
+        print("note: float16 is slow on a CPU, and this run computes on one; bf16: true or neither is faster")
     if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set fp16: true instead")
 
@@ -412,7 +419,7 @@ def build_model(config, base, adapters, device, resume, ranks):
             model.lm_head.requires_grad_(False)     # nothing is scored over the vocabulary
         return model, None
     half = half_of(config)
-    model = empty_model(base, half) if sharded else load_model(base, half, device)
+    model = empty_model(base, half) if sharded else load_model(base, half, device, form=form_asked(config))
     continued = adapters[-1] if adapters and not config.create_new_adapter else None
     for adapter in adapters[:-1] if continued else adapters:
         if sharded:
@@ -441,6 +448,9 @@ def build_model(config, base, adapters, device, resume, ranks):
     if has_reference(config):                       # dropout would be a difference, too
         for layer in lora_layers(model).values():
             layer.dropout = torch.nn.Identity()
+    if embedding_may_stay_outside(model, device):
+        model.model.embed_tokens = EmbeddingOutside(model.model.embed_tokens)
+        print("embedding: in the machine's memory, its rows are sent when they are read")
     return model, lora
 
 
@@ -465,15 +475,17 @@ def needs_copy(config, lora) -> bool:
     return has_reference(config) and bool(config.ref_model or not lora or lora.modules_to_save)
 
 
-def reference_bytes(config, lora, shape, dtype) -> int:
+def reference_bytes(config, lora, shape, dtype, forms) -> int:
     """What build_reference will take."""
     if not needs_copy(config, lora):
         return 0
     if config.ref_model:
         folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
-        shape = model_config(read_config_json(folder), f"{folder}/config.json")
+        shape, forms = model_config(read_config_json(folder), f"{folder}/config.json"), {}
     with torch.device("meta"):
-        return sum(p.numel() for p in CausalLM(shape).parameters()) * dtype.itemsize
+        model = empty_quantised(CausalLM(shape), forms)
+    return sum(p.numel() * dtype.itemsize for p in model.parameters()) + sum(
+        weight.nbytes for weight in quantised_weights(model).values())
 
 
 def build_reference(config, base, adapters, device, ranks, lora):
@@ -493,7 +505,7 @@ def build_reference(config, base, adapters, device, ranks, lora):
         cut(reference.requires_grad_(False), config.fsdp, ranks, device)
         fill(reference, folder)
     else:
-        reference = load_model(folder, half, device)
+        reference = load_model(folder, half, device, form=None if config.ref_model else form_asked(config))
         for adapter in folded:
             load_adapter(reference, adapter)
             merge_adapters(reference)
@@ -529,16 +541,39 @@ def memory_advice(memory, there_is, config):
         raise ValueError(explain_oom(error, memory, there_is, config)) from None
 
 
-def compute_dtype(config, base, shape) -> torch.dtype:
+def forms_of_base(config, base, adapters) -> dict:
+    """{name of a weight: Form} of what is in 4 or 8 bits, in the files or by quantization_bit. Raises ValueError for
+    what cannot be done with such a base; says what is not quantised and might be expected to be."""
+    skeleton = load_model(base, skip_weights=True, form=form_asked(config))
+    forms = {name: weight.form for name, weight in quantised_weights(skeleton).items()}
+    if not forms:
+        return {}
+    if config.finetuning_type != "lora" or config.fsdp or config.base_precision:
+        raise ValueError(f"{base} holds weights in 4 or 8 bits ({quantised_in_words(forms.values())}): only adapters "
+                         "learn beside them (finetuning_type: lora), without fsdp and base_precision")
+    if adapters and (len(adapters) > 1 or config.create_new_adapter):
+        raise ValueError("adapter_name_or_path: a base in 4 or 8 bits takes one adapter in training, and goes on with "
+                         "it; folding others in would round them to so few bits. Fold them first: python merge.py "
+                         "writes a 16-bit model, which quantization_bit: 4 trains upon")
+    if packed_weights(base) and config.quantization_bit:
+        print(f"  note: quantization_bit: {config.quantization_bit} changes nothing, the files are quantised already")
+    if stacks := sum(p.numel() for p in skeleton.parameters() if p.dim() == 3):
+        print(f"  note: stacked experts are not quantised: {stacks:,} of the parameters stay in 16 or 32 bits")
+    return forms
+
+
+def compute_dtype(config, base, shape, forms) -> torch.dtype:
     """What products are computed in: bf16 / fp16 if asked, else the dtype of the weights; known before they are loaded,
     from their file or, where there is none yet, from config.json."""
     if half_of(config):
         return half_of(config)
     if config.finetuning_type != "lora":
         return torch.float32
-    name = shape.stored_name("model.layers.0.self_attn.o_proj.weight")
+    ours = "model.layers.0.self_attn.o_proj.weight"
+    name = shape.stored_name(ours)
     try:
-        return stored_as(tensor_files(base)[name], name)[1]
+        stored = stored_as(tensor_files(base)[name], name)[1]
+        return stored if stored.is_floating_point else forms[ours].dtype
     except (FileNotFoundError, KeyError):
         raw = read_config_json(base)
         raw |= raw.get("text_config", {})
@@ -608,14 +643,16 @@ def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
 def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once) -> dict:
     """The start page's figures; `memory` holds the model without its weights."""
     model = memory.asked["model"]
-    trained, total = sum(p.numel() for p in trainable(model).values()), sum(p.numel() for p in model.parameters())
+    trained, total = sum(p.numel() for p in trainable(model).values()), count(model)
     tokens = int(train_set.sizes.sum())
     rows, size = rows_per_step(config, ranks), f"{config.per_device_train_batch_size}"
     if config.token_budget:
         rows, size = round(len(train_set) / per_epoch), f"as many as have {config.token_budget:,} tokens"
     again = rows_twice(config, train_set, ranks)
-    base = model.model.layers[0].self_attn.o_proj.weight.dtype
+    base = model.model.embed_tokens.weight.dtype
+    forms = [weight.form for weight in quantised_weights(model).values()]
     return {"parameters": f"{trained:,} of {total:,} learn ({100 * trained / total:.4f}%)",
+            **({"base": f"{quantised_in_words(forms)}; all else {base}".replace("torch.", "")} if forms else {}),
             "dtype": f"weights {base}, trained ones torch.float32, products {dtype}".replace("torch.", ""),
             "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
             "a step": f"{rows} rows ({size} x {config.gradient_accumulation_steps} x "
@@ -629,7 +666,7 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_onc
 
 def total_flos(model, tokens: int) -> float:
     """6 x parameters (without the embedding) x tokens: the convention of total_flos in LLaMA-Factory's results."""
-    return 6.0 * (sum(p.numel() for p in model.parameters()) - model.model.embed_tokens.weight.numel()) * tokens
+    return 6.0 * (count(model) - model.model.embed_tokens.weight.numel()) * tokens
 
 
 # ---- one step ---------------------------------------------------------------------------------------------------

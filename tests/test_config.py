@@ -81,14 +81,15 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     (None, """model_name_or_path adapter_name_or_path cache_dir export_dir template dataset eval_dataset
      max_samples packing tool_format default_system additional_target lora_alpha loraplus_lr_ratio early_stopping_steps
      output_dir neftune_noise_alpha moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model data_seed
-     freeze_extra_modules
+     freeze_extra_modules quantization_bit
      resume_from_checkpoint warmup_ratio tokenized_path preprocessing_num_workers torch_compile ref_model
      ref_model_adapters"""),    # torch_compile: false
     (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
      preserve_thinking create_new_adapter use_rslora use_dora
      pure_bf16 disable_shuffling plot_loss bf16 fp16 logging_first_step
      save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir overwrite_cache"""),
-    (True, "enable_thinking do_sample skip_special_tokens"),
+    (True, "enable_thinking do_sample skip_special_tokens double_quantization"), ("bnb", "quantization_method"),
+    ("nf4", "quantization_type"),
     ("auto", "flash_attn infer_dtype"), ("main", "model_revision"), ("cpu", "export_device"), ("data", "dataset_dir"),
     (["all"], "lora_target freeze_trainable_modules"), (2, "freeze_trainable_layers"), ("sigmoid", "pref_loss"),
     (0.1, "pref_beta"), (1.0, "kto_chosen_weight kto_rejected_weight"),
@@ -398,7 +399,9 @@ def test_mistakes_on_the_command_line(tmp_path):
 
 
 CONTRADICTORY = (
-    "bf16=1 fp16=1", "fp16=1 use_cpu=1", "train_on_prompt=1 mask_history=1", "stage=pt mask_history=1",
+    "bf16=1 fp16=1", "quantization_bit=5", "quantization_bit=4 finetuning_type=full",
+    "quantization_bit=4 fsdp=full_shard", "quantization_bit=8 base_precision=fp8 bf16=1",
+    "train_on_prompt=1 mask_history=1", "stage=pt mask_history=1",
     "stage=pt neat_packing=1", "neat_packing=1 packing=0", "val_size=0.1 eval_dataset=a", "val_size=1", "val_size=2.5",
     "eval_strategy=steps", "do_eval=1", "warmup_ratio=0.1 warmup_steps=5", "early_stopping_steps=2",
     "load_best_model_at_end=1 val_size=0.1", "load_best_model_at_end=1 val_size=9 eval_strategy=epoch",
@@ -417,7 +420,8 @@ def test_contradictions_are_errors(keys):
 
 @pytest.mark.parametrize("keys", [
     "warmup_ratio=0.1 warmup_steps=0", "val_size=0.1 eval_strategy=steps", "bf16=1 use_cpu=1",
-    "eval_dataset=a do_eval=1",
+    "eval_dataset=a do_eval=1", "fp16=1 use_cpu=1",
+    "quantization_bit=4 fp16=1 quantization_type=fp4 double_quantization=0",
     "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=5 save_steps=10",
     "load_best_model_at_end=1 val_size=9 eval_strategy=epoch save_strategy=epoch", "max_steps=3 num_train_epochs=2",
     "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=0.1 save_steps=0.3",

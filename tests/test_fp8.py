@@ -3,6 +3,8 @@
 Read before: fp8.py.
 """
 
+import weakref
+
 import pytest
 import torch
 
@@ -72,7 +74,9 @@ def test_gradients_go_through_a_rounded_base():
     x, results = torch.randn(20, 32, requires_grad=True), []
     for how in ("exact", "torch", "plain"):
         if how == "torch":
+            wide = [weakref.ref(layer.weight) for layer in layers]
             to_fp8(layers, PLAIN)
+            assert not any(ref() is not None for ref in wide), "the weights before rounding are still held"
         x.grad = None
         for layer in layers:
             layer.zero_grad()

@@ -18,6 +18,7 @@ from linear import PRODUCTS, is_simple, linears, pick_product
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
 from model import ACTIVATIONS, RECOMPUTE, CausalLM, RMSNorm, compile_steps, init_weights, pick_compile
+from quant import Form, QuantLinear, quantise
 from tests.common import GOLDEN, needs_shared
 from tests.test_plan import FAMILIES as FAMILY_FIELDS, SMALL
 
@@ -25,10 +26,11 @@ FAMILY_FOLDERS = [folder.name for folder in sorted((GOLDEN / "models").glob("*")
                   if json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES]
 
 
-def adapted(size_in, size_out, r, bias=True, dtype=torch.float64):
+def adapted(size_in, size_out, r, bias=True, dtype=torch.float64, base=None):
     """A layer with an adapter that has something to say."""
-    layer = LoRALinear(nn.Linear(size_in, size_out, bias=bias, dtype=dtype), r, 0.7, 0.0)
-    layer.weight.requires_grad_(False)
+    layer = LoRALinear(base or nn.Linear(size_in, size_out, bias=bias, dtype=dtype), r, 0.7, 0.0)
+    if base is None:
+        layer.weight.requires_grad_(False)
     for part in (layer.lora_A, layer.lora_B):
         part.to(dtype).weight.data.normal_()
     return layer
@@ -38,6 +40,11 @@ def plain_linear(size_in, size_out, learns, bias=True, dtype=torch.float64):
     return nn.Linear(size_in, size_out, bias=bias, dtype=dtype).requires_grad_(learns)
 
 
+def in_4_bits(size_in, size_out, dtype=torch.float64):
+    bias = nn.Parameter(torch.randn(size_out, dtype=dtype), requires_grad=False)
+    return QuantLinear(quantise(torch.randn(size_out, size_in), Form("nf4")), bias)
+
+
 # ---- one call -------------------------------------------------------------------------------------------------------
 
 CASES = {
@@ -45,6 +52,7 @@ CASES = {
     "one of three adapted": lambda: [plain_linear(6, 8, False), adapted(6, 4, 2), plain_linear(6, 4, False, bias=False)],
     "all learn whole": lambda: [plain_linear(6, 8, True), plain_linear(6, 4, True, bias=False)],
     "frozen": lambda: [plain_linear(6, 8, False)],
+    "in 4 bits, one of them adapted": lambda: [in_4_bits(6, 8), adapted(6, 4, 2, base=in_4_bits(6, 4))],
 }
 
 

@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import merge
-from checkpoint import PICKLES_ARE_SAFE, load_model, load_with_adapters, save_adapter, tensor_files, write_tensors
+from checkpoint import (PICKLES_ARE_SAFE, load_adapter, load_model, load_with_adapters, save_adapter, tensor_files,
+                        write_tensors)
 from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
 from merge import merge_checkpoint
 from model import CausalLM, init_weights
+from quant import Form, QuantLinear
 from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_lora import FAMILIES, IDS, checkpoint_of, logits_of, shake
@@ -617,3 +619,81 @@ def test_files_that_are_damaged_or_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
         merge_checkpoint(base, [adapter], out)
     assert not out.exists()
+
+
+# ---- adapters that learnt beside a base in 4 or 8 bits --------------------------------------------------------------
+
+
+QUANT = GOLDEN / "quant"
+
+
+@needs_shared
+@pytest.mark.parametrize("name", [p.name for p in sorted(QUANT.glob("lora_*"))])
+def test_recorded_adapters_of_4_bit_bases_merge_into_the_dequantised_weights(name, tmp_path):
+    adapter, want = QUANT / name, load_file(QUANT / name / "expected.safetensors")
+    base = adapter / json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    merge_checkpoint(base, [adapter], tmp_path / "out", torch.float32)
+    got, recorded = tensors_in(tmp_path / "out"), [key for key in want if key.startswith("merged.")]
+    assert recorded and all((got[key.removeprefix("merged.")] - want[key]).abs().max() < 1e-6 for key in recorded)
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    real = want["attention_mask"].bool()
+    theirs = in_transformers(tmp_path / "out")(want["input_ids"]).logits
+    assert (theirs - want["logits_merged_float32"])[real].abs().max() < 1e-4
+    if "logits_merged_bfloat16" in want:
+        merge_checkpoint(base, [adapter], tmp_path / "half")
+        ours = load_model(tmp_path / "half")
+        assert ours.lm_head.weight.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert (ours.logits(ours(want["input_ids"])) - want["logits_merged_bfloat16"])[real].abs().max() < 0.2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, tmp_path, capsys):
+    """The adapter's train_config.json tells; every linear layer but the head is what training saw, adapted or not."""
+    base = base_with(tmp_path / "base", torch.bfloat16)
+    adapter, bits = adapter_with(tmp_path / "adapter", base), 4 if kind == "nf4" else 8
+    (adapter / "train_config.json").write_text(json.dumps({"quantization_bit": bits, "bf16": True}))
+    argv = [f"model_name_or_path={base}", f"adapter_name_or_path={adapter}"]
+    merge.main([*argv, f"export_dir={tmp_path / 'dense'}", "infer_dtype=float32"])
+    merge.main([*argv, f"export_dir={tmp_path / 'original'}", "infer_dtype=float32", "merge_base=original"])
+    assert "rounded to " + kind in (out := capsys.readouterr().out) and "another model than was trained" in out
+    plain = load_model(base, torch.float32)
+    seen = load_model(base, form=Form(kind, nested=256 if kind == "nf4" else 0))
+    for folder, model in (("dense", seen), ("original", plain)):
+        got = tensors_in(tmp_path / folder)
+        want = {f"{name}.weight": module.weight.dense(torch.float32) if isinstance(module, QuantLinear) else
+                module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        load_adapter(model, adapter)
+        for name, layer in lora_layers(model).items():
+            want[f"{name}.weight"] = want[f"{name}.weight"] + layer.lora_B.weight @ layer.lora_A.weight * layer.scale
+        assert all((got[name] - weight).abs().max() < 1e-6 for name, weight in want.items())
+    assert not torch.equal(tensors_in(tmp_path / "dense")["model.layers.0.mlp.up_proj.weight"],
+                           tensors_in(tmp_path / "original")["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_path):
+    from tests.test_quant import stored         # which reads this file
+    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", Form("fp4", 128))
+    merge_checkpoint(folder, [], tmp_path / "plain")
+    want, got = load_model(folder), load_model(tmp_path / "plain")
+    ids = torch.arange(9)[None]
+    assert torch.allclose(got.logits(got(ids)), want.logits(want(ids)), atol=1e-6)
+    assert got.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="merge_base: original: .* itself is stored quantised .*name the 16-bit check"):
+        merge.main([f"model_name_or_path={folder}", f"export_dir={tmp_path / 'no'}", "merge_base=original"])
+
+
+@needs_shared
+def test_losses_of_base_adapter_and_merged_are_shown(tmp_path, monkeypatch, capsys):
+    """Against the losses that evaluation in training reports on the same rows."""
+    from tests.test_train import run
+    run("sft_llama3", tmp_path / "out", monkeypatch, "quantization_bit=4", "val_size=0.2", "do_eval=true",
+        "per_device_eval_batch_size=1")
+    trained = json.loads((tmp_path / "out/eval_results.json").read_text())["eval_token_loss"]
+    capsys.readouterr()
+    merge.main(["config.yaml", "adapter_name_or_path=", f"output_dir={tmp_path / 'out'}", "val_size=0.2",
+                f"export_dir={tmp_path / 'merged'}"])
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("losses")]
+    base, adapted, merged = (float(part.split()[-1]) for part in line.partition("(")[0].split(","))
+    assert "rows held out" in line and adapted == pytest.approx(trained, abs=2e-4)
+    assert merged == pytest.approx(adapted, abs=1e-3) and base > adapted + 0.05

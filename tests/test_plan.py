@@ -23,7 +23,8 @@ from losses import cross_entropy_sum
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
-from plan import Plan, largest_rows, memory_plan, plan_lines
+from plan import Plan, all_in, largest_rows, memory_plan, plan_lines
+from quant import Form, can_be_quantised, count, quantise, set_quantised
 from room import SPARE, advice, available_bytes, cut, explain_oom, out_of_memory
 
 SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
@@ -78,14 +79,14 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def measure(shape, lora, dtype, kernel, recompute, rows, fast):
+def measure(shape, lora, dtype, kernel, recompute, rows, fast, form=None):
     """(kept between forward and backward, the most at once), beside weights, gradients and optimizer state."""
     torch.manual_seed(0)
     model = CausalLM(shape)
     for p in model.parameters():
         torch.nn.init.normal_(p.data, 0, 0.02)
     if lora:
-        attach_lora(model.to(dtype), lora, called=shape.stored_name)
+        attach_lora(in_few_bits(model.to(dtype), form), lora, called=shape.stored_name)
     model.kernel, model.recompute, model.product = kernel, recompute, "torch" if fast else "plain"
     model.train()
     for p in trainable(model).values():
@@ -93,8 +94,8 @@ def measure(shape, lora, dtype, kernel, recompute, rows, fast):
     lengths = [n for row in rows for n in row]
     layout, ids = Layout(lengths), torch.randint(shape.vocab_size, (1, sum(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    known = [*model.parameters(), *(p.grad for p in trainable(model).values()), ids, positions, layout.gather,
-             layout.scatter, layout.cu_seqlens]
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in trainable(model).values()), ids, positions,
+             layout.gather, layout.scatter, layout.cu_seqlens]
     autocast = nullcontext() if lora or dtype == F32 else torch.autocast("cpu", dtype, cache_enabled=False)
     with Live(known) as live:
         with autocast:
@@ -106,6 +107,13 @@ def measure(shape, lora, dtype, kernel, recompute, rows, fast):
     return kept, live.peak
 
 
+def in_few_bits(model, form):
+    """The model with its linear layers quantised, as loading does it; form None: as it is."""
+    for name in can_be_quantised(model) if form else ():
+        set_quantised(model, name, quantise(model.get_parameter(name).data, form))
+    return model
+
+
 def planned(shape, lora, dtype, kernel, recompute, rows, **more):
     """recompute: names of model.RECOMPUTE, or whether all blocks do so."""
     if isinstance(recompute, bool):
@@ -113,10 +121,11 @@ def planned(shape, lora, dtype, kernel, recompute, rows, **more):
     return memory_plan(Config(), shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more)
 
 
-def compare(shape, lora, dtype, kernel="sdpa-flash", recompute=False, rows=((150,), (120,)), close=0.1, fast=False):
+def compare(shape, lora, dtype, kernel="sdpa-flash", recompute=False, rows=((150,), (120,)), close=0.1, fast=False,
+            form=None):
     """What is kept must be close to the plan's activations, and the most at once to activations and working memory."""
-    plan = planned(shape, lora, dtype, kernel, recompute, rows, fast=fast)
-    kept, most = measure(shape, lora, dtype, kernel, plan.asked["recompute"], rows, fast)
+    plan = planned(shape, lora, dtype, kernel, recompute, rows, fast=fast, forms=form and all_in(form, shape))
+    kept, most = measure(shape, lora, dtype, kernel, plan.asked["recompute"], rows, fast, form)
     if any(p.requires_grad for p in plan.asked["model"].lm_head.parameters()):
         kept -= 4 * shape.vocab_size * shape.hidden_size        # the head's gradient: the plan has it in `working`
     assert plan.activations == pytest.approx(kept, rel=close)
@@ -178,6 +187,17 @@ def test_activations_of_blocks_that_keep_differently():
             compare(shape_of("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8)
 
 
+@pytest.mark.parametrize("form", (Form("nf4"), Form("int8", nested=0)), ids=("nf4", "int8"))
+@pytest.mark.parametrize("name", ("llama", "gemma2", "mixtral"))
+def test_activations_beside_a_quantised_base(name, form):
+    """The same as beside one in 16 bits, and one dense matrix: nothing of W is kept."""
+    kernel = "plain" if name == "gemma2" else "sdpa-flash"
+    for fast in (True, False):
+        for level in ("nothing", "block") + (("mlp",) if fast and name != "mixtral" else ()):
+            compare(shape_of(name), ALL, BF16, kernel, [level] * 4, fast=fast, form=form)
+    compare(shape_of("llama", hidden_size=256, intermediate_size=4096), ALL, F32, rows=[[30]], form=form, fast=True)
+
+
 def test_the_head_of_a_large_vocabulary():
     for lora in (ALL, None):
         compare(shape_of("llama", vocab_size=60000), lora, F32, rows=[[300], [250]])      # several chunks
@@ -233,6 +253,31 @@ def test_the_figures_that_are_known_of_a_large_model():
     kept = planned(shape, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
     least = 2 * (2 * 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336)         # residuals, q, k, v, output, gate, up
     assert least < kept < 2.5 * least
+
+
+@pytest.mark.parametrize("form", (Form("nf4"), Form("nf4", nested=0), Form("fp4", 128), Form("int8", nested=0)),
+                         ids=str)
+def test_quantised_weights_are_counted_to_the_byte(form):
+    for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
+        shape = shape_of(name)
+        model = attach_lora(in_few_bits(CausalLM(shape).to(BF16), form), ALL, called=shape.stored_name)
+        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
+        plan = planned(shape, ALL, BF16, "plain", True, [[8]], forms=all_in(form, shape))
+        assert plan.weights == held < planned(shape, ALL, BF16, "plain", True, [[8]]).weights
+        assert count(plan.asked["model"]) == count(model) == sum(
+            p.numel() for p in attach_lora(CausalLM(shape), ALL, called=shape.stored_name).parameters())
+
+
+def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half_gigabytes():
+    shape, config = model_config(LLAMA3_8B), Config()
+    plan = memory_plan(config, shape, ALL, [[2048]], torch.float16, "sdpa-flash", "cuda", fast=True,
+                       forms=all_in(Form("nf4"), shape))
+    blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)             # numbers of their matrices
+    assert plan.weights == pytest.approx(blocks * 4.127 / 8 + 128256 * 4096 * 2, rel=2e-3)  # the embedding is outside
+    assert plan.total < 6.5e9
+    assert advice(plan, 2**30, config) and not any("quantization_bit" in line for line in advice(plan, 2**30, config))
+    plain = memory_plan(config, shape, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
+    assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))
 
 
 def test_sharding_divides_what_lasts():

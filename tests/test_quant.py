@@ -1,0 +1,382 @@
+"""quant.py against bitsandbytes' own numbers and whole checkpoints of its making; what cannot be read; memory.
+
+Read before: quant.py. The recorded files: golden/quant.
+"""
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import quant
+from checkpoint import load_model, load_with_adapters
+from families import model_config
+from linear import linears
+from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters
+from quant import (VALUES, EmbeddingOutside, Form, QuantLinear, Quantised, can_be_quantised, compile_unpacking,
+                   map_of_scales, quantise, quantised_weights, unpack_any, values_of)
+from tests.common import GOLDEN, ROOT, needs_shared
+from tests.test_merge import base_with, tensors_in
+
+QUANT = GOLDEN / "quant"
+FOLDERS = [path.parent.name for path in sorted(QUANT.glob("*/config.json")) if path.parent.parent == QUANT]
+ADAPTERS = [path.name for path in sorted(QUANT.glob("lora_*"))]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
+
+
+def stored(folder, out, form):
+    """A checkpoint in bitsandbytes' layout, made of a plain one: every *_proj in the given form."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"), copy_function=shutil.copyfile)
+    found = {}
+    for name, weight in tensors_in(folder).items():
+        if not name.endswith("_proj.weight"):
+            found[name] = weight
+            continue
+        packed, module = quantise(weight, form), name.removesuffix(".weight")
+        if form.kind == "int8":
+            found |= {name: packed.codes, f"{module}.SCB": packed.absmax}
+            found[f"{module}.weight_format"] = torch.tensor(0).byte()
+            continue
+        state = {"quant_type": form.kind, "blocksize": form.blocksize, "dtype": str(weight.dtype)[6:],
+                 "shape": list(weight.shape)}
+        found |= {name: packed.codes[:, None], f"{name}.absmax": packed.absmax, f"{name}.quant_map": packed.quant_map}
+        if form.nested:
+            found |= {f"{name}.{part}": getattr(packed, part) for part in ("nested_absmax", "nested_quant_map")}
+            state |= {"nested_blocksize": form.nested, "nested_dtype": "float32"}
+            state["nested_offset"] = float(packed.nested_offset)
+        found[f"{name}.quant_state.bitsandbytes__{form.kind}"] = torch.tensor(list(json.dumps(state).encode())).byte()
+    save_file(found, str(out / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    load_in = "load_in_8bit" if form.kind == "int8" else "load_in_4bit"
+    config["quantization_config"] = {"quant_method": "bitsandbytes", load_in: True}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------
+
+
+@needs_shared
+def test_recorded_vectors_bit_for_bit():
+    """Codes, single scales and results exactly; double scales to 1e-4 of the nested scale."""
+    with safe_open(str(QUANT / "nf4_vectors.safetensors"), framework="pt") as file:
+        assert torch.equal(map_of_scales(), file.get_tensor("nested_quant_map"))
+        names, compared = [key.removesuffix(".input") for key in file.keys() if key.endswith(".input")], 0
+        for name in names:
+            x = file.get_tensor(f"{name}.input")
+            for kind in VALUES:
+                assert torch.equal(values_of(kind), file.get_tensor(f"quant_map.{kind}"))
+                for block in (64, 128):
+                    def want(what):
+                        return file.get_tensor(f"{name}.{kind}.b{block}.{what}")
+                    single, double = (quantise(x, Form(kind, block, nested)) for nested in (0, 256))
+                    where, bits = (name, kind, block), BITS[x.dtype]
+                    assert torch.equal(single.codes, want("codes").view(-1)), where
+                    assert torch.equal(single.absmax, want("single.absmax")), where
+                    assert torch.equal(double.codes, single.codes), where
+                    assert torch.equal(single.dense().view(bits), want("single.dequant").view(bits)), where
+                    read = Quantised(double.form, x.shape, codes=single.codes, quant_map=single.quant_map,
+                                     absmax=want("double.absmax"), nested_absmax=want("double.nested_absmax"),
+                                     nested_offset=want("double.offset").view(()),
+                                     nested_quant_map=file.get_tensor("nested_quant_map"))
+                    assert torch.equal(read.dense().view(bits), want("double.dequant").view(bits)), where
+                    unit = want("double.nested_absmax").repeat_interleave(256)[:len(read.absmax)]
+                    assert ((double.scales() - read.scales()).abs() <= 1e-4 * unit).all(), where
+                    compared += 1
+    assert compared >= 80
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_number_becomes_the_nearest_value_times_the_largest_of_its_block(kind, dtype):
+    """Against a search over all 16 values; shapes with incomplete blocks and half a byte, and several pieces."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 7), (5, 64), (33, 17), (600, 256)):
+        x = torch.randn(shape, generator=generator).to(dtype)
+        packed = quantise(x, Form(kind, 64, 0))
+        flat = F.pad(x.float().view(-1), (0, -x.numel() % 64)).view(-1, 64)
+        largest = flat.abs().amax(1, keepdim=True)
+        far = (flat[..., None] / largest[..., None] - values_of(kind)).abs()
+        best = (values_of(kind)[far.argmin(-1)] * largest).view(-1)[:x.numel()].view(shape)
+        got = packed.dense(F32)
+        assert got.shape == x.shape and packed.codes.dtype == torch.uint8 and len(packed.codes) == -(-x.numel() // 2)
+        error = ((got - x.float()).abs() - (best - x.float()).abs()).max()
+        assert error <= 0.01 * float(x.abs().max()) and (dtype != F32 or error < 1e-6)
+
+
+@pytest.mark.parametrize("piece", [128, 2**17])
+@pytest.mark.parametrize("form", [Form("nf4"), Form("fp4", 128, 0, BF16), Form("nf4", 64, 256, F16)], ids=str)
+def test_pieces_are_the_whole(form, piece, monkeypatch):
+    monkeypatch.setattr(quant, "PIECE", piece)
+    x = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+    packed = quantise(x, form)
+    for dtype in (F32, BF16, F16):
+        twin = unpack_any(packed.codes, packed.scales(), packed.pairs, x.numel(), form.blocksize, packed.dtype, dtype)
+        assert torch.equal(packed.dense(dtype), twin.view(x.shape)) and packed.dense(dtype).dtype == dtype
+    assert torch.equal(packed.codes, quantise(x.view(1, -1), form).codes)
+
+
+def test_rows_in_8_bits():
+    x = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
+    x[7] = 0
+    packed = quantise(x, Form("int8", nested=0))
+    assert packed.codes.dtype == torch.int8 and int(packed.codes.abs().max()) == 127
+    assert torch.equal(packed.dense()[7], x[7])
+    step = x.abs().amax(1, keepdim=True) / 127
+    assert ((packed.dense() - x).abs() <= 0.51 * step + 2**-11 * x.abs()).all()             # half a step, and float16's
+
+
+def test_bits_a_weight_are_the_bytes():
+    x = torch.randn(1024, 1024)
+    for form, bits in ((Form("nf4"), 4.127), (Form("nf4", nested=0), 4.5), (Form("int8", nested=0), 8.0)):
+        tables = ("pairs", "nested_quant_map")
+        held = sum(t.nbytes for name, t in quantise(x, form).named_buffers() if name not in tables)
+        assert form.bits() == pytest.approx(bits, abs=5e-4) and 8 * held / x.numel() == pytest.approx(bits, rel=0.005)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [Form("nf4"), Form("int8", nested=0)], ids=str)
+def test_a_layer_is_the_dense_layer_forward_and_backward(form):
+    torch.manual_seed(0)
+    packed, bias = quantise(torch.randn(48, 32), form), torch.randn(48, requires_grad=True)
+    dense = nn.Linear(32, 48)
+    dense.weight, dense.bias = nn.Parameter(packed.dense(), False), nn.Parameter(bias.detach().clone())
+    plain, frozen = QuantLinear(packed, bias), QuantLinear(packed)
+    for base in (plain, dense):
+        base.x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        (base(base.x) ** 2).sum().backward()
+    assert torch.allclose(plain.x.grad, dense.x.grad, atol=1e-4)
+    assert torch.allclose(bias.grad, dense.bias.grad, atol=1e-4)
+    assert [p for p in frozen.parameters()] == [] and torch.equal(frozen.effective_weight(), packed.dense())
+
+
+@pytest.mark.parametrize("form", [Form("nf4"), Form("int8", nested=0)], ids=str)
+def test_adapters_learn_beside_it_alike_on_both_paths(form):
+    """linear.py's fast path, its twin, and an adapter beside the dense matrix have the same gradients."""
+    torch.manual_seed(0)
+    packed, results = quantise(torch.randn(48, 32), form), []
+    dense = nn.Linear(32, 48, bias=False)
+    dense.weight = nn.Parameter(packed.dense(), False)
+    A, B, x = torch.randn(4, 32), torch.randn(48, 4), torch.randn(20, 32)
+    for base, how in ((QuantLinear(packed), "torch"), (QuantLinear(packed), "plain"), (dense, "plain")):
+        layer, mine = LoRALinear(base, 4, 0.5, 0.0), x.clone().requires_grad_()
+        layer.lora_A.weight.data, layer.lora_B.weight.data = A.clone(), B.clone()
+        out, frozen = linears([layer, base], mine, how=how)
+        ((out ** 2).sum() + (frozen ** 3).sum()).backward()
+        results.append([out, frozen, mine.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad,
+                        layer.effective_weight()])
+        assert torch.equal(layer.dense(BF16), packed.dense(BF16))
+    for got in results[:2]:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(got, results[2]))
+
+
+def test_scales_keep_their_dtype_and_layers_their_place(tmp_path):
+    """model.to(16 bits) is for what is stored as it is; adapters start the same over a 16-bit and a 4-bit base."""
+    base, starts = base_with(tmp_path / "base"), []
+    for form in (None, Form("nf4")):
+        model = attach_lora(load_model(base, form=form), LoRAConfig(r=2), seed=3)
+        starts.append({name: layer.lora_A.weight.clone() for name, layer in lora_layers(model).items()})
+    assert starts[0].keys() == starts[1].keys()
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    weight = quantised_weights(model)["model.layers.0.mlp.up_proj.weight"]
+    before = weight.dense()
+    model.to(BF16)
+    assert torch.equal(weight.dense(), before) and model.lm_head.weight.dtype == BF16
+    with pytest.raises(ValueError, match="in nf4 cannot be trained whole"):
+        attach_lora(load_model(base, form=Form("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
+
+
+def test_the_compilers_kernel_must_give_the_same_bits(monkeypatch):
+    model = nn.ModuleList(QuantLinear(quantise(torch.randn(64, 64 * n), Form("nf4", dtype=BF16))) for n in (1, 2))
+    want = [layer.weight.dense(F16) for layer in model]
+    front_part = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
+    assert compile_unpacking(model) == "4-bit weights: made dense by one compiled kernel"
+    assert all(layer.weight.compiled for layer in model)
+    assert all(torch.equal(layer.weight.dense(F16), dense) for layer, dense in zip(model, want))
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: 1.1 * f(*args))
+    assert "gives other numbers" in compile_unpacking(model) and model[0].weight.compiled is None
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: 1 / 0)
+    assert "does not work here (division by zero)" in compile_unpacking(model)
+    assert compile_unpacking(nn.Linear(2, 2)) == ""
+
+
+def test_an_embedding_outside_reads_the_same_rows():
+    embedding = nn.Embedding(11, 5)
+    ids = torch.tensor([[1, 10, 1]])
+    outside = EmbeddingOutside(embedding).to(BF16)
+    assert torch.equal(outside(ids), embedding(ids)) and not outside.weight.requires_grad
+
+
+# ---- recorded checkpoints -------------------------------------------------------------------------------------------
+
+
+@needs_shared
+@pytest.mark.parametrize("name", FOLDERS)
+def test_recorded_checkpoints(name):
+    """Dequantised weights exactly, logits and losses within the README's tolerance, by both paths of linear.py."""
+    want, model = load_file(QUANT / name / "expected.safetensors"), load_model(QUANT / name)
+    weights, real = quantised_weights(model), want["attention_mask"].bool()
+    dense = {key.removeprefix("dequant."): value for key, value in want.items() if key.startswith("dequant.")}
+    assert weights.keys() == dense.keys() and dense
+    assert all(torch.equal(weights[key].dense(value.dtype), value) for key, value in dense.items())
+    in_8_bits = "int8" in name                      # `logits` are then of activations that are rounded, too
+    for how in ("plain", "torch"):
+        model.product = how
+        with torch.no_grad():
+            logits = model.logits(model(want["input_ids"])).float()
+        bound = {F32: 1e-4, F16: 0.05, BF16: 0.2}[model.model.embed_tokens.weight.dtype]
+        assert (logits - want["logits_dequant" if in_8_bits else "logits"])[real].abs().max() < bound
+    model = load_model(QUANT / name, F32)
+    with torch.no_grad():
+        logits = model.logits(model(want["input_ids"]))
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), want["labels"][:, 1:].flatten())
+    assert (logits - want["logits_dequant"])[real].abs().max() < 1e-4 and abs(loss - want["loss_dequant"]) < 1e-5
+
+
+@needs_shared
+@pytest.mark.parametrize("source, name", [("quant/sources/wide", "wide_nf4"), ("quant/sources/odd", "odd_nf4"),
+                                          ("quant/sources/half", "half_nf4_dq"), ("models/llama3", "llama3_int8"),
+                                          ("models/qwen2", "qwen2_fp4"), ("models/qwen2_tied", "qwen2_tied_nf4")])
+def test_quantising_on_load_makes_the_recorded_checkpoint(source, name):
+    want = quantised_weights(load_model(QUANT / name))
+    form = next(iter(want.values())).form
+    model = load_model(GOLDEN / source, form=Form(form.kind, form.blocksize, form.nested))
+    got = quantised_weights(model)
+    assert got.keys() == want.keys() and "lm_head.weight" not in got
+    for key, weight in got.items():
+        assert torch.equal(weight.codes, want[key].codes)
+        assert (weight.scales() - want[key].scales()).abs().max() <= 1e-4 * weight.scales().max()
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_recorded_adapters_on_4_bit_bases(name):
+    folder = QUANT / name
+    want, base = load_file(folder / "expected.safetensors"), folder / json.loads(
+        (folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    real = want["attention_mask"].bool()
+    for fold in (False, True):
+        model = load_with_adapters(base, [folder], fold_last=fold)
+        assert quantised_weights(model), "folding must leave quantised matrices as they are"
+        bound = {F32: 1e-4, BF16: 0.2}[model.lm_head.weight.dtype]
+        for how in ("plain", "torch"):
+            model.product = how
+            with torch.no_grad():
+                assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
+    merge_adapters(model)
+    with torch.no_grad():
+        assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
+    assert not lora_layers(model) and type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+FAMILIES = {"tied": dict(tie_word_embeddings=True), "experts": dict(model_type="qwen3_moe", num_experts=4, head_dim=8,
+            num_experts_per_tok=2, moe_intermediate_size=24), "fused": dict(model_type="phi3", pad_token_id=0)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_quantised_of_a_family(name, tmp_path):
+    base = base_with(tmp_path / "base", **FAMILIES[name])
+    model, plain = load_model(base, form=Form("nf4")), load_model(base)
+    skeleton = load_model(base, skip_weights=True, form=Form("nf4"))
+    linears = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    got = set(quantised_weights(model))
+    assert got == linears - {"lm_head.weight"} - {n for n in linears if n.endswith("mlp.gate.weight")}
+    assert got == set(quantised_weights(skeleton)) == set(can_be_quantised(plain))
+    assert quant.count(model) == quant.count(skeleton) == sum(p.numel() for p in plain.parameters())
+    assert sum(w.nbytes for w in quantised_weights(model).values()) == \
+        sum(w.nbytes for w in quantised_weights(skeleton).values())
+    ids = torch.arange(12)[None]
+    dense = load_model(base)
+    for key, weight in quantised_weights(model).items():
+        dense.get_parameter(key).data = weight.dense()
+    assert torch.allclose(model.logits(model(ids)), dense.logits(dense(ids)), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [Form("nf4"), Form("fp4", 128, 0), Form("int8", nested=0)], ids=str)
+def test_stored_and_made_on_load_are_the_same(form, tmp_path):
+    base = base_with(tmp_path / "base", dtype=BF16)
+    made, read = load_model(base, form=form), load_model(stored(base, tmp_path / "packed", form))
+    ids = torch.arange(20)[None]
+    assert torch.equal(made.logits(made(ids)), read.logits(read(ids)))
+    assert load_model(tmp_path / "packed", form=Form("nf4")).model.layers[0].mlp.up_proj.weight.form.kind == form.kind
+
+
+WRONG = {       # what is done to the tensors of layer 0's up_proj: what must be said
+    "no state": (lambda t, p: t.pop(f"{p}.weight.quant_state.bitsandbytes__nf4"),
+                 "up_proj.weight.(absmax|quant_map|nested.*) is there, and .*quant_state.bitsandbytes__nf4.* no file"),
+    "no scales": (lambda t, p: t.pop(f"{p}.weight.absmax"),
+                  "tells of a part .*up_proj.weight.absmax, which is in no file"),
+    "odd key": (lambda t, p: t.update({f"{p}.weight.zero_points": torch.zeros(3)}),
+                "up_proj.weight.zero_points is no part"),
+    "short": (lambda t, p: t.update({f"{p}.weight.absmax": torch.zeros(3).byte()}),
+              "absmax has 3 numbers of torch.uint8"),
+    "cut codes": (lambda t, p: t.update({f"{p}.weight": torch.zeros(9, 1).byte()}), "codes has 9 numbers"),
+    "broken state": (lambda t, p: t.update({f"{p}.weight.quant_state.bitsandbytes__nf4": torch.zeros(5).byte()}),
+                     "not the state of a 4-bit weight"),
+    "no weight": (lambda t, p: t.pop(f"{p}.weight"), "missing: 1, such as .*up_proj.weight"),
+    "alone": (lambda t, p: [t.pop(name) for name in list(t) if name.startswith(f"{p}.weight.")],
+              "up_proj.weight is stored as uint8, without the scales"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_files_that_are_not_whole_are_named(case, tmp_path):
+    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", Form("nf4"))
+    tensors = load_file(folder / "model.safetensors")
+    WRONG[case][0](tensors, "model.layers.0.mlp.up_proj")
+    save_file(tensors, str(folder / "model.safetensors"))
+    with pytest.raises(ValueError, match=WRONG[case][1]) as caught:
+        load_model(folder)
+    assert "packed" in str(caught.value)
+
+
+def test_other_quantisations_are_refused():
+    fields = json.loads((ROOT / "models/tiny/config.json").read_text())
+    for method in ("gptq", "awq", "compressed-tensors"):
+        with pytest.raises(ValueError, match=rf"stored quantised \({method}\)"):
+            model_config({**fields, "quantization_config": {"quant_method": method}})
+    assert model_config({**fields, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}).notes
+    assert model_config({**fields, "quantization_config": {"load_in_4bit": True}}).notes == model_config(fields).notes
+
+
+PEAK = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+from checkpoint import load_model
+from quant import Form
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+load_model(sys.argv[2], form=Form("nf4"))                                  # what loading itself needs
+before = peak()
+load_model(sys.argv[3], form=Form(sys.argv[4], nested=0 if sys.argv[4] == "int8" else 256))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's own count")
+@pytest.mark.parametrize("kind, bits", [("nf4", 4.2), ("int8", 8.1)])
+def test_the_16_bit_model_is_never_in_memory(kind, bits, tmp_path):
+    """Peak of the process: the quantised weights and a few matrices, of 12 blocks that take 75 MB in 16 bits."""
+    sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, vocab_size=64)
+    for name, layers in (("small", 1), ("large", 12)):
+        base_with(tmp_path / name, dtype=BF16, **{**sizes, "num_hidden_layers": layers})
+    folders = [str(tmp_path / "small"), str(tmp_path / "large")]
+    said = subprocess.run([sys.executable, "-c", PEAK, str(ROOT), *folders, kind], capture_output=True, text=True,
+                          check=True)
+    whole = (tmp_path / "large/model.safetensors").stat().st_size
+    assert whole > 70e6 and int(said.stdout) < bits / 16 * whole + 12e6
