@@ -8,6 +8,7 @@ Format: https://github.com/huggingface/safetensors (8 bytes of header length, a 
 """
 import difflib
 import json
+import math
 import os
 import pickle
 import re
@@ -15,7 +16,7 @@ import shutil
 import zlib
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from model import CausalLM
 from quant import (Form, Quantised, can_be_quantised, empty_quantised, form_of_state, quantise, quantised_from,
                    set_quantised)
 from tokenizer import read_json
+from updates import OF_OTHER_SHAPES
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -398,7 +400,7 @@ PREFIX = "base_model.model."      # what PEFT writes before every name
 OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 # fields of adapter_config.json that change nothing here
 NEUTRAL = frozenset("""
-    auto_mapping base_model_name_or_path inference_mode init_lora_weights loftq_config megatron_config megatron_core
+    auto_mapping base_model_name_or_path inference_mode loftq_config megatron_config megatron_core
     peft_type peft_version revision task_type runtime_config qalora_group_size bias
 """.split())
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")     # init_lora_weights that leave W as it was
@@ -420,8 +422,9 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
         raise ValueError(f"{path}: peft_type {raw['peft_type']} is not supported, only LORA")
     if raw.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
-    if raw.get("init_lora_weights", True) not in PLAIN_STARTS:
-        raise ValueError(f"{path}: init_lora_weights {raw['init_lora_weights']!r} changed the base weights before "
+    begun = raw.get("init_lora_weights", True)
+    if begun not in PLAIN_STARTS and not re.fullmatch(r"pissa(_niter_\d+)?", str(begun)):
+        raise ValueError(f"{path}: init_lora_weights {begun!r} changed the base weights before "
                          "training, so the adapter does not fit the base as published. Convert it to a plain LoRA with "
                          "peft (save_pretrained with path_initial_model_for_weight_conversion)")
     known = LoRAConfig.__dataclass_fields__
@@ -434,7 +437,24 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
     config = LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
     if raw.get("target_parameters") and raw.get("target_modules") is None:
         config.target_modules = []
+    if not config.pissa:
+        config.init_lora_weights = True
     return config, raw
+
+
+def pissa_start(folder, config: LoRAConfig) -> Path | None:
+    """The adapter that a PiSSA adapter began as, which its base weights lack: `pissa_init` in its folder or beside it.
+
+    None where it can be found anew, as the exact principal parts of the base. Raises FileNotFoundError where it cannot.
+    """
+    for start in (Path(folder) / "pissa_init", Path(folder).resolve().parent / "pissa_init"):
+        if (start / "adapter_model.safetensors").is_file():
+            return start
+    if config.init_lora_weights == "pissa":
+        return None
+    raise FileNotFoundError(f"{folder} was begun with {config.init_lora_weights}, parts of the base that were found "
+                            "with random numbers, and nobody can find the same again: put its folder pissa_init into "
+                            "it, or take the adapter in pissa_converted (pissa_convert: true writes it)")
 
 
 def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=None) -> LoRAConfig:
@@ -450,10 +470,16 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=N
     if not path.is_file():
         hint = "; adapter_model.bin is a pickle and is not read" if path.with_suffix(".bin").is_file() else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
+    start = pissa_start(folder, config) if config.pissa else None
+    if start:
+        load_adapter(model, start, config.lora_dropout, device)
+        for layer in lora_layers(model).values():
+            layer.take_out()
     with open_tensors(path) as tensors:
         try:
-            attach_lora(model, config, called=model.config.stored_name,
-                        targets=_targets_of(model, config, raw, tensors.keys()), device=device)
+            if not start:
+                attach_lora(model, config, called=model.config.stored_name,
+                            targets=_targets_of(model, config, raw, tensors.keys()), device=device)
         except ValueError as error:
             raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): "
                              f"{error}") from None
@@ -566,14 +592,39 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
     return found
 
 
-def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str):
-    """Write adapter_config.json and adapter_model.safetensors; `base` is the base model as the user named it."""
+def save_pissa_start(model: CausalLM, folder, config: LoRAConfig, base: str):
+    """Write the adapter that PiSSA began with, which the base weights lack: the folder that pissa_start looks for."""
+    starts = {f"{name}.lora_{part}.weight": tensor for layer, name in peft_names(model).items()
+              for part, tensor in zip("AB", lora_layers(model)[layer].start)}
+    with new_folder(folder) as work:
+        save_adapter(model, work, replace(config, init_lora_weights=True), base, adapter_tensors(model) | starts)
+
+
+def save_converted(model: CausalLM, folder, config: LoRAConfig, base: str):
+    """Write a PiSSA adapter as a plain one for the base as it was, of rank 2 r: s B A - s B0 A0 = s [B | -B0] [A; A0]
+    (arXiv:2404.02948, appendix C)."""
+    tensors, layers = adapter_tensors(model), lora_layers(model)
+    for layer, name in peft_names(model).items():
+        A, B = layers[layer].start
+        tensors[f"{name}.lora_A.weight"] = torch.cat([tensors[f"{name}.lora_A.weight"], A])
+        tensors[f"{name}.lora_B.weight"] = torch.cat([tensors[f"{name}.lora_B.weight"], -B], dim=1)
+    more = math.sqrt(2) if config.use_rslora else 2                     # of alpha, that the scale is the same
+    config = replace(config, init_lora_weights=True, r=2 * config.r, lora_alpha=more * config.lora_alpha,
+                     rank_pattern={part: 2 * r for part, r in config.rank_pattern.items()},
+                     alpha_pattern={part: more * alpha for part, alpha in config.alpha_pattern.items()})
+    with new_folder(folder) as work:
+        save_adapter(model, work, config, base, tensors)
+
+
+def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str, tensors: dict | None = None):
+    """Write adapter_config.json and adapter_model.safetensors; `base` is the base model as the user named it. tensors:
+    others than the model's, under the same names."""
     folder = Path(folder)
-    save_tensors(folder / "adapter_model.safetensors", adapter_tensors(model))
+    save_tensors(folder / "adapter_model.safetensors", adapter_tensors(model) if tensors is None else tensors)
     targets, stacks = peft_targets(model, config.target_modules)
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "bias": "none",
-        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+        "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": config.init_lora_weights,
         "use_dora": config.use_dora,
         "r": config.r, "lora_alpha": config.lora_alpha,
         "lora_dropout": 0.0 if stacks else config.lora_dropout,     # PEFT opens no adapter of stacks that has dropout
@@ -815,7 +866,7 @@ def rng_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
-NO_ROWS = ("step", "unused")        # parts of a parameter's state that are not of its shape
+NO_ROWS = (*OF_OTHER_SHAPES, "unused")      # parts of a parameter's state that are not of its shape
 
 
 def state_of(optimizer, names: list[str]):
@@ -867,11 +918,11 @@ def load_training_state(folder, optimizer, names: list[str], rank: int = 0, cut:
             p = by_name[name]
             shape, rows = cut.get(name, (p.shape, slice(None)))
             held = tuple(tensors.get_slice(key).get_shape())
-            if field != "step" and held != tuple(shape):
+            if field not in NO_ROWS and held != tuple(shape):
                 raise ValueError(f"{folder} holds optimizer state of shape {list(held)} for {name}, which is "
                                  f"{list(shape)} here: {changed}")
-            value = tensors.get_tensor(key) if field == "step" else read_rows(tensors, key, rows)
-            optimizer.state[p][field] = value if field == "step" and p.device.type == "cpu" else value.to(p.device)
+            value = tensors.get_tensor(key) if field in NO_ROWS else read_rows(tensors, key, rows)
+            optimizer.state[p][field] = value.to(p.device)
     with open_tensors(folder / "rng.safetensors") as tensors:
         states = {key if "." in key else f"{key}.0": tensors.get_tensor(key) for key in tensors.keys()}  # once: one rank
     if f"cpu.{rank}" in states:

@@ -78,6 +78,9 @@ class Config:
     use_dora: bool = key(False, "DoRA: the lengths of a matrix's rows are learnt apart from their directions")
     loraplus_lr_ratio: float | None = key(None, "LoRA+: B learns this many times faster than A", above=0)
     loraplus_lr_embedding: float = key(1e-6, "LoRA+: learning rate of embedding adapters", low=0)
+    pissa_init: bool = key(False, "PiSSA: adapters begin as the weights' principal parts, which these lose")
+    pissa_iter: int = key(16, "PiSSA: passes of the randomised SVD that finds them (-1: the exact one, slow)", low=-1)
+    pissa_convert: bool = key(False, "PiSSA: write a plain adapter of twice the rank as well, into pissa_converted")
     create_new_adapter: bool = key(False, "merge every given adapter and train a fresh one")
     freeze_trainable_layers: int = key(2, "freeze: so many of the last layers learn (below 0: of the first)")
     freeze_trainable_modules: list[str] = key(["all"], "freeze: what learns in them, as mlp,self_attn")
@@ -164,8 +167,16 @@ class Config:
     lr_scheduler_kwargs: dict = key({}, "its further settings, as lr_scheduler_kwargs.min_lr=1e-6")
     warmup_ratio: Steps | None = key(None, "share of all steps in which the learning rate rises from 0", low=0)
     warmup_steps: Steps = key(0, "the same as a count", low=0)
-    optim: str = key("adamw_torch_fused", "optimizer; the three names mean the same AdamW",
-                     choices=("adamw_torch_fused", "adamw_torch", "adamw_hf"))
+    optim: str = key("adamw_torch_fused", "optimizer: AdamW; names with 8bit: what it remembers is in bytes",
+                     choices=("adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit", "adamw_bnb_8bit",
+                              "paged_adamw_8bit"))
+    use_muon: bool = key(False, "Muon for matrices, AdamW for embedding, head and the rest")
+    use_galore: bool = key(False, "GaLore: AdamW on a few directions of each matrix's gradient; with full or freeze")
+    galore_target: list[str] = key(["all"], "GaLore: matrices in whose name one of these occurs, as mlp,self_attn "
+                                   "(all: all but embedding and head)")
+    galore_rank: int = key(16, "GaLore: how many directions", low=1)
+    galore_update_interval: int = key(200, "GaLore: steps after which they are found anew", low=1)
+    galore_scale: float = key(2.0, "GaLore: factor of its updates", above=0)
     weight_decay: float = key(0.0, "decoupled decay of weights (not of biases and norms)", low=0)
     adam_beta1: float = key(0.9, "AdamW: memory of the mean gradient", low=0, below=1)
     adam_beta2: float = key(0.999, "AdamW: memory of its square", low=0, below=1)
@@ -258,12 +269,11 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         freeze_language_model""",
     "every block is a unit, and the words of fsdp say the rest": "fsdp_config",
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
-        quantization_device_map length_penalty pissa_iter
+        quantization_device_map length_penalty
         module_dropout oft_rank oft_block_size
         oft_target ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
         reward_model reward_model_adapters reward_model_type
-        reward_model_quantization_bit galore_target galore_rank galore_update_interval galore_scale
-        galore_proj_type galore_layerwise apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj
+        reward_model_quantization_bit apollo_target apollo_rank apollo_update_interval apollo_scale apollo_proj
         apollo_proj_type apollo_scale_type apollo_layerwise apollo_scale_front badam_mode badam_start_block
         badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose
         swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id trackio_static_space_id hyper_parallel_args
@@ -282,10 +292,12 @@ REFUSED = (         # in which script, which keys (=x: the value that is fine; o
     ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
      "leave it out: torchrun --nproc-per-node N train.py runs on N cards, fsdp: full_shard is for what does not fit"),
     ("train", "use_unsloth use_kt", "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
-    ("train", "pissa_init pissa_convert use_llama_pro mixture_of_depths shift_attn",
+    ("train", "use_llama_pro mixture_of_depths shift_attn",
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and finetuning_type: full are"),
-    ("train", "use_galore use_apollo use_badam use_adam_mini use_muon",
-     "not in this release; optim: adamw_torch is, and with LoRA it needs little memory"),
+    ("train", "use_apollo use_badam use_adam_mini",
+     "not in this release; optim: adamw_8bit, use_galore and, much more, LoRA save the optimizer's memory"),
+    ("train", "galore_layerwise galore_proj_type=std",
+     "GaLore projects the shorter side (std), when the backward pass is over; leave it out"),
     ("train", "fp8", "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
     ("train", "bf16_full_eval fp16_full_eval", "evaluation computes as training does; set bf16 or fp16"),
     ("train", "use_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor",
@@ -397,10 +409,25 @@ CONTRADICTIONS = (  # in which script, when, the sentence
     ("train", lambda c: c.train_from_scratch and c.finetuning_type != "full",
      "train_from_scratch needs finetuning_type: full; beside random weights an adapter learns little"),
     ("train", lambda c: c.finetuning_type != "lora" and (c.loraplus_lr_ratio or c.use_rslora or c.use_dora
-                                                         or c.create_new_adapter),
-     "loraplus_lr_ratio, use_rslora, use_dora and create_new_adapter need finetuning_type: lora"),
+                                                         or c.pissa_init or c.create_new_adapter),
+     "loraplus_lr_ratio, use_rslora, use_dora, pissa_init and create_new_adapter need finetuning_type: lora"),
     ("train", lambda c: c.fsdp and c.finetuning_type == "freeze",
      "fsdp is for finetuning_type: lora and full; with freeze leave it out"),
+    ("train", lambda c: c.pissa_init and c.fsdp,
+     "pissa_init takes parts out of whole weights, and fsdp cuts them; leave one of them out"),
+    ("train", lambda c: c.pissa_init and c.quantization_bit,
+     "pissa_init takes parts out of 16-bit weights; leave quantization_bit out"),
+    ("train", lambda c: c.pissa_convert and not c.pissa_init,
+     "pissa_convert writes what pissa_init began as a plain adapter; set pissa_init: true, or leave it out"),
+    ("train", lambda c: c.pissa_init and c.adapter_name_or_path and not c.create_new_adapter,
+     "pissa_init begins an adapter, and adapter_name_or_path names one to go on with; create_new_adapter: true folds "
+     "that in first"),
+    ("train", lambda c: c.use_muon + c.use_galore + ("8bit" in c.optim) + (c.loraplus_lr_ratio is not None) * (
+        c.use_muon + c.use_galore) > 1, "use_muon, use_galore, an optim with 8 bits, and loraplus_lr_ratio: keep one"),
+    ("train", lambda c: c.use_galore and c.finetuning_type == "lora",
+     "use_galore is for finetuning_type: full or freeze; adapters are small already"),
+    ("train", lambda c: c.fsdp and c.finetuning_type == "full" and (c.use_muon or c.use_galore or "8bit" in c.optim),
+     "use_muon, use_galore and optim: adamw_8bit want whole matrices, and fsdp cuts them; take optim: adamw_torch"),
     ("train", lambda c: c.pure_bf16 and (not c.bf16 or c.finetuning_type == "lora" or c.fsdp),
      "pure_bf16 needs bf16: true and finetuning_type: full or freeze, without fsdp"),
     ("train", lambda c: c.finetuning_type == "freeze" and c.freeze_trainable_layers == 0 and not c.freeze_extra_modules,
@@ -452,7 +479,8 @@ OWN_KEYS = ("compare", "join_micro_batches", "paper_losses", "base_precision", "
             "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
             "raw", "jsonl", "merge_base")
 KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding",
+             "pissa_iter"),
     "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
 }
 PREFERENCE_KEYS = {"dpo": ("pref_loss", "paper_losses", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma",

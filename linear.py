@@ -167,10 +167,10 @@ class Part(NamedTuple):
 
 
 def weights_of(layer) -> Part:
-    A, B, scale = (layer.lora_A.weight, layer.lora_B.weight, layer.scale) if getattr(layer, "enabled", False) else \
-        (None, None, 1.0)
+    A, B = layer.matrices() if hasattr(layer, "matrices") else (None, None)
     W, packed = (None, layer.weight) if is_quantised(layer) else (layer.weight, None)
-    return Part(W, layer.bias, A, B, scale, getattr(layer, "unit", None), getattr(layer, "fp8", None), packed)
+    return Part(W, layer.bias, A, B, getattr(layer, "scale", 1.0), getattr(layer, "unit", None),
+                getattr(layer, "fp8", None), packed)
 
 
 def products(h, parts, product):

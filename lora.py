@@ -7,7 +7,8 @@ one per expert), and leaves the names of all weights as they were. Where a check
 `called` turns our names into its own: users, errors and PEFT's format on disk speak of those.
 
 Read before: model.py. Read after: checkpoint.py (how adapters are read and written), merge.py.
-Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353.
+Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353, PiSSA arXiv:2404.02948, with the
+randomised SVD of arXiv:0909.4061 (algorithm 4.4).
 """
 import difflib
 import math
@@ -34,6 +35,11 @@ class LoRAConfig:
     modules_to_save: list = field(default_factory=list)     # trained whole, in float32
     rank_pattern: dict = field(default_factory=dict)        # {name part: another r}
     alpha_pattern: dict = field(default_factory=dict)       # {name part: another alpha}
+    init_lora_weights: bool | str = True                    # pissa or pissa_niter_N: principal parts of the weights
+
+    @property
+    def pissa(self) -> bool:
+        return str(self.init_lora_weights).startswith("pissa")
 
     def of_module(self, name: str) -> tuple[int, float]:
         """Rank and scale of one module: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732, theorem 3.2)."""
@@ -63,7 +69,7 @@ class LoRALinear(nn.Linear):
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.lora_A = nn.Linear(base.in_features, r, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(r, base.out_features, bias=False, device=device, dtype=torch.float32)
-        self.lora_magnitude_vector, self.fixed = None, None
+        self.lora_magnitude_vector, self.fixed, self.start = None, None, None
         if dora:
             lengths = torch.empty(base.out_features, device=device, dtype=torch.float32)
             self.lora_magnitude_vector = nn.Parameter(lengths)
@@ -71,8 +77,8 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         if self.enabled and self.lora_magnitude_vector is not None:
             return self.with_magnitude(x)
-        y = self.product(x, self.bias)                                           # (…, out)
-        return y + self.change(self.dropout(x)) if self.enabled else y
+        y, (A, B) = self.product(x, self.bias), self.matrices()                  # (…, out)
+        return y if A is None else y + self.change(self.dropout(x) if self.enabled else x, A, B)
 
     def product(self, x, bias=None):
         """W x + bias, (…, out), with the frozen W."""
@@ -80,19 +86,34 @@ class LoRALinear(nn.Linear):
             return multiply(x, self.weight, bias)
         return F.linear(x, self.dense(x.dtype), bias)
 
-    def change(self, x):
+    def matrices(self):
+        """(A, B) of what is added to W x: the adapter's; where it is off, what PiSSA took out of W, or (None, None)."""
+        return (self.lora_A.weight, self.lora_B.weight) if self.enabled else self.start or (None, None)
+
+    def change(self, x, A, B):
         """scale * B(A x). A and B stay float32 for the optimizer and take the activations' dtype for the product."""
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))                        # (…, r)
-        return F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.scale
+
+    @torch.no_grad()
+    def take_out(self):
+        """PiSSA: take scale * B A, as A and B are now, out of the weight, so that the layer is what it was. They are
+        kept as `start`: with the adapter off, the layer stays what it was."""
+        if isinstance(self.weight, Quantised):
+            raise ValueError("PiSSA takes parts out of 16-bit weights, and this base has fewer bits: take an adapter that "
+                             "pissa_convert has written, or a 16-bit base")
+        self.start = self.lora_A.weight.clone(), self.lora_B.weight.clone()
+        if not self.weight.is_meta:
+            self.weight = nn.Parameter(merged_weight(self.weight, *self.start, -self.scale), requires_grad=False)
+            self.replaced[0].weight = self.weight           # else the old one stayed in memory
 
     def with_magnitude(self, x):
         """DoRA (arXiv:2402.09353, eq. 5): gain * (W x + scale * B(A x)) + bias, multiplied in float32, where a gain
         near 1 keeps its digits. What the adapter adds sees the dropped x, and gain - 1 is a part of that (PEFT)."""
         gain, dropped, y = self.gain(), self.dropout(x), self.product(x)         # (out,), (…, in), (…, out)
         if dropped is x:
-            y = (gain * (y + self.change(x))).to(x.dtype)
+            y = (gain * (y + self.change(x, *self.matrices()))).to(x.dtype)
         else:
-            y = (y + (gain - 1) * self.product(dropped) + gain * self.change(dropped)).to(x.dtype)
+            y = (y + (gain - 1) * self.product(dropped) + gain * self.change(dropped, *self.matrices())).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def gain(self):
@@ -120,11 +141,11 @@ class LoRALinear(nn.Linear):
 
     def effective_weight(self):
         """The matrix (out, in) with the adapter in it; gradients flow to A, B and m."""
-        weight = self.dense()
-        if not self.enabled:
+        weight, (A, B) = self.dense(), self.matrices()
+        if A is None:
             return weight
-        weight = weight + (self.lora_B.weight @ self.lora_A.weight * self.scale).to(weight.dtype)
-        if self.lora_magnitude_vector is None:
+        weight = weight + (B @ A * self.scale).to(weight.dtype)
+        if self.lora_magnitude_vector is None or not self.enabled:
             return weight
         return (self.gain()[:, None] * weight).to(weight.dtype)
 
@@ -172,6 +193,26 @@ def merged_weight(W, A, B, scale: float, magnitude=None):
     if magnitude is not None:
         rows = (magnitude.float() / row_lengths(rows))[:, None] * rows
     return rows.to(W.dtype)
+
+
+def principal_parts(W, r: int, scale: float, niter: int, generator) -> tuple:
+    """A (r, in) and B (out, r) with scale * B A = the r largest singular parts of W (out, in), which both share alike
+    (arXiv:2404.02948, eq. 2 and 3).
+
+    niter: passes of the randomised SVD; below 0: the exact one. Raises ValueError where W has no r parts.
+    """
+    if r > min(W.shape):
+        raise ValueError(f"pissa_init: a matrix of {W.shape[0]} x {W.shape[1]} has no {r} singular parts; "
+                         "lower lora_rank")
+    Q = None
+    if niter >= 0:
+        Q = torch.linalg.qr(W @ torch.randn(W.shape[1], r, generator=generator).to(W)).Q             # (out, r)
+        for _ in range(niter):
+            Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
+    U, S, Vh = torch.linalg.svd(W if Q is None else Q.T @ W, full_matrices=False)
+    root = (S[:r] / scale).sqrt()
+    B = (U if Q is None else Q @ U)[:, :r] * root
+    return root[:, None] * Vh[:r], B
 
 
 def merged_stack(W, A, B, scale: float):
@@ -237,9 +278,9 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
 
     A starts as kaiming-uniform(a=sqrt 5), B as zeros, so the model is unchanged at first. Every A draws from a
     generator of its own, seeded with `seed` and the module's place in the model, so it does not depend on which others
-    are adapted. A target that modules_to_save trains whole gets no adapter, as in PEFT. called: see find_targets;
-    targets: what it would return, where that is known better. device: of what
-    is trained, where it is not that of the weights.
+    are adapted. With PiSSA both start as principal parts of the weight, which it loses. A target that modules_to_save
+    trains whole gets no adapter, as in PEFT. called: see find_targets; targets: what it would return, where that is
+    known better. device: of what is trained, where it is not that of the weights.
     """
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     model.requires_grad_(False)
@@ -253,9 +294,9 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
         base = model.get_submodule(name)
         if isinstance(base, nn.Linear):
             module = LoRALinear(base, r, scale, config.lora_dropout, device, config.use_dora)
-        elif config.use_dora:
-            raise ValueError(f"use_dora: {called(name)} is a stack of experts, whose rows have no lengths here nor in "
-                             "PEFT; leave it out of lora_target, or use_dora")
+        elif config.use_dora or config.pissa:
+            raise ValueError(f"{'use_dora' if config.use_dora else 'pissa_init'}: {called(name)} is a stack of "
+                             "experts, for which that is not done, here nor in PEFT; leave it out of lora_target")
         else:
             module = LoRAStacked(base, r, scale, config.lora_dropout, device)
         A = module.lora_A.weight
@@ -265,6 +306,12 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, c
             with torch.no_grad():
                 A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
                 module.lora_B.weight.zero_()
+                if config.pissa:
+                    niter = int(str(config.init_lora_weights).partition("_niter_")[2] or -1)
+                    parts = principal_parts(module.dense(torch.float32), r, scale, niter, generator)
+                    for matrix, part in zip((A, module.lora_B.weight), parts):
+                        matrix.copy_(part)
+                    module.take_out()
         if config.use_dora and not base.weight.is_meta:
             module.lora_magnitude_vector.data.copy_(module.lengths())
         _replace(model, name, module)

@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, Packed, adapter_tensors, copies_of_base, find_checkpoint,
                         folded_under, load_adapter, load_model, load_with_adapters, new_folder, open_tensors,
-                        packed_weights, peft_names, read_adapter_config, read_packed, stored_as, swapped_stacks,
-                        tensor_files, warn_of_folded, write_json, write_tensors)
+                        packed_weights, peft_names, pissa_start, read_adapter_config, read_packed, stored_as,
+                        swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
 from data import collate, kept_in, load_examples
 from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
@@ -224,12 +224,24 @@ def plan_tensors(base, adapters, dtype, form: Form | None = None) -> tuple[dict[
         raise ValueError(f"{base}: {len(missing)} tensors that config.json describes are not in the files, such as "
                          f"{', '.join(missing[:4])}. Is the download complete?")
     for adapter in adapters:
-        for name, change in changes_of(adapter, base).items():
+        for name, change in [*taken_out(adapter, base), *changes_of(adapter, base).items()]:
             if tied and name in (head, embedding):
                 untied = True
                 plan.setdefault(head, replace(plan[embedding], changes=[]))
             plan[name].changes.append(change)
     return plan, untied
+
+
+def taken_out(adapter, base) -> list[tuple[str, Change]]:
+    """(tensor name, Change) of what PiSSA took out of the base before the adapter learnt beside it."""
+    config = read_adapter_config(adapter)[0]
+    if not config.pissa:
+        return []
+    if not (start := pissa_start(adapter, config)):
+        raise ValueError(f"{adapter} is a PiSSA adapter without its folder pissa_init, which merging reads: take that "
+                         "in pissa_converted (pissa_convert: true writes it), or merge it with peft")
+    return [(name, replace(change, scale=-change.scale, has_lengths=False))
+            for name, change in changes_of(start, base).items() if change.scale is not None]
 
 
 def changes_of(adapter, base) -> dict[str, Change]:

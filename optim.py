@@ -1,10 +1,10 @@
-"""The optimizer's parameter groups and the learning-rate schedules, as LLaMA-Factory users know them.
+"""The optimizer, its parameter groups and the learning-rate schedules, as LLaMA-Factory users know them.
 
 A schedule here is a plain function: schedule(config, total_steps) returns factor(step), and the learning rate of
 optimizer step `step` (0-based) is learning_rate * factor(step).
 
-Read before: lora.py. Read after: train.py.
-Papers: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
+Read before: lora.py, updates.py. Read after: train.py.
+Papers: LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
 arXiv:2404.06395, NEFTune arXiv:2310.05914.
 """
 import difflib
@@ -12,6 +12,8 @@ import math
 from collections import defaultdict
 
 import torch
+
+from updates import SMALLEST, UPDATES
 
 
 def _linear(s, total, warm, kw):
@@ -110,7 +112,8 @@ def schedule(config, total_steps: int):
 
 
 def parameter_groups(named: dict, config) -> list[dict]:
-    """AdamW groups from {name: parameter}. Each holds `base_lr`; decay spares biases and norms, not DoRA's lengths.
+    """The optimizer's groups from {name: parameter}. Each holds `base_lr` and `update`, a name in UPDATES; decay spares
+    biases and norms, not DoRA's lengths.
 
     LoRA+ (loraplus_lr_ratio): matrices B learn `ratio` times faster than A (arXiv:2402.12354, sec. 4), and adapters of
     embeddings at loraplus_lr_embedding. The first group is that whose rate the logs show.
@@ -120,68 +123,81 @@ def parameter_groups(named: dict, config) -> list[dict]:
     def key(name, p):
         thin = p.dim() == 1 and not name.endswith("lora_magnitude_vector")
         spared = thin or "norm" in name.lower() or name.endswith("bias")
+        if ratio is not None or config.use_galore:          # there LayerNorm alone counts to LLaMA-Factory, not RMSNorm
+            spared = "bias" in name
+        if config.use_muon:                                 # and there nothing is spared
+            spared = False
         if ratio is not None and "lora_embedding_" in name:
-            return config.loraplus_lr_embedding, not spared
+            return config.loraplus_lr_embedding, not spared, "adamw"
         fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
-        return rate * ratio if fast else rate, not spared
+        return rate * ratio if fast else rate, not spared, update_of(name, p, config)
 
     groups = {}
     for name, p in named.items():
         groups.setdefault(key(name, p), []).append(p)
-    order = sorted(groups, key=lambda k: (k[0] != rate, not k[1]))
-    return [{"params": groups[k], "lr": k[0], "base_lr": k[0], "weight_decay": config.weight_decay if k[1] else 0.0}
-            for k in order]
+    order = sorted(groups, key=lambda k: (k[0] != rate, not k[1], k[2]))
+    return [{"params": groups[k], "lr": k[0], "base_lr": k[0], "weight_decay": config.weight_decay if k[1] else 0.0,
+             "update": k[2]} for k in order]
 
 
-class AdamW:
-    """torch.optim.AdamW, as far as we need it, without what that does when it is made: import torch's compiler, which
-    takes as long as a small run's first steps.
+def update_of(name: str, p, config) -> str:
+    """The name in UPDATES of what changes this parameter: embedding, head, and what is no matrix, are left to AdamW."""
+    inner = p.dim() == 2 and "embed" not in name and "lm_head" not in name
+    if config.use_muon:
+        return "muon" if inner else "adamw"
+    if config.use_galore:
+        meant = inner if config.galore_target == ["all"] else any(part in name for part in config.galore_target)
+        return "galore" if meant and p.dim() == 2 and "embed" not in name else "adamw"
+    if "8bit" in config.optim:
+        return "adamw_8bit" if p.numel() >= SMALLEST and "embed" not in name else "adamw"
+    return "adamw"
 
-    param_groups: as of parameter_groups, with betas and eps. state: {parameter: {"step", "exp_avg", "exp_avg_sq"}}, the
-    fields of torch's; a parameter that has never had a gradient has none.
+
+class Optimizer:
+    """What torch.optim offers, as far as we need it, without what that does when it is made: import torch's compiler,
+    which takes as long as a small run's first steps.
+
+    param_groups: as of parameter_groups, and what updates.py asks of them. state: {parameter: {field: tensor}}; a
+    parameter that has never had a gradient has none.
     """
 
-    def __init__(self, groups: list, betas: tuple, eps: float, update):
-        self.param_groups = [group | {"betas": betas, "eps": eps} for group in groups]
-        self.state, self.update = defaultdict(dict), update
+    def __init__(self, groups: list):
+        self.param_groups, self.state = groups, defaultdict(dict)
 
     @torch.no_grad()
     def step(self):
         """Change the parameters that have a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
+            params, (fresh, update) = [p for p in group["params"] if p.grad is not None], UPDATES[group["update"]]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                                     "exp_avg_sq": torch.zeros_like(p)}
+                    self.state[p] = fresh(p, group)
             if params:
-                states = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
-                self.update(params, [p.grad for p in params], *states, group)
+                update(params, [self.state[p] for p in params], group)
 
 
-def adamw_fused(params, grads, means, squares, steps, group):
-    """One kernel for all parameters of a group."""
-    torch._foreach_add_(steps, 1)
-    torch._fused_adamw_(params, grads, means, squares, [], steps, lr=group["lr"], beta1=group["betas"][0],
-                        beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
-                        maximize=False)
+def make_optimizer(named: dict, config, device) -> Optimizer:
+    """The optimizer of the trainable parameters, in LLaMA-Factory's groups; AdamW is fused where torch has the kernel.
+
+    Raises ValueError for a galore_target that means none of them.
+    """
+    more = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon, "rank": config.galore_rank,
+            "gap": config.galore_update_interval, "scale": config.galore_scale,
+            "eps_first": config.use_galore or config.use_muon}
+    groups = [group | more for group in parameter_groups(named, config)]
+    if config.use_galore and not any(group["update"] == "galore" for group in groups):
+        raise ValueError(f"galore_target: {', '.join(config.galore_target)} is in the name of no matrix that learns; "
+                         f"such names are {', '.join(list(named)[:4])}")
+    for group in groups:
+        if group["update"] == "adamw" and (device.type not in ("cpu", "cuda") or group["eps_first"]):
+            group["update"] = "adamw_plain"
+    return Optimizer(groups)
 
 
-def adamw_plain(params, grads, means, squares, steps, group):
-    """The slow twin of adamw_fused: arXiv:1711.05101, algorithm 2, in the paper's order."""
-    (beta1, beta2), rate = group["betas"], group["lr"]
-    for p, g, m, v, t in zip(params, grads, means, squares, steps):
-        t += 1
-        m.mul_(beta1).add_(g, alpha=1 - beta1)
-        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        corrected = m / (1 - beta1 ** t), v / (1 - beta2 ** t)
-        p.mul_(1 - rate * group["weight_decay"]).sub_(corrected[0] / (corrected[1].sqrt() + group["eps"]), alpha=rate)
-
-
-def make_optimizer(named: dict, config, device) -> AdamW:
-    """AdamW over the trainable parameters (LLaMA-Factory's betas, eps and groups), fused where torch has the kernel."""
-    return AdamW(parameter_groups(named, config), (config.adam_beta1, config.adam_beta2), config.adam_epsilon,
-                 adamw_fused if device.type in ("cpu", "cuda") else adamw_plain)
+def state_bytes(named: dict, config) -> int:
+    """Bytes that the optimizer will remember of these parameters, which may be on the meta device."""
+    return sum(tensor.nbytes for group in make_optimizer(named, config, torch.device("cpu")).param_groups
+               for p in group["params"] for tensor in UPDATES[group["update"]][0](p, group).values())
 
 
 def set_rates(optimizer, factor: float) -> float:

@@ -39,6 +39,7 @@ from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
 from model import CausalLM, LayerNorm, MoE, bytes_in_words
+from optim import state_bytes
 from quant import Form, can_be_quantised, embedding_may_stay_outside, empty_quantised, piece_of, quantised_weights
 
 HEAD_CHUNKS = 1.5       # of a chunk's float32 logits live at once in the loss, rounded ones counted; with softcap 4
@@ -106,7 +107,7 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     if fp8:
         frozen -= sum(m.weight.numel() * (m.weight.itemsize - 1) for m in model.modules() if isinstance(m, LoRALinear))
     gradients = trained
-    states = 2 * trained + 4 * len(sizes)                               # AdamW: two means, and a counter of steps
+    states = state_bytes(trainable(model), config)
     if sharded:
         blocks = [sum(p.nbytes for p in block.parameters()) for block in model.model.layers]
         gathered = frozen + trained - sum(blocks) + 2 * max(blocks)
@@ -170,7 +171,7 @@ def plan_lines(plan: Plan, available: int | None) -> list[str]:
     """The plan as a table for the start page."""
     rows = plan.asked["rows"]
     notes = {"weights": "frozen", "trained": "weights that learn, float32", "gradients": "float32",
-             "optimizer": "AdamW, two float32 means", "activations": "kept for the backward pass",
+             "optimizer": "what it remembers of gradients", "activations": "kept for the backward pass",
              "working": "the loss, or one block in the backward pass"}
     free = "" if available is None else f"of {bytes_in_words(available)} that are free: " + (
         "fits" if plan.total <= SPARE * available else "tight" if plan.total <= available else "does not fit")

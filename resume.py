@@ -204,7 +204,8 @@ def not_of_this_run(output: Path, resume) -> list[Path]:
     if (output / "trainer_log.jsonl").is_file() and not (output / "all_results.json").is_file():
         return there
     found = sorted(output.iterdir()) if output.is_dir() else []
-    return [path for path in found if path.name not in (LOCK, TOKENISED, "train_config.json", "trainer_log.jsonl")
+    return [path for path in found
+            if path.name not in (LOCK, TOKENISED, "pissa_init", "train_config.json", "trainer_log.jsonl")
             and path.suffix not in (".partial", ".damaged")]
 
 
@@ -213,7 +214,8 @@ def not_of_this_run(output: Path, resume) -> list[Path]:
 # what cannot change when a run goes on: the shape of what is trained
 FIXED = ("finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
          "use_rslora", "use_dora", "lora_dropout", "freeze_trainable_layers", "freeze_trainable_modules",
-         "freeze_extra_modules", "pure_bf16")
+         "freeze_extra_modules", "pure_bf16", "pissa_init", "pissa_iter", "optim", "use_muon",
+         "use_galore", "galore_target", "galore_rank")
 # what makes the rest of the run another one: the rows, their order, how they become tokens, the base
 DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter", "base_precision",
              "ref_model", "ref_model_adapters",
@@ -225,13 +227,15 @@ DANGEROUS = ("model_name_or_path", "model_revision", "adapter_name_or_path", "cr
              "seed", "data_seed", "dataloader_drop_last", "even_batches", "token_budget")
 # what applies from the first step on that is taken anew, and is listed
 HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps", "num_train_epochs",
-            "max_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+            "max_steps", "galore_update_interval", "galore_scale", "weight_decay", "adam_beta1", "adam_beta2",
+            "adam_epsilon", "max_grad_norm",
             "pref_loss", "paper_losses", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight",
             "kto_rejected_weight", "loraplus_lr_ratio", "loraplus_lr_embedding", "moe_aux_loss_coef", "neftune_noise_alpha",
             "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16", "fp16", "use_cpu",
             "flash_attn", "disable_gradient_checkpointing", "ddp_timeout", "fsdp", "force_template", "logging_steps", "logging_first_step",
             "save_strategy", "save_steps", "save_total_limit", "save_only_model", "do_eval", "eval_strategy", "eval_steps",
-            "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps")
+            "per_device_eval_batch_size", "pissa_convert", "load_best_model_at_end", "metric_for_best_model",
+            "early_stopping_steps")
 # what says nothing about the training: where it is kept, how it is shown, and what other scripts read
 NOT_COMPARED = ("versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume", "time_limit",
                 "dry_run", "profile", "torch_compile", "cache_dir", "tokenized_path", "overwrite_cache", "preprocessing_num_workers",

@@ -38,8 +38,8 @@ from tqdm import tqdm
 
 from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, folded_under, into_folder, load_adapter, load_model,
                         load_training_state, new_folder, open_tensors, packed_weights, read_adapter_config, rng_state,
-                        save_adapter, save_model, save_training_state, stored_as, tensor_files, whole, write_checksums,
-                        write_json)
+                        save_adapter, save_converted, save_model, save_pissa_start, save_training_state, stored_as,
+                        tensor_files, whole, write_checksums, write_json)
 from data import (COLLATE, budget_batches, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
                   print_counts, print_row)
 from families import model_config, read_config_json
@@ -205,6 +205,8 @@ def main(argv):
     if ranks.main:
         prepare_output(config, resume, weights)
         write_json(output / "train_config.json", settings)
+        if lora and lora.pissa and not resume:
+            save_pissa_start(model, output / "pissa_init", lora, config.model_name_or_path)
     log = RunLog(output, total_steps, state["step"], state.pop("history"), disabled=bool(config.disable_tqdm),
                  writes=ranks.main, trackers=open_trackers(config, settings, state["step"]) if ranks.main else [])
     log_every, save_every = in_steps(config.logging_steps, total_steps), in_steps(config.save_steps, total_steps)
@@ -353,6 +355,9 @@ def main(argv):
     with into_folder(output) as folder:
         save_weights(config, model, lora, folder, base, tokenizer, settings, head,
                      dtype if config.finetuning_type == "freeze" else None)
+    if config.pissa_convert:
+        save_converted(model, output / "pissa_converted", lora, config.model_name_or_path)
+        write_json(output / "pissa_converted/train_config.json", settings)
     end_ranks()
     results["speed"] = speed_results(pace, device, dtype, ranks.world, PRODUCTS.get(model.product, torch_product))
     write_json(output / "trainer_state.json", trainer_state(config, log, state["step"], state["epoch"]))
@@ -526,8 +531,10 @@ def lora_settings(config, adapters, resume) -> LoRAConfig | None:
     continued = resume or (adapters[-1] if adapters and not config.create_new_adapter else None)
     if continued:
         return read_adapter_config(continued)[0]
+    pissa = f"pissa_niter_{config.pissa_iter}" if config.pissa_iter >= 0 else "pissa"
     return LoRAConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, config.use_rslora, config.use_dora,
-                      config.lora_target, config.additional_target or [])
+                      config.lora_target, config.additional_target or [],
+                      init_lora_weights=pissa if config.pissa_init else True)
 
 
 @contextmanager

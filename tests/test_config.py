@@ -86,12 +86,13 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
      ref_model_adapters"""),    # torch_compile: false
     (False, """disable_gradient_checkpointing train_from_scratch train_on_prompt split_special_tokens mask_history neat_packing
      preserve_thinking create_new_adapter use_rslora use_dora
-     pure_bf16 disable_shuffling plot_loss bf16 fp16 logging_first_step
+     pissa_init pissa_convert pure_bf16 use_muon use_galore disable_shuffling plot_loss bf16 fp16 logging_first_step
      save_only_model load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir overwrite_cache"""),
     (True, "enable_thinking do_sample skip_special_tokens double_quantization"), ("bnb", "quantization_method"),
     ("nf4", "quantization_type"),
     ("auto", "flash_attn infer_dtype"), ("main", "model_revision"), ("cpu", "export_device"), ("data", "dataset_dir"),
-    (["all"], "lora_target freeze_trainable_modules"), (2, "freeze_trainable_layers"), ("sigmoid", "pref_loss"),
+    (["all"], "lora_target freeze_trainable_modules galore_target"), (16, "galore_rank pissa_iter"),
+    (200, "galore_update_interval"), (2, "galore_scale"), (2, "freeze_trainable_layers"), ("sigmoid", "pref_loss"),
     (0.1, "pref_beta"), (1.0, "kto_chosen_weight kto_rejected_weight"),
     ("sft", "stage"), ("lora", "finetuning_type"), ("linear", "lr_scheduler_type"),
     ("adamw_torch_fused", "optim"), ("no", "eval_strategy"), ("steps", "save_strategy"), ({}, "lr_scheduler_kwargs"),
@@ -109,7 +110,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
 PEER_OFF = {            # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
     "infer_backend": "huggingface", "mix_strategy": "concat", "ignore_pad_token_for_loss": "true", "num_beams": "1",
     "label_smoothing_factor": "0.0", "logging_strategy": "steps", "eval_delay": "0",
-    "train_sampling_strategy": "random", "save_safetensors": "true",
+    "train_sampling_strategy": "random", "galore_proj_type": "std", "save_safetensors": "true",
 }
 
 
@@ -365,7 +366,7 @@ def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
     ("dataset: {a: b}", "not a list of names"), ("placeholders: Max", "not a mapping"),
     ("save_steps: 1.5", "share below 1"),
     ("stage: sftt", "none of sft, pt, rm, dpo, kto (did you mean 'sft'?)"), ("stage: ppo", "not in this release yet"),
-    ("finetuning_type: oft", "not in this release yet"), ("optim: adamw_8bit", "none of adamw_torch_fused"),
+    ("finetuning_type: oft", "not in this release yet"), ("optim: adafactor", "none of adamw_torch_fused"),
     ("seed: 1\nseed: 2", "line 2: seed was already set on line 1"),
     ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),
     ("eval_strategy: no\nevaluation_strategy: no", "line 2: eval_strategy was already set at"),

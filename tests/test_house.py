@@ -9,7 +9,7 @@ import pytest
 from tests.common import ROOT
 
 LEVELS = (      # a file imports files of earlier lines only; scripts, the last line, therefore never import each other
-    ("vocabularies", "formats", "sandbox", "linear", "fp8", "quant", "words", "workers", "trackers"),
+    ("vocabularies", "formats", "sandbox", "linear", "fp8", "quant", "words", "workers", "trackers", "updates"),
     ("config", "families", "attention", "tokenizer", "tools", "losses", "optim", "parallel", "report", "generate", "scores"),
     ("model", "lora", "templates", "rows", "speed"),
     ("checkpoint", "plan", "store", "decode", "answers", "choices"),

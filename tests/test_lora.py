@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint import (PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, peft_names,
-                        save_adapter)
+from checkpoint import (PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, peft_names, save_adapter,
+                        save_converted, save_pissa_start)
 from families import model_config
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, expert_matrices, find_targets, lora_layers,
                   merge_adapters, merged_weight, set_adapters, trainable, unfreeze)
 from losses import cross_entropy_sum
+from merge import merge_checkpoint
 from model import CausalLM
 from optim import parameter_groups
 from tests import twins
@@ -245,6 +246,99 @@ def test_dora_of_stacks_is_refused():
     model = load_model(GOLDEN / "models" / "llama4", skip_weights=True)
     with pytest.raises(ValueError, match="use_dora: .*experts.* is a stack of experts"):
         attach_lora(model, LoRAConfig(target_modules=["experts"], use_dora=True), called=model.config.stored_name)
+
+
+# ---- PiSSA ----
+
+
+def pissa(model, rank=4, init="pissa", **more):
+    config = LoRAConfig(r=rank, lora_alpha=12, init_lora_weights=init, **more)
+    return attach_lora(model, config, seed=3), config
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_300"])
+def test_pissa_begins_as_pefts(init):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = nn.Linear(40, 30)
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(40, 30)), peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=["0"]))
+    twin = theirs.get_submodule("base_model.model.0")
+    twin.base_layer.load_state_dict(base.state_dict())
+    twin.pissa_init("default", init)
+    x, wanted = torch.randn(7, 40), base.weight.detach().clone()
+    before = base(x)
+    layer = pissa(nn.Sequential(base), init=init)[0][0]
+    assert torch.allclose(layer(x), before, atol=1e-5)
+    assert torch.allclose(layer.weight, twin.base_layer.weight, atol=1e-3 if "niter" in init else 1e-5)
+    for ours, peers in ((layer.lora_A.weight, twin.lora_A.default.weight),
+                        (layer.lora_B.weight.T, twin.lora_B.default.weight.T)):
+        assert torch.allclose(ours.norm(dim=1), peers.norm(dim=1), rtol=1e-3)          # up to signs
+    gone = torch.linalg.matrix_norm(wanted - layer.weight, 2) / torch.linalg.matrix_norm(wanted, 2)
+    assert abs(gone - 1) < 1e-3 and layer.replaced[0].weight is layer.weight
+    shake(nn.Sequential(layer))
+    layer.enabled = False
+    assert torch.allclose(layer(x), before, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}, {"use_dora": True},
+                                  {"modules_to_save": ["norm"]}], ids=str)
+def test_pissa_on_disk(more, tmp_path):
+    """Read again, merged, and converted to a plain adapter, which PEFT opens on the base as it was: all the same."""
+    base = write(tmp_path / "base", tiny())
+    model, config = pissa(load_model(base), init="pissa_niter_1", **more)
+    save_pissa_start(model, tmp_path / "a/pissa_init", config, str(base))
+    shake(model.eval(), size=0.1)
+    wanted = logits_of(model, IDS)
+    save_adapter(model, tmp_path / "a", config, str(base))
+    save_converted(model, tmp_path / "plain", config, str(base))
+    again, plain = load_model(base), load_model(base)
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(logits_of(again, IDS), wanted)
+    set_adapters(again, False)
+    if "modules_to_save" not in more:
+        assert (logits_of(again, IDS) - logits_of(load_model(base), IDS)).abs().max() < 1e-4
+    read = load_adapter(plain, tmp_path / "plain")
+    assert read.r == 8 and not read.pissa
+    assert {layer.lora_A.out_features for layer in lora_layers(plain).values()} == {8}
+    assert (logits_of(plain, IDS) - wanted).abs().max() < 1e-4
+    merge_checkpoint(base, [tmp_path / "a"], tmp_path / "merged")
+    assert (logits_of(load_model(tmp_path / "merged"), IDS) - wanted).abs().max() < 1e-4
+    with torch.no_grad():
+        assert (in_peft(base, tmp_path / "plain")(IDS).logits - wanted).abs().max() < 1e-4
+
+
+def test_pissa_that_peft_made(tmp_path):
+    """Exact parts are found again in the base, as PEFT does; random ones only with the folder pissa_init."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    base = write(tmp_path / "base", tiny())
+    for init in ("pissa", "pissa_niter_2"):
+        theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
+            r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=init, task_type="CAUSAL_LM"))
+        theirs.peft_config["default"].init_lora_weights = True
+        theirs.save_pretrained(tmp_path / init / "pissa_init")
+        theirs.peft_config["default"].init_lora_weights = init
+        shake(theirs, size=0.1).eval().save_pretrained(tmp_path / init)
+        with torch.no_grad():
+            wanted = theirs(IDS).logits
+        ours = load_model(base)
+        load_adapter(ours, tmp_path / init)
+        assert (logits_of(ours, IDS) - wanted).abs().max() < 1e-4
+        shutil.rmtree(tmp_path / init / "pissa_init")
+        ours = load_model(base)
+        if init == "pissa":
+            load_adapter(ours, tmp_path / init)
+            assert (logits_of(ours, IDS) - wanted).abs().max() < 1e-3
+            with pytest.raises(ValueError, match="PiSSA adapter without its folder pissa_init, which merging reads"):
+                merge_checkpoint(base, [tmp_path / init], tmp_path / "merged")
+        else:
+            with pytest.raises(FileNotFoundError, match="begun with pissa_niter_2, .*put its folder pissa_init into"):
+                load_adapter(ours, tmp_path / init)
+
+
+def test_pissa_of_more_parts_than_there_are():
+    with pytest.raises(ValueError, match="pissa_init: a matrix of 16 x 32 has no 17 singular parts; lower lora_rank"):
+        pissa(tiny(), rank=17)
 
 
 # ---- some layers alone (finetuning_type: freeze) ----
@@ -497,7 +591,7 @@ A0 = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
     (dict(layers_to_transform=0), "layers_to_transform: 0 is not honoured"),
     (dict(trainable_token_indices=[3]), r"trainable_token_indices: \[3\] is not honoured"),
     (dict(ensure_weight_tying=True), "ensure_weight_tying: True is not honoured"),
-    (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights 'pissa_niter_4' changed the base weights"),
+    (dict(init_lora_weights="olora"), "init_lora_weights 'olora' changed the base weights"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_adapter_that_does_not_fit(damage, words, tmp_path):
     with pytest.raises(ValueError, match=f"(?s){words}"):

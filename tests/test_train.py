@@ -81,7 +81,8 @@ def mark(tensor):
 @needs_shared
 @pytest.mark.parametrize("case", OTHERS)
 def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
-    """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks."""
+    """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks; loss alone, to `within`,
+    where an optimizer makes much of the last bits of a gradient: it rounds to bytes, or to directions."""
     recorded, more = OTHERS[case], []
     if case.startswith("dora"):
         folder, fields = dora_init(tmp_path / "init")
@@ -89,7 +90,9 @@ def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
         more = [f"adapter_name_or_path={folder}"]
     ours = run("sft_llama3", tmp_path / "out", monkeypatch, *recorded["settings"], *more)
     rows = [row for row in ours["log_history"] if "loss" in row]
-    assert [row["loss"] for row in rows] == pytest.approx(recorded["loss"], abs=1e-5)
+    assert [row["loss"] for row in rows] == pytest.approx(recorded["loss"], abs=recorded.get("within", 1e-5))
+    if "within" in recorded:
+        return
     assert [row["grad_norm"] for row in rows] == pytest.approx(recorded["grad_norm"], abs=1e-4)
     file = next(path for path in (tmp_path / "out").glob("*model.safetensors"))
     assert {name: mark(t) for name, t in load_file(file).items()} == pytest.approx(recorded["marks"], abs=2e-4)
@@ -138,12 +141,18 @@ def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
 @needs_shared
 @pytest.mark.parametrize("case, more", [("sft_shuffled", []), ("sft_qwen2_loraplus", []),
                                         ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"]),
+                                        *[("sft_shuffled", ["finetuning_type=full", "adapter_name_or_path=null", *more])
+                                          for more in (["optim=adamw_8bit"], ["use_muon=true"], [
+                                              "use_galore=true", "galore_rank=4", "galore_update_interval=3"])],
+                                        ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_rank=4",
+                                                          "pissa_init=true", "pissa_iter=2", "pissa_convert=true"]),
                                         ("sft_shuffled", ["use_dora=true", "create_new_adapter=true",
                                                           "lora_dropout=0.2"])])
 def test_resumed_equals_never_stopped(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
     noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
     whole = run(case, tmp_path / "a", monkeypatch, *noise)
+    file = next((tmp_path / "a").glob("*model.safetensors")).name
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for late in (tmp_path / "b").glob("checkpoint-*"):
         if int(late.name.split("-")[1]) > 2:
@@ -152,7 +161,7 @@ def test_resumed_equals_never_stopped(case, more, tmp_path, monkeypatch):
     strip = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in whole["log_history"]]
     again = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in resumed["log_history"]]
     assert strip == again
-    assert same_tensors(tmp_path / "a/adapter_model.safetensors", tmp_path / "b/adapter_model.safetensors", 0)
+    assert same_tensors(tmp_path / "a" / file, tmp_path / "b" / file, 0)
     assert [r["current_steps"] for r in read_jsonl(tmp_path / "b/trainer_log.jsonl")] == \
         [r["current_steps"] for r in read_jsonl(tmp_path / "a/trainer_log.jsonl")]
 
