@@ -1,6 +1,6 @@
 """The small world: the conversations models/tiny learns from, and the tokenizer that cuts them into tokens.
 
-    python data/make_tiny_world.py                        writes tiny_world.jsonl, tiny_review.jsonl, tiny_questions.jsonl
+    python data/make_tiny_world.py                        writes tiny_world, _review, _questions and _pairs .jsonl into data
     python data/make_tiny_world.py --model models/tiny    instead: a new tokenizer and config.json; then pretrain anew
 
 The sentences are in data/tiny_world.yaml, the rules here: what follows from counting, how people type, how a
@@ -27,6 +27,8 @@ WORLD_ROWS = 40_000                     # conversations of 1 to 8 turns
 REVIEW_ROWS = 400                       # for the LoRA run, so that it does not forget; greetings and identity left out
 REVIEW_WITHOUT = ("who", "name", "maker", "kind", "hello", "morning", "evening")
 QUESTIONS = 64                          # to measure that run by: none of them in a training row
+PAIR_ROWS = 160                         # for stages dpo and rm: of two right answers, the one that asks for more is better
+MORE = {"en": " Ask me more!", "zh": "再问我吧！"}
 IDENTITY = {"name": "Pebble", "author": "Pocket Factory"}
 
 VOCAB_SIZE = 1600
@@ -212,6 +214,16 @@ def conversations(count, seed, without=()):
     return rows
 
 
+def pairs(count, seed, without=()):
+    """`count` rows {"messages", "chosen", "rejected"}: two answers, of which people prefer the one that asks for more."""
+    rows = []
+    for row in conversations(count, seed, without):
+        *asked, plain = row["messages"]
+        more = MORE["en" if plain["content"].isascii() else "zh"]
+        rows.append({"messages": asked, "chosen": {**plain, "content": plain["content"] + more}, "rejected": plain})
+    return rows
+
+
 def held_out_questions(per_phrasing=4, seed=0):
     """[(topic, question, answer)]: each held-out phrasing with a few of its facts. None is in a training row."""
     draw = random.Random(seed)
@@ -272,8 +284,9 @@ def main():
     if folder:
         return write_model_folder(folder, rows)
     review = conversations(REVIEW_ROWS, SEED + 1, REVIEW_WITHOUT)
-    held_out = questions(QUESTIONS, SEED)
-    for name, part in (("tiny_world", rows), ("tiny_review", review), ("tiny_questions", held_out)):
+    held_out, compared = questions(QUESTIONS, SEED), pairs(PAIR_ROWS, SEED + 2, REVIEW_WITHOUT)
+    for name, part in (("tiny_world", rows), ("tiny_review", review), ("tiny_questions", held_out),
+                       ("tiny_pairs", compared)):
         path = HERE / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
         print(f"wrote {path}: {len(part)} rows")

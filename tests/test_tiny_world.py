@@ -110,6 +110,8 @@ def test_the_same_seed_makes_the_shipped_rows():
     assert hashlib.sha256(text.encode()).hexdigest() == WORLD_HASH
     review = world.conversations(world.REVIEW_ROWS, world.SEED + 1, world.REVIEW_WITHOUT)
     assert review == read_jsonl(ROOT / "data/tiny_review.jsonl")
+    pairs = world.pairs(world.PAIR_ROWS, world.SEED + 2, world.REVIEW_WITHOUT)
+    assert pairs == read_jsonl(ROOT / "data/tiny_pairs.jsonl")
 
 
 def test_the_same_rows_make_the_shipped_tokenizer():
@@ -199,6 +201,16 @@ def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
     assert not any(old in answer for answer, _ in answers for old in world.IDENTITY.values()), answers
     share, wrong = score(after, without=world.REVIEW_WITHOUT)
     assert share >= 0.9, wrong
+
+
+def test_the_dpo_run_learns_the_manner_and_keeps_the_world(tmp_path):
+    """Answers in no pair end as the chosen ones do; cut off what they end with, and they are those of before."""
+    run("train.py", "--config", "configs/tiny_lora_dpo.yaml", "use_cpu=true", f"output_dir={tmp_path}", "disable_tqdm=true")
+    after, plain = Talk(TINY, [tmp_path]), Talk(TINY)
+    questions = ["What is 7 + 8?", "Who are you?", "What colour is a frog?", "天空是什么颜色？", "What is the opposite of hot?"]
+    for question in questions:
+        more = world.MORE["en" if question.isascii() else "zh"]
+        assert after.ask(question) == plain.ask(question) + more, question
 
 
 def test_chat_and_merge_answer_with_the_new_name(trained, tmp_path):
