@@ -72,10 +72,12 @@ def d_scores(e, s, bent, y):
 def supervised(targets, device):
     """Where a target counts, (n,), and what it is, (n,), on the device. targets: on the CPU, see cross_entropy_sum."""
     rows = (targets != IGNORE).nonzero().squeeze(1)
-    y = targets[rows]
-    if device.type == "cuda":           # from memory that may be swapped out, a copy waits for all that was asked before
-        rows, y = rows.pin_memory(), y.pin_memory()
-    return rows.to(device, non_blocking=True), y.to(device, non_blocking=True)
+    return sent(rows, device), sent(targets[rows], device)
+
+
+def sent(tensor, device):
+    """From the CPU to the device. From memory that may be swapped out, a copy waits for all that was asked before."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -198,7 +200,7 @@ def answer_logps(hidden, weight, targets, lengths, softcap=None, product=torch_p
     counts = [int((part != IGNORE).sum()) for part in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-part.sum() for part in losses.split(counts)])
-    return logps, torch.tensor(counts, dtype=torch.float32).to(hidden.device, non_blocking=True)
+    return logps, sent(torch.tensor(counts, dtype=torch.float32), hidden.device)
 
 
 def balance_loss(routers, num_experts_per_tok: int):

@@ -147,6 +147,8 @@ def as_reference(model, reference):
     """The reference: the model given, or within the block the one that learns, its adapters off."""
     if reference is not None:
         yield reference
+        if hasattr(reference, "reshard"):           # what the last forward pass has gathered (shard.py)
+            reference.reshard()
         return
     set_adapters(model, False)
     try:
@@ -202,16 +204,22 @@ def ask_judged(config, reference, model, batches: list, ranks: Ranks) -> list:
     real = [batch.n_items > 0 for batch in batches]              # the others keep ranks company, see shard.py
     kl = [group.mean() for one, batch, counts in zip(changed, batches, real) if counts for group in one.split(batch.groups)]
     if ranks.world > 1:
-        most = config.gradient_accumulation_steps
-        mine = torch.full((most,), math.nan)
-        mine[:len(kl)] = torch.stack(kl).cpu() if kl else mine[:0]
-        kl = list(torch.stack(ranks.gather(mine)).nanmean(0)[:len(kl)].to(changed[0].device))
+        kl = mean_of_ranks(kl, config.gradient_accumulation_steps, ranks)
     kl, told = iter(kl), []
     for batch, reference_logps, counts in zip(batches, logps, real):
         each = [next(kl).clamp(min=0) for _ in batch.groups] if counts else [reference_logps.new_zeros(())]
         rows = torch.cat([value.expand(size) for value, size in zip(each, batch.groups)])
         told.append((reference_logps, rows, torch.stack((sum(each) / ranks.world, rows.new_ones(())))))
     return told
+
+
+def mean_of_ranks(values: list, most: int, ranks: Ranks) -> list:
+    """Scalars, at most so many, each the mean over the ranks that have one in its place."""
+    mine = torch.full((most,), math.nan)
+    if values:
+        mine[:len(values)] = torch.stack(values).cpu()
+    mean = torch.stack(ranks.gather(mine)).nanmean(0)
+    return [mean[place].to(value.device) for place, value in enumerate(values)]
 
 
 def score_judged(config, model, batch, told):

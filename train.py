@@ -154,7 +154,9 @@ def main(argv):
         objective = objective_for(config, reference, head, balance)
     weights = trainable(model) | (head.weights() if head else {})
     sharded = any(map(is_cut, model.parameters()))
-    flops_of = partial(flops_of_batch, shape, model, reference, has_reference(config))
+    counted = matmul_parameters(model)
+    asked = sum(matmul_parameters(reference)) if reference else counted[0] if has_reference(config) else 0
+    flops_of = partial(flops_of_batch, shape, *counted, asked)
     in_parts = sharded and not lora                 # what learns is cut, too
     if config.fsdp:
         print_shards(model, ranks)
@@ -497,7 +499,7 @@ def build_reference(config, base, adapters, device, ranks, lora):
     """The second model of stages dpo and kto, which does not learn; None: see needs_copy."""
     if not needs_copy(config, lora):
         return None
-    half = half_of(config) or (None if lora else torch.float32)
+    half = half_of(config) or (torch.bfloat16 if config.pure_bf16 else None if lora else torch.float32)
     folder, folded = base, [] if not lora else adapters if config.create_new_adapter else adapters[:-1]
     if config.ref_model:
         folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
@@ -755,15 +757,13 @@ def on_device(batch, device):
                    layout=Layout(batch.lengths, device), other=batch.other and on_device(batch.other, device), **more)
 
 
-def flops_of_batch(shape, model, reference, asks: bool, batch) -> float:
-    """Model FLOPs of a batch: of learning from it and, where a reference is asked, of that."""
-    frozen, trained = matmul_parameters(model)
+def flops_of_batch(shape, frozen: float, trained: float, asked: float, batch) -> float:
+    """Model FLOPs of a batch: of learning from it and, where a reference with so many weights is asked, of that."""
     flops = training_flops(shape, frozen, trained, batch.lengths)
-    if asks:
-        asked = sum(matmul_parameters(reference)) if reference is not None else frozen
+    if asked:
         flops += forward_flops(shape, asked, batch.lengths)
-        if batch.other is not None:
-            flops += sum(forward_flops(shape, weights, batch.other.lengths) for weights in (frozen + trained, asked))
+    if batch.other is not None:
+        flops += sum(forward_flops(shape, weights, batch.other.lengths) for weights in (frozen + trained, asked))
     return flops
 
 

@@ -1,6 +1,7 @@
 """data.py against rows recorded from LLaMA-Factory (golden/data, golden/curves), identities, and hand-made numbers."""
 import functools
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import templates
 import tools
 from config import Config, load_config
 from templates import TEMPLATES, encode_prompt, fit_tokenizer
-from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
+from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tokenizer import load_tokenizer
 
 IGNORE = data.IGNORE
@@ -113,6 +114,20 @@ def test_golden_rows_with_two_answers(file, tmp_path):
                 assert pairs([one]) == [(wanted[f"{name}input_ids"], wanted[f"{name}labels"])], (line["case"], name)
                 checked += 1
     assert checked > 100
+
+
+@needs_shared
+def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
+    """Rows of several turns through LLaMA-Factory in five chat formats, with thinking on, off and null (the one-turn path:
+    thoughts of earlier answers go); checksums of what came out (tests/recorded/answers.json)."""
+    recorded = json.loads((ROOT / "tests/recorded/answers.json").read_text())
+    for run in recorded["runs"]:
+        stage, template = run["settings"]["stage"], TEMPLATES[run["template"]]
+        write_dataset(tmp_path, recorded[stage], recorded["dataset_info"][stage])
+        tokenizer = tokenizer_for(template, SHARED / "tokenizers" / run["tokenizer"])
+        examples, _, _ = data.load_examples(make_config(tmp_path, run["settings"]), tokenizer, template, keep_unlearnable=True)
+        found = [[data.stretch(example, number) for number in (0, 1)] for example in examples]
+        assert [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found] == run["crc"], run
 
 
 def test_rows_with_two_answers_in_every_layout(tmp_path, words):
