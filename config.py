@@ -475,9 +475,8 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 
 KEYS = {f.name: f for f in fields(Config) if "help" in f.metadata}
 OWN_KEYS = ("compare", "join_micro_batches", "paper_losses", "base_precision", "token_budget", "profile", "dry_run",
-            "fast_chat", "time_limit",
-            "force_resume", "even_batches", "force_template", "placeholders", "skip_bad_rows", "overwrite", "prompt",
-            "raw", "jsonl", "merge_base")
+            "fast_chat", "time_limit", "force_resume", "even_batches", "force_template", "placeholders",
+            "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl", "merge_base")
 KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
     "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding",
              "pissa_iter"),

@@ -27,7 +27,7 @@ WORLD_ROWS = 40_000                     # conversations of 1 to 8 turns
 REVIEW_ROWS = 400                       # for the LoRA run, so that it does not forget; greetings and identity left out
 REVIEW_WITHOUT = ("who", "name", "maker", "kind", "hello", "morning", "evening")
 QUESTIONS = 64                          # to measure that run by: none of them in a training row
-PAIR_ROWS = 160                         # for stages dpo and rm: of two right answers, the one that asks for more is better
+PAIR_ROWS = 160                         # for stages dpo and rm: of two right answers, that which asks for more is better
 MORE = {"en": " Ask me more!", "zh": "再问我吧！"}
 IDENTITY = {"name": "Pebble", "author": "Pocket Factory"}
 
@@ -215,7 +215,7 @@ def conversations(count, seed, without=()):
 
 
 def pairs(count, seed, without=()):
-    """`count` rows {"messages", "chosen", "rejected"}: two answers, of which people prefer the one that asks for more."""
+    """`count` rows {"messages", "chosen", "rejected"}: two answers; people prefer the one that asks for more."""
     rows = []
     for row in conversations(count, seed, without):
         *asked, plain = row["messages"]

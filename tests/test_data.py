@@ -118,16 +118,18 @@ def test_golden_rows_with_two_answers(file, tmp_path):
 
 @needs_shared
 def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
-    """Rows of several turns through LLaMA-Factory in five chat formats, with thinking on, off and null (the one-turn path:
-    thoughts of earlier answers go); checksums of what came out (tests/recorded/answers.json)."""
+    """Rows of several turns through LLaMA-Factory in five chat formats, with thinking on, off and null: checksums of what
+    came out (tests/recorded/answers.json). Thoughts of earlier answers go there."""
     recorded = json.loads((ROOT / "tests/recorded/answers.json").read_text())
     for run in recorded["runs"]:
         stage, template = run["settings"]["stage"], TEMPLATES[run["template"]]
         write_dataset(tmp_path, recorded[stage], recorded["dataset_info"][stage])
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / run["tokenizer"])
-        examples, _, _ = data.load_examples(make_config(tmp_path, run["settings"]), tokenizer, template, keep_unlearnable=True)
+        config = make_config(tmp_path, run["settings"])
+        examples, _, _ = data.load_examples(config, tokenizer, template, keep_unlearnable=True)
         found = [[data.stretch(example, number) for number in (0, 1)] for example in examples]
-        assert [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found] == run["crc"], run
+        found = [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found]
+        assert found == run["crc"], run
 
 
 def test_rows_with_two_answers_in_every_layout(tmp_path, words):

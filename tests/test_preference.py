@@ -215,8 +215,8 @@ def test_the_base_as_ref_model_is_adapters_off(world, tmp_path, monkeypatch):
 
 
 def test_the_reference_pass_is_counted_in_flops(world):
-    """2 for each token and weight that is not an adapter's, and attention; kto adds forward passes of both over the answers
-    of other rows."""
+    """2 for each token and weight that is not an adapter's, and attention; kto adds forward passes of both over the
+    answers of other rows."""
     from checkpoint import load_model
     from lora import LoRAConfig, attach_lora
     from speed import matmul_parameters

@@ -205,7 +205,7 @@ def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
 
 def test_the_dpo_run_learns_the_manner_and_keeps_the_world(tmp_path):
     """Answers in no pair end as the chosen ones do; cut off what they end with, and they are those of before."""
-    run("train.py", "--config", "configs/tiny_lora_dpo.yaml", "use_cpu=true", f"output_dir={tmp_path}", "disable_tqdm=true")
+    run("train.py", "configs/tiny_lora_dpo.yaml", "use_cpu=true", f"output_dir={tmp_path}", "disable_tqdm=true")
     after, plain = Talk(TINY, [tmp_path]), Talk(TINY)
     questions = ["What is 7 + 8?", "Who are you?", "What colour is a frog?", "天空是什么颜色？", "What is the opposite of hot?"]
     for question in questions:
