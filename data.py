@@ -28,6 +28,7 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
+from attention import Layout, moved
 from checkpoint import find_checkpoint
 from families import read_config_json
 from report import print_example
@@ -635,6 +636,16 @@ def stretch(example: Example, number: int) -> Example:
 def collate_rows(groups: list[list[Example]], alike: bool = False) -> Batch:
     """The rows of some micro-batches of stages sft and pt: it does not matter which is whose."""
     return collate([example for group in groups for example in group])
+
+
+def on_device(batch, device):
+    """The batch with its tensors on the device, and the layout of its sequences; unchanged if it has been there. The
+    targets stay: the loss asks which of them count, and on a GPU the answer would have to be waited for."""
+    if batch.layout is not None:
+        return batch
+    more = {name: moved(getattr(batch, name), device) for name in ("shares", "desired") if getattr(batch, name) is not None}
+    return replace(batch, input_ids=moved(batch.input_ids, device), position_ids=moved(batch.position_ids, device),
+                   layout=Layout(batch.lengths, device), other=batch.other and on_device(batch.other, device), **more)
 
 
 COLLATE = {"sft": collate_rows, "pt": collate_rows, "rm": collate_answers, "dpo": collate_answers, "kto": collate_answers}

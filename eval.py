@@ -21,20 +21,20 @@ import zlib
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from config import ignored_keys, load_config, run
+from config import has_reference, ignored_keys, load_config, run
 
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "eval"))                 # --help and mistakes do not wait for torch
-from attention import Layout, moved, pick_device, pick_kernel          # before torch: see guard_amdsmi there
+from attention import pick_device, pick_kernel          # before torch: see guard_amdsmi there
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from answers import answer_all, answer_each, one_at_a_time
-from checkpoint import load_with_adapters, write_json
+from checkpoint import find_checkpoint, load_with_adapters, write_json
 from choices import accuracies, answers_of, find_subjects
-from data import (Encoded, collate, conversation_of, cut_pair, load_examples, micro_batches, print_counts, refuse,
-                  settings_of, split_rows)
+from data import (COLLATE, Encoded, collate, conversation_of, cut_pair, load_examples, micro_batches, on_device,
+                  print_counts, refuse, settings_of, split_rows)
 from decode import pick_step, prepare
 from families import model_config, read_config_json
 from generate import Sampling
@@ -43,6 +43,8 @@ from lora import merge_adapters
 from quant import form_asked
 from losses import balance_loss, cross_entropy_sum
 from model import attention_needs
+from parallel import Ranks
+from preference import VALUE_HEAD, ValueHead, logged, objective_of
 from report import eval_metrics, print_pairs, table
 from room import available_bytes
 from rows import find_sources, rows_of
@@ -52,7 +54,10 @@ from tokenizer import load_tokenizer, read_json
 from trained import chat_format, explained_out_of_memory, find_weights, other_bases, pick_dtype
 
 SHOWN = 3               # rows side by side
-COLUMNS = {"loss": "eval_token_loss", "perplexity": "eval_perplexity", **{name: f"predict_{name}" for name in NAMES}}
+# columns of the table: of replies and text, of preferences, of reward models
+TOLD = {"loss": "eval_token_loss", "perplexity": "eval_perplexity"}
+TOLD_OF_PAIRS = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+TOLD_OF_REWARDS = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Side:
     name: str
     base: Path
     adapters: list
+    reference: tuple | None = None                      # of preference stages: (base, adapters); None: adapters off
     results: dict = field(default_factory=dict)         # under LLaMA-Factory's names: eval_…, predict_…
     losses: list = field(default_factory=list)          # of each example: mean over its tokens, nan where it has none
     answers: list = field(default_factory=list)         # of each row: ids
@@ -119,10 +125,12 @@ def main(argv):
 
     # ---- the table
     write_json(output / "comparison.json", {side.name: side.results for side in sides})
+    columns = {"rm": TOLD_OF_REWARDS, "dpo": TOLD_OF_PAIRS, "kto": TOLD_OF_PAIRS}.get(config.stage, TOLD)
+    columns = columns | ({name: f"predict_{name}" for name in NAMES} if prompts else {})
     print()
-    print(table(["", *COLUMNS], [[side.name, *(in_digits(side.results.get(key)) for key in COLUMNS.values())]
+    print(table(["", *columns], [[side.name, *(in_digits(side.results.get(key)) for key in columns.values())]
                                  for side in sides]))
-    others = [side for side in sides[1:] if side.name == "base"]
+    others = [side for side in sides[1:] if side.name == "base" and (side.losses or prompts)]
     for text in changed_most(sides[0], others[0], examples, prompts, tokenizer) if others else []:
         print(text)
     for path in output.glob(progress_name("*")):        # all is done: the next run begins anew
@@ -131,37 +139,44 @@ def main(argv):
 
 
 def check(config):
-    """Raises ValueError for a config that says too little, or asks for what is measured elsewhere."""
+    """Raises ValueError for a config that says too little."""
     if config.task:
         return
     if not config.output_dir:
         raise ValueError(f"{config.source}: eval.py writes its files into output_dir; set it")
     if not config.eval_dataset and not config.dataset:
         raise ValueError(f"{config.source}: there are no rows to measure on; set eval_dataset")
-    if config.stage not in ("sft", "pt"):
-        raise ValueError(f"{config.source}: eval.py measures replies, and rows of stage: {config.stage} are pairs or "
-                         "marks; take stage=sft and rows with replies. Rewards are told by train.py (eval_strategy)")
 
 
 # ---- which models, which rows -----------------------------------------------------------------------------------
 
 
 def sides_of(config, base: Path, adapters: list) -> list[Side]:
-    """What is measured: the tuned model, and with `compare` its base and the merged model in export_dir."""
+    """What is measured: the tuned model, and with `compare` its base and the merged model in export_dir. A reward model
+    has no base to be compared with: its value head came about in training."""
     full = config.finetuning_type != "lora" and base != Path(config.model_name_or_path)
     tuned = Side("adapter" if adapters else "tuned" if full else "base", base, adapters)
     sides = [tuned]
+    if config.stage == "rm":
+        return sides
     if config.compare and tuned.name != "base":
         sides.append(Side("base", Path(config.model_name_or_path) if full else base, []))
     if config.compare and config.export_dir and (Path(config.export_dir) / "config.json").is_file():
         sides.append(Side("merged", Path(config.export_dir), []))
+    for side in sides:
+        if config.ref_model:
+            folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
+            side.reference = (folder, config.ref_model_adapters or [])
+        elif not side.adapters and side.name != "base":
+            side.reference = (Path(config.model_name_or_path) if full else base, [])
     return sides
 
 
 def wants_answers(config) -> bool:
-    """Answers are given if they are asked for, or nothing is; the loss is told anyway. Running text has none."""
+    """Answers are given if they are asked for, or nothing is; the loss is told anyway. Running text asks for none, and
+    a reward model gives none."""
     asked = {"do_eval", "do_predict", "predict_with_generate"} & set(config.given)
-    return config.stage == "sft" and (config.do_predict or config.predict_with_generate or not asked)
+    return config.stage not in ("pt", "rm") and (config.do_predict or config.predict_with_generate or not asked)
 
 
 def held_out(config, tokenizer, template):
@@ -191,7 +206,8 @@ def prompts_of(rows, config, tokenizer, template) -> list[tuple[list, list]]:
     """(ids of the prompt, ids of the answer it should get) of each row; the two share cutoff_len as in training."""
     part, found = Encoded(), []
     for row in rows:
-        if (conversation := conversation_of(row, config, part)) is None:
+        conversation = conversation_of(row, config, part)
+        if conversation is None or conversation.desired is False:       # to an answer judged bad none should come close
             continue
         try:
             prompt, answer = encode_prompt(template, tokenizer, *conversation[:3], settings=settings_of(config))
@@ -237,7 +253,10 @@ def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling
         begun = time.time()
         model = load(side, config, device)
         prepared = time.time() - begun
-        metrics, side.losses = measure_loss(config, model, examples, device)
+        if config.stage in ("sft", "pt"):
+            metrics, side.losses = measure_loss(config, model, examples, device)
+        else:
+            metrics = measure_objective(config, side, model, examples, device)
         side.results |= metrics | {"eval_model_preparation_time": round(prepared, 4)}
         if not prompts:
             return
@@ -267,9 +286,8 @@ def measure_loss(config, model, examples, device) -> tuple[dict, list]:
     for numbers in tqdm(micro_batches(list(range(len(examples))), config.per_device_eval_batch_size), desc="loss",
                         leave=False, disable=bool(config.disable_tqdm) or None):
         rows = [examples[number] for number in numbers]
-        batch, routers = collate(rows), [] if balance else None
-        hidden = model(moved(batch.input_ids, device), moved(batch.position_ids, device), Layout(batch.lengths, device),
-                       routers=routers)[0]                                                   # (N, D)
+        batch, routers = on_device(collate(rows), device), [] if balance else None
+        hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]            # (N, D)
         sizes = [len(row.input_ids) for row in rows]
         sums = [float(cross_entropy_sum(h, model.head_weight(), targets, model.config.final_softcap, product))
                 for h, targets in zip(hidden.split(sizes), batch.targets.split(sizes))]
@@ -285,6 +303,33 @@ def measure_loss(config, model, examples, device) -> tuple[dict, list]:
         print(f"  evaluation: {empty} batches without a supervised token were left out")
     return eval_metrics(math.fsum(means_of_batches), len(means_of_batches), total, count, len(examples),
                         time.time() - start), losses
+
+
+@torch.no_grad()
+def measure_objective(config, side: Side, model, examples, device) -> dict:
+    """Stages dpo, kto and rm: eval_loss, rewards and accuracies as training counts them."""
+    reference, head, start = None, None, time.time()
+    if side.reference and has_reference(config):
+        reference = load_with_adapters(*side.reference, model.lm_head.weight.dtype, device)
+    if config.stage == "rm":
+        head, folder = ValueHead(model.config.hidden_size, 0.0, config.seed), (side.adapters or [side.base])[-1]
+        if not head.read(folder):
+            raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
+        head.to(device)
+    objective, means_of_batches = objective_of(config, reference, head), []
+    seen = objective.nothing_seen(device)
+    for numbers in tqdm(micro_batches(list(range(len(examples))), config.per_device_eval_batch_size), desc="loss",
+                        leave=False, disable=bool(config.disable_tqdm) or None):
+        batch = on_device(COLLATE[config.stage]([[examples[number] for number in numbers]]), device)
+        told, = objective.ask(model, [batch], Ranks())
+        loss, _, shown = objective.score(model, batch, told)
+        means_of_batches.append(float(loss) / batch.n_items)
+        seen = {name: pair + shown[name] for name, pair in seen.items()}
+    metrics = eval_metrics(math.fsum(means_of_batches), len(means_of_batches), 0.0, 1, len(examples),
+                           time.time() - start)
+    found = logged({name: pair.tolist() for name, pair in seen.items()})
+    return {name: value for name, value in metrics.items() if name not in ("eval_token_loss", "eval_perplexity")} | {
+        f"eval_{name}": value for name, value in found.items()}
 
 
 def run_key(side: Side, config, prompts, stop_ids, sampling, dtype) -> dict:
@@ -411,7 +456,7 @@ def changed_most(tuned: Side, base: Side, examples, prompts, tokenizer) -> list[
         change = [sum(a[name] - b[name] for name in NAMES) / len(NAMES) for a, b in zip(tuned.scores, base.scores)]
     else:
         change = [b - a for a, b in zip(tuned.losses, base.losses)]
-    order = sorted((i for i in range(len(change)) if change[i]), key=lambda i: -abs(change[i]))[:SHOWN]
+    order = sorted((i for i in range(len(change)) if abs(change[i]) > 0), key=lambda i: -abs(change[i]))[:SHOWN]
     better, worse = sum(value > 0 for value in change), sum(value < 0 for value in change)
     texts = [f"\n{tuned.name} against base: {better} rows better, {worse} worse, {len(change) - better - worse} alike"
              + (". Those that changed most:" if order else "")]

@@ -22,7 +22,7 @@ import sys
 import time
 import zlib
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     run(lambda argv: load_config(argv, "train"))                # --help and mistakes do not wait for torch
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"                            # one rank draws bars; tqdm reads this when imported
-from attention import Layout, moved, pick_device, pick_kernel          # before torch: see guard_amdsmi there
+from attention import pick_device, pick_kernel          # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ from checkpoint import (DTYPES, adapter_tensors, find_checkpoint, folded_under, 
                         load_training_state, new_folder, open_tensors, packed_weights, read_adapter_config, rng_state,
                         save_adapter, save_converted, save_model, save_pissa_start, save_training_state, stored_as,
                         tensor_files, whole, write_checksums, write_json)
-from data import (COLLATE, budget_batches, epoch_order, evened, joined, kept_in, load_examples, micro_batches,
+from data import (COLLATE, budget_batches, epoch_order, evened, joined, kept_in, load_examples, micro_batches, on_device,
                   print_counts, print_row)
 from families import model_config, read_config_json
 from fp8 import pick_fp8, to_fp8, with_compiled_rounding
@@ -745,16 +745,6 @@ def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_onc
         idle = idle_batches(len(passes), make([[train_set[0]]]), ranks) if sharded else []
         yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in micro for i in rows],
                    [on_device(batch, device) for batch in idle + passes], len(idle), n_items, tokens, flops)
-
-
-def on_device(batch, device):
-    """The batch with its tensors on the device, and the layout of its sequences; unchanged if it has been there. The
-    targets stay: the loss asks which of them count, and on a GPU the answer would have to be waited for."""
-    if batch.layout is not None:
-        return batch
-    more = {name: moved(getattr(batch, name), device) for name in ("shares", "desired") if getattr(batch, name) is not None}
-    return replace(batch, input_ids=moved(batch.input_ids, device), position_ids=moved(batch.position_ids, device),
-                   layout=Layout(batch.lengths, device), other=batch.other and on_device(batch.other, device), **more)
 
 
 def flops_of_batch(shape, frozen: float, trained: float, asked: float, batch) -> float:

@@ -1,6 +1,7 @@
 """eval.py: prompts, losses and answers against recorded LLaMA-Factory runs; killed and gone on = never killed."""
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from scores import NAMES
 from templates import TEMPLATES
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tests.test_data import cases_of, day_of_recording, known, make_config, tokenizer_for, write_dataset  # noqa: F401
+from tests.test_preference import run as train_pairs
+from tests.test_preference import world as pairs  # noqa: F401  a fixture
 from tests.test_tiny_world import world
 
 evaluation = importlib.import_module("eval")            # the builtin of that name stays what it is
@@ -181,6 +184,36 @@ def test_the_merged_model_beside_its_parts(tmp_path, capsys):
     assert found["merged"]["eval_loss"] == pytest.approx(found["adapter"]["eval_loss"], abs=1e-5)
     assert abs(found["merged"]["eval_loss"] - found["base"]["eval_loss"]) > 0.1
     assert "example" in capsys.readouterr().out and not (sides / "predict_results.json").exists()
+
+
+@needs_shared
+@pytest.mark.parametrize("name, more", [
+    ("dpo_sigmoid", {}), ("kto_eval", {}), ("rm", {}), ("dpo_sigmoid", {"pref_loss": "orpo"}),
+    ("dpo_sigmoid", {"finetuning_type": "full", "adapter_name_or_path": None, "learning_rate": 1e-4}),
+    ("dpo_sigmoid", {"ref_model": "tiny_llama3", "ref_model_adapters": "init_llama3"})], ids=str)
+def test_stages_of_preference_as_training_evaluates_them(pairs, name, more, tmp_path, monkeypatch, capsys):
+    """After a short training its result is measured: loss, rewards and accuracies are those training ended with."""
+    settings = {"val_size": 6, "eval_strategy": "no", "do_eval": True, "max_steps": 2, "seed": 3,
+                "per_device_eval_batch_size": 4} | more
+    train_pairs(pairs, name, tmp_path, monkeypatch, **settings)
+    want = results(tmp_path, "eval")
+    given = json.loads((tmp_path / "train_config.json").read_text())
+    del given["versions"]
+    given |= {"adapter_name_or_path": None, "do_eval": True, "do_predict": name == "dpo_sigmoid" and not more,
+              "max_new_tokens": 4, "template": "llama3"}
+    (tmp_path / "again.json").write_text(json.dumps(given))
+    evaluation.main([str(tmp_path / "again.json")])
+    found, text = results(tmp_path, "eval"), capsys.readouterr().out
+    for key in (key for key in want if key != "epoch" and not key.endswith(("runtime", "second"))):
+        assert found[key] == pytest.approx(want[key], abs=1e-5), key
+    assert "eval_perplexity" not in found and "loss  accuracy" in text
+    sides = json.loads((tmp_path / "comparison.json").read_text())
+    if name == "rm":
+        assert list(sides) == ["adapter"]
+    elif more.get("pref_loss") != "orpo" and "ref_model" not in more and name != "kto_eval":
+        assert sides["base"]["eval_loss"] == pytest.approx(math.log(2)), "a model beside itself has no margin"
+    if (tmp_path / "generated_predictions.jsonl").exists():
+        assert given["do_predict"] and len(read_jsonl(tmp_path / "generated_predictions.jsonl")) == 6
 
 
 # ---- what the yaml means ----------------------------------------------------------------------------------------
