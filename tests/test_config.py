@@ -506,7 +506,7 @@ def test_shows_a_file_or_one_error_line(tmp_path):
 @pytest.mark.parametrize("argv, part", [
     (["--nobf16"], "unknown key 'nobf16' (did you mean 'bf16'?)"), (["--placeholders.name"], "--placeholders.name needs a value"),
     (["--config"], "--config needs a value"), (["default_system=\udcc3\udca4"], "not UTF-8 text; where the locale")])
-def test_mistakes_on_the_command_line(argv, part):
+def test_odd_spellings_on_the_command_line(argv, part):
     assert part in refusal(*argv)
 
 

@@ -10,7 +10,7 @@ import data
 import templates
 
 import tools
-from config import Config, load_config
+from config import load_config
 from templates import TEMPLATES, encode_prompt, fit_tokenizer
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tokenizer import load_tokenizer

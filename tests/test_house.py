@@ -20,7 +20,8 @@ SCRIPTS = LEVELS[-1]
 # what a module of requirements.txt is called when it is imported
 PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
             "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}
-OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow"}         # used where installed, so imported inside the function that uses them
+# optional ones are imported in the function that uses them
+OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow"}
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)) for name, path in MODULES.items()}
 
@@ -119,3 +120,10 @@ def test_config_knows_nothing_of_torch():
     assert "torch" not in imports(TREES["config"])
     code = "import sys, config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
+def test_no_test_hides_another_of_its_name(path):
+    """Of two functions with one name Python keeps the last: the first would never run."""
+    names = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    assert sorted(names) == sorted(set(names))

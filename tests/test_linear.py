@@ -3,7 +3,6 @@
 Read before: linear.py.
 """
 import json
-from functools import partial
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ import speed
 import train
 from attention import Layout
 from config import Config
-from data import Example, budget_batches, epoch_order
+from data import budget_batches, epoch_order
 from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM

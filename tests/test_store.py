@@ -1,5 +1,4 @@
 """store.py and workers.py: what is read back is what was made, by however many processes, whole or not at all."""
-import json
 import os
 import re
 import signal
@@ -16,7 +15,7 @@ import data
 import store
 import workers
 from resume import DANGEROUS, FIXED
-from store import ABOUT, Examples, Part, SplitWriter
+from store import ABOUT, Examples, SplitWriter
 from tests.common import ROOT
 from tests.test_data import ask, make_config, pairs, words, write_dataset  # noqa: F401  words is a fixture
 
@@ -120,10 +119,11 @@ def test_overwrite_cache_tokenises_again(tmp_path, words):  # noqa: F811
 
 def test_every_setting_that_makes_other_rows_is_in_the_key():
     """resume.py knows which settings make the rest of a run another one; the others of them are not about tokens."""
-    of_the_model = {"finetuning_type", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target", "additional_target",
-                    "use_rslora", "lora_dropout", "base_precision", "adapter_name_or_path", "create_new_adapter", "model_name_or_path",
-                    "model_revision", "ref_model", "ref_model_adapters", "freeze_trainable_layers",
-                    "freeze_trainable_modules", "freeze_extra_modules", "pure_bf16", "use_dora"}
+    of_the_model = set("""model_name_or_path model_revision adapter_name_or_path create_new_adapter ref_model
+        ref_model_adapters train_from_scratch base_precision quantization_bit quantization_method quantization_type
+        double_quantization finetuning_type lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora
+        use_dora pissa_init pissa_iter freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16
+        optim use_muon use_galore galore_rank galore_target""".split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
     assert set(FIXED) | set(DANGEROUS) == set(data.DATA_KEYS) | of_the_model | of_the_order | otherwise
