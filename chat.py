@@ -115,7 +115,7 @@ def main(argv):
         if packed := quantised_weights(model):
             say(f"weights   {in_words(weight.form for weight in packed.values())}"
                 + ("; the adapter stays beside them: folded in, they would take 16 bits" if adapters else "")
-                + (f". {len(adapters) - 1} adapters before the last one are folded in: what they adapt takes 16 bits"
+                + (". Adapters before the last one are folded in: what they adapt takes 16 bits"
                    if len(adapters) > 1 else ""))
         if config.fast_chat:
             say("\n".join(prepare(model, available_bytes(device))))

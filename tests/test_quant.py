@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quant
-from checkpoint import load_model, load_with_adapters
+from checkpoint import load_adapter, load_model, load_with_adapters
 from families import model_config
 from linear import linears
 from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters
 from quant import (VALUES, EmbeddingOutside, Form, QuantLinear, Quantised, can_be_quantised, compile_unpacking,
                    map_of_scales, quantise, quantised_weights, unpack_any, values_of)
 from tests.common import GOLDEN, ROOT, needs_shared
-from tests.test_merge import base_with, tensors_in
+from tests.test_merge import adapter_with, base_with, tensors_in
 
 QUANT = GOLDEN / "quant"
 FOLDERS = [path.parent.name for path in sorted(QUANT.glob("*/config.json")) if path.parent.parent == QUANT]
@@ -279,6 +279,59 @@ def test_recorded_adapters_on_4_bit_bases(name):
     with torch.no_grad():
         assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
     assert not lora_layers(model) and type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@needs_shared
+@pytest.mark.parametrize("name, kind, storage", [
+    ("gemma2", "nf4", "uint8"), ("phi3", "fp4", "float16"), ("qwen2_moe", "nf4", "bfloat16"),
+    ("llama4", "fp4", "float32"), ("olmo", "int8", "")])
+def test_what_transformers_and_bitsandbytes_save_of_other_families(name, kind, storage, tmp_path):
+    """Logits of transformers with bitsandbytes' codes, made dense by hand: see the README of golden/quant for why."""
+    transformers, bnb = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
+    source, auto = GOLDEN / "models" / name, transformers.AutoModelForCausalLM
+    how = transformers.BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=kind == "nf4",
+        bnb_4bit_quant_storage=getattr(torch, storage))
+    theirs = auto.from_pretrained(source, quantization_config=how, dtype=F32, device_map={"": "cpu"})
+    theirs.save_pretrained(tmp_path)
+    dense, found = auto.from_pretrained(source, dtype=F32, attn_implementation="eager").eval(), 0
+    for path, module in theirs.named_modules():
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            weight, found = dense.get_submodule(path).weight, found + 1
+            weight.data = by_hand(module.weight, bnb).view(weight.shape)
+    ids, ours = torch.arange(3, 23)[None], load_model(tmp_path, F32)
+    with torch.no_grad():
+        assert (ours.logits(ours(ids)) - dense(ids).logits).abs().max() < 1e-4
+    assert found == len(quantised_weights(ours)) > 0
+
+
+def by_hand(weight, bnb):
+    """A weight of bitsandbytes' layers as a dense tensor, by the formulas of its README and nothing of its kernels."""
+    if weight.dtype == torch.int8:
+        return weight.data.float() * weight.SCB[:, None] / 127
+    state, codes = weight.quant_state, weight.data.view(torch.uint8).view(-1)
+    scales = state.absmax if not state.nested else state.offset + state.state2.code[state.absmax.long()] * (
+        state.state2.absmax.repeat_interleave(state.state2.blocksize)[:len(state.absmax)])
+    values = state.code[torch.stack((codes >> 4, codes & 15), 1).view(-1).long()]
+    return (values * scales.repeat_interleave(state.blocksize)[:len(values)])[:state.shape.numel()]
+
+
+def test_two_adapters_on_a_quantised_base_are_both_there(tmp_path):
+    """For inference the first is folded in, where it makes ordinary matrices, and the last stays beside."""
+    base = base_with(tmp_path / "base")
+    packed = stored(base, tmp_path / "packed", Form("nf4"))
+    first = adapter_with(tmp_path / "first", base, targets=("q_proj",))
+    last = adapter_with(tmp_path / "last", base, targets=("q_proj", "up_proj"), seed=2)
+    model, ids = load_with_adapters(packed, [first, last], fold_last=True), torch.arange(11)[None]
+    dense = load_model(base)
+    for name, weight in quantised_weights(load_model(packed)).items():
+        dense.get_parameter(name).data = weight.dense()
+    for adapter in (first, last):
+        load_adapter(dense, adapter)
+        merge_adapters(dense)
+    assert torch.allclose(model.logits(model(ids)), dense.logits(dense(ids)), atol=1e-4)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert {name.split(".")[-1] for name in lora_layers(model)} == {"up_proj"}
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

@@ -626,6 +626,8 @@ def test_what_cannot_be_done_with_a_base_in_4_bits(tmp_path, monkeypatch, capsys
             run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", *more)
     run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", "quantization_bit=8", "max_steps=1")
     assert "changes nothing, the files are quantised already" in capsys.readouterr().out
+    assert train.forms_of_base(Config(quantization_bit=4), GOLDEN / "models/llama4", [])
+    assert "stacked experts are not quantised" in capsys.readouterr().out
 
 
 @needs_shared
@@ -638,4 +640,5 @@ def test_float16_overflow_of_a_quantised_layer_is_named(tmp_path):
     model.model.layers[1].mlp.up_proj.weight.absmax *= 3e4
     batch = collate([Example(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32), [8])])
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
-        train.check_first_batch(model, batch, torch.device("cpu"), nullcontext())
+        train.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
+                                train.objective_for(Config(), None, None, balance=0.0))
