@@ -46,6 +46,7 @@ from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
 from losses import cross_entropy_sum
 from model import attention_needs
+from preference import VALUE_HEAD
 from quant import Form, form_asked, in_words, quantise, quantised_weights
 from room import available_bytes
 from templates import choose_template, fit_tokenizer, name_of, stored_template
@@ -449,12 +450,13 @@ def mean_loss(model, rows, device) -> float:
 
 
 def copy_files(base, text_source, work):
-    """Licence, generation settings and the like from the base's folder, what reads text from text_source."""
+    """Licence, generation settings and the like from the base's folder; what reads text, and the value head of a reward
+    model, from text_source."""
     for file in base.iterdir():
         if (file.is_file() and any(fnmatch(file.name, pattern) for pattern in CARRIED)
                 and not any(fnmatch(file.name, pattern) for pattern in LEFT_BEHIND)):
             shutil.copyfile(file, work / file.name)
-    for name in TEXT_FILES:
+    for name in (*TEXT_FILES, VALUE_HEAD):
         if (text_source / name).is_file():
             shutil.copyfile(text_source / name, work / name)
 

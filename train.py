@@ -823,7 +823,7 @@ def evaluate(config, model, examples, device, autocast, objective: Objective, ra
     if empty:
         tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
     metrics = eval_metrics(mean, batches, total, count, len(examples), time.time() - start)
-    if config.stage not in ("sft", "pt"):           # the loss is of pairs, not of tokens
+    if objective.shows:                             # the loss is of answers, not of tokens
         del metrics["eval_token_loss"], metrics["eval_perplexity"]
     shown = {name: ranks.total(*pair.tolist()) for name, pair in seen.items()}
     return metrics | {f"eval_{name}": value for name, value in logged(shown).items()}

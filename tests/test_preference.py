@@ -207,6 +207,18 @@ def test_before_it_has_learnt_a_model_is_its_own_reference(more, world, tmp_path
     assert log[2]["rewards/margins"] != 0
 
 
+def test_merge_passes_the_value_head_on(world, tmp_path, monkeypatch):
+    import merge
+    run(world, "rm", tmp_path / "out", monkeypatch, max_steps=2, val_size=0, eval_strategy="no")
+    merge.main(["model_name_or_path=tiny_llama3_rm", f"adapter_name_or_path={tmp_path / 'out'}",
+                f"export_dir={tmp_path / 'merged'}", "template=llama3"])
+    ours, merged = (load_file(tmp_path / name / "value_head.safetensors") for name in ("out", "merged"))
+    start = load_file(world / "init_rm/value_head.safetensors")
+    assert all(torch.equal(ours[key], merged[key]) for key in ours) and set(ours) == set(start)
+    assert not torch.equal(ours["v_head.summary.weight"], start["v_head.summary.weight"])
+    assert torch.equal(ours["v_head.summary.bias"], start["v_head.summary.bias"])       # no comparison sees it
+
+
 def test_the_base_as_ref_model_is_adapters_off(world, tmp_path, monkeypatch):
     a = run(world, "dpo_sigmoid", tmp_path / "a", monkeypatch, max_steps=3)
     b = run(world, "dpo_sigmoid", tmp_path / "b", monkeypatch, max_steps=3, ref_model="tiny_llama3")
