@@ -256,8 +256,9 @@ class ValueHead(nn.Module):
             p.data.uniform_(-bound, bound, generator=generator)
 
     def forward(self, hidden, training: bool = False):
-        hidden = F.dropout(hidden, self.dropout, training)
-        return F.linear(hidden.float(), self.summary.weight, self.summary.bias)[..., 0]
+        hidden = F.dropout(hidden, self.dropout, training).float()
+        # a sum of products, not F.linear, which autocast would compute in 16 bits
+        return (hidden * self.summary.weight[0]).sum(-1) + self.summary.bias
 
     def weights(self) -> dict:
         """{name in the file: parameter}."""
