@@ -207,6 +207,12 @@ def test_before_it_has_learnt_a_model_is_its_own_reference(more, world, tmp_path
     assert log[2]["rewards/margins"] != 0
 
 
+def test_pissa_is_compared_with_the_base(world, tmp_path, monkeypatch):
+    """Its weights without adapters are the base less the principal parts; LLaMA-Factory refuses the two together."""
+    log = run(world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, adapter_name_or_path=None, pissa_init=True)
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(log[0]["rewards/chosen"]) < 1e-3
+
+
 def test_merge_passes_the_value_head_on(world, tmp_path, monkeypatch):
     import merge
     run(world, "rm", tmp_path / "out", monkeypatch, max_steps=2, val_size=0, eval_strategy="no")
