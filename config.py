@@ -72,7 +72,8 @@ class Config:
     lora_alpha: int | None = key(None, "the update is scaled by lora_alpha / lora_rank (none: twice the rank)", low=1)
     lora_dropout: float = key(0.0, "dropout on the input of A", low=0, high=1)
     lora_target: list[str] = key(["all"], "modules that get an adapter, under the checkpoint's names: last parts as "
-                                  "q_proj,v_proj, blocks as experts, or all: all linear but head, routers, experts")
+                                  "q_proj,v_proj, blocks as experts, a regular expression for whole names, or all: all "
+                                  "linear but head, routers, experts")
     additional_target: list[str] | None = key(None, "further modules trained whole and saved with the adapter")
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_rank)")
     use_dora: bool = key(False, "DoRA: the lengths of a matrix's rows are learnt apart from their directions")

@@ -99,8 +99,8 @@ class LoRALinear(nn.Linear):
         """PiSSA: take scale * B A, as A and B are now, out of the weight, so that the layer is what it was. They are
         kept as `start`: with the adapter off, the layer stays what it was."""
         if isinstance(self.weight, Quantised):
-            raise ValueError("PiSSA takes parts out of 16-bit weights, and this base has fewer bits: take an adapter that "
-                             "pissa_convert has written, or a 16-bit base")
+            raise ValueError("PiSSA takes parts out of 16-bit weights, and this base has fewer bits: take an adapter "
+                             "that pissa_convert has written, or a 16-bit base")
         self.start = self.lora_A.weight.clone(), self.lora_B.weight.clone()
         if not self.weight.is_meta:
             self.weight = nn.Parameter(merged_weight(self.weight, *self.start, -self.scale), requires_grad=False)
@@ -241,21 +241,14 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
 
     "all" / "all-linear": every linear layer but the head, routers and routed experts; a shared expert is in it, and so
     is its gate. A list: last name parts (`q_proj`: wherever it stands, in experts too), path endings
-    (`self_attn.q_proj`), blocks (`experts`: all within), or all. Another str: a regular expression for the full name.
-    called: turns our names into those that are meant. Raises ValueError for an entry that matches nothing, with the
+    (`self_attn.q_proj`), blocks (`experts`: all within), all, or a regular expression for the full name, known by marks
+    that no name has, as * and |. Another str: a regular expression. called: turns our names into those that are meant. Raises ValueError for an entry that matches nothing, with the
     nearest name.
     """
     linears = {called(name): name for name, module in model.named_modules()
                if can_adapt(module) and not name.endswith((".lora_A", ".lora_B"))}
     if isinstance(target_modules, str) and target_modules not in ("all", "all-linear"):
-        try:
-            found = [ours for name, ours in linears.items() if re.fullmatch(target_modules, name)]
-        except re.error as error:
-            raise ValueError(f"lora_target: {target_modules!r} is no regular expression ({error})") from None
-        if not found:
-            raise ValueError(f"lora_target: the pattern {target_modules!r} matches no linear layer; names look like "
-                             f"{next(iter(linears))!r}")
-        return found
+        return _matching(target_modules, linears)
     wanted = set()
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         if target in ("all", "all-linear"):
@@ -263,6 +256,8 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
             continue
         inside = re.compile(rf"(.*\.)?{re.escape(target)}(\..*)?")
         matches = [ours for name, ours in linears.items() if inside.fullmatch(name)]
+        if not matches and re.search(r"[^\w.-]", target):
+            matches = _matching(target, linears)
         if not matches:
             parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
             near = difflib.get_close_matches(target, parts, 1)
@@ -270,6 +265,17 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
                              + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
         wanted.update(matches)
     return [name for name in linears.values() if name in wanted]
+
+
+def _matching(pattern, linears):
+    try:
+        found = [ours for name, ours in linears.items() if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"lora_target: {pattern!r} is no regular expression ({error})") from None
+    if not found:
+        raise ValueError(f"lora_target: the pattern {pattern!r} matches no linear layer; names look like "
+                         f"{next(iter(linears))!r}")
+    return found
 
 
 def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None, called=same,

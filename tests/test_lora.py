@@ -13,6 +13,7 @@ from torch import nn
 
 from checkpoint import (PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, peft_names, save_adapter,
                         save_converted, save_pissa_start)
+from config import Config
 from families import model_config
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, expert_matrices, find_targets, lora_layers,
                   merge_adapters, merged_weight, set_adapters, trainable, unfreeze)
@@ -377,6 +378,8 @@ def test_targets_by_name_path_pattern_and_all():
     assert find_targets(model, ["layers.1.mlp.up_proj"]) == [two + "mlp.up_proj"]
     assert find_targets(model, ["lm_head", one + "self_attn.o_proj"]) == [one + "self_attn.o_proj", "lm_head"]
     assert find_targets(model, r".*\.0\..*(gate|up)_proj") == [one + "mlp.gate_proj", one + "mlp.up_proj"]
+    assert find_targets(model, [r".*\.1\.self_attn\.(q|k)_proj", "lm_head"]) == [
+        two + "self_attn.q_proj", two + "self_attn.k_proj", "lm_head"]
     for every in ("all", "all-linear", ["all"]):
         found = find_targets(model, every)
         assert len(found) == 14 and "lm_head" not in found
@@ -387,7 +390,8 @@ def test_targets_by_name_path_pattern_and_all():
     (["proj"], "'proj' matches no linear layer"),                       # a part of a name is not a name
     (["embed_tokens"], "'embed_tokens' matches no linear layer"),
     ("q_proj", "pattern 'q_proj' matches no linear layer; names look like 'model.layers.0"),
-    ("*q_proj", "is no regular expression"),
+    ("*q_proj", "is no regular expression"), (["*q_proj"], "is no regular expression"),
+    ([".*q_prj"], "pattern '.*q_prj' matches no linear layer"),
 ])
 def test_target_that_is_not_there(target, words):
     with pytest.raises(ValueError, match=words):
@@ -935,7 +939,7 @@ def test_loraplus_learns_faster_in_b_of_any_name():
     fields = {**twins.QWEN1, "num_hidden_layers": 1}
     model = CausalLM(model_config(fields))
     attach_lora(model, LoRAConfig(r=2, target_modules=["c_attn", "w2"]), called=model.config.stored_name)
-    config = SimpleNamespace(learning_rate=1e-3, loraplus_lr_ratio=16.0, loraplus_lr_embedding=1e-6, weight_decay=0.0)
+    config = Config(learning_rate=1e-3, loraplus_lr_ratio=16.0)
     groups = parameter_groups(trainable(model), config)
     rates = {id(p): group.get("lr", 1e-3) for group in groups for p in group["params"]}
     assert {name.split(".lora_")[1][0]: rates[id(p)] for name, p in trainable(model).items()} == {"A": 1e-3, "B": 16e-3}
