@@ -78,7 +78,6 @@ class Config:
     use_rslora: bool = key(False, "scale by lora_alpha / sqrt(lora_rank)")
     use_dora: bool = key(False, "DoRA: the lengths of a matrix's rows are learnt apart from their directions")
     loraplus_lr_ratio: float | None = key(None, "LoRA+: B learns this many times faster than A", above=0)
-    loraplus_lr_embedding: float = key(1e-6, "LoRA+: learning rate of embedding adapters", low=0)
     pissa_init: bool = key(False, "PiSSA: adapters begin as the weights' principal parts, which these lose")
     pissa_iter: int = key(16, "PiSSA: passes of the randomised SVD that finds them (-1: the exact one, slow)", low=-1)
     pissa_convert: bool = key(False, "PiSSA: write a plain adapter of twice the rank as well, into pissa_converted")
@@ -268,6 +267,7 @@ NO_EFFECT = {       # why the result is the same without it: the keys
         crop_to_patches image_resolution video_resolution video_max_pixels video_min_pixels video_fps video_maxlen
         use_audio_in_video audio_sampling_rate media_dir freeze_vision_tower freeze_multi_modal_projector
         freeze_language_model""",
+    "adapters stand beside linear layers alone; additional_target trains an embedding whole": "loraplus_lr_embedding",
     "every block is a unit, and the words of fsdp say the rest": "fsdp_config",
     "details of something that is off or refused": """init_special_tokens buffer_size interleave_probs eval_num_beams
         quantization_device_map length_penalty
@@ -479,8 +479,7 @@ OWN_KEYS = ("compare", "join_micro_batches", "paper_losses", "base_precision", "
             "fast_chat", "time_limit", "force_resume", "even_batches", "force_template", "placeholders",
             "skip_bad_rows", "overwrite", "prompt", "raw", "jsonl", "merge_base")
 KEYS_OF = {         # finetuning_type: keys without meaning elsewhere
-    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "loraplus_lr_embedding",
-             "pissa_iter"),
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout", "lora_target", "additional_target", "pissa_iter"),
     "freeze": ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
 }
 PREFERENCE_KEYS = {"dpo": ("pref_loss", "paper_losses", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma",

@@ -242,8 +242,8 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
     "all" / "all-linear": every linear layer but the head, routers and routed experts; a shared expert is in it, and so
     is its gate. A list: last name parts (`q_proj`: wherever it stands, in experts too), path endings
     (`self_attn.q_proj`), blocks (`experts`: all within), all, or a regular expression for the full name, known by marks
-    that no name has, as * and |. Another str: a regular expression. called: turns our names into those that are meant. Raises ValueError for an entry that matches nothing, with the
-    nearest name.
+    that no name has, as * and |. Another str: a regular expression. called: turns our names into those that are meant.
+    Raises ValueError for an entry that matches nothing, with the nearest name.
     """
     linears = {called(name): name for name, module in model.named_modules()
                if can_adapt(module) and not name.endswith((".lora_A", ".lora_B"))}
@@ -261,8 +261,11 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
         if not matches:
             parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
             near = difflib.get_close_matches(target, parts, 1)
+            whole = any(called(name).endswith(target) for name, module in model.named_modules()
+                        if isinstance(module, nn.Embedding))
             raise ValueError(f"lora_target: {target!r} matches no linear layer of this model"
-                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}")
+                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}"
+                             + (f". An embedding is trained whole: additional_target: {target}" if whole else ""))
         wanted.update(matches)
     return [name for name in linears.values() if name in wanted]
 

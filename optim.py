@@ -115,8 +115,8 @@ def parameter_groups(named: dict, config) -> list[dict]:
     """The optimizer's groups from {name: parameter}. Each holds `base_lr` and `update`, a name in UPDATES; decay spares
     biases and norms, not DoRA's lengths.
 
-    LoRA+ (loraplus_lr_ratio): matrices B learn `ratio` times faster than A (arXiv:2402.12354, sec. 4), and adapters of
-    embeddings at loraplus_lr_embedding. The first group is that whose rate the logs show.
+    LoRA+ (loraplus_lr_ratio): matrices B learn `ratio` times faster than A (arXiv:2402.12354, sec. 4). The first group
+    is that whose rate the logs show.
     """
     rate, ratio = config.learning_rate, config.loraplus_lr_ratio
 
@@ -127,8 +127,6 @@ def parameter_groups(named: dict, config) -> list[dict]:
             spared = "bias" in name
         if config.use_muon:                                 # and there nothing is spared
             spared = False
-        if ratio is not None and "lora_embedding_" in name:
-            return config.loraplus_lr_embedding, not spared, "adamw"
         fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
         return rate * ratio if fast else rate, not spared, update_of(name, p, config)
 

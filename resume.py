@@ -230,7 +230,7 @@ HARMLESS = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup
             "max_steps", "galore_update_interval", "galore_scale", "weight_decay", "adam_beta1", "adam_beta2",
             "adam_epsilon", "max_grad_norm",
             "pref_loss", "paper_losses", "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight",
-            "kto_rejected_weight", "loraplus_lr_ratio", "loraplus_lr_embedding", "moe_aux_loss_coef", "neftune_noise_alpha",
+            "kto_rejected_weight", "loraplus_lr_ratio", "moe_aux_loss_coef", "neftune_noise_alpha",
             "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16", "fp16", "use_cpu",
             "flash_attn", "disable_gradient_checkpointing", "ddp_timeout", "fsdp", "force_template", "logging_steps", "logging_first_step",
             "save_strategy", "save_steps", "save_total_limit", "save_only_model", "do_eval", "eval_strategy", "eval_steps",

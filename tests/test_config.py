@@ -98,7 +98,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it
     ("adamw_torch_fused", "optim"), ("no", "eval_strategy"), ("steps", "save_strategy"), ({}, "lr_scheduler_kwargs"),
     (5, "export_size"), (2048, "cutoff_len"), (1000, "preprocessing_batch_size"), (0, "val_size lora_dropout pref_ftx dpo_label_smoothing"), (0.5, "simpo_gamma"),
     (0, "weight_decay warmup_steps"), (8, "lora_rank per_device_train_batch_size per_device_eval_batch_size"),
-    (1e-6, "loraplus_lr_embedding"), (0.95, "temperature"), (0.7, "top_p"), (50, "top_k"), (42, "seed"),
+    (0.95, "temperature"), (0.7, "top_p"), (50, "top_k"), (42, "seed"),
     (1024, "max_length max_new_tokens"), (1, "repetition_penalty max_grad_norm gradient_accumulation_steps"),
     (3, "num_train_epochs"), (-1, "max_steps"), (5e-5, "learning_rate"), (0.9, "adam_beta1"), (0.999, "adam_beta2"),
     (1e-8, "adam_epsilon"), (500, "logging_steps save_steps"), (180_000_000, "ddp_timeout"), ([], "fsdp"),

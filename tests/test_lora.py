@@ -388,7 +388,7 @@ def test_targets_by_name_path_pattern_and_all():
 @pytest.mark.parametrize("target, words", [
     (["q_prj"], r"lora_target: 'q_prj' matches no linear layer .* \(did you mean 'q_proj'\?\); it has down_proj,"),
     (["proj"], "'proj' matches no linear layer"),                       # a part of a name is not a name
-    (["embed_tokens"], "'embed_tokens' matches no linear layer"),
+    (["embed_tokens"], "'embed_tokens' matches no linear layer .*: additional_target: embed_tokens$"),
     ("q_proj", "pattern 'q_proj' matches no linear layer; names look like 'model.layers.0"),
     ("*q_proj", "is no regular expression"), (["*q_proj"], "is no regular expression"),
     ([".*q_prj"], "pattern '.*q_prj' matches no linear layer"),
