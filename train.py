@@ -477,9 +477,9 @@ def part_that_learns(config, model):
 
 
 def needs_copy(config, lora) -> bool:
-    """Does this run compare with a second model? Not where the one that learns serves, its adapters off: then these must be
-    all that learns, and the weights beside them the base's, which PiSSA has taken parts from."""
-    return has_reference(config) and bool(config.ref_model or not lora or lora.modules_to_save or lora.pissa)
+    """Does this run compare with a second model? Not where the one that learns serves, its adapters off: then these, and
+    no weights of the base, must be all that learns."""
+    return has_reference(config) and bool(config.ref_model or not lora or lora.modules_to_save)
 
 
 def reference_bytes(config, lora, shape, dtype, forms) -> int:
