@@ -186,8 +186,7 @@ def held_out(config, tokenizer, template):
     elif not config.val_size:
         print("  note: measured are the rows of `dataset`. For a model trained on them the figures tell what it "
               "remembers; eval_dataset or val_size holds some out")
-    folder = Path(config.tokenized_path) if config.tokenized_path else None
-    train, held, counts = load_examples(config, tokenizer, template, folder=folder)
+    train, held, counts = load_examples(config, tokenizer, template)        # what training keeps on disk stays as it is
     split = "eval" if config.val_size else "train"
     counts.datasets = {("rows of", name): found for (of, name), found in counts.datasets.items() if of == split}
     counts.examples = {"measured": len(held or train)}
@@ -310,7 +309,8 @@ def measure_objective(config, side: Side, model, examples, device) -> dict:
     """Stages dpo, kto and rm: eval_loss, rewards and accuracies as training counts them."""
     reference, head, start = None, None, time.time()
     if side.reference and has_reference(config):
-        reference = load_with_adapters(*side.reference, model.lm_head.weight.dtype, device)
+        form = None if config.ref_model else form_asked(config)
+        reference = load_with_adapters(*side.reference, model.model.embed_tokens.weight.dtype, device, form=form)
     if config.stage == "rm":
         head, folder = ValueHead(model.config.hidden_size, 0.0, config.seed), (side.adapters or [side.base])[-1]
         if not head.read(folder):

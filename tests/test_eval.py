@@ -175,6 +175,13 @@ def test_the_table_and_the_rows_that_changed(tmp_path, capsys):
 
 
 @needs_shared
+def test_tokenised_rows_of_a_training_stay_as_they_are(tmp_path):
+    """The evaluation's rows are others: written into the same folder, they would cost the training its own."""
+    measured(tmp_path, "do_predict=false", "predict_with_generate=false", f"tokenized_path={tmp_path}/kept")
+    assert not (tmp_path / "kept").exists()
+
+
+@needs_shared
 def test_the_merged_model_beside_its_parts(tmp_path, capsys):
     import merge
     merge.main([f"model_name_or_path={CURVES}/tiny_llama3", f"adapter_name_or_path={CURVES}/sft_llama3/final",
