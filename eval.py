@@ -154,21 +154,22 @@ def check(config):
 def sides_of(config, base: Path, adapters: list) -> list[Side]:
     """What is measured: the tuned model, and with `compare` its base and the merged model in export_dir. A reward model
     has no base to be compared with: its value head came about in training."""
-    full = config.finetuning_type != "lora" and base != Path(config.model_name_or_path)
-    tuned = Side("adapter" if adapters else "tuned" if full else "base", base, adapters)
+    began = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    tuned = Side("adapter" if adapters else "base" if base == began else "tuned", base, adapters)
     sides = [tuned]
     if config.stage == "rm":
         return sides
     if config.compare and tuned.name != "base":
-        sides.append(Side("base", Path(config.model_name_or_path) if full else base, []))
+        sides.append(Side("base", began, []))
     if config.compare and config.export_dir and (Path(config.export_dir) / "config.json").is_file():
         sides.append(Side("merged", Path(config.export_dir), []))
     for side in sides:
         if config.ref_model:
-            folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
-            side.reference = (folder, config.ref_model_adapters or [])
+            found = [find_checkpoint(name, cache_dir=config.cache_dir)
+                     for name in (config.ref_model, *(config.ref_model_adapters or []))]
+            side.reference = (found[0], found[1:])
         elif not side.adapters and side.name != "base":
-            side.reference = (Path(config.model_name_or_path) if full else base, [])
+            side.reference = (began, [])
     return sides
 
 
