@@ -644,7 +644,10 @@ def on_device(batch, device):
     if batch.layout is not None:
         return batch
     more = {name: moved(getattr(batch, name), device) for name in ("shares", "desired") if getattr(batch, name) is not None}
-    return replace(batch, input_ids=moved(batch.input_ids, device), position_ids=moved(batch.position_ids, device),
+    ids = moved(batch.input_ids, device)
+    if ids is not batch.input_ids:
+        ids.on_cpu = batch.input_ids                # for an embedding that is not on the device, see quant.py
+    return replace(batch, input_ids=ids, position_ids=moved(batch.position_ids, device),
                    layout=Layout(batch.lengths, device), other=batch.other and on_device(batch.other, device), **more)
 
 

@@ -102,8 +102,6 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     sizes = [p.nbytes for p in trainable(model).values()]
     trained = sum(sizes)
     frozen = sum(p.nbytes for p in (*model.parameters(), *quantised_weights(model).values())) - trained
-    if embedding_may_stay_outside(model, device):
-        frozen -= model.model.embed_tokens.weight.nbytes
     if fp8:
         frozen -= sum(m.weight.numel() * (m.weight.itemsize - 1) for m in model.modules() if isinstance(m, LoRALinear))
     gradients = trained
@@ -118,6 +116,8 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     work = Work([n for row in rows for n in row], dtype.itemsize, stream, kernel, torch.device(device),
                 fast and can_be_fast(lora, dtype))
     recompute = recompute or ["nothing" if config.disable_gradient_checkpointing else "block"] * shape.num_hidden_layers
+    if embedding_may_stay_outside(model, device, recompute):
+        frozen -= model.model.embed_tokens.weight.nbytes
     asked = dict(shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
                  sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, forms=forms, model=model, beside=beside)
     frozen += beside // world if sharded else beside

@@ -346,7 +346,11 @@ def quantised_weights(model: nn.Module) -> dict[str, Quantised]:
 
 
 class EmbeddingOutside(nn.Embedding):
-    """A frozen embedding that stays in the machine's memory, whatever device computes: few of its rows are read."""
+    """A frozen embedding that stays in the machine's memory, whatever device computes: few of its rows are read.
+
+    Ids that have `on_cpu`, themselves before they were sent to the device (data.on_device), are not asked back from it:
+    that would wait for all work it has still to do.
+    """
 
     def __init__(self, embedding: nn.Embedding):
         nn.Module.__init__(self)
@@ -357,15 +361,17 @@ class EmbeddingOutside(nn.Embedding):
         return self
 
     def forward(self, ids):
-        return F.embedding(ids.cpu(), self.weight).to(ids.device)
+        rows = F.embedding(ids.on_cpu if hasattr(ids, "on_cpu") else ids.cpu(), self.weight)
+        return rows.pin_memory().to(ids.device, non_blocking=True) if ids.is_cuda else rows.to(ids.device)
 
 
-def embedding_may_stay_outside(model: nn.Module, device) -> bool:
+def embedding_may_stay_outside(model: nn.Module, device, recompute: list) -> bool:
     """Whether training keeps the embedding out of a GPU's memory: beside quantised blocks it is a large part of the
-    rest. A tied one is the head, too, and one that learns has an optimizer."""
+    rest, and where every block recomputes all it can, memory is what is short. Sending its rows costs time. A tied one is
+    the head, too, and one that learns has an optimizer."""
     embedding = model.model.embed_tokens.weight
-    return bool(torch.device(device).type == "cuda" and quantised_weights(model) and not embedding.requires_grad
-                and embedding is not model.lm_head.weight)
+    return bool(torch.device(device).type == "cuda" and set(recompute) == {"block"} and quantised_weights(model)
+                and not embedding.requires_grad and embedding is not model.lm_head.weight)
 
 
 def in_words(forms) -> str:

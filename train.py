@@ -161,6 +161,9 @@ def main(argv):
     if config.fsdp:
         print_shards(model, ranks)
     model.recompute = memory.asked["recompute"]
+    if embedding_may_stay_outside(model, device, model.recompute):
+        model.model.embed_tokens = EmbeddingOutside(model.model.embed_tokens)
+        print("embedding: in the machine's memory, its rows are sent when they are read")
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
     held = {p.dtype for p in ([model.model.embed_tokens.weight] if lora else model.parameters())}   # adapters see to it
     autocast = torch.autocast(device.type, dtype, cache_enabled=False) if held != {dtype} else nullcontext()
@@ -455,9 +458,6 @@ def build_model(config, base, adapters, device, resume, ranks):
     if has_reference(config):                       # dropout would be a difference, too
         for layer in lora_layers(model).values():
             layer.dropout = torch.nn.Identity()
-    if embedding_may_stay_outside(model, device):
-        model.model.embed_tokens = EmbeddingOutside(model.model.embed_tokens)
-        print("embedding: in the machine's memory, its rows are sent when they are read")
     return model, lora
 
 

@@ -275,6 +275,8 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
     blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)             # numbers of their matrices
     assert plan.weights == pytest.approx(blocks * 4.127 / 8 + 128256 * 4096 * 2, rel=2e-3)  # the embedding is outside
     assert plan.total < 6.5e9
+    roomy = memory_plan(config, **plan.asked | {"recompute": ["nothing"] * 32})
+    assert roomy.weights - plan.weights == 128256 * 4096 * 2                # with room, it is where the others are
     assert advice(plan, 2**30, config) and not any("quantization_bit" in line for line in advice(plan, 2**30, config))
     plain = memory_plan(config, shape, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
     assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))

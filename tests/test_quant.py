@@ -217,6 +217,9 @@ def test_an_embedding_outside_reads_the_same_rows():
     ids = torch.tensor([[1, 10, 1]])
     outside = EmbeddingOutside(embedding).to(BF16)
     assert torch.equal(outside(ids), embedding(ids)) and not outside.weight.requires_grad
+    sent = ids.clone()
+    sent.on_cpu = torch.tensor([[3, 4, 5]])             # where these are known, the device is not asked
+    assert torch.equal(outside(sent), embedding(sent.on_cpu))
 
 
 # ---- recorded checkpoints -------------------------------------------------------------------------------------------
