@@ -84,7 +84,8 @@ def test_a_row_that_leaves_gives_its_place_to_the_last():
         scores = cache.read_tokens(model, [12, 13])
         fresh = RowCache(2, 3, "cpu")
         fresh.read_prompts(model, [[8, 9, 10, 11], [6, 7]])
-        assert torch.equal(scores, fresh.read_tokens(model, [12, 13]))
+        # only as close as products of several threads round; another row's scores are off by about 1
+        torch.testing.assert_close(scores, fresh.read_tokens(model, [12, 13]), rtol=0, atol=1e-5)
 
 
 def test_the_cache_grows(monkeypatch):
