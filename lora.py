@@ -189,7 +189,7 @@ def merged_weight(W, A, B, scale: float, magnitude=None):
 
     magnitude (out,): the length that DoRA gives each row of the sum.
     """
-    rows = W.float() + (B.float() @ A.float()).mul_(scale)
+    rows = (B.float() @ A.float()).mul_(scale).add_(W)
     if magnitude is not None:
         rows = (magnitude.float() / row_lengths(rows))[:, None] * rows
     return rows.to(W.dtype)

@@ -166,7 +166,7 @@ class Optimizer:
     def step(self):
         """Change the parameters that have a gradient."""
         for group in self.param_groups:
-            params, (fresh, update) = [p for p in group["params"] if p.grad is not None], UPDATES[group["update"]]
+            params, (fresh, update, _) = [p for p in group["params"] if p.grad is not None], UPDATES[group["update"]]
             for p in params:
                 if not self.state[p]:
                     self.state[p] = fresh(p, group)
@@ -194,8 +194,8 @@ def make_optimizer(named: dict, config, device) -> Optimizer:
 
 def state_bytes(named: dict, config) -> int:
     """Bytes that the optimizer will remember of these parameters, which may be on the meta device."""
-    return sum(tensor.nbytes for group in make_optimizer(named, config, torch.device("cpu")).param_groups
-               for p in group["params"] for tensor in UPDATES[group["update"]][0](p, group).values())
+    return sum(UPDATES[group["update"]][2](p, group)
+               for group in make_optimizer(named, config, torch.device("cpu")).param_groups for p in group["params"])
 
 
 def set_rates(optimizer, factor: float) -> float:

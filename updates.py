@@ -172,9 +172,30 @@ def galore(params, states, group):
         p.sub_(low @ basis.T if tall else basis @ low, alpha=group["lr"] * group["scale"])
 
 
-UPDATES = {             # name: (fresh, update)
-    "adamw": (two_means, adamw_fused), "adamw_plain": (two_means, adamw_plain),
-    "adamw_8bit": (two_means_8bit, adamw_8bit), "muon": (one_mean, muon), "galore": (projected_means, galore),
+# ---- bytes of what fresh(p, group) makes, for a p that need have no storage -----------------------------------------
+
+
+def bytes_of_two(p, group):
+    return 4 + 2 * p.nbytes
+
+
+def bytes_of_two_8bit(p, group):
+    return 4 + 2 * (p.numel() + 4 * -(-p.numel() // BLOCK))
+
+
+def bytes_of_one(p, group):
+    return p.nbytes
+
+
+def bytes_of_projected(p, group):
+    short, long = sorted(p.shape)
+    return 4 + min(group["rank"], short) * (2 * long + short) * p.itemsize
+
+
+UPDATES = {             # name: (fresh, update, bytes)
+    "adamw": (two_means, adamw_fused, bytes_of_two), "adamw_plain": (two_means, adamw_plain, bytes_of_two),
+    "adamw_8bit": (two_means_8bit, adamw_8bit, bytes_of_two_8bit), "muon": (one_mean, muon, bytes_of_one),
+    "galore": (projected_means, galore, bytes_of_projected),
 }
 # names in a state that are not of the parameter's shape
 OF_OTHER_SHAPES = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis")

@@ -2,6 +2,8 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -20,7 +22,7 @@ from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from parallel import Ranks
 from speed import Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory, training_flops
-from tests.common import needs_shared
+from tests.common import ROOT, needs_shared
 from tests.test_train import run
 
 LLAMA3_8B = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -248,3 +250,13 @@ def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
     joined = [json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())["resume"]["at_once"] for name in "abc"]
     assert len(losses[0]) == len(losses[1]) == 4 and losses[0] == losses[1]
     assert joined[0] == joined[1] != joined[2]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.4 imports it elsewhere, too")
+def test_a_start_does_not_wait_for_sympy(tmp_path):
+    """torch imports it, 0.4 s, for zeros_like on the meta device, and to compare the shapes of a tensor and its gradient."""
+    code = ("import sys, torch; before = 'sympy' in sys.modules; import train\n"
+            f"train.main(['configs/tiny_lora_sft.yaml', 'max_steps=2', 'plot_loss=false', 'output_dir={tmp_path}/out'])\n"
+            "assert before or 'sympy' not in sys.modules")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
