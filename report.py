@@ -228,7 +228,7 @@ def plot_runs(runs: dict, path) -> Path | None:
     keys = [key for key in DRAWN if any(key in row for history in runs.values() for row in history)]
     if not keys:
         raise ValueError(f"nothing is logged yet in {', '.join(runs)}")
-    figure, panels = drawing(len(keys), f"python report.py {' '.join(runs)}")
+    figure, panels = drawing(len(keys), "the same command again")
     for axes, key in zip(panels, keys):
         for (name, history), color in zip(runs.items(), cycle(f"C{i}" for i in range(10))):
             if any(key in row for row in history):
