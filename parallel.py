@@ -95,6 +95,9 @@ class Ranks:
             dist.barrier()
 
 
+LEFT = []           # groups that this process was part of: kept until it ends, see end_ranks
+
+
 def start_ranks(device: torch.device, timeout: float) -> Ranks:
     """Join the other processes that torchrun has started (RANK, WORLD_SIZE, LOCAL_RANK); alone, do nothing.
 
@@ -135,6 +138,9 @@ def end_ranks():
     """Leave the others, if there are any."""
     if dist.is_initialized():
         dist.barrier()
+        # gloo's thread may still be letting go of the last tensors, for which it needs Python's lock. Were the group freed
+        # here, this thread would hold the lock and wait for that one to end: both for ever (seen with torch 2.4)
+        LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
