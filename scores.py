@@ -1,16 +1,20 @@
-"""How close an answer comes to the one it should be: BLEU-4 and ROUGE-1, 2 and L, as LLaMA-Factory's script has them.
+"""BLEU-4 and ROUGE-1, 2 and L of generated answers, as LLaMA-Factory's script computes them.
 
-    python scores.py generated_predictions.jsonl        the means, on the screen and in predictions_score.json
+    python scores.py generated_predictions.jsonl    prints means, writes predictions_score.json
 
-BLEU-4 compares characters: runs of one to four of them, clipped to how often the label has them. ROUGE compares
-words: which words (1) and pairs of neighbours (2) the two have in common, and their longest common subsequence (L),
-each as the balance (F1) of what share of the prediction and of the label that is. What a word is says jieba, which
-knows Chinese ones; where it is not installed, every Chinese character is a word, and the result says so.
+BLEU-4 compares characters: n-grams of one to four characters, with counts clipped to those of the
+label. ROUGE compares words: shared words (ROUGE-1), shared pairs of neighbors (ROUGE-2) and the
+longest common subsequence (ROUGE-L), each as F1 of precision and recall. Words are split by jieba,
+which segments Chinese; where it is not installed, every Chinese character counts as a word, and the
+result states so.
 
-Read before: nothing. Read after: eval.py, which makes the predictions.
-Sources: BLEU Papineni et al. 2002, smoothed as NIST's mteval-v13a.pl (nltk calls it method3); ROUGE Lin 2004, with the
-habits of the package rouge-chinese, since published figures have them; the longest common subsequence in whole machine
-words: Hyyrö 2004, "Bit-parallel LCS-length computation revisited".
+Requires: nothing.
+Next: eval.py.
+
+BLEU: Papineni et al. 2002, smoothed as in NIST's mteval-v13a.pl (method3 in nltk).
+ROUGE: Lin 2004, with the conventions of the package rouge-chinese, which published figures use.
+Longest common subsequence in whole machine words: Hyyrö 2004, "Bit-parallel LCS-length computation
+revisited".
 """
 import json
 import logging
@@ -18,118 +22,145 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 NAMES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
-# text without Chinese falls apart as jieba cuts it: words and numbers, runs of the marks that names may have, others;
-# blanks are words, too, of which as_rouge_sees makes something
-PLAIN_WORD = re.compile(r"[\u4e00-\u9fd5]|[a-zA-Z0-9]+(?:\.\d+)?%?|[+#&._%-]+|\r\n|[\s\S]")
-# after these, and before what follows, rouge-chinese begins a new sentence
-SENTENCE_ENDS = re.compile(r"([。！？?])([^”’])"), re.compile(r"(\.{6})([^”’])")
+
+# Text without Chinese, split as jieba splits it: words and numbers, runs of the marks that names
+# may contain, other single characters. Blanks are words, too; normalize_words handles them.
+PLAIN_WORD = re.compile(
+    r"[\u4e00-\u9fd5]|[a-zA-Z0-9]+(?:\.\d+)?%?|[+#&._%-]+|\r\n|[\s\S]")
+
+# rouge-chinese begins a new sentence between the two groups.
+SENTENCE_ENDS = (
+    re.compile(r"([。！？?])([^”’])"),
+    re.compile(r"(\.{6})([^”’])"),
+)
 
 
-def pick_words() -> tuple[Callable, str]:
-    """(a function from a text to its words, how it is called)."""
+def pick_words() -> tuple[Callable[[str], list[str]], str]:
+    """Choose the word splitter: (function from a text to its words, its description)."""
     try:
         import jieba
     except ImportError:
         return PLAIN_WORD.findall, "plain words, jieba is not installed (pip install jieba)"
-    jieba.setLogLevel(logging.WARNING)                  # it tells where its dictionary is kept
+    jieba.setLogLevel(logging.WARNING)              # else it prints where its dictionary is cached
     return jieba.lcut, "words of jieba"
 
 
-def score(predict: str, label: str, words=None) -> dict[str, float]:
-    """{name: 0 … 100} for one answer, rounded to 4 places. words: see pick_words."""
+def score(predict: str, label: str, words: Callable | None = None) -> dict[str, float]:
+    """Scores of one answer, {name: 0 … 100}, rounded to 4 decimals. `words`: see pick_words."""
     words = words or pick_words()[0]
-    found = {"bleu-4": bleu4(predict, label), **rouge(words(predict), words(label))}
-    return {name: round(100 * found[name], 4) for name in NAMES}
+    scores = {"bleu-4": bleu4(predict, label), **rouge(words(predict), words(label))}
+    return {name: round(100 * scores[name], 4) for name in NAMES}
 
 
 def means(rows: list[dict]) -> dict[str, float]:
-    """The mean of each score. Raises ValueError where there is nothing to average."""
+    """Mean of each score over rows. Raises ValueError for an empty list."""
     if not rows:
         raise ValueError("there are no predictions to score")
     return {name: sum(row[name] for row in rows) / len(rows) for name in NAMES}
 
 
-# ---- BLEU -------------------------------------------------------------------------------------------------------
+# ---- BLEU -------------------------------------------------------------------------------------
 
 
-def runs(items, n: int) -> list[tuple]:
-    """All n neighbours, from left to right."""
+def ngrams(items: Sequence, n: int) -> list[tuple]:
+    """All runs of n neighboring items, from left to right."""
     return list(zip(*(items[i:] for i in range(n))))
 
 
 def bleu4(predict: str, label: str) -> float:
-    """Geometric mean of the shares of 1 to 4 neighbouring characters found in the label, times a penalty for brevity.
+    """Geometric mean of the clipped precisions of 1- to 4-grams, times the brevity penalty.
 
-    Of the lengths that have none in common the first counts as half of one, the next as a quarter, and so on.
+    The n-grams are of characters. Smoothing: the first n without a match counts as 1/2 match, the
+    next as 1/4, and so on.
     """
-    logs, missing = [], 0
+    log_precisions = []
+    missing = 0
     for n in (1, 2, 3, 4):
-        made, wanted = Counter(runs(predict, n)), Counter(runs(label, n))
-        common, total = (made & wanted).total(), max(1, made.total())
+        predicted = Counter(ngrams(predict, n))
+        expected = Counter(ngrams(label, n))
+        common = (predicted & expected).total()
+        total = max(1, predicted.total())
         if n == 1 and not common:
             return 0.0
-        missing += not common
-        logs.append(math.log(common / total if common else 1 / (2 ** missing * total)))
-    brevity = 1.0 if len(predict) > len(label) else math.exp(1 - len(label) / len(predict))
-    return brevity * math.exp(math.fsum(0.25 * value for value in logs))
+        if common:
+            log_precisions.append(math.log(common / total))
+        else:
+            missing += 1
+            log_precisions.append(math.log(1 / (2 ** missing * total)))
+
+    brevity = 1.0
+    if len(predict) <= len(label):
+        brevity = math.exp(1 - len(label) / len(predict))
+    return brevity * math.exp(math.fsum(0.25 * value for value in log_precisions))
 
 
-# ---- ROUGE ------------------------------------------------------------------------------------------------------
+# ---- ROUGE ------------------------------------------------------------------------------------
 
 
 def rouge(predict: list[str], label: list[str]) -> dict[str, float]:
-    """ROUGE-1, 2 and L of two lists of words, as F1. Of words and pairs it counts which there are, not how often."""
-    predict, label = as_rouge_sees(predict), as_rouge_sees(label)
+    """ROUGE-1, 2 and L of two lists of words, as F1. Repeated words and pairs count once."""
+    predict = normalize_words(predict)
+    label = normalize_words(label)
     if not any(predict) or not any(label):
         return {"rouge-1": 0.0, "rouge-2": 0.0, "rouge-l": 0.0}
-    found = {}
+
+    scores = {}
     for n in (1, 2):
-        made, wanted = set(runs(predict, n)), set(runs(label, n))
-        found[f"rouge-{n}"] = f1(len(made & wanted), len(made), len(wanted))
-    return found | {"rouge-l": f1(common_subsequence(predict, label), len(predict), len(label))}
+        predicted = set(ngrams(predict, n))
+        expected = set(ngrams(label, n))
+        scores[f"rouge-{n}"] = f1(len(predicted & expected), len(predicted), len(expected))
+    scores["rouge-l"] = f1(common_subsequence(predict, label), len(predict), len(label))
+    return scores
 
 
-def as_rouge_sees(words: list[str]) -> list[str]:
-    """The words without blanks, sentence by sentence, as rouge-chinese has them: an empty line counts as a word ""."""
+def normalize_words(words: list[str]) -> list[str]:
+    """Words without blanks, sentence by sentence, as rouge-chinese sees them.
+
+    A sentence that consists of blanks counts as one empty word.
+    """
     text = " ".join(words)
     for end in SENTENCE_ENDS:
         text = end.sub(r"\1\n\2", text)
-    lines = [line for line in text.rstrip().split("\n") if line]
-    return [word for line in lines for word in line.split() or [""]]
+    sentences = [line for line in text.rstrip().split("\n") if line]
+    return [word for line in sentences for word in line.split() or [""]]
 
 
-def f1(common: int, made: int, wanted: int) -> float:
-    """2 p r / (p + r); rouge-chinese keeps the divisor off zero with 1e-8, which shows in the fifth digit of 100."""
-    precision, recall = common / made if made else 0.0, common / wanted if wanted else 0.0
+def f1(common: int, predicted: int, expected: int) -> float:
+    """2 p r / (p + r). rouge-chinese adds 1e-8 to the divisor, which shows in the fifth decimal."""
+    precision = common / predicted if predicted else 0.0
+    recall = common / expected if expected else 0.0
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
 def common_subsequence(a: list, b: list) -> int:
-    """Length of the longest sequence that both contain in order, not necessarily without gaps.
+    """Length of the longest common subsequence: items of both in the same order, gaps allowed.
 
-    Bit i of `row` is 0 where the best length grows at a[i]; an item of b updates all of them in one addition.
+    Bit i of `row` is 0 where the best length grows at a[i]; an item of b updates all bits with one
+    addition.
     """
-    places, row = {}, (1 << len(a)) - 1
+    positions = {}
     for i, item in enumerate(a):
-        places[item] = places.get(item, 0) | 1 << i
-    full = row
+        positions[item] = positions.get(item, 0) | 1 << i
+
+    all_bits = (1 << len(a)) - 1
+    row = all_bits
     for item in b:
-        here = row & places.get(item, 0)
-        row = (row + here | row - here) & full
+        matches = row & positions.get(item, 0)
+        row = (row + matches | row - matches) & all_bits
     return len(a) - row.bit_count()
 
 
-# ---- a file of predictions --------------------------------------------------------------------------------------
+# ---- a file of predictions --------------------------------------------------------------------
 
 
 def read_predictions(path) -> list[dict]:
-    """The rows {"predict": …, "label": …} of a JSON-lines file. Raises ValueError that names the line."""
+    """Rows {"predict", "label"} of a JSON-lines file. Raises ValueError that names the line."""
     rows = []
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -139,22 +170,25 @@ def read_predictions(path) -> list[dict]:
                 row = json.loads(line)
                 rows.append({"predict": row["predict"] + "", "label": row["label"] + ""})
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f'{path} line {number}: not of the form {{"predict": "…", "label": "…"}}: '
-                                 f"{line.strip()[:100]}") from None
+                raise ValueError(f'{path} line {number}: not of the form {{"predict": "…", '
+                                 f'"label": "…"}}: {line.strip()[:100]}') from None
     return rows
 
 
 def main(argv):
     if len(argv) != 1 or argv[0].startswith("-"):
         raise ValueError("usage: python scores.py generated_predictions.jsonl")
-    words, called = pick_words()
-    rows = [score(row["predict"], row["label"], words)
-            for row in tqdm(read_predictions(argv[0]), unit="row", leave=False, disable=None)]
+    words, description = pick_words()
+    rows = []
+    for row in tqdm(read_predictions(argv[0]), unit="row", leave=False, disable=None):
+        rows.append(score(row["predict"], row["label"], words))
     mean = means(rows)
     for name, value in mean.items():
         print(f"{name}: {value:.4f}")
-    Path("predictions_score.json").write_text(json.dumps(mean, indent=4) + "\n", encoding="utf-8")
-    print(f"{len(rows)} rows, {called}; written to predictions_score.json")
+
+    output = Path("predictions_score.json")
+    output.write_text(json.dumps(mean, indent=4) + "\n", encoding="utf-8")
+    print(f"{len(rows)} rows, {description}; written to {output}")
 
 
 if __name__ == "__main__":

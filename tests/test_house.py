@@ -88,7 +88,8 @@ def test_requirements_txt_is_that_list_and_nothing_is_left_over():
 def test_docstring_says_what_to_read_and_names_files_that_exist(name):
     text = ast.get_docstring(TREES[name])
     assert text and len(text.splitlines()) > 2
-    assert re.search(r"\bRead (before|first|after|next)\b", text), "what to read before or after this file?"
+    order = r"\bRead (before|first|after|next)\b|^(Requires|Next): "
+    assert re.search(order, text, re.M), "what to read before or after this file?"
     missing = [file for file in re.findall(r"[\w/]+\.(?:py|md)\b", text) if not (ROOT / file).is_file()]
     assert not missing, missing
     if name in SCRIPTS:
