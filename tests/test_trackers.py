@@ -120,7 +120,7 @@ def test_one_that_fails_is_left_out_and_said(capsys):
     assert [tracker.name for tracker in trackers] == ["good"] and len(told) == 2
     assert told[0]["train/loss"] == 0.5 and told[0]["eval/loss"] != told[0]["eval/loss"]      # a NaN stays one
     close_all(trackers)
-    assert capsys.readouterr().out.count("bad failed at step 1 and is left out from here (no network)") == 1
+    assert capsys.readouterr().out.count("bad failed at step 1 and gets nothing from here on (no network)") == 1
 
 
 def test_each_has_its_function():
