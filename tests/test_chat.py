@@ -99,14 +99,14 @@ def test_turns_see_the_turns_before_until_cleared(ask):
     assert "never asked" not in out and out.startswith("User: hello\nAssistant: ")
     prompts = [json.loads(ids) for ids in re.findall(r"^ids +(.*)$", err, re.M)]
     assert prompts == [recorded_prompt(23), llama3_prompt("hello", first, "And 你好?"), recorded_prompt(23)]
-    kept = [int(n) for n in re.findall(r"tokens, (\d+) of them computed before", err)]
+    kept = [int(n) for n in re.findall(r"tokens, (\d+) of them in the cache", err)]
     assert kept[0] == 0 and kept[1] > len(prompts[0]) and kept[2] == len(prompts[0])
     assert repr(load_tokenizer(BASE).decode(prompts[1])) in err
 
 
 def test_an_answer_ends_at_the_stop_token(ask):
     out, err = ask([*WITH_ADAPTER, "--prompt", "hi"])                       # this adapter answers with <|eot_id|> early
-    assert out == their_answer(recorded_prompt(5), TRAINED) + "\n" and "cut off" not in err
+    assert out == their_answer(recorded_prompt(5), TRAINED) + "\n" and "truncated" not in err
 
 
 def test_the_checkpoints_own_end_is_one_too_and_is_not_shown(ask, tmp_path):
@@ -115,7 +115,7 @@ def test_the_checkpoints_own_end_is_one_too_and_is_not_shown(ask, tmp_path):
     ids = load_tokenizer(BASE).encode(whole.strip())
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1001, ids[3]]}))
     out, err = ask([*WITH_ADAPTER, f"model_name_or_path={base}", "--prompt", "hello"])
-    assert whole.startswith(out.strip()) and 0 < len(out) < len(whole) and "cut off" not in err
+    assert whole.startswith(out.strip()) and 0 < len(out) < len(whole) and "truncated" not in err
     assert load_tokenizer(BASE).decode([ids[3]]) not in out
 
 
@@ -182,7 +182,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
         assert letter, heard
         heard += letter
     rest, _ = talk.communicate("clear\nexit\n", timeout=60)
-    assert talk.returncode == 0 and "(forgotten)" in rest
+    assert talk.returncode == 0 and "(cleared)" in rest
 
 
 def test_a_full_context_is_a_sentence_and_clear_helps(ask, tmp_path):
@@ -208,7 +208,7 @@ def test_the_turn_after_a_failed_one_is_answered(ask, capsys):
 def test_max_length_counts_when_max_new_tokens_is_zero(ask):
     four = ["max_new_tokens=0", f"max_length={len(recorded_prompt(0)) + 4}"]
     out, err = ask([*WITH_ADAPTER, *four, "default_system=Answer briefly.", "--prompt", "What is your name?"])
-    assert "cut off after 4 tokens: max_length" in err
+    assert "truncated after 4 tokens: max_length" in err
 
 
 # ---- which weights, which format, which settings -----------------------------------------------------------------
