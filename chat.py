@@ -1,4 +1,4 @@
-"""Chat with a model and its adapter, with the yaml that trained it. One conversation, top to bottom.
+"""Chat with a model and its adapter, using their training yaml. One conversation, top to bottom.
 
     python chat.py --config configs/tiny_lora_sft.yaml      `clear` starts afresh, `exit` ends it
     python chat.py my.yaml --prompt "Who are you?"          one answer, alone on standard output

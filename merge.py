@@ -1,26 +1,30 @@
-"""Fold adapters into their base model, W + scale * B A, and write an ordinary checkpoint that needs no adapter.
+"""Merge adapters into their base model, W + scale * B A, and write an ordinary checkpoint.
 
-    python merge.py --config configs/tiny_merge.yaml
-    python merge.py --config my_training.yaml export_dir=models/mine        the adapter in its output_dir is taken
-    python merge.py my_training.yaml export_dir=models/mine merge_base=original
+    python merge.py --config configs/tiny_merge.yaml python merge.py --config my_training.yaml
+    export_dir=models/mine    with the adapter in output_dir python merge.py my_training.yaml
+    export_dir=models/mine merge_base=original
 
-No model is built. Every tensor passes from the base's files into new ones a block of rows at a time, so a 70B
-checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once, to the base's dtype.
-An adapter that was trained on a base in 4 or 8 bits is folded into that base, made dense: what was trained. It has
-learnt to make up for the rounding, so the sum with the original weights (merge_base: original) is another model. Where
-the yaml names rows, the losses of base, base with adapter, and merged model on some of them are shown then.
+No model is built. Tensors are streamed from the base's files into new ones in blocks of rows, so a
+70B checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once,
+to the base's dtype. While one block is written, threads read and sum the next ones, so that a merge
+takes about as long as copying the files.
 
-Writing takes longest: while one block is written, threads read and sum the next ones, so that a merge takes about as
-long as copying the files.
+An adapter that was trained on a base in 4 or 8 bits is merged into that base, dequantized: the
+model that was trained. Such an adapter has learned to compensate the rounding, so the sum with the
+original weights (merge_base: original) is a different model. If the yaml names a dataset, the
+losses of base, base with adapter, and merged model on some of its rows are printed.
 
-Read before: lora.py (merged_weight), quant.py, checkpoint.py (how adapters are checked and files are streamed).
-Papers: LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
+Requires: lora.py (merged_weight), quant.py, checkpoint.py (adapters, streaming of files).
+Next: eval.py.
+
+LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
 """
 import math
 import os
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -28,18 +32,19 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import ignored_keys, load_config, run
+from config import Config, ignored_keys, load_config, run
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "merge"))                # --help and mistakes do not wait for torch
+    run(lambda argv: load_config(argv, "merge"))        # --help and mistakes do not wait for torch
 
 from attention import Layout, pick_kernel               # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, Packed, adapter_tensors, copies_of_base, find_checkpoint,
-                        folded_under, load_adapter, load_model, load_with_adapters, new_folder, open_tensors,
-                        packed_weights, peft_names, pissa_start, read_adapter_config, read_packed, stored_as,
+from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, Packed, adapter_tensors, copies_of_base,
+                        find_checkpoint, folded_under, load_adapter, load_model,
+                        load_with_adapters, new_folder, open_tensors, packed_weights,
+                        peft_names, pissa_start, read_adapter_config, read_packed, stored_as,
                         swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
 from data import collate, kept_in, load_examples
 from families import model_config, read_config_json
@@ -54,178 +59,223 @@ from tokenizer import load_tokenizer, read_json
 from vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
-ROWS = 32                       # whose losses are compared, at most
-MAX_THREADS = 4                 # more find nothing to do: one writes while the others sum
-# how text is read and rendered; training settles all of it, so it comes from one folder, never from two
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-              "chat_template.jinja", "chat_template.json", "train_config.json")
-# what else the base's folder passes on, unless it matches the second line too
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
-LEFT_BEHIND = ("config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", *TEXT_FILES)
+LOSS_ROWS = 32                  # most rows whose losses are compared
+MAX_THREADS = 4                 # more would idle: one writes while the others sum
+
+# Files that define how text is read and rendered. Training settles them together, so all of them
+# come from one folder.
+TEXT_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "train_config.json")
+# Other files to copy from the base's folder, unless they match SKIPPED, too.
+COPIED = (
+    "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
+    "USE_POLICY*")
+SKIPPED = (
+    "config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", *TEXT_FILES)
+# Keys of train_config.json that tell how the base was loaded in training.
+TRAINED_KEYS = (
+    "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
 
 
 @dataclass
 class Change:
-    """What one adapter does to one tensor: adds scale * B A, or, where scale is None, puts its own in the place."""
+    """Change of one tensor by one adapter: + scale * B A, or, with scale None, a new tensor."""
     file: Path
-    key: str                    # the tensor's name in the file; for B and A without .lora_A.weight, .lora_B.weight
+    key: str                    # name in the file; of A and B: without .lora_A.weight
     scale: float | None
-    has_copy: bool = False      # the file holds the base's tensor too, as peft does it for an adapted head
-    has_lengths: bool = False   # and lora_magnitude_vector, what DoRA makes the rows' lengths
-    swapped: bool = False       # A and B of a stack have each other's place in the file
+    has_copy: bool = False      # the file holds the base's tensor, too, as of an adapted head
+    has_magnitude: bool = False     # the file holds DoRA's lora_magnitude_vector
+    swapped: bool = False       # A and B of a stack have traded places in the file
 
 
 @dataclass
 class Planned:
-    """One tensor of the new checkpoint: which tensor of the base it is made from, by what changes, and its dtype."""
+    """One tensor of the new checkpoint: its source in the base, its changes, and its dtype."""
     file: Path
     key: str
     shape: tuple
     dtype: torch.dtype
     changes: list[Change] = field(default_factory=list)
     packed: Packed | None = None        # it is stored in 4 or 8 bits
-    form: Form | None = None            # training has quantised it so when it was read
+    form: Form | None = None            # training quantized it so on load
 
 
 def main(argv):
     config = load_config(argv, "merge")
     if ignored := ignored_keys(config):
         print(f"accepted, no effect here: {', '.join(ignored)}")
-    device = "cuda" if config.export_device != "cpu" and torch.cuda.is_available() else "cpu"
-    if config.export_device == "cuda" and device == "cpu":
-        raise ValueError(f"export_device: cuda, but torch {torch.__version__} sees no GPU; set export_device: cpu")
+    device = pick_merge_device(config.export_device)
+
+    # ---- base and adapters
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    adapters = [find_checkpoint(name, cache_dir=config.cache_dir) for name in adapter_names(config)]
-    print(f"base      {base}")
-    for adapter in adapters:
-        print(f"adapter   {adapter}{other_base(adapter, base, config.model_name_or_path)}")
-    if warning := warn_of_folded(adapters):
-        print(f"warning   {warning}")
-    if not adapters:
-        print("adapter   none (adapter_name_or_path is not set): the weights are written as they are")
-    form, trained = form_to_merge(config, base, adapters)
-    merge_checkpoint(base, adapters, config.export_dir, DTYPES.get(config.infer_dtype), int(config.export_size * 1e9),
-                     config.overwrite, config.template, config.force_template, device, form)
-    if trained and adapters and (config.dataset or config.eval_dataset):
+    adapters = []
+    for name in adapter_names(config):
+        adapters.append(find_checkpoint(name, cache_dir=config.cache_dir))
+    print_sources(config, base, adapters)
+    form, description = form_to_merge(config, base, adapters)
+
+    # ---- merge, then compare losses
+    merge_checkpoint(
+        base, adapters, config.export_dir,
+        dtype=DTYPES.get(config.infer_dtype),
+        shard_bytes=int(config.export_size * 1e9),
+        overwrite=config.overwrite,
+        template=config.template,
+        force_template=config.force_template,
+        device=device,
+        form=form)
+    quantized = bool(description)
+    if quantized and adapters and (config.dataset or config.eval_dataset):
         compare_losses(config, base, adapters, device)
 
 
-def merge_checkpoint(base, adapters, export_dir, dtype=None, shard_bytes=5 * 10**9, overwrite=False, template=None,
-                     force_template=False, device="cpu", form: Form | None = None):
-    """Write base + adapters as a checkpoint of its own into export_dir, which appears complete or not at all.
+def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,
+                     shard_bytes: int = 5 * 10**9, overwrite: bool = False, template=None,
+                     force_template: bool = False, device="cpu", form: Form | None = None):
+    """Write base + adapters as a checkpoint into export_dir, which appears complete or not at all.
 
-    base, adapters: folders; adapters are added in their order. dtype: of all weights; None keeps each tensor's.
-    shard_bytes: largest weight file. template: the config's, a name or a mapping; None: the one stored with the
-    adapters.
-    device: where sums are formed. form: what the base is rounded to first, as training on a quantised base has done it.
-    Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged
-    files, an export_dir that is in use; OSError when the disk is too small.
+    base, adapters: folders; adapters are added in order. dtype: of all weights; None keeps each
+    tensor's. shard_bytes: largest weight file. template: as in the config, a name or a mapping;
+    None: the one stored with the adapters. device: where sums are formed. form: quantization that
+    training applied to the base on load.
+
+    Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged files, an
+    export_dir that is in use; OSError when the disk is too small.
     """
-    base, adapters, began = Path(base), [Path(adapter) for adapter in adapters], time.monotonic()
+    start_time = time.monotonic()
+    base = Path(base)
+    adapters = [Path(adapter) for adapter in adapters]
     target = check_target(Path(export_dir), [base, *adapters], overwrite)
     fields = read_config_json(base)
     plan, untied = plan_tensors(base, adapters, dtype, form)
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.values())
 
     template, force_template = stored_template(adapters or [base], template, force_template)
-    text_source = next((adapter for adapter in reversed(adapters) if (adapter / "tokenizer.json").is_file()), base)
-    print("template  " + (name_of(template) if template else
-                          "none is stored or set: the files of the tokenizer stay as they are"))
+    text_source = base
+    for adapter in adapters:
+        if (adapter / "tokenizer.json").is_file():
+            text_source = adapter                       # of the last adapter that has a tokenizer
+    name = name_of(template) if template else "none set or stored: the tokenizer's files are kept"
+    print(f"template  {name}")
 
     with new_folder(target) as work:
         copy_files(base, text_source, work)
-        if template and ((text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)):
+        has_tokenizer = (text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)
+        if template and has_tokenizer:
             fit_text_files(text_source, work, template, force_template, fields)
         with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
-            ready = ahead(work_on(plan, device))
-            write_tensors(work, {name: (t.shape, t.dtype) for name, t in plan.items()},
-                          lambda name: islice(ready, len(list(row_blocks(plan[name].shape)))), shard_bytes, bar.update)
-        fields.pop("quantization_config", None)
-        if untied:
-            fields["tie_word_embeddings"] = False
-        if dtype:
-            fields |= {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in fields}
-        write_json(work / "config.json", fields)
+            write_plan(work, plan, device, shard_bytes, bar.update)
+        write_json(work / "config.json", merged_fields(fields, dtype, untied))
         read_back(work, plan)
 
-    print(f"{export_dir}: {len(list(target.iterdir()))} files, {total / 1e9:.3g} GB of weights, "
-          f"{time.monotonic() - began:.1f} s; {len(plan)} tensors read back with the planned names, shapes and dtypes")
+    files = len(list(target.iterdir()))
+    seconds = time.monotonic() - start_time
+    print(f"{export_dir}: {files} files, {total / 1e9:.3g} GB of weights, {seconds:.1f} s; "
+          f"{len(plan)} tensors read back with the planned names, shapes and dtypes")
 
 
-# ---- what is merged, and where to -------------------------------------------------------------------------------
+# ---- sources and target -----------------------------------------------------------------------
 
 
-def adapter_names(config) -> list[str]:
-    """adapter_name_or_path; without it, what training left in output_dir, after those it stands on; or none."""
+def pick_merge_device(export_device: str) -> str:
+    """"cuda" or "cpu". Raises ValueError for cuda without a GPU."""
+    if export_device != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if export_device == "cuda":
+        raise ValueError(f"export_device: cuda, but torch {torch.__version__} sees no GPU; set "
+                         "export_device: cpu")
+    return "cpu"
+
+
+def adapter_names(config: Config) -> list[str]:
+    """adapter_name_or_path, else the adapter in output_dir after those merged before it, or []."""
     if config.adapter_name_or_path or not config.output_dir:
         return config.adapter_name_or_path or []
     if not (Path(config.output_dir) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"output_dir {config.output_dir} holds no adapter (adapter_config.json); train first, "
-                                "or name the adapter's folder as adapter_name_or_path")
+        raise FileNotFoundError(
+            f"output_dir {config.output_dir} holds no adapter (adapter_config.json); train first, "
+            "or name the adapter's folder as adapter_name_or_path")
     return [*folded_under(config.output_dir), config.output_dir]
 
 
-def other_base(adapter, base, name) -> str:
-    """A remark when the adapter names another base. Only that: the same model has many names."""
+def print_sources(config: Config, base: Path, adapters: list[Path]):
+    """Print the folders of base and adapters, with warnings."""
+    print(f"base      {base}")
+    for adapter in adapters:
+        print(f"adapter   {adapter}")
+        if trained_on := other_base(adapter, base, config.model_name_or_path):
+            print(f"          warning: it says it was trained on {trained_on}; it is merged all "
+                  "the same if its shapes fit")
+    if warning := warn_of_folded(adapters):
+        print(f"warning   {warning}")
+    if not adapters:
+        print("adapter   none (adapter_name_or_path is not set): the weights are copied")
+
+
+def other_base(adapter: Path, base: Path, name: str) -> str | None:
+    """The base an adapter names, if it is another one. No error: a model may have several names."""
     trained_on = read_adapter_config(adapter)[1].get("base_model_name_or_path")
-    if not trained_on or trained_on in (name, str(base)) or base.resolve() in (
-            Path(trained_on).resolve(), (adapter / trained_on).resolve()):
-        return ""
-    return f"\n          warning: it says it was trained on {trained_on}; it is added all the same if its shapes fit"
+    if not trained_on or trained_on in (name, str(base)):
+        return None
+    candidates = (Path(trained_on).resolve(), (adapter / trained_on).resolve())
+    return None if base.resolve() in candidates else trained_on
 
 
-def check_target(path, sources, overwrite) -> Path:
-    """The absolute path to write to. Raises ValueError when that could cost the user anything."""
+def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
+    """Absolute path to write to. Raises ValueError if that could destroy anything of the user's."""
     target = path.resolve()
     for source in sources:
         if target in (source.resolve(), *source.resolve().parents):
-            raise ValueError(f"export_dir: {path} {'is' if target == source.resolve() else 'holds'} {source}, which is "
-                             "read here and stays as it is. Name another folder")
+            relation = "is" if target == source.resolve() else "holds"
+            raise ValueError(f"export_dir: {path} {relation} {source}, which is read here and "
+                             "stays unchanged. Name another folder")
     if target.is_file():
         raise ValueError(f"export_dir: {path} is a file. Name a folder")
-    there = sorted(target.iterdir()) if target.is_dir() else []
-    if there and not overwrite:
-        raise ValueError(f"export_dir: {path} is not empty (it holds {there[0].name}). Name another folder, or set "
-                         "overwrite: true")
-    if there and (target / "config.json" not in there or any(item.is_dir() for item in there)):
-        raise ValueError(f"export_dir: {path} holds other things than a checkpoint, and overwrite: true would remove "
-                         "them. Name another folder")
+
+    items = sorted(target.iterdir()) if target.is_dir() else []
+    if items and not overwrite:
+        raise ValueError(f"export_dir: {path} is not empty (it holds {items[0].name}). Name "
+                         "another folder, or set overwrite: true")
+    if items and (target / "config.json" not in items or any(item.is_dir() for item in items)):
+        raise ValueError(f"export_dir: {path} holds other things than a checkpoint, and overwrite: "
+                         "true would remove them. Name another folder")
     return target
 
 
-# ---- the plan, made from names and shapes alone -----------------------------------------------------------------
+# ---- the plan, made from names and shapes alone -----------------------------------------------
 
 
-def plan_tensors(base, adapters, dtype, form: Form | None = None) -> tuple[dict[str, Planned], bool]:
-    """{name: Planned} in the base's order, and whether head and embedding, one matrix in the base, become two.
+def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
+                 form: Form | None = None) -> tuple[dict[str, Planned], bool]:
+    """({name: Planned} in the base's order, whether tied head and embedding become two matrices).
 
-    All names are the files' own. A dtype other than None is for weights; what else the files hold (buffers of older
-    tools, the part of a model that reads images) is carried as it is.
+    Names are those of the files. A dtype applies to weights; other tensors of the files (buffers of
+    older tools, the vision part of a model) are copied unchanged.
     """
-    skeleton = load_model(base, skip_weights=True, form=form)   # on the meta device: shapes without numbers
-    called, packed = skeleton.config.stored_name, packed_weights(base)
-    rounded = quantised_weights(skeleton)
-    weights = {called(name): tuple(p.shape) for name, p in (*skeleton.named_parameters(remove_duplicate=False),
-                                                            *rounded.items())}
-    beside = {key for weight in packed.values() for part, (_, key) in weight.parts.items() if part != "codes"}
-    head, embedding = called("lm_head.weight"), called("model.embed_tokens.weight")
-    tied, untied, plan, files = skeleton.config.tie_word_embeddings, False, {}, tensor_files(base)
-    for name, file in files.items():
-        if name in beside:
-            continue
-        shape, stored = stored_as(file, name)
-        if name in packed:
-            shape, stored = packed[name].shape, packed[name].form.dtype
-        if weights.get(name, shape) != shape:
-            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it {list(weights[name])}")
-        plan[name] = Planned(file, name, shape, dtype if dtype and name in weights else stored, packed=packed.get(name))
-    for name in () if packed else rounded:
-        plan[called(name)].form = form
-    if missing := [name for name in weights if name not in plan and not (tied and name == head)]:
-        raise ValueError(f"{base}: {len(missing)} tensors that config.json describes are not in the files, such as "
-                         f"{', '.join(missing[:4])}. Is the download complete?")
+    skeleton = load_model(base, skip_weights=True, form=form)   # meta device: shapes, no numbers
+    stored_name = skeleton.config.stored_name
+    packed = packed_weights(base)
+    quantized = quantised_weights(skeleton)
+    parameters = [*skeleton.named_parameters(remove_duplicate=False), *quantized.items()]
+    weights = {stored_name(name): tuple(p.shape) for name, p in parameters}
+    plan = plan_base(base, weights, packed, dtype)
+    if not packed:
+        for name in quantized:
+            plan[stored_name(name)].form = form
+
+    tied = skeleton.config.tie_word_embeddings
+    head = stored_name("lm_head.weight")
+    embedding = stored_name("model.embed_tokens.weight")
+    missing = [name for name in weights if name not in plan and not (tied and name == head)]
+    if missing:
+        raise ValueError(
+            f"{base}: {len(missing)} tensors that config.json describes are not in the files, such "
+            f"as {', '.join(missing[:4])}. Is the download complete?")
+
+    untied = False
     for adapter in adapters:
-        for name, change in [*taken_out(adapter, base), *changes_of(adapter, base).items()]:
+        for name, change in [*pissa_changes(adapter, base), *changes_of(adapter, base).items()]:
             if tied and name in (head, embedding):
                 untied = True
                 plan.setdefault(head, replace(plan[embedding], changes=[]))
@@ -233,257 +283,399 @@ def plan_tensors(base, adapters, dtype, form: Form | None = None) -> tuple[dict[
     return plan, untied
 
 
-def taken_out(adapter, base) -> list[tuple[str, Change]]:
-    """(tensor name, Change) of what PiSSA took out of the base before the adapter learnt beside it."""
+def plan_base(base: Path, weights: dict[str, tuple], packed: dict[str, Packed],
+              dtype: torch.dtype | None) -> dict[str, Planned]:
+    """{name: Planned} of the base's tensors. weights: {name: shape} according to config.json."""
+    scales = set()                                      # tensors stored beside quantized weights
+    for weight in packed.values():
+        scales |= {key for part, (_, key) in weight.parts.items() if part != "codes"}
+
+    plan = {}
+    for name, file in tensor_files(base).items():
+        if name in scales:
+            continue
+        shape, stored_dtype = stored_as(file, name)
+        if name in packed:
+            shape = packed[name].shape
+            stored_dtype = packed[name].form.dtype
+        if weights.get(name, shape) != shape:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it "
+                             f"{list(weights[name])}")
+        new_dtype = dtype if dtype and name in weights else stored_dtype
+        plan[name] = Planned(file=file, key=name, shape=shape, dtype=new_dtype,
+                             packed=packed.get(name))
+    return plan
+
+
+def pissa_changes(adapter: Path, base: Path) -> list[tuple[str, Change]]:
+    """[(tensor name, Change)]: subtract the initial adapter, as PiSSA did before training."""
     config = read_adapter_config(adapter)[0]
     if not config.pissa:
         return []
-    if not (start := pissa_start(adapter, config)):
-        raise ValueError(f"{adapter} is a PiSSA adapter without its folder pissa_init, which merging reads: take that "
-                         "in pissa_converted (pissa_convert: true writes it), or merge it with peft")
-    return [(name, replace(change, scale=-change.scale, has_lengths=False))
-            for name, change in changes_of(start, base).items() if change.scale is not None]
-
-
-def changes_of(adapter, base) -> dict[str, Change]:
-    """{tensor name: Change} of an adapter; attaching it to an empty model finds all that does not fit, by name."""
-    skeleton = load_model(base, skip_weights=True)
-    load_adapter(skeleton, adapter)
-    file, called = adapter / "adapter_model.safetensors", skeleton.config.stored_name
-    with open_tensors(file) as tensors:
-        copies = copies_of_base(skeleton, tensors)
-        swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
-    changes, names = {}, peft_names(skeleton)
-    for name, layer in lora_layers(skeleton).items():
-        key = names[name]
-        changes[called(f"{name}.weight")] = Change(file, key, layer.scale, f"{key}.base_layer.weight" in copies,
-                                                   getattr(layer, "lora_magnitude_vector", None) is not None,
-                                                   f"{key}.lora_A.weight" in swapped)
-    for key in adapter_tensors(skeleton):
-        if not key.endswith(OF_ADAPTERS):
-            changes[key.removeprefix(PREFIX)] = Change(file, key, None)
+    start = pissa_start(adapter, config)
+    if not start:
+        raise ValueError(
+            f"{adapter} is a PiSSA adapter without its folder pissa_init, which merging reads: "
+            "take that in pissa_converted (pissa_convert: true writes it), or merge it with peft")
+    changes = []
+    for name, change in changes_of(start, base).items():
+        if change.scale is not None:
+            changes.append((name, replace(change, scale=-change.scale, has_magnitude=False)))
     return changes
 
 
-# ---- the work ---------------------------------------------------------------------------------------------------
+def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
+    """{tensor name: Change} of an adapter.
 
-
-def ahead(makers):
-    """What the functions of an iterator return, in their order; threads call them a few places before their turn.
-
-    One thread a core, each with one core to itself: torch's own threads would wait for each other and for the writing.
+    Attaching it to a model without weights raises ValueError for everything that does not fit.
     """
-    cores, before, waiting = os.cpu_count() or 1, torch.get_num_threads(), deque()
+    skeleton = load_model(base, skip_weights=True)
+    load_adapter(skeleton, adapter)
+    stored_name = skeleton.config.stored_name
+    file = adapter / "adapter_model.safetensors"
+    with open_tensors(file) as tensors:
+        copies = copies_of_base(skeleton, tensors)
+        swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
+
+    changes = {}
+    names = peft_names(skeleton)
+    for name, layer in lora_layers(skeleton).items():
+        key = names[name]
+        changes[stored_name(f"{name}.weight")] = Change(
+            file=file, key=key, scale=layer.scale,
+            has_copy=f"{key}.base_layer.weight" in copies,
+            has_magnitude=getattr(layer, "lora_magnitude_vector", None) is not None,
+            swapped=f"{key}.lora_A.weight" in swapped)
+    for key in adapter_tensors(skeleton):
+        if not key.endswith(OF_ADAPTERS):
+            changes[key.removeprefix(PREFIX)] = Change(file=file, key=key, scale=None)
+    return changes
+
+
+# ---- the work ---------------------------------------------------------------------------------
+
+
+def write_plan(folder: Path, plan: dict[str, Planned], device, shard_bytes: int,
+               progress: Callable[[int], object]):
+    """Write the weight files of a plan, in its order."""
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}
+    blocks = run_ahead(block_makers(plan, device))
+
+    def blocks_of(name):
+        return islice(blocks, len(list(row_blocks(plan[name].shape))))
+
+    write_tensors(folder, shapes, blocks_of, shard_bytes, progress)
+
+
+def run_ahead(makers: Iterable[Callable]) -> Iterator:
+    """Yield what the functions return, in order; threads call them a few positions in advance.
+
+    One thread a core with one core each: torch's own threads would wait for each other and for the
+    writing.
+    """
+    workers = min(os.cpu_count() or 1, MAX_THREADS)
+    threads_before = torch.get_num_threads()
+    waiting = deque()
     try:
-        with ThreadPoolExecutor(min(cores, MAX_THREADS), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for make in makers:
                 waiting.append(pool.submit(make))
-                if len(waiting) > min(cores, MAX_THREADS):
+                if len(waiting) > workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
 
 
-def work_on(plan, device):
-    """A function for each block of rows of each tensor, in order; called, it returns the finished rows."""
+def block_makers(plan: dict[str, Planned], device) -> Iterator[Callable]:
+    """A function for each block of rows of each tensor, in order, which returns the merged rows."""
     for name, tensor in plan.items():
-        # A is needed by all rows of a matrix, B by those of a stack; else B is read with the rows
-        lows = [None if c.scale is None else read(c.file, c.key + ".lora_A.weight", device) for c in tensor.changes]
-        highs = [read(c.file, c.key + ".lora_B.weight", device) if len(tensor.shape) == 3 and A is not None else None
-                 for c, A in zip(tensor.changes, lows)]
-        matrix = dense(tensor, device)
+        # A is needed by all rows of a matrix, B by all rows of a stack; else B is read by rows
+        lora_A = []
+        lora_B = []
+        for change in tensor.changes:
+            A = B = None
+            if change.scale is not None:
+                A = read_tensor(change.file, change.key + ".lora_A.weight", device)
+                if len(tensor.shape) == 3:
+                    B = read_tensor(change.file, change.key + ".lora_B.weight", device)
+            lora_A.append(A)
+            lora_B.append(B)
+        matrix = dequantized_base(tensor, device)
         for rows in row_blocks(tensor.shape):
-            yield partial(finished, name, tensor, rows, lows, highs, matrix, device)
+            yield partial(merged_rows, name, tensor, rows, lora_A, lora_B, matrix, device)
 
 
-def dense(tensor: Planned, device):
-    """What training saw in the place of a matrix in 4 or 8 bits; None for other tensors, which are read by rows."""
+def dequantized_base(tensor: Planned, device) -> torch.Tensor | None:
+    """The matrix training saw for one in 4 or 8 bits; None for others, which are read by rows."""
     if tensor.packed:
         weight = read_packed(tensor.packed, device)
     elif tensor.form:
-        original = read(tensor.file, tensor.key, device)
+        original = read_tensor(tensor.file, tensor.key, device)
         weight = quantise(original.to(tensor.form.dtype or original.dtype), tensor.form)
     else:
         return None
     return weight.dense(torch.float32 if weight.form.kind == "int8" else None)
 
 
-def read(file, key, device, rows=...):
-    """A tensor in a file, or some of its rows. The file is opened anew: what was read of a mapped file counts as memory
-    for as long as it is open."""
+def read_tensor(file: Path, key: str, device, rows=...) -> torch.Tensor:
+    """A tensor of a file, or some of its rows.
+
+    The file is opened each time: pages of a mapped file count as memory as long as it is open.
+    """
     with open_tensors(file) as tensors:
         return tensors.get_slice(key)[rows].to(device)
 
 
-def finished(name, tensor: Planned, rows, lows, highs, matrix, device):
-    """Rows of one tensor of the new checkpoint. lows: of each change A (r, in); highs: for stacks of matrices, B;
-    matrix: all of the base's, where it is not in the files."""
-    block = read(tensor.file, tensor.key, device, rows) if matrix is None else matrix[rows]
-    for change, A, B in zip(tensor.changes, lows, highs):
+def merged_rows(name: str, tensor: Planned, rows, lora_A: list, lora_B: list,
+                matrix: torch.Tensor | None, device) -> torch.Tensor:
+    """Rows of one tensor of the new checkpoint.
+
+    lora_A: (r, in) for each change. lora_B: for each change of a stack of matrices. matrix: the
+    base's, if it is not stored by rows. Raises ValueError for sums that are not finite.
+    """
+    if matrix is None:
+        block = read_tensor(tensor.file, tensor.key, device, rows)
+    else:
+        block = matrix[rows]
+    for change, A, B in zip(tensor.changes, lora_A, lora_B):
         if change.scale is None:
-            block = read(change.file, change.key, device, rows)
+            block = read_tensor(change.file, change.key, device, rows)
             continue
         if change.has_copy:
-            check_copy(block, read(change.file, change.key + ".base_layer.weight", device, rows), name, change.file)
-        if B is not None:                                               # rows of one expert: (1, some of in, out)
-            expert, part = rows[0].start, rows[1]
-            low, high = expert_matrices(A, B, tensor.shape[0], expert)
-            A_e, B_e = (low, high) if change.swapped else (high.T, low.T)                       # (r, out), (in, r)
-            block = merged_weight(block[0].float(), A_e, B_e[part], change.scale)[None]
+            copy = read_tensor(change.file, change.key + ".base_layer.weight", device, rows)
+            check_copy(block, copy, name, change.file)
+        if B is not None:
+            block = merge_expert(block, change, A, B, tensor.shape[0], rows)
         else:
-            B = read(change.file, change.key + ".lora_B.weight", device, rows)                  # (rows, r)
-            lengths = change.key + ".lora_magnitude_vector"
-            lengths = read(change.file, lengths, device, rows) if change.has_lengths else None              # (rows,)
-            block = merged_weight(block.float(), A, B, change.scale, lengths)
+            block = merge_matrix(block, change, A, rows, device)
+
     if tensor.changes and not block.sum(dtype=torch.float32).isfinite():
-        raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} holds NaN or infinity")
+        raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} "
+                         "holds NaN or infinity")
     rounded = block.to(tensor.dtype)
-    if tensor.dtype == torch.float16 and block.dtype != torch.float16 and not rounded.isfinite().all():
-        raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, which ends at "
-                         "65,504; set infer_dtype: bfloat16")
+    to_float16 = tensor.dtype == torch.float16 and block.dtype != torch.float16
+    if to_float16 and not rounded.isfinite().all():
+        raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, "
+                         "which ends at 65,504; set infer_dtype: bfloat16")
     return rounded
 
 
-def row_blocks(shape):
-    """Indices that cut a tensor into blocks of about BLOCK numbers: of rows, in a stack of matrices of one's rows."""
+def merge_matrix(block: torch.Tensor, change: Change, A: torch.Tensor, rows,
+                 device) -> torch.Tensor:
+    """Rows of W + scale * B A, (rows, in) float32, with DoRA's magnitudes if there are any."""
+    B = read_tensor(change.file, change.key + ".lora_B.weight", device, rows)           # (rows, r)
+    magnitude = None
+    if change.has_magnitude:
+        key = change.key + ".lora_magnitude_vector"
+        magnitude = read_tensor(change.file, key, device, rows)                         # (rows,)
+    return merged_weight(block.float(), A, B, change.scale, magnitude)
+
+
+def merge_expert(block: torch.Tensor, change: Change, A: torch.Tensor, B: torch.Tensor,
+                 experts: int, rows: tuple[slice, slice]) -> torch.Tensor:
+    """The same for one expert of a stack (E, in, out): (1, rows, out) float32."""
+    expert, part = rows
+    low, high = expert_matrices(A, B, experts, expert.start)
+    if not change.swapped:
+        low, high = high.T, low.T                                               # (r, out), (in, r)
+    return merged_weight(block[0].float(), low, high[part], change.scale)[None]
+
+
+def row_blocks(shape: tuple) -> Iterator:
+    """Indices that split a tensor into blocks of rows of about BLOCK numbers.
+
+    For a stack of matrices: (slice of one expert, slice of its rows).
+    """
+    if not shape:
+        yield ...
+        return
     if len(shape) == 3:
         for expert in range(shape[0]):
             for rows in row_blocks(shape[1:]):
                 yield slice(expert, expert + 1), rows
         return
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0] if shape else 1, step):
-        yield slice(start, start + step) if shape else ...
+    for start in range(0, shape[0], step):
+        yield slice(start, start + step)
 
 
-def check_copy(block, copy, name, file):
-    """Raise unless the copy of the base's tensor in an adapter file is the base's, up to the rounding of 16 bits."""
+def check_copy(block: torch.Tensor, copy: torch.Tensor, name: str, file: Path):
+    """Raise ValueError unless an adapter's copy of a base tensor equals it, up to rounding."""
     if (block.float() - copy.float()).abs().max() > 0.01 * block.abs().max():
-        raise ValueError(f"{file}: it was trained on a model whose {name} has other values than this base's")
+        raise ValueError(f"{file}: it was trained on a model whose {name} has other values than "
+                         "this base's")
 
 
-# ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------------------------
+# ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------
 
 
-SAID = ("quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
+def as_trained(config: Config, adapters: list[Path]) -> tuple[Form | None, torch.dtype | None, str]:
+    """How training loaded the base: (quantization on load or None, dtype or None, stage).
 
-
-def as_trained(config, adapters) -> tuple[Form | None, torch.dtype | None, str]:
-    """(form that quantisation on load gave the base, or None; dtype of the base, None: the file's; stage of training):
-    from the config, or from the train_config.json that lies with the last adapter."""
-    said = read_json(adapters[-1] / "train_config.json") if adapters else {}
-    known = replace(config, **{key: said[key] for key in SAID if key in said and key not in config.given})
-    half = torch.bfloat16 if known.bf16 else torch.float16 if known.fp16 else None
-    form = form_asked(known)
-    return replace(form, dtype=half) if form else None, half, known.stage
-
-
-def form_to_merge(config, base, adapters) -> tuple[Form | None, str]:
-    """(what a 16-bit base is rounded to before the sum, or None; what the base was in training, in words, or "").
-
-    Raises ValueError where the original is wanted and is not there.
+    From the config, or from train_config.json beside the last adapter.
     """
-    original, packed = config.merge_base == "original", packed_weights(base)
-    if packed:
+    stored = read_json(adapters[-1] / "train_config.json") if adapters else {}
+    keys = [key for key in TRAINED_KEYS if key in stored and key not in config.given]
+    known = replace(config, **{key: stored[key] for key in keys})
+    half_dtype = None
+    if known.bf16:
+        half_dtype = torch.bfloat16
+    elif known.fp16:
+        half_dtype = torch.float16
+    form = form_asked(known)
+    if form:
+        form = replace(form, dtype=half_dtype)
+    return form, half_dtype, known.stage
+
+
+def form_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple[Form | None, str]:
+    """(quantization to apply to a 16-bit base before merging, description of the base or "").
+
+    Raises ValueError if merge_base is original and the base is stored quantized.
+    """
+    original = config.merge_base == "original"
+    if packed := packed_weights(base):
         words = in_words(weight.form for weight in packed.values())
         if original:
-            raise ValueError(f"merge_base: original: {base} itself is stored quantised ({words}); name the 16-bit "
-                             "checkpoint that it was made from as model_name_or_path, or leave merge_base out")
-        print(f"base      {words}: made dense, and so what was trained")
+            raise ValueError(
+                f"merge_base: original: {base} itself is stored quantized ({words}); name the "
+                "16-bit checkpoint that it was made from as model_name_or_path, or leave "
+                "merge_base out")
+        print(f"base      {words}: dequantized, the weights that were trained with")
         return None, words
-    form = as_trained(config, adapters)[0]
-    if form and original:
-        print(f"base      as it is, although the adapter learnt beside {form.kind}: another model than was trained")
-    elif form:
-        print(f"base      rounded to {form.kind} and made dense, as in training (merge_base: original: not)")
-    return None if original else form, form.kind if form else ""
+
+    form, _, _ = as_trained(config, adapters)
+    if not form:
+        return None, ""
+    if original:
+        print(f"base      unquantized, although the adapter was trained with {form.kind}: another "
+              "model than was trained")
+        return None, form.kind
+    print(f"base      rounded to {form.kind} and dequantized, as in training (merge_base: original "
+          "skips this)")
+    return form, form.kind
 
 
-def compare_losses(config, base, adapters, device):
-    """Print the mean loss a token of base, base with adapters, and merged model on some rows of the yaml."""
-    size = sum(file.stat().st_size for file in Path(config.export_dir).glob("*.safetensors"))
-    if (free := available_bytes(device)) and size > 0.9 * free:
-        return print(f"losses    not compared: the merged model takes more than is free ({device})")
-    form, half, stage = as_trained(config, adapters)
+def compare_losses(config: Config, base: Path, adapters: list[Path], device: str):
+    """Print the mean loss per token of base, base with adapters, and merged model on some rows."""
+    weights = Path(config.export_dir).glob("*.safetensors")
+    size = sum(file.stat().st_size for file in weights)
+    free = available_bytes(device)
+    if free and size > 0.9 * free:
+        print(f"losses    not compared: the merged model is larger than the free memory ({device})")
+        return
+    form, half_dtype, stage = as_trained(config, adapters)
     if stage not in ("sft", "pt"):
-        return print(f"losses    not compared: that of stage {stage} is none a token")
+        print(f"losses    not compared: stage {stage} has no loss per token")
+        return
+
     tokenizer = load_tokenizer(config.export_dir, config.split_special_tokens)
     shape = model_config(read_config_json(base))
-    wanted, force = stored_template(adapters, config.template, config.force_template)
-    template, _ = choose_template(wanted, tokenizer, shape.model_type, force)
+    name, force = stored_template(adapters, config.template, config.force_template)
+    template, _ = choose_template(name, tokenizer, shape.model_type, force)
     fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
-    rows, what = some_rows(replace(config, stage=stage), tokenizer, template)
-    models = {"base": lambda: load_model(base, half, device, form=form),
-              "with adapter": lambda: load_with_adapters(base, adapters, half, device, form=form),
-              "merged": lambda: load_model(config.export_dir, half, device)}
-    losses = {name: mean_loss(load(), rows, device) for name, load in models.items()}        # one in memory at a time
-    print("losses    " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-          + f" (a token, over {len(rows)} {what})")
+    rows, description = some_rows(replace(config, stage=stage), tokenizer, template)
+
+    loaders = {
+        "base": lambda: load_model(base, half_dtype, device, form=form),
+        "with adapter": lambda: load_with_adapters(base, adapters, half_dtype, device, form=form),
+        "merged": lambda: load_model(config.export_dir, half_dtype, device),
+    }
+    losses = []
+    for name, load in loaders.items():                  # one model in memory at a time
+        losses.append(f"{name} {mean_loss(load(), rows, device):.4f}")
+    print(f"losses    {', '.join(losses)} (per token, over {len(rows)} {description})")
 
 
-def some_rows(config, tokenizer, template):
-    """(the first examples held out for evaluation, what they are); without such, training rows."""
-    if config.eval_dataset or not config.val_size:          # a split is made of all rows, as in training
-        config = replace(config, max_samples=min(config.max_samples or ROWS, ROWS))
+def some_rows(config: Config, tokenizer, template):
+    """(first examples held out for evaluation, description); without such, training examples."""
+    if config.eval_dataset or not config.val_size:      # else the split is made of all rows
+        limit = min(config.max_samples or LOSS_ROWS, LOSS_ROWS)
+        config = replace(config, max_samples=limit)
     folder = kept_in(config) if config.output_dir or config.tokenized_path else None
     train_set, eval_set, _ = load_examples(config, tokenizer, template, folder=folder, writes=False)
     if eval_set:
-        return eval_set[:ROWS], "rows held out"
-    return train_set[:ROWS], "training rows; eval_dataset or val_size would hold some out"
+        return eval_set[:LOSS_ROWS], "rows held out"
+    return train_set[:LOSS_ROWS], "training rows; eval_dataset or val_size would hold some out"
 
 
 @torch.no_grad()
 def mean_loss(model, rows, device) -> float:
-    """Loss a token that carries one, nats."""
-    shape, device = model.config, torch.device(device)
-    model.kernel = pick_kernel("auto", device=device, dtype=model.model.embed_tokens.weight.dtype, training=False,
-                               **attention_needs(shape)).kernel
-    total, tokens = 0.0, 0
+    """Mean loss per supervised token, in nats."""
+    device = torch.device(device)
+    dtype = model.model.embed_tokens.weight.dtype
+    choice = pick_kernel("auto", device=device, dtype=dtype, training=False,
+                         **attention_needs(model.config))
+    model.kernel = choice.kernel
+    total = 0.0
+    tokens = 0
     for row in rows:
         batch = collate([row])
-        hidden = model(batch.input_ids.to(device), batch.position_ids.to(device), Layout(batch.lengths, device))
-        total += float(cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, shape.final_softcap))
+        hidden = model(batch.input_ids.to(device), batch.position_ids.to(device),
+                       Layout(batch.lengths, device))                                   # (1, T, D)
+        total += float(cross_entropy_sum(hidden[0], model.head_weight(), batch.targets,
+                                         model.config.final_softcap))
         tokens += batch.n_items
     return total / max(tokens, 1)
 
 
-def copy_files(base, text_source, work):
-    """Licence, generation settings and the like from the base's folder; what reads text, and the value head of a reward
-    model, from text_source."""
+# ---- files beside the weights -----------------------------------------------------------------
+
+
+def merged_fields(fields: dict, dtype: torch.dtype | None, untied: bool) -> dict:
+    """config.json of the merged model: not quantized, with its dtype and tying of the head."""
+    fields = {key: value for key, value in fields.items() if key != "quantization_config"}
+    if untied:
+        fields["tie_word_embeddings"] = False
+    for key in ("dtype", "torch_dtype"):
+        if dtype and key in fields:
+            fields[key] = str(dtype).removeprefix("torch.")
+    return fields
+
+
+def copy_files(base: Path, text_source: Path, work: Path):
+    """Copy license, generation settings etc. of the base, and the text files of text_source.
+
+    The value head of a reward model comes from text_source, too.
+    """
     for file in base.iterdir():
-        if (file.is_file() and any(fnmatch(file.name, pattern) for pattern in CARRIED)
-                and not any(fnmatch(file.name, pattern) for pattern in LEFT_BEHIND)):
+        copied = any(fnmatch(file.name, pattern) for pattern in COPIED)
+        skipped = any(fnmatch(file.name, pattern) for pattern in SKIPPED)
+        if file.is_file() and copied and not skipped:
             shutil.copyfile(file, work / file.name)
     for name in (*TEXT_FILES, VALUE_HEAD):
         if (text_source / name).is_file():
             shutil.copyfile(text_source / name, work / name)
 
 
-def fit_text_files(text_source, work, template, force, fields):
-    """Make the tokenizer and generation_config.json end replies as the chat format does.
+def fit_text_files(text_source: Path, work: Path, template, force: bool, fields: dict):
+    """Make the tokenizer and generation_config.json end replies as the chat template does.
 
-    Without that, generate() of transformers runs on after the reply of a model whose base knew another end.
+    Without that, generate() of transformers continues after the reply if the base used another end.
     """
     tokenizer = load_tokenizer(text_source)
     shape = model_config(fields)
-    chat_format, _ = choose_template(template, tokenizer, shape.model_type, force)
-    stops = fit_tokenizer(chat_format, tokenizer, embedding_rows=shape.vocab_size)
+    chat_template, _ = choose_template(template, tokenizer, shape.model_type, force)
+    stops = fit_tokenizer(chat_template, tokenizer, embedding_rows=shape.vocab_size)
     tokenizer.save(work)
-    (work / "special_tokens_map.json").unlink(missing_ok=True)      # its older form; the two must not disagree
+    (work / "special_tokens_map.json").unlink(missing_ok=True)  # older format, might contradict
+
     generation = read_json(work / "generation_config.json")
-    known = generation.get("eos_token_id", fields.get("eos_token_id"))
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if new := [stop for stop in stops if stop not in known and stop < shape.vocab_size]:
-        write_json(work / "generation_config.json", {**generation, "eos_token_id": known + new})
+    ends = generation.get("eos_token_id", fields.get("eos_token_id"))
+    if not isinstance(ends, list):
+        ends = [] if ends is None else [ends]
+    new = [stop for stop in stops if stop not in ends and stop < shape.vocab_size]
+    if new:
+        write_json(work / "generation_config.json", {**generation, "eos_token_id": ends + new})
 
 
-def read_back(work, plan):
-    """Compare names, shapes and dtypes of the written files with the plan, before they get their final name."""
+def read_back(work: Path, plan: dict[str, Planned]):
+    """Compare names, shapes and dtypes of the written files with the plan. Raises OSError."""
     found = {name: stored_as(file, name) for name, file in tensor_files(work).items()}
     if found != {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}:
-        raise OSError(f"{work}: what was written does not read back as it was planned. Is the disk in order?")
+        raise OSError(f"{work}: the written files differ from the plan. Is the disk in order?")
 
 
 if __name__ == "__main__":

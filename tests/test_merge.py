@@ -546,7 +546,7 @@ def test_error_on_the_command_line_is_one_sentence(tmp_path):
 def test_where_it_does_not_write(tmp_path, monkeypatch):
     base = base_with(tmp_path / "models/base")
     adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
-    for place, words in ((base, "is .*stays as it is"), (adapter, "is .*stays"), (tmp_path / "models", "holds .*stays"),
+    for place, words in ((base, "is .*stays unchanged"), (adapter, "is .*stays"), (tmp_path / "models", "holds .*stays"),
                          (base / "config.json", "is a file")):
         with pytest.raises(ValueError, match=words):
             merge_checkpoint(base, [adapter], place, overwrite=True)
@@ -679,7 +679,7 @@ def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_
     ids = torch.arange(9)[None]
     assert torch.allclose(got.logits(got(ids)), want.logits(want(ids)), atol=1e-6)
     assert got.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="merge_base: original: .* itself is stored quantised .*name the 16-bit check"):
+    with pytest.raises(ValueError, match="merge_base: original: .* itself is stored quantized .*name the 16-bit check"):
         merge.main([f"model_name_or_path={folder}", f"export_dir={tmp_path / 'no'}", "merge_base=original"])
 
 
