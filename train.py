@@ -670,7 +670,7 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_onc
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
                 f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
                 "would not)" if again else "")} if ranks.world > 1 else {}),
-            "recompute": in_words(memory.asked["recompute"])}
+            "activation checkpointing": in_words(memory.asked["recompute"])}
 
 
 def total_flos(model, tokens: int) -> float:

@@ -429,7 +429,7 @@ def test_a_time_limit_stops_a_run_again_and_again(nursery, whole, tmp_path):
 
 def test_a_second_interrupt_leaves_at_once(nursery, tmp_path):
     codes, screen = nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM", "SIGINT", "SIGINT"]])
-    assert codes == [130] and "SIGINT: stopping after this step; once more leaves at once" in screen
+    assert codes == [130] and "SIGINT: stopping after this step; press Ctrl-C again to exit at once" in screen
     assert [path.name for path in resume.checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
 
 
@@ -472,7 +472,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_taken(harm, wh
         assert resume.find_resume(configured(run)) == resume.checkpoints_in(run, resumable=False)[-2]
         said = capsys.readouterr().err
         assert re.search(rf"checkpoint-8 is damaged and cannot be used: .*{file}", said)
-        assert "going on from the one before" in said
+        assert "resuming from the previous one" in said
         with pytest.raises((ValueError, FileNotFoundError), match=rf"checkpoint-8 is (damaged|no complete).*{file}"):
             resume.find_resume(configured(run, resume_from_checkpoint=run / "checkpoint-8"))
 
@@ -519,7 +519,7 @@ def test_all_checkpoints_damaged(nursery, whole, tmp_path):
     assert codes == [1] and "holds no complete checkpoint-N" in screen
     assert screen.count("is damaged and cannot be used") == len(damaged)
     codes, screen = nursery.run(tmp_path / "run")
-    assert codes == [0] and "no whole checkpoint is left" in screen and "starting from the beginning" in screen
+    assert codes == [0] and "no intact checkpoint is left" in screen and "starting from the beginning" in screen
     for folder in damaged:
         shutil.rmtree(f"{folder}.damaged")
     assert_same_end(tmp_path / "run", other)
@@ -592,7 +592,7 @@ def test_each_class_does_what_it_says(whole):
             with pytest.raises(ValueError, match=f"^{key}: .* -> another cannot change when a run is resumed"):
                 resume.changed_settings(folder, now, force=True)
         elif key in resume.DANGEROUS:
-            with pytest.raises(ValueError, match=f"^{key}: .* -> another: with that, the run would go on with other rows"):
+            with pytest.raises(ValueError, match=f"^{key}: .* -> another: this changes the data or the base model"):
                 resume.changed_settings(folder, now)
             assert list(resume.changed_settings(folder, now, force=True)) == [key]
         else:
@@ -604,7 +604,7 @@ def test_a_file_of_the_data_that_has_changed_is_noticed(nursery, tmp_path):
     nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM"]], dataset=data)
     data.write_text(data.read_text().replace("I do not know that.", "I do know that!"))
     codes, screen = nursery.run(tmp_path / "run", dataset=data)
-    assert codes == [1] and "the training rows are not those of" in screen and "force_resume: true" in screen
+    assert codes == [1] and "the training rows differ from those of" in screen and "force_resume: true" in screen
     assert nursery.run(tmp_path / "run", dataset=data, force_resume=True)[0] == [0]
 
 
@@ -667,7 +667,7 @@ def test_a_second_run_in_the_same_folder_is_refused(nursery, whole, tmp_path):
     try:
         assert holder.stdout.readline() == "locked\n"
         codes, screen = nursery.run(output, overwrite_output_dir=True)
-        assert codes == [1] and f"another run is at work in {output} (process {holder.pid} on" in screen, screen
+        assert codes == [1] and f"another run is using {output} (process {holder.pid} on" in screen, screen
     finally:
         holder.kill()
         holder.wait()

@@ -391,7 +391,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
         with pytest.raises(ValueError, match=words):
             run("sft_llama3", out, monkeypatch, *SAVE, resume, change)
     capsys.readouterr()
-    with pytest.raises(ValueError, match="max_samples: None -> 9; seed: 42 -> 3: with that.*force_resume: true"):
+    with pytest.raises(ValueError, match="max_samples: None -> 9; seed: 42 -> 3: this changes the data.*force_resume: true"):
         run("sft_llama3", out, monkeypatch, *SAVE, resume, "seed=3", "max_samples=9")
     run("sft_llama3", out, monkeypatch, *SAVE, resume, "learning_rate=1e-5", "max_samples=9", "force_resume=true")
     shown = capsys.readouterr().out
@@ -403,7 +403,7 @@ def test_resuming_in_the_middle_replaces_what_came_later_only_when_told(tmp_path
     out = tmp_path / "a"
     run("sft_llama3", out, monkeypatch, *SAVE)
     middle = [*SAVE, f"resume_from_checkpoint={out}/checkpoint-2", "save_total_limit=1"]
-    with pytest.raises(ValueError, match="holds checkpoint-4, which is no part of this run"):
+    with pytest.raises(ValueError, match="holds checkpoint-4, which does not belong to this run"):
         run("sft_llama3", out, monkeypatch, *middle, "overwrite_output_dir=false")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     run("sft_llama3", out, monkeypatch, *middle, "max_steps=4")
