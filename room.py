@@ -1,14 +1,18 @@
-"""Is there room for a training: the memory there is, and the smallest changes of settings that would fit into it.
+"""Compare a memory plan with the free memory, and find the smallest changes of settings that fit.
 
-    for line in advice(plan, available_bytes(device), config): print(line)
+    for line in advice(plan, available_bytes(device), config):
+        print(line)
 
-A change is tried by planning again, never by guessing: the kinds of changes stand in the order of CHANGES, from those
-that leave the result as it is to those that change what is trained.
+Each change is tried by planning again, never by a guess. CHANGES lists the kinds of changes from
+those that keep the result to those that change what is trained.
 
-Read before: plan.py (what a training needs). Read after: train.py, which asks before loading and when memory runs out.
+Requires: plan.py (what a training run needs).
+Next: train.py, which asks before loading and when memory runs out.
+
 Sources: the Linux kernel's documentation of /proc/meminfo and of control groups, versions 1 and 2.
 """
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,157 +22,279 @@ from model import bytes_in_words
 from plan import SPARE, Plan, all_in, memory_plan
 from quant import Form
 
-WORTH_IT = 0.98         # what a change among several must bring the plan down to
+WORTH_IT = 0.98         # a change among several must bring the plan below this share of its size
 
-CGROUP_FILES = (("memory.max", "memory.current", "inactive_file "),     # of version 2, of version 1
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "))
+# files of a control group: limit, usage, and the line of memory.stat with reclaimable cache
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file "),                                 # version 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),         # version 1
+)
 
 
-# ---- what there is, and what would fit --------------------------------------------------------------------------
+# ---- free memory --------------------------------------------------------------------------------
 
 
 def available_bytes(device, sharers: int = 1, root: str = "/") -> int | None:
-    """Free bytes of a card or, for each of `sharers` processes, of this machine or container; None if unknown."""
-    device, root, found = torch.device(device), Path(root), []
+    """Free bytes of a GPU or, on a CPU, of this machine or container; None if unknown.
+
+    sharers: processes that share the main memory equally. root: where /proc and /sys lie.
+    """
+    device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    root = Path(root)
+    found = []
     for line in lines_of(root / "proc/meminfo"):
         if line.startswith("MemAvailable:"):
             found.append(int(line.split()[1]) * 1024)
-    for line in lines_of(root / "proc/self/cgroup"):            # the limits of containers and of Slurm
-        _, kind, group = line.split(":", 2)
-        group = root / "sys/fs/cgroup" / ("memory" if kind else "") / group.strip("/")
-        for folder in (group, *group.parents) if kind in ("", "memory") else ():
-            for limit, used, cached in CGROUP_FILES:
-                limit, used = lines_of(folder / limit), lines_of(folder / used)
-                if limit and used and limit[0].isdigit():       # else "max": no limit here
-                    free = int(limit[0]) - int(used[0])
-                    found.append(max(0, free + sum(int(line.split()[1]) for line in lines_of(folder / "memory.stat")
-                                                   if line.startswith(cached))))
+    for folder in cgroup_folders(root):
+        for names in CGROUP_FILES:
+            free = cgroup_free(folder, *names)
+            if free is not None:
+                found.append(free)
     return min(found) // sharers if found else None
 
 
-def lines_of(path) -> list[str]:
-    """A file's lines; none where there is no such file, as outside of Linux."""
+def cgroup_folders(root: Path) -> Iterator[Path]:
+    """Folders of this process's memory control groups and their parents (containers, Slurm)."""
+    for line in lines_of(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):       # version 2 names none, version 1 one per line
+            continue
+        folder = root / "sys/fs/cgroup" / ("memory" if controllers else "") / group.strip("/")
+        yield folder
+        yield from folder.parents
+
+
+def cgroup_free(folder: Path, limit: str, usage: str, cache: str) -> int | None:
+    """Bytes left below a control group's limit, reclaimable cache included; None without limit."""
+    limit_lines = lines_of(folder / limit)
+    usage_lines = lines_of(folder / usage)
+    if not limit_lines or not usage_lines or not limit_lines[0].isdigit():      # "max": no limit
+        return None
+    free = int(limit_lines[0]) - int(usage_lines[0])
+    for line in lines_of(folder / "memory.stat"):
+        if line.startswith(cache):
+            free += int(line.split()[1])
+    return max(0, free)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a file; none if it cannot be read, as outside Linux."""
     try:
         return path.read_text().splitlines()
     except OSError:
         return []
 
 
+# ---- the smallest changes that fit --------------------------------------------------------------
+
+
+@dataclass
+class Change:
+    """A change of settings, and the plan that results from it."""
+    text: str                                           # as printed
+    settings: dict                                      # {key of the config: value}
+    asked: dict = field(default_factory=dict)           # {argument of memory_plan: value}
+    plan: Plan | None = None                            # after the change
+    config: object = None                               # after the change
+
+
 def advice(plan: Plan, available: int | None, config) -> list[str]:
-    """Settings that would make the plan fit, each enough alone, those first which change the result least; or, if none
-    is enough, several together. Empty where it fits, or where nobody knows what there is."""
+    """Settings that make the plan fit: each line is enough alone, the mildest first.
+
+    If none is enough alone, one line combines several. Empty if the plan fits already, or if the
+    free memory is unknown.
+    """
     if available is None or plan.total <= SPARE * available:
         return []
-    limit, together = SPARE * available, []
-    alone = [after(change, plan, config, limit) for change in CHANGES]
-    fitting = [f"{text} ({bytes_in_words(other.total)})" for text, other, _ in filter(None, alone)
-               if other.total <= limit]
-    if fitting:
-        return fitting
-    for change in CHANGES:
-        found = after(change, plan, config, limit) if plan.total > limit else None
-        if found and found[1].total < WORTH_IT * plan.total:
-            text, plan, config = found
-            together.append(text)
-    least = f"{', '.join(together) or 'the present settings'} ({bytes_in_words(plan.total)})"
-    return [f"together {least}" if plan.total <= limit else
-            f"a smaller model or a larger device; no settings are enough, the least takes {least}"]
+    limit = SPARE * available
+    changes = [smallest_change(kind, plan, config, limit) for kind in CHANGES]
+    enough = [change for change in changes if change and change.plan.total <= limit]
+    if enough:
+        return [f"{change.text} ({bytes_in_words(change.plan.total)})" for change in enough]
+    return [combined(plan, config, limit)]
 
 
-def after(change, plan: Plan, config, limit: float):
-    """(text, plan, config) after the mildest change of a kind that is enough, else after the strongest, or None."""
-    found = None
-    for text, settings, asked in change(plan, config):
-        other = plan.asked | asked | ({"model": None} if {"lora", "dtype", "forms"} & set(asked) else {})
-        settings = replace(config, **settings)
-        found = text, memory_plan(settings, **other), settings
-        if found[1].total <= limit:
+def combined(plan: Plan, config, limit: float) -> str:
+    """One line: the changes that make the plan fit together, or the least memory it needs."""
+    texts = []
+    for kind in CHANGES:
+        if plan.total <= limit:
             break
-    return found
+        change = smallest_change(kind, plan, config, limit)
+        if change and change.plan.total < WORTH_IT * plan.total:
+            plan = change.plan
+            config = change.config
+            texts.append(change.text)
+    least = f"{', '.join(texts) or 'the present settings'} ({bytes_in_words(plan.total)})"
+    if plan.total <= limit:
+        return f"combined: {least}"
+    return ("a smaller model or a larger device; no settings are enough, the least memory is that "
+            f"of {least}")
 
 
-# each: [(what to write, {key of the config: value}, {argument of memory_plan: value}), …], the mildest first
+def smallest_change(kind, plan: Plan, config, limit: float) -> Change | None:
+    """The mildest change of a kind that is enough, else the strongest one, else None.
+
+    kind: a function of CHANGES. limit: bytes.
+    """
+    change = None
+    for change in kind(plan, config):
+        arguments = plan.asked | change.asked
+        if {"lora", "dtype", "forms"} & set(change.asked):      # the model is another one
+            arguments["model"] = None
+        change.config = replace(config, **change.settings)
+        change.plan = memory_plan(change.config, **arguments)
+        if change.plan.total <= limit:
+            break
+    return change
 
 
-def recompute(plan, config):
-    name, all_blocks = "disable_gradient_checkpointing", ["block"] * plan.asked["shape"].num_hidden_layers
-    lighter = plan.asked["recompute"] != all_blocks
-    return [(f"{name}: false", {name: False}, {"recompute": all_blocks})] if lighter else []
+# ---- kinds of changes: each function returns its changes, the mildest first ---------------------
 
 
-def other_kernel(plan, config):
-    slow = config.flash_attn == "disabled" and not plan.asked["shape"].attn_softcap
-    return [("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})] if slow else []
+def checkpoint_all_blocks(plan: Plan, config) -> list[Change]:
+    """Activation checkpointing in all blocks."""
+    all_blocks = ["block"] * plan.asked["shape"].num_hidden_layers
+    if plan.asked["recompute"] == all_blocks:
+        return []
+    key = "disable_gradient_checkpointing"
+    return [Change(f"{key}: false", {key: False}, {"recompute": all_blocks})]
 
 
-def apart(plan, config):
-    rows, size = plan.asked["rows"], config.per_device_train_batch_size
-    together = config.join_micro_batches and not config.token_budget and len(rows) > size
-    return [("join_micro_batches: false", {"join_micro_batches": False}, {"rows": rows[:size]})] if together else []
+def use_sdpa(plan: Plan, config) -> list[Change]:
+    """A kernel that does not hold all attention scores."""
+    if config.flash_attn != "disabled" or plan.asked["shape"].attn_softcap:
+        return []
+    return [Change("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})]
 
 
-def smaller_budget(plan, config):
-    rows, budgets = plan.asked["rows"], [(config.token_budget or 0) >> halved for halved in range(1, 8)]
-    return [(f"token_budget: {n}", {"token_budget": n}, {"rows": rows[:max(1, len(rows) * n // config.token_budget)]})
-            for n in budgets if n]
+def split_joined(plan: Plan, config) -> list[Change]:
+    """Micro-batches one by one, where several of them run as one pass."""
+    rows = plan.asked["rows"]
+    size = config.per_device_train_batch_size
+    if config.token_budget or not config.join_micro_batches or len(rows) <= size:
+        return []
+    settings = {"join_micro_batches": False}
+    return [Change("join_micro_batches: false", settings, {"rows": rows[:size]})]
 
 
-def smaller_batch(plan, config):
-    if config.token_budget or apart(plan, config):
+def smaller_budget(plan: Plan, config) -> list[Change]:
+    """Micro-batches with fewer tokens: token_budget halved, halved again, ..."""
+    rows = plan.asked["rows"]
+    changes = []
+    for halvings in range(1, 8):
+        budget = (config.token_budget or 0) >> halvings
+        if budget:
+            count = max(1, len(rows) * budget // config.token_budget)
+            settings = {"token_budget": budget}
+            changes.append(Change(f"token_budget: {budget}", settings, {"rows": rows[:count]}))
+    return changes
+
+
+def smaller_batch(plan: Plan, config) -> list[Change]:
+    """Micro-batches with fewer rows, and more of them in a step."""
+    if config.token_budget or split_joined(plan, config):
         return smaller_budget(plan, config)
-    size, rows = config.per_device_train_batch_size, sorted(plan.asked["rows"], key=sum, reverse=True)
+    rows = sorted(plan.asked["rows"], key=sum, reverse=True)
+    size = config.per_device_train_batch_size
     total = size * config.gradient_accumulation_steps
-    return [(f"per_device_train_batch_size: {n} with gradient_accumulation_steps: {total // n}",
-             {"per_device_train_batch_size": n, "gradient_accumulation_steps": total // n}, {"rows": rows[:n]})
-            for n in range(size - 1, 0, -1) if total % n == 0]
+    changes = []
+    for smaller in range(size - 1, 0, -1):
+        if total % smaller:
+            continue
+        accumulation = total // smaller
+        settings = {
+            "per_device_train_batch_size": smaller,
+            "gradient_accumulation_steps": accumulation,
+        }
+        text = (f"per_device_train_batch_size: {smaller} with "
+                f"gradient_accumulation_steps: {accumulation}")
+        changes.append(Change(text, settings, {"rows": rows[:smaller]}))
+    return changes
 
 
-def half_precision(plan, config):
-    full = plan.asked["dtype"] == torch.float32
-    return [("bf16: true", {"bf16": True}, {"dtype": torch.bfloat16})] if full else []
+def use_bfloat16(plan: Plan, config) -> list[Change]:
+    """Matrix products and frozen weights in 16 bits."""
+    if plan.asked["dtype"] != torch.float32:
+        return []
+    return [Change("bf16: true", {"bf16": True}, {"dtype": torch.bfloat16})]
 
 
-def shorter_rows(plan, config):
+def shorter_rows(plan: Plan, config) -> list[Change]:
+    """A smaller cutoff_len: 7/8, 6/8, ... of the longest row, rounded down to multiples of 64."""
     rows = plan.asked["rows"]
     longest = min(max(map(sum, rows)), config.cutoff_len)
-    lengths = sorted({longest * eighths // 8 // 64 * 64 for eighths in range(1, 8)} - {0}, reverse=True)
-    return [(f"cutoff_len: {n}", {"cutoff_len": n}, {"rows": [cut(row, n) for row in rows]}) for n in lengths]
+    lengths = {longest * eighths // 8 // 64 * 64 for eighths in range(1, 8)} - {0}
+    changes = []
+    for length in sorted(lengths, reverse=True):
+        truncated = [truncate_row(row, length) for row in rows]
+        changes.append(Change(f"cutoff_len: {length}", {"cutoff_len": length}, {"rows": truncated}))
+    return changes
 
 
-def cut(row: list, tokens: int) -> list:
-    """The lengths of what is left of a row's sequences in so many tokens."""
-    return [min(n, tokens - sum(row[:i])) for i, n in enumerate(row) if sum(row[:i]) < tokens]
+def truncate_row(row: list[int], tokens: int) -> list[int]:
+    """The lengths of a row's sequences after it is truncated to this many tokens."""
+    lengths = []
+    for length in row:
+        left = tokens - sum(row[:len(lengths)])
+        if left <= 0:
+            break
+        lengths.append(min(length, left))
+    return lengths
 
 
-def adapters(plan, config):
+def use_lora(plan: Plan, config) -> list[Change]:
+    """LoRA in place of full fine-tuning."""
+    if plan.asked["lora"]:
+        return []
     lora = LoRAConfig(config.lora_rank, target_modules=config.lora_target)
-    return [("finetuning_type: lora", {"finetuning_type": "lora"}, {"lora": lora})] if not plan.asked["lora"] else []
+    return [Change("finetuning_type: lora", {"finetuning_type": "lora"}, {"lora": lora})]
 
 
-def quantised(plan, config):
-    asked, settings = plan.asked, {"quantization_bit": 4}
+def use_4_bits(plan: Plan, config) -> list[Change]:
+    """LoRA on a base in 4 bits."""
+    asked = plan.asked
     if not asked["lora"] or asked["forms"] or asked["fp8"] or asked["sharded"]:
         return []
-    return [("quantization_bit: 4", settings, {"forms": all_in(Form("nf4"), asked["shape"])})]
+    forms = all_in(Form("nf4"), asked["shape"])
+    return [Change("quantization_bit: 4", {"quantization_bit": 4}, {"forms": forms})]
 
 
-CHANGES = (recompute, other_kernel, apart, smaller_batch, half_precision, shorter_rows, adapters, quantised)
+CHANGES = (
+    checkpoint_all_blocks,
+    use_sdpa,
+    split_joined,
+    smaller_batch,
+    use_bfloat16,
+    shorter_rows,
+    use_lora,
+    use_4_bits,
+)
 
 
-# ---- when memory runs out all the same --------------------------------------------------------------------------
+# ---- out of memory ------------------------------------------------------------------------------
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Is this what torch or the machine says when memory runs out?"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Whether this is an error of torch or the operating system about too little memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)
 
 
 def explain_oom(error: BaseException, plan: Plan, available: int | None, config) -> str:
-    """What happened, and the smallest changes that would fit: what was needed is known to be more than there was."""
-    room = int(min(plan.total, available or plan.total) * SPARE)
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
-    free = f" of {bytes_in_words(available)} that were free" if available else ""
-    return "\n  ".join([f"out of memory: {said}", f"the plan was {bytes_in_words(plan.total)}{free}. What would "
-                        "probably fit, with what a rank then needs:", *advice(plan, room, config)])
+    """A message with the error, the plan, and the smallest changes that would probably fit.
+
+    Since the plan did not fit after all, the advice is for less memory than it needs.
+    """
+    assumed = int(min(plan.total, available or plan.total) * SPARE)
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    free = f"; {bytes_in_words(available)} were free" if available else ""
+    return "\n  ".join([
+        f"out of memory: {first_line}",
+        f"planned: {bytes_in_words(plan.total)}{free}. Settings that would probably fit, and the "
+        "memory of a rank with them:",
+        *advice(plan, assumed, config),
+    ])

@@ -25,7 +25,7 @@ from optim import make_optimizer
 from parallel import Gradients, Ranks
 from plan import Plan, all_in, largest_rows, memory_plan, plan_lines
 from quant import Form, can_be_quantised, count, quantise, set_quantised
-from room import SPARE, advice, available_bytes, cut, explain_oom, out_of_memory
+from room import SPARE, advice, available_bytes, explain_oom, out_of_memory, truncate_row
 
 SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
              num_key_value_heads=4, vocab_size=512, max_position_embeddings=4096, rms_norm_eps=1e-5)
@@ -388,13 +388,16 @@ def test_several_changes_together_and_none_at_all():
     plan, config = long_run()
     least = long_run(finetuning_type="lora", disable_gradient_checkpointing=False, flash_attn="auto")[0]
     line, = advice(plan, int(0.5 * least.total), config)
-    assert line.startswith("together disable_gradient_checkpointing: false, ")
+    assert line.startswith("combined: disable_gradient_checkpointing: false, ")
     line, = advice(plan, 1000, config)
     assert "no settings are enough" in line and "finetuning_type: lora" in line
 
 
 def test_a_shorter_cutoff_cuts_rows_from_their_end():
-    assert cut([5, 4, 3], 20) == [5, 4, 3] and cut([5, 4, 3], 9) == [5, 4] and cut([5, 4, 3], 7) == [5, 2]
+    row = [5, 4, 3]
+    assert truncate_row(row, 20) == row
+    assert truncate_row(row, 9) == [5, 4]
+    assert truncate_row(row, 7) == [5, 2]
 
 
 def test_the_table_on_the_start_page():
