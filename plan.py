@@ -138,27 +138,21 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
             trained //= world
             gradients //= world
             optimizer //= world
+    embedding = model.model.embed_tokens.weight
     if embedding_may_stay_outside(model, device, recompute):
-        frozen -= model.model.embed_tokens.weight.nbytes
+        frozen -= embedding.nbytes
 
     batch = MicroBatch(
         lengths=[length for row in rows for length in row],
         compute=dtype.itemsize,
-        stream=dtype.itemsize if lora else model.model.embed_tokens.weight.itemsize,
+        stream=dtype.itemsize if lora else embedding.itemsize,
         kernel=kernel,
         device=torch.device(device),
         fast=fast and can_be_fast(lora, dtype),
     )
     kept, working = activation_bytes(model, batch, recompute)
-    return Plan(
-        weights=frozen + beside,
-        trained=trained,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=kept,
-        working=working,
-        asked=asked,
-    )
+    return Plan(weights=frozen + beside, trained=trained, gradients=gradients, optimizer=optimizer,
+                activations=kept, working=working, asked=asked)
 
 
 def model_without_storage(config, shape, lora: LoRAConfig | None, dtype,

@@ -317,7 +317,7 @@ def drawing(count: int, hint: str) -> tuple:
     return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
 
-def draw(axes, history: list, key: str, color: str, label: str = ""):
+def draw_curve(axes, history: list, key: str, color: str, label: str = ""):
     """Draw one curve: the values faintly, and smoothed. label: the run's name among several."""
     points = [(row["step"], row[key]) for row in history if key in row]
     steps, values = zip(*points)
@@ -347,7 +347,7 @@ def plot_losses(folder, history: list, keys=DRAWN) -> list[Path]:
         if figure is None:
             return []
         axes = panels[0]
-        draw(axes, history, key, BLUE)
+        draw_curve(axes, history, key, BLUE)
         axes.set_title(f"training {key} of {folder}")
         axes.grid(alpha=0.25)
         axes.legend()
@@ -373,7 +373,7 @@ def plot_runs(runs: dict[str, list], path) -> Path | None:
         colors = cycle(f"C{i}" for i in range(10))          # a run has one color in all panels
         for (name, history), color in zip(runs.items(), colors):
             if is_logged(history, key):
-                draw(axes, history, key, color, name)
+                draw_curve(axes, history, key, color, name)
         axes.grid(alpha=0.25)
         axes.legend()
     figure.savefig(path)

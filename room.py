@@ -91,7 +91,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 @dataclass
-class Change:
+class SettingsChange:
     """A change of settings, and the plan that results from it."""
     text: str                                           # as printed
     settings: dict                                      # {key of the config: value}
@@ -134,7 +134,7 @@ def combined(plan: Plan, config, limit: float) -> str:
             f"of {least}")
 
 
-def smallest_change(kind, plan: Plan, config, limit: float) -> Change | None:
+def smallest_change(kind, plan: Plan, config, limit: float) -> SettingsChange | None:
     """The mildest change of a kind that is enough, else the strongest one, else None.
 
     kind: a function of CHANGES. limit: bytes.
@@ -154,33 +154,33 @@ def smallest_change(kind, plan: Plan, config, limit: float) -> Change | None:
 # ---- kinds of changes: each function returns its changes, the mildest first ---------------------
 
 
-def checkpoint_all_blocks(plan: Plan, config) -> list[Change]:
+def checkpoint_all_blocks(plan: Plan, config) -> list[SettingsChange]:
     """Activation checkpointing in all blocks."""
     all_blocks = ["block"] * plan.asked["shape"].num_hidden_layers
     if plan.asked["recompute"] == all_blocks:
         return []
     key = "disable_gradient_checkpointing"
-    return [Change(f"{key}: false", {key: False}, {"recompute": all_blocks})]
+    return [SettingsChange(f"{key}: false", {key: False}, {"recompute": all_blocks})]
 
 
-def use_sdpa(plan: Plan, config) -> list[Change]:
+def use_sdpa(plan: Plan, config) -> list[SettingsChange]:
     """A kernel that does not hold all attention scores."""
     if config.flash_attn != "disabled" or plan.asked["shape"].attn_softcap:
         return []
-    return [Change("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})]
+    return [SettingsChange("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})]
 
 
-def split_joined(plan: Plan, config) -> list[Change]:
+def split_joined(plan: Plan, config) -> list[SettingsChange]:
     """Micro-batches one by one, where several of them run as one pass."""
     rows = plan.asked["rows"]
     size = config.per_device_train_batch_size
     if config.token_budget or not config.join_micro_batches or len(rows) <= size:
         return []
     settings = {"join_micro_batches": False}
-    return [Change("join_micro_batches: false", settings, {"rows": rows[:size]})]
+    return [SettingsChange("join_micro_batches: false", settings, {"rows": rows[:size]})]
 
 
-def smaller_budget(plan: Plan, config) -> list[Change]:
+def smaller_budget(plan: Plan, config) -> list[SettingsChange]:
     """Micro-batches with fewer tokens: token_budget halved, halved again, ..."""
     rows = plan.asked["rows"]
     changes = []
@@ -189,11 +189,12 @@ def smaller_budget(plan: Plan, config) -> list[Change]:
         if budget:
             count = max(1, len(rows) * budget // config.token_budget)
             settings = {"token_budget": budget}
-            changes.append(Change(f"token_budget: {budget}", settings, {"rows": rows[:count]}))
+            text = f"token_budget: {budget}"
+            changes.append(SettingsChange(text, settings, {"rows": rows[:count]}))
     return changes
 
 
-def smaller_batch(plan: Plan, config) -> list[Change]:
+def smaller_batch(plan: Plan, config) -> list[SettingsChange]:
     """Micro-batches with fewer rows, and more of them in a step."""
     if config.token_budget or split_joined(plan, config):
         return smaller_budget(plan, config)
@@ -211,18 +212,18 @@ def smaller_batch(plan: Plan, config) -> list[Change]:
         }
         text = (f"per_device_train_batch_size: {smaller} with "
                 f"gradient_accumulation_steps: {accumulation}")
-        changes.append(Change(text, settings, {"rows": rows[:smaller]}))
+        changes.append(SettingsChange(text, settings, {"rows": rows[:smaller]}))
     return changes
 
 
-def use_bfloat16(plan: Plan, config) -> list[Change]:
+def use_bfloat16(plan: Plan, config) -> list[SettingsChange]:
     """Matrix products and frozen weights in 16 bits."""
     if plan.asked["dtype"] != torch.float32:
         return []
-    return [Change("bf16: true", {"bf16": True}, {"dtype": torch.bfloat16})]
+    return [SettingsChange("bf16: true", {"bf16": True}, {"dtype": torch.bfloat16})]
 
 
-def shorter_rows(plan: Plan, config) -> list[Change]:
+def shorter_rows(plan: Plan, config) -> list[SettingsChange]:
     """A smaller cutoff_len: 7/8, 6/8, ... of the longest row, rounded down to multiples of 64."""
     rows = plan.asked["rows"]
     longest = min(max(map(sum, rows)), config.cutoff_len)
@@ -230,7 +231,8 @@ def shorter_rows(plan: Plan, config) -> list[Change]:
     changes = []
     for length in sorted(lengths, reverse=True):
         truncated = [truncate_row(row, length) for row in rows]
-        changes.append(Change(f"cutoff_len: {length}", {"cutoff_len": length}, {"rows": truncated}))
+        settings = {"cutoff_len": length}
+        changes.append(SettingsChange(f"cutoff_len: {length}", settings, {"rows": truncated}))
     return changes
 
 
@@ -245,21 +247,22 @@ def truncate_row(row: list[int], tokens: int) -> list[int]:
     return lengths
 
 
-def use_lora(plan: Plan, config) -> list[Change]:
+def use_lora(plan: Plan, config) -> list[SettingsChange]:
     """LoRA in place of full fine-tuning."""
     if plan.asked["lora"]:
         return []
     lora = LoRAConfig(config.lora_rank, target_modules=config.lora_target)
-    return [Change("finetuning_type: lora", {"finetuning_type": "lora"}, {"lora": lora})]
+    settings = {"finetuning_type": "lora"}
+    return [SettingsChange("finetuning_type: lora", settings, {"lora": lora})]
 
 
-def use_4_bits(plan: Plan, config) -> list[Change]:
+def use_4_bits(plan: Plan, config) -> list[SettingsChange]:
     """LoRA on a base in 4 bits."""
     asked = plan.asked
     if not asked["lora"] or asked["forms"] or asked["fp8"] or asked["sharded"]:
         return []
     forms = all_in(Form("nf4"), asked["shape"])
-    return [Change("quantization_bit: 4", {"quantization_bit": 4}, {"forms": forms})]
+    return [SettingsChange("quantization_bit: 4", {"quantization_bit": 4}, {"forms": forms})]
 
 
 CHANGES = (
