@@ -1,0 +1,146 @@
+"""Load what a training run produced: its base model, adapters, chat format and dtype.
+
+chat.py and eval.py read the yaml file of a training run unchanged; the functions here decide what
+each of its keys means once training is over.
+
+Requires: checkpoint.py, templates.py.
+Next: chat.py, eval.py.
+"""
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from checkpoint import (
+    DTYPES,
+    checkpoints_in,
+    find_checkpoint,
+    folded_under,
+    read_adapter_config,
+    warn_of_folded,
+)
+from templates import Settings, stored_template
+from tokenizer import read_json
+
+
+def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:
+    """Find the base folder and the adapter folders; the two strings are remarks about each of them.
+
+    Folders named in the config come first, then the finished training in its output_dir.
+    """
+    full = config.finetuning_type != "lora"
+    output = Path(config.output_dir or "")
+    result_file = "config.json" if full else "adapter_config.json"
+    finished = bool(config.output_dir) and (output / result_file).is_file()
+    if full and finished:
+        note = f" (finetuning_type: {config.finetuning_type}; the output_dir of this config)"
+        return output, [], (note, "")
+
+    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    named = [
+        find_checkpoint(name, cache_dir=config.cache_dir)
+        for name in config.adapter_name_or_path or []
+    ]
+    if finished:
+        adapters, note = choose_adapters(named, output)
+        return base, adapters, ("", note)
+    if named or not config.output_dir:
+        return base, named, ("", "")
+
+    note = f" (the base: {output} holds no finished training{checkpoint_hint(output, full)})"
+    return base, [], (note, "")
+
+
+def choose_adapters(named: list[Path], output: Path) -> tuple[list[Path], str]:
+    """The adapters to load, and a remark, where output_dir holds a finished adapter."""
+    trained = [*folded_under(output), str(output)]
+    if not named:
+        return [find_checkpoint(name) for name in trained], " (the output_dir of this config)"
+    if output.resolve() in [folder.resolve() for folder in named]:
+        return named, ""
+    other = ",".join(trained)
+    note = f" (as named; output_dir holds another adapter: adapter_name_or_path={other})"
+    return named, note
+
+
+def checkpoint_hint(output: Path, full: bool) -> str:
+    """The setting that loads the newest checkpoint of an unfinished run, or ""."""
+    checkpoints = checkpoints_in(output, resumable=False)
+    if not checkpoints:
+        return ""
+    key = "model_name_or_path" if full else "adapter_name_or_path"
+    return f"; its newest checkpoint: {key}={checkpoints[-1]}"
+
+
+def other_bases(config, adapters) -> list[str]:
+    """Warnings about adapters trained on a base of another name.
+
+    The tensor shapes may fit all the same, and the answers be nonsense.
+    """
+    warnings = []
+    for folder in adapters:
+        trained_on = read_adapter_config(folder)[1].get("base_model_name_or_path")
+        if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
+            warnings.append(
+                f"{folder} says it was trained on {trained_on}, not on {config.model_name_or_path}"
+            )
+    if folded := warn_of_folded(adapters):
+        warnings.append(folded)
+    return warnings
+
+
+def chat_format(config, folders) -> tuple[str | dict | None, Settings, str, bool]:
+    """The chat format that config and train_config.json agree on.
+
+    Returns (template or None, rendering settings, a remark on where the template comes from,
+    whether force_template is set). A key in this config wins over the training's, which wins over
+    the default.
+    """
+    template, force = stored_template(folders, config.template, config.force_template)
+    stored = read_json(folders[-1] / "train_config.json")
+    origin = f"stored in {folders[-1]}" if template and template != config.template else ""
+    values = {**vars(config), **stored, **config.given}
+    settings = Settings(**{key: values[key] for key in asdict(Settings())})
+    return template, settings, origin, force
+
+
+def pick_dtype(config, raw, device) -> torch.dtype | None:
+    """The dtype of inference: infer_dtype, else bf16 / fp16, else None (the checkpoint's own).
+
+    raw: the content of config.json. Raises ValueError for bfloat16 on a GPU without it.
+    """
+    requested = requested_dtype(config)
+    dtype = requested or raw.get("dtype") or raw.get("torch_dtype")
+    if dtype == "bfloat16" and device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            source = "the config asks for" if requested else "the checkpoint has"
+            raise ValueError(
+                f"{source} bfloat16, which {torch.cuda.get_device_name(device)} lacks: "
+                "set infer_dtype: float16 (or float32)"
+            )
+    return DTYPES.get(requested)
+
+
+def requested_dtype(config) -> str | None:
+    """The name of the dtype that the config asks for, or None."""
+    if config.infer_dtype != "auto":
+        return config.infer_dtype
+    if config.bf16:
+        return "bfloat16"
+    return "float16" if config.fp16 else None
+
+
+@contextmanager
+def explained_out_of_memory(device) -> Iterator[None]:
+    """Turn torch's error for a full GPU into a sentence that says what to do."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(device))
+        raise ValueError(
+            f"the GPU is out of memory ({free:.1f} of {total:.1f} GiB free): stop what else uses "
+            "it, take a shorter conversation or a smaller dtype (infer_dtype), or set "
+            "use_cpu: true"
+        ) from None

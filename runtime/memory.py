@@ -1,0 +1,628 @@
+"""Predict the memory that one rank needs for training, before any weight is loaded.
+
+    plan = memory_plan(config, shape, lora, rows, dtype, kernel, device)
+    print("\\n".join(plan_lines(plan, available_bytes(device))))     # available_bytes: room.py
+
+Weights, gradients and optimizer state are counted exactly, on a model without storage (the meta
+device). Activations, which the forward pass keeps for the backward pass, follow a formula. With D,
+F, H, K, Dh, T as in model.py, c bytes per number in a matrix product, and trained weights in all
+linear layers, a block keeps for each token
+
+    inputs        2 x c D               of norm and q, k, v, and of norm and gate, up, which
+                                        linear.py computes again
+    q, k, v       c (H + 2 K) Dh        with H for K where the kernel has no grouped heads
+    attention     c H Dh + 4 H          its output, the input of o_proj, and a float32 per head
+                  + (4 + c) H T         the plain kernel alone: all scores, float32 and rounded
+    MLP           2 c F                 gate and up
+    LoRA          c r for each layer    A x
+    experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
+
+and where linear.py's fast path does not apply (adapters with dropout, weights trained in 16 bits),
+also
+
+    norms         2 x 4 D               each keeps its input in float32 (full fine-tuning: and the
+                                        factor of its weight)
+    MLP           2 c F                 act(gate), and its product with up, the input of down
+    dropout                             each layer's own input, and the mask
+
+What a block keeps depends on its level of activation checkpointing (arXiv:1604.06174): with "mlp"
+neither gate nor up, with "block" its input alone. `lightest` chooses the levels that fit. Full
+fine-tuning in 16 bits has float32 weights and a float32 residual stream; each matrix, and the
+input of each, is kept once more, rounded.
+
+Requires: model.py, lora.py, losses.py, quant.py.
+Next: room.py (does it fit, and which settings would), train.py.
+
+Papers: activations arXiv:2205.05198 (sec. 4), mixed precision arXiv:1710.03740, sharding
+arXiv:1910.02054.
+"""
+import bisect
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
+from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
+from losses import chunk_rows
+from model import CausalLM, LayerNorm, MoE, bytes_in_words
+from optim import state_bytes
+from quant import (
+    Form,
+    can_be_quantised,
+    embedding_may_stay_outside,
+    empty_quantised,
+    piece_of,
+    quantised_weights,
+)
+
+HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
+SOFTCAP_CHUNKS = 4      # the same where the logits are capped
+SPARE = 0.9             # share of the memory that a plan may fill; the rest is for scratch space
+
+
+@dataclass
+class Plan:
+    """Bytes that one rank needs."""
+    weights: int            # frozen
+    trained: int
+    gradients: int
+    optimizer: int          # its state
+    activations: int        # of the largest micro-batch, kept for the backward pass
+    working: int            # the larger of the loss and the block in the backward pass
+    asked: dict = field(repr=False, default_factory=dict)       # memory_plan's arguments, the model
+
+    @property
+    def total(self) -> int:
+        lasting = self.weights + self.trained + self.gradients + self.optimizer
+        return lasting + self.activations + self.working
+
+
+@dataclass
+class MicroBatch:
+    """The lengths of a micro-batch's sequences, and how it is computed."""
+    lengths: list[int]      # tokens of each sequence
+    compute: int            # bytes per number in a matrix product
+    stream: int             # bytes per number between the blocks
+    kernel: str             # of attention.py
+    device: torch.device
+    fast: bool              # linear.py's fast path: inputs are kept, outputs computed again
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kernel: str, device,
+                world: int = 1, sharded: bool = False, fast: bool = False,
+                recompute: list[str] | None = None, fp8: bool = False,
+                forms: dict[str, Form] | None = None, model=None, beside: int = 0) -> Plan:
+    """Plan the memory of a training step; nothing is loaded.
+
+    shape: the ModelConfig.
+    lora: None for full fine-tuning and freeze.
+    rows: for each row of the largest micro-batch, the lengths of its sequences (largest_rows).
+    dtype: of matrix products and, with LoRA, of frozen weights.
+    kernel: a name from attention.py.
+    sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and
+        optimizer state; embedding, head and two blocks are held whole.
+    fast: whether linear.py's matrix products are used.
+    recompute: a level of model.RECOMPUTE for each block; None: by disable_gradient_checkpointing.
+    fp8: frozen weights are held in 8 bits (fp8.py).
+    forms: formats of the weights in 4 or 8 bits, by name (quant.py).
+    model: of an earlier plan with the same shape, lora and dtype.
+    beside: bytes of another model that is not trained.
+    """
+    asked = dict(
+        shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
+        sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, forms=forms, model=model,
+        beside=beside,
+    )
+    if model is None:
+        model = asked["model"] = model_without_storage(config, shape, lora, dtype, forms or {})
+    if not recompute:
+        level = "nothing" if config.disable_gradient_checkpointing else "block"
+        recompute = asked["recompute"] = [level] * shape.num_hidden_layers
+
+    frozen, trained = weight_bytes(model, fp8)
+    gradients = trained
+    optimizer = state_bytes(trainable(model), config)
+    if sharded:
+        frozen = frozen // world + gathered_bytes(model, frozen + trained)
+        beside //= world
+        if not lora:                                # adapters are whole on every rank
+            trained //= world
+            gradients //= world
+            optimizer //= world
+    embedding = model.model.embed_tokens.weight
+    if embedding_may_stay_outside(model, device, recompute):
+        frozen -= embedding.nbytes
+
+    batch = MicroBatch(
+        lengths=[length for row in rows for length in row],
+        compute=dtype.itemsize,
+        stream=dtype.itemsize if lora else embedding.itemsize,
+        kernel=kernel,
+        device=torch.device(device),
+        fast=fast and can_be_fast(lora, dtype),
+    )
+    kept, working = activation_bytes(model, batch, recompute)
+    return Plan(weights=frozen + beside, trained=trained, gradients=gradients, optimizer=optimizer,
+                activations=kept, working=working, asked=asked)
+
+
+def model_without_storage(config, shape, lora: LoRAConfig | None, dtype,
+                          forms: dict[str, Form]) -> CausalLM:
+    """The model to be trained, on the meta device, with the dtypes that its weights will have."""
+    with torch.device("meta"):
+        model = CausalLM(shape)
+    if lora:
+        attach_lora(empty_quantised(model.to(dtype), forms), lora, called=shape.stored_name)
+        return model
+    if config.finetuning_type == "freeze":
+        unfreeze(
+            model,
+            config.freeze_trainable_layers,
+            config.freeze_trainable_modules,
+            config.freeze_extra_modules or [],
+            shape.stored_name,
+        )
+    for p in model.parameters():
+        in_float32 = p.requires_grad and not config.pure_bf16
+        p.data = p.data.to(torch.float32 if in_float32 else dtype)
+    return model
+
+
+def weight_bytes(model, fp8: bool) -> tuple[int, int]:
+    """(bytes of frozen weights, bytes of trained weights)."""
+    trained = sum(p.nbytes for p in trainable(model).values())
+    total = sum(p.nbytes for p in model.parameters())
+    total += sum(weight.nbytes for weight in quantised_weights(model).values())
+    if fp8:                                         # one byte per number
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                total -= module.weight.numel() * (module.weight.itemsize - 1)
+    return total - trained, trained
+
+
+def gathered_bytes(model, total: int) -> int:
+    """Bytes of sharded weights held whole: all but the blocks, and two blocks. total: all weights.
+
+    The two are the block at work and the next one, which is being gathered.
+    """
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in model.model.layers]
+    return total - sum(blocks) + 2 * max(blocks)
+
+
+def all_in(form: Form, shape) -> dict[str, Form]:
+    """memory_plan's `forms` for a model that is quantized while it is loaded."""
+    with torch.device("meta"):
+        return dict.fromkeys(can_be_quantised(CausalLM(shape)), form)
+
+
+def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
+    """Whether blocks take linear.py's fast path: not under autocast, with dropout or DoRA."""
+    if lora:
+        return not (lora.lora_dropout or lora.use_dora)
+    return dtype == torch.float32
+
+
+def lightest(plan: Plan, available: int | None, config) -> Plan:
+    """The plan that fits with the least recomputation; where none fits, the smallest plan.
+
+    disable_gradient_checkpointing in the config, true or false, leaves no choice.
+    """
+    if available is None or "disable_gradient_checkpointing" in config.given:
+        return plan
+    ladder = recompute_ladder(plan)
+    plans = {}
+
+    def fits(rung: int) -> bool:
+        plans[rung] = memory_plan(config, **plan.asked | {"recompute": ladder[rung]})
+        return plans[rung].total <= SPARE * available
+
+    last = len(ladder) - 1
+    first = bisect.bisect_left(range(last), True, key=fits)
+    if first == last:                               # taken whether or not it fits
+        fits(last)
+    return plans[first]
+
+
+def recompute_ladder(plan: Plan) -> list[list[str]]:
+    """Levels of all blocks, from no recomputation to full; each rung changes one more block."""
+    shape = plan.asked["shape"]
+    blocks = shape.num_hidden_layers
+    levels = ["nothing", "block"]
+    fast = plan.asked["fast"] and can_be_fast(plan.asked["lora"], plan.asked["dtype"])
+    if fast and not any(shape.sparse):
+        levels = ["nothing", "mlp", "block"]
+
+    ladder = [["nothing"] * blocks]
+    for less, more in zip(levels, levels[1:]):
+        ladder += [[more] * n + [less] * (blocks - n) for n in range(1, blocks + 1)]
+    return ladder
+
+
+def largest_rows(examples, batches) -> list[list[int]]:
+    """The micro-batch with the most tokens: for each of its rows, the lengths of its sequences.
+
+    batches: lists of row numbers. Of a KTO row only the first sequence is trained on.
+    """
+    sizes = examples.sizes.tolist()
+    largest = max(batches, key=lambda batch: sum(sizes[i] for i in batch))
+    rows = []
+    for i in largest:
+        example = examples[i]
+        judged = example.desired is not None
+        rows.append(list(example.lengths[:1] if judged else example.lengths))
+    return rows
+
+
+# ---- the start page -----------------------------------------------------------------------------
+
+
+def plan_lines(plan: Plan, available: int | None) -> list[str]:
+    """The plan as a table for the start page."""
+    rows = plan.asked["rows"]
+    lines = [f"memory of a rank, largest micro-batch: {sum(map(sum, rows)):,} tokens "
+             f"(rows: {len(rows)})"]
+    for label, size, note in (
+        ("frozen weights", plan.weights, ""),
+        ("trained weights", plan.trained, ""),
+        ("gradients", plan.gradients, ""),
+        ("optimizer state", plan.optimizer, ""),
+        ("activations", plan.activations, "kept for the backward pass"),
+        ("working memory", plan.working, "the loss, or one block in the backward pass"),
+    ):
+        if size:
+            lines.append(f"  {label:15} {bytes_in_words(size):>11}  {note}".rstrip())
+    total = f"  {'total':15} {bytes_in_words(plan.total):>11}"
+    if available is None:
+        return [*lines, total]
+    if plan.total <= SPARE * available:
+        verdict = "fits"
+    else:
+        verdict = "tight" if plan.total <= available else "does not fit"
+    return [*lines, f"{total}; {bytes_in_words(available)} free: {verdict}"]
+
+
+def in_words(recompute: list[str]) -> str:
+    """Activation checkpointing of the blocks, for the start page."""
+    names = {"mlp": "MLP in", "block": "everything in"}
+    parts = [f"{what} {recompute.count(level)} of {len(recompute)} blocks"
+             for level, what in names.items() if level in recompute]
+    return ", ".join(parts) or "off"
+
+
+# ---- activations of the model -------------------------------------------------------------------
+
+
+def activation_bytes(model, batch: MicroBatch, recompute: list[str]) -> tuple[int, int]:
+    """(bytes kept from the forward for the backward pass, bytes of working memory).
+
+    Working memory is the larger of the loss and of the block that the backward pass is in.
+    """
+    first = first_block_with_gradient(model)
+    levels = recompute[first:]
+    copies = rounded_weight_bytes(model, batch)         # of a block
+    kept = []                                           # by each block
+    recomputed = []                                     # while the backward pass is in the block
+    for layer, level in enumerate(levels, first):
+        block = model.model.layers[layer]
+        everything = block_bytes(block, layer, model.config, batch, "nothing")
+        if level == "block":
+            kept.append(batch.tokens * model.config.hidden_size * batch.stream)
+            recomputed.append(everything + copies)
+        else:
+            kept.append(block_bytes(block, layer, model.config, batch, level))
+            recomputed.append(everything - kept[-1])
+
+    # in the backward pass, the blocks after the current one have freed what they kept
+    at_work = block_gradient_bytes(model, batch, first)
+    peak = max(map(sum, zip(accumulate(kept), recomputed, at_work)), default=0)
+    working = peak - sum(kept) + dequantized_bytes(model, batch)
+    with_copies = sum(level != "block" for level in levels)
+    kept_beside = batch.tokens * bytes_beside_blocks(model, batch)
+    return (sum(kept) + with_copies * copies + kept_beside,
+            max(loss_bytes(model, batch), working))
+
+
+def first_block_with_gradient(model) -> int:
+    """Number of the first block that gradients reach: blocks before it keep nothing."""
+    layers = model.model.layers
+    parts = (model.model.embed_tokens, *layers, model.model.norm)
+    for number, module in enumerate(parts):
+        if any(p.requires_grad for p in module.parameters()):
+            return max(number - 1, 0)
+    return len(layers)
+
+
+def rounded_weight_bytes(model, batch: MicroBatch) -> int:
+    """Bytes of the rounded copies of a block's trained matrices and biases, on average."""
+    if batch.compute >= 4:
+        return 0
+    numbers = 0
+    for block in model.model.layers:
+        for name, p in block.named_parameters():
+            if p.requires_grad and (p.dim() > 1 or name.endswith("bias")):
+                numbers += p.numel()
+    return numbers * batch.compute // len(model.model.layers)
+
+
+def bytes_beside_blocks(model, batch: MicroBatch) -> int:
+    """For each token: the rotary embedding, and the last norm with the gradient that enters it."""
+    model_config = model.config
+    hidden = model_config.hidden_size
+    rope = 0
+    if not model_config.alibi:
+        rotated = int(model_config.head_dim * model_config.rotary_part)
+        rope = 2 * rotated * batch.stream
+    norm = norm_bytes(model.model.norm, hidden, batch.stream) + hidden * batch.stream
+    return rope + norm
+
+
+def block_gradient_bytes(model, batch: MicroBatch, first: int) -> list[int]:
+    """For each block from `first` on: bytes of gradients during its backward pass."""
+    # DoRA: the rows whose norm it needs, and their squares, in float32
+    dora = max((8 * m.weight.numel() for m in model.modules() if has_lengths(m)), default=0)
+    sizes = [backward_bytes(model.config, batch, sparse) + dora
+             for sparse in model.config.sparse[first:]]
+    # the gradient of one expert is a stack of all experts, zero for the others
+    stacked = [p.nbytes for p in model.parameters() if p.requires_grad and p.dim() == 3]
+    if sizes and stacked:
+        sizes[0] += max(stacked)
+    return sizes
+
+
+def backward_bytes(model_config, batch: MicroBatch, sparse: bool) -> int:
+    """Bytes of the gradients within a block: of its MLP or experts, and of all attention scores."""
+    width = model_config.intermediate_size
+    if sparse:
+        width = model_config.moe_intermediate_size * model_config.num_experts_per_tok
+    # fast: gate, up, their activation and product, and the gradients of these
+    fast = batch.fast and not sparse
+    mlp = batch.tokens * width * batch.compute * (5 if fast else 1)
+    scores = 0
+    if batch.kernel == "plain":
+        largest = max(queries * keys for queries, keys in query_blocks(batch.lengths))
+        scores = 2 * 4 * model_config.num_attention_heads * largest
+    return max(mlp, scores) if fast else mlp + scores
+
+
+def dequantized_bytes(model, batch: MicroBatch) -> int:
+    """Bytes of the largest quantized matrix while it is dequantized for a matrix product."""
+    largest = 0
+    for weight in quantised_weights(model.model).values():
+        numbers = weight.numel()
+        piece = min(numbers, piece_of(batch.device, 2))         # unpacked at once
+        largest = max(largest, batch.compute * numbers + 6 * piece)
+    return largest
+
+
+def loss_bytes(model, batch: MicroBatch) -> int:
+    """Bytes of the loss (losses.py): a chunk's logits, and the gradient of a trained head."""
+    head = model.lm_head
+    weight = head.weight
+    vocab_size = weight.shape[0]
+    rows = min(chunk_rows(batch.tokens, vocab_size), batch.tokens)
+    if model.config.final_softcap:
+        chunks = SOFTCAP_CHUNKS
+    else:
+        chunks = HEAD_CHUNKS if batch.compute < 4 else 1
+    total = int(4 * vocab_size * rows * chunks)
+    if hasattr(head, "effective_weight"):
+        total += weight.numel() * batch.stream
+    if batch.compute < weight.dtype.itemsize:
+        total += weight.numel() * batch.compute
+    if any(p.requires_grad for p in head.parameters()):
+        total += 4 * weight.numel()
+    return total
+
+
+# ---- activations of a block: bytes for all tokens, or for each token, of a micro-batch ----------
+
+
+def block_bytes(block, layer: int, model_config, batch: MicroBatch, level: str) -> int:
+    """For all tokens: norms, attention, and MLP or experts. level: "nothing" or "mlp"."""
+    hidden = model_config.hidden_size
+    sparse = isinstance(block.mlp, MoE)
+    norms = sum(norm_bytes(norm, hidden, batch.compute)
+                for norm in (block.after_attention_norm, block.after_mlp_norm))
+    if not batch.fast:
+        norms += norm_bytes(block.input_layernorm, hidden, batch.stream)
+    if not batch.fast or sparse:
+        norms += norm_bytes(block.post_attention_layernorm, hidden, batch.stream)
+    if sparse:
+        mlp = moe_bytes(block.mlp, model_config, batch)
+    elif level == "mlp":
+        mlp = hidden * batch.stream + narrow([block.mlp.down_proj]) * batch.compute
+    else:
+        mlp = input_bytes(hidden, first_layers(block.mlp), batch, from_stream=True)
+        mlp += mlp_bytes(block.mlp, model_config.intermediate_size, batch)
+    attention = attention_bytes(block.self_attn, layer, model_config, batch)
+    return batch.tokens * (norms + mlp) + attention
+
+
+def norm_bytes(norm, width: int, size: int) -> int:
+    """For each token: the input in float32, and the factor of a trained weight.
+
+    size: bytes per number of the input.
+    """
+    if isinstance(norm, nn.Identity):
+        return 0
+    if isinstance(norm, LayerNorm):
+        return 4 * width + 8
+    total = 4 * width + 4
+    if norm.weight.requires_grad:
+        total += width * (4 if norm.wide else size)
+    return total
+
+
+def input_bytes(width: int, linears: list, batch: MicroBatch, from_stream: bool = False) -> int:
+    """For each token: the input (`width` numbers) that linear layers share, and A x of each.
+
+    On the fast path the input is always kept, else if a layer is trained. from_stream: the input
+    has the dtype of the residual stream.
+    """
+    low_rank = narrow(linears) * batch.compute
+    if batch.fast:
+        return width * batch.compute + low_rank
+    trained = [m for m in linears if any(p.requires_grad for p in m.parameters())]
+    dropped = [m for m in trained if isinstance(m, (LoRALinear, LoRAStacked))
+               and isinstance(m.dropout, nn.Dropout)]
+    copies = len(trained) - len(dropped)
+    each_rounds = from_stream and batch.stream > batch.compute
+    if not each_rounds:
+        copies = min(copies, 1)
+    mask = 1 if batch.device.type == "cuda" else batch.compute
+    inputs = copies * batch.compute + len(dropped) * (batch.compute + mask)
+    return width * inputs + low_rank
+
+
+def narrow(linears: list) -> int:
+    """Numbers for each token of the adapters' A x and, with DoRA, of W x + scale * B(A x)."""
+    total = 0
+    for module in linears:
+        if not isinstance(module, (LoRALinear, LoRAStacked)):
+            continue
+        experts = len(module.weight) if isinstance(module, LoRAStacked) else 1
+        total += module.lora_A.out_features // experts
+        if has_lengths(module):
+            total += module.out_features
+    return total
+
+
+def has_lengths(module) -> bool:
+    """Whether this is a layer with DoRA."""
+    return getattr(module, "lora_magnitude_vector", None) is not None
+
+
+def mlp_bytes(mlp, width: int, batch: MicroBatch) -> int:
+    """For each token, apart from the MLP's input: gate, act(gate), up, and their product.
+
+    On the fast path gate and up alone. width: F, of the MLP or of an expert.
+    """
+    if batch.fast:
+        return (2 * width + narrow([mlp.down_proj])) * batch.compute
+    return 3 * width * batch.compute + input_bytes(width, [mlp.down_proj], batch)
+
+
+def first_layers(module) -> list:
+    """The linear layers that read the input of an attention or an MLP."""
+    names = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_up_proj", "gate_proj", "up_proj")
+    return [getattr(module, name) for name in names if hasattr(module, name)]
+
+
+def moe_bytes(moe, model_config, batch: MicroBatch) -> int:
+    """For each token: its experts, the router, the shared expert, and the rows' permutation."""
+    hidden = model_config.hidden_size
+    expert = moe.experts if model_config.stacked_experts else moe.experts[0]
+    # the factor of the router's scores
+    weighted = hidden * (batch.stream if model_config.scale_input else batch.compute)
+    per_expert = input_bytes(hidden, first_layers(expert), batch, from_stream=True)
+    per_expert += mlp_bytes(expert, model_config.moe_intermediate_size, batch)
+    per_expert += weighted + 4 * 8
+    total = model_config.num_experts_per_tok * per_expert + 4 * model_config.num_experts
+
+    readers = [moe.gate]
+    shared_width = model_config.shared_expert_intermediate_size
+    if shared_width:
+        readers += first_layers(moe.shared_expert)
+        total += mlp_bytes(moe.shared_expert, shared_width, batch)
+    if model_config.shared_expert_gate:
+        readers.append(moe.shared_expert_gate)
+        total += hidden * batch.compute
+    return total + input_bytes(hidden, readers, batch, from_stream=True)
+
+
+def attention_bytes(attention, layer: int, model_config, batch: MicroBatch) -> int:
+    """For all tokens: the inputs of the projections, norms of q and k, and the kernel's tensors."""
+    H = model_config.num_attention_heads
+    K = model_config.num_key_value_heads
+    Dh = model_config.head_dim
+    per_token = input_bytes(model_config.hidden_size, first_layers(attention), batch,
+                            from_stream=True)
+    per_token += input_bytes(H * Dh, [attention.o_proj], batch)
+    if hasattr(attention, "q_norm"):
+        per_token += norm_bytes(attention.q_norm, H * Dh, batch.compute)
+        per_token += norm_bytes(attention.k_norm, K * Dh, batch.compute)
+    if model_config.qk_norm == "unit":
+        per_token += (H + K) * Dh * 4
+    if model_config.clip_qkv:
+        per_token += (H + 2 * K) * Dh * batch.compute
+    return batch.tokens * per_token + kernel_bytes(attention, layer, model_config, batch)
+
+
+# ---- activations of an attention kernel ---------------------------------------------------------
+
+
+def kernel_bytes(attention, layer: int, model_config, batch: MicroBatch) -> int:
+    """For all tokens: q, k, v, and the output with a number per head, or all scores."""
+    window = model_config.windows[layer]
+    chunk = model_config.chunks[layer] or max(batch.lengths)
+    lengths = [min(chunk, length - start) for length in batch.lengths
+               for start in range(0, length, chunk)]
+    if batch.kernel == "plain":
+        return plain_kernel_bytes(lengths, window, model_config, batch)
+
+    H = model_config.num_attention_heads
+    K = model_config.num_key_value_heads
+    Dh = model_config.head_dim
+    on_gpu = batch.device.type == "cuda"
+    varlen = batch.kernel in ("flash-attn", "torch-varlen")     # they take sequences of any lengths
+    if varlen:
+        groups = [(1, length) for length in lengths]
+        masked = []
+    else:                                                       # others take padded batches
+        groups = [(len(group), lengths[group[0]]) for group in group_by_length(lengths)]
+        masked = [(n, T) for n, T in groups if model_config.alibi or window and window < T]
+    slots = sum(n * T for n, T in groups)                       # tokens, padding included
+    grouped_heads = varlen or on_gpu and takes_grouped_heads(batch.kernel, bool(masked))
+    heads = H + 2 * (K if grouped_heads else H)                 # of q, k and v
+
+    if batch.kernel == "sdpa-math":
+        size = 4 if TORCH >= (2, 5) else batch.compute          # since 2.5 it computes in float32
+        return size * (slots * heads * Dh + sum(n * H * T * T for n, T in groups))
+    if model_config.alibi:
+        mask = sum(n * H * T * T for n, T in masked)
+    else:
+        mask = sum(T * T for _, T in masked)
+    # the output may be the very tensor that o_proj keeps as its input
+    is_input = varlen or on_gpu and len(lengths) == 1
+    counted = is_input and input_bytes(1, [attention.o_proj], batch)
+    output = 0 if counted else H * Dh * batch.compute
+    return slots * (heads * Dh * batch.compute + output + 4 * H) + mask * batch.compute
+
+
+def plain_kernel_bytes(lengths: list[int], window: int | None, model_config,
+                       batch: MicroBatch) -> int:
+    """For all tokens of the plain kernel: q, k and v in float32, all scores, and their mask."""
+    H = model_config.num_attention_heads
+    rounded = batch.compute if batch.compute < 4 else 0
+    score = 4 + rounded + (4 if model_config.attn_softcap else 0)
+    pairs = 0
+    all_keys = 0
+    for queries, keys in query_blocks(lengths):
+        if window:
+            keys = min(keys, queries + window - 1)
+        pairs += queries * keys
+        all_keys += keys
+    inputs = 4 * sum(lengths) + (4 + batch.compute) * all_keys
+    return H * model_config.head_dim * inputs + pairs * (H * score + 1)
+
+
+def query_blocks(lengths: list[int]) -> list[tuple[int, int]]:
+    """(queries, keys) of each block of queries in the plain kernel.
+
+    A block has its own score matrix, with the keys up to its last query.
+    """
+    blocks = []
+    for length in lengths:
+        for start in range(0, length, PLAIN_QUERIES):
+            end = min(start + PLAIN_QUERIES, length)
+            blocks.append((end - start, end))
+    return blocks

@@ -1,0 +1,444 @@
+"""Where a run begins, resumes and stops: checkpoints, output folders, signals, time limit, disk.
+
+Lost work cannot be recomputed for free, so every rule here errs on the side of keeping:
+
+- a run never overwrites another one without being told to, nor while that one is running;
+- a damaged checkpoint is skipped in favor of the previous one, and kept under another name;
+- a run that is asked to stop saves first.
+
+docs/never_lose_a_run.md explains this to users.
+
+Requires: checkpoint.py (how checkpoints are written and verified), store.py.
+Next: train.py, which calls all of this.
+
+Source: exit code 75, "try again later", is EX_TEMPFAIL of BSD's sysexits.h.
+"""
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+from checkpoint import STATE_FILES, checkpoints_in, damage
+from store import TOKENISED
+from tokenizer import read_json
+
+STOPPED = 75                    # exit code of a run that was asked to stop and can be resumed
+LOCK = ".lock"                  # file in output_dir, locked during a run; holds who runs or stopped
+# files that a run without a finished checkpoint leaves behind; nothing is lost with them
+DISPOSABLE = (LOCK, TOKENISED, "pissa_init", "train_config.json", "trainer_log.jsonl")
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+class StopSigns:
+    """Record SIGTERM, SIGINT and the time limit, so that the loop can finish its step and save.
+
+    minutes: the time limit, or None. since: when it starts, in seconds since the epoch; None: now.
+    A second SIGINT ends the process at once.
+    """
+
+    def __init__(self, minutes: float | None = None, since: float | None = None):
+        self.signals = []
+        self.minutes = minutes
+        self.deadline = (since or time.time()) + 60 * minutes if minutes else float("inf")
+        self.previous_handlers = {
+            number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+
+    def note(self, number, frame):
+        """Handle a signal. os.write and not print: the signal may have interrupted a print."""
+        if number == signal.SIGINT and "SIGINT" in self.signals:
+            os._exit(128 + number)
+        name = signal.Signals(number).name
+        self.signals.append(name)
+        if os.environ.get("RANK", "0") != "0":
+            return
+        hint = "; press Ctrl-C again to exit at once" if number == signal.SIGINT else ""
+        try:
+            os.write(2, f"\n{name}: stopping after this step{hint}\n".encode())
+        except OSError:                 # stderr is closed: save all the same
+            pass
+
+    def asked(self) -> str:
+        """Why the run should stop after this step, or ""."""
+        if self.signals:
+            return self.signals[0]
+        if time.time() > self.deadline:
+            return f"time_limit ({self.minutes:g} minutes)"
+        return ""
+
+    def restore(self):
+        """Put the previous signal handlers back."""
+        for number, handler in self.previous_handlers.items():
+            signal.signal(number, handler)
+
+
+# ---- one run per folder -------------------------------------------------------------------------
+
+
+def lock(output: Path):
+    """Lock output_dir until this process ends. Raises ValueError if another run has locked it.
+
+    This is the system's lock on a file and not the file's existence: it ends with the process, even
+    when that is killed.
+    """
+    try:
+        import fcntl
+    except ImportError:                 # Windows
+        return
+    handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)      # closing it would unlock
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            owner = last_word(output)
+            raise ValueError(
+                f"output_dir: another run is using {output} (process {owner.get('process')} on "
+                f"{owner.get('host')}); wait until it ends, stop it, or name another folder"
+            ) from None
+        print(f"  note: {output} cannot be locked ({error.strerror}); make sure that no other run "
+              "writes there")
+    leave_word(handle)
+
+
+def leave_word(handle: int, **more):
+    """Write into the lock file which process holds it."""
+    owner = {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "launcher": os.getppid(),
+        **more,
+    }
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, (json.dumps(owner) + "\n").encode(), 0)
+
+
+def note_stop(output: Path, why: str):
+    """Record that this run was asked to stop: torchrun --max-restarts would start it again."""
+    if (output / LOCK).exists():
+        handle = os.open(output / LOCK, os.O_RDWR)
+        leave_word(handle, stopped=why)
+        os.close(handle)
+
+
+def last_word(output: Path) -> dict:
+    """What the lock file says about the last run in output_dir; {} if it cannot be read."""
+    try:
+        return read_json(output / LOCK)
+    except (ValueError, OSError):
+        return {}
+
+
+def restarted(output: Path) -> bool:
+    """Whether torchrun started this process to replace one that worked in output_dir.
+
+    Exits if that process had been asked to stop.
+    """
+    owner = last_word(output)
+    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    same_launcher = owner.get("launcher") == os.getppid()
+    same_host = owner.get("host") == socket.gethostname()
+    if not (is_restart and same_launcher and same_host):
+        return False
+    if owner.get("stopped"):
+        print(f"stopped by {owner['stopped']} before torchrun started it again: nothing to do",
+              file=sys.stderr, flush=True)
+        raise SystemExit(STOPPED)
+    return True
+
+
+# ---- which checkpoint to resume from ------------------------------------------------------------
+
+
+def find_resume(config) -> Path | None:
+    """The checkpoint to resume from, or None for a new run.
+
+    A run that torchrun has restarted resumes from its newest checkpoint, whatever
+    resume_from_checkpoint says. Raises ValueError rather than let a run overwrite files of another.
+    """
+    output = Path(config.output_dir)
+    if output.is_file():
+        raise ValueError(f"output_dir: {output} is a file")
+    request = "auto" if restarted(output) else config.resume_from_checkpoint
+    if (output / LOCK).exists():
+        lock(output)
+
+    checkpoints = checkpoints_in(output)
+    resume = None
+    if request in ("true", "auto"):
+        resume = newest_whole(output, request)
+    elif request:
+        resume = chosen(Path(request), checkpoints)
+
+    replaced = [path for path in not_of_this_run(output, resume) if not is_damaged(path)]
+    check_sources(config, replaced)
+    if replaced and not config.overwrite_output_dir:
+        hint = ""
+        if checkpoints and not resume:
+            hint = f". resume_from_checkpoint: true resumes from {checkpoints[-1].name}"
+        raise ValueError(
+            f"output_dir: {output} is not empty: it holds {replaced[0].name}, which does not "
+            f"belong to this run{hint}. Name another folder, or set overwrite_output_dir: true"
+        )
+    return resume
+
+
+def check_sources(config, replaced: list[Path]):
+    """Raises ValueError if the model or an adapter is a checkpoint that the run would replace."""
+    checkpoints = [path.resolve() for path in replaced if path.name.startswith("checkpoint-")]
+    for name in [config.model_name_or_path, *(config.adapter_name_or_path or [])]:
+        source = Path(name).resolve()
+        if any(path in (source, *source.parents) for path in checkpoints):
+            raise ValueError(f"{name} lies in output_dir, whose checkpoints a new run replaces; "
+                             "name another output_dir")
+
+
+def chosen(folder: Path, checkpoints: list[Path]) -> Path:
+    """The checkpoint that resume_from_checkpoint names. Raises if a run cannot resume from it.
+
+    checkpoints: of output_dir, named in the error.
+    """
+    missing = [file for file in STATE_FILES if not (folder / file).is_file()]
+    if missing:
+        others = checkpoints_in(folder) or checkpoints
+        hint = ""
+        if others:
+            names = ", ".join(path.name for path in others)
+            hint = f"; {others[0].parent} holds {names}"
+        raise FileNotFoundError(f"resume_from_checkpoint: {folder} is no complete checkpoint (it "
+                                f"has no {missing[0]}){hint}")
+    if why := damage(folder):
+        raise ValueError(f"resume_from_checkpoint: {folder} is damaged: {why}. "
+                         "resume_from_checkpoint: true takes the newest intact one")
+    return folder
+
+
+def newest_whole(output: Path, request: str) -> Path | None:
+    """The newest intact checkpoint; damaged ones are skipped, with a message.
+
+    Without any, returns None if `request` is auto and raises FileNotFoundError if it is true.
+    """
+    checkpoints = checkpoints_in(output, resumable=False)
+    damaged = []
+    for folder in reversed(checkpoints):
+        if why := damage(folder):
+            damaged.append(folder.name)
+            print(f"{folder} is damaged and cannot be used: {why}", file=sys.stderr)
+        elif all((folder / file).is_file() for file in STATE_FILES):
+            if damaged:
+                print(f"resuming from the previous one, {folder}; {damaged[-1]} is kept as "
+                      f"{damaged[-1]}.damaged", file=sys.stderr, flush=True)
+            return folder
+
+    if request == "true":
+        note = ""
+        if len(checkpoints) > len(damaged):
+            note = " (checkpoints of save_only_model: true are not complete)"
+        elif damaged:
+            note = f" ({', '.join(damaged)} damaged)"
+        raise FileNotFoundError(
+            f"resume_from_checkpoint: true, but {output} holds no complete checkpoint-N{note}; "
+            "leave it out to start from the beginning, or write auto"
+        )
+    if damaged:
+        print(f"no intact checkpoint is left in {output}: starting from the beginning",
+              file=sys.stderr, flush=True)
+    return None
+
+
+def is_damaged(path: Path) -> bool:
+    """Whether this is a damaged checkpoint: nothing is lost when a run overwrites it."""
+    return path.name.startswith("checkpoint-") and path.is_dir() and bool(damage(path))
+
+
+def not_of_this_run(output: Path, resume: Path | None) -> list[Path]:
+    """What a run would overwrite in output_dir: with `resume` later checkpoints, else everything.
+
+    A run killed before its first checkpoint or, without checkpoints, before its last file has left
+    nothing to lose.
+    """
+    checkpoints = checkpoints_in(output, resumable=False)
+    if resume is not None:
+        for number, path in enumerate(checkpoints, 1):
+            if path.samefile(resume):
+                return checkpoints[number:]
+    finished = (output / "all_results.json").is_file()
+    if (output / "trainer_log.jsonl").is_file() and not finished:
+        return checkpoints
+    found = sorted(output.iterdir()) if output.is_dir() else []
+    return [path for path in found
+            if path.name not in DISPOSABLE and path.suffix not in (".partial", ".damaged")]
+
+
+# ---- what may change between a run and its continuation -----------------------------------------
+
+# what cannot change: the trained parameters
+FIXED = (
+    "finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target",
+    "additional_target", "use_rslora", "use_dora", "lora_dropout", "freeze_trainable_layers",
+    "freeze_trainable_modules", "freeze_extra_modules", "pure_bf16", "pissa_init", "pissa_iter",
+    "optim", "use_muon", "use_galore", "galore_target", "galore_rank",
+)
+# what changes the rest of the run: the rows, their order, their tokens, the base model
+DANGEROUS = (
+    "model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter",
+    "base_precision", "ref_model", "ref_model_adapters", "quantization_bit",
+    "quantization_type", "double_quantization", "quantization_method", "dataset", "dataset_dir",
+    "eval_dataset", "val_size", "max_samples", "template", "tool_format", "default_system",
+    "enable_thinking", "preserve_thinking", "train_on_prompt", "mask_history", "cutoff_len",
+    "packing", "neat_packing", "preprocessing_batch_size", "placeholders", "skip_bad_rows",
+    "split_special_tokens", "disable_shuffling", "seed", "data_seed", "dataloader_drop_last",
+    "even_batches", "token_budget",
+)
+# what takes effect from the first resumed step on; listed at the start
+HARMLESS = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps",
+    "num_train_epochs", "max_steps", "galore_update_interval", "galore_scale", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "pref_loss", "paper_losses",
+    "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight",
+    "kto_rejected_weight", "loraplus_lr_ratio", "moe_aux_loss_coef", "neftune_noise_alpha",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16",
+    "fp16", "use_cpu", "flash_attn", "disable_gradient_checkpointing", "ddp_timeout", "fsdp",
+    "force_template", "logging_steps", "logging_first_step", "save_strategy", "save_steps",
+    "save_total_limit", "save_only_model", "do_eval", "eval_strategy", "eval_steps",
+    "per_device_eval_batch_size", "pissa_convert", "load_best_model_at_end",
+    "metric_for_best_model", "early_stopping_steps",
+)
+# what does not affect training: where files are kept, what is printed, keys of other scripts
+NOT_COMPARED = (
+    "versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume",
+    "time_limit", "dry_run", "profile", "torch_compile", "cache_dir", "tokenized_path",
+    "overwrite_cache", "preprocessing_num_workers", "disable_tqdm", "plot_loss", "infer_dtype",
+    "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens",
+    "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw", "report_to", "run_name",
+    "logging_dir", "project", "use_swanlab", "swanlab_project", "swanlab_workspace",
+    "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "jsonl", "do_train", "do_predict",
+    "predict_with_generate", "compare", "task", "task_dir", "lang", "n_shot", "save_dir",
+    "export_dir", "export_size", "export_device", "overwrite", "merge_base",
+)
+
+
+def changed_settings(resume: Path, settings: dict, force: bool = False) -> dict[str, str]:
+    """{key: "then -> now"} for each setting that differs from the checkpoint's.
+
+    Raises ValueError for FIXED keys and, unless `force`, for DANGEROUS ones.
+    """
+    then = read_json(resume / "train_config.json")
+    changed = {}
+    for key, now in settings.items():
+        if key in then and then[key] != now and key not in NOT_COMPARED:
+            changed[key] = f"{then[key]} -> {now}"
+
+    for key in FIXED:
+        if key in changed:
+            raise ValueError(
+                f"{key}: {changed[key]} cannot change when a run is resumed ({resume}). Set it "
+                f"back, or start a new run: adapter_name_or_path: {resume}, with another output_dir"
+            )
+    dangerous = [f"{key}: {changed[key]}" for key in DANGEROUS if key in changed]
+    if dangerous and not force:
+        raise ValueError(
+            f"{'; '.join(dangerous)}: this changes the data or the base model halfway through a "
+            f"run ({resume}). Set it back, or set force_resume: true"
+        )
+    return changed
+
+
+def check_rows(resume: Path, saved: dict, rows: str, force: bool = False):
+    """Raises ValueError if the training rows differ from those of `saved`, unless `force`.
+
+    rows: a checksum, see Examples.sign in store.py.
+    """
+    if saved.get("rows", rows) != rows and not force:
+        raise ValueError(
+            f"the training rows differ from those of {resume} ({saved['rows']} then, {rows} now), "
+            "although the settings are the same: has a data file changed? Restore it, or set "
+            "force_resume: true"
+        )
+
+
+# ---- output_dir ---------------------------------------------------------------------------------
+
+
+def prepare_output(config, resume: Path | None, weights: dict):
+    """Create and lock output_dir, and clear it of checkpoints that belong to another run.
+
+    Damaged checkpoints are renamed and kept. Raises OSError if the disk is too full for `weights`,
+    the trained parameters by name.
+    """
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    lock(output)
+    for old in not_of_this_run(output, resume):
+        if is_damaged(old):
+            os.replace(old, unused_name(old))
+        elif old.name.startswith("checkpoint-"):
+            print(f"overwrite_output_dir: removed {old} of an earlier run")
+            remove(old)
+    for unfinished in output.glob("checkpoint-*.partial"):
+        shutil.rmtree(unfinished)
+    # a checkpoint also holds AdamW's two moments of each weight
+    copies = 1 if config.save_strategy == "no" else 4
+    room_for(output, sum(p.nbytes for p in weights.values()) * copies, "this run")
+
+
+def unused_name(checkpoint: Path) -> Path:
+    """checkpoint-N.damaged, or checkpoint-N.2.damaged, ... if that exists."""
+    for number in count(1):
+        suffix = ".damaged" if number == 1 else f".{number}.damaged"
+        path = checkpoint.with_name(checkpoint.name + suffix)
+        if not path.exists():
+            return path
+
+
+def room_for(output: Path, needed: int, what: str):
+    """Raises OSError if the disk of output_dir has fewer than `needed` bytes left."""
+    needed_gb = needed / 1e9
+    free_gb = shutil.disk_usage(output).free / 1e9
+    if needed_gb > free_gb:
+        raise OSError(f"output_dir: {output} has room for {free_gb:.2f} GB, and {what} takes "
+                      f"{needed_gb:.2f} GB at least. Make room, or name another folder")
+
+
+def usable_best(output: Path, best: list | None) -> list | None:
+    """`best`, [step, eval_loss] of a checkpoint, if that is in output_dir and intact; else None."""
+    if not best:
+        return best
+    folder = output / f"checkpoint-{best[0]}"
+    why = damage(folder) if folder.is_dir() else "it is not there"
+    if why:
+        print(f"{folder}, with the lowest eval_loss ({best[1]:.4f}), cannot be used: {why}",
+              file=sys.stderr, flush=True)
+        return None
+    return best
+
+
+def remove_old_checkpoints(config, output: Path, best: list | None):
+    """Keep the newest save_total_limit checkpoints, among them the best if it will be loaded."""
+    checkpoints = checkpoints_in(output, resumable=False)
+    keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()
+    kept_besides = keep & {path.name for path in checkpoints[:-1]}
+    limit = max(1, (config.save_total_limit or len(checkpoints)) - len(kept_besides))
+    surplus = [path for path in checkpoints[:-limit] if path.name not in keep]
+    if surplus and damage(checkpoints[-1]):     # the disk did not keep what was written
+        print(f"{checkpoints[-1]} is damaged although it has just been written; older checkpoints "
+              "are kept", file=sys.stderr)
+        return
+    for path in surplus:
+        remove(path)
+
+
+def remove(checkpoint: Path):
+    """Rename, then delete: a kill in between leaves nothing that looks like a checkpoint."""
+    renamed = checkpoint.with_name(checkpoint.name + ".partial")
+    if renamed.exists():
+        shutil.rmtree(renamed)
+    os.replace(checkpoint, renamed)
+    shutil.rmtree(renamed)

@@ -1,0 +1,512 @@
+"""The chat formats: one row of data each, and how a row is written in a config file.
+
+    python templates.py             lists them
+    python templates.py llama3      shows one
+
+A format says what stands around the texts of a conversation. To add one, add a row:
+
+    "mychat": Template(
+        user=("<user>{{content}}</user><bot>",),      # the user's turn, up to where the answer begins
+        assistant=("{{content}}", EOS),               # the answer: all of this is learned
+        system=("<sys>{{content}}</sys>",),
+        prefix=(BOS,),                                # once, before everything
+    ),
+
+A turn is a tuple of slots: a text, in which {{content}} stands for what was said, or BOS, EOS, Token("<name>") for one
+id. Each text is tokenised on its own, so no token ever reaches across the border of two slots. The example above
+therefore never merges the answer with what follows it. docs/templates.md goes through it, and shows the same format
+written in a yaml.
+
+Read next: templates.py, which renders conversations with these rows.
+Sources: the vendors' chat templates in their published tokenizer_config.json; names of the formats, and borders of the
+slots, as LLaMA-Factory 0.9.5 has them (0.9.4: baichuan, baichuan2, belle, codegeex4, intern, orion, xverse).
+"""
+import difflib
+import re
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Token:
+    """A slot that is one id: the token of this name."""
+
+    name: str
+
+    def __str__(self):
+        return f"[{self.name}]"
+
+
+BOS, EOS = Token("bos"), Token("eos")  # whichever tokens the tokenizer names for these roles
+
+
+@dataclass(frozen=True)
+class Template:
+    """One chat format. All but `user` may be left out."""
+
+    user: tuple
+    assistant: tuple = ("{{content}}", EOS)
+    system: tuple = ("{{content}}",)
+    observation: tuple | None = None  # what a tool returned; None: as `user`
+    function: tuple | None = None  # a tool call; None: as `assistant`
+    prefix: tuple = ()
+    default_system: str = ""  # where a conversation brings no system text
+    tool_format: str = "default"  # a row of TOOL_FORMATS (tools.py): how tools are described and called
+    stop: tuple = ()  # tokens that end an answer, besides the tokenizer's eos
+    stop_is_eos: bool = False  # stop[0] becomes the tokenizer's eos
+    system_in_user: bool = False  # no system turn: the system text opens the first user's text
+    efficient_eos: bool = False  # answers carry no eos: it is learned at the next turn's first token (data.py does it)
+    thought: tuple = ("<think>\n", "\n</think>\n\n")  # what opens and closes a thought
+    reasoning: bool = False  # every answer begins with a thought, if only an empty one
+    own_jinja: bool = False  # replace the checkpoint's chat template: it describes another format
+    # What choose_template goes by:
+    families: tuple = ()  # model_type in config.json of the models that speak it; () = any model can learn it
+    needs: tuple = ()  # special tokens it cannot do without
+    says: tuple = ()  # texts that give it away in a checkpoint's own chat template
+    name: str = ""  # its key in TEMPLATES
+
+
+CHATML = Template(
+    user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
+    assistant=("{{content}}<|im_end|>\n",),
+    system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
+    stop=("<|im_end|>",), needs=("<|im_start|>", "<|im_end|>"), says=("<|im_start|>",))
+
+CHATML_TOOL = ("<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n",)
+
+QWEN3 = replace(
+    CHATML,
+    observation=("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n"
+                 "<|im_start|>assistant\n",),
+    tool_format="qwen", stop_is_eos=True, families=("qwen3", "qwen3_moe"))
+
+MISTRAL = Template(
+    user=("[INST] {{content}}[/INST]",),
+    assistant=(" {{content}}", EOS),
+    system=("{{content}}\n\n",), system_in_user=True,
+    function=("[TOOL_CALLS] {{content}}", EOS),
+    observation=('[TOOL_RESULTS] {"content": {{content}}}[/TOOL_RESULTS]',),
+    prefix=(BOS,), tool_format="mistral",
+    families=("mistral", "mixtral"), needs=("<s>", "</s>"), says=("[INST] ",))
+
+MINISTRAL = replace(
+    MISTRAL,
+    user=("[INST]{{content}}[/INST]",),
+    assistant=("{{content}}", EOS),
+    function=("[TOOL_CALLS]{{content}}", EOS),
+    observation=('[TOOL_RESULTS]{"content": {{content}}}[/TOOL_RESULTS]',),
+    says=("[INST]",))
+
+LLAMA2 = Template(
+    user=(BOS, "[INST] {{content}} [/INST]"),
+    system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True,
+    families=("llama",), needs=("<s>", "</s>"), says=("[INST]", "<<SYS>>"))
+
+GEMMA = Template(
+    user=("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
+    assistant=("{{content}}<end_of_turn>\n",),
+    system=("{{content}}\n\n",), system_in_user=True,
+    observation=("<start_of_turn>tool\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
+    prefix=(BOS,), stop=("<end_of_turn>",), stop_is_eos=True,
+    families=("gemma", "gemma2"), needs=("<start_of_turn>", "<end_of_turn>"), says=("<start_of_turn>",))
+
+GLM4 = Template(
+    user=("<|user|>\n{{content}}<|assistant|>",),
+    assistant=("\n{{content}}",), function=("{{content}}",), efficient_eos=True,
+    system=("<|system|>\n{{content}}",),
+    observation=("<|observation|>\n{{content}}<|assistant|>",),
+    prefix=("[gMASK]<sop>",), tool_format="glm4", stop=("<|user|>", "<|observation|>"),
+    families=("glm", "glm4", "chatglm"),
+    needs=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"), says=("[gMASK]", "<sop>"))
+
+DEEPSEEK3 = Template(
+    user=("<｜User｜>{{content}}<｜Assistant｜>",),
+    prefix=(BOS,),
+    families=("deepseek_v3", "qwen2", "qwen3", "llama"),
+    needs=("<｜User｜>", "<｜Assistant｜>"), says=("<｜User｜>",))
+
+PHI = Template(
+    user=("<|user|>\n{{content}}<|end|>\n<|assistant|>\n",),
+    assistant=("{{content}}<|end|>\n",),
+    system=("<|system|>\n{{content}}<|end|>\n",),
+    stop=("<|end|>",), stop_is_eos=True,
+    families=("phi3",), needs=("<|user|>", "<|assistant|>", "<|end|>"), says=("<|end|>",))
+
+INTERNLM_SELF = (
+    "You are an AI assistant whose name is InternLM (书生·浦语).\n"
+    "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
+    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- InternLM (书生·浦语) can understand and communicate fluently in the language "
+    "chosen by the user such as English and 中文.")
+
+# The order matters once: where neither the config nor the checkpoint says which, the first row that fits is taken.
+TEMPLATES = {
+    "deepseekr1": replace(DEEPSEEK3, reasoning=True, says=("<｜User｜>", "</think>")),
+    "deepseek3": DEEPSEEK3,
+    "llama3": Template(
+        user=("<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n",),
+        assistant=("{{content}}<|eot_id|>",),
+        system=("<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>",),
+        observation=("<|start_header_id|>ipython<|end_header_id|>\n\n{{content}}<|eot_id|>"
+                     "<|start_header_id|>assistant<|end_header_id|>\n\n",),
+        prefix=(BOS,), tool_format="llama3", stop=("<|eot_id|>", "<|eom_id|>"), stop_is_eos=True,
+        families=("llama",),
+        needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), says=("<|start_header_id|>",)),
+    "llama4": Template(
+        user=("<|header_start|>user<|header_end|>\n\n{{content}}<|eot|><|header_start|>assistant<|header_end|>\n\n",),
+        assistant=("{{content}}<|eot|>",),
+        system=("<|header_start|>system<|header_end|>\n\n{{content}}<|eot|>",),
+        observation=("<|header_start|>ipython<|header_end|>\n\n{{content}}<|eot|>"
+                     "<|header_start|>assistant<|header_end|>\n\n",),
+        prefix=(BOS,), tool_format="llama3", stop=("<|eot|>", "<|eom|>"), stop_is_eos=True,
+        families=("llama4", "llama4_text"),
+        needs=("<|header_start|>", "<|header_end|>", "<|eot|>"), says=("<|header_start|>",)),
+    "qwen3": replace(QWEN3, reasoning=True, says=("<|im_start|>", "</think>")),
+    "qwen3_nothink": QWEN3,
+    "qwen": replace(
+        QWEN3,
+        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        families=("qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
+    "sailor": replace(  # a Qwen 1.5 body
+        CHATML,
+        user=("<|im_start|>question\n{{content}}<|im_end|>\n<|im_start|>answer\n",),
+        default_system="You are an AI assistant named Sailor created by Sea AI Lab. "
+                       "Your answer should be friendly, unbiased, faithful, informative and detailed.",
+        families=("qwen2",), says=("<|im_start|>", "Sailor")),
+    "mistral": MISTRAL,  # 7B v0.1 to v0.3, Mixtral
+    "mistral_small": replace(
+        MINISTRAL,
+        system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False,
+        says=("[SYSTEM_PROMPT]",)),
+    "ministral": MINISTRAL,  # Ministral 8B, Nemo
+    "ministral3": MINISTRAL,
+    "llama2": LLAMA2,
+    "llama2_zh": replace(LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),
+    "phi4": Template(
+        user=("<|im_start|>user<|im_sep|>{{content}}<|im_end|><|im_start|>assistant<|im_sep|>",),
+        assistant=("{{content}}<|im_end|>",),
+        system=("<|im_start|>system<|im_sep|>{{content}}<|im_end|>",),
+        stop=("<|im_end|>",), stop_is_eos=True,
+        families=("phi3",), needs=("<|im_start|>", "<|im_sep|>", "<|im_end|>"), says=("<|im_sep|>",)),
+    "phi4_mini": replace(
+        PHI,
+        user=("<|user|>{{content}}<|end|><|assistant|>",),
+        assistant=("{{content}}<|end|>",),
+        system=("<|system|>{{content}}<|end|>",),
+        tool_format="phi4_mini", needs=(*PHI.needs, "<|tool|>")),
+    "phi": PHI,  # Phi-3, Phi-3.5
+    "gemma2": replace(GEMMA, stop=("<eos>", "<end_of_turn>"), stop_is_eos=False, efficient_eos=True,
+                      families=("gemma2",)),
+    "gemma": GEMMA,
+    "glm4": GLM4,
+    "glmz1": replace(GLM4, reasoning=True, says=("[gMASK]", "<sop>", "</think>"), families=("glm4",)),
+    "codegeex4": replace(
+        GLM4,
+        user=("<|user|>\n{{content}}<|assistant|>\n",),
+        assistant=("{{content}}",),
+        observation=("<|observation|>\n{{content}}<|assistant|>\n",),
+        default_system="你是一位智能编程助手，你叫CodeGeeX。你会为用户回答关于编程、代码、计算机方面的任何问题，"
+                       "并提供格式规范、可以执行、准确安全的代码，并在必要时提供详细的解释。",
+        families=("chatglm",)),
+    "chatglm3": Template(
+        user=(Token("<|user|>"), "\n", "{{content}}", Token("<|assistant|>")),
+        assistant=("\n", "{{content}}"), function=("{{content}}",), efficient_eos=True,
+        system=(Token("<|system|>"), "\n", "{{content}}"),
+        observation=(Token("<|observation|>"), "\n", "{{content}}", Token("<|assistant|>")),
+        prefix=(Token("[gMASK]"), Token("sop")), tool_format="glm4", stop=("<|user|>", "<|observation|>"),
+        families=("chatglm",), needs=("[gMASK]", "sop", "<|user|>", "<|assistant|>"), says=("[gMASK]", "sop")),
+    "baichuan2": Template(
+        user=("<reserved_106>{{content}}<reserved_107>",),
+        assistant=("{{content}}",), efficient_eos=True,
+        families=("baichuan",), needs=("<reserved_106>", "<reserved_107>"), says=("<reserved_106>",)),
+    "baichuan": Template(
+        user=(Token("<reserved_102>"), "{{content}}", Token("<reserved_103>")),
+        assistant=("{{content}}",), efficient_eos=True,
+        families=("baichuan",), needs=("<reserved_102>", "<reserved_103>"), says=("<reserved_102>",)),
+    "xverse": Template(
+        user=("Human: {{content}}\n\nAssistant: ",),
+        families=("xverse",), says=("Human: ", "Assistant: ")),
+    "intern2": replace(
+        CHATML, prefix=(BOS,), default_system=INTERNLM_SELF, families=("internlm2",)),
+    "olmo": Template(
+        user=("<|user|>\n{{content}}<|assistant|>\n",),
+        prefix=(EOS,),
+        families=("olmo", "olmo2"), says=("<|user|>", "<|assistant|>")),
+    "olmo2": Template(  # OLMo 2 Instruct and other Tülu models; LLaMA-Factory trains them with `olmo`
+        user=("<|user|>\n{{content}}\n<|assistant|>\n",),
+        assistant=("{{content}}", EOS, "\n"),
+        system=("<|system|>\n{{content}}\n",),
+        prefix=(BOS,),
+        families=("olmo2", "llama"), says=("<|user|>", "<|system|>", "bos_token")),
+    "deepseekcoder": Template(
+        user=("### Instruction:\n{{content}}\n### Response:",),
+        assistant=("\n{{content}}\n<|EOT|>\n",),
+        prefix=(BOS,),
+        default_system="You are an AI programming assistant, utilizing the DeepSeek Coder model, "
+                       "developed by DeepSeek Company, and you only answer questions related to computer science. "
+                       "For politically sensitive questions, security and privacy issues, "
+                       "and other non-computer science questions, you will refuse to answer.\n",
+        families=("llama",), needs=("<|EOT|>", "<｜begin▁of▁sentence｜>"), says=("### Instruction:", "<|EOT|>")),
+    "deepseek": Template(
+        user=("User: {{content}}\n\nAssistant:",),
+        system=("{{content}}\n\n",),
+        prefix=(BOS,),
+        families=("llama", "deepseek_v2"), needs=("<｜begin▁of▁sentence｜>",), says=("User: ", "Assistant:")),
+    "yi": replace(CHATML, families=("llama",), needs=("<|startoftext|>", "<|im_start|>", "<|im_end|>")),
+    "smollm2": replace(
+        CHATML, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
+        families=("llama",), says=("<|im_start|>", "SmolLM")),
+    "opencoder": replace(
+        CHATML, observation=CHATML_TOOL, default_system="You are OpenCoder, created by OpenCoder Team.",
+        families=("llama",), says=("<|im_start|>", "OpenCoder")),
+    "smollm": replace(CHATML, families=("llama",)),
+    "openchat-3.6": Template(  # a Llama 3 body
+        user=("<|start_header_id|>GPT4 Correct User<|end_header_id|>\n\n{{content}}<|eot_id|>"
+              "<|start_header_id|>GPT4 Correct Assistant<|end_header_id|>\n\n",),
+        prefix=(BOS,), stop=("<|eot_id|>",),
+        families=("llama",), needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        says=("<|start_header_id|>", "GPT4 Correct")),
+    "openchat": Template(
+        user=("GPT4 Correct User: {{content}}", EOS, "GPT4 Correct Assistant:"),
+        prefix=(BOS,),
+        families=("mistral",), says=("GPT4 Correct",)),
+    "zephyr": Template(
+        user=("<|user|>\n{{content}}", EOS, "<|assistant|>\n"),
+        system=("<|system|>\n{{content}}", EOS),
+        default_system="You are Zephyr, a helpful assistant.",
+        families=("mistral", "llama"), says=("<|user|>", "<|assistant|>")),  # TinyLlama too
+    "breeze": Template(
+        user=("[INST] {{content}} [/INST] ",),
+        assistant=("{{content}}",), efficient_eos=True,
+        prefix=(BOS,),
+        families=("mistral",), says=("[INST] ", " [/INST] ")),
+    "solar": Template(
+        user=("### User:\n{{content}}\n\n### Assistant:\n",),
+        assistant=("{{content}}",), efficient_eos=True,
+        system=("### System:\n{{content}}\n\n",),
+        families=("llama",), says=("### User:", "### Assistant:")),
+    "seed_coder": Template(
+        user=(BOS, "user\n{{content}}", EOS, BOS, "assistant\n"),
+        system=(BOS, "system\n{{content}}", EOS),
+        default_system="You are an AI programming assistant, utilizing the Seed-Coder model, developed by ByteDance "
+                       "Seed, and you only answer questions related to computer science. For politically sensitive "
+                       "questions, security and privacy issues, and other non-computer science questions, you will "
+                       "refuse to answer.\n\n",
+        families=("llama",), says=("Seed-Coder",)),
+    "xuanyuan": Template(
+        user=("Human: {{content}} Assistant:",),
+        default_system="以下是用户和人工智能助手之间的对话。用户以Human开头，人工智能助手以Assistant开头，"
+                       "会对人类提出的问题给出有帮助、高质量、详细和礼貌的回答，并且总是拒绝参与与不道德、"
+                       "不安全、有争议、政治敏感等相关的话题、问题和指示。\n",
+        families=("llama",), says=("Human:", " Assistant:")),
+    "orion": Template(
+        user=("Human: {{content}}\n\nAssistant: ", EOS),
+        prefix=(BOS,), families=("orion",), says=("Human: ", "Assistant: ")),
+    "belle": Template(
+        user=("Human: {{content}}\n\nBelle: ",),
+        assistant=("{{content}}", EOS, "\n\n"),
+        prefix=(BOS,), families=("llama",), says=("Belle",)),
+    # Formats of other networks, whose words a model of any family can be taught:
+    "starchat": replace(PHI, user=("<|user|>\n{{content}}<|end|>\n<|assistant|>",), stop_is_eos=False,
+                        families=()),
+    "granite3": Template(
+        user=("<|start_of_role|>user<|end_of_role|>{{content}}<|end_of_text|>\n"
+              "<|start_of_role|>assistant<|end_of_role|>",),
+        assistant=("{{content}}<|end_of_text|>\n",),
+        system=("<|start_of_role|>system<|end_of_role|>{{content}}<|end_of_text|>\n",),
+        needs=("<|start_of_role|>", "<|end_of_role|>"), says=("<|start_of_role|>",)),
+    "cohere": Template(
+        user=("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{content}}<|END_OF_TURN_TOKEN|>"
+              "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",),
+        system=("<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{{content}}<|END_OF_TURN_TOKEN|>",),
+        prefix=(BOS,),
+        needs=("<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>"), says=("<|START_OF_TURN_TOKEN|>",)),
+    "falcon": Template(
+        user=("User: {{content}}\nFalcon:",),
+        assistant=("{{content}}\n",), efficient_eos=True,
+        says=("Falcon:",)),
+    "exaone": Template(
+        user=("[|user|]{{content}}\n[|assistant|]",),
+        assistant=("{{content}}", EOS, "\n"),
+        system=("[|system|]{{content}}[|endofturn|]\n",),
+        needs=("[|user|]", "[|assistant|]"), says=("[|user|]",)),
+    "moonlight": Template(
+        user=("<|im_user|>user<|im_middle|>{{content}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
+        assistant=("{{content}}<|im_end|>",),
+        system=("<|im_system|>system<|im_middle|>{{content}}<|im_end|>",),
+        default_system="You are a helpful assistant provided by Moonshot-AI.",
+        stop=("<|im_end|>",), stop_is_eos=True,
+        needs=("<|im_user|>", "<|im_middle|>", "<|im_end|>"), says=("<|im_middle|>",)),
+    "intern": Template(  # InternLM 1
+        user=("<|User|>:{{content}}\n<|Bot|>:",),
+        assistant=("{{content}}<eoa>\n",),
+        system=("<|System|>:{{content}}\n",),
+        prefix=(BOS,), default_system=INTERNLM_SELF, stop=("<eoa>",),
+        needs=("<eoa>",), says=("<|User|>", "<|Bot|>")),
+    "telechat2": Template(
+        user=("<_user>{{content}}<_bot>",),
+        system=("<_system>{{content}}",),
+        default_system="你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和中国电信人工智能研究院"
+                       "（TeleAI）研发的人工智能助手。",
+        needs=("<_user>", "<_bot>"), says=("<_user>",)),
+    "yuan": Template(
+        user=("{{content}}", Token("<sep>")),
+        assistant=("{{content}}<eod>\n",), stop=("<eod>",),
+        needs=("<sep>", "<eod>"), says=("<sep>",)),
+    "bailing": Template(
+        user=("<role>HUMAN</role>{{content}}<role>ASSISTANT</role>",),
+        assistant=("{{content}}",), efficient_eos=True,
+        system=("<role>SYSTEM</role>{{content}}",),
+        observation=("<role>OBSERVATION</role>{{content}}<role>ASSISTANT</role>",),
+        stop=("<|endoftext|>",), needs=("<role>", "</role>"), says=("<role>",)),
+    "cpm4": replace(CHATML, observation=CHATML_TOOL, prefix=(BOS,), families=("minicpm",)),
+    # Formats that any model can be taught:
+    "chatml": replace(CHATML, observation=CHATML_TOOL, stop=("<|im_end|>", "<|im_start|>"), stop_is_eos=True,
+                      own_jinja=True),
+    "chatml_de": replace(CHATML, observation=CHATML_TOOL, stop=("<|im_end|>", "<|im_start|>"), stop_is_eos=True,
+                         own_jinja=True, default_system="Du bist ein freundlicher und hilfsbereiter KI-Assistent."),
+    "vicuna": Template(
+        user=("USER: {{content}} ASSISTANT:",),
+        default_system="A chat between a curious user and an artificial intelligence assistant. "
+                       "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        own_jinja=True, says=("USER: ", "ASSISTANT:")),
+    "alpaca": Template(
+        user=("### Instruction:\n{{content}}\n\n### Response:\n",),
+        assistant=("{{content}}", EOS, "\n\n"),
+        default_system="Below is an instruction that describes a task. "
+                       "Write a response that appropriately completes the request.\n\n",
+        own_jinja=True, says=("### Instruction:", "### Response:")),
+    "default": Template(
+        user=("Human: {{content}}", EOS, "\nAssistant:"),
+        assistant=("{{content}}", EOS, "\n"),
+        system=("System: {{content}}", EOS, "\n"),
+        own_jinja=True, says=("Human: ", "Assistant:")),
+    "fewshot": Template(
+        user=("{{content}}",), assistant=("{{content}}\n\n",), efficient_eos=True, own_jinja=True),
+    "empty": Template(user=("{{content}}",), assistant=("{{content}}",)),
+}
+TEMPLATES = {name: replace(row, name=name) for name, row in TEMPLATES.items()}
+
+
+# ------------------------------------------------------------------------------------------- a format in a config
+
+SLOTS = ("user", "assistant", "system", "observation", "function", "prefix")  # fields that hold slots
+FLAGS = [field.name for field in fields(Template) if field.type is bool]
+TEXTS = ("default_system", "tool_format", "name")  # the rest are tuples of texts
+
+
+def find_template(said):
+    """The format that a config means. said: the name of a row, or a mapping as docs/templates.md shows it.
+
+    Raises ValueError naming what is wrong, with the nearest valid spelling.
+    """
+    if isinstance(said, dict):
+        return read_format(said)
+    if said not in TEMPLATES:
+        raise ValueError(unknown("template", said, TEMPLATES))
+    return TEMPLATES[said]
+
+
+def written_template(template):
+    """What a config would say for this format: the name of a row, or a mapping. find_template reads it back."""
+    if TEMPLATES.get(template.name) == template:
+        return template.name
+    written = {}
+    for field in fields(Template):
+        value = getattr(template, field.name)
+        if value == field.default and field.name != "own_jinja":  # which a mapping sets, where it does not say
+            continue
+        if field.name in SLOTS and value is not None:
+            value = [{"token": slot.name} if isinstance(slot, Token) else slot for slot in value]
+        written[field.name] = str(value).lower() if field.name in FLAGS else \
+            list(value) if isinstance(value, tuple) else value
+    return written
+
+
+def read_format(mapping):
+    """A Template from the mapping under `template:` in a config.
+
+    Keys are the fields of Template; `based_on` names a row that gives what is not said.
+    """
+    known = [field.name for field in fields(Template)] + ["based_on"]
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"template: {unknown('key', key, known)}")
+    name = mapping.get("name") or "custom"
+    if name in TEMPLATES:
+        raise ValueError(f"template: name: {name!r} is a row of the table. Write template: {name} to use it as it is, "
+                         f"or based_on: {name} under another name to change it")
+    values = {key: read_field(key, value) for key, value in mapping.items() if key != "based_on"}
+    if "based_on" in mapping:
+        base = find_template(mapping["based_on"])
+        template = replace(base, **{"families": (), "says": (), "own_jinja": True, **values})
+    elif "user" in values:
+        template = Template(**{"own_jinja": True, **values})
+    else:
+        raise ValueError("template: 'user' is missing: what stands around a user's text, up to where the answer "
+                         'begins, as user: "<user>{{content}}</user><bot>"')
+    if "needs" not in mapping:  # of what a base row needs, what still occurs
+        occurs = str([getattr(template, key) for key in SLOTS])
+        template = replace(template, needs=tuple(token for token in template.needs if token in occurs))
+    check_format(template)
+    return replace(template, name=name)
+
+
+def read_field(key, value):
+    """One value of the mapping, as its field of Template wants it."""
+    where = f"template: {key}: {value!r}"
+    if key in SLOTS:
+        if key in ("observation", "function") and value in (None, "null", ""):
+            return None
+        return tuple(read_slot(where, slot) for slot in (value if isinstance(value, list) else [value]))
+    if key in FLAGS:
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(f"{where} is not true or false")
+        return str(value).lower() == "true"
+    if key in TEXTS:
+        if not isinstance(value, str):
+            raise ValueError(f"{where} is not a text")
+        return value
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f'{where} is not a list of texts, as ["<|end|>"]')
+    return tuple(texts)
+
+
+def read_slot(where, slot):
+    """A slot as a config writes it: a text, or {token: "<name>"} for one id, bos and eos among them."""
+    if isinstance(slot, dict) and list(slot) == ["token"] and isinstance(slot["token"], str):
+        return Token(slot["token"])
+    if not isinstance(slot, str):
+        raise ValueError(f"{where}: {slot!r} is no slot. A slot is a text in quotes, or {{token: eos}}, {{token: bos}} "
+                         'or {token: "<name>"}')
+    if "\\n" in slot:
+        raise ValueError(f"{where}: holds a backslash and an n, not a new line; in YAML only a text in double quotes "
+                         "turns them into one")
+    return slot
+
+
+def check_format(template):
+    """Raise ValueError for a format that cannot be rendered as it was meant."""
+    for key in SLOTS:
+        slots = getattr(template, key) or ()
+        marks = re.findall(r"\{\{(.*?)\}\}", "".join(slot for slot in slots if isinstance(slot, str)))
+        wanted = [] if key == "prefix" else ["content"]
+        strange = [mark for mark in marks if mark not in (*wanted, "idx")]
+        if strange:
+            raise ValueError(f"template: {key}: unknown mark {{{{{strange[0]}}}}}. "
+                             + ("nothing is put into the prefix" if key == "prefix" else "Write {{content}}"))
+        if getattr(template, key) is not None and [mark for mark in marks if mark != "idx"] != wanted:
+            raise ValueError(f"template: {key}: {{{{content}}}} must stand in it once, found {len(marks)} times")
+    if template.stop_is_eos and not template.stop:
+        raise ValueError("template: stop_is_eos: true needs stop: a list whose first token becomes the eos")
+    if template.system_in_user and not (len(template.system) == 1 and isinstance(template.system[0], str)):
+        raise ValueError("template: system_in_user: true needs a system of one text, for it opens the user's text")
+    if len(template.thought) != 2:
+        raise ValueError(f"template: thought: {template.thought} are not two texts, what opens and what closes it")
+
+
+def unknown(what, found, known):
+    """The message for a name that is not in a table: the nearest one, and all of them."""
+    near = difflib.get_close_matches(str(found), known, 1)
+    return f"unknown {what} {found!r}{f' (did you mean {near[0]!r}?)' if near else ''}. Known: {', '.join(known)}"
