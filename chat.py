@@ -9,7 +9,7 @@ config → weights → chat template → sampling → model → turns. The chat 
 with the adapter. The KV cache of the unchanged beginning of a conversation is kept from turn to
 turn.
 
-Requires: templates.py (encode_prompt), generate.py (the loop over tokens), decode.py (its fast
+Requires: templates.py (encode_prompt), generate.py (the loop over tokens), fast/decode.py (its fast
 twin). Next: merge.py.
 
 The prompts, the two commands and the sampling defaults are those of `llamafactory-cli chat`.
@@ -19,29 +19,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import Config, ignored_keys, load_config, run
+from config import Config
+from errors import run
+from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "chat"))         # --help and mistakes do not wait for torch
-
-from attention import pick_device, pick_kernel          # before torch: see guard_amdsmi there
-import torch
-
-from checkpoint import load_with_adapters
-from decode import pick_step, prepare
-from families import ModelConfig, model_config, read_config_json
-from generate import Sampling, common_prefix, context_length, generate, next_scores
-from model import CausalLM, KVCache, attention_needs
-from quant import form_asked, in_words, quantised_weights
-from room import available_bytes
-from templates import Settings, Template, choose_template, encode_prompt, fit_tokenizer
-from tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
-from trained import chat_format, explained_out_of_memory, find_weights, other_bases, pick_dtype
-
 try:
     import readline  # noqa: F401  arrow keys and history in input(); Windows has no such module
 except ImportError:
     pass
+
+from runtime.device import pick_device
+import torch
+
+from checkpoint.adapters import load_with_adapters
+from families import ModelConfig, model_config, read_config_json
+from fast.attention_picker import pick_kernel
+from fast.decode import pick_step, prepare
+from generate import Sampling, common_prefix, context_length, generate, next_scores
+from methods.quant import form_asked, in_words, quantised_weights
+from model import CausalLM, KVCache, attention_needs
+from runtime.finished import (chat_format, explained_out_of_memory, find_weights, other_bases,
+                              pick_dtype)
+from runtime.memory_advice import available_bytes
+from templates import Settings, Template, encode_prompt, fit_tokenizer
+from text.template_check import choose_template
+from text.tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
 
 ENDINGS = {         # reason why an answer ended -> remark
     "stop": "",
@@ -67,7 +71,7 @@ class Chat:
     max_new_tokens: int
     generator: torch.Generator
     cache: KVCache
-    step: Callable                  # next_scores, or its fast twin from decode.py
+    step: Callable                  # next_scores, or its fast twin from fast/decode.py
     cached_ids: list[int] = field(default_factory=list)     # last prompt and answer
 
 

@@ -1,7 +1,7 @@
 """Settings: LLaMA-Factory's keys, from a YAML or JSON file and the command line, as one dataclass.
 
     python config.py --keys             every key: type, default, meaning
-    python config.py my.yaml            what this file sets, without running anything
+    python -m runtime.load_config my.yaml      what this file sets, without running anything
 
 A key stands in exactly one of three tables: `Config` (we act on it), `NO_EFFECT` (LLaMA-Factory has it, the result here
 is the same without it; the scripts list it by name at start), `REFUSED` (leaving it out would change the result: an
@@ -13,22 +13,16 @@ hparams) and of transformers 5.6 TrainingArguments.
 """
 from __future__ import annotations
 
-import errno
-import json
 import math
-import operator
 import os
-import re
-import signal
-import sys
-import time
-from dataclasses import MISSING, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
+
+from errors import run
 
 COMMAND_LINE = "command line"
 Steps = float       # optimizer steps: a count, or below 1 a share of all steps of the run (see in_steps)
 Words = list        # of words that blanks or commas part
-Format = object     # a chat format: its name, or a mapping of texts, which formats.py reads
+Format = object     # a chat format: its name, or a mapping of texts, which text/chat_formats.py reads
 
 
 def key(default, help, group=None, choices=(), later=(), low=None, above=None, high=None, below=None):
@@ -441,6 +435,7 @@ CONTRADICTIONS = (  # in which script, when, the sentence
      "finetuning_type: full and freeze need no merging: output_dir is a whole model already"),
 )
 
+COMMANDS = {"data": "-m runtime.preview"}       # where it is not the name of a file at the root
 SCRIPTS = {         # script: the keys it cannot do without, its usage
     "train": (("model_name_or_path", "dataset", "output_dir"), """Fine-tune a model.
 
@@ -450,8 +445,8 @@ SCRIPTS = {         # script: the keys it cannot do without, its usage
 """),
     "data": (("model_name_or_path", "dataset"), """Show the examples as ids, as text, and the text that carries loss.
 
-    python data.py --config configs/tiny_lora_sft.yaml
-    python data.py my.yaml --jsonl rows.jsonl                       every processed row, one a line
+    python -m runtime.preview --config configs/tiny_lora_sft.yaml
+    python -m runtime.preview my.yaml --jsonl rows.jsonl                       every processed row, one a line
 """),
     "chat": (("model_name_or_path",), """Talk to a model and its adapter; the yaml of its training will do.
 
@@ -493,299 +488,7 @@ UNUSED |= {item.partition("=")[0]: (script, item.partition("=")[2], sentence)
 TRUE, FALSE, NULL = ("true", "yes", "on", "1"), ("false", "no", "off", "0"), ("", "~", "null", "none")
 
 
-# ---- from argv to Config
-
-def load_config(argv: list[str], script: str) -> Config:
-    """The settings of a run from its command line: a config file, and key=value, --key value, --key=value or --switch.
-
-    script: train, data, chat, eval or merge; it decides which keys are needed and which refusals and contradictions count.
-    Raises ValueError and FileNotFoundError that name file, line, key and value. `--help` prints the usage and exits.
-    """
-    path, overrides = read_argv(argv, script)
-    written = {}        # {key: (text, list or dict, as written; where)}
-    for name, value, where in (read_file(path) if path else []) + overrides:
-        name, dot, inner = ALIASES.get(name, name).partition(".")
-        if name not in KEYS and name not in UNUSED or dot and not (name in KEYS and "dict" in KEYS[name].type):
-            raise ValueError(f"{where}: unknown key '{name}{dot}{inner}'{nearest(name, [*KEYS, *UNUSED, *ALIASES])}. "
-                             "All keys: python config.py --keys")
-        if dot:
-            value = {**_mapping(written[name][0] if name in written else "", f"{where}: {name}"), inner: value}
-        elif name in written and where != COMMAND_LINE:
-            raise ValueError(f"{where}: {name} was already set at {written[name][1]}")
-        written[name] = (value, where)
-
-    config = Config(source=str(path or COMMAND_LINE))
-    for name, (value, where) in written.items():
-        if name in UNUSED:
-            if _acts_elsewhere(name, value, where, script):
-                config.no_effect.append(name)
-        elif (value := read_value(KEYS[name], value, where, script)) is not MISSING:
-            config.given[name] = value
-            setattr(config, name, value)
-    _derive(config)
-    _check(config, script)
-    return config
-
-
-def _derive(config: Config):
-    """Defaults that depend on other keys, as LLaMA-Factory derives them (packing: see docs/differences.md)."""
-    if config.lora_alpha is None:
-        config.lora_alpha = 2 * config.lora_rank
-    if config.max_grad_norm is None:
-        config.max_grad_norm = 0.0
-    if config.stage == "sft" and config.packing and "neat_packing" not in config.given:
-        config.neat_packing = True
-    if config.packing is None:
-        config.packing = config.neat_packing or config.stage == "pt"
-    if config.eval_strategy != "no":
-        config.do_eval = True
-    if config.eval_strategy == "steps" and config.eval_steps is None:
-        config.eval_steps = config.logging_steps
-    if (config.resume_from_checkpoint or "").lower() in TRUE + FALSE:
-        config.resume_from_checkpoint = "true" if config.resume_from_checkpoint.lower() in TRUE else None
-
-
-def _check(config: Config, script: str):
-    for name in SCRIPTS[script][0] if script in SCRIPTS else ():
-        if not getattr(config, name):
-            meaning = KEYS[name].metadata["help"]
-            raise ValueError(f"{config.source}: {script}.py needs '{name}' ({meaning}), in the file or behind it as "
-                             f"{name}=… Usage: python {script}.py --help")
-    for scope, wrong, sentence in CONTRADICTIONS:
-        if _concerns(scope, script) and wrong(config):
-            raise ValueError(f"{config.source}: {sentence}")
-
-
-def _concerns(scope, script):
-    """Whether a row of REFUSED or CONTRADICTIONS counts: chat, eval and merge take the yaml of any training."""
-    return scope in ("any", script) or scope == "train" and script not in ("chat", "eval", "merge") \
-        or scope == "chat" and script == "eval"             # both generate
-
-
-def _acts_elsewhere(name, value, where, script):
-    """Whether LLaMA-Factory acts on this value of a key that we do not act on; raises if the result would differ."""
-    if UNUSED[name] is None:
-        return True
-    scope, fine, sentence = UNUSED[name]
-    text = ",".join(value) if isinstance(value, list) else str(value or "").strip().lower()
-    if text in NULL + {"": FALSE, "true": TRUE}.get(fine, (fine,)) or not fine and not text.strip("0."):
-        return False
-    if _concerns(scope, script):
-        raise ValueError(f"{where}: {name}: {value}: {sentence}")
-    return True
-
-
-def read_argv(argv: list[str], script: str):
-    """(config file or None, [(key, text, where), …]). The file is --config FILE or the first bare argument."""
-    path, pairs, rest = None, [], [str(arg) for arg in argv]
-    if re.search("[\udc80-\udcff]", "".join(rest)):       # how Python shows bytes that it could not decode
-        raise ValueError(f"{COMMAND_LINE}: not UTF-8 text; where the locale is not UTF-8, set PYTHONUTF8=1")
-    while rest:
-        arg = rest.pop(0)
-        if arg in ("-h", "--help"):
-            print_help(script)
-            raise SystemExit(0)
-        name, equals, text = arg.partition("=")
-        if arg.startswith("--"):
-            name = name[2:].replace("-", "_")
-            if not equals:
-                text = _take_value(name, rest)
-        elif not (equals and re.fullmatch(r"[\w.-]+", name)):
-            name, text = "config", arg
-        if name != "config":
-            pairs.append((name, text, COMMAND_LINE))
-        elif path is None:
-            path = Path(text)
-        else:
-            raise ValueError(f"{COMMAND_LINE}: '{text}' is neither key=value nor --key value, and the config file is "
-                             f"already {path} (write a list as a,b; quote a text that has spaces)")
-    return path, pairs
-
-
-def _take_value(name, rest):
-    """The text behind --name; a switch may stand alone."""
-    follows = rest and not rest[0].startswith("--")
-    if name in KEYS and KEYS[name].type.startswith("bool"):
-        return rest.pop(0) if follows and rest[0].lower() in TRUE + FALSE + NULL else "true"
-    if follows:
-        return rest.pop(0)
-    if name.partition(".")[0] not in (*KEYS, "config"):     # one of UNUSED, or one that load_config will not know
-        return "true"
-    raise ValueError(f"{COMMAND_LINE}: --{name} needs a value")
-
-
-# ---- from file to text. Scalars stay as they were written, and the declared type of the key decides what they mean:
-# ---- YAML alone would make 1e-4 a text, no a false and 007 a 7.
-
-def read_file(path: Path) -> list:
-    """[(key, value, "file line n"), …] of a YAML or JSON file; a value is a text, or lists and dicts of texts."""
-    if not path.is_file():
-        around = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        kind = "a folder, not a config file" if path.is_dir() else "no such config file"
-        raise FileNotFoundError(f"{path}: {kind}{nearest(path.name, around)}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; a config is a YAML or JSON file") from None
-    return _read_json(path, text) if path.suffix == ".json" else _read_yaml(path, text)
-
-
-def _read_yaml(path, text):
-    import yaml     # here, so that --keys and --help need only the standard library
-
-    def plain(node):
-        if isinstance(node, yaml.MappingNode):
-            return {name: value for name, value, _ in rows(node)}
-        return [plain(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else node.value
-
-    def rows(node):
-        seen = {}       # yaml itself would keep the last of two equal keys
-        for k, v in node.value:
-            line = k.start_mark.line + 1
-            if not isinstance(k, yaml.ScalarNode):
-                raise ValueError(f"{path} line {line}: a text with braces or brackets needs quotes")
-            if k.value in seen:
-                raise ValueError(f"{path} line {line}: {k.value} was already set on line {seen[k.value]}")
-            seen[k.value] = line
-            yield k.value, plain(v), f"{path} line {line}"
-
-    try:
-        root = yaml.compose(text, Loader=yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error)
-        hint = " (YAML is indented with spaces, not with tabs)" if "'\\t'" in problem else ""
-        raise ValueError(f"{path}{line}: not valid YAML: {problem}{hint}") from None
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"{path}: a config is made of lines `key: value`")
-    return list(rows(root))
-
-
-def _read_json(path, text):
-    def unique(pairs):
-        names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{path}: {twice[0]} is set twice")
-        return {name: value if isinstance(value, (str, list, dict)) else json.dumps(value) for name, value in pairs}
-
-    try:
-        root = json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=str)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(root, dict):
-        raise ValueError(f"{path}: a config is an object of keys and values, this is a {type(root).__name__}")
-    return [(name, value, str(path)) for name, value in root.items()]
-
-
-# ---- from text to values
-
-def read_value(spec, value, where: str, script: str):
-    """The value of a key from what was written. null means None, or, where the key cannot be None, as if the line were
-    not there (MISSING). Raises ValueError that names key and value and says what is expected."""
-    kind, _, optional = spec.type.partition(" | ")
-    about, wrong = spec.metadata, f"{where}: {spec.name}: {value!r} is"
-    read, expected = KINDS[kind]
-    if isinstance(value, str):
-        value = value.strip()
-        if "no" in about["choices"] and value.lower() in FALSE + NULL:
-            return "no"
-        if value.lower() in NULL:
-            return None if optional else MISSING
-    try:
-        value = read(value)
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{wrong} not {expected}. Meaning: {about['help']}") from None
-    if about["choices"]:
-        return _choice(value, about, wrong, script)
-    for bound, words, fits in (("low", "at least", operator.ge), ("above", "above", operator.gt),
-                               ("high", "at most", operator.le), ("below", "below", operator.lt)):
-        if about[bound] is not None and not fits(value, about[bound]):
-            raise ValueError(f"{wrong} out of range: it must be {words} {about[bound]}. Meaning: {about['help']}")
-    return value
-
-
-def _choice(value, about, wrong, script):
-    if value.lower() in about["choices"]:
-        return value.lower()
-    if value not in about["later"]:
-        raise ValueError(f"{wrong} none of {', '.join(about['choices'])}{nearest(value, about['choices'])}")
-    if _concerns("train", script):
-        raise ValueError(f"{wrong} not in this release yet; choose from {', '.join(about['choices'])}")
-    return value
-
-
-def _float(text):
-    if not math.isfinite(number := float(text)):
-        raise ValueError
-    return number
-
-
-def _int(text):
-    if not (number := float(text)).is_integer():        # 1e3 and 500.0 are whole numbers too
-        raise ValueError
-    return int(text) if text.lstrip("+-").isdigit() else int(number)
-
-
-def _bool(text):
-    if text.lower() not in TRUE + FALSE:
-        raise ValueError
-    return text.lower() in TRUE
-
-
-def _str(text):
-    if not isinstance(text, str):
-        raise ValueError
-    return os.path.expanduser(text)
-
-
-def _names(value):
-    if isinstance(value, dict):
-        raise ValueError
-    items = value.strip("[]").split(",") if isinstance(value, str) else value
-    return [_str(item.strip().strip("'\"")) for item in items if item.strip()]
-
-
-def _mapping(value, where=""):
-    if isinstance(value, str) and value.lower() in NULL:
-        return {}
-    if isinstance(value, str):      # {"min_lr": 1e-6}, as on a command line
-        return {name: item for name, item, _ in _read_yaml(where, value)}
-    return dict(value)
-
-
-def _format(value):
-    if isinstance(value, str) and value.startswith("{"):    # as on a command line
-        value = _mapping(value)
-    return value if isinstance(value, dict) else _str(value)
-
-
-def _number_or_text(text):
-    try:
-        return json.loads(text.lower())
-    except ValueError:
-        return text
-
-
-KINDS = {           # declared type: how its text is read, what it is called
-    "bool": (_bool, "true or false"), "int": (_int, "a whole number"), "float": (_float, "a number"),
-    "Steps": (lambda text: _int(text) if _float(text) >= 1 else _float(text), "a count of steps or a share below 1"),
-    "Format": (_format, "the name of a chat format or a mapping that describes one"),
-    "str": (_str, "a text"), "list[str]": (_names, "a list of names, as a,b"),
-    "Words": (lambda value: [word for name in _names(value) for word in name.split()], "words, as full_shard offload"),
-    "dict": (lambda value: {k: _number_or_text(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=value"),
-    "dict[str, str]": (lambda value: {k: _str(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=text"),
-}
-
-
 # ---- what the scripts ask of a Config
-
-def ignored_keys(config: Config) -> list[str]:
-    """Keys the user gave that change nothing in this run; the start page lists them by name."""
-    preference = dict.fromkeys(name for names in PREFERENCE_KEYS.values() for name in names)
-    return (config.no_effect + [name for kind, names in KEYS_OF.items() for name in names
-                                if name in config.given and config.finetuning_type != kind]
-            + [name for name in preference if name in config.given and name not in PREFERENCE_KEYS.get(config.stage, ())])
 
 
 def as_dict(config: Config) -> dict:
@@ -793,81 +496,9 @@ def as_dict(config: Config) -> dict:
     return {name: getattr(config, name) for name in KEYS}
 
 
-def non_default(config: Config) -> dict:
-    """{key: value} of the settings that differ from the defaults, in the order of the table."""
-    untouched = Config()
-    _derive(untouched)
-    return {name: value for name, value in as_dict(config).items() if value != getattr(untouched, name)}
-
-
 def in_steps(value: Steps, total_steps: int) -> int:
     """Optimizer steps that a Steps setting means in a run of total_steps: a count, or below 1 a share, rounded up."""
     return int(value) if value >= 1 else math.ceil(value * total_steps)
-
-
-def nearest(name: str, names) -> str:
-    """" (did you mean 'x'?)" for the most similar of names, or "" if none is similar."""
-    import difflib
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def run(main):
-    """Call main(argv without the script's name); an error of the user's making is one line on stderr and exit code 1.
-
-    Other exceptions are bugs and keep their traceback; POCKET_TRACEBACK=1 shows it for all.
-    """
-    sys.stdout.reconfigure(errors="replace")    # where the output is not UTF-8 a ? stands for what it cannot show
-    try:
-        main(sys.argv[1:])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:                     # python config.py --keys | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        if os.environ.get("POCKET_TRACEBACK") == "1":
-            raise
-        tell(f"error: {explain(error)}")
-        sys.exit(1)
-    except RuntimeError as error:
-        if not lost_a_rank(error) or os.environ.get("POCKET_TRACEBACK") == "1":
-            raise
-        said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].splitlines()[0]
-        tell(f"error: rank {os.environ['RANK']} has lost another rank ({said}). The cause is what that rank, or torchrun, "
-             "says")
-        sys.exit(1)
-
-
-def tell(message: str):
-    """One line on stderr. Of several ranks that fail alike the first one tells it: torchrun then ends the others."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)
-    sys.stderr.write(message + "\n")
-
-
-def lost_a_rank(error: RuntimeError) -> bool:
-    """Does this come from another process of the run that is no longer there?"""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Timed out waiting",
-             "Application timeout", "Broken pipe")
-    return os.environ.get("WORLD_SIZE", "1") != "1" and (
-        type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(sign in str(error) for sign in signs))
-
-
-def explain(error: Exception) -> str:
-    """The sentence for an error of the user's making."""
-    if isinstance(error, UnicodeEncodeError):   # a name of a file, where the locale is not UTF-8
-        return f"{error.object!r} cannot be written in the encoding {error.encoding}: set PYTHONUTF8=1"
-    if not isinstance(error, OSError) or error.errno is None:
-        return str(error)
-    file = error.filename2 or error.filename    # filename2: the target of a copy
-    file = f"{file}: " if file else ""
-    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        return f"{file}no space left on the disk; free some, or set output_dir, export_dir or HF_HOME to another one"
-    return f"{file}{error.strerror}"
 
 
 def print_help(script: str):
@@ -905,14 +536,10 @@ def print_keys():
 
 
 def main(argv):
-    """python config.py --keys | FILE key=value …"""
-    if argv == ["--keys"]:
-        return print_keys()
-    config = load_config(argv or ["--help"], "config")
-    for name, value in non_default(config).items():
-        print(f"{name}: {value}")
-    if ignored := ignored_keys(config):
-        print("accepted, no effect here: " + ", ".join(ignored))
+    """python config.py --keys"""
+    if argv != ["--keys"]:
+        raise ValueError("usage: python config.py --keys   (python -m runtime.load_config FILE key=value shows a config)")
+    print_keys()
 
 
 if __name__ == "__main__":

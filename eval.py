@@ -3,13 +3,13 @@
     python eval.py --config configs/tiny_lora_eval.yaml             loss, answers, BLEU and ROUGE; adapter beside base
     python eval.py my.yaml do_eval=true                             the loss alone
     python eval.py my.yaml eval_dataset=questions.json max_new_tokens=256 do_sample=false
-    python eval.py my.yaml task=mmlu_test                           multiple choice, see choices.py
+    python eval.py my.yaml task=mmlu_test                           multiple choice, see evals/multiple_choice.py
 
 config → which models → chat format, rows → of each model its loss and its answers → files → the table. The rows are
 eval_dataset, or the share val_size of dataset that training held out, or dataset itself. The yaml of the training will
 do: the adapter is looked for in its output_dir. A run that was killed goes on after the answers it has.
 
-Read before: chat.py (which loads a model likewise), answers.py, scores.py. Read after: docs/evaluation.md.
+Read before: chat.py (which loads a model likewise), fast/batch_decode.py, evals/bleu_rouge.py. Read after: docs/evaluation.md.
 Sources: the rows, names and files are those of LLaMA-Factory's do_predict: generated_predictions.jsonl,
 predict_results.json, eval_results.json.
 """
@@ -17,60 +17,49 @@ import json
 import math
 import os
 import time
-import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from config import has_reference, ignored_keys, load_config, run
+from errors import run
+from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "eval"))                 # --help and mistakes do not wait for torch
-from attention import pick_device, pick_kernel          # before torch: see guard_amdsmi there
+
+from runtime.device import pick_device
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from answers import answer_all, answer_each, one_at_a_time
-from checkpoint import find_checkpoint, load_with_adapters, write_json
-from choices import accuracies, answers_of, find_subjects
-from data import (COLLATE, Encoded, collate, conversation_of, cut_pair, load_examples, micro_batches, on_device,
-                  print_counts, refuse, settings_of, split_rows)
-from decode import pick_step, prepare
+from checkpoint.adapters import load_with_adapters
+from checkpoint.files import find_checkpoint, write_json
+from data import Encoded, cut_pair, print_counts, settings_of
+from evals.bleu_rouge import NAMES, means, pick_words, score
+from evals.loss import measure_loss, measure_objective
+from evals.multiple_choice import accuracies, answers_of, find_subjects
+from evals.predictions import Side, predict, progress_name, run_key
 from families import model_config, read_config_json
+from fast.attention_picker import pick_kernel
+from fast.decode import prepare
+from fast.matmul import pick_product
 from generate import Sampling
-from linear import PRODUCTS, pick_product, torch_product
 from lora import merge_adapters
-from quant import form_asked
-from losses import balance_loss, cross_entropy_sum
+from methods.quant import form_asked
 from model import attention_needs
-from parallel import Ranks
-from preference import VALUE_HEAD, ValueHead, logged, objective_of
-from report import eval_metrics, print_pairs, table
-from room import available_bytes
-from rows import find_sources, rows_of
-from scores import NAMES, means, pick_words, score
-from templates import choose_template, encode_prompt, fit_tokenizer
-from tokenizer import load_tokenizer, read_json
-from trained import chat_format, explained_out_of_memory, find_weights, other_bases, pick_dtype
+from runtime.finished import (chat_format, explained_out_of_memory, find_weights, other_bases,
+                              pick_dtype)
+from runtime.memory_advice import available_bytes
+from runtime.report import print_pairs, table
+from templates import encode_prompt, fit_tokenizer
+from text.data_files import find_sources, rows_of
+from text.template_check import choose_template
+from text.token_cache import conversation_of, load_examples, refuse, split_rows
+from text.tokenizer import load_tokenizer, read_json
 
 SHOWN = 3               # rows side by side
 # columns of the table: of replies and text, of preferences, of reward models
 TOLD = {"loss": "eval_token_loss", "perplexity": "eval_perplexity"}
 TOLD_OF_PAIRS = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
 TOLD_OF_REWARDS = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
-
-
-@dataclass
-class Side:
-    """One of the models that are compared, and what was found of it."""
-    name: str
-    base: Path
-    adapters: list
-    reference: tuple | None = None                      # of preference stages: (base, adapters); None: adapters off
-    results: dict = field(default_factory=dict)         # under LLaMA-Factory's names: eval_…, predict_…
-    losses: list = field(default_factory=list)          # of each example: mean over its tokens, nan where it has none
-    answers: list = field(default_factory=list)         # of each row: ids
-    scores: list = field(default_factory=list)          # of each row: {name: 0 … 100}
 
 
 def main(argv):
@@ -275,119 +264,6 @@ def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling
     side.results |= {"predict_model_preparation_time": round(prepared, 4), "predict_runtime": round(seconds, 4),
                      "predict_samples_per_second": round(len(prompts) / seconds, 3),
                      "predict_steps_per_second": round(steps / seconds, 3)}
-
-
-@torch.no_grad()
-def measure_loss(config, model, examples, device) -> tuple[dict, list]:
-    """(eval_loss and its companions as training counts them, the mean loss of each example's tokens)."""
-    start, means_of_batches, total, count, losses, empty = time.time(), [], 0.0, 0, [], 0
-    balance = config.moe_aux_loss_coef or model.config.router_aux_loss_coef
-    product = PRODUCTS.get(model.product, torch_product)
-    for numbers in tqdm(micro_batches(list(range(len(examples))), config.per_device_eval_batch_size), desc="loss",
-                        leave=False, disable=bool(config.disable_tqdm) or None):
-        rows = [examples[number] for number in numbers]
-        batch, routers = on_device(collate(rows), device), [] if balance else None
-        hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]            # (N, D)
-        sizes = [len(row.input_ids) for row in rows]
-        sums = [float(cross_entropy_sum(h, model.head_weight(), targets, model.config.final_softcap, product))
-                for h, targets in zip(hidden.split(sizes), batch.targets.split(sizes))]
-        learnt = [int((targets != -100).sum()) for targets in batch.targets.split(sizes)]
-        losses += [value / n if n else math.nan for value, n in zip(sums, learnt)]
-        if not sum(learnt):
-            empty += 1
-            continue
-        routing = float(balance * balance_loss(routers, model.config.num_experts_per_tok)) if routers else 0.0
-        means_of_batches.append(sum(sums) / sum(learnt) + routing)
-        total, count = total + math.fsum(sums), count + sum(learnt)
-    if empty:
-        print(f"  evaluation: {empty} batches without a supervised token were left out")
-    return eval_metrics(math.fsum(means_of_batches), len(means_of_batches), total, count, len(examples),
-                        time.time() - start), losses
-
-
-@torch.no_grad()
-def measure_objective(config, side: Side, model, examples, device) -> dict:
-    """Stages dpo, kto and rm: eval_loss, rewards and accuracies as training counts them."""
-    reference, head, start = None, None, time.time()
-    if side.reference and has_reference(config):
-        form = None if config.ref_model else form_asked(config)
-        reference = load_with_adapters(*side.reference, model.model.embed_tokens.weight.dtype, device, form=form)
-    if config.stage == "rm":
-        head, folder = ValueHead(model.config.hidden_size, 0.0, config.seed), (side.adapters or [side.base])[-1]
-        if not head.read(folder):
-            raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
-        head.to(device)
-    objective, means_of_batches = objective_of(config, reference, head), []
-    seen = objective.nothing_seen(device)
-    for numbers in tqdm(micro_batches(list(range(len(examples))), config.per_device_eval_batch_size), desc="loss",
-                        leave=False, disable=bool(config.disable_tqdm) or None):
-        batch = on_device(COLLATE[config.stage]([[examples[number] for number in numbers]]), device)
-        told, = objective.ask(model, [batch], Ranks())
-        loss, _, shown = objective.score(model, batch, told)
-        means_of_batches.append(float(loss) / batch.n_items)
-        seen = {name: pair + shown[name] for name, pair in seen.items()}
-    metrics = eval_metrics(math.fsum(means_of_batches), len(means_of_batches), 0.0, 1, len(examples),
-                           time.time() - start)
-    found = logged({name: pair.tolist() for name, pair in seen.items()})
-    return {name: value for name, value in metrics.items() if name not in ("eval_token_loss", "eval_perplexity")} | {
-        f"eval_{name}": value for name, value in found.items()}
-
-
-def run_key(side: Side, config, prompts, stop_ids, sampling, dtype) -> dict:
-    """All that the answers depend on; answers made under another key are not gone on with."""
-    files = [path for folder in (side.base, *side.adapters) for path in sorted(Path(folder).iterdir())
-             if path.suffix in (".safetensors", ".bin")]
-    ids = np.array([i for pair in prompts for i in (*pair[0], -1, *pair[1], -2)], np.int64)
-    return {"weights": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-            "prompts": f"{len(prompts)} rows, {zlib.crc32(ids.tobytes()):08x}", "stop_ids": sorted(stop_ids),
-            "sampling": asdict(sampling), "max_new_tokens": config.max_new_tokens, "max_length": config.max_length,
-            "seed": config.seed, "dtype": str(dtype), "fast_chat": config.fast_chat}
-
-
-def progress_name(side: str) -> str:
-    return f"generated_predictions.{side}.partial"
-
-
-def predict(side: Side, config, model, prompts, stop_ids, sampling, key) -> tuple[list, float]:
-    """(ids of all answers, the seconds they took, earlier runs included); what a killed run has is gone on with."""
-    path = Path(config.output_dir) / progress_name(side.name)
-    found, spent = read_progress(path, key)
-    if found:
-        print(f"  {len(found):,} of {len(prompts):,} answers are there from an earlier run; going on")
-    waiting = [(number, prompt) for number, (prompt, _) in enumerate(prompts) if number not in found]
-    how = {"stop_ids": stop_ids, "sampling": sampling, "seed": config.seed,
-           "limit": lambda length: config.max_new_tokens or max(0, config.max_length - length)}
-    why, start = one_at_a_time(model), time.time()
-    if why or config.per_device_eval_batch_size == 1:
-        cache, step, line = pick_step(model) if config.fast_chat else (None, None, "")
-        print(f"  answers   one at a time{f' ({why})' * bool(why)}; {line}")
-        made = answer_each(model, waiting, cache=cache, **how, **({"step": step} if step else {}))
-    else:
-        print(f"  answers   {config.per_device_eval_batch_size} at a time (per_device_eval_batch_size)")
-        made = answer_all(model, waiting, config.per_device_eval_batch_size, **how)
-    bar = tqdm(total=len(prompts), initial=len(found), desc="answers", unit="row",
-               disable=bool(config.disable_tqdm) or None)
-    with open(path, "a", encoding="utf-8") as file, bar:
-        for number, tokens in made:
-            found[number], seconds = tokens, spent + time.time() - start
-            file.write(json.dumps({"row": number, "tokens": tokens, "seconds": seconds}) + "\n")
-            file.flush()
-            bar.update()
-    return [found[number] for number in range(len(prompts))], max(spent + time.time() - start, 1e-9)
-
-
-def read_progress(path: Path, key: dict) -> tuple[dict, float]:
-    """({row: ids}, seconds spent) of the whole lines that a run with the same key left; else the file begins anew."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}\n")]        # the last may be half-written
-    if whole and whole[0] != {"key": key}:
-        changed = [name for name in key if whole[0].get("key", {}).get(name) != key[name]]
-        print(f"  answers of an earlier run are not used: {', '.join(changed)} changed")
-        whole = []
-    whole = whole or [{"key": key}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-    seconds = max([line["seconds"] for line in whole[1:]], default=0.0)
-    return {line["row"]: line["tokens"] for line in whole[1:]}, seconds
 
 
 # ---- multiple choice --------------------------------------------------------------------------------------------

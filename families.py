@@ -4,7 +4,7 @@ Everything the checkpoint states is taken from its `config.json`, under the same
 saying so there is a row of FAMILIES: the switches are named for what they do, and the decoder (model.py) looks only
 at switches, never at a family's name.
 
-    python model.py DIR          shows the result for a checkpoint
+    python -m checkpoint.show DIR          shows the result for a checkpoint
 
 Read before: nothing. Read after: model.py, which builds what is described here; docs/add_a_family.md, to add a row.
 Sources, beside the rows: the technical reports; the fields and tensor names of the published checkpoints.

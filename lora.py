@@ -6,7 +6,7 @@ The file knows nothing of the decoder: it works on any nn.Module that is made of
 one per expert), and leaves the names of all weights as they were. Where a checkpoint calls its modules otherwise,
 `called` turns our names into its own: users, errors and PEFT's format on disk speak of those.
 
-Read before: model.py. Read after: checkpoint.py (how adapters are read and written), merge.py.
+Read before: model.py. Read after: checkpoint/load.py (how adapters are read and written), merge.py.
 Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353, PiSSA arXiv:2404.02948, with the
 randomised SVD of arXiv:0909.4061 (algorithm 4.4).
 """
@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fp8 import dequantise
-from quant import Quantised, multiply
+from methods.fp8 import dequantise
+from methods.lora_variants import principal_parts
+from methods.quant import Quantised, multiply
 
 
 @dataclass
@@ -54,8 +55,8 @@ def _pattern(patterns, name, default):
 class LoRALinear(nn.Linear):
     """An nn.Linear with an adapter beside it. `weight` and `bias` are the frozen ones, shared with what it replaces.
 
-    This is the slow twin of linear.py, which most calls take in its place. `weight` may be a quant.Quantised, in 4 or
-    8 bits a number. fp8: see fp8.py, which may round `weight`.
+    This is the slow twin of fast/fused_block.py, which most calls take in its place. `weight` may be a quant.Quantised, in 4 or
+    8 bits a number. fp8: see methods/fp8.py, which may round `weight`.
     """
 
     fp8 = None
@@ -193,26 +194,6 @@ def merged_weight(W, A, B, scale: float, magnitude=None):
     if magnitude is not None:
         rows = (magnitude.float() / row_lengths(rows))[:, None] * rows
     return rows.to(W.dtype)
-
-
-def principal_parts(W, r: int, scale: float, niter: int, generator) -> tuple:
-    """A (r, in) and B (out, r) with scale * B A = the r largest singular parts of W (out, in), which both share alike
-    (arXiv:2404.02948, eq. 2 and 3).
-
-    niter: passes of the randomised SVD; below 0: the exact one. Raises ValueError where W has no r parts.
-    """
-    if r > min(W.shape):
-        raise ValueError(f"pissa_init: a matrix of {W.shape[0]} x {W.shape[1]} has no {r} singular parts; "
-                         "lower lora_rank")
-    Q = None
-    if niter >= 0:
-        Q = torch.linalg.qr(W @ torch.randn(W.shape[1], r, generator=generator).to(W)).Q             # (out, r)
-        for _ in range(niter):
-            Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
-    U, S, Vh = torch.linalg.svd(W if Q is None else Q.T @ W, full_matrices=False)
-    root = (S[:r] / scale).sqrt()
-    B = (U if Q is None else Q @ U)[:, :r] * root
-    return root[:, None] * Vh[:r], B
 
 
 def merged_stack(W, A, B, scale: float):

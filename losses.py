@@ -3,18 +3,21 @@
 The whole optimizer step is counted first (N supervised tokens over all micro-batches); each micro-batch then adds
 its loss *sum* / N. The gradient therefore does not depend on how the step was cut into micro-batches.
 
-What compares answers (preference.py) needs the log-probability of each sequence; answer_logps gives them.
+What compares answers (methods/preference.py) needs the log-probability of each sequence; answer_logps gives them.
 
-Read before: model.py. Read after: preference.py, train.py (the loop).
+Read before: model.py. Read after: methods/preference.py, train.py (the loop).
 The gradient of the head is formed in the same pass as its loss, chunk by chunk (as in arXiv:2410.10989), so a
 (tokens x vocabulary) tensor never exists. Softcapping of the logits: arXiv:2408.00118, sec. 2. Balance of experts:
 arXiv:2101.03961.
 """
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from linear import BLOCK, torch_product
+from fast.matmul import BLOCK, torch_product
+from parallel import Ranks
 
 IGNORE = -100                   # label of a position that carries no loss
 CHUNK_BYTES = 64 * 2**20        # float32 logits held at once, or,
@@ -121,7 +124,7 @@ def cross_entropy_sum(hidden, weight, targets, softcap=None, product=torch_produ
 
     hidden: (N, D) final hidden states; weight: (V, D) of the head; targets: (N,) the next token's id, or IGNORE; on the
     CPU, so that nobody waits for a GPU to know which positions count. softcap c: the logits become c * tanh(logits / c),
-    in float32. product: see linear.py. The head is applied to supervised positions only.
+    in float32. product: see fast/fused_block.py. The head is applied to supervised positions only.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()            # evaluation needs no gradient of a trainable head
@@ -214,3 +217,39 @@ def balance_loss(routers, num_experts_per_tok: int):
     chosen = probability.topk(num_experts_per_tok).indices.flatten()
     share = chosen.bincount(minlength=scores.shape[1]).float() / len(scores)                 # (E,) sums to k
     return scores.shape[1] * (share * probability.float().mean(0)).sum()
+
+
+def ask_nothing(model, batches: list, ranks: Ranks) -> list:
+    """For an objective that needs to know nothing beforehand."""
+    return [None] * len(batches)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a stage learns from a batch.
+
+    score(model, batch, told) -> (loss, routing, seen): the sum of the rows' losses, to be divided by the step's n_items;
+    what is added undivided; and {name: tensor (2,), a sum and how many it is the sum of}, to be logged.
+    ask(model, batches, ranks) -> for each batch what is `told` of it, found without gradients before the first score.
+    shows: the names in `seen`.
+    """
+    score: object
+    ask: object = ask_nothing
+    shows: tuple = ()
+
+    def nothing_seen(self, device) -> dict:
+        return {name: torch.zeros(2, device=device) for name in self.shows}
+
+
+def together(values, weights):
+    """A sum and how many it is the sum of, (2,)."""
+    return torch.stack(((values * weights).sum(), weights.sum()))
+
+
+def logged(seen: dict) -> dict:
+    """{name: value} for the log, from {name: (sum, count)}: means; but kl is a sum over micro-batches, and for judged answers
+    the margin is the difference of two means, as in LLaMA-Factory. What was not seen at all is left out."""
+    found = {name: total if name == "kl" else total / count for name, (total, count) in seen.items() if count}
+    if "rewards/margins" not in found and {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found

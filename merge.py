@@ -14,7 +14,7 @@ model that was trained. Such an adapter has learned to compensate the rounding, 
 original weights (merge_base: original) is a different model. If the yaml names a dataset, the
 losses of base, base with adapter, and merged model on some of its rows are printed.
 
-Requires: lora.py (merged_weight), quant.py, checkpoint.py (adapters, streaming of files).
+Requires: lora.py (merged_weight), methods/quant.py, checkpoint/load.py (adapters, streaming of files).
 Next: eval.py.
 
 LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
@@ -32,31 +32,35 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Config, ignored_keys, load_config, run
+from config import Config
+from errors import run
+from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "merge"))        # --help and mistakes do not wait for torch
 
-from attention import Layout, pick_kernel               # before torch: see guard_amdsmi there
+import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
-from checkpoint import (DTYPES, OF_ADAPTERS, PREFIX, Packed, adapter_tensors, copies_of_base,
-                        find_checkpoint, folded_under, load_adapter, load_model,
-                        load_with_adapters, new_folder, open_tensors, packed_weights,
-                        peft_names, pissa_start, read_adapter_config, read_packed, stored_as,
-                        swapped_stacks, tensor_files, warn_of_folded, write_json, write_tensors)
-from data import collate, kept_in, load_examples
+from checkpoint.adapters import (adapter_tensors, copies_of_base, folded_under, load_adapter,
+                                 load_with_adapters, peft_names, pissa_start, read_adapter_config,
+                                 swapped_stacks, warn_of_folded)
+from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
+                              tensor_files, write_json, write_tensors)
+from checkpoint.load import OF_ADAPTERS, PREFIX, Packed, load_model, packed_weights, read_packed
+from evals.loss import mean_loss
 from families import model_config, read_config_json
 from lora import expert_matrices, lora_layers, merged_weight
-from losses import cross_entropy_sum
-from model import attention_needs
-from preference import VALUE_HEAD
-from quant import Form, form_asked, in_words, quantise, quantised_weights
-from room import available_bytes
-from templates import choose_template, fit_tokenizer, name_of, stored_template
-from tokenizer import load_tokenizer, read_json
-from vocabularies import find_vocabulary
+from methods.preference import VALUE_HEAD
+from methods.quant import Form, form_asked, in_words, quantise, quantised_weights
+from runtime.memory_advice import available_bytes
+from templates import fit_tokenizer
+from text.chat_formats import name_of, stored_template
+from text.template_check import choose_template
+from text.token_cache import kept_in, load_examples
+from text.tokenizer import load_tokenizer, read_json
+from text.vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
 LOSS_ROWS = 32                  # most rows whose losses are compared
@@ -599,26 +603,6 @@ def some_rows(config: Config, tokenizer, template):
     if eval_set:
         return eval_set[:LOSS_ROWS], "rows held out"
     return train_set[:LOSS_ROWS], "training rows; eval_dataset or val_size would hold some out"
-
-
-@torch.no_grad()
-def mean_loss(model, rows, device) -> float:
-    """Mean loss per supervised token, in nats."""
-    device = torch.device(device)
-    dtype = model.model.embed_tokens.weight.dtype
-    choice = pick_kernel("auto", device=device, dtype=dtype, training=False,
-                         **attention_needs(model.config))
-    model.kernel = choice.kernel
-    total = 0.0
-    tokens = 0
-    for row in rows:
-        batch = collate([row])
-        hidden = model(batch.input_ids.to(device), batch.position_ids.to(device),
-                       Layout(batch.lengths, device))                                   # (1, T, D)
-        total += float(cross_entropy_sum(hidden[0], model.head_weight(), batch.targets,
-                                         model.config.final_softcap))
-        tokens += batch.n_items
-    return total / max(tokens, 1)
 
 
 # ---- files beside the weights -----------------------------------------------------------------

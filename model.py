@@ -1,6 +1,6 @@
 """The decoder: norms, rotary positions, grouped-query attention, SwiGLU, mixture of experts, KV cache.
 
-    python model.py DIR          prints the decoder of a checkpoint: blocks, shapes, parameters, bytes
+    python -m checkpoint.show DIR          prints the decoder of a checkpoint: blocks, shapes, parameters, bytes
 
 It is a Llama with switches (families.py): each `if config.…` below is a difference some family makes, and none of
 them asks for a family's name. Read it once with all switches off, and it is Llama.
@@ -19,10 +19,7 @@ Letters for shapes, the same in every file:
 Parameters carry the names they have in a Llama checkpoint (`model.layers.0.self_attn.q_proj.weight`); what a family
 calls otherwise is a renaming (ModelConfig.stored_name), and nothing is ever converted.
 """
-import math
-import re
-import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -31,8 +28,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import Layout, attend
-from families import ModelConfig, Switches, model_config, read_config_json
-from linear import linears, same
+from families import ModelConfig
+from fast.fused_block import linears, same
+from rope import alibi_slopes, length_for_rope, query_growth, rope_table, rotate
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -84,134 +82,6 @@ NORMS = {"rms": RMSNorm, "rms wide": partial(RMSNorm, wide=True), "rms+1": parti
          "layer": LayerNorm}
 
 
-# ---- rotary positions -------------------------------------------------------------------------------------------
-
-
-def rope_frequencies(config: ModelConfig, length: int, device=None) -> tuple[torch.Tensor, float]:
-    """Angular speed of each feature pair in radians per token, (R/2,) float32, and a factor for cos and sin.
-
-    `length` is the longest sequence of this forward pass in tokens; the kinds of LENGTH_DEPENDENT look at it.
-    Kinds: default, linear (arXiv:2306.15595), dynamic (NTK by parts of the base), yarn (arXiv:2309.00071),
-    llama3 (the Llama 3.1 model card), longrope (arXiv:2402.13753), ntk_steps (arXiv:2309.16609, sec. 2.4).
-    """
-    rope, dim, base = config.rope, int(config.head_dim * config.rotary_part), config.rope_theta
-    kind, factor = rope["rope_type"], rope.get("factor")
-    trained = config.max_position_embeddings if kind == "dynamic" else rope.get("original_max_position_embeddings")
-    if kind == "dynamic":
-        base *= (factor * max(length, trained) / trained - (factor - 1)) ** (dim / (dim - 2))
-    elif kind == "ntk_steps" and length > trained:
-        base *= (2 ** math.ceil(math.log2(length / trained) + 1) - 1) ** (dim / (dim - 2))
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-    speed = 1.0 / base ** exponents                                                          # (R/2,)
-    if kind == "linear":
-        speed = speed / factor
-    elif kind == "llama3":
-        # waves longer than the trained length are slowed by `factor`, short ones kept, those between blended
-        turns = trained * speed / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        speed = keep * speed + (1 - keep) * speed / factor
-    elif kind == "yarn":
-        return _yarn(rope, speed, dim, base)
-    elif kind == "longrope":
-        return _longrope(rope, speed, length, config.max_position_embeddings)
-    return speed, 1.0
-
-
-LENGTH_DEPENDENT = ("dynamic", "ntk_steps", "longrope")
-
-
-def _longrope(rope, speed, length, positions):
-    """A divisor for each pair, one set for lengths that were trained and one beyond (arXiv:2402.13753, sec. 3)."""
-    trained = rope["original_max_position_embeddings"]
-    divisors = torch.tensor(rope["long_factor" if length > trained else "short_factor"], device=speed.device)
-    assert divisors.shape == speed.shape, (divisors.shape, speed.shape)
-    stretch, scale = rope.get("factor") or positions / trained, rope.get("attention_factor")
-    if scale is None:
-        scale = math.sqrt(1 + math.log(stretch) / math.log(trained)) if stretch > 1 else 1.0
-    return speed / divisors, scale
-
-
-def _yarn(rope, speed, dim, base):
-    """NTK-by-parts (arXiv:2309.00071, sec. 3.2) and the attention temperature (sec. 3.4) as a factor on cos and sin."""
-    factor, trained = rope["factor"], rope["original_max_position_embeddings"]
-
-    def pair_with(turns):          # index of the feature pair that makes this many turns over the trained length
-        return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = pair_with(rope.get("beta_fast") or 32), pair_with(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32, device=speed.device) - low) / (high - low or 0.001)
-    keep = 1 - ramp.clamp(0, 1)                                                              # (Dh/2,) 1 = unscaled
-    speed = keep * speed + (1 - keep) * speed / factor
-
-    def temperature(weight=1.0):
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    scale = rope.get("attention_factor")
-    if scale is None and rope.get("mscale") and rope.get("mscale_all_dim"):
-        scale = temperature(rope["mscale"]) / temperature(rope["mscale_all_dim"])
-    return speed, temperature() if scale is None else scale
-
-
-def length_for_rope(config: ModelConfig, position_ids, cache, training: bool) -> int:
-    """The length in tokens that rope_frequencies goes by; 0 where it does not matter: reading it waits for the GPU."""
-    kind = config.rope["rope_type"]
-    if kind not in LENGTH_DEPENDENT or (kind == "ntk_steps" and training):
-        return 0
-    if kind == "ntk_steps" and cache is not None and cache.length:
-        return cache.first_length       # the keys in the cache are turned already: what follows a prompt keeps its base
-    return int(position_ids.max()) + 1
-
-
-def rope_table(config: ModelConfig, position_ids, dtype, length: int = 0):
-    """For `rotate`: two (B, 1, T, R) tensors in `dtype`, computed in float32: for each feature the cosine of its pair's
-    angle, and what the other of the pair is multiplied with: minus the sine for the first of the two, then the sine."""
-    speed, scale = rope_frequencies(config, length, position_ids.device)
-    angle = position_ids[:, None, :, None].float() * speed                                   # (B, 1, T, R/2)
-    cos, sin = (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
-    if config.rotary_pairs == "neighbours":
-        return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x, cos, sin, pairs: str = "halves"):
-    """Turn feature pairs of x (B, H, T, Dh) by their angles (arXiv:2104.09864, eq. 34).
-
-    cos, sin: (B, 1, T, R), see rope_table; the first R features turn, in pairs (i, i + R/2) or neighbours (2i, 2i + 1).
-    """
-    R = cos.shape[-1]
-    part = x if R == x.shape[-1] else x[..., :R]
-    if pairs == "neighbours":
-        other = part.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        other = part.roll(R // 2, -1)
-    part = (part * cos + other * sin).to(x.dtype)                         # autocast hands in 16-bit x, float32 cos
-    return part if R == x.shape[-1] else torch.cat((part, x[..., R:]), dim=-1)
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """How steeply each head's scores sink with the distance (arXiv:2108.12409, sec. 3, and its code for other counts
-    of heads than powers of two: the slopes of the next lower power, then every second one of twice as many heads)."""
-    power = 2 ** int(math.log2(num_heads))
-    slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    return slopes + [2 ** (-4 * i / power) for i in range(1, 2 * (num_heads - power), 2)]
-
-
-def query_growth(config: ModelConfig, position_ids, training: bool):
-    """What queries are multiplied with at each position, (B, 1, T, 1) float32, or None for nothing."""
-    if not config.query_growth or (training and config.query_growth[0] == "log"):
-        return None
-    kind, *numbers = config.query_growth
-    position = position_ids[:, None, :, None].float() + 1
-    if kind == "log":                                             # the entropy of longer contexts, arXiv:2309.16609
-        return (position.log() / math.log(numbers[0])).clamp(min=1)
-    scale, floor = numbers                                        # arXiv:2501.19399
-    return torch.log1p((position / floor).floor()) * scale + 1
-
-
 # ---- the block --------------------------------------------------------------------------------------------------
 
 
@@ -224,7 +94,7 @@ class Place:
     layout: Layout | None
     cache: "KVCache | None"
     kernel: str
-    product: str = "plain"                # a name from linear.py
+    product: str = "plain"                # a name from fast/fused_block.py
     again: bool = False                   # gate and up of the MLP are computed again in the backward pass
     routers: list | None = None           # receives the router's logits (N, E) of a block with experts
 
@@ -501,13 +371,13 @@ def attention_needs(config: ModelConfig) -> dict:
 
 
 # what a block computes again in the backward pass instead of keeping it, from fast to small: nothing but its cheap
-# steps (see linear.py); the products of gate and up; all (gradient checkpointing: its input alone is kept)
+# steps (see fast/fused_block.py); the products of gate and up; all (gradient checkpointing: its input alone is kept)
 RECOMPUTE = ("nothing", "mlp", "block")
 
 
 class CausalLM(nn.Module):
     """Decoder and head. Three attributes say how it computes, and may be set at any time: `kernel`, a name from
-    attention.py; `product`, one from linear.py; `recompute`, for each block a name from RECOMPUTE."""
+    attention.py; `product`, one from fast/fused_block.py; `recompute`, for each block a name from RECOMPUTE."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -578,63 +448,10 @@ def softcap(scores, cap: float | None):
 # ---- the cheap steps, compiled ----------------------------------------------------------------------------------
 
 
-def compile_steps(model: nn.Module):
-    """Norms, the rotation of q and k, and act(gate) * up as one kernel each, in place of one for every operation in
-    them: each then reads its input once. In place; the functions as they are written stay what is right."""
-    compiled = {}
-    for module in model.modules():
-        for name in ("compute", "turn"):
-            if function := getattr(type(module), name, None):
-                if function not in compiled:
-                    compiled[function] = torch.compile(function, dynamic=True)
-                setattr(module, name, compiled[function])
-
-
-def pick_compile(asked: bool | None, device, dtype, hidden_act: str = "silu") -> tuple[bool, str]:
-    """(whether to compile_steps, a line for the start page). asked None: on GPUs, where torch has a compiler for it.
-
-    What the compiler makes is first tried on a small block, forward and backward, against what is written.
-    """
-    device = torch.device(device)
-    if not asked and (asked is False or device.type != "cuda"):
-        return False, "steps between products: as written" + ("" if asked is False else
-                                                              f" (on {device.type} compiling takes longer than it saves)")
-    try:
-        error = compile_error(device, dtype, hidden_act)
-    except Exception as refusal:        # what a broken compiler raises is of many kinds, and none must end a training
-        text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-        return False, f"steps between products: as written; torch.compile does not work here ({text[:120]})"
-    if not error < COMPILED_ERROR[dtype]:
-        return False, f"steps between products: as written; those that torch.compile makes are off by {error:.2g}"
-    return True, "steps between products: compiled (norms, rotation, gate * up)"
-
-
-COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}       # relative, of any gradient
-
-
-def compile_error(device, dtype, hidden_act: str) -> float:
-    """How far a compiled block is from one that is not: the largest relative error of its output and gradients."""
-    config = model_config(dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                               num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64,
-                               rms_norm_eps=1e-5, hidden_act=hidden_act))
-    results = []
-    for compiled in (False, True):
-        model = CausalLM(config)
-        init_weights(model, torch.Generator().manual_seed(0))
-        model.to(device, dtype)
-        model.product = "torch"
-        if compiled:
-            compile_steps(model)
-        out = model(torch.arange(40, device=device)[None])
-        out.float().square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    return max(float((a - b).float().norm() / (a.float().norm() + 1e-12)) for a, b in zip(*results))
-
-
 class KVCache:
     """Keys and values of the tokens seen so far, one pair of growing buffers (B, K, room, Dh) per layer."""
 
-    filled = None                       # how much of the buffers counts, where the length is no fact for Python; decode.py
+    filled = None                       # how much of the buffers counts, where the length is no fact for Python; fast/decode.py
 
     def __init__(self, num_layers: int):
         self.buffers = [None] * num_layers
@@ -680,107 +497,3 @@ def init_weights(model: CausalLM, generator: torch.Generator):
                 weight.fill_(0.0 if model.config.norm == "rms+1" else 1.0)
             else:
                 weight.normal_(0.0, model.config.initializer_range, generator=generator)
-
-
-# ---- python model.py DIR ----------------------------------------------------------------------------------------
-
-
-def draw(config: ModelConfig) -> str:
-    """The decoder as a short text, under the checkpoint's own names. Built on the meta device: no weights are read."""
-    with torch.device("meta"):
-        model = CausalLM(config)
-    kinds = {}                                                   # with and without experts: the layers of each kind
-    for layer, sparse in enumerate(config.sparse):
-        kinds.setdefault(sparse, []).append(layer)
-    lines = [f"{config.model_type}: {config.num_hidden_layers} blocks, hidden_size {config.hidden_size}", "",
-             f"  {'tensor':68} {'shape':>22} {'parameters':>15}"]
-    lines += table(config, [("model.embed_tokens", model.model.embed_tokens)])
-    for sparse, layers in kinds.items():
-        lines.append(f"  {len(layers)} block{'s' if len(layers) > 1 else ''} ({ranges(layers)}) such as")
-        parts = model.model.layers[layers[0]].named_modules(prefix=f"model.layers.{layers[0]}")
-        lines += table(config, [(name, module) for name, module in parts
-                                if any(True for _ in module.parameters(recurse=False)) and not later_expert(name)])
-    lines += table(config, [("model.norm", model.model.norm), ("lm_head", model.lm_head)])
-    count = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    idle = experts * (config.num_experts - config.num_experts_per_tok) // max(config.num_experts, 1)
-    lines += ["", f"  {count:,} parameters" + (f", {count - idle:,} of them used by a token" if idle else "")
-              + f": {bytes_in_words(2 * count)} in 16 bit, {bytes_in_words(4 * count)} in float32"]
-    lines += [f"  {name:11}{text}" for name, text in features(config).items()]
-    return "\n".join([*lines, *(f"  note       {note}" for note in config.notes)])
-
-
-def table(config, modules) -> list[str]:
-    """A line for each (name, module): its name in the files, its shape, its parameters."""
-    lines = []
-    for name, module in modules:
-        weight = getattr(module, "weight", None)
-        if weight is None:
-            lines.append(f"  {config.stored_name(name):68} {'no weights':>22}")
-            continue
-        shape = " x ".join(map(str, weight.shape)) + (" + bias" if getattr(module, "bias", None) is not None else "")
-        count = f"{sum(p.numel() for p in module.parameters()):>15,}"
-        if ".experts.0." in name:
-            count += f" x {config.num_experts} experts"
-        if name == "lm_head" and config.tie_word_embeddings:
-            count = "the embedding's"
-        lines.append(f"  {config.stored_name(name):68} {shape:>22} {count}")
-    return lines
-
-
-def features(config) -> dict[str, str]:
-    """What the decoder does, in words: heads, positions, what each token sees, and the switches against Llama's."""
-    rope = {"theta": f"{config.rope_theta:g}"} | {key: str(value)[:30] for key, value in config.rope.items()
-                                                  if key != "rope_type" and config.rope["rope_type"] != "default"}
-    positions = "ALiBi, no rotation" if config.alibi else \
-        f"rope {config.rope['rope_type']}, " + ", ".join(f"{key} {value}" for key, value in rope.items())
-    if not all(config.rotary):
-        positions += f"; blocks {ranges([i for i, turned in enumerate(config.rotary) if not turned])} without rotation"
-    sees = []
-    for what, per_layer in (("a window of", config.windows), ("chunks of", config.chunks)):
-        if found := [layer for layer, tokens in enumerate(per_layer) if tokens]:
-            sees.append(f"{what} {per_layer[found[0]]} tokens in blocks {ranges(found)}")
-    on = [spec.name if value is True else f"{spec.name} {short(value)}" for spec in fields(Switches)
-          if (value := getattr(config, spec.name)) != spec.default]
-    off = [spec.name for spec in fields(Switches) if getattr(config, spec.name) == spec.default]
-    return {"attention": f"{config.num_attention_heads} heads on {config.num_key_value_heads} key/value heads, "
-                         f"head_dim {config.head_dim}",
-            "positions": positions, "sees": "; ".join(sees) or "all earlier tokens",
-            "on": ", ".join(on) or "nothing: this is plain Llama", "off": ", ".join(off) + " (as in Llama)"}
-
-
-def later_expert(name):
-    """Is this a part of an expert other than the first?"""
-    return re.search(r"\.experts\.[1-9]", name) is not None
-
-
-def short(value):
-    """A number with four digits, whatever else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def bytes_in_words(count):
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.4g} {unit}"
-        count /= 1024
-
-
-def ranges(numbers):
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    runs = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python model.py DIR   (a checkpoint folder with a config.json)")
-    try:
-        print(draw(model_config(read_config_json(sys.argv[1]), f"{sys.argv[1]}/config.json")))
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")

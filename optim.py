@@ -3,7 +3,7 @@
 A schedule here is a plain function: schedule(config, total_steps) returns factor(step), and the learning rate of
 optimizer step `step` (0-based) is learning_rate * factor(step).
 
-Read before: lora.py, updates.py. Read after: train.py.
+Read before: lora.py, methods/optimizers.py. Read after: train.py.
 Papers: LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
 arXiv:2404.06395, NEFTune arXiv:2310.05914.
 """
@@ -13,7 +13,7 @@ from collections import defaultdict
 
 import torch
 
-from updates import SMALLEST, UPDATES
+from methods.optimizers import SMALLEST, UPDATES
 
 
 def _linear(s, total, warm, kw):
@@ -155,7 +155,7 @@ class Optimizer:
     """What torch.optim offers, as far as we need it, without what that does when it is made: import torch's compiler,
     which takes as long as a small run's first steps.
 
-    param_groups: as of parameter_groups, and what updates.py asks of them. state: {parameter: {field: tensor}}; a
+    param_groups: as of parameter_groups, and what methods/optimizers.py asks of them. state: {parameter: {field: tensor}}; a
     parameter that has never had a gradient has none.
     """
 
@@ -203,30 +203,6 @@ def set_rates(optimizer, factor: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
     return optimizer.param_groups[0]["lr"]
-
-
-class LossScale:
-    """Loss scaling for float16, whose gradients underflow unscaled (arXiv:1710.03740, sec. 3.2).
-
-    The loss is multiplied by `value`; before the optimizer acts the gradients are divided by it again. A step whose
-    gradients overflowed is skipped and halves the value; 2,000 good steps in a row double it.
-    """
-
-    def __init__(self, value: float = 2.0 ** 16):
-        self.value, self.good_steps = value, 0
-
-    def unscale(self, parameters):
-        """Divide the gradients by the scale, in place."""
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.value)
-
-    def update(self, finite: bool) -> bool:
-        """Learn whether the step's gradients were finite (their norm tells); returns it."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good_steps % 2000 == 0:
-            self.value *= 2
-        return finite
 
 
 def add_neftune(embedding, alpha: float, lengths_of_batch):

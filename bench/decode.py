@@ -9,7 +9,7 @@ checkpoint, which is made on first use; on a GPU each fills its own model. Both 
 likeliest token; timed are the tokens after the first, each from its predecessor, and the figure is that of their
 median: a step that other work on the machine has interrupted does not count.
 
-Read before: common.py (how a child is measured), random_model.py. Read next: ../decode.py, ../generate.py.
+Read before: common.py (how a child is measured), random_model.py. Read next: ../fast/decode.py, ../generate.py.
 Sources: the timing of single tokens is that of gpt-fast's README; its figures for other GPUs are there too.
 """
 import argparse
@@ -35,13 +35,14 @@ def prompt_of(asked, vocab_size: int) -> list[int]:
 
 
 def ours(asked):
-    """(seconds at which each token came, their ids, what decode.py says it does)."""
-    from attention import pick_kernel                   # before torch: see guard_amdsmi there
+    """(seconds at which each token came, their ids, what fast/decode.py says it does)."""
+    from fast.attention_picker import pick_kernel
     import torch
 
     from bench.random_model import random_model, raw_config
-    from checkpoint import DTYPES, load_model
-    from decode import pick_step, prepare
+    from checkpoint.files import DTYPES
+    from checkpoint.load import load_model
+    from fast.decode import pick_step, prepare
     from generate import generate
     from model import attention_needs
     if asked.device == "cpu":

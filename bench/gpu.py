@@ -8,13 +8,13 @@
 Nothing is downloaded: the weights are random, drawn on the device, and lie in memory (/dev/shm, or --work). The rows
 are real text: alpaca_en_demo and identity of ../shared/data with the model's own tokenizer, or without them data/ and
 the tokenizer of models/tiny. Each row of the table is a run of train.py itself, with a yaml, in a process of its own; a
-peer's is a run of peer_hf.py with the same yaml, checkpoint, adapter and rows. At the end decode.py is run, too.
+peer's is a run of peer_hf.py with the same yaml, checkpoint, adapter and rows. At the end fast/decode.py is run, too.
 
 Tokens are counted without padding, and steady are the steps after --warm-up. The share of the matrix rate divides model
-FLOPs (see speed.py: 4 for each frozen weight and token, attention of pairs that see each other, nothing for
+FLOPs (see runtime/throughput.py: 4 for each frozen weight and token, attention of pairs that see each other, nothing for
 recomputation) by what large bfloat16 products reach on this device, measured after the runs.
 
-Read before: cpu.py, random_model.py. Read next: peer_hf.py, speed.py, decode.py.
+Read before: cpu.py, random_model.py. Read next: peer_hf.py, runtime/throughput.py, fast/decode.py.
 Sources: the goals and published figures that README compares with; the shapes' config.json.
 """
 import argparse
@@ -168,23 +168,23 @@ def find_facts(device: str, *config_files: str) -> dict:
     """What `facts` asks for; imports torch. The rate: of bfloat16 products, the best in seconds of them."""
     import torch
 
-    from speed import matrix_rate
+    from runtime.throughput import matrix_rate
     name = torch.cuda.get_device_name() if device == "cuda" else ""
     return {"gpu": name, "matrix_rate": matrix_rate(torch.device(device), torch.bfloat16, seconds=3 if name else 0.3),
             "flops": [flops_per_token(file) for file in config_files]}
 
 
 def flops_per_token(config_file: str) -> float:
-    """Model FLOPs a token, the mean over the rows of a yaml, as speed.py counts them; imports torch."""
+    """Model FLOPs a token, the mean over the rows of a yaml, as runtime/throughput.py counts them; imports torch."""
     import torch
 
     from bench.peer_hf import rows_of
-    from checkpoint import read_adapter_config
-    from config import load_config
+    from checkpoint.adapters import read_adapter_config
+    from runtime.load_config import load_config
     from families import model_config, read_config_json
     from lora import attach_lora
     from model import CausalLM
-    from speed import matmul_parameters, training_flops
+    from runtime.throughput import matmul_parameters, training_flops
     config = load_config(["--config", config_file], "train")
     with torch.device("meta"):
         model = CausalLM(model_config(read_config_json(config.model_name_or_path)))
@@ -274,7 +274,7 @@ def main():
          settings={"steps": asked.steps, "warm_up": asked.warm_up, "cases": {name: CASES[name][2] for name in names}},
          folder=asked.results)
     if not asked.only and not asked.tiny:
-        command = [BENCH / "decode.py", "--device", asked.device, "--shape", "llama-3-8b"]
+        command = [BENCH / "fast/decode.py", "--device", asked.device, "--shape", "llama-3-8b"]
         command += ["--no-peer"] * asked.no_peer + (["--results", asked.results] if asked.results else [])
         print("", "decoding:", run_child([sys.executable, *command], cwd=ROOT, must_work=False).text, sep="\n")
 

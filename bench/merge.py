@@ -36,7 +36,7 @@ def make(asked):
     import torch
 
     from bench.random_model import make_checkpoint, raw_config
-    from checkpoint import save_adapter
+    from checkpoint.adapters import save_adapter
     from lora import LoRAConfig, attach_lora, lora_layers
     shape, changes = SIZES[asked.size]
     base, settings = WORK / asked.size, LoRAConfig(16, 32, target_modules="all")
@@ -82,7 +82,7 @@ def copier(asked):
 
 def same_tensors(asked) -> str:
     """A sentence: how many tensors of the two merged checkpoints are the same bits."""
-    from checkpoint import open_tensors, tensor_files
+    from checkpoint.files import open_tensors, tensor_files
     files = [tensor_files(WORK / f"{asked.size}-{name}") for name in ("ours", "peer")]
     same, largest = 0, 0.0
     for name in files[0].keys() & files[1].keys():

@@ -23,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from attention import pick_device
-from checkpoint import read_adapter_config
-from config import load_config
-from data import IGNORE, epoch_order, load_examples, micro_batches
+from runtime.device import pick_device
+from checkpoint.adapters import read_adapter_config
+from runtime.load_config import load_config
+from data import IGNORE
+from runtime.steps import epoch_order, micro_batches
+from text.token_cache import load_examples
 from families import read_config_json
-from speed import peak_memory
-from templates import choose_template, fit_tokenizer
-from tokenizer import load_tokenizer
+from runtime.throughput import peak_memory
+from templates import fit_tokenizer
+from text.template_check import choose_template
+from text.tokenizer import load_tokenizer
 
 
 def rows_of(config) -> list:

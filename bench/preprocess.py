@@ -10,7 +10,8 @@ Both read the same file with the same settings, as many processes as each takes 
 preprocessing_num_workers: 16, as its example files have it. Timed is what lies between the loaded tokenizer and the
 rows of tokens, without the start of Python; `again` is a second start, which finds the rows of the first.
 
-Read before: common.py (how a child is measured). Read next: ../store.py, ../words.py, ../workers.py.
+Read before: common.py (how a child is measured). Read next: ../text/token_cache.py, ../text/fast_bpe.py,
+../text/parallel_map.py.
 Peer: LLaMA-Factory, arXiv:2403.13372.
 """
 import argparse
@@ -37,10 +38,11 @@ def tell(seconds, examples):
 OURS = """
 import json, sys, time, zlib
 import numpy
-from config import load_config
-from data import kept_in, load_examples
-from templates import choose_template, fit_tokenizer
-from tokenizer import load_tokenizer
+from runtime.load_config import load_config
+from templates import fit_tokenizer
+from text.template_check import choose_template
+from text.token_cache import kept_in, load_examples
+from text.tokenizer import load_tokenizer
 config = load_config([sys.argv[1], "tokenized_path=" + sys.argv[2]], "data")
 tokenizer = load_tokenizer(config.model_name_or_path)
 template, _ = choose_template(config.template, tokenizer)

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bench.common import SHARED
-from checkpoint import DTYPES, save_adapter, write_tensors
+from checkpoint.adapters import save_adapter
+from checkpoint.files import DTYPES, write_tensors
 from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM, init_weights

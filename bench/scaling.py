@@ -11,7 +11,7 @@ torch and the plan alone. Where work doubles from line to line, the columns with
 linear, 1 is flat; attention grows with the square of the length, and "by arithmetic" says what FLOPs alone would do.
 
 Read before: common.py (how a child is measured). Read next: docs/speed.md.
-Sources: FLOPs as speed.py counts them.
+Sources: FLOPs as runtime/throughput.py counts them.
 """
 import argparse
 import itertools

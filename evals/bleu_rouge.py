@@ -1,6 +1,6 @@
 """BLEU-4 and ROUGE-1, 2 and L of generated answers, as LLaMA-Factory's script computes them.
 
-    python scores.py generated_predictions.jsonl    prints means, writes predictions_score.json
+    python -m evals.bleu_rouge generated_predictions.jsonl    prints means, writes predictions_score.json
 
 BLEU-4 compares characters: n-grams of one to four characters, with counts clipped to those of the
 label. ROUGE compares words: shared words (ROUGE-1), shared pairs of neighbors (ROUGE-2) and the
@@ -177,7 +177,7 @@ def read_predictions(path) -> list[dict]:
 
 def main(argv):
     if len(argv) != 1 or argv[0].startswith("-"):
-        raise ValueError("usage: python scores.py generated_predictions.jsonl")
+        raise ValueError("usage: python -m evals.bleu_rouge generated_predictions.jsonl")
     words, description = pick_words()
     rows = []
     for row in tqdm(read_predictions(argv[0]), unit="row", leave=False, disable=None):

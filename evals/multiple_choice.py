@@ -25,7 +25,7 @@ from tqdm import tqdm
 from attention import Layout
 from generate import check_finite, check_prompt, common_prefix, context_length
 from templates import encode_prompt
-from tokenizer import read_json
+from text.tokenizer import read_json
 
 LETTERS = "ABCD"
 COLUMNS = ("question", "a", "b", "c", "d", "answer")

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 import torch
 
 from attention import Filled, Layout
-from generate import Sampling, check_finite, check_prompt, generate, next_scores, sample, tokens_seen
-from model import LENGTH_DEPENDENT, CausalLM, KVCache
+from generate import (Sampling, check_finite, check_prompt, generate, next_scores, sample,
+                      tokens_seen)
+from model import CausalLM, KVCache
+from rope import LENGTH_DEPENDENT
 
 AT_ONCE = 8192          # tokens of new prompts in one pass
 GROWTH = 256            # tokens by which the cache grows

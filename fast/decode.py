@@ -18,7 +18,7 @@ else takes time. Three things are done about that:
 Training does none of it, so the modules as model.py has them and generate.next_scores are the readable twins; tests
 hold them together.
 
-Read before: model.py (Attention, MLP), linear.py (onednn), generate.py (the loop). Read after: chat.py.
+Read before: model.py (Attention, MLP), fast/fused_block.py (onednn), generate.py (the loop). Read after: chat.py.
 Sources: oneDNN's documentation of inner product and of memory formats; CUDA graphs in torch's notes on CUDA semantics.
 """
 from dataclasses import replace
@@ -28,12 +28,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import Filled
+from checkpoint.show import bytes_in_words
+from fast.matmul import CLEARLY, onednn, shortest
 from generate import next_scores
-from linear import CLEARLY, onednn, shortest
-from model import LENGTH_DEPENDENT, MLP, Attention, CausalLM, KVCache, NormalizedHead, bytes_in_words
+from model import Attention, CausalLM, KVCache, MLP, NormalizedHead
+from rope import LENGTH_DEPENDENT
 
 WORTH = 2**18           # numbers of a matrix from which on a quick product gains more than its call costs
 SMALLEST = 256          # tokens: a step is captured for caches of so many, and for each power of two above
+
 
 @torch.no_grad()
 def prepare(model: CausalLM, available: int | None = None, rows: int = 1) -> list[str]:

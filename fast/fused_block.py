@@ -1,6 +1,6 @@
 """Linear layers that keep little for the backward pass, and the library that multiplies their matrices.
 
-    python linear.py                    the matrix products of this machine: how fast, how exact, which one is taken
+    python -m fast.matmul                    the matrix products of this machine: how fast, how exact, which one is taken
 
 `linears` is called where a block applies linear layers to one input: q, k and v; gate and up; down; o. Its slow twin is
 one line, `[layer(before(*xs)) for layer in layers]`, and `plain` is its name as a choice. The fast path computes the same
@@ -8,106 +8,23 @@ in one autograd function:
 
     before(*xs)     the cheap step in front, a norm or silu(gate) * up, is computed again in the backward pass: what is
                     kept are its inputs xs, and of each adapter the narrow product A x, nothing else
-    frozen W        get no gradient, and none of the work for it; those in 4 or 8 bits (quant.py) are made dense for the
+    frozen W        get no gradient, and none of the work for it; those in 4 or 8 bits (methods/quant.py) are made dense for the
                     product, forward and backward, and not kept
     adapters        all A that read the same input are one product; B's is added in place: y += scale * (A x) B'
 
 So what of gate and up is kept is a matter of what `before` is: with the products of gate and up inside it (model.MLP),
 they are computed again, too.
 
-Read before: model.py, which calls it. Read after: lora.py (the layers with adapters), plan.py (what is kept, in bytes).
+Read before: model.py, which calls it. Read after: lora.py (the layers with adapters), runtime/memory.py (what is kept, in bytes).
 Papers: LoRA arXiv:2106.09685, recomputation arXiv:1604.06174 and, of cheap steps only, arXiv:2205.05198.
 """
-import time
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-
-# ---- products: x (N, in) times W (out, in) transposed -> (N, out) -------------------------------------------------
-
-
-def torch_product(x, W, bias=None):
-    """As torch multiplies: cuBLAS, hipBLASLt, MKL, Accelerate."""
-    return F.linear(x, W, bias)
-
-
-def onednn(x, W, bias=None):
-    """oneDNN, which torch has on CPUs but asks in 16 bits only. In float32 torch asks MKL, which leaves half of an AMD
-    processor idle. x and W are dense; either may be a transposed view. For each new shape oneDNN makes and keeps code,
-    a third of a megabyte."""
-    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
-
-
-def onednn_product(x, W, bias=None):
-    """The same for any number of rows, in blocks of BLOCK, the last one filled up to a multiple of STEP: with every length
-    there is, memory would grow."""
-    if not x.numel() or not W.numel():           # an expert without tokens: oneDNN refuses
-        return F.linear(x, W, bias)
-    outs = []
-    for rows in x.split(BLOCK):
-        lacking = -len(rows) % STEP
-        out = onednn(F.pad(rows, (0, 0, 0, lacking)) if lacking else rows, W, bias)
-        outs.append(out[:len(rows)])
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-BLOCK, STEP = 128, 32   # rows
-PRODUCTS = {"torch": torch_product, "onednn": onednn_product}
-CLEARLY = 1.1           # how many times faster another product than torch's own must be to be taken
-
-
-@dataclass
-class Choice:
-    """What pick_product found. `taken`: a name of PRODUCTS; rates: name -> GFLOP/s; lines: for the start page."""
-    taken: str
-    rates: dict = field(default_factory=dict)
-    lines: list = field(default_factory=list)
-
-
-@torch.no_grad()
-def pick_product(device, dtype) -> Choice:
-    """The fastest product of this machine among those that are right, measured in a few milliseconds.
-
-    Only float32 on CPUs leaves a choice. Right: no further from float64 than four times torch's own error.
-    """
-    device = torch.device(device)
-    if device.type != "cpu" or dtype != torch.float32:
-        return Choice("torch", {"torch": 0.0})
-    generator = torch.Generator().manual_seed(0)
-    x, W = (torch.randn(256, 512, generator=generator), torch.randn(1024, 512, generator=generator))
-    exact, rates, said = x.double() @ W.double().T, {}, {}
-    allowed = 4 * float((torch_product(x, W) - exact).abs().max())
-    for name, product in PRODUCTS.items():
-        try:
-            error = max(float((product(x, W) - exact).abs().max()),
-                        float((product(x, W.T.contiguous().T) - exact).abs().max()))
-        except (RuntimeError, AttributeError, NotImplementedError) as refusal:
-            said[name] = str(refusal).splitlines()[0][:80]
-            continue
-        if not error <= allowed:
-            said[name] = f"wrong by {error:.2g}"
-            continue
-        rates[name] = 2 * x.numel() * len(W) / shortest(lambda: product(x, W)) / 1e9
-        said[name] = f"{rates[name]:.0f} GFLOP/s"
-    taken = max(rates, key=rates.get)
-    taken = taken if rates[taken] > CLEARLY * rates["torch"] else "torch"
-    others = ", ".join(f"{name} ({what})" for name, what in said.items() if name != taken)
-    return Choice(taken, rates, [f"products: {taken} ({said[taken]}). not used: {others}"])
-
-
-def shortest(call, times: int = 7) -> float:
-    """Seconds of the shortest of some calls: others' work on this machine only ever adds to it."""
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+from fast.matmul import PRODUCTS, torch_product
 
 
 # ---- several linear layers of one input -----------------------------------------------------------------------------
@@ -145,13 +62,13 @@ def is_simple(layer) -> bool:
 
 
 def is_quantised(layer) -> bool:
-    """Is its weight stored in 4 or 8 bits (quant.py), a dense matrix to be made for each product?"""
+    """Is its weight stored in 4 or 8 bits (methods/quant.py), a dense matrix to be made for each product?"""
     return hasattr(layer.weight, "dense")
 
 
 class Part(NamedTuple):
     """What a layer is made of. A, B: None where there is no adapter, or it is switched off. unit, fp8: None, or those
-    of weights in 8 bits (see fp8.py). packed: a quant.Quantised in the place of W, or None."""
+    of weights in 8 bits (see methods/fp8.py). packed: a quant.Quantised in the place of W, or None."""
     W: torch.Tensor | None              # (out, in)
     bias: torch.Tensor | None           # (out,)
     A: torch.Tensor | None              # (r, in)
@@ -285,9 +202,3 @@ def add(total, dy, part: Part, product):
     more = part.fp8.multiply(*rounded_for(dy, [part]), part.W.T, part.unit, dy.dtype) if part.fp8 else \
         product(dy, part.dense(dy.dtype).T)
     return more if total is None else total.add_(more)
-
-
-if __name__ == "__main__":
-    for dtype in (torch.float32, torch.bfloat16):
-        choice = pick_product("cpu", dtype)
-        print(f"cpu {str(dtype)[6:]}: " + (choice.lines or ["torch (there is no other)"])[0])

@@ -1,6 +1,6 @@
 """Frozen weights in 8 bits, multiplied in 8 bits: half the memory, and up to twice the rate of 16-bit products.
 
-    python fp8.py                       does it work on this device, and how far is it from the exact product
+    python -m methods.fp8                       does it work on this device, and how far is it from the exact product
 
     W   is rounded once to e4m3 (4 bits exponent, 3 bits fraction), divided by one number so that the largest fills
         the range: W = unit * W8
@@ -10,7 +10,7 @@
 `multiply` is what torch._scaled_mm does on Hopper, Ada and MI300; `multiply_plain`, its slow twin, takes the same numbers
 and multiplies in float32. Nothing here waits for the device.
 
-Read before: linear.py's docstring; it calls the products. Read after: lora.py.
+Read before: fast/fused_block.py's docstring; it calls the products. Read after: lora.py.
 Source: FP8 formats arXiv:2209.05433 (sec. 3: one scale for a tensor).
 """
 from collections.abc import Callable

@@ -13,7 +13,7 @@ arXiv:2405.14734, KTO arXiv:2402.01306, reward models arXiv:2203.02155. Of means
 """
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,14 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import open_tensors, save_tensors
+from checkpoint.files import open_tensors, save_tensors
 from config import has_reference
+from data import Batch, Encoded, Example, IGNORE, collate, count_row, cut_pair, settings_of, stretch
 from families import read_config_json
-from linear import PRODUCTS, torch_product
+from fast.matmul import PRODUCTS, torch_product
 from lora import set_adapters
-from losses import answer_logps
+from losses import Objective, answer_logps, ask_nothing, together
 from parallel import Ranks
-from speed import part
+from runtime.throughput import part
+from templates import encode_pieces, render_turns
+from text.conversations import JUDGED, PAIRS, Row
 
 OF_MEANS = ("ipo", "orpo", "simpo")         # values of pref_loss that look at the mean log-probability of a token
 SHOWN_OF_JUDGED = ("rewards/chosen", "logps/chosen", "rewards/rejected", "logps/rejected", "kl")
@@ -100,28 +103,6 @@ def pair_losses(config, chosen, rejected, ref_chosen=None, ref_rejected=None):
 # ---- what a step does ---------------------------------------------------------------------------------------------
 
 
-def ask_nothing(model, batches: list, ranks: Ranks) -> list:
-    """For an objective that needs to know nothing beforehand."""
-    return [None] * len(batches)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """How a stage learns from a batch.
-
-    score(model, batch, told) -> (loss, routing, seen): the sum of the rows' losses, to be divided by the step's n_items;
-    what is added undivided; and {name: tensor (2,), a sum and how many it is the sum of}, to be logged.
-    ask(model, batches, ranks) -> for each batch what is `told` of it, found without gradients before the first score.
-    shows: the names in `seen`.
-    """
-    score: object
-    ask: object = ask_nothing
-    shows: tuple = ()
-
-    def nothing_seen(self, device) -> dict:
-        return {name: torch.zeros(2, device=device) for name in self.shows}
-
-
 def objective_of(config, reference, head) -> Objective:
     """The objective of stages rm, dpo and kto. reference: a model, or None: that which learns, its adapters off. head: a
     ValueHead, for rm."""
@@ -147,7 +128,7 @@ def as_reference(model, reference):
     """The reference: the model given, or within the block the one that learns, its adapters off."""
     if reference is not None:
         yield reference
-        if hasattr(reference, "reshard"):           # what the last forward pass has gathered (shard.py)
+        if hasattr(reference, "reshard"):           # what the last forward pass has gathered (scale/fsdp.py)
             reference.reshard()
         return
     set_adapters(model, False)
@@ -155,11 +136,6 @@ def as_reference(model, reference):
         yield model
     finally:
         set_adapters(model, True)
-
-
-def together(values, weights):
-    """A sum and how many it is the sum of, (2,)."""
-    return torch.stack(((values * weights).sum(), weights.sum()))
 
 
 @torch.no_grad()
@@ -201,7 +177,7 @@ def ask_judged(config, reference, model, batches: list, ranks: Ranks) -> list:
     with as_reference(model, reference) as asked:
         logps = [logps_of(asked, batch)[0] for batch in batches]
         changed = [mine - logps_of(asked, batch.other)[0] for mine, batch in zip(changed, batches)]
-    real = [batch.n_items > 0 for batch in batches]              # the others keep ranks company, see shard.py
+    real = [batch.n_items > 0 for batch in batches]              # the others keep ranks company, see scale/fsdp.py
     kl = [group.mean() for one, batch, counts in zip(changed, batches, real) if counts for group in one.split(batch.groups)]
     if ranks.world > 1:
         kl = mean_of_ranks(kl, config.gradient_accumulation_steps, ranks)
@@ -300,13 +276,70 @@ def score_values(head, model, batch, told):
     return (losses * batch.shares).sum(), 0.0, {"accuracy": together((chosen > rejected).float(), real)}
 
 
-# ---- what is logged -----------------------------------------------------------------------------------------------
+def encode_answers(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
+    """Stages rm, dpo, kto: of each row an example of two stretches, the prompt with one answer and with another: the chosen
+    and the rejected one; or (kto) its own and, to estimate a KL divergence (arXiv:2402.01306, sec. 4.1), that of the row
+    before, the first row taking the last one's. Thoughts of earlier answers are left out. batch: [(row, conversation), …].
+    """
+    settings, rendered, own = settings_of(config), [], []
+
+    def render(conversation, answer):
+        messages, system, tools, *_ = conversation
+        turns = render_turns(template, tokenizer, [*messages[:-1], answer], system, tools, settings, only_last=True)
+        return [piece for turn in turns[:-1] for pieces in turn for piece in pieces] + turns[-1][0], turns[-1][1]
+
+    for row, conversation in batch:
+        try:
+            answers = [conversation.messages[-1]] + ([conversation.rejected] if config.stage in PAIRS else [])
+            rendered.append([render(conversation, answer) for answer in answers])
+            own.append((row, conversation))
+        except ValueError as error:                 # a tool call or a tool description that cannot be read
+            part.reject(row, error)
+    if check_only or part.bad and not config.skip_bad_rows:
+        return
+    if config.stage in JUDGED:
+        for number, (row, conversation) in enumerate(own):
+            rendered[number].append(render(conversation, own[number - 1][1].messages[-1]))
+    ids = iter(encode_pieces(tokenizer, [pieces for both in rendered for one in both for pieces in one]))
+    closing_eos = [tokenizer.eos_id] if template.efficient_eos else []
+    for row, conversation in own:
+        add_answers(part, row, conversation.desired, [(next(ids), next(ids) + closing_eos) for _ in range(2)], config)
 
 
-def logged(seen: dict) -> dict:
-    """{name: value} for the log, from {name: (sum, count)}: means; but kl is a sum over micro-batches, and for judged answers
-    the margin is the difference of two means, as in LLaMA-Factory. What was not seen at all is left out."""
-    found = {name: total if name == "kl" else total / count for name, (total, count) in seen.items() if count}
-    if "rewards/margins" not in found and {"rewards/chosen", "rewards/rejected"} <= found.keys():
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
+def add_answers(part: Encoded, row: Row, desired: bool | None, both: list, config):
+    """One row's example. both: two (prompt_ids, answer_ids). A pair has the prompt of the chosen answer, and is cut by the
+    longer of the two answers, as in LLaMA-Factory; in kto each is cut by its own."""
+    pairs, kept = config.stage in PAIRS, []
+    for prompt, answer in both:
+        prompt, longest = (both[0][0], max(len(other) for _, other in both)) if pairs else (prompt, len(answer))
+        of_prompt, of_answer = cut_pair(len(prompt), longest, config.cutoff_len)
+        prompt, answer = prompt[:of_prompt], answer[:of_answer]
+        kept.append((prompt + answer, [IGNORE] * len(prompt) + answer))
+    counted = slice(None if pairs else 1)           # the other answer of kto teaches nothing
+    full = sum(len(prompt) + len(answer) for prompt, answer in both[counted])
+    supervised = count_row(part.of(row), row, *laid(kept[counted]), full)
+    part.teaches |= any(len(labels) > 1 and labels[-1] != IGNORE for _, labels in kept[counted])
+    part.add(*laid(kept), supervised > 0, [len(ids) for ids, _ in kept], desired)
+
+
+def laid(stretches: list) -> tuple[list, list]:
+    """(ids, labels) of several stretches, end to end."""
+    return sum((ids for ids, _ in stretches), []), sum((labels for _, labels in stretches), [])
+
+
+def collate_answers(groups: list[list[Example]], alike: bool = False) -> Batch:
+    """The rows of some micro-batches: of pairs first all chosen answers, then all rejected ones; judged answers in one
+    Batch, and in its `other` those to estimate the KL divergence with.
+
+    A row counts one over the rows of its micro-batch, and n_items is the number of these: the mean over micro-batches of
+    their means, as in LLaMA-Factory. alike: every row counts 1, and n_items is the number of rows.
+    """
+    examples = [example for group in groups for example in group]
+    first, second = ([stretch(example, which) for example in examples] for which in (0, 1))
+    sizes = tuple(map(len, groups))
+    shares = torch.tensor([1.0 if alike else 1 / size for size in sizes for _ in range(size)])
+    more = dict(groups=sizes, shares=shares, n_items=len(examples) if alike else len(groups))
+    if examples[0].desired is None:
+        return replace(collate(first + second), **more)
+    return replace(collate(first), desired=torch.tensor([example.desired for example in examples]), other=collate(second),
+                   **more)

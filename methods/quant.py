@@ -1,6 +1,6 @@
 """Frozen weights in 4 or 8 bits: the layout of bitsandbytes and bit for bit its numbers, in plain torch on any device.
 
-    python quant.py                     the formats on this machine: bits a weight, error, time against a product
+    python -m methods.quant                     the formats on this machine: bits a weight, error, time against a product
 
     nf4, fp4   blocks of 64 numbers, in row-major order: each divided by the block's largest, then the nearest of 16
                values; two codes a byte, the first in the high half. Double quantisation stores the blocks' largest
@@ -11,7 +11,7 @@ A layer whose matrix is stored so has a `Quantised` for its weight. It is no ten
 matrix anew for every product, forward and backward, and nobody keeps it. So training beside 4-bit weights (QLoRA) needs
 the memory of 4 bits, and a matrix more.
 
-Read before: linear.py, whose products ask for dense matrices. Read after: lora.py, checkpoint.py (reading such files).
+Read before: fast/fused_block.py, whose products ask for dense matrices. Read after: lora.py, checkpoint/load.py (reading such files).
 Papers: QLoRA arXiv:2305.14314 (sec. 3; NF4: appendix E), LLM.int8 arXiv:2208.07339 (sec. 2), the 8-bit map of scales
 arXiv:2110.02861 (sec. 2). Layout and rounding: bitsandbytes 0.50.
 """
@@ -421,35 +421,6 @@ def quantised_from(form: Form, shape, parts: dict, offset: float, where: str) ->
 
 
 # ---- the compiler ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def compile_unpacking(model: nn.Module) -> str:
-    """Let torch's compiler make one kernel of what makes 4-bit weights dense. Returns a line for the start page, or "".
-
-    It is tried first, and must give the same bits; otherwise all stays as it is.
-    """
-    weights = [weight for weight in quantised_weights(model).values() if weight.form.kind != "int8"]
-    if not weights:
-        return ""
-    tried = min(weights, key=Quantised.numel)
-    tried.compiled = None
-    exact = tried.dense()
-    try:
-        quick = torch.compile(unpack_at_once, dynamic=True)
-
-        def unpack(codes, scales, pairs, dtype):
-            return quick(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
-
-        tried.compiled = unpack
-        same, said = torch.equal(tried.dense(), exact), "gives other numbers"
-    except Exception as refusal:        # what a broken compiler raises is of many kinds, and none must end a training
-        text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-        same, said = False, f"does not work here ({text[:120]})"
-    for weight in weights:
-        weight.compiled = unpack if same else None
-    return "4-bit weights: made dense by one compiled kernel" if same else \
-        f"4-bit weights: made dense in several steps; torch.compile {said}"
 
 
 def main():

@@ -3,7 +3,7 @@
 chat.py and eval.py read the yaml file of a training run unchanged; the functions here decide what
 each of its keys means once training is over.
 
-Requires: checkpoint.py, templates.py.
+Requires: checkpoint/load.py, templates.py.
 Next: chat.py, eval.py.
 """
 from collections.abc import Iterator
@@ -13,16 +13,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import (
-    DTYPES,
-    checkpoints_in,
-    find_checkpoint,
-    folded_under,
-    read_adapter_config,
-    warn_of_folded,
-)
-from templates import Settings, stored_template
-from tokenizer import read_json
+from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folded
+from checkpoint.files import DTYPES, find_checkpoint
+from checkpoint.training_state import checkpoints_in
+from templates import Settings
+from text.chat_formats import stored_template
+from text.tokenizer import read_json
 
 
 def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Predict the memory that one rank needs for training, before any weight is loaded.
 
     plan = memory_plan(config, shape, lora, rows, dtype, kernel, device)
-    print("\\n".join(plan_lines(plan, available_bytes(device))))     # available_bytes: room.py
+    print("\\n".join(plan_lines(plan, available_bytes(device))))     # available_bytes: runtime/memory_advice.py
 
 Weights, gradients and optimizer state are counted exactly, on a model without storage (the meta
 device). Activations, which the forward pass keeps for the backward pass, follow a formula. With D,
@@ -9,7 +9,7 @@ F, H, K, Dh, T as in model.py, c bytes per number in a matrix product, and train
 linear layers, a block keeps for each token
 
     inputs        2 x c D               of norm and q, k, v, and of norm and gate, up, which
-                                        linear.py computes again
+                                        fast/fused_block.py computes again
     q, k, v       c (H + 2 K) Dh        with H for K where the kernel has no grouped heads
     attention     c H Dh + 4 H          its output, the input of o_proj, and a float32 per head
                   + (4 + c) H T         the plain kernel alone: all scores, float32 and rounded
@@ -17,7 +17,7 @@ linear layers, a block keeps for each token
     LoRA          c r for each layer    A x
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
 
-and where linear.py's fast path does not apply (adapters with dropout, weights trained in 16 bits),
+and where fast/fused_block.py's fast path does not apply (adapters with dropout, weights trained in 16 bits),
 also
 
     norms         2 x 4 D               each keeps its input in float32 (full fine-tuning: and the
@@ -30,8 +30,8 @@ neither gate nor up, with "block" its input alone. `lightest` chooses the levels
 fine-tuning in 16 bits has float32 weights and a float32 residual stream; each matrix, and the
 input of each, is kept once more, rounded.
 
-Requires: model.py, lora.py, losses.py, quant.py.
-Next: room.py (does it fit, and which settings would), train.py.
+Requires: model.py, lora.py, losses.py, methods/quant.py.
+Next: runtime/memory_advice.py (does it fit, and which settings would), train.py.
 
 Papers: activations arXiv:2205.05198 (sec. 4), mixed precision arXiv:1710.03740, sharding
 arXiv:1910.02054.
@@ -44,18 +44,13 @@ import torch
 from torch import nn
 
 from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
+from checkpoint.show import bytes_in_words
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
-from model import CausalLM, LayerNorm, MoE, bytes_in_words
+from methods.quant import (Form, can_be_quantised, embedding_may_stay_outside, empty_quantised,
+                           piece_of, quantised_weights)
+from model import CausalLM, LayerNorm, MoE
 from optim import state_bytes
-from quant import (
-    Form,
-    can_be_quantised,
-    embedding_may_stay_outside,
-    empty_quantised,
-    piece_of,
-    quantised_weights,
-)
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
 SOFTCAP_CHUNKS = 4      # the same where the logits are capped
@@ -87,7 +82,7 @@ class MicroBatch:
     stream: int             # bytes per number between the blocks
     kernel: str             # of attention.py
     device: torch.device
-    fast: bool              # linear.py's fast path: inputs are kept, outputs computed again
+    fast: bool              # fast/fused_block.py's fast path: inputs are kept, outputs computed again
 
     @property
     def tokens(self) -> int:
@@ -110,10 +105,10 @@ def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kerne
     kernel: a name from attention.py.
     sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and
         optimizer state; embedding, head and two blocks are held whole.
-    fast: whether linear.py's matrix products are used.
+    fast: whether fast/fused_block.py's matrix products are used.
     recompute: a level of model.RECOMPUTE for each block; None: by disable_gradient_checkpointing.
-    fp8: frozen weights are held in 8 bits (fp8.py).
-    forms: formats of the weights in 4 or 8 bits, by name (quant.py).
+    fp8: frozen weights are held in 8 bits (methods/fp8.py).
+    forms: formats of the weights in 4 or 8 bits, by name (methods/quant.py).
     model: of an earlier plan with the same shape, lora and dtype.
     beside: bytes of another model that is not trained.
     """
@@ -205,7 +200,7 @@ def all_in(form: Form, shape) -> dict[str, Form]:
 
 
 def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
-    """Whether blocks take linear.py's fast path: not under autocast, with dropout or DoRA."""
+    """Whether blocks take fast/fused_block.py's fast path: not under autocast, with dropout or DoRA."""
     if lora:
         return not (lora.lora_dropout or lora.use_dora)
     return dtype == torch.float32

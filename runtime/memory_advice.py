@@ -6,7 +6,7 @@
 Each change is tried by planning again, never by a guess. CHANGES lists the kinds of changes from
 those that keep the result to those that change what is trained.
 
-Requires: plan.py (what a training run needs).
+Requires: runtime/memory.py (what a training run needs).
 Next: train.py, which asks before loading and when memory runs out.
 
 Sources: the Linux kernel's documentation of /proc/meminfo and of control groups, versions 1 and 2.
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.show import bytes_in_words
 from lora import LoRAConfig
-from model import bytes_in_words
-from plan import SPARE, Plan, all_in, memory_plan
-from quant import Form
+from methods.quant import Form
+from runtime.memory import Plan, SPARE, all_in, memory_plan
 
 WORTH_IT = 0.98         # a change among several must bring the plan below this share of its size
 

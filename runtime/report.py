@@ -1,12 +1,12 @@
 """What a run prints and writes: the start page, log lines, JSON files, loss curves, model card.
 
-    python report.py saves/run                  redraw training_loss.png etc. (needs matplotlib)
-    python report.py saves/one saves/two ...    several runs in one picture, compared_runs.png
+    python -m runtime.report saves/run                  redraw training_loss.png etc. (needs matplotlib)
+    python -m runtime.report saves/one saves/two ...    several runs in one picture, compared_runs.png
 
 The files and their fields are LLaMA-Factory's: trainer_log.jsonl, trainer_state.json,
 train_results.json, eval_results.json, all_results.json, training_loss.png.
 
-Requires: trackers.py (dashboards).
+Requires: runtime/trackers.py (dashboards).
 Next: train.py, which calls it.
 """
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trackers import close_all, tell
+from runtime.trackers import close_all, tell
 
 # the metrics that are plotted; in file names _ stands for /
 DRAWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")
@@ -115,7 +115,7 @@ class RunLog:
 
     first_step: the step that a resumed run starts from; lines after it are removed from
     trainer_log.jsonl. history: log_history up to there. disabled: no progress bar. writes: whether
-    this rank writes files. trackers: the dashboards of trackers.py.
+    this rank writes files. trackers: the dashboards of runtime/trackers.py.
     """
 
     def __init__(self, folder, total_steps: int, first_step: int = 0,
@@ -343,7 +343,7 @@ def plot_losses(folder, history: list, keys=DRAWN) -> list[Path]:
     """
     written = []
     for key in [key for key in keys if is_logged(history, key)]:
-        figure, panels = drawing(1, f"python report.py {folder}")
+        figure, panels = drawing(1, f"python -m runtime.report {folder}")
         if figure is None:
             return []
         axes = panels[0]
@@ -473,7 +473,7 @@ def markdown_table(title: str, pairs: dict) -> list[str]:
 def main(folders: list[str]):
     """Draw one run's pictures into its folder, or several runs into one picture."""
     if not folders or folders[0].startswith("-"):
-        raise ValueError("usage: python report.py RUN ...   (output folders of train.py)")
+        raise ValueError("usage: python -m runtime.report RUN ...   (output folders of train.py)")
     runs = dict(zip(names_of_runs(folders), map(read_history, folders)))
     print(summary(runs))
     if len(folders) == 1:

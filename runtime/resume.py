@@ -8,7 +8,7 @@ Lost work cannot be recomputed for free, so every rule here errs on the side of 
 
 docs/never_lose_a_run.md explains this to users.
 
-Requires: checkpoint.py (how checkpoints are written and verified), store.py.
+Requires: checkpoint/load.py (how checkpoints are written and verified), text/token_cache.py.
 Next: train.py, which calls all of this.
 
 Source: exit code 75, "try again later", is EX_TEMPFAIL of BSD's sysexits.h.
@@ -24,9 +24,10 @@ import time
 from itertools import count
 from pathlib import Path
 
-from checkpoint import STATE_FILES, checkpoints_in, damage
-from store import TOKENISED
-from tokenizer import read_json
+from checkpoint.load import STATE_FILES
+from checkpoint.training_state import checkpoints_in, damage
+from text.token_cache import TOKENISED
+from text.tokenizer import read_json
 
 STOPPED = 75                    # exit code of a run that was asked to stop and can be resumed
 LOCK = ".lock"                  # file in output_dir, locked during a run; holds who runs or stopped
@@ -354,7 +355,7 @@ def changed_settings(resume: Path, settings: dict, force: bool = False) -> dict[
 def check_rows(resume: Path, saved: dict, rows: str, force: bool = False):
     """Raises ValueError if the training rows differ from those of `saved`, unless `force`.
 
-    rows: a checksum, see Examples.sign in store.py.
+    rows: a checksum, see Examples.sign in text/token_cache.py.
     """
     if saved.get("rows", rows) != rows and not force:
         raise ValueError(

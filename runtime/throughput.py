@@ -1,6 +1,6 @@
 """How fast a run is: tokens per second, and the share of what the device can do.
 
-    python speed.py             TFLOP/s of this machine's matrix products, in float32 and bfloat16
+    python -m runtime.throughput             TFLOP/s of this machine's matrix products, in float32 and bfloat16
 
 Model FLOPs are the arithmetic that training needs, not what an implementation executes:
 recomputation in the backward pass does not count, padding does not count, and attention counts the
@@ -14,8 +14,8 @@ The embedding is a look-up and counts nothing. The head counts for every token, 
 figures, although it is applied here only to tokens with a label. Of a mixture of experts, the
 experts that a token is routed to count.
 
-Requires: model.py, quant.py.
-Next: report.py (what is written of it), train.py (the loop).
+Requires: model.py, methods/quant.py.
+Next: runtime/report.py (what is written of it), train.py (the loop).
 
 Papers: 6 N per token arXiv:2001.08361 (sec. 2.1), model FLOPs utilization arXiv:2204.02311
 (appendix B).
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from quant import quantised_weights
+from methods.quant import count, quantised_weights
 
 WARM_STEPS = 3                  # first steps of a run: kernels are chosen, caches filled
 LEAST_SECONDS = 1.0             # of steady state; a shorter run reports no throughput
@@ -107,7 +107,7 @@ def attention_flops(model_config, lengths: Sequence[int]) -> float:
 def matrix_rate(device, dtype, matmul: Callable = F.linear, seconds: float = 0.15) -> float:
     """FLOP/s of large matrix products on this device.
 
-    matmul: a function of linear.py. seconds: how long to measure; the best time counts.
+    matmul: a function of fast/fused_block.py. seconds: how long to measure; the best time counts.
     """
     size = MATRIX[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -357,8 +357,23 @@ def kind_of(event) -> str:
     return OTHER
 
 
+def total_flos(model, tokens: int) -> float:
+    """6 x parameters (without the embedding) x tokens: the convention of total_flos in LLaMA-Factory's results."""
+    return 6.0 * (count(model) - model.model.embed_tokens.weight.numel()) * tokens
+
+
+def flops_of_batch(shape, frozen: float, trained: float, asked: float, batch) -> float:
+    """Model FLOPs of a batch: of learning from it and, where a reference with so many weights is asked, of that."""
+    flops = training_flops(shape, frozen, trained, batch.lengths)
+    if asked:
+        flops += forward_flops(shape, asked, batch.lengths)
+    if batch.other is not None:
+        flops += sum(forward_flops(shape, weights, batch.other.lengths) for weights in (frozen + trained, asked))
+    return flops
+
+
 if __name__ == "__main__":
-    from attention import pick_device
+    from runtime.device import pick_device
 
     this_device = pick_device()
     for dtype in (torch.float32, torch.bfloat16):

@@ -8,7 +8,7 @@ function imports the package; if the package is missing, the run stops before it
 named as in transformers (train/loss, eval/loss, train/learning_rate, ...), so runs of both share
 their plots. trainer_log.jsonl is always written as well.
 
-Next: report.py (RunLog), which calls this file.
+Next: runtime/report.py (RunLog), which calls this file.
 
 Sources: the documentation of the four packages; curve names from transformers 5's integrations.
 """

@@ -27,10 +27,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from checkpoint import (NO_ROWS, assign, check_shape, load_model, open_tensors, read_rows, state_of, stored_as,
-                        weight_files, whole)
+from checkpoint.files import open_tensors, read_rows, stored_as
+from checkpoint.load import NO_ROWS, assign, check_shape, load_model, weight_files, whole
+from checkpoint.show import bytes_in_words
+from checkpoint.training_state import state_of
 from losses import IGNORE
-from model import MoE, bytes_in_words
+from model import MoE
 from parallel import Ranks
 
 CPU_SINCE = (2, 6)              # the first torch whose fully_shard works without a GPU

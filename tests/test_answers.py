@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from answers import RowCache, answer_all, answer_each, one_at_a_time
+from fast.batch_decode import RowCache, answer_all, answer_each, one_at_a_time
 from attention import Filled, attend
 from generate import Sampling, generate_uncached
 from tests.test_decode import small
@@ -89,13 +89,13 @@ def test_a_row_that_leaves_gives_its_place_to_the_last():
 
 
 def test_the_cache_grows(monkeypatch):
-    monkeypatch.setattr("answers.GROWTH", 4)
+    monkeypatch.setattr("fast.batch_decode.GROWTH", 4)
     model, prompts = small(), random_prompts(6)
     assert dict(answer_all(model, prompts, 3, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
 
 
 def test_prompts_are_read_in_portions(monkeypatch):
-    monkeypatch.setattr("answers.AT_ONCE", 10)
+    monkeypatch.setattr("fast.batch_decode.AT_ONCE", 10)
     model, prompts = small(), random_prompts(9)
     assert dict(answer_all(model, prompts, 8, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
 

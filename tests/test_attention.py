@@ -10,11 +10,12 @@ import re
 import sys
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 
 import attention as A
+from fast import attention_picker
+from runtime import device
 import torch
 
 SDPA_ON_CPU = ("sdpa-flash", "sdpa-math")
@@ -173,6 +174,7 @@ def test_what_flash_is_asked(monkeypatch):
                                                     ((2, 5), "6.2", False), ((2, 6), "6.2", True)))
 def test_who_takes_grouped_heads(monkeypatch, version, hip, expected):
     monkeypatch.setattr(A, "TORCH", version)
+    monkeypatch.setattr(attention_picker, "TORCH", version)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert A.takes_grouped_heads("sdpa-flash", masked=False) is expected
     assert not A.takes_grouped_heads("sdpa-flash", masked=True)
@@ -452,9 +454,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_kernel_is_refused(monkeypatch, fault, dtype):
     spoil, reason = FAULTS[fault]
-    monkeypatch.setattr(A, "CHECKED", (1, 7, 62, 128, 129, 1))
+    monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 62, 128, 129, 1))
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(spoil))
-    verdict = A.try_here("flash-attn", A.Problem("cpu", dtype, 32, 4, 2))
+    verdict = attention_picker.try_here("flash-attn", attention_picker.Problem("cpu", dtype, 32, 4, 2))
     assert verdict.ms is None and not verdict.harmless
     assert re.search(reason, verdict.reason), verdict.reason
 
@@ -462,10 +464,10 @@ def test_a_faulty_kernel_is_refused(monkeypatch, fault, dtype):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 @pytest.mark.parametrize("training", (True, False))
 def test_right_kernels_pass(monkeypatch, dtype, training):
-    monkeypatch.setattr(A, "CHECKED", (1, 7, 62, 128, 129, 1))
+    monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 62, 128, 129, 1))
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     for kernel in ("flash-attn", "sdpa-math", "plain", *(("sdpa-flash",) if dtype == "float32" else ())):
-        verdict = A.try_here(kernel, A.Problem("cpu", dtype, 32, 4, 2, training=training))
+        verdict = attention_picker.try_here(kernel, attention_picker.Problem("cpu", dtype, 32, 4, 2, training=training))
         assert verdict.reason is None and verdict.ms > 0 and verdict.harmless
 
 
@@ -477,17 +479,17 @@ def test_a_kernel_that_scales_too_late_is_refused_in_float16(monkeypatch):
         scores = scores.masked_fill(~A.visible(len(q), len(k), None, "cpu"), float("-inf"))
         return torch.einsum("hts,shd->thd", scores.softmax(-1), v)
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(late))
-    assert A.find_fault("flash-attn", A.Problem("cpu", "bfloat16", 64, 4, 2)) is None
-    reason = A.find_fault("flash-attn", A.Problem("cpu", "float16", 64, 4, 2))
+    assert attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "bfloat16", 64, 4, 2)) is None
+    reason = attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "float16", 64, 4, 2))
     assert reason == "overflows in float16 where q·k passes 65504"
 
 
 def test_top_left_alignment_is_found_where_it_matters(monkeypatch):
     """flash_attn before 2.1: equal in training, wrong for a prompt after a cache."""
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(causal_from_top_left=True))
-    training, chat = (A.Problem("cpu", "float32", 32, 4, 2, training) for training in (True, False))
-    assert A.find_fault("flash-attn", training) is None
-    assert "wrong output (7 queries, 129 keys)" in A.find_fault("flash-attn", chat)
+    training, chat = (attention_picker.Problem("cpu", "float32", 32, 4, 2, training) for training in (True, False))
+    assert attention_picker.find_fault("flash-attn", training) is None
+    assert "wrong output (7 queries, 129 keys)" in attention_picker.find_fault("flash-attn", chat)
 
 
 RULED = {"window": {"window": 4096}, "softcap": {"softcap": 50.0}, "slopes": {"alibi": True}}
@@ -497,11 +499,11 @@ RULED = {"window": {"window": 4096}, "softcap": {"softcap": 50.0}, "slopes": {"a
 @pytest.mark.parametrize("rule", RULED)
 def test_a_kernel_deaf_to_a_rule_is_refused(monkeypatch, rule, training):
     """Although a window of 4096 and a cap of 50 change nothing in short sequences of small scores."""
-    problem = A.Problem("cpu", "bfloat16", 32, 4, 2, training, **RULED[rule])
+    problem = attention_picker.Problem("cpu", "bfloat16", 32, 4, 2, training, **RULED[rule])
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
-    assert A.find_fault("flash-attn", problem) is None
+    assert attention_picker.find_fault("flash-attn", problem) is None
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(deaf_to=(rule,)))
-    fault = A.find_fault("flash-attn", problem)
+    fault = attention_picker.find_fault("flash-attn", problem)
     assert fault.startswith("wrong output") and ("window 42" in fault) == (rule == "window")
 
 
@@ -511,7 +513,7 @@ def test_a_kernel_right_with_the_window_only_is_refused(monkeypatch):
     real = module.flash_attn_varlen_func
     module.flash_attn_varlen_func = lambda *args, **options: real(*args, **options | {"window_size": (41, 0)})
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    fault = A.find_fault("flash-attn", A.Problem("cpu", "float32", 32, 4, 2, window=42))
+    fault = attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "float32", 32, 4, 2, window=42))
     assert fault.startswith("wrong output (a segment of") and "window" not in fault
 
 
@@ -520,7 +522,7 @@ def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     monkeypatch.setattr(A, "flash_attn_2", lambda *args: scales.append(args[3]) or real(*args))
     for scale in (None, 0.3):
-        assert A.try_here("flash-attn", A.Problem("cpu", "float32", 16, 4, 2, scale=scale)).ms > 0
+        assert attention_picker.try_here("flash-attn", attention_picker.Problem("cpu", "float32", 16, 4, 2, scale=scale)).ms > 0
     assert set(scales) == {0.25, 0.3}
 
 
@@ -529,14 +531,14 @@ def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
 def test_torch_passes_with_alibi_and_with_a_window(dtype, training):
     for rules in ({"alibi": True}, {"window": 64, "chunk": 256}, {"alibi": True, "window": 64}):
         for kernel in ("sdpa-math", *(("sdpa-flash",) if dtype == "float32" else ())):
-            verdict = A.try_here(kernel, A.Problem("cpu", dtype, 32, 4, 2, training, **rules))
+            verdict = attention_picker.try_here(kernel, attention_picker.Problem("cpu", dtype, 32, 4, 2, training, **rules))
             assert verdict.reason is None and verdict.ms > 0, (kernel, rules, verdict.reason)
 
 
 def test_exceptions_become_reasons(monkeypatch):
-    problem = A.Problem("cpu", "float32", 32, 4, 2)
+    problem = attention_picker.Problem("cpu", "float32", 32, 4, 2)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    verdict = A.try_here("flash-attn", problem)
+    verdict = attention_picker.try_here("flash-attn", problem)
     assert verdict.harmless and verdict.reason.startswith("ModuleNotFoundError")
 
     def broken(*args, **options):
@@ -545,7 +547,7 @@ def test_exceptions_become_reasons(monkeypatch):
     module.flash_attn_func = module.flash_attn_varlen_func = broken
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     reason = "HIP error: invalid device function"
-    assert A.try_here("flash-attn", problem) == A.Verdict("flash-attn", None, reason, harmless=False)
+    assert attention_picker.try_here("flash-attn", problem) == attention_picker.Verdict("flash-attn", None, reason, harmless=False)
 
 
 @pytest.mark.parametrize("said, reason", (
@@ -565,8 +567,8 @@ def test_torch_says_why_in_warnings(monkeypatch, said, reason):
             warnings.warn(text)
         raise RuntimeError("No available kernel. Aborting execution.")
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", refuse)
-    problem = A.Problem("cpu", "bfloat16", 32, 4, 2)
-    assert A.try_here("sdpa-efficient", problem) == A.Verdict("sdpa-efficient", None, reason)
+    problem = attention_picker.Problem("cpu", "bfloat16", 32, 4, 2)
+    assert attention_picker.try_here("sdpa-efficient", problem) == attention_picker.Verdict("sdpa-efficient", None, reason)
 
 
 # ---- children --------------------------------------------------------------------------------------------------------
@@ -580,16 +582,16 @@ def install(folder, monkeypatch, body):
 
 def test_a_crash_costs_one_kernel_only(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "import os\nprint('{\"garbage\": [', flush=True)\nprint('[]')\nos.abort()\n")
-    problem = A.Problem("cpu", "float32", 8, 2, 1, training=False)
-    plain, flash, math_ = A.try_in_children(["plain", "flash-attn", "sdpa-math"], problem)
+    problem = attention_picker.Problem("cpu", "float32", 8, 2, 1, training=False)
+    plain, flash, math_ = attention_picker.try_in_children(["plain", "flash-attn", "sdpa-math"], problem)
     assert plain.ms > 0 and math_.ms > 0
     assert flash.kernel == "flash-attn" and flash.ms is None and flash.reason == "crashed: Aborted"
 
 
 def test_a_hang_ends_at_the_limit(monkeypatch, tmp_path):
     install(tmp_path, monkeypatch, "import time\ntime.sleep(1000)\n")
-    assert A.try_in_children(["flash-attn"], A.Problem("cpu", "float32", 8, 2, 1), limit=1) == [
-        A.Verdict("flash-attn", None, "no answer within 1 s")]
+    assert attention_picker.try_in_children(["flash-attn"], attention_picker.Problem("cpu", "float32", 8, 2, 1), limit=1) == [
+        attention_picker.Verdict("flash-attn", None, "no answer within 1 s")]
 
 
 class Child:
@@ -597,8 +599,8 @@ class Child:
     script, orders = [], []
 
     def __init__(self, command, **options):
-        assert command[:2] == [sys.executable, str(Path(A.__file__).resolve())] and command[2] == "--probe"
-        Child.orders.append(json.loads(command[3])["kernels"])
+        assert command[:2] == [sys.executable, "-m"] and command[2:4] == ["fast.attention_picker", "--probe"]
+        Child.orders.append(json.loads(command[4])["kernels"])
         self.returncode, self.lines = Child.script.pop(0)
 
     def communicate(self, timeout):
@@ -611,9 +613,9 @@ def test_only_the_first_of_a_child_is_blamed(monkeypatch):
                     (0, ["noise", ok("sdpa-efficient")[:-4], ok("sdpa-efficient"), ok("sdpa-flash")]),
                     (1, [])]
     Child.orders = []
-    monkeypatch.setattr(A.subprocess, "Popen", Child)
+    monkeypatch.setattr(attention_picker.subprocess, "Popen", Child)
     names = ["sdpa-flash", "sdpa-efficient", "plain"]
-    verdicts = A.try_in_children(names, A.Problem("cuda:0", "float16", 64, 4, 2))
+    verdicts = attention_picker.try_in_children(names, attention_picker.Problem("cuda:0", "float16", 64, 4, 2))
     assert [(v.kernel, v.ms) for v in verdicts] == [("sdpa-flash", 1.5), ("sdpa-efficient", 1.5), ("plain", None)]
     assert verdicts[-1].reason == "exit code 1: OSError: libgalaxyhip.so.5: cannot open shared object file"
     assert Child.orders == [names, names[1:], names[2:]]
@@ -624,11 +626,11 @@ def test_a_child_stops_after_harm(monkeypatch, capsys):
 
     def try_here(kernel, problem):
         tried.append(kernel)
-        return A.Verdict(kernel, reason="wrong output", harmless=kernel not in ("sdpa-flash", "plain"))
-    monkeypatch.setattr(A, "try_here", try_here)
+        return attention_picker.Verdict(kernel, reason="wrong output", harmless=kernel not in ("sdpa-flash", "plain"))
+    monkeypatch.setattr(attention_picker, "try_here", try_here)
     order = {"problem": {"device": "cpu", "dtype": "float16", "head_dim": 8, "num_heads": 2, "num_kv_heads": 1}}
-    A.answer_probe(json.dumps({"kernels": ["sdpa-math", "sdpa-flash", "plain"], **order}))
-    A.answer_probe(json.dumps({"kernels": ["sdpa-flash", "plain"], **order}))
+    attention_picker.answer_probe(json.dumps({"kernels": ["sdpa-math", "sdpa-flash", "plain"], **order}))
+    attention_picker.answer_probe(json.dumps({"kernels": ["sdpa-flash", "plain"], **order}))
     assert tried == ["sdpa-math", "sdpa-flash", "sdpa-flash"]
     assert [json.loads(line)["kernel"] for line in capsys.readouterr().out.splitlines()] == ["sdpa-math", "sdpa-flash"]
 
@@ -640,7 +642,7 @@ SHAPE = {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2}
 
 @pytest.fixture(autouse=True)
 def fresh():
-    A.try_kernels.cache_clear()
+    attention_picker.try_kernels.cache_clear()
 
 
 def imitate_gpu(monkeypatch, measured, hip=None, installed=None, version=(2, 13)):
@@ -648,23 +650,24 @@ def imitate_gpu(monkeypatch, measured, hip=None, installed=None, version=(2, 13)
     def children(kernels, problem):
         assert problem.on_gpu
         pairs = [(name, measured[name]) for name in kernels]
-        return [A.Verdict(name, ms=x) if isinstance(x, float) else A.Verdict(name, reason=x) for name, x in pairs]
-    monkeypatch.setattr(A, "try_in_children", children)
-    monkeypatch.setattr(A, "try_here", lambda *args: pytest.fail("a GPU kernel was tried in the run's own process"))
-    monkeypatch.setattr(A, "version_of", lambda package: installed)
+        return [attention_picker.Verdict(name, ms=x) if isinstance(x, float) else attention_picker.Verdict(name, reason=x) for name, x in pairs]
+    monkeypatch.setattr(attention_picker, "try_in_children", children)
+    monkeypatch.setattr(attention_picker, "try_here", lambda *args: pytest.fail("a GPU kernel was tried in the run's own process"))
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: installed)
     monkeypatch.setattr(A, "TORCH", version)
+    monkeypatch.setattr(attention_picker, "TORCH", version)
     monkeypatch.setattr(torch.version, "hip", hip)
 
 
 def test_on_the_cpu_it_picks_a_correct_kernel_and_leaves_the_random_stream_alone():
     before = torch.random.get_rng_state()
-    choice = A.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE)
+    choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE)
     assert torch.equal(before, torch.random.get_rng_state())
     assert choice.kernel in choice.timings and choice.timings.keys() >= {"sdpa-math", "plain"}
     assert choice.refused["flash-attn"] == choice.refused["sdpa-efficient"] == "needs a GPU"
     assert choice.lines[-1].startswith(f"attention: {choice.kernel} (")
     assert "flash-attn (needs a GPU)" in choice.lines[-1]
-    assert A.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE).kernel in SDPA_ON_CPU
+    assert attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE).kernel in SDPA_ON_CPU
 
 
 def test_a_k100_with_the_das_wheels(monkeypatch):
@@ -673,7 +676,7 @@ def test_a_k100_with_the_das_wheels(monkeypatch):
     measured = {"flash-attn": fault, "sdpa-flash": 0.41, "sdpa-efficient": "torch built without it",
                 "sdpa-math": 3.9, "plain": 4.8}
     imitate_gpu(monkeypatch, measured, hip="5.7", installed="2.6.1+das.opt2.dtk2504", version=(2, 4))
-    choice = A.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE)
+    choice = attention_picker.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE)
     assert choice.kernel == "sdpa-flash"
     line = choice.lines[-1]
     assert line.startswith("attention: sdpa-flash (0.41 ms). not used: ")
@@ -685,7 +688,7 @@ def test_a_k100_with_the_das_wheels(monkeypatch):
 def test_what_fa2_does_without_flash_attn(monkeypatch):
     imitate_gpu(monkeypatch, {"torch-varlen": 0.5, "sdpa-flash": 0.4, "sdpa-cudnn": 0.3, "sdpa-efficient": 1.0,
                               "sdpa-math": 5.0, "plain": 6.0})
-    choice = A.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE)
+    choice = attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE)
     assert choice.kernel == "sdpa-cudnn"
     assert "fa2 cannot be had here: flash-attn (not installed). Trying the others instead." in choice.lines[0]
 
@@ -693,7 +696,7 @@ def test_what_fa2_does_without_flash_attn(monkeypatch):
 def test_what_each_value_of_flash_attn_may_use(monkeypatch):
     imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-flash": 0.4, "sdpa-cudnn": 0.39, "sdpa-efficient": 1.0,
                               "sdpa-math": 5.0, "plain": 6.0, "torch-varlen": 0.5}, installed="2.7.4")
-    pick = lambda value: A.pick_kernel(value, device="cuda", dtype=torch.bfloat16, **SHAPE).kernel
+    pick = lambda value: attention_picker.pick_kernel(value, device="cuda", dtype=torch.bfloat16, **SHAPE).kernel
     assert (pick("auto"), pick("fa2"), pick("disabled")) == ("flash-attn", "flash-attn", "plain")
     assert pick("sdpa") == "sdpa-flash"                       # within a tenth of sdpa-cudnn, and preferred
     with pytest.raises(ValueError, match=r"flash_attn: 'sdpaa' is not known \(did you mean 'sdpa'\?\)"):
@@ -703,16 +706,16 @@ def test_what_each_value_of_flash_attn_may_use(monkeypatch):
 def test_nothing_works(monkeypatch):
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, "crashed: Segmentation fault"))
     with pytest.raises(RuntimeError, match="no attention kernel.*Segmentation fault"):
-        A.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE)
+        attention_picker.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE)
 
 
 @pytest.mark.parametrize("version, refused", (("2.0.4", True), ("1.0.9", True), ("2.10", False),
                                               ("2.6.1+das.opt2.dtk2504", False)))
 def test_old_flash_attn_is_refused(monkeypatch, version, refused):
-    monkeypatch.setattr(A, "version_of", lambda package: version)
-    reason = A.known_refusal("flash-attn", A.Problem("cuda:0", "bfloat16", 128, 8, 2))
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: version)
+    reason = attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "bfloat16", 128, 8, 2))
     assert bool(reason) is refused and (not refused or "top left" in reason)
-    assert A.known_refusal("flash-attn", A.Problem("cuda:0", "float32", 128, 8, 2)) == "takes only float16 and bfloat16"
+    assert attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "float32", 128, 8, 2)) == "takes only float16 and bfloat16"
 
 
 @pytest.mark.parametrize("version, rules, said", (
@@ -720,37 +723,37 @@ def test_old_flash_attn_is_refused(monkeypatch, version, refused):
     ("2.3.6", {"alibi": True}, "has no ALiBi; 2.4 or newer"), ("2.4.0", {"alibi": True}, None),
     ("2.2.1", {"window": 9}, "has no window; 2.3 or newer"), ("2.2.1", {"chunk": 9}, None)))
 def test_flash_attn_learnt_things_over_time(monkeypatch, version, rules, said):
-    monkeypatch.setattr(A, "version_of", lambda package: version)
-    reason = A.known_refusal("flash-attn", A.Problem("cuda:0", "bfloat16", 128, 8, 2, **rules))
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: version)
+    reason = attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "bfloat16", 128, 8, 2, **rules))
     assert reason == (said and f"version {version} {said} is needed")
 
 
 def test_capped_scores_on_the_cpu_are_for_the_plain_twin():
     rules = {"window": 4096, "softcap": 50.0, "scale": 256 ** -0.5}
-    choice = A.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, **rules)
+    choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, **rules)
     assert choice.kernel == "plain" and "sdpa-* (has no softcap)" in choice.lines[-1]
     assert all(choice.refused[name] == "has no softcap" for name in ("torch-varlen", *A.SDPA))
-    choice = A.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, **rules)
+    choice = attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, **rules)
     assert choice.kernel == "plain" and "cannot be had here" in choice.lines[0] and "has no softcap" in choice.lines[0]
 
 
 def test_alibi_and_chunks_on_the_cpu_may_use_torch():
-    choice = A.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, alibi=True)
+    choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, alibi=True)
     assert choice.timings.keys() == {"sdpa-flash", "sdpa-math", "plain"}
     assert choice.refused["torch-varlen"] == "has no ALiBi"
-    choice = A.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, chunk=64)
+    choice = attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, chunk=64)
     assert choice.timings.keys() == {"sdpa-flash", "sdpa-math"}
 
 
 def test_on_a_gpu_alibi_is_no_matter_for_flash_of_torch(monkeypatch):
     imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-cudnn": 0.3, "sdpa-efficient": 0.4, "sdpa-math": 5.0,
                               "plain": 6.0}, installed="2.7.4")
-    choice = A.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True)
+    choice = attention_picker.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True)
     assert choice.kernel == "flash-attn" and choice.refused == {"torch-varlen": "has no ALiBi",
                                                                 "sdpa-flash": "takes no mask, and ALiBi needs one"}
-    monkeypatch.setattr(A, "version_of", lambda package: None)
-    A.try_kernels.cache_clear()
-    choice = A.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True, window=64)
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: None)
+    attention_picker.try_kernels.cache_clear()
+    choice = attention_picker.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True, window=64)
     assert choice.kernel == "sdpa-cudnn" and len(choice.lines) == 1         # it takes the mask: nothing stands in
 
 
@@ -760,12 +763,12 @@ def test_on_a_gpu_alibi_is_no_matter_for_flash_of_torch(monkeypatch):
     ({"window": 8, "training": False}, "sequences longer than the window of 8 tokens and prompts after a cached one")))
 def test_what_stands_in_where_a_mask_is_needed_is_announced(monkeypatch, rules, cases):
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 6.0) | {"sdpa-flash": 0.1})
-    lines = A.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines
+    lines = attention_picker.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines
     assert lines[-1].startswith("attention: sdpa-flash (0.1 ms)")
     note = f"attention: sdpa-flash may take no mask: {cases} then run on sdpa-efficient or sdpa-math"
     assert lines[:-1] == ([note] if cases else [])
     imitate_gpu(monkeypatch, {"flash-attn": 0.1}, installed="2.7.4")        # has all of it
-    assert len(A.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines) == 1
+    assert len(attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines) == 1
 
 
 # ---- ROCm, DCU, amdsmi -----------------------------------------------------------------------------------------------
@@ -804,8 +807,8 @@ def test_amdsmi_name_error_happens_without_the_guard(rocm_torch):
 
 
 def test_guard_before_torch(rocm_torch):
-    assert A.is_rocm_build()
-    with A.guard_amdsmi():
+    assert device.is_rocm_build()
+    with device.guard_amdsmi():
         import torch as rocm
     assert rocm.cuda.device_count() == 8
     import pynvml                                            # hidden only while torch was imported
@@ -814,20 +817,20 @@ def test_guard_before_torch(rocm_torch):
 
 def test_guard_after_torch(rocm_torch):
     import torch as rocm
-    with A.guard_amdsmi():
+    with device.guard_amdsmi():
         pass
     assert rocm.cuda.device_count() == 8
 
 
 def test_guard_leaves_other_builds_alone(monkeypatch):
-    assert A.is_rocm_build() is bool(torch.version.hip)
+    assert device.is_rocm_build() is bool(torch.version.hip)
     monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", True)
-    with A.guard_amdsmi():
+    with device.guard_amdsmi():
         pass
     assert torch.cuda._HAS_PYNVML                            # a CUDA or CPU build
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "_HAS_AMDSMI", False, raising=False)
-    with A.guard_amdsmi():
+    with device.guard_amdsmi():
         pass
     assert torch.cuda._HAS_PYNVML                            # a torch that keeps the two apart itself
 
@@ -838,7 +841,7 @@ def test_guard_on_the_code_of_torch_2_4(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", True)
     with pytest.raises(NameError, match="amdsmi"):
         torch.cuda._raw_device_count_amdsmi()
-    with A.guard_amdsmi():
+    with device.guard_amdsmi():
         pass
     assert torch.cuda._raw_device_count_amdsmi() == -1       # torch then asks the runtime
 
@@ -847,7 +850,7 @@ def test_guard_on_the_code_of_torch_2_4(monkeypatch):
 def test_the_runtime_is_believed_about_cards(monkeypatch, counted):
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 8, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
-    cards, warning = A.visible_cards()
+    cards, warning = attention_picker.visible_cards()
     assert cards == 8
     assert not warning if counted == 8 else "pynvml" in warning[0] and "amdsmi" in warning[0]
 
@@ -862,25 +865,25 @@ def test_cards_by_name(monkeypatch, hip, arch, name):
     card = types.SimpleNamespace(name="K100_AI", major=9, minor=0, total_memory=64 * 2**30, gcnArchName=arch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert A.card_name(0) == name
+    assert attention_picker.card_name(0) == name
 
 
 def test_a_posing_card_is_announced(monkeypatch):
     monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "9.0.6")
-    assert A.posing_card() == []                             # it means nothing to a CPU or CUDA build
+    assert attention_picker.posing_card() == []                             # it means nothing to a CPU or CUDA build
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 1.0), hip="6.2", installed="2.7.4")
-    lines = A.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE).lines
+    lines = attention_picker.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE).lines
     assert "HSA_OVERRIDE_GFX_VERSION=9.0.6" in lines[0] and lines[1].startswith("attention: flash-attn")
 
 
 def test_the_table_of_this_machine(monkeypatch, capsys):
     monkeypatch.setenv("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")
-    monkeypatch.setattr(A, "CHECKED", (1, 7, 65))
+    monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 65))
     monkeypatch.setattr(sys, "argv", ["attention.py", "--head_dim", "16", "--num_heads", "2", "--num_kv_heads", "1"])
-    A.main()
+    attention_picker.main()
     out = capsys.readouterr().out
     assert f"torch {torch.__version__}" in out and "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1" in out
-    if not A.visible_cards()[0]:
+    if not attention_picker.visible_cards()[0]:
         assert "no GPU" in out
     for dtype in ("bfloat16", "float16", "float32"):
         for kernel in A.KERNELS:

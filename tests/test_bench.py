@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-import speed
+from runtime import throughput as speed
 from bench import common, cpu, gpu, random_model, scaling
 from bench.common import Child, curves, in_turn, medians, ratios, run_child, slug, table, training_figures
 from families import model_config
@@ -44,7 +44,7 @@ def test_peak_memory_is_that_of_the_largest_process_or_of_all_together():
     inner = f"x = bytearray({200 * MIB}); import time; time.sleep(1)"
     family = f"import subprocess, sys; x = bytearray({300 * MIB}); subprocess.run([sys.executable, '-c', {inner!r}])"
     code = "import json, sys; from bench.common import run_child\n" \
-           f"print([run_child([sys.executable, '-c', c]).peak_bytes for c in json.loads(sys.argv[1])])"
+           "print([run_child([sys.executable, '-c', c]).peak_bytes for c in json.loads(sys.argv[1])])"
     asked = json.dumps(["pass", f"x = bytearray({300 * MIB})", family])
     found = subprocess.run([*python(code), asked], cwd=ROOT, capture_output=True, text=True, check=True)
     idle, alone, both = json.loads(found.stdout)

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 import chat
+from runtime import device
+from runtime import finished
+from runtime import load_config
+from text import tokenizer
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 pytestmark = needs_shared
 CURVES = GOLDEN / "curves"
@@ -146,7 +150,7 @@ def test_characters_come_whole_and_special_tokens_as_asked(ask, monkeypatch, ski
     ids = load_tokenizer(BASE).encode("好 🌍<|eom_id|>!<|eot_id|>")
     assert len(ids) > 8 and ids[-1] == 1005
     monkeypatch.setattr(chat, "generate", lambda *args, **kwargs: iter(ids))
-    monkeypatch.setattr(chat.TextStream, "push", spy := Spy(chat.TextStream.push))
+    monkeypatch.setattr(tokenizer.TextStream, "push", spy := Spy(tokenizer.TextStream.push))
     monkeypatch.setattr(chat, "fit_tokenizer", lambda *args: [1005])        # so that <|eom_id|> may stand inside
     out, _ = ask([*GREEDY, f"skip_special_tokens={skip}", "--prompt", "hi"])
     assert out == shown + "\n"
@@ -215,29 +219,29 @@ def test_max_length_counts_when_max_new_tokens_is_zero(ask):
 
 
 def settings(*pairs):
-    return chat.load_config([f"model_name_or_path={BASE}", *map(str, pairs)], "chat")
+    return load_config.load_config([f"model_name_or_path={BASE}", *map(str, pairs)], "chat")
 
 
 def test_weights_of_the_yaml_that_trained(tmp_path):
     output = tmp_path / "out"
-    assert chat.find_weights(settings()) == (BASE, [], ("", ""))
-    base, adapters, remarks = chat.find_weights(settings(f"output_dir={output}"))
+    assert finished.find_weights(settings()) == (BASE, [], ("", ""))
+    base, adapters, remarks = finished.find_weights(settings(f"output_dir={output}"))
     assert (base, adapters) == (BASE, []) and "holds no finished training" in remarks[0]
     (output / "checkpoint-20").mkdir(parents=True)
     (output / "checkpoint-20/trainer_state.json").write_text("{}")
-    assert f"adapter_name_or_path={output}/checkpoint-20" in chat.find_weights(settings(f"output_dir={output}"))[2][0]
+    assert f"adapter_name_or_path={output}/checkpoint-20" in finished.find_weights(settings(f"output_dir={output}"))[2][0]
     shutil.copytree(TRAINED, output, dirs_exist_ok=True)
-    assert chat.find_weights(settings(f"output_dir={output}"))[:2] == (BASE, [output])
-    base, adapters, remarks = chat.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))
+    assert finished.find_weights(settings(f"output_dir={output}"))[:2] == (BASE, [output])
+    base, adapters, remarks = finished.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))
     assert adapters == [OTHER] and f"adapter_name_or_path={output}" in remarks[1]
-    assert chat.find_weights(settings(f"output_dir={BASE}", "finetuning_type=full"))[:2] == (BASE, [])
+    assert finished.find_weights(settings(f"output_dir={BASE}", "finetuning_type=full"))[:2] == (BASE, [])
 
 
 def test_an_adapter_brings_those_that_were_folded_in_before_it(tmp_path, ask):
     output = shutil.copytree(TRAINED, tmp_path / "out")
     (output / "train_config.json").write_text(json.dumps({"adapter_name_or_path": [str(OTHER)], "create_new_adapter": True}))
-    assert chat.find_weights(settings(f"output_dir={output}"))[1] == [OTHER, output]
-    remarks = chat.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))[2]
+    assert finished.find_weights(settings(f"output_dir={output}"))[1] == [OTHER, output]
+    remarks = finished.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))[2]
     assert f"adapter_name_or_path={OTHER},{output}" in remarks[1]
     together = ask([*GREEDY, f"adapter_name_or_path={OTHER},{output}", "prompt=hi"])
     assert ask([*GREEDY, f"output_dir={output}", "prompt=hi"]).out == together.out and "warning" not in together.err
@@ -260,7 +264,7 @@ def test_template_and_system_come_from_the_training(tmp_path, ask):
                                                      (["enable_thinking=true"], {"enable_thinking": False}, True)])
 def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
     (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
-    name, found, origin, force = chat.chat_format(settings(*given), [tmp_path])
+    name, found, origin, force = finished.chat_format(settings(*given), [tmp_path])
     assert (name, found.enable_thinking, force) == ("qwen3", thinking, True)         # training has checked that it fits
 
 
@@ -280,15 +284,15 @@ def test_sampling_values_and_where_they_come_from():
 
 def test_dtype(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert chat.pick_dtype(settings(), {"torch_dtype": "bfloat16"}, cpu) is None            # the checkpoint's own
-    assert chat.pick_dtype(settings("bf16=true"), {}, cpu) == torch.bfloat16
-    assert chat.pick_dtype(settings("fp16=true"), {}, cpu) == torch.float16
-    assert chat.pick_dtype(settings("bf16=true", "infer_dtype=float32"), {}, cpu) == torch.float32
+    assert finished.pick_dtype(settings(), {"torch_dtype": "bfloat16"}, cpu) is None            # the checkpoint's own
+    assert finished.pick_dtype(settings("bf16=true"), {}, cpu) == torch.bfloat16
+    assert finished.pick_dtype(settings("fp16=true"), {}, cpu) == torch.float16
+    assert finished.pick_dtype(settings("bf16=true", "infer_dtype=float32"), {}, cpu) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     for pairs, raw, words in ((["bf16=true"], {}, "config asks"), ([], {"dtype": "bfloat16"}, "checkpoint has")):
         with pytest.raises(ValueError, match=f"{words}.*bfloat16, which Tesla V100 lacks.*infer_dtype"):
-            chat.pick_dtype(settings(*pairs), raw, gpu)
+            finished.pick_dtype(settings(*pairs), raw, gpu)
 
 
 def test_bfloat16_answers(ask):
@@ -300,11 +304,11 @@ def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert chat.pick_device().type == "cpu"
+    assert device.pick_device().type == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert chat.pick_device(use_cpu=True).type == "cpu"
+    assert device.pick_device(use_cpu=True).type == "cpu"
     with pytest.raises(ValueError, match="a GPU was asked for.*use_cpu: true"):
-        chat.pick_device()
+        device.pick_device()
 
 
 # ---- what a user may get wrong ----

@@ -18,11 +18,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import checkpoint
-from checkpoint import (BUFFERS, CODES, PICKLES_ARE_SAFE, checkpoints_in, find_checkpoint, folded_under, into_folder,
-                        load_model, load_training_state, new_folder, open_tensors, plan_shards, rng_state, save_adapter,
-                        save_model, save_training_state, stored_as, tensor_files, warn_of_folded, write_json,
-                        write_tensors)
+from checkpoint import files
+from checkpoint import load as checkpoint
+from checkpoint.adapters import folded_under, save_adapter, warn_of_folded
+from checkpoint.files import (CODES, PICKLES_ARE_SAFE, find_checkpoint, into_folder, new_folder,
+                              open_tensors, plan_shards, stored_as, tensor_files, write_json,
+                              write_tensors)
+from checkpoint.load import BUFFERS, load_model, save_model
+from checkpoint.training_state import (checkpoints_in, load_training_state, rng_state,
+                                       save_training_state)
 from lora import LoRAConfig, attach_lora
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_model import tiny, write
@@ -104,7 +108,7 @@ class Hub(BaseHTTPRequestHandler):
 
 ASK = """
 import json, os, sys
-from checkpoint import find_checkpoint
+from checkpoint.files import find_checkpoint
 answers = []
 for arguments in json.loads(sys.argv[1]):
     try:
@@ -434,7 +438,7 @@ def test_an_index_that_names_more_than_the_pickle_holds(tmp_path):
 
 
 def test_pickles_are_refused_before_torch_2_6(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "PICKLES_ARE_SAFE", False)
+    monkeypatch.setattr(files, "PICKLES_ARE_SAFE", False)
     with pytest.raises(ValueError, match="safe to read with torch 2.6 or newer only .CVE-2025-32434.*python merge.py"):
         load_model(pickled(tmp_path))
 
@@ -448,11 +452,11 @@ def test_folder_without_weights(tmp_path):
 @pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="the peak of a process is read from /proc (Linux)")
 def test_a_tensor_of_a_pickle_is_read_without_the_others(tmp_path):
     torch.save({name: torch.full((20_000_000,), 0.5) for name in "abc"}, tmp_path / "x.bin")      # 240 MB
-    code = ("import sys, checkpoint\n"
+    code = ("import sys; from checkpoint import files\n"
             "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
             "before = peak()\n"
             "for start in range(0, 20_000_000, 2_000_000):\n"
-            "    with checkpoint.open_tensors(sys.argv[1]) as tensors:\n"
+            "    with files.open_tensors(sys.argv[1]) as tensors:\n"
             "        assert tensors.get_slice('b')[start:start + 2_000_000].sum() == 1_000_000\n"
             "print((peak() - before) * 1024)")
     command = [sys.executable, "-c", code, str(tmp_path / "x.bin")]
@@ -502,7 +506,7 @@ def test_an_old_folder_outlives_a_stop_at_the_last_moment(tmp_path, monkeypatch)
             raise SystemExit("killed")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", stop)
+    monkeypatch.setattr(files.os, "replace", stop)
     with pytest.raises(SystemExit):
         with new_folder(tmp_path / "out") as work:
             (work / "a").write_text("new")
@@ -517,7 +521,7 @@ def test_an_old_folder_outlives_a_stop_at_the_last_moment(tmp_path, monkeypatch)
 KILLED = """
 import sys, time, torch
 from pathlib import Path
-from checkpoint import new_folder, write_tensors
+from checkpoint.files import new_folder, write_tensors
 def rows_of(name):
     if name == "c":
         print("writing", flush=True)

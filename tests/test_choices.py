@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from choices import accuracies, find_subjects, read_questions
+from evals.multiple_choice import accuracies, find_subjects, read_questions
 from tests.common import GOLDEN, needs_shared
 
 evaluation = importlib.import_module("eval")            # the builtin of that name stays what it is

@@ -17,7 +17,9 @@ import time
 import pytest
 
 import config as settings
-from config import Config, KEYS, UNUSED, as_dict, ignored_keys, in_steps, load_config, non_default
+import errors
+from config import COMMANDS, Config, KEYS, UNUSED, as_dict, in_steps
+from runtime.load_config import ignored_keys, load_config, non_default
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared
 
 PEER_KEYS = """
@@ -174,9 +176,8 @@ def test_ignored_keys_are_listed():
 
 
 def test_every_key_is_read_by_some_script():
-    scripts = [path for path in ROOT.glob("*.py") if path.name != "config.py"]
-    if not {"train.py", "chat.py", "merge.py", "data.py"} <= {path.name for path in scripts}:
-        pytest.skip("not all scripts are here")
+    scripts = [path for path in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
+               if path.name not in ("config.py", "load_config.py") and path.parent.name not in ("tests", "bench")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in scripts)
     alike = {"metric_for_best_model", "optim"}          # each has values that mean the same
     assert [name for name in KEYS if name not in alike and not re.search(rf"config\.{name}\b|\"{name}\"", text)] == []
@@ -441,12 +442,13 @@ def test_what_merge_takes_and_refuses():
 
 @pytest.mark.parametrize("script", ["train", "data", "chat", "eval", "merge"])
 def test_missing_keys_are_named(script):
+    command = COMMANDS.get(script, f"{script}.py")
     complete = [f"{name}={name}" for name in settings.SCRIPTS[script][0]] + ["adapter_name_or_path=a"]
     load(*complete, script=script)
     for i in range(len(complete) - 1):
         name = complete[i].partition("=")[0]
         message = refusal(*complete[:i], *complete[i + 1:], script=script)
-        assert message.startswith(f"command line: {script}.py needs '{name}'") and f"{script}.py --help" in message
+        assert message.startswith(f"command line: python {command} needs '{name}'") and f"{command} --help" in message
 
 
 # ---- as a program
@@ -470,7 +472,7 @@ def test_help_of_each_script(capsys):
         with pytest.raises(SystemExit) as stopped:
             load("--help", script=script)
         text = capsys.readouterr().out
-        assert stopped.value.code == 0 and f"python {script}.py" in text and "config.py --keys" in text
+        assert stopped.value.code == 0 and f"python {COMMANDS.get(script, f'{script}.py')} " in text and "config.py --keys" in text
 
 
 @pytest.mark.parametrize("script", settings.SCRIPTS)
@@ -482,12 +484,12 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script):
 
     def start(*argv):
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        return subprocess.run([sys.executable, f"{script}.py", *argv], capture_output=True, text=True, cwd=ROOT, env=env,
+        return subprocess.run([sys.executable, *COMMANDS.get(script, f"{script}.py").split(), *argv], capture_output=True, text=True, cwd=ROOT, env=env,
                               timeout=60)
 
     begun = time.time()
     done = start("--help")
-    assert done.returncode == 0 and f"python {script}.py" in done.stdout and done.stderr == ""
+    assert done.returncode == 0 and f"python {COMMANDS.get(script, f'{script}.py')} " in done.stdout and done.stderr == ""
     assert time.time() - begun < 2                                  # about 0.1 s where nothing else runs
     done = start(write(tmp_path, "model_name_or_path: m\nlora_rnak: 4\n"))
     assert done.returncode == 1 and "line 2: unknown key 'lora_rnak' (did you mean 'lora_rank'?)" in done.stderr
@@ -496,9 +498,9 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script):
 
 
 def test_shows_a_file_or_one_error_line(tmp_path):
-    done = program("config.py", write(tmp_path, "lora_rank: 4\ntrust_remote_code: true\n"))
+    done = program("-m", "runtime.load_config", write(tmp_path, "lora_rank: 4\ntrust_remote_code: true\n"))
     assert done.stdout == "lora_rank: 4\nlora_alpha: 8\naccepted, no effect here: trust_remote_code\n"
-    done = program("config.py", "lora_rank=x")
+    done = program("-m", "runtime.load_config", "lora_rank=x")
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch("error: command line: lora_rank: .*\n", done.stderr)
 
@@ -512,7 +514,7 @@ def test_odd_spellings_on_the_command_line(argv, part):
 
 def test_output_that_cannot_show_a_character(tmp_path):
     """A pipe, or a Windows console, in an encoding without the ellipsis: ? stands for it, and the run goes on."""
-    done = subprocess.run([sys.executable, "config.py", "default_system=…"], capture_output=True, cwd=ROOT, timeout=60,
+    done = subprocess.run([sys.executable, "-m", "runtime.load_config", "default_system=…"], capture_output=True, cwd=ROOT, timeout=60,
                           env={**os.environ, "PYTHONIOENCODING": "latin-1"})
     assert (done.returncode, done.stdout) == (0, b"default_system: ?\n")
 
@@ -533,23 +535,23 @@ def raising(error):
 def test_run_turns_a_users_mistake_into_a_line(capsys, monkeypatch, error, code, text):
     monkeypatch.delenv("POCKET_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        settings.run(raising(error))
+        errors.run(raising(error))
     assert stopped.value.code == code and capsys.readouterr().err == text
 
 
 def test_run_has_a_sentence_for_a_full_disk(capsys):
     with pytest.raises(SystemExit):
-        settings.run(raising(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")))
+        errors.run(raising(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")))
     message = capsys.readouterr().err
     assert message.startswith("error: out/model.safetensors: no space left on the disk") and "output_dir" in message
 
 
 def test_run_keeps_the_traceback_of_a_bug_and_on_request(monkeypatch):
     with pytest.raises(KeyError):
-        settings.run(raising(KeyError("bug")))
+        errors.run(raising(KeyError("bug")))
     monkeypatch.setenv("POCKET_TRACEBACK", "1")
     with pytest.raises(ValueError):
-        settings.run(raising(ValueError("wrong")))
+        errors.run(raising(ValueError("wrong")))
 
 
 def test_each_run_has_its_own_lists():

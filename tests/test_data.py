@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 
 import data
+from methods import preference
+from runtime import preview
+from runtime import steps as runtime_steps
+from text import token_cache
 import templates
+from text import template_check
 
-import tools
-from config import load_config
-from templates import TEMPLATES, encode_prompt, fit_tokenizer
+from text import tool_calls as tools
+from runtime.load_config import load_config
+from templates import encode_prompt, fit_tokenizer
+from text.chat_formats import TEMPLATES
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 IGNORE = data.IGNORE
 CASE_KEYS = ("case", "stage", "template", "tokenizer", "tokenizer_backend", "predict", "settings", "dataset_info")
@@ -86,7 +92,7 @@ def test_golden_rows(file, tmp_path):
         config = make_config(tmp_path, settings, skip_bad_rows=line["case"] == "broken_rows")
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = data.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, keep_unlearnable=True)
         where = f"{file} {[line[key] for key in CASE_KEYS]}"
         output = lines[0].get("output") or lines
         assert len(examples) == len(output), where
@@ -106,7 +112,7 @@ def test_golden_rows_with_two_answers(file, tmp_path):
         config = make_config(tmp_path, {"stage": line["stage"], "template": line["template"], **line["settings"]})
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = data.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, keep_unlearnable=True)
         for example, wanted in zip(examples, lines, strict=True):
             assert example.desired == wanted.get("kto_tags"), line
             for number, name in enumerate(names):
@@ -126,7 +132,7 @@ def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
         write_dataset(tmp_path, recorded[stage], recorded["dataset_info"][stage])
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / run["tokenizer"])
         config = make_config(tmp_path, run["settings"])
-        examples, _, _ = data.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, keep_unlearnable=True)
         found = [[data.stretch(example, number) for number in (0, 1)] for example in examples]
         found = [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found]
         assert found == run["crc"], run
@@ -188,12 +194,12 @@ def test_batches_of_pairs_lie_chosen_first(tmp_path):
         return data.Example(ids, ids, [len(s) for s in stretches], ids, desired)
 
     rows = [example([1, 2], [3]), example([4], [5, 6]), example([7, 8, 9], [10])]
-    batch = data.collate_answers([rows[:2], rows[2:]])
+    batch = preference.collate_answers([rows[:2], rows[2:]])
     assert batch.input_ids[0].tolist() == [1, 2, 4, 7, 8, 9, 3, 5, 6, 10] and batch.lengths == [2, 1, 3, 1, 2, 1]
     assert batch.shares.tolist() == [0.5, 0.5, 1.0] and (batch.n_items, batch.groups) == (2, (2, 1))
-    alike = data.collate_answers([rows[:2], rows[2:]], alike=True)
+    alike = preference.collate_answers([rows[:2], rows[2:]], alike=True)
     assert alike.shares.tolist() == [1.0, 1.0, 1.0] and alike.n_items == 3
-    judged = data.collate_answers([[example([1, 2], [3], desired=True), example([4], [5, 6], desired=False)]])
+    judged = preference.collate_answers([[example([1, 2], [3], desired=True), example([4], [5, 6], desired=False)]])
     assert judged.input_ids[0].tolist() == [1, 2, 4] and judged.other.input_ids[0].tolist() == [3, 5, 6]
     assert judged.desired.tolist() == [True, False]
 
@@ -218,7 +224,8 @@ def check_example(example, wanted, tokenizer, settings, where):
 @needs_shared
 def test_golden_prompts(tmp_path):
     """The generation path: prompt and answer apart, cut by the same rule."""
-    from rows import convert, load_rows
+    from text.conversations import convert
+    from text.data_files import load_rows
     checked = 0
     for line, rows, lines in cases_of("predict") + cases_of("templates_094"):
         if not line["predict"] or not known(line):
@@ -252,7 +259,7 @@ def test_golden_batches(tmp_path):
         write_dataset(tmp_path, line["rows"], line["dataset_info"])
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = data.load_examples(make_config(tmp_path, settings), tokenizer, template)
+        examples, _, _ = token_cache.load_examples(make_config(tmp_path, settings), tokenizer, template)
         wanted = line["batch"]
         examples = examples[:len(wanted["input_ids"])]
         batch, start = data.collate(examples), 0
@@ -283,7 +290,7 @@ def test_curves(case):
     config = load_config([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", *extra], "train")
     template = TEMPLATES[config.template]
     tokenizer = tokenizer_for(template, folder / config.model_name_or_path)
-    train, evaluation, _ = data.load_examples(config, tokenizer, template)
+    train, evaluation, _ = token_cache.load_examples(config, tokenizer, template)
     recorded = read_jsonl(folder / "processed.jsonl")
     assert len(train) + len(evaluation) == len(recorded)
     for example, wanted in zip([*train, *evaluation], recorded):
@@ -291,7 +298,7 @@ def test_curves(case):
         check_example(example, wanted, tokenizer, settings, (case, wanted["split"], wanted["index"]))
     order = []
     for epoch in range(int(config.num_train_epochs)):
-        order += data.micro_batches(data.epoch_order(len(train), config.seed, epoch, not config.disable_shuffling),
+        order += runtime_steps.micro_batches(runtime_steps.epoch_order(len(train), config.seed, epoch, not config.disable_shuffling),
                                     config.per_device_train_batch_size)
     steps = read_jsonl(folder / "micro_steps.rank0.jsonl")
     batches = [[index for split, index in step["rows"]] for step in steps
@@ -309,7 +316,7 @@ def test_published_example(tmp_path):
     template = TEMPLATES["llama3"]
     tokenizer = tokenizer_for(template, SHARED / "tokenizers" / "llama3")
     config = make_config(tmp_path, dataset="identity,alpaca_en_demo", max_samples=500, dataset_dir=str(SHARED / "data"))
-    train, _, _ = data.load_examples(config, tokenizer, template)
+    train, _, _ = token_cache.load_examples(config, tokenizer, template)
     first = published["training_example"]
     assert train[0].input_ids.tolist() == first["input_ids"]
     assert train[0].labels.tolist() == [IGNORE] * first["masked_prefix"] + first["input_ids"][first["masked_prefix"]:]
@@ -327,9 +334,9 @@ def test_golden_errors(tmp_path):
         with pytest.raises(ValueError):
             config = make_config(tmp_path, {"stage": line["stage"], "template": line["template"], **line["settings"]})
             tokenizer = load_tokenizer(SHARED / "tokenizers" / line["tokenizer"])
-            template, _ = templates.choose_template(config.template, tokenizer, None, force=True)
+            template, _ = template_check.choose_template(config.template, tokenizer, None, force=True)
             fit_tokenizer(template, tokenizer)
-            data.load_examples(config, tokenizer, template)
+            token_cache.load_examples(config, tokenizer, template)
             pytest.fail(f"not refused: {line['case']}")
         checked += 1
     assert checked > 5
@@ -343,7 +350,7 @@ def words():
     """A tokenizer made here: one token a word, and a template of bare texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    from tokenizer import Tokenizer as Ours
+    from text.tokenizer import Tokenizer as Ours
     vocabulary = {word: i for i, word in enumerate(["[unk]", "</s>", *(f"w{n}" for n in range(200))])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -359,7 +366,7 @@ def load(tmp_path, words, rows, entry=None, **settings):
 
 
 def loaded(tmp_path, words, **settings):
-    return data.load_examples(make_config(tmp_path, settings), *words)
+    return token_cache.load_examples(make_config(tmp_path, settings), *words)
 
 
 def ask(question, answer):
@@ -488,13 +495,13 @@ def test_collate_shifts_within_each_stretch():
 
 
 def test_order_and_micro_batches():
-    order = data.epoch_order(10, seed=3, epoch=1, shuffle=True)
-    assert sorted(order) == list(range(10)) and order != data.epoch_order(10, seed=3, epoch=2, shuffle=True)
-    assert order == data.epoch_order(10, seed=4, epoch=0, shuffle=True)           # seed + epoch is all that counts
-    assert data.epoch_order(3, 0, 5, shuffle=False) == [0, 1, 2]
-    assert data.micro_batches(order, 4) == [order[:4], order[4:8], order[8:]]
-    assert data.micro_batches(order, 4, drop_last=True) == [order[:4], order[4:8]]
-    assert data.micro_batches(order, 5, drop_last=True) == [order[:5], order[5:]]
+    order = runtime_steps.epoch_order(10, seed=3, epoch=1, shuffle=True)
+    assert sorted(order) == list(range(10)) and order != runtime_steps.epoch_order(10, seed=3, epoch=2, shuffle=True)
+    assert order == runtime_steps.epoch_order(10, seed=4, epoch=0, shuffle=True)           # seed + epoch is all that counts
+    assert runtime_steps.epoch_order(3, 0, 5, shuffle=False) == [0, 1, 2]
+    assert runtime_steps.micro_batches(order, 4) == [order[:4], order[4:8], order[8:]]
+    assert runtime_steps.micro_batches(order, 4, drop_last=True) == [order[:4], order[4:8]]
+    assert runtime_steps.micro_batches(order, 5, drop_last=True) == [order[:5], order[5:]]
 
 
 def test_documents(tmp_path, words):
@@ -518,7 +525,7 @@ def test_documents(tmp_path, words):
 def test_a_tool_format_that_does_not_exist_is_no_fault_of_the_rows():
     folder = GOLDEN / "curves" / "sft_llama3"
     with pytest.raises(ValueError, match="^unknown tool_format 'foo'"):
-        data.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "tool_format=foo", "skip_bad_rows=true",
+        preview.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "tool_format=foo", "skip_bad_rows=true",
                    f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}"])
 
 
@@ -527,21 +534,21 @@ def test_running_text_cut_to_single_tokens_teaches_nothing(tmp_path):
     """A first token has a label, and nothing that predicts it."""
     (tmp_path / "d.txt").write_text("hello there\n")
     with pytest.raises(ValueError, match="nothing to learn .* cutoff_len: 1"):
-        data.main([f"dataset={tmp_path / 'd.txt'}", "stage=pt", "cutoff_len=1", "template=llama3",
+        preview.main([f"dataset={tmp_path / 'd.txt'}", "stage=pt", "cutoff_len=1", "template=llama3",
                    f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}"])
 
 
 @needs_shared
 def test_command_line_writes_every_row(tmp_path, capsys):
-    """python data.py config.yaml --jsonl FILE: the rows LLaMA-Factory made, its padding of packed rows included."""
+    """python -m runtime.preview config.yaml --jsonl FILE: the rows LLaMA-Factory made, its padding of packed rows included."""
     folder, out = GOLDEN / "curves" / "sft_packing", tmp_path / "rows.jsonl"
-    data.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "neat_packing=false",
+    preview.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "neat_packing=false",
                f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl", str(out)])
     wanted = [{key: row[key] for key in ("input_ids", "labels")} for row in read_jsonl(folder / "processed.jsonl")]
     assert read_jsonl(out) == wanted
     told = capsys.readouterr().out
     assert "example 1" in told and "train train" in told
     with pytest.raises(ValueError, match="nothing to learn"):       # written all the same, to be looked at
-        data.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "packing=false", "cutoff_len=1",
+        preview.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "packing=false", "cutoff_len=1",
                    f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl", str(out)])
     assert all(row["labels"] == [IGNORE] for row in read_jsonl(out)) and len(read_jsonl(out)) == 27

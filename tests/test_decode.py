@@ -3,8 +3,9 @@ import pytest
 import torch
 from torch import nn
 
-import decode
-from decode import PRODUCTS, CapturedStep, QuickLinear, StillCache, join_matrices, pick_product, pick_step, prepare
+from fast import decode
+from fast.decode import (CapturedStep, PRODUCTS, QuickLinear, StillCache, join_matrices,
+                         pick_product, pick_step, prepare)
 from families import model_config
 from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
 from lora import LoRAConfig, attach_lora, lora_layers

@@ -9,11 +9,12 @@ import zlib
 
 import pytest
 
-import answers
-import trained
-from config import load_config
-from scores import NAMES
-from templates import TEMPLATES
+from fast import batch_decode as answers
+from runtime import finished as trained
+from runtime.load_config import load_config
+from evals import predictions
+from evals.bleu_rouge import NAMES
+from text.chat_formats import TEMPLATES
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tests.test_data import cases_of, day_of_recording, known, make_config, tokenizer_for, write_dataset  # noqa: F401
 from tests.test_preference import run as train_pairs
@@ -119,7 +120,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
     """Killed among the adapter's 27 answers, or the base's, with its last line half-written: the files are those of a
     run that was never killed, and no answer is made twice."""
     want, made = measured(tmp_path, "do_sample=true", name="whole"), []
-    honest = evaluation.answer_all
+    honest = predictions.answer_all
 
     def dying(*args, **kwargs):
         for answer in honest(*args, **kwargs):
@@ -128,7 +129,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
             made.append(answer)
             yield answer
 
-    monkeypatch.setattr(evaluation, "answer_all", dying)
+    monkeypatch.setattr(predictions, "answer_all", dying)
     with pytest.raises(KeyboardInterrupt):
         measured(tmp_path, "do_sample=true")
     newest = max((tmp_path / "out").glob("*.partial"), key=lambda path: path.stat().st_mtime_ns)
@@ -152,7 +153,7 @@ def test_answers_made_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, caps
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "answer_all", dying)
+        patch.setattr(predictions, "answer_all", dying)
         with pytest.raises(KeyboardInterrupt):
             measured(tmp_path)
     found = measured(tmp_path, "max_new_tokens=5", "cutoff_len=300")

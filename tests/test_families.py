@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attention import Layout
-from checkpoint import load_model
+from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from model import CausalLM, KVCache
 from tests.common import GOLDEN, needs_shared
@@ -224,7 +224,9 @@ def made(tmp_path_factory):
             model = reference(kind, fields, seed=len(done))
             ids = torch.randint(0, SMALL["vocab_size"], (2, TOKENS), generator=torch.Generator().manual_seed(len(done)))
             with torch.no_grad():
-                logits = model(ids, use_cache=False).logits
+                # transformers 5.24 cannot call the whole of a Llama 4 that reads images without an image
+                text = getattr(model, "language_model", model)
+                logits = text(ids, use_cache=False).logits
             folder = tmp_path_factory.mktemp("checkpoint")
             model.save_pretrained(folder)
             done[name] = folder, json.loads((folder / "config.json").read_text()), ids, logits

@@ -1,6 +1,6 @@
 """fp8.py: rounding against the format's own spacing, products against float32 and torch's, a training against bfloat16.
 
-Read before: fp8.py.
+Read before: methods/fp8.py.
 """
 
 import weakref
@@ -8,9 +8,10 @@ import weakref
 import pytest
 import torch
 
-import fp8
-from fp8 import FORMATS, Fp8, dequantise, multiply, multiply_plain, pick_fp8, product_error, quantise, to_fp8
-from linear import linears
+from methods import fp8
+from methods.fp8 import (FORMATS, Fp8, dequantise, multiply, multiply_plain, pick_fp8,
+                         product_error, quantise, to_fp8)
+from fast.fused_block import linears
 from tests.common import needs_shared
 from tests.test_linear import adapted
 from tests.test_train import run

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from checkpoint import load_model
+from checkpoint.load import load_model
 from families import FAMILIES, model_config
-from generate import Sampling, common_prefix, context_length, generate, generate_uncached, sample, shape_logits
+from generate import (Sampling, common_prefix, context_length, generate, generate_uncached, sample,
+                      shape_logits)
 from model import CausalLM, KVCache, init_weights
 from tests.common import GOLDEN, needs_shared
 

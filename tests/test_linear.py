@@ -1,6 +1,6 @@
 """linear.py: the fast path against its twin, finite differences and a count of what it keeps.
 
-Read before: linear.py.
+Read before: fast/fused_block.py.
 """
 import json
 
@@ -9,15 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import linear
+from fast import fused_block as linear
+from fast import matmul
 from attention import Layout
-from checkpoint import load_model
+from checkpoint.load import load_model
 from families import FAMILIES, model_config
-from linear import PRODUCTS, is_simple, linears, pick_product
+from fast.fused_block import is_simple, linears
+from fast.matmul import PRODUCTS, pick_product
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
-from model import ACTIVATIONS, RECOMPUTE, CausalLM, RMSNorm, compile_steps, init_weights, pick_compile
-from quant import Form, QuantLinear, quantise
+from fast.compile import compile_steps, pick_compile
+from model import ACTIVATIONS, CausalLM, RECOMPUTE, RMSNorm, init_weights
+from methods.quant import Form, QuantLinear, quantise
 from tests.common import GOLDEN, needs_shared
 from tests.test_plan import FAMILIES as FAMILY_FIELDS, SMALL
 
@@ -207,7 +210,7 @@ def test_a_product_that_is_wrong_or_refused_is_never_taken(monkeypatch):
 def test_the_fastest_is_taken_if_it_is_clearly_faster(monkeypatch):
     times = {"torch": 1.0, "onednn": 0.8}
     real = dict(PRODUCTS)
-    monkeypatch.setattr(linear, "shortest", lambda call: times[call.__closure__ and _name_of(call, real)])
+    monkeypatch.setattr(matmul, "shortest", lambda call: times[call.__closure__ and _name_of(call, real)])
     assert pick_product("cpu", torch.float32).taken == "onednn"
     times["onednn"] = 0.95
     assert pick_product("cpu", torch.float32).taken == "torch"

@@ -1,4 +1,4 @@
-"""lora.py and the adapter half of checkpoint.py, against PEFT: what it recorded, what it computes, what it reads."""
+"""lora.py and the adapter half of checkpoint/load.py, against PEFT: what it recorded, what it computes, what it reads."""
 import json
 import math
 import shutil
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint import (PREFIX, adapter_tensors, load_adapter, load_model, load_with_adapters, peft_names, save_adapter,
-                        save_converted, save_pissa_start)
+from checkpoint.adapters import (adapter_tensors, load_adapter, load_with_adapters, peft_names,
+                                 save_adapter, save_converted, save_pissa_start)
+from checkpoint.load import PREFIX, load_model
 from config import Config
 from families import model_config
-from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, expert_matrices, find_targets, lora_layers,
-                  merge_adapters, merged_weight, set_adapters, trainable, unfreeze)
+from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, expert_matrices, find_targets,
+                  lora_layers, merge_adapters, merged_weight, set_adapters, trainable, unfreeze)
 from losses import cross_entropy_sum
 from merge import merge_checkpoint
 from model import CausalLM

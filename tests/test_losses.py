@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import (IGNORE, MOST_CHUNKS, answer_logps, answer_logps_plain, chunk_rows, cross_entropy_plain,
-                    cross_entropy_sum)
+from losses import (IGNORE, MOST_CHUNKS, answer_logps, answer_logps_plain, chunk_rows,
+                    cross_entropy_plain, cross_entropy_sum)
 
 N, V, D = 60, 97, 24
 
@@ -307,7 +307,7 @@ def test_answer_logps_in_sixteen_bits():
 
 
 def test_answer_logps_of_nothing_have_zero_gradients():
-    """As a rank has them that only keeps others company (shard.py)."""
+    """As a rank has them that only keeps others company (scale/fsdp.py)."""
     hidden, weight, _ = problem()
     loss, d_hidden, d_weight = run(partial(weighed, answer_logps), hidden, weight, torch.full((N,), IGNORE))
     assert loss == 0 and not d_hidden.any() and not d_weight.any()

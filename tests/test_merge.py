@@ -14,13 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import merge
-from checkpoint import (PICKLES_ARE_SAFE, load_adapter, load_model, load_with_adapters, save_adapter, tensor_files,
-                        write_tensors)
+from checkpoint.adapters import load_adapter, load_with_adapters, save_adapter
+from checkpoint.files import PICKLES_ARE_SAFE, tensor_files, write_tensors
+from checkpoint.load import load_model
 from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
 from merge import merge_checkpoint
 from model import CausalLM, init_weights
-from quant import Form, QuantLinear
+from methods.quant import Form, QuantLinear
 from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_lora import FAMILIES, IDS, checkpoint_of, logits_of, shake

@@ -1,4 +1,4 @@
-"""model.py and the loading half of checkpoint.py against the references' own logits.
+"""model.py and the loading half of checkpoint/load.py against the references' own logits.
 
 Read before: model.py. Read after: test_families.py, for each family in many settings.
 """
@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from attention import Layout
-from checkpoint import load_model
+from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from losses import balance_loss
-from model import CausalLM, KVCache, MoE, draw, grouped, init_weights, one_by_one, rope_frequencies
+from checkpoint.show import draw
+from model import CausalLM, KVCache, MoE, grouped, init_weights, one_by_one
+from rope import rope_frequencies
 from tests.common import GOLDEN, ROOT, needs_shared
 
 OURS = [folder.name for folder in sorted((GOLDEN / "models").glob("*"))
@@ -261,7 +263,7 @@ def test_memory_of_loading_stays_below_the_checkpoint_plus_300_mb(tmp_path):
     save_file({n: torch.zeros(p.shape, dtype=torch.float32) for n, p in model.named_parameters()},
               str(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text(json.dumps({**TINY, **big}))
-    code = ("import resource, sys; from checkpoint import load_model; import torch\n"
+    code = ("import resource, sys; from checkpoint.load import load_model; import torch\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
             "before = peak(); m = load_model(sys.argv[1], torch.float32); sum(p.sum() for p in m.parameters())\n"
             "print(peak() - before)")
@@ -271,7 +273,7 @@ def test_memory_of_loading_stays_below_the_checkpoint_plus_300_mb(tmp_path):
     assert size > 400 and used < size + 300
 
 
-# ---- python model.py DIR ----------------------------------------------------------------------------------------
+# ---- python -m checkpoint.show DIR ----------------------------------------------------------------------------------------
 
 
 # a line of the drawing: name, shape, bias, parameters, experts
@@ -325,8 +327,8 @@ def test_drawing_of_llama_and_of_what_differs():
 
 def test_the_command(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
-    run = subprocess.run([sys.executable, "model.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "checkpoint.show", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == draw(model_config(TINY)).strip(), run.stderr
     (tmp_path / "config.json").write_text(json.dumps({**TINY, "model_type": "qwen9"}))
-    run = subprocess.run([sys.executable, "model.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-m", "checkpoint.show", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith("error: ") and "qwen9" in run.stderr

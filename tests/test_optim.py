@@ -11,11 +11,12 @@ from torch import nn
 
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
-from optim import (SCHEDULES, LossScale, Optimizer, add_neftune, make_optimizer, parameter_groups, schedule, set_rates,
-                   state_bytes, warmup_steps)
+from optim import (Optimizer, SCHEDULES, add_neftune, make_optimizer, parameter_groups, schedule,
+                   set_rates, state_bytes, warmup_steps)
+from runtime.precision import LossScale
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
 from tests.test_model import tiny
-from updates import BLOCK, UPDATES, from_8bit, levels, orthogonal, to_8bit
+from methods.optimizers import BLOCK, UPDATES, from_8bit, levels, orthogonal, to_8bit
 
 RECORDED = PUBLISHED = []
 if GOLDEN.is_dir():

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 import parallel
 import train
-from checkpoint import write_tensors
-from data import evened, micro_batches
+from checkpoint.files import write_tensors
+from runtime.steps import evened, micro_batches
 from families import model_config
 from model import CausalLM, init_weights
 from parallel import Gradients, Ranks

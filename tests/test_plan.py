@@ -1,9 +1,9 @@
-"""plan.py and room.py: the plan against the bytes that a real step holds, and the advice against the plan it promises.
+"""plan.py and runtime/memory_advice.py: the plan against the bytes that a real step holds, and the advice against the plan it promises.
 
 `Live` sees every tensor that torch makes and counts the storages that are alive, so what it measures owes nothing to
 the formula.
 
-Read before: plan.py, room.py.
+Read before: runtime/memory.py, runtime/memory_advice.py.
 """
 import weakref
 from contextlib import nullcontext
@@ -23,9 +23,10 @@ from losses import cross_entropy_sum
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
-from plan import Plan, all_in, largest_rows, memory_plan, plan_lines
-from quant import Form, can_be_quantised, count, quantise, set_quantised
-from room import SPARE, advice, available_bytes, explain_oom, out_of_memory, truncate_row
+from runtime.memory import Plan, all_in, largest_rows, memory_plan, plan_lines
+from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
+from runtime.memory import SPARE
+from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory, truncate_row
 
 SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
              num_key_value_heads=4, vocab_size=512, max_position_embeddings=4096, rms_norm_eps=1e-5)

@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from runtime import memory
+from runtime import setup
+from runtime import throughput
 import train
 from config import Config
-from preference import (hinge_losses, ipo_losses, kto_losses, logged, orpo_losses, pair_losses, sigmoid_losses,
-                        simpo_losses)
+from losses import logged
+from methods.preference import (hinge_losses, ipo_losses, kto_losses, orpo_losses, pair_losses,
+                                sigmoid_losses, simpo_losses)
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 
 CURVES = GOLDEN / "curves"
@@ -171,7 +175,7 @@ def test_resumed_equals_never_stopped(name, world, tmp_path, monkeypatch):
 def test_joined_micro_batches_are_the_same_step(name, world, tmp_path, monkeypatch):
     """KTO's divergence stays that of its own micro-batch. 13 pairs: the last step of an epoch is shorter."""
     a = run(world, name, tmp_path / "a", monkeypatch, join_micro_batches=False)
-    monkeypatch.setitem(train.ENOUGH_TOKENS, "cpu", 4096)
+    monkeypatch.setitem(setup.ENOUGH_TOKENS, "cpu", 4096)
     b = run(world, name, tmp_path / "b", monkeypatch)
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, abs=1e-4, rel=1e-5)
@@ -235,18 +239,18 @@ def test_the_base_as_ref_model_is_adapters_off(world, tmp_path, monkeypatch):
 def test_the_reference_pass_is_counted_in_flops(world):
     """2 for each token and weight that is not an adapter's, and attention; kto adds forward passes of both over the
     answers of other rows."""
-    from checkpoint import load_model
+    from checkpoint.load import load_model
     from lora import LoRAConfig, attach_lora
-    from speed import matmul_parameters
+    from runtime.throughput import matmul_parameters
     model = load_model(world / "tiny_llama3")
     attach_lora(model, LoRAConfig())
     batch = SimpleNamespace(lengths=[10, 20], other=None)
     frozen, trained = matmul_parameters(model)
-    alone, asked = (train.flops_of_batch(model.config, frozen, trained, weights, batch) for weights in (0, frozen))
+    alone, asked = (throughput.flops_of_batch(model.config, frozen, trained, weights, batch) for weights in (0, frozen))
     pairs = 10 * 11 / 2 + 20 * 21 / 2
     assert asked - alone == 2 * frozen * 30 + 4 * 64 * 2 * pairs                            # 2 layers of 4 heads of 16
     other = SimpleNamespace(lengths=[10, 20], other=SimpleNamespace(lengths=[10, 20]))
-    more = train.flops_of_batch(model.config, frozen, trained, frozen, other) - asked
+    more = throughput.flops_of_batch(model.config, frozen, trained, frozen, other) - asked
     assert more == 2 * (asked - alone) + 2 * trained * 30
 
 
@@ -254,7 +258,7 @@ def test_the_plan_counts_a_second_model(world, tmp_path, monkeypatch):
     """Full fine-tuning has a frozen copy beside it; adapters that are switched off need none."""
     weights = []
     for more in ({"adapter_name_or_path": None, "finetuning_type": "full"}, {}):
-        plans, real = [], train.memory_plan
+        plans, real = [], memory.memory_plan
         monkeypatch.setattr(train, "memory_plan", lambda *args, **more: plans.append(real(*args, **more)) or plans[-1])
         run_dry(world, tmp_path, monkeypatch, **more)
         monkeypatch.setattr(train, "memory_plan", real)

@@ -1,6 +1,6 @@
 """quant.py against bitsandbytes' own numbers and whole checkpoints of its making; what cannot be read; memory.
 
-Read before: quant.py. The recorded files: golden/quant.
+Read before: methods/quant.py. The recorded files: golden/quant.
 """
 import json
 import shutil
@@ -16,13 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import quant
-from checkpoint import load_adapter, load_model, load_with_adapters
+from methods import quant
+from checkpoint.adapters import load_adapter, load_with_adapters
+from checkpoint.load import load_model
 from families import model_config
-from linear import linears
+from fast.fused_block import linears
 from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters
-from quant import (VALUES, EmbeddingOutside, Form, QuantLinear, Quantised, can_be_quantised, compile_unpacking,
-                   map_of_scales, quantise, quantised_weights, unpack_any, values_of)
+from fast.compile import compile_unpacking
+from methods.quant import (EmbeddingOutside, Form, QuantLinear, Quantised, VALUES,
+                           can_be_quantised, map_of_scales, quantise, quantised_weights,
+                           unpack_any, values_of)
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_merge import adapter_with, base_with, tensors_in
 
@@ -228,7 +231,7 @@ def test_an_embedding_outside_reads_the_same_rows():
 @needs_shared
 @pytest.mark.parametrize("name", FOLDERS)
 def test_recorded_checkpoints(name):
-    """Dequantised weights exactly, logits and losses within the README's tolerance, by both paths of linear.py."""
+    """Dequantised weights exactly, logits and losses within the README's tolerance, by both paths of fast/fused_block.py."""
     want, model = load_file(QUANT / name / "expected.safetensors"), load_model(QUANT / name)
     weights, real = quantised_weights(model), want["attention_mask"].bool()
     dense = {key.removeprefix("dequant."): value for key, value in want.items() if key.startswith("dequant.")}
@@ -413,8 +416,8 @@ def test_other_quantisations_are_refused():
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
-from checkpoint import load_model
-from quant import Form
+from checkpoint.load import load_model
+from methods.quant import Form
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 load_model(sys.argv[2], form=Form("nf4"))                                  # what loading itself needs

@@ -1,13 +1,15 @@
 """report.py: the pictures people know, several runs in one, a run's log read back."""
 import json
+import os
 import math
 import subprocess
 import sys
 
 import pytest
 
-import report
-from report import eval_metrics, names_of_runs, plot_losses, plot_runs, read_history, smooth, table
+from runtime import report
+from runtime.report import (eval_metrics, names_of_runs, plot_losses, plot_runs, read_history,
+                            smooth, table)
 from tests.common import GOLDEN, ROOT, needs_shared
 
 
@@ -77,7 +79,7 @@ def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     assert plot_losses(tmp_path, history([1.0])) == [] and plot_runs({"a": history([1.0])}, tmp_path / "a.png") is None
-    assert "pip install matplotlib, then python report.py" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "pip install matplotlib, then python -m runtime.report" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 @needs_shared
@@ -101,12 +103,12 @@ def test_a_recorded_run_is_read_finished_or_not(tmp_path):
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [str(GOLDEN / "curves" / name) for name in ("sft_eval", "sft_llama3")]
-    done = subprocess.run([sys.executable, ROOT / "report.py", *runs], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "runtime.report", *runs], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "compared_runs.png").is_file(), done.stderr
     state = json.loads((GOLDEN / "curves/sft_eval/trainer_state.json").read_text())
     evals = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
     assert f"{min(evals):.4f}" in done.stdout.splitlines()[1] and "sft_eval" in done.stdout
-    done = subprocess.run([sys.executable, ROOT / "report.py"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "runtime.report"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("error: usage")
 
 

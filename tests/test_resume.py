@@ -25,11 +25,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import report
-import resume
+from checkpoint import files
+from checkpoint import training_state
+from runtime import report
+from runtime import resume
+from runtime import run as runtime_run
 import train
-from config import KEYS, Config, load_config, run
+from config import Config, KEYS
+from errors import run
+from runtime.load_config import load_config
 from tests.common import ROOT, read_jsonl
 
 BASE = dict(model_name_or_path=ROOT / "models/tiny", dataset=ROOT / "data/tiny_review.jsonl", max_samples=30,
@@ -169,7 +173,7 @@ def die_at_moment(rank, of_ranks, number):
 
     for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
         watched(os, name)
-    watched(checkpoint, "save_file", half_a_file)
+    watched(files, "save_file", half_a_file)
     watched(Path, "write_text", half_a_text)
     watched(json, "dump", half_a_json)
     watched(report.RunLog, "write", half_a_line)
@@ -214,7 +218,7 @@ def forgetful_disk(rank, step):
     real, spoilt = train.remove_old_checkpoints, set()
 
     def remove(config, output, best):
-        newest = resume.checkpoints_in(output)[-1]
+        newest = training_state.checkpoints_in(output)[-1]
         if (output / f"checkpoint-{step}").is_dir() and newest not in spoilt:
             flip(newest / "rng.safetensors")
             spoilt.add(newest)
@@ -225,14 +229,14 @@ def forgetful_disk(rank, step):
 
 def weights_at_the_end(rank, folder):
     """This rank's adapter, as bytes, into a file."""
-    real = train.total_flos
+    real = runtime_run.total_flos
 
     def total_flos(model, tokens):
         values = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
         Path(f"{folder}/{rank}.weights").write_bytes(values.numpy().tobytes())
         return real(model, tokens)
 
-    train.total_flos = total_flos
+    runtime_run.total_flos = total_flos
 
 
 def full_disk_at_step(rank, number, size):
@@ -398,7 +402,7 @@ def test_torchrun_does_not_start_again_what_was_to_stop(tmp_path):
     done = torchrun(tmp_path / "run", tmp_path, {0: [["signals_at_step", 1, 3, "SIGTERM"]]}, "--max-restarts", "1")
     assert done.returncode == 1
     assert "stopped by another rank before torchrun started it again: nothing to do" in done.stderr
-    assert resume.checkpoints_in(tmp_path / "run")[-1].name == "checkpoint-3" and done.stdout.count("resumed from") == 0
+    assert training_state.checkpoints_in(tmp_path / "run")[-1].name == "checkpoint-3" and done.stdout.count("resumed from") == 0
 
 
 # ---- asked to stop ----------------------------------------------------------------------------------------------
@@ -430,7 +434,7 @@ def test_a_time_limit_stops_a_run_again_and_again(nursery, whole, tmp_path):
 def test_a_second_interrupt_leaves_at_once(nursery, tmp_path):
     codes, screen = nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM", "SIGINT", "SIGINT"]])
     assert codes == [130] and "SIGINT: stopping after this step; press Ctrl-C again to exit at once" in screen
-    assert [path.name for path in resume.checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
+    assert [path.name for path in training_state.checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", -15), ("SIGINT", 130)])
@@ -469,7 +473,7 @@ def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_taken(harm, wh
     for file in files:
         run = shutil.copytree(whole(1)[0], tmp_path / file)
         harm(run / "checkpoint-8" / file)
-        assert resume.find_resume(configured(run)) == resume.checkpoints_in(run, resumable=False)[-2]
+        assert resume.find_resume(configured(run)) == training_state.checkpoints_in(run, resumable=False)[-2]
         said = capsys.readouterr().err
         assert re.search(rf"checkpoint-8 is damaged and cannot be used: .*{file}", said)
         assert "resuming from the previous one" in said
@@ -481,12 +485,12 @@ def test_every_flipped_bit_of_the_checksums_is_seen(whole, tmp_path):
     folder = shutil.copytree(whole(1)[0] / "checkpoint-8", tmp_path / "checkpoint-8")
     (folder / "tokenizer.json").unlink()                        # the largest file: without it this takes a second
     (folder / "checksums.json").unlink()
-    checkpoint.write_checksums(folder)
-    assert resume.damage(folder) == ""
+    training_state.write_checksums(folder)
+    assert training_state.damage(folder) == ""
     before = (folder / "checksums.json").read_bytes()
     for bit in range(8 * len(before)):
         flip(folder / "checksums.json", bit)
-        assert resume.damage(folder), (bit, before[bit // 8:][:9])
+        assert training_state.damage(folder), (bit, before[bit // 8:][:9])
         (folder / "checksums.json").write_bytes(before)
 
 
@@ -502,7 +506,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(nursery, whole
     kept = sorted(output.glob("*.damaged"))
     assert [path.name for path in kept] == ["checkpoint-8.2.damaged", "checkpoint-8.damaged"]
     for path in kept:
-        assert resume.damage(path).startswith("optimizer.safetensors is not as it was written")
+        assert training_state.damage(path).startswith("optimizer.safetensors is not as it was written")
         shutil.rmtree(path)
     assert_same_end(output, other)
 
@@ -511,7 +515,7 @@ def test_all_checkpoints_damaged(nursery, whole, tmp_path):
     """auto starts from the beginning, true does not; what is damaged is kept."""
     other, _ = whole(1)
     nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 5, "SIGTERM"]])
-    damaged = resume.checkpoints_in(tmp_path / "run")
+    damaged = training_state.checkpoints_in(tmp_path / "run")
     assert len(damaged) > 1
     for folder in damaged:
         cut(folder / "adapter_model.safetensors")
@@ -529,7 +533,7 @@ def test_checkpoints_without_checksums_of_an_older_release(nursery, whole, tmp_p
     other, _ = whole(1)
     output = tmp_path / "run"
     nursery.run(output, 1, [["signals_at_step", 0, 5, "SIGTERM"]])
-    for folder in resume.checkpoints_in(output):
+    for folder in training_state.checkpoints_in(output):
         (folder / "checksums.json").unlink()
         state = json.loads((folder / "trainer_state.json").read_text())
         state["resume"] = {key: value for key, value in state["resume"].items() if key not in ("rows_per_step", "skipped", "rows")}
@@ -555,7 +559,7 @@ def test_the_last_good_checkpoint_is_never_removed(nursery, tmp_path):
     """save_total_limit: 1, and a disk that does not keep what is written."""
     codes, screen = nursery.run(tmp_path / "run", 1, [["forgetful_disk", 4]], save_total_limit=1, load_best_model_at_end=None)
     assert codes == [0] and "checkpoint-4 is damaged although it has just been written; older checkpoints are kept" in screen
-    assert [p.name for p in resume.checkpoints_in(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert [p.name for p in training_state.checkpoints_in(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
     assert resume.newest_whole(tmp_path / "run", "true").name == "checkpoint-2"
 
 
@@ -569,7 +573,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, nursery, whol
     codes, screen = nursery.run(tmp_path / "run", 1, [patch])
     assert codes == [1] and re.search(words, screen) and "Traceback" not in screen, screen
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert resume.damage(tmp_path / "run/checkpoint-2") == ""
+    assert training_state.damage(tmp_path / "run/checkpoint-2") == ""
     assert nursery.run(tmp_path / "run")[0] == [0]
     assert_same_end(tmp_path / "run", other)
 
@@ -661,7 +665,7 @@ def test_a_second_run_in_the_same_folder_is_refused(nursery, whole, tmp_path):
     """As long as the first lives, here this process; its lock ends with it, so that a kill leaves nothing stuck."""
     output = tmp_path / "run"
     output.mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from resume import lock; "
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from runtime.resume import lock; "
                                "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()", str(output)],
                               cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import rows
+from text import conversations
+from text import data_files as rows
 from tests.common import SHARED, needs_shared
 
 ALPACA = {"instruction": "ask", "input": "", "output": "answer"}
@@ -29,7 +30,7 @@ def one(folder, row, entry=None, **settings):
     """The conversation of a single row under an entry of dataset_info.json."""
     (folder / "d.json").write_text(json.dumps([row]), encoding="utf-8")
     declare(folder, d={"file_name": "d.json", **(entry or {})})
-    return rows.convert(load(folder, **settings)[0], settings.get("stage", "sft"))
+    return conversations.convert(load(folder, **settings)[0], settings.get("stage", "sft"))
 
 
 def texts(conversation):
@@ -229,14 +230,14 @@ TOOL_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content":
 def test_openai_as_llamafactory_and_plain(tmp_path):
     """formatting openai: arguments stay a text and the system text grows. formatting messages: neither."""
     row, columns = {"messages": TOOL_TURNS, "tools": "[]"}, {"messages": "messages", "tools": "tools"}
-    openai = one(tmp_path, row, {"formatting": "openai", "columns": columns, "tags": rows.OPENAI_TAGS})
+    openai = one(tmp_path, row, {"formatting": "openai", "columns": columns, "tags": conversations.OPENAI_TAGS})
     plain = one(tmp_path, row, {"formatting": "messages", "columns": columns})
     assert json.loads(texts(openai)[1][1]) == [{"name": "f", "arguments": "{\"x\": 1}"}]
     assert json.loads(texts(plain)[1][1]) == [{"name": "f", "arguments": {"x": 1}}]
     for found in (openai, plain):
         assert texts(found)[2] == ("observation", "1\n</tool_response>\n<tool_response>\n2")
     assert plain.system == openai.system == ""
-    assert [rows.openai_system(*texts) for texts in (("", ""), ("s", ""), ("", "t"), ("s", "t"))] == [
+    assert [conversations.openai_system(*texts) for texts in (("", ""), ("s", ""), ("", "t"), ("s", "t"))] == [
         "detailed thinking off", "s\ndetailed thinking off", "", "s\n"]
 
 
@@ -251,7 +252,7 @@ def test_file_given_by_its_path_is_recognised(tmp_path, row, layout):
     (tmp_path / "mine.jsonl").write_text(json.dumps(row), encoding="utf-8")
     notes = []
     found = load(tmp_path, str(tmp_path / "mine.jsonl"), notes)
-    assert texts(rows.convert(found[0])) == [("user", "ask"), ("assistant", "answer")]
+    assert texts(conversations.convert(found[0])) == [("user", "ask"), ("assistant", "answer")]
     assert any(f"recognised as {layout}" in note for note in notes)
 
 
@@ -259,7 +260,7 @@ def test_file_that_cannot_be_recognised(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
     with pytest.raises(ValueError, match="cannot be told from their names, text .plain text is for stage: pt"):
         load(tmp_path, str(tmp_path / "d.jsonl"))
-    assert rows.convert(load(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
+    assert conversations.convert(load(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
 
 
 @pytest.mark.parametrize("content, shown", [(b"[1, 2]", "row 1 is 1"), (b'["a"]', "row 1 is a"), (b"null", "row 1 is null"),
@@ -303,9 +304,9 @@ def test_bad_rows_say_why(tmp_path, row, entry, sentence):
     (tmp_path / "d.json").write_text(json.dumps([good, row]), encoding="utf-8")
     declare(tmp_path, d={"file_name": "d.json", "formatting": entry or "alpaca"})
     found = load(tmp_path)
-    rows.convert(found[0])
+    conversations.convert(found[0])
     with pytest.raises(ValueError, match=sentence):
-        rows.convert(found[1])
+        conversations.convert(found[1])
     assert found[1].where == f"dataset 'd', {tmp_path / 'd.json'} row 2"
 
 
@@ -317,11 +318,11 @@ def test_broken_lines_and_bytes_are_bad_rows_not_the_end(tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
     declare(tmp_path, d={"file_name": "d.jsonl"})
     found = load(tmp_path)
-    rows.convert(found[0])
+    conversations.convert(found[0])
     for row, sentence in zip(found[1:], ("not a JSON object", "not UTF-8", "not UTF-8")):
         with pytest.raises(ValueError, match=sentence):
-            rows.convert(row)
-        print(rows.shown(row.data))                     # printable, whatever it holds
+            conversations.convert(row)
+        print(conversations.shown(row.data))                     # printable, whatever it holds
     assert [row.number for row in found] == [1, 2, 3, 4]
 
 
@@ -329,11 +330,11 @@ def test_csv_row_with_a_field_too_many(tmp_path):
     (tmp_path / "d.csv").write_text("instruction,output\na,b,c\n", encoding="utf-8")
     declare(tmp_path, d={"file_name": "d.csv"})
     with pytest.raises(ValueError, match="wrong number of fields"):
-        rows.convert(load(tmp_path)[0])
+        conversations.convert(load(tmp_path)[0])
 
 
 @needs_shared
 @pytest.mark.parametrize("name", ["identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo"])
 def test_real_datasets_have_no_bad_row(name):
     found = load(SHARED / "data", name)
-    assert len(found) > 90 and all(len(rows.convert(row).messages) % 2 == 0 for row in found)
+    assert len(found) > 90 and all(len(conversations.convert(row).messages) % 2 == 0 for row in found)

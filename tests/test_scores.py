@@ -7,8 +7,9 @@ from functools import cache
 
 import pytest
 
-import scores
-from scores import PLAIN_WORD, bleu4, common_subsequence, pick_words, read_predictions, rouge, score
+from evals import bleu_rouge as scores
+from evals.bleu_rouge import (PLAIN_WORD, bleu4, common_subsequence, pick_words, read_predictions,
+                              rouge, score)
 from tests.common import GOLDEN, needs_shared, read_jsonl
 
 # marks that rouge-chinese and jieba treat in ways of their own, blanks of all kinds, words of both languages

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import shard
+from scale import fsdp as shard
 import train
-from checkpoint import load_model
+from checkpoint.load import load_model
 from parallel import Ranks
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared
 from tests.test_parallel import COMMON, outcomes, small_world, tiny_model, torchrun
@@ -219,7 +219,7 @@ def test_other_words_are_refused(words, tmp_path):
 
 
 def test_a_list_of_words_is_read_as_a_text(tmp_path):
-    from config import load_config
+    from runtime.load_config import load_config
     path = tmp_path / "a.yaml"
     path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nfsdp: [full_shard, auto_wrap]\n"
                     "fsdp_config: {transformer_layer_cls_to_wrap: LlamaDecoderLayer}\n")

@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-import speed
+from runtime import throughput as speed
+from runtime import setup
+from runtime import steps
 import train
 from attention import Layout
 from config import Config
-from data import budget_batches, epoch_order
+from runtime.steps import budget_batches, epoch_order
 from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from parallel import Ranks
-from speed import Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory, training_flops
+from runtime.throughput import (Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory,
+                                training_flops)
 from tests.common import ROOT, needs_shared
 from tests.test_train import run
 
@@ -192,11 +195,11 @@ def test_every_row_comes_once_within_the_budget(budget):
 def test_all_ranks_together_have_every_row_once_an_epoch(world):
     config = Config(token_budget=64, gradient_accumulation_steps=2)
     examples = Sized(range(200))
-    epochs = [[train.batches_of(config, examples, epoch, Ranks(rank, world)) for rank in range(world)] for epoch in (0, 1)]
+    epochs = [[steps.batches_of(config, examples, epoch, Ranks(rank, world)) for rank in range(world)] for epoch in (0, 1)]
     for dealt in epochs:
         assert sorted(chain(*chain(*dealt))) == list(range(200))
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-        assert train.steps_per_epoch(config, examples, Ranks(0, world)) == -(-len(dealt[0]) // 2)
+        assert steps.steps_per_epoch(config, examples, Ranks(0, world)) == -(-len(dealt[0]) // 2)
     assert epochs[0] != epochs[1] and sorted(chain(*epochs[0])) == sorted(chain(*epochs[1]))
 
 
@@ -224,7 +227,7 @@ def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch,
 @pytest.mark.parametrize("more", [[], ["neftune_noise_alpha=5"], ["bf16=true"]], ids=("plain", "noise", "bf16"))
 def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys):
     """Losses, gradient norms and weights of a run whose micro-batches run one by one; with noise, only resuming is exact."""
-    monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 10_000})
+    monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
     a = run("sft_llama3", tmp_path / "a", monkeypatch, "per_device_train_batch_size=1", "gradient_accumulation_steps=8", *more)
     assert "6.8 micro-batches run as one pass" in capsys.readouterr().out
     b = run("sft_llama3", tmp_path / "b", monkeypatch, "per_device_train_batch_size=1", "gradient_accumulation_steps=8",
@@ -241,10 +244,10 @@ def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
     """Bit for bit, though the machine has become one that would join more; with noise, drawn anew for every pass."""
     more = ["per_device_train_batch_size=1", "gradient_accumulation_steps=8", "neftune_noise_alpha=5", "save_strategy=steps",
             "save_steps=2", "max_steps=4", "logging_steps=1", "lr_scheduler_type=constant", "warmup_ratio=0"]
-    monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 300})
+    monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 300})
     whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
     run("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
-    monkeypatch.setattr(train, "ENOUGH_TOKENS", {"cpu": 10_000})
+    monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
     again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
     run("sft_llama3", tmp_path / "c", monkeypatch, *more)
     losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again)]

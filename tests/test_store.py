@@ -1,4 +1,4 @@
-"""store.py and workers.py: what is read back is what was made, by however many processes, whole or not at all."""
+"""store.py and text/parallel_map.py: what is read back is what was made, by however many processes, whole or not at all."""
 import os
 import re
 import signal
@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 import data
-import store
-import workers
-from resume import DANGEROUS, FIXED
-from store import ABOUT, Examples, SplitWriter
+from text import token_cache
+from text import token_cache as store
+from text import parallel_map as workers
+from runtime.resume import DANGEROUS, FIXED
+from text.token_cache import ABOUT, Examples, SplitWriter
 from tests.common import ROOT
 from tests.test_data import ask, make_config, pairs, words, write_dataset  # noqa: F401  words is a fixture
 
@@ -26,7 +27,7 @@ SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20}, "held ou
 
 def load(folder, words, kept="store", keep_unlearnable=False, **settings):  # noqa: F811
     config = make_config(folder, {"preprocessing_batch_size": 8, **settings})
-    return data.load_examples(config, *words, keep_unlearnable, folder / kept if kept else None)
+    return token_cache.load_examples(config, *words, keep_unlearnable, folder / kept if kept else None)
 
 
 def all_of(examples):
@@ -40,7 +41,7 @@ def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings,
     made = load(tmp_path, words, **settings)
     data.print_counts(made[2])
     first = capsys.readouterr().out
-    monkeypatch.setattr(data, "encode_batch", None)             # whoever tokenises now fails
+    monkeypatch.setattr(token_cache, "encode_batch", None)             # whoever tokenises now fails
     read = load(tmp_path, words, **settings)
     data.print_counts(read[2])
     second = capsys.readouterr().out
@@ -59,7 +60,7 @@ def test_many_processes_do_what_one_does(tmp_path, words, settings):  # noqa: F8
     write_dataset(tmp_path, ROWS, {})
     one = load(tmp_path, words, None, preprocessing_num_workers=1, **settings)
     two = load(tmp_path, words, None, preprocessing_num_workers=3, **settings)
-    assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and data.asdict_of(one[2]) == data.asdict_of(two[2])
+    assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and token_cache.asdict_of(one[2]) == token_cache.asdict_of(two[2])
 
 
 def test_the_sign_is_that_of_all_ids_and_labels_in_their_order(tmp_path, words):  # noqa: F811
@@ -106,7 +107,7 @@ def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypa
     assert "template" in load(tmp_path, (tokenizer, replace(template, user=("w7", "{{content}}"))))[2].origin
     tokenizer.add_tokens(["w1 w2"])
     assert "changed: tokenizer, template" in load(tmp_path, words)[2].origin.replace("template, tokenizer", "tokenizer, template")
-    monkeypatch.setattr(data, "PROGRAM", data.PROGRAM[1:])
+    monkeypatch.setattr(token_cache, "PROGRAM", token_cache.PROGRAM[1:])
     assert "changed: program" in load(tmp_path, words)[2].origin
     assert "read from" in load(tmp_path, words)[2].origin
 
@@ -126,7 +127,7 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
         optim use_muon use_galore galore_rank galore_target""".split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
-    assert set(FIXED) | set(DANGEROUS) == set(data.DATA_KEYS) | of_the_model | of_the_order | otherwise
+    assert set(FIXED) | set(DANGEROUS) == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
 
 def test_a_store_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811
@@ -162,7 +163,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from store import Part, SplitWriter, new_store, write_about
+from data import Part
+from text.token_cache import SplitWriter, new_store, write_about
 part = Part()
 part.add([1, 2], [-100, 2], True)
 with new_store(Path({folder!r})) as work:
@@ -245,7 +247,7 @@ def test_processes_end_with_the_one_that_reads(tmp_path):
     code = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-import workers
+from text import parallel_map as workers
 def make(i):
     open({str(tmp_path)!r} + f"/{{os.getpid()}}", "w").close()
     return bytes(10**6)

@@ -1,4 +1,4 @@
-"""templates.py, formats.py and sandbox.py: against the ids LLaMA-Factory recorded, against jinja, and what they refuse.
+"""templates.py, text/chat_formats.py and text/jinja_sandbox.py: against the ids LLaMA-Factory recorded, against jinja, and what they refuse.
 
 The golden rows are converted here by a few plain lines (data.py has its own, tested in test_data.py) and labelled as
 the recordings' notes say, so that only rows which cutoff_len does not shorten are compared.
@@ -14,17 +14,19 @@ from dataclasses import replace
 
 import pytest
 
-import sandbox
-import templates
-import tools
-from config import as_dict, load_config
-from formats import find_template, written_template
-from templates import (BOS, CHATS, EOS, TEMPLATES, Settings, Template, Token, check_template, choose_template,
-                       encode_pieces, encode_prompt, encode_turns, fit_tokenizer, render_turns, stored_template,
-                       write_jinja)
+from text import jinja_sandbox as sandbox
+from text import template_check
+from text import tool_calls as tools
+from config import as_dict
+from runtime.load_config import load_config
+from text.chat_formats import find_template, written_template
+from templates import (BOS, EOS, Settings, Template, Token, encode_pieces, encode_prompt,
+                       encode_turns, fit_tokenizer, render_turns, write_jinja)
+from text.chat_formats import TEMPLATES, stored_template
+from text.template_check import CHATS, check_template, choose_template
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tests.test_tokenizer import write_byte_level
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 SHAREGPT = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
             "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
@@ -457,8 +459,8 @@ def test_a_token_that_only_slots_name_need_not_be_found_in_texts(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|assistant|>", "<|system|>"])
     row = replace(TEMPLATES["chatglm3"], prefix=(Token("[gMASK]"), Token("l")), needs=("[gMASK]", "l"))
-    assert not tokenizer.knows("l") and templates.misfit(row, tokenizer, "chatglm") == ""
-    assert "'<sop>'" in templates.misfit(TEMPLATES["glm4"], tokenizer, "chatglm")
+    assert not tokenizer.knows("l") and template_check.misfit(row, tokenizer, "chatglm") == ""
+    assert "'<sop>'" in template_check.misfit(TEMPLATES["glm4"], tokenizer, "chatglm")
 
 
 # ---- a format in the config
@@ -643,7 +645,7 @@ def test_one_altered_character_is_found_and_shown(old, new):
     lines = check_template(TEMPLATES["llama3"], tokenizer)
     shown = re.search(r"\(in: ([\w ]+)[^)]*\), from character (\d+) on\n    ours    (.*)\n    theirs  (.*)", lines[0])
     messages, system, _ = CHATS[shown[1]]
-    variables = templates.vendor_chat(messages, system, None)
+    variables = template_check.vendor_chat(messages, system, None)
     texts = [jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(
         **variables, bos_token=tokenizer.bos_token) for source in (theirs, tokenizer.chat_template)]
     at = int(shown[2])
@@ -756,7 +758,7 @@ def test_a_check_is_quick(tmp_path):
 
 def test_the_script_lists_and_shows(tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, "templates.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run([sys.executable, "-m", "text.template_check", *arguments], cwd=ROOT, capture_output=True, text=True)
 
     listed = run().stdout
     assert all(name in listed for name in TEMPLATES)
@@ -770,7 +772,7 @@ def test_the_script_lists_and_shows(tmp_path):
 @needs_shared
 def test_the_script_checks_a_checkpoint(tmp_path):
     def check(*arguments):
-        command = [sys.executable, "templates.py", *map(str, arguments)]
+        command = [sys.executable, "-m", "text.template_check", *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout

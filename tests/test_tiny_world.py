@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from checkpoint import load_with_adapters
+from checkpoint.adapters import load_with_adapters
 from generate import generate
 from model import KVCache
-from templates import TEMPLATES, encode_prompt, fit_tokenizer
+from templates import encode_prompt, fit_tokenizer
+from text.chat_formats import TEMPLATES
 from tests.common import ROOT, read_jsonl
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 TINY = ROOT / "models/tiny"
 WORLD_HASH = "95a3f30e61cd4f8a802723fd44d43bb2ecbcffc5d9ee0f1e51cb780070701769"   # other rows need a new model

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from tests.common import SHARED, needs_shared
-from tokenizer import TextStream, load_tokenizer
+from text.tokenizer import TextStream, load_tokenizer
 
 TEXTS = ["Hello there", "  two  spaces ", "\n\nlines\n", "tab\there", "naïve café", "你好，世界", "🤗 emoji 👩‍👩‍👧 family",
          "a <|im_end|> b </s> c <|eot_id|>", "<think>\nhm\n</think>\n\nyes", "x" * 50, "ok\r\né", '{"a": [1, 2.5]}']

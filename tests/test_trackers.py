@@ -7,9 +7,9 @@ import types
 import pytest
 
 import train
-from config import load_config
+from runtime.load_config import load_config
 from tests.common import GOLDEN, needs_shared
-from trackers import OPENERS, Tracker, close_all, curves, tell, wanted_trackers
+from runtime.trackers import OPENERS, Tracker, close_all, curves, tell, wanted_trackers
 
 STUBS = ("wandb", "swanlab", "mlflow")
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import resume
+from runtime import resume
+from runtime import build
+from runtime import setup
 import train
-from checkpoint import PREFIX
+from checkpoint.load import PREFIX
 from config import Config
-from quant import Form, quantise
+from methods.quant import Form, quantise
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tests.test_quant import stored
 
@@ -282,7 +284,7 @@ def test_clear_errors(overrides, words, tmp_path, monkeypatch):
 def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     """A weight that turns nan after step 2: three steps are skipped, by name, then the run ends with an error;
     checkpoint-2 is whole, no 0 is logged."""
-    out, real, calls = tmp_path / "out", train.batch_loss, []
+    out, real, calls = tmp_path / "out", build.batch_loss, []
 
     def poisoned(*args):
         calls.append(1)
@@ -301,7 +303,7 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 @needs_shared
 def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     """A step with a loss of nan leaves the weights alone; the mean of the run is that of the other steps."""
-    real, calls, before = train.batch_loss, [], []
+    real, calls, before = build.batch_loss, [], []
 
     def poisoned(model, *args):
         calls.append(1)
@@ -320,7 +322,7 @@ def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
 @needs_shared
 def test_float16_overflow_is_named(tmp_path, monkeypatch):
     """A layer whose output leaves float16's range: module, value and remedy are in the message."""
-    from checkpoint import load_model
+    from checkpoint.load import load_model
     from data import Example, collate
     import numpy as np
     model = load_model(CURVES / "tiny_llama3", torch.float16)
@@ -329,8 +331,8 @@ def test_float16_overflow_is_named(tmp_path, monkeypatch):
     batch = collate([Example(ids, ids, [8])])
     from contextlib import nullcontext
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
-        train.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
-                                train.objective_for(Config(), None, None, balance=0.0))
+        build.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
+                                build.objective_for(Config(), None, None, balance=0.0))
 
 
 @needs_shared
@@ -473,7 +475,7 @@ def test_a_full_disk_at_the_end_leaves_the_earlier_result_whole(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tokenizer.Tokenizer.save", full)
+        patch.setattr("text.tokenizer.Tokenizer.save", full)
         with pytest.raises(OSError, match="No space left"):
             run("sft_llama3", out, monkeypatch, "max_steps=2")
     after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -530,7 +532,7 @@ def test_an_adapter_goes_on_with_the_template_it_was_trained_with(tmp_path, monk
 @needs_shared
 def test_the_published_yaml_is_understood():
     """LLaMA-Factory's own file reaches the point where it asks for the 8B weights."""
-    from config import load_config
+    from runtime.load_config import load_config
     config = load_config([str(SHARED / "configs/llama3_lora_sft.yaml")], "train")
     assert (config.learning_rate, config.lora_alpha, config.bf16) == (1e-4, 16, True)
 
@@ -566,7 +568,7 @@ def test_the_published_4_bit_recipe_runs_unchanged(tmp_path, capsys):
     assert "14 matrices in nf4, 4.127 bits a weight; all else float16" in said and "slow on a CPU" in said
     assert "7.4745%" in said and len(losses_of(tmp_path / "out")) == 1 and 0 < losses_of(tmp_path / "out")[0] < 8
     chat.main([*argv, "prompt=hi", "max_new_tokens=3"])
-    assert "the adapter stays beside them" in capsys.readouterr().err
+    assert "the adapter is kept apart: merged weights would take 16 bits" in capsys.readouterr().err
 
 
 # losses of LLaMA-Factory 0.9.5 on sft_llama3's config.yaml with quantization_bit, on a CPU: bitsandbytes 0.50.2,
@@ -626,7 +628,7 @@ def test_what_cannot_be_done_with_a_base_in_4_bits(tmp_path, monkeypatch, capsys
             run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", *more)
     run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", "quantization_bit=8", "max_steps=1")
     assert "changes nothing, the files are quantised already" in capsys.readouterr().out
-    assert train.forms_of_base(Config(quantization_bit=4), GOLDEN / "models/llama4", [])
+    assert setup.forms_of_base(Config(quantization_bit=4), GOLDEN / "models/llama4", [])
     assert "stacked experts are not quantised" in capsys.readouterr().out
 
 
@@ -634,11 +636,11 @@ def test_what_cannot_be_done_with_a_base_in_4_bits(tmp_path, monkeypatch, capsys
 def test_float16_overflow_of_a_quantised_layer_is_named(tmp_path):
     import numpy as np
     from contextlib import nullcontext
-    from checkpoint import load_model
+    from checkpoint.load import load_model
     from data import Example, collate
     model = load_model(CURVES / "tiny_llama3", torch.float16, form=Form("nf4", nested=0))
     model.model.layers[1].mlp.up_proj.weight.absmax *= 3e4
     batch = collate([Example(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32), [8])])
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
-        train.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
-                                train.objective_for(Config(), None, None, balance=0.0))
+        build.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
+                                build.objective_for(Config(), None, None, balance=0.0))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import load_model
+from checkpoint.load import load_model
 from families import model_config
 from model import KVCache
 from tests import twins

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, trainers
 
 from tests.common import SHARED, needs_shared
-from tokenizer import TextStream, load_tokenizer
-from vocabularies import VENDORS, byte_letters
+from text.tokenizer import TextStream, load_tokenizer
+from text.vocabularies import VENDORS, byte_letters
 
 PAGE = [
     "Hello there, world! It's a test, isn't IT'S?", "  two  spaces ", " leading", "trailing  ", "", " ", "    ", "\n",

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 import chat
 import merge
 import train
-from checkpoint import load_model, load_with_adapters, tensor_files, write_tensors
+from checkpoint.adapters import load_with_adapters
+from checkpoint.files import tensor_files, write_tensors
+from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from model import CausalLM, init_weights
 from tests.common import GOLDEN, SHARED, needs_shared

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-import words
+from text import fast_bpe as words
 from tests.common import SHARED, needs_shared
-from tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 
 MADE = ["it's", "IT'S", "we'LL", "I'd've", "123456", "3.14", "a_b", "x+=1;", "\n\n", "\r\n", " \t ", "   ", " ", "\x0b", "\x1c", "\x85",
         "\x00", "café", "naïve", "“so”", "–", "…", "It’s", "½", "ſ", "'ſ", "\u00a0", "中文", "e\u0301", "<|eot_id|>", "<|im_end|>", "<tool_call>",
@@ -85,7 +85,7 @@ def test_patterns_that_cannot_be_told_in_python_or_leave_gaps(pattern):
 
 
 def test_a_pattern_that_is_not_what_it_seems_is_found_out(monkeypatch, capsys):
-    """Before words.py is believed some texts are encoded both ways."""
+    """Before text/fast_bpe.py is believed some texts are encoded both ways."""
     tokenizer = Tokenizer(byte_level(), {})
     monkeypatch.setattr(words, "GPT2", r".|\n")
     asked = ["the quick brown fox", "dog"]

@@ -1,7 +1,7 @@
 """The chat formats: one row of data each, and how a row is written in a config file.
 
-    python templates.py             lists them
-    python templates.py llama3      shows one
+    python -m text.template_check             lists them
+    python -m text.template_check llama3      shows one
 
 A format says what stands around the texts of a conversation. To add one, add a row:
 
@@ -21,49 +21,11 @@ Read next: templates.py, which renders conversations with these rows.
 Sources: the vendors' chat templates in their published tokenizer_config.json; names of the formats, and borders of the
 slots, as LLaMA-Factory 0.9.5 has them (0.9.4: baichuan, baichuan2, belle, codegeex4, intern, orion, xverse).
 """
-import difflib
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
-
-@dataclass(frozen=True)
-class Token:
-    """A slot that is one id: the token of this name."""
-
-    name: str
-
-    def __str__(self):
-        return f"[{self.name}]"
-
-
-BOS, EOS = Token("bos"), Token("eos")  # whichever tokens the tokenizer names for these roles
-
-
-@dataclass(frozen=True)
-class Template:
-    """One chat format. All but `user` may be left out."""
-
-    user: tuple
-    assistant: tuple = ("{{content}}", EOS)
-    system: tuple = ("{{content}}",)
-    observation: tuple | None = None  # what a tool returned; None: as `user`
-    function: tuple | None = None  # a tool call; None: as `assistant`
-    prefix: tuple = ()
-    default_system: str = ""  # where a conversation brings no system text
-    tool_format: str = "default"  # a row of TOOL_FORMATS (tools.py): how tools are described and called
-    stop: tuple = ()  # tokens that end an answer, besides the tokenizer's eos
-    stop_is_eos: bool = False  # stop[0] becomes the tokenizer's eos
-    system_in_user: bool = False  # no system turn: the system text opens the first user's text
-    efficient_eos: bool = False  # answers carry no eos: it is learned at the next turn's first token (data.py does it)
-    thought: tuple = ("<think>\n", "\n</think>\n\n")  # what opens and closes a thought
-    reasoning: bool = False  # every answer begins with a thought, if only an empty one
-    own_jinja: bool = False  # replace the checkpoint's chat template: it describes another format
-    # What choose_template goes by:
-    families: tuple = ()  # model_type in config.json of the models that speak it; () = any model can learn it
-    needs: tuple = ()  # special tokens it cannot do without
-    says: tuple = ()  # texts that give it away in a checkpoint's own chat template
-    name: str = ""  # its key in TEMPLATES
-
+from templates import BOS, EOS, Template, Token, unknown
+from text.tokenizer import read_json
 
 CHATML = Template(
     user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
@@ -387,7 +349,6 @@ TEMPLATES = {
 }
 TEMPLATES = {name: replace(row, name=name) for name, row in TEMPLATES.items()}
 
-
 # ------------------------------------------------------------------------------------------- a format in a config
 
 SLOTS = ("user", "assistant", "system", "observation", "function", "prefix")  # fields that hold slots
@@ -506,7 +467,32 @@ def check_format(template):
         raise ValueError(f"template: thought: {template.thought} are not two texts, what opens and what closes it")
 
 
-def unknown(what, found, known):
-    """The message for a name that is not in a table: the nearest one, and all of them."""
-    near = difflib.get_close_matches(str(found), known, 1)
-    return f"unknown {what} {found!r}{f' (did you mean {near[0]!r}?)' if near else ''}. Known: {', '.join(known)}"
+def stored_template(folders, said, force):
+    """The format to use with what was trained: the one asked for, else the one stored beside it. -> (said, force)
+
+    folders: of adapters or models; train_config.json in them says what they were trained with.
+    said: the config's `template`, a name, a mapping or None; what comes back is one of these too, None when nothing is
+    asked for or stored.
+    force: take a stored format without checking that it fits; training has done so.
+    Raises ValueError when the one asked for is another than the one stored, and `force` is off.
+    """
+    stored = {folder: read_json(folder / "train_config.json").get("template") for folder in folders}
+    found = [other for other in stored.values() if other]
+    said = said or (found[0] if found else None)
+    for folder, other in stored.items():
+        if other and not force and not same_format(other, said):
+            raise ValueError(f"template: {name_of(said)}, but {folder} was trained with {name_of(other)}"
+                             f"{' of another wording' if name_of(said) == name_of(other) else ''}. Leave template out, "
+                             "or set force_template: true")
+    return said, force or any(same_format(other, said) for other in found)
+
+
+def same_format(one, other):
+    """Do two values of `template` mean the same? A row written out as a mapping is the row."""
+    return one == other or isinstance(one, dict) and isinstance(other, dict) and \
+        find_template(one) == find_template(other)
+
+
+def name_of(said):
+    """The name of a format as a config gives it, for messages."""
+    return said.get("name", "custom") if isinstance(said, dict) else said

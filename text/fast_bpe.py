@@ -5,7 +5,7 @@ ids. The package `tokenizers` does both anew for every word; here the first is P
 the package once a word. What this file cannot be sure to do alike is left to the package: `words_of` gives None for
 another kind of tokenizer, `encode` gives None for a text with characters beyond PLAIN.
 
-Read before: tokenizer.py (encode_batch chooses between this and the package, its slow twin). Read after: templates.py.
+Read before: text/tokenizer.py (encode_batch chooses between this and the package, its slow twin). Read after: templates.py.
 Source: byte-level BPE, Radford et al. 2019 (GPT-2), section 2.2.
 """
 import json

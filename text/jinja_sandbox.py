@@ -4,7 +4,7 @@ A chat template is a jinja program that a stranger wrote and that came with the 
 its own, inside jinja's sandbox, and gets 2 seconds of processor time and 1 GiB of memory: what it cannot do, or does
 for too long, becomes a sentence.
 
-    python sandbox.py < request.json        what that process does; render_chats writes the request, see below
+    python text/jinja_sandbox.py < request.json        what that process does; render_chats writes the request, see below
 
 Read next: templates.py, which compares our formats with what comes out of here.
 Sources: the variables, filters and settings that published chat templates count on are those of transformers'

@@ -13,38 +13,35 @@ this program. A store with another key is not read but made anew. It appears und
 
 Read before: data.py (load_examples), which fills and reads it. Read after: train.py.
 """
+import hashlib
 import json
 import os
 import shutil
 import socket
 import tempfile
+import time
 import zlib
 from array import array
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import tokenizers
+from tqdm import tqdm
 
-from rows import read_at
+from data import Counts, Encoded, Example, Part, Report, SHOWN, SPLITS, packing_of, settings_of
+from runtime.build import ENCODERS
+from templates import with_overrides
+from text.chat_formats import written_template
+from text.conversations import Conversation, PLACEHOLDER, Row, convert, fill_placeholders, shown
+from text.data_files import Rows, find_sources, read_at, rows_of
+from text.parallel_map import how_many, in_order
+from text.tool_calls import describe_tools
 
 ABOUT = "store.json"
 TOKENISED = "tokenised"         # the folder of a run's store in its output_dir
-
-
-@dataclass(eq=False)
-class Example:
-    """One training example of n tokens; arrays are (n,) int32.
-
-    lengths cuts it into the stretches that attention keeps apart, [n] for a plain row. position_ids None: 0 … n-1.
-    No padding: training lays examples end to end in one row (see collate).
-    """
-    input_ids: np.ndarray
-    labels: np.ndarray
-    lengths: list
-    position_ids: np.ndarray | None = None
-    desired: bool | None = None         # of a judged answer: is it a good one?
 
 
 class Examples(Sequence):
@@ -95,25 +92,6 @@ class Examples(Sequence):
 def starts_of(counts: np.ndarray, times: int = 1) -> np.ndarray:
     """Where each of these stretches begins when they lie end to end."""
     return times * np.concatenate([[0], np.cumsum(counts[:-1], dtype=np.int64)])[:len(counts)]
-
-
-class Part:
-    """Some examples on their way into a store, as a process sends them."""
-
-    def __init__(self):
-        self.tokens, self.sizes, self.learnable, self.rows = array("i"), array("i"), array("b"), []
-        self.desired = array("b")
-
-    def add(self, ids: list, labels: list, learnable: bool, rows: list | None = None, desired: bool | None = None):
-        """One example. rows: tokens of each row it is packed of. desired: see Example."""
-        self.tokens.fromlist(ids)
-        self.tokens.fromlist(labels)
-        self.sizes.append(len(ids))
-        self.learnable.append(learnable)
-        if rows is not None:
-            self.rows.append(rows)
-        if desired is not None:
-            self.desired.append(desired)
 
 
 class SplitWriter:
@@ -204,3 +182,212 @@ def read_about(folder: Path, key: dict) -> tuple[dict | None, str]:
         return None, f"{ABOUT} cannot be read"
     changed = [name for name in {**found, **key} if found.get(name) != key.get(name)]
     return (None, f"changed: {', '.join(changed[:5])}{', …' * (len(changed) > 5)}") if changed else (about, "")
+
+
+# what of the config decides which tokens the rows become
+DATA_KEYS = ("stage", "tool_format", "default_system", "enable_thinking", "preserve_thinking", "train_on_prompt",
+             "mask_history", "cutoff_len", "placeholders", "skip_bad_rows", "split_special_tokens", "max_samples",
+             "val_size", "seed", "preprocessing_batch_size")
+PROGRAM = ("data.py", "templates.py", "text/data_files.py", "text/conversations.py", "text/token_cache.py",
+           "text/chat_formats.py", "text/tool_calls.py", "text/tokenizer.py", "text/fast_bpe.py", "text/vocabularies.py")
+
+
+def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: Path | None = None,
+                  writes: bool = True) -> tuple[Examples, Examples, Report]:
+    """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name to arrays of ids.
+
+    tokenizer must have been through fit_tokenizer(template, tokenizer). Examples without a token that carries loss are
+    counted and left out unless keep_unlearnable. folder: where tokenised rows are kept; what lies there already is read
+    if it was made of the same (see store_key). writes: False for a rank that only looks there.
+    Raises ValueError or FileNotFoundError naming file, row and remedy.
+    """
+    if config.train_on_prompt and template.efficient_eos:
+        raise ValueError(f"{config.source}: train_on_prompt cannot be used with template {template.name}, which labels "
+                         "the first token of a turn with the end of the answer before it")
+    with_overrides(template, settings_of(config))       # raises for a tool_format that does not exist
+    notes, why = [], ""
+    sources = [find_sources(names or [], config, notes) for names in (config.dataset, config.eval_dataset)]
+    if folder:
+        key = store_key(config, tokenizer, template, sources)
+        about, why = read_about(folder, key)
+        if about and not config.overwrite_cache:
+            report = told(about)
+            report.origin = f"read from {folder}"
+            check_something_is_taught(config, report, about, keep_unlearnable)
+            return *(examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS), report
+    report, begun = Report(notes=notes), time.time()
+    with new_store(folder if writes else None) as work:
+        about, processes = make_store(work, sources, config, tokenizer, template, report)
+        check_something_is_taught(config, report, about, keep_unlearnable)
+        if folder and writes:
+            write_about(work, {"key": key, **about, **asdict_of(report)})
+        found = [examples_in(work, split, config, about, keep_unlearnable) for split in SPLITS]
+    if folder and writes:
+        report.origin = (f"made in {time.time() - begun:.1f} s by {processes} process{'es'[:2 * (processes > 1)]}, kept in "
+                         f"{folder}{f' (what was there was made of other rows or settings; {why})' if why else ''}")
+    return *found, report
+
+
+def make_store(work: Path, sources: list, config, tokenizer, template, report: Report):
+    """Fill a folder with the tokenised rows of both splits. -> (what examples_in needs to know, processes at work)."""
+    sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
+    rows = {"train": rows_of(sources[0], config, sampler, report.notes), "eval": []}
+    if sources[1]:
+        rows["eval"] = rows_of(sources[1], config, sampler, report.notes)
+    elif config.val_size:
+        rows["train"], rows["eval"] = split_rows(rows["train"], config.val_size, config.seed)
+    about, most = {}, 1
+    for split in SPLITS:
+        writer = SplitWriter(work, split)
+        teaches, processes = encode_rows(rows[split], config, tokenizer, template, report, split, writer)
+        about[split] = {**writer.close(), "teaches": teaches, "rows": len(rows[split])}
+        report.examples[split] = sum(writer.learnable)
+        most = max(most, processes)
+    return about, most
+
+
+def examples_in(folder: Path, split: str, config, about: dict, keep_unlearnable: bool) -> Examples:
+    return Examples(folder, split, about[split], packing_of(config)[0] == "apart", keep_unlearnable)
+
+
+def store_key(config, tokenizer, template, sources: list) -> dict:
+    """{what: a text} of all that decides which tokens the rows become; equal keys, equal tokens."""
+    program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
+    key = {name: getattr(config, name) for name in DATA_KEYS}
+    key |= {"packing": packing_of(config), "template": written_template(template), "tokenizer": tokenizer.sign(),
+            "program": hashlib.sha256(b"".join(program)).hexdigest(), "tokenizers": tokenizers.__version__,
+            "tools": describe_tools(with_overrides(template, settings_of(config)).tool_format, "[]")}     # may name the day
+    if not any("tools" in source.columns or not source.formatting for found in sources for source in found):
+        del key["tools"]
+    for split, found in zip(SPLITS, sources):
+        for source in found:
+            key[f"{split} dataset {source.name}"] = repr(replace(source, files=()))
+            key |= {f"{split} file {path}": checksum(path) for path in source.files}
+    return {name: json.dumps(value, default=str) for name, value in key.items()}
+
+
+def kept_in(config, script: str = "train") -> Path | None:
+    """The folder of tokenised rows: tokenized_path, else, in training, one in output_dir; None: they are not kept."""
+    if config.tokenized_path:
+        return Path(config.tokenized_path)
+    return Path(config.output_dir, TOKENISED) if script == "train" and not config.dry_run else None
+
+
+def checksum(path: Path) -> str:
+    """Of all its bytes: a second of reading for a GB, and no doubt about a date or a size that stayed the same."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def asdict_of(report: Report) -> dict:
+    """A report as JSON knows it."""
+    datasets = [[split, name, {**vars(counts), "lengths": counts.lengths.tolist()}]
+                for (split, name), counts in report.datasets.items()]
+    return {"report": {**vars(report), "datasets": datasets}}
+
+
+def told(about: dict) -> Report:
+    """The report that a store was written with."""
+    report = Report(**about["report"])
+    report.datasets = {(split, name): Counts(**{**counts, "lengths": array("i", counts["lengths"])})
+                       for split, name, counts in report.datasets}
+    return report
+
+
+def check_something_is_taught(config, report: Report, about: dict, keep_unlearnable: bool):
+    """Raises ValueError for rows of which no token carries loss, unless they are only to be looked at."""
+    for split in SPLITS:
+        if about[split]["rows"] and not about[split]["teaches"] and not keep_unlearnable:
+            raise ValueError(nothing_to_learn(config, report, split, about[split]["rows"]))
+
+
+def nothing_to_learn(config, report: Report, split: str, rows: int) -> str:
+    """The sentence for data without a single token that carries loss."""
+    why = "no token carries loss; is cutoff_len too small?"
+    if report.dropped_tail:
+        why = f"{report.dropped_tail} tokens do not fill one block"
+    return f"{config.source}: nothing to learn in the {rows} rows of the {split} data with cutoff_len: " \
+           f"{config.cutoff_len}: {why}"
+
+
+def split_rows(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
+    """(train, eval): a fraction for eval, or a count if val_size > 1. The training rows come out permuted as well."""
+    count = int(val_size) if val_size > 1 else int(np.ceil(val_size * len(rows)))
+    if not 0 < count < len(rows):
+        raise ValueError(f"val_size: {val_size} takes {count} of {len(rows)} rows, so that none is left to train on")
+    order = np.random.default_rng(seed).permutation(len(rows))
+    return rows.take(order[count:]), rows.take(order[:count])
+
+
+def conversation_of(row: Row, config, part: Encoded) -> Conversation | None:
+    """A row converted and filled; None for a bad one, which part then knows."""
+    try:
+        conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
+    except ValueError as error:
+        return part.reject(row, error)
+    names = {name for message in conversation.messages if message["role"] == "assistant" and "{{" in message["content"]
+             for name in PLACEHOLDER.findall(message["content"])}
+    if names:
+        part.unfilled.append((row.source.name, names, f"{row.where}: {shown(row.data)}"))
+    return conversation
+
+
+def note_unfilled(unfilled: list) -> list[str]:
+    """The notes about answers that teach a {{name}} as it stands, one for each dataset."""
+    notes = []
+    for dataset in dict.fromkeys(dataset for dataset, _, _ in unfilled):
+        found = [(names, where) for name, names, where in unfilled if name == dataset]
+        names = sorted(set().union(*(names for names, _ in found)))
+        marks = ", ".join("{{%s}}" % name for name in names)
+        notes.append(f"dataset '{dataset}' teaches {marks} as it stands ({len(found)} of its answers, first {found[0][1]}). "
+                     f"To fill it, set in the config: placeholders: {{{', '.join(f'{name}: …' for name in names)}}}")
+    return notes
+
+
+def refuse(bad: list[str]):
+    """Raises ValueError for rows that cannot be used."""
+    more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    raise ValueError(f"{len(bad)} bad row{'s'[:len(bad) > 1]}\n  " + "\n  ".join(bad[:SHOWN]) + more
+                     + "\nMend them, or leave them out with skip_bad_rows: true")
+
+
+def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: str, writer: SplitWriter):
+    """Rows -> examples in the order of the rows, packed if the config says so, also those without any label.
+
+    -> (is there a label that a token before it predicts, how many processes were at work).
+    """
+    size = config.preprocessing_batch_size          # the rows that packing may combine, and one call of the tokenizer
+    starts, unfilled, teaches = range(0, len(rows), size), [], False
+    processes = how_many(len(starts), config.preprocessing_num_workers)
+
+    def encode(start):
+        return encode_batch(rows[start:start + size], config, tokenizer, template)
+
+    with tqdm(total=len(rows), desc=f"tokenising {split} rows", unit="row", leave=False,
+              disable=bool(config.disable_tqdm) or not rows or None) as bar:       # None: only where someone watches
+        for start, part in zip(starts, in_order(encode, starts, processes)):
+            if part.bad and not config.skip_bad_rows:
+                later = (encode_batch(rows[i:i + size], config, tokenizer, template, check_only=True)
+                         for i in starts if i > start)
+                refuse(part.bad + [line for other in later for line in other.bad])
+            report.add(part, split)
+            writer.add(part)
+            unfilled += part.unfilled
+            teaches = teaches or part.teaches
+            bar.update(min(size, len(rows) - start))
+    report.notes += note_unfilled(unfilled)
+    return teaches, processes
+
+
+def encode_batch(rows: list[Row], config, tokenizer, template, check_only: bool = False) -> Encoded:
+    """Some rows, which packing may combine, to examples. check_only: just find the bad ones."""
+    part, conversations = Encoded(), []
+    for row in rows:
+        part.of(row).rows += 1
+        if conversation := conversation_of(row, config, part):
+            conversations.append((row, conversation))
+    ENCODERS[config.stage](conversations, config, tokenizer, template, part, check_only)
+    return part

@@ -1,14 +1,14 @@
 """The tokenizer of a checkpoint: text to ids, ids to text, and the special tokens the checkpoint names.
 
-    python tokenizer.py path/to/checkpoint "Hello there"        shows the tokens of a text
+    python -m text.tokenizer path/to/checkpoint "Hello there"        shows the tokens of a text
 
 A checkpoint folder brings tokenizer.json (the vocabulary and the rules, used here exactly as they stand, through the
-`tokenizers` package) or an older form of vocabulary (vocabularies.py makes the same of it), tokenizer_config.json
+`tokenizers` package) or an older form of vocabulary (text/vocabularies.py makes the same of it), tokenizer_config.json
 (which token begins a text, ends an answer, pads), sometimes special_tokens_map.json (the same, older) and
 chat_template.jinja.
 
 Read next: templates.py, which puts a conversation into the pieces that are encoded here; data.py, which does so for
-a whole dataset; words.py, which makes it fast; vocabularies.py, should the folder have no tokenizer.json.
+a whole dataset; text/fast_bpe.py, which makes it fast; text/vocabularies.py, should the folder have no tokenizer.json.
 Sources: byte-level BPE, Radford et al. 2019 (GPT-2), section 2.2; SentencePiece, arXiv:1808.06226.
 """
 import hashlib
@@ -18,15 +18,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as Core
+from tokenizers import AddedToken, Tokenizer as Core
 
-from vocabularies import fields_of, find_vocabulary, load_vocabulary, mend
-from words import words_of
+from text.fast_bpe import words_of
+from text.vocabularies import fields_of, find_vocabulary, load_vocabulary, mend
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 UNTRIED = object()
-CHECKED = 50  # texts that are encoded both ways before words.py is believed
+CHECKED = 50  # texts that are encoded both ways before text/fast_bpe.py is believed
 HALF_A_CHARACTER = "\ufffd"  # what decoders write for bytes that do not (yet) form a character
 
 
@@ -87,7 +86,7 @@ class Tokenizer:
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts):
-        """Many texts at once. -> one list of ids per text: word by word where that gives the same (see words.py)."""
+        """Many texts at once. -> one list of ids per text: word by word where that gives the same (see text/fast_bpe.py)."""
         texts = list(texts)
         if self.words is UNTRIED:
             self.words = words_of(self.core)
@@ -105,7 +104,7 @@ class Tokenizer:
         return [encoding.ids for encoding in encode(texts, add_special_tokens=False)]
 
     def agrees(self, texts):
-        """Do both ways give the same ids? If not, a note is printed: a file that words.py takes for another."""
+        """Do both ways give the same ids? If not, a note is printed: a file that text/fast_bpe.py takes for another."""
         same = all(ids in (None, wanted) for ids, wanted in zip(map(self.words.encode, texts), self.encode_texts(texts)))
         if not same:
             print(f"note: {self.name}: its words cannot be told apart as in tokenizer.json; texts are tokenised whole")

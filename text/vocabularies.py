@@ -12,7 +12,7 @@ concatenation comes first, then look again. `tokenizers` asks for the pairs inst
 What a vendor wrote into Python code and into no file (special tokens behind the last id, the regex that cuts words) is
 a row of VENDORS.
 
-Read before: tokenizer.py, which calls load_vocabulary where a folder has no tokenizer.json.
+Read before: text/tokenizer.py, which calls load_vocabulary where a folder has no tokenizer.json.
 Sources: SentencePiece arXiv:1808.06226, its sentencepiece_model.proto and normalizer.cc; tiktoken (github.com/openai);
 BPE Sennrich et al. arXiv:1508.07909; unigram Kudo arXiv:1804.10959; the tokenization_*.py of the vendors' repositories.
 """
@@ -22,7 +22,8 @@ import re
 import struct
 from dataclasses import dataclass, field
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                        pre_tokenizers, processors)
 
 SPACE = "▁"     # U+2581: how sentencepiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)    # kinds of sentencepiece pieces; 6 are the bytes

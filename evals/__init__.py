@@ -1,0 +1,1 @@
+"""Is it better now? Losses, scores and answers of a trained model."""

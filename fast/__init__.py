@@ -1,0 +1,1 @@
+"""The same numbers, sooner: the plain twin stands at the root."""

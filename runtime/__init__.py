@@ -1,0 +1,1 @@
+"""What stands around the loop: settings, plan, saving, resuming, reporting."""

@@ -1,0 +1,1 @@
+"""The same numbers, on more cards: the twin is one process."""
