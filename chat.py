@@ -9,8 +9,8 @@ config → weights → chat template → sampling → model → turns. The chat 
 with the adapter. The KV cache of the unchanged beginning of a conversation is kept from turn to
 turn.
 
-Requires: templates.py (encode_prompt), generate.py (the loop over tokens), fast/decode.py (its fast
-twin). Next: merge.py.
+Requires: templates.py (encode_prompt), generate.py (the loop over tokens), fast/decode.py.
+Next: merge.py.
 
 The prompts, the two commands and the sampling defaults are those of `llamafactory-cli chat`.
 """
@@ -40,12 +40,12 @@ from fast.decode import pick_step, prepare
 from generate import Sampling, common_prefix, context_length, generate, next_scores
 from methods.quant import form_asked, in_words, quantised_weights
 from model import CausalLM, KVCache, attention_needs
-from runtime.finished import (chat_format, explained_out_of_memory, find_weights, other_bases,
-                              pick_dtype)
+from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
+                              trained_settings)
 from runtime.memory_advice import available_bytes
-from templates import Settings, Template, encode_prompt, fit_tokenizer
-from text.template_check import choose_template
-from text.tokenizer import TextStream, Tokenizer, load_tokenizer, read_json
+from templates import Settings, Template, encode_prompt
+from text.load_text import eos_ids_of, load_text
+from text.tokenizer import TextStream, Tokenizer, read_json
 
 ENDINGS = {         # reason why an answer ended -> remark
     "stop": "",
@@ -101,25 +101,23 @@ def main(argv):
         say(f"warning   {warning}")
 
     # ---- chat template
-    tokenizer = load_tokenizer(base, config.split_special_tokens)
-    wanted, settings, origin, force = chat_format(config, adapters or [base])
-    template, why = choose_template(wanted, tokenizer, shape.model_type, force)
-    stop_ids = set(fit_tokenizer(template, tokenizer, settings, shape.vocab_size))
-    say(f"template  {template.name} ({origin or why})")
+    trained = adapters or [base]
+    settings = trained_settings(config, trained[-1])
+    text = load_text(config, base, trained, shape, settings)
+    say(f"template  {text.template.name} ({text.origin})")
 
     # ---- sampling
-    sampling, max_new_tokens, eos_ids = pick_sampling(config, base)
-    stop_ids |= eos_ids
+    sampling, max_new_tokens = pick_sampling(config, base)
 
     # ---- model
     with explained_out_of_memory(device):
-        model = load(config, base, adapters, dtype, device)
+        model = load_model_to_chat(config, base, adapters, dtype, device)
     cache, step = pick_kernels(config, model, shape, device)
 
     # ---- turns
     generator = torch.Generator(device).manual_seed(config.seed)
-    chat = Chat(config=config, model=model, tokenizer=tokenizer, template=template,
-                settings=settings, stop_ids=stop_ids, sampling=sampling,
+    chat = Chat(config=config, model=model, tokenizer=text.tokenizer, template=text.template,
+                settings=settings, stop_ids=text.stop_ids | eos_ids_of(base), sampling=sampling,
                 max_new_tokens=max_new_tokens, generator=generator, cache=cache, step=step)
     if config.prompt:
         _, ending = answer(chat, [{"role": "user", "content": config.prompt}])
@@ -232,18 +230,15 @@ def start_prompt(chat: Chat, messages: list[dict]) -> list[int]:
 # ---- sampling ---------------------------------------------------------------------------------
 
 
-def pick_sampling(config: Config, base: Path) -> tuple[Sampling, int, set[int]]:
-    """(how to draw tokens, max_new_tokens, eos ids that the checkpoint itself names)."""
+def pick_sampling(config: Config, base: Path) -> tuple[Sampling, int]:
+    """(how to draw tokens, max_new_tokens)."""
     generation = read_json(base / "generation_config.json")
     values, description = sampling_values(config, generation, base)
     max_new_tokens = values.pop("max_new_tokens")
     sampling = Sampling(**values)
     greedy = "greedy; " if sampling.greedy else ""
     say(f"sampling  {greedy}{description}; seed {config.seed}")
-
-    eos = generation.get("eos_token_id")
-    eos_ids = set(eos) if isinstance(eos, list) else {eos} - {None}
-    return sampling, max_new_tokens, eos_ids
+    return sampling, max_new_tokens
 
 
 def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict, str]:
@@ -272,8 +267,8 @@ def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict,
 # ---- model ------------------------------------------------------------------------------------
 
 
-def load(config: Config, base: Path, adapters: list[Path], dtype: torch.dtype | None,
-         device: torch.device) -> CausalLM:
+def load_model_to_chat(config: Config, base: Path, adapters: list[Path],
+                       dtype: torch.dtype | None, device: torch.device) -> CausalLM:
     """Load base and adapters; with fast_chat, merge and join matrices for decoding."""
     form = form_asked(config)
     model = load_with_adapters(base, adapters, dtype, device, config.fast_chat, form)

@@ -1,22 +1,25 @@
-"""Does it answer better now? Loss, perplexity, answers and their scores, of a tuned model beside its base.
+"""Evaluate a tuned model beside its base: loss, perplexity, answers and their scores.
 
-    python eval.py --config configs/tiny_lora_eval.yaml             loss, answers, BLEU and ROUGE; adapter beside base
-    python eval.py my.yaml do_eval=true                             the loss alone
-    python eval.py my.yaml eval_dataset=questions.json max_new_tokens=256 do_sample=false
-    python eval.py my.yaml task=mmlu_test                           multiple choice, see evals/multiple_choice.py
+    python eval.py --config configs/tiny_lora_eval.yaml     loss, answers, BLEU and ROUGE python
+    eval.py my.yaml do_eval=true                     only the loss python eval.py my.yaml
+    eval_dataset=questions.json max_new_tokens=256 do_sample=false python eval.py my.yaml
+    task=mmlu_test                   multiple choice (evals/multiple_choice.py)
 
-config → which models → chat format, rows → of each model its loss and its answers → files → the table. The rows are
-eval_dataset, or the share val_size of dataset that training held out, or dataset itself. The yaml of the training will
-do: the adapter is looked for in its output_dir. A run that was killed goes on after the answers it has.
+config → models → chat template and rows → loss and answers of each model → files → a table. The
+rows are eval_dataset, or the share val_size of dataset that training held out, or dataset itself.
+The yaml of a training works unchanged: the adapter is found in its output_dir. A killed run
+continues after the answers it has.
 
-Read before: chat.py (which loads a model likewise), fast/batch_decode.py, evals/bleu_rouge.py. Read after: docs/evaluation.md.
-Sources: the rows, names and files are those of LLaMA-Factory's do_predict: generated_predictions.jsonl,
+Requires: chat.py (loads a model in the same way), evals/loss.py, evals/predictions.py.
+Next: docs/evaluation.md.
+
+Names and files are those of LLaMA-Factory's do_predict: generated_predictions.jsonl,
 predict_results.json, eval_results.json.
 """
-import json
 import math
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,351 +27,473 @@ from errors import run
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "eval"))                 # --help and mistakes do not wait for torch
+    run(lambda argv: load_config(argv, "eval"))         # --help and mistakes do not wait for torch
 
-from runtime.device import pick_device
-import numpy as np
+from runtime.device import pick_device              # before torch: see guard_amdsmi there
 from tqdm import tqdm
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import find_checkpoint, write_json
-from data import Encoded, cut_pair, print_counts, settings_of
+from config import Config, has_reference
+from data import print_counts
 from evals.bleu_rouge import NAMES, means, pick_words, score
-from evals.loss import measure_loss, measure_objective
-from evals.multiple_choice import accuracies, answers_of, find_subjects
-from evals.predictions import Side, predict, progress_name, run_key
+from evals.loss import evaluate, evaluate_examples
+from evals.multiple_choice import Subject, accuracies, answers_of, find_subjects
+from evals.predictions import (Prompt, Side, predict, progress_name, prompts_of, read_prompt_rows,
+                               run_key, write_predictions)
 from families import model_config, read_config_json
 from fast.attention_picker import pick_kernel
 from fast.decode import prepare
 from fast.matmul import pick_product
 from generate import Sampling
 from lora import merge_adapters
-from methods.quant import form_asked
+from losses import Objective
+from methods.preference import VALUE_HEAD, ValueHead, objective_of
+from methods.quant import Form, form_asked
 from model import attention_needs
-from runtime.finished import (chat_format, explained_out_of_memory, find_weights, other_bases,
-                              pick_dtype)
+from parallel import Ranks
+from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
+                              trained_settings)
 from runtime.memory_advice import available_bytes
 from runtime.report import print_pairs, table
-from templates import encode_prompt, fit_tokenizer
-from text.data_files import find_sources, rows_of
-from text.template_check import choose_template
-from text.token_cache import conversation_of, load_examples, refuse, split_rows
-from text.tokenizer import load_tokenizer, read_json
+from text.load_text import Text, eos_ids_of, load_text
+from text.token_cache import load_examples
+from text.tokenizer import read_json
 
-SHOWN = 3               # rows side by side
-# columns of the table: of replies and text, of preferences, of reward models
-TOLD = {"loss": "eval_token_loss", "perplexity": "eval_perplexity"}
-TOLD_OF_PAIRS = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
-TOLD_OF_REWARDS = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
+SHOWN_ROWS = 3          # rows printed side by side
+# columns of the table -> metric: of replies and text, of preferences, of reward models
+COLUMNS = {"loss": "eval_token_loss", "perplexity": "eval_perplexity"}
+PAIR_COLUMNS = {
+    "loss": "eval_loss",
+    "accuracy": "eval_rewards/accuracies",
+    "margin": "eval_rewards/margins",
+}
+REWARD_COLUMNS = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
 
 
 def main(argv):
     if os.environ.get("RANK", "0") != "0":              # under torchrun one process does the work
         return
     config = load_config(argv, "eval")
-    check(config)
-    output = Path(config.output_dir or "")
+    check_rows_and_output(config)
 
-    # ---- which models
+    # ---- models
     base, adapters, remarks = find_weights(config)
     shape = model_config(read_config_json(base), f"{base}/config.json")
     device = pick_device(config.use_cpu)
     sides = sides_of(config, base, adapters)
-    print_pairs("models", {side.name: " + ".join(map(str, [side.base, *side.adapters])) for side in sides})
-    for note in [*shape.notes, *(remark.strip() for remark in remarks if remark), *other_bases(config, adapters)]:
-        print(f"  note: {note}")
-    if ignored := ignored_keys(config):
-        print(f"  accepted, no effect here: {', '.join(ignored)}")
+    notes = [*shape.notes, *(remark.strip() for remark in remarks if remark)]
+    print_models(config, sides, notes + other_bases(config, adapters))
 
-    # ---- chat format, rows
-    tokenizer = load_tokenizer(base, config.split_special_tokens)
-    wanted, settings, origin, force = chat_format(config, adapters or [base])
-    template, why = choose_template(wanted, tokenizer, shape.model_type, force)
-    stop_ids = set(fit_tokenizer(template, tokenizer, settings, shape.vocab_size)) | own_ends(base)
+    # ---- chat template, rows
+    trained = adapters or [base]
+    settings = trained_settings(config, trained[-1])
+    text = load_text(config, base, trained, shape, settings)
     if config.task:
-        return measure_choices(config, sides, template, tokenizer, settings, device)
-    config = replace(config, **asdict(settings))        # said now, else said in training
-    examples = held_out(config, tokenizer, template)
-    if examples.largest_id >= shape.vocab_size:
-        raise ValueError(f"the rows hold token id {examples.largest_id}, and the model knows ids 0 to "
-                         f"{shape.vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
-    prompts = prompts_of(read_rows(config), config, tokenizer, template) if wants_answers(config) else []
+        measure_choices(config, sides, text.template, text.tokenizer, settings, device)
+        return
+    config = replace(config, **asdict(settings))
+    examples = held_out(config, text.tokenizer, text.template, shape.vocab_size)
+    prompts = []
+    if wants_answers(config):
+        rows = read_prompt_rows(config)
+        prompts = prompts_of(rows, config, text.tokenizer, text.template)
     sampling = Sampling(*(getattr(config, name) for name in asdict(Sampling())))
-    words, called = pick_words()
-    print_pairs("measured", {
-        "template": f"{template.name} ({origin or why})", "loss": f"of {len(examples):,} examples",
-        "answers": f"to {len(prompts):,} prompts, {in_words(sampling, config)}" if prompts else "none",
-        **({"scores": f"by {called}"} if prompts else {})})
+    words, words_name = pick_words()
+    print_measured(config, text, examples, prompts, sampling, words_name)
 
     # ---- measure
+    output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     for side in sides:
-        measure(side, config, tokenizer, examples, prompts, stop_ids, sampling, device)
-        side.scores = [score(tokenizer.decode(answer, skip_special_tokens=True),
-                             tokenizer.decode(label, skip_special_tokens=True), words)
-                       for answer, (_, label) in zip(side.answers, prompts)]
+        measure(side, config, examples, prompts, text.stop_ids | eos_ids_of(base), sampling, device)
         if prompts:
-            side.results |= {f"predict_{name}": value for name, value in means(side.scores).items()}
-            side.results |= {"predict_words": called} if called.startswith("plain") else {}
-        write_files(output, side, config, tokenizer, prompts, first=side is sides[0])
+            score_answers(side, prompts, text.tokenizer, words, words_name)
+        write_files(output, side, config, text.tokenizer, prompts, first=side is sides[0])
 
     # ---- the table
     write_json(output / "comparison.json", {side.name: side.results for side in sides})
-    columns = {"rm": TOLD_OF_REWARDS, "dpo": TOLD_OF_PAIRS, "kto": TOLD_OF_PAIRS}.get(config.stage, TOLD)
-    columns = columns | ({name: f"predict_{name}" for name in NAMES} if prompts else {})
-    print()
-    print(table(["", *columns], [[side.name, *(in_digits(side.results.get(key)) for key in columns.values())]
-                                 for side in sides]))
-    others = [side for side in sides[1:] if side.name == "base" and (side.losses or prompts)]
-    for text in changed_most(sides[0], others[0], examples, prompts, tokenizer) if others else []:
-        print(text)
-    for path in output.glob(progress_name("*")):        # all is done: the next run begins anew
+    print_table(config, sides, bool(prompts))
+    print_changed_most(sides, examples, prompts, text.tokenizer)
+    for path in output.glob(progress_name("*")):        # finished: the next run starts anew
         path.unlink()
-    print(f"\nwritten to {output}: {', '.join(files_of(sides[0], bool(prompts)))}, comparison.json")
+    print(f"\nwritten to {output}: {', '.join(files_of(bool(prompts)))}, comparison.json")
 
 
-def check(config):
-    """Raises ValueError for a config that says too little."""
+def check_rows_and_output(config: Config):
+    """Raise ValueError unless the config names rows and an output folder, or a task."""
     if config.task:
         return
     if not config.output_dir:
         raise ValueError(f"{config.source}: eval.py writes its files into output_dir; set it")
     if not config.eval_dataset and not config.dataset:
-        raise ValueError(f"{config.source}: there are no rows to measure on; set eval_dataset")
+        raise ValueError(
+            f"{config.source}: there are no rows to measure on; set eval_dataset")
 
 
-# ---- which models, which rows -----------------------------------------------------------------------------------
+# ---- models and rows --------------------------------------------------------------------------
 
 
-def sides_of(config, base: Path, adapters: list) -> list[Side]:
-    """What is measured: the tuned model, and with `compare` its base and the merged model in export_dir. A reward model
-    has no base to be compared with: its value head came about in training."""
-    began = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    tuned = Side("adapter" if adapters else "base" if base == began else "tuned", base, adapters)
-    sides = [tuned]
+def sides_of(config: Config, base: Path, adapters: list[Path]) -> list[Side]:
+    """The models to compare: the tuned one, and with `compare` its base and the merged model.
+
+    A reward model stands alone: its base has no value head.
+    """
+    original = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    name = "tuned"
+    if adapters:
+        name = "adapter"
+    elif base == original:
+        name = "base"
+    sides = [Side(name, base, adapters)]
     if config.stage == "rm":
         return sides
-    if config.compare and tuned.name != "base":
-        sides.append(Side("base", began, []))
-    if config.compare and config.export_dir and (Path(config.export_dir) / "config.json").is_file():
-        sides.append(Side("merged", Path(config.export_dir), []))
+
+    if config.compare and name != "base":
+        sides.append(Side("base", original, []))
+    if config.compare and config.export_dir:
+        if (Path(config.export_dir) / "config.json").is_file():
+            sides.append(Side("merged", Path(config.export_dir), []))
     for side in sides:
         if config.ref_model:
-            found = [find_checkpoint(name, cache_dir=config.cache_dir)
-                     for name in (config.ref_model, *(config.ref_model_adapters or []))]
-            side.reference = (found[0], found[1:])
+            folders = [find_checkpoint(folder, cache_dir=config.cache_dir)
+                       for folder in (config.ref_model, *(config.ref_model_adapters or []))]
+            side.reference = (folders[0], folders[1:])
         elif not side.adapters and side.name != "base":
-            side.reference = (began, [])
+            side.reference = (original, [])
     return sides
 
 
-def wants_answers(config) -> bool:
-    """Answers are given if they are asked for, or nothing is; the loss is told anyway. Running text asks for none, and
-    a reward model gives none."""
-    asked = {"do_eval", "do_predict", "predict_with_generate"} & set(config.given)
-    return config.stage not in ("pt", "rm") and (config.do_predict or config.predict_with_generate or not asked)
+def print_models(config: Config, sides: list[Side], notes: list[str]):
+    """Print the folders of each model, notes, and keys without effect."""
+    folders = {side.name: " + ".join(map(str, [side.base, *side.adapters])) for side in sides}
+    print_pairs("models", folders)
+    for note in notes:
+        print(f"  note: {note}")
+    if ignored := ignored_keys(config):
+        print(f"  accepted, no effect here: {', '.join(ignored)}")
 
 
-def held_out(config, tokenizer, template):
-    """The examples to measure the loss on, encoded as in training."""
+def wants_answers(config: Config) -> bool:
+    """Whether to generate answers: if the config asks for them, or for nothing in particular.
+
+    Stages pt and rm have none.
+    """
+    if config.stage in ("pt", "rm"):
+        return False
+    requested = {"do_eval", "do_predict", "predict_with_generate"} & set(config.given)
+    return config.do_predict or config.predict_with_generate or not requested
+
+
+def held_out(config: Config, tokenizer, template, vocab_size: int):
+    """The examples to measure the loss on, encoded as in training.
+
+    Raises ValueError for token ids outside the vocabulary.
+    """
     if config.eval_dataset:
         config = replace(config, dataset=config.eval_dataset, eval_dataset=None, val_size=0.0)
     elif not config.val_size:
-        print("  note: measured are the rows of `dataset`. For a model trained on them the figures tell what it "
-              "remembers; eval_dataset or val_size holds some out")
-    train, held, counts = load_examples(config, tokenizer, template)        # what training keeps on disk stays as it is
+        print("  note: the rows of `dataset` are measured. For a model trained on them the figures "
+              "show memorization; eval_dataset or val_size holds rows out")
+    # no folder is passed, so that the rows a training keeps on disk stay
+    train_set, eval_set, counts = load_examples(config, tokenizer, template)
     split = "eval" if config.val_size else "train"
-    counts.datasets = {("rows of", name): found for (of, name), found in counts.datasets.items() if of == split}
-    counts.examples = {"measured": len(held or train)}
+    examples = eval_set if config.val_size else train_set
+
+    rows = {}
+    for (part, name), count in counts.datasets.items():
+        if part == split:
+            rows["rows of", name] = count
+    counts.datasets = rows
+    counts.examples = {"measured": len(eval_set or train_set)}
     print_counts(counts)
-    return held if config.val_size else train
+    if examples.largest_id >= vocab_size:
+        raise ValueError(
+            f"the rows hold token id {examples.largest_id}, and the model knows ids 0 to "
+            f"{vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
+    return examples
 
 
-def read_rows(config):
-    """The rows to answer: those of held_out, before they were encoded."""
-    sampler = np.random.RandomState(config.seed)
-    rows = rows_of(find_sources(config.eval_dataset or config.dataset, config, []), config, sampler, [])
-    return split_rows(rows, config.val_size, config.seed)[1] if config.val_size and not config.eval_dataset else rows
+def print_measured(config: Config, text: Text, examples, prompts: list[Prompt],
+                   sampling: Sampling, words_name: str):
+    """Print the template, and what is measured."""
+    lines = {
+        "template": f"{text.template.name} ({text.origin})",
+        "loss": f"of {len(examples):,} examples",
+        "answers": "none",
+    }
+    if prompts:
+        lines["answers"] = f"to {len(prompts):,} prompts, {describe_sampling(sampling, config)}"
+        lines["scores"] = f"by {words_name}"
+    print_pairs("measured", lines)
 
 
-def prompts_of(rows, config, tokenizer, template) -> list[tuple[list, list]]:
-    """(ids of the prompt, ids of the answer it should get) of each row; the two share cutoff_len as in training."""
-    part, found = Encoded(), []
-    for row in rows:
-        conversation = conversation_of(row, config, part)
-        if conversation is None or conversation.desired is False:       # to an answer judged bad none should come close
-            continue
-        try:
-            prompt, answer = encode_prompt(template, tokenizer, *conversation[:3], settings=settings_of(config))
-        except ValueError as error:                     # a tool call or a tool description that cannot be read
-            part.reject(row, error)
-            continue
-        answer = answer + [tokenizer.eos_id] * template.efficient_eos
-        keep_prompt, keep_answer = cut_pair(len(prompt), len(answer), config.cutoff_len)
-        found.append((prompt[:keep_prompt], answer[:keep_answer]))
-    if part.bad and not config.skip_bad_rows:
-        refuse(part.bad)
-    return found
+def describe_sampling(sampling: Sampling, config: Config) -> str:
+    """How the answers are generated, for the start page."""
+    length = f"to {config.max_length} tokens with the prompt"
+    if config.max_new_tokens:
+        length = f"at most {config.max_new_tokens} tokens"
+    if sampling.greedy:
+        return f"greedy, {length}"
+    values = [f"{name} {value}" for name, value in asdict(sampling).items() if name != "do_sample"]
+    return f"sampled ({', '.join(values)}; seed {config.seed}), {length}"
 
 
-def own_ends(base: Path) -> set[int]:
-    """The ends of an answer that the checkpoint was made with."""
-    ends = read_json(base / "generation_config.json").get("eos_token_id")
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
+# ---- one model --------------------------------------------------------------------------------
 
 
-# ---- one model --------------------------------------------------------------------------------------------------
-
-
-def form_of(side: Side, config):
-    """What its weights are quantised to on load, or None; a merged model is one in 16 bits."""
+def form_of(side: Side, config: Config) -> Form | None:
+    """Quantization on load; a merged model has none."""
     return None if side.name == "merged" else form_asked(config)
 
 
-def load(side: Side, config, device):
-    """The model of one side, adapters apart, with the kernels of this machine."""
+def load_side(side: Side, config: Config, device):
+    """Load the model of one side, adapters not merged, with the kernels of this machine."""
     print(f"\n{side.name}", flush=True)
     dtype = pick_dtype(config, read_config_json(side.base), device)
-    model = load_with_adapters(side.base, side.adapters, dtype, device, form=form_of(side, config))
+    form = form_of(side, config)
+    model = load_with_adapters(side.base, side.adapters, dtype, device, form=form)
     dtype = model.model.embed_tokens.weight.dtype
-    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False, **attention_needs(model.config))
-    model.kernel, model.product = choice.kernel, pick_product(device, dtype).taken
+    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
+                         **attention_needs(model.config))
+    model.kernel = choice.kernel
+    model.product = pick_product(device, dtype).taken
     return model
 
 
-def measure(side: Side, config, tokenizer, examples, prompts, stop_ids, sampling, device):
-    """Load one model, and fill in its losses and answers. It is gone when this returns."""
+def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_ids: set[int],
+            sampling: Sampling, device):
+    """Loss and answers of one model, and their speed, into side."""
     with explained_out_of_memory(device):
-        begun = time.time()
-        model = load(side, config, device)
-        prepared = time.time() - begun
+        start_time = time.time()
+        model = load_side(side, config, device)
+        load_seconds = time.time() - start_time
         if config.stage in ("sft", "pt"):
-            metrics, side.losses = measure_loss(config, model, examples, device)
+            metrics, side.losses = evaluate_examples(config, model, examples, device)
         else:
-            metrics = measure_objective(config, side, model, examples, device)
-        side.results |= metrics | {"eval_model_preparation_time": round(prepared, 4)}
+            objective = objective_of_side(config, side, model, device)
+            metrics = evaluate(config, model, examples, device, nullcontext(), objective, Ranks())
+        side.results |= metrics
+        side.results["eval_model_preparation_time"] = round(load_seconds, 4)
         if not prompts:
             return
-        begun = time.time()
-        if config.fast_chat:                            # the loss is that of adapter and base apart, as in training
-            merge_adapters(model, quantised=False)
-        model.product = "plain"
-        lines = prepare(model, available_bytes(device), config.per_device_eval_batch_size) if config.fast_chat else []
-        print("  " + "\n  ".join([*lines, f"kernel    {model.kernel}"]), flush=True)
-        prepared += time.time() - begun
-        form = form_of(side, config)
-        key = run_key(side, config, prompts, stop_ids, sampling, model.model.embed_tokens.weight.dtype)
-        key |= {"form": str(form)} if form else {}
+
+        start_time = time.time()
+        prepare_answers(config, model, device)
+        load_seconds += time.time() - start_time
+        key = run_key(side, config, prompts, stop_ids, sampling,
+                      model.model.embed_tokens.weight.dtype)
+        if form := form_of(side, config):
+            key["form"] = str(form)
         side.answers, seconds = predict(side, config, model, prompts, stop_ids, sampling, key)
+
     steps = math.ceil(len(prompts) / config.per_device_eval_batch_size)
-    side.results |= {"predict_model_preparation_time": round(prepared, 4), "predict_runtime": round(seconds, 4),
-                     "predict_samples_per_second": round(len(prompts) / seconds, 3),
-                     "predict_steps_per_second": round(steps / seconds, 3)}
+    side.results["predict_model_preparation_time"] = round(load_seconds, 4)
+    side.results["predict_runtime"] = round(seconds, 4)
+    side.results["predict_samples_per_second"] = round(len(prompts) / seconds, 3)
+    side.results["predict_steps_per_second"] = round(steps / seconds, 3)
 
 
-# ---- multiple choice --------------------------------------------------------------------------------------------
+def objective_of_side(config: Config, side: Side, model, device) -> Objective:
+    """Objective of stages dpo, kto and rm for a model, with its reference or value head."""
+    reference = head = None
+    if side.reference and has_reference(config):
+        form = None if config.ref_model else form_asked(config)
+        dtype = model.model.embed_tokens.weight.dtype
+        reference = load_with_adapters(*side.reference, dtype, device, form=form)
+    if config.stage == "rm":
+        folder = (side.adapters or [side.base])[-1]
+        head = ValueHead(model.config.hidden_size, 0.0, config.seed)
+        if not head.read(folder):
+            raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
+        head.to(device)
+    return objective_of(config, reference, head)
 
 
-def measure_choices(config, sides: list[Side], template, tokenizer, settings, device):
-    """Accuracy of each model on the questions of `task`; results.json and results.log into save_dir, or output_dir."""
-    folder = Path(config.save_dir or config.output_dir) if config.save_dir or config.output_dir else None
-    if config.save_dir and folder.exists():
+def prepare_answers(config: Config, model, device):
+    """Make the model fast at generating, and print how. The loss above is of unmerged adapters."""
+    lines = []
+    if config.fast_chat:
+        merge_adapters(model, quantised=False)
+    model.product = "plain"
+    if config.fast_chat:
+        size = config.per_device_eval_batch_size
+        lines = prepare(model, available_bytes(device), size)
+    print("  " + "\n  ".join([*lines, f"kernel    {model.kernel}"]), flush=True)
+
+
+def score_answers(side: Side, prompts: list[Prompt], tokenizer, words, words_name: str):
+    """BLEU and ROUGE of each answer, and their means, into side."""
+    for answer, (_, label) in zip(side.answers, prompts):
+        side.scores.append(score(tokenizer.decode(answer, skip_special_tokens=True),
+                                 tokenizer.decode(label, skip_special_tokens=True), words))
+    for name, value in means(side.scores).items():
+        side.results[f"predict_{name}"] = value
+    if words_name.startswith("plain"):
+        side.results["predict_words"] = words_name
+
+
+# ---- multiple choice --------------------------------------------------------------------------
+
+
+def measure_choices(config: Config, sides: list[Side], template, tokenizer, settings, device):
+    """Print each model's accuracy on `task`; write results into save_dir, or else output_dir."""
+    folder = config.save_dir or config.output_dir
+    if config.save_dir and Path(folder).exists():
         raise ValueError(f"save_dir: {folder} exists already; name another one")
     subjects = find_subjects(config.task, config.task_dir)
-    lone = [subject.name for subject in subjects if len(subject.shots) < config.n_shot]
-    print_pairs("questions", {
-        "task": f"{config.task}: {sum(len(subject.questions) for subject in subjects):,} in {len(subjects)} subjects",
-        "examples": f"{config.n_shot} each" + (f"; fewer in {len(lone)} subjects, such as {lone[0]}" if lone else ""),
-        "template": template.name})
-    found, chosen = {}, {}
+    print_task(config, subjects, template.name)
+
+    percents, answers = {}, {}
     for side in sides:
         with explained_out_of_memory(device):
-            model, said = load(side, config, device), {}
-            for subject in tqdm(subjects, desc="subjects", leave=False, disable=bool(config.disable_tqdm) or None):
-                said[subject.name], cut = answers_of(model, subject, config, template, tokenizer, settings)
-                if cut:
-                    tqdm.write(f"  {subject.name}: examples left out of {cut} questions, to fit the model's context")
-        found[side.name], chosen[side.name] = accuracies(subjects, said), said
+            model = load_side(side, config, device)
+            answers[side.name] = answer_subjects(model, subjects, config, template, tokenizer,
+                                                 settings)
+        percents[side.name] = accuracies(subjects, answers[side.name])
         del model
-    text = table(["percent right", *found],
-                 [[name, *(f"{of[name]:.2f}" for of in found.values())] for name in found[sides[0].name]])
+
+    rows = []
+    for name in percents[sides[0].name]:
+        rows.append([name, *(f"{percent[name]:.2f}" for percent in percents.values())])
+    text = table(["percent right", *percents], rows)
     print(f"\n{text}")
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "results.json", {name: {str(i): letter for i, letter in enumerate(letters)}
-                                             for name, letters in chosen[sides[0].name].items()})
-        write_json(folder / "accuracy.json", found)
-        (folder / "results.log").write_text(text + "\n", encoding="utf-8")
-        print(f"\nwritten to {folder}: results.json, accuracy.json, results.log")
+        write_choices(Path(folder), answers[sides[0].name], percents, text)
 
 
-# ---- what is told -----------------------------------------------------------------------------------------------
+def print_task(config: Config, subjects: list[Subject], template_name: str):
+    """Print the number of questions, few-shot examples, and the template."""
+    questions = sum(len(subject.questions) for subject in subjects)
+    fewer = [subject.name for subject in subjects if len(subject.shots) < config.n_shot]
+    examples = f"{config.n_shot} each"
+    if fewer:
+        examples += f"; fewer in {len(fewer)} subjects, such as {fewer[0]}"
+    print_pairs("questions", {
+        "task": f"{config.task}: {questions:,} in {len(subjects)} subjects",
+        "examples": examples,
+        "template": template_name,
+    })
 
 
-def files_of(side: Side, answered: bool) -> list[str]:
-    return ["eval_results.json", *(["generated_predictions.jsonl", "predict_results.json"] if answered else [])]
+def answer_subjects(model, subjects: list[Subject], config: Config, template, tokenizer,
+                    settings) -> dict[str, list[str]]:
+    """{name of a subject: the letters the model chose}."""
+    answers = {}
+    for subject in tqdm(subjects, desc="subjects", leave=False,
+                        disable=bool(config.disable_tqdm) or None):
+        letters, shortened = answers_of(model, subject, config, template, tokenizer, settings)
+        answers[subject.name] = letters
+        if shortened:
+            tqdm.write(f"  {subject.name}: examples left out of {shortened} questions, to fit the "
+                       "model's context")
+    return answers
 
 
-def write_files(output: Path, side: Side, config, tokenizer, prompts, first: bool):
-    """The files LLaMA-Factory writes; of what the first model is compared with, the answers alone."""
-    predictions = output / ("generated_predictions.jsonl" if first else f"generated_predictions.{side.name}.jsonl")
+def write_choices(folder: Path, answers: dict[str, list[str]], percents: dict, text: str):
+    """Write results.json and results.log in LLaMA-Factory's format, and accuracy.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbered = {name: {str(i): letter for i, letter in enumerate(letters)}
+                for name, letters in answers.items()}
+    write_json(folder / "results.json", numbered)
+    write_json(folder / "accuracy.json", percents)
+    (folder / "results.log").write_text(text + "\n", encoding="utf-8")
+    print(f"\nwritten to {folder}: results.json, accuracy.json, results.log")
+
+
+# ---- files and printing -----------------------------------------------------------------------
+
+
+def files_of(answered: bool) -> list[str]:
+    """The files written for the first model."""
+    files = ["eval_results.json"]
+    if answered:
+        files += ["generated_predictions.jsonl", "predict_results.json"]
+    return files
+
+
+def write_files(output: Path, side: Side, config: Config, tokenizer, prompts: list[Prompt],
+                first: bool):
+    """Write the files LLaMA-Factory writes; of the models compared with, only the answers."""
     if prompts:
-        with open(predictions, "w", encoding="utf-8") as file:
-            for answer, (prompt, label) in zip(side.answers, prompts):
-                row = {"prompt": tokenizer.decode(prompt)}
-                row |= {name: tokenizer.decode(ids, config.skip_special_tokens)
-                        for name, ids in (("predict", answer), ("label", label))}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        name = "generated_predictions.jsonl"
+        if not first:
+            name = f"generated_predictions.{side.name}.jsonl"
+        write_predictions(output / name, side, prompts, tokenizer, config.skip_special_tokens)
     if not first:
         return
     for kind in ("eval", "predict"):
-        if found := {key: value for key, value in sorted(side.results.items()) if key.startswith(f"{kind}_")}:
-            write_json(output / f"{kind}_results.json", found)
-    write_json(output / "all_results.json", read_json(output / "all_results.json") | side.results)
+        results = {key: value for key, value in sorted(side.results.items())
+                   if key.startswith(f"{kind}_")}
+        if results:
+            write_json(output / f"{kind}_results.json", results)
+    all_results = read_json(output / "all_results.json") | side.results
+    write_json(output / "all_results.json", all_results)
 
 
-def changed_most(tuned: Side, base: Side, examples, prompts, tokenizer) -> list[str]:
-    """The rows whose scores, or where there are no answers losses, differ most between the two, side by side."""
-    if prompts:
-        change = [sum(a[name] - b[name] for name in NAMES) / len(NAMES) for a, b in zip(tuned.scores, base.scores)]
-    else:
-        change = [b - a for a, b in zip(tuned.losses, base.losses)]
-    order = sorted((i for i in range(len(change)) if abs(change[i]) > 0), key=lambda i: -abs(change[i]))[:SHOWN]
-    better, worse = sum(value > 0 for value in change), sum(value < 0 for value in change)
-    texts = [f"\n{tuned.name} against base: {better} rows better, {worse} worse, {len(change) - better - worse} alike"
-             + (". Those that changed most:" if order else "")]
+def print_table(config: Config, sides: list[Side], answered: bool):
+    """One row for each model, one column for each metric."""
+    columns = COLUMNS
+    if config.stage == "rm":
+        columns = REWARD_COLUMNS
+    elif config.stage in ("dpo", "kto"):
+        columns = PAIR_COLUMNS
+    if answered:
+        columns = columns | {name: f"predict_{name}" for name in NAMES}
+    rows = []
+    for side in sides:
+        values = [side.results.get(key) for key in columns.values()]
+        rows.append([side.name, *("" if value is None else f"{value:.4g}" for value in values)])
+    print()
+    print(table(["", *columns], rows))
+
+
+def print_changed_most(sides: list[Side], examples, prompts: list[Prompt], tokenizer):
+    """Print the rows that differ most between the first model and its base, side by side."""
+    tuned = sides[0]
+    base = next((side for side in sides[1:] if side.name == "base"), None)
+    if base is None or not (base.losses or prompts):
+        return
+    change = changes_of_rows(tuned, base, bool(prompts))
+    changed = [i for i, value in enumerate(change) if abs(value) > 0]
+    order = sorted(changed, key=lambda i: -abs(change[i]))[:SHOWN_ROWS]
+    better = sum(value > 0 for value in change)
+    worse = sum(value < 0 for value in change)
+    same = len(change) - better - worse
+    most = ". Those that changed most:" if order else ""
+    print(f"\n{tuned.name} against base: {better} rows better, {worse} worse, {same} alike{most}")
     for i in order:
         if prompts:
-            said = {"prompt": prompts[i][0], "label": prompts[i][1], base.name: base.answers[i],
-                    tuned.name: tuned.answers[i]}
-            marks = {side.name: f" (mean of the scores {sum(side.scores[i].values()) / len(NAMES):.1f})"
-                     for side in (tuned, base)}
-            texts.append(f"\nrow {i + 1}")
-            texts += [f"  {name:8}{one_line(tokenizer.decode(ids, name != 'prompt'))}{marks.get(name, '')}"
-                      for name, ids in said.items()]
+            print_answers(i, tuned, base, prompts[i], tokenizer)
         else:
-            texts.append(f"  example {i + 1}: loss {base.losses[i]:.4f} -> {tuned.losses[i]:.4f}   "
-                         f"{one_line(tokenizer.decode(examples[i].input_ids.tolist()))}")
-    return texts
+            text = one_line(tokenizer.decode(examples[i].input_ids.tolist()))
+            print(f"  example {i + 1}: loss {base.losses[i]:.4f} -> {tuned.losses[i]:.4f}   {text}")
+
+
+def changes_of_rows(tuned: Side, base: Side, answered: bool) -> list[float]:
+    """Improvement of each row: of the mean score, or else of the loss."""
+    if not answered:
+        return [b - a for a, b in zip(tuned.losses, base.losses)]
+    return [sum(a[name] - b[name] for name in NAMES) / len(NAMES)
+            for a, b in zip(tuned.scores, base.scores)]
+
+
+def print_answers(i: int, tuned: Side, base: Side, prompt: Prompt, tokenizer):
+    """Print prompt, label and both answers of row i."""
+    print(f"\nrow {i + 1}")
+    print(f"  {'prompt':8}{one_line(tokenizer.decode(prompt[0]))}")
+    print(f"  {'label':8}{one_line(tokenizer.decode(prompt[1], True))}")
+    for side in (base, tuned):
+        mean = sum(side.scores[i].values()) / len(NAMES)
+        text = one_line(tokenizer.decode(side.answers[i], True))
+        print(f"  {side.name:8}{text} (mean of the scores {mean:.1f})")
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    shown = text if len(text) <= limit else f"{text[:limit // 2]} … {text[-limit // 2:]}"
-    return shown.replace("\n", "\\n")
-
-
-def in_digits(value) -> str:
-    return "" if value is None else f"{value:.4g}"
-
-
-def in_words(sampling: Sampling, config) -> str:
-    """How the answers are chosen."""
-    length = f"at most {config.max_new_tokens} tokens" if config.max_new_tokens else \
-        f"to {config.max_length} tokens with the prompt"
-    if sampling.greedy:
-        return f"the likeliest tokens, {length}"
-    changed = ", ".join(f"{name} {value}" for name, value in asdict(sampling).items() if name != "do_sample")
-    return f"drawn ({changed}; seed {config.seed}), {length}"
+    """The text with its middle left out if it is long, newlines escaped."""
+    if len(text) > limit:
+        text = f"{text[:limit // 2]} … {text[-limit // 2:]}"
+    return text.replace("\n", "\\n")
 
 
 if __name__ == "__main__":

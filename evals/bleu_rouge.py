@@ -1,6 +1,6 @@
 """BLEU-4 and ROUGE-1, 2 and L of generated answers, as LLaMA-Factory's script computes them.
 
-    python -m evals.bleu_rouge generated_predictions.jsonl    prints means, writes predictions_score.json
+    python -m evals.bleu_rouge FILE.jsonl     prints means, writes predictions_score.json
 
 BLEU-4 compares characters: n-grams of one to four characters, with counts clipped to those of the
 label. ROUGE compares words: shared words (ROUGE-1), shared pairs of neighbors (ROUGE-2) and the

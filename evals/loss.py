@@ -1,143 +1,185 @@
-"""The loss of a model on held-out rows.
+"""The loss of a model on held-out examples: one loop for train.py, eval.py and merge.py.
+
+    metrics = evaluate(config, model, eval_set, device, autocast, objective, ranks)
+    metrics, losses = evaluate_examples(config, model, examples, device)    example by example
+
+`sum_losses` is the loop. What a batch costs is a function that it is given: `score_batch` for any
+objective, `score_examples` for token losses that are kept for each example.
 
 Requires: losses.py, data.py.
 Next: eval.py.
 """
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from attention import Layout
-from checkpoint.adapters import load_with_adapters
-from config import has_reference
 from data import collate, on_device
-from evals.predictions import Side
 from fast.attention_picker import pick_kernel
 from fast.matmul import PRODUCTS, torch_product
-from losses import Objective, balance_loss, cross_entropy_sum, logged
-from methods.preference import VALUE_HEAD, ValueHead, objective_of
-from methods.quant import form_asked
+from losses import IGNORE, Objective, balance_loss, cross_entropy_sum, logged
 from model import attention_needs
 from parallel import Ranks
 from runtime.build import COLLATE, batch_loss
 from runtime.report import eval_metrics
-from runtime.steps import micro_batches
+
+
+@dataclass
+class BatchLoss:
+    """Loss of one batch. sums: of the batch, or of each of its examples (counts: their tokens)."""
+    sums: list[float] = field(default_factory=list)
+    items: float = 0                    # supervised tokens, or the count of preference stages
+    routing: float = 0.0                # balance loss of the experts, added undivided
+    metrics: dict = field(default_factory=dict)         # {name: tensor (2,), a sum and its count}
+    counts: list[int] = field(default_factory=list)
+
+
+@dataclass
+class EvalSums:
+    """Sums over the batches of one rank."""
+    batch_means: list[float] = field(default_factory=list)
+    total: float = 0.0                  # sum of all losses
+    items: float = 0
+    empty: int = 0                      # batches without a supervised token
+    metrics: dict = field(default_factory=dict)
+    example_losses: list[float] = field(default_factory=list)   # means; nan without a token
+
+    def add(self, batch: BatchLoss):
+        for value, count in zip(batch.sums, batch.counts):
+            self.example_losses.append(value / count if count else math.nan)
+        if batch.items == 0:
+            self.empty += 1
+            return
+        self.batch_means.append(sum(batch.sums) / batch.items + batch.routing)
+        self.total += math.fsum(batch.sums)
+        self.items += batch.items
+        for name, pair in batch.metrics.items():
+            self.metrics[name] = self.metrics[name] + pair if name in self.metrics else pair
+
+
+# ---- the loop ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(config, model, examples, device, autocast, objective: Objective, ranks: Ranks) -> dict:
-    """eval_loss as LLaMA-Factory counts it (mean over batches of each batch's mean, all batches alike), what the objective
-    has to show, and in stages sft and pt the loss over all tokens alike under its own name, and its perplexity. The ranks
-    share the batches; each counts once."""
+def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks(),
+               disable_tqdm: bool | None = None) -> EvalSums:
+    """Score all examples in batches of `size`, which the ranks share.
+
+    score(model, examples) -> BatchLoss.
+    """
+    was_training = model.training
     model.eval()
-    start, size = time.time(), config.per_device_eval_batch_size
-    means, total, count, empty, seen = [], 0.0, 0, 0, objective.nothing_seen(device)
-    batches, sharded = math.ceil(len(examples) / size), hasattr(model, "reshard")
-    # weights that are cut are gathered by all ranks: one that has a batch less than others keeps them company
-    rounded = math.ceil(batches / ranks.world) * ranks.world if sharded else batches
-    for number in tqdm(range(ranks.rank, rounded, ranks.world), desc="evaluating", leave=False,
-                       disable=bool(config.disable_tqdm) or None):
+    sums = EvalSums()
+    batches = math.ceil(len(examples) / size)
+    passes = batches
+    sharded = hasattr(model, "reshard")
+    if sharded:             # all ranks gather the weights together, so all run equally many passes
+        passes = math.ceil(batches / ranks.world) * ranks.world
+    for number in tqdm(range(ranks.rank, passes, ranks.world), desc="evaluating", leave=False,
+                       disable=disable_tqdm):
         first = size * min(number, batches - 1)
-        batch = on_device(COLLATE[config.stage]([examples[first:first + size]]), device)
-        items = batch.n_items if batch.groups else int((batch.targets != -100).sum())
-        if items == 0 and not sharded:
-            empty += 1
-            continue
-        with autocast:
-            told, = objective.ask(model, [batch], Ranks())
-            loss, routing, shown = batch_loss(model, batch, device, objective, told)
-        if items == 0 or number >= batches:
-            empty += number < batches
-            continue
-        means.append(float(loss) / items + float(routing))
-        total, count = total + float(loss), count + items
-        seen = {name: pair + shown[name] for name, pair in seen.items()}
-    model.train()
-    if sharded:                                     # what the last forward pass has gathered
+        loss = score(model, examples[first:first + size])
+        if number < batches:
+            sums.add(loss)
+    model.train(was_training)
+    if sharded:             # free the weights that the last forward pass has gathered
         model.reshard()
-    mean, batches, total, count, empty = ranks.total(math.fsum(means), len(means), total, count, empty)
-    if empty:
-        tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
-    metrics = eval_metrics(mean, batches, total, count, len(examples), time.time() - start)
-    if objective.shows:                             # the loss is of answers, not of tokens
-        del metrics["eval_token_loss"], metrics["eval_perplexity"]
-    shown = {name: ranks.total(*pair.tolist()) for name, pair in seen.items()}
-    return metrics | {f"eval_{name}": value for name, value in logged(shown).items()}
+    return sums
 
 
-@torch.no_grad()
-def measure_loss(config, model, examples, device) -> tuple[dict, list]:
-    """(eval_loss and its companions as training counts them, the mean loss of each example's tokens)."""
-    start, means_of_batches, total, count, losses, empty = time.time(), [], 0.0, 0, [], 0
-    balance = config.moe_aux_loss_coef or model.config.router_aux_loss_coef
-    product = PRODUCTS.get(model.product, torch_product)
-    for numbers in tqdm(micro_batches(list(range(len(examples))), config.per_device_eval_batch_size), desc="loss",
-                        leave=False, disable=bool(config.disable_tqdm) or None):
-        rows = [examples[number] for number in numbers]
-        batch, routers = on_device(collate(rows), device), [] if balance else None
-        hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]            # (N, D)
-        sizes = [len(row.input_ids) for row in rows]
-        sums = [float(cross_entropy_sum(h, model.head_weight(), targets, model.config.final_softcap, product))
-                for h, targets in zip(hidden.split(sizes), batch.targets.split(sizes))]
-        learnt = [int((targets != -100).sum()) for targets in batch.targets.split(sizes)]
-        losses += [value / n if n else math.nan for value, n in zip(sums, learnt)]
-        if not sum(learnt):
-            empty += 1
-            continue
-        routing = float(balance * balance_loss(routers, model.config.num_experts_per_tok)) if routers else 0.0
-        means_of_batches.append(sum(sums) / sum(learnt) + routing)
-        total, count = total + math.fsum(sums), count + sum(learnt)
-    if empty:
-        print(f"  evaluation: {empty} batches without a supervised token were left out")
-    return eval_metrics(math.fsum(means_of_batches), len(means_of_batches), total, count, len(examples),
-                        time.time() - start), losses
-
-
-@torch.no_grad()
-def measure_objective(config, side: Side, model, examples, device) -> dict:
-    """Stages dpo, kto and rm: eval_loss, rewards and accuracies as training counts them."""
-    reference, head, start = None, None, time.time()
-    if side.reference and has_reference(config):
-        form = None if config.ref_model else form_asked(config)
-        reference = load_with_adapters(*side.reference, model.model.embed_tokens.weight.dtype, device, form=form)
-    if config.stage == "rm":
-        head, folder = ValueHead(model.config.hidden_size, 0.0, config.seed), (side.adapters or [side.base])[-1]
-        if not head.read(folder):
-            raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
-        head.to(device)
-    objective, means_of_batches = objective_of(config, reference, head), []
-    seen = objective.nothing_seen(device)
-    for numbers in tqdm(micro_batches(list(range(len(examples))), config.per_device_eval_batch_size), desc="loss",
-                        leave=False, disable=bool(config.disable_tqdm) or None):
-        batch = on_device(COLLATE[config.stage]([[examples[number] for number in numbers]]), device)
+def score_batch(model, examples: list, *, objective: Objective, stage: str, device,
+                autocast) -> BatchLoss:
+    """Loss of a batch by the objective of a stage, as in training."""
+    batch = on_device(COLLATE[stage]([examples]), device)
+    items = batch.n_items if batch.groups else int((batch.targets != IGNORE).sum())
+    if items == 0 and not hasattr(model, "reshard"):
+        return BatchLoss()
+    with autocast:
         told, = objective.ask(model, [batch], Ranks())
-        loss, _, shown = objective.score(model, batch, told)
-        means_of_batches.append(float(loss) / batch.n_items)
-        seen = {name: pair + shown[name] for name, pair in seen.items()}
-    metrics = eval_metrics(math.fsum(means_of_batches), len(means_of_batches), 0.0, 1, len(examples),
-                           time.time() - start)
-    found = logged({name: pair.tolist() for name, pair in seen.items()})
-    return {name: value for name, value in metrics.items() if name not in ("eval_token_loss", "eval_perplexity")} | {
-        f"eval_{name}": value for name, value in found.items()}
+        loss, routing, metrics = batch_loss(model, batch, device, objective, told)
+    return BatchLoss(sums=[float(loss)], items=items, routing=float(routing), metrics=metrics)
 
 
-@torch.no_grad()
-def mean_loss(model, rows, device) -> float:
-    """Mean loss per supervised token, in nats."""
+def score_examples(model, examples: list, *, balance: float, device) -> BatchLoss:
+    """Token losses of stages sft and pt, with the sum of each example.
+
+    balance: coefficient of the experts' balance loss.
+    """
+    batch = on_device(collate(examples), device)
+    routers = [] if balance else None
+    hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]   # (N, D)
+    matmul = PRODUCTS.get(model.product, torch_product)
+    sizes = [len(example.input_ids) for example in examples]
+    sums, counts = [], []
+    for rows, targets in zip(hidden.split(sizes), batch.targets.split(sizes)):
+        loss = cross_entropy_sum(rows, model.head_weight(), targets, model.config.final_softcap,
+                                 matmul)
+        sums.append(float(loss))
+        counts.append(int((targets != IGNORE).sum()))
+    routing = 0.0
+    if routers and sum(counts):
+        routing = float(balance * balance_loss(routers, model.config.num_experts_per_tok))
+    return BatchLoss(sums=sums, items=sum(counts), routing=routing, counts=counts)
+
+
+# ---- its three uses ---------------------------------------------------------------------------
+
+
+def evaluate(config, model, examples, device, autocast, objective: Objective,
+             ranks: Ranks) -> dict:
+    """Metrics of an evaluation in training, over all ranks.
+
+    eval_loss is LLaMA-Factory's: the mean over batches of each batch's mean. Stages sft and pt add
+    the mean over all tokens and its perplexity, the other stages the metrics of their objective.
+    """
+    start_time = time.time()
+    score = partial(score_batch, objective=objective, stage=config.stage, device=device,
+                    autocast=autocast)
+    sums = sum_losses(model, examples, score, config.per_device_eval_batch_size, ranks,
+                      bool(config.disable_tqdm) or None)
+    for name, zeros in objective.nothing_seen(device).items():
+        sums.metrics.setdefault(name, zeros)            # a rank without a batch
+    metrics = reduce_metrics(sums, len(examples), start_time, ranks)
+    if objective.shows:                                 # the loss is per answer, not per token
+        del metrics["eval_token_loss"], metrics["eval_perplexity"]
+    totals = {name: ranks.total(*sums.metrics[name].tolist()) for name in objective.shows}
+    for name, value in logged(totals).items():
+        metrics[f"eval_{name}"] = value
+    return metrics
+
+
+def evaluate_examples(config, model, examples, device) -> tuple[dict, list[float]]:
+    """(the same metrics for stages sft and pt, mean loss of each example; nan without a token)."""
+    start_time = time.time()
+    balance = config.moe_aux_loss_coef or model.config.router_aux_loss_coef
+    score = partial(score_examples, balance=balance, device=device)
+    sums = sum_losses(model, examples, score, config.per_device_eval_batch_size,
+                      disable_tqdm=bool(config.disable_tqdm) or None)
+    metrics = reduce_metrics(sums, len(examples), start_time, Ranks())
+    return metrics, sums.example_losses
+
+
+def mean_loss(model, examples, device) -> float:
+    """Mean loss per label, in nats; chooses the attention kernel."""
     device = torch.device(device)
     dtype = model.model.embed_tokens.weight.dtype
     choice = pick_kernel("auto", device=device, dtype=dtype, training=False,
                          **attention_needs(model.config))
     model.kernel = choice.kernel
-    total = 0.0
-    tokens = 0
-    for row in rows:
-        batch = collate([row])
-        hidden = model(batch.input_ids.to(device), batch.position_ids.to(device),
-                       Layout(batch.lengths, device))                                   # (1, T, D)
-        total += float(cross_entropy_sum(hidden[0], model.head_weight(), batch.targets,
-                                         model.config.final_softcap))
-        tokens += batch.n_items
-    return total / max(tokens, 1)
+    score = partial(score_examples, balance=0.0, device=device)
+    sums = sum_losses(model, examples, score, size=1, disable_tqdm=True)
+    labels = sum(int((example.labels != IGNORE).sum()) for example in examples)
+    return sums.total / max(labels, 1)
+
+
+def reduce_metrics(sums: EvalSums, examples: int, start_time: float, ranks: Ranks) -> dict:
+    """Metrics of the sums of all ranks; reports batches that were left out."""
+    mean, batches, total, items, empty = ranks.total(
+        math.fsum(sums.batch_means), len(sums.batch_means), sums.total, sums.items, sums.empty)
+    if empty:
+        tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
+    return eval_metrics(mean, batches, total, items, examples, time.time() - start_time)

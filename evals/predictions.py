@@ -1,86 +1,205 @@
-"""Answers to held-out prompts, written as they come.
+"""Answers to held-out prompts, written as they come, so that a killed run can continue.
 
-Requires: generate.py.
+The prompts are the rows of the dataset, cut to cutoff_len as in training. Each finished answer is
+one line of generated_predictions.NAME.partial; a run with the same key reads them instead of
+generating.
+
+Requires: generate.py, fast/batch_decode.py.
 Next: evals/bleu_rouge.py.
+
+Rows, names and files are those of LLaMA-Factory's do_predict.
 """
 import json
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from config import Config
+from data import Encoded, cut_pair, settings_of
 from fast.batch_decode import answer_all, answer_each, one_at_a_time
 from fast.decode import pick_step
+from generate import Sampling
+from templates import encode_prompt
+from text.data_files import find_sources, rows_of
+from text.token_cache import conversation_of, refuse, split_rows
+
+Prompt = tuple[list[int], list[int]]        # ids of the prompt, ids of the expected answer
 
 
 @dataclass
 class Side:
-    """One of the models that are compared, and what was found of it."""
+    """One of the compared models and its results."""
     name: str
     base: Path
-    adapters: list
-    reference: tuple | None = None                      # of preference stages: (base, adapters); None: adapters off
-    results: dict = field(default_factory=dict)         # under LLaMA-Factory's names: eval_…, predict_…
-    losses: list = field(default_factory=list)          # of each example: mean over its tokens, nan where it has none
-    answers: list = field(default_factory=list)         # of each row: ids
-    scores: list = field(default_factory=list)          # of each row: {name: 0 … 100}
+    adapters: list[Path]
+    reference: tuple | None = None      # preference stages: (base, adapters); None: adapters off
+    results: dict = field(default_factory=dict)             # {eval_… or predict_…: value}
+    losses: list[float] = field(default_factory=list)       # of each example, per token; or nan
+    answers: list[list[int]] = field(default_factory=list)  # ids of each row
+    scores: list[dict] = field(default_factory=list)        # of each row, {name: 0 … 100}
 
 
-def run_key(side: Side, config, prompts, stop_ids, sampling, dtype) -> dict:
-    """All that the answers depend on; answers made under another key are not gone on with."""
-    files = [path for folder in (side.base, *side.adapters) for path in sorted(Path(folder).iterdir())
-             if path.suffix in (".safetensors", ".bin")]
-    ids = np.array([i for pair in prompts for i in (*pair[0], -1, *pair[1], -2)], np.int64)
-    return {"weights": [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-            "prompts": f"{len(prompts)} rows, {zlib.crc32(ids.tobytes()):08x}", "stop_ids": sorted(stop_ids),
-            "sampling": asdict(sampling), "max_new_tokens": config.max_new_tokens, "max_length": config.max_length,
-            "seed": config.seed, "dtype": str(dtype), "fast_chat": config.fast_chat}
+# ---- prompts ----------------------------------------------------------------------------------
+
+
+def read_prompt_rows(config: Config):
+    """The rows to answer: those held out for evaluation, not encoded."""
+    sampler = np.random.RandomState(config.seed)
+    sources = find_sources(config.eval_dataset or config.dataset, config, [])
+    rows = rows_of(sources, config, sampler, [])
+    if config.val_size and not config.eval_dataset:
+        return split_rows(rows, config.val_size, config.seed)[1]
+    return rows
+
+
+def prompts_of(rows, config: Config, tokenizer, template) -> list[Prompt]:
+    """Ids of prompt and expected answer of each row, together at most cutoff_len as in training."""
+    part = Encoded()
+    prompts = []
+    for row in rows:
+        conversation = conversation_of(row, config, part)
+        if conversation is None or conversation.desired is False:   # skip answers judged bad
+            continue
+        try:
+            prompt, answer = encode_prompt(template, tokenizer, *conversation[:3],
+                                           settings=settings_of(config))
+        except ValueError as error:                     # an unreadable tool call or description
+            part.reject(row, error)
+            continue
+        if template.efficient_eos:
+            answer = answer + [tokenizer.eos_id]
+        keep_prompt, keep_answer = cut_pair(len(prompt), len(answer), config.cutoff_len)
+        prompts.append((prompt[:keep_prompt], answer[:keep_answer]))
+    if part.bad and not config.skip_bad_rows:
+        refuse(part.bad)
+    return prompts
+
+
+# ---- answers ----------------------------------------------------------------------------------
+
+
+def predict(side: Side, config: Config, model, prompts: list[Prompt], stop_ids: set[int],
+            sampling: Sampling, key: dict) -> tuple[list[list[int]], float]:
+    """Generate the answers: (ids of all answers, seconds spent, earlier runs included).
+
+    Answers of a killed run with the same key are kept.
+    """
+    path = Path(config.output_dir) / progress_name(side.name)
+    answers, seconds_before = read_progress(path, key)
+    if answers:
+        print(f"  {len(answers):,} of {len(prompts):,} answers are there from an earlier run; "
+              "continuing")
+    waiting = [(number, ids) for number, (ids, _) in enumerate(prompts) if number not in answers]
+
+    start_time = time.time()
+    new_answers = generate_answers(config, model, waiting, stop_ids, sampling)
+    bar = tqdm(total=len(prompts), initial=len(answers), desc="answers", unit="row",
+               disable=bool(config.disable_tqdm) or None)
+    with open(path, "a", encoding="utf-8") as file, bar:
+        for number, tokens in new_answers:
+            answers[number] = tokens
+            seconds = seconds_before + time.time() - start_time
+            line = {"row": number, "tokens": tokens, "seconds": seconds}
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            bar.update()
+    seconds = seconds_before + time.time() - start_time
+    return [answers[number] for number in range(len(prompts))], max(seconds, 1e-9)
+
+
+def generate_answers(config: Config, model, waiting: list[tuple[int, list[int]]],
+                     stop_ids: set[int], sampling: Sampling) -> Iterator[tuple[int, list[int]]]:
+    """(row number, ids of the answer), in batches if the model allows it."""
+    options = {
+        "stop_ids": stop_ids,
+        "sampling": sampling,
+        "seed": config.seed,
+        "limit": lambda length: config.max_new_tokens or max(0, config.max_length - length),
+    }
+    size = config.per_device_eval_batch_size
+    reason = one_at_a_time(model)
+    if not reason and size > 1:
+        print(f"  answers   {size} at a time (per_device_eval_batch_size)")
+        return answer_all(model, waiting, size, **options)
+
+    line = ""
+    if config.fast_chat:
+        cache, step, line = pick_step(model)
+        options |= {"cache": cache, "step": step}
+    because = f" ({reason})" if reason else ""
+    print(f"  answers   one at a time{because}; {line}")
+    return answer_each(model, waiting, **options)
+
+
+# ---- progress ---------------------------------------------------------------------------------
 
 
 def progress_name(side: str) -> str:
+    """File name of the answers made so far."""
     return f"generated_predictions.{side}.partial"
 
 
-def predict(side: Side, config, model, prompts, stop_ids, sampling, key) -> tuple[list, float]:
-    """(ids of all answers, the seconds they took, earlier runs included); what a killed run has is gone on with."""
-    path = Path(config.output_dir) / progress_name(side.name)
-    found, spent = read_progress(path, key)
-    if found:
-        print(f"  {len(found):,} of {len(prompts):,} answers are there from an earlier run; going on")
-    waiting = [(number, prompt) for number, (prompt, _) in enumerate(prompts) if number not in found]
-    how = {"stop_ids": stop_ids, "sampling": sampling, "seed": config.seed,
-           "limit": lambda length: config.max_new_tokens or max(0, config.max_length - length)}
-    why, start = one_at_a_time(model), time.time()
-    if why or config.per_device_eval_batch_size == 1:
-        cache, step, line = pick_step(model) if config.fast_chat else (None, None, "")
-        print(f"  answers   one at a time{f' ({why})' * bool(why)}; {line}")
-        made = answer_each(model, waiting, cache=cache, **how, **({"step": step} if step else {}))
-    else:
-        print(f"  answers   {config.per_device_eval_batch_size} at a time (per_device_eval_batch_size)")
-        made = answer_all(model, waiting, config.per_device_eval_batch_size, **how)
-    bar = tqdm(total=len(prompts), initial=len(found), desc="answers", unit="row",
-               disable=bool(config.disable_tqdm) or None)
-    with open(path, "a", encoding="utf-8") as file, bar:
-        for number, tokens in made:
-            found[number], seconds = tokens, spent + time.time() - start
-            file.write(json.dumps({"row": number, "tokens": tokens, "seconds": seconds}) + "\n")
-            file.flush()
-            bar.update()
-    return [found[number] for number in range(len(prompts))], max(spent + time.time() - start, 1e-9)
+def run_key(side: Side, config: Config, prompts: list[Prompt], stop_ids: set[int],
+            sampling: Sampling, dtype) -> dict:
+    """Everything the answers depend on; answers with another key are not reused."""
+    files = []
+    for folder in (side.base, *side.adapters):
+        for path in sorted(Path(folder).iterdir()):
+            if path.suffix in (".safetensors", ".bin"):
+                files.append([str(path), path.stat().st_size, path.stat().st_mtime_ns])
+    ids = []
+    for prompt, answer in prompts:
+        ids += [*prompt, -1, *answer, -2]
+    checksum = zlib.crc32(np.array(ids, np.int64).tobytes())
+    return {
+        "weights": files,
+        "prompts": f"{len(prompts)} rows, {checksum:08x}",
+        "stop_ids": sorted(stop_ids),
+        "sampling": asdict(sampling),
+        "max_new_tokens": config.max_new_tokens,
+        "max_length": config.max_length,
+        "seed": config.seed,
+        "dtype": str(dtype),
+        "fast_chat": config.fast_chat,
+    }
 
 
-def read_progress(path: Path, key: dict) -> tuple[dict, float]:
-    """({row: ids}, seconds spent) of the whole lines that a run with the same key left; else the file begins anew."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    whole = [json.loads(line) for line in lines if line.endswith("}\n")]        # the last may be half-written
-    if whole and whole[0] != {"key": key}:
-        changed = [name for name in key if whole[0].get("key", {}).get(name) != key[name]]
+def read_progress(path: Path, key: dict) -> tuple[dict[int, list[int]], float]:
+    """({row: ids}, seconds spent) from a run with the same key; otherwise the file is started anew.
+
+    The file is rewritten without a last line that is incomplete.
+    """
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("}\n"):
+                lines.append(json.loads(line))
+    if lines and lines[0] != {"key": key}:
+        old_key = lines[0].get("key", {})
+        changed = [name for name in key if old_key.get(name) != key[name]]
         print(f"  answers of an earlier run are not used: {', '.join(changed)} changed")
-        whole = []
-    whole = whole or [{"key": key}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in whole), encoding="utf-8")
-    seconds = max([line["seconds"] for line in whole[1:]], default=0.0)
-    return {line["row"]: line["tokens"] for line in whole[1:]}, seconds
+        lines = []
+    lines = lines or [{"key": key}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    answers = {line["row"]: line["tokens"] for line in lines[1:]}
+    seconds = max([line["seconds"] for line in lines[1:]], default=0.0)
+    return answers, seconds
+
+
+def write_predictions(path: Path, side: Side, prompts: list[Prompt], tokenizer,
+                      skip_special_tokens: bool):
+    """Write JSON lines {"prompt", "predict", "label"}."""
+    with open(path, "w", encoding="utf-8") as file:
+        for answer, (prompt, label) in zip(side.answers, prompts):
+            row = {
+                "prompt": tokenizer.decode(prompt),
+                "predict": tokenizer.decode(answer, skip_special_tokens),
+                "label": tokenizer.decode(label, skip_special_tokens),
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

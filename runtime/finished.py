@@ -17,7 +17,6 @@ from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folde
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from templates import Settings
-from text.chat_formats import stored_template
 from text.tokenizer import read_json
 
 
@@ -87,19 +86,14 @@ def other_bases(config, adapters) -> list[str]:
     return warnings
 
 
-def chat_format(config, folders) -> tuple[str | dict | None, Settings, str, bool]:
-    """The chat format that config and train_config.json agree on.
+def trained_settings(config, folder: Path) -> Settings:
+    """The settings for rendering conversations, with those of train_config.json in `folder`.
 
-    Returns (template or None, rendering settings, a remark on where the template comes from,
-    whether force_template is set). A key in this config wins over the training's, which wins over
-    the default.
+    A key in this config wins over the training's, which wins over the default.
     """
-    template, force = stored_template(folders, config.template, config.force_template)
-    stored = read_json(folders[-1] / "train_config.json")
-    origin = f"stored in {folders[-1]}" if template and template != config.template else ""
+    stored = read_json(folder / "train_config.json")
     values = {**vars(config), **stored, **config.given}
-    settings = Settings(**{key: values[key] for key in asdict(Settings())})
-    return template, settings, origin, force
+    return Settings(**{key: values[key] for key in asdict(Settings())})
 
 
 def pick_dtype(config, raw, device) -> torch.dtype | None:

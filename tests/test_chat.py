@@ -14,6 +14,8 @@ import torch
 import chat
 from runtime import device
 from runtime import finished
+from text import load_text
+from text.chat_formats import stored_template
 from runtime import load_config
 from text import tokenizer
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
@@ -151,7 +153,7 @@ def test_characters_come_whole_and_special_tokens_as_asked(ask, monkeypatch, ski
     assert len(ids) > 8 and ids[-1] == 1005
     monkeypatch.setattr(chat, "generate", lambda *args, **kwargs: iter(ids))
     monkeypatch.setattr(tokenizer.TextStream, "push", spy := Spy(tokenizer.TextStream.push))
-    monkeypatch.setattr(chat, "fit_tokenizer", lambda *args: [1005])        # so that <|eom_id|> may stand inside
+    monkeypatch.setattr(load_text, "fit_tokenizer", lambda *args: [1005])        # so that <|eom_id|> may stand inside
     out, _ = ask([*GREEDY, f"skip_special_tokens={skip}", "--prompt", "hi"])
     assert out == shown + "\n"
     assert "".join(spy.results) == shown and not any("\ufffd" in piece for piece in spy.results)
@@ -264,8 +266,10 @@ def test_template_and_system_come_from_the_training(tmp_path, ask):
                                                      (["enable_thinking=true"], {"enable_thinking": False}, True)])
 def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
     (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
-    name, found, origin, force = finished.chat_format(settings(*given), [tmp_path])
-    assert (name, found.enable_thinking, force) == ("qwen3", thinking, True)         # training has checked that it fits
+    config = settings(*given)
+    assert finished.trained_settings(config, tmp_path).enable_thinking == thinking
+    # the template is forced, since training has checked that it fits
+    assert stored_template([tmp_path], config.template, config.force_template) == ("qwen3", True)
 
 
 def test_sampling_values_and_where_they_come_from():

@@ -13,6 +13,7 @@ from fast import batch_decode as answers
 from runtime import finished as trained
 from runtime.load_config import load_config
 from evals import predictions
+from evals import predictions
 from evals.bleu_rouge import NAMES
 from text.chat_formats import TEMPLATES
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
@@ -68,7 +69,7 @@ def test_recorded_prompts(tmp_path):
         write_dataset(tmp_path, rows, line["dataset_info"])
         config, template = make_config(tmp_path, {"cutoff_len": 2048, **line["settings"]}), TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        found = evaluation.prompts_of(evaluation.read_rows(config), config, tokenizer, template)
+        found = predictions.prompts_of(predictions.read_prompt_rows(config), config, tokenizer, template)
         assert found == [(wanted["input_ids"], wanted["labels"]) for wanted in lines], line
         checked += len(found)
     assert checked > 150

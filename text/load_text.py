@@ -1,0 +1,61 @@
+"""Load a tokenizer and the chat template that fits it, ready to encode and decode conversations.
+
+    tokenizer, template, stop_ids, origin, notes = load_text(config, base, adapters, model_config)
+
+The template is the one the config names, else the one stored with what was trained, else the one
+the checkpoint is recognized by. The tokenizer is then changed to end answers as the template does.
+
+Requires: text/tokenizer.py, text/template_check.py, templates.py.
+Next: text/token_cache.py.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+from templates import Settings, Template, fit_tokenizer
+from text.template_check import check_template, choose_template, stored_template
+from text.tokenizer import Tokenizer, load_tokenizer, read_json
+
+
+class Text(NamedTuple):
+    """A tokenizer with its chat template."""
+    tokenizer: Tokenizer
+    template: Template
+    stop_ids: set[int]      # ids that end an answer
+    origin: str             # where the template comes from
+    notes: list[str]        # differences between the template and the checkpoint's own
+
+
+def load_text(config, folder: Path, stored: list[Path], model_config,
+              settings: Settings = Settings(), check: bool = False) -> Text:
+    """Load the tokenizer of `folder` and fit it to its chat template.
+
+    stored: folders of what was trained; their train_config.json may name a template. check: compare
+    the template with the checkpoint's own one. Raises ValueError for a template that does not fit.
+    """
+    tokenizer = load_tokenizer(folder, config.split_special_tokens)
+    name, force = stored_template(stored, config.template, config.force_template)
+    text = fit_text(tokenizer, name, force, model_config.model_type, model_config.vocab_size,
+                    settings, check)
+    if name and name != config.template:
+        text = text._replace(origin=f"stored in {stored[-1]}")
+    return text
+
+
+def fit_text(tokenizer: Tokenizer, name: str | dict | None, force: bool = False,
+             model_type: str | None = None, embedding_rows: int | None = None,
+             settings: Settings = Settings(), check: bool = False) -> Text:
+    """Choose the template and change the tokenizer to end answers as it does.
+
+    name: of a template, a mapping, or None to recognize the checkpoint. force: take a template that
+    does not fit. embedding_rows: number of ids the model knows.
+    """
+    template, reason = choose_template(name, tokenizer, model_type, force)
+    notes = check_template(template, tokenizer) if check else []    # before the tokenizer changes
+    stop_ids = set(fit_tokenizer(template, tokenizer, settings, embedding_rows))
+    return Text(tokenizer, template, stop_ids, reason, notes)
+
+
+def eos_ids_of(folder: Path) -> set[int]:
+    """Ids that generation_config.json of a checkpoint names as ends of an answer."""
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    return set(ends) if isinstance(ends, list) else {ends} - {None}
