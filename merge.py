@@ -14,7 +14,7 @@ model that was trained. Such an adapter has learned to compensate the rounding, 
 original weights (merge_base: original) is a different model. If the yaml names a dataset, the
 losses of base, base with adapter, and merged model on some of its rows are printed.
 
-Requires: lora.py (merged_weight), methods/quant.py, checkpoint/load.py (adapters, streaming of files).
+Requires: lora.py (merged_weight), runtime/merge_plan.py, checkpoint/files.py (streaming).
 Next: eval.py.
 
 LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
@@ -26,7 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from itertools import islice
@@ -39,25 +39,24 @@ from runtime.load_config import ignored_keys, load_config
 if __name__ == "__main__":
     run(lambda argv: load_config(argv, "merge"))        # --help and mistakes do not wait for torch
 
-import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
+import runtime.device  # noqa: F401                     # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
-from checkpoint.adapters import (adapter_tensors, copies_of_base, folded_under, load_adapter,
-                                 load_with_adapters, peft_names, pissa_start, read_adapter_config,
-                                 swapped_stacks, warn_of_folded)
+from checkpoint.adapters import (folded_under, load_with_adapters, read_adapter_config,
+                                 warn_of_folded)
 from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
                               tensor_files, write_json, write_tensors)
-from checkpoint.load import OF_ADAPTERS, PREFIX, Packed, load_model, packed_weights, read_packed
+from checkpoint.load import load_model, packed_weights, read_packed
 from evals.loss import mean_loss
 from families import model_config, read_config_json
-from lora import expert_matrices, lora_layers, merged_weight
+from lora import expert_matrices, merged_weight
 from methods.preference import VALUE_HEAD
-from methods.quant import Form, form_asked, in_words, quantise, quantised_weights
+from methods.quant import Form, form_asked, in_words, quantise
 from runtime.memory_advice import available_bytes
-from templates import fit_tokenizer
+from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
-from text.template_check import choose_template
+from text.load_text import fit_text, load_text
 from text.token_cache import kept_in, load_examples
 from text.tokenizer import load_tokenizer, read_json
 from text.vocabularies import find_vocabulary
@@ -80,29 +79,6 @@ SKIPPED = (
 # Keys of train_config.json that tell how the base was loaded in training.
 TRAINED_KEYS = (
     "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
-
-
-@dataclass
-class Change:
-    """Change of one tensor by one adapter: + scale * B A, or, with scale None, a new tensor."""
-    file: Path
-    key: str                    # name in the file; of A and B: without .lora_A.weight
-    scale: float | None
-    has_copy: bool = False      # the file holds the base's tensor, too, as of an adapted head
-    has_magnitude: bool = False     # the file holds DoRA's lora_magnitude_vector
-    swapped: bool = False       # A and B of a stack have traded places in the file
-
-
-@dataclass
-class Planned:
-    """One tensor of the new checkpoint: its source in the base, its changes, and its dtype."""
-    file: Path
-    key: str
-    shape: tuple
-    dtype: torch.dtype
-    changes: list[Change] = field(default_factory=list)
-    packed: Packed | None = None        # it is stored in 4 or 8 bits
-    form: Form | None = None            # training quantized it so on load
 
 
 def main(argv):
@@ -245,115 +221,6 @@ def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
         raise ValueError(f"export_dir: {path} holds other things than a checkpoint, and overwrite: "
                          "true would remove them. Name another folder")
     return target
-
-
-# ---- the plan, made from names and shapes alone -----------------------------------------------
-
-
-def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
-                 form: Form | None = None) -> tuple[dict[str, Planned], bool]:
-    """({name: Planned} in the base's order, whether tied head and embedding become two matrices).
-
-    Names are those of the files. A dtype applies to weights; other tensors of the files (buffers of
-    older tools, the vision part of a model) are copied unchanged.
-    """
-    skeleton = load_model(base, skip_weights=True, form=form)   # meta device: shapes, no numbers
-    stored_name = skeleton.config.stored_name
-    packed = packed_weights(base)
-    quantized = quantised_weights(skeleton)
-    parameters = [*skeleton.named_parameters(remove_duplicate=False), *quantized.items()]
-    weights = {stored_name(name): tuple(p.shape) for name, p in parameters}
-    plan = plan_base(base, weights, packed, dtype)
-    if not packed:
-        for name in quantized:
-            plan[stored_name(name)].form = form
-
-    tied = skeleton.config.tie_word_embeddings
-    head = stored_name("lm_head.weight")
-    embedding = stored_name("model.embed_tokens.weight")
-    missing = [name for name in weights if name not in plan and not (tied and name == head)]
-    if missing:
-        raise ValueError(
-            f"{base}: {len(missing)} tensors that config.json describes are not in the files, such "
-            f"as {', '.join(missing[:4])}. Is the download complete?")
-
-    untied = False
-    for adapter in adapters:
-        for name, change in [*pissa_changes(adapter, base), *changes_of(adapter, base).items()]:
-            if tied and name in (head, embedding):
-                untied = True
-                plan.setdefault(head, replace(plan[embedding], changes=[]))
-            plan[name].changes.append(change)
-    return plan, untied
-
-
-def plan_base(base: Path, weights: dict[str, tuple], packed: dict[str, Packed],
-              dtype: torch.dtype | None) -> dict[str, Planned]:
-    """{name: Planned} of the base's tensors. weights: {name: shape} according to config.json."""
-    scales = set()                                      # tensors stored beside quantized weights
-    for weight in packed.values():
-        scales |= {key for part, (_, key) in weight.parts.items() if part != "codes"}
-
-    plan = {}
-    for name, file in tensor_files(base).items():
-        if name in scales:
-            continue
-        shape, stored_dtype = stored_as(file, name)
-        if name in packed:
-            shape = packed[name].shape
-            stored_dtype = packed[name].form.dtype
-        if weights.get(name, shape) != shape:
-            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it "
-                             f"{list(weights[name])}")
-        new_dtype = dtype if dtype and name in weights else stored_dtype
-        plan[name] = Planned(file=file, key=name, shape=shape, dtype=new_dtype,
-                             packed=packed.get(name))
-    return plan
-
-
-def pissa_changes(adapter: Path, base: Path) -> list[tuple[str, Change]]:
-    """[(tensor name, Change)]: subtract the initial adapter, as PiSSA did before training."""
-    config = read_adapter_config(adapter)[0]
-    if not config.pissa:
-        return []
-    start = pissa_start(adapter, config)
-    if not start:
-        raise ValueError(
-            f"{adapter} is a PiSSA adapter without its folder pissa_init, which merging reads: "
-            "take that in pissa_converted (pissa_convert: true writes it), or merge it with peft")
-    changes = []
-    for name, change in changes_of(start, base).items():
-        if change.scale is not None:
-            changes.append((name, replace(change, scale=-change.scale, has_magnitude=False)))
-    return changes
-
-
-def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
-    """{tensor name: Change} of an adapter.
-
-    Attaching it to a model without weights raises ValueError for everything that does not fit.
-    """
-    skeleton = load_model(base, skip_weights=True)
-    load_adapter(skeleton, adapter)
-    stored_name = skeleton.config.stored_name
-    file = adapter / "adapter_model.safetensors"
-    with open_tensors(file) as tensors:
-        copies = copies_of_base(skeleton, tensors)
-        swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
-
-    changes = {}
-    names = peft_names(skeleton)
-    for name, layer in lora_layers(skeleton).items():
-        key = names[name]
-        changes[stored_name(f"{name}.weight")] = Change(
-            file=file, key=key, scale=layer.scale,
-            has_copy=f"{key}.base_layer.weight" in copies,
-            has_magnitude=getattr(layer, "lora_magnitude_vector", None) is not None,
-            swapped=f"{key}.lora_A.weight" in swapped)
-    for key in adapter_tensors(skeleton):
-        if not key.endswith(OF_ADAPTERS):
-            changes[key.removeprefix(PREFIX)] = Change(file=file, key=key, scale=None)
-    return changes
 
 
 # ---- the work ---------------------------------------------------------------------------------
@@ -575,12 +442,8 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
         print(f"losses    not compared: stage {stage} has no loss per token")
         return
 
-    tokenizer = load_tokenizer(config.export_dir, config.split_special_tokens)
-    shape = model_config(read_config_json(base))
-    name, force = stored_template(adapters, config.template, config.force_template)
-    template, _ = choose_template(name, tokenizer, shape.model_type, force)
-    fit_tokenizer(template, tokenizer, embedding_rows=shape.vocab_size)
-    rows, description = some_rows(replace(config, stage=stage), tokenizer, template)
+    text = load_text(config, config.export_dir, adapters, model_config(read_config_json(base)))
+    rows, description = some_rows(replace(config, stage=stage), text.tokenizer, text.template)
 
     loaders = {
         "base": lambda: load_model(base, half_dtype, device, form=form),
@@ -639,18 +502,17 @@ def fit_text_files(text_source: Path, work: Path, template, force: bool, fields:
 
     Without that, generate() of transformers continues after the reply if the base used another end.
     """
-    tokenizer = load_tokenizer(text_source)
     shape = model_config(fields)
-    chat_template, _ = choose_template(template, tokenizer, shape.model_type, force)
-    stops = fit_tokenizer(chat_template, tokenizer, embedding_rows=shape.vocab_size)
-    tokenizer.save(work)
+    tokenizer = load_tokenizer(text_source)
+    text = fit_text(tokenizer, template, force, shape.model_type, shape.vocab_size)
+    text.tokenizer.save(work)
     (work / "special_tokens_map.json").unlink(missing_ok=True)  # older format, might contradict
 
     generation = read_json(work / "generation_config.json")
     ends = generation.get("eos_token_id", fields.get("eos_token_id"))
     if not isinstance(ends, list):
         ends = [] if ends is None else [ends]
-    new = [stop for stop in stops if stop not in ends and stop < shape.vocab_size]
+    new = [stop for stop in sorted(text.stop_ids) if stop not in ends and stop < shape.vocab_size]
     if new:
         write_json(work / "generation_config.json", {**generation, "eos_token_id": ends + new})
 

@@ -1,0 +1,147 @@
+"""The plan of a merge: the tensors of the new checkpoint, and the adapters that change each.
+
+It is made from names, shapes and dtypes alone; no weight is read.
+
+Requires: lora.py, checkpoint/adapters.py, methods/quant.py.
+Next: merge.py.
+"""
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint.adapters import (adapter_tensors, copies_of_base, load_adapter, peft_names,
+                                 pissa_start, read_adapter_config, swapped_stacks)
+from checkpoint.files import open_tensors, stored_as, tensor_files
+from checkpoint.load import OF_ADAPTERS, PREFIX, Packed, load_model, packed_weights
+from lora import lora_layers
+from methods.quant import Form, quantised_weights
+
+
+@dataclass
+class Change:
+    """Change of one tensor by one adapter: + scale * B A, or, with scale None, a new tensor."""
+    file: Path
+    key: str                    # name in the file; of A and B: without .lora_A.weight
+    scale: float | None
+    has_copy: bool = False      # the file holds the base's tensor, too, as of an adapted head
+    has_magnitude: bool = False     # the file holds DoRA's lora_magnitude_vector
+    swapped: bool = False       # A and B of a stack have traded places in the file
+
+
+@dataclass
+class Planned:
+    """One tensor of the new checkpoint: its source in the base, its changes, and its dtype."""
+    file: Path
+    key: str
+    shape: tuple
+    dtype: torch.dtype
+    changes: list[Change] = field(default_factory=list)
+    packed: Packed | None = None        # it is stored in 4 or 8 bits
+    form: Form | None = None            # training quantized it so on load
+
+
+def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
+                 form: Form | None = None) -> tuple[dict[str, Planned], bool]:
+    """({name: Planned} in the base's order, whether tied head and embedding become two matrices).
+
+    Names are those of the files. A dtype applies to weights; other tensors of the files (buffers of
+    older tools, the vision part of a model) are copied unchanged.
+    """
+    skeleton = load_model(base, skip_weights=True, form=form)   # meta device: shapes, no numbers
+    stored_name = skeleton.config.stored_name
+    packed = packed_weights(base)
+    quantized = quantised_weights(skeleton)
+    parameters = [*skeleton.named_parameters(remove_duplicate=False), *quantized.items()]
+    weights = {stored_name(name): tuple(p.shape) for name, p in parameters}
+    plan = plan_base(base, weights, packed, dtype)
+    if not packed:
+        for name in quantized:
+            plan[stored_name(name)].form = form
+
+    tied = skeleton.config.tie_word_embeddings
+    head = stored_name("lm_head.weight")
+    embedding = stored_name("model.embed_tokens.weight")
+    missing = [name for name in weights if name not in plan and not (tied and name == head)]
+    if missing:
+        raise ValueError(
+            f"{base}: {len(missing)} tensors that config.json describes are not in the files, such "
+            f"as {', '.join(missing[:4])}. Is the download complete?")
+
+    untied = False
+    for adapter in adapters:
+        for name, change in [*pissa_changes(adapter, base), *changes_of(adapter, base).items()]:
+            if tied and name in (head, embedding):
+                untied = True
+                plan.setdefault(head, replace(plan[embedding], changes=[]))
+            plan[name].changes.append(change)
+    return plan, untied
+
+
+def plan_base(base: Path, weights: dict[str, tuple], packed: dict[str, Packed],
+              dtype: torch.dtype | None) -> dict[str, Planned]:
+    """{name: Planned} of the base's tensors. weights: {name: shape} according to config.json."""
+    scales = set()                                      # tensors stored beside quantized weights
+    for weight in packed.values():
+        scales |= {key for part, (_, key) in weight.parts.items() if part != "codes"}
+
+    plan = {}
+    for name, file in tensor_files(base).items():
+        if name in scales:
+            continue
+        shape, stored_dtype = stored_as(file, name)
+        if name in packed:
+            shape = packed[name].shape
+            stored_dtype = packed[name].form.dtype
+        if weights.get(name, shape) != shape:
+            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it "
+                             f"{list(weights[name])}")
+        new_dtype = dtype if dtype and name in weights else stored_dtype
+        plan[name] = Planned(file=file, key=name, shape=shape, dtype=new_dtype,
+                             packed=packed.get(name))
+    return plan
+
+
+def pissa_changes(adapter: Path, base: Path) -> list[tuple[str, Change]]:
+    """[(tensor name, Change)]: subtract the initial adapter, as PiSSA did before training."""
+    config = read_adapter_config(adapter)[0]
+    if not config.pissa:
+        return []
+    start = pissa_start(adapter, config)
+    if not start:
+        raise ValueError(
+            f"{adapter} is a PiSSA adapter without its folder pissa_init, which merging reads: "
+            "take that in pissa_converted (pissa_convert: true writes it), or merge it with peft")
+    changes = []
+    for name, change in changes_of(start, base).items():
+        if change.scale is not None:
+            changes.append((name, replace(change, scale=-change.scale, has_magnitude=False)))
+    return changes
+
+
+def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
+    """{tensor name: Change} of an adapter.
+
+    Attaching it to a model without weights raises ValueError for everything that does not fit.
+    """
+    skeleton = load_model(base, skip_weights=True)
+    load_adapter(skeleton, adapter)
+    stored_name = skeleton.config.stored_name
+    file = adapter / "adapter_model.safetensors"
+    with open_tensors(file) as tensors:
+        copies = copies_of_base(skeleton, tensors)
+        swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
+
+    changes = {}
+    names = peft_names(skeleton)
+    for name, layer in lora_layers(skeleton).items():
+        key = names[name]
+        changes[stored_name(f"{name}.weight")] = Change(
+            file=file, key=key, scale=layer.scale,
+            has_copy=f"{key}.base_layer.weight" in copies,
+            has_magnitude=getattr(layer, "lora_magnitude_vector", None) is not None,
+            swapped=f"{key}.lora_A.weight" in swapped)
+    for key in adapter_tensors(skeleton):
+        if not key.endswith(OF_ADAPTERS):
+            changes[key.removeprefix(PREFIX)] = Change(file=file, key=key, scale=None)
+    return changes
