@@ -1,10 +1,11 @@
-"""plan.py and runtime/memory_advice.py: the plan against the bytes that a real step holds, and the advice against the plan it promises.
+"""Memory plans against the bytes that a real step holds, and advice against the plan it leads to.
 
-`Live` sees every tensor that torch makes and counts the storages that are alive, so what it measures owes nothing to
-the formula.
+`Live` sees every tensor that torch creates and counts the storages that are alive, so the
+measurement does not depend on the formula.
 
-Read before: runtime/memory.py, runtime/memory_advice.py.
+Requires: runtime/memory.py, runtime/memory_advice.py.
 """
+
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -28,8 +29,17 @@ from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
 from runtime.memory import SPARE
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory, truncate_row
 
-SMALL = dict(model_type="llama", hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=8,
-             num_key_value_heads=4, vocab_size=512, max_position_embeddings=4096, rms_norm_eps=1e-5)
+SMALL = dict(
+    model_type="llama",
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=512,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+)
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=96)
 FAMILIES = {
     "llama": {},
@@ -42,12 +52,29 @@ FAMILIES = {
     "mistral": dict(model_type="mistral", sliding_window=100),
     "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
     "qwen2_moe": dict(model_type="qwen2_moe", shared_expert_intermediate_size=160, **EXPERTS),
-    "llama4": dict(model_type="llama4_text", num_key_value_heads=2, head_dim=16, intermediate_size_mlp=352,
-                   intermediate_size=128, num_local_experts=4, attention_chunk_size=128, num_experts_per_tok=1),
+    "llama4": dict(
+        model_type="llama4_text",
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size_mlp=352,
+        intermediate_size=128,
+        num_local_experts=4,
+        attention_chunk_size=128,
+        num_experts_per_tok=1,
+    ),
 }
-LLAMA3_8B = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                 num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-                 rms_norm_eps=1e-5, rope_theta=500000.0)
+LLAMA3_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+)
 ALL = LoRAConfig(r=8, lora_alpha=16)
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -57,7 +84,7 @@ def shape_of(name, **changes):
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there were at once; `known` tensors count nothing."""
+    """Bytes of the storages that are alive, now and at the peak, without the `known` tensors."""
 
     def __init__(self, known):
         super().__init__()
@@ -70,7 +97,9 @@ class Live(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
                 storage = x.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                self.seen[key] = weakref.ref(storage, lambda _, key=key, size=size: self.gone(key, size))
+                self.seen[key] = weakref.ref(
+                    storage, lambda _, key=key, size=size: self.gone(key, size)
+                )
                 self.now += size
                 self.peak = max(self.peak, self.now)
         return out
@@ -81,7 +110,7 @@ class Live(TorchDispatchMode):
 
 
 def measure(shape, lora, dtype, kernel, recompute, rows, fast, form=None):
-    """(kept between forward and backward, the most at once), beside weights, gradients and optimizer state."""
+    """Measured bytes beside weights, gradients and optimizer state: (after the forward, peak)."""
     torch.manual_seed(0)
     model = CausalLM(shape)
     for p in model.parameters():
@@ -91,13 +120,23 @@ def measure(shape, lora, dtype, kernel, recompute, rows, fast, form=None):
     model.kernel, model.recompute, model.product = kernel, recompute, "torch" if fast else "plain"
     model.train()
     for p in trainable(model).values():
-        p.grad = torch.zeros_like(p)                    # as in the second micro-batch: they are there already
+        p.grad = torch.zeros_like(p)  # as in the second micro-batch, which finds them allocated
     lengths = [n for row in rows for n in row]
     layout, ids = Layout(lengths), torch.randint(shape.vocab_size, (1, sum(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    known = [*model.parameters(), *model.buffers(), *(p.grad for p in trainable(model).values()), ids, positions,
-             layout.gather, layout.scatter, layout.cu_seqlens]
-    autocast = nullcontext() if lora or dtype == F32 else torch.autocast("cpu", dtype, cache_enabled=False)
+    known = [
+        *model.parameters(),
+        *model.buffers(),
+        *(p.grad for p in trainable(model).values()),
+        ids,
+        positions,
+        layout.gather,
+        layout.scatter,
+        layout.cu_seqlens,
+    ]
+    autocast = (
+        nullcontext() if lora or dtype == F32 else torch.autocast("cpu", dtype, cache_enabled=False)
+    )
     with Live(known) as live:
         with autocast:
             hidden = model(ids, positions, layout)
@@ -109,26 +148,41 @@ def measure(shape, lora, dtype, kernel, recompute, rows, fast, form=None):
 
 
 def in_few_bits(model, form):
-    """The model with its linear layers quantised, as loading does it; form None: as it is."""
+    """The model with its linear layers quantized, as loading does it; form None: unchanged."""
     for name in can_be_quantised(model) if form else ():
         set_quantised(model, name, quantise(model.get_parameter(name).data, form))
     return model
 
 
 def planned(shape, lora, dtype, kernel, recompute, rows, **more):
-    """recompute: names of model.RECOMPUTE, or whether all blocks do so."""
+    """recompute: levels of model.RECOMPUTE, or whether all blocks recompute."""
     if isinstance(recompute, bool):
         recompute = ["block" if recompute else "nothing"] * shape.num_hidden_layers
-    return memory_plan(Config(), shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more)
+    return memory_plan(
+        Config(), shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more
+    )
 
 
-def compare(shape, lora, dtype, kernel="sdpa-flash", recompute=False, rows=((150,), (120,)), close=0.1, fast=False,
-            form=None):
-    """What is kept must be close to the plan's activations, and the most at once to activations and working memory."""
-    plan = planned(shape, lora, dtype, kernel, recompute, rows, fast=fast, forms=form and all_in(form, shape))
+def compare(
+    shape,
+    lora,
+    dtype,
+    kernel="sdpa-flash",
+    recompute=False,
+    rows=((150,), (120,)),
+    close=0.1,
+    fast=False,
+    form=None,
+):
+    """The bytes after the forward must match activations; the peak, activations and working."""
+    plan = planned(
+        shape, lora, dtype, kernel, recompute, rows, fast=fast, forms=form and all_in(form, shape)
+    )
     kept, most = measure(shape, lora, dtype, kernel, plan.asked["recompute"], rows, fast, form)
     if any(p.requires_grad for p in plan.asked["model"].lm_head.parameters()):
-        kept -= 4 * shape.vocab_size * shape.hidden_size        # the head's gradient: the plan has it in `working`
+        kept -= (
+            4 * shape.vocab_size * shape.hidden_size
+        )  # the head's gradient: the plan has it in `working`
     assert plan.activations == pytest.approx(kept, rel=close)
     assert plan.activations + plan.working == pytest.approx(most, rel=0.25)
 
@@ -149,8 +203,13 @@ def test_activations_of_the_kernels(kernel, dtype):
 
 def test_the_plain_kernel_keeps_all_scores_block_by_block():
     compare(shape_of("llama", num_hidden_layers=2), ALL, F32, "plain", rows=[[1300]])
-    scores = [planned(shape_of("llama"), ALL, F32, "plain", False, [[n]]).activations for n in (500, 1000)]
-    flash = [planned(shape_of("llama"), ALL, F32, "sdpa-flash", False, [[n]]).activations for n in (500, 1000)]
+    scores = [
+        planned(shape_of("llama"), ALL, F32, "plain", False, [[n]]).activations for n in (500, 1000)
+    ]
+    flash = [
+        planned(shape_of("llama"), ALL, F32, "sdpa-flash", False, [[n]]).activations
+        for n in (500, 1000)
+    ]
     assert scores[1] > 3 * scores[0] and flash[1] == pytest.approx(2 * flash[0], rel=1e-3)
 
 
@@ -161,11 +220,19 @@ def test_activations_with_recomputation(name, lora):
         compare(shape_of(name), lora, dtype, recompute=True)
 
 
-@pytest.mark.parametrize("lora", (
-    LoRAConfig(target_modules=["q_proj", "v_proj"]), LoRAConfig(target_modules=["all", "experts"]),
-    LoRAConfig(lora_dropout=0.1), LoRAConfig(r=64), LoRAConfig(modules_to_save=["embed_tokens", "lm_head"]),
-    LoRAConfig(target_modules=r".*layers\.[23]\..*_proj"), LoRAConfig(use_dora=True)),
-    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper", "DoRA"))
+@pytest.mark.parametrize(
+    "lora",
+    (
+        LoRAConfig(target_modules=["q_proj", "v_proj"]),
+        LoRAConfig(target_modules=["all", "experts"]),
+        LoRAConfig(lora_dropout=0.1),
+        LoRAConfig(r=64),
+        LoRAConfig(modules_to_save=["embed_tokens", "lm_head"]),
+        LoRAConfig(target_modules=r".*layers\.[23]\..*_proj"),
+        LoRAConfig(use_dora=True),
+    ),
+    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper", "DoRA"),
+)
 def test_activations_of_other_adapters(lora):
     name = "mixtral" if "experts" in lora.target_modules else "llama"
     for dtype in (F32, BF16):
@@ -178,12 +245,28 @@ def test_activations_of_other_adapters(lora):
 def test_activations_of_the_fast_path(name, lora, dtype):
     compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", fast=True)
     for level in ("mlp", "block"):
-        if not (level == "mlp" and name in ("mixtral", "qwen2_moe", "llama4") or lora is None and dtype == BF16):
-            compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", [level] * 4, fast=True)
+        if not (
+            level == "mlp"
+            and name in ("mixtral", "qwen2_moe", "llama4")
+            or lora is None
+            and dtype == BF16
+        ):
+            compare(
+                shape_of(name),
+                lora,
+                dtype,
+                "plain" if name == "gemma2" else "sdpa-flash",
+                [level] * 4,
+                fast=True,
+            )
 
 
 def test_activations_of_blocks_that_keep_differently():
-    for levels in (["mlp", "mlp", "nothing", "nothing"], ["block", "mlp", "mlp", "mlp"], ["block"] + ["nothing"] * 3):
+    for levels in (
+        ["mlp", "mlp", "nothing", "nothing"],
+        ["block", "mlp", "mlp", "mlp"],
+        ["block"] + ["nothing"] * 3,
+    ):
         for lora, dtype in ((ALL, F32), (ALL, BF16), (None, F32)):
             compare(shape_of("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8)
 
@@ -191,17 +274,26 @@ def test_activations_of_blocks_that_keep_differently():
 @pytest.mark.parametrize("form", (Form("nf4"), Form("int8", nested=0)), ids=("nf4", "int8"))
 @pytest.mark.parametrize("name", ("llama", "gemma2", "mixtral"))
 def test_activations_beside_a_quantised_base(name, form):
-    """The same as beside one in 16 bits, and one dense matrix: nothing of W is kept."""
+    """As beside a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
     for fast in (True, False):
         for level in ("nothing", "block") + (("mlp",) if fast and name != "mixtral" else ()):
             compare(shape_of(name), ALL, BF16, kernel, [level] * 4, fast=fast, form=form)
-    compare(shape_of("llama", hidden_size=256, intermediate_size=4096), ALL, F32, rows=[[30]], form=form, fast=True)
+    compare(
+        shape_of("llama", hidden_size=256, intermediate_size=4096),
+        ALL,
+        F32,
+        rows=[[30]],
+        form=form,
+        fast=True,
+    )
 
 
 def test_the_head_of_a_large_vocabulary():
     for lora in (ALL, None):
-        compare(shape_of("llama", vocab_size=60000), lora, F32, rows=[[300], [250]])      # several chunks
+        compare(
+            shape_of("llama", vocab_size=60000), lora, F32, rows=[[300], [250]]
+        )  # several chunks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -217,9 +309,12 @@ def test_weights_gradients_and_optimizer_are_exact(name):
         for p in weights.values():
             p.grad = torch.zeros_like(p)
         optimizer.step()
-        held = [sum(p.nbytes for p in model.parameters() if not p.requires_grad),
-                sum(p.nbytes for p in weights.values()), sum(p.grad.nbytes for p in weights.values()),
-                sum(x.nbytes for state in optimizer.state.values() for x in state.values())]
+        held = [
+            sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+            sum(p.nbytes for p in weights.values()),
+            sum(p.grad.nbytes for p in weights.values()),
+            sum(x.nbytes for state in optimizer.state.values() for x in state.values()),
+        ]
         plan = planned(shape, lora, dtype, "plain", True, [[8]])
         assert [plan.weights, plan.trained, plan.gradients, plan.optimizer] == held
         buffers = Gradients(list(weights.values()), Ranks(0, 2)).buckets
@@ -227,66 +322,102 @@ def test_weights_gradients_and_optimizer_are_exact(name):
         assert two.gradients == sum(bucket.flat.nbytes for bucket in buffers)
 
 
-@pytest.mark.parametrize("settings, weights, trained", [
-    (dict(finetuning_type="freeze", freeze_trainable_layers=1), 2, 4), (dict(finetuning_type="full"), 4, 4),
-    (dict(finetuning_type="freeze", freeze_extra_modules=["lm_head"], pure_bf16=True), 2, 2),
-    (dict(finetuning_type="full", pure_bf16=True), 2, 2),
-])
+@pytest.mark.parametrize(
+    "settings, weights, trained",
+    [
+        (dict(finetuning_type="freeze", freeze_trainable_layers=1), 2, 4),
+        (dict(finetuning_type="full"), 4, 4),
+        (dict(finetuning_type="freeze", freeze_extra_modules=["lm_head"], pure_bf16=True), 2, 2),
+        (dict(finetuning_type="full", pure_bf16=True), 2, 2),
+    ],
+)
 def test_weights_of_other_ways_to_train(settings, weights, trained):
-    """bytes of a number that is frozen, and of one that learns"""
+    """weights, trained: bytes per frozen and per trained number."""
     config, shape = Config(bf16=True, **settings), shape_of("llama")
     plan = memory_plan(config, shape, None, [[8]], BF16, "plain", "cpu")
     parts = [".3.", *([] if "freeze_trainable_layers" in settings else [".2.", "lm_head"])]
     parts = [""] if settings["finetuning_type"] == "full" else parts
-    learns = [p for name, p in CausalLM(shape).named_parameters() if any(part in name for part in parts)]
-    count, total = sum(p.numel() for p in learns), sum(p.numel() for p in CausalLM(shape).parameters())
-    assert [plan.weights, plan.trained, plan.gradients] == [weights * (total - count), trained * count, trained * count]
-    assert plan.optimizer == 2 * trained * count + 4 * len(learns)
+    trained_weights = [
+        p for name, p in CausalLM(shape).named_parameters() if any(part in name for part in parts)
+    ]
+    count, total = (
+        sum(p.numel() for p in trained_weights),
+        sum(p.numel() for p in CausalLM(shape).parameters()),
+    )
+    assert [plan.weights, plan.trained, plan.gradients] == [
+        weights * (total - count),
+        trained * count,
+        trained * count,
+    ]
+    assert plan.optimizer == 2 * trained * count + 4 * len(trained_weights)
 
 
 def test_the_figures_that_are_known_of_a_large_model():
-    """Llama 3 8B has 8,030,261,248 parameters; rank 16 on all linear layers adds 41,943,040 (its model card, PEFT)."""
+    """Llama 3 8B has 8,030,261,248 parameters (model card); rank 16 adds 41,943,040 (PEFT)."""
     shape, lora = model_config(LLAMA3_8B), LoRAConfig(r=16)
     plan = planned(shape, lora, BF16, "flash-attn", True, [[2048]])
     assert plan.weights == 2 * 8_030_261_248 and plan.trained == 4 * 41_943_040
     per_token = (plan.activations - 2048 * (2 * 128 * 2 + 4096 * 6 + 4)) / 2048
-    assert per_token == 32 * 4096 * 2                           # the blocks' inputs
+    assert per_token == 32 * 4096 * 2  # the blocks' inputs
     kept = planned(shape, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
-    least = 2 * (2 * 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336)         # residuals, q, k, v, output, gate, up
+    # residuals, q, k, v, output, gate, up
+    least = 2 * (2 * 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336)
     assert least < kept < 2.5 * least
 
 
-@pytest.mark.parametrize("form", (Form("nf4"), Form("nf4", nested=0), Form("fp4", 128), Form("int8", nested=0)),
-                         ids=str)
+@pytest.mark.parametrize(
+    "form", (Form("nf4"), Form("nf4", nested=0), Form("fp4", 128), Form("int8", nested=0)), ids=str
+)
 def test_quantised_weights_are_counted_to_the_byte(form):
     for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
         shape = shape_of(name)
-        model = attach_lora(in_few_bits(CausalLM(shape).to(BF16), form), ALL, called=shape.stored_name)
+        model = attach_lora(
+            in_few_bits(CausalLM(shape).to(BF16), form), ALL, called=shape.stored_name
+        )
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
         plan = planned(shape, ALL, BF16, "plain", True, [[8]], forms=all_in(form, shape))
         assert plan.weights == held < planned(shape, ALL, BF16, "plain", True, [[8]]).weights
-        assert count(plan.asked["model"]) == count(model) == sum(
-            p.numel() for p in attach_lora(CausalLM(shape), ALL, called=shape.stored_name).parameters())
+        assert (
+            count(plan.asked["model"])
+            == count(model)
+            == sum(
+                p.numel()
+                for p in attach_lora(CausalLM(shape), ALL, called=shape.stored_name).parameters()
+            )
+        )
 
 
 def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half_gigabytes():
     shape, config = model_config(LLAMA3_8B), Config()
-    plan = memory_plan(config, shape, ALL, [[2048]], torch.float16, "sdpa-flash", "cuda", fast=True,
-                       forms=all_in(Form("nf4"), shape))
-    blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)             # numbers of their matrices
-    assert plan.weights == pytest.approx(blocks * 4.127 / 8 + 128256 * 4096 * 2, rel=2e-3)  # the embedding is outside
+    plan = memory_plan(
+        config,
+        shape,
+        ALL,
+        [[2048]],
+        torch.float16,
+        "sdpa-flash",
+        "cuda",
+        fast=True,
+        forms=all_in(Form("nf4"), shape),
+    )
+    blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # numbers of their matrices
+    embedding = 128256 * 4096 * 2  # bytes; in main memory, beside as large a head
+    assert plan.weights == pytest.approx(blocks * 4.127 / 8 + embedding, rel=2e-3)
     assert plan.total < 6.5e9
     roomy = memory_plan(config, **plan.asked | {"recompute": ["nothing"] * 32})
-    assert roomy.weights - plan.weights == 128256 * 4096 * 2                # with room, it is where the others are
-    assert advice(plan, 2**30, config) and not any("quantization_bit" in line for line in advice(plan, 2**30, config))
+    assert roomy.weights - plan.weights == embedding  # without recomputation it is on the GPU
+    assert advice(plan, 2**30, config)
+    assert not any("quantization_bit" in line for line in advice(plan, 2**30, config))
     plain = memory_plan(config, shape, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
     assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))
 
 
 def test_sharding_divides_what_lasts():
     shape = shape_of("llama", num_hidden_layers=40)
-    one, four, eight = (planned(shape, None, F32, "sdpa-flash", True, [[64]], world=n, sharded=n > 1)
-                        for n in (1, 4, 8))
+    one, four, eight = (
+        planned(shape, None, F32, "sdpa-flash", True, [[64]], world=n, sharded=n > 1)
+        for n in (1, 4, 8)
+    )
     assert four.optimizer == one.optimizer // 4 and eight.optimizer == one.optimizer // 8
     assert four.trained == one.trained // 4 and eight.weights == four.weights < 0.2 * one.trained
     assert eight.total < four.total < one.total
@@ -295,14 +426,15 @@ def test_sharding_divides_what_lasts():
 def test_the_largest_micro_batch():
     class Some(list):
         sizes = np.array([3, 9, 1, 7, 2])
+
     examples = Some(SimpleNamespace(lengths=n, desired=None) for n in ([3], [5, 4], [1], [7], [2]))
     assert largest_rows(examples, [[0, 1], [2, 3], [4]]) == [[3], [5, 4]]
     assert largest_rows(examples, [[4, 0], [3]]) == [[7]]
-    examples[1].desired = False                     # of a judged answer the other stretch is read, not learnt
+    examples[1].desired = False  # KTO: the second sequence is not trained on
     assert largest_rows(examples, [[1]]) == [[5]]
 
 
-# ---- room -------------------------------------------------------------------------------------------------------
+# ---- free memory and advice ---------------------------------------------------------------------
 
 
 def write(root, files):
@@ -321,14 +453,26 @@ def test_memory_of_a_machine_and_of_containers(tmp_path):
     assert available_bytes("cpu", root=tmp_path) == 20_000_000 * 1024
     assert available_bytes("cpu", sharers=4, root=tmp_path) == 5_000_000 * 1024
     job = "sys/fs/cgroup/slurm/job_7"
-    write(tmp_path, {"proc/self/cgroup": "0::/slurm/job_7/step_0\n", f"{job}/step_0/memory.max": "max\n",
-                     f"{job}/step_0/memory.current": "5\n", f"{job}/memory.max": "8000000000\n",
-                     f"{job}/memory.current": "3000000000\n",
-                     f"{job}/memory.stat": "anon 2000000000\ninactive_file 500000000\nactive_file 9\n"})
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/slurm/job_7/step_0\n",
+            f"{job}/step_0/memory.max": "max\n",
+            f"{job}/step_0/memory.current": "5\n",
+            f"{job}/memory.max": "8000000000\n",
+            f"{job}/memory.current": "3000000000\n",
+            f"{job}/memory.stat": "anon 2000000000\ninactive_file 500000000\nactive_file 9\n",
+        },
+    )
     assert available_bytes("cpu", root=tmp_path) == 5_500_000_000
-    write(tmp_path, {"proc/self/cgroup": "12:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n0::/docker/a\n",
-                     "sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000000\n",
-                     "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000000000\n"})
+    write(
+        tmp_path,
+        {
+            "proc/self/cgroup": "12:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n0::/docker/a\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "4000000000\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000000000\n",
+        },
+    )
     assert available_bytes("cpu", root=tmp_path) == 3_000_000_000
 
 
@@ -339,26 +483,45 @@ def test_memory_of_this_machine():
 
 def long_run(**settings):
     """A plan and the config it was made for: full fine-tuning with everything that takes room."""
-    config = Config(**{**dict(disable_gradient_checkpointing=True, flash_attn="disabled", per_device_train_batch_size=4,
-                              gradient_accumulation_steps=3, cutoff_len=512, finetuning_type="full"), **settings})
+    config = Config(
+        **{
+            **dict(
+                disable_gradient_checkpointing=True,
+                flash_attn="disabled",
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=3,
+                cutoff_len=512,
+                finetuning_type="full",
+            ),
+            **settings,
+        }
+    )
     lora = None if config.finetuning_type == "full" else ALL
     kernel = "plain" if config.flash_attn == "disabled" else "sdpa-flash"
     return memory_plan(config, shape_of("llama"), lora, [[512]] * 4, F32, kernel, "cpu"), config
 
 
-def test_no_advice_where_it_fits_or_nobody_knows():
+def test_no_advice_where_it_fits_or_memory_is_unknown():
     plan, config = long_run()
     assert advice(plan, None, config) == advice(plan, 2 * plan.total, config) == []
-    assert advice(plan, plan.total, config) != []               # nothing is left for scratch
+    assert advice(plan, plan.total, config) != []  # nothing is left for scratch
 
 
 def test_advice_names_single_changes_and_what_they_come_to():
     plan, config = long_run()
     lines = advice(plan, int(0.97 * plan.total), config)
     assert [line.partition(":")[0] for line in lines] == [
-        "disable_gradient_checkpointing", "flash_attn", "per_device_train_batch_size", "cutoff_len"]
-    assert lines[2].startswith("per_device_train_batch_size: 3 with gradient_accumulation_steps: 4 (")
-    for line, settings in zip(lines, (dict(disable_gradient_checkpointing=False), dict(flash_attn="auto"))):
+        "disable_gradient_checkpointing",
+        "flash_attn",
+        "per_device_train_batch_size",
+        "cutoff_len",
+    ]
+    assert lines[2].startswith(
+        "per_device_train_batch_size: 3 with gradient_accumulation_steps: 4 ("
+    )
+    for line, settings in zip(
+        lines, (dict(disable_gradient_checkpointing=False), dict(flash_attn="auto"))
+    ):
         other = long_run(**settings)[0]
         assert other.total < SPARE * plan.total
         assert line.endswith(f" ({other.total / 2**20:.4g} MiB)")
@@ -373,7 +536,9 @@ def test_advice_that_is_followed_is_followed_by_none():
     smaller = memory_plan(config, shape_of("llama"), None, [[512]] * size, F32, "sdpa-flash", "cpu")
     assert advice(smaller, available, config) == []
     if size < 3:
-        larger = memory_plan(config, shape_of("llama"), None, [[512]] * (size + 1), F32, "sdpa-flash", "cpu")
+        larger = memory_plan(
+            config, shape_of("llama"), None, [[512]] * (size + 1), F32, "sdpa-flash", "cpu"
+        )
         assert advice(larger, available, config) != []
 
 
@@ -381,16 +546,18 @@ def test_where_weights_take_the_room_adapters_are_the_advice():
     config = Config(finetuning_type="full", per_device_train_batch_size=1)
     shape = shape_of("llama", hidden_size=512, intermediate_size=1408)
     plan = memory_plan(config, shape, None, [[64]], F32, "sdpa-flash", "cpu")
-    line, = advice(plan, int(0.6 * plan.total), config)
+    (line,) = advice(plan, int(0.6 * plan.total), config)
     assert line.startswith("finetuning_type: lora (")
 
 
 def test_several_changes_together_and_none_at_all():
     plan, config = long_run()
-    least = long_run(finetuning_type="lora", disable_gradient_checkpointing=False, flash_attn="auto")[0]
-    line, = advice(plan, int(0.5 * least.total), config)
+    least = long_run(
+        finetuning_type="lora", disable_gradient_checkpointing=False, flash_attn="auto"
+    )[0]
+    (line,) = advice(plan, int(0.5 * least.total), config)
     assert line.startswith("combined: disable_gradient_checkpointing: false, ")
-    line, = advice(plan, 1000, config)
+    (line,) = advice(plan, 1000, config)
     assert "no settings are enough" in line and "finetuning_type: lora" in line
 
 
@@ -405,21 +572,34 @@ def test_the_table_on_the_start_page():
     plan, _ = long_run()
     lines = plan_lines(plan, 2 * plan.total)
     assert "2,048 tokens (rows: 4)" in lines[0] and lines[-1].endswith("free: fits")
-    assert not any("frozen" in line for line in lines)          # nothing is, here
+    assert not any("frozen" in line for line in lines)  # nothing is, here
     assert plan_lines(plan, plan.total)[-1].endswith("tight")
     assert plan_lines(plan, plan.total - 1)[-1].endswith("does not fit")
     assert "free" not in plan_lines(plan, None)[-1]
     assert "frozen" in plan_lines(long_run(finetuning_type="lora")[0], None)[1]
-    sizes = Plan(weights=3 * 2**30, trained=2**20, gradients=0, optimizer=0, activations=0, working=0, asked=plan.asked)
+    sizes = Plan(
+        weights=3 * 2**30,
+        trained=2**20,
+        gradients=0,
+        optimizer=0,
+        activations=0,
+        working=0,
+        asked=plan.asked,
+    )
     assert "3 GiB" in plan_lines(sizes, None)[1] and "3.001 GiB" in plan_lines(sizes, None)[-1]
 
 
-def test_what_is_said_when_memory_runs_out():
+def test_the_message_when_memory_runs_out():
     with pytest.raises(RuntimeError) as found:
         torch.empty(2**50, dtype=torch.uint8)
-    assert out_of_memory(found.value) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")) \
-        and out_of_memory(MemoryError()) and not out_of_memory(RuntimeError("shapes differ"))
+    assert out_of_memory(found.value)
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes differ"))
     plan, config = long_run()
     for available in (None, plan.total // 2, 10 * plan.total):  # also where the plan was too small
-        text = explain_oom(torch.OutOfMemoryError("CUDA out of memory. Tried.\nMore"), plan, available, config)
-        assert text.startswith("out of memory: CUDA out of memory. Tried.\n") and "disable_gradient" in text
+        text = explain_oom(
+            torch.OutOfMemoryError("CUDA out of memory. Tried.\nMore"), plan, available, config
+        )
+        assert text.startswith("out of memory: CUDA out of memory. Tried.\n")
+        assert "disable_gradient" in text

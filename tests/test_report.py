@@ -1,4 +1,5 @@
-"""report.py: the pictures people know, several runs in one, a run's log read back."""
+"""Loss curves of one run and of several, the log of a run read back, result tables."""
+
 import json
 import os
 import math
@@ -8,21 +9,34 @@ import sys
 import pytest
 
 from runtime import report
-from runtime.report import (eval_metrics, names_of_runs, plot_losses, plot_runs, read_history,
-                            smooth, table)
+from runtime.report import (
+    eval_metrics,
+    names_of_runs,
+    plot_losses,
+    plot_runs,
+    read_history,
+    smooth,
+    table,
+)
 from tests.common import GOLDEN, ROOT, needs_shared
 
 
 def history(losses, evals=(), **more):
-    """log_history of a run with these losses at steps 1, 2, … and evaluations at every second step."""
-    rows = [{"step": step, "loss": loss, **{key: value * step for key, value in more.items()}}
-            for step, loss in enumerate(losses, 1)]
-    return rows + [{"step": 2 * (i + 1), "eval_loss": value} for i, value in enumerate(evals)] + [{"step": len(losses)}]
+    """log_history with these losses at steps 1, 2, ... and an evaluation at every second step."""
+    rows = [
+        {"step": step, "loss": loss, **{key: value * step for key, value in more.items()}}
+        for step, loss in enumerate(losses, 1)
+    ]
+    return (
+        rows
+        + [{"step": 2 * (i + 1), "eval_loss": value} for i, value in enumerate(evals)]
+        + [{"step": len(losses)}]
+    )
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The panels of every figure that is drawn, as lists of matplotlib axes."""
+    """The panels of every figure that is drawn: lists of matplotlib axes."""
     pytest.importorskip("matplotlib")
     honest, found = report.drawing, []
 
@@ -36,7 +50,7 @@ def drawn(monkeypatch):
 
 
 def test_smoothing():
-    """The moving average of llamafactory's pictures, by its definition: weight 1.8 * (sigmoid(0.05 n) - 0.5)."""
+    """The moving average of LLaMA-Factory's plots: weight 1.8 * (sigmoid(0.05 n) - 0.5)."""
     values = [4.0, 2.0, 3.0, 1.0]
     w = 1.8 * (1 / (1 + math.exp(-0.2)) - 0.5)
     want = [4.0]
@@ -48,29 +62,43 @@ def test_smoothing():
 
 
 def test_pictures_of_one_run(tmp_path, drawn):
-    """Names as people know them, raw and smoothed; of a preference run also its accuracies."""
-    rows = history([3.0, 2.0, 1.0, 0.5], [2.5, 0.7], **{"rewards/accuracies": 0.2, "grad_norm": 1.0})
+    """LLaMA-Factory's file names; raw and smoothed curves; accuracies of a preference run."""
+    rows = history(
+        [3.0, 2.0, 1.0, 0.5], [2.5, 0.7], **{"rewards/accuracies": 0.2, "grad_norm": 1.0}
+    )
     names = ["training_loss.png", "training_eval_loss.png", "training_rewards_accuracies.png"]
     assert [path.name for path in plot_losses(tmp_path, rows)] == names
-    for name, (axes,), values in zip(names, drawn, ([3.0, 2.0, 1.0, 0.5], [2.5, 0.7], [0.2, 0.4, 0.6, 0.8])):
+    for name, (axes,), values in zip(
+        names, drawn, ([3.0, 2.0, 1.0, 0.5], [2.5, 0.7], [0.2, 0.4, 0.6, 0.8])
+    ):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
         raw, smoothed = axes.get_lines()
         assert list(raw.get_ydata()) == pytest.approx(values)
         assert list(smoothed.get_ydata()) == pytest.approx(smooth(values))
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["original", "smoothed"]
-    assert drawn[0][0].get_title() == f"training loss of {tmp_path}" and drawn[0][0].get_xlabel() == "step"
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+            "original",
+            "smoothed",
+        ]
+    assert drawn[0][0].get_title() == f"training loss of {tmp_path}"
+    assert drawn[0][0].get_xlabel() == "step"
     assert plot_losses(tmp_path, [{"step": 1, "lr": 1}]) == []
 
 
 def test_several_runs_in_one_picture(tmp_path, drawn):
-    runs = {"one": history([3.0, 2.0]), "two": history([2.5, 2.0, 1.0], [1.2]), "three": history([1.0])}
+    runs = {
+        "one": history([3.0, 2.0]),
+        "two": history([2.5, 2.0, 1.0], [1.2]),
+        "three": history([1.0]),
+    }
     assert plot_runs(runs, tmp_path / "all.png") == tmp_path / "all.png"
     assert (tmp_path / "all.png").stat().st_size > 5000
     losses, evals = drawn[0]
     assert [text.get_text() for text in losses.get_legend().get_texts()] == ["one", "two", "three"]
     assert [text.get_text() for text in evals.get_legend().get_texts()] == ["two"]
     assert len({line.get_color() for line in losses.get_lines()}) == 3
-    assert evals.get_lines()[0].get_color() == losses.get_lines()[2].get_color(), "a run keeps its colour"
+    assert evals.get_lines()[0].get_color() == losses.get_lines()[2].get_color(), (
+        "a run keeps its color"
+    )
     with pytest.raises(ValueError, match="nothing is logged yet in one"):
         plot_runs({"one": []}, tmp_path / "none.png")
 
@@ -78,20 +106,25 @@ def test_several_runs_in_one_picture(tmp_path, drawn):
 def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
-    assert plot_losses(tmp_path, history([1.0])) == [] and plot_runs({"a": history([1.0])}, tmp_path / "a.png") is None
-    assert "pip install matplotlib, then python -m runtime.report" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert plot_losses(tmp_path, history([1.0])) == []
+    assert plot_runs({"a": history([1.0])}, tmp_path / "a.png") is None
+    assert "pip install matplotlib, then python -m runtime.report" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 @needs_shared
 def test_a_recorded_run_is_read_finished_or_not(tmp_path):
-    """From LLaMA-Factory's own files: trainer_state.json, or, while it runs, trainer_log.jsonl, a line half-written."""
+    """LLaMA-Factory's files: trainer_state.json or, unfinished, trainer_log.jsonl cut in a line."""
     finished = read_history(GOLDEN / "curves/sft_eval")
     text = (GOLDEN / "curves/sft_eval/trainer_log.jsonl").read_text()
     (tmp_path / "trainer_log.jsonl").write_text(text + '{"current_steps": 7, "lo')
     running = read_history(tmp_path)
     for key in ("loss", "eval_loss"):
-        want, got = ([(row["step"], round(row[key], 4)) for row in rows if key in row] for rows in (finished, running))
-        assert want and got[:len(want)] == want
+        want, got = (
+            [(row["step"], round(row[key], 4)) for row in rows if key in row]
+            for rows in (finished, running)
+        )
+        assert want and got[: len(want)] == want
     with pytest.raises(FileNotFoundError, match="is it a run's output_dir"):
         read_history(tmp_path / "nothing")
     (tmp_path / "trainer_state.json").write_text("{")
@@ -103,12 +136,20 @@ def test_a_recorded_run_is_read_finished_or_not(tmp_path):
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [str(GOLDEN / "curves" / name) for name in ("sft_eval", "sft_llama3")]
-    done = subprocess.run([sys.executable, "-m", "runtime.report", *runs], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime.report", *runs],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and (tmp_path / "compared_runs.png").is_file(), done.stderr
     state = json.loads((GOLDEN / "curves/sft_eval/trainer_state.json").read_text())
     evals = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
     assert f"{min(evals):.4f}" in done.stdout.splitlines()[1] and "sft_eval" in done.stdout
-    done = subprocess.run([sys.executable, "-m", "runtime.report"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime.report"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: usage")
 
 
@@ -129,4 +170,7 @@ def test_eval_metrics():
 
 def test_table():
     assert table(["", "loss"], [["base", "2.5"], ["adapter", "10"]]).splitlines() == [
-        "           loss", "  base      2.5", "  adapter    10"]
+        "           loss",
+        "  base      2.5",
+        "  adapter    10",
+    ]

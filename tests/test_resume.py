@@ -1,11 +1,13 @@
 """Never lose a run: killed, stopped, cut short, flipped, filled up, it ends as if nothing had been.
 
-    python -m tests.test_resume 20 7        kills runs of one and of two ranks until 20 kills are counted, with seed 7
+    python -m tests.test_resume 20 7        kill runs of 1 and 2 ranks 20 times, with seed 7
 
-Runs are processes of their own, one for each rank, that the test can kill. They are forked from a `Nursery`, a process
-that has imported torch already, so that each takes a second. "Moments" at which a run can kill itself are all its calls
-that change a file, the middle of writing one, and its steps. What resuming in one process must hold is in test_train.py.
+Runs are processes of their own, one for each rank, which the test can kill. They are forked from a
+`Nursery`, a process that has already imported torch, so that each takes a second. "Moments" at
+which a run can kill itself are all its calls that change a file, the middle of writing one, and its
+steps. Resuming within one process is tested in test_train.py.
 """
+
 import json
 import math
 import os
@@ -36,31 +38,69 @@ from errors import run
 from runtime.load_config import load_config
 from tests.common import ROOT, read_jsonl
 
-BASE = dict(model_name_or_path=ROOT / "models/tiny", dataset=ROOT / "data/tiny_review.jsonl", max_samples=30,
-            template="chatml", cutoff_len=48, use_cpu=True, disable_tqdm=True, lora_rank=4, lora_dropout=0.2, neftune_noise_alpha=5,
-            learning_rate=2e-2, max_steps=8, per_device_train_batch_size=2, logging_steps=1, save_steps=2,
-            save_total_limit=2, val_size=4, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, flash_attn="disabled",
-            disable_gradient_checkpointing=True, resume_from_checkpoint="auto")
-TIMES = ("time", "per_second", "throughput")            # what is in the name of a figure that no two runs share
+BASE = dict(
+    model_name_or_path=ROOT / "models/tiny",
+    dataset=ROOT / "data/tiny_review.jsonl",
+    max_samples=30,
+    template="chatml",
+    cutoff_len=48,
+    use_cpu=True,
+    disable_tqdm=True,
+    lora_rank=4,
+    lora_dropout=0.2,
+    neftune_noise_alpha=5,
+    learning_rate=2e-2,
+    max_steps=8,
+    per_device_train_batch_size=2,
+    logging_steps=1,
+    save_steps=2,
+    save_total_limit=2,
+    val_size=4,
+    eval_strategy="steps",
+    eval_steps=2,
+    load_best_model_at_end=True,
+    flash_attn="disabled",
+    disable_gradient_checkpointing=True,
+    resume_from_checkpoint="auto",
+)
+TIMES = (
+    "time",
+    "per_second",
+    "throughput",
+)  # what is in the name of a figure that no two runs share
 
 
-# ---- runs that can be killed ------------------------------------------------------------------------------------
+# ---- runs that can be killed --------------------------------------------------------------------
 
 
 class Nursery:
     """Runs, one after the other, each forked from a process that has imported everything."""
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.test_resume"], cwd=ROOT, text=True, bufsize=1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.test_resume"],
+            cwd=ROOT,
+            text=True,
+            bufsize=1,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
     def run(self, output, world=1, patch=(), kill=None, **settings) -> tuple[list, str]:
-        """(exit codes of the ranks, -9 for killed; all that was printed). patch: [name, argument …] of functions below
-        to be called in each rank first; kill: (seconds, ranks) from outside."""
+        """Run train.py; returns (exit codes of the ranks, -9 for killed; output).
+
+        patch: [name, argument, ...] of functions that each rank calls first. kill: (seconds, ranks)
+        to be killed from outside.
+        """
         given = {**BASE, "output_dir": output, **settings}
-        order = dict(arguments=[f"{key}={value}" for key, value in given.items() if value is not None], world=world,
-                     patch=patch, kill=kill, screen=f"{output}.screen")
+        order = dict(
+            arguments=[f"{key}={value}" for key, value in given.items() if value is not None],
+            world=world,
+            patch=patch,
+            kill=kill,
+            screen=f"{output}.screen",
+        )
         self.process.stdin.write(json.dumps(order) + "\n")
         codes = json.loads(self.process.stdout.readline())
         return codes, Path(f"{output}.screen").read_text(errors="replace")
@@ -85,7 +125,9 @@ def free_port() -> str:
 def fork_ranks(arguments, world, patch, kill, screen) -> list:
     port = free_port()
     Path(screen).unlink(missing_ok=True)
-    ranks = [os.fork() or one_rank(rank, world, port, arguments, patch, screen) for rank in range(world)]
+    ranks = [
+        os.fork() or one_rank(rank, world, port, arguments, patch, screen) for rank in range(world)
+    ]
     start, failed, asked, codes = time.time(), None, False, [None] * world
 
     def send(number, targets):
@@ -101,12 +143,14 @@ def fork_ranks(arguments, world, patch, kill, screen) -> list:
         if kill and time.time() - start > kill[0]:
             send(signal.SIGKILL, kill[1])
             kill = None
-        if failed is None and any(codes):               # torchrun, too, asks the others to end, and in the end insists
+        if failed is None and any(
+            codes
+        ):  # torchrun, too, asks the others to end, and in the end insists
             failed = time.time()
         elif failed and not asked and time.time() > failed + 0.3:
             asked = send(signal.SIGTERM, range(world))
         elif failed and time.time() > failed + 10 or time.time() > start + 90:
-            send(signal.SIGKILL, range(world))              # also where a fork of this process hangs
+            send(signal.SIGKILL, range(world))  # also where a fork of this process hangs
         time.sleep(0.01)
     return codes
 
@@ -119,8 +163,13 @@ def one_rank(rank, world, port, arguments, patch, screen):
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         if world > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
-                              MASTER_PORT=port)
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
         for name, *values in patch:
             globals()[name](rank, *values)
         sys.argv = ["train.py", *arguments]
@@ -134,9 +183,9 @@ def one_rank(rank, world, port, arguments, patch, screen):
     os._exit(code)
 
 
-# ---- what is done to a run, in its own process ------------------------------------------------------------------
+# ---- what is done to a run, in its own process --------------------------------------------------
 
-MOMENTS = [0]           # how many have passed in this process
+MOMENTS = [0]  # how many have passed in this process
 
 
 def die_at_moment(rank, of_ranks, number):
@@ -161,7 +210,7 @@ def die_at_moment(rank, of_ranks, number):
 
     def half_a_text(path, text, *rest):
         with open(path, "w") as file:
-            file.write(text[:len(text) // 2])
+            file.write(text[: len(text) // 2])
 
     def half_a_json(value, file, *rest):
         file.write('{"half')
@@ -177,7 +226,15 @@ def die_at_moment(rank, of_ranks, number):
     watched(Path, "write_text", half_a_text)
     watched(json, "dump", half_a_json)
     watched(report.RunLog, "write", half_a_line)
-    for name in ("load_examples", "build_model", "prepare_output", "set_rates", "evaluate", "load_best", "end_ranks"):
+    for name in (
+        "load_examples",
+        "build_model",
+        "prepare_output",
+        "set_rates",
+        "evaluate",
+        "load_best",
+        "end_ranks",
+    ):
         watched(train, name)
 
 
@@ -275,7 +332,7 @@ def gradient_overflows(rank, number):
     train.Gradients.sum = summed
 
 
-# ---- what a run leaves behind -----------------------------------------------------------------------------------
+# ---- what a run leaves behind -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -307,52 +364,72 @@ def never_stopped(nursery, output, world, **settings) -> tuple[Path, int]:
 def timeless(value):
     """Without the figures that depend on the clock."""
     if isinstance(value, dict):
-        return {key: timeless(item) for key, item in value.items() if not any(word in key for word in TIMES)}
+        return {
+            key: timeless(item)
+            for key, item in value.items()
+            if not any(word in key for word in TIMES)
+        }
     return [timeless(item) for item in value] if isinstance(value, list) else value
 
 
 def assert_same_end(folder, other):
-    """All files of both are there and the same, bit by bit, but for times; nothing half done lies about."""
+    """Both folders hold the same files, bit for bit except for times, and no unfinished ones."""
     files = {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
     assert {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} == files
-    assert {"adapter_model.safetensors", "checkpoint-8/optimizer.safetensors"} <= set(map(str, files))
+    assert {"adapter_model.safetensors", "checkpoint-8/optimizer.safetensors"} <= set(
+        map(str, files)
+    )
     for file in files:
         mine, theirs = folder / file, other / file
-        if file.name in ("trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"):
-            assert timeless(json.loads(mine.read_text())) == timeless(json.loads(theirs.read_text())), file
+        if file.name in (
+            "trainer_state.json",
+            "all_results.json",
+            "train_results.json",
+            "eval_results.json",
+        ):
+            assert timeless(json.loads(mine.read_text())) == timeless(
+                json.loads(theirs.read_text())
+            ), file
         elif file.name == "trainer_log.jsonl":
             assert timeless(read_jsonl(mine)) == timeless(read_jsonl(theirs))
-        elif file.suffix == ".safetensors" or file.name in ("adapter_config.json", "tokenizer.json"):
+        elif file.suffix == ".safetensors" or file.name in (
+            "adapter_config.json",
+            "tokenizer.json",
+        ):
             assert mine.read_bytes() == theirs.read_bytes(), file
 
 
-# ---- killed -----------------------------------------------------------------------------------------------------
+# ---- killed -------------------------------------------------------------------------------------
 
 
 def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
-    """Kill and resume runs, and compare those that come to their end, until so many kills are counted."""
-    draw, told, names = random.Random(seed), [], iter(range(999))
-    while len(told) < kills:
+    """Kill and resume runs until there were this many kills; compare the runs that finish."""
+    draw = random.Random(seed)
+    killed = []
+    names = iter(range(999))
+    while len(killed) < kills:
         world = draw.choice(worlds)
         reference, moments = whole(world)
         output, codes = here / f"run{next(names)}", [None]
-        while codes != [0] * world and len(told) < kills + 5:
+        while codes != [0] * world and len(killed) < kills + 5:
             victims = draw.choice([[0], [world - 1], list(range(world))])
             if draw.random() < 0.7:
                 moment = draw.randrange(1, moments)
                 codes, screen = nursery.run(output, world, [["die_at_moment", victims, moment]])
             else:
                 moment = f"{draw.uniform(0.1, 3):.2f} s"
-                codes, screen = nursery.run(output, world, [["die_at_moment", [0], 0]], [float(moment[:-2]), victims])
+                codes, screen = nursery.run(
+                    output, world, [["die_at_moment", [0], 0]], [float(moment[:-2]), victims]
+                )
             if -9 in codes:
-                told.append((world, victims, moment, codes))
-            assert all(code in (0, 1, -9, -15) for code in codes), (told, codes, screen)
+                killed.append((world, victims, moment, codes))
+            assert all(code in (0, 1, -9, -15) for code in codes), (killed, codes, screen)
             assert "Traceback" not in screen, screen
         if set(codes) != {0}:
             codes, screen = nursery.run(output, world)
             assert codes == [0] * world, screen
         assert_same_end(output, reference)
-    return told
+    return killed
 
 
 @pytest.mark.parametrize("world, kills", [(1, 12), (2, 8)])
@@ -361,17 +438,29 @@ def test_killed_at_random_moments(world, kills, nursery, whole, tmp_path):
 
 
 def test_killed_in_the_last_second_without_checkpoints(nursery, whole, tmp_path):
-    """Half of the final files are there; auto starts again, though nothing says overwrite_output_dir."""
-    own = dict(save_strategy="no", load_best_model_at_end=None, save_total_limit=None, eval_strategy="no", val_size=None,
-               overwrite_cache=True)        # else a later run has fewer moments
+    """Half of the final files exist; auto starts again, without overwrite_output_dir."""
+    own = dict(
+        save_strategy="no",
+        load_best_model_at_end=None,
+        save_total_limit=None,
+        eval_strategy="no",
+        val_size=None,
+        overwrite_cache=True,  # else a later run has fewer moments
+    )
     other, moments = never_stopped(nursery, tmp_path / "whole", 1, **own)
     for back in (2, 9):
-        assert nursery.run(tmp_path / "run", 1, [["die_at_moment", [0], moments - back]], **own)[0] == [-9]
+        assert nursery.run(tmp_path / "run", 1, [["die_at_moment", [0], moments - back]], **own)[
+            0
+        ] == [-9]
     codes, screen = nursery.run(tmp_path / "run", **own)
     assert codes == [0], screen
-    assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == (
+        other / "adapter_model.safetensors"
+    ).read_bytes()
     codes, screen = nursery.run(tmp_path / "run", **own)
-    assert codes == [1] and "is not empty" in screen            # a run that has come to its end is not lost either
+    # a run that has come to its end is not lost either
+    assert codes == [1]
+    assert "is not empty" in screen
 
 
 def torchrun(output, folder, patch, *options, **settings) -> subprocess.CompletedProcess:
@@ -379,41 +468,80 @@ def torchrun(output, folder, patch, *options, **settings) -> subprocess.Complete
     (folder / "worker.py").write_text(
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.test_resume import *\n"
         "rank, round = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
-        f"for name, *values in {patch!r}.get(round, []):\n    globals()[name](rank, *values)\nrun(train.main)\n")
+        f"for name, *values in {patch!r}.get(round, []):\n    globals()[name](rank, *values)\n"
+        "run(train.main)\n"
+    )
     given = {**BASE, "output_dir": output, **settings}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           free_port(), *options, str(folder / "worker.py"), *(f"{k}={v}" for k, v in given.items() if v is not None)],
-                          capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            free_port(),
+            *options,
+            str(folder / "worker.py"),
+            *(f"{k}={v}" for k, v in given.items() if v is not None),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_torchrun_heals_what_dies_by_itself(whole, tmp_path):
-    """Rank 1 dies in step 4, then both in the middle of the next checkpoint: torchrun starts them again, twice. Not even
-    resume_from_checkpoint is needed: what torchrun starts again is never begun from the beginning."""
+    """Rank 1 dies in step 4, then both within the next checkpoint: torchrun restarts them.
+
+    Without resume_from_checkpoint: a run that torchrun has restarted always resumes.
+    """
     other, _ = whole(2)
-    done = torchrun(tmp_path / "run", tmp_path, {0: [["dies_at_step", 1, 4]], 1: [["die_at_moment", [0], 40]]},
-                    "--max-restarts", "3", resume_from_checkpoint=None, overwrite_output_dir=True)
+    done = torchrun(
+        tmp_path / "run",
+        tmp_path,
+        {0: [["dies_at_step", 1, 4]], 1: [["die_at_moment", [0], 40]]},
+        "--max-restarts",
+        "3",
+        resume_from_checkpoint=None,
+        overwrite_output_dir=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall("resumed from .*checkpoint-[24], step [24] of 8", done.stdout)) == 2, done.stdout
+    assert len(re.findall("resumed from .*checkpoint-[24], step [24] of 8", done.stdout)) == 2, (
+        done.stdout
+    )
     assert_same_end(tmp_path / "run", other)
 
 
 def test_torchrun_does_not_start_again_what_was_to_stop(tmp_path):
-    """The ranks' exit code is 75, of which torchrun knows nothing; started again, they end at once."""
-    done = torchrun(tmp_path / "run", tmp_path, {0: [["signals_at_step", 1, 3, "SIGTERM"]]}, "--max-restarts", "1")
+    """torchrun takes exit code 75 for a failure; restarted, the ranks end at once."""
+    done = torchrun(
+        tmp_path / "run",
+        tmp_path,
+        {0: [["signals_at_step", 1, 3, "SIGTERM"]]},
+        "--max-restarts",
+        "1",
+    )
     assert done.returncode == 1
     assert "stopped by another rank before torchrun started it again: nothing to do" in done.stderr
-    assert training_state.checkpoints_in(tmp_path / "run")[-1].name == "checkpoint-3" and done.stdout.count("resumed from") == 0
+    assert training_state.checkpoints_in(tmp_path / "run")[-1].name == "checkpoint-3"
+    assert done.stdout.count("resumed from") == 0
 
 
-# ---- asked to stop ----------------------------------------------------------------------------------------------
+# ---- asked to stop ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world, rank, name", [(1, 0, "SIGTERM"), (1, 0, "SIGINT"), (2, 1, "SIGTERM")])
+@pytest.mark.parametrize(
+    "world, rank, name", [(1, 0, "SIGTERM"), (1, 0, "SIGINT"), (2, 1, "SIGTERM")]
+)
 def test_stopped_by_a_signal(world, rank, name, nursery, whole, tmp_path):
     other, _ = whole(world)
     codes, screen = nursery.run(tmp_path / "run", world, [["signals_at_step", rank, 3, name]])
     assert codes == [resume.STOPPED] * world, screen
-    assert f"stopped by {'another rank' if rank else name} after step 3 of 8, which is saved" in screen
+    assert (
+        f"stopped by {'another rank' if rank else name} after step 3 of 8, which is saved" in screen
+    )
     assert rank or f"{name}: stopping after this step" in screen
     assert (tmp_path / "run/checkpoint-3/trainer_state.json").is_file()
     codes, screen = nursery.run(tmp_path / "run", world)
@@ -422,19 +550,27 @@ def test_stopped_by_a_signal(world, rank, name, nursery, whole, tmp_path):
 
 
 def test_a_time_limit_stops_a_run_again_and_again(nursery, whole, tmp_path):
-    """The limit is over when the first step begins: each run takes one step, and together they are the run."""
+    """The time is up when the first step begins: each run takes one step, until all are done."""
     other, _ = whole(1)
-    for step in range(1, 9):                                # the last one is to stop, too, although all is done
-        codes, screen = nursery.run(tmp_path / "run", time_limit=1e-4, resume_from_checkpoint="auto")
-        assert codes == [resume.STOPPED] and f"stopped by time_limit (0.0001 minutes) after step {step} of 8" in screen
+    for step in range(1, 9):  # the last one is to stop, too, although all is done
+        codes, screen = nursery.run(
+            tmp_path / "run", time_limit=1e-4, resume_from_checkpoint="auto"
+        )
+        assert codes == [resume.STOPPED]
+        assert f"stopped by time_limit (0.0001 minutes) after step {step} of 8" in screen
     assert nursery.run(tmp_path / "run")[0] == [0]
     assert_same_end(tmp_path / "run", other)
 
 
 def test_a_second_interrupt_leaves_at_once(nursery, tmp_path):
-    codes, screen = nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM", "SIGINT", "SIGINT"]])
-    assert codes == [130] and "SIGINT: stopping after this step; press Ctrl-C again to exit at once" in screen
-    assert [path.name for path in training_state.checkpoints_in(tmp_path / "run")] == ["checkpoint-2"]
+    codes, screen = nursery.run(
+        tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM", "SIGINT", "SIGINT"]]
+    )
+    assert codes == [130]
+    assert "SIGINT: stopping after this step; press Ctrl-C again to exit at once" in screen
+    assert [path.name for path in training_state.checkpoints_in(tmp_path / "run")] == [
+        "checkpoint-2"
+    ]
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", -15), ("SIGINT", 130)])
@@ -443,7 +579,7 @@ def test_a_signal_before_the_first_step_just_ends_the_run(name, code, nursery, t
     assert codes == [code] and not (tmp_path / "run").exists() and "Traceback" not in screen
 
 
-# ---- cut short, flipped, emptied, deleted -----------------------------------------------------------------------
+# ---- cut short, flipped, emptied, deleted -------------------------------------------------------
 
 
 def cut(path):
@@ -463,39 +599,50 @@ def empty(path):
 
 def configured(output, **settings) -> Config:
     given = {**BASE, "output_dir": output, **settings}
-    return load_config([f"{key}={value}" for key, value in given.items() if value is not None], "train")
+    return load_config(
+        [f"{key}={value}" for key, value in given.items() if value is not None], "train"
+    )
 
 
 @pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
-def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_taken(harm, whole, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_recognised_and_the_one_before_is_taken(
+    harm, whole, tmp_path, capsys
+):
     files = sorted(path.name for path in (whole(1)[0] / "checkpoint-8").iterdir())
-    assert {"checksums.json", "trainer_state.json", "train_config.json", "tokenizer.json"} <= set(files)
+    assert {"checksums.json", "trainer_state.json", "train_config.json", "tokenizer.json"} <= set(
+        files
+    )
     for file in files:
         run = shutil.copytree(whole(1)[0], tmp_path / file)
         harm(run / "checkpoint-8" / file)
-        assert resume.find_resume(configured(run)) == training_state.checkpoints_in(run, resumable=False)[-2]
-        said = capsys.readouterr().err
-        assert re.search(rf"checkpoint-8 is damaged and cannot be used: .*{file}", said)
-        assert "resuming from the previous one" in said
-        with pytest.raises((ValueError, FileNotFoundError), match=rf"checkpoint-8 is (damaged|no complete).*{file}"):
+        assert (
+            resume.find_resume(configured(run))
+            == training_state.checkpoints_in(run, resumable=False)[-2]
+        )
+        stderr = capsys.readouterr().err
+        assert re.search(rf"checkpoint-8 is damaged and cannot be used: .*{file}", stderr)
+        assert "resuming from the previous one" in stderr
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match=rf"checkpoint-8 is (damaged|no complete).*{file}"
+        ):
             resume.find_resume(configured(run, resume_from_checkpoint=run / "checkpoint-8"))
 
 
 def test_every_flipped_bit_of_the_checksums_is_seen(whole, tmp_path):
     folder = shutil.copytree(whole(1)[0] / "checkpoint-8", tmp_path / "checkpoint-8")
-    (folder / "tokenizer.json").unlink()                        # the largest file: without it this takes a second
+    (folder / "tokenizer.json").unlink()  # the largest file: without it this takes a second
     (folder / "checksums.json").unlink()
     training_state.write_checksums(folder)
     assert training_state.damage(folder) == ""
     before = (folder / "checksums.json").read_bytes()
     for bit in range(8 * len(before)):
         flip(folder / "checksums.json", bit)
-        assert training_state.damage(folder), (bit, before[bit // 8:][:9])
+        assert training_state.damage(folder), (bit, before[bit // 8 :][:9])
         (folder / "checksums.json").write_bytes(before)
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(nursery, whole, tmp_path):
-    """The damaged one is kept under another name, twice if need be; save_total_limit does not count it."""
+    """Damaged ones are kept under other names, which save_total_limit does not count."""
     other, _ = whole(1)
     output = shutil.copytree(other, tmp_path / "run")
     for time_ in (1, 2):
@@ -506,7 +653,9 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(nursery, whole
     kept = sorted(output.glob("*.damaged"))
     assert [path.name for path in kept] == ["checkpoint-8.2.damaged", "checkpoint-8.damaged"]
     for path in kept:
-        assert training_state.damage(path).startswith("optimizer.safetensors is not as it was written")
+        assert training_state.damage(path).startswith(
+            "optimizer.safetensors is not as it was written"
+        )
         shutil.rmtree(path)
     assert_same_end(output, other)
 
@@ -523,7 +672,9 @@ def test_all_checkpoints_damaged(nursery, whole, tmp_path):
     assert codes == [1] and "holds no complete checkpoint-N" in screen
     assert screen.count("is damaged and cannot be used") == len(damaged)
     codes, screen = nursery.run(tmp_path / "run")
-    assert codes == [0] and "no intact checkpoint is left" in screen and "starting from the beginning" in screen
+    assert codes == [0]
+    assert "no intact checkpoint is left" in screen
+    assert "starting from the beginning" in screen
     for folder in damaged:
         shutil.rmtree(f"{folder}.damaged")
     assert_same_end(tmp_path / "run", other)
@@ -536,12 +687,20 @@ def test_checkpoints_without_checksums_of_an_older_release(nursery, whole, tmp_p
     for folder in training_state.checkpoints_in(output):
         (folder / "checksums.json").unlink()
         state = json.loads((folder / "trainer_state.json").read_text())
-        state["resume"] = {key: value for key, value in state["resume"].items() if key not in ("rows_per_step", "skipped", "rows")}
+        state["resume"] = {
+            key: value
+            for key, value in state["resume"].items()
+            if key not in ("rows_per_step", "skipped", "rows")
+        }
         (folder / "trainer_state.json").write_text(json.dumps(state))
-        save_file({"cpu": load_file(folder / "rng.safetensors")["cpu.0"]}, folder / "rng.safetensors")
+        save_file(
+            {"cpu": load_file(folder / "rng.safetensors")["cpu.0"]}, folder / "rng.safetensors"
+        )
     codes, screen = nursery.run(output)
     assert codes == [0] and "resumed from" in screen and "damaged" not in screen, screen
-    assert (output / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+    assert (output / "adapter_model.safetensors").read_bytes() == (
+        other / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_a_best_checkpoint_that_is_damaged_is_not_loaded(nursery, whole, tmp_path):
@@ -551,23 +710,48 @@ def test_a_best_checkpoint_that_is_damaged_is_not_loaded(nursery, whole, tmp_pat
     assert best != 8, "the case is no longer one"
     flip(output / f"checkpoint-{best}/adapter_model.safetensors")
     codes, screen = nursery.run(output)
-    assert codes == [0] and re.search(rf"checkpoint-{best}, with the lowest eval_loss .* cannot be used: adapter_model", screen)
-    assert (output / "adapter_model.safetensors").read_bytes() == (output / "checkpoint-8/adapter_model.safetensors").read_bytes()
+    assert codes == [0]
+    assert re.search(
+        rf"checkpoint-{best}, with the lowest eval_loss .* cannot be used: adapter_model", screen
+    )
+    assert (output / "adapter_model.safetensors").read_bytes() == (
+        output / "checkpoint-8/adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_the_last_good_checkpoint_is_never_removed(nursery, tmp_path):
     """save_total_limit: 1, and a disk that does not keep what is written."""
-    codes, screen = nursery.run(tmp_path / "run", 1, [["forgetful_disk", 4]], save_total_limit=1, load_best_model_at_end=None)
-    assert codes == [0] and "checkpoint-4 is damaged although it has just been written; older checkpoints are kept" in screen
-    assert [p.name for p in training_state.checkpoints_in(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    codes, screen = nursery.run(
+        tmp_path / "run",
+        1,
+        [["forgetful_disk", 4]],
+        save_total_limit=1,
+        load_best_model_at_end=None,
+    )
+    assert codes == [0]
+    assert (
+        "checkpoint-4 is damaged although it has just been written; older checkpoints are kept"
+        in screen
+    )
+    assert [p.name for p in training_state.checkpoints_in(tmp_path / "run")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+        "checkpoint-8",
+    ]
     assert resume.newest_whole(tmp_path / "run", "true").name == "checkpoint-2"
 
 
-# ---- a full disk ------------------------------------------------------------------------------------------------
+# ---- a full disk --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("patch, words", [(["full_disk_at_step", 3, 30000], "error: .*(File too large|could not be written)"),
-                                          (["no_room_at_step", 3], "has room for 0.00 GB, and checkpoint-4 takes 0.00 GB")])
+@pytest.mark.parametrize(
+    "patch, words",
+    [
+        (["full_disk_at_step", 3, 30000], "error: .*(File too large|could not be written)"),
+        (["no_room_at_step", 3], "has room for 0.00 GB, and checkpoint-4 takes 0.00 GB"),
+    ],
+)
 def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, nursery, whole, tmp_path):
     other, _ = whole(1)
     codes, screen = nursery.run(tmp_path / "run", 1, [patch])
@@ -578,12 +762,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, nursery, whol
     assert_same_end(tmp_path / "run", other)
 
 
-# ---- changed settings and data ----------------------------------------------------------------------------------
+# ---- changed settings and data ------------------------------------------------------------------
 
 
 def test_every_key_is_in_one_class():
-    """What may change on resuming is said for each key of config.py, once."""
-    classes = [key for keys in (resume.FIXED, resume.DANGEROUS, resume.HARMLESS, resume.NOT_COMPARED) for key in keys]
+    """Each key of config.py is in exactly one class."""
+    classes = [
+        key
+        for keys in (resume.FIXED, resume.DANGEROUS, resume.HARMLESS, resume.NOT_COMPARED)
+        for key in keys
+    ]
     assert sorted(classes) == sorted([*KEYS, "versions"])
 
 
@@ -593,14 +781,20 @@ def test_each_class_does_what_it_says(whole):
     for key in KEYS:
         now = {**then, key: "another"}
         if key in resume.FIXED:
-            with pytest.raises(ValueError, match=f"^{key}: .* -> another cannot change when a run is resumed"):
+            with pytest.raises(
+                ValueError, match=f"^{key}: .* -> another cannot change when a run is resumed"
+            ):
                 resume.changed_settings(folder, now, force=True)
         elif key in resume.DANGEROUS:
-            with pytest.raises(ValueError, match=f"^{key}: .* -> another: this changes the data or the base model"):
+            with pytest.raises(
+                ValueError, match=f"^{key}: .* -> another: this changes the data or the base model"
+            ):
                 resume.changed_settings(folder, now)
             assert list(resume.changed_settings(folder, now, force=True)) == [key]
         else:
-            assert list(resume.changed_settings(folder, now)) == ([key] if key in resume.HARMLESS else [])
+            assert list(resume.changed_settings(folder, now)) == (
+                [key] if key in resume.HARMLESS else []
+            )
 
 
 def test_a_file_of_the_data_that_has_changed_is_noticed(nursery, tmp_path):
@@ -608,38 +802,63 @@ def test_a_file_of_the_data_that_has_changed_is_noticed(nursery, tmp_path):
     nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM"]], dataset=data)
     data.write_text(data.read_text().replace("I do not know that.", "I do know that!"))
     codes, screen = nursery.run(tmp_path / "run", dataset=data)
-    assert codes == [1] and "the training rows differ from those of" in screen and "force_resume: true" in screen
+    assert codes == [1]
+    assert "the training rows differ from those of" in screen
+    assert "force_resume: true" in screen
     assert nursery.run(tmp_path / "run", dataset=data, force_resume=True)[0] == [0]
 
 
-# ---- not finite -------------------------------------------------------------------------------------------------
+# ---- not finite ---------------------------------------------------------------------------------
 
 
 def test_an_infinite_gradient_with_a_finite_loss_is_skipped(nursery, tmp_path):
     codes, screen = nursery.run(tmp_path / "run", 1, [["gradient_overflows", 3]])
-    assert codes == [0] and re.search(r"3 skipped: loss \d\.\d+, gradient norm (nan|inf); nothing is learnt from it", screen)
-    losses = [line["loss"] for line in read_jsonl(tmp_path / "run/trainer_log.jsonl") if "loss" in line]
+    assert codes == [0]
+    assert re.search(
+        r"3 skipped: loss \d\.\d+, gradient norm (nan|inf); nothing is learnt from it", screen
+    )
+    losses = [
+        line["loss"] for line in read_jsonl(tmp_path / "run/trainer_log.jsonl") if "loss" in line
+    ]
     assert [step for step, loss in enumerate(losses, 1) if math.isnan(loss)] == [3]
 
 
 def test_all_ranks_skip_what_one_of_them_sees(nursery, tmp_path):
-    """A loss of nan in steps 3 and 4 of rank 1: both skip alike and end alike, as do their weights."""
-    codes, screen = nursery.run(tmp_path / "run", 2, [["poison", 1, "nan", 3, 4], ["weights_at_the_end", str(tmp_path)]],
-                                load_best_model_at_end=None)
+    """A loss of nan in steps 3 and 4 of rank 1: both ranks skip and end with the same weights."""
+    codes, screen = nursery.run(
+        tmp_path / "run",
+        2,
+        [["poison", 1, "nan", 3, 4], ["weights_at_the_end", str(tmp_path)]],
+        load_best_model_at_end=None,
+    )
     assert codes == [0, 0] and screen.count("skipped: loss nan") == 2, screen
     assert (tmp_path / "0.weights").read_bytes() == (tmp_path / "1.weights").read_bytes()
     codes, screen = nursery.run(tmp_path / "bad", 2, [["poison", 1, "nan", 3, 4, 5]])
-    assert codes[0] == 1 and screen.count("step 5: loss nan") == 1 and "for the 3rd time in a row" in screen, (codes, screen)
+    assert (
+        codes[0] == 1
+        and screen.count("step 5: loss nan") == 1
+        and "for the 3rd time in a row" in screen
+    ), (codes, screen)
 
 
-# ---- early stopping, saving and evaluating at other times -------------------------------------------------------
+# ---- early stopping, saving and evaluating at other times ---------------------------------------
 
 
-@pytest.mark.parametrize("own", [
-    dict(learning_rate=0.1, lr_scheduler_type="constant", early_stopping_steps=2, eval_steps=1, save_steps=1),
-    dict(save_strategy="epoch", eval_strategy="epoch", max_samples=12, save_total_limit=None),
-    dict(save_steps=3, eval_strategy="no", load_best_model_at_end=None, save_total_limit=1),
-], ids=["stops early", "epochs", "no evaluation"])
+@pytest.mark.parametrize(
+    "own",
+    [
+        dict(
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            early_stopping_steps=2,
+            eval_steps=1,
+            save_steps=1,
+        ),
+        dict(save_strategy="epoch", eval_strategy="epoch", max_samples=12, save_total_limit=None),
+        dict(save_steps=3, eval_strategy="no", load_best_model_at_end=None, save_total_limit=1),
+    ],
+    ids=["stops early", "epochs", "no evaluation"],
+)
 def test_strategies_are_resumed_alike(own, nursery, tmp_path):
     """Killed, stopped in the middle, and killed again before its last file."""
     other, moments = never_stopped(nursery, tmp_path / "whole", 1, **own)
@@ -653,25 +872,43 @@ def test_strategies_are_resumed_alike(own, nursery, tmp_path):
     codes, screen = nursery.run(tmp_path / "run", **own)
     assert codes == [0], screen
     for file in ("trainer_state.json", "all_results.json"):
-        assert timeless(json.loads((tmp_path / "run" / file).read_text())) == timeless(json.loads((other / file).read_text()))
-    assert timeless(read_jsonl(tmp_path / "run/trainer_log.jsonl")) == timeless(read_jsonl(other / "trainer_log.jsonl"))
-    assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+        assert timeless(json.loads((tmp_path / "run" / file).read_text())) == timeless(
+            json.loads((other / file).read_text())
+        )
+    assert timeless(read_jsonl(tmp_path / "run/trainer_log.jsonl")) == timeless(
+        read_jsonl(other / "trainer_log.jsonl")
+    )
+    assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == (
+        other / "adapter_model.safetensors"
+    ).read_bytes()
 
 
-# ---- two runs in one folder -------------------------------------------------------------------------------------
+# ---- two runs in one folder ---------------------------------------------------------------------
 
 
 def test_a_second_run_in_the_same_folder_is_refused(nursery, whole, tmp_path):
-    """As long as the first lives, here this process; its lock ends with it, so that a kill leaves nothing stuck."""
+    """While the first one lives; its lock ends with the process, even when that is killed."""
     output = tmp_path / "run"
     output.mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from runtime.resume import lock; "
-                               "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()", str(output)],
-                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from runtime.resume import lock; "
+            "lock(Path(sys.argv[1])); print('locked', flush=True); sys.stdin.read()",
+            str(output),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert holder.stdout.readline() == "locked\n"
         codes, screen = nursery.run(output, overwrite_output_dir=True)
-        assert codes == [1] and f"another run is using {output} (process {holder.pid} on" in screen, screen
+        assert (
+            codes == [1] and f"another run is using {output} (process {holder.pid} on" in screen
+        ), screen
     finally:
         holder.kill()
         holder.wait()
@@ -682,10 +919,15 @@ def test_a_second_run_in_the_same_folder_is_refused(nursery, whole, tmp_path):
 def main(kills, seed):
     """The long run: its kills, one a line."""
     import tempfile
+
     nursery = Nursery()
     with tempfile.TemporaryDirectory() as here:
-        references = {world: never_stopped(nursery, Path(here) / f"whole{world}", world) for world in (1, 2)}
-        for place, kill in enumerate(kill_until(nursery, Path(here), references.get, int(kills), int(seed)), 1):
+        references = {
+            world: never_stopped(nursery, Path(here) / f"whole{world}", world) for world in (1, 2)
+        }
+        for place, kill in enumerate(
+            kill_until(nursery, Path(here), references.get, int(kills), int(seed)), 1
+        ):
             print(place, *kill)
     nursery.close()
 

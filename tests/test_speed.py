@@ -1,4 +1,5 @@
-"""speed.py: FLOPs against a hand count of Llama-3-8B, pairs against a mask, the pace of steps, the start page's passes."""
+"""FLOPs against a hand count of Llama-3-8B, pairs against a mask, throughput, profiles, batches."""
+
 import gzip
 import json
 import shutil
@@ -23,14 +24,30 @@ from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from parallel import Ranks
-from runtime.throughput import (Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory,
-                                training_flops)
+from runtime.throughput import (
+    Pace,
+    attention_pairs,
+    matmul_parameters,
+    matrix_rate,
+    peak_memory,
+    training_flops,
+)
 from tests.common import ROOT, needs_shared
 from tests.test_train import run
 
-LLAMA3_8B = dict(model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                 num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192, rope_theta=500000.0,
-                 rms_norm_eps=1e-5, tie_word_embeddings=False)
+LLAMA3_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+)
 
 
 def on_meta(fields, rank=0):
@@ -40,42 +57,79 @@ def on_meta(fields, rank=0):
 
 
 class Sized(list):
-    """Stands for store.Examples where only the number of tokens of each is asked for."""
+    """Stands for store.Examples where only the number of tokens of each matters."""
+
     sizes = property(lambda self: np.array([1 + i % 40 for i in self]))
 
 
-@pytest.mark.parametrize("length, want", [(1024, 31.1e9), (2048, 31.9e9), (4096, 33.5e9), (8192, 36.7e9)])
+@pytest.mark.parametrize(
+    "length, want", [(1024, 31.1e9), (2048, 31.9e9), (4096, 33.5e9), (8192, 36.7e9)]
+)
 def test_llama_3_8b_with_lora_by_hand(length, want):
-    """Weights of a block: q and o 4096², k and v 4096 x 1024, the MLP 3 x 4096 x 14336; the head 4096 x 128256."""
+    """A block: q, o 4096 x 4096, k, v 4096 x 1024, MLP 3 x 4096 x 14336; head 4096 x 128256."""
     model = on_meta(LLAMA3_8B, rank=16)
     frozen, trained = matmul_parameters(model)
     assert frozen == 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 128256
-    assert trained == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)) == 41_943_040
-    assert training_flops(model.config, frozen, trained, [length] * 3) / (3 * length) == pytest.approx(want, rel=0.01)
+    assert (
+        trained
+        == 32 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+        == 41_943_040
+    )
+    assert training_flops(model.config, frozen, trained, [length] * 3) / (
+        3 * length
+    ) == pytest.approx(want, rel=0.01)
 
 
 def test_full_training_and_a_tied_head():
-    fields = LLAMA3_8B | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-                              num_key_value_heads=2, vocab_size=500)
+    fields = LLAMA3_8B | dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=2,
+        vocab_size=500,
+    )
     apart = matmul_parameters(on_meta(fields).requires_grad_(True))
     tied = matmul_parameters(on_meta(fields | {"tie_word_embeddings": True}).requires_grad_(True))
     assert apart == tied == (0, 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 500)
 
 
 def test_a_token_is_counted_with_the_experts_it_visits():
-    fields = dict(model_type="qwen3_moe", hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
-                  num_key_value_heads=2, head_dim=16, vocab_size=500, max_position_embeddings=512, rms_norm_eps=1e-6,
-                  num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True,
-                  decoder_sparse_step=1, mlp_only_layers=[], tie_word_embeddings=False)
+    fields = dict(
+        model_type="qwen3_moe",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=500,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-6,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        tie_word_embeddings=False,
+    )
     frozen, _ = matmul_parameters(on_meta(fields).requires_grad_(False))
     assert frozen == 2 * 64 * 64 + 2 * 64 * 32 + 64 * 8 + 2 * 3 * 64 * 32 + 64 * 500
 
 
-@pytest.mark.parametrize("length, window, chunk", [(1, 0, 0), (17, 0, 0), (17, 5, 0), (17, 40, 0), (17, 0, 6), (18, 0, 6),
-                                                   (17, 4, 6), (5, 0, 6)])
+@pytest.mark.parametrize(
+    "length, window, chunk",
+    [(1, 0, 0), (17, 0, 0), (17, 5, 0), (17, 40, 0), (17, 0, 6), (18, 0, 6), (17, 4, 6), (5, 0, 6)],
+)
 def test_pairs_are_those_of_the_mask(length, window, chunk):
     q, k = torch.arange(length)[:, None], torch.arange(length)[None]
-    seen = (k <= q) & ((q - k < window) if window else True) & ((q // chunk == k // chunk) if chunk else True)
+    seen = (
+        (k <= q)
+        & ((q - k < window) if window else True)
+        & ((q // chunk == k // chunk) if chunk else True)
+    )
     assert attention_pairs(length, window, chunk) == int(seen.sum())
 
 
@@ -87,10 +141,18 @@ def test_packed_rows_pay_for_their_own_sequences_and_windows():
 
 
 def test_flops_are_those_torch_counts():
-    """torch's own counter of operations, over a real forward and backward pass without recomputation."""
+    """Against torch's FLOP counter over a forward and backward pass without recomputation."""
     from torch.utils.flop_counter import FlopCounterMode
-    fields = LLAMA3_8B | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
-                              num_key_value_heads=4, vocab_size=500)
+
+    fields = LLAMA3_8B | dict(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+        num_key_value_heads=4,
+        vocab_size=500,
+    )
     model = CausalLM(model_config(fields)).requires_grad_(True)
     ids = torch.randint(0, 500, (1, 24))
     with FlopCounterMode(display=False) as counter:
@@ -114,7 +176,7 @@ def test_pace_counts_steps_alone(monkeypatch):
     clock = iter([0, 9, 100, 101, 200, 201, 300, 301, 400, 402, 500, 502])
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     pace = Pace()
-    for _ in range(6):                              # the first three are no steady state
+    for _ in range(6):  # the first three are no steady state
         pace.begin()
         pace.end(10, 7.0)
     assert (pace.steady_tokens, pace.steady_seconds, pace.steady_flops) == (30, 5, 21.0)
@@ -128,7 +190,9 @@ def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "LEAST_SECONDS", 0.0)
     run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=6")
     found = json.loads((tmp_path / "out/speed_results.json").read_text())
-    assert found["tokens_per_second"] > 0 and 0 < found["model_flops_utilization"] < 2 and found["peak_memory_gib"] > 0.05
+    assert found["tokens_per_second"] > 0
+    assert 0 < found["model_flops_utilization"] < 2
+    assert found["peak_memory_gib"] > 0.05
     assert "speed results" in capsys.readouterr().out
 
 
@@ -137,9 +201,13 @@ def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
 
 @needs_shared
 def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_path, monkeypatch):
-    """On a GPU, reading one number waits for all that was asked before. The parts of a step run here under torch's own
-    dispatcher, which tells of each; the loss may look up where labels are, once a pass."""
+    """On a GPU, reading one number waits for all work queued before it.
+
+    The parts of a step run here under torch's dispatcher, which sees every operation. The loss may
+    look up where labels are, once per pass.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
+
     seen, parts = [], []
 
     class Watch(TorchDispatchMode):
@@ -150,11 +218,19 @@ def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_pat
     @contextmanager
     def watched(name):
         parts.append(name)
-        with Watch() if name in ("forward", "backward", "communication", "optimizer") else nullcontext():
+        computed = name in ("forward", "backward", "communication", "optimizer")
+        with Watch() if computed else nullcontext():
             yield
 
     monkeypatch.setattr(train, "part", watched)
-    run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=3", "neftune_noise_alpha=5", "join_micro_batches=false")
+    run(
+        "sft_llama3",
+        tmp_path / "out",
+        monkeypatch,
+        "max_steps=3",
+        "neftune_noise_alpha=5",
+        "join_micro_batches=false",
+    )
     assert parts.count("waiting") == 3 and parts.count("forward") == 12 and len(seen) > 1000
     assert "aten::_local_scalar_dense" not in seen and "aten::equal" not in seen
     assert seen.count("aten::nonzero") <= 12
@@ -166,8 +242,14 @@ def test_profile_tells_where_the_time_goes(tmp_path, monkeypatch, capsys):
     run("sft_llama3", out, monkeypatch, "max_steps=4", "profile=true")
     table = (out / "profile.txt").read_text()
     assert table in capsys.readouterr().out
-    shares = {line.split("  ")[1]: float(line.split()[-1][:-1]) for line in table.splitlines()[1:] if line[2] != " "}
-    assert {"forward", "backward", "loss"} <= shares.keys() and 85 < sum(shares.values()) < 102, table
+    shares = {
+        line.split("  ")[1]: float(line.split()[-1][:-1])
+        for line in table.splitlines()[1:]
+        if line[2] != " "
+    }
+    assert {"forward", "backward", "loss"} <= shares.keys() and 85 < sum(shares.values()) < 102, (
+        table
+    )
     assert shares["backward"] > shares["optimizer"] and "matmul" in table and "attention" in table
     with gzip.open(out / "profile_trace.json.gz", "rt") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
@@ -185,8 +267,10 @@ def test_every_row_comes_once_within_the_budget(budget):
     assert sorted(chain(*batches)) == list(range(5000))
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= budget for batch in batches)
     assert batches == budget_batches(order, lengths.__getitem__, budget)
-    if budget == 700:                               # alike: far less spread than among rows at random
-        spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    if budget == 700:  # alike: far less spread than among rows at random
+        spread = [
+            max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches
+        ]
         assert sum(spread) / len(spread) < 5 and len(batches) < 1.2 * sum(lengths) / budget
     assert list(chain(*budget_batches(order, lengths.__getitem__, budget, alike=False))) == order
 
@@ -195,7 +279,10 @@ def test_every_row_comes_once_within_the_budget(budget):
 def test_all_ranks_together_have_every_row_once_an_epoch(world):
     config = Config(token_budget=64, gradient_accumulation_steps=2)
     examples = Sized(range(200))
-    epochs = [[steps.batches_of(config, examples, epoch, Ranks(rank, world)) for rank in range(world)] for epoch in (0, 1)]
+    epochs = [
+        [steps.batches_of(config, examples, epoch, Ranks(rank, world)) for rank in range(world)]
+        for epoch in (0, 1)
+    ]
     for dealt in epochs:
         assert sorted(chain(*chain(*dealt))) == list(range(200))
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
@@ -205,62 +292,118 @@ def test_all_ranks_together_have_every_row_once_an_epoch(world):
 
 @needs_shared
 def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys):
-    more = ["token_budget=150", "gradient_accumulation_steps=2", "save_strategy=steps", "save_steps=2", "max_steps=6",
-            "per_device_train_batch_size=3"]
+    more = [
+        "token_budget=150",
+        "gradient_accumulation_steps=2",
+        "save_strategy=steps",
+        "save_steps=2",
+        "max_steps=6",
+        "per_device_train_batch_size=3",
+    ]
     whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
     assert "(as many as have 150 tokens x 2 x 1 ranks)" in capsys.readouterr().out
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"b/checkpoint-{step}")
     again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
-    assert [row["loss"] for row in whole["log_history"] if "loss" in row] == \
-        [row["loss"] for row in again["log_history"] if "loss" in row]
-    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (tmp_path / "b/adapter_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="300 tokens a step, and this run takes 450: .*or token_budget so that"):
-        run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true", "gradient_accumulation_steps=3")
+    assert [row["loss"] for row in whole["log_history"] if "loss" in row] == [
+        row["loss"] for row in again["log_history"] if "loss" in row
+    ]
+    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b/adapter_model.safetensors"
+    ).read_bytes()
+    with pytest.raises(
+        ValueError, match="300 tokens a step, and this run takes 450: .*or token_budget so that"
+    ):
+        run(
+            "sft_llama3",
+            tmp_path / "b",
+            monkeypatch,
+            *more,
+            "resume_from_checkpoint=true",
+            "gradient_accumulation_steps=3",
+        )
 
 
 # ---- micro-batches that are computed as one ----
 
 
 @needs_shared
-@pytest.mark.parametrize("more", [[], ["neftune_noise_alpha=5"], ["bf16=true"]], ids=("plain", "noise", "bf16"))
+@pytest.mark.parametrize(
+    "more", [[], ["neftune_noise_alpha=5"], ["bf16=true"]], ids=("plain", "noise", "bf16")
+)
 def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys):
-    """Losses, gradient norms and weights of a run whose micro-batches run one by one; with noise, only resuming is exact."""
+    """Losses and gradient norms against micro-batches one by one; NEFTune's noise is per pass."""
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
-    a = run("sft_llama3", tmp_path / "a", monkeypatch, "per_device_train_batch_size=1", "gradient_accumulation_steps=8", *more)
+    a = run(
+        "sft_llama3",
+        tmp_path / "a",
+        monkeypatch,
+        "per_device_train_batch_size=1",
+        "gradient_accumulation_steps=8",
+        *more,
+    )
     assert "6.8 micro-batches run as one pass" in capsys.readouterr().out
-    b = run("sft_llama3", tmp_path / "b", monkeypatch, "per_device_train_batch_size=1", "gradient_accumulation_steps=8",
-            "join_micro_batches=false", *more)
+    b = run(
+        "sft_llama3",
+        tmp_path / "b",
+        monkeypatch,
+        "per_device_train_batch_size=1",
+        "gradient_accumulation_steps=8",
+        "join_micro_batches=false",
+        *more,
+    )
     assert "run as one pass" not in capsys.readouterr().out
     bound = 1e-5 if not more else 0.05
     for x, y in zip(a["log_history"], b["log_history"], strict=True):
         if "loss" in x:
-            assert abs(x["loss"] - y["loss"]) < bound and abs(x["grad_norm"] - y["grad_norm"]) < 10 * bound
+            assert abs(x["loss"] - y["loss"]) < bound
+            assert abs(x["grad_norm"] - y["grad_norm"]) < 10 * bound
 
 
 @needs_shared
 def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
-    """Bit for bit, though the machine has become one that would join more; with noise, drawn anew for every pass."""
-    more = ["per_device_train_batch_size=1", "gradient_accumulation_steps=8", "neftune_noise_alpha=5", "save_strategy=steps",
-            "save_steps=2", "max_steps=4", "logging_steps=1", "lr_scheduler_type=constant", "warmup_ratio=0"]
+    """Bit for bit, on a machine that would now join more; NEFTune draws noise for every pass."""
+    more = [
+        "per_device_train_batch_size=1",
+        "gradient_accumulation_steps=8",
+        "neftune_noise_alpha=5",
+        "save_strategy=steps",
+        "save_steps=2",
+        "max_steps=4",
+        "logging_steps=1",
+        "lr_scheduler_type=constant",
+        "warmup_ratio=0",
+    ]
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 300})
     whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
     run("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
     again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
     run("sft_llama3", tmp_path / "c", monkeypatch, *more)
-    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again)]
-    joined = [json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())["resume"]["at_once"] for name in "abc"]
+    losses = [
+        [row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again)
+    ]
+    joined = [
+        json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())["resume"][
+            "at_once"
+        ]
+        for name in "abc"
+    ]
     assert len(losses[0]) == len(losses[1]) == 4 and losses[0] == losses[1]
     assert joined[0] == joined[1] != joined[2]
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.4 imports it elsewhere, too")
 def test_a_start_does_not_wait_for_sympy(tmp_path):
-    """torch imports it, 0.4 s, for zeros_like on the meta device, and to compare the shapes of a tensor and its gradient."""
-    code = ("import sys, torch; before = 'sympy' in sys.modules; import train\n"
-            f"train.main(['configs/tiny_lora_sft.yaml', 'max_steps=2', 'plot_loss=false', 'output_dir={tmp_path}/out'])\n"
-            "assert before or 'sympy' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    """torch imports it, 0.4 s, for zeros_like on the meta device and to compare gradient shapes."""
+    code = (
+        "import sys, torch; before = 'sympy' in sys.modules; import train\n"
+        "train.main(['configs/tiny_lora_sft.yaml', 'max_steps=2', 'plot_loss=false', "
+        f"'output_dir={tmp_path}/out'])\n"
+        "assert before or 'sympy' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
