@@ -56,7 +56,7 @@ from optim import add_neftune, make_optimizer, schedule, set_rates
 from parallel import Gradients, Ranks, end_ranks, start_ranks
 from runtime.build import (batch_loss, build_model, build_reference, check_first_batch,
                            lora_settings, objective_for)
-from runtime.memory import largest_rows, memory_plan, plan_lines
+from runtime.memory import Workload, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice, available_bytes
 from runtime.precision import LossScale, check_dtype, compute_dtype
 from runtime.report import RunLog, print_pairs, trainer_state, versions
@@ -137,10 +137,20 @@ def main(argv):
     dealt = (batch for epoch in range(math.ceil(total_steps / per_epoch))
              for batch in batches_of(config, train_set, epoch, Ranks()))
     adapted = lora_settings(config, adapters, resume)
-    memory = memory_plan(config, shape, adapted, largest_rows(train_set, dealt),
-                         dtype, choice.kernel, device, ranks.world, sharded=bool(config.fsdp) and ranks.world > 1,
-                         fast=True, fp8=bool(config.base_precision), forms=forms,
-                         beside=reference_bytes(config, adapted, shape, dtype, forms))
+    memory = memory_plan(config, Workload(
+        model_config=shape,
+        lora=adapted,
+        rows=largest_rows(train_set, dealt),
+        dtype=dtype,
+        kernel=choice.kernel,
+        device=device,
+        world=ranks.world,
+        sharded=bool(config.fsdp) and ranks.world > 1,
+        fast=True,
+        fp8=bool(config.base_precision),
+        quant_formats=forms,
+        other_bytes=reference_bytes(config, adapted, shape, dtype, forms),
+    ))
     there_is = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     there_is = min(map(int, ranks.gather(torch.tensor([there_is or 0])))) or None       # blocks do the same on all ranks
     balance = (config.moe_aux_loss_coef or shape.router_aux_loss_coef) if config.stage in ("sft", "pt") else 0.0
@@ -169,7 +179,7 @@ def main(argv):
     in_parts = sharded and not lora                 # what learns is cut, too
     if config.fsdp:
         print_shards(model, ranks)
-    model.recompute = memory.asked["recompute"]
+    model.recompute = memory.workload.recompute
     if embedding_may_stay_outside(model, device, model.recompute):
         model.model.embed_tokens = EmbeddingOutside(model.model.embed_tokens)
         print("embedding: in the machine's memory, its rows are sent when they are read")

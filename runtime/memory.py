@@ -1,7 +1,7 @@
 """Predict the memory that one rank needs for training, before any weight is loaded.
 
-    plan = memory_plan(config, shape, lora, rows, dtype, kernel, device)
-    print("\\n".join(plan_lines(plan, available_bytes(device))))     # available_bytes: runtime/memory_advice.py
+    plan = memory_plan(config, Workload(model_config, lora, rows, dtype, kernel, device))
+    print("\\n".join(plan_lines(plan, available_bytes(device))))
 
 Weights, gradients and optimizer state are counted exactly, on a model without storage (the meta
 device). Activations, which the forward pass keeps for the backward pass, follow a formula. With D,
@@ -17,7 +17,7 @@ linear layers, a block keeps for each token
     LoRA          c r for each layer    A x
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
 
-and where fast/fused_block.py's fast path does not apply (adapters with dropout, weights trained in 16 bits),
+and where fast/fused_block.py does not apply (adapters with dropout, weights trained in 16 bits),
 also
 
     norms         2 x 4 D               each keeps its input in float32 (full fine-tuning: and the
@@ -37,7 +37,7 @@ Papers: activations arXiv:2205.05198 (sec. 4), mixed precision arXiv:1710.03740,
 arXiv:1910.02054.
 """
 import bisect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -57,16 +57,35 @@ SOFTCAP_CHUNKS = 4      # the same where the logits are capped
 SPARE = 0.9             # share of the memory that a plan may fill; the rest is for scratch space
 
 
+@dataclass(frozen=True)
+class Workload:
+    """A training step whose memory is to be planned."""
+    model_config: object
+    lora: LoRAConfig | None         # None: full fine-tuning or freeze
+    rows: list[list[int]]           # of the largest micro-batch: the lengths of a row's sequences
+    dtype: torch.dtype              # of matrix products and, with LoRA, of frozen weights
+    kernel: str                     # a name from attention.py
+    device: torch.device | str
+    world: int = 1                  # ranks
+    sharded: bool = False           # weights are split over the ranks
+    fast: bool = False              # fast/matmul.py's matrix products are used
+    recompute: list[str] | None = None      # a level of model.RECOMPUTE for each block
+    fp8: bool = False               # frozen weights are held in 8 bits (methods/fp8.py)
+    quant_formats: dict[str, Form] | None = None    # of weights in 4 or 8 bits, by name
+    other_bytes: int = 0            # of another model, which is not trained
+    model: CausalLM | None = None   # the model to be trained, without storage
+
+
 @dataclass
 class Plan:
     """Bytes that one rank needs."""
-    weights: int            # frozen
+    weights: int                    # frozen
     trained: int
     gradients: int
-    optimizer: int          # its state
-    activations: int        # of the largest micro-batch, kept for the backward pass
-    working: int            # the larger of the loss and the block in the backward pass
-    asked: dict = field(repr=False, default_factory=dict)       # memory_plan's arguments, the model
+    optimizer: int                  # its state
+    activations: int                # of the largest micro-batch, kept for the backward pass
+    working: int                    # the larger of the loss and the block in the backward pass
+    workload: Workload = field(repr=False)
 
     @property
     def total(self) -> int:
@@ -77,12 +96,12 @@ class Plan:
 @dataclass
 class MicroBatch:
     """The lengths of a micro-batch's sequences, and how it is computed."""
-    lengths: list[int]      # tokens of each sequence
-    compute: int            # bytes per number in a matrix product
-    stream: int             # bytes per number between the blocks
-    kernel: str             # of attention.py
+    lengths: list[int]              # tokens of each sequence
+    compute: int                    # bytes per number in a matrix product
+    stream: int                     # bytes per number between the blocks
+    kernel: str                     # a name from attention.py
     device: torch.device
-    fast: bool              # fast/fused_block.py's fast path: inputs are kept, outputs computed again
+    fast: bool                      # fast/fused_block.py: keeps inputs, recomputes outputs
 
     @property
     def tokens(self) -> int:
@@ -92,71 +111,71 @@ class MicroBatch:
 # ---- the plan -----------------------------------------------------------------------------------
 
 
-def memory_plan(config, shape, lora: LoRAConfig | None, rows: list, dtype, kernel: str, device,
-                world: int = 1, sharded: bool = False, fast: bool = False,
-                recompute: list[str] | None = None, fp8: bool = False,
-                forms: dict[str, Form] | None = None, model=None, beside: int = 0) -> Plan:
+def memory_plan(config, workload: Workload) -> Plan:
     """Plan the memory of a training step; nothing is loaded.
 
-    shape: the ModelConfig.
-    lora: None for full fine-tuning and freeze.
-    rows: for each row of the largest micro-batch, the lengths of its sequences (largest_rows).
-    dtype: of matrix products and, with LoRA, of frozen weights.
-    kernel: a name from attention.py.
-    sharded: weights are split over `world` ranks, in full fine-tuning with their gradients and
-        optimizer state; embedding, head and two blocks are held whole.
-    fast: whether fast/fused_block.py's matrix products are used.
-    recompute: a level of model.RECOMPUTE for each block; None: by disable_gradient_checkpointing.
-    fp8: frozen weights are held in 8 bits (methods/fp8.py).
-    forms: formats of the weights in 4 or 8 bits, by name (methods/quant.py).
-    model: of an earlier plan with the same shape, lora and dtype.
-    beside: bytes of another model that is not trained.
+    What the workload leaves open is decided here: `model` is created on the meta device, and
+    `recompute` follows disable_gradient_checkpointing. The plan's workload holds both.
     """
-    asked = dict(
-        shape=shape, lora=lora, rows=rows, dtype=dtype, kernel=kernel, device=device, world=world,
-        sharded=sharded, fast=fast, recompute=recompute, fp8=fp8, forms=forms, model=model,
-        beside=beside,
-    )
-    if model is None:
-        model = asked["model"] = model_without_storage(config, shape, lora, dtype, forms or {})
-    if not recompute:
-        level = "nothing" if config.disable_gradient_checkpointing else "block"
-        recompute = asked["recompute"] = [level] * shape.num_hidden_layers
-
-    frozen, trained = weight_bytes(model, fp8)
+    workload = completed(config, workload)
+    model = workload.model
+    frozen, trained = weight_bytes(model, workload.fp8)
     gradients = trained
     optimizer = state_bytes(trainable(model), config)
-    if sharded:
-        frozen = frozen // world + gathered_bytes(model, frozen + trained)
-        beside //= world
-        if not lora:                                # adapters are whole on every rank
-            trained //= world
-            gradients //= world
-            optimizer //= world
-    embedding = model.model.embed_tokens.weight
-    if embedding_may_stay_outside(model, device, recompute):
-        frozen -= embedding.nbytes
+    others = workload.other_bytes
+    if workload.sharded:
+        frozen = frozen // workload.world + gathered_bytes(model, frozen + trained)
+        others //= workload.world
+        if not workload.lora:                       # adapters are whole on every rank
+            trained //= workload.world
+            gradients //= workload.world
+            optimizer //= workload.world
+    if embedding_may_stay_outside(model, workload.device, workload.recompute):
+        frozen -= model.model.embed_tokens.weight.nbytes
 
-    batch = MicroBatch(
-        lengths=[length for row in rows for length in row],
-        compute=dtype.itemsize,
-        stream=dtype.itemsize if lora else embedding.itemsize,
-        kernel=kernel,
-        device=torch.device(device),
-        fast=fast and can_be_fast(lora, dtype),
+    kept, working = activation_bytes(model, largest_batch(workload), workload.recompute)
+    return Plan(
+        weights=frozen + others,
+        trained=trained,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=kept,
+        working=working,
+        workload=workload,
     )
-    kept, working = activation_bytes(model, batch, recompute)
-    return Plan(weights=frozen + beside, trained=trained, gradients=gradients, optimizer=optimizer,
-                activations=kept, working=working, asked=asked)
 
 
-def model_without_storage(config, shape, lora: LoRAConfig | None, dtype,
-                          forms: dict[str, Form]) -> CausalLM:
+def completed(config, workload: Workload) -> Workload:
+    """The workload with its model and with a level of recomputation for each block."""
+    model = workload.model or model_without_storage(config, workload)
+    recompute = workload.recompute
+    if not recompute:
+        level = "nothing" if config.disable_gradient_checkpointing else "block"
+        recompute = [level] * workload.model_config.num_hidden_layers
+    return replace(workload, model=model, recompute=recompute)
+
+
+def largest_batch(workload: Workload) -> MicroBatch:
+    """The workload's largest micro-batch."""
+    embedding = workload.model.model.embed_tokens.weight
+    return MicroBatch(
+        lengths=[length for row in workload.rows for length in row],
+        compute=workload.dtype.itemsize,
+        stream=workload.dtype.itemsize if workload.lora else embedding.itemsize,
+        kernel=workload.kernel,
+        device=torch.device(workload.device),
+        fast=workload.fast and can_be_fast(workload.lora, workload.dtype),
+    )
+
+
+def model_without_storage(config, workload: Workload) -> CausalLM:
     """The model to be trained, on the meta device, with the dtypes that its weights will have."""
+    model_config = workload.model_config
     with torch.device("meta"):
-        model = CausalLM(shape)
-    if lora:
-        attach_lora(empty_quantised(model.to(dtype), forms), lora, called=shape.stored_name)
+        model = CausalLM(model_config)
+    if workload.lora:
+        base = empty_quantised(model.to(workload.dtype), workload.quant_formats or {})
+        attach_lora(base, workload.lora, called=model_config.stored_name)
         return model
     if config.finetuning_type == "freeze":
         unfreeze(
@@ -164,11 +183,11 @@ def model_without_storage(config, shape, lora: LoRAConfig | None, dtype,
             config.freeze_trainable_layers,
             config.freeze_trainable_modules,
             config.freeze_extra_modules or [],
-            shape.stored_name,
+            model_config.stored_name,
         )
     for p in model.parameters():
         in_float32 = p.requires_grad and not config.pure_bf16
-        p.data = p.data.to(torch.float32 if in_float32 else dtype)
+        p.data = p.data.to(torch.float32 if in_float32 else workload.dtype)
     return model
 
 
@@ -193,14 +212,14 @@ def gathered_bytes(model, total: int) -> int:
     return total - sum(blocks) + 2 * max(blocks)
 
 
-def all_in(form: Form, shape) -> dict[str, Form]:
-    """memory_plan's `forms` for a model that is quantized while it is loaded."""
+def all_in(quant_format: Form, model_config) -> dict[str, Form]:
+    """A workload's quant_formats for a model that is quantized while it is loaded."""
     with torch.device("meta"):
-        return dict.fromkeys(can_be_quantised(CausalLM(shape)), form)
+        return dict.fromkeys(can_be_quantised(CausalLM(model_config)), quant_format)
 
 
 def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
-    """Whether blocks take fast/fused_block.py's fast path: not under autocast, with dropout or DoRA."""
+    """Whether fast/fused_block.py applies: not under autocast, with dropout or DoRA."""
     if lora:
         return not (lora.lora_dropout or lora.use_dora)
     return dtype == torch.float32
@@ -217,7 +236,7 @@ def lightest(plan: Plan, available: int | None, config) -> Plan:
     plans = {}
 
     def fits(rung: int) -> bool:
-        plans[rung] = memory_plan(config, **plan.asked | {"recompute": ladder[rung]})
+        plans[rung] = memory_plan(config, replace(plan.workload, recompute=ladder[rung]))
         return plans[rung].total <= SPARE * available
 
     last = len(ladder) - 1
@@ -229,11 +248,10 @@ def lightest(plan: Plan, available: int | None, config) -> Plan:
 
 def recompute_ladder(plan: Plan) -> list[list[str]]:
     """Levels of all blocks, from no recomputation to full; each rung changes one more block."""
-    shape = plan.asked["shape"]
-    blocks = shape.num_hidden_layers
+    model_config = plan.workload.model_config
+    blocks = model_config.num_hidden_layers
     levels = ["nothing", "block"]
-    fast = plan.asked["fast"] and can_be_fast(plan.asked["lora"], plan.asked["dtype"])
-    if fast and not any(shape.sparse):
+    if largest_batch(plan.workload).fast and not any(model_config.sparse):
         levels = ["nothing", "mlp", "block"]
 
     ladder = [["nothing"] * blocks]
@@ -262,7 +280,7 @@ def largest_rows(examples, batches) -> list[list[int]]:
 
 def plan_lines(plan: Plan, available: int | None) -> list[str]:
     """The plan as a table for the start page."""
-    rows = plan.asked["rows"]
+    rows = plan.workload.rows
     lines = [f"memory of a rank, largest micro-batch: {sum(map(sum, rows)):,} tokens "
              f"(rows: {len(rows)})"]
     for label, size, note in (

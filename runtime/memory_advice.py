@@ -95,7 +95,7 @@ class SettingsChange:
     """A change of settings, and the plan that results from it."""
     text: str                                           # as printed
     settings: dict                                      # {key of the config: value}
-    asked: dict = field(default_factory=dict)           # {argument of memory_plan: value}
+    workload: dict = field(default_factory=dict)        # {field of Workload: value}
     plan: Plan | None = None                            # after the change
     config: object = None                               # after the change
 
@@ -141,11 +141,11 @@ def smallest_change(kind, plan: Plan, config, limit: float) -> SettingsChange | 
     """
     change = None
     for change in kind(plan, config):
-        arguments = plan.asked | change.asked
-        if {"lora", "dtype", "forms"} & set(change.asked):      # the model is another one
-            arguments["model"] = None
+        workload = replace(plan.workload, **change.workload)
+        if {"lora", "dtype", "quant_formats"} & set(change.workload):
+            workload = replace(workload, model=None)            # it is another model
         change.config = replace(config, **change.settings)
-        change.plan = memory_plan(change.config, **arguments)
+        change.plan = memory_plan(change.config, workload)
         if change.plan.total <= limit:
             break
     return change
@@ -156,8 +156,8 @@ def smallest_change(kind, plan: Plan, config, limit: float) -> SettingsChange | 
 
 def checkpoint_all_blocks(plan: Plan, config) -> list[SettingsChange]:
     """Activation checkpointing in all blocks."""
-    all_blocks = ["block"] * plan.asked["shape"].num_hidden_layers
-    if plan.asked["recompute"] == all_blocks:
+    all_blocks = ["block"] * plan.workload.model_config.num_hidden_layers
+    if plan.workload.recompute == all_blocks:
         return []
     key = "disable_gradient_checkpointing"
     return [SettingsChange(f"{key}: false", {key: False}, {"recompute": all_blocks})]
@@ -165,14 +165,14 @@ def checkpoint_all_blocks(plan: Plan, config) -> list[SettingsChange]:
 
 def use_sdpa(plan: Plan, config) -> list[SettingsChange]:
     """A kernel that does not hold all attention scores."""
-    if config.flash_attn != "disabled" or plan.asked["shape"].attn_softcap:
+    if config.flash_attn != "disabled" or plan.workload.model_config.attn_softcap:
         return []
     return [SettingsChange("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})]
 
 
 def split_joined(plan: Plan, config) -> list[SettingsChange]:
     """Micro-batches one by one, where several of them run as one pass."""
-    rows = plan.asked["rows"]
+    rows = plan.workload.rows
     size = config.per_device_train_batch_size
     if config.token_budget or not config.join_micro_batches or len(rows) <= size:
         return []
@@ -182,7 +182,7 @@ def split_joined(plan: Plan, config) -> list[SettingsChange]:
 
 def smaller_budget(plan: Plan, config) -> list[SettingsChange]:
     """Micro-batches with fewer tokens: token_budget halved, halved again, ..."""
-    rows = plan.asked["rows"]
+    rows = plan.workload.rows
     changes = []
     for halvings in range(1, 8):
         budget = (config.token_budget or 0) >> halvings
@@ -198,7 +198,7 @@ def smaller_batch(plan: Plan, config) -> list[SettingsChange]:
     """Micro-batches with fewer rows, and more of them in a step."""
     if config.token_budget or split_joined(plan, config):
         return smaller_budget(plan, config)
-    rows = sorted(plan.asked["rows"], key=sum, reverse=True)
+    rows = sorted(plan.workload.rows, key=sum, reverse=True)
     size = config.per_device_train_batch_size
     total = size * config.gradient_accumulation_steps
     changes = []
@@ -218,14 +218,14 @@ def smaller_batch(plan: Plan, config) -> list[SettingsChange]:
 
 def use_bfloat16(plan: Plan, config) -> list[SettingsChange]:
     """Matrix products and frozen weights in 16 bits."""
-    if plan.asked["dtype"] != torch.float32:
+    if plan.workload.dtype != torch.float32:
         return []
     return [SettingsChange("bf16: true", {"bf16": True}, {"dtype": torch.bfloat16})]
 
 
 def shorter_rows(plan: Plan, config) -> list[SettingsChange]:
     """A smaller cutoff_len: 7/8, 6/8, ... of the longest row, rounded down to multiples of 64."""
-    rows = plan.asked["rows"]
+    rows = plan.workload.rows
     longest = min(max(map(sum, rows)), config.cutoff_len)
     lengths = {longest * eighths // 8 // 64 * 64 for eighths in range(1, 8)} - {0}
     changes = []
@@ -249,7 +249,7 @@ def truncate_row(row: list[int], tokens: int) -> list[int]:
 
 def use_lora(plan: Plan, config) -> list[SettingsChange]:
     """LoRA in place of full fine-tuning."""
-    if plan.asked["lora"]:
+    if plan.workload.lora:
         return []
     lora = LoRAConfig(config.lora_rank, target_modules=config.lora_target)
     settings = {"finetuning_type": "lora"}
@@ -258,11 +258,12 @@ def use_lora(plan: Plan, config) -> list[SettingsChange]:
 
 def use_4_bits(plan: Plan, config) -> list[SettingsChange]:
     """LoRA on a base in 4 bits."""
-    asked = plan.asked
-    if not asked["lora"] or asked["forms"] or asked["fp8"] or asked["sharded"]:
+    workload = plan.workload
+    if not workload.lora or workload.quant_formats or workload.fp8 or workload.sharded:
         return []
-    forms = all_in(Form("nf4"), asked["shape"])
-    return [SettingsChange("quantization_bit: 4", {"quantization_bit": 4}, {"forms": forms})]
+    formats = all_in(Form("nf4"), workload.model_config)
+    settings = {"quantization_bit": 4}
+    return [SettingsChange("quantization_bit: 4", settings, {"quant_formats": formats})]
 
 
 CHANGES = (

@@ -6,6 +6,7 @@ Next: train.py.
 import itertools
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -98,17 +99,17 @@ def tokens_at_once(config, memory, there_is, device, balance):
     its longest row. memory: the plan for the largest micro-batch, `there_is`: the bytes for it, or None.
     Passes in which nothing is recomputed come first, then long ones.
     """
-    rows, shape, size = memory.asked["rows"], memory.asked["shape"], config.gradient_accumulation_steps
+    rows, shape, size = memory.workload.rows, memory.workload.model_config, config.gradient_accumulation_steps
     alone, found = sum(map(sum, rows)), [(0, lightest(memory, there_is, config))]
     if config.join_micro_batches and size > 1 and not balance and shape.rope["rope_type"] not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
         while limit > alone:
             several = [row for row in rows for _ in range(math.ceil(limit / alone))]    # no pass needs more than these
-            joint = lightest(memory_plan(config, **memory.asked | {"rows": several}), there_is, config)
+            joint = lightest(memory_plan(config, replace(memory.workload, rows=several)), there_is, config)
             if there_is is not None and joint.total <= SPARE * there_is:
                 found.append((limit, joint))
             limit //= 2
-    return max(found, key=lambda one: (set(one[1].asked["recompute"]) == {"nothing"}, one[0]))
+    return max(found, key=lambda one: (set(one[1].workload.recompute) == {"nothing"}, one[0]))
 
 
 def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
@@ -125,7 +126,7 @@ def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
 
 def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once) -> dict:
     """The start page's figures; `memory` holds the model without its weights."""
-    model = memory.asked["model"]
+    model = memory.workload.model
     trained, total = sum(p.numel() for p in trainable(model).values()), count(model)
     tokens = int(train_set.sizes.sum())
     rows, size = rows_per_step(config, ranks), f"{config.per_device_train_batch_size}"
@@ -144,4 +145,4 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_onc
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
                 f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
                 "would not)" if again else "")} if ranks.world > 1 else {}),
-            "activation checkpointing": in_words(memory.asked["recompute"])}
+            "activation checkpointing": in_words(memory.workload.recompute)}

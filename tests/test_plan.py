@@ -8,6 +8,7 @@ Requires: runtime/memory.py, runtime/memory_advice.py.
 
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,9 +25,16 @@ from losses import cross_entropy_sum
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
-from runtime.memory import Plan, all_in, largest_rows, memory_plan, plan_lines
 from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
-from runtime.memory import SPARE
+from runtime.memory import (
+    SPARE,
+    Plan,
+    Workload,
+    all_in,
+    largest_rows,
+    memory_plan,
+    plan_lines,
+)
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory, truncate_row
 
 SMALL = dict(
@@ -159,7 +167,7 @@ def planned(shape, lora, dtype, kernel, recompute, rows, **more):
     if isinstance(recompute, bool):
         recompute = ["block" if recompute else "nothing"] * shape.num_hidden_layers
     return memory_plan(
-        Config(), shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more
+        Config(), Workload(shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more)
     )
 
 
@@ -176,13 +184,19 @@ def compare(
 ):
     """The bytes after the forward must match activations; the peak, activations and working."""
     plan = planned(
-        shape, lora, dtype, kernel, recompute, rows, fast=fast, forms=form and all_in(form, shape)
+        shape,
+        lora,
+        dtype,
+        kernel,
+        recompute,
+        rows,
+        fast=fast,
+        quant_formats=form and all_in(form, shape),
     )
-    kept, most = measure(shape, lora, dtype, kernel, plan.asked["recompute"], rows, fast, form)
-    if any(p.requires_grad for p in plan.asked["model"].lm_head.parameters()):
-        kept -= (
-            4 * shape.vocab_size * shape.hidden_size
-        )  # the head's gradient: the plan has it in `working`
+    kept, most = measure(shape, lora, dtype, kernel, plan.workload.recompute, rows, fast, form)
+    if any(p.requires_grad for p in plan.workload.model.lm_head.parameters()):
+        # the head's gradient, which the plan counts in `working`
+        kept -= 4 * shape.vocab_size * shape.hidden_size
     assert plan.activations == pytest.approx(kept, rel=close)
     assert plan.activations + plan.working == pytest.approx(most, rel=0.25)
 
@@ -334,7 +348,7 @@ def test_weights_gradients_and_optimizer_are_exact(name):
 def test_weights_of_other_ways_to_train(settings, weights, trained):
     """weights, trained: bytes per frozen and per trained number."""
     config, shape = Config(bf16=True, **settings), shape_of("llama")
-    plan = memory_plan(config, shape, None, [[8]], BF16, "plain", "cpu")
+    plan = memory_plan(config, Workload(shape, None, [[8]], BF16, "plain", "cpu"))
     parts = [".3.", *([] if "freeze_trainable_layers" in settings else [".2.", "lm_head"])]
     parts = [""] if settings["finetuning_type"] == "full" else parts
     trained_weights = [
@@ -375,10 +389,10 @@ def test_quantised_weights_are_counted_to_the_byte(form):
             in_few_bits(CausalLM(shape).to(BF16), form), ALL, called=shape.stored_name
         )
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
-        plan = planned(shape, ALL, BF16, "plain", True, [[8]], forms=all_in(form, shape))
+        plan = planned(shape, ALL, BF16, "plain", True, [[8]], quant_formats=all_in(form, shape))
         assert plan.weights == held < planned(shape, ALL, BF16, "plain", True, [[8]]).weights
         assert (
-            count(plan.asked["model"])
+            count(plan.workload.model)
             == count(model)
             == sum(
                 p.numel()
@@ -391,24 +405,28 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
     shape, config = model_config(LLAMA3_8B), Config()
     plan = memory_plan(
         config,
-        shape,
-        ALL,
-        [[2048]],
-        torch.float16,
-        "sdpa-flash",
-        "cuda",
-        fast=True,
-        forms=all_in(Form("nf4"), shape),
+        Workload(
+            shape,
+            ALL,
+            [[2048]],
+            torch.float16,
+            "sdpa-flash",
+            "cuda",
+            fast=True,
+            quant_formats=all_in(Form("nf4"), shape),
+        ),
     )
     blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # numbers of their matrices
     embedding = 128256 * 4096 * 2  # bytes; in main memory, beside as large a head
     assert plan.weights == pytest.approx(blocks * 4.127 / 8 + embedding, rel=2e-3)
     assert plan.total < 6.5e9
-    roomy = memory_plan(config, **plan.asked | {"recompute": ["nothing"] * 32})
+    roomy = memory_plan(config, replace(plan.workload, recompute=["nothing"] * 32))
     assert roomy.weights - plan.weights == embedding  # without recomputation it is on the GPU
     assert advice(plan, 2**30, config)
     assert not any("quantization_bit" in line for line in advice(plan, 2**30, config))
-    plain = memory_plan(config, shape, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
+    plain = memory_plan(
+        config, Workload(shape, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
+    )
     assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))
 
 
@@ -498,7 +516,8 @@ def long_run(**settings):
     )
     lora = None if config.finetuning_type == "full" else ALL
     kernel = "plain" if config.flash_attn == "disabled" else "sdpa-flash"
-    return memory_plan(config, shape_of("llama"), lora, [[512]] * 4, F32, kernel, "cpu"), config
+    workload = Workload(shape_of("llama"), lora, [[512]] * 4, F32, kernel, "cpu")
+    return memory_plan(config, workload), config
 
 
 def test_no_advice_where_it_fits_or_memory_is_unknown():
@@ -533,19 +552,18 @@ def test_advice_that_is_followed_is_followed_by_none():
     assert advice(plan, available, config)[0].startswith("per_device_train_batch_size: ")
     size = int(advice(plan, available, config)[0].split()[1])
     assert 12 % size == 0
-    smaller = memory_plan(config, shape_of("llama"), None, [[512]] * size, F32, "sdpa-flash", "cpu")
+    workload = Workload(shape_of("llama"), None, [[512]] * size, F32, "sdpa-flash", "cpu")
+    smaller = memory_plan(config, workload)
     assert advice(smaller, available, config) == []
     if size < 3:
-        larger = memory_plan(
-            config, shape_of("llama"), None, [[512]] * (size + 1), F32, "sdpa-flash", "cpu"
-        )
+        larger = memory_plan(config, replace(workload, rows=[[512]] * (size + 1)))
         assert advice(larger, available, config) != []
 
 
 def test_where_weights_take_the_room_adapters_are_the_advice():
     config = Config(finetuning_type="full", per_device_train_batch_size=1)
     shape = shape_of("llama", hidden_size=512, intermediate_size=1408)
-    plan = memory_plan(config, shape, None, [[64]], F32, "sdpa-flash", "cpu")
+    plan = memory_plan(config, Workload(shape, None, [[64]], F32, "sdpa-flash", "cpu"))
     (line,) = advice(plan, int(0.6 * plan.total), config)
     assert line.startswith("finetuning_type: lora (")
 
@@ -584,7 +602,7 @@ def test_the_table_on_the_start_page():
         optimizer=0,
         activations=0,
         working=0,
-        asked=plan.asked,
+        workload=plan.workload,
     )
     assert "3 GiB" in plan_lines(sizes, None)[1] and "3.001 GiB" in plan_lines(sizes, None)[-1]
 
