@@ -370,9 +370,9 @@ def attention_needs(config: ModelConfig) -> dict:
             "scale": config.attn_scale}
 
 
-# what a block computes again in the backward pass instead of keeping it, from fast to small: nothing but its cheap
-# steps (see fast/fused_block.py); the products of gate and up; all (gradient checkpointing: its input alone is kept)
-RECOMPUTE = ("nothing", "mlp", "block")
+# what a block recomputes in the backward pass, from fast to small: only its cheap steps (see fast/fused_block.py);
+# the matmuls of gate and up as well; everything, from its input alone (activation checkpointing)
+RECOMPUTE = ("none", "mlp", "block")
 
 
 class CausalLM(nn.Module):
@@ -384,7 +384,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.kernel = "plain"
         self.product = "plain"
-        self.recompute = ["nothing"] * config.num_hidden_layers
+        self.recompute = ["none"] * config.num_hidden_layers
         self.model = Decoder(config)
         self.lm_head = NormalizedHead(config) if config.normalized_head else \
             nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -150,7 +150,7 @@ def completed(config, workload: Workload) -> Workload:
     model = workload.model or model_without_storage(config, workload)
     recompute = workload.recompute
     if not recompute:
-        level = "nothing" if config.disable_gradient_checkpointing else "block"
+        level = "none" if config.disable_gradient_checkpointing else "block"
         recompute = [level] * workload.model_config.num_hidden_layers
     return replace(workload, model=model, recompute=recompute)
 
@@ -250,11 +250,11 @@ def recompute_ladder(plan: Plan) -> list[list[str]]:
     """Levels of all blocks, from no recomputation to full; each rung changes one more block."""
     model_config = plan.workload.model_config
     blocks = model_config.num_hidden_layers
-    levels = ["nothing", "block"]
+    levels = ["none", "block"]
     if largest_batch(plan.workload).fast and not any(model_config.sparse):
-        levels = ["nothing", "mlp", "block"]
+        levels = ["none", "mlp", "block"]
 
-    ladder = [["nothing"] * blocks]
+    ladder = [["none"] * blocks]
     for less, more in zip(levels, levels[1:]):
         ladder += [[more] * n + [less] * (blocks - n) for n in range(1, blocks + 1)]
     return ladder
@@ -326,7 +326,7 @@ def activation_bytes(model, batch: MicroBatch, recompute: list[str]) -> tuple[in
     recomputed = []                                     # while the backward pass is in the block
     for layer, level in enumerate(levels, first):
         block = model.model.layers[layer]
-        everything = block_bytes(block, layer, model.config, batch, "nothing")
+        everything = block_bytes(block, layer, model.config, batch, "none")
         if level == "block":
             kept.append(batch.tokens * model.config.hidden_size * batch.stream)
             recomputed.append(everything + copies)
@@ -440,7 +440,7 @@ def loss_bytes(model, batch: MicroBatch) -> int:
 
 
 def block_bytes(block, layer: int, model_config, batch: MicroBatch, level: str) -> int:
-    """For all tokens: norms, attention, and MLP or experts. level: "nothing" or "mlp"."""
+    """For all tokens: norms, attention, and MLP or experts. level: "none" or "mlp"."""
     hidden = model_config.hidden_size
     sparse = isinstance(block.mlp, MoE)
     norms = sum(norm_bytes(norm, hidden, batch.compute)

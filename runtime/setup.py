@@ -109,7 +109,7 @@ def tokens_at_once(config, memory, there_is, device, balance):
             if there_is is not None and joint.total <= SPARE * there_is:
                 found.append((limit, joint))
             limit //= 2
-    return max(found, key=lambda one: (set(one[1].workload.recompute) == {"nothing"}, one[0]))
+    return max(found, key=lambda one: (set(one[1].workload.recompute) == {"none"}, one[0]))
 
 
 def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:

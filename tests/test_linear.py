@@ -173,7 +173,7 @@ def test_fast_equals_plain_in_every_family(name, learns):
                 layer.lora_B.weight.data.normal_(0, 0.05)
     else:
         model.requires_grad_(True)
-    loss, want = gradients(model, "plain", "nothing", [7, 12])
+    loss, want = gradients(model, "plain", "none", [7, 12])
     assert sum(float(g.abs().sum()) for g in want.values()) > 0
     for how in PRODUCTS:
         for level in RECOMPUTE:

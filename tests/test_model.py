@@ -88,7 +88,7 @@ def test_gradient_checkpointing_changes_nothing():
     model = tiny()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     ids, gradients = torch.arange(12)[None], []
-    for model.recompute in (["nothing"] * 2, ["block"] * 2):
+    for model.recompute in (["none"] * 2, ["block"] * 2):
         model.zero_grad()
         model(ids).square().sum().backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
@@ -194,7 +194,7 @@ def test_router_logits_and_balance_loss_equal_transformers(fields, tmp_path):
 @pytest.mark.parametrize("fields", [MOE, STACKED], ids=["a module each", "stacked"])
 def test_recomputing_with_router_logits_changes_no_gradient(fields):
     model, ids, results = tiny(**fields).requires_grad_(True), torch.arange(24)[None], []
-    for model.recompute in (["nothing"] * 2, ["block"] * 2):
+    for model.recompute in (["none"] * 2, ["block"] * 2):
         model.zero_grad()
         routers = []
         hidden = model(ids, routers=routers)

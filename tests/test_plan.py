@@ -165,7 +165,7 @@ def in_few_bits(model, form):
 def planned(shape, lora, dtype, kernel, recompute, rows, **more):
     """recompute: levels of model.RECOMPUTE, or whether all blocks recompute."""
     if isinstance(recompute, bool):
-        recompute = ["block" if recompute else "nothing"] * shape.num_hidden_layers
+        recompute = ["block" if recompute else "none"] * shape.num_hidden_layers
     return memory_plan(
         Config(), Workload(shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more)
     )
@@ -277,9 +277,9 @@ def test_activations_of_the_fast_path(name, lora, dtype):
 
 def test_activations_of_blocks_that_keep_differently():
     for levels in (
-        ["mlp", "mlp", "nothing", "nothing"],
+        ["mlp", "mlp", "none", "none"],
         ["block", "mlp", "mlp", "mlp"],
-        ["block"] + ["nothing"] * 3,
+        ["block"] + ["none"] * 3,
     ):
         for lora, dtype in ((ALL, F32), (ALL, BF16), (None, F32)):
             compare(shape_of("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8)
@@ -291,7 +291,7 @@ def test_activations_beside_a_quantised_base(name, form):
     """As beside a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
     for fast in (True, False):
-        for level in ("nothing", "block") + (("mlp",) if fast and name != "mixtral" else ()):
+        for level in ("none", "block") + (("mlp",) if fast and name != "mixtral" else ()):
             compare(shape_of(name), ALL, BF16, kernel, [level] * 4, fast=fast, form=form)
     compare(
         shape_of("llama", hidden_size=256, intermediate_size=4096),
@@ -420,7 +420,7 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
     embedding = 128256 * 4096 * 2  # bytes; in main memory, beside as large a head
     assert plan.weights == pytest.approx(blocks * 4.127 / 8 + embedding, rel=2e-3)
     assert plan.total < 6.5e9
-    roomy = memory_plan(config, replace(plan.workload, recompute=["nothing"] * 32))
+    roomy = memory_plan(config, replace(plan.workload, recompute=["none"] * 32))
     assert roomy.weights - plan.weights == embedding  # without recomputation it is on the GPU
     assert advice(plan, 2**30, config)
     assert not any("quantization_bit" in line for line in advice(plan, 2**30, config))
