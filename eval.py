@@ -52,6 +52,7 @@ from methods.preference import VALUE_HEAD, ValueHead, objective_of
 from methods.quant import Form, form_asked
 from model import attention_needs
 from parallel import Ranks
+from runtime.build import ENCODERS
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               trained_settings)
 from runtime.memory_advice import available_bytes
@@ -196,7 +197,8 @@ def held_out(config: Config, tokenizer, template, vocab_size: int):
         print("  note: the rows of `dataset` are measured. For a model trained on them the figures "
               "show memorization; eval_dataset or val_size holds rows out")
     # no folder is passed, so that the rows a training keeps on disk stay
-    train_set, eval_set, counts = load_examples(config, tokenizer, template)
+    train_set, eval_set, counts = load_examples(config, tokenizer, template,
+                                                ENCODERS[config.stage])
     split = "eval" if config.val_size else "train"
     examples = eval_set if config.val_size else train_set
 

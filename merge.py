@@ -53,6 +53,7 @@ from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from methods.preference import VALUE_HEAD
 from methods.quant import Form, form_asked, in_words, quantise
+from runtime.build import ENCODERS
 from runtime.memory_advice import available_bytes
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
@@ -462,7 +463,8 @@ def some_rows(config: Config, tokenizer, template):
         limit = min(config.max_samples or LOSS_ROWS, LOSS_ROWS)
         config = replace(config, max_samples=limit)
     folder = kept_in(config) if config.output_dir or config.tokenized_path else None
-    train_set, eval_set, _ = load_examples(config, tokenizer, template, folder=folder, writes=False)
+    train_set, eval_set, _ = load_examples(config, tokenizer, template, ENCODERS[config.stage],
+                                           folder=folder, writes=False)
     if eval_set:
         return eval_set[:LOSS_ROWS], "rows held out"
     return train_set[:LOSS_ROWS], "training rows; eval_dataset or val_size would hold some out"

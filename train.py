@@ -54,7 +54,7 @@ from methods.quant import EmbeddingOutside, embedding_may_stay_outside
 from model import attention_needs
 from optim import add_neftune, make_optimizer, schedule, set_rates
 from parallel import Gradients, Ranks, end_ranks, start_ranks
-from runtime.build import (batch_loss, build_model, build_reference, check_first_batch,
+from runtime.build import (ENCODERS, batch_loss, build_model, build_reference, check_first_batch,
                            lora_settings, objective_for)
 from runtime.memory import Workload, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice, available_bytes
@@ -111,8 +111,8 @@ def main(argv):
     for note in [*shape.notes, *(f"template {template.name}: {remark}" for remark in remarks)]:
         print(f"  note: {note}")
     with ranks.one_per_host_first():                # it tokenises; the others find what it has written
-        train_set, eval_set, counts = load_examples(config, tokenizer, template, folder=kept_in(config),
-                                                    writes=ranks.local_rank == 0)
+        train_set, eval_set, counts = load_examples(config, tokenizer, template, ENCODERS[config.stage],
+                                                    folder=kept_in(config), writes=ranks.local_rank == 0)
     print_counts(counts)
     if eval_set and not config.do_eval:
         print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch would use them")

@@ -27,6 +27,7 @@ from runtime.device import pick_device
 from checkpoint.adapters import read_adapter_config
 from runtime.load_config import load_config
 from data import IGNORE
+from runtime.build import ENCODERS
 from runtime.steps import epoch_order, micro_batches
 from text.token_cache import load_examples
 from families import read_config_json
@@ -42,7 +43,7 @@ def rows_of(config) -> list:
     kind = read_config_json(config.model_name_or_path)["model_type"]
     template, _ = choose_template(config.template, tokenizer, kind, config.force_template)
     fit_tokenizer(template, tokenizer)
-    return load_examples(config, tokenizer, template)[0]
+    return load_examples(config, tokenizer, template, ENCODERS[config.stage])[0]
 
 
 def load_peer(config, dtype, device, kernels: str, attention: str):

@@ -17,6 +17,7 @@ import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 from checkpoint.files import find_checkpoint
 from data import print_counts, print_row, write_jsonl
 from families import read_config_json
+from runtime.build import ENCODERS
 from templates import fit_tokenizer
 from text.template_check import choose_template
 from text.token_cache import kept_in, load_examples, nothing_to_learn
@@ -31,7 +32,8 @@ def main(argv):
     model_type = read_config_json(base).get("model_type")
     template, why = choose_template(config.template, tokenizer, model_type, config.force_template)
     fit_tokenizer(template, tokenizer)
-    train, _, report = load_examples(config, tokenizer, template, bool(config.jsonl), kept_in(config, "data"))
+    train, _, report = load_examples(config, tokenizer, template, ENCODERS[config.stage], bool(config.jsonl),
+                                     kept_in(config, "data"))
     if config.jsonl:
         packed = bool(config.packing) and config.stage == "sft"
         write_jsonl(config.jsonl, train, config.stage, config.cutoff_len if packed else 0, tokenizer.pad_id)

@@ -15,6 +15,7 @@ import templates
 from text import template_check
 
 from text import tool_calls as tools
+from runtime.build import ENCODERS
 from runtime.load_config import load_config
 from templates import encode_prompt, fit_tokenizer
 from text.chat_formats import TEMPLATES
@@ -92,7 +93,7 @@ def test_golden_rows(file, tmp_path):
         config = make_config(tmp_path, settings, skip_bad_rows=line["case"] == "broken_rows")
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
         where = f"{file} {[line[key] for key in CASE_KEYS]}"
         output = lines[0].get("output") or lines
         assert len(examples) == len(output), where
@@ -112,7 +113,7 @@ def test_golden_rows_with_two_answers(file, tmp_path):
         config = make_config(tmp_path, {"stage": line["stage"], "template": line["template"], **line["settings"]})
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
         for example, wanted in zip(examples, lines, strict=True):
             assert example.desired == wanted.get("kto_tags"), line
             for number, name in enumerate(names):
@@ -132,7 +133,7 @@ def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
         write_dataset(tmp_path, recorded[stage], recorded["dataset_info"][stage])
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / run["tokenizer"])
         config = make_config(tmp_path, run["settings"])
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
         found = [[data.stretch(example, number) for number in (0, 1)] for example in examples]
         found = [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found]
         assert found == run["crc"], run
@@ -259,7 +260,8 @@ def test_golden_batches(tmp_path):
         write_dataset(tmp_path, line["rows"], line["dataset_info"])
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = token_cache.load_examples(make_config(tmp_path, settings), tokenizer, template)
+        config = make_config(tmp_path, settings)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
         wanted = line["batch"]
         examples = examples[:len(wanted["input_ids"])]
         batch, start = data.collate(examples), 0
@@ -290,7 +292,7 @@ def test_curves(case):
     config = load_config([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", *extra], "train")
     template = TEMPLATES[config.template]
     tokenizer = tokenizer_for(template, folder / config.model_name_or_path)
-    train, evaluation, _ = token_cache.load_examples(config, tokenizer, template)
+    train, evaluation, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
     recorded = read_jsonl(folder / "processed.jsonl")
     assert len(train) + len(evaluation) == len(recorded)
     for example, wanted in zip([*train, *evaluation], recorded):
@@ -316,7 +318,7 @@ def test_published_example(tmp_path):
     template = TEMPLATES["llama3"]
     tokenizer = tokenizer_for(template, SHARED / "tokenizers" / "llama3")
     config = make_config(tmp_path, dataset="identity,alpaca_en_demo", max_samples=500, dataset_dir=str(SHARED / "data"))
-    train, _, _ = token_cache.load_examples(config, tokenizer, template)
+    train, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
     first = published["training_example"]
     assert train[0].input_ids.tolist() == first["input_ids"]
     assert train[0].labels.tolist() == [IGNORE] * first["masked_prefix"] + first["input_ids"][first["masked_prefix"]:]
@@ -336,7 +338,7 @@ def test_golden_errors(tmp_path):
             tokenizer = load_tokenizer(SHARED / "tokenizers" / line["tokenizer"])
             template, _ = template_check.choose_template(config.template, tokenizer, None, force=True)
             fit_tokenizer(template, tokenizer)
-            token_cache.load_examples(config, tokenizer, template)
+            token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
             pytest.fail(f"not refused: {line['case']}")
         checked += 1
     assert checked > 5
@@ -366,7 +368,8 @@ def load(tmp_path, words, rows, entry=None, **settings):
 
 
 def loaded(tmp_path, words, **settings):
-    return token_cache.load_examples(make_config(tmp_path, settings), *words)
+    config = make_config(tmp_path, settings)
+    return token_cache.load_examples(config, *words, ENCODERS[config.stage])
 
 
 def ask(question, answer):

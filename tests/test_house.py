@@ -17,7 +17,7 @@ NOT_YET = {     # imports against the rule
     ("lora", "methods.quant"), ("losses", "fast.matmul"), ("model", "fast.fused_block"), ("optim", "methods.optimizers"),
     ("templates", "text.tool_calls"), ("checkpoint.adapters", "methods.quant"), ("checkpoint.load", "methods.optimizers"),
     ("checkpoint.load", "methods.quant"), ("methods.preference", "fast.matmul"),
-    ("methods.preference", "runtime.throughput"), ("text.token_cache", "runtime.build")}
+    ("methods.preference", "runtime.throughput")}
 # what a module of requirements.txt is called when it is imported
 PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
             "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}

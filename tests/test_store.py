@@ -15,6 +15,7 @@ import data
 from text import token_cache
 from text import token_cache as store
 from text import parallel_map as workers
+from runtime.build import ENCODERS
 from runtime.resume import DANGEROUS, FIXED
 from text.token_cache import ABOUT, Examples, SplitWriter
 from tests.common import ROOT
@@ -27,7 +28,8 @@ SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20}, "held ou
 
 def load(folder, words, kept="store", keep_unlearnable=False, **settings):  # noqa: F811
     config = make_config(folder, {"preprocessing_batch_size": 8, **settings})
-    return token_cache.load_examples(config, *words, keep_unlearnable, folder / kept if kept else None)
+    return token_cache.load_examples(config, *words, ENCODERS[config.stage], keep_unlearnable,
+                                     folder / kept if kept else None)
 
 
 def all_of(examples):

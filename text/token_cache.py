@@ -22,7 +22,7 @@ import tempfile
 import time
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,6 @@ import tokenizers
 from tqdm import tqdm
 
 from data import Counts, Encoded, Example, Part, Report, SHOWN, SPLITS, packing_of, settings_of
-from runtime.build import ENCODERS
 from templates import with_overrides
 from text.chat_formats import written_template
 from text.conversations import Conversation, PLACEHOLDER, Row, convert, fill_placeholders, shown
@@ -192,11 +191,12 @@ PROGRAM = ("data.py", "templates.py", "text/data_files.py", "text/conversations.
            "text/chat_formats.py", "text/tool_calls.py", "text/tokenizer.py", "text/fast_bpe.py", "text/vocabularies.py")
 
 
-def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: Path | None = None,
-                  writes: bool = True) -> tuple[Examples, Examples, Report]:
+def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnable: bool = False,
+                  folder: Path | None = None, writes: bool = True) -> tuple[Examples, Examples, Report]:
     """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name to arrays of ids.
 
-    tokenizer must have been through fit_tokenizer(template, tokenizer). Examples without a token that carries loss are
+    tokenizer must have been through fit_tokenizer(template, tokenizer). encode: how the stage makes examples of
+    conversations, as data.encode_conversations does. Examples without a token that carries loss are
     counted and left out unless keep_unlearnable. folder: where tokenised rows are kept; what lies there already is read
     if it was made of the same (see store_key). writes: False for a rank that only looks there.
     Raises ValueError or FileNotFoundError naming file, row and remedy.
@@ -217,7 +217,7 @@ def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: P
             return *(examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS), report
     report, begun = Report(notes=notes), time.time()
     with new_store(folder if writes else None) as work:
-        about, processes = make_store(work, sources, config, tokenizer, template, report)
+        about, processes = make_store(work, sources, config, tokenizer, template, encode, report)
         check_something_is_taught(config, report, about, keep_unlearnable)
         if folder and writes:
             write_about(work, {"key": key, **about, **asdict_of(report)})
@@ -228,7 +228,7 @@ def load_examples(config, tokenizer, template, keep_unlearnable=False, folder: P
     return *found, report
 
 
-def make_store(work: Path, sources: list, config, tokenizer, template, report: Report):
+def make_store(work: Path, sources: list, config, tokenizer, template, encode: Callable, report: Report):
     """Fill a folder with the tokenised rows of both splits. -> (what examples_in needs to know, processes at work)."""
     sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
     rows = {"train": rows_of(sources[0], config, sampler, report.notes), "eval": []}
@@ -239,7 +239,7 @@ def make_store(work: Path, sources: list, config, tokenizer, template, report: R
     about, most = {}, 1
     for split in SPLITS:
         writer = SplitWriter(work, split)
-        teaches, processes = encode_rows(rows[split], config, tokenizer, template, report, split, writer)
+        teaches, processes = encode_rows(rows[split], config, tokenizer, template, encode, report, split, writer)
         about[split] = {**writer.close(), "teaches": teaches, "rows": len(rows[split])}
         report.examples[split] = sum(writer.learnable)
         most = max(most, processes)
@@ -354,7 +354,8 @@ def refuse(bad: list[str]):
                      + "\nMend them, or leave them out with skip_bad_rows: true")
 
 
-def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: str, writer: SplitWriter):
+def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, report: Report, split: str,
+                writer: SplitWriter):
     """Rows -> examples in the order of the rows, packed if the config says so, also those without any label.
 
     -> (is there a label that a token before it predicts, how many processes were at work).
@@ -363,15 +364,14 @@ def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: 
     starts, unfilled, teaches = range(0, len(rows), size), [], False
     processes = how_many(len(starts), config.preprocessing_num_workers)
 
-    def encode(start):
-        return encode_batch(rows[start:start + size], config, tokenizer, template)
+    def encode_from(start, check_only=False):
+        return encode_batch(rows[start:start + size], config, tokenizer, template, encode, check_only)
 
     with tqdm(total=len(rows), desc=f"tokenising {split} rows", unit="row", leave=False,
               disable=bool(config.disable_tqdm) or not rows or None) as bar:       # None: only where someone watches
-        for start, part in zip(starts, in_order(encode, starts, processes)):
+        for start, part in zip(starts, in_order(encode_from, starts, processes)):
             if part.bad and not config.skip_bad_rows:
-                later = (encode_batch(rows[i:i + size], config, tokenizer, template, check_only=True)
-                         for i in starts if i > start)
+                later = (encode_from(i, check_only=True) for i in starts if i > start)
                 refuse(part.bad + [line for other in later for line in other.bad])
             report.add(part, split)
             writer.add(part)
@@ -382,12 +382,12 @@ def encode_rows(rows: Rows, config, tokenizer, template, report: Report, split: 
     return teaches, processes
 
 
-def encode_batch(rows: list[Row], config, tokenizer, template, check_only: bool = False) -> Encoded:
+def encode_batch(rows: list[Row], config, tokenizer, template, encode: Callable, check_only: bool = False) -> Encoded:
     """Some rows, which packing may combine, to examples. check_only: just find the bad ones."""
     part, conversations = Encoded(), []
     for row in rows:
         part.of(row).rows += 1
         if conversation := conversation_of(row, config, part):
             conversations.append((row, conversation))
-    ENCODERS[config.stage](conversations, config, tokenizer, template, part, check_only)
+    encode(conversations, config, tokenizer, template, part, check_only)
     return part
