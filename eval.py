@@ -56,7 +56,7 @@ from runtime.build import ENCODERS
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               trained_settings)
 from runtime.memory_advice import available_bytes
-from runtime.report import print_pairs, table
+from runtime.report import format_table, print_pairs
 from text.load_text import Text, eos_ids_of, load_text
 from text.token_cache import load_examples
 from text.tokenizer import read_json
@@ -358,7 +358,7 @@ def measure_choices(config: Config, sides: list[Side], template, tokenizer, sett
     rows = []
     for name in percents[sides[0].name]:
         rows.append([name, *(f"{percent[name]:.2f}" for percent in percents.values())])
-    text = table(["percent right", *percents], rows)
+    text = format_table(["percent right", *percents], rows)
     print(f"\n{text}")
     if folder:
         write_choices(Path(folder), answers[sides[0].name], percents, text)
@@ -447,7 +447,7 @@ def print_table(config: Config, sides: list[Side], answered: bool):
         values = [side.results.get(key) for key in columns.values()]
         rows.append([side.name, *("" if value is None else f"{value:.4g}" for value in values)])
     print()
-    print(table(["", *columns], rows))
+    print(format_table(["", *columns], rows))
 
 
 def print_changed_most(sides: list[Side], examples, prompts: list[Prompt], tokenizer):

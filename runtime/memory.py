@@ -54,7 +54,7 @@ from optim import state_bytes
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
 SOFTCAP_CHUNKS = 4      # the same where the logits are capped
-SPARE = 0.9             # share of the memory that a plan may fill; the rest is for scratch space
+USABLE = 0.9            # share of the memory that a plan may fill; the rest is for scratch space
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class Plan:
     def total(self) -> int:
         lasting = self.weights + self.trained + self.gradients + self.optimizer
         return lasting + self.activations + self.working
+
+    def fits(self, available: int) -> bool:
+        """Whether this many bytes are enough, with some to spare."""
+        return self.total <= USABLE * available
 
 
 @dataclass
@@ -237,7 +241,7 @@ def lightest(plan: Plan, available: int | None, config) -> Plan:
 
     def fits(rung: int) -> bool:
         plans[rung] = memory_plan(config, replace(plan.workload, recompute=ladder[rung]))
-        return plans[rung].total <= SPARE * available
+        return plans[rung].fits(available)
 
     last = len(ladder) - 1
     first = bisect.bisect_left(range(last), True, key=fits)
@@ -296,14 +300,14 @@ def plan_lines(plan: Plan, available: int | None) -> list[str]:
     total = f"  {'total':15} {bytes_in_words(plan.total):>11}"
     if available is None:
         return [*lines, total]
-    if plan.total <= SPARE * available:
+    if plan.fits(available):
         verdict = "fits"
     else:
         verdict = "tight" if plan.total <= available else "does not fit"
     return [*lines, f"{total}; {bytes_in_words(available)} free: {verdict}"]
 
 
-def in_words(recompute: list[str]) -> str:
+def checkpointing_in_words(recompute: list[str]) -> str:
     """Activation checkpointing of the blocks, for the start page."""
     names = {"mlp": "MLP in", "block": "everything in"}
     parts = [f"{what} {recompute.count(level)} of {len(recompute)} blocks"

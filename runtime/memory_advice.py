@@ -20,7 +20,7 @@ import torch
 from checkpoint.show import bytes_in_words
 from lora import LoRAConfig
 from methods.quant import Form
-from runtime.memory import Plan, SPARE, all_in, memory_plan
+from runtime.memory import USABLE, Plan, all_in, memory_plan
 
 WORTH_IT = 0.98         # a change among several must bring the plan below this share of its size
 
@@ -106,9 +106,9 @@ def advice(plan: Plan, available: int | None, config) -> list[str]:
     If none is enough alone, one line combines several. Empty if the plan fits already, or if the
     free memory is unknown.
     """
-    if available is None or plan.total <= SPARE * available:
+    if available is None or plan.fits(available):
         return []
-    limit = SPARE * available
+    limit = USABLE * available
     changes = [smallest_change(kind, plan, config, limit) for kind in CHANGES]
     enough = [change for change in changes if change and change.plan.total <= limit]
     if enough:
@@ -293,7 +293,7 @@ def explain_oom(error: BaseException, plan: Plan, available: int | None, config)
 
     Since the plan did not fit after all, the advice is for less memory than it needs.
     """
-    assumed = int(min(plan.total, available or plan.total) * SPARE)
+    assumed = int(min(plan.total, available or plan.total) * USABLE)
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     free = f"; {bytes_in_words(available)} were free" if available else ""
     return "\n  ".join([

@@ -1,7 +1,7 @@
 """What a run prints and writes: the start page, log lines, JSON files, loss curves, model card.
 
-    python -m runtime.report saves/run                  redraw training_loss.png etc. (needs matplotlib)
-    python -m runtime.report saves/one saves/two ...    several runs in one picture, compared_runs.png
+    python -m runtime.report saves/run                redraw training_loss.png etc. (matplotlib)
+    python -m runtime.report saves/one saves/two ...  several runs in compared_runs.png
 
 The files and their fields are LLaMA-Factory's: trainer_log.jsonl, trainer_state.json,
 train_results.json, eval_results.json, all_results.json, training_loss.png.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.trackers import close_all, tell
+from runtime.trackers import close_all, log_row
 
 # the metrics that are plotted; in file names _ stands for /
 DRAWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")
@@ -71,7 +71,7 @@ def print_pairs(title: str, pairs: dict):
         print(f"  {name:<{width}}  {value}")
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
+def format_table(head: list[str], rows: list[list[str]]) -> str:
     """Aligned columns: the first one flush left, the others flush right."""
     lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -226,7 +226,7 @@ class RunLog:
     def remember(self, row: dict):
         """Add a row to log_history and send it to the dashboards."""
         self.history.append(row)
-        tell(self.trackers, row)
+        log_row(self.trackers, row)
 
     def close(self):
         """Close the progress bar and the dashboards."""
@@ -419,7 +419,7 @@ def summary(runs: dict[str, list]) -> str:
         last = f"{smooth(losses)[-1]:.4f}" if losses else ""
         lowest = f"{min(eval_losses):.4f}" if eval_losses else ""
         rows.append([name, str(steps), last, lowest])
-    return table(["run", "steps", "loss, smoothed", "lowest eval_loss"], rows)
+    return format_table(["run", "steps", "loss, smoothed", "lowest eval_loss"], rows)
 
 
 # ---- the model card -----------------------------------------------------------------------------

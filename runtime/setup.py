@@ -22,7 +22,7 @@ from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
 from runtime.build import needs_copy
-from runtime.memory import SPARE, in_words, lightest, memory_plan
+from runtime.memory import checkpointing_in_words, lightest, memory_plan
 from runtime.memory_advice import explain_oom, out_of_memory
 from runtime.steps import batches_of, joined, rows_per_step, rows_twice
 
@@ -106,7 +106,7 @@ def tokens_at_once(config, memory, there_is, device, balance):
         while limit > alone:
             several = [row for row in rows for _ in range(math.ceil(limit / alone))]    # no pass needs more than these
             joint = lightest(memory_plan(config, replace(memory.workload, rows=several)), there_is, config)
-            if there_is is not None and joint.total <= SPARE * there_is:
+            if there_is is not None and joint.fits(there_is):
                 found.append((limit, joint))
             limit //= 2
     return max(found, key=lambda one: (set(one[1].workload.recompute) == {"none"}, one[0]))
@@ -145,4 +145,4 @@ def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_onc
             **({"ranks": f"{ranks.world}, gradients summed once a step" + (
                 f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
                 "would not)" if again else "")} if ranks.world > 1 else {}),
-            "activation checkpointing": in_words(memory.workload.recompute)}
+            "activation checkpointing": checkpointing_in_words(memory.workload.recompute)}

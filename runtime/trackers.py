@@ -166,7 +166,7 @@ def curves(row: dict) -> dict[str, float]:
     return points
 
 
-def tell(trackers: list[Tracker], row: dict):
+def log_row(trackers: list[Tracker], row: dict):
     """Send a row of log_history to every dashboard.
 
     A dashboard that fails is removed from the list, with a message: no run ends because of it.
@@ -187,5 +187,5 @@ def close_all(trackers: list[Tracker]):
     for tracker in trackers:
         try:
             tracker.close()
-        except Exception as error:          # as in tell
+        except Exception as error:          # as in log_row
             tqdm.write(f"report_to: {tracker.name} could not be closed ({error})")

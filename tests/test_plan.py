@@ -27,7 +27,7 @@ from optim import make_optimizer
 from parallel import Gradients, Ranks
 from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
 from runtime.memory import (
-    SPARE,
+    USABLE,
     Plan,
     Workload,
     all_in,
@@ -542,7 +542,7 @@ def test_advice_names_single_changes_and_what_they_come_to():
         lines, (dict(disable_gradient_checkpointing=False), dict(flash_attn="auto"))
     ):
         other = long_run(**settings)[0]
-        assert other.total < SPARE * plan.total
+        assert other.total < USABLE * plan.total
         assert line.endswith(f" ({other.total / 2**20:.4g} MiB)")
 
 

@@ -11,12 +11,12 @@ import pytest
 from runtime import report
 from runtime.report import (
     eval_metrics,
+    format_table,
     names_of_runs,
     plot_losses,
     plot_runs,
     read_history,
     smooth,
-    table,
 )
 from tests.common import GOLDEN, ROOT, needs_shared
 
@@ -168,8 +168,8 @@ def test_eval_metrics():
         eval_metrics(0.0, 0, 0.0, 0, 4, 1.0)
 
 
-def test_table():
-    assert table(["", "loss"], [["base", "2.5"], ["adapter", "10"]]).splitlines() == [
+def test_format_table():
+    assert format_table(["", "loss"], [["base", "2.5"], ["adapter", "10"]]).splitlines() == [
         "           loss",
         "  base      2.5",
         "  adapter    10",

@@ -10,7 +10,7 @@ import pytest
 import train
 from runtime.load_config import load_config
 from tests.common import GOLDEN, needs_shared
-from runtime.trackers import OPENERS, Tracker, close_all, curves, tell, wanted_trackers
+from runtime.trackers import OPENERS, Tracker, close_all, curves, log_row, wanted_trackers
 
 STUBS = ("wandb", "swanlab", "mlflow")
 
@@ -154,7 +154,7 @@ def test_a_dashboard_that_fails_is_dropped_with_a_message(capsys):
         Tracker("good", lambda values, step: received.append(values), broken),
     ]
     for step in (1, 2):
-        tell(trackers, {"loss": 0.5, "eval_loss": float("nan"), "step": step})
+        log_row(trackers, {"loss": 0.5, "eval_loss": float("nan"), "step": step})
     assert [tracker.name for tracker in trackers] == ["good"] and len(received) == 2
     # a NaN stays one
     assert received[0]["train/loss"] == 0.5
