@@ -47,8 +47,14 @@ from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
 from checkpoint.show import bytes_in_words
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
-from methods.quant import (Form, can_be_quantised, embedding_may_stay_outside, empty_quantised,
-                           piece_of, quantised_weights)
+from methods.quant import (
+    Form,
+    can_be_quantised,
+    embedding_may_stay_outside,
+    empty_quantised,
+    piece_of,
+    quantised_weights,
+)
 from model import CausalLM, LayerNorm, MoE
 from optim import state_bytes
 

@@ -22,7 +22,7 @@ from fast.compile import compile_steps, pick_compile
 from model import ACTIVATIONS, CausalLM, RECOMPUTE, RMSNorm, init_weights
 from methods.quant import Form, QuantLinear, quantise
 from tests.common import GOLDEN, needs_shared
-from tests.test_plan import FAMILIES as FAMILY_FIELDS, SMALL
+from tests.test_memory import FAMILIES as FAMILY_FIELDS, SMALL
 
 FAMILY_FOLDERS = [folder.name for folder in sorted((GOLDEN / "models").glob("*"))
                   if json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES]

@@ -1,8 +1,8 @@
 """Loss curves of one run and of several, the log of a run read back, result tables."""
 
 import json
-import os
 import math
+import os
 import subprocess
 import sys
 

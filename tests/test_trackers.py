@@ -9,8 +9,8 @@ import pytest
 
 import train
 from runtime.load_config import load_config
-from tests.common import GOLDEN, needs_shared
 from runtime.trackers import OPENERS, Tracker, close_all, curves, log_row, wanted_trackers
+from tests.common import GOLDEN, needs_shared
 
 STUBS = ("wandb", "swanlab", "mlflow")
 
