@@ -128,7 +128,7 @@ def read_questions(path: Path) -> list[Question]:
         rows = rows[1:]
     elif len(columns) in (6, 7):                        # MMLU has no header; some files number rows
         columns = ["", *COLUMNS][-len(columns):]
-    check_columns(path, columns)
+    check_question_columns(path, columns)
 
     questions = []
     for number, row in rows:
@@ -159,7 +159,7 @@ def read_csv(path: Path) -> list[tuple[int, list[str]]]:
     return rows
 
 
-def check_columns(path: Path, columns: list[str]):
+def check_question_columns(path: Path, columns: list[str]):
     """Raise ValueError for the first column that a question needs and the file lacks."""
     missing = [name for name in COLUMNS if name not in columns]
     if not missing:
