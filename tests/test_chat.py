@@ -1,4 +1,5 @@
-"""chat.py: whole conversations on recorded checkpoints, judged by recorded prompts and by transformers with peft."""
+"""chat.py: whole conversations on recorded checkpoints, judged by recorded prompts and by
+transformers with peft."""
 import io
 import json
 import os
@@ -23,27 +24,48 @@ from text.tokenizer import load_tokenizer
 
 pytestmark = needs_shared
 CURVES = GOLDEN / "curves"
-BASE, TRAINED, OTHER = CURVES / "tiny_llama3", CURVES / "sft_llama3/final", CURVES / "sft_llama3/adapter_init"
-GREEDY = [f"model_name_or_path={BASE}", "template=llama3", "use_cpu=true", "do_sample=false", "max_new_tokens=16",
-          "flash_attn=disabled"]
+BASE, TRAINED, OTHER = (
+    CURVES / "tiny_llama3",
+    CURVES / "sft_llama3/final",
+    CURVES / "sft_llama3/adapter_init",
+)
+GREEDY = [
+    f"model_name_or_path={BASE}",
+    "template=llama3",
+    "use_cpu=true",
+    "do_sample=false",
+    "max_new_tokens=16",
+    "flash_attn=disabled",
+]
 WITH_ADAPTER = [*GREEDY, f"adapter_name_or_path={TRAINED}"]
 
 
 @pytest.fixture
 def ask(monkeypatch, capsys):
     """ask(argv, lines) -> (stdout, stderr) of chat.py with these lines on its standard input."""
+
     def ask(argv, lines=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         chat.main([str(word) for word in argv])
         return capsys.readouterr()
+
     return ask
 
 
 def start(argv, **pipes):
     """chat.py as a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    return subprocess.Popen([sys.executable, str(ROOT / "chat.py"), *map(str, argv)], env=environment, **{
-        "stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", **pipes})
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "chat.py"), *map(str, argv)],
+        env=environment,
+        **{
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "encoding": "utf-8",
+            **pipes,
+        },
+    )
 
 
 def answers(stdout):
@@ -52,7 +74,8 @@ def answers(stdout):
 
 
 def their_answer(prompt_ids, *adapters, count=16):
-    """transformers' greedy answer, adapters attached by peft one after the other; text without special tokens."""
+    """transformers' greedy answer, adapters attached by peft one after the other; text without
+    special tokens."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     if transformers.__version__ < "5":
         pytest.skip("transformers before 5 passes over rope_parameters, and gets other logits")
@@ -60,9 +83,13 @@ def their_answer(prompt_ids, *adapters, count=16):
     for adapter in adapters:
         model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.generation_config = transformers.GenerationConfig()
-    wanted = transformers.GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=1005, pad_token_id=0)
+    wanted = transformers.GenerationConfig(
+        max_new_tokens=count, do_sample=False, eos_token_id=1005, pad_token_id=0
+    )
     ids = torch.tensor([prompt_ids])
-    new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=wanted)[0, ids.shape[1]:]
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=wanted)[
+        0, ids.shape[1] :
+    ]
     return load_tokenizer(BASE).decode(new.tolist(), skip_special_tokens=True)
 
 
@@ -73,18 +100,21 @@ def recorded_prompt(row):
 
 
 def llama3_prompt(*turns):
-    """The published Llama 3 format, written out by hand: user, assistant, user, … up to the answer's beginning."""
+    """The published Llama 3 format, written out by hand: user, assistant, user, … up to the
+    answer's beginning."""
     text = "<|begin_of_text|>"
     for i, turn in enumerate(turns):
-        text += f"<|start_header_id|>{('user', 'assistant')[i % 2]}<|end_header_id|>\n\n{turn}<|eot_id|>"
+        role = ("user", "assistant")[i % 2]
+        text += f"<|start_header_id|>{role}<|end_header_id|>\n\n{turn}<|eot_id|>"
     return load_tokenizer(BASE).encode(text + "<|start_header_id|>assistant<|end_header_id|>\n\n")
 
 
-# ---- conversations ----------------------------------------------------------------------------------------------
+# ---- conversations ----------------------------------------------------------------------------
 
 
 def test_one_shot_prints_the_answer_and_nothing_else(tmp_path):
-    """As a process: stdout is what transformers + peft answer to the prompt LLaMA-Factory recorded for this row."""
+    """As a process: stdout is what transformers + peft answer to the prompt LLaMA-Factory recorded
+    for this row."""
     config = tmp_path / "c.yaml"
     pairs = [*WITH_ADAPTER, "default_system=Answer briefly."]
     config.write_text("\n".join(pair.replace("=", ": ", 1) for pair in pairs))
@@ -98,20 +128,26 @@ def test_one_shot_prints_the_answer_and_nothing_else(tmp_path):
 
 
 def test_turns_see_the_turns_before_until_cleared(ask):
-    out, err = ask([*WITH_ADAPTER, "--raw"], "hello\n\nAnd 你好?\nclear\nhello\nexit\nnever asked\n")
+    out, err = ask(
+        [*WITH_ADAPTER, "--raw"], "hello\n\nAnd 你好?\nclear\nhello\nexit\nnever asked\n"
+    )
     first, second, third = answers(out)
     assert first == third == their_answer(recorded_prompt(23), TRAINED)
     assert second == their_answer(llama3_prompt("hello", first, "And 你好?"), TRAINED)
     assert "never asked" not in out and out.startswith("User: hello\nAssistant: ")
     prompts = [json.loads(ids) for ids in re.findall(r"^ids +(.*)$", err, re.M)]
-    assert prompts == [recorded_prompt(23), llama3_prompt("hello", first, "And 你好?"), recorded_prompt(23)]
+    assert prompts == [
+        recorded_prompt(23),
+        llama3_prompt("hello", first, "And 你好?"),
+        recorded_prompt(23),
+    ]
     kept = [int(n) for n in re.findall(r"tokens, (\d+) of them in the cache", err)]
     assert kept[0] == 0 and kept[1] > len(prompts[0]) and kept[2] == len(prompts[0])
     assert repr(load_tokenizer(BASE).decode(prompts[1])) in err
 
 
 def test_an_answer_ends_at_the_stop_token(ask):
-    out, err = ask([*WITH_ADAPTER, "--prompt", "hi"])                       # this adapter answers with <|eot_id|> early
+    out, err = ask([*WITH_ADAPTER, "--prompt", "hi"])  # this adapter answers with <|eot_id|> early
     assert out == their_answer(recorded_prompt(5), TRAINED) + "\n" and "truncated" not in err
 
 
@@ -126,13 +162,21 @@ def test_the_checkpoints_own_end_is_one_too_and_is_not_shown(ask, tmp_path):
 
 
 def test_an_adapter_of_another_base_is_announced(ask):
-    out, err = ask([*GREEDY, f"adapter_name_or_path={CURVES / 'sft_qwen2_loraplus/final'}", "--prompt", "hi"])
-    assert "trained on ../tiny_qwen2, not on" in err and "warning" not in ask([*WITH_ADAPTER, "--prompt", "hi"]).err
+    out, err = ask(
+        [*GREEDY, f"adapter_name_or_path={CURVES / 'sft_qwen2_loraplus/final'}", "--prompt", "hi"]
+    )
+    assert (
+        "trained on ../tiny_qwen2, not on" in err
+        and "warning" not in ask([*WITH_ADAPTER, "--prompt", "hi"]).err
+    )
 
 
 def test_several_adapters_in_a_row(ask):
     out, err = ask([*GREEDY, f"adapter_name_or_path={OTHER},{TRAINED}", "--prompt", "hi"])
-    assert out == their_answer(recorded_prompt(5), OTHER, TRAINED) + "\n" and f"{OTHER} + {TRAINED}" in err
+    assert (
+        out == their_answer(recorded_prompt(5), OTHER, TRAINED) + "\n"
+        and f"{OTHER} + {TRAINED}" in err
+    )
 
 
 def test_seed(ask):
@@ -146,14 +190,19 @@ def test_temperature_zero_is_greedy(ask):
     assert out == ask([*WITH_ADAPTER, "--prompt", "hi"]).out and "greedy" in err
 
 
-@pytest.mark.parametrize("skip, shown", [("true", "好 🌍!"), ("false", "好 🌍<|eom_id|>!<|eot_id|>")])
+@pytest.mark.parametrize(
+    "skip, shown", [("true", "好 🌍!"), ("false", "好 🌍<|eom_id|>!<|eot_id|>")]
+)
 def test_characters_come_whole_and_special_tokens_as_asked(ask, monkeypatch, skip, shown):
-    """The tiny vocabulary cuts 好 into three tokens and 🌍 into more; none of the pieces printed may be half of one."""
+    """The tiny vocabulary cuts 好 into three tokens and 🌍 into more; none of the pieces printed may
+    be half of one."""
     ids = load_tokenizer(BASE).encode("好 🌍<|eom_id|>!<|eot_id|>")
     assert len(ids) > 8 and ids[-1] == 1005
     monkeypatch.setattr(chat, "generate", lambda *args, **kwargs: iter(ids))
     monkeypatch.setattr(tokenizer.TextStream, "push", spy := Spy(tokenizer.TextStream.push))
-    monkeypatch.setattr(load_text, "fit_tokenizer", lambda *args: [1005])        # so that <|eom_id|> may stand inside
+    monkeypatch.setattr(
+        load_text, "fit_tokenizer", lambda *args: [1005]
+    )  # so that <|eom_id|> may stand inside
     out, _ = ask([*GREEDY, f"skip_special_tokens={skip}", "--prompt", "hi"])
     assert out == shown + "\n"
     assert "".join(spy.results) == shown and not any("\ufffd" in piece for piece in spy.results)
@@ -169,6 +218,7 @@ class Spy:
         def call(*args):
             self.results.append(self.method(instance, *args))
             return self.results[-1]
+
         return call
 
 
@@ -180,7 +230,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
     heard = ""
     while "Assistant: " not in heard[:-1]:
         letter = talk.stdout.read(1)
-        assert letter, heard                        # an empty read: the program has ended
+        assert letter, heard  # an empty read: the program has ended
         heard += letter
     talk.send_signal(signal.SIGINT)
     while "(stopped)" not in heard:
@@ -208,16 +258,20 @@ def test_the_turn_after_a_failed_one_is_answered(ask, capsys):
     with pytest.raises(ValueError, match="not every line"):
         ask([*WITH_ADAPTER], "word " * 2100 + "\nhi\n")
     out, err = capsys.readouterr()
-    assert err.count("error: the prompt has") == 1 and answers(out)[1] == their_answer(recorded_prompt(5), TRAINED)
+    assert err.count("error: the prompt has") == 1 and answers(out)[1] == their_answer(
+        recorded_prompt(5), TRAINED
+    )
 
 
 def test_max_length_counts_when_max_new_tokens_is_zero(ask):
     four = ["max_new_tokens=0", f"max_length={len(recorded_prompt(0)) + 4}"]
-    out, err = ask([*WITH_ADAPTER, *four, "default_system=Answer briefly.", "--prompt", "What is your name?"])
+    out, err = ask(
+        [*WITH_ADAPTER, *four, "default_system=Answer briefly.", "--prompt", "What is your name?"]
+    )
     assert "truncated after 4 tokens: max_length" in err
 
 
-# ---- which weights, which format, which settings -----------------------------------------------------------------
+# ---- which weights, which format, which settings ----------------------------------------------
 
 
 def settings(*pairs):
@@ -231,39 +285,72 @@ def test_weights_of_the_yaml_that_trained(tmp_path):
     assert (base, adapters) == (BASE, []) and "holds no finished training" in remarks[0]
     (output / "checkpoint-20").mkdir(parents=True)
     (output / "checkpoint-20/trainer_state.json").write_text("{}")
-    assert f"adapter_name_or_path={output}/checkpoint-20" in finished.find_weights(settings(f"output_dir={output}"))[2][0]
+    assert (
+        f"adapter_name_or_path={output}/checkpoint-20"
+        in finished.find_weights(settings(f"output_dir={output}"))[2][0]
+    )
     shutil.copytree(TRAINED, output, dirs_exist_ok=True)
     assert finished.find_weights(settings(f"output_dir={output}"))[:2] == (BASE, [output])
-    base, adapters, remarks = finished.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))
+    base, adapters, remarks = finished.find_weights(
+        settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}")
+    )
     assert adapters == [OTHER] and f"adapter_name_or_path={output}" in remarks[1]
-    assert finished.find_weights(settings(f"output_dir={BASE}", "finetuning_type=full"))[:2] == (BASE, [])
+    assert finished.find_weights(settings(f"output_dir={BASE}", "finetuning_type=full"))[:2] == (
+        BASE,
+        [],
+    )
 
 
 def test_an_adapter_brings_those_that_were_folded_in_before_it(tmp_path, ask):
     output = shutil.copytree(TRAINED, tmp_path / "out")
-    (output / "train_config.json").write_text(json.dumps({"adapter_name_or_path": [str(OTHER)], "create_new_adapter": True}))
+    (output / "train_config.json").write_text(
+        json.dumps({"adapter_name_or_path": [str(OTHER)], "create_new_adapter": True})
+    )
     assert finished.find_weights(settings(f"output_dir={output}"))[1] == [OTHER, output]
-    remarks = finished.find_weights(settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}"))[2]
+    remarks = finished.find_weights(
+        settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}")
+    )[2]
     assert f"adapter_name_or_path={OTHER},{output}" in remarks[1]
     together = ask([*GREEDY, f"adapter_name_or_path={OTHER},{output}", "prompt=hi"])
-    assert ask([*GREEDY, f"output_dir={output}", "prompt=hi"]).out == together.out and "warning" not in together.err
+    assert (
+        ask([*GREEDY, f"output_dir={output}", "prompt=hi"]).out == together.out
+        and "warning" not in together.err
+    )
     alone = ask([*GREEDY, f"adapter_name_or_path={output}", "prompt=hi"])
     assert f"warning   {output} was trained with {OTHER} folded into the base" in alone.err
 
 
 def test_template_and_system_come_from_the_training(tmp_path, ask):
     adapter = shutil.copytree(TRAINED, tmp_path / "adapter")
-    (adapter / "train_config.json").write_text(json.dumps({"template": "llama3", "default_system": "Answer briefly."}))
-    untold = [pair for pair in GREEDY if not pair.startswith("template")] + [f"adapter_name_or_path={adapter}"]
+    (adapter / "train_config.json").write_text(
+        json.dumps({"template": "llama3", "default_system": "Answer briefly."})
+    )
+    untold = [pair for pair in GREEDY if not pair.startswith("template")] + [
+        f"adapter_name_or_path={adapter}"
+    ]
     out, err = ask([*untold, "--prompt", "What is your name?"])
-    assert out == their_answer(recorded_prompt(0), TRAINED) + "\n" and f"llama3 (stored in {adapter})" in err
-    with pytest.raises(ValueError, match=f"template: qwen, but {adapter} was trained with llama3.*force_template"):
+    assert (
+        out == their_answer(recorded_prompt(0), TRAINED) + "\n"
+        and f"llama3 (stored in {adapter})" in err
+    )
+    with pytest.raises(
+        ValueError, match=f"template: qwen, but {adapter} was trained with llama3.*force_template"
+    ):
         ask([*untold, "template=qwen", "--prompt", "hi"])
-    assert "template  alpaca" in ask([*untold, "template=alpaca", "force_template=true", "--prompt", "hi"]).err
+    assert (
+        "template  alpaca"
+        in ask([*untold, "template=alpaca", "force_template=true", "--prompt", "hi"]).err
+    )
 
 
-@pytest.mark.parametrize("given, stored, thinking", [([], {}, True), ([], {"enable_thinking": False}, False),
-                                                     (["enable_thinking=true"], {"enable_thinking": False}, True)])
+@pytest.mark.parametrize(
+    "given, stored, thinking",
+    [
+        ([], {}, True),
+        ([], {"enable_thinking": False}, False),
+        (["enable_thinking=true"], {"enable_thinking": False}, True),
+    ],
+)
 def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
     (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
     config = settings(*given)
@@ -273,29 +360,65 @@ def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, store
 
 
 def test_sampling_values_and_where_they_come_from():
-    published = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "eos_token_id": 7}
-    values, words = chat.sampling_values(settings("temperature=0.3", "max_new_tokens=50"), published, "dir")
-    assert values == {"do_sample": True, "temperature": 0.3, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.0,
-                      "max_new_tokens": 50}
-    assert "temperature 0.3, max_new_tokens 50 (config)" in words and "top_k 20 (generation_config.json)" in words
+    published = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 20,
+        "do_sample": True,
+        "eos_token_id": 7,
+    }
+    values, words = chat.sampling_values(
+        settings("temperature=0.3", "max_new_tokens=50"), published, "dir"
+    )
+    assert values == {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_p": 0.9,
+        "top_k": 20,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": 50,
+    }
+    assert (
+        "temperature 0.3, max_new_tokens 50 (config)" in words
+        and "top_k 20 (generation_config.json)" in words
+    )
     assert "repetition_penalty 1.0 (default)" in words
-    values, _ = chat.sampling_values(settings(), {}, "dir")                 # LLaMA-Factory's
-    assert values == {"do_sample": True, "temperature": 0.95, "top_p": 0.7, "top_k": 50, "repetition_penalty": 1.0,
-                      "max_new_tokens": 1024}
-    with pytest.raises(ValueError, match="dir/generation_config.json: top_p: 'high' is not a number"):
+    values, _ = chat.sampling_values(settings(), {}, "dir")  # LLaMA-Factory's
+    assert values == {
+        "do_sample": True,
+        "temperature": 0.95,
+        "top_p": 0.7,
+        "top_k": 50,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": 1024,
+    }
+    with pytest.raises(
+        ValueError, match="dir/generation_config.json: top_p: 'high' is not a number"
+    ):
         chat.sampling_values(settings(), {"top_p": "high"}, "dir")
 
 
 def test_dtype(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert finished.pick_dtype(settings(), {"torch_dtype": "bfloat16"}, cpu) is None            # the checkpoint's own
+    assert (
+        finished.pick_dtype(settings(), {"torch_dtype": "bfloat16"}, cpu) is None
+    )  # the checkpoint's own
     assert finished.pick_dtype(settings("bf16=true"), {}, cpu) == torch.bfloat16
     assert finished.pick_dtype(settings("fp16=true"), {}, cpu) == torch.float16
-    assert finished.pick_dtype(settings("bf16=true", "infer_dtype=float32"), {}, cpu) == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert (
+        finished.pick_dtype(settings("bf16=true", "infer_dtype=float32"), {}, cpu) == torch.float32
+    )
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for pairs, raw, words in ((["bf16=true"], {}, "config asks"), ([], {"dtype": "bfloat16"}, "checkpoint has")):
-        with pytest.raises(ValueError, match=f"{words}.*bfloat16, which Tesla V100 lacks.*infer_dtype"):
+    for pairs, raw, words in (
+        (["bf16=true"], {}, "config asks"),
+        ([], {"dtype": "bfloat16"}, "checkpoint has"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{words}.*bfloat16, which Tesla V100 lacks.*infer_dtype"
+        ):
             finished.pick_dtype(settings(*pairs), raw, gpu)
 
 
@@ -318,17 +441,23 @@ def test_device(monkeypatch):
 # ---- what a user may get wrong ----
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (["template=llama33"], "unknown template 'llama33'.*llama3"),
-    (["template=qwen"], r"uses '<\|im_\w+\|>', which this tokenizer lacks"),
-    (["template=qwen", "force_template=true"], r"ends answers with '<\|im_end\|>'.*no room for it \(1006 ids\)"),
-    ([f"adapter_name_or_path={BASE}"], "adapter_config.json is missing"),
-    (["adapter_name_or_path=./no/such/folder"], "no/such/folder does not exist"),
-    ([f"adapter_name_or_path={GOLDEN / 'lora/qwen3_r8'}"], "another model, or another rank"),
-    ([f"model_name_or_path={TRAINED}"], "is an adapter"),
-    (["--prompt", " "], "--prompt is empty"),
-    (["top_p=2"], "top_p.*at most 1"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (["template=llama33"], "unknown template 'llama33'.*llama3"),
+        (["template=qwen"], r"uses '<\|im_\w+\|>', which this tokenizer lacks"),
+        (
+            ["template=qwen", "force_template=true"],
+            r"ends answers with '<\|im_end\|>'.*no room for it \(1006 ids\)",
+        ),
+        ([f"adapter_name_or_path={BASE}"], "adapter_config.json is missing"),
+        (["adapter_name_or_path=./no/such/folder"], "no/such/folder does not exist"),
+        ([f"adapter_name_or_path={GOLDEN / 'lora/qwen3_r8'}"], "another model, or another rank"),
+        ([f"model_name_or_path={TRAINED}"], "is an adapter"),
+        (["--prompt", " "], "--prompt is empty"),
+        (["top_p=2"], "top_p.*at most 1"),
+    ],
+)
 def test_mistakes_are_sentences(ask, wrong, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         ask([*GREEDY, *wrong], "hi\n")
@@ -337,11 +466,17 @@ def test_mistakes_are_sentences(ask, wrong, words):
 def test_an_error_is_one_line_and_exit_code_1():
     done = start([*GREEDY, "template=qwen", "--prompt", "hi"])
     out, err = done.communicate(timeout=60)
-    assert (done.returncode, out) == (1, "") and err.strip().splitlines()[-1].startswith("error: template 'qwen'")
+    assert (done.returncode, out) == (1, "") and err.strip().splitlines()[-1].startswith(
+        "error: template 'qwen'"
+    )
     assert "Traceback" not in err
 
 
 def test_input_that_is_not_utf8():
     done = start(WITH_ADAPTER, encoding=None)
     out, err = done.communicate(b"\xff\xfe\n", timeout=60)
-    assert done.returncode == 1 and b"error: standard input is not UTF-8 text" in err and b"Traceback" not in err
+    assert (
+        done.returncode == 1
+        and b"error: standard input is not UTF-8 text" in err
+        and b"Traceback" not in err
+    )

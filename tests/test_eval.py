@@ -1,4 +1,5 @@
-"""eval.py: prompts, losses and answers against recorded LLaMA-Factory runs; killed and gone on = never killed."""
+"""eval.py: prompts, losses and answers against recorded LLaMA-Factory runs; killed and gone on =
+never killed."""
 import importlib
 import json
 import math
@@ -17,14 +18,22 @@ from evals import predictions
 from evals.bleu_rouge import NAMES
 from text.chat_formats import TEMPLATES
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
-from tests.test_data import cases_of, day_of_recording, known, make_config, tokenizer_for, write_dataset  # noqa: F401
+from tests.test_data import (  # noqa: F401  a fixture
+    cases_of,
+    day_of_recording,
+    known,
+    make_config,
+    tokenizer_for,
+    write_dataset,
+)
 from tests.test_preference import run as train_pairs
 from tests.test_preference import world as pairs  # noqa: F401  a fixture
 from tests.test_tiny_world import world
 
-evaluation = importlib.import_module("eval")            # the builtin of that name stays what it is
+evaluation = importlib.import_module("eval")  # the builtin of that name stays what it is
 CURVES = GOLDEN / "curves"
-# LLaMA-Factory's own yaml for predictions: nothing but the greedy answers of a recorded adapter to 27 recorded rows
+# LLaMA-Factory's own yaml for predictions: nothing but the greedy answers of a recorded adapter to
+# 27 recorded rows
 RECIPE = f"""
 model_name_or_path: {CURVES}/tiny_llama3
 adapter_name_or_path: {CURVES}/sft_llama3/final
@@ -48,7 +57,14 @@ use_cpu: true
 def measured(folder, *overrides, name="out"):
     """The output folder of a run of eval.py with RECIPE."""
     (folder / "predict.yaml").write_text(RECIPE)
-    evaluation.main([str(folder / "predict.yaml"), f"output_dir={folder / name}", "disable_tqdm=true", *overrides])
+    evaluation.main(
+        [
+            str(folder / "predict.yaml"),
+            f"output_dir={folder / name}",
+            "disable_tqdm=true",
+            *overrides,
+        ]
+    )
     return folder / name
 
 
@@ -56,20 +72,26 @@ def results(folder, kind="all"):
     return json.loads((folder / f"{kind}_results.json").read_text())
 
 
-# ---- against LLaMA-Factory --------------------------------------------------------------------------------------
+# ---- against LLaMA-Factory --------------------------------------------------------------------
 
 
 @needs_shared
 def test_recorded_prompts(tmp_path):
-    """Prompt and label of every recorded row, id for id, also where thoughts are cut and answers end in no eos."""
+    """Prompt and label of every recorded row, id for id, also where thoughts are cut and answers
+    end in no eos."""
     checked = 0
     for line, rows, lines in cases_of("predict") + cases_of("templates_094"):
         if not line["predict"] or not known(line):
             continue
         write_dataset(tmp_path, rows, line["dataset_info"])
-        config, template = make_config(tmp_path, {"cutoff_len": 2048, **line["settings"]}), TEMPLATES[line["template"]]
+        config, template = (
+            make_config(tmp_path, {"cutoff_len": 2048, **line["settings"]}),
+            TEMPLATES[line["template"]],
+        )
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        found = predictions.prompts_of(predictions.read_prompt_rows(config), config, tokenizer, template)
+        found = predictions.prompts_of(
+            predictions.read_prompt_rows(config), config, tokenizer, template
+        )
         assert found == [(wanted["input_ids"], wanted["labels"]) for wanted in lines], line
         checked += len(found)
     assert checked > 150
@@ -77,38 +99,60 @@ def test_recorded_prompts(tmp_path):
 
 @needs_shared
 def test_recorded_predictions(tmp_path, monkeypatch):
-    """What LLaMA-Factory 0.9.5 wrote for this very yaml (transformers 5.6, CPU): the file byte for byte, the scores."""
+    """What LLaMA-Factory 0.9.5 wrote for this very yaml (transformers 5.6, CPU): the file byte for
+    byte, the scores."""
     found = measured(tmp_path)
     written = (found / "generated_predictions.jsonl").read_bytes()
-    assert (len(written), zlib.crc32(written)) == (11519, 0x216909f6)
+    assert (len(written), zlib.crc32(written)) == (11519, 0x216909F6)
     ours = results(found, "predict")
     assert ours["predict_bleu-4"] == pytest.approx(3.803396296296296, abs=1e-9)
     if "predict_words" not in ours:
         for name, value in (("1", 0.6564777777777777), ("2", 0.2002), ("l", 0.6275888888888889)):
             assert ours[f"predict_rouge-{name}"] == pytest.approx(value, abs=1e-9)
     recorded = {f"predict_{name}" for name in NAMES} | {
-        "predict_model_preparation_time", "predict_runtime", "predict_samples_per_second", "predict_steps_per_second"}
+        "predict_model_preparation_time",
+        "predict_runtime",
+        "predict_samples_per_second",
+        "predict_steps_per_second",
+    }
     assert set(ours) - {"predict_words"} == recorded and list(ours) == sorted(ours)
 
 
 @needs_shared
 def test_recorded_loss(tmp_path, monkeypatch):
-    """eval_loss of a recorded training, from its own yaml: rows held out by val_size, the smaller last batch."""
+    """eval_loss of a recorded training, from its own yaml: rows held out by val_size, the smaller
+    last batch."""
     monkeypatch.chdir(CURVES / "sft_eval")
-    evaluation.main(["config.yaml", f"output_dir={tmp_path}", "do_eval=true", "adapter_name_or_path=final"])
+    evaluation.main(
+        ["config.yaml", f"output_dir={tmp_path}", "do_eval=true", "adapter_name_or_path=final"]
+    )
     found, recorded = results(tmp_path, "eval"), results(CURVES / "sft_eval", "eval")
     assert found["eval_loss"] == pytest.approx(recorded["eval_loss"], abs=1e-5)
-    assert set(recorded) - {"epoch"} <= set(found) and not (tmp_path / "generated_predictions.jsonl").exists()
+    assert (
+        set(recorded) - {"epoch"} <= set(found)
+        and not (tmp_path / "generated_predictions.jsonl").exists()
+    )
 
 
-# ---- against itself ---------------------------------------------------------------------------------------------
+# ---- against itself ---------------------------------------------------------------------------
 
 
 @needs_shared
 @pytest.mark.parametrize("how", [(), ("do_sample=true", "seed=7")], ids=["greedy", "drawn"])
 def test_batch_size_does_not_matter(tmp_path, how):
-    files = [(measured(tmp_path, f"per_device_eval_batch_size={size}", "compare=false", *how, name=f"out{size}")
-              / "generated_predictions.jsonl").read_bytes() for size in (1, 8)]
+    files = [
+        (
+            measured(
+                tmp_path,
+                f"per_device_eval_batch_size={size}",
+                "compare=false",
+                *how,
+                name=f"out{size}",
+            )
+            / "generated_predictions.jsonl"
+        ).read_bytes()
+        for size in (1, 8)
+    ]
     assert files[0] == files[1]
     if how:
         other = measured(tmp_path, "compare=false", "do_sample=true", "seed=8", name="other")
@@ -118,8 +162,8 @@ def test_batch_size_does_not_matter(tmp_path, how):
 @needs_shared
 @pytest.mark.parametrize("killed_after", [1, 20, 40])
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
-    """Killed among the adapter's 27 answers, or the base's, with its last line half-written: the files are those of a
-    run that was never killed, and no answer is made twice."""
+    """Killed among the adapter's 27 answers, or the base's, with its last line half-written: the
+    files are those of a run that was never killed, and no answer is made twice."""
     want, made = measured(tmp_path, "do_sample=true", name="whole"), []
     honest = predictions.answer_all
 
@@ -142,8 +186,14 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
     for name in ("generated_predictions.jsonl", "generated_predictions.base.jsonl"):
         assert (found / name).read_bytes() == (want / name).read_bytes()
     assert not list(found.glob("*.partial"))
-    timeless = [{key: value for key, value in results(folder).items() if not key.endswith(("time", "second"))}
-                for folder in (found, want)]
+    timeless = [
+        {
+            key: value
+            for key, value in results(folder).items()
+            if not key.endswith(("time", "second"))
+        }
+        for folder in (found, want)
+    ]
     assert timeless[0] == timeless[1] and len(timeless[0]) >= 7
 
 
@@ -158,7 +208,9 @@ def test_answers_made_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, caps
         with pytest.raises(KeyboardInterrupt):
             measured(tmp_path)
     found = measured(tmp_path, "max_new_tokens=5", "cutoff_len=300")
-    assert "answers of an earlier run are not used: max_new_tokens changed" in capsys.readouterr().out
+    assert (
+        "answers of an earlier run are not used: max_new_tokens changed" in capsys.readouterr().out
+    )
     assert len(read_jsonl(found / "generated_predictions.jsonl")) == 27
 
 
@@ -166,29 +218,53 @@ def test_answers_made_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, caps
 def test_the_table_and_the_rows_that_changed(tmp_path, capsys):
     found = measured(tmp_path)
     text, sides = capsys.readouterr().out, json.loads((found / "comparison.json").read_text())
-    assert list(sides) == ["adapter", "base"] and sides["adapter"]["eval_loss"] < sides["base"]["eval_loss"]
+    assert (
+        list(sides) == ["adapter", "base"]
+        and sides["adapter"]["eval_loss"] < sides["base"]["eval_loss"]
+    )
     for name in NAMES:
         assert f"predict_{name}" in sides["base"]
-    for line in ("            loss  perplexity  bleu-4", "  adapter  6.685       800.4   3.803", "rows better"):
+    for line in (
+        "            loss  perplexity  bleu-4",
+        "  adapter  6.685       800.4   3.803",
+        "rows better",
+    ):
         assert line in text, text
     best = text.split("\nrow ")[1]
-    assert best.splitlines()[3].startswith("  base    ") and best.splitlines()[4].startswith("  adapter ")
+    assert best.splitlines()[3].startswith("  base    ") and best.splitlines()[4].startswith(
+        "  adapter "
+    )
     assert results(found)["eval_token_loss"] == sides["adapter"]["eval_token_loss"]
 
 
 @needs_shared
 def test_tokenised_rows_of_a_training_stay_as_they_are(tmp_path):
-    """The evaluation's rows are others: written into the same folder, they would cost the training its own."""
-    measured(tmp_path, "do_predict=false", "predict_with_generate=false", f"tokenized_path={tmp_path}/kept")
+    """The evaluation's rows are others: written into the same folder, they would cost the training
+    its own."""
+    measured(
+        tmp_path,
+        "do_predict=false",
+        "predict_with_generate=false",
+        f"tokenized_path={tmp_path}/kept",
+    )
     assert not (tmp_path / "kept").exists()
 
 
 @needs_shared
 def test_the_merged_model_beside_its_parts(tmp_path, capsys):
     import merge
-    merge.main([f"model_name_or_path={CURVES}/tiny_llama3", f"adapter_name_or_path={CURVES}/sft_llama3/final",
-                "template=llama3", f"export_dir={tmp_path}/merged"])
-    sides = measured(tmp_path, "do_predict=false", "predict_with_generate=false", f"export_dir={tmp_path}/merged")
+
+    merge.main(
+        [
+            f"model_name_or_path={CURVES}/tiny_llama3",
+            f"adapter_name_or_path={CURVES}/sft_llama3/final",
+            "template=llama3",
+            f"export_dir={tmp_path}/merged",
+        ]
+    )
+    sides = measured(
+        tmp_path, "do_predict=false", "predict_with_generate=false", f"export_dir={tmp_path}/merged"
+    )
     found = json.loads((sides / "comparison.json").read_text())
     assert found["merged"]["eval_loss"] == pytest.approx(found["adapter"]["eval_loss"], abs=1e-5)
     assert abs(found["merged"]["eval_loss"] - found["base"]["eval_loss"]) > 0.1
@@ -196,20 +272,45 @@ def test_the_merged_model_beside_its_parts(tmp_path, capsys):
 
 
 @needs_shared
-@pytest.mark.parametrize("name, more", [
-    ("dpo_sigmoid", {}), ("kto_eval", {}), ("rm", {}), ("dpo_sigmoid", {"pref_loss": "orpo"}),
-    ("dpo_sigmoid", {"finetuning_type": "full", "adapter_name_or_path": None, "learning_rate": 1e-4}),
-    ("dpo_sigmoid", {"ref_model": "tiny_llama3", "ref_model_adapters": "init_llama3"})], ids=str)
-def test_stages_of_preference_as_training_evaluates_them(pairs, name, more, tmp_path, monkeypatch, capsys):
-    """After a short training its result is measured: loss, rewards and accuracies are those training ended with."""
-    settings = {"val_size": 6, "eval_strategy": "no", "do_eval": True, "max_steps": 2, "seed": 3,
-                "per_device_eval_batch_size": 4} | more
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("dpo_sigmoid", {}),
+        ("kto_eval", {}),
+        ("rm", {}),
+        ("dpo_sigmoid", {"pref_loss": "orpo"}),
+        (
+            "dpo_sigmoid",
+            {"finetuning_type": "full", "adapter_name_or_path": None, "learning_rate": 1e-4},
+        ),
+        ("dpo_sigmoid", {"ref_model": "tiny_llama3", "ref_model_adapters": "init_llama3"}),
+    ],
+    ids=str,
+)
+def test_stages_of_preference_as_training_evaluates_them(
+    pairs, name, more, tmp_path, monkeypatch, capsys
+):
+    """After a short training its result is measured: loss, rewards and accuracies are those
+    training ended with."""
+    settings = {
+        "val_size": 6,
+        "eval_strategy": "no",
+        "do_eval": True,
+        "max_steps": 2,
+        "seed": 3,
+        "per_device_eval_batch_size": 4,
+    } | more
     train_pairs(pairs, name, tmp_path, monkeypatch, **settings)
     want = results(tmp_path, "eval")
     given = json.loads((tmp_path / "train_config.json").read_text())
     del given["versions"]
-    given |= {"adapter_name_or_path": None, "do_eval": True, "do_predict": name == "dpo_sigmoid" and not more,
-              "max_new_tokens": 4, "template": "llama3"}
+    given |= {
+        "adapter_name_or_path": None,
+        "do_eval": True,
+        "do_predict": name == "dpo_sigmoid" and not more,
+        "max_new_tokens": 4,
+        "template": "llama3",
+    }
     (tmp_path / "again.json").write_text(json.dumps(given))
     evaluation.main([str(tmp_path / "again.json")])
     found, text = results(tmp_path, "eval"), capsys.readouterr().out
@@ -220,54 +321,101 @@ def test_stages_of_preference_as_training_evaluates_them(pairs, name, more, tmp_
     if name == "rm":
         assert list(sides) == ["adapter"]
     elif more.get("pref_loss") != "orpo" and "ref_model" not in more and name != "kto_eval":
-        assert sides["base"]["eval_loss"] == pytest.approx(math.log(2)), "a model beside itself has no margin"
+        assert sides["base"]["eval_loss"] == pytest.approx(math.log(2)), (
+            "a model beside itself has no margin"
+        )
     if (tmp_path / "generated_predictions.jsonl").exists():
-        assert given["do_predict"] and len(read_jsonl(tmp_path / "generated_predictions.jsonl")) == 6
+        assert (
+            given["do_predict"] and len(read_jsonl(tmp_path / "generated_predictions.jsonl")) == 6
+        )
 
 
-# ---- what the yaml means ----------------------------------------------------------------------------------------
+# ---- what the yaml means ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given, answered", [
-    ([], True), (["do_eval=true"], False), (["do_predict=true"], True), (["predict_with_generate=true"], True),
-    (["do_eval=true", "do_predict=true"], True), (["do_predict=false"], False), (["stage=pt"], False)])
+@pytest.mark.parametrize(
+    "given, answered",
+    [
+        ([], True),
+        (["do_eval=true"], False),
+        (["do_predict=true"], True),
+        (["predict_with_generate=true"], True),
+        (["do_eval=true", "do_predict=true"], True),
+        (["do_predict=false"], False),
+        (["stage=pt"], False),
+    ],
+)
 def test_when_answers_are_made(given, answered):
     config = load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", *given], "eval")
     assert evaluation.wants_answers(config) == answered
 
 
 def test_mistakes_are_named():
-    for given, words in ((["output_dir=o"], "no rows to measure on"), (["dataset=d"], "output_dir"),
-                         (["dataset=d", "output_dir=o", "eval_dataset=e", "val_size=0.1"], "keep one"),
-                         (["dataset=d", "output_dir=o", "num_beams=4"], "beam search")):
+    for given, words in (
+        (["output_dir=o"], "no rows to measure on"),
+        (["dataset=d"], "output_dir"),
+        (["dataset=d", "output_dir=o", "eval_dataset=e", "val_size=0.1"], "keep one"),
+        (["dataset=d", "output_dir=o", "num_beams=4"], "beam search"),
+    ):
         with pytest.raises(ValueError, match=words):
             evaluation.main(["model_name_or_path=m", *given])
 
 
 @needs_shared
 def test_the_result_of_a_full_training_beside_what_it_began_with(tmp_path):
-    config = load_config([f"model_name_or_path={CURVES}/tiny_qwen2", f"output_dir={CURVES}/tiny_llama3", "dataset=d",
-                          "finetuning_type=full"], "eval")
+    config = load_config(
+        [
+            f"model_name_or_path={CURVES}/tiny_qwen2",
+            f"output_dir={CURVES}/tiny_llama3",
+            "dataset=d",
+            "finetuning_type=full",
+        ],
+        "eval",
+    )
     base, adapters, _ = trained.find_weights(config)
     sides = evaluation.sides_of(config, base, adapters)
-    assert [(side.name, side.base.name) for side in sides] == [("tuned", "tiny_llama3"), ("base", "tiny_qwen2")]
+    assert [(side.name, side.base.name) for side in sides] == [
+        ("tuned", "tiny_llama3"),
+        ("base", "tiny_qwen2"),
+    ]
 
 
-# ---- the small world --------------------------------------------------------------------------------------------
+# ---- the small world --------------------------------------------------------------------------
 
 
 def test_the_questions_are_those_of_the_script():
-    assert world.questions(world.QUESTIONS, world.SEED) == read_jsonl(ROOT / "data/tiny_questions.jsonl")
+    assert world.questions(world.QUESTIONS, world.SEED) == read_jsonl(
+        ROOT / "data/tiny_questions.jsonl"
+    )
 
 
 def test_train_then_eval_from_one_yaml(tmp_path):
-    """do_train and do_predict in one file: after the training its result is measured, beside the base it began with."""
-    done = subprocess.run([sys.executable, "train.py", "--config", "configs/tiny_lora_sft.yaml", "do_train=true",
-                           "do_predict=true", "eval_dataset=tiny_questions", "max_samples=60", "max_steps=12",
-                           "warmup_ratio=0", "do_sample=false", "max_new_tokens=30", f"output_dir={tmp_path / 'out'}",
-                           "plot_loss=false", "use_cpu=true", "disable_tqdm=true"],
-                          cwd=ROOT, capture_output=True, encoding="utf-8",
-                          env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+    """do_train and do_predict in one file: after the training its result is measured, beside the
+    base it began with."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "train.py",
+            "--config",
+            "configs/tiny_lora_sft.yaml",
+            "do_train=true",
+            "do_predict=true",
+            "eval_dataset=tiny_questions",
+            "max_samples=60",
+            "max_steps=12",
+            "warmup_ratio=0",
+            "do_sample=false",
+            "max_new_tokens=30",
+            f"output_dir={tmp_path / 'out'}",
+            "plot_loss=false",
+            "use_cpu=true",
+            "disable_tqdm=true",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
     assert done.returncode == 0, done.stderr
     sides = json.loads((tmp_path / "out/comparison.json").read_text())
     assert sides["adapter"]["eval_loss"] < sides["base"]["eval_loss"]

@@ -1,4 +1,5 @@
-"""merge.py: its weights against recorded ones, its checkpoints in transformers, its memory, and what may go wrong."""
+"""merge.py: its weights against recorded ones, its checkpoints in transformers, its memory, and
+what may go wrong."""
 import json
 import math
 import os
@@ -28,8 +29,18 @@ from tests.test_lora import FAMILIES, IDS, checkpoint_of, logits_of, shake
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTERS = [p.name for p in sorted((GOLDEN / "lora").glob("*"))]
-TINY = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+TINY = dict(
+    model_type="llama",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=50,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def tensors_in(folder):
@@ -49,20 +60,35 @@ def base_with(folder, dtype=torch.float32, shard_bytes=10**9, extra=(), **change
     return folder
 
 
-def adapter_with(folder, base, r=4, alpha=8, targets=("q_proj", "down_proj"), seed=1, drop=(), add=(), **fields):
+def adapter_with(
+    folder, base, r=4, alpha=8, targets=("q_proj", "down_proj"), seed=1, drop=(), add=(), **fields
+):
     """A small random adapter in PEFT's format, made without the code under test."""
     folder.mkdir(parents=True, exist_ok=True)
     draw, tensors = torch.Generator().manual_seed(seed), {}
     for name, weight in sorted(tensors_in(base).items()):
         module = name.removesuffix(".weight")
         if module.rsplit(".", 1)[-1] in targets:
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(r, weight.shape[1], generator=draw)
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(weight.shape[0], r, generator=draw)
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(
+                r, weight.shape[1], generator=draw
+            )
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(
+                weight.shape[0], r, generator=draw
+            )
     tensors = {name: t for name, t in tensors.items() if name not in drop} | dict(add)
     save_file(tensors, str(folder / "adapter_model.safetensors"))
-    (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": list(targets),
-        "base_model_name_or_path": str(base), **fields}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "peft_type": "LORA",
+                "r": r,
+                "lora_alpha": alpha,
+                "target_modules": list(targets),
+                "base_model_name_or_path": str(base),
+                **fields,
+            }
+        )
+    )
     return folder
 
 
@@ -73,11 +99,16 @@ def adapter_with(folder, base, r=4, alpha=8, targets=("q_proj", "down_proj"), se
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_recorded_adapters_merge_to_the_recorded_weights_and_logits(name, tmp_path):
     adapter = GOLDEN / "lora" / name
-    base = adapter / json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = (
+        adapter
+        / json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
     merge_checkpoint(base, [adapter], tmp_path / "out")
     want, got = load_file(adapter / "expected.safetensors"), tensors_in(tmp_path / "out")
     recorded = [key for key in want if key.startswith("merged.")]
-    assert recorded and all((got[key.removeprefix("merged.")] - want[key]).abs().max() < 1e-5 for key in recorded)
+    assert recorded and all(
+        (got[key.removeprefix("merged.")] - want[key]).abs().max() < 1e-5 for key in recorded
+    )
     logits = in_transformers(tmp_path / "out")(want["input_ids"]).logits
     real = want["attention_mask"].bool()
     assert (logits - want["logits_merged"])[real].abs().max() < 1e-4
@@ -91,45 +122,83 @@ def test_recorded_adapters_merge_to_the_recorded_weights_and_logits(name, tmp_pa
 def test_llama_factory_yaml_gives_the_same_bytes(case, tmp_path, monkeypatch):
     """Tensors and config.json are what `llamafactory-cli export` wrote, with its own yaml."""
     for part in (case, "tiny_llama3", "sft_llama3"):
-        shutil.copytree(GOLDEN / "curves" / part, tmp_path / part, ignore=shutil.ignore_patterns("exported"))
+        shutil.copytree(
+            GOLDEN / "curves" / part, tmp_path / part, ignore=shutil.ignore_patterns("exported")
+        )
     monkeypatch.chdir(tmp_path / case)
     merge.main(["--config", "config.yaml"])
     got, want = tmp_path / case / "exported", GOLDEN / "curves" / case / "exported"
     ours, theirs = load_file(got / "model.safetensors"), load_file(want / "model.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert json.loads((got / "config.json").read_text()) == json.loads((want / "config.json").read_text())
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in theirs
+    )
+    assert json.loads((got / "config.json").read_text()) == json.loads(
+        (want / "config.json").read_text()
+    )
     transformers = pytest.importorskip("transformers")
-    talk = [{"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")]
+    talk = [
+        {"role": role, "content": role.upper()} for role in ("system", "user", "assistant", "user")
+    ]
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(got)
     other = (want / "chat_template.jinja").read_text()
-    rendered = [tokenizer.apply_chat_template(talk, chat_template=text, tokenize=False) for text in (None, other)]
+    rendered = [
+        tokenizer.apply_chat_template(talk, chat_template=text, tokenize=False)
+        for text in (None, other)
+    ]
     assert rendered[0] == rendered[1] and "ASSISTANT" in rendered[0]
     settings = json.loads((want / "tokenizer_config.json").read_text())
-    assert (tokenizer.eos_token, tokenizer.pad_token) == (settings["eos_token"], settings["pad_token"])
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (
+        settings["eos_token"],
+        settings["pad_token"],
+    )
 
 
 def in_transformers(folder):
     """The folder opened by transformers, which must find every tensor it wants and no other."""
     transformers = pytest.importorskip("transformers")
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype="auto",
-                                                                      attn_implementation="eager")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype="auto", attn_implementation="eager"
+    )
     assert not any(report.values()), report
     return model.eval().requires_grad_(False)
 
 
-PEFT_CASES = {      # base, settings of each adapter: as peft attaches them one after the other
+PEFT_CASES = {  # base, settings of each adapter: as peft attaches them one after the other
     "mistral": ("mistral", [dict(target_modules="all-linear")]),
     "sharded": ("llama3_sharded", [dict(target_modules="all-linear")]),
-    "ranks of their own": ("qwen2", [dict(target_modules="all-linear", rank_pattern={"q_proj": 2},
-                                          alpha_pattern={"k_proj": 3})]),
-    "three adapters": ("qwen3", [dict(target_modules=["q_proj"]), dict(target_modules="all-linear", use_rslora=True),
-                                 dict(target_modules=["q_proj"], modules_to_save=["norm", "lm_head"])]),
+    "ranks of their own": (
+        "qwen2",
+        [
+            dict(
+                target_modules="all-linear", rank_pattern={"q_proj": 2}, alpha_pattern={"k_proj": 3}
+            )
+        ],
+    ),
+    "three adapters": (
+        "qwen3",
+        [
+            dict(target_modules=["q_proj"]),
+            dict(target_modules="all-linear", use_rslora=True),
+            dict(target_modules=["q_proj"], modules_to_save=["norm", "lm_head"]),
+        ],
+    ),
     "tied": ("qwen2_tied", [dict(target_modules="all-linear")]),
-    "tied, head trained": ("llama3_tied", [dict(target_modules=["q_proj"], modules_to_save=["lm_head"])]),
-    "tied, embedding trained": ("qwen2_tied", [dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])]),
+    "tied, head trained": (
+        "llama3_tied",
+        [dict(target_modules=["q_proj"], modules_to_save=["lm_head"])],
+    ),
+    "tied, embedding trained": (
+        "qwen2_tied",
+        [dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"])],
+    ),
     "tied, head adapted": ("llama3_tied", [dict(target_modules=["q_proj", "lm_head"])]),
-    "tied, both in turn": ("qwen2_tied", [dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
-                                          dict(target_modules=["lm_head"])]),
+    "tied, both in turn": (
+        "qwen2_tied",
+        [
+            dict(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+            dict(target_modules=["lm_head"]),
+        ],
+    ),
 }
 
 
@@ -139,14 +208,19 @@ PEFT_CASES = {      # base, settings of each adapter: as peft attaches them one 
 def test_merged_equals_base_plus_adapter_in_peft(case, tmp_path):
     peft = pytest.importorskip("peft")
     name, settings = PEFT_CASES[case]
-    if name == "llama3_tied" and int(pytest.importorskip("transformers").__version__.split(".")[0]) < 5:
+    if (
+        name == "llama3_tied"
+        and int(pytest.importorskip("transformers").__version__.split(".")[0]) < 5
+    ):
         pytest.skip("transformers 4 does not read the rope_parameters of this config.json")
     base, adapters = GOLDEN / "models" / name, []
     model = in_transformers(base)
     ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(5))
     for number, fields in enumerate(settings):
         torch.manual_seed(number)
-        attached = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields))
+        attached = peft.get_peft_model(
+            model, peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **fields)
+        )
         with torch.no_grad():
             for key, p in attached.named_parameters():
                 if p.requires_grad:
@@ -169,12 +243,18 @@ def test_merged_equals_base_plus_adapter_in_peft(case, tmp_path):
 
 
 def test_sums_are_rounded_once_and_extra_tensors_are_carried(tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "BLOCK", 100)                              # every tensor in several blocks
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.0), "scalar": torch.tensor(3),
-             "empty": torch.zeros(0, 3)}
+    monkeypatch.setattr(merge, "BLOCK", 100)  # every tensor in several blocks
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.arange(4.0),
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 3),
+    }
     base = base_with(tmp_path / "base", torch.bfloat16, 20_000, extra.items())
     adapters = [adapter_with(tmp_path / f"a{seed}", base, seed=seed) for seed in (1, 2)]
-    before, tensors = tensors_in(base), [load_file(a / "adapter_model.safetensors") for a in adapters]
+    before, tensors = (
+        tensors_in(base),
+        [load_file(a / "adapter_model.safetensors") for a in adapters],
+    )
     assert len(set(tensor_files(base).values())) > 2
     for dtype in (None, torch.float32):
         merge_checkpoint(base, adapters, tmp_path / f"out {dtype}", dtype)
@@ -189,10 +269,12 @@ def test_sums_are_rounded_once_and_extra_tensors_are_carried(tmp_path, monkeypat
             kept = weight.dtype if dtype is None or name in extra else dtype
             assert after[name].dtype == kept
             rtol = 0.008 if dtype is None else 1e-6
-            assert torch.allclose(after[name].double(), want.to(kept).double(), rtol=rtol, atol=1e-6)
+            assert torch.allclose(
+                after[name].double(), want.to(kept).double(), rtol=rtol, atol=1e-6
+            )
             if name in extra:
                 assert torch.equal(after[name], weight)
-            elif dtype is None:                                           # the nearest bfloat16, nearly everywhere
+            elif dtype is None:  # the nearest bfloat16, nearly everywhere
                 assert (after[name] == want.float().bfloat16()).float().mean() > 0.99
 
 
@@ -201,15 +283,17 @@ def test_without_an_adapter_the_weights_are_converted(tmp_path):
     merge_checkpoint(base, [], tmp_path / "out", torch.float16, shard_bytes=10_000)
     before, after = tensors_in(base), tensors_in(tmp_path / "out")
     assert all(torch.equal(after[name], before[name].half()) for name in before)
-    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((base / "config.json").read_text()) | {
-        "torch_dtype": "float16"}
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (base / "config.json").read_text()
+    ) | {"torch_dtype": "float16"}
 
 
 # ---- families with names of their own ----
 
 
 def adapted(base, folder, targets=None, size=0.05, **fields):
-    """A random adapter of `base` in `folder`, and the model with it; targets: all linear layers, experts among them."""
+    """A random adapter of `base` in `folder`, and the model with it; targets: all linear layers,
+    experts among them."""
     model = load_model(base, torch.float32)
     targets = targets or (["all", "experts"] if model.config.num_experts else "all")
     config = LoRAConfig(r=3, lora_alpha=6, target_modules=targets, **fields)
@@ -220,10 +304,15 @@ def adapted(base, folder, targets=None, size=0.05, **fields):
 
 
 def sum_by_hand(name, weight, tensors):
-    """The float32 tensor that base and adapter add up to, by PEFT's formulas, or None where the adapter has no part."""
+    """The float32 tensor that base and adapter add up to, by PEFT's formulas, or None where the
+    adapter has no part."""
     module = f"base_model.model.{name.removesuffix('.weight')}"
-    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):          # experts.base_layer is the first of two
-        module = module.rpartition(".")[0] + (".base_layer" if name.endswith("gate_up_proj") else "")
+    if name.endswith(
+        ("experts.gate_up_proj", "experts.down_proj")
+    ):  # experts.base_layer is the first of two
+        module = module.rpartition(".")[0] + (
+            ".base_layer" if name.endswith("gate_up_proj") else ""
+        )
         A, B = (tensors[f"{module}.lora_{part}.weight"].double() for part in "AB")
         A, B = A.reshape(len(weight), -1, A.shape[-1]), B.reshape(B.shape[0], -1, len(weight))
         return weight.double() + 2 * torch.einsum("ore,eri->eio", B, A)
@@ -236,8 +325,8 @@ def sum_by_hand(name, weight, tensors):
 @needs_shared
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_merges_under_the_names_of_its_files(name, tmp_path):
-    """Names, their order, shapes and dtypes are the base's; what is not adapted (a part that reads images, buffers, the
-    raw rows of a normalised head) is the base's bit for bit."""
+    """Names, their order, shapes and dtypes are the base's; what is not adapted (a part that reads
+    images, buffers, the raw rows of a normalised head) is the base's bit for bit."""
     base = checkpoint_of(name, tmp_path / "base")
     model = adapted(base, tmp_path / "adapter")
     merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out", shard_bytes=200_000)
@@ -250,7 +339,9 @@ def test_every_family_merges_under_the_names_of_its_files(name, tmp_path):
         if want is None:
             assert torch.equal(after[key], weight), key
         else:
-            assert (after[key].double() - want).abs().max() < (1e-5 if weight.dtype == torch.float32 else 0.02), key
+            assert (after[key].double() - want).abs().max() < (
+                1e-5 if weight.dtype == torch.float32 else 0.02
+            ), key
             changed += 1
     assert changed == len(lora_layers(model)) and changed * 2 == len(tensors)
     if next(iter(before.values())).dtype == torch.float32:
@@ -272,34 +363,51 @@ def test_sums_of_16_bit_bases_in_shards_are_rounded_once(name, dtype, tmp_path):
     assert len(set(tensor_files(base).values())) > 1
     adapted(base, tmp_path / "adapter")
     merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
-    after, tensors = tensors_in(tmp_path / "out"), load_file(tmp_path / "adapter/adapter_model.safetensors")
+    after, tensors = (
+        tensors_in(tmp_path / "out"),
+        load_file(tmp_path / "adapter/adapter_model.safetensors"),
+    )
     assert after.keys() == weights.keys() and {t.dtype for t in after.values()} == {dtype}
     for key, weight in weights.items():
         want = sum_by_hand(key, weight, tensors)
         if want is None:
             assert torch.equal(after[key], weight)
-        else:                                               # a sum in float32 rounds otherwise now and then
+        else:  # a sum in float32 rounds otherwise now and then
             assert (after[key] == want.to(dtype)).float().mean() > 0.99, key
 
 
 @needs_shared
-@pytest.mark.parametrize("name, whole", [("chatglm3", ["word_embeddings", "output_layer"]), ("qwen", ["wte"]),
-                                         ("baichuan2_7b", ["lm_head"]), ("llama4", ["experts", "router"])])
+@pytest.mark.parametrize(
+    "name, whole",
+    [
+        ("chatglm3", ["word_embeddings", "output_layer"]),
+        ("qwen", ["wte"]),
+        ("baichuan2_7b", ["lm_head"]),
+        ("llama4", ["experts", "router"]),
+    ],
+)
 def test_modules_trained_whole_replace_those_of_the_base(name, whole, tmp_path):
     base = checkpoint_of(name, tmp_path / "base")
     model = adapted(base, tmp_path / "adapter", ["all"], modules_to_save=whole)
     merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
-    tensors, after = load_file(tmp_path / "adapter/adapter_model.safetensors"), tensors_in(tmp_path / "out")
+    tensors, after = (
+        load_file(tmp_path / "adapter/adapter_model.safetensors"),
+        tensors_in(tmp_path / "out"),
+    )
     replaced = [key for key in tensors if ".lora_" not in key]
     assert {part for part in whole for key in replaced if part in key} == set(whole)
-    assert all(torch.equal(after[key.removeprefix("base_model.model.")], tensors[key]) for key in replaced)
+    assert all(
+        torch.equal(after[key.removeprefix("base_model.model.")], tensors[key]) for key in replaced
+    )
     assert list(after) == list(tensors_in(base))
     merged, wanted = logits_of(load_model(tmp_path / "out"), IDS), logits_of(model, IDS)
     assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize("config, head, embedding", [(twins.INTERNLM2, "output", "tok_embeddings"),
-                                                     (twins.QWEN1, "lm_head", "wte")])
+@pytest.mark.parametrize(
+    "config, head, embedding",
+    [(twins.INTERNLM2, "output", "tok_embeddings"), (twins.QWEN1, "lm_head", "wte")],
+)
 def test_tied_heads_by_vendors_names(config, head, embedding, tmp_path):
     base, config = tmp_path / "base", {**config, "tie_word_embeddings": True}
     base.mkdir()
@@ -310,7 +418,9 @@ def test_tied_heads_by_vendors_names(config, head, embedding, tmp_path):
         adapter, out = tmp_path / f"adapter{number}", tmp_path / f"out{number}"
         model = adapted(base, adapter, modules_to_save=whole)
         merge_checkpoint(base, [adapter], out)
-        assert set(tensor_files(out)) - set(tensor_files(base)) == ({f"{head}.weight"} if apart else set())
+        assert set(tensor_files(out)) - set(tensor_files(base)) == (
+            {f"{head}.weight"} if apart else set()
+        )
         assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] != apart
         merged, wanted = logits_of(load_model(out), IDS), logits_of(model, IDS)
         assert (merged - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -318,22 +428,30 @@ def test_tied_heads_by_vendors_names(config, head, embedding, tmp_path):
 
 @needs_shared
 def test_both_forms_of_stacked_adapters_merge_alike(tmp_path):
-    """PEFT 0.20 and newer write A and B of stacks in each other's place; B'[i, r, e] A'[e, r, o] is the same sum."""
+    """PEFT 0.20 and newer write A and B of stacks in each other's place; B'[i, r, e] A'[e, r, o] is
+    the same sum."""
     base = GOLDEN / "models" / "llama4"
     model = adapted(base, tmp_path / "older", ["experts"])
     shutil.copytree(tmp_path / "older", tmp_path / "newer")
     tensors = load_file(tmp_path / "older/adapter_model.safetensors")
     for key in [key for key in tensors if "lora_A" in key]:
         other = key.replace("lora_A", "lora_B")
-        A, B = tensors[key].reshape(4, 3, -1), tensors[other].reshape(-1, 3, 4)                # (E, r, in), (out, r, E)
-        tensors[key], tensors[other] = (t.contiguous() for t in (B.permute(2, 1, 0).reshape(12, -1),
-                                                                 A.permute(2, 1, 0).reshape(-1, 12)))
+        A, B = (
+            tensors[key].reshape(4, 3, -1),
+            tensors[other].reshape(-1, 3, 4),
+        )  # (E, r, in), (out, r, E)
+        tensors[key], tensors[other] = (
+            t.contiguous()
+            for t in (B.permute(2, 1, 0).reshape(12, -1), A.permute(2, 1, 0).reshape(-1, 12))
+        )
     save_file(tensors, tmp_path / "newer/adapter_model.safetensors")
     for form in ("older", "newer"):
         merge_checkpoint(base, [tmp_path / form], tmp_path / f"out {form}")
     older, newer = (tensors_in(tmp_path / f"out {form}") for form in ("older", "newer"))
     assert all(torch.allclose(newer[key], older[key], atol=1e-6) for key in older)
-    assert (logits_of(load_with_adapters(base, [tmp_path / "newer"]), IDS) - logits_of(model, IDS)).abs().max() < 1e-5
+    assert (
+        logits_of(load_with_adapters(base, [tmp_path / "newer"]), IDS) - logits_of(model, IDS)
+    ).abs().max() < 1e-5
 
 
 @pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles")
@@ -351,7 +469,10 @@ def test_a_pickled_base_becomes_safetensors(shards, tmp_path):
         (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
     merge_checkpoint(base, [adapter], tmp_path / "want")
     merge_checkpoint(pickled, [adapter], tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     want, got = tensors_in(tmp_path / "want"), tensors_in(tmp_path / "out")
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
 
@@ -360,33 +481,74 @@ def test_a_pickled_base_becomes_safetensors(shards, tmp_path):
 
 
 def peak_of_merging(base, adapter, out, shard_bytes):
-    """Bytes that merging adds to the peak of a process of its own. VmHWM is the child's own peak; its ru_maxrss would
-    begin at that of the process it was forked from, and hide everything below."""
-    code = ("import sys, merge\n"
-            "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
-            "before = peak()\n"
-            "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3], shard_bytes=int(sys.argv[4]))\n"
-            "print((peak() - before) * 1024)")
+    """Bytes that merging adds to the peak of a process of its own. VmHWM is the child's own peak;
+    its ru_maxrss would begin at that of the process it was forked from, and hide everything
+    below."""
+    code = (
+        "import sys, merge\n"
+        "lines = lambda: open('/proc/self/status')\n"
+        "peak = lambda: next(int(s.split()[1]) for s in lines() if s.startswith('VmHWM'))\n"
+        "before = peak()\n"
+        "base, adapter, out, shard_bytes = sys.argv[1:]\n"
+        "merge.merge_checkpoint(base, [adapter], out, shard_bytes=int(shard_bytes))\n"
+        "print((peak() - before) * 1024)"
+    )
     command = [sys.executable, "-c", code, base, adapter, out, str(shard_bytes)]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ran = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout.split()[-1])
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc (Linux)")
-@pytest.mark.parametrize("suffix", ["safetensors", pytest.param("bin", marks=pytest.mark.skipif(
-    not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles"))])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(),
+    reason="the peak of a process is read from /proc (Linux)",
+)
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "safetensors",
+        pytest.param(
+            "bin",
+            marks=pytest.mark.skipif(
+                not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles"
+            ),
+        ),
+    ],
+)
 def test_memory_of_stacked_experts_stays_small(suffix, tmp_path):
     """0.3 GB, most of it in three stacks of 67 MB and three of 34 MB, all adapted."""
-    fields = dict(model_type="llama4_text", hidden_size=1024, intermediate_size=2048, intermediate_size_mlp=64,
-                  num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, head_dim=64, vocab_size=500,
-                  max_position_embeddings=64, num_local_experts=8, num_experts_per_tok=1, interleave_moe_layer_step=1)
+    fields = dict(
+        model_type="llama4_text",
+        hidden_size=1024,
+        intermediate_size=2048,
+        intermediate_size_mlp=64,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=500,
+        max_position_embeddings=64,
+        num_local_experts=8,
+        num_experts_per_tok=1,
+        interleave_moe_layer_step=1,
+    )
     with torch.device("meta"):
         model = CausalLM(model_config(fields))
-    shapes = {model.config.stored_name(name): (tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
+    shapes = {
+        model.config.stored_name(name): (tuple(p.shape), torch.bfloat16)
+        for name, p in model.named_parameters()
+    }
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
-    write_tensors(base, shapes, lambda name: [torch.full(shapes[name][0], 0.5, dtype=torch.bfloat16)])
+    write_tensors(
+        base, shapes, lambda name: [torch.full(shapes[name][0], 0.5, dtype=torch.bfloat16)]
+    )
     (base / "config.json").write_text(json.dumps(fields))
     config = LoRAConfig(r=8, lora_alpha=8, target_modules=["experts"])
     attach_lora(model, config, called=model.config.stored_name)
@@ -396,16 +558,24 @@ def test_memory_of_stacked_experts_stays_small(suffix, tmp_path):
         torch.save(tensors_in(base), base / "pytorch_model.bin")
         (base / "model.safetensors").unlink()
     held = load_file(adapter / "adapter_model.safetensors")
-    save_file({key: torch.full_like(t, 0.25) for key, t in held.items()}, adapter / "adapter_model.safetensors")
+    save_file(
+        {key: torch.full_like(t, 0.25) for key, t in held.items()},
+        adapter / "adapter_model.safetensors",
+    )
     del model, held
     used = peak_of_merging(base, adapter, tmp_path / "out", 10**9)
     with safe_open(str(tmp_path / "out/model.safetensors"), "pt") as file:
         stack = file.get_slice("model.layers.2.feed_forward.experts.down_proj")[7:8, 2040:]
     shutil.rmtree(tmp_path)
-    assert stack.unique().tolist() == [1.0] and used < 100 * 10**6, f"{used / 1e6:.0f} MB"        # 0.5 + 8 / 16
+    assert stack.unique().tolist() == [1.0] and used < 100 * 10**6, (
+        f"{used / 1e6:.0f} MB"
+    )  # 0.5 + 8 / 16
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak of a process is read from /proc (Linux)")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").is_file(),
+    reason="the peak of a process is read from /proc (Linux)",
+)
 def test_memory_stays_below_the_largest_tensor_plus_300_mb(tmp_path):
     """0.6 GB in four files; the largest tensor is adapted."""
     base = tmp_path / "base"
@@ -414,34 +584,61 @@ def test_memory_stays_below_the_largest_tensor_plus_300_mb(tmp_path):
         model = CausalLM(model_config({**TINY, **sizes}))
     shapes = {name: (tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
     base.mkdir()
-    write_tensors(base, shapes, lambda n: [torch.full(shapes[n][0], 0.5, dtype=torch.bfloat16)], 170 * 10**6)
+    write_tensors(
+        base, shapes, lambda n: [torch.full(shapes[n][0], 0.5, dtype=torch.bfloat16)], 170 * 10**6
+    )
     (base / "config.json").write_text(json.dumps({**TINY, **sizes}))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
-    modules = {n.removesuffix(".weight"): s for n, (s, _) in shapes.items() if n == HEAD or "_proj" in n}
-    save_file({f"base_model.model.{n}.lora_{x}.weight": torch.full((8, s[1]) if x == "A" else (s[0], 8), 0.25)
-               for n, s in modules.items() for x in "AB"}, str(adapter / "adapter_model.safetensors"))
-    (adapter / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 8, "target_modules": sorted(
-        {n.rsplit(".", 1)[-1] for n in modules})}))
+    modules = {
+        n.removesuffix(".weight"): s for n, (s, _) in shapes.items() if n == HEAD or "_proj" in n
+    }
+    save_file(
+        {
+            f"base_model.model.{n}.lora_{x}.weight": torch.full(
+                (8, s[1]) if x == "A" else (s[0], 8), 0.25
+            )
+            for n, s in modules.items()
+            for x in "AB"
+        },
+        str(adapter / "adapter_model.safetensors"),
+    )
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "r": 8,
+                "lora_alpha": 8,
+                "target_modules": sorted({n.rsplit(".", 1)[-1] for n in modules}),
+            }
+        )
+    )
     used = peak_of_merging(base, adapter, tmp_path / "out", 170 * 10**6)
     largest = max(2 * math.prod(shape) for shape, _ in shapes.values())
     written = sorted((tmp_path / "out").glob("model-*"))
-    assert sum(p.stat().st_size for p in written) > 590 * 10**6 and len(written) == len(list(base.glob("model-*"))) > 3
+    assert (
+        sum(p.stat().st_size for p in written) > 590 * 10**6
+        and len(written) == len(list(base.glob("model-*"))) > 3
+    )
     assert max(p.stat().st_size for p in written) <= 170 * 10**6
     assert used < largest + 300 * 10**6, f"{used / 1e6:.0f} MB"
-    assert load_file(written[-1])[HEAD].unique().tolist() == [1.0]        # 0.5 + 8 * 0.25 * 0.25
+    assert load_file(written[-1])[HEAD].unique().tolist() == [1.0]  # 0.5 + 8 * 0.25 * 0.25
     shutil.rmtree(tmp_path)
 
 
 def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
     base = base_with(tmp_path / "base")
     adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
-    code = ("import itertools, os, sys, merge; count, add = itertools.count(), merge.merged_weight\n"
-            "merge.merged_weight = lambda *a: os.kill(os.getpid(), 9) if next(count) == 2 else add(*a)\n"
-            "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3])")
-    killed = subprocess.run([sys.executable, "-c", code, base, adapter, out], cwd=ROOT, capture_output=True)
+    code = (
+        "import itertools, os, sys, merge; count, add = itertools.count(), merge.merged_weight\n"
+        "die = lambda: os.kill(os.getpid(), 9)\n"
+        "merge.merged_weight = lambda *a: die() if next(count) == 2 else add(*a)\n"
+        "merge.merge_checkpoint(sys.argv[1], [sys.argv[2]], sys.argv[3])"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code, base, adapter, out], cwd=ROOT, capture_output=True
+    )
     assert killed.returncode == -signal.SIGKILL and not out.exists()
-    assert (tmp_path / "out.partial/model.safetensors").is_file()         # it was in the middle of writing
+    assert (tmp_path / "out.partial/model.safetensors").is_file()  # it was in the middle of writing
 
     merge_checkpoint(base, [adapter], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
@@ -449,11 +646,12 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
 
     def interrupt(*arguments):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(merge, "merged_weight", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(base, [adapter], out, overwrite=True)
-    assert (out / "model.safetensors").read_bytes() == whole              # what was there before is still there
-    os.replace(out, tmp_path / "out.old")                                 # as if killed between the two renames
+    assert (out / "model.safetensors").read_bytes() == whole  # what was there before is still there
+    os.replace(out, tmp_path / "out.old")  # as if killed between the two renames
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(base, [adapter], out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == whole
@@ -466,21 +664,57 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
 def test_files_that_are_carried_along(tmp_path):
     base = base_with(tmp_path / "base")
     adapters = [adapter_with(tmp_path / f"a{n}", base) for n in (1, 2)]
-    for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json",
-                 "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt", "README.md", "trainer_state.json",
-                 "all_results.json", "x.bin", "modeling_x.py"):
+    for name in (
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.model",
+        "LICENSE",
+        "NOTICE.txt",
+        "README.md",
+        "trainer_state.json",
+        "all_results.json",
+        "x.bin",
+        "modeling_x.py",
+    ):
         (base / name).write_text("base")
     merge_checkpoint(base, adapters, tmp_path / "plain")
     assert {p.name for p in (tmp_path / "plain").iterdir()} == {
-        "config.json", "model.safetensors", "tokenizer.json", "special_tokens_map.json", "tokenizer_config.json",
-        "generation_config.json", "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt", "modeling_x.py"}
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "all_results.json"):
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "merges.txt",
+        "tokenizer.model",
+        "LICENSE",
+        "NOTICE.txt",
+        "modeling_x.py",
+    }
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "all_results.json",
+    ):
         (adapters[0] / name).write_text("adapter")
     merge_checkpoint(base, adapters, tmp_path / "tuned")
-    found = {p.name: p.read_text() for p in (tmp_path / "tuned").iterdir() if p.suffix in (".json", ".jinja")}
-    # a special_tokens_map.json of the base beside the adapter's tokenizer would bring the old tokens back
+    found = {
+        p.name: p.read_text()
+        for p in (tmp_path / "tuned").iterdir()
+        if p.suffix in (".json", ".jinja")
+    }
+    # a special_tokens_map.json of the base beside the adapter's tokenizer would bring the old
+    # tokens back
     assert {name for name, text in found.items() if text == "adapter"} == {
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert found["generation_config.json"] == "base" and "special_tokens_map.json" not in found
 
 
@@ -489,24 +723,44 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
     base = base_with(Path("base"))
     adapter = adapter_with(Path("saves/run"), base, base_model_name_or_path="org/other-name")
     (adapter / "train_config.json").write_text('{"template": "qwen"}')
-    Path("train.yaml").write_text("model_name_or_path: base\nstage: sft\ndo_train: true\ndataset: identity\n"
-                                  "output_dir: saves/run\nlearning_rate: 1e-4\ntrust_remote_code: true\n")
+    Path("train.yaml").write_text(
+        "model_name_or_path: base\nstage: sft\ndo_train: true\ndataset: identity\n"
+        "output_dir: saves/run\nlearning_rate: 1e-4\ntrust_remote_code: true\n"
+    )
     merge.main(["--config", "train.yaml", "export_dir=out"])
     said = capsys.readouterr().out
     assert "template  qwen" in said and "warning: it says it was trained on org/other-name" in said
     assert "out: 2 files" in said and "21 tensors read back" in said and "trust_remote_code" in said
-    with pytest.raises(ValueError, match="template: llama3, but saves/run was trained with qwen.*force_template: true"):
+    with pytest.raises(
+        ValueError,
+        match="template: llama3, but saves/run was trained with qwen.*force_template: true",
+    ):
         merge.main(["train.yaml", "export_dir=out2", "template=llama3"])
-    merge.main(["train.yaml", "export_dir=out2", "template=llama3", "force_template=true", "infer_dtype=bfloat16"])
+    merge.main(
+        [
+            "train.yaml",
+            "export_dir=out2",
+            "template=llama3",
+            "force_template=true",
+            "infer_dtype=bfloat16",
+        ]
+    )
     assert tensors_in("out2")[HEAD].dtype == torch.bfloat16
     under = adapter_with(Path("saves/under"), base, seed=2)
-    (adapter / "train_config.json").write_text('{"adapter_name_or_path": ["saves/under"], "create_new_adapter": true}')
-    merge.main(["train.yaml", "export_dir=both"])               # what it was trained on top of is added first
+    (adapter / "train_config.json").write_text(
+        '{"adapter_name_or_path": ["saves/under"], "create_new_adapter": true}'
+    )
+    merge.main(["train.yaml", "export_dir=both"])  # what it was trained on top of is added first
     merge_checkpoint(base, [under, adapter], "same")
-    assert all(torch.equal(tensors_in("both")[name], tensor) for name, tensor in tensors_in("same").items())
+    assert all(
+        torch.equal(tensors_in("both")[name], tensor) for name, tensor in tensors_in("same").items()
+    )
     assert "warning" not in capsys.readouterr().out.replace("warning: it says", "")
     merge.main(["train.yaml", "export_dir=alone", "adapter_name_or_path=saves/run"])
-    assert "warning   saves/run was trained with saves/under folded into the base" in capsys.readouterr().out
+    assert (
+        "warning   saves/run was trained with saves/under folded into the base"
+        in capsys.readouterr().out
+    )
     shutil.rmtree(adapter)
     with pytest.raises(FileNotFoundError, match="output_dir saves/run holds no adapter"):
         merge.main(["train.yaml", "export_dir=out3"])
@@ -514,17 +768,25 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
 
 @needs_shared
 def test_replies_end_where_the_stored_template_ends_them(tmp_path):
-    """The base knew another end of text; nothing but the adapter's train_config.json tells of the chat format."""
+    """The base knew another end of text; nothing but the adapter's train_config.json tells of the
+    chat format."""
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "curves/tiny_llama3", base)
     (base / "generation_config.json").write_text('{"eos_token_id": 1001}')
-    (base / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}')
+    (base / "tokenizer_config.json").write_text(
+        '{"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}'
+    )
     adapter = adapter_with(tmp_path / "adapter", base)
     (adapter / "train_config.json").write_text('{"template": "llama3", "enable_thinking": null}')
     merge_checkpoint(base, [adapter], tmp_path / "out")
     read = {p.name: json.loads(p.read_text()) for p in (tmp_path / "out").glob("*.json")}
-    eot = {token["content"]: token["id"] for token in read["tokenizer.json"]["added_tokens"]}["<|eot_id|>"]
-    assert read["tokenizer_config.json"]["eos_token"] == "<|eot_id|>" and "special_tokens_map.json" not in read
+    eot = {token["content"]: token["id"] for token in read["tokenizer.json"]["added_tokens"]}[
+        "<|eot_id|>"
+    ]
+    assert (
+        read["tokenizer_config.json"]["eos_token"] == "<|eot_id|>"
+        and "special_tokens_map.json" not in read
+    )
     ends = read["generation_config.json"]["eos_token_id"]
     assert ends[0] == 1001 and eot in ends
     assert (tmp_path / "out/chat_template.jinja").is_file()
@@ -535,9 +797,17 @@ def test_replies_end_where_the_stored_template_ends_them(tmp_path):
 
 def test_error_on_the_command_line_is_one_sentence(tmp_path):
     base = base_with(tmp_path / "base")
-    settings = [f"model_name_or_path={base}", f"adapter_name_or_path={tmp_path}/none", f"export_dir={tmp_path}/out"]
-    ran = subprocess.run([sys.executable, "merge.py", *settings], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 1 and ran.stderr.startswith("error: ") and "Traceback" not in ran.stderr
+    settings = [
+        f"model_name_or_path={base}",
+        f"adapter_name_or_path={tmp_path}/none",
+        f"export_dir={tmp_path}/out",
+    ]
+    ran = subprocess.run(
+        [sys.executable, "merge.py", *settings], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (
+        ran.returncode == 1 and ran.stderr.startswith("error: ") and "Traceback" not in ran.stderr
+    )
     assert len(ran.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
@@ -547,12 +817,16 @@ def test_error_on_the_command_line_is_one_sentence(tmp_path):
 def test_where_it_does_not_write(tmp_path, monkeypatch):
     base = base_with(tmp_path / "models/base")
     adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
-    for place, words in ((base, "is .*stays unchanged"), (adapter, "is .*stays"), (tmp_path / "models", "holds .*stays"),
-                         (base / "config.json", "is a file")):
+    for place, words in (
+        (base, "is .*stays unchanged"),
+        (adapter, "is .*stays"),
+        (tmp_path / "models", "holds .*stays"),
+        (base / "config.json", "is a file"),
+    ):
         with pytest.raises(ValueError, match=words):
             merge_checkpoint(base, [adapter], place, overwrite=True)
     out.mkdir()
-    merge_checkpoint(base, [adapter], out)                                # an empty folder is no obstacle
+    merge_checkpoint(base, [adapter], out)  # an empty folder is no obstacle
     with pytest.raises(ValueError, match="is not empty.*overwrite: true"):
         merge_checkpoint(base, [adapter], out)
     merge_checkpoint(base, [], out, overwrite=True)
@@ -560,22 +834,35 @@ def test_where_it_does_not_write(tmp_path, monkeypatch):
     (out / "photos").mkdir()
     with pytest.raises(ValueError, match="other things than a checkpoint"):
         merge_checkpoint(base, [adapter], out, overwrite=True)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    )
     with pytest.raises(OSError, match="0.00 GB free. Make room"):
         merge_checkpoint(base, [adapter], tmp_path / "more")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "models", "out"]
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-BAD = {     # what is changed in the adapter: words of the message
-    "a tensor too many": (dict(add=[("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", torch.ones(4, 32))]),
-                          "not used: 1, such as .*layers.9"),
+BAD = {  # what is changed in the adapter: words of the message
+    "a tensor too many": (
+        dict(
+            add=[("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", torch.ones(4, 32))]
+        ),
+        "not used: 1, such as .*layers.9",
+    ),
     "a tensor too few": (dict(drop=[Q]), "missing: 1, such as .*q_proj.lora_A"),
-    "another rank": (dict(add=[(Q, torch.ones(5, 32))]), r"q_proj.lora_A.weight has shape \[5, 32\].*r is 4.*another"),
+    "another rank": (
+        dict(add=[(Q, torch.ones(5, 32))]),
+        r"q_proj.lora_A.weight has shape \[5, 32\].*r is 4.*another",
+    ),
     "another model's names": (dict(target_modules=["c_attn"]), "made for another model.*c_attn"),
-    "another base's head": (dict(targets=["lm_head"],
-                                 add=[("base_model.model.lm_head.base_layer.weight", torch.ones(50, 32))]),
-                            "trained on a model whose lm_head.weight has other values"),
+    "another base's head": (
+        dict(
+            targets=["lm_head"],
+            add=[("base_model.model.lm_head.base_layer.weight", torch.ones(50, 32))],
+        ),
+        "trained on a model whose lm_head.weight has other values",
+    ),
     "NaN": (dict(add=[(Q, torch.full((4, 32), math.nan))]), "q_proj.weight: the sum is not finite"),
     "DoRA without lengths": (dict(use_dora=True), "missing: 4, such as .*lora_magnitude_vector"),
 }
@@ -585,7 +872,9 @@ BAD = {     # what is changed in the adapter: words of the message
 def test_adapters_that_do_not_fit(case, tmp_path):
     base, (changes, words) = base_with(tmp_path / "base"), BAD[case]
     with pytest.raises(ValueError, match=f"(?s){words}"):
-        merge_checkpoint(base, [adapter_with(tmp_path / "adapter", base, **changes)], tmp_path / "out")
+        merge_checkpoint(
+            base, [adapter_with(tmp_path / "adapter", base, **changes)], tmp_path / "out"
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -598,19 +887,33 @@ def test_files_that_are_damaged_or_missing(tmp_path):
     with pytest.raises(ValueError, match="beyond float16.*infer_dtype: bfloat16"):
         huge = adapter_with(tmp_path / "huge", base, alpha=10**7)
         merge_checkpoint(base, [huge], out, torch.float16)
-    for file, words in ((adapter / "adapter_model.safetensors", "adapter_model.safetensors is damaged or incomplete"),
-                        (sorted(base.glob("model-*"))[1], "model-00002-.* is damaged or incomplete.*fetch it again")):
+    for file, words in (
+        (
+            adapter / "adapter_model.safetensors",
+            "adapter_model.safetensors is damaged or incomplete",
+        ),
+        (
+            sorted(base.glob("model-*"))[1],
+            "model-00002-.* is damaged or incomplete.*fetch it again",
+        ),
+    ):
         whole = file.read_bytes()
         file.write_bytes(whole[:-50])
         with pytest.raises(ValueError, match=words):
             merge_checkpoint(base, [adapter], out)
         file.write_bytes(whole)
     config = (base / "config.json").read_text()
-    (base / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(ValueError, match="9 tensors that config.json describes are not in .*layers.2"):
+    (base / "config.json").write_text(
+        config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    )
+    with pytest.raises(
+        ValueError, match="9 tensors that config.json describes are not in .*layers.2"
+    ):
         merge_checkpoint(base, [], out)
     (base / "config.json").write_text(config.replace('"vocab_size": 50', '"vocab_size": 51'))
-    with pytest.raises(ValueError, match=rf"{EMBEDDING} has shape \[50, 32\], config.json makes it \[51, 32\]"):
+    with pytest.raises(
+        ValueError, match=rf"{EMBEDDING} has shape \[50, 32\], config.json makes it \[51, 32\]"
+    ):
         merge_checkpoint(base, [], out)
     (base / "config.json").write_text(config)
     (adapter / "adapter_model.safetensors").unlink()
@@ -622,7 +925,7 @@ def test_files_that_are_damaged_or_missing(tmp_path):
     assert not out.exists()
 
 
-# ---- adapters that learnt beside a base in 4 or 8 bits --------------------------------------------------------------
+# ---- adapters that learnt beside a base in 4 or 8 bits ----------------------------------------
 
 
 QUANT = GOLDEN / "quant"
@@ -632,10 +935,15 @@ QUANT = GOLDEN / "quant"
 @pytest.mark.parametrize("name", [p.name for p in sorted(QUANT.glob("lora_*"))])
 def test_recorded_adapters_of_4_bit_bases_merge_into_the_dequantised_weights(name, tmp_path):
     adapter, want = QUANT / name, load_file(QUANT / name / "expected.safetensors")
-    base = adapter / json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = (
+        adapter
+        / json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    )
     merge_checkpoint(base, [adapter], tmp_path / "out", torch.float32)
     got, recorded = tensors_in(tmp_path / "out"), [key for key in want if key.startswith("merged.")]
-    assert recorded and all((got[key.removeprefix("merged.")] - want[key]).abs().max() < 1e-6 for key in recorded)
+    assert recorded and all(
+        (got[key.removeprefix("merged.")] - want[key]).abs().max() < 1e-6 for key in recorded
+    )
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     real = want["attention_mask"].bool()
     theirs = in_transformers(tmp_path / "out")(want["input_ids"]).logits
@@ -645,56 +953,94 @@ def test_recorded_adapters_of_4_bit_bases_merge_into_the_dequantised_weights(nam
         ours = load_model(tmp_path / "half")
         assert ours.lm_head.weight.dtype == torch.bfloat16
         with torch.no_grad():
-            assert (ours.logits(ours(want["input_ids"])) - want["logits_merged_bfloat16"])[real].abs().max() < 0.2
+            assert (ours.logits(ours(want["input_ids"])) - want["logits_merged_bfloat16"])[
+                real
+            ].abs().max() < 0.2
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, tmp_path, capsys):
-    """The adapter's train_config.json tells; every linear layer but the head is what training saw, adapted or not."""
+    """The adapter's train_config.json tells; every linear layer but the head is what training saw,
+    adapted or not."""
     base = base_with(tmp_path / "base", torch.bfloat16)
     adapter, bits = adapter_with(tmp_path / "adapter", base), 4 if kind == "nf4" else 8
     (adapter / "train_config.json").write_text(json.dumps({"quantization_bit": bits, "bf16": True}))
     argv = [f"model_name_or_path={base}", f"adapter_name_or_path={adapter}"]
     merge.main([*argv, f"export_dir={tmp_path / 'dense'}", "infer_dtype=float32"])
-    merge.main([*argv, f"export_dir={tmp_path / 'original'}", "infer_dtype=float32", "merge_base=original"])
-    assert "rounded to " + kind in (out := capsys.readouterr().out) and "another model than was trained" in out
+    merge.main(
+        [*argv, f"export_dir={tmp_path / 'original'}", "infer_dtype=float32", "merge_base=original"]
+    )
+    assert (
+        "rounded to " + kind in (out := capsys.readouterr().out)
+        and "another model than was trained" in out
+    )
     plain = load_model(base, torch.float32)
     seen = load_model(base, form=Form(kind, nested=256 if kind == "nf4" else 0))
     for folder, model in (("dense", seen), ("original", plain)):
         got = tensors_in(tmp_path / folder)
-        want = {f"{name}.weight": module.weight.dense(torch.float32) if isinstance(module, QuantLinear) else
-                module.weight for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        want = {
+            f"{name}.weight": module.weight.dense(torch.float32)
+            if isinstance(module, QuantLinear)
+            else module.weight
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
         load_adapter(model, adapter)
         for name, layer in lora_layers(model).items():
-            want[f"{name}.weight"] = want[f"{name}.weight"] + layer.lora_B.weight @ layer.lora_A.weight * layer.scale
+            want[f"{name}.weight"] = (
+                want[f"{name}.weight"] + layer.lora_B.weight @ layer.lora_A.weight * layer.scale
+            )
         assert all((got[name] - weight).abs().max() < 1e-6 for name, weight in want.items())
-    assert not torch.equal(tensors_in(tmp_path / "dense")["model.layers.0.mlp.up_proj.weight"],
-                           tensors_in(tmp_path / "original")["model.layers.0.mlp.up_proj.weight"])
+    assert not torch.equal(
+        tensors_in(tmp_path / "dense")["model.layers.0.mlp.up_proj.weight"],
+        tensors_in(tmp_path / "original")["model.layers.0.mlp.up_proj.weight"],
+    )
 
 
 def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_path):
-    from tests.test_quant import stored         # which reads this file
+    from tests.test_quant import stored  # which reads this file
+
     folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", Form("fp4", 128))
     merge_checkpoint(folder, [], tmp_path / "plain")
     want, got = load_model(folder), load_model(tmp_path / "plain")
     ids = torch.arange(9)[None]
     assert torch.allclose(got.logits(got(ids)), want.logits(want(ids)), atol=1e-6)
     assert got.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
-    with pytest.raises(ValueError, match="merge_base: original: .* itself is stored quantized .*name the 16-bit check"):
-        merge.main([f"model_name_or_path={folder}", f"export_dir={tmp_path / 'no'}", "merge_base=original"])
+    with pytest.raises(
+        ValueError,
+        match="merge_base: original: .* itself is stored quantized .*name the 16-bit check",
+    ):
+        merge.main(
+            [f"model_name_or_path={folder}", f"export_dir={tmp_path / 'no'}", "merge_base=original"]
+        )
 
 
 @needs_shared
 def test_losses_of_base_adapter_and_merged_are_shown(tmp_path, monkeypatch, capsys):
     """Against the losses that evaluation in training reports on the same rows."""
     from tests.test_train import run
-    run("sft_llama3", tmp_path / "out", monkeypatch, "quantization_bit=4", "val_size=0.2", "do_eval=true",
-        "per_device_eval_batch_size=1")
+
+    run(
+        "sft_llama3",
+        tmp_path / "out",
+        monkeypatch,
+        "quantization_bit=4",
+        "val_size=0.2",
+        "do_eval=true",
+        "per_device_eval_batch_size=1",
+    )
     trained = json.loads((tmp_path / "out/eval_results.json").read_text())["eval_token_loss"]
     capsys.readouterr()
-    merge.main(["config.yaml", "adapter_name_or_path=", f"output_dir={tmp_path / 'out'}", "val_size=0.2",
-                f"export_dir={tmp_path / 'merged'}"])
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("losses")]
+    merge.main(
+        [
+            "config.yaml",
+            "adapter_name_or_path=",
+            f"output_dir={tmp_path / 'out'}",
+            "val_size=0.2",
+            f"export_dir={tmp_path / 'merged'}",
+        ]
+    )
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("losses")]
     base, adapted, merged = (float(part.split()[-1]) for part in line.partition("(")[0].split(","))
     assert "rows held out" in line and adapted == pytest.approx(trained, abs=2e-4)
     assert merged == pytest.approx(adapted, abs=1e-3) and base > adapted + 0.05
