@@ -74,7 +74,7 @@ class Layout:
     def to(self, device):
         """Move the index tensors, in place; returns self."""
         for name in ("cu_seqlens", "gather", "scatter"):
-            setattr(self, name, moved(getattr(self, name), device))
+            setattr(self, name, to_device(getattr(self, name), device))
         for layout in self.chunks.values():
             layout.to(device)
         return self
@@ -89,8 +89,8 @@ class Layout:
         return self.chunks[chunk]
 
 
-def moved(tensor, device):
-    """The tensor on the device. From memory of the host that may not be swapped out, a GPU fetches it while both go on."""
+def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The tensor on the device; from pinned memory a GPU copies it without making the host wait."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from attention import Layout, moved
+from attention import Layout, to_device
 from runtime.report import print_example
 from templates import Settings, encode_pieces, render_turns
 from text.conversations import JUDGED, PAIRS, Row, shown
@@ -289,6 +289,26 @@ class Batch:
     desired: torch.Tensor | None = None     # (rows,) bool: of judged answers, is it a good one?
     other: object = None            # of judged answers: the Batch of prompts with answers of other rows
 
+    def to(self, device) -> "Batch":
+        """The batch on a device, with the layout of its sequences; itself if it has been there.
+
+        targets stay on the CPU: the loss selects by them, and a GPU's answer would have to be waited for.
+        """
+        if self.layout is not None:
+            return self
+        input_ids = to_device(self.input_ids, device)
+        if input_ids is not self.input_ids:
+            input_ids.on_cpu = self.input_ids       # for an embedding that stays on the CPU, see methods/quant.py
+        return replace(
+            self,
+            input_ids=input_ids,
+            position_ids=to_device(self.position_ids, device),
+            layout=Layout(self.lengths, device),
+            shares=None if self.shares is None else to_device(self.shares, device),
+            desired=None if self.desired is None else to_device(self.desired, device),
+            other=None if self.other is None else self.other.to(device),
+        )
+
 
 def collate(examples: list[Example]) -> Batch:
     """Lays examples end to end. No padding: the same mathematics as a padded batch, without computing on nothing."""
@@ -312,19 +332,6 @@ def stretch(example: Example, number: int) -> Example:
 def collate_rows(groups: list[list[Example]], alike: bool = False) -> Batch:
     """The rows of some micro-batches of stages sft and pt: it does not matter which is whose."""
     return collate([example for group in groups for example in group])
-
-
-def on_device(batch, device):
-    """The batch with its tensors on the device, and the layout of its sequences; unchanged if it has been there. The
-    targets stay: the loss asks which of them count, and on a GPU the answer would have to be waited for."""
-    if batch.layout is not None:
-        return batch
-    more = {name: moved(getattr(batch, name), device) for name in ("shares", "desired") if getattr(batch, name) is not None}
-    ids = moved(batch.input_ids, device)
-    if ids is not batch.input_ids:
-        ids.on_cpu = batch.input_ids                # for an embedding that is not on the device, see methods/quant.py
-    return replace(batch, input_ids=ids, position_ids=moved(batch.position_ids, device),
-                   layout=Layout(batch.lengths, device), other=batch.other and on_device(batch.other, device), **more)
 
 
 # ---- show -------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from attention import to_device
+from data import IGNORE
 from fast.matmul import BLOCK, torch_product
 from parallel import Ranks
 
-IGNORE = -100                   # label of a position that carries no loss
 CHUNK_BYTES = 64 * 2**20        # float32 logits held at once, or,
 MOST_CHUNKS = 16                # where that would be more chunks than this, more: each chunk reads the whole head
 
@@ -75,12 +76,7 @@ def d_scores(e, s, bent, y):
 def supervised(targets, device):
     """Where a target counts, (n,), and what it is, (n,), on the device. targets: on the CPU, see cross_entropy_sum."""
     rows = (targets != IGNORE).nonzero().squeeze(1)
-    return sent(rows, device), sent(targets[rows], device)
-
-
-def sent(tensor, device):
-    """From the CPU to the device. From memory that may be swapped out, a copy waits for all that was asked before."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    return to_device(rows, device), to_device(targets[rows], device)
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -203,7 +199,7 @@ def answer_logps(hidden, weight, targets, lengths, softcap=None, product=torch_p
     counts = [int((part != IGNORE).sum()) for part in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-part.sum() for part in losses.split(counts)])
-    return logps, sent(torch.tensor(counts, dtype=torch.float32), hidden.device)
+    return logps, to_device(torch.tensor(counts, dtype=torch.float32), hidden.device)
 
 
 def balance_loss(routers, num_experts_per_tok: int):

@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from data import collate, on_device
+from data import IGNORE, collate
 from fast.attention_picker import pick_kernel
 from fast.matmul import PRODUCTS, torch_product
-from losses import IGNORE, Objective, balance_loss, cross_entropy_sum, logged
+from losses import Objective, balance_loss, cross_entropy_sum, logged
 from model import attention_needs
 from parallel import Ranks
 from runtime.build import COLLATE, batch_loss
@@ -94,7 +94,7 @@ def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks
 def score_batch(model, examples: list, *, objective: Objective, stage: str, device,
                 autocast) -> BatchLoss:
     """Loss of a batch by the objective of a stage, as in training."""
-    batch = on_device(COLLATE[stage]([examples]), device)
+    batch = COLLATE[stage]([examples]).to(device)
     items = batch.n_items if batch.groups else int((batch.targets != IGNORE).sum())
     if items == 0 and not hasattr(model, "reshard"):
         return BatchLoss()
@@ -109,7 +109,7 @@ def score_examples(model, examples: list, *, balance: float, device) -> BatchLos
 
     balance: coefficient of the experts' balance loss.
     """
-    batch = on_device(collate(examples), device)
+    batch = collate(examples).to(device)
     routers = [] if balance else None
     hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]   # (N, D)
     matmul = PRODUCTS.get(model.product, torch_product)

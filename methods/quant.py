@@ -348,7 +348,7 @@ def quantised_weights(model: nn.Module) -> dict[str, Quantised]:
 class EmbeddingOutside(nn.Embedding):
     """A frozen embedding that stays in the machine's memory, whatever device computes: few of its rows are read.
 
-    Ids that have `on_cpu`, themselves before they were sent to the device (data.on_device), are not asked back from it:
+    Ids that have `on_cpu`, themselves before they were sent to the device (Batch.to), are not asked back from it:
     that would wait for all work it has still to do.
     """
 

@@ -12,7 +12,7 @@ from checkpoint.adapters import load_adapter, read_adapter_config
 from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model, whole
 from config import has_reference
-from data import collate_rows, encode_conversations, encode_documents, on_device
+from data import collate_rows, encode_conversations, encode_documents
 from families import model_config, read_config_json
 from fast.matmul import PRODUCTS, torch_product
 from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters, row_lengths, unfreeze
@@ -144,7 +144,7 @@ def lora_settings(config, adapters, resume) -> LoRAConfig | None:
 
 def batch_loss(model, batch, device, objective: Objective, told=None):
     """(sum of the losses of a batch's rows, what is added to it undivided, what is to be logged); see Objective."""
-    return objective.score(model, on_device(batch, device), told)
+    return objective.score(model, batch.to(device), told)
 
 
 def score_tokens(balance: float, model, batch, told):
@@ -188,7 +188,7 @@ def check_first_batch(model, batch, device, autocast, objective: Objective):
     model.eval()                                    # dropout would draw random numbers, and a resumed run differ
     try:
         with autocast:
-            batch = on_device(batch, device)
+            batch = batch.to(device)
             told, = objective.ask(model, [batch], Ranks())
             loss = float(batch_loss(model, batch, device, objective, told)[0])
     finally:

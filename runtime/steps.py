@@ -10,7 +10,6 @@ from itertools import islice
 
 import torch
 
-from data import on_device
 from parallel import Ranks
 from runtime.build import COLLATE
 from scale.fsdp import idle_batches
@@ -79,7 +78,7 @@ def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_onc
             [flops_of(batch) for batch in passes])))
         idle = idle_batches(len(passes), make([[train_set[0]]]), ranks) if sharded else []
         yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in micro for i in rows],
-                   [on_device(batch, device) for batch in idle + passes], len(idle), n_items, tokens, flops)
+                   [batch.to(device) for batch in idle + passes], len(idle), n_items, tokens, flops)
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:

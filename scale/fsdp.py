@@ -31,7 +31,7 @@ from checkpoint.files import open_tensors, read_rows, stored_as
 from checkpoint.load import NO_ROWS, assign, check_shape, load_model, weight_files, whole
 from checkpoint.show import bytes_in_words
 from checkpoint.training_state import state_of
-from losses import IGNORE
+from data import IGNORE
 from model import MoE
 from parallel import Ranks
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
-from losses import (IGNORE, MOST_CHUNKS, answer_logps, answer_logps_plain, chunk_rows,
+from data import IGNORE
+from losses import (MOST_CHUNKS, answer_logps, answer_logps_plain, chunk_rows,
                     cross_entropy_plain, cross_entropy_sum)
 
 N, V, D = 60, 97, 24
