@@ -34,7 +34,7 @@ from runtime.device import pick_device
 import torch
 
 from checkpoint.adapters import load_with_adapters
-from families import ModelConfig, model_config, read_config_json
+from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import pick_step, prepare
 from generate import Sampling, common_prefix, context_length, generate, next_scores
@@ -89,12 +89,11 @@ def main(argv):
 
     # ---- weights: base and adapters
     base, adapters, remarks = find_weights(config)
-    config_json = read_config_json(base)
-    shape = model_config(config_json, f"{base}/config.json")
+    model_config = read_model_config(base)
     device = pick_device(config.use_cpu)
-    dtype = pick_dtype(config, config_json, device)
+    dtype = pick_dtype(config, read_config_json(base), device)
     say(f"model     {base}{remarks[0]}")
-    for note in shape.notes:
+    for note in model_config.notes:
         say(f"          note: {note}")
     say(f"adapter   {' + '.join(map(str, adapters)) or 'none'}{remarks[1]}")
     for warning in other_bases(config, adapters):
@@ -103,7 +102,7 @@ def main(argv):
     # ---- chat template
     trained = adapters or [base]
     settings = trained_settings(config, trained[-1])
-    text = load_text(config, base, trained, shape, settings)
+    text = load_text(config, base, trained, model_config, settings)
     say(f"template  {text.template.name} ({text.origin})")
 
     # ---- sampling
@@ -112,7 +111,7 @@ def main(argv):
     # ---- model
     with explained_out_of_memory(device):
         model = load_model_to_chat(config, base, adapters, dtype, device)
-    cache, step = pick_kernels(config, model, shape, device)
+    cache, step = pick_kernels(config, model, device)
 
     # ---- turns
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -284,19 +283,19 @@ def load_model_to_chat(config: Config, base: Path, adapters: list[Path],
     return model
 
 
-def pick_kernels(config: Config, model: CausalLM, shape: ModelConfig,
+def pick_kernels(config: Config, model: CausalLM,
                  device: torch.device) -> tuple[KVCache, Callable]:
     """Choose the attention kernel and the decoding step; returns (cache, step)."""
     dtype = model.model.embed_tokens.weight.dtype
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
-                         **attention_needs(shape))
+                         **attention_needs(model.config))
     model.kernel = choice.kernel
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     say(f"device    {name}")
     say(f"dtype     {str(dtype).removeprefix('torch.')}")
     say("\n".join([*choice.lines[:-1], f"kernel    {choice.kernel}"]))
     if not config.fast_chat:
-        return KVCache(shape.num_hidden_layers), next_scores
+        return KVCache(model.config.num_hidden_layers), next_scores
     cache, step, line = pick_step(model)
     say(line)
     return cache, step

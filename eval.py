@@ -41,7 +41,7 @@ from evals.loss import evaluate, evaluate_examples
 from evals.multiple_choice import Subject, accuracies, answers_of, find_subjects
 from evals.predictions import (Prompt, Side, predict, progress_name, prompts_of, read_prompt_rows,
                                run_key, write_predictions)
-from families import model_config, read_config_json
+from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import prepare
 from fast.matmul import pick_product
@@ -80,21 +80,21 @@ def main(argv):
 
     # ---- models
     base, adapters, remarks = find_weights(config)
-    shape = model_config(read_config_json(base), f"{base}/config.json")
+    model_config = read_model_config(base)
     device = pick_device(config.use_cpu)
     sides = sides_of(config, base, adapters)
-    notes = [*shape.notes, *(remark.strip() for remark in remarks if remark)]
+    notes = [*model_config.notes, *(remark.strip() for remark in remarks if remark)]
     print_models(config, sides, notes + other_bases(config, adapters))
 
     # ---- chat template, rows
     trained = adapters or [base]
     settings = trained_settings(config, trained[-1])
-    text = load_text(config, base, trained, shape, settings)
+    text = load_text(config, base, trained, model_config, settings)
     if config.task:
         measure_choices(config, sides, text.template, text.tokenizer, settings, device)
         return
     config = replace(config, **asdict(settings))
-    examples = held_out(config, text.tokenizer, text.template, shape.vocab_size)
+    examples = held_out(config, text.tokenizer, text.template, model_config.vocab_size)
     prompts = []
     if wants_answers(config):
         rows = read_prompt_rows(config)

@@ -353,6 +353,11 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
     return read_fields(raw, kind, FAMILIES[kind], where)
 
 
+def read_model_config(folder) -> ModelConfig:
+    """The ModelConfig of a checkpoint folder. Raises FileNotFoundError or ValueError."""
+    return model_config(read_config_json(folder), f"{folder}/config.json")
+
+
 def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig:
     """model_config with the row given."""
     notes = []

@@ -49,7 +49,7 @@ from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors,
                               tensor_files, write_json, write_tensors)
 from checkpoint.load import load_model, packed_weights, read_packed
 from evals.loss import mean_loss
-from families import model_config, read_config_json
+from families import model_config, read_config_json, read_model_config
 from lora import expert_matrices, merged_weight
 from methods.preference import VALUE_HEAD
 from methods.quant import Form, form_asked, in_words, quantise
@@ -443,7 +443,7 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
         print(f"losses    not compared: stage {stage} has no loss per token")
         return
 
-    text = load_text(config, config.export_dir, adapters, model_config(read_config_json(base)))
+    text = load_text(config, config.export_dir, adapters, read_model_config(base))
     rows, description = some_rows(replace(config, stage=stage), text.tokenizer, text.template)
 
     loaders = {
@@ -504,9 +504,9 @@ def fit_text_files(text_source: Path, work: Path, template, force: bool, fields:
 
     Without that, generate() of transformers continues after the reply if the base used another end.
     """
-    shape = model_config(fields)
+    base_config = model_config(fields)
     tokenizer = load_tokenizer(text_source)
-    text = fit_text(tokenizer, template, force, shape.model_type, shape.vocab_size)
+    text = fit_text(tokenizer, template, force, base_config.model_type, base_config.vocab_size)
     text.tokenizer.save(work)
     (work / "special_tokens_map.json").unlink(missing_ok=True)  # older format, might contradict
 
@@ -514,7 +514,8 @@ def fit_text_files(text_source: Path, work: Path, template, force: bool, fields:
     ends = generation.get("eos_token_id", fields.get("eos_token_id"))
     if not isinstance(ends, list):
         ends = [] if ends is None else [ends]
-    new = [stop for stop in sorted(text.stop_ids) if stop not in ends and stop < shape.vocab_size]
+    stops = sorted(stop for stop in text.stop_ids if stop < base_config.vocab_size)
+    new = [stop for stop in stops if stop not in ends]
     if new:
         write_json(work / "generation_config.json", {**generation, "eos_token_id": ends + new})
 
