@@ -3,7 +3,7 @@
 chat.py and eval.py read the yaml file of a training run unchanged; the functions here decide what
 each of its keys means once training is over.
 
-Requires: checkpoint/load.py, templates.py.
+Requires: checkpoint/files.py, checkpoint/adapters.py, templates.py.
 Next: chat.py, eval.py.
 """
 from collections.abc import Iterator

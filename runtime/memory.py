@@ -391,7 +391,7 @@ def bytes_beside_blocks(model, batch: MicroBatch) -> int:
 def block_gradient_bytes(model, batch: MicroBatch, first: int) -> list[int]:
     """For each block from `first` on: bytes of gradients during its backward pass."""
     # DoRA: the rows whose norm it needs, and their squares, in float32
-    dora = max((8 * m.weight.numel() for m in model.modules() if has_lengths(m)), default=0)
+    dora = max((8 * m.weight.numel() for m in model.modules() if uses_dora(m)), default=0)
     sizes = [backward_bytes(model.config, batch, sparse) + dora
              for sparse in model.config.sparse[first:]]
     # the gradient of one expert is a stack of all experts, zero for the others
@@ -462,9 +462,9 @@ def block_bytes(block, layer: int, model_config, batch: MicroBatch, level: str) 
     if sparse:
         mlp = moe_bytes(block.mlp, model_config, batch)
     elif level == "mlp":
-        mlp = hidden * batch.stream + narrow([block.mlp.down_proj]) * batch.compute
+        mlp = hidden * batch.stream + low_rank_numbers([block.mlp.down_proj]) * batch.compute
     else:
-        mlp = input_bytes(hidden, first_layers(block.mlp), batch, from_stream=True)
+        mlp = input_bytes(hidden, input_layers(block.mlp), batch, from_stream=True)
         mlp += mlp_bytes(block.mlp, model_config.intermediate_size, batch)
     attention = attention_bytes(block.self_attn, layer, model_config, batch)
     return batch.tokens * (norms + mlp) + attention
@@ -491,7 +491,7 @@ def input_bytes(width: int, linears: list, batch: MicroBatch, from_stream: bool 
     On the fast path the input is always kept, else if a layer is trained. from_stream: the input
     has the dtype of the residual stream.
     """
-    low_rank = narrow(linears) * batch.compute
+    low_rank = low_rank_numbers(linears) * batch.compute
     if batch.fast:
         return width * batch.compute + low_rank
     trained = [m for m in linears if any(p.requires_grad for p in m.parameters())]
@@ -506,7 +506,7 @@ def input_bytes(width: int, linears: list, batch: MicroBatch, from_stream: bool 
     return width * inputs + low_rank
 
 
-def narrow(linears: list) -> int:
+def low_rank_numbers(linears: list) -> int:
     """Numbers for each token of the adapters' A x and, with DoRA, of W x + scale * B(A x)."""
     total = 0
     for module in linears:
@@ -514,12 +514,12 @@ def narrow(linears: list) -> int:
             continue
         experts = len(module.weight) if isinstance(module, LoRAStacked) else 1
         total += module.lora_A.out_features // experts
-        if has_lengths(module):
+        if uses_dora(module):
             total += module.out_features
     return total
 
 
-def has_lengths(module) -> bool:
+def uses_dora(module) -> bool:
     """Whether this is a layer with DoRA."""
     return getattr(module, "lora_magnitude_vector", None) is not None
 
@@ -530,11 +530,11 @@ def mlp_bytes(mlp, width: int, batch: MicroBatch) -> int:
     On the fast path gate and up alone. width: F, of the MLP or of an expert.
     """
     if batch.fast:
-        return (2 * width + narrow([mlp.down_proj])) * batch.compute
+        return (2 * width + low_rank_numbers([mlp.down_proj])) * batch.compute
     return 3 * width * batch.compute + input_bytes(width, [mlp.down_proj], batch)
 
 
-def first_layers(module) -> list:
+def input_layers(module) -> list:
     """The linear layers that read the input of an attention or an MLP."""
     names = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_up_proj", "gate_proj", "up_proj")
     return [getattr(module, name) for name in names if hasattr(module, name)]
@@ -546,7 +546,7 @@ def moe_bytes(moe, model_config, batch: MicroBatch) -> int:
     expert = moe.experts if model_config.stacked_experts else moe.experts[0]
     # the factor of the router's scores
     weighted = hidden * (batch.stream if model_config.scale_input else batch.compute)
-    per_expert = input_bytes(hidden, first_layers(expert), batch, from_stream=True)
+    per_expert = input_bytes(hidden, input_layers(expert), batch, from_stream=True)
     per_expert += mlp_bytes(expert, model_config.moe_intermediate_size, batch)
     per_expert += weighted + 4 * 8
     total = model_config.num_experts_per_tok * per_expert + 4 * model_config.num_experts
@@ -554,7 +554,7 @@ def moe_bytes(moe, model_config, batch: MicroBatch) -> int:
     readers = [moe.gate]
     shared_width = model_config.shared_expert_intermediate_size
     if shared_width:
-        readers += first_layers(moe.shared_expert)
+        readers += input_layers(moe.shared_expert)
         total += mlp_bytes(moe.shared_expert, shared_width, batch)
     if model_config.shared_expert_gate:
         readers.append(moe.shared_expert_gate)
@@ -567,7 +567,7 @@ def attention_bytes(attention, layer: int, model_config, batch: MicroBatch) -> i
     H = model_config.num_attention_heads
     K = model_config.num_key_value_heads
     Dh = model_config.head_dim
-    per_token = input_bytes(model_config.hidden_size, first_layers(attention), batch,
+    per_token = input_bytes(model_config.hidden_size, input_layers(attention), batch,
                             from_stream=True)
     per_token += input_bytes(H * Dh, [attention.o_proj], batch)
     if hasattr(attention, "q_norm"):

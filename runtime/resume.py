@@ -8,7 +8,7 @@ Lost work cannot be recomputed for free, so every rule here errs on the side of 
 
 docs/never_lose_a_run.md explains this to users.
 
-Requires: checkpoint/load.py (how checkpoints are written and verified), text/token_cache.py.
+Requires: checkpoint/training_state.py (how checkpoints are written and verified).
 Next: train.py, which calls all of this.
 
 Source: exit code 75, "try again later", is EX_TEMPFAIL of BSD's sysexits.h.
@@ -99,17 +99,17 @@ def lock(output: Path):
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = last_word(output)
+            owner = read_owner(output)
             raise ValueError(
                 f"output_dir: another run is using {output} (process {owner.get('process')} on "
                 f"{owner.get('host')}); wait until it ends, stop it, or name another folder"
             ) from None
         print(f"  note: {output} cannot be locked ({error.strerror}); make sure that no other run "
               "writes there")
-    leave_word(handle)
+    write_owner(handle)
 
 
-def leave_word(handle: int, **more):
+def write_owner(handle: int, **more):
     """Write into the lock file which process holds it."""
     owner = {
         "host": socket.gethostname(),
@@ -125,11 +125,11 @@ def note_stop(output: Path, why: str):
     """Record that this run was asked to stop: torchrun --max-restarts would start it again."""
     if (output / LOCK).exists():
         handle = os.open(output / LOCK, os.O_RDWR)
-        leave_word(handle, stopped=why)
+        write_owner(handle, stopped=why)
         os.close(handle)
 
 
-def last_word(output: Path) -> dict:
+def read_owner(output: Path) -> dict:
     """What the lock file says about the last run in output_dir; {} if it cannot be read."""
     try:
         return read_json(output / LOCK)
@@ -142,7 +142,7 @@ def restarted(output: Path) -> bool:
 
     Exits if that process had been asked to stop.
     """
-    owner = last_word(output)
+    owner = read_owner(output)
     is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     same_launcher = owner.get("launcher") == os.getppid()
     same_host = owner.get("host") == socket.gethostname()
@@ -174,11 +174,11 @@ def find_resume(config) -> Path | None:
     checkpoints = checkpoints_in(output)
     resume = None
     if request in ("true", "auto"):
-        resume = newest_whole(output, request)
+        resume = newest_intact(output, request)
     elif request:
-        resume = chosen(Path(request), checkpoints)
+        resume = named_checkpoint(Path(request), checkpoints)
 
-    replaced = [path for path in not_of_this_run(output, resume) if not is_damaged(path)]
+    replaced = [path for path in files_of_other_runs(output, resume) if not is_damaged(path)]
     check_sources(config, replaced)
     if replaced and not config.overwrite_output_dir:
         hint = ""
@@ -201,7 +201,7 @@ def check_sources(config, replaced: list[Path]):
                              "name another output_dir")
 
 
-def chosen(folder: Path, checkpoints: list[Path]) -> Path:
+def named_checkpoint(folder: Path, checkpoints: list[Path]) -> Path:
     """The checkpoint that resume_from_checkpoint names. Raises if a run cannot resume from it.
 
     checkpoints: of output_dir, named in the error.
@@ -221,7 +221,7 @@ def chosen(folder: Path, checkpoints: list[Path]) -> Path:
     return folder
 
 
-def newest_whole(output: Path, request: str) -> Path | None:
+def newest_intact(output: Path, request: str) -> Path | None:
     """The newest intact checkpoint; damaged ones are skipped, with a message.
 
     Without any, returns None if `request` is auto and raises FileNotFoundError if it is true.
@@ -259,7 +259,7 @@ def is_damaged(path: Path) -> bool:
     return path.name.startswith("checkpoint-") and path.is_dir() and bool(damage(path))
 
 
-def not_of_this_run(output: Path, resume: Path | None) -> list[Path]:
+def files_of_other_runs(output: Path, resume: Path | None) -> list[Path]:
     """What a run would overwrite in output_dir: with `resume` later checkpoints, else everything.
 
     A run killed before its first checkpoint or, without checkpoints, before its last file has left
@@ -377,12 +377,12 @@ def prepare_output(config, resume: Path | None, weights: dict):
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     lock(output)
-    for old in not_of_this_run(output, resume):
+    for old in files_of_other_runs(output, resume):
         if is_damaged(old):
             os.replace(old, unused_name(old))
         elif old.name.startswith("checkpoint-"):
             print(f"overwrite_output_dir: removed {old} of an earlier run")
-            remove(old)
+            remove_checkpoint(old)
     for unfinished in output.glob("checkpoint-*.partial"):
         shutil.rmtree(unfinished)
     # a checkpoint also holds AdamW's two moments of each weight
@@ -433,10 +433,10 @@ def remove_old_checkpoints(config, output: Path, best: list | None):
               "are kept", file=sys.stderr)
         return
     for path in surplus:
-        remove(path)
+        remove_checkpoint(path)
 
 
-def remove(checkpoint: Path):
+def remove_checkpoint(checkpoint: Path):
     """Rename, then delete: a kill in between leaves nothing that looks like a checkpoint."""
     renamed = checkpoint.with_name(checkpoint.name + ".partial")
     if renamed.exists():

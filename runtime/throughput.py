@@ -1,6 +1,6 @@
 """How fast a run is: tokens per second, and the share of what the device can do.
 
-    python -m runtime.throughput             TFLOP/s of this machine's matrix products, in float32 and bfloat16
+    python -m runtime.throughput        TFLOP/s of this machine's matrix products, two dtypes
 
 Model FLOPs are the arithmetic that training needs, not what an implementation executes:
 recomputation in the backward pass does not count, padding does not count, and attention counts the
@@ -98,6 +98,28 @@ def attention_flops(model_config, lengths: Sequence[int]) -> float:
     for (window, chunk), layers in kinds.items():
         pairs += layers * sum(attention_pairs(n, window or 0, chunk or 0) for n in lengths)
     return 4 * model_config.num_attention_heads * model_config.head_dim * pairs
+
+
+def flops_of_batch(model_config, frozen: float, trained: float, reference: float,
+                   batch) -> float:
+    """Model FLOPs of a training batch, and of the reference model's forward passes if it has one.
+
+    frozen, trained, reference: numbers of weights, see matmul_parameters. batch.other: mismatched
+    pairs for KTO's KL term, a forward pass of both models.
+    """
+    flops = training_flops(model_config, frozen, trained, batch.lengths)
+    if reference:
+        flops += forward_flops(model_config, reference, batch.lengths)
+    if batch.other is not None:
+        lengths = batch.other.lengths
+        flops += (forward_flops(model_config, frozen + trained, lengths)
+                  + forward_flops(model_config, reference, lengths))
+    return flops
+
+
+def total_flos(model, tokens: int) -> float:
+    """6 x parameters (without the embedding) x tokens, as LLaMA-Factory's results count it."""
+    return 6.0 * (count(model) - model.model.embed_tokens.weight.numel()) * tokens
 
 
 # ---- measurements -------------------------------------------------------------------------------
@@ -355,21 +377,6 @@ def kind_of(event) -> str:
                 return kind
             operation = operation.cpu_parent
     return OTHER
-
-
-def total_flos(model, tokens: int) -> float:
-    """6 x parameters (without the embedding) x tokens: the convention of total_flos in LLaMA-Factory's results."""
-    return 6.0 * (count(model) - model.model.embed_tokens.weight.numel()) * tokens
-
-
-def flops_of_batch(shape, frozen: float, trained: float, asked: float, batch) -> float:
-    """Model FLOPs of a batch: of learning from it and, where a reference with so many weights is asked, of that."""
-    flops = training_flops(shape, frozen, trained, batch.lengths)
-    if asked:
-        flops += forward_flops(shape, asked, batch.lengths)
-    if batch.other is not None:
-        flops += sum(forward_flops(shape, weights, batch.other.lengths) for weights in (frozen + trained, asked))
-    return flops
 
 
 if __name__ == "__main__":

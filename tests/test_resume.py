@@ -739,7 +739,7 @@ def test_the_last_good_checkpoint_is_never_removed(nursery, tmp_path):
         "checkpoint-6",
         "checkpoint-8",
     ]
-    assert resume.newest_whole(tmp_path / "run", "true").name == "checkpoint-2"
+    assert resume.newest_intact(tmp_path / "run", "true").name == "checkpoint-2"
 
 
 # ---- a full disk --------------------------------------------------------------------------------
