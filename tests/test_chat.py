@@ -13,10 +13,8 @@ import pytest
 import torch
 
 import chat
-from runtime import device
 from runtime import finished
 from text import load_text
-from text.chat_formats import stored_template
 from runtime import load_config
 from text import tokenizer
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
@@ -278,29 +276,6 @@ def settings(*pairs):
     return load_config.load_config([f"model_name_or_path={BASE}", *map(str, pairs)], "chat")
 
 
-def test_weights_of_the_yaml_that_trained(tmp_path):
-    output = tmp_path / "out"
-    assert finished.find_weights(settings()) == (BASE, [], ("", ""))
-    base, adapters, remarks = finished.find_weights(settings(f"output_dir={output}"))
-    assert (base, adapters) == (BASE, []) and "holds no finished training" in remarks[0]
-    (output / "checkpoint-20").mkdir(parents=True)
-    (output / "checkpoint-20/trainer_state.json").write_text("{}")
-    assert (
-        f"adapter_name_or_path={output}/checkpoint-20"
-        in finished.find_weights(settings(f"output_dir={output}"))[2][0]
-    )
-    shutil.copytree(TRAINED, output, dirs_exist_ok=True)
-    assert finished.find_weights(settings(f"output_dir={output}"))[:2] == (BASE, [output])
-    base, adapters, remarks = finished.find_weights(
-        settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}")
-    )
-    assert adapters == [OTHER] and f"adapter_name_or_path={output}" in remarks[1]
-    assert finished.find_weights(settings(f"output_dir={BASE}", "finetuning_type=full"))[:2] == (
-        BASE,
-        [],
-    )
-
-
 def test_an_adapter_brings_those_that_were_folded_in_before_it(tmp_path, ask):
     output = shutil.copytree(TRAINED, tmp_path / "out")
     (output / "train_config.json").write_text(
@@ -343,22 +318,6 @@ def test_template_and_system_come_from_the_training(tmp_path, ask):
     )
 
 
-@pytest.mark.parametrize(
-    "given, stored, thinking",
-    [
-        ([], {}, True),
-        ([], {"enable_thinking": False}, False),
-        (["enable_thinking=true"], {"enable_thinking": False}, True),
-    ],
-)
-def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
-    (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
-    config = settings(*given)
-    assert finished.trained_settings(config, tmp_path).enable_thinking == thinking
-    # the template is forced, since training has checked that it fits
-    assert stored_template([tmp_path], config.template, config.force_template) == ("qwen3", True)
-
-
 def test_sampling_values_and_where_they_come_from():
     published = {
         "temperature": 0.6,
@@ -398,44 +357,9 @@ def test_sampling_values_and_where_they_come_from():
         chat.sampling_values(settings(), {"top_p": "high"}, "dir")
 
 
-def test_dtype(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert (
-        finished.pick_dtype(settings(), {"torch_dtype": "bfloat16"}, cpu) is None
-    )  # the checkpoint's own
-    assert finished.pick_dtype(settings("bf16=true"), {}, cpu) == torch.bfloat16
-    assert finished.pick_dtype(settings("fp16=true"), {}, cpu) == torch.float16
-    assert (
-        finished.pick_dtype(settings("bf16=true", "infer_dtype=float32"), {}, cpu) == torch.float32
-    )
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
-    )
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
-    for pairs, raw, words in (
-        (["bf16=true"], {}, "config asks"),
-        ([], {"dtype": "bfloat16"}, "checkpoint has"),
-    ):
-        with pytest.raises(
-            ValueError, match=f"{words}.*bfloat16, which Tesla V100 lacks.*infer_dtype"
-        ):
-            finished.pick_dtype(settings(*pairs), raw, gpu)
-
-
 def test_bfloat16_answers(ask):
     out, err = ask([*WITH_ADAPTER, "infer_dtype=bfloat16", "--prompt", "hi"])
     assert out.strip() and "dtype     bfloat16" in err
-
-
-def test_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert device.pick_device().type == "cpu"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert device.pick_device(use_cpu=True).type == "cpu"
-    with pytest.raises(ValueError, match="a GPU was asked for.*use_cpu: true"):
-        device.pick_device()
 
 
 # ---- what a user may get wrong ----

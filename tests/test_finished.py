@@ -1,0 +1,78 @@
+"""runtime/finished.py: the weights, settings and dtype that the yaml of a training means later."""
+import json
+import shutil
+
+import pytest
+import torch
+
+from runtime import finished
+from runtime.load_config import load_config
+from tests.common import GOLDEN, needs_shared
+from text.chat_formats import stored_template
+
+pytestmark = needs_shared
+CURVES = GOLDEN / "curves"
+BASE = CURVES / "tiny_llama3"
+TRAINED = CURVES / "sft_llama3/final"
+OTHER = CURVES / "sft_llama3/adapter_init"
+
+
+def settings(*pairs):
+    return load_config([f"model_name_or_path={BASE}", *map(str, pairs)], "chat")
+
+
+def test_weights_of_the_yaml_that_trained(tmp_path):
+    output = tmp_path / "out"
+    assert finished.find_weights(settings()) == (BASE, [], ("", ""))
+    base, adapters, remarks = finished.find_weights(settings(f"output_dir={output}"))
+    assert (base, adapters) == (BASE, []) and "holds no finished training" in remarks[0]
+    (output / "checkpoint-20").mkdir(parents=True)
+    (output / "checkpoint-20/trainer_state.json").write_text("{}")
+    remarks = finished.find_weights(settings(f"output_dir={output}"))[2]
+    assert f"adapter_name_or_path={output}/checkpoint-20" in remarks[0]
+    shutil.copytree(TRAINED, output, dirs_exist_ok=True)
+    assert finished.find_weights(settings(f"output_dir={output}"))[:2] == (BASE, [output])
+    base, adapters, remarks = finished.find_weights(
+        settings(f"output_dir={output}", f"adapter_name_or_path={OTHER}")
+    )
+    assert adapters == [OTHER] and f"adapter_name_or_path={output}" in remarks[1]
+    full = settings(f"output_dir={BASE}", "finetuning_type=full")
+    assert finished.find_weights(full)[:2] == (BASE, [])
+
+
+@pytest.mark.parametrize(
+    "given, stored, thinking",
+    [
+        ([], {}, True),
+        ([], {"enable_thinking": False}, False),
+        (["enable_thinking=true"], {"enable_thinking": False}, True),
+    ],
+)
+def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
+    (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
+    config = settings(*given)
+    assert finished.trained_settings(config, tmp_path).enable_thinking == thinking
+    # the template is forced, since training has checked that it fits
+    assert stored_template([tmp_path], config.template, config.force_template) == ("qwen3", True)
+
+
+def test_dtype(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    # None: the checkpoint's own
+    assert finished.pick_dtype(settings(), {"torch_dtype": "bfloat16"}, cpu) is None
+    assert finished.pick_dtype(settings("bf16=true"), {}, cpu) == torch.bfloat16
+    assert finished.pick_dtype(settings("fp16=true"), {}, cpu) == torch.float16
+    both = settings("bf16=true", "infer_dtype=float32")
+    assert finished.pick_dtype(both, {}, cpu) == torch.float32
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    for pairs, raw, words in (
+        (["bf16=true"], {}, "config asks"),
+        ([], {"dtype": "bfloat16"}, "checkpoint has"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{words}.*bfloat16, which Tesla V100 lacks.*infer_dtype"
+        ):
+            finished.pick_dtype(settings(*pairs), raw, gpu)

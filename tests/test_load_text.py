@@ -1,0 +1,51 @@
+"""text/load_text.py: which template is chosen, and what the tokenizer ends answers with."""
+import json
+import shutil
+
+import pytest
+
+from families import read_model_config
+from runtime.load_config import load_config
+from tests.common import GOLDEN, needs_shared
+from text.load_text import eos_ids_of, fit_text, load_text
+from text.tokenizer import load_tokenizer
+
+pytestmark = needs_shared
+BASE = GOLDEN / "curves/tiny_llama3"
+EOT = 1005                  # <|eot_id|>
+
+
+def text_of(folder, *pairs, **options):
+    config = load_config([f"model_name_or_path={BASE}", *pairs], "chat")
+    return load_text(config, BASE, [folder], read_model_config(BASE), **options)
+
+
+def test_the_template_of_the_config_or_of_the_training(tmp_path):
+    named = text_of(tmp_path, "template=llama3")
+    assert (named.template.name, named.origin) == ("llama3", "as the config says")
+    (tmp_path / "train_config.json").write_text(json.dumps({"template": "llama3"}))
+    stored = text_of(tmp_path)
+    assert (stored.template.name, stored.origin) == ("llama3", f"stored in {tmp_path}")
+    assert stored.stop_ids == named.stop_ids and EOT in stored.stop_ids
+    assert stored.tokenizer.eos_id == EOT
+    with pytest.raises(ValueError, match="was trained with llama3"):
+        text_of(tmp_path, "template=qwen")
+
+
+def test_differences_from_the_checkpoints_own_template_are_notes(tmp_path):
+    """They are found before the tokenizer takes the template's own end of an answer."""
+    base = shutil.copytree(BASE, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0]['content'] }}"
+    (base / "tokenizer_config.json").chmod(0o644)
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    assert fit_text(load_tokenizer(base), "llama3", check=True).notes
+    assert not fit_text(load_tokenizer(base), "llama3").notes
+
+
+@pytest.mark.parametrize("stored, ids", [(None, set()), (7, {7}), ([7, 8], {7, 8})])
+def test_ends_that_the_checkpoint_names(tmp_path, stored, ids):
+    assert eos_ids_of(tmp_path) == set()
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
+    assert eos_ids_of(tmp_path) == ids
