@@ -16,11 +16,12 @@ import torch
 from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
+from config import Config
 from templates import Settings
 from text.tokenizer import read_json
 
 
-def find_weights(config) -> tuple[Path, list[Path], tuple[str, str]]:
+def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
     """Find the base folder and the adapter folders; the two strings are remarks about each of them.
 
     Folders named in the config come first, then the finished training in its output_dir.
@@ -69,7 +70,7 @@ def checkpoint_hint(output: Path, full: bool) -> str:
     return f"; its newest checkpoint: {key}={checkpoints[-1]}"
 
 
-def other_bases(config, adapters) -> list[str]:
+def other_bases(config: Config, adapters: list[Path]) -> list[str]:
     """Warnings about adapters trained on a base of another name.
 
     The tensor shapes may fit all the same, and the answers be nonsense.
@@ -86,7 +87,7 @@ def other_bases(config, adapters) -> list[str]:
     return warnings
 
 
-def trained_settings(config, folder: Path) -> Settings:
+def trained_settings(config: Config, folder: Path) -> Settings:
     """The settings for rendering conversations, with those of train_config.json in `folder`.
 
     A key in this config wins over the training's, which wins over the default.
@@ -96,7 +97,7 @@ def trained_settings(config, folder: Path) -> Settings:
     return Settings(**{key: values[key] for key in asdict(Settings())})
 
 
-def pick_dtype(config, raw, device) -> torch.dtype | None:
+def pick_dtype(config: Config, raw: dict, device: torch.device) -> torch.dtype | None:
     """The dtype of inference: infer_dtype, else bf16 / fp16, else None (the checkpoint's own).
 
     raw: the content of config.json. Raises ValueError for bfloat16 on a GPU without it.
@@ -113,7 +114,7 @@ def pick_dtype(config, raw, device) -> torch.dtype | None:
     return DTYPES.get(requested)
 
 
-def requested_dtype(config) -> str | None:
+def requested_dtype(config: Config) -> str | None:
     """The name of the dtype that the config asks for, or None."""
     if config.infer_dtype != "auto":
         return config.infer_dtype
@@ -123,7 +124,7 @@ def requested_dtype(config) -> str | None:
 
 
 @contextmanager
-def explained_out_of_memory(device) -> Iterator[None]:
+def explained_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turn torch's error for a full GPU into a sentence that says what to do."""
     try:
         yield

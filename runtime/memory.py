@@ -37,6 +37,7 @@ Papers: activations arXiv:2205.05198 (sec. 4), mixed precision arXiv:1710.03740,
 arXiv:1910.02054.
 """
 import bisect
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -45,6 +46,8 @@ from torch import nn
 
 from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
 from checkpoint.show import bytes_in_words
+from config import Config
+from families import ModelConfig
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
 from methods.quant import (
@@ -55,7 +58,7 @@ from methods.quant import (
     piece_of,
     quantised_weights,
 )
-from model import CausalLM, LayerNorm, MoE
+from model import Attention, Block, CausalLM, LayerNorm, MoE
 from optim import state_bytes
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
@@ -66,7 +69,7 @@ USABLE = 0.9            # share of the memory that a plan may fill; the rest is 
 @dataclass(frozen=True)
 class Workload:
     """A training step whose memory is to be planned."""
-    model_config: object
+    model_config: ModelConfig
     lora: LoRAConfig | None         # None: full fine-tuning or freeze
     rows: list[list[int]]           # of the largest micro-batch: the lengths of a row's sequences
     dtype: torch.dtype              # of matrix products and, with LoRA, of frozen weights
@@ -121,7 +124,7 @@ class MicroBatch:
 # ---- the plan -----------------------------------------------------------------------------------
 
 
-def memory_plan(config, workload: Workload) -> Plan:
+def memory_plan(config: Config, workload: Workload) -> Plan:
     """Plan the memory of a training step; nothing is loaded.
 
     What the workload leaves open is decided here: `model` is created on the meta device, and
@@ -155,7 +158,7 @@ def memory_plan(config, workload: Workload) -> Plan:
     )
 
 
-def completed(config, workload: Workload) -> Workload:
+def completed(config: Config, workload: Workload) -> Workload:
     """The workload with its model and with a level of recomputation for each block."""
     model = workload.model or model_without_storage(config, workload)
     recompute = workload.recompute
@@ -178,7 +181,7 @@ def largest_batch(workload: Workload) -> MicroBatch:
     )
 
 
-def model_without_storage(config, workload: Workload) -> CausalLM:
+def model_without_storage(config: Config, workload: Workload) -> CausalLM:
     """The model to be trained, on the meta device, with the dtypes that its weights will have."""
     model_config = workload.model_config
     with torch.device("meta"):
@@ -201,7 +204,7 @@ def model_without_storage(config, workload: Workload) -> CausalLM:
     return model
 
 
-def weight_bytes(model, fp8: bool) -> tuple[int, int]:
+def weight_bytes(model: CausalLM, fp8: bool) -> tuple[int, int]:
     """(bytes of frozen weights, bytes of trained weights)."""
     trained = sum(p.nbytes for p in trainable(model).values())
     total = sum(p.nbytes for p in model.parameters())
@@ -213,7 +216,7 @@ def weight_bytes(model, fp8: bool) -> tuple[int, int]:
     return total - trained, trained
 
 
-def gathered_bytes(model, total: int) -> int:
+def gathered_bytes(model: CausalLM, total: int) -> int:
     """Bytes of sharded weights held whole: all but the blocks, and two blocks. total: all weights.
 
     The two are the block at work and the next one, which is being gathered.
@@ -222,20 +225,20 @@ def gathered_bytes(model, total: int) -> int:
     return total - sum(blocks) + 2 * max(blocks)
 
 
-def all_in(quant_format: Form, model_config) -> dict[str, Form]:
+def all_in(quant_format: Form, model_config: ModelConfig) -> dict[str, Form]:
     """A workload's quant_formats for a model that is quantized while it is loaded."""
     with torch.device("meta"):
         return dict.fromkeys(can_be_quantised(CausalLM(model_config)), quant_format)
 
 
-def can_be_fast(lora: LoRAConfig | None, dtype) -> bool:
+def can_be_fast(lora: LoRAConfig | None, dtype: torch.dtype) -> bool:
     """Whether fast/fused_block.py applies: not under autocast, with dropout or DoRA."""
     if lora:
         return not (lora.lora_dropout or lora.use_dora)
     return dtype == torch.float32
 
 
-def lightest(plan: Plan, available: int | None, config) -> Plan:
+def lightest(plan: Plan, available: int | None, config: Config) -> Plan:
     """The plan that fits with the least recomputation; where none fits, the smallest plan.
 
     disable_gradient_checkpointing in the config, true or false, leaves no choice.
@@ -270,7 +273,7 @@ def recompute_ladder(plan: Plan) -> list[list[str]]:
     return ladder
 
 
-def largest_rows(examples, batches) -> list[list[int]]:
+def largest_rows(examples, batches: Iterable[list[int]]) -> list[list[int]]:
     """The micro-batch with the most tokens: for each of its rows, the lengths of its sequences.
 
     batches: lists of row numbers. Of a KTO row only the first sequence is trained on.
@@ -324,7 +327,7 @@ def checkpointing_in_words(recompute: list[str]) -> str:
 # ---- activations of the model -------------------------------------------------------------------
 
 
-def activation_bytes(model, batch: MicroBatch, recompute: list[str]) -> tuple[int, int]:
+def activation_bytes(model: CausalLM, batch: MicroBatch, recompute: list[str]) -> tuple[int, int]:
     """(bytes kept from the forward for the backward pass, bytes of working memory).
 
     Working memory is the larger of the loss and of the block that the backward pass is in.
@@ -354,7 +357,7 @@ def activation_bytes(model, batch: MicroBatch, recompute: list[str]) -> tuple[in
             max(loss_bytes(model, batch), working))
 
 
-def first_block_with_gradient(model) -> int:
+def first_block_with_gradient(model: CausalLM) -> int:
     """Number of the first block that gradients reach: blocks before it keep nothing."""
     layers = model.model.layers
     parts = (model.model.embed_tokens, *layers, model.model.norm)
@@ -364,7 +367,7 @@ def first_block_with_gradient(model) -> int:
     return len(layers)
 
 
-def rounded_weight_bytes(model, batch: MicroBatch) -> int:
+def rounded_weight_bytes(model: CausalLM, batch: MicroBatch) -> int:
     """Bytes of the rounded copies of a block's trained matrices and biases, on average."""
     if batch.compute >= 4:
         return 0
@@ -376,7 +379,7 @@ def rounded_weight_bytes(model, batch: MicroBatch) -> int:
     return numbers * batch.compute // len(model.model.layers)
 
 
-def bytes_beside_blocks(model, batch: MicroBatch) -> int:
+def bytes_beside_blocks(model: CausalLM, batch: MicroBatch) -> int:
     """For each token: the rotary embedding, and the last norm with the gradient that enters it."""
     model_config = model.config
     hidden = model_config.hidden_size
@@ -388,7 +391,7 @@ def bytes_beside_blocks(model, batch: MicroBatch) -> int:
     return rope + norm
 
 
-def block_gradient_bytes(model, batch: MicroBatch, first: int) -> list[int]:
+def block_gradient_bytes(model: CausalLM, batch: MicroBatch, first: int) -> list[int]:
     """For each block from `first` on: bytes of gradients during its backward pass."""
     # DoRA: the rows whose norm it needs, and their squares, in float32
     dora = max((8 * m.weight.numel() for m in model.modules() if uses_dora(m)), default=0)
@@ -401,7 +404,7 @@ def block_gradient_bytes(model, batch: MicroBatch, first: int) -> list[int]:
     return sizes
 
 
-def backward_bytes(model_config, batch: MicroBatch, sparse: bool) -> int:
+def backward_bytes(model_config: ModelConfig, batch: MicroBatch, sparse: bool) -> int:
     """Bytes of the gradients within a block: of its MLP or experts, and of all attention scores."""
     width = model_config.intermediate_size
     if sparse:
@@ -416,7 +419,7 @@ def backward_bytes(model_config, batch: MicroBatch, sparse: bool) -> int:
     return max(mlp, scores) if fast else mlp + scores
 
 
-def dequantized_bytes(model, batch: MicroBatch) -> int:
+def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
     """Bytes of the largest quantized matrix while it is dequantized for a matrix product."""
     largest = 0
     for weight in quantised_weights(model.model).values():
@@ -426,7 +429,7 @@ def dequantized_bytes(model, batch: MicroBatch) -> int:
     return largest
 
 
-def loss_bytes(model, batch: MicroBatch) -> int:
+def loss_bytes(model: CausalLM, batch: MicroBatch) -> int:
     """Bytes of the loss (losses.py): a chunk's logits, and the gradient of a trained head."""
     head = model.lm_head
     weight = head.weight
@@ -449,7 +452,8 @@ def loss_bytes(model, batch: MicroBatch) -> int:
 # ---- activations of a block: bytes for all tokens, or for each token, of a micro-batch ----------
 
 
-def block_bytes(block, layer: int, model_config, batch: MicroBatch, level: str) -> int:
+def block_bytes(block: Block, layer: int, model_config: ModelConfig, batch: MicroBatch,
+                level: str) -> int:
     """For all tokens: norms, attention, and MLP or experts. level: "none" or "mlp"."""
     hidden = model_config.hidden_size
     sparse = isinstance(block.mlp, MoE)
@@ -470,7 +474,7 @@ def block_bytes(block, layer: int, model_config, batch: MicroBatch, level: str) 
     return batch.tokens * (norms + mlp) + attention
 
 
-def norm_bytes(norm, width: int, size: int) -> int:
+def norm_bytes(norm: nn.Module, width: int, size: int) -> int:
     """For each token: the input in float32, and the factor of a trained weight.
 
     size: bytes per number of the input.
@@ -519,12 +523,12 @@ def low_rank_numbers(linears: list) -> int:
     return total
 
 
-def uses_dora(module) -> bool:
+def uses_dora(module: nn.Module) -> bool:
     """Whether this is a layer with DoRA."""
     return getattr(module, "lora_magnitude_vector", None) is not None
 
 
-def mlp_bytes(mlp, width: int, batch: MicroBatch) -> int:
+def mlp_bytes(mlp: nn.Module, width: int, batch: MicroBatch) -> int:
     """For each token, apart from the MLP's input: gate, act(gate), up, and their product.
 
     On the fast path gate and up alone. width: F, of the MLP or of an expert.
@@ -534,13 +538,13 @@ def mlp_bytes(mlp, width: int, batch: MicroBatch) -> int:
     return 3 * width * batch.compute + input_bytes(width, [mlp.down_proj], batch)
 
 
-def input_layers(module) -> list:
+def input_layers(module: nn.Module) -> list:
     """The linear layers that read the input of an attention or an MLP."""
     names = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_up_proj", "gate_proj", "up_proj")
     return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
-def moe_bytes(moe, model_config, batch: MicroBatch) -> int:
+def moe_bytes(moe: MoE, model_config: ModelConfig, batch: MicroBatch) -> int:
     """For each token: its experts, the router, the shared expert, and the rows' permutation."""
     hidden = model_config.hidden_size
     expert = moe.experts if model_config.stacked_experts else moe.experts[0]
@@ -562,7 +566,8 @@ def moe_bytes(moe, model_config, batch: MicroBatch) -> int:
     return total + input_bytes(hidden, readers, batch, from_stream=True)
 
 
-def attention_bytes(attention, layer: int, model_config, batch: MicroBatch) -> int:
+def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
+                    batch: MicroBatch) -> int:
     """For all tokens: the inputs of the projections, norms of q and k, and the kernel's tensors."""
     H = model_config.num_attention_heads
     K = model_config.num_key_value_heads
@@ -583,7 +588,8 @@ def attention_bytes(attention, layer: int, model_config, batch: MicroBatch) -> i
 # ---- activations of an attention kernel ---------------------------------------------------------
 
 
-def kernel_bytes(attention, layer: int, model_config, batch: MicroBatch) -> int:
+def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
+                 batch: MicroBatch) -> int:
     """For all tokens: q, k, v, and the output with a number per head, or all scores."""
     window = model_config.windows[layer]
     chunk = model_config.chunks[layer] or max(batch.lengths)
@@ -621,7 +627,7 @@ def kernel_bytes(attention, layer: int, model_config, batch: MicroBatch) -> int:
     return slots * (heads * Dh * batch.compute + output + 4 * H) + mask * batch.compute
 
 
-def plain_kernel_bytes(lengths: list[int], window: int | None, model_config,
+def plain_kernel_bytes(lengths: list[int], window: int | None, model_config: ModelConfig,
                        batch: MicroBatch) -> int:
     """For all tokens of the plain kernel: q, k and v in float32, all scores, and their mask."""
     H = model_config.num_attention_heads

@@ -11,13 +11,14 @@ Next: train.py, which asks before loading and when memory runs out.
 
 Sources: the Linux kernel's documentation of /proc/meminfo and of control groups, versions 1 and 2.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from checkpoint.show import bytes_in_words
+from config import Config
 from lora import LoRAConfig
 from methods.quant import Form
 from runtime.memory import USABLE, Plan, all_in, memory_plan
@@ -34,7 +35,7 @@ CGROUP_FILES = (
 # ---- free memory --------------------------------------------------------------------------------
 
 
-def available_bytes(device, sharers: int = 1, root: str = "/") -> int | None:
+def available_bytes(device: torch.device | str, sharers: int = 1, root: str = "/") -> int | None:
     """Free bytes of a GPU or, on a CPU, of this machine or container; None if unknown.
 
     sharers: processes that share the main memory equally. root: where /proc and /sys lie.
@@ -97,10 +98,10 @@ class SettingsChange:
     settings: dict                                      # {key of the config: value}
     workload: dict = field(default_factory=dict)        # {field of Workload: value}
     plan: Plan | None = None                            # after the change
-    config: object = None                               # after the change
+    config: Config | None = None                        # after the change
 
 
-def advice(plan: Plan, available: int | None, config) -> list[str]:
+def advice(plan: Plan, available: int | None, config: Config) -> list[str]:
     """Settings that make the plan fit: each line is enough alone, the mildest first.
 
     If none is enough alone, one line combines several. Empty if the plan fits already, or if the
@@ -116,7 +117,7 @@ def advice(plan: Plan, available: int | None, config) -> list[str]:
     return [combined(plan, config, limit)]
 
 
-def combined(plan: Plan, config, limit: float) -> str:
+def combined(plan: Plan, config: Config, limit: float) -> str:
     """One line: the changes that make the plan fit together, or the least memory it needs."""
     texts = []
     for kind in CHANGES:
@@ -134,7 +135,8 @@ def combined(plan: Plan, config, limit: float) -> str:
             f"of {least}")
 
 
-def smallest_change(kind, plan: Plan, config, limit: float) -> SettingsChange | None:
+def smallest_change(kind: Callable, plan: Plan, config: Config,
+                    limit: float) -> SettingsChange | None:
     """The mildest change of a kind that is enough, else the strongest one, else None.
 
     kind: a function of CHANGES. limit: bytes.
@@ -154,7 +156,7 @@ def smallest_change(kind, plan: Plan, config, limit: float) -> SettingsChange | 
 # ---- kinds of changes: each function returns its changes, the mildest first ---------------------
 
 
-def checkpoint_all_blocks(plan: Plan, config) -> list[SettingsChange]:
+def checkpoint_all_blocks(plan: Plan, config: Config) -> list[SettingsChange]:
     """Activation checkpointing in all blocks."""
     all_blocks = ["block"] * plan.workload.model_config.num_hidden_layers
     if plan.workload.recompute == all_blocks:
@@ -163,14 +165,14 @@ def checkpoint_all_blocks(plan: Plan, config) -> list[SettingsChange]:
     return [SettingsChange(f"{key}: false", {key: False}, {"recompute": all_blocks})]
 
 
-def use_sdpa(plan: Plan, config) -> list[SettingsChange]:
+def use_sdpa(plan: Plan, config: Config) -> list[SettingsChange]:
     """A kernel that does not hold all attention scores."""
     if config.flash_attn != "disabled" or plan.workload.model_config.attn_softcap:
         return []
     return [SettingsChange("flash_attn: auto", {"flash_attn": "auto"}, {"kernel": "sdpa-flash"})]
 
 
-def split_joined(plan: Plan, config) -> list[SettingsChange]:
+def split_joined(plan: Plan, config: Config) -> list[SettingsChange]:
     """Micro-batches one by one, where several of them run as one pass."""
     rows = plan.workload.rows
     size = config.per_device_train_batch_size
@@ -180,7 +182,7 @@ def split_joined(plan: Plan, config) -> list[SettingsChange]:
     return [SettingsChange("join_micro_batches: false", settings, {"rows": rows[:size]})]
 
 
-def smaller_budget(plan: Plan, config) -> list[SettingsChange]:
+def smaller_budget(plan: Plan, config: Config) -> list[SettingsChange]:
     """Micro-batches with fewer tokens: token_budget halved, halved again, ..."""
     rows = plan.workload.rows
     changes = []
@@ -194,7 +196,7 @@ def smaller_budget(plan: Plan, config) -> list[SettingsChange]:
     return changes
 
 
-def smaller_batch(plan: Plan, config) -> list[SettingsChange]:
+def smaller_batch(plan: Plan, config: Config) -> list[SettingsChange]:
     """Micro-batches with fewer rows, and more of them in a step."""
     if config.token_budget or split_joined(plan, config):
         return smaller_budget(plan, config)
@@ -216,14 +218,14 @@ def smaller_batch(plan: Plan, config) -> list[SettingsChange]:
     return changes
 
 
-def use_bfloat16(plan: Plan, config) -> list[SettingsChange]:
+def use_bfloat16(plan: Plan, config: Config) -> list[SettingsChange]:
     """Matrix products and frozen weights in 16 bits."""
     if plan.workload.dtype != torch.float32:
         return []
     return [SettingsChange("bf16: true", {"bf16": True}, {"dtype": torch.bfloat16})]
 
 
-def shorter_rows(plan: Plan, config) -> list[SettingsChange]:
+def shorter_rows(plan: Plan, config: Config) -> list[SettingsChange]:
     """A smaller cutoff_len: 7/8, 6/8, ... of the longest row, rounded down to multiples of 64."""
     rows = plan.workload.rows
     longest = min(max(map(sum, rows)), config.cutoff_len)
@@ -247,7 +249,7 @@ def truncate_row(row: list[int], tokens: int) -> list[int]:
     return lengths
 
 
-def use_lora(plan: Plan, config) -> list[SettingsChange]:
+def use_lora(plan: Plan, config: Config) -> list[SettingsChange]:
     """LoRA in place of full fine-tuning."""
     if plan.workload.lora:
         return []
@@ -256,7 +258,7 @@ def use_lora(plan: Plan, config) -> list[SettingsChange]:
     return [SettingsChange("finetuning_type: lora", settings, {"lora": lora})]
 
 
-def use_4_bits(plan: Plan, config) -> list[SettingsChange]:
+def use_4_bits(plan: Plan, config: Config) -> list[SettingsChange]:
     """LoRA on a base in 4 bits."""
     workload = plan.workload
     if not workload.lora or workload.quant_formats or workload.fp8 or workload.sharded:
@@ -288,7 +290,7 @@ def out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error)
 
 
-def explain_oom(error: BaseException, plan: Plan, available: int | None, config) -> str:
+def explain_oom(error: BaseException, plan: Plan, available: int | None, config: Config) -> str:
     """A message with the error, the plan, and the smallest changes that would probably fit.
 
     Since the plan did not fit after all, the advice is for less memory than it needs.

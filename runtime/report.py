@@ -15,13 +15,15 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
 
 from tqdm import tqdm
 
-from runtime.trackers import close_all, log_row
+from config import Config
+from runtime.trackers import Tracker, close_all, log_row
 
 # the metrics that are plotted; in file names _ stands for /
 DRAWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")
@@ -118,9 +120,9 @@ class RunLog:
     this rank writes files. trackers: the dashboards of runtime/trackers.py.
     """
 
-    def __init__(self, folder, total_steps: int, first_step: int = 0,
+    def __init__(self, folder: Path | str, total_steps: int, first_step: int = 0,
                  history: list | None = None, disabled: bool = False,
-                 writes: bool = True, trackers: list = ()):
+                 writes: bool = True, trackers: Sequence[Tracker] = ()):
         self.path = Path(folder) / "trainer_log.jsonl"
         self.writes = writes
         self.trackers = list(trackers)
@@ -261,7 +263,7 @@ def eval_metrics(sum_of_means: float, batches: int, total: float, tokens: int, r
     }
 
 
-def trainer_state(config, log: RunLog, step: int, epoch: float, **more) -> dict:
+def trainer_state(config: Config, log: RunLog, step: int, epoch: float, **more) -> dict:
     """The content of trainer_state.json, named as in LLaMA-Factory. more: what resuming needs."""
     return {
         "epoch": epoch,
@@ -336,7 +338,7 @@ def is_logged(history: list, key: str) -> bool:
     return any(key in row for row in history)
 
 
-def plot_losses(folder, history: list, keys=DRAWN) -> list[Path]:
+def plot_losses(folder: Path | str, history: list, keys: tuple[str, ...] = DRAWN) -> list[Path]:
     """Write training_loss.png and, for every other key that was logged, training_KEY.png.
 
     Returns the files written: none without matplotlib, which is said in a printed sentence.
@@ -357,7 +359,7 @@ def plot_losses(folder, history: list, keys=DRAWN) -> list[Path]:
     return written
 
 
-def plot_runs(runs: dict[str, list], path) -> Path | None:
+def plot_runs(runs: dict[str, list], path: Path | str) -> Path | None:
     """Draw several runs into one picture, with a panel for each key of DRAWN that was logged.
 
     runs: {name: log_history}. Returns None without matplotlib. Raises ValueError if nothing has
@@ -380,7 +382,7 @@ def plot_runs(runs: dict[str, list], path) -> Path | None:
     return Path(path)
 
 
-def read_history(folder) -> list[dict]:
+def read_history(folder: Path | str) -> list[dict]:
     """log_history of a finished run or, of an unfinished one, the lines of trainer_log.jsonl.
 
     Raises FileNotFoundError for a folder that has neither file, ValueError for one whose file
@@ -425,7 +427,7 @@ def summary(runs: dict[str, list]) -> str:
 # ---- the model card -----------------------------------------------------------------------------
 
 
-def model_card(config, metrics: dict, template: str) -> str:
+def model_card(config: Config, metrics: dict, template: str) -> str:
     """README.md of an output folder: base model, data, settings and results."""
     lora = config.finetuning_type == "lora"
     kind = "LoRA adapter" if lora else "model"

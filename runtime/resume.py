@@ -26,6 +26,7 @@ from pathlib import Path
 
 from checkpoint.load import STATE_FILES
 from checkpoint.training_state import checkpoints_in, damage
+from config import Config
 from text.token_cache import TOKENISED
 from text.tokenizer import read_json
 
@@ -53,7 +54,7 @@ class StopSigns:
             number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
         }
 
-    def note(self, number, frame):
+    def note(self, number: int, frame):
         """Handle a signal. os.write and not print: the signal may have interrupted a print."""
         if number == signal.SIGINT and "SIGINT" in self.signals:
             os._exit(128 + number)
@@ -158,7 +159,7 @@ def restarted(output: Path) -> bool:
 # ---- which checkpoint to resume from ------------------------------------------------------------
 
 
-def find_resume(config) -> Path | None:
+def find_resume(config: Config) -> Path | None:
     """The checkpoint to resume from, or None for a new run.
 
     A run that torchrun has restarted resumes from its newest checkpoint, whatever
@@ -191,7 +192,7 @@ def find_resume(config) -> Path | None:
     return resume
 
 
-def check_sources(config, replaced: list[Path]):
+def check_sources(config: Config, replaced: list[Path]):
     """Raises ValueError if the model or an adapter is a checkpoint that the run would replace."""
     checkpoints = [path.resolve() for path in replaced if path.name.startswith("checkpoint-")]
     for name in [config.model_name_or_path, *(config.adapter_name_or_path or [])]:
@@ -368,7 +369,7 @@ def check_rows(resume: Path, saved: dict, rows: str, force: bool = False):
 # ---- output_dir ---------------------------------------------------------------------------------
 
 
-def prepare_output(config, resume: Path | None, weights: dict):
+def prepare_output(config: Config, resume: Path | None, weights: dict):
     """Create and lock output_dir, and clear it of checkpoints that belong to another run.
 
     Damaged checkpoints are renamed and kept. Raises OSError if the disk is too full for `weights`,
@@ -421,7 +422,7 @@ def usable_best(output: Path, best: list | None) -> list | None:
     return best
 
 
-def remove_old_checkpoints(config, output: Path, best: list | None):
+def remove_old_checkpoints(config: Config, output: Path, best: list | None):
     """Keep the newest save_total_limit checkpoints, among them the best if it will be loaded."""
     checkpoints = checkpoints_in(output, resumable=False)
     keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()

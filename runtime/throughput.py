@@ -26,10 +26,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from families import ModelConfig
 from methods.quant import count, quantised_weights
 
 WARM_STEPS = 3                  # first steps of a run: kernels are chosen, caches filled
@@ -40,7 +43,7 @@ MATRIX = {"cuda": 8192, "mps": 4096, "cpu": 1024}       # rows and columns of th
 # ---- arithmetic ---------------------------------------------------------------------------------
 
 
-def matmul_parameters(model) -> tuple[float, float]:
+def matmul_parameters(model: nn.Module) -> tuple[float, float]:
     """(frozen, trained) numbers of weights that a token is multiplied with.
 
     Weights of matrices only, without the embedding, with the head even if it is tied to it. Of a
@@ -76,7 +79,8 @@ def attention_pairs(length: int, window: int = 0, chunk: int = 0) -> int:
     return keys * (keys + 1) // 2 + (length - keys) * keys
 
 
-def training_flops(model_config, frozen: float, trained: float, lengths: Sequence[int]) -> float:
+def training_flops(model_config: ModelConfig, frozen: float, trained: float,
+                   lengths: Sequence[int]) -> float:
     """Model FLOPs of a forward and backward pass over sequences of these lengths, in tokens.
 
     frozen, trained: see matmul_parameters. Llama-3-8B with LoRA of rank 16 on all linear layers
@@ -86,12 +90,12 @@ def training_flops(model_config, frozen: float, trained: float, lengths: Sequenc
     return matrices + 3 * attention_flops(model_config, lengths)
 
 
-def forward_flops(model_config, weights: float, lengths: Sequence[int]) -> float:
+def forward_flops(model_config: ModelConfig, weights: float, lengths: Sequence[int]) -> float:
     """Model FLOPs of a forward pass alone. weights: how many, see matmul_parameters."""
     return 2 * weights * sum(lengths) + attention_flops(model_config, lengths)
 
 
-def attention_flops(model_config, lengths: Sequence[int]) -> float:
+def attention_flops(model_config: ModelConfig, lengths: Sequence[int]) -> float:
     """FLOPs of attention in a forward pass, for the pairs of tokens that attend to each other."""
     kinds = Counter(zip(model_config.windows, model_config.chunks))      # most layers are alike
     pairs = 0
@@ -100,7 +104,7 @@ def attention_flops(model_config, lengths: Sequence[int]) -> float:
     return 4 * model_config.num_attention_heads * model_config.head_dim * pairs
 
 
-def flops_of_batch(model_config, frozen: float, trained: float, reference: float,
+def flops_of_batch(model_config: ModelConfig, frozen: float, trained: float, reference: float,
                    batch) -> float:
     """Model FLOPs of a training batch, and of the reference model's forward passes if it has one.
 
@@ -117,7 +121,7 @@ def flops_of_batch(model_config, frozen: float, trained: float, reference: float
     return flops
 
 
-def total_flos(model, tokens: int) -> float:
+def total_flos(model: nn.Module, tokens: int) -> float:
     """6 x parameters (without the embedding) x tokens, as LLaMA-Factory's results count it."""
     return 6.0 * (count(model) - model.model.embed_tokens.weight.numel()) * tokens
 
@@ -126,7 +130,8 @@ def total_flos(model, tokens: int) -> float:
 
 
 @torch.no_grad()
-def matrix_rate(device, dtype, matmul: Callable = F.linear, seconds: float = 0.15) -> float:
+def matrix_rate(device: torch.device, dtype: torch.dtype, matmul: Callable = F.linear,
+                seconds: float = 0.15) -> float:
     """FLOP/s of large matrix products on this device.
 
     matmul: a function of fast/fused_block.py. seconds: how long to measure; the best time counts.
@@ -145,13 +150,13 @@ def matrix_rate(device, dtype, matmul: Callable = F.linear, seconds: float = 0.1
     return 2 * size ** 3 / best
 
 
-def synchronize(device):
+def synchronize(device: torch.device):
     """Wait until the device has finished its work; a no-op on a CPU."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
-def peak_memory(device) -> int:
+def peak_memory(device: torch.device) -> int:
     """The most bytes this process has used so far: of the GPU or, on a CPU, of main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
@@ -206,7 +211,7 @@ class Pace:
         self.window_seconds = 0.0
 
 
-def speed_results(pace: Pace, device, dtype, world: int = 1,
+def speed_results(pace: Pace, device: torch.device, dtype: torch.dtype, world: int = 1,
                   matmul: Callable = F.linear) -> dict[str, float]:
     """speed_results.json: peak memory and, for a long enough run, its steady throughput.
 
@@ -264,7 +269,7 @@ class StepProfile:
     The trace opens in chrome://tracing or ui.perfetto.dev. folder None: do nothing.
     """
 
-    def __init__(self, folder, device):
+    def __init__(self, folder: Path | None, device: torch.device):
         self.folder = folder
         self.device = device
         self.steps = 0
@@ -307,7 +312,7 @@ class StepProfile:
         self.folder = None
 
 
-def profile_table(events, seconds: float, steps: int, device) -> list[str]:
+def profile_table(events, seconds: float, steps: int, device: torch.device) -> list[str]:
     """Lines with the milliseconds of a step, by part of the step and kind of operation.
 
     events: of torch.profiler, over `steps` steps and `seconds` seconds. On a GPU the time of
@@ -330,7 +335,7 @@ def profile_table(events, seconds: float, steps: int, device) -> list[str]:
     return lines
 
 
-def time_by_part(events, steps: int, device) -> dict[tuple[str, str], float]:
+def time_by_part(events, steps: int, device: torch.device) -> dict[tuple[str, str], float]:
     """{(part, kind of operation): milliseconds of a step}.
 
     The backward pass of a GPU runs in a thread of its own, so an operation belongs to the part
@@ -359,7 +364,7 @@ def on_host(event) -> bool:
     return event.device_type == torch.autograd.DeviceType.CPU
 
 
-def self_time(event, device) -> float:
+def self_time(event, device: torch.device) -> float:
     """Microseconds of an operation without the operations it consists of."""
     if device.type != "cuda":
         return event.self_cpu_time_total

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from config import Config
+
 MLFLOW_VALUE_LENGTH = 250       # characters of a parameter that mlflow accepts
 MLFLOW_BATCH = 100              # parameters in one request to mlflow
 
@@ -35,7 +37,7 @@ class Tracker:
 # ---- the dashboards -----------------------------------------------------------------------------
 
 
-def open_tensorboard(config, settings: dict, first_step: int) -> Tracker:
+def open_tensorboard(config: Config, settings: dict, first_step: int) -> Tracker:
     """Write event files to logging_dir, or to `runs` in output_dir.
 
     A resumed run continues the same curves.
@@ -55,7 +57,7 @@ def open_tensorboard(config, settings: dict, first_step: int) -> Tracker:
     return Tracker("tensorboard", log, writer.close)
 
 
-def open_wandb(config, settings: dict, first_step: int) -> Tracker:
+def open_wandb(config: Config, settings: dict, first_step: int) -> Tracker:
     """Without `project` in the config, wandb itself reads WANDB_PROJECT."""
     import wandb
 
@@ -72,7 +74,7 @@ def open_wandb(config, settings: dict, first_step: int) -> Tracker:
     return Tracker("wandb", log, run.finish)
 
 
-def open_swanlab(config, settings: dict, first_step: int) -> Tracker:
+def open_swanlab(config: Config, settings: dict, first_step: int) -> Tracker:
     """The swanlab_* keys are LLaMA-Factory's; swanlab itself reads SWANLAB_API_KEY."""
     import swanlab
 
@@ -91,7 +93,7 @@ def open_swanlab(config, settings: dict, first_step: int) -> Tracker:
     return Tracker("swanlab", log, swanlab.finish)
 
 
-def open_mlflow(config, settings: dict, first_step: int) -> Tracker:
+def open_mlflow(config: Config, settings: dict, first_step: int) -> Tracker:
     """`project` is the experiment; mlflow itself reads MLFLOW_TRACKING_URI."""
     import mlflow
 
@@ -121,7 +123,7 @@ OPENERS = {
 # ---- which of them, and what they receive -------------------------------------------------------
 
 
-def wanted_trackers(config) -> list[str]:
+def wanted_trackers(config: Config) -> list[str]:
     """The names in report_to, in the order of OPENERS.
 
     use_swanlab adds swanlab, and `all` stands for every installed dashboard. Raises ValueError for
@@ -150,7 +152,7 @@ def wanted_trackers(config) -> list[str]:
     return [name for name in OPENERS if name in requested]
 
 
-def open_trackers(config, settings: dict, first_step: int) -> list[Tracker]:
+def open_trackers(config: Config, settings: dict, first_step: int) -> list[Tracker]:
     """Open every dashboard of wanted_trackers. settings: shown next to the curves."""
     return [OPENERS[name](config, settings, first_step) for name in wanted_trackers(config)]
 
