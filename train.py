@@ -60,8 +60,8 @@ from runtime.memory import Workload, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice, available_bytes
 from runtime.precision import LossScale, check_dtype, compute_dtype
 from runtime.report import RunLog, print_pairs, trainer_state, versions
-from runtime.resume import (STOPPED, StopSigns, changed_settings, find_resume, note_stop,
-                            prepare_output, remove_old_checkpoints, room_for, usable_best)
+from runtime.resume import (STOPPED, StopSignals, changed_settings, find_resume, record_stop,
+                            prepare_output, remove_old_checkpoints, check_disk_space, usable_best)
 from runtime.run import (MOST_SKIPPED, load_best, optimizer_names, same_everywhere, save_weights,
                          taken_up, train_results, write_results)
 from runtime.setup import (check_examples, device_name, forms_of_base, memory_advice, plan,
@@ -237,7 +237,7 @@ def main(argv):
     eval_every = in_steps(config.eval_steps, total_steps) if config.eval_steps else 0
     started, pace = time.time(), Pace()
     first_step, (window_loss, window_steps), window_seen = state["step"], state["window"], state["seen"]
-    stop, skipped = StopSigns(config.time_limit, begun), 0                        # skipped: steps in a row
+    stop, skipped = StopSignals(config.time_limit, begun), 0                        # skipped: steps in a row
 
     def save(step, epoch, stateful=not config.save_only_model):
         rng = {f"{device}.{rank}": state for device, mine in rng_state().items()
@@ -246,7 +246,7 @@ def main(argv):
             if in_parts:
                 take_part(model, optimizer if stateful else None, names, gradients)
             return
-        room_for(output, sum(p.nbytes for p in weights.values()) * (3 if stateful else 1), f"checkpoint-{step}")
+        check_disk_space(output, sum(p.nbytes for p in weights.values()) * (3 if stateful else 1), f"checkpoint-{step}")
         with new_folder(output / f"checkpoint-{step}") as folder:
             save_weights(config, model, lora, folder, base, tokenizer, settings, head)
             if stateful:
@@ -299,7 +299,7 @@ def main(argv):
                 grad_norm = gradients.clip(config.max_grad_norm or math.inf)
         with part("data"):                              # a GPU is still at work: meanwhile the next rows are sent to it
             ahead = next(steps, None)
-        asked = stop.asked()
+        asked = stop.reason()
         with part("waiting"):                           # for the device: here, and only here
             loss, grad_norm, stops, seen = ranks.read(loss, grad_norm, bool(asked), seen)
         overflow = scale is not None and not scale.update(math.isfinite(grad_norm))
@@ -349,7 +349,7 @@ def main(argv):
             save(step, done, stateful=not config.save_only_model or stops)
         if stops:
             if ranks.main:
-                note_stop(output, asked or "another rank")
+                record_stop(output, asked or "another rank")
             log.close()
             end_ranks()
             print(f"\nstopped by {asked or 'another rank'} after step {step} of {total_steps}, which is saved. "

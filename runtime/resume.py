@@ -39,7 +39,7 @@ DISPOSABLE = (LOCK, TOKENISED, "pissa_init", "train_config.json", "trainer_log.j
 # ---- stopping -----------------------------------------------------------------------------------
 
 
-class StopSigns:
+class StopSignals:
     """Record SIGTERM, SIGINT and the time limit, so that the loop can finish its step and save.
 
     minutes: the time limit, or None. since: when it starts, in seconds since the epoch; None: now.
@@ -68,7 +68,7 @@ class StopSigns:
         except OSError:                 # stderr is closed: save all the same
             pass
 
-    def asked(self) -> str:
+    def reason(self) -> str:
         """Why the run should stop after this step, or ""."""
         if self.signals:
             return self.signals[0]
@@ -122,7 +122,7 @@ def write_owner(handle: int, **more):
     os.pwrite(handle, (json.dumps(owner) + "\n").encode(), 0)
 
 
-def note_stop(output: Path, why: str):
+def record_stop(output: Path, why: str):
     """Record that this run was asked to stop: torchrun --max-restarts would start it again."""
     if (output / LOCK).exists():
         handle = os.open(output / LOCK, os.O_RDWR)
@@ -388,7 +388,7 @@ def prepare_output(config: Config, resume: Path | None, weights: dict):
         shutil.rmtree(unfinished)
     # a checkpoint also holds AdamW's two moments of each weight
     copies = 1 if config.save_strategy == "no" else 4
-    room_for(output, sum(p.nbytes for p in weights.values()) * copies, "this run")
+    check_disk_space(output, sum(p.nbytes for p in weights.values()) * copies, "this run")
 
 
 def unused_name(checkpoint: Path) -> Path:
@@ -400,7 +400,7 @@ def unused_name(checkpoint: Path) -> Path:
             return path
 
 
-def room_for(output: Path, needed: int, what: str):
+def check_disk_space(output: Path, needed: int, what: str):
     """Raises OSError if the disk of output_dir has fewer than `needed` bytes left."""
     needed_gb = needed / 1e9
     free_gb = shutil.disk_usage(output).free / 1e9
