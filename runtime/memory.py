@@ -101,9 +101,9 @@ class Plan:
         lasting = self.weights + self.trained + self.gradients + self.optimizer
         return lasting + self.activations + self.working
 
-    def fits(self, available: int) -> bool:
+    def fits(self, free_bytes: int) -> bool:
         """Whether this many bytes are enough, with some to spare."""
-        return self.total <= USABLE * available
+        return self.total <= USABLE * free_bytes
 
 
 @dataclass
@@ -238,19 +238,19 @@ def can_be_fast(lora: LoRAConfig | None, dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
-def lightest(plan: Plan, available: int | None, config: Config) -> Plan:
+def lightest(plan: Plan, free_bytes: int | None, config: Config) -> Plan:
     """The plan that fits with the least recomputation; where none fits, the smallest plan.
 
     disable_gradient_checkpointing in the config, true or false, leaves no choice.
     """
-    if available is None or "disable_gradient_checkpointing" in config.given:
+    if free_bytes is None or "disable_gradient_checkpointing" in config.given:
         return plan
     ladder = recompute_ladder(plan)
     plans = {}
 
     def fits(rung: int) -> bool:
         plans[rung] = memory_plan(config, replace(plan.workload, recompute=ladder[rung]))
-        return plans[rung].fits(available)
+        return plans[rung].fits(free_bytes)
 
     last = len(ladder) - 1
     first = bisect.bisect_left(range(last), True, key=fits)
@@ -291,7 +291,7 @@ def largest_rows(examples, batches: Iterable[list[int]]) -> list[list[int]]:
 # ---- the start page -----------------------------------------------------------------------------
 
 
-def plan_lines(plan: Plan, available: int | None) -> list[str]:
+def plan_lines(plan: Plan, free_bytes: int | None) -> list[str]:
     """The plan as a table for the start page."""
     rows = plan.workload.rows
     lines = [f"memory of a rank, largest micro-batch: {sum(map(sum, rows)):,} tokens "
@@ -307,13 +307,13 @@ def plan_lines(plan: Plan, available: int | None) -> list[str]:
         if size:
             lines.append(f"  {label:15} {bytes_in_words(size):>11}  {note}".rstrip())
     total = f"  {'total':15} {bytes_in_words(plan.total):>11}"
-    if available is None:
+    if free_bytes is None:
         return [*lines, total]
-    if plan.fits(available):
+    if plan.fits(free_bytes):
         verdict = "fits"
     else:
-        verdict = "tight" if plan.total <= available else "does not fit"
-    return [*lines, f"{total}; {bytes_in_words(available)} free: {verdict}"]
+        verdict = "tight" if plan.total <= free_bytes else "does not fit"
+    return [*lines, f"{total}; {bytes_in_words(free_bytes)} free: {verdict}"]
 
 
 def checkpointing_in_words(recompute: list[str]) -> str:

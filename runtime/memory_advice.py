@@ -101,15 +101,15 @@ class SettingsChange:
     config: Config | None = None                        # after the change
 
 
-def advice(plan: Plan, available: int | None, config: Config) -> list[str]:
+def advice(plan: Plan, free_bytes: int | None, config: Config) -> list[str]:
     """Settings that make the plan fit: each line is enough alone, the mildest first.
 
     If none is enough alone, one line combines several. Empty if the plan fits already, or if the
     free memory is unknown.
     """
-    if available is None or plan.fits(available):
+    if free_bytes is None or plan.fits(free_bytes):
         return []
-    limit = USABLE * available
+    limit = USABLE * free_bytes
     changes = [smallest_change(kind, plan, config, limit) for kind in CHANGES]
     enough = [change for change in changes if change and change.plan.total <= limit]
     if enough:
@@ -290,14 +290,14 @@ def out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in str(error)
 
 
-def explain_oom(error: BaseException, plan: Plan, available: int | None, config: Config) -> str:
+def explain_oom(error: BaseException, plan: Plan, free_bytes: int | None, config: Config) -> str:
     """A message with the error, the plan, and the smallest changes that would probably fit.
 
     Since the plan did not fit after all, the advice is for less memory than it needs.
     """
-    assumed = int(min(plan.total, available or plan.total) * USABLE)
+    assumed = int(min(plan.total, free_bytes or plan.total) * USABLE)
     first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    free = f"; {bytes_in_words(available)} were free" if available else ""
+    free = f"; {bytes_in_words(free_bytes)} were free" if free_bytes else ""
     return "\n  ".join([
         f"out of memory: {first_line}",
         f"planned: {bytes_in_words(plan.total)}{free}. Settings that would probably fit, and the "
