@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import Config
-from errors import run
+from errors import run_script
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "chat"))         # --help and mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "chat"))   # --help and mistakes do not wait for torch
 try:
     import readline  # noqa: F401  arrow keys and history in input(); Windows has no such module
 except ImportError:
@@ -302,4 +302,4 @@ def pick_kernels(config: Config, model: CausalLM,
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

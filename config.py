@@ -17,7 +17,7 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 
-from errors import run
+from errors import run_script
 
 COMMAND_LINE = "command line"
 Steps = float       # optimizer steps: a count, or below 1 a share of all steps of the run (see in_steps)
@@ -543,4 +543,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

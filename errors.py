@@ -1,76 +1,118 @@
-"""How a script starts and how it fails: one sentence, and an exit code.
+"""How a script starts and how it fails: one sentence on stderr and an exit code.
+
+Every script ends with `run_script(main)`. A mistake of the user is a ValueError or an OSError whose
+message says where it is, what was found and what to do; it is printed without a traceback.
 
 Requires: nothing.
 Next: config.py.
 """
+from __future__ import annotations
+
 import errno
 import os
 import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
+
+# how torch.distributed words the loss of another process
+LOST_RANK_ERRORS = ("DistBackendError", "DistNetworkError")
+LOST_RANK_MESSAGES = (
+    "Connection closed by peer", "Connection reset by peer", "Connection refused",
+    "Timed out waiting", "Application timeout", "Broken pipe",
+)
 
 
-def nearest(name: str, names) -> str:
+# ---- spelling mistakes --------------------------------------------------------------------------
+
+
+def nearest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> str | None:
+    """The most similar of names; None if none is at least as similar as `similarity`, 0 to 1."""
+    import difflib      # only after a mistake: a script should answer at once
+
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=similarity)
+    return found[0] if found else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     """" (did you mean 'x'?)" for the most similar of names, or "" if none is similar."""
-    import difflib
-    close = difflib.get_close_matches(name, list(names), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    nearest = nearest_name(name, names)
+    return f" (did you mean {nearest!r}?)" if nearest else ""
 
 
-def run(main):
-    """Call main(argv without the script's name); an error of the user's making is one line on stderr and exit code 1.
+# ---- starting and failing -----------------------------------------------------------------------
 
-    Other exceptions are bugs and keep their traceback; POCKET_TRACEBACK=1 shows it for all.
+
+def run_script(main: Callable[[list[str]], object]):
+    """Call main with the arguments of the command line, and exit with 1 after an error.
+
+    ValueError and OSError are mistakes of the user: one line on stderr. So is the loss of another
+    rank. Other exceptions are bugs and keep their traceback; POCKET_TRACEBACK=1 shows it for all.
     """
-    sys.stdout.reconfigure(errors="replace")    # where the output is not UTF-8 a ? stands for what it cannot show
+    # where the output is not UTF-8, print ? for the characters it cannot show
+    sys.stdout.reconfigure(errors="replace")
+    show_traceback = os.environ.get("POCKET_TRACEBACK") == "1"
     try:
         main(sys.argv[1:])
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:                     # python config.py --keys | head
+    except BrokenPipeError:     # python config.py --keys | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        if os.environ.get("POCKET_TRACEBACK") == "1":
+        if show_traceback:
             raise
-        tell(f"error: {explain(error)}")
+        print_error(error_message(error))
         sys.exit(1)
     except RuntimeError as error:
-        if not lost_a_rank(error) or os.environ.get("POCKET_TRACEBACK") == "1":
+        if show_traceback or not is_lost_rank(error):
             raise
-        said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0].splitlines()[0]
-        tell(f"error: rank {os.environ['RANK']} has lost another rank ({said}). The cause is what that rank, or torchrun, "
-             "says")
+        print_error(lost_rank_message(error))
         sys.exit(1)
 
 
-def tell(message: str):
-    """One line on stderr. Of several ranks that fail alike the first one tells it: torchrun then ends the others."""
+def print_error(message: str):
+    """Print one line on stderr. If several ranks fail alike, only the first one prints it.
+
+    The others wait until torchrun ends them.
+    """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    sys.stderr.write(message + "\n")
+    sys.stderr.write(f"error: {message}\n")
 
 
-def lost_a_rank(error: RuntimeError) -> bool:
-    """Does this come from another process of the run that is no longer there?"""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Timed out waiting",
-             "Application timeout", "Broken pipe")
-    return os.environ.get("WORLD_SIZE", "1") != "1" and (
-        type(error).__name__ in ("DistBackendError", "DistNetworkError") or any(sign in str(error) for sign in signs))
-
-
-def explain(error: Exception) -> str:
-    """The sentence for an error of the user's making."""
-    if isinstance(error, UnicodeEncodeError):   # a name of a file, where the locale is not UTF-8
-        return f"{error.object!r} cannot be written in the encoding {error.encoding}: set PYTHONUTF8=1"
+def error_message(error: Exception) -> str:
+    """What to print for a mistake of the user."""
+    if isinstance(error, UnicodeEncodeError):   # a file name, where the locale is not UTF-8
+        return (f"{error.object!r} cannot be written in the encoding {error.encoding}: "
+                "set PYTHONUTF8=1")
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
+
     file = error.filename2 or error.filename    # filename2: the target of a copy
-    file = f"{file}: " if file else ""
+    where = f"{file}: " if file else ""
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
-        return f"{file}no space left on the disk; free some, or set output_dir, export_dir or HF_HOME to another one"
-    return f"{file}{error.strerror}"
+        return (f"{where}no space left on the disk; free some, or set output_dir, export_dir or "
+                "HF_HOME to another one")
+    return f"{where}{error.strerror}"
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether this error means that another process of the run has died."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return False
+    return type(error).__name__ in LOST_RANK_ERRORS or any(
+        message in str(error) for message in LOST_RANK_MESSAGES
+    )
+
+
+def lost_rank_message(error: RuntimeError) -> str:
+    """What to print when another process of the run has died."""
+    without_source = re.sub(r"^\[\S+\] ", "", str(error))
+    reason = without_source.partition(". ")[0].splitlines()[0]
+    return (f"rank {os.environ['RANK']} has lost another rank ({reason}). "
+            "The cause is in the output of that rank, or of torchrun")

@@ -23,11 +23,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from errors import run
+from errors import run_script
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "eval"))         # --help and mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "eval"))   # --help and mistakes do not wait for torch
 
 from runtime.device import pick_device              # before torch: see guard_amdsmi there
 from tqdm import tqdm
@@ -499,4 +499,4 @@ def one_line(text: str, limit: int = 300) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

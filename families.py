@@ -9,12 +9,13 @@ at switches, never at a family's name.
 Read before: nothing. Read after: model.py, which builds what is described here; docs/add_a_family.md, to add a row.
 Sources, beside the rows: the technical reports; the fields and tensor names of the published checkpoints.
 """
-import difflib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+from errors import nearest_name
 
 
 # ---- what a decoder can do otherwise than Llama -----------------------------------------------------------------
@@ -534,7 +535,7 @@ def how_to_try(raw: dict) -> str:
         fits.append(kind)
     if not fits:
         return " docs/add_a_family.md shows how to add one."
-    kind = (difflib.get_close_matches(str(raw.get("model_type")), fits, 1, 0.4) or fits)[0]
+    kind = nearest_name(str(raw.get("model_type")), fits, similarity=0.4) or fits[0]
     return (f" Its other fields are also those of a {kind} model. If only the name is new, try it: write "
             f"\"model_type\": \"{kind}\" in a copy of config.json; loading then compares the name and shape of every "
             "tensor with that family's. If more is new: docs/add_a_family.md")

@@ -10,7 +10,6 @@ Read before: model.py. Read after: checkpoint/load.py (how adapters are read and
 Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732, DoRA arXiv:2402.09353, PiSSA arXiv:2404.02948, with the
 randomised SVD of arXiv:0909.4061 (algorithm 4.4).
 """
-import difflib
 import math
 import re
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from errors import did_you_mean
 from methods.fp8 import dequantise
 from methods.lora_variants import principal_parts
 from methods.quant import Quantised, multiply
@@ -241,11 +241,11 @@ def find_targets(model: nn.Module, target_modules, called=same) -> list[str]:
             matches = _matching(target, linears)
         if not matches:
             parts = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            near = difflib.get_close_matches(target, parts, 1)
+            hint = did_you_mean(target, parts)
             whole = any(called(name).endswith(target) for name, module in model.named_modules()
                         if isinstance(module, nn.Embedding))
-            raise ValueError(f"lora_target: {target!r} matches no linear layer of this model"
-                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {', '.join(parts)}"
+            raise ValueError(f"lora_target: {target!r} matches no linear layer of this model{hint}; "
+                             f"it has {', '.join(parts)}"
                              + (f". An embedding is trained whole: additional_target: {target}" if whole else ""))
         wanted.update(matches)
     return [name for name in linears.values() if name in wanted]
@@ -406,9 +406,8 @@ def unfreeze(model: nn.Module, layers: int, modules: list, extra: list, called=s
 def _check_names(key, wanted, there):
     for name in wanted:
         if name not in there:
-            near, has = difflib.get_close_matches(name, there, 1), ", ".join(sorted(there))
             raise ValueError(f"{key}: {name!r} is no module of this model"
-                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it has {has}")
+                             f"{did_you_mean(name, there)}; it has {', '.join(sorted(there))}")
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -33,11 +33,11 @@ from itertools import islice
 from pathlib import Path
 
 from config import Config
-from errors import run
+from errors import run_script
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "merge"))        # --help and mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "merge"))   # --help and mistakes do not wait for torch
 
 import runtime.device  # noqa: F401                     # before torch: see guard_amdsmi there
 import torch
@@ -528,4 +528,4 @@ def read_back(work: Path, plan: dict[str, Planned]):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

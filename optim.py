@@ -7,12 +7,12 @@ Read before: lora.py, methods/optimizers.py. Read after: train.py.
 Papers: LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
 arXiv:2404.06395, NEFTune arXiv:2310.05914.
 """
-import difflib
 import math
 from collections import defaultdict
 
 import torch
 
+from errors import did_you_mean
 from methods.optimizers import SMALLEST, UPDATES
 
 
@@ -90,9 +90,9 @@ def schedule(config, total_steps: int):
     shape, known = SCHEDULES[kind]
     for name, value in kw.items():
         if name not in known.split():
-            near = difflib.get_close_matches(name, known.split(), 1)
-            raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
-                             + (f" (did you mean {near[0]!r}?)" if near else "") + f"; it knows {known or 'none'}")
+            hint = did_you_mean(name, known.split())
+            raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}{hint}; "
+                             f"it knows {known or 'none'}")
         if name != "decay_type" and type(value) not in (int, float):
             raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
     if kind == "cosine_with_min_lr":

@@ -14,10 +14,10 @@ Read before: text/chat_formats.py, text/tokenizer.py. Read next: data.py, which 
 labels.
 Sources: the vendors' chat templates in their published tokenizer_config.json; recorded ids of LLaMA-Factory.
 """
-import difflib
 import re
 from dataclasses import dataclass, replace
 
+from errors import did_you_mean
 from text.tool_calls import TOOL_FORMATS, describe_tools, render_call
 
 
@@ -294,5 +294,5 @@ class Template:
 
 def unknown(what, found, known):
     """The message for a name that is not in a table: the nearest one, and all of them."""
-    near = difflib.get_close_matches(str(found), known, 1)
-    return f"unknown {what} {found!r}{f' (did you mean {near[0]!r}?)' if near else ''}. Known: {', '.join(known)}"
+    hint = did_you_mean(str(found), known)
+    return f"unknown {what} {found!r}{hint}. Known: {', '.join(known)}"

@@ -24,11 +24,11 @@ from functools import partial
 from pathlib import Path
 
 from config import as_dict, has_reference, in_steps
-from errors import run
+from errors import run_script
 from runtime.load_config import ignored_keys, load_config, non_default
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "train"))                # --help and mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "train"))   # --help and mistakes do not wait for torch
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"                            # one rank draws bars; tqdm reads this when imported
 
@@ -397,4 +397,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -3,7 +3,6 @@
 Requires: nothing.
 Next: checkpoint/load.py.
 """
-import difflib
 import json
 import os
 import pickle
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from errors import nearest_name
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -71,8 +72,8 @@ def find_checkpoint(name_or_path: str, revision: str | None = None, cache_dir: s
 def _near(path: Path) -> str:
     """`` (did you mean …?)`` from the names beside the one that is missing."""
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, 1)
-    return f" (did you mean {path.parent / close[0]}?)" if close else ""
+    near = nearest_name(path.name, names)
+    return f" (did you mean {path.parent / near}?)" if near else ""
 
 
 @contextmanager

@@ -6,7 +6,6 @@ written appears under its final name complete or not at all: it is made beside i
 Read before: model.py, lora.py. Read after: train.py, merge.py.
 Format: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the tensors' bytes).
 """
-import difflib
 import re
 import shutil
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from checkpoint.files import (DTYPES, open_tensors, stored_as, tensor_files, write_json,
                               write_tensors)
+from errors import nearest_name
 from families import model_config, read_config_json
 from methods.optimizers import OF_OTHER_SHAPES
 from methods.quant import (Form, Quantised, can_be_quantised, empty_quantised, form_of_state,
@@ -221,9 +221,8 @@ def _mismatch(folder, missing, unused, head=None):
     if missing == [head]:
         lines.append("  If the head is the embedding's matrix, config.json must say tie_word_embeddings: true")
     elif missing and unused:
-        close = difflib.get_close_matches(missing[0], unused, 1)
-        if close:
-            lines.append(f"  {missing[0]} may be what the file calls {close[0]}")
+        if near := nearest_name(missing[0], unused):
+            lines.append(f"  {missing[0]} may be what the file calls {near}")
     return "\n".join(lines)
 
 

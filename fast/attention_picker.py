@@ -7,7 +7,6 @@ Requires: attention.py.
 Next: docs/rocm_dcu.md.
 """
 import argparse
-import difflib
 import importlib.util
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 
 from attention import KERNELS, Layout, SDPA, TORCH, attend, lacking, plain, release
+from errors import did_you_mean
 
 WANTED = {   # LLaMA-Factory's key flash_attn -> the kernels that may serve it
     "auto": KERNELS,
@@ -95,8 +95,7 @@ def pick_kernel(flash_attn="auto", *, device, dtype, **asked):
     twin is correct.
     """
     if flash_attn not in WANTED:
-        near = difflib.get_close_matches(str(flash_attn), WANTED, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(str(flash_attn), WANTED)
         raise ValueError(f"flash_attn: {flash_attn!r} is not known{hint}; choose one of {', '.join(WANTED)}")
     problem = Problem(str(device), str(dtype).removeprefix("torch."), **asked)
     if flash_attn == "disabled":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from config import (ALIASES, COMMANDS, COMMAND_LINE, CONTRADICTIONS, Config, FALSE, KEYS, KEYS_OF, NULL,
                     PREFERENCE_KEYS, SCRIPTS, TRUE, UNUSED, as_dict, print_help, print_keys)
-from errors import nearest, run
+from errors import did_you_mean, run_script
 
 
 def load_config(argv: list[str], script: str) -> Config:
@@ -29,7 +29,7 @@ def load_config(argv: list[str], script: str) -> Config:
     for name, value, where in (read_file(path) if path else []) + overrides:
         name, dot, inner = ALIASES.get(name, name).partition(".")
         if name not in KEYS and name not in UNUSED or dot and not (name in KEYS and "dict" in KEYS[name].type):
-            raise ValueError(f"{where}: unknown key '{name}{dot}{inner}'{nearest(name, [*KEYS, *UNUSED, *ALIASES])}. "
+            raise ValueError(f"{where}: unknown key '{name}{dot}{inner}'{did_you_mean(name, [*KEYS, *UNUSED, *ALIASES])}. "
                              "All keys: python config.py --keys")
         if dot:
             value = {**_mapping(written[name][0] if name in written else "", f"{where}: {name}"), inner: value}
@@ -143,7 +143,7 @@ def read_file(path: Path) -> list:
     if not path.is_file():
         around = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         kind = "a folder, not a config file" if path.is_dir() else "no such config file"
-        raise FileNotFoundError(f"{path}: {kind}{nearest(path.name, around)}")
+        raise FileNotFoundError(f"{path}: {kind}{did_you_mean(path.name, around)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -228,7 +228,7 @@ def _choice(value, about, wrong, script):
     if value.lower() in about["choices"]:
         return value.lower()
     if value not in about["later"]:
-        raise ValueError(f"{wrong} none of {', '.join(about['choices'])}{nearest(value, about['choices'])}")
+        raise ValueError(f"{wrong} none of {', '.join(about['choices'])}{did_you_mean(value, about['choices'])}")
     if _concerns("train", script):
         raise ValueError(f"{wrong} not in this release yet; choose from {', '.join(about['choices'])}")
     return value
@@ -324,4 +324,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -6,11 +6,11 @@
 Requires: text/token_cache.py.
 Next: train.py.
 """
-from errors import run
+from errors import run_script
 from runtime.load_config import load_config
 
 if __name__ == "__main__":
-    run(lambda argv: load_config(argv, "data"))                 # --help and mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "data"))   # --help and mistakes do not wait for torch
 
 import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 
@@ -47,4 +47,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

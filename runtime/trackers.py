@@ -12,7 +12,6 @@ Next: runtime/report.py (RunLog), which calls this file.
 
 Sources: the documentation of the four packages; curve names from transformers 5's integrations.
 """
-import difflib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Config
+from errors import did_you_mean
 
 MLFLOW_VALUE_LENGTH = 250       # characters of a parameter that mlflow accepts
 MLFLOW_BATCH = 100              # parameters in one request to mlflow
@@ -135,8 +135,7 @@ def wanted_trackers(config: Config) -> list[str]:
 
     unknown = [name for name in requested if name not in (*OPENERS, "all")]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], OPENERS, 1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        hint = did_you_mean(unknown[0], OPENERS)
         raise ValueError(f"{config.source}: report_to: {unknown[0]} is none of "
                          f"{', '.join(OPENERS)}, all and none{hint}")
 

@@ -532,26 +532,26 @@ def raising(error):
     (UnicodeEncodeError("ascii", "ü.json", 0, 1, ""), 1,
      "error: 'ü.json' cannot be written in the encoding ascii: set PYTHONUTF8=1\n"),
     (KeyboardInterrupt(), 130, "\ninterrupted\n")])
-def test_run_turns_a_users_mistake_into_a_line(capsys, monkeypatch, error, code, text):
+def test_run_script_turns_a_users_mistake_into_a_line(capsys, monkeypatch, error, code, text):
     monkeypatch.delenv("POCKET_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped:
-        errors.run(raising(error))
+        errors.run_script(raising(error))
     assert stopped.value.code == code and capsys.readouterr().err == text
 
 
-def test_run_has_a_sentence_for_a_full_disk(capsys):
+def test_run_script_has_a_sentence_for_a_full_disk(capsys):
     with pytest.raises(SystemExit):
-        errors.run(raising(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")))
+        errors.run_script(raising(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors")))
     message = capsys.readouterr().err
     assert message.startswith("error: out/model.safetensors: no space left on the disk") and "output_dir" in message
 
 
-def test_run_keeps_the_traceback_of_a_bug_and_on_request(monkeypatch):
+def test_run_script_keeps_the_traceback_of_a_bug_and_on_request(monkeypatch):
     with pytest.raises(KeyError):
-        errors.run(raising(KeyError("bug")))
+        errors.run_script(raising(KeyError("bug")))
     monkeypatch.setenv("POCKET_TRACEBACK", "1")
     with pytest.raises(ValueError):
-        errors.run(raising(ValueError("wrong")))
+        errors.run_script(raising(ValueError("wrong")))
 
 
 def test_each_run_has_its_own_lists():

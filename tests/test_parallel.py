@@ -38,7 +38,7 @@ sys.path.insert(0, ROOT)
 from tests.common import leave_with_parent
 leave_with_parent()
 import parallel, train
-from config import run
+from errors import run_script
 rank, joined, shares, wait = int(os.environ.get("RANK", "0")), [], {}, parallel.Bucket.receive
 
 def start(device, timeout):
@@ -76,7 +76,7 @@ def main(arguments):
             json.dump(shares, open(argv[0] + ".shares", "w"))   # on how many ranks a weight had a gradient, how often
     end_ranks()
 
-run(main)
+run_script(main)
 '''
 
 

@@ -34,7 +34,7 @@ from runtime import resume
 from runtime import run as runtime_run
 import train
 from config import Config, KEYS
-from errors import run
+from errors import run_script
 from runtime.load_config import load_config
 from tests.common import ROOT, read_jsonl
 
@@ -173,7 +173,7 @@ def one_rank(rank, world, port, arguments, patch, screen):
         for name, *values in patch:
             globals()[name](rank, *values)
         sys.argv = ["train.py", *arguments]
-        run(train.main)
+        run_script(train.main)
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
@@ -469,7 +469,7 @@ def torchrun(output, folder, patch, *options, **settings) -> subprocess.Complete
         f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.test_resume import *\n"
         "rank, round = int(os.environ['RANK']), int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         f"for name, *values in {patch!r}.get(round, []):\n    globals()[name](rank, *values)\n"
-        "run(train.main)\n"
+        "run_script(train.main)\n"
     )
     given = {**BASE, "output_dir": output, **settings}
     return subprocess.run(

@@ -26,7 +26,7 @@ sys.path.insert(0, ROOT)
 from tests.common import leave_with_parent
 leave_with_parent()
 import torch, train
-from config import run
+from errors import run_script
 joined, held, rank = [], {}, os.environ["RANK"]
 
 def live():
@@ -54,7 +54,7 @@ def main(argv):
     json.dump(held, open(argv[0] + ".held" + rank, "w"))
     end_ranks()
 
-run(main)
+run_script(main)
 '''
 CURVES = GOLDEN / "curves"
 LLAMA = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import nearest
+from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, Row,
                                 Source, TAGS, check_stage, shown)
 
@@ -193,7 +193,7 @@ def find_source(name: str, config, notes: list) -> Source:
         raise FileNotFoundError(f"dataset '{name}': neither {info_path} nor a file of that name exists (dataset_dir is "
                                 "the folder of dataset_info.json)")
     more = f" and {len(info) - 12} more" if len(info) > 12 else ""
-    raise ValueError(f"{info_path}: no dataset '{name}'{nearest(name, info)}; a data file can also be given by its "
+    raise ValueError(f"{info_path}: no dataset '{name}'{did_you_mean(name, info)}; a data file can also be given by its "
                      f"path. It names {', '.join(list(info)[:12])}{more}")
 
 
@@ -201,7 +201,7 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
     """One entry of dataset_info.json, checked, its files found. What cannot be honoured is an error or a note."""
     where = f"{info_path}, dataset '{name}'"
     check_entry(entry, where)
-    notes += [f"{where}: key '{key}' is not used{nearest(key, ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
+    notes += [f"{where}: key '{key}' is not used{did_you_mean(key, ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
     formatting = entry.get("formatting", "alpaca")
     if formatting not in COLUMNS:
         raise ValueError(f"{where}: formatting '{formatting}' is none of {', '.join(COLUMNS)}")
@@ -213,7 +213,7 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
     for table, words, known in (("columns", columns, ROLES), ("tags", tags, TAGS)):
         for word in words:
             if word not in known:
-                raise ValueError(f"{where}: {table}: '{word}' is unknown{nearest(word, known)}. On the left stands one "
+                raise ValueError(f"{where}: {table}: '{word}' is unknown{did_you_mean(word, known)}. On the left stands one "
                                  f"of {', '.join(known)}, on the right a name of your data")
     missing = [tag for tag in REQUIRED_TAGS if not tags.get(tag)]
     if missing and formatting != "alpaca":
@@ -249,7 +249,7 @@ def files_at(path: Path) -> tuple:
     """The data files at a path: the file itself, or all files of a folder by name; these must be of one type."""
     if not path.exists():
         around = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f"data file {path} does not exist{nearest(path.name, around)}")
+        raise FileNotFoundError(f"data file {path} does not exist{did_you_mean(path.name, around)}")
     inside = sorted(p for p in path.iterdir() if p.is_file() and p.name[0] != ".") if path.is_dir() else []
     files = tuple(inside) if path.is_dir() else (path,)
     types = sorted({p.suffix for p in files})
@@ -416,7 +416,7 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list) -> Source
         optional = role == "query" and source.columns == COLUMNS["alpaca"]     # many files simply have no `input`
         if keys and column not in keys and not optional:
             raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role})"
-                             f"{nearest(column, keys)}. The rows have {', '.join(keys)}; columns in dataset_info.json "
+                             f"{did_you_mean(column, keys)}. The rows have {', '.join(keys)}; columns in dataset_info.json "
                              "tells which is which")
     roles = ("prompt", "query", "messages") if stage == "pt" else ROLES
     unread = [key for key in keys if key not in [source.columns.get(role) for role in roles]]
