@@ -35,7 +35,6 @@ from tqdm import tqdm
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import find_checkpoint, write_json
 from config import Config, has_reference
-from data import print_counts
 from evals.bleu_rouge import NAMES, means, pick_words, score
 from evals.loss import evaluate, evaluate_examples
 from evals.multiple_choice import Subject, accuracies, answers_of, find_subjects
@@ -56,6 +55,7 @@ from runtime.build import ENCODERS
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               trained_settings)
 from runtime.memory_advice import available_bytes
+from runtime.preview import print_counts
 from runtime.report import format_table, print_pairs
 from text.load_text import Text, eos_ids_of, load_text
 from text.token_cache import load_examples

@@ -40,7 +40,6 @@ from checkpoint.adapters import folded_under, save_converted, save_pissa_start
 from checkpoint.files import find_checkpoint, into_folder, new_folder, write_json
 from checkpoint.training_state import (load_training_state, rng_state, save_training_state,
                                        write_checksums)
-from data import print_counts, print_row
 from evals.loss import evaluate
 from families import model_config, read_config_json
 from fast.attention_picker import pick_kernel
@@ -59,6 +58,7 @@ from runtime.build import (ENCODERS, batch_loss, build_model, build_reference, c
 from runtime.memory import Workload, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice, available_bytes
 from runtime.precision import LossScale, check_dtype, compute_dtype
+from runtime.preview import print_counts, print_example
 from runtime.report import RunLog, print_pairs, trainer_state, versions
 from runtime.resume import (STOPPED, StopSignals, changed_settings, find_resume, record_stop,
                             prepare_output, remove_old_checkpoints, check_disk_space, usable_best)
@@ -117,7 +117,7 @@ def main(argv):
     if eval_set and not config.do_eval:
         print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch would use them")
     check_examples([train_set, eval_set], shape, tokenizer)
-    print_row(tokenizer, train_set[0], config.stage, "first example")
+    print_example(tokenizer, train_set[0], config.stage)
     if config.stage == "dpo" and config.pref_loss in AS_SIGMOID and not config.paper_losses:
         print(f"  note: pref_loss: {config.pref_loss} is computed as LLaMA-Factory 0.9.5 does, with the loss of sigmoid; "
               "paper_losses: true takes that of its paper")

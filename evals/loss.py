@@ -95,7 +95,7 @@ def score_batch(model, examples: list, *, objective: Objective, stage: str, devi
                 autocast) -> BatchLoss:
     """Loss of a batch by the objective of a stage, as in training."""
     batch = COLLATE[stage]([examples]).to(device)
-    items = batch.n_items if batch.groups else int((batch.targets != IGNORE).sum())
+    items = batch.n_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
     if items == 0 and not hasattr(model, "reshard"):
         return BatchLoss()
     with autocast:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config
-from data import Encoded, cut_pair, settings_of
+from data import EncodedRows, settings_of, truncated_lengths
 from fast.batch_decode import answer_all, answer_each, one_at_a_time
 from fast.decode import pick_step
 from generate import Sampling
@@ -59,7 +59,7 @@ def read_prompt_rows(config: Config):
 
 def prompts_of(rows, config: Config, tokenizer, template) -> list[Prompt]:
     """Ids of prompt and expected answer of each row, together at most cutoff_len as in training."""
-    part = Encoded()
+    part = EncodedRows()
     prompts = []
     for row in rows:
         conversation = conversation_of(row, config, part)
@@ -73,7 +73,7 @@ def prompts_of(rows, config: Config, tokenizer, template) -> list[Prompt]:
             continue
         if template.efficient_eos:
             answer = answer + [tokenizer.eos_id]
-        keep_prompt, keep_answer = cut_pair(len(prompt), len(answer), config.cutoff_len)
+        keep_prompt, keep_answer = truncated_lengths(len(prompt), len(answer), config.cutoff_len)
         prompts.append((prompt[:keep_prompt], answer[:keep_answer]))
     if part.bad and not config.skip_bad_rows:
         refuse(part.bad)

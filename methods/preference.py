@@ -5,7 +5,7 @@
 
 The formulas are pure functions of log-probabilities: log pi(y|x), the sum over the tokens of an answer, is a number for
 each answer, and so is that of a reference model, which does not learn. Below them stands what a step does: ask (without
-gradients) what the reference says, then score a batch. Every row counts `shares`, see data.collate_answers.
+gradients) what the reference says, then score a batch. Every row counts `row_weights`, see collate_answers.
 
 Read before: losses.py (log-probabilities), data.py (Batch). Read next: train.py, which calls Objective.
 Papers: DPO arXiv:2305.18290, hinge arXiv:2309.06657, IPO arXiv:2310.12036, ORPO arXiv:2403.07691, SimPO
@@ -23,7 +23,8 @@ from torch import nn
 
 from checkpoint.files import open_tensors, save_tensors
 from config import has_reference
-from data import Batch, Encoded, Example, IGNORE, collate, count_row, cut_pair, settings_of, stretch
+from data import (IGNORE, Batch, EncodedRows, Example, collate, settings_of,
+                  truncated_lengths)
 from families import read_config_json
 from fast.matmul import PRODUCTS, torch_product
 from lora import set_adapters
@@ -148,7 +149,7 @@ def ask_pairs(reference, model, batches: list, ranks: Ranks) -> list:
 def score_pairs(config, model, batch, told):
     """Stage dpo. told: see ask_pairs; None for an objective without a reference."""
     sums, counts = logps_of(model, batch)                                                    # (2n,)
-    means, n = sums / counts.clamp(min=1), len(batch.shares)
+    means, n = sums / counts.clamp(min=1), len(batch.row_weights)
     logps = means if config.pref_loss in OF_MEANS else sums
     if told is not None and config.pref_loss in OF_MEANS:
         told = told / counts.clamp(min=1)
@@ -161,7 +162,7 @@ def score_pairs(config, model, batch, told):
             "rewards/margins": good - bad, "logps/chosen": chosen, "logps/rejected": rejected}
     if config.pref_loss == "orpo":
         seen |= {"sft_loss": sft, "odds_ratio_loss": (losses - sft) / config.pref_beta}
-    return (losses * batch.shares).sum(), 0.0, {name: together(values.detach(), batch.shares)
+    return (losses * batch.row_weights).sum(), 0.0, {name: together(values.detach(), batch.row_weights)
                                                 for name, values in seen.items()}
 
 
@@ -173,18 +174,18 @@ def ask_judged(config, reference, model, batches: list, ranks: Ranks) -> list:
     The divergence is estimated over a micro-batch, on the prompts with answers of other rows, as the mean of log pi - log
     pi_ref, the mean of all ranks, and at least 0 (arXiv:2402.01306, sec. 4.1).
     """
-    changed = [logps_of(model, batch.other)[0] for batch in batches]
+    changed = [logps_of(model, batch.kl_batch)[0] for batch in batches]
     with as_reference(model, reference) as asked:
         logps = [logps_of(asked, batch)[0] for batch in batches]
-        changed = [mine - logps_of(asked, batch.other)[0] for mine, batch in zip(changed, batches)]
+        changed = [mine - logps_of(asked, batch.kl_batch)[0] for mine, batch in zip(changed, batches)]
     real = [batch.n_items > 0 for batch in batches]              # the others keep ranks company, see scale/fsdp.py
-    kl = [group.mean() for one, batch, counts in zip(changed, batches, real) if counts for group in one.split(batch.groups)]
+    kl = [group.mean() for one, batch, counts in zip(changed, batches, real) if counts for group in one.split(batch.batch_sizes)]
     if ranks.world > 1:
         kl = mean_of_ranks(kl, config.gradient_accumulation_steps, ranks)
     kl, told = iter(kl), []
     for batch, reference_logps, counts in zip(batches, logps, real):
-        each = [next(kl).clamp(min=0) for _ in batch.groups] if counts else [reference_logps.new_zeros(())]
-        rows = torch.cat([value.expand(size) for value, size in zip(each, batch.groups)])
+        each = [next(kl).clamp(min=0) for _ in batch.batch_sizes] if counts else [reference_logps.new_zeros(())]
+        rows = torch.cat([value.expand(size) for value, size in zip(each, batch.batch_sizes)])
         told.append((reference_logps, rows, torch.stack((sum(each) / ranks.world, rows.new_ones(())))))
     return told
 
@@ -204,15 +205,15 @@ def score_judged(config, model, batch, told):
     logps, counts = logps_of(model, batch)                                                   # (n,)
     log_ratios, desired = logps - reference_logps, batch.desired
     losses = kto_losses(log_ratios, kl, desired, config.pref_beta, config.kto_chosen_weight, config.kto_rejected_weight)
-    real = (batch.shares > 0).float()
+    real = (batch.row_weights > 0).float()
     if config.pref_ftx:             # LLaMA-Factory's weight: (rows / good ones) of a micro-batch, twice
-        share = torch.cat([group.mean().clamp(min=1e-9).expand(len(group)) for group in desired.float().split(batch.groups)])
+        share = torch.cat([group.mean().clamp(min=1e-9).expand(len(group)) for group in desired.float().split(batch.batch_sizes)])
         losses = losses - config.pref_ftx * desired * logps / counts.clamp(min=1) / share.square()
     seen = {"kl": kl_of_batch}
     for name, which in (("chosen", desired), ("rejected", ~desired)):
         seen |= {f"rewards/{name}": together(config.pref_beta * log_ratios.detach(), which * real),
                  f"logps/{name}": together(logps.detach(), which * real)}
-    return (losses * batch.shares).sum(), 0.0, seen
+    return (losses * batch.row_weights).sum(), 0.0, seen
 
 
 # ---- reward models ------------------------------------------------------------------------------------------------
@@ -271,12 +272,12 @@ def score_values(head, model, batch, told):
     hidden = model(batch.input_ids, batch.position_ids, batch.layout)[0]                     # (N, D)
     ends = batch.layout.cu_seqlens[1:].long() - 1                                            # last token of each answer
     # one call each: the gradients of the bias, which no comparison sees, then cancel without rounding
-    chosen, rejected = (head(hidden[rows], model.training) for rows in ends.split(len(batch.shares)))        # (n,)
-    losses, real = -F.logsigmoid(chosen - rejected), (batch.shares > 0).float()
-    return (losses * batch.shares).sum(), 0.0, {"accuracy": together((chosen > rejected).float(), real)}
+    chosen, rejected = (head(hidden[rows], model.training) for rows in ends.split(len(batch.row_weights)))        # (n,)
+    losses, real = -F.logsigmoid(chosen - rejected), (batch.row_weights > 0).float()
+    return (losses * batch.row_weights).sum(), 0.0, {"accuracy": together((chosen > rejected).float(), real)}
 
 
-def encode_answers(batch, config, tokenizer, template, part: Encoded, check_only: bool = False):
+def encode_answers(batch, config, tokenizer, template, encoded: EncodedRows, check_only: bool = False):
     """Stages rm, dpo, kto: of each row an example of two stretches, the prompt with one answer and with another: the chosen
     and the rejected one; or (kto) its own and, to estimate a KL divergence (arXiv:2402.01306, sec. 4.1), that of the row
     before, the first row taking the last one's. Thoughts of earlier answers are left out. batch: [(row, conversation), …].
@@ -294,8 +295,8 @@ def encode_answers(batch, config, tokenizer, template, part: Encoded, check_only
             rendered.append([render(conversation, answer) for answer in answers])
             own.append((row, conversation))
         except ValueError as error:                 # a tool call or a tool description that cannot be read
-            part.reject(row, error)
-    if check_only or part.bad and not config.skip_bad_rows:
+            encoded.reject(row, error)
+    if check_only or encoded.bad and not config.skip_bad_rows:
         return
     if config.stage in JUDGED:
         for number, (row, conversation) in enumerate(own):
@@ -303,23 +304,23 @@ def encode_answers(batch, config, tokenizer, template, part: Encoded, check_only
     ids = iter(encode_pieces(tokenizer, [pieces for both in rendered for one in both for pieces in one]))
     closing_eos = [tokenizer.eos_id] if template.efficient_eos else []
     for row, conversation in own:
-        add_answers(part, row, conversation.desired, [(next(ids), next(ids) + closing_eos) for _ in range(2)], config)
+        add_answers(encoded, row, conversation.desired, [(next(ids), next(ids) + closing_eos) for _ in range(2)], config)
 
 
-def add_answers(part: Encoded, row: Row, desired: bool | None, both: list, config):
+def add_answers(encoded: EncodedRows, row: Row, desired: bool | None, both: list, config):
     """One row's example. both: two (prompt_ids, answer_ids). A pair has the prompt of the chosen answer, and is cut by the
     longer of the two answers, as in LLaMA-Factory; in kto each is cut by its own."""
     pairs, kept = config.stage in PAIRS, []
     for prompt, answer in both:
         prompt, longest = (both[0][0], max(len(other) for _, other in both)) if pairs else (prompt, len(answer))
-        of_prompt, of_answer = cut_pair(len(prompt), longest, config.cutoff_len)
+        of_prompt, of_answer = truncated_lengths(len(prompt), longest, config.cutoff_len)
         prompt, answer = prompt[:of_prompt], answer[:of_answer]
         kept.append((prompt + answer, [IGNORE] * len(prompt) + answer))
     counted = slice(None if pairs else 1)           # the other answer of kto teaches nothing
     full = sum(len(prompt) + len(answer) for prompt, answer in both[counted])
-    supervised = count_row(part.of(row), row, *laid(kept[counted]), full)
-    part.teaches |= any(len(labels) > 1 and labels[-1] != IGNORE for _, labels in kept[counted])
-    part.add(*laid(kept), supervised > 0, [len(ids) for ids, _ in kept], desired)
+    supervised = encoded.count(row, *laid(kept[counted]), full)
+    encoded.has_targets |= any(len(labels) > 1 and labels[-1] != IGNORE for _, labels in kept[counted])
+    encoded.add(*laid(kept), supervised > 0, [len(ids) for ids, _ in kept], desired)
 
 
 def laid(stretches: list) -> tuple[list, list]:
@@ -329,17 +330,17 @@ def laid(stretches: list) -> tuple[list, list]:
 
 def collate_answers(groups: list[list[Example]], alike: bool = False) -> Batch:
     """The rows of some micro-batches: of pairs first all chosen answers, then all rejected ones; judged answers in one
-    Batch, and in its `other` those to estimate the KL divergence with.
+    Batch, and in its `kl_batch` those to estimate the KL divergence with.
 
     A row counts one over the rows of its micro-batch, and n_items is the number of these: the mean over micro-batches of
     their means, as in LLaMA-Factory. alike: every row counts 1, and n_items is the number of rows.
     """
     examples = [example for group in groups for example in group]
-    first, second = ([stretch(example, which) for example in examples] for which in (0, 1))
+    first, second = ([example.sequence(which) for example in examples] for which in (0, 1))
     sizes = tuple(map(len, groups))
-    shares = torch.tensor([1.0 if alike else 1 / size for size in sizes for _ in range(size)])
-    more = dict(groups=sizes, shares=shares, n_items=len(examples) if alike else len(groups))
+    row_weights = torch.tensor([1.0 if alike else 1 / size for size in sizes for _ in range(size)])
+    more = dict(batch_sizes=sizes, row_weights=row_weights, n_items=len(examples) if alike else len(groups))
     if examples[0].desired is None:
         return replace(collate(first + second), **more)
-    return replace(collate(first), desired=torch.tensor([example.desired for example in examples]), other=collate(second),
+    return replace(collate(first), desired=torch.tensor([example.desired for example in examples]), kl_batch=collate(second),
                    **more)

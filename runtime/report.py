@@ -85,24 +85,6 @@ def format_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(text)
 
 
-def print_example(tokenizer, input_ids, labels, title: str = "first example"):
-    """Print an example as ids, as text, and as the part of the text that carries loss."""
-    ids = [int(t) for t in input_ids]
-    supervised = [int(t) for t in labels if t != -100]
-    print(f"\n{title}: {len(ids)} tokens, {len(supervised)} carry loss")
-    print(f"  ids   {shortened(str(ids))}")
-    print(f"  text  {shortened(tokenizer.decode(ids))!r}")
-    print(f"  loss  {shortened(tokenizer.decode(supervised))!r}", flush=True)
-
-
-def shortened(text: str, limit: int = 1200) -> str:
-    """The text, without its middle if it has more than `limit` characters."""
-    if len(text) <= limit:
-        return text
-    half = limit // 2
-    return f"{text[:half]} … {len(text) - limit} more … {text[-half:]}"
-
-
 # ---- the log of a run ---------------------------------------------------------------------------
 
 

@@ -108,14 +108,14 @@ def flops_of_batch(model_config: ModelConfig, frozen: float, trained: float, ref
                    batch) -> float:
     """Model FLOPs of a training batch, and of the reference model's forward passes if it has one.
 
-    frozen, trained, reference: numbers of weights, see matmul_parameters. batch.other: mismatched
+    frozen, trained, reference: numbers of weights, see matmul_parameters. batch.kl_batch: mismatched
     pairs for KTO's KL term, a forward pass of both models.
     """
     flops = training_flops(model_config, frozen, trained, batch.lengths)
     if reference:
         flops += forward_flops(model_config, reference, batch.lengths)
-    if batch.other is not None:
-        lengths = batch.other.lengths
+    if batch.kl_batch is not None:
+        lengths = batch.kl_batch.lengths
         flops += (forward_flops(model_config, frozen + trained, lengths)
                   + forward_flops(model_config, reference, lengths))
     return flops

@@ -203,8 +203,8 @@ def idle_batches(count: int, example, ranks: Ranks) -> list:
     """What a rank with `count` micro-batches must run besides, to keep company with that which has the most: `example`,
     a batch, without labels."""
     most = max(int(other) for other in ranks.gather(torch.tensor([count])))
-    shares = None if example.shares is None else torch.zeros_like(example.shares)
-    return [replace(example, targets=torch.full_like(example.targets, IGNORE), n_items=0, shares=shares)] * (most - count)
+    row_weights = None if example.row_weights is None else torch.zeros_like(example.row_weights)
+    return [replace(example, targets=torch.full_like(example.targets, IGNORE), n_items=0, row_weights=row_weights)] * (most - count)
 
 
 def print_shards(model, ranks: Ranks):

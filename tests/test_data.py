@@ -117,7 +117,7 @@ def test_golden_rows_with_two_answers(file, tmp_path):
         for example, wanted in zip(examples, lines, strict=True):
             assert example.desired == wanted.get("kto_tags"), line
             for number, name in enumerate(names):
-                one = data.stretch(example, number)
+                one = example.sequence(number)
                 assert pairs([one]) == [(wanted[f"{name}input_ids"], wanted[f"{name}labels"])], (line["case"], name)
                 checked += 1
     assert checked > 100
@@ -134,7 +134,7 @@ def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / run["tokenizer"])
         config = make_config(tmp_path, run["settings"])
         examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
-        found = [[data.stretch(example, number) for number in (0, 1)] for example in examples]
+        found = [[example.sequence(number) for number in (0, 1)] for example in examples]
         found = [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found]
         assert found == run["crc"], run
 
@@ -157,7 +157,7 @@ def test_rows_with_two_answers_in_every_layout(tmp_path, words):
         write_dataset(tmp_path, [row], entry or {})
         name = "rows" if entry else str(tmp_path / "rows.json")
         examples, _, _ = loaded(tmp_path, words, stage="dpo", dataset=name)
-        found.append([data.stretch(examples[0], number).input_ids.tolist() for number in (0, 1)])
+        found.append([examples[0].sequence(number).input_ids.tolist() for number in (0, 1)])
     assert found[1:] == found[:-1] and found[0][0] != found[0][1]
 
     bad = [{**alpaca, "rejected": " "}, {**alpaca, "chosen": None}, {**alpaca, "chosen": ["w2"]}, alpaca]
@@ -182,7 +182,7 @@ def test_judged_answers_meet_the_prompt_of_the_next_row(tmp_path, words):
     rows = [{"instruction": f"w{i}", "output": f"w{10 + i}" if i != 2 else "", "label": i % 2 == 0} for i in range(6)]
     write_dataset(tmp_path, rows, {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}})
     examples, _, _ = loaded(tmp_path, words, stage="kto", skip_bad_rows=True, preprocessing_batch_size=3)
-    answers = [[one.input_ids[one.labels != IGNORE][0] for one in (data.stretch(e, 0), data.stretch(e, 1))] for e in examples]
+    answers = [[one.input_ids[one.labels != IGNORE][0] for one in (e.sequence(0), e.sequence(1))] for e in examples]
     own = [answer for answer, _ in answers]
     assert [other for _, other in answers] == [own[1], own[0], own[4], own[2], own[3]]
     assert [example.desired for example in examples] == [True, False, False, True, False]
@@ -190,23 +190,23 @@ def test_judged_answers_meet_the_prompt_of_the_next_row(tmp_path, words):
 
 def test_batches_of_pairs_lie_chosen_first(tmp_path):
     """Two micro-batches in one pass: each row counts one over the rows of its own; judged answers keep the others apart."""
-    def example(*stretches, desired=None):
-        ids = np.array(sum(stretches, []), np.int32)
-        return data.Example(ids, ids, [len(s) for s in stretches], ids, desired)
+    def example(*sequences, desired=None):
+        ids = np.array(sum(sequences, []), np.int32)
+        return data.Example(ids, ids, [len(s) for s in sequences], ids, desired)
 
     rows = [example([1, 2], [3]), example([4], [5, 6]), example([7, 8, 9], [10])]
     batch = preference.collate_answers([rows[:2], rows[2:]])
     assert batch.input_ids[0].tolist() == [1, 2, 4, 7, 8, 9, 3, 5, 6, 10] and batch.lengths == [2, 1, 3, 1, 2, 1]
-    assert batch.shares.tolist() == [0.5, 0.5, 1.0] and (batch.n_items, batch.groups) == (2, (2, 1))
+    assert batch.row_weights.tolist() == [0.5, 0.5, 1.0] and (batch.n_items, batch.batch_sizes) == (2, (2, 1))
     alike = preference.collate_answers([rows[:2], rows[2:]], alike=True)
-    assert alike.shares.tolist() == [1.0, 1.0, 1.0] and alike.n_items == 3
+    assert alike.row_weights.tolist() == [1.0, 1.0, 1.0] and alike.n_items == 3
     judged = preference.collate_answers([[example([1, 2], [3], desired=True), example([4], [5, 6], desired=False)]])
-    assert judged.input_ids[0].tolist() == [1, 2, 4] and judged.other.input_ids[0].tolist() == [3, 5, 6]
+    assert judged.input_ids[0].tolist() == [1, 2, 4] and judged.kl_batch.input_ids[0].tolist() == [3, 5, 6]
     assert judged.desired.tolist() == [True, False]
 
 
 def check_example(example, wanted, tokenizer, settings, where):
-    """Equal ids, labels, positions and attention stretches. What LLaMA-Factory pads to cutoff_len, we do not store."""
+    """Equal ids, labels, positions and attention sequences. What LLaMA-Factory pads to cutoff_len, we do not store."""
     n = len(example.input_ids)
     padding = len(wanted["input_ids"]) - n
     assert padding == 0 or settings.get("packing") and settings["stage"] == "sft", where
@@ -240,7 +240,7 @@ def test_golden_prompts(tmp_path):
             messages, system, tools, *_ = convert(row)
             prompt, answer = encode_prompt(template, tokenizer, messages, system, tools, data.settings_of(config))
             answer = answer + [tokenizer.eos_id] * template.efficient_eos
-            keep_prompt, keep_answer = data.cut_pair(len(prompt), len(answer), config.cutoff_len)
+            keep_prompt, keep_answer = data.truncated_lengths(len(prompt), len(answer), config.cutoff_len)
             assert prompt[:keep_prompt] == wanted["input_ids"], line
             assert answer[:keep_answer] == wanted["labels"], line
             checked += 1
@@ -406,9 +406,9 @@ def test_rows_with_nothing_to_learn_are_counted_shown_and_skipped(tmp_path, word
     rows = [ask("w1", "w2"), ask("w1 w2 w3 w4 w5", "w6")]
     train, _, report = load(tmp_path, words, rows, cutoff_len=2)
     assert pairs(train) == [([3, 4], [IGNORE, 4])]
-    data.print_counts(report)
+    preview.print_counts(report)
     told = capsys.readouterr().out
-    assert "nothing left to learn within cutoff_len: 1, first" in told and "row 2 (7 tokens)" in told
+    assert "nothing left to train on within cutoff_len: 1, first" in told and "row 2 (7 tokens)" in told
     with pytest.raises(ValueError, match="no token carries loss"):
         load(tmp_path, words, rows[1:], cutoff_len=2)
 
@@ -418,7 +418,7 @@ def test_counts(tmp_path, words, capsys):
     assert (len(train), len(evaluation)) == (6, 2)
     counts = report.datasets["train", "rows"]
     assert (counts.rows, counts.lengths.tolist(), counts.supervised, counts.truncated) == (6, [4] * 6, 18, 0)
-    data.print_counts(report)
+    preview.print_counts(report)
     assert "75.0%" in capsys.readouterr().out
     with pytest.raises(ValueError, match="val_size: 0.99 takes 8 of 8 rows"):
         load(tmp_path, words, [ask("w1", "w2 w3")] * 8, val_size=0.99)
@@ -433,11 +433,11 @@ def test_eval_dataset(tmp_path, words):
 # ---- pieces by hand and by slow twins ---------------------------------------------------------------------------
 
 
-def test_cut_pair_fills_the_room_and_no_more():
+def test_truncated_lengths_fill_the_room_and_no_more():
     for source in range(0, 30):
         for target in range(1, 30):
             for room in range(1, 40):
-                kept_source, kept_target = data.cut_pair(source, target, room)
+                kept_source, kept_target = data.truncated_lengths(source, target, room)
                 assert 0 <= kept_source <= source and 0 <= kept_target <= target
                 assert kept_source + kept_target <= room
                 if source + target < room:
@@ -487,7 +487,7 @@ def test_packing_keeps_samples_apart_unless_told_not_to(tmp_path, words):
         assert [example.position_ids.tolist() for example in train] == [[0, 1, 2, 3, 0, 1, 2]]
 
 
-def test_collate_shifts_within_each_stretch():
+def test_collate_shifts_within_each_sequence():
     first = data.Example(np.int32([1, 2, 3]), np.int32([-100, 2, 3]), [3])
     second = data.Example(np.int32([4, 5, 6, 7]), np.int32([4, 5, 6, 7]), [2, 2], np.int32([0, 1, 0, 1]))
     batch = data.collate([first, second])

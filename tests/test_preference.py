@@ -244,12 +244,12 @@ def test_the_reference_pass_is_counted_in_flops(world):
     from runtime.throughput import matmul_parameters
     model = load_model(world / "tiny_llama3")
     attach_lora(model, LoRAConfig())
-    batch = SimpleNamespace(lengths=[10, 20], other=None)
+    batch = SimpleNamespace(lengths=[10, 20], kl_batch=None)
     frozen, trained = matmul_parameters(model)
     alone, asked = (throughput.flops_of_batch(model.config, frozen, trained, weights, batch) for weights in (0, frozen))
     pairs = 10 * 11 / 2 + 20 * 21 / 2
     assert asked - alone == 2 * frozen * 30 + 4 * 64 * 2 * pairs                            # 2 layers of 4 heads of 16
-    other = SimpleNamespace(lengths=[10, 20], other=SimpleNamespace(lengths=[10, 20]))
+    other = SimpleNamespace(lengths=[10, 20], kl_batch=SimpleNamespace(lengths=[10, 20]))
     more = throughput.flops_of_batch(model.config, frozen, trained, frozen, other) - asked
     assert more == 2 * (asked - alone) + 2 * trained * 30
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
+from runtime import preview
 from text import token_cache
 from text import token_cache as store
 from text import parallel_map as workers
@@ -41,15 +41,15 @@ def all_of(examples):
 def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings, capsys, monkeypatch):  # noqa: F811
     write_dataset(tmp_path, ROWS, {})
     made = load(tmp_path, words, **settings)
-    data.print_counts(made[2])
+    preview.print_counts(made[2])
     first = capsys.readouterr().out
     monkeypatch.setattr(token_cache, "encode_batch", None)             # whoever tokenises now fails
     read = load(tmp_path, words, **settings)
-    data.print_counts(read[2])
+    preview.print_counts(read[2])
     second = capsys.readouterr().out
-    assert "tokenised rows: made in" in first and f"tokenised rows: read from {tmp_path / 'store'}" in second
-    assert [line for line in first.splitlines() if "tokenised rows" not in line] == [
-        line for line in second.splitlines() if "tokenised rows" not in line]
+    assert "tokenized rows: made in" in first and f"tokenized rows: read from {tmp_path / 'store'}" in second
+    assert [line for line in first.splitlines() if "tokenized rows" not in line] == [
+        line for line in second.splitlines() if "tokenized rows" not in line]
     for one, other in zip(made[:2], read[:2]):
         assert all_of(one) == all_of(other) and one.sign == other.sign and one.longest == other.longest
         assert one.largest_id == max([0, *(int(example.input_ids.max()) for example in one)])
@@ -165,9 +165,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from data import Part
+from data import EncodedRows
 from text.token_cache import SplitWriter, new_store, write_about
-part = Part()
+part = EncodedRows()
 part.add([1, 2], [-100, 2], True)
 with new_store(Path({folder!r})) as work:
     writer = SplitWriter(work, "train")

@@ -44,6 +44,15 @@ class Row(NamedTuple):
     source: Source = None
 
     @property
+    def dataset(self) -> str:
+        return self.source.name
+
+    @property
+    def excerpt(self) -> str:
+        """The row, shortened for a message."""
+        return shown(self.data)
+
+    @property
     def where(self) -> str:
         name = "" if self.source.name == str(self.file) else f"dataset '{self.source.name}', "
         return f"{name}{self.file} row {self.number}"

@@ -24,14 +24,14 @@ import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from data import Counts, Encoded, Example, Part, Report, SHOWN, SPLITS, packing_of, settings_of
+from data import DatasetCounts, EncodedRows, Example, packing_of, settings_of
 from templates import with_overrides
 from text.chat_formats import written_template
 from text.conversations import Conversation, PLACEHOLDER, Row, convert, fill_placeholders, shown
@@ -41,6 +41,26 @@ from text.tool_calls import describe_tools
 
 ABOUT = "store.json"
 TOKENISED = "tokenised"         # the folder of a run's store in its output_dir
+SPLITS = ("train", "eval")
+MAX_SHOWN = 5                   # bad rows to print
+
+
+@dataclass
+class DataReport:
+    """What the start page says about the data."""
+    datasets: dict = field(default_factory=dict)        # (split, dataset) -> DatasetCounts
+    examples: dict = field(default_factory=dict)        # split -> number of examples
+    dropped_tail: int = 0                               # tokens of stage pt that fill no block
+    notes: list[str] = field(default_factory=list)
+    bad_rows: list[str] = field(default_factory=list)   # the first MAX_SHOWN
+    origin: str = ""                                    # where the tokenized rows come from
+
+    def add(self, encoded: EncodedRows, split: str):
+        """Add the counts of some rows."""
+        for dataset, counts in encoded.counts.items():
+            self.datasets.setdefault((split, dataset), DatasetCounts()).add(counts)
+        self.dropped_tail += encoded.dropped_tail
+        self.bad_rows += encoded.bad[:MAX_SHOWN - len(self.bad_rows)]
 
 
 class Examples(Sequence):
@@ -102,7 +122,7 @@ class SplitWriter:
         self.desired = array("b")
         self.crc = self.largest_id = 0
 
-    def add(self, part: Part):
+    def add(self, part: EncodedRows):
         tokens, start = memoryview(part.tokens), 0
         self.file.write(tokens)
         self.largest_id = max(self.largest_id, int(np.max(np.array(part.tokens, np.int32), initial=0)))
@@ -192,7 +212,7 @@ PROGRAM = ("data.py", "templates.py", "text/data_files.py", "text/conversations.
 
 
 def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnable: bool = False,
-                  folder: Path | None = None, writes: bool = True) -> tuple[Examples, Examples, Report]:
+                  folder: Path | None = None, writes: bool = True) -> tuple[Examples, Examples, DataReport]:
     """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name to arrays of ids.
 
     tokenizer must have been through fit_tokenizer(template, tokenizer). encode: how the stage makes examples of
@@ -215,7 +235,7 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
             report.origin = f"read from {folder}"
             check_something_is_taught(config, report, about, keep_unlearnable)
             return *(examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS), report
-    report, begun = Report(notes=notes), time.time()
+    report, begun = DataReport(notes=notes), time.time()
     with new_store(folder if writes else None) as work:
         about, processes = make_store(work, sources, config, tokenizer, template, encode, report)
         check_something_is_taught(config, report, about, keep_unlearnable)
@@ -228,7 +248,7 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
     return *found, report
 
 
-def make_store(work: Path, sources: list, config, tokenizer, template, encode: Callable, report: Report):
+def make_store(work: Path, sources: list, config, tokenizer, template, encode: Callable, report: DataReport):
     """Fill a folder with the tokenised rows of both splits. -> (what examples_in needs to know, processes at work)."""
     sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
     rows = {"train": rows_of(sources[0], config, sampler, report.notes), "eval": []}
@@ -282,29 +302,29 @@ def checksum(path: Path) -> str:
     return found.hexdigest()
 
 
-def asdict_of(report: Report) -> dict:
+def asdict_of(report: DataReport) -> dict:
     """A report as JSON knows it."""
     datasets = [[split, name, {**vars(counts), "lengths": counts.lengths.tolist()}]
                 for (split, name), counts in report.datasets.items()]
     return {"report": {**vars(report), "datasets": datasets}}
 
 
-def told(about: dict) -> Report:
+def told(about: dict) -> DataReport:
     """The report that a store was written with."""
-    report = Report(**about["report"])
-    report.datasets = {(split, name): Counts(**{**counts, "lengths": array("i", counts["lengths"])})
+    report = DataReport(**about["report"])
+    report.datasets = {(split, name): DatasetCounts(**{**counts, "lengths": array("i", counts["lengths"])})
                        for split, name, counts in report.datasets}
     return report
 
 
-def check_something_is_taught(config, report: Report, about: dict, keep_unlearnable: bool):
+def check_something_is_taught(config, report: DataReport, about: dict, keep_unlearnable: bool):
     """Raises ValueError for rows of which no token carries loss, unless they are only to be looked at."""
     for split in SPLITS:
         if about[split]["rows"] and not about[split]["teaches"] and not keep_unlearnable:
             raise ValueError(nothing_to_learn(config, report, split, about[split]["rows"]))
 
 
-def nothing_to_learn(config, report: Report, split: str, rows: int) -> str:
+def nothing_to_learn(config, report: DataReport, split: str, rows: int) -> str:
     """The sentence for data without a single token that carries loss."""
     why = "no token carries loss; is cutoff_len too small?"
     if report.dropped_tail:
@@ -322,7 +342,7 @@ def split_rows(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
     return rows.take(order[count:]), rows.take(order[:count])
 
 
-def conversation_of(row: Row, config, part: Encoded) -> Conversation | None:
+def conversation_of(row: Row, config, part: EncodedRows) -> Conversation | None:
     """A row converted and filled; None for a bad one, which part then knows."""
     try:
         conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
@@ -349,12 +369,12 @@ def note_unfilled(unfilled: list) -> list[str]:
 
 def refuse(bad: list[str]):
     """Raises ValueError for rows that cannot be used."""
-    more = f"\n  … and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    raise ValueError(f"{len(bad)} bad row{'s'[:len(bad) > 1]}\n  " + "\n  ".join(bad[:SHOWN]) + more
+    more = f"\n  … and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
+    raise ValueError(f"{len(bad)} bad row{'s'[:len(bad) > 1]}\n  " + "\n  ".join(bad[:MAX_SHOWN]) + more
                      + "\nMend them, or leave them out with skip_bad_rows: true")
 
 
-def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, report: Report, split: str,
+def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, report: DataReport, split: str,
                 writer: SplitWriter):
     """Rows -> examples in the order of the rows, packed if the config says so, also those without any label.
 
@@ -376,17 +396,17 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
             report.add(part, split)
             writer.add(part)
             unfilled += part.unfilled
-            teaches = teaches or part.teaches
+            teaches = teaches or part.has_targets
             bar.update(min(size, len(rows) - start))
     report.notes += note_unfilled(unfilled)
     return teaches, processes
 
 
-def encode_batch(rows: list[Row], config, tokenizer, template, encode: Callable, check_only: bool = False) -> Encoded:
+def encode_batch(rows: list[Row], config, tokenizer, template, encode: Callable, check_only: bool = False) -> EncodedRows:
     """Some rows, which packing may combine, to examples. check_only: just find the bad ones."""
-    part, conversations = Encoded(), []
+    part, conversations = EncodedRows(), []
     for row in rows:
-        part.of(row).rows += 1
+        part.counts_of(row).rows += 1
         if conversation := conversation_of(row, config, part):
             conversations.append((row, conversation))
     encode(conversations, config, tokenizer, template, part, check_only)
