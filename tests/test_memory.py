@@ -17,9 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import families
 from attention import Layout
 from config import Config
-from families import model_config
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
 from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
@@ -86,8 +86,8 @@ ALL = LoRAConfig(r=8, lora_alpha=16)
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def shape_of(name, **changes):
-    return model_config({**SMALL, **FAMILIES[name], **changes})
+def small_config(name, **changes):
+    return families.model_config({**SMALL, **FAMILIES[name], **changes})
 
 
 class Live(TorchDispatchMode):
@@ -116,20 +116,21 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def measure(shape, lora, dtype, kernel, recompute, rows, fast, form=None):
+def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None):
     """Measured bytes beside weights, gradients and optimizer state: (after the forward, peak)."""
     torch.manual_seed(0)
-    model = CausalLM(shape)
+    model = CausalLM(model_config)
     for p in model.parameters():
         torch.nn.init.normal_(p.data, 0, 0.02)
     if lora:
-        attach_lora(in_few_bits(model.to(dtype), form), lora, called=shape.stored_name)
+        attach_lora(in_few_bits(model.to(dtype), form), lora, called=model_config.stored_name)
     model.kernel, model.recompute, model.product = kernel, recompute, "torch" if fast else "plain"
     model.train()
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)  # as in the second micro-batch, which finds them allocated
     lengths = [n for row in rows for n in row]
-    layout, ids = Layout(lengths), torch.randint(shape.vocab_size, (1, sum(lengths)))
+    layout = Layout(lengths)
+    ids = torch.randint(model_config.vocab_size, (1, sum(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     known = [
         *model.parameters(),
@@ -147,7 +148,9 @@ def measure(shape, lora, dtype, kernel, recompute, rows, fast, form=None):
     with Live(known) as live:
         with autocast:
             hidden = model(ids, positions, layout)
-            loss = cross_entropy_sum(hidden[0], model.head_weight(), ids[0], shape.final_softcap)
+            loss = cross_entropy_sum(
+                hidden[0], model.head_weight(), ids[0], model_config.final_softcap
+            )
         del hidden
         kept = live.now
         loss.backward()
@@ -161,17 +164,18 @@ def in_few_bits(model, form):
     return model
 
 
-def planned(shape, lora, dtype, kernel, recompute, rows, **more):
+def planned(model_config, lora, dtype, kernel, recompute, rows, **more):
     """recompute: levels of model.RECOMPUTE, or whether all blocks recompute."""
     if isinstance(recompute, bool):
-        recompute = ["block" if recompute else "none"] * shape.num_hidden_layers
+        recompute = ["block" if recompute else "none"] * model_config.num_hidden_layers
     return memory_plan(
-        Config(), Workload(shape, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more)
+        Config(),
+        Workload(model_config, lora, rows, dtype, kernel, "cpu", recompute=recompute, **more),
     )
 
 
 def compare(
-    shape,
+    model_config,
     lora,
     dtype,
     kernel="sdpa-flash",
@@ -183,19 +187,21 @@ def compare(
 ):
     """The bytes after the forward must match activations; the peak, activations and working."""
     plan = planned(
-        shape,
+        model_config,
         lora,
         dtype,
         kernel,
         recompute,
         rows,
         fast=fast,
-        quant_formats=form and all_in(form, shape),
+        quant_formats=form and all_in(form, model_config),
     )
-    kept, most = measure(shape, lora, dtype, kernel, plan.workload.recompute, rows, fast, form)
+    kept, most = measure(
+        model_config, lora, dtype, kernel, plan.workload.recompute, rows, fast, form
+    )
     if any(p.requires_grad for p in plan.workload.model.lm_head.parameters()):
         # the head's gradient, which the plan counts in `working`
-        kept -= 4 * shape.vocab_size * shape.hidden_size
+        kept -= 4 * model_config.vocab_size * model_config.hidden_size
     assert plan.activations == pytest.approx(kept, rel=close)
     assert plan.activations + plan.working == pytest.approx(most, rel=0.25)
 
@@ -204,23 +210,24 @@ def compare(
 @pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations_of_every_kind_of_block(name, lora, dtype):
-    compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash")
+    compare(small_config(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash")
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("kernel", ("plain", "sdpa-math", "sdpa-flash"))
 def test_activations_of_the_kernels(kernel, dtype):
     for rows in ([[300]], [[20], [30], [64, 12], [100], [3]]):
-        compare(shape_of("llama"), ALL, dtype, kernel, rows=rows)
+        compare(small_config("llama"), ALL, dtype, kernel, rows=rows)
 
 
 def test_the_plain_kernel_keeps_all_scores_block_by_block():
-    compare(shape_of("llama", num_hidden_layers=2), ALL, F32, "plain", rows=[[1300]])
+    compare(small_config("llama", num_hidden_layers=2), ALL, F32, "plain", rows=[[1300]])
     scores = [
-        planned(shape_of("llama"), ALL, F32, "plain", False, [[n]]).activations for n in (500, 1000)
+        planned(small_config("llama"), ALL, F32, "plain", False, [[n]]).activations
+        for n in (500, 1000)
     ]
     flash = [
-        planned(shape_of("llama"), ALL, F32, "sdpa-flash", False, [[n]]).activations
+        planned(small_config("llama"), ALL, F32, "sdpa-flash", False, [[n]]).activations
         for n in (500, 1000)
     ]
     assert scores[1] > 3 * scores[0] and flash[1] == pytest.approx(2 * flash[0], rel=1e-3)
@@ -230,7 +237,7 @@ def test_the_plain_kernel_keeps_all_scores_block_by_block():
 @pytest.mark.parametrize("name", ("llama", "qwen2_moe"))
 def test_activations_with_recomputation(name, lora):
     for dtype in (F32, BF16):
-        compare(shape_of(name), lora, dtype, recompute=True)
+        compare(small_config(name), lora, dtype, recompute=True)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +256,16 @@ def test_activations_with_recomputation(name, lora):
 def test_activations_of_other_adapters(lora):
     name = "mixtral" if "experts" in lora.target_modules else "llama"
     for dtype in (F32, BF16):
-        compare(shape_of(name), lora, dtype, close=0.15)
+        compare(small_config(name), lora, dtype, close=0.15)
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations_of_the_fast_path(name, lora, dtype):
-    compare(shape_of(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", fast=True)
+    compare(
+        small_config(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", fast=True
+    )
     for level in ("mlp", "block"):
         if not (
             level == "mlp"
@@ -265,7 +274,7 @@ def test_activations_of_the_fast_path(name, lora, dtype):
             and dtype == BF16
         ):
             compare(
-                shape_of(name),
+                small_config(name),
                 lora,
                 dtype,
                 "plain" if name == "gemma2" else "sdpa-flash",
@@ -281,7 +290,9 @@ def test_activations_of_blocks_that_keep_differently():
         ["block"] + ["none"] * 3,
     ):
         for lora, dtype in ((ALL, F32), (ALL, BF16), (None, F32)):
-            compare(shape_of("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8)
+            compare(
+                small_config("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8
+            )
 
 
 @pytest.mark.parametrize("form", (Form("nf4"), Form("int8", nested=0)), ids=("nf4", "int8"))
@@ -291,9 +302,9 @@ def test_activations_beside_a_quantised_base(name, form):
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
     for fast in (True, False):
         for level in ("none", "block") + (("mlp",) if fast and name != "mixtral" else ()):
-            compare(shape_of(name), ALL, BF16, kernel, [level] * 4, fast=fast, form=form)
+            compare(small_config(name), ALL, BF16, kernel, [level] * 4, fast=fast, form=form)
     compare(
-        shape_of("llama", hidden_size=256, intermediate_size=4096),
+        small_config("llama", hidden_size=256, intermediate_size=4096),
         ALL,
         F32,
         rows=[[30]],
@@ -305,18 +316,18 @@ def test_activations_beside_a_quantised_base(name, form):
 def test_the_head_of_a_large_vocabulary():
     for lora in (ALL, None):
         compare(
-            shape_of("llama", vocab_size=60000), lora, F32, rows=[[300], [250]]
+            small_config("llama", vocab_size=60000), lora, F32, rows=[[300], [250]]
         )  # several chunks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_gradients_and_optimizer_are_exact(name):
-    shape = shape_of(name)
+    model_config = small_config(name)
     whole = LoRAConfig(modules_to_save=["embed_tokens"])
     for lora, dtype in ((ALL, F32), (ALL, BF16), (whole, BF16), (None, F32), (None, BF16)):
-        model = CausalLM(shape)
+        model = CausalLM(model_config)
         if lora:
-            attach_lora(model.to(dtype), lora, called=shape.stored_name)
+            attach_lora(model.to(dtype), lora, called=model_config.stored_name)
         weights = trainable(model)
         optimizer = make_optimizer(weights, Config(), torch.device("cpu"))
         for p in weights.values():
@@ -328,10 +339,10 @@ def test_weights_gradients_and_optimizer_are_exact(name):
             sum(p.grad.nbytes for p in weights.values()),
             sum(x.nbytes for state in optimizer.state.values() for x in state.values()),
         ]
-        plan = planned(shape, lora, dtype, "plain", True, [[8]])
+        plan = planned(model_config, lora, dtype, "plain", True, [[8]])
         assert [plan.weights, plan.trained, plan.gradients, plan.optimizer] == held
         buffers = Gradients(list(weights.values()), Ranks(0, 2)).buckets
-        two = planned(shape, lora, dtype, "plain", True, [[8]], world=2)
+        two = planned(model_config, lora, dtype, "plain", True, [[8]], world=2)
         assert two.gradients == sum(bucket.flat.nbytes for bucket in buffers)
 
 
@@ -346,16 +357,19 @@ def test_weights_gradients_and_optimizer_are_exact(name):
 )
 def test_weights_of_other_ways_to_train(settings, weights, trained):
     """weights, trained: bytes per frozen and per trained number."""
-    config, shape = Config(bf16=True, **settings), shape_of("llama")
-    plan = memory_plan(config, Workload(shape, None, [[8]], BF16, "plain", "cpu"))
+    config = Config(bf16=True, **settings)
+    model_config = small_config("llama")
+    plan = memory_plan(config, Workload(model_config, None, [[8]], BF16, "plain", "cpu"))
     parts = [".3.", *([] if "freeze_trainable_layers" in settings else [".2.", "lm_head"])]
     parts = [""] if settings["finetuning_type"] == "full" else parts
     trained_weights = [
-        p for name, p in CausalLM(shape).named_parameters() if any(part in name for part in parts)
+        p
+        for name, p in CausalLM(model_config).named_parameters()
+        if any(part in name for part in parts)
     ]
     count, total = (
         sum(p.numel() for p in trained_weights),
-        sum(p.numel() for p in CausalLM(shape).parameters()),
+        sum(p.numel() for p in CausalLM(model_config).parameters()),
     )
     assert [plan.weights, plan.trained, plan.gradients] == [
         weights * (total - count),
@@ -367,12 +381,13 @@ def test_weights_of_other_ways_to_train(settings, weights, trained):
 
 def test_the_figures_that_are_known_of_a_large_model():
     """Llama 3 8B has 8,030,261,248 parameters (model card); rank 16 adds 41,943,040 (PEFT)."""
-    shape, lora = model_config(LLAMA3_8B), LoRAConfig(r=16)
-    plan = planned(shape, lora, BF16, "flash-attn", True, [[2048]])
+    model_config = families.model_config(LLAMA3_8B)
+    lora = LoRAConfig(r=16)
+    plan = planned(model_config, lora, BF16, "flash-attn", True, [[2048]])
     assert plan.weights == 2 * 8_030_261_248 and plan.trained == 4 * 41_943_040
     per_token = (plan.activations - 2048 * (2 * 128 * 2 + 4096 * 6 + 4)) / 2048
     assert per_token == 32 * 4096 * 2  # the blocks' inputs
-    kept = planned(shape, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
+    kept = planned(model_config, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
     # residuals, q, k, v, output, gate, up
     least = 2 * (2 * 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336)
     assert least < kept < 2.5 * least
@@ -383,36 +398,41 @@ def test_the_figures_that_are_known_of_a_large_model():
 )
 def test_quantised_weights_are_counted_to_the_byte(form):
     for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
-        shape = shape_of(name)
+        model_config = small_config(name)
         model = attach_lora(
-            in_few_bits(CausalLM(shape).to(BF16), form), ALL, called=shape.stored_name
+            in_few_bits(CausalLM(model_config).to(BF16), form), ALL, called=model_config.stored_name
         )
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
-        plan = planned(shape, ALL, BF16, "plain", True, [[8]], quant_formats=all_in(form, shape))
-        assert plan.weights == held < planned(shape, ALL, BF16, "plain", True, [[8]]).weights
+        plan = planned(
+            model_config, ALL, BF16, "plain", True, [[8]], quant_formats=all_in(form, model_config)
+        )
+        assert plan.weights == held < planned(model_config, ALL, BF16, "plain", True, [[8]]).weights
         assert (
             count(plan.workload.model)
             == count(model)
             == sum(
                 p.numel()
-                for p in attach_lora(CausalLM(shape), ALL, called=shape.stored_name).parameters()
+                for p in attach_lora(
+                    CausalLM(model_config), ALL, called=model_config.stored_name
+                ).parameters()
             )
         )
 
 
 def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half_gigabytes():
-    shape, config = model_config(LLAMA3_8B), Config()
+    model_config = families.model_config(LLAMA3_8B)
+    config = Config()
     plan = memory_plan(
         config,
         Workload(
-            shape,
+            model_config,
             ALL,
             [[2048]],
             torch.float16,
             "sdpa-flash",
             "cuda",
             fast=True,
-            quant_formats=all_in(Form("nf4"), shape),
+            quant_formats=all_in(Form("nf4"), model_config),
         ),
     )
     blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # numbers of their matrices
@@ -424,15 +444,15 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
     assert advice(plan, 2**30, config)
     assert not any("quantization_bit" in line for line in advice(plan, 2**30, config))
     plain = memory_plan(
-        config, Workload(shape, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
+        config, Workload(model_config, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
     )
     assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))
 
 
 def test_sharding_divides_what_lasts():
-    shape = shape_of("llama", num_hidden_layers=40)
+    model_config = small_config("llama", num_hidden_layers=40)
     one, four, eight = (
-        planned(shape, None, F32, "sdpa-flash", True, [[64]], world=n, sharded=n > 1)
+        planned(model_config, None, F32, "sdpa-flash", True, [[64]], world=n, sharded=n > 1)
         for n in (1, 4, 8)
     )
     assert four.optimizer == one.optimizer // 4 and eight.optimizer == one.optimizer // 8
@@ -471,7 +491,7 @@ def long_run(**settings):
     )
     lora = None if config.finetuning_type == "full" else ALL
     kernel = "plain" if config.flash_attn == "disabled" else "sdpa-flash"
-    workload = Workload(shape_of("llama"), lora, [[512]] * 4, F32, kernel, "cpu")
+    workload = Workload(small_config("llama"), lora, [[512]] * 4, F32, kernel, "cpu")
     return memory_plan(config, workload), config
 
 

@@ -11,7 +11,7 @@ import torch
 from config import Config
 from runtime.memory import USABLE, Workload, memory_plan
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory, truncate_row
-from tests.test_memory import F32, long_run, shape_of
+from tests.test_memory import F32, long_run, small_config
 
 MEMINFO = "MemTotal:       32000000 kB\nMemFree:         100000 kB\nMemAvailable:   20000000 kB\n"
 
@@ -95,7 +95,7 @@ def test_advice_that_is_followed_is_followed_by_none():
     assert advice(plan, available, config)[0].startswith("per_device_train_batch_size: ")
     size = int(advice(plan, available, config)[0].split()[1])
     assert 12 % size == 0
-    workload = Workload(shape_of("llama"), None, [[512]] * size, F32, "sdpa-flash", "cpu")
+    workload = Workload(small_config("llama"), None, [[512]] * size, F32, "sdpa-flash", "cpu")
     smaller = memory_plan(config, workload)
     assert advice(smaller, available, config) == []
     if size < 3:
@@ -105,8 +105,8 @@ def test_advice_that_is_followed_is_followed_by_none():
 
 def test_where_weights_take_the_room_adapters_are_the_advice():
     config = Config(finetuning_type="full", per_device_train_batch_size=1)
-    shape = shape_of("llama", hidden_size=512, intermediate_size=1408)
-    plan = memory_plan(config, Workload(shape, None, [[64]], F32, "sdpa-flash", "cpu"))
+    model_config = small_config("llama", hidden_size=512, intermediate_size=1408)
+    plan = memory_plan(config, Workload(model_config, None, [[64]], F32, "sdpa-flash", "cpu"))
     (line,) = advice(plan, int(0.6 * plan.total), config)
     assert line.startswith("finetuning_type: lora (")
 

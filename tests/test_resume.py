@@ -1,9 +1,9 @@
-"""Never lose a run: killed, stopped, cut short, flipped, filled up, it ends as if nothing had been.
+"""Runs that are killed, stopped or damaged and resume end like runs that were never interrupted.
 
     python -m tests.test_resume 20 7        kill runs of 1 and 2 ranks 20 times, with seed 7
 
 Runs are processes of their own, one for each rank, which the test can kill. They are forked from a
-`Nursery`, a process that has already imported torch, so that each takes a second. "Moments" at
+`ForkServer`, a process that has already imported torch, so that each takes a second. "Moments" at
 which a run can kill itself are all its calls that change a file, the middle of writing one, and its
 steps. Resuming within one process is tested in test_train.py.
 """
@@ -27,14 +27,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint import files
-from checkpoint import training_state
-from runtime import report
-from runtime import resume
-from runtime import run as runtime_run
 import train
-from config import Config, KEYS
+from checkpoint import files, training_state
+from config import KEYS, Config
 from errors import run_script
+from runtime import report, resume
+from runtime import run as runtime_run
 from runtime.load_config import load_config
 from tests.common import ROOT, read_jsonl
 
@@ -63,18 +61,14 @@ BASE = dict(
     disable_gradient_checkpointing=True,
     resume_from_checkpoint="auto",
 )
-TIMES = (
-    "time",
-    "per_second",
-    "throughput",
-)  # what is in the name of a figure that no two runs share
+TIMES = ("time", "per_second", "throughput")  # parts of the names of figures that always differ
 
 
 # ---- runs that can be killed --------------------------------------------------------------------
 
 
-class Nursery:
-    """Runs, one after the other, each forked from a process that has imported everything."""
+class ForkServer:
+    """Starts runs one after the other, each forked from a process that has imported everything."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -110,8 +104,8 @@ class Nursery:
         self.process.wait()
 
 
-def raise_runs():
-    """The nursery's own loop: an order a line on stdin, the exit codes on stdout."""
+def serve_forks():
+    """The loop of the fork server: one order per line on stdin, the exit codes on stdout."""
     for line in sys.stdin:
         print(json.dumps(fork_ranks(**json.loads(line))), flush=True)
 
@@ -189,7 +183,7 @@ MOMENTS = [0]  # how many have passed in this process
 
 
 def die_at_moment(rank, of_ranks, number):
-    """The run kills itself at this moment of its life; 0: it only counts them."""
+    """Let the run kill itself at this moment; 0: only count the moments."""
     if rank not in of_ranks:
         return
 
@@ -271,7 +265,7 @@ def dies_at_the_end(rank):
 
 
 def forgetful_disk(rank, step):
-    """From this checkpoint on, a bit of what is written changes on the way."""
+    """From checkpoint-`step` on, a bit of rng.safetensors flips after it was written."""
     real, spoilt = train.remove_old_checkpoints, set()
 
     def remove(config, output, best):
@@ -297,12 +291,12 @@ def weights_at_the_end(rank, folder):
 
 
 def full_disk_at_step(rank, number, size):
-    """From the n-th step on no file can grow beyond so many bytes."""
+    """From the n-th step on no file can grow beyond `size` bytes."""
     at_step(number, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
 
 
 def no_room_at_step(rank, number):
-    """From the n-th step on the disk says that it is nearly full."""
+    """From the n-th step on the disk reports that it is nearly full."""
     usage = shutil.disk_usage("/")
     at_step(number, lambda: setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000)))
 
@@ -336,27 +330,27 @@ def gradient_overflows(rank, number):
 
 
 @pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+def fork_server():
+    fork_server = ForkServer()
+    yield fork_server
+    fork_server.close()
 
 
 @pytest.fixture(scope="module")
-def whole(nursery, tmp_path_factory):
-    """whole(world): the folder of a run that was never stopped, and its number of moments."""
+def whole(fork_server, tmp_path_factory):
+    """whole(world): the folder of an uninterrupted run, and its number of moments."""
     made, here = {}, tmp_path_factory.mktemp("whole")
 
     def of(world):
         if world not in made:
-            made[world] = never_stopped(nursery, here / str(world), world)
+            made[world] = never_stopped(fork_server, here / str(world), world)
         return made[world]
 
     return of
 
 
-def never_stopped(nursery, output, world, **settings) -> tuple[Path, int]:
-    codes, screen = nursery.run(output, world, [["die_at_moment", [0], 0]], **settings)
+def never_stopped(fork_server, output, world, **settings) -> tuple[Path, int]:
+    codes, screen = fork_server.run(output, world, [["die_at_moment", [0], 0]], **settings)
     assert codes == [0] * world, screen
     return output, max(map(int, re.findall(r"moments (\d+)", screen)))
 
@@ -402,7 +396,7 @@ def assert_same_end(folder, other):
 # ---- killed -------------------------------------------------------------------------------------
 
 
-def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
+def kill_until(fork_server, here, whole, kills, seed, worlds=(1, 2)) -> list:
     """Kill and resume runs until there were this many kills; compare the runs that finish."""
     draw = random.Random(seed)
     killed = []
@@ -415,10 +409,10 @@ def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
             victims = draw.choice([[0], [world - 1], list(range(world))])
             if draw.random() < 0.7:
                 moment = draw.randrange(1, moments)
-                codes, screen = nursery.run(output, world, [["die_at_moment", victims, moment]])
+                codes, screen = fork_server.run(output, world, [["die_at_moment", victims, moment]])
             else:
                 moment = f"{draw.uniform(0.1, 3):.2f} s"
-                codes, screen = nursery.run(
+                codes, screen = fork_server.run(
                     output, world, [["die_at_moment", [0], 0]], [float(moment[:-2]), victims]
                 )
             if -9 in codes:
@@ -426,18 +420,18 @@ def kill_until(nursery, here, whole, kills, seed, worlds=(1, 2)) -> list:
             assert all(code in (0, 1, -9, -15) for code in codes), (killed, codes, screen)
             assert "Traceback" not in screen, screen
         if set(codes) != {0}:
-            codes, screen = nursery.run(output, world)
+            codes, screen = fork_server.run(output, world)
             assert codes == [0] * world, screen
         assert_same_end(output, reference)
     return killed
 
 
 @pytest.mark.parametrize("world, kills", [(1, 12), (2, 8)])
-def test_killed_at_random_moments(world, kills, nursery, whole, tmp_path):
-    kill_until(nursery, tmp_path, whole, kills, seed=world, worlds=[world])
+def test_killed_at_random_moments(world, kills, fork_server, whole, tmp_path):
+    kill_until(fork_server, tmp_path, whole, kills, seed=world, worlds=[world])
 
 
-def test_killed_in_the_last_second_without_checkpoints(nursery, whole, tmp_path):
+def test_killed_in_the_last_second_without_checkpoints(fork_server, whole, tmp_path):
     """Half of the final files exist; auto starts again, without overwrite_output_dir."""
     own = dict(
         save_strategy="no",
@@ -447,17 +441,17 @@ def test_killed_in_the_last_second_without_checkpoints(nursery, whole, tmp_path)
         val_size=None,
         overwrite_cache=True,  # else a later run has fewer moments
     )
-    other, moments = never_stopped(nursery, tmp_path / "whole", 1, **own)
+    other, moments = never_stopped(fork_server, tmp_path / "whole", 1, **own)
     for back in (2, 9):
-        assert nursery.run(tmp_path / "run", 1, [["die_at_moment", [0], moments - back]], **own)[
-            0
-        ] == [-9]
-    codes, screen = nursery.run(tmp_path / "run", **own)
+        assert fork_server.run(
+            tmp_path / "run", 1, [["die_at_moment", [0], moments - back]], **own
+        )[0] == [-9]
+    codes, screen = fork_server.run(tmp_path / "run", **own)
     assert codes == [0], screen
     assert (tmp_path / "run/adapter_model.safetensors").read_bytes() == (
         other / "adapter_model.safetensors"
     ).read_bytes()
-    codes, screen = nursery.run(tmp_path / "run", **own)
+    codes, screen = fork_server.run(tmp_path / "run", **own)
     # a run that has come to its end is not lost either
     assert codes == [1]
     assert "is not empty" in screen
@@ -535,35 +529,35 @@ def test_torchrun_does_not_start_again_what_was_to_stop(tmp_path):
 @pytest.mark.parametrize(
     "world, rank, name", [(1, 0, "SIGTERM"), (1, 0, "SIGINT"), (2, 1, "SIGTERM")]
 )
-def test_stopped_by_a_signal(world, rank, name, nursery, whole, tmp_path):
+def test_stopped_by_a_signal(world, rank, name, fork_server, whole, tmp_path):
     other, _ = whole(world)
-    codes, screen = nursery.run(tmp_path / "run", world, [["signals_at_step", rank, 3, name]])
+    codes, screen = fork_server.run(tmp_path / "run", world, [["signals_at_step", rank, 3, name]])
     assert codes == [resume.STOPPED] * world, screen
     assert (
         f"stopped by {'another rank' if rank else name} after step 3 of 8, which is saved" in screen
     )
     assert rank or f"{name}: stopping after this step" in screen
     assert (tmp_path / "run/checkpoint-3/trainer_state.json").is_file()
-    codes, screen = nursery.run(tmp_path / "run", world)
+    codes, screen = fork_server.run(tmp_path / "run", world)
     assert codes == [0] * world and "resumed from" in screen, screen
     assert_same_end(tmp_path / "run", other)
 
 
-def test_a_time_limit_stops_a_run_again_and_again(nursery, whole, tmp_path):
+def test_a_time_limit_stops_a_run_again_and_again(fork_server, whole, tmp_path):
     """The time is up when the first step begins: each run takes one step, until all are done."""
     other, _ = whole(1)
     for step in range(1, 9):  # the last one is to stop, too, although all is done
-        codes, screen = nursery.run(
+        codes, screen = fork_server.run(
             tmp_path / "run", time_limit=1e-4, resume_from_checkpoint="auto"
         )
         assert codes == [resume.STOPPED]
         assert f"stopped by time_limit (0.0001 minutes) after step {step} of 8" in screen
-    assert nursery.run(tmp_path / "run")[0] == [0]
+    assert fork_server.run(tmp_path / "run")[0] == [0]
     assert_same_end(tmp_path / "run", other)
 
 
-def test_a_second_interrupt_leaves_at_once(nursery, tmp_path):
-    codes, screen = nursery.run(
+def test_a_second_interrupt_leaves_at_once(fork_server, tmp_path):
+    codes, screen = fork_server.run(
         tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM", "SIGINT", "SIGINT"]]
     )
     assert codes == [130]
@@ -574,8 +568,8 @@ def test_a_second_interrupt_leaves_at_once(nursery, tmp_path):
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", -15), ("SIGINT", 130)])
-def test_a_signal_before_the_first_step_just_ends_the_run(name, code, nursery, tmp_path):
-    codes, screen = nursery.run(tmp_path / "run", 1, [["signals_while_loading", name]])
+def test_a_signal_before_the_first_step_just_ends_the_run(name, code, fork_server, tmp_path):
+    codes, screen = fork_server.run(tmp_path / "run", 1, [["signals_while_loading", name]])
     assert codes == [code] and not (tmp_path / "run").exists() and "Traceback" not in screen
 
 
@@ -641,13 +635,13 @@ def test_every_flipped_bit_of_the_checksums_is_seen(whole, tmp_path):
         (folder / "checksums.json").write_bytes(before)
 
 
-def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(nursery, whole, tmp_path):
+def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(fork_server, whole, tmp_path):
     """Damaged ones are kept under other names, which save_total_limit does not count."""
     other, _ = whole(1)
     output = shutil.copytree(other, tmp_path / "run")
     for time_ in (1, 2):
         flip(output / "checkpoint-8/optimizer.safetensors")
-        codes, screen = nursery.run(output)
+        codes, screen = fork_server.run(output)
         assert codes == [0] and "resumed from" in screen, screen
         assert "checkpoint-8 is kept as checkpoint-8.damaged" in screen
     kept = sorted(output.glob("*.damaged"))
@@ -660,18 +654,18 @@ def test_a_run_with_a_damaged_checkpoint_ends_as_if_it_were_whole(nursery, whole
     assert_same_end(output, other)
 
 
-def test_all_checkpoints_damaged(nursery, whole, tmp_path):
-    """auto starts from the beginning, true does not; what is damaged is kept."""
+def test_all_checkpoints_damaged(fork_server, whole, tmp_path):
+    """auto starts from the beginning, true does not; damaged checkpoints are kept."""
     other, _ = whole(1)
-    nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 5, "SIGTERM"]])
+    fork_server.run(tmp_path / "run", 1, [["signals_at_step", 0, 5, "SIGTERM"]])
     damaged = training_state.checkpoints_in(tmp_path / "run")
     assert len(damaged) > 1
     for folder in damaged:
         cut(folder / "adapter_model.safetensors")
-    codes, screen = nursery.run(tmp_path / "run", resume_from_checkpoint="true")
+    codes, screen = fork_server.run(tmp_path / "run", resume_from_checkpoint="true")
     assert codes == [1] and "holds no complete checkpoint-N" in screen
     assert screen.count("is damaged and cannot be used") == len(damaged)
-    codes, screen = nursery.run(tmp_path / "run")
+    codes, screen = fork_server.run(tmp_path / "run")
     assert codes == [0]
     assert "no intact checkpoint is left" in screen
     assert "starting from the beginning" in screen
@@ -680,10 +674,10 @@ def test_all_checkpoints_damaged(nursery, whole, tmp_path):
     assert_same_end(tmp_path / "run", other)
 
 
-def test_checkpoints_without_checksums_of_an_older_release(nursery, whole, tmp_path):
+def test_checkpoints_without_checksums_of_an_older_release(fork_server, whole, tmp_path):
     other, _ = whole(1)
     output = tmp_path / "run"
-    nursery.run(output, 1, [["signals_at_step", 0, 5, "SIGTERM"]])
+    fork_server.run(output, 1, [["signals_at_step", 0, 5, "SIGTERM"]])
     for folder in training_state.checkpoints_in(output):
         (folder / "checksums.json").unlink()
         state = json.loads((folder / "trainer_state.json").read_text())
@@ -696,20 +690,20 @@ def test_checkpoints_without_checksums_of_an_older_release(nursery, whole, tmp_p
         save_file(
             {"cpu": load_file(folder / "rng.safetensors")["cpu.0"]}, folder / "rng.safetensors"
         )
-    codes, screen = nursery.run(output)
+    codes, screen = fork_server.run(output)
     assert codes == [0] and "resumed from" in screen and "damaged" not in screen, screen
     assert (output / "adapter_model.safetensors").read_bytes() == (
         other / "adapter_model.safetensors"
     ).read_bytes()
 
 
-def test_a_best_checkpoint_that_is_damaged_is_not_loaded(nursery, whole, tmp_path):
+def test_a_best_checkpoint_that_is_damaged_is_not_loaded(fork_server, whole, tmp_path):
     other, _ = whole(1)
     output = shutil.copytree(other, tmp_path / "run")
     best = json.loads((output / "checkpoint-8/trainer_state.json").read_text())["resume"]["best"][0]
     assert best != 8, "the case is no longer one"
     flip(output / f"checkpoint-{best}/adapter_model.safetensors")
-    codes, screen = nursery.run(output)
+    codes, screen = fork_server.run(output)
     assert codes == [0]
     assert re.search(
         rf"checkpoint-{best}, with the lowest eval_loss .* cannot be used: adapter_model", screen
@@ -719,9 +713,9 @@ def test_a_best_checkpoint_that_is_damaged_is_not_loaded(nursery, whole, tmp_pat
     ).read_bytes()
 
 
-def test_the_last_good_checkpoint_is_never_removed(nursery, tmp_path):
+def test_the_last_good_checkpoint_is_never_removed(fork_server, tmp_path):
     """save_total_limit: 1, and a disk that does not keep what is written."""
-    codes, screen = nursery.run(
+    codes, screen = fork_server.run(
         tmp_path / "run",
         1,
         [["forgetful_disk", 4]],
@@ -752,13 +746,13 @@ def test_the_last_good_checkpoint_is_never_removed(nursery, tmp_path):
         (["no_room_at_step", 3], "has room for 0.00 GB, and checkpoint-4 takes 0.00 GB"),
     ],
 )
-def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, nursery, whole, tmp_path):
+def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, fork_server, whole, tmp_path):
     other, _ = whole(1)
-    codes, screen = nursery.run(tmp_path / "run", 1, [patch])
+    codes, screen = fork_server.run(tmp_path / "run", 1, [patch])
     assert codes == [1] and re.search(words, screen) and "Traceback" not in screen, screen
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
     assert training_state.damage(tmp_path / "run/checkpoint-2") == ""
-    assert nursery.run(tmp_path / "run")[0] == [0]
+    assert fork_server.run(tmp_path / "run")[0] == [0]
     assert_same_end(tmp_path / "run", other)
 
 
@@ -797,22 +791,22 @@ def test_each_class_does_what_it_says(whole):
             )
 
 
-def test_a_file_of_the_data_that_has_changed_is_noticed(nursery, tmp_path):
+def test_a_file_of_the_data_that_has_changed_is_noticed(fork_server, tmp_path):
     data = Path(shutil.copy(BASE["dataset"], tmp_path / "rows.jsonl"))
-    nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM"]], dataset=data)
+    fork_server.run(tmp_path / "run", 1, [["signals_at_step", 0, 3, "SIGTERM"]], dataset=data)
     data.write_text(data.read_text().replace("I do not know that.", "I do know that!"))
-    codes, screen = nursery.run(tmp_path / "run", dataset=data)
+    codes, screen = fork_server.run(tmp_path / "run", dataset=data)
     assert codes == [1]
     assert "the training rows differ from those of" in screen
     assert "force_resume: true" in screen
-    assert nursery.run(tmp_path / "run", dataset=data, force_resume=True)[0] == [0]
+    assert fork_server.run(tmp_path / "run", dataset=data, force_resume=True)[0] == [0]
 
 
 # ---- not finite ---------------------------------------------------------------------------------
 
 
-def test_an_infinite_gradient_with_a_finite_loss_is_skipped(nursery, tmp_path):
-    codes, screen = nursery.run(tmp_path / "run", 1, [["gradient_overflows", 3]])
+def test_an_infinite_gradient_with_a_finite_loss_is_skipped(fork_server, tmp_path):
+    codes, screen = fork_server.run(tmp_path / "run", 1, [["gradient_overflows", 3]])
     assert codes == [0]
     assert re.search(
         r"3 skipped: loss \d\.\d+, gradient norm (nan|inf); nothing is learnt from it", screen
@@ -823,9 +817,9 @@ def test_an_infinite_gradient_with_a_finite_loss_is_skipped(nursery, tmp_path):
     assert [step for step, loss in enumerate(losses, 1) if math.isnan(loss)] == [3]
 
 
-def test_all_ranks_skip_what_one_of_them_sees(nursery, tmp_path):
+def test_all_ranks_skip_what_one_of_them_sees(fork_server, tmp_path):
     """A loss of nan in steps 3 and 4 of rank 1: both ranks skip and end with the same weights."""
-    codes, screen = nursery.run(
+    codes, screen = fork_server.run(
         tmp_path / "run",
         2,
         [["poison", 1, "nan", 3, 4], ["weights_at_the_end", str(tmp_path)]],
@@ -833,7 +827,7 @@ def test_all_ranks_skip_what_one_of_them_sees(nursery, tmp_path):
     )
     assert codes == [0, 0] and screen.count("skipped: loss nan") == 2, screen
     assert (tmp_path / "0.weights").read_bytes() == (tmp_path / "1.weights").read_bytes()
-    codes, screen = nursery.run(tmp_path / "bad", 2, [["poison", 1, "nan", 3, 4, 5]])
+    codes, screen = fork_server.run(tmp_path / "bad", 2, [["poison", 1, "nan", 3, 4, 5]])
     assert (
         codes[0] == 1
         and screen.count("step 5: loss nan") == 1
@@ -859,17 +853,17 @@ def test_all_ranks_skip_what_one_of_them_sees(nursery, tmp_path):
     ],
     ids=["stops early", "epochs", "no evaluation"],
 )
-def test_strategies_are_resumed_alike(own, nursery, tmp_path):
+def test_strategies_are_resumed_alike(own, fork_server, tmp_path):
     """Killed, stopped in the middle, and killed again before its last file."""
-    other, moments = never_stopped(nursery, tmp_path / "whole", 1, **own)
-    nursery.run(tmp_path / "run", 1, [["die_at_moment", [0], moments // 2]], **own)
-    nursery.run(tmp_path / "run", 1, [["signals_at_step", 0, 1, "SIGTERM"]], **own)
+    other, moments = never_stopped(fork_server, tmp_path / "whole", 1, **own)
+    fork_server.run(tmp_path / "run", 1, [["die_at_moment", [0], moments // 2]], **own)
+    fork_server.run(tmp_path / "run", 1, [["signals_at_step", 0, 1, "SIGTERM"]], **own)
     if "early_stopping_steps" in own:
         steps = json.loads((other / "trainer_state.json").read_text())["global_step"]
         assert steps < 8
-        codes, screen = nursery.run(tmp_path / "run", 1, [["dies_at_the_end"]], **own)
+        codes, screen = fork_server.run(tmp_path / "run", 1, [["dies_at_the_end"]], **own)
         assert codes == [-9] and "stopped early" in screen
-    codes, screen = nursery.run(tmp_path / "run", **own)
+    codes, screen = fork_server.run(tmp_path / "run", **own)
     assert codes == [0], screen
     for file in ("trainer_state.json", "all_results.json"):
         assert timeless(json.loads((tmp_path / "run" / file).read_text())) == timeless(
@@ -886,7 +880,7 @@ def test_strategies_are_resumed_alike(own, nursery, tmp_path):
 # ---- two runs in one folder ---------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_same_folder_is_refused(nursery, whole, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(fork_server, whole, tmp_path):
     """While the first one lives; its lock ends with the process, even when that is killed."""
     output = tmp_path / "run"
     output.mkdir()
@@ -905,32 +899,33 @@ def test_a_second_run_in_the_same_folder_is_refused(nursery, whole, tmp_path):
     )
     try:
         assert holder.stdout.readline() == "locked\n"
-        codes, screen = nursery.run(output, overwrite_output_dir=True)
+        codes, screen = fork_server.run(output, overwrite_output_dir=True)
         assert (
             codes == [1] and f"another run is using {output} (process {holder.pid} on" in screen
         ), screen
     finally:
         holder.kill()
         holder.wait()
-    assert nursery.run(output)[0] == [0]
+    assert fork_server.run(output)[0] == [0]
     assert_same_end(output, whole(1)[0])
 
 
 def main(kills, seed):
-    """The long run: its kills, one a line."""
+    """The long run: print its kills, one per line."""
     import tempfile
 
-    nursery = Nursery()
+    fork_server = ForkServer()
     with tempfile.TemporaryDirectory() as here:
         references = {
-            world: never_stopped(nursery, Path(here) / f"whole{world}", world) for world in (1, 2)
+            world: never_stopped(fork_server, Path(here) / f"whole{world}", world)
+            for world in (1, 2)
         }
         for place, kill in enumerate(
-            kill_until(nursery, Path(here), references.get, int(kills), int(seed)), 1
+            kill_until(fork_server, Path(here), references.get, int(kills), int(seed)), 1
         ):
             print(place, *kill)
-    nursery.close()
+    fork_server.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:]) if len(sys.argv) > 1 else raise_runs()
+    main(*sys.argv[1:]) if len(sys.argv) > 1 else serve_forks()

@@ -10,9 +10,9 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+import families
 import train
 from attention import Layout
-from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from runtime import throughput
@@ -44,7 +44,7 @@ LLAMA3_8B = dict(
 
 def on_meta(fields, rank=0):
     with torch.device("meta"):
-        model = CausalLM(model_config(fields))
+        model = CausalLM(families.model_config(fields))
         return attach_lora(model, LoRAConfig(rank)) if rank else model
 
 
@@ -121,9 +121,11 @@ def test_pairs_are_those_of_the_mask(length, window, chunk):
 
 def test_packed_rows_pay_for_their_own_sequences_and_windows():
     fields = LLAMA3_8B | dict(model_type="mistral", sliding_window=128)
-    shape = model_config(fields)
-    assert training_flops(shape, 0, 0, [512, 512]) == 2 * training_flops(shape, 0, 0, [512])
-    assert training_flops(shape, 0, 0, [512]) == 12 * 4096 * 32 * attention_pairs(512, 128)
+    model_config = families.model_config(fields)
+    assert training_flops(model_config, 0, 0, [512, 512]) == 2 * training_flops(
+        model_config, 0, 0, [512]
+    )
+    assert training_flops(model_config, 0, 0, [512]) == 12 * 4096 * 32 * attention_pairs(512, 128)
 
 
 def test_flops_are_those_torch_counts():
@@ -139,7 +141,7 @@ def test_flops_are_those_torch_counts():
         num_key_value_heads=4,
         vocab_size=500,
     )
-    model = CausalLM(model_config(fields)).requires_grad_(True)
+    model = CausalLM(families.model_config(fields)).requires_grad_(True)
     ids = torch.randint(0, 500, (1, 24))
     with FlopCounterMode(display=False) as counter:
         hidden = model(ids, None, Layout([24]))
