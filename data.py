@@ -177,8 +177,8 @@ class DatasetCounts:
 class EncodedRows:
     """Examples made of some rows, in flat arrays that are cheap to send to another process.
 
-    A row is a Row of text/conversations.py; what is used here are its texts `dataset`, `where` and
-    `excerpt`.
+    A row is a RawRow of text/conversations.py; only its texts `dataset`, `where` and `excerpt` are
+    used here.
     """
 
     def __init__(self):

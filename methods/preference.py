@@ -32,7 +32,7 @@ from losses import Objective, answer_logps, ask_nothing, together
 from parallel import Ranks
 from runtime.throughput import part
 from templates import encode_pieces, render_turns
-from text.conversations import JUDGED, PAIRS, Row
+from text.conversations import JUDGED, PAIRS, RawRow
 
 OF_MEANS = ("ipo", "orpo", "simpo")         # values of pref_loss that look at the mean log-probability of a token
 SHOWN_OF_JUDGED = ("rewards/chosen", "logps/chosen", "rewards/rejected", "logps/rejected", "kl")
@@ -307,7 +307,7 @@ def encode_answers(batch, config, tokenizer, template, encoded: EncodedRows, che
         add_answers(encoded, row, conversation.desired, [(next(ids), next(ids) + closing_eos) for _ in range(2)], config)
 
 
-def add_answers(encoded: EncodedRows, row: Row, desired: bool | None, both: list, config):
+def add_answers(encoded: EncodedRows, row: RawRow, desired: bool | None, both: list, config):
     """One row's example. both: two (prompt_ids, answer_ids). A pair has the prompt of the chosen answer, and is cut by the
     longer of the two answers, as in LLaMA-Factory; in kto each is cut by its own."""
     pairs, kept = config.stage in PAIRS, []

@@ -283,9 +283,9 @@ def test_bfloat16_follows_float32(world, tmp_path, monkeypatch):
 
 @needs_shared
 @pytest.mark.parametrize("settings, words", [
-    (dict(stage="sft"), "has preference pairs .ranking: true., which stage: sft cannot learn from; stages rm and dpo can"),
+    (dict(stage="sft"), "has preference pairs .ranking: true., which stage: sft cannot train on; stages rm and dpo can"),
     (dict(dataset="kto"), "has good and bad answers|has no preference pairs"),
-    (dict(stage="kto"), "stage: kto cannot learn from"),
+    (dict(stage="kto"), "stage: kto cannot train on"),
     (dict(packing=True), "packing are for stages sft and pt"),
     (dict(pref_loss="orpo", ref_model="tiny_llama3"), "compare with no other model"),
     (dict(pref_loss="ipo", dpo_label_smoothing=0.1), "dpo_label_smoothing is for pref_loss: sigmoid"),

@@ -322,7 +322,7 @@ def test_broken_lines_and_bytes_are_bad_rows_not_the_end(tmp_path):
     for row, sentence in zip(found[1:], ("not a JSON object", "not UTF-8", "not UTF-8")):
         with pytest.raises(ValueError, match=sentence):
             conversations.convert(row)
-        print(conversations.shown(row.data))                     # printable, whatever it holds
+        print(conversations.excerpt(row.data))                     # printable, whatever it holds
     assert [row.number for row in found] == [1, 2, 3, 4]
 
 

@@ -1,7 +1,14 @@
-"""Rows of the alpaca and chat layouts as conversations.
+"""Rows of the alpaca and chat layouts, converted to conversations.
 
-Requires: text/tool_calls.py.
+    conversation = convert(row, stage)      # messages, system, tools
+
+A `Source` says how the rows of a dataset are laid out: which column holds which role, and for chat
+layouts which words stand for the speakers. text/data_files.py makes it from dataset_info.json.
+
+Requires: nothing.
 Next: text/data_files.py.
+
+The layouts are LLaMA-Factory's; docs/differences.md lists what differs on purpose.
 """
 import json
 import re
@@ -9,217 +16,330 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-# What holds when an entry of dataset_info.json names no columns (tags). As soon as it names one, only those count.
-# formatting "messages" is ours: OpenAI's layout without the surprises of LLaMA-Factory's "openai".
-COLUMNS = {"alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
-           "sharegpt": {"messages": "conversations"}, "openai": {"messages": "conversations"},
-           "messages": {"messages": "messages"}}
-TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-        "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
-OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
-               "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
-ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen", "rejected", "kto_tag")
-PAIRS, JUDGED = ("rm", "dpo"), ("kto",)     # the stages that compare two answers, and that know good answers from bad
+# The defaults of an entry of dataset_info.json that names no columns (or tags). An entry that names
+# one of them has no defaults. formatting "messages" is ours: OpenAI's layout without the surprises
+# of LLaMA-Factory's "openai".
+COLUMNS = {
+    "alpaca": {"prompt": "instruction", "query": "input", "response": "output"},
+    "sharegpt": {"messages": "conversations"},
+    "openai": {"messages": "conversations"},
+    "messages": {"messages": "messages"},
+}
+TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+OPENAI_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
 REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
+ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen",
+         "rejected", "kto_tag")         # what a column can be
+ANSWERS = ("assistant", "function")     # roles of the messages that a model learns to write
+PAIRS = ("rm", "dpo")                   # stages that compare two answers
+JUDGED = ("kto",)                       # stages that know good answers from bad ones
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: its files, and how a row is laid out. formatting "": to be recognised from the rows."""
+    """One dataset: its files and the layout of its rows."""
     name: str
-    files: tuple
-    formatting: str = ""
-    columns: dict = field(default_factory=dict)      # role -> name of the column
-    tags: dict = field(default_factory=dict)         # role_tag, user_tag, … -> the word used in the rows
+    files: tuple[Path, ...]
+    formatting: str = ""                            # a key of COLUMNS; "": not yet recognized
+    columns: dict = field(default_factory=dict)     # role -> name of the column
+    tags: dict = field(default_factory=dict)        # role_tag, user_tag, … -> the word in the rows
     num_samples: int | None = None
-    ranking: bool = False                            # a row has two answers, the better first
+    ranking: bool = False                           # a row has two answers, chosen and rejected
 
 
-class Row(NamedTuple):
-    """A row as read. data: a dict, or the text of a line that could not be read. number: from 1, in its file."""
+class RawRow(NamedTuple):
+    """A row as read from its file, not yet checked."""
     file: Path
-    number: int
-    data: object
-    source: Source = None
+    number: int                     # in its file, from 1
+    data: object                    # a dict, or the text of a line that could not be parsed
+    source: Source | None = None
 
     @property
     def dataset(self) -> str:
+        """The name of its dataset."""
         return self.source.name
 
     @property
-    def excerpt(self) -> str:
-        """The row, shortened for a message."""
-        return shown(self.data)
+    def where(self) -> str:
+        """Dataset, file and number, for a message."""
+        dataset = f"dataset '{self.source.name}', " if self.source.name != str(self.file) else ""
+        return f"{dataset}{self.file} row {self.number}"
 
     @property
-    def where(self) -> str:
-        name = "" if self.source.name == str(self.file) else f"dataset '{self.source.name}', "
-        return f"{name}{self.file} row {self.number}"
+    def excerpt(self) -> str:
+        """The row itself, shortened for a message."""
+        return excerpt(self.data)
 
 
 class Conversation(NamedTuple):
-    """What templates.py renders. A message: {"role": user | assistant | observation | function, "content": str}."""
-    messages: list
+    """What templates.py renders.
+
+    A message is {"role": user | assistant | observation | function, "content": str}; questions
+    (user, observation) and answers (assistant, function) alternate.
+    """
+    messages: list[dict]
     system: str = ""
     tools: str = ""                 # JSON
-    rejected: dict | None = None    # of a pair: the message that is worse than the last one
+    rejected: dict | None = None    # of a pair: the answer that is worse than the last message
     desired: bool | None = None     # is the last answer a good one? None: nobody has judged it
 
 
-def check_stage(ranking: bool, judged: bool, where: str, stage: str):
-    """Raises ValueError where rows of this kind are not what the stage learns from."""
-    if ranking and stage not in PAIRS:
-        raise ValueError(f"{where} has preference pairs (ranking: true), which stage: {stage} cannot learn from; stages "
-                         f"{' and '.join(PAIRS)} can")
-    if judged and not ranking and stage not in JUDGED:
-        raise ValueError(f"{where} has good and bad answers (kto_tag), which stage: {stage} cannot learn from; stage: kto can")
-    if stage in PAIRS and not ranking:
-        raise ValueError(f"{where} has no preference pairs, which stage: {stage} learns from. If its rows have two answers, "
-                         "write in its entry of dataset_info.json ranking: true, and columns chosen and rejected")
-    if stage in JUDGED and not judged:
-        raise ValueError(f"{where} does not say which answers are good, which stage: {stage} learns from. If its rows have a "
-                         "column of true and false, name it in the entry of dataset_info.json: columns: kto_tag")
+# ---- a row of any layout ----------------------------------------------------------------------
 
 
-def convert(row: Row, stage: str = "sft") -> Conversation:
-    """One row as a conversation; in stage pt its text as a single user message. Raises ValueError: what is bad."""
+def convert(row: RawRow, stage: str = "sft") -> Conversation:
+    """A row as a conversation; for stage pt its text as a single user message.
+
+    Raises ValueError: what is wrong with the row.
+    """
     if not isinstance(row.data, dict):
-        raise ValueError("wrong number of fields" if row.file.suffix == ".csv" else "not a JSON object")
-    convert_row = convert_alpaca if row.source.formatting == "alpaca" else convert_messages
-    found = convert_row(row.data, row.source, stage)
-    messages = found.messages + [found.rejected] * (found.rejected is not None)
-    for text in (found.system, found.tools, *(message["content"] for message in messages)):
+        is_csv = row.file.suffix == ".csv"
+        raise ValueError("wrong number of fields" if is_csv else "not a JSON object")
+    if row.source.formatting == "alpaca":
+        conversation = convert_alpaca(row.data, row.source, stage)
+    else:
+        conversation = convert_messages(row.data, row.source)
+    check_utf8(conversation)
+    if stage == "pt":
+        return Conversation(conversation.messages[:1])
+
+    for number, message in enumerate(conversation.messages, 1):
+        if message["role"] in ANSWERS and not message["content"].strip():
+            raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
+    rejected = conversation.rejected
+    if rejected is not None and not rejected["content"].strip():
+        column = row.source.columns["rejected"]
+        raise ValueError(f"the answer in '{column}' is empty, there is nothing to learn")
+    return conversation
+
+
+def check_utf8(conversation: Conversation):
+    """Raise ValueError for bytes of another encoding, which were read as lone surrogates."""
+    messages = list(conversation.messages)
+    if conversation.rejected is not None:
+        messages.append(conversation.rejected)
+    texts = [conversation.system, conversation.tools]
+    texts += [message["content"] for message in messages]
+    for text in texts:
         try:
             text.isascii() or text.encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds bytes that are not UTF-8 (iconv converts a file)") from None
-    if stage == "pt":
-        return Conversation(found.messages[:1])
-    for number, message in enumerate(found.messages, 1):
-        if message["role"] in ("assistant", "function") and not message["content"].strip():
-            raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
-    if found.rejected is not None and not found.rejected["content"].strip():
-        raise ValueError(f"the answer in '{row.source.columns['rejected']}' is empty, there is nothing to learn")
-    return found
+            message = "it holds bytes that are not UTF-8 (iconv converts a file)"
+            raise ValueError(message) from None
+
+
+def check_stage(ranking: bool, judged: bool, where: str, stage: str):
+    """Raise ValueError if the stage does not train on rows of this kind."""
+    if ranking and stage not in PAIRS:
+        raise ValueError(
+            f"{where} has preference pairs (ranking: true), which stage: {stage} cannot train on; "
+            f"stages {' and '.join(PAIRS)} can")
+    if judged and not ranking and stage not in JUDGED:
+        raise ValueError(
+            f"{where} has good and bad answers (kto_tag), which stage: {stage} cannot train on; "
+            "stage: kto can")
+    if stage in PAIRS and not ranking:
+        raise ValueError(
+            f"{where} has no preference pairs, which stage: {stage} trains on. If its rows have "
+            "two answers, write in its entry of dataset_info.json ranking: true, and columns "
+            "chosen and rejected")
+    if stage in JUDGED and not judged:
+        raise ValueError(
+            f"{where} does not say which answers are good, which stage: {stage} trains on. If its "
+            "rows have a column of true and false, name it in the entry of dataset_info.json: "
+            "columns: kto_tag")
+
+
+# ---- alpaca: a column for each role -----------------------------------------------------------
 
 
 def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
-    """Columns prompt, query, response (or chosen and rejected) and, where declared, history ([question, answer] pairs),
-    system, tools, kto_tag."""
-    columns, messages = source.columns, []
-    for pair in data.get(columns.get("history")) or []:
-        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
-            raise ValueError(f"'{columns['history']}' must be a list of pairs [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    answers = () if stage == "pt" else ("chosen", "rejected") if source.ranking else ("response",)
-    for role in ("prompt", *answers):
+    """A row with the columns prompt, query and response (or chosen and rejected).
+
+    Further columns, if declared: history ([question, answer] pairs), system, tools, kto_tag.
+    """
+    columns = source.columns
+    answer_roles = ("response",)
+    if stage == "pt":
+        answer_roles = ()
+    elif source.ranking:
+        answer_roles = ("chosen", "rejected")
+    messages = history_messages(data, columns.get("history"))
+    for role in ("prompt", *answer_roles):
         if columns[role] not in data:
             raise ValueError(f"the column '{columns[role]}' is missing")
-    asked = [text_in(data, columns.get(role)) for role in ("prompt", "query")]
-    messages.append({"role": "user", "content": "\n".join(text for text in asked if text)})
-    answers = [{"role": "assistant", "content": text_in(data, columns[role])} for role in answers]
-    return Conversation(messages + answers[:1], text_in(data, columns.get("system")), tools_in(data, columns),
-                        answers[1] if source.ranking else None, desired_in(data, columns))
+
+    question = [column_text(data, columns.get(role)) for role in ("prompt", "query")]
+    messages.append({"role": "user", "content": "\n".join(text for text in question if text)})
+    answers = []
+    for role in answer_roles:
+        answers.append({"role": "assistant", "content": column_text(data, columns[role])})
+    return Conversation(
+        messages=messages + answers[:1],
+        system=column_text(data, columns.get("system")),
+        tools=column_tools(data, columns),
+        rejected=answers[1] if source.ranking else None,
+        desired=column_desired(data, columns),
+    )
 
 
-def convert_messages(data: dict, source: Source, stage: str) -> Conversation:
-    """A list of turns, and of a pair its two answers, each a turn. "openai" and "messages" may have OpenAI's tool_calls,
-    and several tool turns in a row."""
-    columns, tags, strict = source.columns, source.tags, source.formatting == "sharegpt"
+def history_messages(data: dict, column: str | None) -> list[dict]:
+    """The turns before the question, from a column of [question, answer] pairs."""
+    messages = []
+    for pair in data.get(column) or []:
+        if not isinstance(pair, (list, tuple)) or [type(text) for text in pair] != [str, str]:
+            raise ValueError(f"'{column}' must be a list of pairs [question, answer]")
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    return messages
+
+
+# ---- sharegpt, openai, messages: a list of turns ----------------------------------------------
+
+
+def convert_messages(data: dict, source: Source) -> Conversation:
+    """A row with a list of turns and, of a pair, its two answers, each a turn."""
+    columns = source.columns
     turns = data.get(columns["messages"])
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"'{columns['messages']}' must be a list of turns, and not an empty one")
-    messages, system = [], None
-    for number, turn in enumerate(turns, 1):
-        role = role_of(turn, source)
-        wanted = ("assistant", "function") if len(messages) % 2 else ("user", "observation")
-        if role == "system" and number == 1:
-            system = text_in(turn, tags["content_tag"])
-        elif role in wanted:
-            messages.append(message_of(turn, role, source))
-        elif role == "observation" and not strict and messages[-1]["role"] == "observation":
-            messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + text_in(turn, tags["content_tag"])
-        else:
-            raise ValueError(f"turn {number} is of '{said_by(turn, source)}' where {speakers(wanted, source)} must stand")
+    messages, system = read_turns(turns, source)
+
     rejected = None
     if source.ranking:
-        if len(messages) % 2 == 0:
-            raise ValueError(f"'{columns['messages']}' ends with an answer, and the answers are in '{columns['chosen']}' and "
-                             f"'{columns['rejected']}'" if messages else f"'{columns['messages']}' asks nothing")
-        chosen, rejected = (answer_in(data, columns[role], source) for role in ("chosen", "rejected"))
+        check_ends_with_question(messages, columns)
+        chosen = read_answer(data, columns["chosen"], source)
+        rejected = read_answer(data, columns["rejected"], source)
         messages.append(chosen)
     elif not messages or len(messages) % 2:
         raise ValueError("the last turn is not an answer")
-    tools = tools_in(data, columns)
-    system = text_in(data, columns.get("system")) if system is None else system
-    return Conversation(messages, openai_system(system, tools) if source.formatting == "openai" else system, tools,
-                        rejected, desired_in(data, columns))
+
+    tools = column_tools(data, columns)
+    if system is None:
+        system = column_text(data, columns.get("system"))
+    if source.formatting == "openai":
+        system = openai_system(system, tools)
+    return Conversation(messages, system, tools, rejected, column_desired(data, columns))
 
 
-def answer_in(data: dict, column: str, source: Source) -> dict:
+def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
+    """(messages, system text or None). Raises ValueError for a turn out of order.
+
+    Where several tool turns follow each other they become one message, but not in sharegpt.
+    """
+    messages, system = [], None
+    content_tag = source.tags["content_tag"]
+    for number, turn in enumerate(turns, 1):
+        role = role_of(turn, source)
+        expected = ANSWERS if len(messages) % 2 else ("user", "observation")
+        if role == "system" and number == 1:
+            system = column_text(turn, content_tag)
+        elif role in expected:
+            messages.append(message_of(turn, role, source))
+        elif (role == "observation" and source.formatting != "sharegpt"
+              and messages[-1]["role"] == "observation"):
+            result = column_text(turn, content_tag)
+            messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + result
+        else:
+            raise ValueError(f"turn {number} is of '{speaker_of(turn, source)}' where "
+                             f"{role_words(expected, source)} must stand")
+    return messages, system
+
+
+def check_ends_with_question(messages: list[dict], columns: dict):
+    """Raise ValueError unless the answers of a pair can follow these messages."""
+    if len(messages) % 2:
+        return
+    if not messages:
+        raise ValueError(f"'{columns['messages']}' asks nothing")
+    raise ValueError(f"'{columns['messages']}' ends with an answer, and the answers are in "
+                     f"'{columns['chosen']}' and '{columns['rejected']}'")
+
+
+def read_answer(data: dict, column: str, source: Source) -> dict:
     """One of the two answers of a pair, as a message."""
-    turn, wanted = data.get(column), ("assistant", "function")
+    turn = data.get(column)
     if not isinstance(turn, dict):
-        raise ValueError(f"'{column}' must be one turn, an object like those of the conversation, not {shown(turn)}")
+        raise ValueError(f"'{column}' must be one turn, an object like the turns of the "
+                         f"conversation, not {excerpt(turn)}")
     role = role_of(turn, source)
-    if role not in wanted:
-        raise ValueError(f"'{column}' is of '{said_by(turn, source)}' where {speakers(wanted, source)} must stand")
+    if role not in ANSWERS:
+        raise ValueError(f"'{column}' is of '{speaker_of(turn, source)}' where "
+                         f"{role_words(ANSWERS, source)} must stand")
     return message_of(turn, role, source)
 
 
 def role_of(turn, source: Source) -> str | None:
-    """Who speaks: system, user, assistant, function or observation; None for a word that no tag names."""
-    words = {source.tags.get(f"{role}_tag"): role for role in ("system", "function", "observation", "assistant", "user")}
-    return {**words, None: None}.get(said_by(turn, source))
+    """system, user, assistant, function or observation; None for a speaker no tag names."""
+    roles = {}
+    for role in ("system", "function", "observation", "assistant", "user"):
+        roles[source.tags.get(f"{role}_tag")] = role
+    roles[None] = None
+    return roles.get(speaker_of(turn, source))
 
 
-def said_by(turn, source: Source) -> str:
-    return str(turn.get(source.tags["role_tag"])) if isinstance(turn, dict) else shown(turn)
+def speaker_of(turn, source: Source) -> str:
+    """The word of the data for who speaks."""
+    if not isinstance(turn, dict):
+        return excerpt(turn)
+    return str(turn.get(source.tags["role_tag"]))
 
 
-def speakers(roles, source: Source) -> str:
-    """The words of the data for these roles."""
-    found = [source.tags[f"{role}_tag"] for role in ("function", "observation", "assistant", "user")
-             if role in roles and source.tags.get(f"{role}_tag")]
-    return " or ".join(found)
+def role_words(roles: tuple[str, ...], source: Source) -> str:
+    """The words of the data for these roles, for a message."""
+    words = []
+    for role in ("function", "observation", "assistant", "user"):
+        word = source.tags.get(f"{role}_tag")
+        if role in roles and word:
+            words.append(word)
+    return " or ".join(words)
 
 
 def message_of(turn: dict, role: str, source: Source) -> dict:
-    """A turn as a message. An assistant's tool_calls become a function message, but not in sharegpt's layout."""
-    if role in ("assistant", "function") and source.formatting != "sharegpt" and turn.get("tool_calls"):
-        text = tool_calls_in(turn["tool_calls"], arguments_as_text=source.formatting == "openai")
+    """A turn as a message; an assistant's tool_calls become a function message, not in sharegpt."""
+    calls = turn.get("tool_calls") if source.formatting != "sharegpt" else None
+    if role in ANSWERS and calls:
+        text = tool_calls_text(calls, keep_arguments=source.formatting == "openai")
         return {"role": "function", "content": text}
-    return {"role": role, "content": text_in(turn, source.tags["content_tag"])}
+    return {"role": role, "content": column_text(turn, source.tags["content_tag"])}
 
 
-def desired_in(data: dict, columns: dict) -> bool | None:
-    """Is the answer a good one? None where no column says so."""
-    column = columns.get("kto_tag")
-    if column is None:
-        return None
-    if not isinstance(data.get(column), bool):
-        raise ValueError(f"'{column}' must be true (a good answer) or false, not {shown(data.get(column))}")
-    return data[column]
-
-
-def tool_calls_in(calls, arguments_as_text: bool) -> str:
+def tool_calls_text(calls: list[dict], keep_arguments: bool) -> str:
     """OpenAI's tool_calls as the JSON list of {name, arguments} that a function message holds.
 
-    `arguments` is JSON text there. Left a text it is encoded a second time later on, as in LLaMA-Factory's "openai".
+    There `arguments` is JSON text. keep_arguments leaves it so, and it is encoded a second time
+    later on, as in LLaMA-Factory's "openai".
     """
     try:
         functions = [dict(call["function"]) for call in calls]
-        for function in functions if not arguments_as_text else []:
+        for function in [] if keep_arguments else functions:
             if isinstance(function["arguments"], str):
                 function["arguments"] = json.loads(function["arguments"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"tool_calls cannot be read ({type(error).__name__}: {error})") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"tool_calls cannot be read ({reason})") from None
     return json.dumps(functions, ensure_ascii=False)
 
 
 def openai_system(system: str, tools: str) -> str:
-    """The system text as LLaMA-Factory's "openai" makes it: a switch of one family's thinking, for all families."""
+    """The system text as LLaMA-Factory's "openai" has it: one family's switch, for all families."""
     if tools:
         return system + "\n" if system else ""
     if "detailed thinking on" in system or "detailed thinking off" in system:
@@ -227,37 +347,63 @@ def openai_system(system: str, tools: str) -> str:
     return f"{system}\ndetailed thinking off" if system else "detailed thinking off"
 
 
-def text_in(data: dict, column: str | None) -> str:
-    """The text of a column; '' where it is not declared, absent or null."""
+# ---- columns ----------------------------------------------------------------------------------
+
+
+def column_text(data: dict, column: str | None) -> str:
+    """The text of a column; "" if it is not declared, absent or null."""
     value = data.get(column)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"'{column}' must be text, not {shown(value)}")
+        raise ValueError(f"'{column}' must be text, not {excerpt(value)}")
     return value
 
 
-def tools_in(data: dict, columns: dict) -> str:
+def column_tools(data: dict, columns: dict) -> str:
+    """The descriptions of tools, as JSON."""
     tools = data.get(columns.get("tools"))
     if isinstance(tools, (list, dict)):
         return json.dumps(tools, ensure_ascii=False)
-    return text_in(data, columns.get("tools"))
+    return column_text(data, columns.get("tools"))
+
+
+def column_desired(data: dict, columns: dict) -> bool | None:
+    """Whether the answer is a good one; None if no column says so."""
+    column = columns.get("kto_tag")
+    if column is None:
+        return None
+    value = data.get(column)
+    if not isinstance(value, bool):
+        raise ValueError(f"'{column}' must be true (a good answer) or false, not {excerpt(value)}")
+    return value
+
+
+# ---- placeholders and messages ----------------------------------------------------------------
 
 
 def fill_placeholders(conversation: Conversation, values: dict) -> Conversation:
-    """{{name}} -> values["name"] in the system text and every message; a name without a value stays as it stands."""
+    """Replace {{name}} by values["name"] in all texts; a name without a value is left alone."""
     if not values:
         return conversation
 
-    def fill(text):
+    def fill_text(text: str) -> str:
         return PLACEHOLDER.sub(lambda match: str(values.get(match[1], match[0])), text)
-    filled = [{**message, "content": fill(message["content"])} for message in conversation.messages]
-    rejected = conversation.rejected and {**conversation.rejected, "content": fill(conversation.rejected["content"])}
-    return conversation._replace(messages=filled, system=fill(conversation.system), rejected=rejected)
+
+    def fill_message(message: dict) -> dict:
+        return {**message, "content": fill_text(message["content"])}
+
+    return conversation._replace(
+        messages=[fill_message(message) for message in conversation.messages],
+        system=fill_text(conversation.system),
+        rejected=conversation.rejected and fill_message(conversation.rejected),
+    )
 
 
-def shown(value, limit: int = 200) -> str:
-    """A row or a piece of one for a message: JSON, shortened, printable whatever bytes it holds."""
+def excerpt(value, limit: int = 200) -> str:
+    """A row, or a value in it, for a message: JSON, shortened, printable whatever bytes it has."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= limit else f"{text[:limit]} … ({len(text) - limit} more characters)"
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]} … ({len(text) - limit} more characters)"

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import did_you_mean
-from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, Row,
-                                Source, TAGS, check_stage, shown)
+from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, RawRow,
+                                Source, TAGS, check_stage, excerpt)
 
 FOREIGN = {"images": "pictures", "videos": "films", "audios": "sound"}      # roles of models we do not have
 ENTRY_KEYS = {"file_name": str, "hf_hub_url": str, "ms_hub_url": str, "om_hub_url": str, "script_url": str,
@@ -79,10 +79,10 @@ class DataFile:
     def __len__(self):
         return len(self.places)
 
-    def row(self, place: int, source: "Source") -> "Row":
+    def row(self, place: int, source: "Source") -> "RawRow":
         """The row at a place, counted from 0."""
         number, start, end = self.places[place].tolist()
-        return Row(self.path, number, self.parse(self, decode(read_at(self.file, start, end - start))), source)
+        return RawRow(self.path, number, self.parse(self, decode(read_at(self.file, start, end - start))), source)
 
     def lines(self, start: int, newline: str):
         """(text, start, end) of every line, cut where `newline` says (as in open); start and end count bytes."""
@@ -242,7 +242,7 @@ def check_entry(entry: dict, where: str):
         value, kind = entry[key], ENTRY_KEYS[key]
         texts = all(isinstance(text, str) for text in value.values()) if type(value) is dict else True
         if type(value) is not kind or not texts or kind is int and value < 1:
-            raise ValueError(f"{where}: {key}: {shown(json.dumps(value, ensure_ascii=False))} is not {words[kind]}")
+            raise ValueError(f"{where}: {key}: {excerpt(json.dumps(value, ensure_ascii=False))} is not {words[kind]}")
 
 
 def files_at(path: Path) -> tuple:
@@ -266,7 +266,7 @@ def hub_files(entry: dict, where: str, config) -> tuple:
     try:
         root = Path(snapshot_download(repo, repo_type="dataset", cache_dir=config.cache_dir, allow_patterns=patterns))
     except (OSError, ValueError) as error:      # what the hub raises, offline or gated or misspelt, is one of the two
-        why = shown(str(error).strip().split("\n")[0])
+        why = excerpt(str(error).strip().split("\n")[0])
         raise ValueError(f"{where}: '{repo}' could not be fetched ({why}). Is the name right, is there a network? "
                          "A gated dataset needs `hf auth login`") from None
 
@@ -334,7 +334,7 @@ def scan_list(file: DataFile, start: int):
         try:
             json.loads(whole)
         except ValueError as error:
-            near = shown(whole[max(error.pos - 40, 0):error.pos + 40])
+            near = excerpt(whole[max(error.pos - 40, 0):error.pos + 40])
             raise ValueError(f"{file.path}: not valid JSON at line {error.lineno}, column {error.colno} ({error.msg}), "
                              f"near {near}") from None
 
@@ -429,7 +429,7 @@ def recognise(source: Source, rows: Rows, keys: list[str], stage: str) -> Source
     """The layout of a data file given by its path, from the names of its columns and of the roles inside."""
     if not keys:
         raise ValueError(f"{source.files[0]}: no row of it is an object with columns; row {rows[0].number} is "
-                         f"{shown(rows[0].data)}")
+                         f"{excerpt(rows[0].data)}")
     found = {role: next((name for name in names if name in keys), None) for role, names in LIKELY_COLUMNS.items()}
     extras = {role: found[role] for role in ("system", "tools") if found[role]}
     ranking, where = bool(found["chosen"] and found["rejected"]), str(source.files[0])

@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import DatasetCounts, EncodedRows, Example, packing_of, settings_of
 from templates import with_overrides
 from text.chat_formats import written_template
-from text.conversations import Conversation, PLACEHOLDER, Row, convert, fill_placeholders, shown
+from text.conversations import Conversation, PLACEHOLDER, RawRow, convert, fill_placeholders, excerpt
 from text.data_files import Rows, find_sources, read_at, rows_of
 from text.parallel_map import how_many, in_order
 from text.tool_calls import describe_tools
@@ -342,7 +342,7 @@ def split_rows(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
     return rows.take(order[count:]), rows.take(order[:count])
 
 
-def conversation_of(row: Row, config, part: EncodedRows) -> Conversation | None:
+def conversation_of(row: RawRow, config, part: EncodedRows) -> Conversation | None:
     """A row converted and filled; None for a bad one, which part then knows."""
     try:
         conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
@@ -351,7 +351,7 @@ def conversation_of(row: Row, config, part: EncodedRows) -> Conversation | None:
     names = {name for message in conversation.messages if message["role"] == "assistant" and "{{" in message["content"]
              for name in PLACEHOLDER.findall(message["content"])}
     if names:
-        part.unfilled.append((row.source.name, names, f"{row.where}: {shown(row.data)}"))
+        part.unfilled.append((row.source.name, names, f"{row.where}: {excerpt(row.data)}"))
     return conversation
 
 
@@ -402,7 +402,7 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
     return teaches, processes
 
 
-def encode_batch(rows: list[Row], config, tokenizer, template, encode: Callable, check_only: bool = False) -> EncodedRows:
+def encode_batch(rows: list[RawRow], config, tokenizer, template, encode: Callable, check_only: bool = False) -> EncodedRows:
     """Some rows, which packing may combine, to examples. check_only: just find the bad ones."""
     part, conversations = EncodedRows(), []
     for row in rows:
