@@ -316,7 +316,7 @@ def prepare_answers(config: Config, model, device):
     """Make the model fast at generating, and print how. The loss above is of unmerged adapters."""
     lines = []
     if config.fast_chat:
-        merge_adapters(model, quantised=False)
+        merge_adapters(model, quantized=False)
     model.product = "plain"
     if config.fast_chat:
         size = config.per_device_eval_batch_size

@@ -51,6 +51,7 @@ from checkpoint.load import load_model, packed_weights, read_packed
 from evals.loss import mean_loss
 from families import model_config, read_config_json, read_model_config
 from lora import expert_matrices, merged_weight
+from methods.lora_variants import merged_dora_weight
 from methods.preference import VALUE_HEAD
 from methods.quant import Form, form_asked, in_words, quantise
 from runtime.build import ENCODERS
@@ -338,11 +339,11 @@ def merge_matrix(block: torch.Tensor, change: Change, A: torch.Tensor, rows,
                  device) -> torch.Tensor:
     """Rows of W + scale * B A, (rows, in) float32, with DoRA's magnitudes if there are any."""
     B = read_tensor(change.file, change.key + ".lora_B.weight", device, rows)           # (rows, r)
-    magnitude = None
-    if change.has_magnitude:
-        key = change.key + ".lora_magnitude_vector"
-        magnitude = read_tensor(change.file, key, device, rows)                         # (rows,)
-    return merged_weight(block.float(), A, B, change.scale, magnitude)
+    if not change.has_magnitude:
+        return merged_weight(block.float(), A, B, change.scale)
+    key = change.key + ".lora_magnitude_vector"
+    magnitude = read_tensor(change.file, key, device, rows)                             # (rows,)
+    return merged_dora_weight(block.float(), A, B, change.scale, magnitude)
 
 
 def merge_expert(block: torch.Tensor, change: Change, A: torch.Tensor, B: torch.Tensor,

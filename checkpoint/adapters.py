@@ -15,9 +15,10 @@ from torch import nn
 
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import NEUTRAL, OF_ADAPTERS, PLAIN_STARTS, PREFIX, _mismatch, load_model
-from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, lora_layers,
-                  merge_adapters)
-from methods.quant import Form, Quantised
+from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, is_quantized,
+                  lora_layers, merge_adapters)
+from methods.lora_variants import DoRALinear, remove_adapter, variant_of
+from methods.quant import Form
 from model import CausalLM
 from text.tokenizer import read_json
 
@@ -90,12 +91,13 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=N
     if start:
         load_adapter(model, start, config.lora_dropout, device)
         for layer in lora_layers(model).values():
-            layer.take_out()
+            remove_adapter(layer)
     with open_tensors(path) as tensors:
         try:
             if not start:
-                attach_lora(model, config, called=model.config.stored_name,
-                            targets=_targets_of(model, config, raw, tensors.keys()), device=device)
+                attach_lora(model, config, stored_name=model.config.stored_name,
+                            targets=_targets_of(model, config, raw, tensors.keys()),
+                            device=device, **variant_of(config))
         except ValueError as error:
             raise ValueError(f"{folder} was made for another model ({raw.get('base_model_name_or_path')}): "
                              f"{error}") from None
@@ -200,7 +202,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
         assert not module.weight.requires_grad, layer
         for part in ("lora_A", "lora_B"):
             found[f"{names[layer]}.{part}.weight"] = getattr(module, part).weight
-        if getattr(module, "lora_magnitude_vector", None) is not None:
+        if isinstance(module, DoRALinear):
             found[f"{names[layer]}.lora_magnitude_vector"] = module.lora_magnitude_vector
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and not name.endswith(OF_ADAPTERS):
@@ -211,7 +213,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
 def save_pissa_start(model: CausalLM, folder, config: LoRAConfig, base: str):
     """Write the adapter that PiSSA began with, which the base weights lack: the folder that pissa_start looks for."""
     starts = {f"{name}.lora_{part}.weight": tensor for layer, name in peft_names(model).items()
-              for part, tensor in zip("AB", lora_layers(model)[layer].start)}
+              for part, tensor in zip("AB", lora_layers(model)[layer].removed)}
     with new_folder(folder) as work:
         save_adapter(model, work, replace(config, init_lora_weights=True), base, adapter_tensors(model) | starts)
 
@@ -221,7 +223,7 @@ def save_converted(model: CausalLM, folder, config: LoRAConfig, base: str):
     (arXiv:2404.02948, appendix C)."""
     tensors, layers = adapter_tensors(model), lora_layers(model)
     for layer, name in peft_names(model).items():
-        A, B = layers[layer].start
+        A, B = layers[layer].removed
         tensors[f"{name}.lora_A.weight"] = torch.cat([tensors[f"{name}.lora_A.weight"], A])
         tensors[f"{name}.lora_B.weight"] = torch.cat([tensors[f"{name}.lora_B.weight"], -B], dim=1)
     more = math.sqrt(2) if config.use_rslora else 2                     # of alpha, that the scale is the same
@@ -258,7 +260,8 @@ def peft_targets(model: CausalLM, wish) -> tuple[list | str, list]:
     if isinstance(wish, list) and adapted == set(wish) or (
             isinstance(wish, str) and wish not in ("all", "all-linear") and not stacks):
         return wish, stacks                                                     # full names; a regular expression
-    names = [called(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [called(name) for name, module in model.named_modules()
+             if isinstance(module, (nn.Linear, LoRALinear))]
     last = sorted({name.rsplit(".", 1)[-1] for name in adapted})
     # a short name may also be that of a layer which reads images
     for targets in () if model.config.skips else (wish if isinstance(wish, list) else [], last):
@@ -298,10 +301,10 @@ def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_la
     for index, adapter in enumerate(adapters):
         load_adapter(model, adapter)
         if index < len(adapters) - 1 or fold_last:
-            merge_adapters(model, quantised=index < len(adapters) - 1)
+            merge_adapters(model, quantized=index < len(adapters) - 1)
     computed = model.model.embed_tokens.weight.dtype
     for layer in lora_layers(model).values():
-        if getattr(layer, "lora_magnitude_vector", None) is not None:
-            layer.fixed = layer.gain().detach()
-        layer.to(computed if isinstance(layer.weight, Quantised) else layer.weight.dtype)
+        if isinstance(layer, DoRALinear):
+            layer.fix_gain()
+        layer.to(computed if is_quantized(layer.base_layer) else layer.weight.dtype)
     return model.requires_grad_(False).eval()

@@ -25,6 +25,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from fast.matmul import PRODUCTS, torch_product
+from lora import LoRALinear
+from methods.quant import QuantLinear
 
 
 # ---- several linear layers of one input -----------------------------------------------------------------------------
@@ -54,16 +56,11 @@ def linears(layers, *xs, before=same, owners=(), how="plain"):
 def is_simple(layer) -> bool:
     """May the function below stand for the layer? Not with dropout, whose mask is drawn once, not with DoRA, and not
     where someone listens to it."""
-    dropout = getattr(layer, "dropout", None)
-    return (not layer._forward_hooks and not layer._forward_pre_hooks
-            and (type(layer) is nn.Linear or isinstance(dropout, nn.Identity)
-                 or dropout is None and is_quantised(layer))
-            and getattr(layer, "lora_magnitude_vector", None) is None)
-
-
-def is_quantised(layer) -> bool:
-    """Is its weight stored in 4 or 8 bits (methods/quant.py), a dense matrix to be made for each product?"""
-    return hasattr(layer.weight, "dense")
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    if type(layer) is LoRALinear:
+        return isinstance(layer.dropout, nn.Identity)
+    return type(layer) in (nn.Linear, QuantLinear)
 
 
 class Part(NamedTuple):
@@ -84,10 +81,11 @@ class Part(NamedTuple):
 
 
 def weights_of(layer) -> Part:
-    A, B = layer.matrices() if hasattr(layer, "matrices") else (None, None)
-    W, packed = (None, layer.weight) if is_quantised(layer) else (layer.weight, None)
-    return Part(W, layer.bias, A, B, getattr(layer, "scale", 1.0), getattr(layer, "unit", None),
-                getattr(layer, "fp8", None), packed)
+    A, B = layer.adapter() if isinstance(layer, LoRALinear) else (None, None)
+    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
+    W, packed = (None, base.weight) if isinstance(base, QuantLinear) else (base.weight, None)
+    return Part(W, base.bias, A, B, getattr(layer, "scale", 1.0), getattr(base, "unit", None),
+                getattr(base, "fp8", None), packed)
 
 
 def products(h, parts, product):

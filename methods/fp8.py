@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)          # NVIDIA's and OCP's; AMD's MI300
 TOO_FAR = 0.06          # relative error of a product: two operands with 3 bits of fraction, errors of random signs
@@ -88,15 +90,35 @@ def product_error(fp8: Fp8, device, dtype) -> float:
     return max(errors, key=lambda error: error if error == error else float("inf"))
 
 
-@torch.no_grad()
-def to_fp8(layers, fp8: Fp8):
-    """Round the frozen weights of these lora.LoRALinear, in place."""
-    for layer in layers:
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer in 8 bits: W = unit * weight. forward is the slow twin of fast/fused_block.py."""
+
+    @torch.no_grad()
+    def __init__(self, layer: nn.Linear, fp8: Fp8):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         weight, unit = quantise(layer.weight, fp8.form)
-        layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-        layer.replaced[0].weight = layer.weight             # or the 16-bit matrix would live on there
-        layer.register_buffer("unit", unit, persistent=False)
-        layer.fp8 = fp8
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = layer.bias
+        self.register_buffer("unit", unit, persistent=False)
+        self.fp8 = fp8
+
+    def forward(self, x):
+        return F.linear(x, self.dequantized_weight(x.dtype), self.bias)
+
+    def matmul(self, x):
+        """W x, without the bias."""
+        return F.linear(x, self.dequantized_weight(x.dtype))
+
+    def dequantized_weight(self, dtype: torch.dtype | None = None):
+        """The matrix (out, in), made anew. dtype None: bfloat16."""
+        return dequantise(self.weight, self.unit, dtype or torch.bfloat16)
+
+
+def to_fp8(layers, fp8: Fp8):
+    """Round the frozen weights beside these adapters (lora.LoRALinear), in place."""
+    for layer in layers:
+        layer.base_layer = Fp8Linear(layer.base_layer, fp8)
 
 
 def with_compiled_rounding(fp8: Fp8) -> Fp8:

@@ -299,9 +299,21 @@ class QuantLinear(nn.Linear):
     def forward(self, x):
         return multiply(x, self.weight, self.bias)
 
+    def matmul(self, x):
+        """W x, without the bias."""
+        return multiply(x, self.weight)
+
+    def dequantized_weight(self, dtype: torch.dtype | None = None):
+        """The matrix (out, in), made anew. dtype None: the one it was quantized from."""
+        return self.weight.dense(dtype)
+
     def effective_weight(self):
-        """The matrix (out, in), dense: where this is a model's head, its scores are computed from it chunk by chunk."""
+        """The same, where this is a model's head."""
         return self.weight.dense()
+
+    @property
+    def format_name(self) -> str:
+        return self.weight.form.kind
 
 
 def can_be_quantised(model: nn.Module) -> list[str]:

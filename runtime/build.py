@@ -15,8 +15,9 @@ from config import has_reference
 from data import collate_rows, encode_conversations, encode_documents
 from families import model_config, read_config_json
 from fast.matmul import PRODUCTS, torch_product
-from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters, row_lengths, unfreeze
+from lora import LoRAConfig, LoRALinear, attach_lora, lora_layers, merge_adapters, unfreeze
 from losses import Objective, balance_loss, cross_entropy_sum
+from methods.lora_variants import row_norms, variant_of
 from methods.preference import collate_answers, encode_answers, objective_of
 from methods.quant import form_asked
 from model import CausalLM, init_weights
@@ -69,13 +70,14 @@ def build_model(config, base, adapters, device, resume, ranks):
                 print(f"note: {key} {given} is not used; the adapter has {value}, and goes on with it")
     else:
         lora = lora_settings(config, adapters, resume)
-        attach_lora(model, lora, config.seed, called=model.config.stored_name, device=device)
+        attach_lora(model, lora, config.seed, stored_name=model.config.stored_name, device=device,
+                    **variant_of(lora))
     if sharded:
         cut(model, config.fsdp, ranks, device)
         fill(model, base, trained=not (resume or continued))        # the adapter's file has what learns
         if lora.use_dora and not (resume or continued):
             for layer in lora_layers(model).values():
-                layer.lora_magnitude_vector.data.copy_(row_lengths(whole(layer.weight).float()))
+                layer.lora_magnitude_vector.data.copy_(row_norms(whole(layer.weight).float()))
     if has_reference(config):                       # dropout would be a difference, too
         for layer in lora_layers(model).values():
             layer.dropout = torch.nn.Identity()
@@ -183,7 +185,8 @@ def check_first_batch(model, batch, device, autocast, objective: Objective):
         return next(a.dtype for a in args if torch.is_tensor(a))
 
     remedy = "Train with bf16: true, which has the range of float32, or without fp16"
-    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".lora_" not in n]
+    watched = [(n, m) for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, LoRALinear))
+               and not n.endswith((".lora_A", ".lora_B", ".base_layer"))]
     hooks = [module.register_forward_hook(watch(name)) for name, module in watched]
     model.eval()                                    # dropout would draw random numbers, and a resumed run differ
     try:

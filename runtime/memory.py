@@ -50,6 +50,7 @@ from config import Config
 from families import ModelConfig
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
+from methods.lora_variants import variant_of
 from methods.quant import (
     Form,
     can_be_quantised,
@@ -188,7 +189,8 @@ def model_without_storage(config: Config, workload: Workload) -> CausalLM:
         model = CausalLM(model_config)
     if workload.lora:
         base = empty_quantised(model.to(workload.dtype), workload.quant_formats or {})
-        attach_lora(base, workload.lora, called=model_config.stored_name)
+        attach_lora(base, workload.lora, stored_name=model_config.stored_name,
+                    **variant_of(workload.lora))
         return model
     if config.finetuning_type == "freeze":
         unfreeze(

@@ -77,7 +77,8 @@ def cut(model, words: list, ranks: Ranks, device: torch.device):
             if unit is model:
                 options["reshard_after_forward"] = False        # the loss needs the head after the forward pass
                 if tied:
-                    model.lm_head.weight = model.model.embed_tokens.weight
+                    head = getattr(model.lm_head, "base_layer", model.lm_head)
+                    head.weight = model.model.embed_tokens.weight
             if len(dtypes := {str(p.dtype) for p in unit.parameters() if not is_cut(p)}) > 1:
                 raise ValueError(f"fsdp: the weights are of several dtypes, {' and '.join(sorted(dtypes))},"
                                  " and those of a block are gathered together: set bf16: true (or fp16: true)")
@@ -130,6 +131,7 @@ def fill(model, folder, trained: bool = True):
     files = weight_files(load_model(folder, skip_weights=True), folder)
     files.setdefault("lm_head.weight", files["model.embed_tokens.weight"])      # a head that is tied no more
     for name, p in model.named_parameters():
+        name = name.replace(".base_layer.", ".")                # of a layer beside an adapter
         if name in files and (trained or not p.requires_grad):
             file, stored = files[name]
             with open_tensors(file) as tensors:

@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +15,12 @@ from checkpoint.adapters import (adapter_tensors, load_adapter, load_with_adapte
 from checkpoint.load import PREFIX, load_model
 from config import Config
 from families import model_config
+from methods.lora_variants import variant_of
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, expert_matrices, find_targets,
                   lora_layers, merge_adapters, merged_weight, set_adapters, trainable, unfreeze)
 from losses import cross_entropy_sum
 from merge import merge_checkpoint
-from model import CausalLM
+from model import CausalLM, StackedLinear
 from optim import parameter_groups
 from tests import twins
 from tests.common import GOLDEN, needs_shared
@@ -164,7 +164,7 @@ def test_dropout_acts_on_the_input_of_A_in_training_only():
     x = torch.randn(3, 40)
 
     def by_hand(x_dropped):
-        return (F.linear(x, layer.weight, layer.bias)
+        return (F.linear(x, layer.weight, layer.base_layer.bias)
                 + 2.0 * F.linear(F.linear(x_dropped, layer.lora_A.weight), layer.lora_B.weight))
 
     torch.manual_seed(1)
@@ -187,7 +187,8 @@ def test_dora_and_its_gradients_equal_pefts(dropout):
         r=4, lora_alpha=6, target_modules=["0"], use_dora=True, lora_dropout=dropout)).train()
     twin = theirs.get_submodule("base_model.model.0")
     twin.base_layer.load_state_dict(base.state_dict())
-    ours = attach_lora(nn.Sequential(base), LoRAConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=dropout)).train()
+    config = LoRAConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=dropout)
+    ours = attach_lora(nn.Sequential(base), config, **variant_of(config)).train()
     layer = ours[0]
     assert torch.allclose(layer.lora_magnitude_vector, base.weight.norm(dim=1))
     shake(ours)
@@ -213,7 +214,8 @@ def test_fresh_dora_changes_nothing_also_where_rows_are_zeros():
     model = tiny()
     model.lm_head.weight.data[40:] = 0                                  # a vocabulary that was filled up
     before = logits_of(model, IDS)
-    attach_lora(model, LoRAConfig(target_modules=["all", "lm_head"], use_dora=True), seed=1)
+    config = LoRAConfig(target_modules=["all", "lm_head"], use_dora=True)
+    attach_lora(model, config, seed=1, **variant_of(config))
     assert (logits_of(model, IDS) - before).abs().max() < 1e-5 and not before[..., 40:].any()
     model.logits(model(IDS)).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in trainable(model).values())
@@ -225,7 +227,9 @@ def test_fresh_dora_changes_nothing_also_where_rows_are_zeros():
 
 def test_lengths_of_dora_keep_their_digits_beside_a_bfloat16_base():
     """1.1055 lies between two numbers of bfloat16, 1.1016 and 1.1094."""
-    layer = attach_lora(nn.Sequential(nn.Linear(64, 16, bias=False).bfloat16()), LoRAConfig(use_dora=True))[0]
+    config = LoRAConfig(use_dora=True)
+    base = nn.Sequential(nn.Linear(64, 16, bias=False).bfloat16())
+    layer = attach_lora(base, config, **variant_of(config))[0]
     x = torch.randn(4096, 64).bfloat16()
     before = layer(x).float()
     layer.lora_magnitude_vector.data *= 1.1055
@@ -235,19 +239,20 @@ def test_lengths_of_dora_keep_their_digits_beside_a_bfloat16_base():
 def test_dora_beside_inference_keeps_its_lengths(tmp_path):
     base = write(tmp_path / "base", tiny())
     config = LoRAConfig(r=3, target_modules=["all", "lm_head"], use_dora=True)
-    model = shake(attach_lora(load_model(base), config)).eval()
+    model = shake(attach_lora(load_model(base), config, **variant_of(config))).eval()
     save_adapter(model, tmp_path, config, "base")
     for fold in (False, True):
         loaded = load_with_adapters(base, [tmp_path], fold_last=fold)
         assert (logits_of(loaded, IDS) - logits_of(model, IDS)).abs().max() < 1e-4
-    assert load_with_adapters(base, [tmp_path]).lm_head.fixed is not None
+    assert load_with_adapters(base, [tmp_path]).lm_head.fixed_gain is not None
 
 
 @needs_shared
 def test_dora_of_stacks_is_refused():
     model = load_model(GOLDEN / "models" / "llama4", skip_weights=True)
     with pytest.raises(ValueError, match="use_dora: .*experts.* is a stack of experts"):
-        attach_lora(model, LoRAConfig(target_modules=["experts"], use_dora=True), called=model.config.stored_name)
+        config = LoRAConfig(target_modules=["experts"], use_dora=True)
+        attach_lora(model, config, stored_name=model.config.stored_name, **variant_of(config))
 
 
 # ---- PiSSA ----
@@ -255,7 +260,7 @@ def test_dora_of_stacks_is_refused():
 
 def pissa(model, rank=4, init="pissa", **more):
     config = LoRAConfig(r=rank, lora_alpha=12, init_lora_weights=init, **more)
-    return attach_lora(model, config, seed=3), config
+    return attach_lora(model, config, seed=3, **variant_of(config)), config
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_300"])
@@ -277,7 +282,7 @@ def test_pissa_begins_as_pefts(init):
                         (layer.lora_B.weight.T, twin.lora_B.default.weight.T)):
         assert torch.allclose(ours.norm(dim=1), peers.norm(dim=1), rtol=1e-3)          # up to signs
     gone = torch.linalg.matrix_norm(wanted - layer.weight, 2) / torch.linalg.matrix_norm(wanted, 2)
-    assert abs(gone - 1) < 1e-3 and layer.replaced[0].weight is layer.weight
+    assert abs(gone - 1) < 1e-3 and layer.base_layer is base
     shake(nn.Sequential(layer))
     layer.enabled = False
     assert torch.allclose(layer(x), before, atol=1e-5)
@@ -339,7 +344,7 @@ def test_pissa_that_peft_made(tmp_path):
 
 
 def test_pissa_of_more_parts_than_there_are():
-    with pytest.raises(ValueError, match="pissa_init: a matrix of 16 x 32 has no 17 singular parts; lower lora_rank"):
+    with pytest.raises(ValueError, match="pissa_init: a matrix of 16 x 32 has no 17 singular components; lower lora_rank"):
         pissa(tiny(), rank=17)
 
 
@@ -477,7 +482,7 @@ def test_adapted_head_in_the_loss_equals_its_logits():
     targets = IDS.roll(-1, 1).flatten()
     for config in (LoRAConfig(target_modules=["lm_head"]), LoRAConfig(modules_to_save=["lm_head"]),
                    LoRAConfig(target_modules=["lm_head"], use_dora=True)):
-        model, gradients = shake(attach_lora(tiny(), config)), []
+        model, gradients = shake(attach_lora(tiny(), config, **variant_of(config))), []
         losses = (F.cross_entropy(model.logits(model(IDS)).flatten(0, 1), targets, reduction="sum"),
                   cross_entropy_sum(model(IDS).flatten(0, 1), model.head_weight(), targets))
         for loss in losses:
@@ -678,7 +683,7 @@ def test_adapters_keep_the_vendors_names(name, targets, tmp_path):
     base, config = checkpoint_of(name, tmp_path / "base"), LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
     model = load_model(base, torch.float32)
     plain = logits_of(model, IDS)
-    shake(attach_lora(model, config, called=model.config.stored_name), size=0.05).eval()
+    shake(attach_lora(model, config, stored_name=model.config.stored_name), size=0.05).eval()
     save_adapter(model, tmp_path, config, str(base))
     shapes, tensors = shapes_in(base), load_file(tmp_path / "adapter_model.safetensors")
     layers = {key.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for key in tensors}
@@ -727,7 +732,7 @@ def test_peft_opens_ours_and_we_open_pefts(name, tmp_path):
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "qwen3_moe" else "all"
     base, config = GOLDEN / "models" / name, LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
     ours = load_model(base)
-    shake(attach_lora(ours, config, called=ours.config.stored_name), size=0.1).eval()
+    shake(attach_lora(ours, config, stored_name=ours.config.stored_name), size=0.1).eval()
     save_adapter(ours, tmp_path, config, str(base))
     with torch.no_grad():
         assert (in_peft(base, tmp_path)(IDS).logits - logits_of(ours, IDS)).abs().max() < 1e-4
@@ -765,7 +770,7 @@ def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
     base, config = GOLDEN / "models" / "llama4", LoRAConfig(r=3, lora_alpha=6, target_modules=["experts"])
     config.lora_dropout = 0.1
     model = load_model(base)
-    shake(attach_lora(model, config, called=model.config.stored_name), size=0.1).eval()
+    shake(attach_lora(model, config, stored_name=model.config.stored_name), size=0.1).eval()
     save_adapter(model, tmp_path, config, str(base))
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     assert fields["target_modules"] == [] and fields["lora_dropout"] == 0     # PEFT refuses dropout beside stacks
@@ -777,7 +782,8 @@ def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
 
 def test_a_stacked_adapter_learns_as_its_sum_would():
     torch.manual_seed(0)
-    base = SimpleNamespace(weight=nn.Parameter(torch.randn(4, 6, 5), requires_grad=False))             # (E, in, out)
+    base = StackedLinear(4, 6, 5).requires_grad_(False)                                      # (E, in, out)
+    base.weight.normal_()
     layer = LoRAStacked(base, r=2, scale=1.5, dropout=0.0)
     A, B = (nn.Parameter(part.weight.detach().clone()) for part in (layer.lora_A, layer.lora_B))
     delta = torch.einsum("ore,eri->eio", B.view(5, 2, 4), A.view(4, 2, 6))
@@ -794,7 +800,7 @@ def test_a_stacked_adapter_learns_as_its_sum_would():
 def test_experts_trained_whole_beside_a_bfloat16_base():
     model = load_model(GOLDEN / "models" / "llama4", torch.bfloat16)
     wanted, config = logits_of(model, IDS), LoRAConfig(target_modules=["q_proj"], modules_to_save=["experts", "router"])
-    attach_lora(model, config, called=model.config.stored_name)
+    attach_lora(model, config, stored_name=model.config.stored_name)
     assert (logits_of(model, IDS) - wanted).norm() < 0.02 * wanted.norm()           # what follows differs by rounding
     model.logits(model(IDS)).float().square().mean().backward()
     whole = {name: p for name, p in trainable(model).items() if ".lora_" not in name}
@@ -836,7 +842,7 @@ def square_experts():
 @pytest.mark.parametrize("version", [None, "0.18.1", "0.20.0.dev0", "1.0"])
 def test_square_stacks_are_read_as_their_version_wrote_them(version, tmp_path):
     model, config = square_experts(), LoRAConfig(r=2, target_modules=["experts.down_proj"])
-    shake(attach_lora(model, config, called=model.config.stored_name))
+    shake(attach_lora(model, config, stored_name=model.config.stored_name))
     save_adapter(model, tmp_path, config, "base")
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "peft_version": version}))
@@ -922,7 +928,7 @@ def test_modules_trained_whole_and_ranks_by_vendors_names(name, target, whole, r
     base = checkpoint_of(name, tmp_path / "base")
     config = LoRAConfig(r=3, target_modules=[target], modules_to_save=whole, rank_pattern=ranks)
     model = load_model(base)
-    attach_lora(model, config, called=model.config.stored_name)
+    attach_lora(model, config, stored_name=model.config.stored_name)
     save_adapter(shake(model, size=0.05).eval(), tmp_path, config, "base")
     shapes, tensors = shapes_in(base), load_file(tmp_path / "adapter_model.safetensors")
     for key, tensor in tensors.items():
@@ -939,7 +945,7 @@ def test_modules_trained_whole_and_ranks_by_vendors_names(name, target, whole, r
 def test_loraplus_learns_faster_in_b_of_any_name():
     fields = {**twins.QWEN1, "num_hidden_layers": 1}
     model = CausalLM(model_config(fields))
-    attach_lora(model, LoRAConfig(r=2, target_modules=["c_attn", "w2"]), called=model.config.stored_name)
+    attach_lora(model, LoRAConfig(r=2, target_modules=["c_attn", "w2"]), stored_name=model.config.stored_name)
     config = Config(learning_rate=1e-3, loraplus_lr_ratio=16.0)
     groups = parameter_groups(trainable(model), config)
     rates = {id(p): group.get("lr", 1e-3) for group in groups for p in group["params"]}
@@ -955,4 +961,4 @@ def test_loraplus_learns_faster_in_b_of_any_name():
 def test_errors_speak_the_vendors_names(name, targets, words, tmp_path):
     model = load_model(checkpoint_of(name, tmp_path), skip_weights=True)
     with pytest.raises(ValueError, match=words):
-        attach_lora(model, LoRAConfig(target_modules=targets), called=model.config.stored_name)
+        attach_lora(model, LoRAConfig(target_modules=targets), stored_name=model.config.stored_name)

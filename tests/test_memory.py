@@ -21,6 +21,7 @@ import families
 from attention import Layout
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
+from methods.lora_variants import variant_of
 from losses import cross_entropy_sum
 from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
 from model import CausalLM
@@ -123,7 +124,8 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
     for p in model.parameters():
         torch.nn.init.normal_(p.data, 0, 0.02)
     if lora:
-        attach_lora(in_few_bits(model.to(dtype), form), lora, called=model_config.stored_name)
+        base = in_few_bits(model.to(dtype), form)
+        attach_lora(base, lora, stored_name=model_config.stored_name, **variant_of(lora))
     model.kernel, model.recompute, model.product = kernel, recompute, "torch" if fast else "plain"
     model.train()
     for p in trainable(model).values():
@@ -327,7 +329,7 @@ def test_weights_gradients_and_optimizer_are_exact(name):
     for lora, dtype in ((ALL, F32), (ALL, BF16), (whole, BF16), (None, F32), (None, BF16)):
         model = CausalLM(model_config)
         if lora:
-            attach_lora(model.to(dtype), lora, called=model_config.stored_name)
+            attach_lora(model.to(dtype), lora, stored_name=model_config.stored_name)
         weights = trainable(model)
         optimizer = make_optimizer(weights, Config(), torch.device("cpu"))
         for p in weights.values():
@@ -400,7 +402,7 @@ def test_quantised_weights_are_counted_to_the_byte(form):
     for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
         model_config = small_config(name)
         model = attach_lora(
-            in_few_bits(CausalLM(model_config).to(BF16), form), ALL, called=model_config.stored_name
+            in_few_bits(CausalLM(model_config).to(BF16), form), ALL, stored_name=model_config.stored_name
         )
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
         plan = planned(
@@ -413,7 +415,7 @@ def test_quantised_weights_are_counted_to_the_byte(form):
             == sum(
                 p.numel()
                 for p in attach_lora(
-                    CausalLM(model_config), ALL, called=model_config.stored_name
+                    CausalLM(model_config), ALL, stored_name=model_config.stored_name
                 ).parameters()
             )
         )

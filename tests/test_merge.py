@@ -20,6 +20,7 @@ from checkpoint.files import PICKLES_ARE_SAFE, tensor_files, write_tensors
 from checkpoint.load import load_model
 from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
+from methods.lora_variants import variant_of
 from merge import merge_checkpoint
 from model import CausalLM, init_weights
 from methods.quant import Form, QuantLinear
@@ -297,7 +298,8 @@ def adapted(base, folder, targets=None, size=0.05, **fields):
     model = load_model(base, torch.float32)
     targets = targets or (["all", "experts"] if model.config.num_experts else "all")
     config = LoRAConfig(r=3, lora_alpha=6, target_modules=targets, **fields)
-    shake(attach_lora(model, config, called=model.config.stored_name), size=size).eval()
+    attach_lora(model, config, stored_name=model.config.stored_name, **variant_of(config))
+    shake(model, size=size).eval()
     folder.mkdir()
     save_adapter(model, folder, config, str(base))
     return model
@@ -551,7 +553,7 @@ def test_memory_of_stacked_experts_stays_small(suffix, tmp_path):
     )
     (base / "config.json").write_text(json.dumps(fields))
     config = LoRAConfig(r=8, lora_alpha=8, target_modules=["experts"])
-    attach_lora(model, config, called=model.config.stored_name)
+    attach_lora(model, config, stored_name=model.config.stored_name)
     adapter.mkdir()
     save_adapter(model.to_empty(device="cpu"), adapter, config, "base")
     if suffix == "bin":
