@@ -99,6 +99,7 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """Bytes of everything together."""
         lasting = self.weights + self.trained + self.gradients + self.optimizer
         return lasting + self.activations + self.working
 
@@ -119,6 +120,7 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
+        """Tokens of all sequences."""
         return sum(self.lengths)
 
 

@@ -26,9 +26,13 @@ from config import Config
 from runtime.trackers import Tracker, close_all, log_row
 
 # the metrics that are plotted; in file names _ stands for /
-DRAWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")
+PLOTTED = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")
 # metrics of a stage that are printed on its log lines, and their short names there
-SHOWN = {"accuracy": "accuracy", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+SHORT_NAMES = {
+    "accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+}
 COLUMNS = "{step:>7} {epoch:>7} {loss:>9} {lr:>10} {grad:>9} {speed:>9}"
 BLUE = "#1f77b4"
 
@@ -191,10 +195,13 @@ class RunLog:
             grad=f"{grad_norm:.3f}",
             speed=f"{tokens_per_second:,.0f}",
         )
-        shown = [f"  {word} {metrics[name]:.4f}" for name, word in SHOWN.items() if name in metrics]
+        shown = [f"  {word} {metrics[name]:.4f}" for name, word in SHORT_NAMES.items()
+                 if name in metrics]
         tqdm.write(columns + "".join(shown))
-        accuracy = {"accuracy": metrics[name] for name in ("accuracy", "rewards/accuracies")
-                    if name in metrics}
+        accuracy = {}
+        for name in ("accuracy", "rewards/accuracies"):
+            if name in metrics:
+                accuracy["accuracy"] = metrics[name]
         self.write(step, epoch, loss=loss, **accuracy, lr=lr,
                    throughput=round(tokens_per_second, 2), total_tokens=tokens_seen)
 
@@ -203,7 +210,7 @@ class RunLog:
         self.remember({"epoch": epoch, **metrics, "step": step})
         losses = ("eval_loss", "eval_token_loss", "eval_perplexity")
         shown = [f"{name} {value:.4f}" for name, value in metrics.items()
-                 if name in losses or name.removeprefix("eval_") in SHOWN]
+                 if name in losses or name.removeprefix("eval_") in SHORT_NAMES]
         tqdm.write(f"{step:>7} {epoch:>7.2f}  " + ", ".join(shown))
         self.write(step, epoch, eval_loss=metrics["eval_loss"])
 
@@ -320,7 +327,7 @@ def is_logged(history: list, key: str) -> bool:
     return any(key in row for row in history)
 
 
-def plot_losses(folder: Path | str, history: list, keys: tuple[str, ...] = DRAWN) -> list[Path]:
+def plot_losses(folder: Path | str, history: list, keys: tuple[str, ...] = PLOTTED) -> list[Path]:
     """Write training_loss.png and, for every other key that was logged, training_KEY.png.
 
     Returns the files written: none without matplotlib, which is said in a printed sentence.
@@ -342,12 +349,12 @@ def plot_losses(folder: Path | str, history: list, keys: tuple[str, ...] = DRAWN
 
 
 def plot_runs(runs: dict[str, list], path: Path | str) -> Path | None:
-    """Draw several runs into one picture, with a panel for each key of DRAWN that was logged.
+    """Draw several runs into one picture, with a panel for each key of PLOTTED that was logged.
 
     runs: {name: log_history}. Returns None without matplotlib. Raises ValueError if nothing has
     been logged.
     """
-    keys = [key for key in DRAWN if any(is_logged(history, key) for history in runs.values())]
+    keys = [key for key in PLOTTED if any(is_logged(history, key) for history in runs.values())]
     if not keys:
         raise ValueError(f"nothing is logged yet in {', '.join(runs)}")
     figure, panels = drawing(len(keys), "the same command again")

@@ -108,8 +108,8 @@ def flops_of_batch(model_config: ModelConfig, frozen: float, trained: float, ref
                    batch) -> float:
     """Model FLOPs of a training batch, and of the reference model's forward passes if it has one.
 
-    frozen, trained, reference: numbers of weights, see matmul_parameters. batch.kl_batch: mismatched
-    pairs for KTO's KL term, a forward pass of both models.
+    frozen, trained, reference: numbers of weights, see matmul_parameters.
+    batch.kl_batch: mismatched pairs for KTO's KL term, a forward pass of both models.
     """
     flops = training_flops(model_config, frozen, trained, batch.lengths)
     if reference:
