@@ -39,9 +39,9 @@ class Switches:
                                           # "unit": each head to unit RMS, without a weight, after the rotation
     # positions
     rotary_pairs: str = "halves"          # features that turn together: i and i + R/2, or "neighbours" 2i and 2i + 1
-    rotary_part: float = 1.0              # share of each head's features that turn, the first ones
+    partial_rotary_factor: float = 1.0    # share of each head's features that are rotated, the first ones
     alibi: bool = False                   # no rotation: a score sinks linearly with the distance (arXiv:2108.12409)
-    query_growth: tuple = ()              # queries grow with their position: ("log1p", scale, floor tokens) on layers
+    attn_temperature: tuple = ()          # queries grow with their position: ("log1p", scale, floor tokens) on layers
                                           # without rotation, or ("log", trained tokens) outside of training
     # attention scores, MLP
     attn_softcap: float | None = None     # scores become cap * tanh(scores / cap)
@@ -80,7 +80,7 @@ class ModelConfig(Switches):
     # one entry per layer
     windows: tuple                        # how many keys a query sees, itself included; None = all
     chunks: tuple                         # or: queries see the keys of their own chunk of so many tokens; None = all
-    rotary: tuple                         # are q and k turned?
+    use_rope: tuple                       # are q and k rotated?
     sparse: tuple                         # experts in place of one MLP?
     # experts
     num_experts: int = 0                  # E
@@ -127,7 +127,7 @@ class Family(Switches):
     fixed: dict = field(default_factory=dict)     # {field: the only value that is honoured here}
     windows: Callable = lambda take, layer: None
     chunks: Callable = lambda take, layer: None
-    rotary: Callable = lambda take, layer: True
+    use_rope: Callable = lambda take, layer: True
     sparse: Callable = lambda take, layer: False
     rope_theta: Callable = said("rope_theta", 10000.0)
     rope_scaling: Callable = said("rope_scaling")
@@ -167,25 +167,25 @@ def sparse_by_interval(take, layer):
     return (layer + 1) % step == 0 if listed is None else layer in listed
 
 
-def turned_unless_listed(take, layer):
+def rope_unless_listed(take, layer):
     """no_rope_layers holds a 0 for each layer without rotation; without it every no_rope_layer_interval-th is one."""
     listed, interval = take("no_rope_layers"), take("no_rope_layer_interval", 4)
     return bool(listed[layer]) if listed else (layer + 1) % interval != 0
 
 
-def chunk_where_turned(take, layer):
+def chunk_where_rope(take, layer):
     size = take("attention_chunk_size", 8192, null=True)
-    return size if turned_unless_listed(take, layer) else None
+    return size if rope_unless_listed(take, layer) else None
 
 
-def growth_by_floor(take):
-    growth = ("log1p", take("attn_scale", 0.1), take("floor_scale", 8192))
-    return growth if take("attn_temperature_tuning", True) else ()
+def temperature_by_floor(take):
+    temperature = ("log1p", take("attn_scale", 0.1), take("floor_scale", 8192))
+    return temperature if take("attn_temperature_tuning", True) else ()
 
 
-def growth_by_log(take):
-    growth = ("log", take("seq_length", needed=True))
-    return growth if take("use_logn_attn", True) else ()
+def temperature_by_log(take):
+    temperature = ("log", take("seq_length", needed=True))
+    return temperature if take("use_logn_attn", True) else ()
 
 
 def ntk_by_steps(take):
@@ -205,12 +205,12 @@ SPARSE = dict(norm_topk_prob=said("norm_topk_prob", False), sparse=sparse_by_ste
 
 GEMMA = dict(norm="rms+1", embed_scale=True, absent={"tie_word_embeddings": True, "head_dim": 256}, **BIASED)
 
-GLM = dict(rotary_pairs="neighbours", rotary_part=said("partial_rotary_factor", 0.5), fused_gate_up=True,
+GLM = dict(rotary_pairs="neighbours", partial_rotary_factor=said("partial_rotary_factor", 0.5), fused_gate_up=True,
            qkv_bias=said("attention_bias", True), absent={"rms_norm_eps": 1.5625e-7, "head_dim": 128})
 
 LLAMA4 = dict(                                                    # the Llama 4 model card; only its text part
-    **BIASED, rotary_pairs="neighbours", rotary=turned_unless_listed, query_growth=growth_by_floor,
-    chunks=chunk_where_turned, qk_norm=lambda take: "unit" if take("use_qk_norm", True) else "",
+    **BIASED, rotary_pairs="neighbours", use_rope=rope_unless_listed, attn_temperature=temperature_by_floor,
+    chunks=chunk_where_rope, qk_norm=lambda take: "unit" if take("use_qk_norm", True) else "",
     sparse=sparse_by_interval, router="sigmoid", scale_input=True, stacked_experts=True,
     called={"intermediate_size": "intermediate_size_mlp", "moe_intermediate_size": "intermediate_size",
             "shared_expert_intermediate_size": "intermediate_size"},
@@ -232,8 +232,8 @@ FAMILIES = {
                         windows=lambda take, layer: take("sliding_window") if take("use_sliding_window") else None),
     "qwen": Family(                                                                         # Qwen 1, arXiv:2309.16609
         fused_qkv="blocks", qkv_bias=True, o_bias=lambda take: not take("no_bias", True),
-        mlp_bias=lambda take: not take("no_bias", True), rotary_part=said("rotary_pct", 1.0),
-        query_growth=growth_by_log, rope_scaling=ntk_by_steps, halved_ffn=True, fixed={"scale_attn_weights": True},
+        mlp_bias=lambda take: not take("no_bias", True), partial_rotary_factor=said("rotary_pct", 1.0),
+        attn_temperature=temperature_by_log, rope_scaling=ntk_by_steps, halved_ffn=True, fixed={"scale_attn_weights": True},
         called={"head_dim": "kv_channels", "rms_norm_eps": "layer_norm_epsilon", "rope_theta": "rotary_emb_base",
                 "vocab_size": "padded_vocab_size"},
         names={"model": "transformer", "embed_tokens": "wte", "layers": "h", "norm": "ln_f",
@@ -253,7 +253,7 @@ FAMILIES = {
     "glm4": Family(**GLM, norm_place="both", names={                                        # GLM-4-0414, GLM-Z1
         "after_attention_norm": "post_self_attn_layernorm", "after_mlp_norm": "post_mlp_layernorm"}),
     "chatglm": Family(                              # ChatGLM 2 and 3, the first files of GLM-4, arXiv:2406.12793
-        rotary_pairs="neighbours", rotary_part=0.5, rope_theta=lambda take: 10000.0 * take("rope_ratio", 1),
+        rotary_pairs="neighbours", partial_rotary_factor=0.5, rope_theta=lambda take: 10000.0 * take("rope_ratio", 1),
         fused_qkv="blocks", fused_gate_up=True, o_bias=said("add_bias_linear", False),
         qkv_bias=lambda take: take("add_qkv_bias", False) | take("add_bias_linear", False),
         mlp_bias=said("add_bias_linear", False),
@@ -273,7 +273,7 @@ FAMILIES = {
     "olmo2": Family(                                                                        # arXiv:2501.00656
         **BIASED, norm="rms wide", norm_place="after", qk_norm="width", absent={"rms_norm_eps": 1e-5},
         names={"after_attention_norm": "post_attention_layernorm", "after_mlp_norm": "post_feedforward_layernorm"}),
-    "phi3": Family(fused_qkv="blocks", fused_gate_up=True, rotary_part=said("partial_rotary_factor", 1.0),
+    "phi3": Family(fused_qkv="blocks", fused_gate_up=True, partial_rotary_factor=said("partial_rotary_factor", 1.0),
                    windows=window_everywhere, absent={"rms_norm_eps": 1e-5}),   # arXiv:2404.14219; Phi-4, Phi-4-mini
     "internlm2": Family(                                                                    # arXiv:2403.17297
         fused_qkv="groups", qkv_bias=said("bias", False), o_bias=said("bias", False),
@@ -404,7 +404,7 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
     switches = {name: value(take) if callable(value) else value for name, value in switches.items()}
     theta, rope = read_rope(family, take, positions, where)
     if "partial_rotary_factor" in rope:                          # where newer tools write it
-        switches["rotary_part"] = rope.pop("partial_rotary_factor")
+        switches["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     config = ModelConfig(
         model_type=kind, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
         intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
@@ -433,7 +433,7 @@ def stored_in_8_bits(stored: dict) -> list[str]:
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:
     """What differs from layer to layer; layer_types, where config.json has them, win over the family's rule."""
     rules = {name: tuple(getattr(family, name)(take, layer) for layer in range(layers))
-             for name in ("windows", "chunks", "rotary", "sparse")}
+             for name in ("windows", "chunks", "use_rope", "sparse")}
     types = take("layer_types")
     if not types:
         return rules
@@ -459,7 +459,7 @@ def read_rope(family: Family, take: Callable, positions: int, where: str) -> tup
     if kind not in ROPE_FIELDS:
         raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_FIELDS)}")
     needed, optional = ROPE_FIELDS[kind]
-    if rope.get("partial_rotary_factor") == 1.0 or callable(family.rotary_part):
+    if rope.get("partial_rotary_factor") == 1.0 or callable(family.partial_rotary_factor):
         optional += ("partial_rotary_factor",)
     missing = [name for name in needed if rope.get(name) is None]
     # older Qwen files spell the yarn length only; a key nobody reads would be a silent difference

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import Layout, attend
 from families import ModelConfig
 from fast.fused_block import linears, same
-from rope import alibi_slopes, length_for_rope, query_growth, rope_table, rotate
+from rope import alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu,
                "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
@@ -86,7 +86,7 @@ NORMS = {"rms": RMSNorm, "rms wide": partial(RMSNorm, wide=True), "rms+1": parti
 
 
 @dataclass
-class Place:
+class ForwardContext:
     """Where the tokens of a forward pass stand; the same for all layers."""
     rope: tuple | None                    # cos and sin, (B, 1, T, R)
     slopes: torch.Tensor | None           # ALiBi, (H,)
@@ -105,7 +105,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         D, H, K, Dh = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.config, self.layer, self.turned = config, layer, config.rotary[layer] and not config.alibi
+        self.config, self.layer, self.use_rope = config, layer, config.use_rope[layer] and not config.alibi
         if config.fused_qkv:
             self.qkv_proj = nn.Linear(D, (H + 2 * K) * Dh, bias=config.qkv_bias)
         else:
@@ -141,15 +141,15 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def forward(self, x, norm, place: Place):
+    def forward(self, x, norm, place: ForwardContext):
         """Attention of norm(x), (B, T, D) -> (B, T, D)."""
         config = self.config
         q, k, v = (t.transpose(1, 2) for t in self.project(x, norm, place.product))      # (B, H or K, T, Dh)
-        if self.turned:
+        if self.use_rope:
             q, k = (self.turn(t, *place.rope, config.rotary_pairs) for t in (q, k))
             if config.qk_norm == "unit":
                 q, k = (unit_rms(t.float(), config.rms_norm_eps).to(t.dtype) for t in (q, k))
-        if place.growth is not None and not (self.turned and config.query_growth[0] == "log1p"):
+        if place.growth is not None and not (self.use_rope and config.attn_temperature[0] == "log1p"):
             q = (q * place.growth).to(q.dtype)
         if place.cache is not None:
             k, v = place.cache.update(self.layer, k, v)                                      # (B, K, S, Dh)
@@ -211,7 +211,7 @@ class Block(nn.Module):
         self.mlp = MoE(config) if config.sparse[layer] else MLP(config, config.intermediate_size)
         self.after_mlp_norm = norm("after")
 
-    def forward(self, x, place: Place):
+    def forward(self, x, place: ForwardContext):
         x = x + self.after_attention_norm(self.self_attn(x, self.input_layernorm, place))
         if isinstance(self.mlp, MoE):
             h = self.mlp(self.post_attention_layernorm(x), place)
@@ -287,7 +287,7 @@ class MoE(nn.Module):
         """One expert on x (n, D) -> (n, D). how: see MLP."""
         return self.experts(x, number) if self.config.stacked_experts else self.experts[number](x, **how)
 
-    def forward(self, x, place: Place):
+    def forward(self, x, place: ForwardContext):
         """x (B, T, D) -> (B, T, D). The router's logits (N, E) are appended to place.routers, for the balance loss."""
         rows = x.flatten(0, 1)                                                               # (N, D)
         scores = self.gate(rows)                                                             # (N, E)
@@ -409,9 +409,9 @@ class CausalLM(nn.Module):
         length = length_for_rope(config, position_ids, cache, self.training)
         if cache is not None and not cache.length:
             cache.first_length = length
-        place = Place(rope=None if config.alibi else rope_table(config, position_ids, x.dtype, length),
+        place = ForwardContext(rope=None if config.alibi else rope_table(config, position_ids, x.dtype, length),
                       slopes=torch.tensor(alibi_slopes(config.num_attention_heads), device=x.device)
-                      if config.alibi else None, growth=query_growth(config, position_ids, self.training),
+                      if config.alibi else None, growth=attn_temperature(config, position_ids, self.training),
                       layout=layout, cache=cache, kernel=self.kernel, product=self.product)
         for block, level in zip(self.model.layers, self.recompute):
             here = replace(place, again=level == "mlp")

@@ -64,8 +64,8 @@ def features(config) -> dict[str, str]:
                                                   if key != "rope_type" and config.rope["rope_type"] != "default"}
     positions = "ALiBi, no rotation" if config.alibi else \
         f"rope {config.rope['rope_type']}, " + ", ".join(f"{key} {value}" for key, value in rope.items())
-    if not all(config.rotary):
-        positions += f"; blocks {ranges([i for i, turned in enumerate(config.rotary) if not turned])} without rotation"
+    if not all(config.use_rope):
+        positions += f"; blocks {ranges([i for i, rotated in enumerate(config.use_rope) if not rotated])} without rotation"
     sees = []
     for what, per_layer in (("a window of", config.windows), ("chunks of", config.chunks)):
         if found := [layer for layer, tokens in enumerate(per_layer) if tokens]:

@@ -389,7 +389,7 @@ def bytes_beside_blocks(model: CausalLM, batch: MicroBatch) -> int:
     hidden = model_config.hidden_size
     rope = 0
     if not model_config.alibi:
-        rotated = int(model_config.head_dim * model_config.rotary_part)
+        rotated = int(model_config.head_dim * model_config.partial_rotary_factor)
         rope = 2 * rotated * batch.stream
     norm = norm_bytes(model.model.norm, hidden, batch.stream) + hidden * batch.stream
     return rope + norm

@@ -517,7 +517,7 @@ def test_both_spellings_of_everything_that_has_two():
     renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in moe.items()}
     assert model_config(renamed) == model_config(moe) and model_config(moe).num_experts == 5
     inside = read("glm", rope_parameters={"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25})
-    assert inside == read("glm", rope_theta=5e4, partial_rotary_factor=0.25) and inside.rotary_part == 0.25
+    assert inside == read("glm", rope_theta=5e4, partial_rotary_factor=0.25) and inside.partial_rotary_factor == 0.25
     for kind in ("llama", "qwen2", "gemma2", "llama4_text"):
         new = read(kind, rope_parameters={**LLAMA3_ROPE, "rope_theta": 1234.0}, dtype="bfloat16")
         assert new == read(kind, rope_theta=1234.0, rope_scaling=LLAMA3_ROPE, torch_dtype="bfloat16")

@@ -96,8 +96,8 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_default_frequencies_follow_the_paper():
-    speed, scale = rope_frequencies(model_config(TINY), 0)
-    assert scale == 1.0 and torch.allclose(speed, torch.tensor([10000 ** (-2 * i / 8) for i in range(4)]))
+    inv_freq, scale = rope_frequencies(model_config(TINY), 0)
+    assert scale == 1.0 and torch.allclose(inv_freq, torch.tensor([10000 ** (-2 * i / 8) for i in range(4)]))
 
 
 # ---- mixture of experts -----------------------------------------------------------------------------------------
