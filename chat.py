@@ -34,6 +34,7 @@ from runtime.device import pick_device
 import torch
 
 from checkpoint.adapters import load_with_adapters
+from data import settings_of
 from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import pick_step, prepare
@@ -41,7 +42,7 @@ from generate import Sampling, common_prefix, context_length, generate, next_sco
 from methods.quant import form_asked, in_words, quantised_weights
 from model import CausalLM, KVCache, attention_needs
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
-                              trained_settings)
+                              with_trained_settings)
 from runtime.memory_advice import available_bytes
 from templates import Settings, Template, encode_prompt
 from text.load_text import eos_ids_of, load_text
@@ -101,8 +102,8 @@ def main(argv):
 
     # ---- chat template
     trained = adapters or [base]
-    settings = trained_settings(config, trained[-1])
-    text = load_text(config, base, trained, model_config, settings)
+    config = with_trained_settings(config, trained[-1])
+    text = load_text(config, base, trained, model_config, overrides=True)
     say(f"template  {text.template.name} ({text.origin})")
 
     # ---- sampling
@@ -116,8 +117,9 @@ def main(argv):
     # ---- turns
     generator = torch.Generator(device).manual_seed(config.seed)
     chat = Chat(config=config, model=model, tokenizer=text.tokenizer, template=text.template,
-                settings=settings, stop_ids=text.stop_ids | eos_ids_of(base), sampling=sampling,
-                max_new_tokens=max_new_tokens, generator=generator, cache=cache, step=step)
+                settings=settings_of(config), stop_ids=text.stop_ids | eos_ids_of(base),
+                sampling=sampling, max_new_tokens=max_new_tokens, generator=generator,
+                cache=cache, step=step)
     if config.prompt:
         _, ending = answer(chat, [{"role": "user", "content": config.prompt}])
         if ending == "interrupted":

@@ -317,8 +317,6 @@ def settings_of(config) -> Settings:
         enable_thinking=config.enable_thinking,
         preserve_thinking=config.preserve_thinking,
         mask_history=config.mask_history,
-        tool_format=config.tool_format,
-        default_system=config.default_system,
     )
 
 

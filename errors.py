@@ -41,6 +41,12 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {nearest!r}?)" if nearest else ""
 
 
+def unknown_name(what: str, found: object, known: Iterable[str]) -> str:
+    """The message for a name that is not in a table: the most similar name, and all names."""
+    hint = did_you_mean(str(found), known)
+    return f"unknown {what} {found!r}{hint}. Known: {', '.join(known)}"
+
+
 # ---- starting and failing -----------------------------------------------------------------------
 
 

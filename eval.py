@@ -35,6 +35,7 @@ from tqdm import tqdm
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import find_checkpoint, write_json
 from config import Config, has_reference
+from data import settings_of
 from evals.bleu_rouge import NAMES, means, pick_words, score
 from evals.loss import evaluate, evaluate_examples
 from evals.multiple_choice import Subject, accuracies, answers_of, find_subjects
@@ -53,7 +54,7 @@ from model import attention_needs
 from parallel import Ranks
 from runtime.build import ENCODERS
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
-                              trained_settings)
+                              with_trained_settings)
 from runtime.memory_advice import available_bytes
 from runtime.preview import print_counts
 from runtime.report import format_table, print_pairs
@@ -88,12 +89,12 @@ def main(argv):
 
     # ---- chat template, rows
     trained = adapters or [base]
-    settings = trained_settings(config, trained[-1])
-    text = load_text(config, base, trained, model_config, settings)
+    config = with_trained_settings(config, trained[-1])
+    text = load_text(config, base, trained, model_config, overrides=True)
     if config.task:
-        measure_choices(config, sides, text.template, text.tokenizer, settings, device)
+        measure_choices(config, sides, text.template, text.tokenizer, settings_of(config),
+                        device)
         return
-    config = replace(config, **asdict(settings))
     examples = held_out(config, text.tokenizer, text.template, model_config.vocab_size)
     prompts = []
     if wants_answers(config):

@@ -1,104 +1,209 @@
-"""Chat formats at work: a conversation becomes token ids, and which of them the model learns to produce.
+"""Chat templates: how a conversation becomes text, and which part of it carries loss.
 
-    python -m text.template_check                                    lists the formats
-    python -m text.template_check llama3                             shows an example conversation, marking what carries loss
-    python -m text.template_check llama3 --tokenizer path/to/model   the same as that tokenizer cuts it, with ids counted
-    python -m text.template_check --check path/to/model              compares the format with the checkpoint's own chat template
+    python -m text.template_check llama3        a conversation in the format of Llama 3
 
-The formats themselves are the rows of text/chat_formats.py.
+A language model reads one row of tokens. A chat template says what is written around the texts of a
+conversation, so that the model can tell who speaks. With `llama3`, a question and its answer become
 
-A conversation is a list of {"role": ..., "content": ...}: "user" or "observation" (what a tool returned), answered in
-turn by "assistant" or "function" (the assistant calls a tool; the content is JSON).
+    <|begin_of_text|><|start_header_id|>user<|end_header_id|>
 
-Read before: text/chat_formats.py, text/tokenizer.py. Read next: data.py, which reads rows, truncates what is rendered here, and makes
-labels.
-Sources: the vendors' chat templates in their published tokenizer_config.json; recorded ids of LLaMA-Factory.
+    What is 2 + 3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>
+
+    2 + 3 = 5.<|eot_id|>
+
+The answer and the token that ends it are the target: they carry loss. All before them is the
+source, which the model only reads. This file holds the five usual formats, turns a conversation
+into (source, target) pairs, and encodes them. data.py makes labels of the pairs.
+
+A conversation is a list of messages {"role": ..., "content": ...}. A "user" or an "observation"
+(what a tool returned) is answered by an "assistant" or a "function" (a tool call, as JSON).
+
+Requires: errors.py.
+Next: data.py, text/chat_formats.py (the other formats, and how to write one in a config file).
+Sources: the vendors' chat templates, as published in their tokenizer_config.json; the borders of
+slots follow LLaMA-Factory 0.9.5, whose recorded token ids the tests reproduce.
 """
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from errors import did_you_mean
-from text.tool_calls import TOOL_FORMATS, describe_tools, render_call
+from errors import unknown_name
 
 
-# ------------------------------------------------------------------------------------------------- a conversation
+# ---- a chat format ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Token:
+    """A slot that is one id: the special token of this name."""
+    name: str
+
+    def __str__(self):
+        return f"[{self.name}]"
+
+
+BOS = Token("bos")      # whichever token the tokenizer names as its bos
+EOS = Token("eos")
+
+Slot = str | Token      # a text, where {{content}} stands for the message; or a single id
+Pieces = list[str | int]        # a text to be encoded on its own, or an id
+
+
+def no_tools(*_):
+    """What a ToolFormat does until text/chat_formats.py has put in its functions."""
+    raise ValueError("this template cannot write tools: take it from text.chat_formats.TEMPLATES")
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a template describes tools and writes tool calls: functions of text/tool_calls.py."""
+    name: str
+    describe: Callable = field(default=no_tools, compare=False, repr=False)  # tools -> text
+    call: Callable = field(default=no_tools, compare=False, repr=False)  # JSON, Template -> text
+
+
+@dataclass(frozen=True)
+class Template:
+    """One chat format. All fields but `user` are optional.
+
+    A turn is a tuple of slots. Each text is encoded on its own, so that no token ever reaches from
+    one slot into the next.
+    """
+    user: tuple[Slot, ...]                      # up to where the answer begins
+    assistant: tuple[Slot, ...] = ("{{content}}", EOS)      # the answer and its end; carries loss
+    system: tuple[Slot, ...] = ("{{content}}",)
+    observation: tuple[Slot, ...] | None = None     # what a tool returned; None: as `user`
+    function: tuple[Slot, ...] | None = None        # a tool call; None: as `assistant`
+    prefix: tuple[Slot, ...] = ()               # once, at the beginning
+    default_system: str = ""                    # for conversations without a system text
+    tool_format: ToolFormat = ToolFormat("default")
+    stop: tuple[str, ...] = ()                  # tokens that end an answer, besides eos
+    stop_is_eos: bool = False                   # stop[0] becomes the tokenizer's eos
+    system_in_user: bool = False                # the system text opens the first user message
+    efficient_eos: bool = False                 # no eos is written: data.py puts it into the labels
+    thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")      # around a thought
+    reasoning: bool = False                     # every answer begins with a thought, maybe empty
+    own_jinja: bool = False                     # replaces the chat template of the checkpoint
+
+    # how text/template_check.py recognizes the models that use this format
+    families: tuple[str, ...] = ()              # model_type in config.json; (): any
+    needs: tuple[str, ...] = ()                 # special tokens the tokenizer must have
+    says: tuple[str, ...] = ()                  # texts in the chat template of the checkpoint
+    name: str = ""
+
+
+# ---- the five usual formats: words are the vendors', rows are data ------------------------------
+
+
+CHATML = Template(      # OpenAI, 2023; many fine-tunes of other models
+    system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
+    user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
+    assistant=("{{content}}<|im_end|>\n",),
+    observation=("<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
+    stop=("<|im_end|>", "<|im_start|>"),
+    stop_is_eos=True,
+    own_jinja=True,
+    needs=("<|im_start|>", "<|im_end|>"),
+    says=("<|im_start|>",),
+)
+
+LLAMA3 = Template(      # Llama 3, 3.1, 3.2, 3.3
+    prefix=(BOS,),
+    system=("<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>",),
+    user=("<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|>"
+          "<|start_header_id|>assistant<|end_header_id|>\n\n",),
+    assistant=("{{content}}<|eot_id|>",),
+    observation=("<|start_header_id|>ipython<|end_header_id|>\n\n{{content}}<|eot_id|>"
+                 "<|start_header_id|>assistant<|end_header_id|>\n\n",),
+    tool_format=ToolFormat("llama3"),
+    stop=("<|eot_id|>", "<|eom_id|>"),
+    stop_is_eos=True,
+    families=("llama",),
+    needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    says=("<|start_header_id|>",),
+)
+
+QWEN = Template(        # Qwen 1.5, 2, 2.5: ChatML with a default system text and tools
+    system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
+    user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
+    assistant=("{{content}}<|im_end|>\n",),
+    observation=("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n"
+                 "<|im_start|>assistant\n",),
+    default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    tool_format=ToolFormat("qwen"),
+    stop=("<|im_end|>",),
+    stop_is_eos=True,
+    families=("qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+    needs=("<|im_start|>", "<|im_end|>"),
+    says=("<|im_start|>",),
+)
+
+MISTRAL = Template(     # Mistral 7B v0.1 to v0.3, Mixtral
+    prefix=(BOS,),
+    system=("{{content}}\n\n",),
+    system_in_user=True,
+    user=("[INST] {{content}}[/INST]",),
+    assistant=(" {{content}}", EOS),
+    function=("[TOOL_CALLS] {{content}}", EOS),
+    observation=('[TOOL_RESULTS] {"content": {{content}}}[/TOOL_RESULTS]',),
+    tool_format=ToolFormat("mistral"),
+    families=("mistral", "mixtral"),
+    needs=("<s>", "</s>"),
+    says=("[INST] ",),
+)
+
+GEMMA = Template(       # Gemma 1
+    prefix=(BOS,),
+    system=("{{content}}\n\n",),
+    system_in_user=True,
+    user=("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
+    assistant=("{{content}}<end_of_turn>\n",),
+    observation=("<start_of_turn>tool\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
+    stop=("<end_of_turn>",),
+    stop_is_eos=True,
+    families=("gemma", "gemma2"),
+    needs=("<start_of_turn>", "<end_of_turn>"),
+    says=("<start_of_turn>",),
+)
+
+
+# ---- render: a conversation -> pieces -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The keys of the config that change how a conversation is rendered, under their names there."""
-
-    enable_thinking: bool | None = True  # formats with `reasoning` only: see settle_thought
+    """The keys of the config that decide which answers and thoughts are rendered, and where."""
+    enable_thinking: bool | None = True         # reasoning templates only: see settle_thought
     preserve_thinking: bool = False
     mask_history: bool = False
-    tool_format: str | None = None  # in place of the template's
-    default_system: str | None = None  # in place of the template's
 
 
-def encode_turns(template, tokenizer, messages, system=None, tools=None, settings=Settings()):
-    """A whole conversation as ids.
+def render_turns(template: Template, tokenizer, messages: list[dict], system: str | None = None,
+                 tools=None, settings: Settings = Settings(),
+                 only_last: bool = False) -> list[tuple[Pieces, Pieces]]:
+    """Render a conversation as one (source, target) for each pair of messages.
 
-    messages: user|observation and assistant|function alternating, an even number of them.
-    system:   the system text or None. tools: JSON text (or its list) describing tools, or None.
-    -> one (source_ids, target_ids) for each pair of messages; the target is what the model learns to write.
-    Raises ValueError for a tool call or a tool description that cannot be read.
+    messages: user or observation, assistant or function, in turn; an even number. tools: a JSON
+    text, or its content. only_last: only the last answer is a target. Raises ValueError for a role,
+    a tool call or a tool description that cannot be read.
     """
-    turns = render_turns(template, tokenizer, messages, system, tools, settings)
-    ids = encode_pieces(tokenizer, [pieces for turn in turns for pieces in turn])
-    return list(zip(ids[0::2], ids[1::2]))
-
-
-def encode_prompt(template, tokenizer, messages, system=None, tools=None, settings=Settings()):
-    """A conversation of which only the last message is an answer to be given ("" in chat), the rest is prompt.
-
-    -> (prompt_ids, answer_ids). The same pieces as encode_turns, but thoughts of earlier answers are left out.
-    """
-    turns = render_turns(template, tokenizer, messages, system, tools, settings, only_last=True)
-    prompt = [piece for source, target in turns for piece in source + target]
-    answer = turns[-1][1]
-    prompt_ids, answer_ids = encode_pieces(tokenizer, [prompt[:len(prompt) - len(answer)], answer])
-    return prompt_ids, answer_ids
-
-
-def encode_pieces(tokenizer, piece_lists):
-    """Tokenise many lists of pieces in one batch, on all cores. -> one list of ids per list of pieces.
-
-    For a whole dataset, gather the pieces of thousands of turns (render_turns) and call this once: texts that come
-    again and again (the system text, the borders of turns) are then tokenised once.
-    """
-    texts = list({piece: None for pieces in piece_lists for piece in pieces if isinstance(piece, str)})
-    ids = dict(zip(texts, tokenizer.encode_batch(texts)))
-    found = []
-    for pieces in piece_lists:
-        found.append([])
-        for piece in pieces:
-            found[-1] += ids[piece] if isinstance(piece, str) else (piece,)
-    return found
-
-
-def render_turns(template, tokenizer, messages, system=None, tools=None, settings=Settings(), only_last=False):
-    """A conversation as pieces, before tokenisation: a piece is a str, to be tokenised on its own, or an int, an id.
-
-    -> one (source_pieces, target_pieces) for each pair of messages. only_last: just the last answer counts.
-    """
-    assert len(messages) % 2 == 0 and messages, f"{len(messages)} messages: turns and answers must alternate"
-    template = with_overrides(template, settings)
+    assert messages and len(messages) % 2 == 0, f"{len(messages)} messages are not pairs"
     opening, system_text = render_opening(template, tokenizer, system, tools)
     if system_text and messages[0]["role"] != "user":
-        raise ValueError("this format puts the system text into the first user's text, but the conversation begins "
-                         f"with {messages[0]['role']!r}. Leave the system text out, or begin with a user")
+        raise ValueError("this format puts the system text into the first user message, but the "
+                         f"conversation begins with {messages[0]['role']!r}. Leave the system text "
+                         "out, or begin with a user message")
     turns = []
     for i in range(0, len(messages), 2):
-        said, answer = messages[i:i + 2]
-        text = (system_text if i == 0 else "") + said["content"]
-        # {{idx}} in a user slot is the turn's number, and so it is where a user has typed it: as LLaMA-Factory has it.
-        number = str(i // 2) if said["role"] == "user" and not template.system_in_user else None
-        source = (opening if i == 0 else []) + fill(turn_slots(template, said["role"]), tokenizer, text, number)
+        question, answer = messages[i:i + 2]
+        source = render_source(template, tokenizer, question, i // 2, system_text)
+        if i == 0:
+            source = opening + source
+            system_text = ""
 
-        text, thought = settle_thought(template, answer["content"], i + 2 == len(messages), only_last, settings)
-        if answer["role"] == "function":
-            text = render_call(template, text)
-        target = fill(turn_slots(template, answer["role"]), tokenizer, text)
+        is_last = i + 2 == len(messages)
+        text, thought = settle_thought(template, answer["content"], is_last, only_last, settings)
+        target = render_target(template, tokenizer, answer["role"], text)
         if thought and settings.enable_thinking:
             target = [thought] + target
         elif thought:
@@ -107,32 +212,38 @@ def render_turns(template, tokenizer, messages, system=None, tools=None, setting
     return turns
 
 
-def with_overrides(template, settings):
-    """The template with the config's tool_format and default_system in place of its own."""
-    if settings.tool_format and settings.tool_format not in TOOL_FORMATS:
-        raise ValueError(unknown("tool_format", settings.tool_format, TOOL_FORMATS))
-    if settings.tool_format:  # a foreign call ends in the tokenizer's eos, as LLaMA-Factory has it
-        function = ("{{content}}",) if template.efficient_eos else ("{{content}}", EOS)
-        template = replace(template, tool_format=settings.tool_format, function=function)
-    if settings.default_system is not None:
-        template = replace(template, default_system=settings.default_system)
-    return template
-
-
-def render_opening(template, tokenizer, system, tools):
-    """What stands before the first turn. -> (pieces, text that the first user's text begins with)."""
-    opening = fill(template.prefix, tokenizer, "")
+def render_opening(template: Template, tokenizer, system: str | None,
+                   tools) -> tuple[Pieces, str]:
+    """Render what precedes the first turn: (pieces, text to begin the first user message with)."""
+    opening = fill_slots(template.prefix, tokenizer)
     system = system or template.default_system
-    if not system and not tools:
-        return opening, ""
     if tools:
-        system += describe_tools(template.tool_format, tools)
+        system += template.tool_format.describe(tools)
+    elif not system:
+        return opening, ""
     if template.system_in_user:
         return opening, template.system[0].replace("{{content}}", system, 1)
-    return opening + fill(template.system, tokenizer, system), ""
+    return opening + fill_slots(template.system, tokenizer, system), ""
 
 
-def turn_slots(template, role):
+def render_source(template: Template, tokenizer, message: dict, number: int,
+                  system_text: str) -> Pieces:
+    """Render the message of a user or a tool, up to where the answer begins."""
+    slots = turn_slots(template, message["role"])
+    text = system_text + message["content"]
+    # {{idx}} is the number of the turn, also where a user has typed it: as LLaMA-Factory has it
+    with_number = message["role"] == "user" and not template.system_in_user
+    return fill_slots(slots, tokenizer, text, str(number) if with_number else None)
+
+
+def render_target(template: Template, tokenizer, role: str, text: str) -> Pieces:
+    """Render an answer or a tool call, with what ends it."""
+    if role == "function":
+        text = template.tool_format.call(text, template)
+    return fill_slots(turn_slots(template, role), tokenizer, text)
+
+
+def turn_slots(template: Template, role: str) -> tuple[Slot, ...]:
     """The slots for a message of this role."""
     slots = {
         "user": template.user,
@@ -141,158 +252,106 @@ def turn_slots(template, role):
         "function": template.function or template.assistant,
     }
     if role not in slots:
-        raise ValueError(unknown("role", role, slots))
+        raise ValueError(unknown_name("role", role, slots))
     return slots[role]
 
 
-def fill(slots, tokenizer, content, number=None):
-    """Slots with a text put in. -> list of pieces, each a str or an id."""
+def fill_slots(slots: tuple[Slot, ...], tokenizer, content: str = "",
+               number: str | None = None) -> Pieces:
+    """Put a text into slots."""
     pieces = []
     for slot in slots:
-        if slot in (BOS, EOS):  # a tokenizer without bos (Qwen's) simply has none
-            pieces.append(tokenizer.bos_id if slot == BOS else tokenizer.eos_id)
-        elif isinstance(slot, Token):
-            pieces.append(require_id(tokenizer, slot.name))
-        else:
-            for part in tokenizer.marked(slot) if tokenizer.split_special_tokens else [slot]:
-                if isinstance(part, str):
-                    part = part.replace("{{content}}", content, 1)
-                    part = part if number is None else part.replace("{{idx}}", number, 1)
-                pieces.append(part)
+        if isinstance(slot, Token):
+            pieces.append(slot_id(tokenizer, slot))
+            continue
+        # special tokens of the template stay ids even where those that a user types are split
+        parts = tokenizer.marked(slot) if tokenizer.split_special_tokens else [slot]
+        for part in parts:
+            if isinstance(part, str):
+                part = part.replace("{{content}}", content, 1)
+                part = part if number is None else part.replace("{{idx}}", number, 1)
+            pieces.append(part)
     return [piece for piece in pieces if piece is not None and piece != ""]
 
 
-def require_id(tokenizer, token):
-    """The id of a token that a format names, or of the unknown token where the tokenizer has one."""
-    found = tokenizer.id_of(token)
+def slot_id(tokenizer, token: Token) -> int | None:
+    """The id of a slot; None for the bos of a tokenizer without one (Qwen's)."""
+    if token == BOS:
+        return tokenizer.bos_id
+    if token == EOS:
+        return tokenizer.eos_id
+    found = tokenizer.id_of(token.name)
     found = tokenizer.unk_id if found is None else found
     if found is None:
-        raise ValueError(f"the template uses the token {token!r}, which this tokenizer lacks ({tokenizer.name})")
+        raise ValueError(f"the template uses the token {token.name!r}, which this tokenizer lacks "
+                         f"({tokenizer.name})")
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- thoughts
+def settle_thought(template: Template, text: str, is_last: bool, only_last: bool,
+                   settings: Settings) -> tuple[str, str]:
+    """Apply the thinking rules of a reasoning template to an answer: (text, empty thought or "").
 
-
-def settle_thought(template, text, is_last, only_last, settings):
-    """Apply the thinking rules of a reasoning format to one answer. -> (its text, an empty thought to add or "").
-
-    enable_thinking true:  an answer without a thought gets an empty one, and learns to write it.
-                    null:  the same, but the empty thought belongs to the prompt.
-                    false: thoughts are taken out of all answers first.
-    Thoughts of earlier answers are taken out, as the vendors do in chat, where only the last answer counts
-    (only_last, mask_history) and preserve_thinking is off.
+    enable_thinking true:  an answer without a thought gets an empty one, as part of the target.
+                    null:  the same, as part of the source.
+                    false: thoughts are removed from all answers first, then as null.
+    Thoughts of earlier answers are removed where only the last answer is a target (only_last,
+    mask_history), as the vendors do in chat, unless preserve_thinking is set.
     """
     if not template.reasoning:
         return text, ""
-    opens, closes = (word.strip() for word in template.thought)
+    opens, closes = (mark.strip() for mark in template.thought)
     drop_history = (only_last or settings.mask_history) and not settings.preserve_thinking
-    unwanted = settings.enable_thinking is False and (is_last or not only_last)
-    if unwanted or drop_history and not is_last:
+    drop_all = settings.enable_thinking is False and (is_last or not only_last)
+    if drop_all or drop_history and not is_last:
         thought = re.escape(opens) + ".*?" + re.escape(closes) + "\n*"
         text = re.sub(thought, "", text, flags=re.DOTALL).lstrip("\n")
-    lacks_one = opens not in text and closes not in text
-    wants_one = is_last or not (only_last or drop_history)
-    return text, "".join(template.thought) if lacks_one and wants_one else ""
+
+    has_none = opens not in text and closes not in text
+    needs_one = is_last or not (only_last or drop_history)
+    return text, "".join(template.thought) if has_none and needs_one else ""
 
 
-# ------------------------------------------------------------------- a format and the tokenizer it is used with
+# ---- encode: pieces -> ids ----------------------------------------------------------------------
 
 
-def fit_tokenizer(template, tokenizer, settings=Settings(), embedding_rows=None):
-    """Make the tokenizer end answers as the template does: eos, pad, chat template. -> ids that end an answer, sorted.
+def encode_turns(template: Template, tokenizer, messages: list[dict], system: str | None = None,
+                 tools=None, settings: Settings = Settings()) -> list[tuple[list, list]]:
+    """Encode a whole conversation: one (source_ids, target_ids) for each pair of messages.
 
-    A stop token the vocabulary lacks is added at its end. embedding_rows: how many ids the model knows, if that is
-    to be respected; a stop token beyond it is left out (the model can never write it), an eos beyond it is an error.
+    Arguments and errors are those of render_turns.
     """
-    template = with_overrides(template, settings)
-    for place, token in enumerate(template.stop):
-        fits = embedding_rows is None or tokenizer.id_of(token) is not None or tokenizer.vocab_size < embedding_rows
-        if fits:
-            tokenizer.add_tokens([token])
-        elif place == 0 and template.stop_is_eos:
-            raise ValueError(f"this template ends answers with {token!r}, which this tokenizer ({tokenizer.name}) "
-                             f"lacks, and the model has no room for it ({embedding_rows} ids). Choose another template")
-    if template.stop_is_eos:
-        tokenizer.set_token("eos_token", template.stop[0])
-    if tokenizer.eos_id is None:
-        raise ValueError(f"this tokenizer names no eos_token ({tokenizer.name}), so an answer could never end: "
-                         'add "eos_token" to its tokenizer_config.json')
-    if tokenizer.pad_id is None:
-        tokenizer.set_token("pad_token", tokenizer.eos_token)
-    if template.own_jinja or not tokenizer.chat_template:
-        tokenizer.chat_template = write_jinja(template, tokenizer)
-    stops = {tokenizer.id_of(token) for token in template.stop} - {None}
-    return sorted(stops | {tokenizer.eos_id})
+    turns = render_turns(template, tokenizer, messages, system, tools, settings)
+    ids = encode_pieces(tokenizer, [pieces for turn in turns for pieces in turn])
+    return list(zip(ids[0::2], ids[1::2]))
 
 
-def write_jinja(template, tokenizer):
-    """The format as a jinja chat template, for the programs that read one from the checkpoint. Text only, no tools."""
-    names = {BOS: tokenizer.bos_token or "", EOS: tokenizer.eos_token or ""}
+def encode_prompt(template: Template, tokenizer, messages: list[dict], system: str | None = None,
+                  tools=None, settings: Settings = Settings()) -> tuple[list, list]:
+    """Encode a conversation whose last message is to be answered: (prompt_ids, answer_ids).
 
-    def quote(text):
-        return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
-
-    def expression(slots, variable):
-        text = "".join(names.get(slot, slot.name) if isinstance(slot, Token) else slot for slot in slots)
-        return f" + {variable} + ".join(map(quote, text.split("{{content}}")))
-
-    system = expression(template.system, "system")
-    roles = {"user": template.user, "tool": template.observation or template.user, "assistant": template.assistant}
-    turns = "".join("{% if message['role'] == '" + role + "' %}{{ " + expression(slots, "content") + " }}{% endif %}"
-                    for role, slots in roles.items())
-    return (
-        "{% set system = " + quote(template.default_system) + " %}"
-        "{% if messages[0]['role'] == 'system' %}"
-        "{% set system = messages[0]['content'] or system %}{% set messages = messages[1:] %}{% endif %}"
-        "{{ " + expression(template.prefix, "''") + " }}"
-        + ("" if template.system_in_user else "{% if system %}{{ " + system + " }}{% endif %}")
-        + "{% for message in messages %}{% set content = message['content'] %}"
-        + ("{% if loop.first and system %}{% set content = " + system + " + content %}{% endif %}"
-           if template.system_in_user else "")
-        + turns + "{% endfor %}")
+    In chat the last message is an assistant's with the content "". Thoughts of earlier answers are
+    left out.
+    """
+    turns = render_turns(template, tokenizer, messages, system, tools, settings, only_last=True)
+    *history, (source, answer) = turns
+    prompt = [piece for turn in history for pieces in turn for piece in pieces] + source
+    prompt_ids, answer_ids = encode_pieces(tokenizer, [prompt, answer])
+    return prompt_ids, answer_ids
 
 
-@dataclass(frozen=True)
-class Token:
-    """A slot that is one id: the token of this name."""
+def encode_pieces(tokenizer, piece_lists: list[Pieces]) -> list[list[int]]:
+    """Encode many lists of pieces in one batch, on all cores.
 
-    name: str
-
-    def __str__(self):
-        return f"[{self.name}]"
-
-
-BOS, EOS = Token("bos"), Token("eos")  # whichever tokens the tokenizer names for these roles
-
-
-@dataclass(frozen=True)
-class Template:
-    """One chat format. All but `user` may be left out."""
-
-    user: tuple
-    assistant: tuple = ("{{content}}", EOS)
-    system: tuple = ("{{content}}",)
-    observation: tuple | None = None  # what a tool returned; None: as `user`
-    function: tuple | None = None  # a tool call; None: as `assistant`
-    prefix: tuple = ()
-    default_system: str = ""  # where a conversation brings no system text
-    tool_format: str = "default"  # a row of TOOL_FORMATS (text/tool_calls.py): how tools are described and called
-    stop: tuple = ()  # tokens that end an answer, besides the tokenizer's eos
-    stop_is_eos: bool = False  # stop[0] becomes the tokenizer's eos
-    system_in_user: bool = False  # no system turn: the system text opens the first user's text
-    efficient_eos: bool = False  # answers carry no eos: it is learned at the next turn's first token (data.py does it)
-    thought: tuple = ("<think>\n", "\n</think>\n\n")  # what opens and closes a thought
-    reasoning: bool = False  # every answer begins with a thought, if only an empty one
-    own_jinja: bool = False  # replace the checkpoint's chat template: it describes another format
-    # What choose_template goes by:
-    families: tuple = ()  # model_type in config.json of the models that speak it; () = any model can learn it
-    needs: tuple = ()  # special tokens it cannot do without
-    says: tuple = ()  # texts that give it away in a checkpoint's own chat template
-    name: str = ""  # its key in TEMPLATES
-
-
-def unknown(what, found, known):
-    """The message for a name that is not in a table: the nearest one, and all of them."""
-    hint = did_you_mean(str(found), known)
-    return f"unknown {what} {found!r}{hint}. Known: {', '.join(known)}"
+    For a whole dataset, gather the pieces of thousands of turns and call this once: texts that
+    repeat, such as the system text and the borders of turns, are then encoded only once.
+    """
+    texts = dict.fromkeys(
+        piece for pieces in piece_lists for piece in pieces if isinstance(piece, str))
+    ids = dict(zip(texts, tokenizer.encode_batch(list(texts))))
+    encoded = []
+    for pieces in piece_lists:
+        encoded.append([])
+        for piece in pieces:
+            encoded[-1] += ids[piece] if isinstance(piece, str) else (piece,)
+    return encoded

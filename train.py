@@ -71,8 +71,8 @@ from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parame
                                 speed_results)
 from runtime.trackers import open_trackers, wanted_trackers
 from scale.fsdp import CutGradients, is_cut, print_shards, rows_of, take_part
-from templates import fit_tokenizer
 from text.chat_formats import stored_template, written_template
+from text.fit_tokenizer import fit_tokenizer
 from text.template_check import check_template, choose_template
 from text.token_cache import kept_in, load_examples
 from text.tokenizer import load_tokenizer

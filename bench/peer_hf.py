@@ -29,10 +29,10 @@ from runtime.load_config import load_config
 from data import IGNORE
 from runtime.build import ENCODERS
 from runtime.steps import epoch_order, micro_batches
+from text.fit_tokenizer import fit_tokenizer
 from text.token_cache import load_examples
 from families import read_config_json
 from runtime.throughput import peak_memory
-from templates import fit_tokenizer
 from text.template_check import choose_template
 from text.tokenizer import load_tokenizer
 

@@ -40,7 +40,7 @@ import json, sys, time, zlib
 import numpy
 from runtime.build import ENCODERS
 from runtime.load_config import load_config
-from templates import fit_tokenizer
+from text.fit_tokenizer import fit_tokenizer
 from text.template_check import choose_template
 from text.token_cache import kept_in, load_examples
 from text.tokenizer import load_tokenizer

@@ -3,12 +3,12 @@
 chat.py and eval.py read the yaml file of a training run unchanged; the functions here decide what
 each of its keys means once training is over.
 
-Requires: checkpoint/files.py, checkpoint/adapters.py, templates.py.
+Requires: checkpoint/files.py, checkpoint/adapters.py, text/tokenizer.py.
 Next: chat.py, eval.py.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,11 @@ from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folde
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import Config
-from templates import Settings
 from text.tokenizer import read_json
+
+# keys of the config that change how a conversation is rendered
+RENDERING_KEYS = ("enable_thinking", "preserve_thinking", "mask_history", "tool_format",
+                  "default_system")
 
 
 def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
@@ -87,14 +90,13 @@ def other_bases(config: Config, adapters: list[Path]) -> list[str]:
     return warnings
 
 
-def trained_settings(config: Config, folder: Path) -> Settings:
-    """The settings for rendering conversations, with those of train_config.json in `folder`.
+def with_trained_settings(config: Config, folder: Path) -> Config:
+    """The config, with the settings for rendering conversations from train_config.json in `folder`.
 
     A key in this config wins over the training's, which wins over the default.
     """
-    stored = read_json(folder / "train_config.json")
-    values = {**vars(config), **stored, **config.given}
-    return Settings(**{key: values[key] for key in asdict(Settings())})
+    values = {**read_json(folder / "train_config.json"), **config.given}
+    return replace(config, **{key: values[key] for key in RENDERING_KEYS if key in values})
 
 
 def pick_dtype(config: Config, raw: dict, device: torch.device) -> torch.dtype | None:

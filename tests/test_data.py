@@ -17,8 +17,9 @@ from text import template_check
 from text import tool_calls as tools
 from runtime.build import ENCODERS
 from runtime.load_config import load_config
-from templates import encode_prompt, fit_tokenizer
-from text.chat_formats import TEMPLATES
+from templates import encode_prompt
+from text.chat_formats import TEMPLATES, with_overrides
+from text.fit_tokenizer import fit_tokenizer
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from text.tokenizer import load_tokenizer
 
@@ -238,7 +239,9 @@ def test_golden_prompts(tmp_path):
         raw = load_rows(config.dataset, config, np.random.RandomState(0), [])
         for row, wanted in zip(raw, lines, strict=True):
             messages, system, tools, *_ = convert(row)
-            prompt, answer = encode_prompt(template, tokenizer, messages, system, tools, data.settings_of(config))
+            rendered_as = with_overrides(template, config.tool_format, config.default_system)
+            prompt, answer = encode_prompt(rendered_as, tokenizer, messages, system, tools,
+                                           data.settings_of(config))
             answer = answer + [tokenizer.eos_id] * template.efficient_eos
             keep_prompt, keep_answer = data.truncated_lengths(len(prompt), len(answer), config.cutoff_len)
             assert prompt[:keep_prompt] == wanted["input_ids"], line

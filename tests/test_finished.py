@@ -51,7 +51,7 @@ def test_weights_of_the_yaml_that_trained(tmp_path):
 def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
     (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
     config = settings(*given)
-    assert finished.trained_settings(config, tmp_path).enable_thinking == thinking
+    assert finished.with_trained_settings(config, tmp_path).enable_thinking == thinking
     # the template is forced, since training has checked that it fits
     assert stored_template([tmp_path], config.template, config.force_template) == ("qwen3", True)
 

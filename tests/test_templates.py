@@ -19,9 +19,10 @@ from text import template_check
 from text import tool_calls as tools
 from config import as_dict
 from runtime.load_config import load_config
-from text.chat_formats import find_template, written_template
+from text.chat_formats import find_template, with_overrides, written_template
+from text.fit_tokenizer import fit_tokenizer, write_jinja
 from templates import (BOS, EOS, Settings, Template, Token, encode_pieces, encode_prompt,
-                       encode_turns, fit_tokenizer, render_turns, write_jinja)
+                       encode_turns, render_turns)
 from text.chat_formats import TEMPLATES, stored_template
 from text.template_check import CHATS, check_template, choose_template
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
@@ -53,9 +54,11 @@ class Names:
         return token
 
 
-def text_of(template, messages, system=None, tools=None, only_last=False, **settings):
+def text_of(template, messages, system=None, tools=None, only_last=False, tool_format=None,
+            default_system=None, **settings):
     """-> [(source text, target text), …]"""
     template = TEMPLATES[template] if isinstance(template, str) else template
+    template = with_overrides(template, tool_format, default_system)
     turns = render_turns(template, Names(), messages, system, tools, Settings(**settings), only_last)
     return [("".join(source), "".join(target)) for source, target in turns]
 
@@ -115,6 +118,7 @@ def compare(case):
     template, tokenizer = TEMPLATES[case["template"]], fitted(case["template"], case["tokenizer"])
     given = case["settings"]
     settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
+    template = with_overrides(template, given.get("tool_format"), given.get("default_system"))
     messages, system, tools = conversation(case["row"], case["dataset_info"])
     if case["predict"]:
         prompt, answer = encode_prompt(template, tokenizer, messages, system, tools, settings)
@@ -172,7 +176,7 @@ def test_rows_are_well_formed(name):
         texts = [slot for slot in slots or ("{{content}}",) if isinstance(slot, str)]
         assert sum(text.count("{{content}}") for text in texts) == 1
         assert all(isinstance(slot, (str, Token)) for slot in slots or ())
-    assert row.tool_format in tools.TOOL_FORMATS
+    assert row.tool_format is tools.TOOL_FORMATS[row.tool_format.name]
     assert not row.system_in_user or len(row.system) == 1  # it becomes part of one text
     assert not row.stop_is_eos or row.stop
 
@@ -341,16 +345,16 @@ def test_a_tokenizer_without_eos_is_an_error(tmp_path):
 def test_the_written_jinja_renders_what_we_encode(tmp_path, name, system, default):
     jinja2 = pytest.importorskip("jinja2")
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
-    settings = Settings(default_system=default)
-    fit_tokenizer(TEMPLATES[name], tokenizer, settings)
+    row = with_overrides(TEMPLATES[name], default_system=default)
+    fit_tokenizer(row, tokenizer)
     messages = talk("a 'q' \\n {{ x }} {% y %}", "b\n", "c", "d")
     messages += [{"role": "observation", "content": "e"}, {"role": "assistant", "content": "f"}]
 
     class Shown(Names):
         bos_id, eos_id = tokenizer.bos_token, tokenizer.eos_token
 
-    row = replace(TEMPLATES[name], reasoning=False)
-    ours = "".join(piece for turn in render_turns(row, Shown(), messages, system, None, settings)
+    row = replace(row, reasoning=False)
+    ours = "".join(piece for turn in render_turns(row, Shown(), messages, system)
                    for pieces in turn for piece in pieces)
     theirs = [{"role": "system", "content": system}] * bool(system) + [
         {**message, "role": "tool" if message["role"] == "observation" else message["role"]} for message in messages]
@@ -482,7 +486,8 @@ def test_the_page_does_what_it_says(tmp_path):
     [(source, target)] = text_of(find_template(said), talk("A", "B"), "S")
     assert f"```\n{source}{target}\n```" in PAGE and f"`{target}` carries loss" in PAGE
     row = eval(re.search(r"```python\n\"mychat\": (.*?),\n```", PAGE, re.DOTALL).group(1))
-    assert replace(row, name="mychat", own_jinja=True) == find_template(said)
+    row = replace(row, name="mychat", own_jinja=True, tool_format=tools.TOOL_FORMATS["default"])
+    assert row == find_template(said)
     assert text_of(row, call(CALL)) == text_of(find_template(said), call(CALL))
     changed = find_template(from_page(tmp_path, 1))
     assert text_of(changed, talk("A", "B")) == text_of("qwen", talk("A", "B"), default_system="You are Pip.")
@@ -528,11 +533,11 @@ def test_based_on_changes_what_is_said_and_keeps_the_rest():
 @pytest.mark.parametrize("said, message", [
     ({"usr": "{{content}}"}, "unknown key 'usr'.*did you mean 'user'"),
     ({"name": "a"}, "'user' is missing"),
-    ({"user": "no mark"}, "user: {{content}} must stand in it once, found 0 times"),
+    ({"user": "no mark"}, "user: {{content}} must occur in it once, found 0 times"),
     ({"user": "{{content}}{{content}}"}, "found 2 times"),
     ({"user": "{{query}}"}, "unknown mark {{query}}.*{{content}}"),
     ({"user": "{{ content }}"}, "unknown mark {{ content }}"), ({"user": r"a\n{{content}}"}, "double quotes"),
-    ({"user": ["{{content}}", {"tokn": "eos"}]}, "is no slot.*token: eos"), ({"user": [["{{content}}"]]}, "is no slot"),
+    ({"user": ["{{content}}", {"tokn": "eos"}]}, "is not a slot.*token: eos"), ({"user": [["{{content}}"]]}, "is not a slot"),
     ({**MYCHAT, "prefix": "{{content}}"}, "nothing is put into the prefix"),
     ({**MYCHAT, "stop_is_eos": "maybe"}, "not true or false"), ({**MYCHAT, "stop_is_eos": "true"}, "needs stop"),
     ({**MYCHAT, "system_in_user": "true", "system": ["{{content}}", {"token": "eos"}]}, "a system of one text"),

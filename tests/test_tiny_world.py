@@ -16,8 +16,9 @@ from safetensors import safe_open
 from checkpoint.adapters import load_with_adapters
 from generate import generate
 from model import KVCache
-from templates import encode_prompt, fit_tokenizer
+from templates import encode_prompt
 from text.chat_formats import TEMPLATES
+from text.fit_tokenizer import fit_tokenizer
 from tests.common import ROOT, read_jsonl
 from text.tokenizer import load_tokenizer
 

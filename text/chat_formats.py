@@ -1,54 +1,69 @@
-"""The chat formats: one row of data each, and how a row is written in a config file.
+"""Chat formats beside the five in templates.py, and the reader of formats given in a config file.
 
     python -m text.template_check             lists them
     python -m text.template_check llama3      shows one
 
-A format says what stands around the texts of a conversation. To add one, add a row:
+To add a format, add a row to TEMPLATES:
 
     "mychat": Template(
-        user=("<user>{{content}}</user><bot>",),      # the user's turn, up to where the answer begins
-        assistant=("{{content}}", EOS),               # the answer: all of this is learned
-        system=("<sys>{{content}}</sys>",),
         prefix=(BOS,),                                # once, before everything
+        system=("<sys>{{content}}</sys>",),
+        user=("<user>{{content}}</user><bot>",),      # up to where the answer begins
+        assistant=("{{content}}", EOS),               # the answer; all of it carries loss
     ),
 
-A turn is a tuple of slots: a text, in which {{content}} stands for what was said, or BOS, EOS, Token("<name>") for one
-id. Each text is tokenised on its own, so no token ever reaches across the border of two slots. The example above
-therefore never merges the answer with what follows it. docs/templates.md goes through it, and shows the same format
-written in a yaml.
+docs/templates.md explains it, and shows the same format in a yaml file.
 
-Read next: templates.py, which renders conversations with these rows.
-Sources: the vendors' chat templates in their published tokenizer_config.json; names of the formats, and borders of the
-slots, as LLaMA-Factory 0.9.5 has them (0.9.4: baichuan, baichuan2, belle, codegeex4, intern, orion, xverse).
+Requires: templates.py, text/tool_calls.py.
+Next: text/template_check.py, which chooses the format of a checkpoint.
+Sources: the vendors' chat templates, as published in their tokenizer_config.json; names of the
+formats, and borders of the slots, as LLaMA-Factory 0.9.5 has them (0.9.4: baichuan, baichuan2,
+belle, codegeex4, intern, orion, xverse).
 """
 import re
 from dataclasses import fields, replace
 
-from templates import BOS, EOS, Template, Token, unknown
+from errors import unknown_name
+from templates import (BOS, CHATML, EOS, GEMMA, LLAMA3, MISTRAL, QWEN, Template, Token,
+                       ToolFormat)
 from text.tokenizer import read_json
+from text.tool_calls import TOOL_FORMATS
 
-CHATML = Template(
-    user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
-    assistant=("{{content}}<|im_end|>\n",),
-    system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
-    stop=("<|im_end|>",), needs=("<|im_start|>", "<|im_end|>"), says=("<|im_start|>",))
 
-CHATML_TOOL = ("<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n",)
+# ---- what a row leaves open ---------------------------------------------------------------------
 
-QWEN3 = replace(
-    CHATML,
-    observation=("<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n"
-                 "<|im_start|>assistant\n",),
-    tool_format="qwen", stop_is_eos=True, families=("qwen3", "qwen3_moe"))
 
-MISTRAL = Template(
-    user=("[INST] {{content}}[/INST]",),
-    assistant=(" {{content}}", EOS),
-    system=("{{content}}\n\n",), system_in_user=True,
-    function=("[TOOL_CALLS] {{content}}", EOS),
-    observation=('[TOOL_RESULTS] {"content": {{content}}}[/TOOL_RESULTS]',),
-    prefix=(BOS,), tool_format="mistral",
-    families=("mistral", "mixtral"), needs=("<s>", "</s>"), says=("[INST] ",))
+def with_tool_functions(template: Template) -> Template:
+    """The template with the functions of its tool format, which templates.py only names."""
+    return replace(template, tool_format=find_tool_format(template.tool_format.name))
+
+
+def find_tool_format(name: str, where: str = "") -> ToolFormat:
+    """The row of TOOL_FORMATS with this name. where: for the message of the ValueError."""
+    if name not in TOOL_FORMATS:
+        raise ValueError(f"{where}{unknown_name('tool_format', name, TOOL_FORMATS)}")
+    return TOOL_FORMATS[name]
+
+
+def with_overrides(template: Template, tool_format: str | None = None,
+                   default_system: str | None = None) -> Template:
+    """The template with the config's tool_format and default_system instead of its own."""
+    if tool_format:
+        # a call in a foreign format ends in the tokenizer's eos, as LLaMA-Factory has it
+        function = ("{{content}}",) if template.efficient_eos else ("{{content}}", EOS)
+        template = replace(template, tool_format=ToolFormat(tool_format), function=function)
+    if default_system is not None:
+        template = replace(template, default_system=default_system)
+    return with_tool_functions(template)
+
+
+# ---- formats that several rows have in common ---------------------------------------------------
+
+
+PLAIN_CHATML = replace(CHATML, observation=None, stop=("<|im_end|>",), stop_is_eos=False,
+                       own_jinja=False)
+
+QWEN3 = replace(QWEN, default_system="", families=("qwen3", "qwen3_moe"))
 
 MINISTRAL = replace(
     MISTRAL,
@@ -56,27 +71,24 @@ MINISTRAL = replace(
     assistant=("{{content}}", EOS),
     function=("[TOOL_CALLS]{{content}}", EOS),
     observation=('[TOOL_RESULTS]{"content": {{content}}}[/TOOL_RESULTS]',),
-    says=("[INST]",))
+    says=("[INST]",),
+)
 
 LLAMA2 = Template(
     user=(BOS, "[INST] {{content}} [/INST]"),
-    system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True,
-    families=("llama",), needs=("<s>", "</s>"), says=("[INST]", "<<SYS>>"))
-
-GEMMA = Template(
-    user=("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
-    assistant=("{{content}}<end_of_turn>\n",),
-    system=("{{content}}\n\n",), system_in_user=True,
-    observation=("<start_of_turn>tool\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
-    prefix=(BOS,), stop=("<end_of_turn>",), stop_is_eos=True,
-    families=("gemma", "gemma2"), needs=("<start_of_turn>", "<end_of_turn>"), says=("<start_of_turn>",))
+    system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",),
+    system_in_user=True,
+    families=("llama",),
+    needs=("<s>", "</s>"),
+    says=("[INST]", "<<SYS>>"),
+)
 
 GLM4 = Template(
     user=("<|user|>\n{{content}}<|assistant|>",),
     assistant=("\n{{content}}",), function=("{{content}}",), efficient_eos=True,
     system=("<|system|>\n{{content}}",),
     observation=("<|observation|>\n{{content}}<|assistant|>",),
-    prefix=("[gMASK]<sop>",), tool_format="glm4", stop=("<|user|>", "<|observation|>"),
+    prefix=("[gMASK]<sop>",), tool_format=ToolFormat("glm4"), stop=("<|user|>", "<|observation|>"),
     families=("glm", "glm4", "chatglm"),
     needs=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"), says=("[gMASK]", "<sop>"))
 
@@ -95,47 +107,43 @@ PHI = Template(
 
 INTERNLM_SELF = (
     "You are an AI assistant whose name is InternLM (书生·浦语).\n"
-    "- InternLM (书生·浦语) is a conversational language model that is developed by Shanghai AI Laboratory "
-    "(上海人工智能实验室). It is designed to be helpful, honest, and harmless.\n"
+    "- InternLM (书生·浦语) is a conversational language model that is developed by "
+    "Shanghai AI Laboratory (上海人工智能实验室). "
+    "It is designed to be helpful, honest, and harmless.\n"
     "- InternLM (书生·浦语) can understand and communicate fluently in the language "
     "chosen by the user such as English and 中文.")
 
-# The order matters once: where neither the config nor the checkpoint says which, the first row that fits is taken.
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+# Where neither the config nor the checkpoint decides, the first row that fits is chosen.
 TEMPLATES = {
     "deepseekr1": replace(DEEPSEEK3, reasoning=True, says=("<｜User｜>", "</think>")),
     "deepseek3": DEEPSEEK3,
-    "llama3": Template(
-        user=("<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|>"
-              "<|start_header_id|>assistant<|end_header_id|>\n\n",),
-        assistant=("{{content}}<|eot_id|>",),
-        system=("<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>",),
-        observation=("<|start_header_id|>ipython<|end_header_id|>\n\n{{content}}<|eot_id|>"
-                     "<|start_header_id|>assistant<|end_header_id|>\n\n",),
-        prefix=(BOS,), tool_format="llama3", stop=("<|eot_id|>", "<|eom_id|>"), stop_is_eos=True,
-        families=("llama",),
-        needs=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), says=("<|start_header_id|>",)),
+    "llama3": LLAMA3,
     "llama4": Template(
-        user=("<|header_start|>user<|header_end|>\n\n{{content}}<|eot|><|header_start|>assistant<|header_end|>\n\n",),
+        user=("<|header_start|>user<|header_end|>\n\n{{content}}<|eot|>"
+              "<|header_start|>assistant<|header_end|>\n\n",),
         assistant=("{{content}}<|eot|>",),
         system=("<|header_start|>system<|header_end|>\n\n{{content}}<|eot|>",),
         observation=("<|header_start|>ipython<|header_end|>\n\n{{content}}<|eot|>"
                      "<|header_start|>assistant<|header_end|>\n\n",),
-        prefix=(BOS,), tool_format="llama3", stop=("<|eot|>", "<|eom|>"), stop_is_eos=True,
+        prefix=(BOS,), tool_format=ToolFormat("llama3"),
+        stop=("<|eot|>", "<|eom|>"), stop_is_eos=True,
         families=("llama4", "llama4_text"),
         needs=("<|header_start|>", "<|header_end|>", "<|eot|>"), says=("<|header_start|>",)),
     "qwen3": replace(QWEN3, reasoning=True, says=("<|im_start|>", "</think>")),
     "qwen3_nothink": QWEN3,
-    "qwen": replace(
-        QWEN3,
-        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        families=("qwen", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe")),
+    "qwen": QWEN,
     "sailor": replace(  # a Qwen 1.5 body
-        CHATML,
+        PLAIN_CHATML,
         user=("<|im_start|>question\n{{content}}<|im_end|>\n<|im_start|>answer\n",),
         default_system="You are an AI assistant named Sailor created by Sea AI Lab. "
-                       "Your answer should be friendly, unbiased, faithful, informative and detailed.",
+                       "Your answer should be friendly, unbiased, faithful, informative and "
+                       "detailed.",
         families=("qwen2",), says=("<|im_start|>", "Sailor")),
-    "mistral": MISTRAL,  # 7B v0.1 to v0.3, Mixtral
+    "mistral": MISTRAL,
     "mistral_small": replace(
         MINISTRAL,
         system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False,
@@ -149,25 +157,28 @@ TEMPLATES = {
         assistant=("{{content}}<|im_end|>",),
         system=("<|im_start|>system<|im_sep|>{{content}}<|im_end|>",),
         stop=("<|im_end|>",), stop_is_eos=True,
-        families=("phi3",), needs=("<|im_start|>", "<|im_sep|>", "<|im_end|>"), says=("<|im_sep|>",)),
+        families=("phi3",), needs=("<|im_start|>", "<|im_sep|>", "<|im_end|>"),
+        says=("<|im_sep|>",)),
     "phi4_mini": replace(
         PHI,
         user=("<|user|>{{content}}<|end|><|assistant|>",),
         assistant=("{{content}}<|end|>",),
         system=("<|system|>{{content}}<|end|>",),
-        tool_format="phi4_mini", needs=(*PHI.needs, "<|tool|>")),
+        tool_format=ToolFormat("phi4_mini"), needs=(*PHI.needs, "<|tool|>")),
     "phi": PHI,  # Phi-3, Phi-3.5
     "gemma2": replace(GEMMA, stop=("<eos>", "<end_of_turn>"), stop_is_eos=False, efficient_eos=True,
                       families=("gemma2",)),
     "gemma": GEMMA,
     "glm4": GLM4,
-    "glmz1": replace(GLM4, reasoning=True, says=("[gMASK]", "<sop>", "</think>"), families=("glm4",)),
+    "glmz1": replace(
+        GLM4, reasoning=True, says=("[gMASK]", "<sop>", "</think>"), families=("glm4",)),
     "codegeex4": replace(
         GLM4,
         user=("<|user|>\n{{content}}<|assistant|>\n",),
         assistant=("{{content}}",),
         observation=("<|observation|>\n{{content}}<|assistant|>\n",),
-        default_system="你是一位智能编程助手，你叫CodeGeeX。你会为用户回答关于编程、代码、计算机方面的任何问题，"
+        default_system="你是一位智能编程助手，你叫CodeGeeX。"
+                       "你会为用户回答关于编程、代码、计算机方面的任何问题，"
                        "并提供格式规范、可以执行、准确安全的代码，并在必要时提供详细的解释。",
         families=("chatglm",)),
     "chatglm3": Template(
@@ -175,26 +186,31 @@ TEMPLATES = {
         assistant=("\n", "{{content}}"), function=("{{content}}",), efficient_eos=True,
         system=(Token("<|system|>"), "\n", "{{content}}"),
         observation=(Token("<|observation|>"), "\n", "{{content}}", Token("<|assistant|>")),
-        prefix=(Token("[gMASK]"), Token("sop")), tool_format="glm4", stop=("<|user|>", "<|observation|>"),
-        families=("chatglm",), needs=("[gMASK]", "sop", "<|user|>", "<|assistant|>"), says=("[gMASK]", "sop")),
+        prefix=(Token("[gMASK]"), Token("sop")), tool_format=ToolFormat("glm4"),
+        stop=("<|user|>", "<|observation|>"),
+        families=("chatglm",), needs=("[gMASK]", "sop", "<|user|>", "<|assistant|>"),
+        says=("[gMASK]", "sop")),
     "baichuan2": Template(
         user=("<reserved_106>{{content}}<reserved_107>",),
         assistant=("{{content}}",), efficient_eos=True,
-        families=("baichuan",), needs=("<reserved_106>", "<reserved_107>"), says=("<reserved_106>",)),
+        families=("baichuan",), needs=("<reserved_106>", "<reserved_107>"),
+        says=("<reserved_106>",)),
     "baichuan": Template(
         user=(Token("<reserved_102>"), "{{content}}", Token("<reserved_103>")),
         assistant=("{{content}}",), efficient_eos=True,
-        families=("baichuan",), needs=("<reserved_102>", "<reserved_103>"), says=("<reserved_102>",)),
+        families=("baichuan",), needs=("<reserved_102>", "<reserved_103>"),
+        says=("<reserved_102>",)),
     "xverse": Template(
         user=("Human: {{content}}\n\nAssistant: ",),
         families=("xverse",), says=("Human: ", "Assistant: ")),
     "intern2": replace(
-        CHATML, prefix=(BOS,), default_system=INTERNLM_SELF, families=("internlm2",)),
+        PLAIN_CHATML, prefix=(BOS,), default_system=INTERNLM_SELF, families=("internlm2",)),
     "olmo": Template(
         user=("<|user|>\n{{content}}<|assistant|>\n",),
         prefix=(EOS,),
         families=("olmo", "olmo2"), says=("<|user|>", "<|assistant|>")),
-    "olmo2": Template(  # OLMo 2 Instruct and other Tülu models; LLaMA-Factory trains them with `olmo`
+    # OLMo 2 Instruct and other Tülu models; LLaMA-Factory trains them with `olmo`
+    "olmo2": Template(
         user=("<|user|>\n{{content}}\n<|assistant|>\n",),
         assistant=("{{content}}", EOS, "\n"),
         system=("<|system|>\n{{content}}\n",),
@@ -205,23 +221,30 @@ TEMPLATES = {
         assistant=("\n{{content}}\n<|EOT|>\n",),
         prefix=(BOS,),
         default_system="You are an AI programming assistant, utilizing the DeepSeek Coder model, "
-                       "developed by DeepSeek Company, and you only answer questions related to computer science. "
+                       "developed by DeepSeek Company, and you only answer questions related to "
+                       "computer science. "
                        "For politically sensitive questions, security and privacy issues, "
                        "and other non-computer science questions, you will refuse to answer.\n",
-        families=("llama",), needs=("<|EOT|>", "<｜begin▁of▁sentence｜>"), says=("### Instruction:", "<|EOT|>")),
+        families=("llama",), needs=("<|EOT|>", "<｜begin▁of▁sentence｜>"),
+        says=("### Instruction:", "<|EOT|>")),
     "deepseek": Template(
         user=("User: {{content}}\n\nAssistant:",),
         system=("{{content}}\n\n",),
         prefix=(BOS,),
-        families=("llama", "deepseek_v2"), needs=("<｜begin▁of▁sentence｜>",), says=("User: ", "Assistant:")),
-    "yi": replace(CHATML, families=("llama",), needs=("<|startoftext|>", "<|im_start|>", "<|im_end|>")),
+        families=("llama", "deepseek_v2"), needs=("<｜begin▁of▁sentence｜>",),
+        says=("User: ", "Assistant:")),
+    "yi": replace(
+        PLAIN_CHATML,
+        families=("llama",), needs=("<|startoftext|>", "<|im_start|>", "<|im_end|>")),
     "smollm2": replace(
-        CHATML, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
+        PLAIN_CHATML,
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
         families=("llama",), says=("<|im_start|>", "SmolLM")),
     "opencoder": replace(
-        CHATML, observation=CHATML_TOOL, default_system="You are OpenCoder, created by OpenCoder Team.",
+        PLAIN_CHATML, observation=CHATML.observation,
+        default_system="You are OpenCoder, created by OpenCoder Team.",
         families=("llama",), says=("<|im_start|>", "OpenCoder")),
-    "smollm": replace(CHATML, families=("llama",)),
+    "smollm": replace(PLAIN_CHATML, families=("llama",)),
     "openchat-3.6": Template(  # a Llama 3 body
         user=("<|start_header_id|>GPT4 Correct User<|end_header_id|>\n\n{{content}}<|eot_id|>"
               "<|start_header_id|>GPT4 Correct Assistant<|end_header_id|>\n\n",),
@@ -250,16 +273,18 @@ TEMPLATES = {
     "seed_coder": Template(
         user=(BOS, "user\n{{content}}", EOS, BOS, "assistant\n"),
         system=(BOS, "system\n{{content}}", EOS),
-        default_system="You are an AI programming assistant, utilizing the Seed-Coder model, developed by ByteDance "
-                       "Seed, and you only answer questions related to computer science. For politically sensitive "
-                       "questions, security and privacy issues, and other non-computer science questions, you will "
+        default_system="You are an AI programming assistant, utilizing the Seed-Coder model, "
+                       "developed by ByteDance Seed, and you only answer questions related to "
+                       "computer science. For politically sensitive questions, security and "
+                       "privacy issues, and other non-computer science questions, you will "
                        "refuse to answer.\n\n",
         families=("llama",), says=("Seed-Coder",)),
     "xuanyuan": Template(
         user=("Human: {{content}} Assistant:",),
-        default_system="以下是用户和人工智能助手之间的对话。用户以Human开头，人工智能助手以Assistant开头，"
-                       "会对人类提出的问题给出有帮助、高质量、详细和礼貌的回答，并且总是拒绝参与与不道德、"
-                       "不安全、有争议、政治敏感等相关的话题、问题和指示。\n",
+        default_system="以下是用户和人工智能助手之间的对话。"
+                       "用户以Human开头，人工智能助手以Assistant开头，"
+                       "会对人类提出的问题给出有帮助、高质量、详细和礼貌的回答，"
+                       "并且总是拒绝参与与不道德、不安全、有争议、政治敏感等相关的话题、问题和指示。\n",
         families=("llama",), says=("Human:", " Assistant:")),
     "orion": Template(
         user=("Human: {{content}}\n\nAssistant: ", EOS),
@@ -269,8 +294,10 @@ TEMPLATES = {
         assistant=("{{content}}", EOS, "\n\n"),
         prefix=(BOS,), families=("llama",), says=("Belle",)),
     # Formats of other networks, whose words a model of any family can be taught:
-    "starchat": replace(PHI, user=("<|user|>\n{{content}}<|end|>\n<|assistant|>",), stop_is_eos=False,
-                        families=()),
+    "starchat": replace(
+        PHI,
+        user=("<|user|>\n{{content}}<|end|>\n<|assistant|>",),
+        stop_is_eos=False, families=()),
     "granite3": Template(
         user=("<|start_of_role|>user<|end_of_role|>{{content}}<|end_of_text|>\n"
               "<|start_of_role|>assistant<|end_of_role|>",),
@@ -293,7 +320,8 @@ TEMPLATES = {
         system=("[|system|]{{content}}[|endofturn|]\n",),
         needs=("[|user|]", "[|assistant|]"), says=("[|user|]",)),
     "moonlight": Template(
-        user=("<|im_user|>user<|im_middle|>{{content}}<|im_end|><|im_assistant|>assistant<|im_middle|>",),
+        user=("<|im_user|>user<|im_middle|>{{content}}<|im_end|>"
+              "<|im_assistant|>assistant<|im_middle|>",),
         assistant=("{{content}}<|im_end|>",),
         system=("<|im_system|>system<|im_middle|>{{content}}<|im_end|>",),
         default_system="You are a helpful assistant provided by Moonshot-AI.",
@@ -308,8 +336,9 @@ TEMPLATES = {
     "telechat2": Template(
         user=("<_user>{{content}}<_bot>",),
         system=("<_system>{{content}}",),
-        default_system="你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和中国电信人工智能研究院"
-                       "（TeleAI）研发的人工智能助手。",
+        default_system="你是中国电信星辰语义大模型，英文名是TeleChat，"
+                       "你是由中电信人工智能科技有限公司和中国电信人工智能研究院（TeleAI）"
+                       "研发的人工智能助手。",
         needs=("<_user>", "<_bot>"), says=("<_user>",)),
     "yuan": Template(
         user=("{{content}}", Token("<sep>")),
@@ -321,16 +350,17 @@ TEMPLATES = {
         system=("<role>SYSTEM</role>{{content}}",),
         observation=("<role>OBSERVATION</role>{{content}}<role>ASSISTANT</role>",),
         stop=("<|endoftext|>",), needs=("<role>", "</role>"), says=("<role>",)),
-    "cpm4": replace(CHATML, observation=CHATML_TOOL, prefix=(BOS,), families=("minicpm",)),
+    "cpm4": replace(
+        PLAIN_CHATML, observation=CHATML.observation, prefix=(BOS,), families=("minicpm",)),
     # Formats that any model can be taught:
-    "chatml": replace(CHATML, observation=CHATML_TOOL, stop=("<|im_end|>", "<|im_start|>"), stop_is_eos=True,
-                      own_jinja=True),
-    "chatml_de": replace(CHATML, observation=CHATML_TOOL, stop=("<|im_end|>", "<|im_start|>"), stop_is_eos=True,
-                         own_jinja=True, default_system="Du bist ein freundlicher und hilfsbereiter KI-Assistent."),
+    "chatml": CHATML,
+    "chatml_de": replace(
+        CHATML, default_system="Du bist ein freundlicher und hilfsbereiter KI-Assistent."),
     "vicuna": Template(
         user=("USER: {{content}} ASSISTANT:",),
         default_system="A chat between a curious user and an artificial intelligence assistant. "
-                       "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+                       "The assistant gives helpful, detailed, and polite answers to the user's "
+                       "questions.",
         own_jinja=True, says=("USER: ", "ASSISTANT:")),
     "alpaca": Template(
         user=("### Instruction:\n{{content}}\n\n### Response:\n",),
@@ -347,79 +377,96 @@ TEMPLATES = {
         user=("{{content}}",), assistant=("{{content}}\n\n",), efficient_eos=True, own_jinja=True),
     "empty": Template(user=("{{content}}",), assistant=("{{content}}",)),
 }
-TEMPLATES = {name: replace(row, name=name) for name, row in TEMPLATES.items()}
+# Each row gets its name, and the functions of its tool format.
+TEMPLATES = {name: with_tool_functions(replace(row, name=name)) for name, row in TEMPLATES.items()}
 
-# ------------------------------------------------------------------------------------------- a format in a config
 
-SLOTS = ("user", "assistant", "system", "observation", "function", "prefix")  # fields that hold slots
+# ---- read and write: the `template` of a config -------------------------------------------------
+
+
+KEYS = [field.name for field in fields(Template)]
+SLOTS = ("user", "assistant", "system", "observation", "function", "prefix")
 FLAGS = [field.name for field in fields(Template) if field.type is bool]
-TEXTS = ("default_system", "tool_format", "name")  # the rest are tuples of texts
+TEXTS = ("default_system", "tool_format", "name")       # the other keys are lists of texts
 
 
-def find_template(said):
-    """The format that a config means. said: the name of a row, or a mapping as docs/templates.md shows it.
+def find_template(value: str | dict) -> Template:
+    """Find the format that a config means.
 
-    Raises ValueError naming what is wrong, with the nearest valid spelling.
+    value: the name of a row, or a mapping as docs/templates.md shows it. Raises ValueError naming
+    what is wrong, with the nearest valid spelling.
     """
-    if isinstance(said, dict):
-        return read_format(said)
-    if said not in TEMPLATES:
-        raise ValueError(unknown("template", said, TEMPLATES))
-    return TEMPLATES[said]
+    if isinstance(value, dict):
+        return read_format(value)
+    if value not in TEMPLATES:
+        raise ValueError(unknown_name("template", value, TEMPLATES))
+    return TEMPLATES[value]
 
 
-def written_template(template):
-    """What a config would say for this format: the name of a row, or a mapping. find_template reads it back."""
+def written_template(template: Template) -> str | dict:
+    """Write a format as a config does, for find_template: the name of a row, or a mapping."""
     if TEMPLATES.get(template.name) == template:
         return template.name
     written = {}
     for field in fields(Template):
         value = getattr(template, field.name)
-        if value == field.default and field.name != "own_jinja":  # which a mapping sets, where it does not say
-            continue
-        if field.name in SLOTS and value is not None:
-            value = [{"token": slot.name} if isinstance(slot, Token) else slot for slot in value]
-        written[field.name] = str(value).lower() if field.name in FLAGS else \
-            list(value) if isinstance(value, tuple) else value
+        # own_jinja has another default in a mapping
+        if value != field.default or field.name == "own_jinja":
+            written[field.name] = written_field(field.name, value)
     return written
 
 
-def read_format(mapping):
-    """A Template from the mapping under `template:` in a config.
+def written_field(key: str, value):
+    """Write one field of a Template as a config does; the inverse of read_field."""
+    if key in FLAGS:
+        return str(value).lower()
+    if key == "tool_format":
+        return value.name
+    if key in SLOTS and value is not None:
+        return [{"token": slot.name} if isinstance(slot, Token) else slot for slot in value]
+    return list(value) if isinstance(value, tuple) else value
 
-    Keys are the fields of Template; `based_on` names a row that gives what is not said.
+
+def read_format(mapping: dict) -> Template:
+    """Read the mapping under `template:` in a config.
+
+    Its keys are the fields of Template, and `based_on`, a format that gives the fields left out.
     """
-    known = [field.name for field in fields(Template)] + ["based_on"]
     for key in mapping:
-        if key not in known:
-            raise ValueError(f"template: {unknown('key', key, known)}")
+        if key not in (*KEYS, "based_on"):
+            raise ValueError(f"template: {unknown_name('key', key, [*KEYS, 'based_on'])}")
     name = mapping.get("name") or "custom"
     if name in TEMPLATES:
-        raise ValueError(f"template: name: {name!r} is a row of the table. Write template: {name} to use it as it is, "
-                         f"or based_on: {name} under another name to change it")
-    values = {key: read_field(key, value) for key, value in mapping.items() if key != "based_on"}
+        raise ValueError(f"template: name: {name!r} is a row of the table. Write template: {name} "
+                         f"to use it unchanged, or based_on: {name} under another name to change "
+                         "it")
+    values = {"own_jinja": True}
+    values |= {key: read_field(key, value) for key, value in mapping.items() if key != "based_on"}
     if "based_on" in mapping:
         base = find_template(mapping["based_on"])
-        template = replace(base, **{"families": (), "says": (), "own_jinja": True, **values})
+        template = replace(base, **{"families": (), "says": (), **values})
     elif "user" in values:
-        template = Template(**{"own_jinja": True, **values})
+        template = Template(**values)
     else:
-        raise ValueError("template: 'user' is missing: what stands around a user's text, up to where the answer "
-                         'begins, as user: "<user>{{content}}</user><bot>"')
-    if "needs" not in mapping:  # of what a base row needs, what still occurs
+        raise ValueError("template: 'user' is missing: the text around a user's message, up to "
+                         "where the answer begins, as "
+                         'user: "<user>{{content}}</user><bot>"')
+    if "needs" not in mapping:      # the tokens that the base needs and that still occur
         occurs = str([getattr(template, key) for key in SLOTS])
-        template = replace(template, needs=tuple(token for token in template.needs if token in occurs))
+        needs = tuple(token for token in template.needs if token in occurs)
+        template = replace(template, needs=needs)
     check_format(template)
-    return replace(template, name=name)
+    return with_tool_functions(replace(template, name=name))
 
 
-def read_field(key, value):
-    """One value of the mapping, as its field of Template wants it."""
+def read_field(key: str, value):
+    """Read one value of the mapping as a field of Template."""
     where = f"template: {key}: {value!r}"
     if key in SLOTS:
         if key in ("observation", "function") and value in (None, "null", ""):
             return None
-        return tuple(read_slot(where, slot) for slot in (value if isinstance(value, list) else [value]))
+        slots = value if isinstance(value, list) else [value]
+        return tuple(read_slot(where, slot) for slot in slots)
     if key in FLAGS:
         if str(value).lower() not in ("true", "false"):
             raise ValueError(f"{where} is not true or false")
@@ -427,72 +474,92 @@ def read_field(key, value):
     if key in TEXTS:
         if not isinstance(value, str):
             raise ValueError(f"{where} is not a text")
-        return value
+        return find_tool_format(value, "template: ") if key == "tool_format" else value
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) and text for text in texts):
         raise ValueError(f'{where} is not a list of texts, as ["<|end|>"]')
     return tuple(texts)
 
 
-def read_slot(where, slot):
-    """A slot as a config writes it: a text, or {token: "<name>"} for one id, bos and eos among them."""
+def read_slot(where: str, slot) -> str | Token:
+    """Read a slot: a text, or {token: "<name>"} for one id, bos and eos among them."""
     if isinstance(slot, dict) and list(slot) == ["token"] and isinstance(slot["token"], str):
         return Token(slot["token"])
     if not isinstance(slot, str):
-        raise ValueError(f"{where}: {slot!r} is no slot. A slot is a text in quotes, or {{token: eos}}, {{token: bos}} "
-                         'or {token: "<name>"}')
+        raise ValueError(f"{where}: {slot!r} is not a slot. A slot is a text in quotes, or "
+                         '{token: eos}, {token: bos} or {token: "<name>"}')
     if "\\n" in slot:
-        raise ValueError(f"{where}: holds a backslash and an n, not a new line; in YAML only a text in double quotes "
-                         "turns them into one")
+        raise ValueError(f"{where}: holds a backslash and an n, not a new line; in YAML only a "
+                         "text in double quotes turns them into one")
     return slot
 
 
-def check_format(template):
-    """Raise ValueError for a format that cannot be rendered as it was meant."""
+def check_format(template: Template):
+    """Raise ValueError for a format that cannot be rendered."""
     for key in SLOTS:
-        slots = getattr(template, key) or ()
-        marks = re.findall(r"\{\{(.*?)\}\}", "".join(slot for slot in slots if isinstance(slot, str)))
-        wanted = [] if key == "prefix" else ["content"]
-        strange = [mark for mark in marks if mark not in (*wanted, "idx")]
-        if strange:
-            raise ValueError(f"template: {key}: unknown mark {{{{{strange[0]}}}}}. "
-                             + ("nothing is put into the prefix" if key == "prefix" else "Write {{content}}"))
-        if getattr(template, key) is not None and [mark for mark in marks if mark != "idx"] != wanted:
-            raise ValueError(f"template: {key}: {{{{content}}}} must stand in it once, found {len(marks)} times")
+        check_marks(key, getattr(template, key))
     if template.stop_is_eos and not template.stop:
-        raise ValueError("template: stop_is_eos: true needs stop: a list whose first token becomes the eos")
-    if template.system_in_user and not (len(template.system) == 1 and isinstance(template.system[0], str)):
-        raise ValueError("template: system_in_user: true needs a system of one text, for it opens the user's text")
+        raise ValueError("template: stop_is_eos: true needs stop: a list whose first token becomes "
+                         "the eos")
+    is_one_text = len(template.system) == 1 and isinstance(template.system[0], str)
+    if template.system_in_user and not is_one_text:
+        raise ValueError("template: system_in_user: true needs a system of one text, since it "
+                         "opens the user's text")
     if len(template.thought) != 2:
-        raise ValueError(f"template: thought: {template.thought} are not two texts, what opens and what closes it")
+        raise ValueError(f"template: thought: {template.thought} is not two texts, one that opens "
+                         "a thought and one that closes it")
 
 
-def stored_template(folders, said, force):
-    """The format to use with what was trained: the one asked for, else the one stored beside it. -> (said, force)
+def check_marks(key: str, slots: tuple | None):
+    """Raise ValueError unless {{content}} occurs once in these slots; in a prefix, never."""
+    if slots is None:
+        return
+    text = "".join(slot for slot in slots if isinstance(slot, str))
+    marks = re.findall(r"\{\{(.*?)\}\}", text)
+    wanted = [] if key == "prefix" else ["content"]
+    advice = "nothing is put into the prefix" if key == "prefix" else "Write {{content}}"
+    for mark in marks:
+        if mark not in (*wanted, "idx"):
+            raise ValueError(f"template: {key}: unknown mark {{{{{mark}}}}}. {advice}")
+    if [mark for mark in marks if mark != "idx"] != wanted:
+        raise ValueError(f"template: {key}: {{{{content}}}} must occur in it once, found "
+                         f"{len(marks)} times")
 
-    folders: of adapters or models; train_config.json in them says what they were trained with.
-    said: the config's `template`, a name, a mapping or None; what comes back is one of these too, None when nothing is
-    asked for or stored.
-    force: take a stored format without checking that it fits; training has done so.
-    Raises ValueError when the one asked for is another than the one stored, and `force` is off.
+
+# ---- the format that something was trained with -------------------------------------------------
+
+
+def stored_template(folders: list, value: str | dict | None,
+                    force: bool) -> tuple[str | dict | None, bool]:
+    """Find the format of what was trained: the one in the config, else the stored one.
+
+    folders: of adapters or models; their train_config.json holds the `template` of the training.
+    value: the config's `template`, a name, a mapping or None. Returns (value, force): None where no
+    format is set or stored; force is also true for a stored format, which the training has checked.
+    Raises ValueError if the config sets another format than the stored one, and `force` is off.
     """
-    stored = {folder: read_json(folder / "train_config.json").get("template") for folder in folders}
+    stored = {}
+    for folder in folders:
+        stored[folder] = read_json(folder / "train_config.json").get("template")
     found = [other for other in stored.values() if other]
-    said = said or (found[0] if found else None)
+    value = value or (found[0] if found else None)
     for folder, other in stored.items():
-        if other and not force and not same_format(other, said):
-            raise ValueError(f"template: {name_of(said)}, but {folder} was trained with {name_of(other)}"
-                             f"{' of another wording' if name_of(said) == name_of(other) else ''}. Leave template out, "
-                             "or set force_template: true")
-    return said, force or any(same_format(other, said) for other in found)
+        if other and not force and not is_same_format(other, value):
+            same_name = name_of(value) == name_of(other)
+            wording = " of another wording" if same_name else ""
+            raise ValueError(f"template: {name_of(value)}, but {folder} was trained with "
+                             f"{name_of(other)}{wording}. Leave template out, or set "
+                             "force_template: true")
+    return value, force or any(is_same_format(other, value) for other in found)
 
 
-def same_format(one, other):
-    """Do two values of `template` mean the same? A row written out as a mapping is the row."""
-    return one == other or isinstance(one, dict) and isinstance(other, dict) and \
-        find_template(one) == find_template(other)
+def is_same_format(one: str | dict, other: str | dict) -> bool:
+    """Do two values of `template` mean the same format?"""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one == other or find_template(one) == find_template(other)
+    return one == other
 
 
-def name_of(said):
+def name_of(value: str | dict) -> str:
     """The name of a format as a config gives it, for messages."""
-    return said.get("name", "custom") if isinstance(said, dict) else said
+    return value.get("name", "custom") if isinstance(value, dict) else value

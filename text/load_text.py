@@ -5,13 +5,15 @@
 The template is the one the config names, else the one stored with what was trained, else the one
 the checkpoint is recognized by. The tokenizer is then changed to end answers as the template does.
 
-Requires: text/tokenizer.py, text/template_check.py, templates.py.
+Requires: text/tokenizer.py, text/template_check.py, text/fit_tokenizer.py.
 Next: text/token_cache.py.
 """
 from pathlib import Path
 from typing import NamedTuple
 
-from templates import Settings, Template, fit_tokenizer
+from templates import Template
+from text.chat_formats import with_overrides
+from text.fit_tokenizer import fit_tokenizer
 from text.template_check import check_template, choose_template, stored_template
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
 
@@ -26,16 +28,18 @@ class Text(NamedTuple):
 
 
 def load_text(config, folder: Path, stored: list[Path], model_config,
-              settings: Settings = Settings(), check: bool = False) -> Text:
+              overrides: bool = False, check: bool = False) -> Text:
     """Load the tokenizer of `folder` and fit it to its chat template.
 
-    stored: folders of what was trained; their train_config.json may name a template. check: compare
-    the template with the checkpoint's own one. Raises ValueError for a template that does not fit.
+    stored: folders of what was trained; their train_config.json may name a template. overrides:
+    apply tool_format and default_system of the config to the template. check: compare the template
+    with the checkpoint's own one. Raises ValueError for a template that does not fit.
     """
     tokenizer = load_tokenizer(folder, config.split_special_tokens)
     name, force = stored_template(stored, config.template, config.force_template)
+    changes = (config.tool_format, config.default_system) if overrides else ()
     text = fit_text(tokenizer, name, force, model_config.model_type, model_config.vocab_size,
-                    settings, check)
+                    changes, check)
     if name and name != config.template:
         text = text._replace(origin=f"stored in {stored[-1]}")
     return text
@@ -43,15 +47,17 @@ def load_text(config, folder: Path, stored: list[Path], model_config,
 
 def fit_text(tokenizer: Tokenizer, name: str | dict | None, force: bool = False,
              model_type: str | None = None, embedding_rows: int | None = None,
-             settings: Settings = Settings(), check: bool = False) -> Text:
+             overrides: tuple = (), check: bool = False) -> Text:
     """Choose the template and change the tokenizer to end answers as it does.
 
     name: of a template, a mapping, or None to recognize the checkpoint. force: take a template that
-    does not fit. embedding_rows: number of ids the model knows.
+    does not fit. embedding_rows: number of ids the model knows. overrides: (tool_format,
+    default_system) for the template, see with_overrides.
     """
     template, reason = choose_template(name, tokenizer, model_type, force)
     notes = check_template(template, tokenizer) if check else []    # before the tokenizer changes
-    stop_ids = set(fit_tokenizer(template, tokenizer, settings, embedding_rows))
+    template = with_overrides(template, *overrides)
+    stop_ids = set(fit_tokenizer(template, tokenizer, embedding_rows))
     return Text(tokenizer, template, stop_ids, reason, notes)
 
 

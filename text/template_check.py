@@ -13,11 +13,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from templates import Token, encode_pieces, fit_tokenizer, render_turns, unknown
+from templates import Token, encode_pieces, render_turns
 from text.chat_formats import TEMPLATES, find_template, stored_template
+from text.fit_tokenizer import fit_tokenizer
 from text.jinja_sandbox import render_chats
 from text.tokenizer import load_tokenizer, read_json, token_text
-from text.tool_calls import TOOL_FORMATS, shorten
+from text.tool_calls import shorten
 
 
 def choose_template(said, tokenizer, model_type=None, force=False):
@@ -29,8 +30,6 @@ def choose_template(said, tokenizer, model_type=None, force=False):
     """
     if said:
         template = find_template(said)
-        if template.tool_format not in TOOL_FORMATS:
-            raise ValueError(f"template: {unknown('tool_format', template.tool_format, TOOL_FORMATS)}")
         wrong = misfit(template, tokenizer, model_type)
         if wrong and not force:
             best = [row.name for row, _ in fitting_templates(tokenizer, model_type)] or ["default"]

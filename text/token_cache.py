@@ -31,13 +31,11 @@ import numpy as np
 import tokenizers
 from tqdm import tqdm
 
-from data import DatasetCounts, EncodedRows, Example, packing_of, settings_of
-from templates import with_overrides
-from text.chat_formats import written_template
+from data import DatasetCounts, EncodedRows, Example, packing_of
+from text.chat_formats import with_overrides, written_template
 from text.conversations import Conversation, PLACEHOLDER, RawRow, convert, fill_placeholders, excerpt
 from text.data_files import Rows, find_sources, read_at, rows_of
 from text.parallel_map import how_many, in_order
-from text.tool_calls import describe_tools
 
 ABOUT = "store.json"
 TOKENISED = "tokenised"         # the folder of a run's store in its output_dir
@@ -208,7 +206,8 @@ DATA_KEYS = ("stage", "tool_format", "default_system", "enable_thinking", "prese
              "mask_history", "cutoff_len", "placeholders", "skip_bad_rows", "split_special_tokens", "max_samples",
              "val_size", "seed", "preprocessing_batch_size")
 PROGRAM = ("data.py", "templates.py", "text/data_files.py", "text/conversations.py", "text/token_cache.py",
-           "text/chat_formats.py", "text/tool_calls.py", "text/tokenizer.py", "text/fast_bpe.py", "text/vocabularies.py")
+           "text/chat_formats.py", "text/fit_tokenizer.py", "text/tool_calls.py", "text/tokenizer.py",
+           "text/fast_bpe.py", "text/vocabularies.py")
 
 
 def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnable: bool = False,
@@ -224,11 +223,11 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
     if config.train_on_prompt and template.efficient_eos:
         raise ValueError(f"{config.source}: train_on_prompt cannot be used with template {template.name}, which labels "
                          "the first token of a turn with the end of the answer before it")
-    with_overrides(template, settings_of(config))       # raises for a tool_format that does not exist
+    rendered_as = with_overrides(template, config.tool_format, config.default_system)
     notes, why = [], ""
     sources = [find_sources(names or [], config, notes) for names in (config.dataset, config.eval_dataset)]
     if folder:
-        key = store_key(config, tokenizer, template, sources)
+        key = store_key(config, tokenizer, template, rendered_as.tool_format, sources)
         about, why = read_about(folder, key)
         if about and not config.overwrite_cache:
             report = told(about)
@@ -237,7 +236,7 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
             return *(examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS), report
     report, begun = DataReport(notes=notes), time.time()
     with new_store(folder if writes else None) as work:
-        about, processes = make_store(work, sources, config, tokenizer, template, encode, report)
+        about, processes = make_store(work, sources, config, tokenizer, rendered_as, encode, report)
         check_something_is_taught(config, report, about, keep_unlearnable)
         if folder and writes:
             write_about(work, {"key": key, **about, **asdict_of(report)})
@@ -270,13 +269,13 @@ def examples_in(folder: Path, split: str, config, about: dict, keep_unlearnable:
     return Examples(folder, split, about[split], packing_of(config)[0] == "apart", keep_unlearnable)
 
 
-def store_key(config, tokenizer, template, sources: list) -> dict:
+def store_key(config, tokenizer, template, tool_format, sources: list) -> dict:
     """{what: a text} of all that decides which tokens the rows become; equal keys, equal tokens."""
     program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
     key = {name: getattr(config, name) for name in DATA_KEYS}
     key |= {"packing": packing_of(config), "template": written_template(template), "tokenizer": tokenizer.sign(),
             "program": hashlib.sha256(b"".join(program)).hexdigest(), "tokenizers": tokenizers.__version__,
-            "tools": describe_tools(with_overrides(template, settings_of(config)).tool_format, "[]")}     # may name the day
+            "tools": tool_format.describe("[]")}            # may name the day
     if not any("tools" in source.columns or not source.formatting for found in sources for source in found):
         del key["tools"]
     for split, found in zip(SPLITS, sources):

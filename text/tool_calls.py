@@ -1,58 +1,72 @@
-"""Tools in a conversation: how a chat format describes them to the model, and how the model's calls are written.
+"""Tools in a conversation: how they are described to the model, and how its calls are written.
 
-A tool format is a row of TOOL_FORMATS, a pair of functions: one gives the text about the tools that is added to the
-system text, the other the text of a call. templates.py names the row each chat format uses (`tool_format`).
+Each row of TOOL_FORMATS is the format of one vendor. A Template holds one of them; its `describe`
+makes the text that is added to the system text, and its `call` the text of a call.
 
-Read before: nothing. Read next: templates.py.
-Sources: the vendors' chat templates in their published tokenizer_config.json; recorded ids of LLaMA-Factory.
+Requires: templates.py.
+Next: text/chat_formats.py.
+Sources: the vendors' chat templates, as published in their tokenizer_config.json; token ids
+recorded from LLaMA-Factory.
 """
 import datetime
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+
+from templates import Template, ToolFormat
+
+Call = tuple[str, str]      # name of the function, its arguments as JSON text
 
 
-def describe_tools(tool_format, tools):
-    """The text about the tools in a row's tools column. tool_format: a row of TOOL_FORMATS."""
-    listed, row = read_tools(tools), TOOL_FORMATS[tool_format]
-    if row.as_written:
-        return row.describe(tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False))
-    return row.describe(listed) if listed else ""
+# ---- read: what a row says about tools and calls ------------------------------------------------
 
 
-def read_tools(tools):
-    """The tools column: a JSON list of functions, plain or wrapped as OpenAI does. -> list of wrapped ones."""
+def describe_tools(describe: Callable[[list[dict]], str], tools) -> str:
+    """Read a tools column and describe it; "" where it is empty."""
+    listed = read_tools(tools)
+    return describe(listed) if listed else ""
+
+
+def read_tools(tools) -> list[dict]:
+    """Read a tools column, a JSON list of functions, and wrap each of them as OpenAI does."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError as error:
             raise ValueError(f"tools: not JSON ({error}): {shorten(tools)}") from error
     tools = [tools] if isinstance(tools, dict) and tools else tools or []
-    wrapped = []
-    for tool in tools if isinstance(tools, list) else [tools]:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(f'tools: expected {{"name": ..., "description": ..., "parameters": ...}}, '
-                             f"found {shorten(json.dumps(tool, ensure_ascii=False))}")
-        wrapped.append(tool if "function" in tool else {"type": "function", "function": tool})
-    return wrapped
+    return [wrap_tool(tool) for tool in (tools if isinstance(tools, list) else [tools])]
 
 
-def render_call(template, text):
-    """A function message, JSON with maybe a thought before it, as the model of this chat format writes it."""
+def wrap_tool(tool) -> dict:
+    """One tool as {"type": "function", "function": {...}}."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('tools: expected {"name": ..., "description": ..., "parameters": ...}, '
+                         f"found {shorten(to_json(tool))}")
+    return tool if "function" in tool else {"type": "function", "function": tool}
+
+
+def render_call(write_calls: Callable[[list[Call]], str], text: str, template: Template) -> str:
+    """Rewrite a function message in the format of a model.
+
+    text: JSON, maybe after a thought, as read_call takes it.
+    """
     lead, calls = read_call(text, template.thought)
     if lead and template.function and not template.function[0].startswith("{{content}}"):
-        raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, so no text can stand "
-                         f"before the JSON: {shorten(text)}")
-    return lead + TOOL_FORMATS[template.tool_format].call(calls)
+        raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, "
+                         f"so no text can stand before the JSON: {shorten(text)}")
+    return lead + write_calls(calls)
 
 
-def read_call(text, thought):
-    """-> (text before the call, list of (name, arguments as JSON text)).
+def read_call(text: str, thought: tuple[str, str]) -> tuple[str, list[Call]]:
+    """Read a function message: (text before the calls, the calls).
 
-    The call is {"name": ..., "arguments": ...} or a list of these, or each stands inside <tool_call>...</tool_call>.
+    Calls are {"name": ..., "arguments": ...} or a list of these, or each is inside
+    <tool_call>...</tool_call>. thought: what opens and closes a thought.
     """
-    opens, closes = (re.escape(word.strip()) for word in thought)
+    opens, closes = (re.escape(mark.strip()) for mark in thought)
     lead = re.match(f"({opens}.*?{closes}\\s*)?", text, re.DOTALL).group()
     rest = text[len(lead):]
     bodies = re.findall("<tool_call>(.*?)</tool_call>", rest, re.DOTALL)
@@ -69,133 +83,164 @@ def read_call(text, thought):
             raise ValueError(f"function call: not JSON ({error}): {shorten(text)}. Expected "
                              '{"name": ..., "arguments": {...}} or a list of these') from error
         calls += found if isinstance(found, list) else [found]
-    for call in calls:
-        if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
-            raise ValueError(f'function call: expected {{"name": ..., "arguments": ...}}, '
-                             f"found {shorten(json.dumps(call, ensure_ascii=False))}")
     if not calls:
         raise ValueError("function call: an empty list; a function message calls at least one tool")
-    return lead, [(call["name"], json.dumps(call["arguments"], ensure_ascii=False)) for call in calls]
+    return lead, [check_call(call) for call in calls]
 
 
-# Below, a pair of functions for each row of TOOL_FORMATS: describe_… gives the text about the tools that is added to
-# the system text, call_… the text of a call, from what read_tools and read_call have found.
+def check_call(call) -> Call:
+    """One call as (name, arguments)."""
+    if not isinstance(call, dict) or "name" not in call or "arguments" not in call:
+        raise ValueError('function call: expected {"name": ..., "arguments": ...}, '
+                         f"found {shorten(to_json(call))}")
+    return call["name"], to_json(call["arguments"])
 
 
-def describe_default(tools):
+# ---- write: for each row, the text about the tools and the text of calls ------------------------
+
+
+def describe_default(tools: list[dict]) -> str:
     functions = [tool["function"] for tool in tools]
-    text = "".join(f"> Tool Name: {function['name']}\nTool Description: {function.get('description') or ''}\n"
-                   f"Tool Args:\n{describe_parameters(function)}\n" for function in functions)
-    return (f"You have access to the following tools:\n{text}Use the following format if using a tool:\n```\n"
-            f"Action: tool name (one of [{', '.join(function['name'] for function in functions)}])\n"
-            "Action Input: the input to the tool, in a JSON format representing the kwargs "
-            '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n')
+    text = ""
+    for function in functions:
+        text += f"> Tool Name: {function['name']}\n"
+        text += f"Tool Description: {function.get('description') or ''}\n"
+        text += f"Tool Args:\n{describe_parameters(function)}\n"
+    names = ", ".join(function["name"] for function in functions)
+    return (
+        f"You have access to the following tools:\n{text}"
+        "Use the following format if using a tool:\n```\n"
+        f"Action: tool name (one of [{names}])\n"
+        "Action Input: the input to the tool, in a JSON format representing the kwargs "
+        '(e.g. ```{"input": "hello world", "num_beams": 5}```)\n```\n')
 
 
-def describe_parameters(function):
+def describe_parameters(function: dict) -> str:
     """A line for each parameter of a function, from its JSON schema."""
-    lines = ""
     try:
         schema = function.get("parameters") or {}
-        for name, about in (schema.get("properties") or {}).items():
-            required = ", required" if name in (schema.get("required") or ()) else ""
-            choices, items = about.get("enum"), (about.get("items") or {}).get("type")
-            lines += f"  - {name} ({about.get('type', '')}{required}): {about.get('description') or ''}"
-            lines += f", should be one of [{', '.join(map(str, choices))}]" if choices else ""
-            lines += f", where each item should be {items}\n" if items else "\n"
+        required = schema.get("required") or ()
+        properties = schema.get("properties") or {}
+        return "".join(describe_parameter(name, about, name in required)
+                       for name, about in properties.items())
     except (AttributeError, TypeError) as error:
         raise ValueError(f"tools: the parameters of {function['name']!r} are not a JSON schema: "
-                         f"{shorten(json.dumps(function, ensure_ascii=False))}") from error
-    return lines
+                         f"{shorten(to_json(function))}") from error
 
 
-def call_default(calls):
+def describe_parameter(name: str, about: dict, required: bool) -> str:
+    kind = f"{about.get('type', '')}{', required' if required else ''}"
+    line = f"  - {name} ({kind}): {about.get('description') or ''}"
+    if choices := about.get("enum"):
+        line += f", should be one of [{', '.join(map(str, choices))}]"
+    if items := (about.get("items") or {}).get("type"):
+        line += f", where each item should be {items}"
+    return line + "\n"
+
+
+def write_default(calls: list[Call]) -> str:
     return "\n".join(f"Action: {name}\nAction Input: {arguments}" for name, arguments in calls)
 
 
-def describe_llama3(tools):
-    text = "".join(json.dumps(tool, indent=4, ensure_ascii=False) + "\n\n" for tool in tools)
+def describe_llama3(tools: list[dict]) -> str:
+    text = "".join(to_json(tool, indent=4) + "\n\n" for tool in tools)
     return (
         f"Cutting Knowledge Date: December 2023\nToday Date: {today()}\n\n"
-        "You have access to the following functions. To call a function, please respond with JSON for a function call. "
-        'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}. '
+        "You have access to the following functions. To call a function, please respond with JSON "
+        "for a function call. Respond in the format "
+        '{"name": function name, "parameters": dictionary of argument name and its value}. '
         f"Do not use variables.\n\n{text}")
 
 
-def today():
-    """The llama3 format tells the model the day, so the same rows give other ids tomorrow (LLaMA-Factory's do too)."""
+def today() -> str:
+    """The date in the llama3 format: the ids of a row change every day, as LLaMA-Factory's do."""
     return datetime.date.today().strftime("%d %b %Y")
 
 
-def call_llama3(calls):
-    texts = [call_json(call, "parameters") for call in calls]
+def write_llama3(calls: list[Call]) -> str:
+    texts = [write_json_call(call, "parameters") for call in calls]
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
-def describe_mistral(tools):
-    return f"[AVAILABLE_TOOLS] {json.dumps(tools, ensure_ascii=False)}[/AVAILABLE_TOOLS]"
+def describe_mistral(tools: list[dict]) -> str:
+    return f"[AVAILABLE_TOOLS] {to_json(tools)}[/AVAILABLE_TOOLS]"
 
 
-def call_mistral(calls):
-    return f"[{', '.join(map(call_json, calls))}]"
+def write_mistral(calls: list[Call]) -> str:
+    return f"[{', '.join(map(write_json_call, calls))}]"
 
 
-def call_json(call, key="arguments"):
+def write_json_call(call: Call, key: str = "arguments") -> str:
     name, arguments = call
-    return f'{{"name": {json.dumps(name, ensure_ascii=False)}, "{key}": {arguments}}}'
+    return f'{{"name": {to_json(name)}, "{key}": {arguments}}}'
 
 
-def describe_qwen(tools):
-    text = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
+def describe_qwen(tools: list[dict]) -> str:
+    text = "".join("\n" + to_json(tool) for tool in tools)
     return (
         "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>{text}\n</tools>\n\n"
-        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
-        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
+        "You are provided with function signatures within <tools></tools> XML tags:\n"
+        f"<tools>{text}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within "
+        "<tool_call></tool_call> XML tags:\n"
+        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>')
 
 
-def call_qwen(calls):
-    return "\n".join(f"<tool_call>\n{call_json(call)}\n</tool_call>" for call in calls)
+def write_qwen(calls: list[Call]) -> str:
+    return "\n".join(f"<tool_call>\n{write_json_call(call)}\n</tool_call>" for call in calls)
 
 
-def describe_glm4(tools):
-    functions = [tool["function"] for tool in tools]
-    text = "".join(f"\n\n## {function['name']}\n\n{json.dumps(function, indent=4, ensure_ascii=False)}\n"
-                   "在调用上述函数时，请使用 Json 格式表示调用的参数。" for function in functions)
+def describe_glm4(tools: list[dict]) -> str:
+    text = ""
+    for tool in tools:
+        function = tool["function"]
+        text += f"\n\n## {function['name']}\n\n{to_json(function, indent=4)}\n"
+        text += "在调用上述函数时，请使用 Json 格式表示调用的参数。"
     return (
-        "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，你的任务是针对用户的"
-        f"问题和要求提供适当的答复和支持。\n\n# 可用工具{text}")
+        "你是一个名为 ChatGLM 的人工智能助手。"
+        "你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，"
+        f"你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具{text}")
 
 
-def call_glm4(calls):
+def write_glm4(calls: list[Call]) -> str:
     if len(calls) > 1:
-        raise ValueError(f"function call: {len(calls)} calls at once; the glm4 format can write only one a turn")
-    return "{}\n{}".format(*calls[0])
+        raise ValueError(f"function call: {len(calls)} calls at once; the glm4 format can write "
+                         "only one a turn")
+    name, arguments = calls[0]
+    return f"{name}\n{arguments}"
 
 
-def describe_phi4_mini(text):
+def describe_phi4_mini(tools) -> str:
+    """Takes the tools column itself: its JSON text is used unchanged."""
+    read_tools(tools)
+    text = tools if isinstance(tools, str) else to_json(tools)
     return f"<|tool|>{text}<|/tool|>"
 
 
-@dataclass(frozen=True)
-class ToolFormat:
-    """describe(tools) -> text added to the system text; call(calls) -> text of a tool call."""
-
-    describe: object
-    call: object
-    as_written: bool = False  # describe gets the JSON text as it stands in the row
+# ---- the table ----------------------------------------------------------------------------------
 
 
-TOOL_FORMATS = {
-    "default": ToolFormat(describe_default, call_default),
-    "llama3": ToolFormat(describe_llama3, call_llama3),
-    "mistral": ToolFormat(describe_mistral, call_mistral),
-    "qwen": ToolFormat(describe_qwen, call_qwen),
-    "glm4": ToolFormat(describe_glm4, call_glm4),
-    "phi4_mini": ToolFormat(describe_phi4_mini, call_default, as_written=True),
-}
+def tool_format(name: str, describe: Callable[[list[dict]], str],
+                write_calls: Callable[[list[Call]], str]) -> ToolFormat:
+    """A row of the table, from two of the functions above."""
+    return ToolFormat(name, partial(describe_tools, describe), partial(render_call, write_calls))
 
 
-def shorten(text, width=120):
-    """A text for an error message: one line, not too long."""
+TOOL_FORMATS = {row.name: row for row in (
+    tool_format("default", describe_default, write_default),
+    tool_format("llama3", describe_llama3, write_llama3),
+    tool_format("mistral", describe_mistral, write_mistral),
+    tool_format("qwen", describe_qwen, write_qwen),
+    tool_format("glm4", describe_glm4, write_glm4),
+    ToolFormat("phi4_mini", describe_phi4_mini, partial(render_call, write_default)),
+)}
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """JSON text with characters of all languages unescaped."""
+    return json.dumps(value, indent=indent, ensure_ascii=False)
+
+
+def shorten(text: str, width: int = 120) -> str:
+    """A text for an error message: one line, of at most `width` characters."""
     return repr(text if len(text) <= width else text[:width] + "…")
