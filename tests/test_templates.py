@@ -463,8 +463,8 @@ def test_a_token_that_only_slots_name_need_not_be_found_in_texts(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|assistant|>", "<|system|>"])
     row = replace(TEMPLATES["chatglm3"], prefix=(Token("[gMASK]"), Token("l")), needs=("[gMASK]", "l"))
-    assert not tokenizer.knows("l") and template_check.misfit(row, tokenizer, "chatglm") == ""
-    assert "'<sop>'" in template_check.misfit(TEMPLATES["glm4"], tokenizer, "chatglm")
+    assert not tokenizer.knows("l") and template_check.misfit_reason(row, tokenizer, "chatglm") == ""
+    assert "'<sop>'" in template_check.misfit_reason(TEMPLATES["glm4"], tokenizer, "chatglm")
 
 
 # ---- a format in the config
@@ -700,7 +700,7 @@ def test_the_same_text_in_other_tokens_is_said(tmp_path):
     tokenizer.chat_template = ("{% for m in messages %}{{ 'hello' if m.role == 'user' else '' }}{{ m.content }}"
                                "{% endfor %}")
     lines = check_template(Template(user=("hel", "lo", "{{content}}"), assistant=("{{content}}",)), tokenizer)
-    assert lines[0].startswith("known: the same text in other tokens, since slots are tokenised one by one (in: ")
+    assert lines[0].startswith("known: the same text in other tokens, since slots are tokenized one by one (in: ")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -718,7 +718,7 @@ def test_every_row_agrees_with_the_chat_template_written_for_it(tmp_path, name):
 
 
 @pytest.mark.parametrize("jinja, message", [
-    ("{% for", "it is no jinja template"), ("{{ other + 'x' }}", "'other' is undefined"),
+    ("{% for", "it is not a jinja template"), ("{{ other + 'x' }}", "'other' is undefined"),
     ("{{ 1 / 0 }}", "division"),
     ("{{ 'a' * 10 ** 11 }}", "memory"), ("{{ 'a' * 10 ** 6 }}", "more than 20000 characters"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__.os.system('x') }}", "unsafe"),
