@@ -30,15 +30,16 @@ if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "eval"))   # --help and mistakes do not wait for torch
 
 from runtime.device import pick_device              # before torch: see guard_amdsmi there
-from tqdm import tqdm
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import find_checkpoint, write_json
 from config import Config, has_reference
 from data import settings_of
 from evals.bleu_rouge import NAMES, means, pick_words, score
+from evals.compare import print_changed_most
 from evals.loss import evaluate, evaluate_examples
-from evals.multiple_choice import Subject, accuracies, answers_of, find_subjects
+from evals.multiple_choice import (accuracies, answer_subjects, find_subjects, print_task,
+                                   write_choices)
 from evals.predictions import (Prompt, Side, predict, progress_name, prompts_of, read_prompt_rows,
                                run_key, write_predictions)
 from families import read_config_json, read_model_config
@@ -62,7 +63,6 @@ from text.load_text import Text, eos_ids_of, load_text
 from text.token_cache import load_examples
 from text.tokenizer import read_json
 
-SHOWN_ROWS = 3          # rows printed side by side
 # columns of the table -> metric: of replies and text, of preferences, of reward models
 COLUMNS = {"loss": "eval_token_loss", "perplexity": "eval_perplexity"}
 PAIR_COLUMNS = {
@@ -365,45 +365,6 @@ def measure_choices(config: Config, sides: list[Side], template, tokenizer, sett
         write_choices(Path(folder), answers[sides[0].name], percents, text)
 
 
-def print_task(config: Config, subjects: list[Subject], template_name: str):
-    """Print the number of questions, few-shot examples, and the template."""
-    questions = sum(len(subject.questions) for subject in subjects)
-    fewer = [subject.name for subject in subjects if len(subject.shots) < config.n_shot]
-    examples = f"{config.n_shot} each"
-    if fewer:
-        examples += f"; fewer in {len(fewer)} subjects, such as {fewer[0]}"
-    print_pairs("questions", {
-        "task": f"{config.task}: {questions:,} in {len(subjects)} subjects",
-        "examples": examples,
-        "template": template_name,
-    })
-
-
-def answer_subjects(model, subjects: list[Subject], config: Config, template, tokenizer,
-                    settings) -> dict[str, list[str]]:
-    """{name of a subject: the letters the model chose}."""
-    answers = {}
-    for subject in tqdm(subjects, desc="subjects", leave=False,
-                        disable=bool(config.disable_tqdm) or None):
-        letters, shortened = answers_of(model, subject, config, template, tokenizer, settings)
-        answers[subject.name] = letters
-        if shortened:
-            tqdm.write(f"  {subject.name}: examples left out of {shortened} questions, to fit the "
-                       "model's context")
-    return answers
-
-
-def write_choices(folder: Path, answers: dict[str, list[str]], percents: dict, text: str):
-    """Write results.json and results.log in LLaMA-Factory's format, and accuracy.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbered = {name: {str(i): letter for i, letter in enumerate(letters)}
-                for name, letters in answers.items()}
-    write_json(folder / "results.json", numbered)
-    write_json(folder / "accuracy.json", percents)
-    (folder / "results.log").write_text(text + "\n", encoding="utf-8")
-    print(f"\nwritten to {folder}: results.json, accuracy.json, results.log")
-
-
 # ---- files and printing -----------------------------------------------------------------------
 
 
@@ -449,54 +410,6 @@ def print_table(config: Config, sides: list[Side], answered: bool):
         rows.append([side.name, *("" if value is None else f"{value:.4g}" for value in values)])
     print()
     print(format_table(["", *columns], rows))
-
-
-def print_changed_most(sides: list[Side], examples, prompts: list[Prompt], tokenizer):
-    """Print the rows that differ most between the first model and its base, side by side."""
-    tuned = sides[0]
-    base = next((side for side in sides[1:] if side.name == "base"), None)
-    if base is None or not (base.losses or prompts):
-        return
-    change = changes_of_rows(tuned, base, bool(prompts))
-    changed = [i for i, value in enumerate(change) if abs(value) > 0]
-    order = sorted(changed, key=lambda i: -abs(change[i]))[:SHOWN_ROWS]
-    better = sum(value > 0 for value in change)
-    worse = sum(value < 0 for value in change)
-    same = len(change) - better - worse
-    most = ". Those that changed most:" if order else ""
-    print(f"\n{tuned.name} against base: {better} rows better, {worse} worse, {same} alike{most}")
-    for i in order:
-        if prompts:
-            print_answers(i, tuned, base, prompts[i], tokenizer)
-        else:
-            text = one_line(tokenizer.decode(examples[i].input_ids.tolist()))
-            print(f"  example {i + 1}: loss {base.losses[i]:.4f} -> {tuned.losses[i]:.4f}   {text}")
-
-
-def changes_of_rows(tuned: Side, base: Side, answered: bool) -> list[float]:
-    """Improvement of each row: of the mean score, or else of the loss."""
-    if not answered:
-        return [b - a for a, b in zip(tuned.losses, base.losses)]
-    return [sum(a[name] - b[name] for name in NAMES) / len(NAMES)
-            for a, b in zip(tuned.scores, base.scores)]
-
-
-def print_answers(i: int, tuned: Side, base: Side, prompt: Prompt, tokenizer):
-    """Print prompt, label and both answers of row i."""
-    print(f"\nrow {i + 1}")
-    print(f"  {'prompt':8}{one_line(tokenizer.decode(prompt[0]))}")
-    print(f"  {'label':8}{one_line(tokenizer.decode(prompt[1], True))}")
-    for side in (base, tuned):
-        mean = sum(side.scores[i].values()) / len(NAMES)
-        text = one_line(tokenizer.decode(side.answers[i], True))
-        print(f"  {side.name:8}{text} (mean of the scores {mean:.1f})")
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """The text with its middle left out if it is long, newlines escaped."""
-    if len(text) > limit:
-        text = f"{text[:limit // 2]} … {text[-limit // 2:]}"
-    return text.replace("\n", "\\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from itertools import islice
@@ -37,34 +36,30 @@ from errors import run_script
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
-    run_script(lambda argv: load_config(argv, "merge"))   # --help and mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "merge"))  # --help and mistakes do not wait for torch
 
 import runtime.device  # noqa: F401                     # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
 
-from checkpoint.adapters import (folded_under, load_with_adapters, read_adapter_config,
-                                 warn_of_folded)
+from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folded
 from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
                               tensor_files, write_json, write_tensors)
-from checkpoint.load import load_model, packed_weights, read_packed
-from evals.loss import mean_loss
-from families import model_config, read_config_json, read_model_config
+from checkpoint.load import packed_weights, read_packed
+from evals.compare import compare_losses
+from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from methods.lora_variants import merged_dora_weight
 from methods.preference import VALUE_HEAD
-from methods.quant import Form, form_asked, in_words, quantise
-from runtime.build import ENCODERS
-from runtime.memory_advice import available_bytes
+from methods.quant import Form, in_words, quantise
+from runtime.finished import as_trained
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
-from text.load_text import fit_text, load_text
-from text.token_cache import kept_in, load_examples
+from text.load_text import fit_text
 from text.tokenizer import load_tokenizer, read_json
 from text.vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
-LOSS_ROWS = 32                  # most rows whose losses are compared
 MAX_THREADS = 4                 # more would idle: one writes while the others sum
 
 # Files that define how text is read and rendered. Training settles them together, so all of them
@@ -78,9 +73,6 @@ COPIED = (
     "USE_POLICY*")
 SKIPPED = (
     "config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", *TEXT_FILES)
-# Keys of train_config.json that tell how the base was loaded in training.
-TRAINED_KEYS = (
-    "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
 
 
 def main(argv):
@@ -384,25 +376,6 @@ def check_copy(block: torch.Tensor, copy: torch.Tensor, name: str, file: Path):
 # ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------
 
 
-def as_trained(config: Config, adapters: list[Path]) -> tuple[Form | None, torch.dtype | None, str]:
-    """How training loaded the base: (quantization on load or None, dtype or None, stage).
-
-    From the config, or from train_config.json beside the last adapter.
-    """
-    stored = read_json(adapters[-1] / "train_config.json") if adapters else {}
-    keys = [key for key in TRAINED_KEYS if key in stored and key not in config.given]
-    known = replace(config, **{key: stored[key] for key in keys})
-    half_dtype = None
-    if known.bf16:
-        half_dtype = torch.bfloat16
-    elif known.fp16:
-        half_dtype = torch.float16
-    form = form_asked(known)
-    if form:
-        form = replace(form, dtype=half_dtype)
-    return form, half_dtype, known.stage
-
-
 def form_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple[Form | None, str]:
     """(quantization to apply to a 16-bit base before merging, description of the base or "").
 
@@ -429,46 +402,6 @@ def form_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple[For
     print(f"base      rounded to {form.kind} and dequantized, as in training (merge_base: original "
           "skips this)")
     return form, form.kind
-
-
-def compare_losses(config: Config, base: Path, adapters: list[Path], device: str):
-    """Print the mean loss per token of base, base with adapters, and merged model on some rows."""
-    weights = Path(config.export_dir).glob("*.safetensors")
-    size = sum(file.stat().st_size for file in weights)
-    free = available_bytes(device)
-    if free and size > 0.9 * free:
-        print(f"losses    not compared: the merged model is larger than the free memory ({device})")
-        return
-    form, half_dtype, stage = as_trained(config, adapters)
-    if stage not in ("sft", "pt"):
-        print(f"losses    not compared: stage {stage} has no loss per token")
-        return
-
-    text = load_text(config, config.export_dir, adapters, read_model_config(base))
-    rows, description = some_rows(replace(config, stage=stage), text.tokenizer, text.template)
-
-    loaders = {
-        "base": lambda: load_model(base, half_dtype, device, form=form),
-        "with adapter": lambda: load_with_adapters(base, adapters, half_dtype, device, form=form),
-        "merged": lambda: load_model(config.export_dir, half_dtype, device),
-    }
-    losses = []
-    for name, load in loaders.items():                  # one model in memory at a time
-        losses.append(f"{name} {mean_loss(load(), rows, device):.4f}")
-    print(f"losses    {', '.join(losses)} (per token, over {len(rows)} {description})")
-
-
-def some_rows(config: Config, tokenizer, template):
-    """(first examples held out for evaluation, description); without such, training examples."""
-    if config.eval_dataset or not config.val_size:      # else the split is made of all rows
-        limit = min(config.max_samples or LOSS_ROWS, LOSS_ROWS)
-        config = replace(config, max_samples=limit)
-    folder = kept_in(config) if config.output_dir or config.tokenized_path else None
-    train_set, eval_set, _ = load_examples(config, tokenizer, template, ENCODERS[config.stage],
-                                           folder=folder, writes=False)
-    if eval_set:
-        return eval_set[:LOSS_ROWS], "rows held out"
-    return train_set[:LOSS_ROWS], "training rows; eval_dataset or val_size would hold some out"
 
 
 # ---- files beside the weights -----------------------------------------------------------------

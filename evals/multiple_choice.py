@@ -23,7 +23,10 @@ import torch
 from tqdm import tqdm
 
 from attention import Layout
+from checkpoint.files import write_json
+from config import Config
 from generate import check_finite, check_prompt, common_prefix, context_length
+from runtime.report import print_pairs
 from templates import encode_prompt
 from text.tokenizer import read_json
 
@@ -250,6 +253,20 @@ def last_logits(model, prompts: list[list[int]]) -> torch.Tensor:
     return logits
 
 
+def answer_subjects(model, subjects: list[Subject], config: Config, template, tokenizer,
+                    settings) -> dict[str, list[str]]:
+    """{name of a subject: the letters the model chose}."""
+    answers = {}
+    for subject in tqdm(subjects, desc="subjects", leave=False,
+                        disable=bool(config.disable_tqdm) or None):
+        letters, shortened = answers_of(model, subject, config, template, tokenizer, settings)
+        answers[subject.name] = letters
+        if shortened:
+            tqdm.write(f"  {subject.name}: examples left out of {shortened} questions, to fit the "
+                       "model's context")
+    return answers
+
+
 def accuracies(subjects: list[Subject], answers: dict[str, list[str]]) -> dict[str, float]:
     """{name: percent right}: of each category, each subject, and of all questions ("Average").
 
@@ -269,3 +286,31 @@ def accuracies(subjects: list[Subject], answers: dict[str, list[str]]) -> dict[s
     percents = {name: 100 * sum(groups[name]) / len(groups[name]) for name in names}
     percents["Average"] = 100 * sum(everything) / len(everything)
     return percents
+
+
+# ---- printing and files -----------------------------------------------------------------------
+
+
+def print_task(config: Config, subjects: list[Subject], template_name: str):
+    """Print the number of questions, few-shot examples, and the template."""
+    questions = sum(len(subject.questions) for subject in subjects)
+    fewer = [subject.name for subject in subjects if len(subject.shots) < config.n_shot]
+    examples = f"{config.n_shot} each"
+    if fewer:
+        examples += f"; fewer in {len(fewer)} subjects, such as {fewer[0]}"
+    print_pairs("questions", {
+        "task": f"{config.task}: {questions:,} in {len(subjects)} subjects",
+        "examples": examples,
+        "template": template_name,
+    })
+
+
+def write_choices(folder: Path, answers: dict[str, list[str]], percents: dict, text: str):
+    """Write results.json and results.log in LLaMA-Factory's format, and accuracy.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbered = {name: {str(i): letter for i, letter in enumerate(letters)}
+                for name, letters in answers.items()}
+    write_json(folder / "results.json", numbered)
+    write_json(folder / "accuracy.json", percents)
+    (folder / "results.log").write_text(text + "\n", encoding="utf-8")
+    print(f"\nwritten to {folder}: results.json, accuracy.json, results.log")

@@ -17,11 +17,15 @@ from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folde
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import Config
+from methods.quant import Form, form_asked
 from text.tokenizer import read_json
 
 # keys of the config that change how a conversation is rendered
 RENDERING_KEYS = ("enable_thinking", "preserve_thinking", "mask_history", "tool_format",
                   "default_system")
+# keys of the config that tell how the base was loaded in training
+QUANTIZATION_KEYS = (
+    "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
 
 
 def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
@@ -97,6 +101,25 @@ def with_trained_settings(config: Config, folder: Path) -> Config:
     """
     values = {**read_json(folder / "train_config.json"), **config.given}
     return replace(config, **{key: values[key] for key in RENDERING_KEYS if key in values})
+
+
+def as_trained(config: Config, adapters: list[Path]) -> tuple[Form | None, torch.dtype | None, str]:
+    """How training loaded the base: (quantization on load or None, dtype or None, stage).
+
+    From the config, or from train_config.json beside the last adapter.
+    """
+    stored = read_json(adapters[-1] / "train_config.json") if adapters else {}
+    keys = [key for key in QUANTIZATION_KEYS if key in stored and key not in config.given]
+    known = replace(config, **{key: stored[key] for key in keys})
+    half_dtype = None
+    if known.bf16:
+        half_dtype = torch.bfloat16
+    elif known.fp16:
+        half_dtype = torch.float16
+    form = form_asked(known)
+    if form:
+        form = replace(form, dtype=half_dtype)
+    return form, half_dtype, known.stage
 
 
 def pick_dtype(config: Config, raw: dict, device: torch.device) -> torch.dtype | None:

@@ -1,0 +1,117 @@
+"""Models side by side: the losses of a merged model and its parts, and the rows that changed most.
+
+Requires: evals/loss.py, evals/predictions.py.
+Next: merge.py, eval.py.
+"""
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoint.adapters import load_with_adapters
+from checkpoint.load import load_model
+from config import Config
+from evals.bleu_rouge import NAMES
+from evals.loss import mean_loss
+from evals.predictions import Prompt, Side
+from families import read_model_config
+from runtime.build import ENCODERS
+from runtime.finished import as_trained
+from runtime.memory_advice import available_bytes
+from text.load_text import load_text
+from text.token_cache import kept_in, load_examples
+
+LOSS_ROWS = 32          # most rows whose losses are compared
+SHOWN_ROWS = 3          # rows printed side by side
+
+
+# ---- base, base with adapter, merged model ----------------------------------------------------
+
+
+def compare_losses(config: Config, base: Path, adapters: list[Path], device: str):
+    """Print the mean loss per token of base, base with adapters, and merged model on some rows."""
+    weights = Path(config.export_dir).glob("*.safetensors")
+    size = sum(file.stat().st_size for file in weights)
+    free = available_bytes(device)
+    if free and size > 0.9 * free:
+        print(f"losses    not compared: the merged model is larger than the free memory ({device})")
+        return
+    form, half_dtype, stage = as_trained(config, adapters)
+    if stage not in ("sft", "pt"):
+        print(f"losses    not compared: stage {stage} has no loss per token")
+        return
+
+    text = load_text(config, config.export_dir, adapters, read_model_config(base))
+    rows, description = some_rows(replace(config, stage=stage), text.tokenizer, text.template)
+
+    loaders = {
+        "base": lambda: load_model(base, half_dtype, device, form=form),
+        "with adapter": lambda: load_with_adapters(base, adapters, half_dtype, device, form=form),
+        "merged": lambda: load_model(config.export_dir, half_dtype, device),
+    }
+    losses = []
+    for name, load in loaders.items():                  # one model in memory at a time
+        losses.append(f"{name} {mean_loss(load(), rows, device):.4f}")
+    print(f"losses    {', '.join(losses)} (per token, over {len(rows)} {description})")
+
+
+def some_rows(config: Config, tokenizer, template):
+    """(first examples held out for evaluation, description); without such, training examples."""
+    if config.eval_dataset or not config.val_size:      # else the split is made of all rows
+        limit = min(config.max_samples or LOSS_ROWS, LOSS_ROWS)
+        config = replace(config, max_samples=limit)
+    folder = kept_in(config) if config.output_dir or config.tokenized_path else None
+    train_set, eval_set, _ = load_examples(config, tokenizer, template, ENCODERS[config.stage],
+                                           folder=folder, writes=False)
+    if eval_set:
+        return eval_set[:LOSS_ROWS], "rows held out"
+    return train_set[:LOSS_ROWS], "training rows; eval_dataset or val_size would hold some out"
+
+
+# ---- a tuned model and its base ---------------------------------------------------------------
+
+
+def print_changed_most(sides: list[Side], examples, prompts: list[Prompt], tokenizer):
+    """Print the rows that differ most between the first model and its base, side by side."""
+    tuned = sides[0]
+    base = next((side for side in sides[1:] if side.name == "base"), None)
+    if base is None or not (base.losses or prompts):
+        return
+    change = changes_of_rows(tuned, base, bool(prompts))
+    changed = [i for i, value in enumerate(change) if abs(value) > 0]
+    order = sorted(changed, key=lambda i: -abs(change[i]))[:SHOWN_ROWS]
+    better = sum(value > 0 for value in change)
+    worse = sum(value < 0 for value in change)
+    same = len(change) - better - worse
+    most = ". Those that changed most:" if order else ""
+    print(f"\n{tuned.name} against base: {better} rows better, {worse} worse, {same} alike{most}")
+    for i in order:
+        if prompts:
+            print_answers(i, tuned, base, prompts[i], tokenizer)
+        else:
+            text = one_line(tokenizer.decode(examples[i].input_ids.tolist()))
+            print(f"  example {i + 1}: loss {base.losses[i]:.4f} -> {tuned.losses[i]:.4f}   {text}")
+
+
+def changes_of_rows(tuned: Side, base: Side, answered: bool) -> list[float]:
+    """Improvement of each row: of the mean score, or else of the loss."""
+    if not answered:
+        return [b - a for a, b in zip(tuned.losses, base.losses)]
+    return [sum(a[name] - b[name] for name in NAMES) / len(NAMES)
+            for a, b in zip(tuned.scores, base.scores)]
+
+
+def print_answers(i: int, tuned: Side, base: Side, prompt: Prompt, tokenizer):
+    """Print prompt, label and both answers of row i."""
+    print(f"\nrow {i + 1}")
+    print(f"  {'prompt':8}{one_line(tokenizer.decode(prompt[0]))}")
+    print(f"  {'label':8}{one_line(tokenizer.decode(prompt[1], True))}")
+    for side in (base, tuned):
+        mean = sum(side.scores[i].values()) / len(NAMES)
+        text = one_line(tokenizer.decode(side.answers[i], True))
+        print(f"  {side.name:8}{text} (mean of the scores {mean:.1f})")
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """The text with its middle left out if it is long, newlines escaped."""
+    if len(text) > limit:
+        text = f"{text[:limit // 2]} … {text[-limit // 2:]}"
+    return text.replace("\n", "\\n")
