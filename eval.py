@@ -115,7 +115,7 @@ def main(argv):
 
     # ---- the table
     write_json(output / "comparison.json", {side.name: side.results for side in sides})
-    print_table(config, sides, bool(prompts))
+    print_metrics(config, sides, bool(prompts))
     print_changed_most(sides, examples, prompts, text.tokenizer)
     for path in output.glob(progress_name("*")):        # finished: the next run starts anew
         path.unlink()
@@ -395,7 +395,7 @@ def write_files(output: Path, side: Side, config: Config, tokenizer, prompts: li
     write_json(output / "all_results.json", all_results)
 
 
-def print_table(config: Config, sides: list[Side], answered: bool):
+def print_metrics(config: Config, sides: list[Side], answered: bool):
     """One row for each model, one column for each metric."""
     columns = COLUMNS
     if config.stage == "rm":
