@@ -1,4 +1,4 @@
-"""answers.py: many answers at once are those made one by one, token for token, whatever the family."""
+"""fast/batch_decode.py: many answers at once are those made one by one, token for token, whatever the family."""
 import random
 
 import pytest
