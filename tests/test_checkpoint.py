@@ -77,15 +77,17 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(401, error="RepoNotFound")
         if "acme/tiny/revision/nope" in path:
             return self.answer(404, error="RevisionNotFound")
-        for name, files in (("acme/tiny", FILES), ("acme/pickled", PICKLED)):
+        for name, contents in (("acme/tiny", FILES), ("acme/pickled", PICKLED)):
             if f"{name}/revision" in path:
-                listing = [{"rfilename": file} for file in files]
-                return self.answer(200, {"id": name, "sha": commit, "siblings": listing, "private": False, "tags": []})
+                listing = [{"rfilename": file} for file in contents]
+                return self.answer(200, {"id": name, "sha": commit, "siblings": listing,
+                                         "private": False, "tags": []})
             if f"{name}/tree" in path:
-                return self.answer(200, [{"type": "file", "path": file, "size": len(data), "oid": "b" * 40}
-                                         for file, data in files.items()])
+                return self.answer(200, [
+                    {"type": "file", "path": file, "size": len(data), "oid": "b" * 40}
+                    for file, data in contents.items()])
             if f"{name}/resolve" in path:
-                return self.answer(200, files[path.split(f"{commit}/")[1]], commit)
+                return self.answer(200, contents[path.split(f"{commit}/")[1]], commit)
         self.answer(500)
 
     do_HEAD = do_GET

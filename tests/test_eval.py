@@ -14,7 +14,6 @@ from fast import batch_decode as answers
 from runtime import finished as trained
 from runtime.load_config import load_config
 from evals import predictions
-from evals import predictions
 from evals.bleu_rouge import NAMES
 from text.chat_formats import TEMPLATES
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
