@@ -45,6 +45,7 @@ from evals.predictions import (Prompt, Side, predict, progress_name, prompts_of,
 from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import prepare
+from fast.fused_block import fuse_blocks
 from fast.matmul import pick_product
 from generate import Sampling
 from lora import merge_adapters
@@ -261,6 +262,7 @@ def load_side(side: Side, config: Config, device):
                          **attention_needs(model.config))
     model.kernel = choice.kernel
     model.product = pick_product(device, dtype).taken
+    fuse_blocks(model, model.product)
     return model
 
 
@@ -319,6 +321,7 @@ def prepare_answers(config: Config, model, device):
     if config.fast_chat:
         merge_adapters(model, quantized=False)
     model.product = "plain"
+    fuse_blocks(model, model.product)
     if config.fast_chat:
         size = config.per_device_eval_batch_size
         lines = prepare(model, available_bytes(device), size)

@@ -44,6 +44,7 @@ from evals.loss import evaluate
 from families import model_config, read_config_json
 from fast.attention_picker import pick_kernel
 from fast.compile import compile_steps, compile_unpacking, pick_compile
+from fast.fused_block import fuse_blocks
 from fast.matmul import PRODUCTS, pick_product, torch_product
 from lora import LoRALinear, lora_layers, trainable
 from losses import logged
@@ -179,8 +180,8 @@ def main(argv):
     in_parts = sharded and not lora                 # what learns is cut, too
     if config.fsdp:
         print_shards(model, ranks)
-    model.recompute = memory.workload.recompute
-    if embedding_may_stay_outside(model, device, model.recompute):
+    recompute = memory.workload.recompute
+    if embedding_may_stay_outside(model, device, recompute):
         model.model.embed_tokens = EmbeddingOutside(model.model.embed_tokens)
         print("embedding: in the machine's memory, its rows are sent when they are read")
     # no cache: it would hold 16-bit copies of all matrices through the forward pass
@@ -217,6 +218,8 @@ def main(argv):
     model.product = state["product"] if state["product"] in products.rates else products.taken
     for other in filter(None, [reference]):
         other.kernel, other.product = model.kernel, model.product
+        fuse_blocks(other, model.product)
+    fuse_blocks(model, model.product, recompute)
     if state["compiled"] and compiled:
         for one in filter(None, [model, reference]):
             compile_steps(one)

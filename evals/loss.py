@@ -112,7 +112,7 @@ def score_examples(model, examples: list, *, balance: float, device) -> BatchLos
     batch = collate(examples).to(device)
     routers = [] if balance else None
     hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]   # (N, D)
-    matmul = PRODUCTS.get(model.product, torch_product)
+    matmul = PRODUCTS.get(getattr(model, "product", None), torch_product)
     sizes = [len(example.input_ids) for example in examples]
     sums, counts = [], []
     for rows, targets in zip(hidden.split(sizes), batch.targets.split(sizes)):

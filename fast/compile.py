@@ -1,74 +1,112 @@
-"""The cheap steps of a block, compiled: norms, the rotation, act(gate) * up, and 4-bit unpacking.
+"""Elementwise steps, compiled: norms, rotation, act(gate) * up, and dequantizing 4-bit weights.
 
-Requires: model.py.
-Next: fast/fused_block.py.
+    compiled, line = pick_compile(None, device, dtype)
+    if compiled:
+        compile_steps(model)
+
+Compiled, each step reads its input once. The functions as they are written remain the twins.
+
+Requires: model.py, rope.py, fast/fused_block.py, methods/quant.py.
+Next: fast/attention_picker.py.
 """
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 
 from families import model_config
+from fast.fused_block import fuse_blocks
 from methods.quant import Quantised, quantised_weights, unpack_at_once
-from model import CausalLM, init_weights
+from model import MLP, Attention, CausalLM, RMSNorm, init_weights, rms_norm
+from rope import rotate
+
+# relative, of any gradient
+COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 def compile_steps(model: nn.Module):
-    """Norms, the rotation of q and k, and act(gate) * up as one kernel each, in place of one for every operation in
-    them: each then reads its input once. In place; the functions as they are written stay what is right."""
-    compiled = {}
+    """Compute norms, the rotation of q and k, and act(gate) * up as one kernel each, in place."""
+    compiled_norm = torch.compile(rms_norm, dynamic=True)
+    compiled_rotate = torch.compile(rotate, dynamic=True)
+    compiled_gated = torch.compile(gated, dynamic=True)
     for module in model.modules():
-        for name in ("compute", "turn"):
-            if function := getattr(type(module), name, None):
-                if function not in compiled:
-                    compiled[function] = torch.compile(function, dynamic=True)
-                setattr(module, name, compiled[function])
+        if isinstance(module, RMSNorm):
+            module.forward = partial(norm_forward, compiled_norm, module)
+        elif isinstance(module, Attention):
+            module.rotate = partial(rotate_heads, compiled_rotate, module.config.rotary_pairs)
+        elif isinstance(module, MLP):
+            module.gated = partial(compiled_gated, act=module.act)
 
 
-def pick_compile(asked: bool | None, device, dtype, hidden_act: str = "silu") -> tuple[bool, str]:
-    """(whether to compile_steps, a line for the start page). asked None: on GPUs, where torch has a compiler for it.
+def norm_forward(compiled: Callable, norm: RMSNorm, x):
+    """RMSNorm.forward."""
+    return compiled(x, norm.weight, norm.eps, norm.offset, norm.wide)
 
-    What the compiler makes is first tried on a small block, forward and backward, against what is written.
+
+def rotate_heads(compiled: Callable, pairs: str, x, ctx):
+    """Attention.rotate."""
+    return compiled(x, *ctx.rope, pairs)
+
+
+def gated(gate, up, act: Callable):
+    """MLP.gated as a function."""
+    return act(gate) * up
+
+
+def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu") -> tuple[bool, str]:
+    """(whether to compile_steps, a line for the start page).
+
+    wanted None: on GPUs, where torch has a compiler for them. The compiled steps are first tried on
+    a small block, forward and backward, against those that are not compiled.
     """
     device = torch.device(device)
-    if not asked and (asked is False or device.type != "cuda"):
-        return False, "steps between products: as written" + ("" if asked is False else
-                                                              f" (on {device.type} compiling takes longer than it saves)")
+    if wanted is False:
+        return False, "torch.compile: off"
+    if wanted is None and device.type != "cuda":
+        return False, "torch.compile: off (compiling takes longer than it saves on a CPU)"
     try:
         error = compile_error(device, dtype, hidden_act)
-    except Exception as refusal:        # what a broken compiler raises is of many kinds, and none must end a training
-        text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-        return False, f"steps between products: as written; torch.compile does not work here ({text[:120]})"
+    except Exception as refusal:        # of many kinds, and none must end a training
+        return False, f"torch.compile: off; it does not work here ({first_line(refusal)})"
     if not error < COMPILED_ERROR[dtype]:
-        return False, f"steps between products: as written; those that torch.compile makes are off by {error:.2g}"
-    return True, "steps between products: compiled (norms, rotation, gate * up)"
+        return False, f"torch.compile: off; compiled steps are off by {error:.2g}"
+    return True, "torch.compile: norms, rotation, gate * up"
 
 
-COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}       # relative, of any gradient
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def compile_error(device, dtype, hidden_act: str) -> float:
-    """How far a compiled block is from one that is not: the largest relative error of its output and gradients."""
-    config = model_config(dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-                               num_attention_heads=4, num_key_value_heads=2, vocab_size=64, max_position_embeddings=64,
-                               rms_norm_eps=1e-5, hidden_act=hidden_act))
+    """The largest relative error of a compiled block's output and gradients."""
+    config = model_config({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+        "hidden_act": hidden_act})
     results = []
     for compiled in (False, True):
         model = CausalLM(config)
         init_weights(model, torch.Generator().manual_seed(0))
         model.to(device, dtype)
-        model.product = "torch"
+        fuse_blocks(model)
         if compiled:
             compile_steps(model)
         out = model(torch.arange(40, device=device)[None])
         out.float().square().sum().backward()
-        results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    return max(float((a - b).float().norm() / (a.float().norm() + 1e-12)) for a, b in zip(*results))
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([out.detach(), *grads])
+    errors = [(a - b).float().norm() / (a.float().norm() + 1e-12) for a, b in zip(*results)]
+    return max(map(float, errors))
 
 
 @torch.no_grad()
 def compile_unpacking(model: nn.Module) -> str:
-    """Let torch's compiler make one kernel of what makes 4-bit weights dense. Returns a line for the start page, or "".
+    """Dequantize 4-bit weights by one compiled kernel. Returns a line for the start page, or "".
 
-    It is tried first, and must give the same bits; otherwise all stays as it is.
+    It is tried first, and must give the same bits; otherwise nothing changes.
     """
     weights = [weight for weight in quantised_weights(model).values() if weight.form.kind != "int8"]
     if not weights:
@@ -77,17 +115,19 @@ def compile_unpacking(model: nn.Module) -> str:
     tried.compiled = None
     exact = tried.dense()
     try:
-        quick = torch.compile(unpack_at_once, dynamic=True)
+        compiled = torch.compile(unpack_at_once, dynamic=True)
 
         def unpack(codes, scales, pairs, dtype):
-            return quick(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
+            return compiled(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
 
         tried.compiled = unpack
-        same, said = torch.equal(tried.dense(), exact), "gives other numbers"
-    except Exception as refusal:        # what a broken compiler raises is of many kinds, and none must end a training
-        text = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-        same, said = False, f"does not work here ({text[:120]})"
+        same_bits = torch.equal(tried.dense(), exact)
+        reason = "gives other numbers"
+    except Exception as refusal:        # of many kinds, and none must end a training
+        same_bits = False
+        reason = f"does not work here ({first_line(refusal)})"
     for weight in weights:
-        weight.compiled = unpack if same else None
-    return "4-bit weights: made dense by one compiled kernel" if same else \
-        f"4-bit weights: made dense in several steps; torch.compile {said}"
+        weight.compiled = unpack if same_bits else None
+    if same_bits:
+        return "4-bit weights: dequantized by one compiled kernel"
+    return f"4-bit weights: dequantized in several steps; torch.compile {reason}"

@@ -1,61 +1,167 @@
-"""Linear layers that keep little for the backward pass, and the library that multiplies their matrices.
+"""Fast blocks: linear layers that keep little for the backward pass; recomputation.
 
-    python -m fast.matmul                    the matrix products of this machine: how fast, how exact, which one is taken
+    fuse_blocks(model, "torch", ["none", "mlp", "block"])       sets it on finished blocks, in place
 
-`linears` is called where a block applies linear layers to one input: q, k and v; gate and up; down; o. Its slow twin is
-one line, `[layer(before(*xs)) for layer in layers]`, and `plain` is its name as a choice. The fast path computes the same
-in one autograd function:
+The slow twin is model.py itself; tests hold the two equal. A fused block computes its linear layers
+with `fused_linears`, several of the same input in one autograd function:
 
-    before(*xs)     the cheap step in front, a norm or silu(gate) * up, is computed again in the backward pass: what is
-                    kept are its inputs xs, and of each adapter the narrow product A x, nothing else
-    frozen W        get no gradient, and none of the work for it; those in 4 or 8 bits (methods/quant.py) are made dense for the
-                    product, forward and backward, and not kept
-    adapters        all A that read the same input are one product; B's is added in place: y += scale * (A x) B'
+    before(*xs)     the cheap step in front, a norm or act(gate) * up, is recomputed in the backward
+                    pass: kept are its inputs xs, the A x of each adapter, and nothing else
+    frozen W        gets no gradient, and no work is done for it; in 4 or 8 bits (methods/quant.py)
+                    it is dequantized for each matmul, forward and backward, and not kept
+    adapters        all A of the same input are one matmul; B is added in place: y += s * (A x) B'
 
-So what of gate and up is kept is a matter of what `before` is: with the products of gate and up inside it (model.MLP),
-they are computed again, too.
+So recomputing the matmuls of gate and up is a matter of `before` alone: they are put into it.
 
-Read before: model.py, which calls it. Read after: lora.py (the layers with adapters), runtime/memory.py (what is kept, in bytes).
-Papers: LoRA arXiv:2106.09685, recomputation arXiv:1604.06174 and, of cheap steps only, arXiv:2205.05198.
+Requires: model.py, lora.py, methods/quant.py, methods/fp8.py, fast/matmul.py.
+Next: runtime/memory.py (what is kept, in bytes).
+Papers: LoRA arXiv:2106.09685; recomputation arXiv:1604.06174, and of cheap steps arXiv:2205.05198.
 """
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fast.matmul import PRODUCTS, torch_product
 from lora import LoRALinear
 from methods.quant import QuantLinear
+from model import MLP, Attention, Block, CausalLM, ForwardContext, MoE
+
+# what a block recomputes in the backward pass, from fast to small: cheap steps only; the matmuls of
+# gate and up as well; everything, from its input alone (activation checkpointing)
+RECOMPUTE = ("none", "mlp", "block")
+IDENTITY = nn.Identity()
 
 
-# ---- several linear layers of one input -----------------------------------------------------------------------------
+# ---- blocks -------------------------------------------------------------------------------------
 
 
-same = nn.Identity()
+def fuse_blocks(model: CausalLM, matmul: str = "torch", recompute: Sequence[str] | None = None):
+    """Set the fast path on every block of a model, in place; it may be set again at any time.
+
+    matmul: a name from fast/matmul.py, or "plain": model.py's own forward. recompute: a level of
+    RECOMPUTE for each block, by default "none".
+    """
+    levels = recompute or ["none"] * len(model.model.layers)
+    for block, level in zip(model.model.layers, levels, strict=True):
+        unfuse(block)
+        if matmul != "plain":
+            fuse(block, PRODUCTS[matmul], level)
+        if level == "block":
+            block.forward = partial(checkpointed_forward, block.forward)
 
 
-def linears(layers, *xs, before=same, owners=(), how="plain"):
+def unfuse(block: Block):
+    """Restore the forward of model.py."""
+    for module in block.modules():
+        if isinstance(module, (Block, MLP)):
+            module.__dict__.pop("forward", None)
+
+
+def fuse(block: Block, matmul: Callable, level: str):
+    """Replace the forward of a block, and of the MLPs of its experts."""
+    recompute = level == "mlp"
+    block.forward = partial(block_forward, block, matmul, recompute)
+    if isinstance(block.mlp, MoE):
+        for module in block.mlp.modules():
+            if isinstance(module, MLP):
+                module.forward = partial(mlp_forward, module, matmul, recompute, IDENTITY)
+
+
+def block_forward(block: Block, matmul: Callable, recompute: bool, x, ctx: ForwardContext):
+    """Block.forward; the norms are steps in front of linear layers, hence inside their functions."""
+    h = attention_forward(block.self_attn, matmul, block.input_layernorm, x, ctx)
+    x = x + block.after_attention_norm(h)
+    norm = block.post_attention_layernorm
+    if isinstance(block.mlp, MoE):
+        h = block.mlp(norm(x), ctx)
+    else:
+        h = mlp_forward(block.mlp, matmul, recompute, norm, x)
+    return x + block.after_mlp_norm(h)
+
+
+def attention_forward(attn: Attention, matmul: Callable, norm: nn.Module, x, ctx: ForwardContext):
+    """Attention.forward of norm(x)."""
+    if attn.config.fused_qkv:
+        qkv, = fused_linears([attn.qkv_proj], x, before=norm, matmul=matmul)
+        q, k, v = attn.split_qkv(qkv)
+    else:
+        layers = [attn.q_proj, attn.k_proj, attn.v_proj]
+        q, k, v = fused_linears(layers, x, before=norm, matmul=matmul)
+    out = attn.attend_heads(q, k, v, ctx)
+    return fused_linears([attn.o_proj], out, matmul=matmul)[0]
+
+
+def mlp_forward(mlp: MLP, matmul: Callable, recompute: bool, norm: nn.Module, x, ctx=None):
+    """MLP.forward of norm(x). Kept are x, gate and up; with `recompute` x alone."""
+    first = [mlp.gate_up_proj] if mlp.fused else [mlp.gate_proj, mlp.up_proj]
+
+    def gate_and_up(x):
+        return fused_linears(first, x, before=norm, matmul=matmul)
+
+    def gated(gate, up=None):
+        if up is None:                  # side by side
+            gate, up = gate.chunk(2, dim=-1)
+        return mlp.gated(gate, up)
+
+    if recompute:
+        return fused_linears([mlp.down_proj], x, before=lambda x: gated(*gate_and_up(x)),
+                             owners=(norm, *first), matmul=matmul)[0]
+    return fused_linears([mlp.down_proj], *gate_and_up(x), before=gated, matmul=matmul)[0]
+
+
+def checkpointed_forward(forward: Callable, x, ctx: ForwardContext):
+    """A block's forward that keeps its input alone and runs again in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(x, ctx)
+
+    def run(x):
+        # router logits are outputs: the second run must not append to the list of the first
+        routers = None if ctx.routers is None else []
+        return forward(x, replace(ctx, routers=routers)), *(routers or ())
+
+    x, *routers = checkpoint(run, x, use_reentrant=False)
+    if ctx.routers is not None:
+        ctx.routers += routers
+    return x
+
+
+# ---- several linear layers of one input ---------------------------------------------------------
+
+
+def fused_linears(layers: list, *xs, before: Callable = IDENTITY, owners: Sequence = (),
+                  matmul: Callable | None = torch_product) -> Sequence[torch.Tensor]:
     """[layer(before(*xs)) for layer in layers]; tensors (…, in) -> (…, out).
 
-    layers: nn.Linear or lora.LoRALinear, all of one input size. before: a function of xs that costs little; it is
-    computed twice. owners: the modules whose weights `before` reads. how: a name of PRODUCTS, or "plain".
+    layers: nn.Linear, LoRALinear or QuantLinear of one input size. before: a cheap function of xs,
+    computed twice. owners: the modules whose weights `before` reads. matmul: a function of
+    fast/matmul.py; None, and wherever can_fuse is false: the layers are called.
     """
-    if how == "plain" or not all(map(is_simple, layers)) or torch.is_autocast_enabled(xs[0].device.type):
+    autocast = torch.is_autocast_enabled(xs[0].device.type)
+    if matmul is None or autocast or not all(map(can_fuse, layers)):
         h = before(*xs)
         return [layer(h) for layer in layers]
-    parts = [weights_of(layer) for layer in layers]
+    tensors = [operands(layer) for layer in layers]
     if not torch.is_grad_enabled():
-        return products(before(*xs), parts, PRODUCTS[how])[0]
-    owners = (before,) if isinstance(before, nn.Module) else owners
-    learnt = [p for owner in owners for p in owner.parameters() if p.requires_grad]
-    flat = [tensor for part in parts for tensor in part[:4]]
-    return _Linears.apply(before, [part[4:] for part in parts], PRODUCTS[how], len(xs), *xs, *flat, *learnt)
+        return outputs(before(*xs), tensors, matmul)[0]
+    if isinstance(before, nn.Module):
+        owners = (before,)
+    trained = [p for owner in owners for p in owner.parameters() if p.requires_grad]
+    saved = [tensor for each in tensors for tensor in each[:SAVED]]
+    others = [each[SAVED:] for each in tensors]
+    return FusedLinears.apply(before, others, matmul, len(xs), *xs, *saved, *trained)
 
 
-def is_simple(layer) -> bool:
-    """May the function below stand for the layer? Not with dropout, whose mask is drawn once, not with DoRA, and not
-    where someone listens to it."""
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether `fused_linears` may compute a layer.
+
+    Not with dropout, whose mask is drawn once, not with DoRA, and not where a hook is registered.
+    """
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
     if type(layer) is LoRALinear:
@@ -63,125 +169,192 @@ def is_simple(layer) -> bool:
     return type(layer) in (nn.Linear, QuantLinear)
 
 
-class Part(NamedTuple):
-    """What a layer is made of. A, B: None where there is no adapter, or it is switched off. unit, fp8: None, or those
-    of weights in 8 bits (see methods/fp8.py). packed: a quant.Quantised in the place of W, or None."""
+class Operands(NamedTuple):
+    """What a layer is computed from. The first SAVED are tensors that autograd saves."""
     W: torch.Tensor | None              # (out, in)
     bias: torch.Tensor | None           # (out,)
-    A: torch.Tensor | None              # (r, in)
+    A: torch.Tensor | None              # (r, in); None: no adapter, or a disabled one
     B: torch.Tensor | None              # (out, r)
-    scale: float
-    unit: torch.Tensor | None
-    fp8: object
-    packed: object
+    scale: float                        # of the adapter
+    fp8_scale: torch.Tensor | None      # of a W in 8 bits, see methods/fp8.py
+    fp8: object                         # methods.fp8.Fp8, or None
+    packed: object                      # a quantized weight in the place of W (methods/quant.py)
 
-    def dense(self, dtype):
-        """W; the numbers of a packed one are brought back for this call, and nobody keeps them."""
+    def dense(self, dtype: torch.dtype):
+        """W; a packed weight is dequantized for this call, and the result is not kept."""
         return self.packed.dense(dtype) if self.packed is not None else self.W
 
 
-def weights_of(layer) -> Part:
-    A, B = layer.adapter() if isinstance(layer, LoRALinear) else (None, None)
-    base = layer.base_layer if isinstance(layer, LoRALinear) else layer
-    W, packed = (None, base.weight) if isinstance(base, QuantLinear) else (base.weight, None)
-    return Part(W, base.bias, A, B, getattr(layer, "scale", 1.0), getattr(base, "unit", None),
-                getattr(base, "fp8", None), packed)
+SAVED = 4
 
 
-def products(h, parts, product):
-    """The layers' outputs, and the narrow products A h of those with adapters, side by side (N, sum of r) or None.
+def operands(layer: nn.Module) -> Operands:
+    """The operands of an nn.Linear, a QuantLinear, or a LoRALinear beside one."""
+    A, B, scale = None, None, 1.0
+    base = layer
+    if isinstance(layer, LoRALinear):
+        A, B = layer.adapter()
+        scale = layer.scale
+        base = layer.base_layer
+    quantized = isinstance(base, QuantLinear)
+    return Operands(
+        W=None if quantized else base.weight,
+        bias=base.bias,
+        A=A,
+        B=B,
+        scale=scale,
+        fp8_scale=getattr(base, "unit", None),
+        fp8=getattr(base, "fp8", None),
+        packed=base.weight if quantized else None,
+    )
 
-    A and B stay float32 for the optimizer and take the activations' dtype for the product.
+
+def outputs(h, layers: list[Operands], matmul: Callable):
+    """The layers' outputs, and the A h of all adapters side by side, (N, sum of r), or None.
+
+    A and B are float32 for the optimizer and computed in the activations' dtype.
     """
-    rows = h.reshape(-1, h.shape[-1])                                                        # (N, in)
-    low = rows @ stacked(parts, h.dtype).T if any(part.A is not None for part in parts) else None
-    ys, start = [], 0
-    rounded = rounded_for(rows, parts)
-    for part in parts:
-        W, bias, A, B, scale = part[:5]
-        if part.fp8:
-            y = part.fp8.multiply(*rounded, W, part.unit, h.dtype)                           # (N, out)
-            y = y if bias is None else y.add_(bias)
+    rows = h.reshape(-1, h.shape[-1])                                           # (N, in)
+    rows_fp8 = to_fp8_rows(rows, layers)
+    low_rank = None
+    if any(layer.A is not None for layer in layers):
+        low_rank = rows @ stacked_A(layers, h.dtype).T                          # (N, sum of r)
+    ys = []
+    start = 0
+    for layer in layers:
+        if layer.fp8:
+            y = layer.fp8.multiply(*rows_fp8, layer.W, layer.fp8_scale, h.dtype)
+            y = y if layer.bias is None else y.add_(layer.bias)                 # (N, out)
         else:
-            y = product(rows, part.dense(h.dtype), bias)
-        if A is not None:
-            y.addmm_(low[:, start:start + len(A)], B.to(h.dtype).T, alpha=scale)
-            start += len(A)
+            y = matmul(rows, layer.dense(h.dtype), layer.bias)
+        if layer.A is not None:
+            end = start + len(layer.A)
+            y.addmm_(low_rank[:, start:end], layer.B.to(h.dtype).T, alpha=layer.scale)
+            start = end
         ys.append(y.view(*h.shape[:-1], y.shape[-1]))
-    return ys, low
+    return ys, low_rank
 
 
-def rounded_for(rows, parts):
-    """The rows in 8 bits, once for all layers that want them so, and their unit; None where none does."""
-    fp8 = next((part.fp8 for part in parts if part.fp8), None)
+def to_fp8_rows(rows, layers: list[Operands]):
+    """The rows in 8 bits and their scale, once for all layers in fp8; None if there are none."""
+    fp8 = next((layer.fp8 for layer in layers if layer.fp8), None)
     return fp8.quantise(rows, fp8.form) if fp8 else None
 
 
-def stacked(parts, dtype):
-    """All A under each other, (sum of r, in)."""
-    return torch.cat([part.A for part in parts if part.A is not None]).to(dtype)
+def stacked_A(layers: list[Operands], dtype: torch.dtype):
+    """All A below each other, (sum of r, in)."""
+    return torch.cat([layer.A for layer in layers if layer.A is not None]).to(dtype)
 
 
-class _Linears(torch.autograd.Function):
+# ---- the autograd function ----------------------------------------------------------------------
+
+
+class FusedLinears(torch.autograd.Function):
+    """`outputs` of before(*xs), which is computed again in the backward pass."""
+
     @staticmethod
-    def forward(ctx, before, others, product, count, *tensors):
-        xs, flat = tensors[:count], tensors[count:count + 4 * len(others)]
-        parts = [Part(*flat[4 * i:4 * i + 4], *other) for i, other in enumerate(others)]
-        ys, low = products(before(*xs), parts, product)
-        ctx.save_for_backward(*tensors, low)
-        ctx.before, ctx.others, ctx.product, ctx.count = before, others, product, count
+    def forward(ctx, before, others, matmul, num_inputs, *tensors):
+        """tensors: the inputs xs, the saved operands of each layer, trained weights of `before`."""
+        ctx.before = before
+        ctx.others = others
+        ctx.matmul = matmul
+        ctx.num_inputs = num_inputs
+        xs, layers, _ = unpacked(tensors, others, num_inputs)
+        ys, low_rank = outputs(before(*xs), layers, matmul)
+        ctx.save_for_backward(*tensors, low_rank)
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        *tensors, low = ctx.saved_tensors
-        n, end = ctx.count, ctx.count + 4 * len(ctx.others)
-        xs, flat, learnt = tensors[:n], tensors[n:end], tensors[end:]
-        parts = [Part(*flat[4 * i:4 * i + 4], *other) for i, other in enumerate(ctx.others)]
+        *tensors, low_rank = ctx.saved_tensors
+        xs, layers, trained = unpacked(tensors, ctx.others, ctx.num_inputs)
         needs = ctx.needs_input_grad[4:]
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(need) for x, need in zip(xs, needs)]
-            h = ctx.before(*inputs)
-        rows = h.detach().reshape(-1, h.shape[-1])                                           # (N, in)
-        wanted = h.requires_grad
-        dh, narrow, grads, start = None, [], [None] * len(flat), 0
-        for i, (part, dy) in enumerate(zip(parts, dys)):
-            dy = dy.reshape(-1, dy.shape[-1])                                                # (N, out)
-            if part.A is not None:
-                mine = low[:, start:start + len(part.A)]
-                start += len(part.A)
-                narrow.append((dy @ part.B.to(dy.dtype)).mul_(part.scale))                   # (N, r) d loss / d (A h)
-                grads[4 * i + 3] = (dy.T @ mine).mul_(part.scale).to(part.B.dtype)           # (out, r)
-            if wanted:
-                dh = add(dh, dy, part, ctx.product)
-            if needs[n + 4 * i]:
-                grads[4 * i] = dy.T @ rows                                                   # (out, in)
-            if part.bias is not None and needs[n + 4 * i + 1]:
-                grads[4 * i + 1] = dy.sum(0)
-        if narrow:
-            dlow, all_A = torch.cat(narrow, dim=1), stacked(parts, h.dtype)
-            adapted = [i for i, part in enumerate(parts) if part.A is not None]
-            dA = (dlow.T @ rows).to(parts[adapted[0]].A.dtype).split([len(parts[i].A) for i in adapted])     # (r, in)
-            for i, grad in zip(adapted, dA):
-                grads[4 * i + 2] = grad
-            if wanted:
-                dh.addmm_(dlow, all_A)
-        found = iter(gradients(h, dh.view_as(h), (*inputs, *learnt)) if wanted else ())
-        d_xs, d_learnt = ([next(found) if t.requires_grad else None for t in group] for group in (inputs, learnt))
-        return None, None, None, None, *d_xs, *grads, *d_learnt
+            xs = [x.detach().requires_grad_(need) for x, need in zip(xs, needs)]
+            h = ctx.before(*xs)
+        rows = h.detach().reshape(-1, h.shape[-1])                              # (N, in)
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in dys]                      # (N, out)
+
+        needs = needs[len(xs):]
+        grads = weight_grads(layers, dys, rows, needs)
+        dlow_rank = adapter_grads(layers, dys, rows, low_rank, grads)
+        d_before = [None] * (len(xs) + len(trained))
+        if h.requires_grad:
+            dh = input_grad(layers, dys, ctx.matmul)
+            if dlow_rank is not None:
+                dh.addmm_(dlow_rank, stacked_A(layers, h.dtype))
+            d_before = gradients(h, dh.view_as(h), (*xs, *trained))
+        return None, None, None, None, *d_before[:len(xs)], *grads, *d_before[len(xs):]
 
 
-def gradients(h, dh, tensors):
-    """The gradients of those tensors that want one, where h has the gradient dh."""
+def unpacked(tensors, others: list, num_inputs: int):
+    """(inputs, Operands of each layer, trained weights of `before`) of FusedLinears' tensors."""
+    end = num_inputs + SAVED * len(others)
+    saved = tensors[num_inputs:end]
+    layers = [Operands(*saved[SAVED * i:SAVED * (i + 1)], *other) for i, other in enumerate(others)]
+    return tensors[:num_inputs], layers, tensors[end:]
+
+
+def weight_grads(layers: list[Operands], dys: list, rows, needs) -> list:
+    """The gradients of W and bias where they are needed; None for the rest of the SAVED."""
+    grads = [None] * (SAVED * len(layers))
+    for i, (layer, dy) in enumerate(zip(layers, dys)):
+        if needs[SAVED * i]:
+            grads[SAVED * i] = dy.T @ rows                                      # (out, in)
+        if layer.bias is not None and needs[SAVED * i + 1]:
+            grads[SAVED * i + 1] = dy.sum(0)
+    return grads
+
+
+def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list):
+    """Fill in the gradients of A and B; returns that of low_rank, (N, sum of r), or None."""
+    adapted = [i for i, layer in enumerate(layers) if layer.A is not None]
+    if not adapted:
+        return None
+    ranks = [len(layers[i].A) for i in adapted]
+    dlow_rank = []
+    for i, Ax in zip(adapted, low_rank.split(ranks, dim=1)):                    # (N, r)
+        layer, dy = layers[i], dys[i]
+        dlow_rank.append((dy @ layer.B.to(dy.dtype)).mul_(layer.scale))
+        grads[SAVED * i + 3] = (dy.T @ Ax).mul_(layer.scale).to(layer.B.dtype)  # (out, r)
+    dlow_rank = torch.cat(dlow_rank, dim=1)
+    dA = (dlow_rank.T @ rows).to(layers[adapted[0]].A.dtype).split(ranks)       # (r, in)
+    for i, grad in zip(adapted, dA):
+        grads[SAVED * i + 2] = grad
+    return dlow_rank
+
+
+def input_grad(layers: list[Operands], dys: list, matmul: Callable):
+    """The sum of dy W over the layers, (N, in); in place, without a tensor for each term."""
+    total = None
+    for layer, dy in zip(layers, dys):
+        if layer.fp8:
+            more = layer.fp8.multiply(*to_fp8_rows(dy, [layer]), layer.W.T, layer.fp8_scale,
+                                      dy.dtype)
+        elif total is not None and matmul is torch_product:
+            total.addmm_(dy, layer.dense(dy.dtype))
+            continue
+        else:
+            more = matmul(dy, layer.dense(dy.dtype).T)
+        total = more if total is None else total.add_(more)
+    return total
+
+
+def gradients(h, dh, tensors) -> list:
+    """The gradients of tensors, where h has the gradient dh; None where none is required."""
     with torch.enable_grad():
         end = _End.apply(h, dh)
-    return torch.autograd.grad(end, [t for t in tensors if t.requires_grad])
+    found = iter(torch.autograd.grad(end, [t for t in tensors if t.requires_grad]))
+    return [next(found) if t.requires_grad else None for t in tensors]
 
 
 class _End(torch.autograd.Function):
-    """A scalar in which h has the gradient dh. To give dh to torch.autograd.grad means the same, but there torch imports
-    sympy, to compare two shapes: 0.4 s of every start."""
+    """A scalar in which h has the gradient dh.
+
+    Passing dh to torch.autograd.grad means the same, but there torch imports sympy to compare two
+    shapes: 0.4 s of every start.
+    """
 
     @staticmethod
     def forward(ctx, h, dh):
@@ -191,12 +364,3 @@ class _End(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return ctx.saved_tensors[0], None
-
-
-def add(total, dy, part: Part, product):
-    """total + dy W, (N, in); total None counts as nothing. In place: the sum costs no tensor of its own."""
-    if not part.fp8 and total is not None and product is torch_product:
-        return total.addmm_(dy, part.dense(dy.dtype))
-    more = part.fp8.multiply(*rounded_for(dy, [part]), part.W.T, part.unit, dy.dtype) if part.fp8 else \
-        product(dy, part.dense(dy.dtype).T)
-    return more if total is None else total.add_(more)

@@ -121,7 +121,7 @@ def logps_of(model, batch):
     hidden = model(batch.input_ids, batch.position_ids, batch.layout)                        # (1, N, D)
     with part("loss"):
         return answer_logps(hidden[0], model.head_weight(), batch.targets, batch.lengths, model.config.final_softcap,
-                            PRODUCTS.get(model.product, torch_product))
+                            PRODUCTS.get(getattr(model, "product", None), torch_product))
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def score_tokens(balance: float, model, batch, told):
     hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)       # (1, N, D)
     with part("loss"):
         loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets, model.config.final_softcap,
-                                 PRODUCTS.get(model.product, torch_product))
+                                 PRODUCTS.get(getattr(model, "product", None), torch_product))
     return loss, balance * balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0, {}
 
 

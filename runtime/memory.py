@@ -79,7 +79,7 @@ class Workload:
     world: int = 1                  # ranks
     sharded: bool = False           # weights are split over the ranks
     fast: bool = False              # fast/matmul.py's matrix products are used
-    recompute: list[str] | None = None      # a level of model.RECOMPUTE for each block
+    recompute: list[str] | None = None      # a level of fused_block.RECOMPUTE for each block
     fp8: bool = False               # frozen weights are held in 8 bits (methods/fp8.py)
     quant_formats: dict[str, Form] | None = None    # of weights in 4 or 8 bits, by name
     other_bytes: int = 0            # of another model, which is not trained

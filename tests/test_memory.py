@@ -22,6 +22,7 @@ from attention import Layout
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
 from methods.lora_variants import variant_of
+from fast.fused_block import fuse_blocks
 from losses import cross_entropy_sum
 from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
 from model import CausalLM
@@ -126,7 +127,8 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
     if lora:
         base = in_few_bits(model.to(dtype), form)
         attach_lora(base, lora, stored_name=model_config.stored_name, **variant_of(lora))
-    model.kernel, model.recompute, model.product = kernel, recompute, "torch" if fast else "plain"
+    model.kernel = kernel
+    fuse_blocks(model, "torch" if fast else "plain", recompute)
     model.train()
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)  # as in the second micro-batch, which finds them allocated
@@ -167,7 +169,7 @@ def in_few_bits(model, form):
 
 
 def planned(model_config, lora, dtype, kernel, recompute, rows, **more):
-    """recompute: levels of model.RECOMPUTE, or whether all blocks recompute."""
+    """recompute: levels of fused_block.RECOMPUTE, or whether all blocks recompute."""
     if isinstance(recompute, bool):
         recompute = ["block" if recompute else "none"] * model_config.num_hidden_layers
     return memory_plan(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from attention import Layout
 from checkpoint.load import load_model
 from families import FAMILIES, model_config
+from fast.fused_block import fuse_blocks
 from losses import balance_loss
 from checkpoint.show import draw
 from model import CausalLM, KVCache, MoE, grouped, init_weights, one_by_one
@@ -88,7 +89,8 @@ def test_gradient_checkpointing_changes_nothing():
     model = tiny()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     ids, gradients = torch.arange(12)[None], []
-    for model.recompute in (["none"] * 2, ["block"] * 2):
+    for level in ("none", "block"):
+        fuse_blocks(model, "plain", [level] * 2)
         model.zero_grad()
         model(ids).square().sum().backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
@@ -194,7 +196,8 @@ def test_router_logits_and_balance_loss_equal_transformers(fields, tmp_path):
 @pytest.mark.parametrize("fields", [MOE, STACKED], ids=["a module each", "stacked"])
 def test_recomputing_with_router_logits_changes_no_gradient(fields):
     model, ids, results = tiny(**fields).requires_grad_(True), torch.arange(24)[None], []
-    for model.recompute in (["none"] * 2, ["block"] * 2):
+    for level in ("none", "block"):
+        fuse_blocks(model, "plain", [level] * 2)
         model.zero_grad()
         routers = []
         hidden = model(ids, routers=routers)

@@ -20,7 +20,8 @@ from methods import quant
 from checkpoint.adapters import load_adapter, load_with_adapters
 from checkpoint.load import load_model
 from families import model_config
-from fast.fused_block import linears
+from fast.fused_block import fuse_blocks, fused_linears
+from fast.matmul import torch_product
 from lora import (LoRAConfig, LoRALinear, attach_lora, dequantized_weight, lora_layers,
                   merge_adapters)
 from fast.compile import compile_unpacking
@@ -173,10 +174,10 @@ def test_adapters_learn_beside_it_alike_on_both_paths(form):
     dense = nn.Linear(32, 48, bias=False)
     dense.weight = nn.Parameter(packed.dense(), False)
     A, B, x = torch.randn(4, 32), torch.randn(48, 4), torch.randn(20, 32)
-    for base, how in ((QuantLinear(packed), "torch"), (QuantLinear(packed), "plain"), (dense, "plain")):
+    for base, matmul in ((QuantLinear(packed), torch_product), (QuantLinear(packed), None), (dense, None)):
         layer, mine = LoRALinear(base, 4, 0.5, 0.0), x.clone().requires_grad_()
         layer.lora_A.weight.data, layer.lora_B.weight.data = A.clone(), B.clone()
-        out, frozen = linears([layer, base], mine, how=how)
+        out, frozen = fused_linears([layer, base], mine, matmul=matmul)
         ((out ** 2).sum() + (frozen ** 3).sum()).backward()
         results.append([out, frozen, mine.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad,
                         layer.effective_weight()])
@@ -206,7 +207,7 @@ def test_the_compilers_kernel_must_give_the_same_bits(monkeypatch):
     want = [layer.weight.dense(F16) for layer in model]
     front_part = partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
-    assert compile_unpacking(model) == "4-bit weights: made dense by one compiled kernel"
+    assert compile_unpacking(model) == "4-bit weights: dequantized by one compiled kernel"
     assert all(layer.weight.compiled for layer in model)
     assert all(torch.equal(layer.weight.dense(F16), dense) for layer, dense in zip(model, want))
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: 1.1 * f(*args))
@@ -240,7 +241,7 @@ def test_recorded_checkpoints(name):
     assert all(torch.equal(weights[key].dense(value.dtype), value) for key, value in dense.items())
     in_8_bits = "int8" in name                      # `logits` are then of activations that are rounded, too
     for how in ("plain", "torch"):
-        model.product = how
+        fuse_blocks(model, how)
         with torch.no_grad():
             logits = model.logits(model(want["input_ids"])).float()
         bound = {F32: 1e-4, F16: 0.05, BF16: 0.2}[model.model.embed_tokens.weight.dtype]
@@ -279,7 +280,7 @@ def test_recorded_adapters_on_4_bit_bases(name):
         assert quantised_weights(model), "folding must leave quantised matrices as they are"
         bound = {F32: 1e-4, BF16: 0.2}[model.lm_head.weight.dtype]
         for how in ("plain", "torch"):
-            model.product = how
+            fuse_blocks(model, how)
             with torch.no_grad():
                 assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
     merge_adapters(model)
