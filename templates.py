@@ -265,7 +265,7 @@ def fill_slots(slots: tuple[Slot, ...], tokenizer, content: str = "",
             pieces.append(slot_id(tokenizer, slot))
             continue
         # special tokens of the template stay ids even where those that a user types are split
-        parts = tokenizer.marked(slot) if tokenizer.split_special_tokens else [slot]
+        parts = tokenizer.split_at_special(slot) if tokenizer.split_special_tokens else [slot]
         for part in parts:
             if isinstance(part, str):
                 part = part.replace("{{content}}", content, 1)

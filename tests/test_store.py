@@ -1,12 +1,10 @@
-"""store.py and text/parallel_map.py: what is read back is what was made, by however many processes, whole or not at all."""
+"""text/token_cache.py: what is read back is what was made, whole or not at all."""
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import pytest
 from runtime import preview
 from text import token_cache
 from text import token_cache as store
-from text import parallel_map as workers
 from runtime.build import ENCODERS
 from runtime.resume import DANGEROUS, FIXED
 from text.token_cache import ABOUT, Examples, SplitWriter
@@ -210,57 +207,3 @@ def test_examples_far_behind_two_gigabytes_are_found(tmp_path):
     np.savez(tmp_path / "train.npz", sizes=sizes, learnable=np.ones(3, np.int8))
     last = Examples(tmp_path, "train", {"largest_id": 3, "crc": 0}, apart=False)[-1]
     assert (last.input_ids.tolist(), last.labels.tolist()) == ([1, 2, 3], [-100, 2, 3])
-
-
-# ---- workers ----------------------------------------------------------------------------------------------------
-
-
-def test_results_come_in_order_from_other_processes():
-    found = list(workers.in_order(lambda i: (i * i, os.getpid()), list(range(20)), 3))
-    assert [square for square, _ in found] == [i * i for i in range(20)]
-    assert found[0][1] == os.getpid() and len({process for _, process in found}) == 4
-    assert list(workers.in_order(abs, [-1, -2], 1)) == [1, 2] and list(workers.in_order(abs, [], 3)) == []
-
-
-def test_how_many(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
-    assert [workers.how_many(items) for items in (0, 1, 7, 8, 1000)] == [1, 1, 1, 2, 16]
-    assert [workers.how_many(items, 20) for items in (1, 3, 1000)] == [1, 2, 20]
-    monkeypatch.setattr(sys, "platform", "win32")
-    assert workers.how_many(1000, 4) == 1
-
-
-def test_an_exception_and_a_process_that_dies_are_told():
-    def wrong(i):
-        if i == 5:
-            raise ValueError("row five")
-        return i
-    with pytest.raises(ValueError, match="row five"):
-        list(workers.in_order(wrong, list(range(9)), 2))
-
-    def dies(i):
-        return os._exit(9) if i == 5 else i
-    with pytest.raises(ValueError, match="exit code 9.*preprocessing_num_workers: 1"):
-        list(workers.in_order(dies, list(range(9)), 2))
-
-
-def test_processes_end_with_the_one_that_reads(tmp_path):
-    """Killed, it leaves none behind, although their results lie in pipes that nobody empties."""
-    code = f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-from text import parallel_map as workers
-def make(i):
-    open({str(tmp_path)!r} + f"/{{os.getpid()}}", "w").close()
-    return bytes(10**6)
-for place, result in enumerate(workers.in_order(make, list(range(100)), 3)):
-    if place == 6:
-        os.kill(os.getpid(), 9)
-"""
-    subprocess.run([sys.executable, "-c", code])
-    left = [int(path.name) for path in Path(tmp_path).iterdir()]
-    assert len(left) == 4
-    until = time.time() + 20
-    while any(Path(f"/proc/{process}").exists() for process in left) and time.time() < until:
-        time.sleep(0.1)
-    assert not [process for process in left if Path(f"/proc/{process}").exists()]

@@ -98,7 +98,7 @@ def test_split_special_tokens_equals_transformers(name):
     for text in TEXTS:
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), text
     assert ours.encode(f"a{ours.eos_token}b") != whole.encode(f"a{ours.eos_token}b")
-    assert ours.marked(f"a{ours.eos_token}b") == ["a", ours.eos_id, "b"]
+    assert ours.split_at_special(f"a{ours.eos_token}b") == ["a", ours.eos_id, "b"]
 
 
 # ---- saving

@@ -19,7 +19,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from tests.common import SHARED, needs_shared
 from text.tokenizer import TextStream, load_tokenizer
-from text.vocabularies import VENDORS, byte_letters
+from text.vocabularies import VENDORS, bytes_to_unicode
 
 PAGE = [
     "Hello there, world! It's a test, isn't IT'S?", "  two  spaces ", " leading", "trailing  ", "", " ", "    ", "\n",
@@ -131,7 +131,7 @@ def test_special_tokens_typed_as_text_are_text_if_asked(tmp_path):
         sp = train(tmp_path / kind, kind)
         ours = load_tokenizer(tmp_path / kind, split_special_tokens=True)
         check_page(ours, sp.encode)
-        assert ours.eos_id not in ours.encode("a</s>b") and ours.marked("a</s>b") == ["a", 2, "b"]
+        assert ours.eos_id not in ours.encode("a</s>b") and ours.split_at_special("a</s>b") == ["a", 2, "b"]
 
 
 def test_what_is_saved_is_enough(tmp_path):
@@ -227,7 +227,7 @@ def test_chatglm3(tmp_path):
     assert (ours.eos_token, ours.pad_token, ours.unk_token) == ("</s>", "<unk>", "<unk>") and not ours.add_bos_token
     gmask, sop, user = (ours.id_of(name) for name in ("[gMASK]", "sop", "<|user|>"))
     assert ours.encode("[gMASK]sop<|user|>hello") == [gmask, sop, user, ours.id_of("▁hello")]
-    assert sop not in ours.encode("philosophy sophie, 人sop人") and all(ours.knows(name) for name in names)
+    assert sop not in ours.encode("philosophy sophie, 人sop人") and all(ours.is_added(name) for name in names)
     peer = check_saved(ours, tmp_path / "b")
     assert peer.encode("hello") == [gmask, sop, ours.id_of("▁hello")]  # as the vendor's class begins every text
 
@@ -291,7 +291,7 @@ def small_ranks():
 
 def in_bytes(vocab):
     """{token in byte letters: id} -> {bytes: id}."""
-    back = {letter: byte for byte, letter in byte_letters().items()}
+    back = {letter: byte for byte, letter in bytes_to_unicode().items()}
     return {bytes(back[letter] for letter in token): i for token, i in vocab.items()}
 
 
@@ -312,7 +312,7 @@ def tiktoken_reference(ranks, regex, tokens, form=None):
 
 
 def test_the_regexes_of_the_test_are_those_of_the_table():
-    assert (VENDORS["qwen"].split, VENDORS["chatglm4"].split) == (QWEN, GLM4)
+    assert (VENDORS["qwen"].split_regex, VENDORS["chatglm4"].split_regex) == (QWEN, GLM4)
 
 
 def test_qwen_1_on_a_small_vocabulary(tmp_path):

@@ -1,9 +1,12 @@
-"""Work on many items shared among processes of this host, its results in the order of the items.
+"""A map over many items, computed by several processes of this host, with results in order.
 
-The processes are forks: they see all that this one has in memory (rows, tokenizer, words) without a copy being made, and
-send back only results. Where the system cannot fork safely (Windows, macOS), or for few items, this process does all.
+The processes are forks: they share all that this one has in memory (rows, tokenizer, cached words)
+without a copy, and send back only results. Where the system cannot fork safely (Windows, macOS), or
+for few items, this process computes everything.
 
-Read before: data.py (encode_rows), which tokenises so. Read after: parallel.py, for processes that train.
+Requires: nothing.
+Next: text/token_cache.py, which tokenizes a dataset this way.
+
 Source: fork and pipes, as torch's DataLoader uses them.
 """
 import gc
@@ -11,87 +14,117 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-FEWEST = 4                      # items that make a process of its own worth while
-MOST = 16                       # processes, unless more are asked for: each takes some 100 MB
+MIN_ITEMS = 4  # fewer items per process are not worth a fork
+MAX_PROCESSES = 16  # unless more are requested: each takes some 100 MB
 
 
-def how_many(items: int, asked: int | None = None) -> int:
-    """How many processes are to share so many items: as asked, else one for each core that has enough to do."""
+def num_processes(items: int, requested: int | None = None) -> int:
+    """The number of processes for `items` items: the requested one, else as many as are useful."""
     if sys.platform != "linux":
         return 1
-    if asked:
-        return max(1, min(asked, items - 1))
-    return max(1, min(len(os.sched_getaffinity(0)), MOST, items // FEWEST))
+    if requested:
+        return max(1, min(requested, items - 1))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, MAX_PROCESSES, items // MIN_ITEMS))
 
 
-def in_order(make, items, workers: int):
-    """make(item) for every item, as map gives it, computed by so many processes.
+def parallel_map(function: Callable, items: Sequence, processes: int) -> Iterator:
+    """Yield function(item) for every item, in order.
 
-    The first item is done here: what it fills (a tokenizer's words), the others find filled. Process p of n takes every
-    n-th of the rest and waits when its result is not yet wanted, so few results exist at once. An exception of make's is
-    raised here; ValueError if a process ends without a word.
+    The first item is computed here: what it caches (a tokenizer's words) the forks inherit. An
+    exception of `function` is raised here. Raises ValueError if a process dies.
     """
-    pipes, processes, collects = [], [], gc.isenabled()
-    gc.disable()                # lists in lists have it look at all of them again and again: a fifth of the time
+    collecting = gc.isenabled()
+    gc.disable()  # it would traverse the lists of results over and over, a fifth of the time
     try:
-        first, rest = items[:1], items[1:]
-        yield from map(make, first if workers > 1 else items)
-        if workers < 2:
-            return
-        for number in range(min(workers, len(rest))):
-            start(make, rest[number::workers], pipes, processes)
-        for place in range(len(rest)):
-            try:
-                result = pipes[place % workers].recv()
-            except EOFError:
-                process = processes[place % workers]
-                process.join()
-                raise ValueError(f"a process that tokenises has ended (exit code {process.exitcode}). Was the memory "
-                                 "used up? preprocessing_num_workers: 1 takes the least") from None
-            if isinstance(result, Exception):
-                raise result
-            yield result
+        if processes < 2:
+            yield from map(function, items)
+        else:
+            yield from map(function, items[:1])
+            yield from map_in_forks(function, items[1:], processes)
     finally:
-        if collects:
+        if collecting:
             gc.enable()
-        for process in processes:
-            process.terminate()
-        for process, pipe in zip(processes, pipes):
-            process.join()
+
+
+def map_in_forks(function: Callable, items: Sequence, processes: int) -> Iterator:
+    """Yield function(item) for every item, in order, each computed by a fork.
+
+    Process p of n takes every n-th item from p on, and waits while its result is not yet wanted, so
+    that few results exist at once.
+    """
+    workers = []
+    pipes = []
+    try:
+        for rank in range(min(processes, len(items))):
+            start_worker(function, items[rank::processes], workers, pipes)
+        for index in range(len(items)):
+            rank = index % processes
+            yield receive(workers[rank], pipes[rank])
+    finally:
+        for worker in workers:
+            worker.terminate()
+        for worker, pipe in zip(workers, pipes):
+            worker.join()
             pipe.close()
 
 
-def start(make, items, pipes: list, processes: list):
-    """One more process, and the pipe on which its results come."""
+def start_worker(function: Callable, items: Sequence, workers: list, pipes: list):
+    """Fork a process for these items; append it to `workers`, and its pipe of results to `pipes`."""
     context = multiprocessing.get_context("fork")
-    mine, theirs = context.Pipe(duplex=False)
-    pipes.append(mine)
+    reader, writer = context.Pipe(duplex=False)
+    pipes.append(reader)
+    arguments = (function, items, writer, list(pipes))
+    worker = context.Process(target=run_worker, args=arguments, daemon=True)
+    with tokenizers_without_threads():
+        worker.start()
+    workers.append(worker)
+    writer.close()
+
+
+@contextmanager
+def tokenizers_without_threads():
+    """Within this context forks use no threads in `tokenizers`: its thread pool breaks in a fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"          # read at the fork: its threads do not survive one
-    process = context.Process(target=work, args=(make, items, theirs, list(pipes)), daemon=True)
-    process.start()
-    processes.append(process)
-    theirs.close()
-    if before is None:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-    else:
-        os.environ["TOKENIZERS_PARALLELISM"] = before
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def work(make, items, out, inherited: list):
-    """The process: make and send one result after the other, until there is nobody to read them."""
-    for pipe in inherited:                                  # held open here they would never tell that the reader is gone
+def receive(worker, pipe):
+    """The next result of a process; an exception is raised here."""
+    try:
+        result = pipe.recv()
+    except EOFError:
+        worker.join()
+        raise ValueError(f"a worker process died (exit code {worker.exitcode}). Was it out of "
+                         "memory? preprocessing_num_workers: 1 needs the least") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def run_worker(function: Callable, items: Sequence, writer, inherited: list):
+    """The forked process: compute and send results until done, or until nobody reads them."""
+    for pipe in inherited:  # an open read end here would hide that the reader is gone
         pipe.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the process that reads
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that reads
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for item in items:
         try:
-            result = make(item)
+            result = function(item)
         except Exception as error:
             result = error
         try:
-            out.send(result)
+            writer.send(result)
         except BrokenPipeError:
             return
         if isinstance(result, Exception):

@@ -24,8 +24,9 @@ from templates import Pieces, Template, Token, encode_pieces, render_turns
 from text.chat_formats import TEMPLATES, find_template, stored_template
 from text.fit_tokenizer import fit_tokenizer
 from text.jinja_sandbox import render_chats
-from text.tokenizer import Tokenizer, load_tokenizer, read_json, token_text
+from text.tokenizer import Tokenizer, load_tokenizer, read_json
 from text.tool_calls import shorten
+from text.vocabularies import token_text
 
 Rendered = dict[str, tuple[str | None, str]]    # name of a conversation -> (text or None, error)
 
@@ -89,7 +90,7 @@ def misfit_reason(template: Template, tokenizer: Tokenizer, model_type: str | No
     as_ids = [slot.name for slot in slots if isinstance(slot, Token)]
     for token in reversed(template.needs):
         is_id = token in as_ids and tokenizer.id_of(token) is not None
-        if not is_id and not tokenizer.knows(token):
+        if not is_id and not tokenizer.is_added(token):
             return f"uses {token!r}, which this tokenizer lacks ({tokenizer.name})"
     if model_type and template.families and model_type not in template.families:
         families = ", ".join(template.families)
@@ -317,7 +318,7 @@ def known_differences(template: Template, tokenizer: Tokenizer, chat: tuple,
     found = re.fullmatch(frame, bare(theirs), re.DOTALL)
     if not found or found[1].isspace():
         return None
-    if any(isinstance(part, int) for part in tokenizer.marked(found[1])):
+    if any(isinstance(part, int) for part in tokenizer.split_at_special(found[1])):
         return None         # a special token: more than another system text
     own = system or template.default_system
     if found[1] == own:

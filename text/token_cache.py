@@ -35,7 +35,7 @@ from data import DatasetCounts, EncodedRows, Example, packing_of
 from text.chat_formats import with_overrides, written_template
 from text.conversations import Conversation, PLACEHOLDER, RawRow, convert, fill_placeholders, excerpt
 from text.data_files import Rows, find_sources, read_at, rows_of
-from text.parallel_map import how_many, in_order
+from text.parallel_map import num_processes, parallel_map
 
 ABOUT = "store.json"
 TOKENISED = "tokenised"         # the folder of a run's store in its output_dir
@@ -273,7 +273,7 @@ def store_key(config, tokenizer, template, tool_format, sources: list) -> dict:
     """{what: a text} of all that decides which tokens the rows become; equal keys, equal tokens."""
     program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
     key = {name: getattr(config, name) for name in DATA_KEYS}
-    key |= {"packing": packing_of(config), "template": written_template(template), "tokenizer": tokenizer.sign(),
+    key |= {"packing": packing_of(config), "template": written_template(template), "tokenizer": tokenizer.checksum(),
             "program": hashlib.sha256(b"".join(program)).hexdigest(), "tokenizers": tokenizers.__version__,
             "tools": tool_format.describe("[]")}            # may name the day
     if not any("tools" in source.columns or not source.formatting for found in sources for source in found):
@@ -381,14 +381,14 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
     """
     size = config.preprocessing_batch_size          # the rows that packing may combine, and one call of the tokenizer
     starts, unfilled, teaches = range(0, len(rows), size), [], False
-    processes = how_many(len(starts), config.preprocessing_num_workers)
+    processes = num_processes(len(starts), config.preprocessing_num_workers)
 
     def encode_from(start, check_only=False):
         return encode_batch(rows[start:start + size], config, tokenizer, template, encode, check_only)
 
     with tqdm(total=len(rows), desc=f"tokenising {split} rows", unit="row", leave=False,
               disable=bool(config.disable_tqdm) or not rows or None) as bar:       # None: only where someone watches
-        for start, part in zip(starts, in_order(encode_from, starts, processes)):
+        for start, part in zip(starts, parallel_map(encode_from, starts, processes)):
             if part.bad and not config.skip_bad_rows:
                 later = (encode_from(i, check_only=True) for i in starts if i > start)
                 refuse(part.bad + [line for other in later for line in other.bad])
