@@ -13,13 +13,15 @@ from torch import nn
 from attention import Layout
 from checkpoint.load import load_model
 from families import FAMILIES
-from fast.fused_block import (IDENTITY, RECOMPUTE, can_fuse, fuse_blocks, fused_linears)
+from fast import fused_block
+from fast.fused_block import IDENTITY, RECOMPUTE, can_fuse, fuse_blocks, fused_linears
 from fast.matmul import PRODUCTS
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
 from methods.quant import Form, QuantLinear, quantise
 from model import RMSNorm
 from tests.common import GOLDEN, needs_shared
+from tests.test_train import run
 
 FAMILY_FOLDERS = [folder.name for folder in sorted((GOLDEN / "models").glob("*"))
                   if json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES]
@@ -221,3 +223,27 @@ def test_fusing_is_undone_and_a_copy_is_its_own():
     again, same_loss, found = loss_and_gradients(model, [7, 12])
     assert torch.equal(again, hidden) and same_loss == loss
     assert all(torch.equal(found[key], grad) for key, grad in want.items())
+
+
+@needs_shared
+def test_training_takes_the_fast_path_and_checkpoints_blocks(tmp_path, monkeypatch):
+    calls = {"fused": 0, "checkpointed": 0}
+    apply = fused_block.FusedLinears.apply
+    checkpoint = fused_block.checkpoint
+
+    def counted_apply(*args):
+        calls["fused"] += 1
+        return apply(*args)
+
+    def counted_checkpoint(*args, **options):
+        calls["checkpointed"] += 1
+        return checkpoint(*args, **options)
+
+    monkeypatch.setattr(fused_block.FusedLinears, "apply", counted_apply)
+    monkeypatch.setattr(fused_block, "checkpoint", counted_checkpoint)
+    run("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1",
+        "disable_gradient_checkpointing=true")
+    assert calls["fused"] > 0 and calls["checkpointed"] == 0
+    run("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1",
+        "disable_gradient_checkpointing=false")
+    assert calls["checkpointed"] > 0
