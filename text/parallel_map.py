@@ -73,7 +73,7 @@ def map_in_forks(function: Callable, items: Sequence, processes: int) -> Iterato
 
 
 def start_worker(function: Callable, items: Sequence, workers: list, pipes: list):
-    """Fork a process for these items; append it to `workers`, and its pipe of results to `pipes`."""
+    """Fork a process for these items; append it and its pipe of results to the lists."""
     context = multiprocessing.get_context("fork")
     reader, writer = context.Pipe(duplex=False)
     pipes.append(reader)
@@ -87,7 +87,7 @@ def start_worker(function: Callable, items: Sequence, workers: list, pipes: list
 
 @contextmanager
 def tokenizers_without_threads():
-    """Within this context forks use no threads in `tokenizers`: its thread pool breaks in a fork."""
+    """Forks in this context use no threads in `tokenizers`: its thread pool breaks in a fork."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

@@ -73,7 +73,7 @@ class Tokenizer:
         return kind
 
     def id_of(self, token: str | None) -> int | None:
-        """The id of a token given by its exact text, or None if the vocabulary has no such token."""
+        """The id of the token with this exact text, or None if the vocabulary has no such token."""
         return None if token is None else self.core.token_to_id(token)
 
     def is_added(self, token: str) -> bool:
@@ -158,7 +158,7 @@ class Tokenizer:
     # ---- changing and saving
 
     def add_tokens(self, tokens: Iterable[str]):
-        """Make each text a special token, with an id at the end of the vocabulary if it has none."""
+        """Make each text a special token; new ones get ids at the end of the vocabulary."""
         new = [token for token in tokens if not self.is_added(token)]
         self.core.add_special_tokens(
             [AddedToken(token, special=True, normalized=False) for token in new])

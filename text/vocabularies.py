@@ -1,4 +1,4 @@
-"""Vocabulary files other than tokenizer.json, converted to a tokenizers.Tokenizer with the same ids.
+"""Vocabularies other than tokenizer.json, converted to a tokenizers.Tokenizer with the same ids.
 
 There are two kinds of file, told apart by their first bytes:
 
