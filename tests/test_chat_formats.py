@@ -1,4 +1,5 @@
 """text/chat_formats.py: the rows, formats written in a yaml, and formats stored with an adapter."""
+
 import json
 import re
 from dataclasses import replace
@@ -32,9 +33,16 @@ def test_rows_are_well_formed(name):
 
 def test_formats_without_recordings_are_what_their_authors_publish():
     assert text_of("vicuna", talk("a", "b", "c", "d"), system="s") == [
-        ("sUSER: a ASSISTANT:", "b</s>"), ("USER: c ASSISTANT:", "d</s>")]
+        ("sUSER: a ASSISTANT:", "b</s>"),
+        ("USER: c ASSISTANT:", "d</s>"),
+    ]
     assert text_of("chatml", talk("a", "b"), system="s") == [
-        ("<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "b<|im_end|>\n")]
+        (
+            "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "b<|im_end|>\n",
+        )
+    ]
 
 
 PAGE = (ROOT / "docs" / "templates.md").read_text(encoding="utf-8")
@@ -59,15 +67,21 @@ def test_the_page_does_what_it_says(tmp_path):
     assert row == find_template(said)
     assert text_of(row, call(CALL)) == text_of(find_template(said), call(CALL))
     changed = find_template(from_page(tmp_path, 1))
-    assert text_of(changed, talk("A", "B")) == text_of("qwen", talk("A", "B"), default_system="You are Pip.")
+    assert text_of(changed, talk("A", "B")) == text_of(
+        "qwen", talk("A", "B"), default_system="You are Pip."
+    )
     fields = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", PAGE, re.MULTILINE)
-    assert {name for pair in fields for name in pair if name} == set(Template.__dataclass_fields__) - {"name"}
+    assert {name for pair in fields for name in pair if name} == set(
+        Template.__dataclass_fields__
+    ) - {"name"}
 
 
 def test_a_format_survives_being_stored(tmp_path):
     said = from_page(tmp_path, 0)
     template = find_template(said)
-    (tmp_path / "train_config.json").write_text(json.dumps({"template": written_template(template)}))
+    (tmp_path / "train_config.json").write_text(
+        json.dumps({"template": written_template(template)})
+    )
     stored, force = stored_template([tmp_path], None, False)
     assert find_template(stored) == template and force
     assert stored_template([tmp_path], said, False) == (said, True)  # the same, written another way
@@ -91,32 +105,58 @@ def test_every_row_can_be_written_as_a_mapping(name):
 
 
 def test_based_on_changes_what_is_said_and_keeps_the_rest():
-    changed = find_template({"name": "q", "based_on": "qwen3", "reasoning": "false", "stop": "<|im_end|>"})
-    assert text_of(changed, call(CALL), "s", TOOL) == text_of("qwen3_nothink", call(CALL), "s", TOOL)
-    assert changed.families == () and changed.needs == TEMPLATES["qwen3"].needs and changed.own_jinja
-    plain = find_template({"based_on": "llama3", "user": "Q: {{content}} A:", "system": "{{content}}",
-                           "assistant": ["{{content}}", {"token": "eos"}], "observation": "O: {{content}} A:"})
+    changed = find_template(
+        {"name": "q", "based_on": "qwen3", "reasoning": "false", "stop": "<|im_end|>"}
+    )
+    assert text_of(changed, call(CALL), "s", TOOL) == text_of(
+        "qwen3_nothink", call(CALL), "s", TOOL
+    )
+    assert (
+        changed.families == () and changed.needs == TEMPLATES["qwen3"].needs and changed.own_jinja
+    )
+    plain = find_template(
+        {
+            "based_on": "llama3",
+            "user": "Q: {{content}} A:",
+            "system": "{{content}}",
+            "assistant": ["{{content}}", {"token": "eos"}],
+            "observation": "O: {{content}} A:",
+        }
+    )
     assert plain.needs == () and plain.name == "custom"
 
 
-@pytest.mark.parametrize("said, message", [
-    ({"usr": "{{content}}"}, "unknown key 'usr'.*did you mean 'user'"),
-    ({"name": "a"}, "'user' is missing"),
-    ({"user": "no mark"}, "user: {{content}} must occur in it once, found 0 times"),
-    ({"user": "{{content}}{{content}}"}, "found 2 times"),
-    ({"user": "{{query}}"}, "unknown mark {{query}}.*{{content}}"),
-    ({"user": "{{ content }}"}, "unknown mark {{ content }}"), ({"user": r"a\n{{content}}"}, "double quotes"),
-    ({"user": ["{{content}}", {"tokn": "eos"}]}, "is not a slot.*token: eos"), ({"user": [["{{content}}"]]}, "is not a slot"),
-    ({**MYCHAT, "prefix": "{{content}}"}, "nothing is put into the prefix"),
-    ({**MYCHAT, "stop_is_eos": "maybe"}, "not true or false"), ({**MYCHAT, "stop_is_eos": "true"}, "needs stop"),
-    ({**MYCHAT, "system_in_user": "true", "system": ["{{content}}", {"token": "eos"}]}, "a system of one text"),
-    ({**MYCHAT, "thought": ["<t>"]}, "two texts"), ({**MYCHAT, "stop": [{"token": "eos"}]}, "not a list of texts"),
-    ({**MYCHAT, "default_system": ["a"]}, "not a text"),
-    ({**MYCHAT, "name": "qwen"}, "based_on: qwen under another name"),
-    ({"based_on": "lama3"}, "unknown template 'lama3'.*did you mean 'llama3'"),
-    ({**MYCHAT, "tool_format": "quen"}, "unknown tool_format 'quen'.*did you mean 'qwen'"),
-    ({**MYCHAT, "needs": ["<|no|>"]}, "template 'mychat' uses '<.no.>', which this tokenizer lacks"),
-])
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ({"usr": "{{content}}"}, "unknown key 'usr'.*did you mean 'user'"),
+        ({"name": "a"}, "'user' is missing"),
+        ({"user": "no mark"}, "user: {{content}} must occur in it once, found 0 times"),
+        ({"user": "{{content}}{{content}}"}, "found 2 times"),
+        ({"user": "{{query}}"}, "unknown mark {{query}}.*{{content}}"),
+        ({"user": "{{ content }}"}, "unknown mark {{ content }}"),
+        ({"user": r"a\n{{content}}"}, "double quotes"),
+        ({"user": ["{{content}}", {"tokn": "eos"}]}, "is not a slot.*token: eos"),
+        ({"user": [["{{content}}"]]}, "is not a slot"),
+        ({**MYCHAT, "prefix": "{{content}}"}, "nothing is put into the prefix"),
+        ({**MYCHAT, "stop_is_eos": "maybe"}, "not true or false"),
+        ({**MYCHAT, "stop_is_eos": "true"}, "needs stop"),
+        (
+            {**MYCHAT, "system_in_user": "true", "system": ["{{content}}", {"token": "eos"}]},
+            "a system of one text",
+        ),
+        ({**MYCHAT, "thought": ["<t>"]}, "two texts"),
+        ({**MYCHAT, "stop": [{"token": "eos"}]}, "not a list of texts"),
+        ({**MYCHAT, "default_system": ["a"]}, "not a text"),
+        ({**MYCHAT, "name": "qwen"}, "based_on: qwen under another name"),
+        ({"based_on": "lama3"}, "unknown template 'lama3'.*did you mean 'llama3'"),
+        ({**MYCHAT, "tool_format": "quen"}, "unknown tool_format 'quen'.*did you mean 'qwen'"),
+        (
+            {**MYCHAT, "needs": ["<|no|>"]},
+            "template 'mychat' uses '<.no.>', which this tokenizer lacks",
+        ),
+    ],
+)
 def test_a_format_that_cannot_be_used_is_refused(tmp_path, said, message):
     with pytest.raises(ValueError, match=message):
         choose_template(said, load_tokenizer(write_byte_level(tmp_path / "a")), "llama")

@@ -1,4 +1,5 @@
 """text/fit_tokenizer.py: stop tokens, eos, and the chat template written for other programs."""
+
 from dataclasses import replace
 
 import pytest
@@ -16,11 +17,30 @@ from text.tokenizer import load_tokenizer
 def test_special_tokens_equal_the_recorded_ones():
     for case in read_jsonl(GOLDEN / "data" / "special_tokens.jsonl"):
         tokenizer = fitted(case["template"], case["tokenizer"])
-        stops = fit_tokenizer(TEMPLATES[case["template"]], tokenizer)  # a second time changes nothing
-        ours = (tokenizer.vocab_size, tokenizer.eos_token, tokenizer.eos_id, tokenizer.pad_token, tokenizer.pad_id,
-                tokenizer.bos_id, stops)
-        assert ours == tuple(case[key] for key in ("len", "eos_token", "eos_token_id", "pad_token", "pad_token_id",
-                                                   "bos_token_id", "stop_token_ids")), case["template"]
+        stops = fit_tokenizer(
+            TEMPLATES[case["template"]], tokenizer
+        )  # a second time changes nothing
+        ours = (
+            tokenizer.vocab_size,
+            tokenizer.eos_token,
+            tokenizer.eos_id,
+            tokenizer.pad_token,
+            tokenizer.pad_id,
+            tokenizer.bos_id,
+            stops,
+        )
+        assert ours == tuple(
+            case[key]
+            for key in (
+                "len",
+                "eos_token",
+                "eos_token_id",
+                "pad_token",
+                "pad_token_id",
+                "bos_token_id",
+                "stop_token_ids",
+            )
+        ), case["template"]
 
 
 def test_stop_tokens_beyond_the_embedding(tmp_path):
@@ -28,7 +48,9 @@ def test_stop_tokens_beyond_the_embedding(tmp_path):
     rows = tokenizer.vocab_size
     template = Template(user=("{{content}}",), stop=("</s>", "<|more|>"), stop_is_eos=True)
     assert fit_tokenizer(template, tokenizer, embedding_rows=rows) == [tokenizer.eos_id]
-    assert tokenizer.vocab_size == rows  # a text with <|more|> in it must not become an id the model lacks
+    assert (
+        tokenizer.vocab_size == rows
+    )  # a text with <|more|> in it must not become an id the model lacks
     assert fit_tokenizer(template, tokenizer, embedding_rows=rows + 1) == [tokenizer.eos_id, rows]
     with pytest.raises(ValueError, match="'<.end.>'.*no room"):
         fit_tokenizer(replace(template, stop=("<|end|>",)), tokenizer, embedding_rows=rows + 1)
@@ -41,7 +63,9 @@ def test_a_tokenizer_without_eos_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("system, default", [(None, None), ("Be 'x' \\n\n\"y\"", None), (None, "D"), ("s", "")])
+@pytest.mark.parametrize(
+    "system, default", [(None, None), ("Be 'x' \\n\n\"y\"", None), (None, "D"), ("s", "")]
+)
 def test_the_written_jinja_renders_what_we_encode(tmp_path, name, system, default):
     jinja2 = pytest.importorskip("jinja2")
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
@@ -54,9 +78,15 @@ def test_the_written_jinja_renders_what_we_encode(tmp_path, name, system, defaul
         bos_id, eos_id = tokenizer.bos_token, tokenizer.eos_token
 
     row = replace(row, reasoning=False)
-    ours = "".join(piece for turn in render_turns(row, Shown(), messages, system)
-                   for pieces in turn for piece in pieces)
+    ours = "".join(
+        piece
+        for turn in render_turns(row, Shown(), messages, system)
+        for pieces in turn
+        for piece in pieces
+    )
     theirs = [{"role": "system", "content": system}] * bool(system) + [
-        {**message, "role": "tool" if message["role"] == "observation" else message["role"]} for message in messages]
+        {**message, "role": "tool" if message["role"] == "observation" else message["role"]}
+        for message in messages
+    ]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers does
     assert environment.from_string(tokenizer.chat_template).render(messages=theirs) == ours

@@ -1,4 +1,5 @@
 """text/jinja_sandbox.py: the chat template of a checkpoint is a program by a stranger."""
+
 import re
 import time
 
@@ -8,15 +9,26 @@ from tests.test_template_check import CHATML, checked
 from text import jinja_sandbox as sandbox
 
 
-@pytest.mark.parametrize("jinja, message", [
-    ("{% for", "it is not a jinja template"), ("{{ other + 'x' }}", "'other' is undefined"),
-    ("{{ 1 / 0 }}", "division"),
-    ("{{ 'a' * 10 ** 11 }}", "memory"), ("{{ 'a' * 10 ** 6 }}", "more than 20000 characters"),
-    ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__.os.system('x') }}", "unsafe"),
-    ("{{ messages.append(1) }}", "unsafe"), ("{% include 'x' %}", "no loader"), ("{{ raise_exception('no') }}", "^no$"),
-    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "stopped after 2 seconds"),
-])
+@pytest.mark.parametrize(
+    "jinja, message",
+    [
+        ("{% for", "it is not a jinja template"),
+        ("{{ other + 'x' }}", "'other' is undefined"),
+        ("{{ 1 / 0 }}", "division"),
+        ("{{ 'a' * 10 ** 11 }}", "memory"),
+        ("{{ 'a' * 10 ** 6 }}", "more than 20000 characters"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.system('x') }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% include 'x' %}", "no loader"),
+        ("{{ raise_exception('no') }}", "^no$"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "stopped after 2 seconds",
+        ),
+    ],
+)
 def test_a_chat_template_that_cannot_be_rendered_is_a_sentence(tmp_path, jinja, message):
     pytest.importorskip("jinja2")
     began = time.monotonic()
@@ -31,4 +43,7 @@ def test_without_jinja2_there_is_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "jinja2.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     [(text, why)] = sandbox.render_chats(CHATML, {}, [{"messages": []}])
-    assert text is None and why == "jinja2 is not installed, so chat templates cannot be read: pip install jinja2"
+    assert (
+        text is None
+        and why == "jinja2 is not installed, so chat templates cannot be read: pip install jinja2"
+    )

@@ -1,4 +1,5 @@
 """text/template_check.py: the template chosen for a checkpoint, compared with the vendor's."""
+
 import json
 import re
 import subprocess
@@ -19,9 +20,16 @@ from text.tokenizer import load_tokenizer
 
 
 @needs_shared
-@pytest.mark.parametrize("tokenizer, model_type, expected", [
-    ("llama3", "llama", "llama3"), ("llama2", "llama", "llama2"), ("llama2", "mistral", "mistral"),
-    ("qwen2.5", "qwen2", "qwen"), ("qwen3", "qwen3", "qwen3_nothink")])  # this qwen3 folder says nothing of thoughts
+@pytest.mark.parametrize(
+    "tokenizer, model_type, expected",
+    [
+        ("llama3", "llama", "llama3"),
+        ("llama2", "llama", "llama2"),
+        ("llama2", "mistral", "mistral"),
+        ("qwen2.5", "qwen2", "qwen"),
+        ("qwen3", "qwen3", "qwen3_nothink"),
+    ],
+)  # this qwen3 folder says nothing of thoughts
 def test_a_template_is_chosen_from_the_checkpoint(tokenizer, model_type, expected):
     tokenizer = load_tokenizer(SHARED / "tokenizers" / tokenizer)
     template, why = choose_template(None, tokenizer, model_type)
@@ -49,50 +57,75 @@ def test_choosing_looks_at_the_chat_template_first():
 
 @needs_shared
 def test_a_template_that_does_not_fit_is_refused_with_advice():
-    qwen, llama3, llama2 = (load_tokenizer(SHARED / "tokenizers" / name) for name in ("qwen2.5", "llama3", "llama2"))
-    with pytest.raises(ValueError, match="template 'llama3' uses '<.eot_id.>', which this tokenizer lacks .Qwen2.. "
-                                         "Try template: qwen .*force_template: true"):
+    qwen, llama3, llama2 = (
+        load_tokenizer(SHARED / "tokenizers" / name) for name in ("qwen2.5", "llama3", "llama2")
+    )
+    with pytest.raises(
+        ValueError,
+        match="template 'llama3' uses '<.eot_id.>', which this tokenizer lacks .Qwen2.. "
+        "Try template: qwen .*force_template: true",
+    ):
         choose_template("llama3", qwen, "qwen2")
     with pytest.raises(ValueError, match="'qwen' uses '<.im_end.>'.*Try template: llama3"):
         choose_template("qwen", llama3, "llama")
     with pytest.raises(ValueError, match="'llama2' uses '</s>'.*Try template: llama3"):
         choose_template("llama2", llama3, "llama")
-    with pytest.raises(ValueError, match="'mistral' is the format of mistral.*this one is llama.*Try template: llama2"):
+    with pytest.raises(
+        ValueError,
+        match="'mistral' is the format of mistral.*this one is llama.*Try template: llama2",
+    ):
         choose_template("mistral", llama2, "llama")
     template, why = choose_template("llama3", qwen, "qwen2", force=True)
     assert template is TEMPLATES["llama3"] and "forced" in why
     for name in ("default", "alpaca", "vicuna", "empty"):  # any model can learn these
         assert choose_template(name, qwen, "qwen2")[0].name == name
-    with pytest.raises(ValueError, match="unknown template 'lama3'.*did you mean 'llama3'.*Known: "):
+    with pytest.raises(
+        ValueError, match="unknown template 'lama3'.*did you mean 'llama3'.*Known: "
+    ):
         choose_template("lama3", llama3, "llama", force=True)
 
 
 @needs_shared
 def test_all_golden_curves_fit_their_own_template():
-    for model, model_type, name in (("tiny_llama3", "llama", "llama3"), ("tiny_qwen2", "qwen2", "qwen")):
+    for model, model_type, name in (
+        ("tiny_llama3", "llama", "llama3"),
+        ("tiny_qwen2", "qwen2", "qwen"),
+    ):
         tokenizer = load_tokenizer(GOLDEN / "curves" / model)
         assert choose_template(name, tokenizer, model_type)[0].name == name
         assert choose_template(None, tokenizer, model_type)[0].name == name
 
 
 NEW_FAMILIES = [  # model_type, the tokens of its vocabulary, the row
-    ("gemma", "<start_of_turn> <end_of_turn>", "gemma"), ("gemma2", "<start_of_turn> <end_of_turn>", "gemma2"),
-    ("glm", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"), ("glm4", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"),
+    ("gemma", "<start_of_turn> <end_of_turn>", "gemma"),
+    ("gemma2", "<start_of_turn> <end_of_turn>", "gemma2"),
+    ("glm", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"),
+    ("glm4", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"),
     ("chatglm", "[gMASK] <sop> <|user|> <|assistant|>", "glm4"),
     ("baichuan", "<reserved_106> <reserved_107>", "baichuan2"),
-    ("chatglm", "[gMASK] sop <|user|> <|assistant|>", "chatglm3"), ("internlm2", "<|im_start|> <|im_end|>", "intern2"),
-    ("phi3", "<|user|> <|assistant|> <|end|>", "phi"), ("phi3", "<|user|> <|assistant|> <|end|> <|tool|>", "phi4_mini"),
-    ("phi3", "<|im_start|> <|im_sep|> <|im_end|>", "phi4"), ("qwen", "<|im_start|> <|im_end|>", "qwen"),
-    ("qwen2_moe", "<|im_start|> <|im_end|>", "qwen"), ("qwen3_moe", "<|im_start|> <|im_end|>", "qwen3"),
-    ("olmo", "", "olmo"), ("olmo2", "", "olmo"), ("xverse", "", "xverse"), ("mixtral", "<s> </s>", "mistral"),
-    ("llama", "<|startoftext|> <|im_start|> <|im_end|>", "yi"), ("llama", "<s> </s>", "llama2"),
+    ("chatglm", "[gMASK] sop <|user|> <|assistant|>", "chatglm3"),
+    ("internlm2", "<|im_start|> <|im_end|>", "intern2"),
+    ("phi3", "<|user|> <|assistant|> <|end|>", "phi"),
+    ("phi3", "<|user|> <|assistant|> <|end|> <|tool|>", "phi4_mini"),
+    ("phi3", "<|im_start|> <|im_sep|> <|im_end|>", "phi4"),
+    ("qwen", "<|im_start|> <|im_end|>", "qwen"),
+    ("qwen2_moe", "<|im_start|> <|im_end|>", "qwen"),
+    ("qwen3_moe", "<|im_start|> <|im_end|>", "qwen3"),
+    ("olmo", "", "olmo"),
+    ("olmo2", "", "olmo"),
+    ("xverse", "", "xverse"),
+    ("mixtral", "<s> </s>", "mistral"),
+    ("llama", "<|startoftext|> <|im_start|> <|im_end|>", "yi"),
+    ("llama", "<s> </s>", "llama2"),
     ("llama4_text", "<|header_start|> <|header_end|> <|eot|>", "llama4"),
     ("qwen2", "<｜User｜> <｜Assistant｜>", "deepseekr1"),
 ]
 
 
 @pytest.mark.parametrize("model_type, tokens, expected", NEW_FAMILIES)
-def test_a_template_is_chosen_for_a_family_without_a_chat_template(tmp_path, model_type, tokens, expected):
+def test_a_template_is_chosen_for_a_family_without_a_chat_template(
+    tmp_path, model_type, tokens, expected
+):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.add_tokens(tokens.split())
     tokenizer.chat_template = None
@@ -105,13 +138,19 @@ def test_a_token_that_only_slots_name_need_not_be_found_in_texts(tmp_path):
     """ChatGLM3's `sop` has an id, yet a user who types it types three letters."""
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|assistant|>", "<|system|>"])
-    row = replace(TEMPLATES["chatglm3"], prefix=(Token("[gMASK]"), Token("l")), needs=("[gMASK]", "l"))
-    assert not tokenizer.is_added("l") and template_check.misfit_reason(row, tokenizer, "chatglm") == ""
+    row = replace(
+        TEMPLATES["chatglm3"], prefix=(Token("[gMASK]"), Token("l")), needs=("[gMASK]", "l")
+    )
+    assert not tokenizer.is_added("l")
+    assert template_check.misfit_reason(row, tokenizer, "chatglm") == ""
     assert "'<sop>'" in template_check.misfit_reason(TEMPLATES["glm4"], tokenizer, "chatglm")
 
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>"
-          "\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>"
+    "\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def checked(tmp_path, jinja, name="yi", **more):
@@ -130,42 +169,94 @@ def test_formats_agree_with_the_chat_templates_they_were_made_from():
         if name != "llama3":  # the templates in the folders of Qwen have this default
             row = replace(TEMPLATES[name], default_system="You are a helpful assistant.")
             assert check_template(row, tokenizer) == []
-    assert [line for line in check_template(TEMPLATES["qwen"], load_tokenizer(SHARED / "tokenizers" / "llama3"))
-            if "writes another text" in line]
+    assert [
+        line
+        for line in check_template(
+            TEMPLATES["qwen"], load_tokenizer(SHARED / "tokenizers" / "llama3")
+        )
+        if "writes another text" in line
+    ]
 
 
-TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-PUBLISHED = {  # what the chat templates of published models say, shortened to texts; what is known to differ
-    "gemma2": ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
-               "{% endif %}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else "
-               "m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}"
-               "{{ '<start_of_turn>model\n' }}{% endif %}", "refuses strips"),
-    "phi": ("{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-            "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}", "ends"),
-    "phi4_mini": ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
-                  "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}", "ends"),
-    "glm4": ("[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ m.metadata }}\n{{ m.content }}{% endfor %}"
-             "{% if add_generation_prompt %}<|assistant|>{% endif %}", ""),
-    "intern2": ("{{ bos_token }}" + TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-                "has"),
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+)
+# the chat templates of published models, shortened to texts; the differences that are known
+PUBLISHED = {
+    "gemma2": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role "
+        "not supported') }}"
+        "{% endif %}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == "
+        "'assistant' else "
+        "m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}{% if "
+        "add_generation_prompt %}"
+        "{{ '<start_of_turn>model\n' }}{% endif %}",
+        "refuses strips",
+    ),
+    "phi": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
+        "ends",
+    ),
+    "phi4_mini": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+        "ends",
+    ),
+    "glm4": (
+        "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>{{ m.metadata }}\n{{ m.content }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+        "",
+    ),
+    "intern2": (
+        "{{ bos_token }}"
+        + TURNS
+        + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "has",
+    ),
     "yi": (TURNS + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", ""),
-    "olmo2": ("{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
-              "{{ eos_token if m.role == 'assistant' }}{{ '\n' if m.role != 'assistant' or not loop.last }}"
-              "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}", "ends"),
-    "orion": ("{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{% if m.role == 'user' %}"
-              "{{ 'Human: ' + m.content + '\n\nAssistant: ' + eos_token }}{% elif m.role == 'assistant' %}"
-              "{{ m.content + eos_token }}{% endif %}{% endfor %}", "leaves"),
-    "granite3": ("{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + "
-                 "'<|end_of_text|>\n' }}{% endfor %}{% if add_generation_prompt %}"
-                 "{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}", ""),
-    "cohere": ("{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' + {'user': '<|USER_TOKEN|>', "
-               "'system': '<|SYSTEM_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'}[m.role] + m.content.strip() + "
-               "(eos_token if m.role == 'assistant' else '<|END_OF_TURN_TOKEN|>') }}{% endfor %}"
-               "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}", "strips"),
-    "deepseekr1": ("{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == "
-                   "'user' %}{{ '<｜User｜>' + m.content }}{% else %}{{ '<｜Assistant｜>' + m.content.split('</think>')"
-                   "[-1] + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
-                   "{{ '<｜Assistant｜><think>\n' }}{% endif %}", "disagrees opens"),
+    "olmo2": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}{{ '\n' if m.role != 'assistant' or not "
+        "loop.last }}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% "
+        "endfor %}",
+        "ends",
+    ),
+    "orion": (
+        "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}{% if m.role == "
+        "'user' %}"
+        "{{ 'Human: ' + m.content + '\n\nAssistant: ' + eos_token }}{% elif m.role == "
+        "'assistant' %}"
+        "{{ m.content + eos_token }}{% endif %}{% endfor %}",
+        "leaves",
+    ),
+    "granite3": (
+        "{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_role|>' + m.content + "
+        "'<|end_of_text|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_of_role|>assistant<|end_of_role|>' }}{% endif %}",
+        "",
+    ),
+    "cohere": (
+        "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' + {'user': "
+        "'<|USER_TOKEN|>', "
+        "'system': '<|SYSTEM_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'}[m.role] + "
+        "m.content.strip() + "
+        "(eos_token if m.role == 'assistant' else '<|END_OF_TURN_TOKEN|>') }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}",
+        "strips",
+    ),
+    "deepseekr1": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% "
+        "elif m.role == "
+        "'user' %}{{ '<｜User｜>' + m.content }}{% else %}{{ '<｜Assistant｜>' + "
+        "m.content.split('</think>')"
+        "[-1] + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<｜Assistant｜><think>\n' }}{% endif %}",
+        "disagrees opens",
+    ),
 }
 
 
@@ -176,17 +267,30 @@ def test_formats_without_recordings_agree_with_the_published_chat_templates(tmp_
     tokenizer.add_tokens(TEMPLATES[name].needs)
     tokenizer.chat_template = jinja
     lines = check_template(TEMPLATES[name], tokenizer)
-    named = {re.match(r"known: its chat template (\w+)", line)[1] for line in lines if "other tokens" not in line}
+    named = {
+        re.match(r"known: its chat template (\w+)", line)[1]
+        for line in lines
+        if "other tokens" not in line
+    }
     assert named == set(words.split()), lines
     assert choose_template(None, tokenizer, (TEMPLATES[name].families or [None])[0])[0].name == name
 
 
 @needs_shared
-@pytest.mark.parametrize("old, new", [
-    ("<|eot_id|>", "<|eot_id|> "), ("<|end_header_id|>\n\n", "<|end_header_id|>\n"), ("bos_token + content", "content"),
-    ("message['role'] +", "message['role']|upper +"), ("message['content'] | trim", "message['content'][1:]"),
-    ("'<|start_header_id|>assistant", "'<|start_header_id|>Assistant"), ("<|eot_id|>", ""),
-    ("message['content'] | trim", "message['content'] | trim + '.'"), ("loop.index0 == 0", "loop.index0 >= 0")])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("<|eot_id|>", "<|eot_id|> "),
+        ("<|end_header_id|>\n\n", "<|end_header_id|>\n"),
+        ("bos_token + content", "content"),
+        ("message['role'] +", "message['role']|upper +"),
+        ("message['content'] | trim", "message['content'][1:]"),
+        ("'<|start_header_id|>assistant", "'<|start_header_id|>Assistant"),
+        ("<|eot_id|>", ""),
+        ("message['content'] | trim", "message['content'] | trim + '.'"),
+        ("loop.index0 == 0", "loop.index0 >= 0"),
+    ],
+)
 def test_one_altered_character_is_found_and_shown(old, new):
     jinja2 = pytest.importorskip("jinja2")
     tokenizer = load_tokenizer(SHARED / "tokenizers" / "llama3")
@@ -194,66 +298,124 @@ def test_one_altered_character_is_found_and_shown(old, new):
     tokenizer.chat_template = theirs.replace(old, new)
     assert tokenizer.chat_template != theirs
     lines = check_template(TEMPLATES["llama3"], tokenizer)
-    shown = re.search(r"\(in: ([\w ]+)[^)]*\), from character (\d+) on\n    ours    (.*)\n    theirs  (.*)", lines[0])
+    shown = re.search(
+        r"\(in: ([\w ]+)[^)]*\), from character (\d+) on\n    ours    (.*)\n    theirs  (.*)",
+        lines[0],
+    )
     messages, system, _ = CHATS[shown[1]]
     variables = template_check.vendor_chat(messages, system, None)
-    texts = [jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source).render(
-        **variables, bos_token=tokenizer.bos_token) for source in (theirs, tokenizer.chat_template)]
+    texts = [
+        jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        .from_string(source)
+        .render(**variables, bos_token=tokenizer.bos_token)
+        for source in (theirs, tokenizer.chat_template)
+    ]
     at = int(shown[2])
-    assert texts[0][:at] == texts[1][:at] and texts[0][at:at + 1] != texts[1][at:at + 1]
-    assert [eval(part) for part in shown.groups()[2:]] == [text[max(at - 40, 0):at + 40] for text in texts]
+    assert texts[0][:at] == texts[1][:at] and texts[0][at : at + 1] != texts[1][at : at + 1]
+    assert [eval(part) for part in shown.groups()[2:]] == [
+        text[max(at - 40, 0) : at + 40] for text in texts
+    ]
 
 
-@pytest.mark.parametrize("jinja, expected", [
-    (CHATML, []),
-    (CHATML.replace("message['content']", "message['content'] | trim"),
-     ["strips white space around texts (in: white space)"]),
-    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML,
-     ["refuses this: no system role (in: system text)"]),
-    ("{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}" + CHATML,
-     ["leaves the system text out (in: system text)"]),
-    ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe.<|im_end|>\n' }}{% endif %}" + CHATML,
-     ["says 'Be.' for the system text '' (in: one turn, two turns, prompt, later prompt, white space)"]),
-    (CHATML.replace("message['content']", "('Cutting Knowledge Date: December 2023\nToday Date: ' + "
-                    "strftime_now('%d %b') + '\n\n' if message['role'] == 'system' else '') + message['content']"),
-     ["tells the date (in: system text)"]),
-    (CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
-     ["ends the last answer otherwise (in: one turn, two turns, system text, white space)"]),
-    (CHATML.replace("{% endif %}", "{{ '<think>\n' }}{% endif %}"),
-     ["opens a thought at the end of a prompt (in: prompt, later prompt)"]),
-    ("{% generation %}" + CHATML + "{%- endgeneration -%}", []),
-])
+@pytest.mark.parametrize(
+    "jinja, expected",
+    [
+        (CHATML, []),
+        (
+            CHATML.replace("message['content']", "message['content'] | trim"),
+            ["strips white space around texts (in: white space)"],
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}"
+            "{% endif %}"
+            + CHATML,
+            ["refuses this: no system role (in: system text)"],
+        ),
+        (
+            "{% if messages[0]['role'] == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+            + CHATML,
+            ["leaves the system text out (in: system text)"],
+        ),
+        (
+            "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe.<|im_end|>\n' "
+            "}}{% endif %}"
+            + CHATML,
+            [
+                "says 'Be.' for the system text '' (in: one turn, two turns, prompt, later "
+                "prompt, white space)"
+            ],
+        ),
+        (
+            CHATML.replace(
+                "message['content']",
+                "('Cutting Knowledge Date: December 2023\nToday Date: ' + "
+                "strftime_now('%d %b') + '\n\n' if message['role'] == 'system' else '') + "
+                "message['content']",
+            ),
+            ["tells the date (in: system text)"],
+        ),
+        (
+            CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}",
+            ["ends the last answer otherwise (in: one turn, two turns, system text, white space)"],
+        ),
+        (
+            CHATML.replace("{% endif %}", "{{ '<think>\n' }}{% endif %}"),
+            ["opens a thought at the end of a prompt (in: prompt, later prompt)"],
+        ),
+        ("{% generation %}" + CHATML + "{%- endgeneration -%}", []),
+    ],
+)
 def test_known_differences_are_named(tmp_path, jinja, expected):
     assert checked(tmp_path, jinja) == ["known: its chat template " + line for line in expected]
 
 
 def test_differences_that_matter_do_not_pass_for_known_ones(tmp_path):
-    for jinja in (CHATML + "{{ '\n' }}x", "{{ '\n' }}" + CHATML, "{{ '<s>' }}" + CHATML,
-                  CHATML.replace("assistant\\n", "assistant").replace("assistant\n", "assistant")):
+    for jinja in (
+        CHATML + "{{ '\n' }}x",
+        "{{ '\n' }}" + CHATML,
+        "{{ '<s>' }}" + CHATML,
+        CHATML.replace("assistant\\n", "assistant").replace("assistant\n", "assistant"),
+    ):
         assert "writes another text" in checked(tmp_path, jinja)[0], jinja
     never_ends = dict(assistant=("{{content}}",))
-    written = ("{% for m in messages %}{{ 'Human: ' + m.content + '\n\nAssistant: ' if m.role == 'user' else m.content "
-               "}}{% endfor %}")
+    written = (
+        "{% for m in messages %}{{ 'Human: ' + m.content + '\n\nAssistant: ' if m.role == "
+        "'user' else m.content "
+        "}}{% endfor %}"
+    )
     ended = written.replace("else m.content", "else m.content + eos_token")
     assert "writes another text" in checked(tmp_path, ended, "xverse", **never_ends)[0]
     assert "writes another" not in str(checked(tmp_path, written, "xverse", **never_ends))
     bos_twice = checked(tmp_path, "{{ '<s>' }}" + ended, "xverse")
-    assert "writes another text" in bos_twice[0] and "system text" not in bos_twice[0].split("(in:")[0]
+    assert (
+        "writes another text" in bos_twice[0] and "system text" not in bos_twice[0].split("(in:")[0]
+    )
 
 
 def test_the_same_text_in_other_tokens_is_said(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
-    tokenizer.chat_template = ("{% for m in messages %}{{ 'hello' if m.role == 'user' else '' }}{{ m.content }}"
-                               "{% endfor %}")
-    lines = check_template(Template(user=("hel", "lo", "{{content}}"), assistant=("{{content}}",)), tokenizer)
-    assert lines[0].startswith("known: the same text in other tokens, since slots are tokenized one by one (in: ")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'hello' if m.role == 'user' else '' }}{{ m.content }}"
+        "{% endfor %}"
+    )
+    lines = check_template(
+        Template(user=("hel", "lo", "{{content}}"), assistant=("{{content}}",)), tokenizer
+    )
+    assert lines[0].startswith(
+        "known: the same text in other tokens, since slots are tokenized one by one (in: "
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_row_agrees_with_the_chat_template_written_for_it(tmp_path, name):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     row = TEMPLATES[name]
-    named = [slot.name for slots in (row.user, row.system, row.prefix) for slot in slots if isinstance(slot, Token)]
+    named = [
+        slot.name
+        for slots in (row.user, row.system, row.prefix)
+        for slot in slots
+        if isinstance(slot, Token)
+    ]
     tokenizer.add_tokens([*row.needs, *row.stop, *named])
     tokenizer.chat_template = write_jinja(row, tokenizer)
     lines = check_template(row, tokenizer)
@@ -261,9 +423,16 @@ def test_every_row_agrees_with_the_chat_template_written_for_it(tmp_path, name):
 
 
 def test_what_a_chat_template_writes_may_be_anything(tmp_path):
-    for jinja in ("{{ '\\ud800' }}", "{{ '\\x00' }}", " ", "{{ messages | tojson(indent=2) }}{{ tools | tojson }}"):
-        assert any("writes another text" in line or "leaves" in line or "cannot be compared" in line
-                   for line in checked(tmp_path, jinja)), jinja
+    for jinja in (
+        "{{ '\\ud800' }}",
+        "{{ '\\x00' }}",
+        " ",
+        "{{ messages | tojson(indent=2) }}{{ tools | tojson }}",
+    ):
+        assert any(
+            "writes another text" in line or "leaves" in line or "cannot be compared" in line
+            for line in checked(tmp_path, jinja)
+        ), jinja
     assert checked(tmp_path, None) == []
 
 
@@ -277,15 +446,27 @@ def test_a_check_is_quick(tmp_path):
 
 def test_the_script_lists_and_shows(tmp_path):
     def run(*arguments):
-        return subprocess.run([sys.executable, "-m", "text.template_check", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-m", "text.template_check", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     listed = run().stdout
     assert all(name in listed for name in TEMPLATES)
     shown = run("llama3").stdout.splitlines()
-    assert [line.split()[0] == "LOSS" for line in shown] == [False, True] * 3 and "2 + 3 = 5.<|eot_id|>" in shown[1]
+    assert [line.split()[0] == "LOSS" for line in shown] == [
+        False,
+        True,
+    ] * 3 and "2 + 3 = 5.<|eot_id|>" in shown[1]
     assert " tokens " in run("default", "--tokenizer", str(write_byte_level(tmp_path / "a"))).stdout
     wrong = run("lama3")
-    assert wrong.returncode == 1 and "did you mean 'llama3'" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and "did you mean 'llama3'" in wrong.stderr
+        and "Traceback" not in wrong.stderr
+    )
 
 
 @needs_shared
@@ -303,8 +484,17 @@ def test_the_script_checks_a_checkpoint(tmp_path):
     assert "no chat template to compare with" in check("--check", SHARED / "tokenizers" / "llama2")
     folder = write_byte_level(tmp_path / "a", eos_token="</s>")
     (folder / "chat_template.jinja").write_text(CHATML.replace("<|im_", "<im_").replace("|>", ">"))
-    (folder / "train_config.json").write_text(json.dumps({"template": {
-        "name": "mine", "user": "<im_start>user\n{{content}}<im_end>\n<im_start>assistant\n",
-        "assistant": "{{content}}<im_end>\n", "system": "<im_start>system\n{{content}}<im_end>\n"}}))
+    (folder / "train_config.json").write_text(
+        json.dumps(
+            {
+                "template": {
+                    "name": "mine",
+                    "user": "<im_start>user\n{{content}}<im_end>\n<im_start>assistant\n",
+                    "assistant": "{{content}}<im_end>\n",
+                    "system": "<im_start>system\n{{content}}<im_end>\n",
+                }
+            }
+        )
+    )
     said = check("--check", folder)
     assert "template  mine" in said and "(in: one turn" not in said

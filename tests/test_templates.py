@@ -1,15 +1,25 @@
 """templates.py: ids equal those recorded from LLaMA-Factory; pieces, thoughts, and errors.
 
-The golden rows are converted here by a few plain lines (data.py has its own, tested in test_data.py)
-and labelled as the notes of the recordings say; rows that cutoff_len truncates are not compared.
+The golden rows are converted here by a few plain lines (those of data.py are tested in
+test_data.py) and labeled as the notes of the recordings say; rows that cutoff_len truncates are not
+compared.
 """
+
 import functools
 import json
 
 import pytest
 
 from templates import (
-    BOS, EOS, Settings, Template, encode_pieces, encode_prompt, encode_turns, render_turns)
+    BOS,
+    EOS,
+    Settings,
+    Template,
+    encode_pieces,
+    encode_prompt,
+    encode_turns,
+    render_turns,
+)
 from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
 from tests.test_tokenizer import write_byte_level
 from text import tool_calls as tools
@@ -17,10 +27,20 @@ from text.chat_formats import TEMPLATES, with_overrides
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
 
-SHAREGPT = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-            "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
+SHAREGPT = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
-TOOL = '[{"name": "weather", "description": "d", "parameters": {"type": "object", "properties": {"city": {}}}}]'
+TOOL = (
+    '[{"name": "weather", "description": "d", '
+    '"parameters": {"type": "object", "properties": {"city": {}}}}]'
+)
 
 
 def talk(*texts):
@@ -30,24 +50,39 @@ def talk(*texts):
 
 def call(text, answer="done"):
     """A user asks, the assistant calls a tool, gets its result and answers."""
-    return [*talk("q"), {"role": "function", "content": text}, {"role": "observation", "content": "r"},
-            {"role": "assistant", "content": answer}]
+    return [
+        *talk("q"),
+        {"role": "function", "content": text},
+        {"role": "observation", "content": "r"},
+        {"role": "assistant", "content": answer},
+    ]
 
 
 class Names:
     """A tokenizer whose ids are texts: shows what was rendered."""
+
     bos_id, eos_id, unk_id, split_special_tokens = "<s>", "</s>", None, False
 
     def id_of(self, token):
         return token
 
 
-def text_of(template, messages, system=None, tools=None, only_last=False, tool_format=None,
-            default_system=None, **settings):
+def text_of(
+    template,
+    messages,
+    system=None,
+    tools=None,
+    only_last=False,
+    tool_format=None,
+    default_system=None,
+    **settings,
+):
     """-> [(source text, target text), …]"""
     template = TEMPLATES[template] if isinstance(template, str) else template
     template = with_overrides(template, tool_format, default_system)
-    turns = render_turns(template, Names(), messages, system, tools, Settings(**settings), only_last)
+    turns = render_turns(
+        template, Names(), messages, system, tools, Settings(**settings), only_last
+    )
     return [("".join(source), "".join(target)) for source, target in turns]
 
 
@@ -60,7 +95,11 @@ def fitted(template, tokenizer):
 
 def conversation(row, info):
     """A raw row -> (messages, system, tools)."""
-    columns = info.get("columns") or {"prompt": "instruction", "query": "input", "response": "output"}
+    columns = info.get("columns") or {
+        "prompt": "instruction",
+        "query": "input",
+        "response": "output",
+    }
     system, tools = row.get(columns.get("system")), row.get(columns.get("tools"))
     if "messages" not in columns:
         texts = [text for pair in row.get(columns.get("history")) or [] for text in pair]
@@ -85,8 +124,8 @@ def conversation(row, info):
     return messages, system, tools
 
 
-def labelled(turns, template, eos, mask_history=False, train_on_prompt=False):
-    """The ids of turns and their labels, by the rules in the recordings' notes. -> (input_ids, labels)"""
+def labeled(turns, template, eos, mask_history=False, train_on_prompt=False):
+    """(input_ids, labels) of turns, by the rules in the notes of the recordings."""
     input_ids, labels, last = [], [], len(turns) - 1
     for i, (source, target) in enumerate(turns):
         hidden = list(source) if train_on_prompt else [-100] * len(source)
@@ -102,7 +141,9 @@ def compare(case):
     """True if our ids are the recorded ones, None if cutoff_len cut the row."""
     template, tokenizer = TEMPLATES[case["template"]], fitted(case["template"], case["tokenizer"])
     given = case["settings"]
-    settings = Settings(**{key: given[key] for key in Settings.__dataclass_fields__ if key in given})
+    settings = Settings(
+        **{key: given[key] for key in Settings.__dataclass_fields__ if key in given}
+    )
     template = with_overrides(template, given.get("tool_format"), given.get("default_system"))
     messages, system, tools = conversation(case["row"], case["dataset_info"])
     if case["predict"]:
@@ -110,30 +151,54 @@ def compare(case):
         ours = prompt, answer + [tokenizer.eos_id] * template.efficient_eos
     else:
         turns = encode_turns(template, tokenizer, messages, system, tools, settings)
-        ours = labelled(turns, template, tokenizer.eos_id, settings.mask_history, given.get("train_on_prompt"))
+        ours = labeled(
+            turns, template, tokenizer.eos_id, settings.mask_history, given.get("train_on_prompt")
+        )
     if len(ours[0]) + len(ours[1]) * case["predict"] > given.get("cutoff_len", 2048):
         return None
     return ours == (case["input_ids"], case["labels"])
 
 
 @needs_shared
-@pytest.mark.parametrize("file, least", [
-    ("templates", 234), ("templates_094", 209), ("thinking", 72), ("tools", 64), ("settings", 71), ("predict", 144),
-    ("formats", 14), ("truncation", 57)])
+@pytest.mark.parametrize(
+    "file, least",
+    [
+        ("templates", 234),
+        ("templates_094", 209),
+        ("thinking", 72),
+        ("tools", 64),
+        ("settings", 71),
+        ("predict", 144),
+        ("formats", 14),
+        ("truncation", 57),
+    ],
+)
 def test_ids_equal_the_recorded_rows(file, least, monkeypatch):
     monkeypatch.setattr(tools, "today", lambda: "21 Nov 2026")  # the day of the recording
-    cases = [case for case in read_jsonl(GOLDEN / "data" / f"{file}.jsonl")
-             if "row" in case and "input_ids" in case and case["tokenizer_backend"] == "file"]
-    same = [(compare(case), case["template"], case["tokenizer"], case["case"], case["settings"]) for case in cases]
+    cases = [
+        case
+        for case in read_jsonl(GOLDEN / "data" / f"{file}.jsonl")
+        if "row" in case and "input_ids" in case and case["tokenizer_backend"] == "file"
+    ]
+    same = [
+        (compare(case), case["template"], case["tokenizer"], case["case"], case["settings"])
+        for case in cases
+    ]
     assert [case for case in same if case[0] is False] == []
     assert sum(case[0] is True for case in same) >= least
 
 
 def test_a_format_of_ones_own_as_the_docstring_shows_it():
-    mychat = Template(user=("<user>{{content}}</user><bot>",), assistant=("{{content}}", EOS),
-                      system=("<sys>{{content}}</sys>",), prefix=(BOS,))
+    mychat = Template(
+        user=("<user>{{content}}</user><bot>",),
+        assistant=("{{content}}", EOS),
+        system=("<sys>{{content}}</sys>",),
+        prefix=(BOS,),
+    )
     assert text_of(mychat, talk("a", "b", "c", "d"), system="s") == [
-        ("<s><sys>s</sys><user>a</user><bot>", "b</s>"), ("<user>c</user><bot>", "d</s>")]
+        ("<s><sys>s</sys><user>a</user><bot>", "b</s>"),
+        ("<user>c</user><bot>", "d</s>"),
+    ]
 
 
 def test_texts_of_different_slots_are_tokenized_apart(tmp_path):
@@ -148,8 +213,13 @@ def test_many_pieces_at_once_equal_one_by_one(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     lists = [["hello", 1, "there", "hello"], [], [0, ""], ["  a\n"]]
     assert encode_pieces(tokenizer, lists) == [
-        [i for piece in pieces for i in (tokenizer.encode(piece) if isinstance(piece, str) else [piece])]
-        for pieces in lists]
+        [
+            i
+            for piece in pieces
+            for i in (tokenizer.encode(piece) if isinstance(piece, str) else [piece])
+        ]
+        for pieces in lists
+    ]
 
 
 @needs_shared
@@ -164,7 +234,9 @@ def test_split_special_tokens_splits_what_the_user_typed_and_not_the_format():
     assert [(ids.count(start), ids.count(end)) for ids in cut] == [(3, 2), (0, 1)]
     assert [split.decode(ids) for ids in cut] == [whole.decode(ids) for ids in plain]
     clean = talk("a b", "c")  # without such strings nothing changes
-    assert encode_turns(TEMPLATES["qwen"], whole, clean) == encode_turns(TEMPLATES["qwen"], split, clean)
+    assert encode_turns(TEMPLATES["qwen"], whole, clean) == encode_turns(
+        TEMPLATES["qwen"], split, clean
+    )
 
 
 def test_a_named_token_that_does_not_exist_is_an_error(tmp_path):
@@ -201,7 +273,9 @@ def test_chat_prompt_ends_where_the_answer_begins():
     prompt = text_of("qwen3", history, only_last=True)
     assert prompt[0][1] == "b<|im_end|>\n"  # its thought is left out
     assert prompt[1][0].endswith("<|im_start|>assistant\n")
-    prompt = text_of("qwen3", history, only_last=True, enable_thinking=False, preserve_thinking=True)
+    prompt = text_of(
+        "qwen3", history, only_last=True, enable_thinking=False, preserve_thinking=True
+    )
     assert prompt[0][1].startswith("<think>\nx") and prompt[1][0].endswith("</think>\n\n")
 
 
@@ -211,8 +285,17 @@ def test_a_checkpoints_own_chat_template_agrees():
     for name, tokenizer in (("llama3", "llama3"), ("qwen", "qwen2.5"), ("qwen3_nothink", "qwen3")):
         tokenizer = fitted(name, tokenizer)
         messages = talk("a", "b", "c", "d")
-        ours = "".join(tokenizer.decode(ids) for turn in encode_turns(TEMPLATES[name], tokenizer, messages, "s")
-                       for ids in turn)
-        theirs = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(tokenizer.chat_template).render(
-            messages=[{"role": "system", "content": "s"}, *messages], bos_token=tokenizer.bos_token)
+        ours = "".join(
+            tokenizer.decode(ids)
+            for turn in encode_turns(TEMPLATES[name], tokenizer, messages, "s")
+            for ids in turn
+        )
+        theirs = (
+            jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+            .from_string(tokenizer.chat_template)
+            .render(
+                messages=[{"role": "system", "content": "s"}, *messages],
+                bos_token=tokenizer.bos_token,
+            )
+        )
         assert ours == theirs

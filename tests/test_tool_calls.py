@@ -1,4 +1,5 @@
 """text/tool_calls.py: tools and calls in every way they are written, and what is refused."""
+
 import json
 
 import pytest
@@ -11,8 +12,11 @@ from text.chat_formats import TEMPLATES
 
 @needs_shared
 def test_what_llama_factory_refuses_in_a_tool_call_is_refused():
-    cases = [case for case in read_jsonl(GOLDEN / "data" / "errors.jsonl")
-             if case["case"] in ("thought_before_call", "parallel_calls", "call_not_json")]
+    cases = [
+        case
+        for case in read_jsonl(GOLDEN / "data" / "errors.jsonl")
+        if case["case"] in ("thought_before_call", "parallel_calls", "call_not_json")
+    ]
     assert len(cases) == 3
     for case in cases:
         messages, system, tools = conversation(case["rows"][0], case["dataset_info"])
@@ -24,17 +28,32 @@ def test_calls_are_read_in_every_way_they_are_written():
     expected = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     for text in (CALL, f"[{CALL}]", f"  {CALL}\n", f"<tool_call>\n{CALL}\n</tool_call>"):
         assert text_of("qwen", call(text))[0][1] == expected + "<|im_end|>\n"
-    for text in (f"[{CALL}, {CALL}]", f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>"):
+    for text in (
+        f"[{CALL}, {CALL}]",
+        f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>",
+    ):
         assert text_of("qwen", call(text))[0][1] == f"{expected}\n{expected}<|im_end|>\n"
     for lead in ("<think>\nx\n</think>\n\n", "<think>x</think>"):
         assert text_of("qwen", call(lead + CALL))[0][1] == lead + expected + "<|im_end|>\n"
-    assert text_of("qwen", call(f"hm <tool_call>{CALL}</tool_call>"))[0][1] == "hm " + expected + "<|im_end|>\n"
+    assert (
+        text_of("qwen", call(f"hm <tool_call>{CALL}</tool_call>"))[0][1]
+        == "hm " + expected + "<|im_end|>\n"
+    )
 
 
-@pytest.mark.parametrize("text, message", [
-    ("weather(Oslo)", "not JSON.*weather.Oslo"), ("", "not JSON"), ("Let me look. " + CALL, "not JSON"),
-    ("[]", "empty"), ('"weather"', "expected"), ('{"name": "weather"}', "arguments"), ("[1]", "expected"),
-    (f"<tool_call>{CALL}</tool_call> and so on", "text after")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("weather(Oslo)", "not JSON.*weather.Oslo"),
+        ("", "not JSON"),
+        ("Let me look. " + CALL, "not JSON"),
+        ("[]", "empty"),
+        ('"weather"', "expected"),
+        ('{"name": "weather"}', "arguments"),
+        ("[1]", "expected"),
+        (f"<tool_call>{CALL}</tool_call> and so on", "text after"),
+    ],
+)
 def test_calls_that_cannot_be_read_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         text_of("qwen", call(text))
@@ -42,8 +61,10 @@ def test_calls_that_cannot_be_read_are_refused(text, message):
 
 def test_tools_are_read_plain_wrapped_single_and_as_a_list():
     plain = json.loads(TOOL)
-    texts = {text_of("llama3", talk("a", "b"), tools=tools)[0][0]
-             for tools in (TOOL, plain, plain[0], [{"type": "function", "function": plain[0]}])}
+    texts = {
+        text_of("llama3", talk("a", "b"), tools=tools)[0][0]
+        for tools in (TOOL, plain, plain[0], [{"type": "function", "function": plain[0]}])
+    }
     assert len(texts) == 1 and '"name": "weather"' in texts.pop()
     for bad in ("nope", "[1]", '[{"description": "no name"}]', "3"):
         with pytest.raises(ValueError, match="tools: "):
@@ -53,9 +74,16 @@ def test_tools_are_read_plain_wrapped_single_and_as_a_list():
 
 
 def test_the_default_tool_format_takes_tools_with_little_said_about_them():
-    for tool in ({"name": "w"}, {"name": "w", "parameters": {}}, {"name": "w", "parameters": {"properties": {"c": {}}}},
-                 {"name": "w", "parameters": {"properties": {"c": {"enum": [1, 2], "items": {}}}}}):
-        assert "> Tool Name: w\nTool Description: \n" in text_of("default", talk("a", "b"), tools=[tool])[0][0]
+    for tool in (
+        {"name": "w"},
+        {"name": "w", "parameters": {}},
+        {"name": "w", "parameters": {"properties": {"c": {}}}},
+        {"name": "w", "parameters": {"properties": {"c": {"enum": [1, 2], "items": {}}}}},
+    ):
+        assert (
+            "> Tool Name: w\nTool Description: \n"
+            in text_of("default", talk("a", "b"), tools=[tool])[0][0]
+        )
     for parameters in ([1], {"properties": {"c": 1}}, {"properties": {"c": {"items": [1]}}}):
         with pytest.raises(ValueError, match="'w' are not a JSON schema"):
             text_of("default", talk("a", "b"), tools=[{"name": "w", "parameters": parameters}])
