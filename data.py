@@ -342,6 +342,10 @@ class Batch:
     row_weights: torch.Tensor | None = None     # (rows,) float32: weight of each row's loss
     desired: torch.Tensor | None = None         # (rows,) bool, stage kto: is it a good answer?
     kl_batch: "Batch | None" = None     # stage kto: the prompts with answers of other rows
+    filler: bool = False                # without labels, so that all ranks run equally many passes
+    ref_logps: torch.Tensor | None = None       # log-probabilities by the reference model
+    kl: torch.Tensor | None = None              # (rows,) stage kto, and (2,) for the log
+    kl_metric: torch.Tensor | None = None
 
     def to(self, device) -> "Batch":
         """The batch on a device, with its attention layout; unchanged if it already has one.

@@ -19,7 +19,6 @@ predict_results.json, eval_results.json.
 import math
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,19 +45,20 @@ from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import prepare
 from fast.fused_block import fuse_blocks
-from fast.matmul import pick_product
+from fast.matmul import PRODUCTS, pick_product
 from generate import Sampling
 from lora import merge_adapters
 from losses import Objective
-from methods.preference import VALUE_HEAD, ValueHead, objective_of
+from methods.preference import JudgedObjective, PairObjective
 from methods.quant import Form, form_asked
 from model import attention_needs
-from parallel import Ranks
-from runtime.build import ENCODERS
+from methods.reward_model import VALUE_HEAD, RewardObjective, ValueHead
+from runtime.build import STAGES
+from runtime.precision import Precision
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
 from runtime.memory_advice import available_bytes
-from runtime.preview import print_counts
+from runtime.show_data import print_counts
 from runtime.report import format_table, print_pairs
 from text.load_text import Text, eos_ids_of, load_text
 from text.token_cache import load_examples
@@ -200,7 +200,7 @@ def held_out(config: Config, tokenizer, template, vocab_size: int):
               "show memorization; eval_dataset or val_size holds rows out")
     # no folder is passed, so that the rows a training keeps on disk stay
     train_set, eval_set, counts = load_examples(config, tokenizer, template,
-                                                ENCODERS[config.stage])
+                                                STAGES[config.stage].encode)
     split = "eval" if config.val_size else "train"
     examples = eval_set if config.val_size else train_set
 
@@ -251,7 +251,7 @@ def form_of(side: Side, config: Config) -> Form | None:
     return None if side.name == "merged" else form_asked(config)
 
 
-def load_side(side: Side, config: Config, device):
+def load_side(side: Side, config: Config, device) -> tuple:
     """Load the model of one side, adapters not merged, with the kernels of this machine."""
     print(f"\n{side.name}", flush=True)
     dtype = pick_dtype(config, read_config_json(side.base), device)
@@ -261,9 +261,9 @@ def load_side(side: Side, config: Config, device):
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
                          **attention_needs(model.config))
     model.kernel = choice.kernel
-    model.product = pick_product(device, dtype).taken
-    fuse_blocks(model, model.product)
-    return model
+    matmul_name = pick_product(device, dtype).taken
+    fuse_blocks(model, matmul_name)
+    return model, PRODUCTS[matmul_name]
 
 
 def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_ids: set[int],
@@ -271,13 +271,16 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
     """Loss and answers of one model, and their speed, into side."""
     with explained_out_of_memory(device):
         start_time = time.time()
-        model = load_side(side, config, device)
+        model, matmul = load_side(side, config, device)
         load_seconds = time.time() - start_time
         if config.stage in ("sft", "pt"):
-            metrics, side.losses = evaluate_examples(config, model, examples, device)
+            metrics, side.losses = evaluate_examples(config, model, examples, device,
+                                                     matmul)
         else:
-            objective = objective_of_side(config, side, model, device)
-            metrics = evaluate(config, model, examples, device, nullcontext(), objective, Ranks())
+            objective = objective_of_side(config, side, model, device, matmul)
+            precision = Precision(model.model.embed_tokens.weight.dtype, device, model,
+                                  adapters_only=True)
+            metrics = evaluate(model, examples, objective, config, precision)
         side.results |= metrics
         side.results["eval_model_preparation_time"] = round(load_seconds, 4)
         if not prompts:
@@ -299,20 +302,21 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
     side.results["predict_steps_per_second"] = round(steps / seconds, 3)
 
 
-def objective_of_side(config: Config, side: Side, model, device) -> Objective:
+def objective_of_side(config: Config, side: Side, model, device, matmul) -> Objective:
     """Objective of stages dpo, kto and rm for a model, with its reference or value head."""
-    reference = head = None
-    if side.reference and has_reference(config):
-        form = None if config.ref_model else form_asked(config)
-        dtype = model.model.embed_tokens.weight.dtype
-        reference = load_with_adapters(*side.reference, dtype, device, form=form)
     if config.stage == "rm":
         folder = (side.adapters or [side.base])[-1]
         head = ValueHead(model.config.hidden_size, 0.0, config.seed)
         if not head.read(folder):
             raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
-        head.to(device)
-    return objective_of(config, reference, head)
+        return RewardObjective(head.to(device))
+    reference = None
+    if side.reference and has_reference(config):
+        form = None if config.ref_model else form_asked(config)
+        dtype = model.model.embed_tokens.weight.dtype
+        reference = load_with_adapters(*side.reference, dtype, device, form=form)
+    objective = PairObjective if config.stage == "dpo" else JudgedObjective
+    return objective(config, reference, matmul=matmul)
 
 
 def prepare_answers(config: Config, model, device):
@@ -320,8 +324,7 @@ def prepare_answers(config: Config, model, device):
     lines = []
     if config.fast_chat:
         merge_adapters(model, quantized=False)
-    model.product = "plain"
-    fuse_blocks(model, model.product)
+    fuse_blocks(model, "plain")
     if config.fast_chat:
         size = config.per_device_eval_batch_size
         lines = prepare(model, available_bytes(device), size)
@@ -353,7 +356,7 @@ def measure_choices(config: Config, sides: list[Side], template, tokenizer, sett
     percents, answers = {}, {}
     for side in sides:
         with explained_out_of_memory(device):
-            model = load_side(side, config, device)
+            model, matmul = load_side(side, config, device)
             answers[side.name] = answer_subjects(model, subjects, config, template, tokenizer,
                                                  settings)
         percents[side.name] = accuracies(subjects, answers[side.name])

@@ -1,104 +1,81 @@
-"""Training objectives: sums over a known count, never averages of averages.
+"""Training losses: a sum over a known count, never an average of averages.
 
-The whole optimizer step is counted first (N supervised tokens over all micro-batches); each micro-batch then adds
-its loss *sum* / N. The gradient therefore does not depend on how the step was cut into micro-batches.
+The supervised tokens of a whole optimizer step are counted first (N, over all micro-batches and
+ranks); each micro-batch then adds its loss *sum* / N. The gradient therefore does not depend on how
+the step was split into micro-batches.
 
-What compares answers (methods/preference.py) needs the log-probability of each sequence; answer_logps gives them.
+The head is applied to supervised positions only, chunk by chunk, and its gradient is formed in the
+same pass as the loss, so a (tokens x vocabulary) tensor never exists. Each of these functions has a
+plain twin beside it that materializes all logits and leaves the rest to autograd.
 
-Read before: model.py. Read after: methods/preference.py, train.py (the loop).
-The gradient of the head is formed in the same pass as its loss, chunk by chunk (as in arXiv:2410.10989), so a
-(tokens x vocabulary) tensor never exists. Softcapping of the logits: arXiv:2408.00118, sec. 2. Balance of experts:
-arXiv:2101.03961.
+Requires: model.py.
+Next: optim.py, train.py (train_step), methods/preference.py.
+Papers: the head's loss in chunks arXiv:2410.10989, softcapping arXiv:2408.00118 (sec. 2), balance
+of experts arXiv:2101.03961.
 """
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 
 from attention import to_device
 from data import IGNORE
-from fast.matmul import BLOCK, torch_product
-from parallel import Ranks
 
-CHUNK_BYTES = 64 * 2**20        # float32 logits held at once, or,
-MOST_CHUNKS = 16                # where that would be more chunks than this, more: each chunk reads the whole head
+CHUNK_BYTES = 64 * 2**20        # float32 logits held at once ...
+MAX_CHUNKS = 16                 # ... or more, since every chunk reads the whole head
+CHUNK_MULTIPLE = 128            # positions: oneDNN (fast/matmul.py) multiplies blocks of 128 rows
+
+
+# ---- cross-entropy ------------------------------------------------------------------------------
 
 
 def cross_entropy_plain(hidden, weight, targets, softcap=None):
-    """The slow twin of cross_entropy_sum: all logits at once, autograd does the rest."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()                               # (N, V)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    """The plain twin of cross_entropy_sum: all logits at once."""
+    logits = capped(F.linear(hidden, weight.to(hidden.dtype)).float(), softcap)         # (N, V)
     return F.cross_entropy(logits, targets.to(hidden.device), ignore_index=IGNORE, reduction="sum")
 
 
-def chunk_rows(supervised: int, vocabulary: int) -> int:
-    """Positions whose logits are held at once."""
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary), -(-supervised // MOST_CHUNKS))
-    return rows // BLOCK * BLOCK or rows                        # else a product would end in a small block
+def capped(logits, softcap):
+    """softcap * tanh(logits / softcap); None leaves them as they are."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def chunks(supervised: int, vocabulary: int) -> list[slice]:
-    """The positions in parts of chunk_rows each."""
-    step = chunk_rows(supervised, vocabulary)
-    return [slice(start, start + step) for start in range(0, supervised, step)]
+@record_function("loss")
+def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear):
+    """Sum of the token losses in nats, a float32 scalar.
 
-
-def losses_and_exps(logits, y):
-    """-log p(y) of each row of logits (c, V) float32, as (c, 1); and e with its row sums s, so that p = e / s.
-    e takes the logits' place."""
-    at_y = logits.gather(1, y[:, None])                                                      # (c, 1)
-    top = logits.amax(-1, keepdim=True)
-    e = logits.sub_(top).exp_()
-    s = e.sum(-1, keepdim=True)
-    return s.log() + top - at_y, e, s
-
-
-def scores(h, W, softcap, product):
-    """Logits of some positions, (c, V) float32, and tanh of them before the cap, None where there is none."""
-    logits = product(h, W).float()                                                           # (c, V)
-    if softcap is None:
-        return logits, None
-    bent = torch.tanh(logits / softcap)
-    return softcap * bent, bent
-
-
-def d_scores(e, s, bent, y):
-    """The gradient of -log p(y) with respect to the logits before the cap, (c, V) float32, in the place of e."""
-    p = e.div_(s)
-    p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
-    if bent is not None:
-        p *= 1 - bent.square()
-    return p
-
-
-def supervised(targets, device):
-    """Where a target counts, (n,), and what it is, (n,), on the device. targets: on the CPU, see cross_entropy_sum."""
-    rows = (targets != IGNORE).nonzero().squeeze(1)
-    return to_device(rows, device), to_device(targets[rows], device)
+    hidden: (N, D), the final hidden states.
+    weight: (V, D), of the head.
+    targets: (N,), the next token's id or IGNORE; on the CPU, so that finding the supervised
+        positions does not wait for a GPU.
+    softcap: c makes the logits c * tanh(logits / c), in float32.
+    matmul: (x (n, in), W (out, in)) -> (n, out), see fast/matmul.py.
+    """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()            # evaluation needs no gradient of a trained head
+    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, product):
-        rows, y = supervised(targets, hidden.device)                                         # (n,)
-        h, W = hidden[rows], weight.to(hidden.dtype)                                         # (n, D), (V, D)
+    def forward(ctx, hidden, weight, targets, softcap, matmul):
+        rows, y = supervised(targets, hidden.device)                                    # (n,)
+        h, W = hidden[rows], weight.to(hidden.dtype)                                    # (n, D)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for part in chunks(len(rows), len(W)):
-            logits, bent = scores(h[part], W, softcap, product)                              # (c, V)
-            losses, e, s = losses_and_exps(logits, y[part])
+        for chunk in chunks(len(rows), len(W)):
+            logits, tanh = head_logits(h[chunk], W, softcap, matmul)                    # (c, V)
+            losses, e, s = losses_and_exps(logits, y[chunk])
             total += losses.sum()
             if dh is None and dW is None:
                 continue
-            p = d_scores(e, s, bent, y[part]).to(h.dtype)
+            d_logits = logits_grad(e, s, tanh, y[chunk]).to(h.dtype)
             if dh is not None:
-                dh[part] = product(p, W.T)
+                dh[chunk] = matmul(d_logits, W.T)
             if dW is not None:
-                dW += (p.T @ h[part]).float()
-            del logits, bent, e, p                              # before there is room for the next chunk's
+                dW += (d_logits.T @ h[chunk]).float()
+            del logits, tanh, e, d_logits               # make room for the next chunk's
         ctx.save_for_backward(rows, dh, dW)
         ctx.shape = hidden.shape
         return total
@@ -110,63 +87,125 @@ class _CrossEntropySum(torch.autograd.Function):
         d_hidden = None
         if dh is not None:
             d_hidden = dh.new_zeros(ctx.shape)
-            # in float32: grad is one over the step's tokens, and rounding it to 16 bits would rescale every gradient
+            # in float32: grad is 1 / N, and rounding it to 16 bits would rescale every gradient
             d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
-        return d_hidden, None if dW is None else dW * grad, None, None, None
+        d_weight = None if dW is None else dW * grad
+        return d_hidden, d_weight, None, None, None
 
 
-def cross_entropy_sum(hidden, weight, targets, softcap=None, product=torch_product):
-    """Sum of the token losses in nats, a float32 scalar.
+# ---- chunks of logits ---------------------------------------------------------------------------
 
-    hidden: (N, D) final hidden states; weight: (V, D) of the head; targets: (N,) the next token's id, or IGNORE; on the
-    CPU, so that nobody waits for a GPU to know which positions count. softcap c: the logits become c * tanh(logits / c),
-    in float32. product: see fast/fused_block.py. The head is applied to supervised positions only.
+
+def chunk_rows(supervised_rows: int, vocab_size: int) -> int:
+    """Positions whose logits are held at once."""
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size), -(-supervised_rows // MAX_CHUNKS))
+    return rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE or rows      # else a product ends in a small block
+
+
+def chunks(supervised_rows: int, vocab_size: int) -> list[slice]:
+    """The positions, split into chunks of chunk_rows."""
+    step = chunk_rows(supervised_rows, vocab_size)
+    return [slice(start, start + step) for start in range(0, supervised_rows, step)]
+
+
+def supervised(targets, device):
+    """The positions that carry loss, (n,), and their targets, (n,), on the device."""
+    rows = (targets != IGNORE).nonzero().squeeze(1)
+    return to_device(rows, device), to_device(targets[rows], device)
+
+
+def head_logits(h, W, softcap, matmul):
+    """Logits of some positions, (c, V) float32, and tanh(logits / softcap) or None."""
+    logits = matmul(h, W).float()                                                       # (c, V)
+    if softcap is None:
+        return logits, None
+    tanh = torch.tanh(logits / softcap)
+    return softcap * tanh, tanh
+
+
+def losses_and_exps(logits, y):
+    """-log p(y) for each row of logits (c, V) float32, as (c, 1); and e, s with p = e / s.
+
+    e overwrites the logits.
     """
-    if not torch.is_grad_enabled():
-        weight = weight.detach()            # evaluation needs no gradient of a trainable head
-    return _CrossEntropySum.apply(hidden, weight, targets, softcap, product)
+    at_y = logits.gather(1, y[:, None])                                                 # (c, 1)
+    top = logits.amax(-1, keepdim=True)
+    e = logits.sub_(top).exp_()
+    s = e.sum(-1, keepdim=True)
+    return s.log() + top - at_y, e, s
 
 
-# ---- log-probabilities of sequences ----------------------------------------------------------------------------
+def logits_grad(e, s, tanh, y):
+    """Gradient of -log p(y) by the logits before the softcap, (c, V) float32; overwrites e."""
+    p = e.div_(s)
+    p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
+    if tanh is not None:
+        p *= 1 - tanh.square()
+    return p
+
+
+# ---- log-probabilities of sequences -------------------------------------------------------------
 
 
 def answer_logps_plain(hidden, weight, targets, lengths, softcap=None):
-    """The slow twin of answer_logps: all logits at once, autograd does the rest."""
-    logits = F.linear(hidden, weight.to(hidden.dtype)).float()                               # (N, V)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    counts = (targets != IGNORE).to(hidden.device)
-    found = logits.log_softmax(-1).gather(1, targets.to(hidden.device).clamp(min=0)[:, None])[:, 0] * counts
-    return torch.stack([part.sum() for part in found.split(lengths)]), torch.stack(
-        [part.sum() for part in counts.split(lengths)]).float()
+    """The plain twin of answer_logps: all logits at once."""
+    logits = capped(F.linear(hidden, weight.to(hidden.dtype)).float(), softcap)         # (N, V)
+    counted = (targets != IGNORE).to(hidden.device)
+    ids = targets.to(hidden.device).clamp(min=0)
+    token_logps = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] * counted        # (N,)
+    sums = [sequence.sum() for sequence in token_logps.split(lengths)]
+    counts = [sequence.sum() for sequence in counted.split(lengths)]
+    return torch.stack(sums), torch.stack(counts).float()
+
+
+@record_function("loss")
+def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear):
+    """For each sequence the log-probability of its targets in nats, and their number: (S,) float32.
+
+    lengths: tokens of the S sequences that lie end to end in the row; the rest as in
+    cross_entropy_sum.
+    """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    rows, y = supervised(targets, hidden.device)
+    losses = _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul)               # (n,)
+    counts = [int((sequence != IGNORE).sum()) for sequence in targets.split(lengths)]
+    # sums of slices: index_add would add in another order each time on a GPU
+    logps = torch.stack([-sequence.sum() for sequence in losses.split(counts)])
+    return logps, to_device(torch.tensor(counts, dtype=torch.float32), hidden.device)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, rows, y, softcap, product):
-        h, W = hidden[rows], weight.to(hidden.dtype)                                         # (n, D), (V, D)
+    def forward(ctx, hidden, weight, rows, y, softcap, matmul):
+        h, W = hidden[rows], weight.to(hidden.dtype)                            # (n, D), (V, D)
         losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-        # a head that learns sums over tokens, so how much each counts must be known: then all waits for backward
-        at_once = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        dh = torch.empty_like(h) if at_once else None
-        for part in chunks(len(rows), len(W)):
-            logits, bent = scores(h[part], W, softcap, product)
-            found, e, s = losses_and_exps(logits, y[part])
-            losses[part] = found[:, 0]
-            if at_once:
-                dh[part] = product(d_scores(e, s, bent, y[part]).to(h.dtype), W.T)
-            del logits, bent, e                                 # before there is room for the next chunk's
-        ctx.save_for_backward(rows, dh, *(() if at_once else (h, weight, y)))
-        ctx.shape, ctx.softcap, ctx.product = hidden.shape, softcap, product
+        # the gradient of a trained head is a sum weighted by `grad`, which only backward knows
+        now = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        dh = torch.empty_like(h) if now else None
+        for chunk in chunks(len(rows), len(W)):
+            logits, tanh = head_logits(h[chunk], W, softcap, matmul)
+            chunk_losses, e, s = losses_and_exps(logits, y[chunk])
+            losses[chunk] = chunk_losses[:, 0]
+            if now:
+                dh[chunk] = matmul(logits_grad(e, s, tanh, y[chunk]).to(h.dtype), W.T)
+            del logits, tanh, e                         # make room for the next chunk's
+        if now:
+            ctx.save_for_backward(rows, dh)
+        else:
+            ctx.save_for_backward(rows, None, h, weight, y)
+        ctx.shape = hidden.shape
+        ctx.softcap = softcap
+        ctx.matmul = matmul
         return losses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):                                                                 # (n,) float32
+    def backward(ctx, grad):                                                    # (n,) float32
         rows, dh, *more = ctx.saved_tensors
         dW = None
         if dh is None:
-            dh, dW = d_token_losses(grad, *more, ctx.softcap, ctx.product)
+            dh, dW = token_losses_grad(grad, *more, ctx.softcap, ctx.matmul)
         else:
             dh = (dh.float() * grad[:, None]).to(dh.dtype)
         d_hidden = dh.new_zeros(ctx.shape)
@@ -174,78 +213,141 @@ class _TokenLosses(torch.autograd.Function):
         return d_hidden, dW, None, None, None, None
 
 
-def d_token_losses(grad, h, weight, y, softcap, product):
-    """Gradients of (grad * token losses).sum() with respect to h (n, D) and the head's weight (V, D); scores come anew."""
-    dh, dW, W = torch.empty_like(h), torch.zeros_like(weight, dtype=torch.float32), weight.to(h.dtype)
-    for part in chunks(len(h), len(W)):
-        logits, bent = scores(h[part], W, softcap, product)
-        _, e, s = losses_and_exps(logits, y[part])
-        p = d_scores(e, s, bent, y[part])
-        dh[part] = (product(p.to(h.dtype), W.T).float() * grad[part, None]).to(h.dtype)
-        dW += ((p * grad[part, None]).to(h.dtype).T @ h[part]).float()
-        del logits, bent, e, p
+def token_losses_grad(grad, h, weight, y, softcap, matmul):
+    """Gradients of (grad * token losses).sum() by h (n, D) and the head's weight (V, D).
+
+    The logits are computed again.
+    """
+    W = weight.to(h.dtype)
+    dh = torch.empty_like(h)
+    dW = torch.zeros_like(weight, dtype=torch.float32)
+    for chunk in chunks(len(h), len(W)):
+        logits, tanh = head_logits(h[chunk], W, softcap, matmul)
+        _, e, s = losses_and_exps(logits, y[chunk])
+        p = logits_grad(e, s, tanh, y[chunk])
+        dh[chunk] = (matmul(p.to(h.dtype), W.T).float() * grad[chunk, None]).to(h.dtype)
+        dW += ((p * grad[chunk, None]).to(h.dtype).T @ h[chunk]).float()
+        del logits, tanh, e, p
     return dh, dW.to(weight.dtype)
 
 
-def answer_logps(hidden, weight, targets, lengths, softcap=None, product=torch_product):
-    """Of each sequence the log-probability of its targets, in nats, and how many they are: two (S,) float32 tensors.
-
-    lengths: tokens of the S sequences that lie end to end in the row; the rest as in cross_entropy_sum.
-    """
-    if not torch.is_grad_enabled():
-        weight = weight.detach()
-    rows, y = supervised(targets, hidden.device)
-    losses = _TokenLosses.apply(hidden, weight, rows, y, softcap, product)                   # (n,)
-    counts = [int((part != IGNORE).sum()) for part in targets.split(lengths)]
-    # sums of slices: index_add would add in another order each time on a GPU
-    logps = torch.stack([-part.sum() for part in losses.split(counts)])
-    return logps, to_device(torch.tensor(counts, dtype=torch.float32), hidden.device)
+# ---- experts ------------------------------------------------------------------------------------
 
 
 def balance_loss(routers, num_experts_per_tok: int):
-    """E times the sum over experts of (share of tokens sent to it) x (mean probability of it): k when all serve alike.
+    """E * sum over experts of (share of tokens routed to it) * (mean probability of it).
 
-    routers: the router logits (N, E) of each layer with experts; the shares are counted over all of them together
-    (arXiv:2101.03961, eq. 4 to 6; the form that LLaMA-Factory's models use for moe_aux_loss_coef).
+    It is num_experts_per_tok when all experts serve equally (arXiv:2101.03961, eq. 4 to 6; the form
+    that LLaMA-Factory's models use for moe_aux_loss_coef). routers: the router logits (N, E) of
+    each layer with experts; the shares are counted over all of them together.
     """
-    scores = torch.cat(routers)                                                              # (layers * N, E)
-    probability = scores.softmax(-1)
+    logits = torch.cat(routers)                                                 # (layers * N, E)
+    probability = logits.softmax(-1)
     chosen = probability.topk(num_experts_per_tok).indices.flatten()
-    share = chosen.bincount(minlength=scores.shape[1]).float() / len(scores)                 # (E,) sums to k
-    return scores.shape[1] * (share * probability.float().mean(0)).sum()
+    experts = logits.shape[1]
+    share = chosen.bincount(minlength=experts).float() / len(logits)            # (E,), sums to k
+    return experts * (share * probability.float().mean(0)).sum()
 
 
-def ask_nothing(model, batches: list, ranks: Ranks) -> list:
-    """For an objective that needs to know nothing beforehand."""
-    return [None] * len(batches)
+# ---- objectives ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Objective:
-    """How a stage learns from a batch.
+    """How a stage scores a batch; the loop calls it like a function.
 
-    score(model, batch, told) -> (loss, routing, seen): the sum of the rows' losses, to be divided by the step's n_items;
-    what is added undivided; and {name: tensor (2,), a sum and how many it is the sum of}, to be logged.
-    ask(model, batches, ranks) -> for each batch what is `told` of it, found without gradients before the first score.
-    shows: the names in `seen`.
+        batches = objective.with_reference(model, batches)      # once a step, without gradients
+        loss, metrics = objective(model, batch, num_items)      # for each batch
+
+    A stage is a subclass that defines loss_sum and, where it compares with a reference model,
+    with_reference (methods/preference.py). metric_names: what loss_sum logs beside the loss.
     """
-    score: object
-    ask: object = ask_nothing
-    shows: tuple = ()
 
-    def nothing_seen(self, device) -> dict:
-        return {name: torch.zeros(2, device=device) for name in self.shows}
+    metric_names: tuple[str, ...] = ()
+    reference = None                    # a second model that is not trained
+
+    def __init__(self, matmul=F.linear):
+        self.matmul = matmul
+
+    def __call__(self, model, batch, num_items: float):
+        """(this batch's part of the step's loss, its metrics). num_items: of the whole step."""
+        with record_function("forward"):
+            loss_sum, routing_loss, metrics = self.loss_sum(model, batch)
+            return loss_sum / num_items + routing_loss, metrics
+
+    def loss_sum(self, model, batch):
+        """(sum of the losses, a loss to be added undivided, {name: weighted_sum(...)})."""
+        raise NotImplementedError
+
+    def with_reference(self, model, batches: list) -> list:
+        """The batches, with what loss_sum needs to know of a reference model."""
+        return batches
+
+    def parameters(self) -> dict:
+        """{name: parameter} that is trained beside the model's."""
+        return {}
+
+    def save(self, folder):
+        """Write those parameters into a checkpoint folder."""
+
+    def load(self, folder):
+        """Read them back."""
 
 
-def together(values, weights):
-    """A sum and how many it is the sum of, (2,)."""
+class SFTObjective(Objective):
+    """Stages sft and pt: cross-entropy of the supervised tokens.
+
+    balance: coefficient of the experts' balance loss; that is added undivided, as LLaMA-Factory
+    does.
+    """
+
+    def __init__(self, balance: float = 0.0, matmul=F.linear):
+        super().__init__(matmul)
+        self.balance = balance
+
+    def loss_sum(self, model, batch):
+        routers = [] if self.balance and not batch.filler else None
+        hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)
+        loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets,
+                                 model.config.final_softcap, self.matmul)
+        if not routers:
+            return loss, 0.0, {}
+        top_k = model.config.num_experts_per_tok
+        return loss, self.balance * balance_loss(routers, top_k), {}
+
+
+# ---- metrics ------------------------------------------------------------------------------------
+
+
+class MetricSums:
+    """Weighted sums of logged values, {name: (2,) tensor: the sum, and the sum of weights}.
+
+    All ranks hold the same names from the start, whether or not they have a batch.
+    """
+
+    def __init__(self, names=(), device=None):
+        self.sums = {name: torch.zeros(2, device=device) for name in names}
+
+    def __iadd__(self, metrics: dict):
+        for name, pair in metrics.items():
+            self.sums[name] = self.sums[name] + pair
+        return self
+
+
+def weighted_sum(values, weights):
+    """(2,): the sum of values * weights, and the sum of the weights."""
     return torch.stack(((values * weights).sum(), weights.sum()))
 
 
-def logged(seen: dict) -> dict:
-    """{name: value} for the log, from {name: (sum, count)}: means; but kl is a sum over micro-batches, and for judged answers
-    the margin is the difference of two means, as in LLaMA-Factory. What was not seen at all is left out."""
-    found = {name: total if name == "kl" else total / count for name, (total, count) in seen.items() if count}
-    if "rewards/margins" not in found and {"rewards/chosen", "rewards/rejected"} <= found.keys():
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
+def metric_means(sums: dict) -> dict:
+    """{name: value} for the log, from {name: (weighted sum, sum of weights)}.
+
+    kl is a sum over micro-batches, and for judged answers the margin is the difference of two
+    means, as in LLaMA-Factory. A name without weight is left out.
+    """
+    means = {}
+    for name, (total, weight) in sums.items():
+        if weight:
+            means[name] = total if name == "kl" else total / weight
+    if "rewards/margins" not in means and {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means

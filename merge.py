@@ -50,8 +50,8 @@ from evals.compare import compare_losses
 from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from methods.lora_variants import merged_dora_weight
-from methods.preference import VALUE_HEAD
 from methods.quant import Form, in_words, quantise
+from methods.reward_model import VALUE_HEAD
 from runtime.finished import as_trained
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template

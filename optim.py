@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 
 import torch
+from torch.profiler import record_function
 
 from errors import did_you_mean
 from methods.optimizers import SMALLEST, UPDATES
@@ -162,6 +163,7 @@ class Optimizer:
     def __init__(self, groups: list):
         self.param_groups, self.state = groups, defaultdict(dict)
 
+    @record_function("optimizer")
     @torch.no_grad()
     def step(self):
         """Change the parameters that have a gradient."""
@@ -205,18 +207,25 @@ def set_rates(optimizer, factor: float) -> float:
     return optimizer.param_groups[0]["lr"]
 
 
-def add_neftune(embedding, alpha: float, lengths_of_batch):
-    """Noise on the embeddings in training: uniform in ±alpha / sqrt(L * D) for a sequence of L tokens (arXiv:2310.05914).
+def add_neftune(model, alpha: float):
+    """Add noise to the embeddings in training (NEFTune, arXiv:2310.05914).
 
-    lengths_of_batch() gives the lengths of the sequences that lie in the current row (a list, or a tensor on the
-    device). Returns the hook's handle.
+    It is uniform in +-alpha / sqrt(L * D) for a sequence of L tokens; the layout that the model is
+    called with tells where the sequences of a row end.
     """
-    def hook(module, args, out):                                                             # out (1, N, D)
+    layouts = []
+
+    def note_layout(module, args, kwargs):
+        layouts[:] = [kwargs["layout"] if "layout" in kwargs else args[2]]
+
+    def add_noise(module, args, out):                                           # out (1, N, D)
         if not torch.is_grad_enabled():
             return out
-        lengths = torch.as_tensor(lengths_of_batch(), device=out.device)
-        each = lengths.repeat_interleave(lengths, output_size=out.shape[1])                      # (N,) told: no waiting
-        bound = alpha / torch.sqrt(each.float() * out.shape[-1])                                 # (N,)
-        return out + (torch.rand_like(out, dtype=torch.float32) * 2 - 1).mul(bound[None, :, None]).to(out.dtype)
+        lengths = layouts[0].cu_seqlens.diff()
+        lengths = lengths.repeat_interleave(lengths, output_size=out.shape[1])  # (N,); no waiting
+        bound = alpha / torch.sqrt(lengths.float() * out.shape[-1])             # (N,)
+        noise = torch.rand_like(out, dtype=torch.float32) * 2 - 1
+        return out + noise.mul(bound[None, :, None]).to(out.dtype)
 
-    return embedding.register_forward_hook(hook)
+    model.register_forward_pre_hook(note_layout, with_kwargs=True)
+    model.model.embed_tokens.register_forward_hook(add_noise)

@@ -1,24 +1,32 @@
-"""Several processes, one training: every rank computes micro-batches of its own, and gradients are summed once a step.
+"""Data parallelism by hand: gradients of all ranks are summed once per optimizer step.
 
     torchrun --nproc-per-node 2 train.py --config configs/tiny_lora_sft.yaml
 
-With N ranks, a step goes like this:
+A step with N ranks:
 
-    1. each rank counts the supervised tokens of its micro-batches; the counts are summed over the ranks (Ranks.total)
-    2. forward and backward: each loss is divided by that sum, and gradients add up in flat buffers (Gradients)
-    3. the buffers are summed over the ranks (all-reduce), each as soon as the last backward pass has filled it
-    4. all ranks take the same optimizer step with the same numbers, so the weights stay equal without being sent
+    1. each rank counts the supervised tokens of its micro-batches; the counts are summed over the
+       ranks (Ranks.total)
+    2. forward and backward: each loss is divided by that sum, gradients add up in flat buffers
+       (Gradients)
+    3. the buffers are all-reduced, each as soon as the last backward pass has filled it
+    4. all ranks take the same optimizer step with the same numbers, so the weights stay equal
+       without being sent
 
-Nothing is sent for frozen weights. With one process all of this does nothing, and the loop reads the same.
+Nothing is sent for frozen weights. With one process all of this does nothing, and the loop reads
+the same.
 
-Read before: train.py (the loop). Read after: losses.py (why sums over a known count).
+Requires: losses.py (why sums over a known count).
+Next: train.py (the loop), scale/fsdp.py.
 Papers: data-parallel training in buckets, arXiv:2006.15704.
 """
+import math
 import os
 import socket
 import sys
 import threading
 import time
+import zlib
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,9 +34,10 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
-START_LIMIT = 60                # seconds for the first word between all ranks
-BUCKET_BYTES = 32 * 2**20       # of gradients sent at once: large enough to be fast, small enough to be sent early
+START_LIMIT = 60                # seconds until the first all-reduce must have ended
+BUCKET_BYTES = 32 * 2**20       # of gradients sent at once: large is fast, small overlaps earlier
 
 CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong network card (GLOO_SOCKET_IFNAME,
     NCCL_SOCKET_IFNAME)
@@ -39,55 +48,64 @@ CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong net
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is. `local_rank` counts those of this host."""
+    """Which of how many processes this is. local_rank counts those of this host."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0
 
     @property
     def main(self) -> bool:
-        """Is this the rank that prints and writes?"""
+        """Whether this rank prints and writes."""
         return self.rank == 0
 
-    def total(self, *numbers) -> list[float]:
-        """Each number summed over the ranks; the very same floats on all of them, so all decide alike."""
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over the ranks: the same floats everywhere, so all decide alike."""
         if self.world == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def read(self, loss, grad_norm, stops: bool, seen: dict) -> tuple[float, float, float, dict]:
-        """The loss, the wishes to stop, and what else is logged ({name: tensor}), summed over the ranks, and the norm, which
-        all have: tensors on the device become numbers here, together, for this is the one place of a step where the host
-        waits for it."""
-        loss, grad_norm, *values = torch.cat((loss[None], grad_norm.to(loss.device)[None], *seen.values())).tolist()
-        loss, stops, *values = self.total(loss, stops, *values)
-        return loss, grad_norm, stops, {name: values[2 * i:2 * i + 2] for i, name in enumerate(seen)}
+    @record_function("waiting")
+    def sync(self, loss: torch.Tensor, grad_norm: torch.Tensor, metrics: dict,
+             stop: bool) -> tuple[float, float, dict, float]:
+        """(loss, gradient norm, metrics, ranks that want to stop) as numbers, over all ranks.
 
-    def from_main(self, make):
+        Loss and metrics ({name: tensor (2,)}) are summed; the norm is the same everywhere. This is
+        the one place of a step where the host waits for the device.
+        """
+        scalars = [loss[None], grad_norm.to(loss.device)[None], *metrics.values()]
+        loss, grad_norm, *values = torch.cat(scalars).tolist()
+        loss, stops, *values = self.total(loss, stop, *values)
+        pairs = zip(values[::2], values[1::2])
+        return loss, grad_norm, {name: list(pair) for name, pair in zip(metrics, pairs)}, stops
+
+    def from_main(self, make: Callable):
         """What make() returns on rank 0, on every rank: for what must be decided once."""
         box = [make() if self.main else None]
         if self.world > 1:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def gather(self, tensor) -> list[torch.Tensor]:
-        """This rank's tensor (on the CPU, of one shape everywhere) and those of the others, in the order of ranks."""
-        found = [torch.empty_like(tensor) for _ in range(self.world)]
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, in order. On the CPU, of one shape everywhere."""
         if self.world == 1:
             return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.world)]
         dist.all_gather(found, tensor)
         return found
 
-    def share(self, tensors):
-        """Give rank 0's values of these tensors to all, in place."""
+    def broadcast(self, tensors: Iterable[torch.Tensor]):
+        """Give rank 0's values of these tensors to all ranks, in place."""
         for tensor in tensors if self.world > 1 else ():
             dist.broadcast(tensor.data, 0)
 
     @contextmanager
     def one_per_host_first(self):
-        """The block runs on the first rank of each host, then on the others, which find what it has downloaded."""
+        """Run the block on the first rank of each host, then on the others.
+
+        These then find what the first one has downloaded or written.
+        """
         if self.world > 1 and self.local_rank > 0:
             dist.barrier()
         yield
@@ -95,14 +113,16 @@ class Ranks:
             dist.barrier()
 
 
-LEFT = []           # groups that this process was part of: kept until it ends, see end_ranks
+# ---- start and end ------------------------------------------------------------------------------
+
+LEFT = []           # groups that this process has left, kept alive until it ends: see end_ranks
 
 
 def start_ranks(device: torch.device, timeout: float) -> Ranks:
-    """Join the other processes that torchrun has started (RANK, WORLD_SIZE, LOCAL_RANK); alone, do nothing.
+    """Join the processes that torchrun has started (RANK, WORLD_SIZE, LOCAL_RANK), if any.
 
-    timeout: seconds that a rank waits for the others in training (ddp_timeout). A first all-reduce must end within
-    START_LIMIT seconds; if it does not, the process ends and names the usual causes.
+    timeout: seconds that a rank waits for the others in training (ddp_timeout). A first all-reduce
+    must end within START_LIMIT seconds, else the process ends and names the usual causes.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -113,130 +133,191 @@ def start_ranks(device: torch.device, timeout: float) -> Ranks:
     watch.start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(seconds=min(timeout, 10**7))
-    # torchrun's store still holds the addresses of ranks that have died and were started again: each attempt has its own
     store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    # torchrun's store still holds the addresses of ranks that died: each attempt has its own prefix
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    store = dist.PrefixStore(f"attempt {attempt}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
     for where in {"cpu", device.type}:
-        word = torch.ones(1, device=where)
-        dist.all_reduce(word)
-        assert int(word) == world, (word, world)
+        one = torch.ones(1, device=where)
+        dist.all_reduce(one)
+        assert int(one) == world, (one, world)
     watch.cancel()
     return ranks
 
 
 def give_up(ranks: Ranks):
-    """End this process, which waits for others in vain, with a word on why that may be."""
-    if ranks.local_rank:                # the first rank of a host tells it; torchrun ends the others meanwhile
+    """End this process, which cannot reach the others, and print the usual causes."""
+    if ranks.local_rank:                # the first rank of a host prints; torchrun ends the others
         time.sleep(10)
-    print(f"error: rank {ranks.rank} of {ranks.world}, on {socket.gethostname()}, has not heard from all others within "
-          f"{START_LIMIT} s. Usual causes:\n{CAUSES}", file=sys.stderr, flush=True)
+    print(f"error: rank {ranks.rank} of {ranks.world}, on {socket.gethostname()}, has not heard "
+          f"from all others within {START_LIMIT} s. Usual causes:\n{CAUSES}",
+          file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def end_ranks():
-    """Leave the others, if there are any."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.barrier()
-        # gloo's thread may still be letting go of the last tensors, for which it needs Python's lock. Were the group freed
-        # here, this thread would hold the lock and wait for that one to end: both for ever (seen with torch 2.4)
+        # gloo's thread may still release the last tensors, for which it needs Python's lock. If the
+        # group were freed here, this thread would hold the lock and wait for gloo's: a deadlock
+        # (seen with torch 2.4)
         LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+@torch.no_grad()
+def check_same_start(ranks: Ranks, weights: Iterable[torch.Tensor], rows: str):
+    """Raises ValueError if ranks start from different weights or rows, as hosts may.
+
+    weights: those that every rank holds whole. rows: a checksum of the training rows.
+    """
+    if ranks.world == 1:
+        return
+    total = float(sum(p.double().abs().sum() for p in weights))
+    ours = torch.tensor([total, zlib.crc32(rows.encode())], dtype=torch.float64)
+    found = [other.tolist() for other in ranks.gather(ours)]
+    for what, values in zip(("trained weights", "training rows"), zip(*found)):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"the ranks do not have the same {what}. Do all hosts have the same model, adapter "
+                "and data files, and the same release of this program?")
+
+
+# ---- gradients ----------------------------------------------------------------------------------
 
 
 class Bucket:
     """Gradients of some parameters in one flat buffer."""
 
     def __init__(self, params: list):
-        self.params, self.sizes = params, [p.numel() for p in params]
+        self.params = params
+        self.sizes = [p.numel() for p in params]
         self.flat = torch.zeros(sum(self.sizes), dtype=params[0].dtype, device=params[0].device)
-        self.used, self.awaited, self.work = set(), None, None
+        self.used = set()           # parameters with a gradient in this step, by index
+        self.awaited = None         # those still missing from the last backward pass
+        self.work = None            # the all-reduce in flight
 
-    def clear(self):
-        """Zero the sums and make every parameter's gradient a part of the buffer."""
+    def zero(self):
+        """Zero the sums, and make each parameter's gradient a view into the buffer."""
         self.flat.zero_()
-        self.used, self.awaited, self.work = set(), None, None
-        for p, part in zip(self.params, self.flat.split(self.sizes)):
-            p.grad = part.view_as(p)
+        self.used = set()
+        self.awaited = None
+        self.work = None
+        for p, grad in zip(self.params, self.flat.split(self.sizes)):
+            p.grad = grad.view_as(p)
 
     def send(self):
-        """Begin to sum the buffer over the ranks."""
+        """Start to sum the buffer over the ranks."""
         self.work = dist.all_reduce(self.flat, async_op=True)
 
-    def receive(self, ranks_with: list):
-        """Wait for the sum. A parameter that no rank has used has no gradient, as in a single process.
+    def receive(self, users: list[float]):
+        """Wait for the sum. A parameter that no rank used has no gradient, as in one process.
 
-        ranks_with: for each parameter, how many ranks have used it.
+        users: for each parameter, the number of ranks that used it.
         """
         self.work.wait()                                # on a GPU its stream waits, not the host
-        for p, ranks in zip(self.params, ranks_with):
+        for p, ranks in zip(self.params, users):
             if ranks == 0:
                 p.grad = None
 
 
 class Gradients:
-    """The gradients of the trained weights, summed over the ranks once per optimizer step:
+    """Gradients of the trained weights, summed over the ranks once per optimizer step.
 
-        gradients.clear()
-        for each micro-batch of the step:
-            if it is the last one: gradients.send_early()
-            loss.backward()
-        gradients.sum()
+        gradients.zero()
+        for each batch of the step:
+            gradients.backward(loss, batch, last=...)
+        gradients.all_reduce()
+        norm = gradients.clip(max_grad_norm)
 
-    send_early only saves time: it lets a buffer be sent while the backward pass fills the next. Ranks may have
-    different numbers of micro-batches, even none.
+    parameters: {name: parameter}. During the last backward pass each buffer is sent while the next
+    one is filled (`overlap`). Ranks may have different numbers of batches, even none. scale/fsdp.py
+    has the same interface for sharded weights.
     """
 
-    def __init__(self, weights: list, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES):
-        self.weights, self.ranks, self.buckets, self.sent = weights, ranks, [], 0
-        group = []                                      # from the last layer to the first, as the backward pass goes
-        for p in reversed(weights if ranks.world > 1 else []):
-            if group and (sum(q.nbytes for q in group) + p.nbytes > bucket_bytes or p.dtype != group[0].dtype):
-                self.buckets.append(Bucket(group))
-                group = []
-            group.append(p)
-        self.buckets += [Bucket(group)] if group else []
-        for bucket in self.buckets:
-            for place, p in enumerate(bucket.params):
-                p.register_post_accumulate_grad_hook(partial(self.arrive, bucket, place))
+    sharded = False
 
-    def clear(self):
-        """Forget the gradients of the step before."""
+    def __init__(self, parameters: dict, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES,
+                 overlap: bool = True):
+        self.parameters = parameters
+        self.weights = list(parameters.values())
+        self.device = self.weights[0].device
+        self.ranks = ranks
+        self.overlap = overlap
+        self.buckets = []
+        self.sent = 0                                   # buckets whose all-reduce has started
+        for group in split_by_bytes(self.weights if ranks.world > 1 else [], bucket_bytes):
+            bucket = Bucket(group)
+            self.buckets.append(bucket)
+            for i, p in enumerate(group):
+                p.register_post_accumulate_grad_hook(partial(self.arrive, bucket, i))
+
+    def zero(self):
+        """Forget the gradients of the previous step."""
         self.sent = 0
         for p in self.weights:
             p.grad = None
         for bucket in self.buckets:
-            bucket.clear()
+            bucket.zero()
 
-    def forget_use(self):
-        """The passes so far have kept other ranks company: what they have used does not count as used."""
-        for bucket in self.buckets:
-            bucket.used.clear()
+    @record_function("backward")
+    def backward(self, loss: torch.Tensor, batch=None, last: bool = False):
+        """Add the gradients of a batch. last: whether it is the step's last one on this rank."""
+        if last and self.overlap:
+            for bucket in self.buckets:
+                bucket.awaited = set(range(len(bucket.params)))
+        loss.backward()
+        if batch is not None and batch.filler:          # what it used does not count as used
+            for bucket in self.buckets:
+                bucket.used.clear()
 
-    def send_early(self):
-        """From here on, send each buffer when the gradients of all its parameters have arrived."""
-        for bucket in self.buckets:
-            bucket.awaited = set(range(len(bucket.params)))
-
-    def arrive(self, bucket: Bucket, place: int, parameter):
-        """The backward pass has added a gradient. Buffers are sent in their order: it must be the same on all ranks."""
-        bucket.used.add(place)
+    def arrive(self, bucket: Bucket, index: int, parameter: torch.Tensor):
+        """A gradient has been added. Buckets are sent in order, which all ranks must share."""
+        bucket.used.add(index)
         if bucket.awaited is not None:
-            bucket.awaited.discard(place)
+            bucket.awaited.discard(index)
             while self.sent < len(self.buckets) and self.buckets[self.sent].awaited == set():
                 self.buckets[self.sent].send()
                 self.sent += 1
 
-    def sum(self):
-        """Send what has not been sent, and wait for all: afterwards `.grad` is the same on all ranks."""
+    @record_function("communication")
+    def all_reduce(self):
+        """Sum over the ranks: afterwards `.grad` is the same on all of them."""
         for bucket in self.buckets[self.sent:]:
             bucket.send()
-        # told from CPU to CPU: the device need not have come to the end of the backward pass
-        used = iter(self.ranks.total(*(place in bucket.used for bucket in self.buckets
-                                       for place in range(len(bucket.params)))))
+        # from CPU to CPU: the device need not have finished the backward pass
+        used = [index in bucket.used
+                for bucket in self.buckets for index in range(len(bucket.params))]
+        users = iter(self.ranks.total(*used))
         for bucket in self.buckets:
-            bucket.receive([next(used) for _ in bucket.params])
+            bucket.receive([next(users) for _ in bucket.params])
 
-    def clip(self, limit: float) -> torch.Tensor:
-        """Scale the gradients down to the norm `limit`; returns the norm they had, a scalar on their device."""
-        return torch.nn.utils.clip_grad_norm_(self.weights, limit)
+    @record_function("optimizer")
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients down to max_norm (0: never); returns their norm, on the device."""
+        return torch.nn.utils.clip_grad_norm_(self.weights, max_norm or math.inf)
+
+    def full_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """All rows of a tensor of the optimizer state: here every rank has them."""
+        return tensor
+
+    def join_save(self, model, optimizer, names: list[str]):
+        """What the other ranks do while rank 0 saves: here nothing."""
+
+
+def split_by_bytes(weights: list, bucket_bytes: int) -> list[list]:
+    """Groups of one dtype and at most bucket_bytes, from the last weight to the first.
+
+    The backward pass fills them in this order.
+    """
+    groups = []
+    size = 0
+    for p in reversed(weights):
+        if not groups or size + p.nbytes > bucket_bytes or p.dtype != groups[-1][0].dtype:
+            groups.append([])
+            size = 0
+        groups[-1].append(p)
+        size += p.nbytes
+    return groups

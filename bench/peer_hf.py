@@ -27,7 +27,7 @@ from runtime.device import pick_device
 from checkpoint.adapters import read_adapter_config
 from runtime.load_config import load_config
 from data import IGNORE
-from runtime.build import ENCODERS
+from runtime.build import STAGES
 from runtime.steps import epoch_order, micro_batches
 from text.fit_tokenizer import fit_tokenizer
 from text.token_cache import load_examples
@@ -43,7 +43,7 @@ def rows_of(config) -> list:
     kind = read_config_json(config.model_name_or_path)["model_type"]
     template, _ = choose_template(config.template, tokenizer, kind, config.force_template)
     fit_tokenizer(template, tokenizer)
-    return load_examples(config, tokenizer, template, ENCODERS[config.stage])[0]
+    return load_examples(config, tokenizer, template, STAGES[config.stage].encode)[0]
 
 
 def load_peer(config, dtype, device, kernels: str, attention: str):

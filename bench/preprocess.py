@@ -38,7 +38,7 @@ def tell(seconds, examples):
 OURS = """
 import json, sys, time, zlib
 import numpy
-from runtime.build import ENCODERS
+from runtime.build import STAGES
 from runtime.load_config import load_config
 from text.fit_tokenizer import fit_tokenizer
 from text.template_check import choose_template
@@ -49,7 +49,7 @@ tokenizer = load_tokenizer(config.model_name_or_path)
 template, _ = choose_template(config.template, tokenizer)
 fit_tokenizer(template, tokenizer)
 begun = time.perf_counter()
-train, _, report = load_examples(config, tokenizer, template, ENCODERS[config.stage], folder=kept_in(config))
+train, _, report = load_examples(config, tokenizer, template, STAGES[config.stage].encode, folder=kept_in(config))
 seconds = time.perf_counter() - begun
 print(report.origin)
 """ + SIGN + "tell(seconds, [(e.input_ids.tolist(), e.labels.tolist()) for e in train] if sys.argv[3:] else [])"

@@ -13,7 +13,7 @@ from evals.bleu_rouge import NAMES
 from evals.loss import mean_loss
 from evals.predictions import Prompt, Side
 from families import read_model_config
-from runtime.build import ENCODERS
+from runtime.build import STAGES
 from runtime.finished import as_trained
 from runtime.memory_advice import available_bytes
 from text.load_text import load_text
@@ -59,7 +59,7 @@ def some_rows(config: Config, tokenizer, template):
         limit = min(config.max_samples or LOSS_ROWS, LOSS_ROWS)
         config = replace(config, max_samples=limit)
     folder = kept_in(config) if config.output_dir or config.tokenized_path else None
-    train_set, eval_set, _ = load_examples(config, tokenizer, template, ENCODERS[config.stage],
+    train_set, eval_set, _ = load_examples(config, tokenizer, template, STAGES[config.stage].encode,
                                            folder=folder, writes=False)
     if eval_set:
         return eval_set[:LOSS_ROWS], "rows held out"

@@ -1,6 +1,6 @@
 """The loss of a model on held-out examples: one loop for train.py, eval.py and merge.py.
 
-    metrics = evaluate(config, model, eval_set, device, autocast, objective, ranks)
+    metrics = evaluate(model, eval_set, objective, config, precision, ranks)
     metrics, losses = evaluate_examples(config, model, examples, device)    example by example
 
 `sum_losses` is the loop. What a batch costs is a function that it is given: `score_batch` for any
@@ -16,15 +16,16 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import IGNORE, collate
 from fast.attention_picker import pick_kernel
-from fast.matmul import PRODUCTS, torch_product
-from losses import Objective, balance_loss, cross_entropy_sum, logged
+from losses import Objective, balance_loss, cross_entropy_sum, metric_means
 from model import attention_needs
 from parallel import Ranks
-from runtime.build import COLLATE, batch_loss
+from runtime.build import STAGES
+from runtime.precision import Precision
 from runtime.report import eval_metrics
 
 
@@ -91,20 +92,21 @@ def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks
     return sums
 
 
-def score_batch(model, examples: list, *, objective: Objective, stage: str, device,
-                autocast) -> BatchLoss:
+def score_batch(model, examples: list, *, objective: Objective, stage: str,
+                precision: Precision) -> BatchLoss:
     """Loss of a batch by the objective of a stage, as in training."""
-    batch = COLLATE[stage]([examples]).to(device)
+    batch = STAGES[stage].collate([examples]).to(precision.device)
     items = batch.n_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
     if items == 0 and not hasattr(model, "reshard"):
         return BatchLoss()
-    with autocast:
-        told, = objective.ask(model, [batch], Ranks())
-        loss, routing, metrics = batch_loss(model, batch, device, objective, told)
+    with precision.autocast():
+        batch, = objective.with_reference(model, [batch])
+        loss, routing, metrics = objective.loss_sum(model, batch)
     return BatchLoss(sums=[float(loss)], items=items, routing=float(routing), metrics=metrics)
 
 
-def score_examples(model, examples: list, *, balance: float, device) -> BatchLoss:
+def score_examples(model, examples: list, *, balance: float, device,
+                   matmul: Callable = F.linear) -> BatchLoss:
     """Token losses of stages sft and pt, with the sum of each example.
 
     balance: coefficient of the experts' balance loss.
@@ -112,7 +114,6 @@ def score_examples(model, examples: list, *, balance: float, device) -> BatchLos
     batch = collate(examples).to(device)
     routers = [] if balance else None
     hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]   # (N, D)
-    matmul = PRODUCTS.get(getattr(model, "product", None), torch_product)
     sizes = [len(example.input_ids) for example in examples]
     sums, counts = [], []
     for rows, targets in zip(hidden.split(sizes), batch.targets.split(sizes)):
@@ -129,34 +130,36 @@ def score_examples(model, examples: list, *, balance: float, device) -> BatchLos
 # ---- its three uses ---------------------------------------------------------------------------
 
 
-def evaluate(config, model, examples, device, autocast, objective: Objective,
-             ranks: Ranks) -> dict:
+def evaluate(model, examples, objective: Objective, config, precision: Precision,
+             ranks: Ranks = Ranks()) -> dict:
     """Metrics of an evaluation in training, over all ranks.
 
     eval_loss is LLaMA-Factory's: the mean over batches of each batch's mean. Stages sft and pt add
     the mean over all tokens and its perplexity, the other stages the metrics of their objective.
     """
     start_time = time.time()
-    score = partial(score_batch, objective=objective, stage=config.stage, device=device,
-                    autocast=autocast)
+    score = partial(score_batch, objective=objective, stage=config.stage, precision=precision)
     sums = sum_losses(model, examples, score, config.per_device_eval_batch_size, ranks,
                       bool(config.disable_tqdm) or None)
-    for name, zeros in objective.nothing_seen(device).items():
-        sums.metrics.setdefault(name, zeros)            # a rank without a batch
     metrics = reduce_metrics(sums, len(examples), start_time, ranks)
-    if objective.shows:                                 # the loss is per answer, not per token
+    names = objective.metric_names
+    if names:                                           # the loss is per answer, not per token
         del metrics["eval_token_loss"], metrics["eval_perplexity"]
-    totals = {name: ranks.total(*sums.metrics[name].tolist()) for name in objective.shows}
-    for name, value in logged(totals).items():
+    totals = {}
+    for name in names:
+        pair = sums.metrics.get(name, torch.zeros(2))   # a rank without a batch has none
+        totals[name] = ranks.total(*pair.tolist())
+    for name, value in metric_means(totals).items():
         metrics[f"eval_{name}"] = value
     return metrics
 
 
-def evaluate_examples(config, model, examples, device) -> tuple[dict, list[float]]:
+def evaluate_examples(config, model, examples, device,
+                      matmul: Callable = F.linear) -> tuple[dict, list[float]]:
     """(the same metrics for stages sft and pt, mean loss of each example; nan without a token)."""
     start_time = time.time()
     balance = config.moe_aux_loss_coef or model.config.router_aux_loss_coef
-    score = partial(score_examples, balance=balance, device=device)
+    score = partial(score_examples, balance=balance, device=device, matmul=matmul)
     sums = sum_losses(model, examples, score, config.per_device_eval_batch_size,
                       disable_tqdm=bool(config.disable_tqdm) or None)
     metrics = reduce_metrics(sums, len(examples), start_time, Ranks())

@@ -1,58 +1,56 @@
-"""Learning from answers that are compared (stages dpo, rm) or judged (kto): the losses, and what a step asks the model.
+"""Learn from answers that are compared (stage dpo) or judged (kto): losses, objectives, batches.
 
     pair        a prompt with two answers; people chose one and rejected the other
-    judged      a prompt with one answer, and whether it is a good one
+    judged      a prompt with one answer, and whether it is desired
 
-The formulas are pure functions of log-probabilities: log pi(y|x), the sum over the tokens of an answer, is a number for
-each answer, and so is that of a reference model, which does not learn. Below them stands what a step does: ask (without
-gradients) what the reference says, then score a batch. Every row counts `row_weights`, see collate_answers.
+The formulas are pure functions of log-probabilities: log pi(y|x), the sum over the tokens of an
+answer, is one number per answer, for the model and for a reference model that is not trained. The
+reference is the model itself with its adapters switched off, or a second model. Below the formulas
+stand the objectives, which the loop calls (losses.Objective), and how rows become batches.
 
-Read before: losses.py (log-probabilities), data.py (Batch). Read next: train.py, which calls Objective.
-Papers: DPO arXiv:2305.18290, hinge arXiv:2309.06657, IPO arXiv:2310.12036, ORPO arXiv:2403.07691, SimPO
-arXiv:2405.14734, KTO arXiv:2402.01306, reward models arXiv:2203.02155. Of means over tokens, not sums: ipo, orpo, simpo.
+Requires: losses.py, data.py (Batch), lora.py (set_adapters).
+Next: methods/reward_model.py, runtime/build.py (STAGES).
+Papers: DPO arXiv:2305.18290, hinge arXiv:2309.06657, IPO arXiv:2310.12036, ORPO arXiv:2403.07691,
+SimPO arXiv:2405.14734, KTO arXiv:2402.01306.
 """
 import math
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.profiler import record_function
 
-from checkpoint.files import open_tensors, save_tensors
 from config import has_reference
 from data import (IGNORE, Batch, EncodedRows, Example, collate, settings_of,
                   truncated_lengths)
-from families import read_config_json
-from fast.matmul import PRODUCTS, torch_product
 from lora import set_adapters
-from losses import Objective, answer_logps, ask_nothing, together
+from losses import Objective, answer_logps, weighted_sum
 from parallel import Ranks
-from runtime.throughput import part
 from templates import encode_pieces, render_turns
 from text.conversations import JUDGED, PAIRS, RawRow
 
-OF_MEANS = ("ipo", "orpo", "simpo")         # values of pref_loss that look at the mean log-probability of a token
-SHOWN_OF_JUDGED = ("rewards/chosen", "logps/chosen", "rewards/rejected", "logps/rejected", "kl")
-SHOWN_OF_PAIRS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-                  "logps/rejected")
-VALUE_HEAD = "value_head.safetensors"
-AS_SIGMOID = ("hinge", "ipo")               # what LLaMA-Factory 0.9.5 computes as sigmoid, see pair_losses
+MEAN_LOGPS = ("ipo", "orpo", "simpo")       # pref_loss on means over tokens, not on sums
+AS_SIGMOID = ("hinge", "ipo")               # what LLaMA-Factory 0.9.5 computes as sigmoid
+PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+                "logps/chosen", "logps/rejected")
+JUDGED_METRICS = ("rewards/chosen", "logps/chosen", "rewards/rejected", "logps/rejected", "kl")
 
 
-# ---- formulas: tensors (n,), a number for each row -> losses (n,) -------------------------------------------------
+# ---- formulas: tensors (n,), one number per row -> losses (n,) ----------------------------------
 
 
 def sigmoid_losses(margins, smoothing: float = 0.0):
-    """-log sigmoid(margin) (arXiv:2305.18290, eq. 7); margin = beta * (log ratio of chosen - log ratio of rejected), a
-    log ratio being log pi(y|x) - log pi_ref(y|x). smoothing: the share of pairs taken to be the wrong way round."""
+    """-log sigmoid(margin) (arXiv:2305.18290, eq. 7).
+
+    margin = beta * (log ratio of chosen - log ratio of rejected); a log ratio is log pi(y|x) - log
+    pi_ref(y|x). smoothing: the share of pairs assumed to be labeled the wrong way round.
+    """
     return -(1 - smoothing) * F.logsigmoid(margins) - smoothing * F.logsigmoid(-margins)
 
 
 def hinge_losses(margins):
-    """max(0, 1 - margin) (arXiv:2309.06657, the hinge loss on the normalised likelihood)."""
+    """max(0, 1 - margin) (arXiv:2309.06657, the hinge loss on the normalized likelihood)."""
     return torch.relu(1 - margins)
 
 
@@ -62,219 +60,222 @@ def ipo_losses(margins, beta: float):
 
 
 def orpo_losses(chosen, rejected, beta: float):
-    """-log pi(chosen) - beta * log sigmoid(log of the odds ratio), of means over tokens (arXiv:2403.07691, eq. 6, 7; beta is
-    its lambda). odds = p / (1 - p)."""
+    """-log pi(chosen) - beta * log sigmoid(log odds ratio), odds = p / (1 - p).
+
+    chosen, rejected: mean log-probabilities of a token (arXiv:2403.07691, eq. 6 and 7; beta is its
+    lambda).
+    """
     log_odds = (chosen - rejected) - (torch.log1p(-chosen.exp()) - torch.log1p(-rejected.exp()))
     return -chosen - beta * F.logsigmoid(log_odds)
 
 
 def simpo_losses(chosen, rejected, beta: float, gamma: float):
-    """-log sigmoid(beta * (chosen - rejected) - gamma), of means over tokens (arXiv:2405.14734, eq. 6)."""
+    """-log sigmoid(beta * (chosen - rejected) - gamma), of means (arXiv:2405.14734, eq. 6)."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
-def kto_losses(log_ratios, kl, desired, beta: float, weight_good: float, weight_bad: float):
-    """weight * (1 - sigmoid(beta * (log ratio - kl))) of good answers, of bad ones with the sign turned (arXiv:2402.01306,
-    eq. 8). kl: the point of reference z0, see ask_judged. desired: (n,) bool."""
+def kto_losses(log_ratios, kl, desired, beta: float, chosen_weight: float,
+               rejected_weight: float):
+    """weight * (1 - sigmoid(+-beta * (log ratio - kl))), + for desired answers, - for the others.
+
+    kl: the reference point z0, see JudgedObjective. desired: (n,) bool (arXiv:2402.01306, eq. 8).
+    """
     sign = torch.where(desired, 1.0, -1.0)
-    weight = torch.where(desired, weight_good, weight_bad)
+    weight = torch.where(desired, chosen_weight, rejected_weight)
     return weight * (1 - torch.sigmoid(sign * beta * (log_ratios - kl)))
 
 
 def pair_losses(config, chosen, rejected, ref_chosen=None, ref_rejected=None):
-    """-> (losses, rewards of chosen, rewards of rejected), each (n,). All log-probabilities are sums, or means where
-    config.pref_loss is of OF_MEANS.
+    """-> (losses, rewards of chosen, rewards of rejected), each (n,).
 
-    LLaMA-Factory 0.9.5 calls TRL 0.24 in such a way that hinge and ipo get sigmoid's loss; so do they here, that the same
-    yaml trains the same model. paper_losses: true gives them their own.
+    All log-probabilities are sums, or means where config.pref_loss is one of MEAN_LOGPS.
+
+    LLaMA-Factory 0.9.5 calls TRL 0.24 in such a way that hinge and ipo get sigmoid's loss, and so
+    they do here, so that the same yaml trains the same model. paper_losses: true gives them their
+    own.
     """
     kind, beta = config.pref_loss, config.pref_beta
-    if kind in ("orpo", "simpo"):
-        losses = orpo_losses(chosen, rejected, beta) if kind == "orpo" else \
-            simpo_losses(chosen, rejected, beta, config.simpo_gamma)
+    if kind == "orpo":
+        losses = orpo_losses(chosen, rejected, beta)
         return losses, beta * chosen.detach(), beta * rejected.detach()
-    good, bad = beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)
+    if kind == "simpo":
+        losses = simpo_losses(chosen, rejected, beta, config.simpo_gamma)
+        return losses, beta * chosen.detach(), beta * rejected.detach()
+    chosen_rewards = beta * (chosen - ref_chosen)
+    rejected_rewards = beta * (rejected - ref_rejected)
+    margins = chosen_rewards - rejected_rewards
     if kind == "sigmoid" or not config.paper_losses:
-        losses = sigmoid_losses(good - bad, config.dpo_label_smoothing)
+        losses = sigmoid_losses(margins, config.dpo_label_smoothing)
+    elif kind == "hinge":
+        losses = hinge_losses(margins)
     else:
-        losses = hinge_losses(good - bad) if kind == "hinge" else ipo_losses(good - bad, beta)
-    return losses, good.detach(), bad.detach()
+        losses = ipo_losses(margins, beta)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-# ---- what a step does ---------------------------------------------------------------------------------------------
+# ---- the reference model ------------------------------------------------------------------------
 
 
-def objective_of(config, reference, head) -> Objective:
-    """The objective of stages rm, dpo and kto. reference: a model, or None: that which learns, its adapters off. head: a
-    ValueHead, for rm."""
-    if config.stage == "rm":
-        return Objective(partial(score_values, head), shows=("accuracy",))
-    if config.stage == "kto":
-        return Objective(partial(score_judged, config), partial(ask_judged, config, reference), SHOWN_OF_JUDGED)
-    shows = SHOWN_OF_PAIRS + (("sft_loss", "odds_ratio_loss") if config.pref_loss == "orpo" else ())
-    return Objective(partial(score_pairs, config), partial(ask_pairs, reference) if has_reference(config) else ask_nothing,
-                     shows)
+class PreferenceObjective(Objective):
+    """What dpo and kto share: log-probabilities of answers, by the model and by a reference.
 
-
-def logps_of(model, batch):
-    """Log-probability of each answer of a batch that is on the device, and its tokens: two (S,) float32."""
-    hidden = model(batch.input_ids, batch.position_ids, batch.layout)                        # (1, N, D)
-    with part("loss"):
-        return answer_logps(hidden[0], model.head_weight(), batch.targets, batch.lengths, model.config.final_softcap,
-                            PRODUCTS.get(getattr(model, "product", None), torch_product))
-
-
-@contextmanager
-def as_reference(model, reference):
-    """The reference: the model given, or within the block the one that learns, its adapters off."""
-    if reference is not None:
-        yield reference
-        if hasattr(reference, "reshard"):           # what the last forward pass has gathered (scale/fsdp.py)
-            reference.reshard()
-        return
-    set_adapters(model, False)
-    try:
-        yield model
-    finally:
-        set_adapters(model, True)
-
-
-@torch.no_grad()
-def ask_pairs(reference, model, batches: list, ranks: Ranks) -> list:
-    """For each batch of pairs the reference's log-probabilities (2n,)."""
-    with as_reference(model, reference) as asked:
-        return [logps_of(asked, batch)[0] for batch in batches]
-
-
-def score_pairs(config, model, batch, told):
-    """Stage dpo. told: see ask_pairs; None for an objective without a reference."""
-    sums, counts = logps_of(model, batch)                                                    # (2n,)
-    means, n = sums / counts.clamp(min=1), len(batch.row_weights)
-    logps = means if config.pref_loss in OF_MEANS else sums
-    if told is not None and config.pref_loss in OF_MEANS:
-        told = told / counts.clamp(min=1)
-    chosen, rejected = logps.split(n)
-    losses, good, bad = pair_losses(config, chosen, rejected, *(() if told is None else told.split(n)))
-    sft = -means[:n]
-    if config.pref_ftx:
-        losses = losses + config.pref_ftx * sft
-    seen = {"rewards/chosen": good, "rewards/rejected": bad, "rewards/accuracies": (good > bad).float(),
-            "rewards/margins": good - bad, "logps/chosen": chosen, "logps/rejected": rejected}
-    if config.pref_loss == "orpo":
-        seen |= {"sft_loss": sft, "odds_ratio_loss": (losses - sft) / config.pref_beta}
-    return (losses * batch.row_weights).sum(), 0.0, {name: together(values.detach(), batch.row_weights)
-                                                for name, values in seen.items()}
-
-
-@torch.no_grad()
-def ask_judged(config, reference, model, batches: list, ranks: Ranks) -> list:
-    """For each batch of judged answers the reference's log-probabilities (n,), the KL divergence of model and reference
-    (n,), and (2,) for the log.
-
-    The divergence is estimated over a micro-batch, on the prompts with answers of other rows, as the mean of log pi - log
-    pi_ref, the mean of all ranks, and at least 0 (arXiv:2402.01306, sec. 4.1).
-    """
-    changed = [logps_of(model, batch.kl_batch)[0] for batch in batches]
-    with as_reference(model, reference) as asked:
-        logps = [logps_of(asked, batch)[0] for batch in batches]
-        changed = [mine - logps_of(asked, batch.kl_batch)[0] for mine, batch in zip(changed, batches)]
-    real = [batch.n_items > 0 for batch in batches]              # the others keep ranks company, see scale/fsdp.py
-    kl = [group.mean() for one, batch, counts in zip(changed, batches, real) if counts for group in one.split(batch.batch_sizes)]
-    if ranks.world > 1:
-        kl = mean_of_ranks(kl, config.gradient_accumulation_steps, ranks)
-    kl, told = iter(kl), []
-    for batch, reference_logps, counts in zip(batches, logps, real):
-        each = [next(kl).clamp(min=0) for _ in batch.batch_sizes] if counts else [reference_logps.new_zeros(())]
-        rows = torch.cat([value.expand(size) for value, size in zip(each, batch.batch_sizes)])
-        told.append((reference_logps, rows, torch.stack((sum(each) / ranks.world, rows.new_ones(())))))
-    return told
-
-
-def mean_of_ranks(values: list, most: int, ranks: Ranks) -> list:
-    """Scalars, at most so many, each the mean over the ranks that have one in its place."""
-    mine = torch.full((most,), math.nan)
-    if values:
-        mine[:len(values)] = torch.stack(values).cpu()
-    mean = torch.stack(ranks.gather(mine)).nanmean(0)
-    return [mean[place].to(value.device) for place, value in enumerate(values)]
-
-
-def score_judged(config, model, batch, told):
-    """Stage kto. told: see ask_judged."""
-    reference_logps, kl, kl_of_batch = told
-    logps, counts = logps_of(model, batch)                                                   # (n,)
-    log_ratios, desired = logps - reference_logps, batch.desired
-    losses = kto_losses(log_ratios, kl, desired, config.pref_beta, config.kto_chosen_weight, config.kto_rejected_weight)
-    real = (batch.row_weights > 0).float()
-    if config.pref_ftx:             # LLaMA-Factory's weight: (rows / good ones) of a micro-batch, twice
-        share = torch.cat([group.mean().clamp(min=1e-9).expand(len(group)) for group in desired.float().split(batch.batch_sizes)])
-        losses = losses - config.pref_ftx * desired * logps / counts.clamp(min=1) / share.square()
-    seen = {"kl": kl_of_batch}
-    for name, which in (("chosen", desired), ("rejected", ~desired)):
-        seen |= {f"rewards/{name}": together(config.pref_beta * log_ratios.detach(), which * real),
-                 f"logps/{name}": together(logps.detach(), which * real)}
-    return (losses * batch.row_weights).sum(), 0.0, seen
-
-
-# ---- reward models ------------------------------------------------------------------------------------------------
-
-
-class ValueHead(nn.Module):
-    """A score for a text from the hidden state (…, D) of its last token, (…,). Stored in VALUE_HEAD, under TRL's names.
-
-    dropout: of the hidden state in training; TRL's is 0.1 where config.json has no summary_dropout_prob.
+    reference: a second model, or None: the trained model with its adapters switched off.
     """
 
-    def __init__(self, hidden_size: int, dropout: float, seed: int):
-        super().__init__()
-        self.summary, self.dropout = nn.Linear(hidden_size, 1, dtype=torch.float32), dropout
-        bound, generator = 1 / math.sqrt(hidden_size), torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            p.data.uniform_(-bound, bound, generator=generator)
+    def __init__(self, config, reference=None, ranks: Ranks = Ranks(), matmul=F.linear):
+        super().__init__(matmul)
+        self.config = config
+        self.reference = reference
+        self.ranks = ranks
 
-    def forward(self, hidden, training: bool = False):
-        hidden = F.dropout(hidden, self.dropout, training).float()
-        # a sum of products, not F.linear, which autocast would compute in 16 bits
-        return (hidden * self.summary.weight[0]).sum(-1) + self.summary.bias
+    def logps(self, model, batch):
+        """Log-probability of each answer of a batch, and its tokens: two (S,) float32 tensors."""
+        hidden = model(batch.input_ids, batch.position_ids, batch.layout)               # (1, N, D)
+        return answer_logps(hidden[0], model.head_weight(), batch.targets, batch.lengths,
+                            model.config.final_softcap, self.matmul)
 
-    def weights(self) -> dict:
-        """{name in the file: parameter}."""
-        return {f"v_head.{name}": p for name, p in self.named_parameters()}
+    @contextmanager
+    def reference_model(self, model):
+        """The reference: the second model, or within the block the model without adapters."""
+        if self.reference is not None:
+            yield self.reference
+            if hasattr(self.reference, "reshard"):  # free what the last pass gathered (fsdp.py)
+                self.reference.reshard()
+            return
+        set_adapters(model, False)
+        try:
+            yield model
+        finally:
+            set_adapters(model, True)
+
+
+# ---- stage dpo ----------------------------------------------------------------------------------
+
+
+class PairObjective(PreferenceObjective):
+    """Stage dpo, with any pref_loss."""
+
+    def __init__(self, config, reference=None, ranks: Ranks = Ranks(), matmul=F.linear):
+        super().__init__(config, reference, ranks, matmul)
+        more = ("sft_loss", "odds_ratio_loss") if config.pref_loss == "orpo" else ()
+        self.metric_names = PAIR_METRICS + more
 
     @torch.no_grad()
-    def read(self, folder) -> bool:
-        """Take the weights of a folder; False if it has none."""
-        path = Path(folder) / VALUE_HEAD
-        if not path.is_file():
-            return False
-        with open_tensors(path) as tensors:
-            for name, p in self.weights().items():
-                if name not in tensors.keys() or tensors.get_tensor(name).shape != p.shape:
-                    raise ValueError(f"{path} has no {name} of shape {list(p.shape)}: it is the value head of another model")
-                p.copy_(tensors.get_tensor(name))
-        return True
+    @record_function("reference")
+    def with_reference(self, model, batches: list[Batch]) -> list[Batch]:
+        """The batches with ref_logps (2n,), where the loss has a reference."""
+        if not has_reference(self.config):
+            return batches
+        with self.reference_model(model) as reference:
+            return [replace(batch, ref_logps=self.logps(reference, batch)[0])
+                    for batch in batches]
 
-    def write(self, folder):
-        save_tensors(Path(folder) / VALUE_HEAD, self.weights())
+    def loss_sum(self, model, batch):
+        sums, counts = self.logps(model, batch)                                         # (2n,)
+        counts = counts.clamp(min=1)
+        means = sums / counts
+        n = len(batch.row_weights)
+        logps = sums
+        ref_logps = batch.ref_logps
+        if self.config.pref_loss in MEAN_LOGPS:
+            logps = means
+            ref_logps = None if ref_logps is None else ref_logps / counts
+        chosen, rejected = logps.split(n)
+        references = () if ref_logps is None else ref_logps.split(n)
+        losses, chosen_rewards, rejected_rewards = pair_losses(self.config, chosen, rejected,
+                                                               *references)
+        sft_losses = -means[:n]
+        if self.config.pref_ftx:
+            losses = losses + self.config.pref_ftx * sft_losses
+        values = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": chosen,
+            "logps/rejected": rejected,
+        }
+        if self.config.pref_loss == "orpo":
+            values["sft_loss"] = sft_losses
+            values["odds_ratio_loss"] = (losses - sft_losses) / self.config.pref_beta
+        metrics = {name: weighted_sum(value.detach(), batch.row_weights)
+                   for name, value in values.items()}
+        return (losses * batch.row_weights).sum(), 0.0, metrics
 
 
-def value_head(config, shape, base, adapters, device, resume) -> ValueHead:
-    """That of the checkpoint to resume, else of the last adapter or of the base, as in LLaMA-Factory, else a new one."""
-    head = ValueHead(shape.hidden_size, read_config_json(base).get("summary_dropout_prob", 0.1), config.seed)
-    folder = resume or (adapters[-1] if adapters else base)
-    if not head.read(folder) and resume:
-        raise FileNotFoundError(f"{resume} has no {VALUE_HEAD}, and cannot be resumed in stage: rm")
-    return head.to(device)
+# ---- stage kto ----------------------------------------------------------------------------------
 
 
-def score_values(head, model, batch, told):
-    """Stage rm: -log sigmoid(score of chosen - score of rejected) (arXiv:2203.02155, eq. 1; Bradley and Terry 1952)."""
-    hidden = model(batch.input_ids, batch.position_ids, batch.layout)[0]                     # (N, D)
-    ends = batch.layout.cu_seqlens[1:].long() - 1                                            # last token of each answer
-    # one call each: the gradients of the bias, which no comparison sees, then cancel without rounding
-    chosen, rejected = (head(hidden[rows], model.training) for rows in ends.split(len(batch.row_weights)))        # (n,)
-    losses, real = -F.logsigmoid(chosen - rejected), (batch.row_weights > 0).float()
-    return (losses * batch.row_weights).sum(), 0.0, {"accuracy": together((chosen > rejected).float(), real)}
+class JudgedObjective(PreferenceObjective):
+    """Stage kto."""
+
+    metric_names = JUDGED_METRICS
+
+    @torch.no_grad()
+    @record_function("reference")
+    def with_reference(self, model, batches: list[Batch]) -> list[Batch]:
+        """The batches with ref_logps (n,), kl (n,) and kl_metric (2,), for the log.
+
+        kl, the divergence of model and reference, is estimated for each micro-batch on prompts with
+        answers of other rows: the mean of log pi - log pi_ref, in training the mean over all ranks,
+        and at least 0 (arXiv:2402.01306, sec. 4.1).
+        """
+        ours = [self.logps(model, batch.kl_batch)[0] for batch in batches]
+        with self.reference_model(model) as reference:
+            ref_logps = [self.logps(reference, batch)[0] for batch in batches]
+            log_ratios = []
+            for logps, batch in zip(ours, batches):
+                log_ratios.append(logps - self.logps(reference, batch.kl_batch)[0])
+        estimates = []                              # one per micro-batch
+        for ratios, batch in zip(log_ratios, batches):
+            if not batch.filler:
+                estimates += [group.mean() for group in ratios.split(batch.batch_sizes)]
+        ranks = self.ranks if model.training else Ranks()
+        if ranks.world > 1:
+            estimates = mean_over_ranks(estimates, self.config.gradient_accumulation_steps, ranks)
+        estimates = iter(estimates)
+        found = []
+        for batch, logps in zip(batches, ref_logps):
+            kls = [logps.new_zeros(())]
+            if not batch.filler:
+                kls = [next(estimates).clamp(min=0) for _ in batch.batch_sizes]
+            rows = [kl.expand(size) for kl, size in zip(kls, batch.batch_sizes)]
+            kl = torch.cat(rows)                                                        # (n,)
+            metric = torch.stack((sum(kls) / ranks.world, kl.new_ones(())))
+            found.append(replace(batch, ref_logps=logps, kl=kl, kl_metric=metric))
+        return found
+
+    def loss_sum(self, model, batch):
+        config, desired = self.config, batch.desired
+        logps, counts = self.logps(model, batch)                                        # (n,)
+        log_ratios = logps - batch.ref_logps
+        losses = kto_losses(log_ratios, batch.kl, desired, config.pref_beta,
+                            config.kto_chosen_weight, config.kto_rejected_weight)
+        if config.pref_ftx:     # LLaMA-Factory's weight: (rows / desired ones) of a group, twice
+            shares = []
+            for group in desired.float().split(batch.batch_sizes):
+                shares.append(group.mean().clamp(min=1e-9).expand(len(group)))
+            sft = config.pref_ftx * desired * logps / counts.clamp(min=1)
+            losses = losses - sft / torch.cat(shares).square()
+        metrics = {"kl": batch.kl_metric}
+        counted = (batch.row_weights > 0).float()
+        rewards = config.pref_beta * log_ratios.detach()
+        for name, which in (("chosen", desired), ("rejected", ~desired)):
+            metrics[f"rewards/{name}"] = weighted_sum(rewards, which * counted)
+            metrics[f"logps/{name}"] = weighted_sum(logps.detach(), which * counted)
+        return (losses * batch.row_weights).sum(), 0.0, metrics
+
+
+def mean_over_ranks(values: list, most: int, ranks: Ranks) -> list:
+    """At most `most` scalars, each the mean over the ranks that have one at its index."""
+    ours = torch.full((most,), math.nan)
+    if values:
+        ours[:len(values)] = torch.stack(values).cpu()
+    mean = torch.stack(ranks.gather(ours)).nanmean(0)
+    return [mean[i].to(value.device) for i, value in enumerate(values)]
+
+
+# ---- rows -> ids and labels -> batches ----------------------------------------------------------
 
 
 def encode_answers(batch, config, tokenizer, template, encoded: EncodedRows, check_only: bool = False):

@@ -71,10 +71,14 @@ def versions() -> dict[str, str]:
 
 def print_pairs(title: str, pairs: dict):
     """Print a title and aligned `name  value` lines."""
-    print(f"\n{title}")
+    print(format_pairs(title, pairs))
+
+
+def format_pairs(title: str, pairs: dict) -> str:
+    """A title and aligned `name  value` lines."""
     width = max((len(str(name)) for name in pairs), default=0)
-    for name, value in pairs.items():
-        print(f"  {name:<{width}}  {value}")
+    return "\n".join([f"\n{title}", *(f"  {name:<{width}}  {value}"
+                                      for name, value in pairs.items())])
 
 
 def format_table(head: list[str], rows: list[list[str]]) -> str:

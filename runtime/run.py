@@ -1,123 +1,526 @@
-"""What a run remembers and leaves behind: where it continues, its results, its weights, its best checkpoint.
+"""What stands around the loop: where a run continues, what it logs, saves and leaves behind.
 
-Requires: runtime/resume.py, checkpoint/training_state.py.
+    run = Run(config, ranks)                    # the checkpoint to resume from, before anything
+    run.start(...)                              # restore it, lock output_dir, open the log
+    for step in plan.steps(after=run.state.step):
+        ...                                     # the loop of train.py computes
+        run.accept(step, loss, grad_norm, precision); run.log_step(...); run.save_checkpoint(...)
+    run.finish(...)                             # best or last weights, results, pictures
+
+Run is no trainer: it calls the model neither forward nor backward. RunState is what a checkpoint
+keeps of a run beside weights and optimizer.
+
+Requires: runtime/resume.py, runtime/report.py, runtime/steps.py, checkpoint/training_state.py.
 Next: train.py.
 """
-import zlib
+import math
+import os
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from checkpoint.adapters import adapter_tensors, save_adapter
-from checkpoint.files import open_tensors, write_json
+from checkpoint.adapters import (adapter_tensors, folded_under, save_adapter, save_converted,
+                                 save_pissa_start)
+from checkpoint.files import into_folder, new_folder, open_tensors, write_json
 from checkpoint.load import load_model, save_model
-from parallel import Ranks
-from runtime.report import model_card, plot_losses, print_pairs
-from runtime.resume import check_rows
-from runtime.throughput import total_flos
-from scale.fsdp import fill, is_cut
+from checkpoint.training_state import (load_training_state, rng_state, save_training_state,
+                                       write_checksums)
+from config import as_dict, has_reference, in_steps
+from lora import trainable
+from losses import metric_means
+from parallel import Ranks, check_same_start, end_ranks
+from runtime.load_config import ignored_keys, non_default
+from runtime.report import (RunLog, model_card, plot_losses, print_pairs, trainer_state, versions)
+from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
+                            record_stop, prepare_output, remove_old_checkpoints, check_disk_space,
+                            usable_best)
+from runtime.setup import Base, Setup, device_name
+from runtime.steps import Step, StepPlan
+from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
+                                speed_results, total_flos)
+from runtime.trackers import open_trackers, wanted_trackers
+from scale.fsdp import fill, is_sharded, rows_of
+from text.chat_formats import written_template
+from text.tokenizer import read_json
 
-MOST_SKIPPED = 3                # so many steps in a row without a finite loss and gradient end the run
+MAX_SKIPPED = 3             # consecutive steps without a finite loss and gradient that end the run
 
 
-def taken_up(config, resume, saved: dict, state: dict, total_steps: int, ranks: Ranks) -> dict:
-    """What a run goes on with: `state`, what it would begin with, and what the checkpoint `resume` has saved over it.
+@dataclass
+class RunState:
+    """What a checkpoint keeps of a run. `disk` names are those of the files (LEGACY_NAMES)."""
+    rows_per_step: int
+    rows: str                       # checksum of the training rows
+    kernel: str = "plain"
+    matmul: str = "torch"
+    compiled: bool = False
+    max_tokens_per_pass: int = 0
+    step: int = 0
+    epoch: float = 0.0
+    loss_total: float = 0.0
+    tokens_seen: int = 0
+    skipped: int = 0                # steps that were not finite
+    # since the last logged line: [sum of losses, steps], {name: [weighted sum, sum of weights]}
+    window: list = field(default_factory=lambda: [0.0, 0])
+    window_metrics: dict = field(default_factory=dict)
+    lowest_eval_loss: float | None = None
+    evals_without_gain: int = 0     # evaluations since the lowest eval_loss
+    best: list | None = None        # [step, eval_loss] of a checkpoint
+    loss_scale: list | None = None  # of float16
 
-    Raises ValueError if this run has other rows, other steps, or ended before.
+    def to_json(self) -> dict:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return {LEGACY_NAMES.get(name, name): value for name, value in values.items()
+                if value is not None or name != "loss_scale"}
+
+    def update(self, saved: dict):
+        """Take over what a checkpoint has saved; an older release has saved less."""
+        for one in fields(self):
+            name = LEGACY_NAMES.get(one.name, one.name)
+            if name in saved:
+                setattr(self, one.name, saved[name])
+
+
+# fields whose name in trainer_state.json is that of the first release
+LEGACY_NAMES = {
+    "matmul": "product",
+    "max_tokens_per_pass": "at_once",
+    "window_metrics": "seen",
+    "lowest_eval_loss": "lowest",
+    "evals_without_gain": "waited",
+}
+
+
+class Run:
+    """One training run: its output folder, its state, its log. See the top of this file.
+
+    resume: the checkpoint to continue from, or None.
     """
-    check_rows(resume, saved["resume"], state["rows"], config.force_resume)
-    # sums are rounded as before, unless memory has shrunk; what an older release has not written is what it did
-    then = {"at_once": 0, "product": "torch", "compiled": False,
-            "rows_per_step": state["rows_per_step"]} | saved["resume"]
-    if then["rows_per_step"] != state["rows_per_step"]:
-        what, key = ("tokens", "token_budget") if config.token_budget else ("rows", "per_device_train_batch_size")
-        raise ValueError(f"{resume} was written with {then['rows_per_step']} {what} a step, and this run takes "
-                         f"{state['rows_per_step']}: with {ranks.world} ranks, change gradient_accumulation_steps or {key} "
-                         "so that the product is the same")
-    if then["step"] > total_steps:
-        raise ValueError(f"{resume} is at step {then['step']}, and this run ends at step {total_steps}: raise "
-                         "max_steps or num_train_epochs, or go on from an earlier checkpoint")
-    return state | then | {"history": saved["log_history"], "rows": state["rows"],
-                           "at_once": min(then["at_once"], state["at_once"])}
+
+    def __init__(self, config, ranks: Ranks):
+        self.config = config
+        self.ranks = ranks
+        self.output = Path(config.output_dir)
+        self.start_time = time.time()
+        if not ranks.main:                              # one rank prints and writes
+            sys.stdout = open(os.devnull, "w")
+        self.resume = ranks.from_main(lambda: find_resume(config))
+        wanted_trackers(config)                         # a missing package ends the run now
+        self.saved = {}
+        if self.resume:
+            self.saved = read_json(self.resume / "trainer_state.json").get("resume", {})
+        self.skipped_in_a_row = 0
+        self.stop_reason = ""
+
+    def recorded(self, name: str, default):
+        """A field of the resumed run's state, or `default` for a new run."""
+        if not self.resume:
+            return default
+        then = {one.name: one.default for one in fields(RunState)}
+        return self.saved.get(LEGACY_NAMES.get(name, name), then[name])
+
+    def print_start(self, device: torch.device, base: Base, text):
+        """The head of the start page; raises ValueError for settings that cannot be resumed."""
+        config = self.config
+        self.settings = {**as_dict(config), "template": written_template(text.template),
+                         "versions": versions()}
+        self.template = text.template.name
+        self.tokenizer = text.tokenizer
+        print_pairs("settings that differ from the defaults", non_default(config))
+        ignored = ignored_keys(config)
+        if ignored:
+            print(f"  accepted, no effect here: {', '.join(ignored)}")
+        if self.resume:
+            changed = changed_settings(self.resume, self.settings, config.force_resume)
+            if changed:
+                print_pairs(f"settings changed since {self.resume}", changed)
+        print_pairs("environment", {**versions(), "device": device_name(device),
+                                    "template": f"{text.template.name} ({text.origin})"})
+        for note in base.model_config.notes:
+            print(f"  note: {note}")
+        for note in text.notes:
+            print(f"  note: template {text.template.name}: {note}")
+
+    # ---- start
+
+    def start(self, base: Base, plan: StepPlan, setup: Setup, model, objective, gradients,
+              optimizer, precision):
+        """Restore the checkpoint, lock and prepare output_dir, open the log."""
+        self.base, self.plan, self.setup = base, plan, setup
+        self.model, self.objective, self.gradients = model, objective, gradients
+        self.optimizer, self.precision = optimizer, precision
+        self.optimizer_names = optimizer_names(optimizer, gradients.parameters)
+        self.weights = trainable(model) | objective.parameters()
+        self.state = RunState(
+            rows_per_step=plan.rows_per_step,
+            rows=plan.train_set.sign,
+            kernel=setup.kernel,
+            matmul=setup.matmul_name,
+            compiled=setup.compiled,
+            max_tokens_per_pass=setup.max_tokens_per_pass,
+        )
+        history = self.restore() if self.resume else []
+        self.first_step = self.state.step
+        plan.count_flops = self.flops_counter()
+        check_same_start(self.ranks, [p for p in self.weights.values() if not is_sharded(p)],
+                         self.state.rows)
+        if self.ranks.main:
+            prepare_output(self.config, self.resume, self.weights)
+            write_json(self.output / "train_config.json", self.settings)
+            if setup.lora and setup.lora.pissa and not self.resume:
+                save_pissa_start(model, self.output / "pissa_init", setup.lora,
+                                 self.config.model_name_or_path)
+        trackers = []
+        if self.ranks.main:
+            trackers = open_trackers(self.config, self.settings, self.first_step)
+        self.log = RunLog(self.output, plan.total_steps, self.first_step, history,
+                          disabled=bool(self.config.disable_tqdm), writes=self.ranks.main,
+                          trackers=trackers)
+        self.loop_start = time.time()
+        self.pace = Pace()
+        self.stop_signals = StopSignals(self.config.time_limit, self.start_time)
+        profile_folder = self.output if self.config.profile and self.ranks.main else None
+        self.profile = StepProfile(profile_folder, setup.device)
+
+    def restore(self) -> list:
+        """Optimizer, random generators and state of the checkpoint; returns its log_history.
+
+        Raises ValueError if this run has other rows or other steps, or ended before.
+        """
+        shapes = {name: (p.shape, rows_of(p)) for name, p in self.weights.items()}
+        saved = load_training_state(self.resume, self.optimizer, self.optimizer_names,
+                                    self.ranks.rank, shapes)
+        check_rows(self.resume, saved["resume"], self.state.rows, self.config.force_resume)
+        rows = self.state.rows
+        decided = {name: getattr(self.state, name)
+                   for name in ("kernel", "matmul", "compiled", "max_tokens_per_pass")}
+        planned = self.state.rows_per_step
+        self.state.update(saved["resume"])
+        self.state.rows = rows
+        for name, value in decided.items():             # setup has looked at what was recorded
+            setattr(self.state, name, value)
+        self.check_position(planned)
+        self.precision.load_state(self.state.loss_scale)
+        self.state.best = self.ranks.from_main(lambda: usable_best(self.output, self.state.best))
+        print(f"resumed from {self.resume}, step {self.state.step} of {self.plan.total_steps}",
+              flush=True)
+        return saved["log_history"]
+
+    def check_position(self, planned_rows: int):
+        """Raises ValueError where the checkpoint's steps do not continue in this run."""
+        saved_rows = self.state.rows_per_step
+        if saved_rows != planned_rows:
+            unit, key = "rows", "per_device_train_batch_size"
+            if self.config.token_budget:
+                unit, key = "tokens", "token_budget"
+            raise ValueError(
+                f"{self.resume} was written with {saved_rows} {unit} a step, and this run takes "
+                f"{planned_rows}: with {self.ranks.world} ranks, change "
+                f"gradient_accumulation_steps or {key} so that the product is the same")
+        if self.state.step > self.plan.total_steps:
+            raise ValueError(
+                f"{self.resume} is at step {self.state.step}, and this run ends at step "
+                f"{self.plan.total_steps}: raise max_steps or num_train_epochs, or resume from an "
+                "earlier checkpoint")
+
+    def flops_counter(self):
+        """A function batch -> model FLOPs, of training and of asking the reference."""
+        frozen, trained = matmul_parameters(self.model)
+        reference = 0
+        if self.objective.reference is not None:
+            reference = sum(matmul_parameters(self.objective.reference))
+        elif has_reference(self.config):
+            reference = frozen
+        return partial(flops_of_batch, self.base.model_config, frozen, trained, reference)
+
+    # ---- a step
+
+    def out_of_patience(self) -> bool:
+        """Whether early_stopping_steps evaluations have passed without a lower eval_loss."""
+        limit = self.config.early_stopping_steps
+        waited = self.state.evals_without_gain
+        if not limit or waited < limit:
+            return False
+        tqdm.write(f"{self.state.step:>7} stopped early: eval_loss has not improved for {waited} "
+                   "evaluations")
+        return True
+
+    def begin_step(self, step: Step):
+        """Start the clock of a step, and the profile where it is due."""
+        self.profile.step(step.number - self.first_step, self.plan.total_steps - self.first_step)
+        self.pace.begin()
+
+    def stop_requested(self) -> bool:
+        """Whether a signal or the time limit asks to stop after this step."""
+        self.stop_reason = self.stop_signals.reason()
+        return bool(self.stop_reason)
+
+    def accept(self, step: Step, loss: float, grad_norm: float, precision) -> bool:
+        """Whether the optimizer may take this step: loss and gradients are finite.
+
+        Raises ValueError after MAX_SKIPPED steps in a row that are not.
+        """
+        overflowed = precision.overflowed(grad_norm)
+        self.step_is_finite = math.isfinite(loss) and (math.isfinite(grad_norm) or overflowed)
+        if self.step_is_finite:
+            self.skipped_in_a_row = 0
+            if overflowed:
+                tqdm.write(f"{step.number:>7} gradients overflowed in float16; step skipped, loss "
+                           f"scale now {precision.loss_scale.value:g}")
+            return not overflowed
+        self.skipped_in_a_row += 1
+        where = ", on rank 0" if self.ranks.world > 1 else ""
+        tqdm.write(f"{step.number:>7} skipped: loss {loss}, gradient norm {grad_norm}; nothing is "
+                   f"trained on it. Rows of this step{where}: {step.rows}")
+        if self.skipped_in_a_row == MAX_SKIPPED:
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise ValueError(
+                f"step {step.number}: loss {loss}, gradient norm {grad_norm}, for the "
+                f"{MAX_SKIPPED}rd time in a row. Nothing was trained on these steps and the "
+                f"checkpoints in {self.output} are intact. A lower learning_rate (now {lr:.2e}), "
+                "or bf16 instead of fp16, usually helps")
+        return False
+
+    def log_step(self, step: Step, loss: float, grad_norm: float, lr: float, metrics: dict):
+        """Count the step, and log a line where it is due."""
+        state, number = self.state, step.number
+        self.pace.end(step.tokens, step.flops)
+        state.step = number
+        state.epoch = step.epoch
+        state.tokens_seen += int(step.tokens)
+        if self.step_is_finite:
+            state.loss_total += loss
+            state.window = [state.window[0] + loss, state.window[1] + 1]
+            for name, (total, weight) in metrics.items():
+                before = state.window_metrics.get(name, (0.0, 0.0))
+                state.window_metrics[name] = [total + before[0], weight + before[1]]
+        else:
+            state.skipped += 1
+        speed = self.pace.tokens_per_second
+        self.log.advance(loss, lr, speed)
+        every = in_steps(self.config.logging_steps, self.plan.total_steps)
+        if number % every == 0 or (number == 1 and self.config.logging_first_step):
+            total, steps = state.window
+            mean = total / steps if steps else math.nan
+            self.log.train(number, step.epoch, mean, lr, grad_norm, speed, state.tokens_seen,
+                           metric_means(state.window_metrics))
+            state.window = [0.0, 0]
+            state.window_metrics = {}
+            self.pace.new_window()
+
+    # ---- evaluation and checkpoints
+
+    def eval_due(self, step: Step, eval_set) -> bool:
+        """Whether the model is evaluated after this step."""
+        if not eval_set:
+            return False
+        if self.config.eval_strategy == "steps":
+            every = in_steps(self.config.eval_steps, self.plan.total_steps)
+            return step.number % every == 0
+        return self.config.eval_strategy == "epoch" and self.plan.ends_epoch(step.number)
+
+    def save_due(self, step: Step) -> bool:
+        """Whether a checkpoint is saved after this step."""
+        number = step.number
+        if self.config.save_strategy == "steps":
+            every = in_steps(self.config.save_steps, self.plan.total_steps)
+            return number % every == 0 or number == self.plan.total_steps
+        return self.config.save_strategy == "epoch" and self.plan.ends_epoch(number)
+
+    def log_eval(self, step: Step, metrics: dict):
+        """Log an evaluation, and note whether it is the lowest eval_loss so far."""
+        state = self.state
+        self.log.eval(step.number, step.epoch, metrics)
+        eval_loss = metrics["eval_loss"]
+        if state.lowest_eval_loss is None or eval_loss < state.lowest_eval_loss:
+            state.lowest_eval_loss = eval_loss
+            state.evals_without_gain = 0
+        else:
+            state.evals_without_gain += 1
+        if self.save_due(step) and (state.best is None or eval_loss < state.best[1]):
+            state.best = [step.number, eval_loss]
+
+    def save_checkpoint(self, step: Step, resumable: bool = False):
+        """Write output_dir/checkpoint-N, whole or not at all, on all ranks.
+
+        resumable: with optimizer state even where save_only_model leaves it out.
+        """
+        with_state = resumable or not self.config.save_only_model
+        rng = {}
+        for device, state in rng_state().items():
+            for rank, theirs in enumerate(self.ranks.gather(state)):
+                rng[f"{device}.{rank}"] = theirs
+        if not self.ranks.main:
+            self.gradients.join_save(self.model, self.optimizer if with_state else None,
+                                     self.optimizer_names)
+            return
+        name = f"checkpoint-{step.number}"
+        needed = sum(p.nbytes for p in self.weights.values()) * (3 if with_state else 1)
+        check_disk_space(self.output, needed, name)
+        self.state.loss_scale = self.precision.state()
+        with new_folder(self.output / name) as folder:
+            self.save_weights(folder)
+            if with_state:
+                state = trainer_state(self.config, self.log, step.number, step.epoch,
+                                      resume=self.state.to_json())
+                save_training_state(folder, self.optimizer, self.optimizer_names, state, rng,
+                                    self.gradients.full_tensor)
+            write_checksums(folder)
+        remove_old_checkpoints(self.config, self.output, self.state.best)
+
+    def save_weights(self, folder: Path, dtype: torch.dtype | None = None):
+        """The adapter or the whole model, the objective's weights, the tokenizer, the settings.
+
+        dtype: None writes each weight as it is held, which resuming needs.
+        """
+        if self.setup.lora:
+            save_adapter(self.model, folder, self.setup.lora, self.config.model_name_or_path)
+        else:
+            save_model(self.model, folder, self.base.folder, dtype)
+        self.objective.save(folder)
+        self.tokenizer.save(folder)
+        write_json(Path(folder) / "train_config.json", self.settings)
+
+    def leave(self, step: Step):
+        """End a run that was asked to stop, after its checkpoint. Raises SystemExit."""
+        reason = self.stop_reason or "another rank"
+        if self.ranks.main:
+            record_stop(self.output, reason)
+        self.log.close()
+        end_ranks()
+        print(f"\nstopped by {reason} after step {step.number} of {self.plan.total_steps}, which "
+              "is saved. To continue: resume_from_checkpoint: true",
+              file=sys.stderr if self.ranks.main else sys.stdout, flush=True)
+        raise SystemExit(STOPPED)
+
+    # ---- the end
+
+    def end_loop(self):
+        """Close the log, and load the best weights where load_best_model_at_end asks for it."""
+        self.stop_signals.restore()
+        self.profile.finish()
+        self.seconds = time.time() - self.loop_start
+        self.log.write(self.state.step, self.state.epoch)
+        self.log.close()
+        if self.config.load_best_model_at_end:
+            best = self.ranks.from_main(lambda: usable_best(self.output, self.state.best))
+            if best:
+                self.load_best(best)
+
+    @torch.no_grad()
+    def load_best(self, best: list):
+        """Put the weights of the best checkpoint, [step, eval_loss], back on all ranks."""
+        folder = self.output / f"checkpoint-{best[0]}"
+        if self.gradients.sharded:
+            self.ranks.total(0)                         # rank 0 has written it by now
+            fill(self.model, folder)
+        elif self.ranks.main:
+            self.read_weights(folder)
+        if self.ranks.main:
+            self.objective.load(folder)
+        if not self.gradients.sharded:
+            self.ranks.broadcast(self.weights.values())
+        print(f"load_best_model_at_end: step {best[0]} with eval_loss {best[1]:.4f}")
+
+    def read_weights(self, folder: Path):
+        """Copy the weights of one of this run's checkpoints into the model."""
+        if self.config.finetuning_type == "lora":
+            with open_tensors(folder / "adapter_model.safetensors") as tensors:
+                for name, p in adapter_tensors(self.model).items():
+                    p.copy_(tensors.get_tensor(name))
+        else:
+            saved = load_model(folder, torch.float32)
+            for p, q in zip(self.model.parameters(), saved.parameters()):
+                p.copy_(q)
+
+    def finish(self, argv: list[str], eval_metrics: dict | None):
+        """Save the final weights and the results; eval.py takes over where do_predict asks.
+
+        eval_metrics: of the final weights, or None.
+        """
+        results = {"train": self.train_results()}
+        self.log.history.append(results["train"] | {"step": self.state.step})
+        if eval_metrics:
+            results["eval"] = {"epoch": self.state.epoch, **eval_metrics}
+        if not self.gradients.sharded:
+            end_ranks()                                 # the others have nothing left to do
+        elif not self.ranks.main:
+            self.gradients.join_save(self.model, None, [])
+        if not self.ranks.main:
+            end_ranks()
+            return
+        self.save_final()
+        end_ranks()
+        results["speed"] = speed_results(self.pace, self.setup.device, self.setup.dtype,
+                                         self.ranks.world, self.setup.matmul)
+        state = trainer_state(self.config, self.log, self.state.step, self.state.epoch)
+        write_json(self.output / "trainer_state.json", state)
+        self.write_results(results)
+        command = shlex.join(map(str, argv))
+        print(f"\nsaved to {self.output}. Next: python chat.py {command}", flush=True)
+        if self.config.do_predict:
+            self.start_predictions(argv)
+
+    def train_results(self) -> dict:
+        """train_results.json, with LLaMA-Factory's names; seconds include evaluation and saving."""
+        state = self.state
+        if state.skipped:
+            print(f"\n{state.skipped} steps were skipped because their loss or gradient was not "
+                  "finite; train_loss is the mean of the others")
+        steps = state.step - self.first_step
+        seconds = max(self.seconds, 1e-9)
+        rows = steps / self.plan.steps_per_epoch * len(self.plan.train_set)
+        return {
+            "epoch": state.epoch,
+            "total_flos": total_flos(self.model, state.tokens_seen),
+            "train_loss": state.loss_total / max(state.step - state.skipped, 1),
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(rows / seconds, 3),
+            "train_steps_per_second": round(steps / seconds, 3),
+        }
+
+    def save_final(self):
+        """The final weights, into output_dir."""
+        # also where the run was killed just before it could do this
+        remove_old_checkpoints(self.config, self.output, self.state.best)
+        dtype = self.setup.dtype if self.config.finetuning_type == "freeze" else None
+        with into_folder(self.output) as folder:
+            self.save_weights(folder, dtype)
+        if self.config.pissa_convert:
+            converted = self.output / "pissa_converted"
+            save_converted(self.model, converted, self.setup.lora, self.config.model_name_or_path)
+            write_json(converted / "train_config.json", self.settings)
+
+    def write_results(self, results: dict):
+        """Print the results and write them: *_results.json, the model card, the loss curve."""
+        for name, values in results.items():
+            write_json(self.output / f"{name}_results.json", values)
+            print_pairs(f"{name} results", values)
+        everything = {**results["train"], **results.get("eval", {})}
+        card = model_card(self.config, everything, self.template)
+        (self.output / "README.md").write_text(card, encoding="utf-8")
+        if self.config.plot_loss:
+            plot_losses(self.output, self.log.history)
+        # the last file: it says that the run has come to its end
+        write_json(self.output / "all_results.json", everything)
+
+    def start_predictions(self, argv: list[str]):
+        """Replace this process, so that its memory is free, by eval.py."""
+        script = Path(__file__).parent.parent / "eval.py"
+        command = [sys.executable, str(script), *map(str, argv)]
+        if self.setup.lora and self.config.adapter_name_or_path:
+            result = ",".join([*folded_under(self.output), str(self.output)])
+            command.append(f"adapter_name_or_path={result}")
+        os.execv(sys.executable, command)
 
 
-def optimizer_names(optimizer, weights) -> list[str]:
-    """Names of the trainable parameters in the optimizer's order."""
+def optimizer_names(optimizer, weights: dict) -> list[str]:
+    """Names of the trained parameters in the optimizer's order."""
     names = {id(p): name for name, p in weights.items()}
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-
-
-@torch.no_grad()
-def same_everywhere(ranks: Ranks, weights, rows: str):
-    """Raises ValueError if ranks start from other weights or other data, as hosts with files of their own may.
-
-    rows: a checksum, see Examples in text/token_cache.py.
-    """
-    if ranks.world == 1:
-        return
-    mine = [float(sum(p.double().abs().sum() for p in weights.values() if not is_cut(p))), zlib.crc32(rows.encode())]
-    found = [other.tolist() for other in ranks.gather(torch.tensor(mine, dtype=torch.float64))]
-    for what, values in zip(("trained weights", "training rows"), zip(*found)):
-        if len(set(values)) > 1:
-            raise ValueError(f"the ranks do not have the same {what}. Do all hosts have the same model, adapter and "
-                             "data files, and the same release of this program?")
-
-
-def train_results(state: dict, first_step: int, per_epoch: int, model, train_set, seconds: float) -> dict:
-    """train_results.json, with LLaMA-Factory's names. seconds: of this run, evaluations and checkpoints included."""
-    if state["skipped"]:
-        print(f"\n{state['skipped']} steps were skipped because their loss or gradient was not finite; train_loss is "
-              "the mean of the others")
-    steps, seconds = state["step"] - first_step, max(seconds, 1e-9)
-    return {"epoch": state["epoch"], "total_flos": total_flos(model, state["tokens_seen"]),
-            "train_loss": state["loss_total"] / max(state["step"] - state["skipped"], 1),
-            "train_runtime": round(seconds, 4),
-            "train_samples_per_second": round(steps / per_epoch * len(train_set) / seconds, 3),
-            "train_steps_per_second": round(steps / seconds, 3)}
-
-
-def write_results(config, output, results: dict, template: str, history: list):
-    """Show the results, and write them: train_results.json and its like, the model card, the picture."""
-    for name, values in results.items():
-        write_json(output / f"{name}_results.json", values)
-        print_pairs(f"{name} results", values)
-    everything = {key: value for name in ("train", "eval") for key, value in results.get(name, {}).items()}
-    (output / "README.md").write_text(model_card(config, everything, template), encoding="utf-8")
-    if config.plot_loss:
-        plot_losses(output, history)
-    write_json(output / "all_results.json", everything)                    # the last file: the run has come to its end
-
-
-def save_weights(config, model, lora, folder, base, tokenizer, settings, head, dtype=None):
-    """The adapter (or the whole model), the value head if there is one, the tokenizer, and the settings that made them.
-    dtype: None writes each weight as it is held, which resuming needs; those of a finished model are of one."""
-    if lora:
-        save_adapter(model, folder, lora, config.model_name_or_path)
-    else:
-        save_model(model, folder, base, dtype)
-    if head:
-        head.write(folder)
-    tokenizer.save(folder)
-    write_json(Path(folder) / "train_config.json", settings)
-
-
-@torch.no_grad()
-def load_best(config, model, weights, output, best, ranks: Ranks, head):
-    """Put the weights of the best checkpoint back into the model, on all ranks."""
-    folder, in_parts = output / f"checkpoint-{best[0]}", any(map(is_cut, weights.values()))
-    if in_parts:
-        ranks.total(0)                              # rank 0 has written it by now
-        fill(model, folder)
-    elif ranks.main and config.finetuning_type != "lora":
-        other = load_model(folder, torch.float32)
-        for (_, p), (_, q) in zip(model.named_parameters(), other.named_parameters()):
-            p.copy_(q)
-    elif ranks.main:
-        with open_tensors(folder / "adapter_model.safetensors") as tensors:
-            for name, p in adapter_tensors(model).items():
-                p.copy_(tensors.get_tensor(name))
-    if head and ranks.main:
-        head.read(folder)
-    if not in_parts:
-        ranks.share(weights.values())
-    print(f"load_best_model_at_end: step {best[0]} with eval_loss {best[1]:.4f}")

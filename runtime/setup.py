@@ -1,148 +1,401 @@
-"""What a run decides before any weight is loaded: memory, passes, and the start page that says so.
+"""Decide how a run computes, before any weight is loaded, and print the start page.
 
-Requires: runtime/memory.py, runtime/steps.py.
-Next: train.py.
+    base = find_base(config, ranks)                     # folders and sizes
+    train_set, eval_set = load_data(...)                # token ids
+    setup = choose_setup(config, base, plan, device, ranks, run.resumed)
+    print(setup.report())                               # one page: what was decided and why
+
+Dtype, attention kernel, matmul, compiling, fp8, activation checkpointing and the number of tokens
+in a pass: each is chosen here, once, and is a field of the frozen Setup.
+
+Requires: runtime/memory.py, runtime/steps.py, runtime/precision.py.
+Next: runtime/build.py, which builds what was decided; train.py.
 """
-import itertools
 import math
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from checkpoint.adapters import read_adapter_config
 from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model, packed_weights
-from families import model_config, read_config_json
+from config import has_reference
+from families import ModelConfig, read_model_config
+from fast.attention_picker import pick_kernel
+from fast.compile import pick_compile
+from fast.matmul import PRODUCTS, pick_product, torch_product
 from generate import context_length
-from lora import trainable
+from lora import LoRAConfig, trainable
+from methods.fp8 import pick_fp8, with_compiled_rounding
+from methods.preference import AS_SIGMOID
 from methods.quant import (count, empty_quantised, form_asked, in_words as quantised_in_words,
                            quantised_weights)
-from model import CausalLM
+from model import CausalLM, attention_needs
 from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
-from runtime.build import needs_copy
-from runtime.memory import checkpointing_in_words, lightest, memory_plan
-from runtime.memory_advice import explain_oom, out_of_memory
-from runtime.steps import batches_of, joined, rows_per_step, rows_twice
+from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
+                            memory_plan, plan_lines)
+from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory
+from runtime.precision import compute_dtype
+from runtime.report import format_pairs
+from runtime.show_data import print_counts
+from runtime.steps import StepPlan
+from text.token_cache import kept_in, load_examples
 
-ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}    # in one pass: more make a device little faster
-
-
-def check_examples(splits, shape, tokenizer):
-    """Raises ValueError for a token id that the model lacks; prints a note for examples longer than its context."""
-    largest = max(examples.largest_id for examples in splits)
-    if largest >= shape.vocab_size:
-        raise ValueError(f"the data hold token id {largest} ({tokenizer.decode([largest])!r}), and the model knows ids 0 "
-                         f"to {shape.vocab_size - 1}: is the tokenizer in {tokenizer.source} that of another model?")
-    longest, made_for = max(examples.longest for examples in splits), context_length(shape)
-    if longest > made_for:
-        print(f"  note: rows have up to {longest:,} tokens, and the model was made for {made_for:,} "
-              "(max_position_embeddings)")
+# tokens in one pass: more make a device little faster
+ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}
 
 
-def device_name(device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else \
-        f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+# ---- the base -----------------------------------------------------------------------------------
 
 
-def reference_bytes(config, lora, shape, dtype, forms) -> int:
-    """What build_reference will take."""
-    if not needs_copy(config, lora):
-        return 0
-    if config.ref_model:
-        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
-        shape, forms = model_config(read_config_json(folder), f"{folder}/config.json"), {}
-    with torch.device("meta"):
-        model = empty_quantised(CausalLM(shape), forms)
-    return sum(p.numel() * dtype.itemsize for p in model.parameters()) + sum(
-        weight.nbytes for weight in quantised_weights(model).values())
+@dataclass(frozen=True)
+class Base:
+    """The model a run starts from: its folder, the adapters named in the config, its sizes."""
+    folder: Path
+    adapters: list[Path]
+    model_config: ModelConfig
+    quant_formats: dict             # weights in 4 or 8 bits, {name: format}
+
+    def continued_adapter(self, config) -> Path | None:
+        """The adapter that is trained further, if any."""
+        return self.adapters[-1] if self.adapters and not config.create_new_adapter else None
+
+    def merged_adapters(self, config) -> list[Path]:
+        """The adapters that are merged into the weights before training."""
+        return self.adapters[:-1] if self.continued_adapter(config) else self.adapters
 
 
-@contextmanager
-def memory_advice(memory, there_is, config):
-    """If memory runs out in this block, say what would fit."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        raise ValueError(explain_oom(error, memory, there_is, config)) from None
+def find_base(config, ranks: Ranks) -> Base:
+    """The base of a run, downloaded if need be; no weight is read."""
+    with ranks.one_per_host_first():
+        folder = find_checkpoint(config.model_name_or_path, config.model_revision,
+                                 config.cache_dir)
+        adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
+                    for name in config.adapter_name_or_path or []]
+    model_config = read_model_config(folder)
+    return Base(folder, adapters, model_config, quant_formats(config, folder, adapters))
 
 
-def forms_of_base(config, base, adapters) -> dict:
-    """{name of a weight: Form} of what is in 4 or 8 bits, in the files or by quantization_bit. Raises ValueError for
-    what cannot be done with such a base; says what is not quantised and might be expected to be."""
-    skeleton = load_model(base, skip_weights=True, form=form_asked(config))
-    forms = {name: weight.form for name, weight in quantised_weights(skeleton).items()}
-    if not forms:
+def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
+    """{name of a weight: its format} of weights in 4 or 8 bits, in the files or by the config.
+
+    Raises ValueError for what such a base cannot do; prints what is not quantized although one
+    might expect it.
+    """
+    skeleton = load_model(folder, skip_weights=True, form=form_asked(config))
+    formats = {name: weight.form for name, weight in quantised_weights(skeleton).items()}
+    if not formats:
         return {}
     if config.finetuning_type != "lora" or config.fsdp or config.base_precision:
-        raise ValueError(f"{base} holds weights in 4 or 8 bits ({quantised_in_words(forms.values())}): only adapters "
-                         "learn beside them (finetuning_type: lora), without fsdp and base_precision")
+        raise ValueError(
+            f"{folder} holds weights in 4 or 8 bits ({quantised_in_words(formats.values())}): only "
+            "adapters can be trained beside them (finetuning_type: lora), without fsdp and "
+            "base_precision")
     if adapters and (len(adapters) > 1 or config.create_new_adapter):
-        raise ValueError("adapter_name_or_path: a base in 4 or 8 bits takes one adapter in training, and goes on with "
-                         "it; folding others in would round them to so few bits. Fold them first: python merge.py "
-                         "writes a 16-bit model, which quantization_bit: 4 trains upon")
-    if packed_weights(base) and config.quantization_bit:
-        print(f"  note: quantization_bit: {config.quantization_bit} changes nothing, the files are quantised already")
-    if stacks := sum(p.numel() for p in skeleton.parameters() if p.dim() == 3):
-        print(f"  note: stacked experts are not quantised: {stacks:,} of the parameters stay in 16 or 32 bits")
-    return forms
+        raise ValueError(
+            "adapter_name_or_path: beside a base in 4 or 8 bits one adapter can be trained "
+            "further; merging others would round them to so few bits. Merge them first: python "
+            "merge.py writes a 16-bit model, to be trained with quantization_bit: 4")
+    if packed_weights(folder) and config.quantization_bit:
+        print(f"  note: quantization_bit: {config.quantization_bit} changes nothing, the files are "
+              "quantized already")
+    stacks = sum(p.numel() for p in skeleton.parameters() if p.dim() == 3)
+    if stacks:
+        print(f"  note: stacked experts are not quantized: {stacks:,} parameters stay in 16 or 32 "
+              "bits")
+    return formats
 
 
-def tokens_at_once(config, memory, there_is, device, balance):
-    """(how many tokens micro-batches that are computed as one may have together, the plan of memory with such passes).
+def lora_config(config, base: Base, resume) -> LoRAConfig | None:
+    """What is adapted in this run; None for full fine-tuning and freeze."""
+    if config.finetuning_type != "lora":
+        return None
+    continued = resume or base.continued_adapter(config)
+    if continued:
+        return read_adapter_config(continued)[0]
+    init = True
+    if config.pissa_init:
+        init = f"pissa_niter_{config.pissa_iter}" if config.pissa_iter >= 0 else "pissa"
+    return LoRAConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        target_modules=config.lora_target,
+        modules_to_save=config.additional_target or [],
+        init_lora_weights=init,
+    )
 
-    A step is the same sum however it is cut (losses.py), but few tokens do not keep a GPU busy. 0: each micro-batch
-    alone, as where something is reckoned over a whole micro-batch: the balance of experts, or frequencies that follow
-    its longest row. memory: the plan for the largest micro-batch, `there_is`: the bytes for it, or None.
-    Passes in which nothing is recomputed come first, then long ones.
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def load_data(config, base: Base, text, stage, ranks: Ranks) -> tuple:
+    """(training examples, evaluation examples) as token ids; prints what became of the rows.
+
+    text: of text/load_text.py. The first rank of a host tokenizes, the others read what it wrote.
     """
-    rows, shape, size = memory.workload.rows, memory.workload.model_config, config.gradient_accumulation_steps
-    alone, found = sum(map(sum, rows)), [(0, lightest(memory, there_is, config))]
-    if config.join_micro_batches and size > 1 and not balance and shape.rope["rope_type"] not in LENGTH_DEPENDENT:
+    with ranks.one_per_host_first():
+        train_set, eval_set, counts = load_examples(
+            config, text.tokenizer, text.template, stage.encode, folder=kept_in(config),
+            writes=ranks.local_rank == 0)
+    print_counts(counts)
+    if eval_set and not config.do_eval:
+        print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch "
+              "would use them")
+    check_examples([train_set, eval_set], base.model_config, text.tokenizer)
+    if config.stage == "dpo" and config.pref_loss in AS_SIGMOID and not config.paper_losses:
+        print(f"  note: pref_loss: {config.pref_loss} is computed as LLaMA-Factory 0.9.5 does, "
+              "with the loss of sigmoid; paper_losses: true takes that of its paper")
+    return train_set, eval_set
+
+
+def check_examples(splits: list, model_config: ModelConfig, tokenizer):
+    """Raises ValueError for a token id the model lacks; prints a note on rows beyond its context."""
+    largest = max(examples.largest_id for examples in splits)
+    if largest >= model_config.vocab_size:
+        raise ValueError(
+            f"the data hold token id {largest} ({tokenizer.decode([largest])!r}), and the model "
+            f"knows ids 0 to {model_config.vocab_size - 1}: is the tokenizer in {tokenizer.source} "
+            "that of another model?")
+    longest = max(examples.longest for examples in splits)
+    context = context_length(model_config)
+    if longest > context:
+        print(f"  note: rows have up to {longest:,} tokens, and the model was made for "
+              f"{context:,} (max_position_embeddings)")
+
+
+# ---- the setup ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a run computes. Lines are for the start page, each with its reason."""
+    config: object
+    device: torch.device
+    lora: LoRAConfig | None
+    dtype: torch.dtype              # of matrix products
+    kernel: str                     # attention, a name from attention.py
+    matmul_name: str                # a name from fast/matmul.py
+    compiled: bool                  # pointwise steps are compiled (fast/compile.py)
+    fp8: object                     # 8-bit products of frozen weights (methods/fp8.py), or None
+    balance: float                  # coefficient of the experts' balance loss
+    sharded: bool                   # weights are split over the ranks (scale/fsdp.py)
+    memory: Plan
+    free_bytes: int | None          # of the device, the least of all ranks
+    max_tokens_per_pass: int        # of merged micro-batches; 0: each alone
+    numbers: dict                   # parameters, steps, ...
+    lines: list[str]                # kernels
+
+    @property
+    def matmul(self) -> Callable:
+        return PRODUCTS.get(self.matmul_name, torch_product)
+
+    def report(self) -> str:
+        """The plan as a page of text."""
+        page = [format_pairs("plan", self.numbers), *self.lines, ""]
+        page += plan_lines(self.memory, self.free_bytes)
+        for line in advice(self.memory, self.free_bytes, self.config):
+            page.append(f"  would fit: {line}")
+        return "\n".join(page)
+
+    @contextmanager
+    def explain_out_of_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error within the block into one that says what would fit."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            message = explain_oom(error, self.memory, self.free_bytes, self.config)
+            raise ValueError(message) from None
+
+
+def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks: Ranks,
+                 run) -> Setup:
+    """Decide how this run computes. run: of runtime/run.py; a resumed run computes as it did.
+
+    Two kernels or matmuls differ in the last bit, so all ranks take those of rank 0, and a
+    continuation those of the run it continues.
+    """
+    model_config = base.model_config
+    lora = lora_config(config, base, run.resume)
+    dtype = compute_dtype(config, base, base.quant_formats)
+    attention = pick_kernel(config.flash_attn, device=device, dtype=dtype,
+                            **attention_needs(model_config))
+    matmul = pick_product(device, dtype)
+    compiled, compile_line = pick_compile(config.torch_compile, device, dtype,
+                                          model_config.hidden_act)
+    fp8, fp8_line = pick_fp8(device, dtype) if config.base_precision else (None, None)
+    kernel = run.recorded("kernel", ranks.from_main(lambda: attention.kernel))
+    matmul_name = run.recorded("matmul", ranks.from_main(lambda: matmul.taken))
+    compiled = run.recorded("compiled", ranks.from_main(lambda: compiled)) and compiled
+    if fp8 and compiled:
+        fp8 = with_compiled_rounding(fp8)
+
+    balance = 0.0
+    if config.stage in ("sft", "pt"):
+        balance = config.moe_aux_loss_coef or model_config.router_aux_loss_coef
+    sharded = bool(config.fsdp) and ranks.world > 1
+    memory = memory_plan(config, Workload(
+        model_config=model_config,
+        lora=lora,
+        rows=largest_rows(plan.train_set, plan.all_micro_batches()),
+        dtype=dtype,
+        kernel=attention.kernel,
+        device=device,
+        world=ranks.world,
+        sharded=sharded,
+        fast=True,
+        fp8=bool(config.base_precision),
+        quant_formats=base.quant_formats,
+        other_bytes=reference_bytes(config, lora, base, dtype),
+    ))
+    free_bytes = free_on_all(device, ranks)
+    max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)
+    max_tokens = min(max_tokens, run.recorded("max_tokens_per_pass", max_tokens))
+    plan.max_tokens_per_pass = max_tokens
+    return Setup(
+        config=config,
+        device=device,
+        lora=lora,
+        dtype=dtype,
+        kernel=kernel if kernel in attention.timings else attention.kernel,
+        matmul_name=matmul_name if matmul_name in matmul.rates else matmul.taken,
+        compiled=compiled,
+        fp8=fp8,
+        balance=balance,
+        sharded=sharded,
+        memory=memory,
+        free_bytes=free_bytes,
+        max_tokens_per_pass=max_tokens,
+        numbers=plan_numbers(config, plan, memory, dtype),
+        lines=[line for line in (*attention.lines, *matmul.lines, compile_line, fp8_line) if line],
+    )
+
+
+def free_on_all(device: torch.device, ranks: Ranks) -> int | None:
+    """Free bytes of the rank that has the least; None if unknown. All plan alike."""
+    free = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(int(other) for other in ranks.gather(torch.tensor([free or 0]))) or None
+
+
+def needs_second_model(config, lora: LoRAConfig | None) -> bool:
+    """Whether the reference is a second model.
+
+    The trained one serves with its adapters off, if these are all that is trained.
+    """
+    if not has_reference(config):
+        return False
+    return bool(config.ref_model or not lora or lora.modules_to_save)
+
+
+def reference_bytes(config, lora: LoRAConfig | None, base: Base, dtype: torch.dtype) -> int:
+    """Memory of the second model of stages dpo and kto."""
+    if not needs_second_model(config, lora):
+        return 0
+    model_config, formats = base.model_config, base.quant_formats
+    if config.ref_model:
+        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
+        model_config, formats = read_model_config(folder), {}
+    with torch.device("meta"):
+        model = empty_quantised(CausalLM(model_config), formats)
+    plain = sum(p.numel() * dtype.itemsize for p in model.parameters())
+    return plain + sum(weight.nbytes for weight in quantised_weights(model).values())
+
+
+def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch.device,
+                     balance: float) -> tuple[int, Plan]:
+    """(most tokens of merged micro-batches, the memory plan of such passes).
+
+    A step is the same sum however it is split (losses.py), but few tokens do not keep a GPU busy.
+    0: each micro-batch alone, also where something is computed over a whole micro-batch: the
+    balance of experts, or frequencies that follow the longest row. memory: the plan of the largest
+    micro-batch. Passes without recomputation come first, then long ones.
+    """
+    rows = memory.workload.rows
+    alone = sum(map(sum, rows))
+    size = config.gradient_accumulation_steps
+    candidates = [(0, lightest(memory, free_bytes, config))]
+    rope_type = memory.workload.model_config.rope["rope_type"]
+    mergeable = config.join_micro_batches and size > 1 and not balance
+    if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
         while limit > alone:
-            several = [row for row in rows for _ in range(math.ceil(limit / alone))]    # no pass needs more than these
-            joint = lightest(memory_plan(config, replace(memory.workload, rows=several)), there_is, config)
-            if there_is is not None and joint.fits(there_is):
-                found.append((limit, joint))
+            copies = math.ceil(limit / alone)               # no pass has more rows than these
+            merged = replace(memory.workload, rows=[row for row in rows for _ in range(copies)])
+            merged = lightest(memory_plan(config, merged), free_bytes, config)
+            if free_bytes is not None and merged.fits(free_bytes):
+                candidates.append((limit, merged))
             limit //= 2
-    return max(found, key=lambda one: (set(one[1].workload.recompute) == {"none"}, one[0]))
+
+    def preference(candidate):
+        limit, plan = candidate
+        return set(plan.workload.recompute) == {"none"}, limit
+
+    return max(candidates, key=preference)
 
 
-def passes_in_words(config, train_set, ranks: Ranks, at_once: int) -> dict:
-    """What the start page says of micro-batches that are computed together, looking at the first steps."""
-    size, rows = config.gradient_accumulation_steps, batches_of(config, train_set, 0, ranks)[:1000]
-    length = train_set.sizes.tolist().__getitem__
-    passes = [batch for start in range(0, len(rows), size) for batch in joined(rows[start:start + size], length, at_once)]
-    if len(passes) == len(rows):
-        return {}
-    tokens = sum(map(length, itertools.chain(*rows)))
-    return {"passes": f"{len(rows) / len(passes):.1f} micro-batches run as one pass of about "
-                      f"{tokens / len(passes):,.0f} tokens, at most {at_once:,} (join_micro_batches: false: each alone)"}
+# ---- the start page -----------------------------------------------------------------------------
 
 
-def plan(config, memory, dtype, train_set, per_epoch, total_steps, ranks, at_once) -> dict:
-    """The start page's figures; `memory` holds the model without its weights."""
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"{device} ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> dict[str, str]:
+    """Parameters, steps and passes for the start page."""
     model = memory.workload.model
-    trained, total = sum(p.numel() for p in trainable(model).values()), count(model)
-    tokens = int(train_set.sizes.sum())
-    rows, size = rows_per_step(config, ranks), f"{config.per_device_train_batch_size}"
+    trained = sum(p.numel() for p in trainable(model).values())
+    total = count(model)
+    weights = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    matmul_dtype = str(dtype).removeprefix("torch.")
+    numbers = {"parameters": f"{trained:,} of {total:,} trained ({100 * trained / total:.4f}%)"}
+    formats = [weight.form for weight in quantised_weights(model).values()]
+    if formats:
+        numbers["base"] = f"{quantised_in_words(formats)}; all else {weights}"
+    numbers["dtype"] = f"weights {weights}, trained ones float32, matmul {matmul_dtype}"
+    numbers["steps"] = f"{plan.total_steps}, {plan.steps_per_epoch} an epoch, " \
+                       f"{warmup_steps(config, plan.total_steps)} of warmup"
+    numbers["a step"] = step_size(config, plan)
+    micro_batches, tokens = plan.pass_sizes(plan.max_tokens_per_pass)
+    if micro_batches > 1:
+        numbers["passes"] = f"{micro_batches:.1f} micro-batches run as one pass of about " \
+                            f"{tokens:,.0f} tokens, at most {plan.max_tokens_per_pass:,} " \
+                            "(join_micro_batches: false: each alone)"
+    if plan.ranks.world > 1:
+        numbers["ranks"] = ranks_text(plan)
+    numbers["activation checkpointing"] = checkpointing_in_words(memory.workload.recompute)
+    return numbers
+
+
+def step_size(config, plan: StepPlan) -> str:
+    """Rows and tokens of an optimizer step."""
+    rows = plan.rows_per_step
+    size = f"{config.per_device_train_batch_size}"
     if config.token_budget:
-        rows, size = round(len(train_set) / per_epoch), f"as many as have {config.token_budget:,} tokens"
-    again = rows_twice(config, train_set, ranks)
-    base = model.model.embed_tokens.weight.dtype
-    forms = [weight.form for weight in quantised_weights(model).values()]
-    return {"parameters": f"{trained:,} of {total:,} learn ({100 * trained / total:.4f}%)",
-            **({"base": f"{quantised_in_words(forms)}; all else {base}".replace("torch.", "")} if forms else {}),
-            "dtype": f"weights {base}, trained ones torch.float32, products {dtype}".replace("torch.", ""),
-            "steps": f"{total_steps}, {per_epoch} an epoch, {warmup_steps(config, total_steps)} of warm-up",
-            "a step": f"{rows} rows ({size} x {config.gradient_accumulation_steps} x "
-                      f"{ranks.world} ranks), about {tokens / len(train_set) * rows:,.0f} tokens",
-            **passes_in_words(config, train_set, ranks, at_once),
-            **({"ranks": f"{ranks.world}, gradients summed once a step" + (
-                f"; {again} rows of an epoch are trained twice, so that all ranks have full batches (even_batches: false "
-                "would not)" if again else "")} if ranks.world > 1 else {}),
-            "activation checkpointing": checkpointing_in_words(memory.workload.recompute)}
+        rows = round(len(plan.train_set) / plan.steps_per_epoch)
+        size = f"as many as have {config.token_budget:,} tokens"
+    tokens = int(plan.train_set.sizes.sum()) / len(plan.train_set) * rows
+    return f"{rows} rows ({size} x {config.gradient_accumulation_steps} x {plan.ranks.world} " \
+           f"ranks), about {tokens:,.0f} tokens"
+
+
+def ranks_text(plan: StepPlan) -> str:
+    text = f"{plan.ranks.world}, gradients summed once a step"
+    repeated = plan.repeated_rows()
+    if repeated:
+        text += f"; {repeated} rows of an epoch are trained twice, so that all ranks have full " \
+                "batches (even_batches: false would not)"
+    return text

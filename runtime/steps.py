@@ -1,105 +1,227 @@
-"""Which rows make which optimizer step, on which rank.
+"""Decide which rows make which optimizer step, on which rank.
+
+    plan = StepPlan(config, train_set, stage, ranks, device)
+    for step in plan.steps(after=0):
+        step.batches                  # this rank's micro-batches, on the device
+        step.num_items                # labels of the whole step, over all ranks: the divisor
+
+The order of rows is LLaMA-Factory's (accelerate's seedable sampler). A step is a sum over counted
+labels, so it does not depend on how its micro-batches are merged into passes.
 
 Requires: data.py, parallel.py.
 Next: train.py.
 """
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 import torch
+from torch.profiler import record_function
 
+from data import Batch
 from parallel import Ranks
-from runtime.build import COLLATE
-from scale.fsdp import idle_batches
-
-
-def batches_of(config, train_set, epoch, ranks: Ranks) -> list[list[int]]:
-    """This rank's micro-batches of an epoch, lists of row numbers, dealt to the ranks in turn: in LLaMA-Factory's order
-    or, with token_budget, rows of similar length; then every row comes once, and ranks may have one batch less."""
-    seed = config.seed if config.data_seed is None else config.data_seed
-    shuffle = not config.disable_shuffling
-    if config.token_budget:         # made once, so that all epochs have as many of them; their order is another each time
-        batches = budget_batches(epoch_order(len(train_set), seed, 0, shuffle),
-                                 train_set.sizes.tolist().__getitem__, config.token_budget, alike=shuffle)
-        return [batches[i] for i in epoch_order(len(batches), seed, epoch, shuffle)][ranks.rank::ranks.world]
-    order = epoch_order(len(train_set), seed, epoch, shuffle)
-    batches = micro_batches(order, config.per_device_train_batch_size, config.dataloader_drop_last)
-    if ranks.world > 1 and config.even_batches:
-        batches = evened(batches, config.per_device_train_batch_size, ranks.world, config.dataloader_drop_last)
-    return batches[ranks.rank::ranks.world]
-
-
-def rows_twice(config, train_set, ranks: Ranks) -> int:
-    """How many rows an epoch has more than there are, on all ranks together."""
-    dealt = sum(len(batch) for rank in range(ranks.world)
-                for batch in batches_of(config, train_set, 0, Ranks(rank, ranks.world)))
-    return max(0, dealt - len(train_set))
-
-
-def steps_per_epoch(config, train_set, ranks: Ranks) -> int:
-    """Optimizer steps of an epoch, the same number on all ranks: rank 0 is dealt the most micro-batches."""
-    most = len(batches_of(config, train_set, 0, Ranks(0, ranks.world)))
-    return math.ceil(most / config.gradient_accumulation_steps)
-
-
-def rows_per_step(config, ranks: Ranks) -> int:
-    """The rows of an optimizer step, over all ranks; with token_budget, the most tokens of one."""
-    size = config.token_budget or config.per_device_train_batch_size
-    return size * config.gradient_accumulation_steps * ranks.world
+from scale.fsdp import filler_batches
 
 
 @dataclass
 class Step:
-    """What this rank learns from in an optimizer step."""
+    """What one rank trains on in an optimizer step."""
     number: int                 # counted from 1
-    epoch: float                # passes over the data when it is done
-    rows: list                  # numbers of its examples
-    passes: list                # Batches, on the device
-    idle: int                   # the first of them have no labels: they keep other ranks company (scale/fsdp.py)
-    n_items: float              # labels, on all ranks together: counted first, divided by once
+    epoch: float                # passes over the data when the step is done
+    rows: list[int]             # numbers of its examples
+    batches: list[Batch]        # on the device
+    device: torch.device
+    num_items: float            # labels, on all ranks together
     tokens: float               # on all ranks together
-    flops: float                # the same, as runtime/throughput.py counts them
+    flops: float                # on all ranks together, see runtime/throughput.py
 
 
-def steps_of(config, train_set, device, ranks: Ranks, numbers, per_epoch, at_once, sharded, flops_of):
-    """Yields the Steps of these numbers. The loop asks for the next one while the device works at the one before."""
-    size, of_epoch, length = config.gradient_accumulation_steps, None, lambda row: int(train_set.sizes[row])
-    make = partial(COLLATE[config.stage], alike=bool(config.token_budget))
-    for number in numbers:
-        epoch, nth = divmod(number - 1, per_epoch)                         # both 0-based
-        if epoch != of_epoch:
-            batches, of_epoch = batches_of(config, train_set, epoch, ranks), epoch
-        micro = batches[nth * size:(nth + 1) * size]
-        passes = [make([[train_set[i] for i in rows] for rows in group]) for group in joined(micro, length, at_once)]
-        n_items, tokens, flops = ranks.total(*(sum(values) for values in (
-            [batch.n_items for batch in passes], [len(batch.targets) for batch in passes],
-            [flops_of(batch) for batch in passes])))
-        idle = idle_batches(len(passes), make([[train_set[0]]]), ranks) if sharded else []
-        yield Step(number, epoch + min(1.0, (nth + 1) * size / max(len(batches), 1)), [i for rows in micro for i in rows],
-                   [batch.to(device) for batch in idle + passes], len(idle), n_items, tokens, flops)
+class StepPlan:
+    """The optimizer steps of a run.
+
+    max_tokens_per_pass and count_flops are set when the memory and the model are known:
+    max_tokens_per_pass: neighboring micro-batches with at most so many tokens together run as one
+    pass (0: each one alone). count_flops(batch): model FLOPs of a batch.
+
+    Raises ValueError if the rows make no batch.
+    """
+
+    def __init__(self, config, train_set, stage, ranks: Ranks, device: torch.device):
+        self.config = config
+        self.train_set = train_set
+        self.ranks = ranks
+        self.device = device
+        self.collate = partial(stage.collate, alike=bool(config.token_budget))
+        self.steps_per_epoch = self.count_steps_per_epoch()
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
+                "(dataloader_drop_last: true leaves out the incomplete one)")
+        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
+        self.max_tokens_per_pass = 0
+        self.count_flops: Callable[[Batch], float] = lambda batch: 0.0
+        self.prepared: Iterator[Step] = iter(())
+        self.next_step: Step | None = None
+
+    # ---- counts
+
+    def count_steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch, equal on all ranks: rank 0 has the most micro-batches."""
+        most = len(shard_batches(self.config, self.train_set, 0, Ranks(0, self.ranks.world)))
+        return math.ceil(most / self.config.gradient_accumulation_steps)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step over all ranks; with token_budget, the most tokens of a step."""
+        size = self.config.token_budget or self.config.per_device_train_batch_size
+        return size * self.config.gradient_accumulation_steps * self.ranks.world
+
+    def all_micro_batches(self) -> Iterator[list[int]]:
+        """The micro-batches of the whole run on all ranks, as lists of row numbers."""
+        for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
+            yield from shard_batches(self.config, self.train_set, epoch, Ranks())
+
+    def repeated_rows(self) -> int:
+        """Rows of an epoch that are trained on twice, over all ranks (even_batches)."""
+        rows = 0
+        for rank in range(self.ranks.world):
+            ours = shard_batches(self.config, self.train_set, 0, Ranks(rank, self.ranks.world))
+            rows += sum(map(len, ours))
+        return max(0, rows - len(self.train_set))
+
+    def pass_sizes(self, max_tokens: int) -> tuple[float, float]:
+        """(micro-batches in a pass, tokens in a pass): the means of the first steps."""
+        size = self.config.gradient_accumulation_steps
+        batches = shard_batches(self.config, self.train_set, 0, self.ranks)[:1000]
+        passes = 0
+        for start in range(0, len(batches), size):
+            step = batches[start:start + size]
+            passes += len(merge_micro_batches(step, self.tokens_of, max_tokens))
+        if not passes:                                  # a rank without a batch
+            return 0.0, 0.0
+        tokens = sum(map(self.tokens_of, chain.from_iterable(batches)))
+        return len(batches) / passes, tokens / passes
+
+    def tokens_of(self, row: int) -> int:
+        return int(self.train_set.sizes[row])
+
+    def ends_epoch(self, number: int) -> bool:
+        """Whether an epoch, or the run, ends with this step."""
+        return number % self.steps_per_epoch == 0 or number == self.total_steps
+
+    # ---- steps
+
+    def peek(self, after: int) -> Step | None:
+        """Prepare the step that follows step `after`, and return it without consuming it."""
+        self.prepared = self.make_steps(range(after + 1, self.total_steps + 1))
+        self.next_step = next(self.prepared, None)
+        return self.next_step
+
+    def steps(self, after: int) -> Iterator[Step]:
+        """The steps that follow step `after`."""
+        if self.next_step is None or self.next_step.number != after + 1:
+            self.peek(after)
+        while self.next_step is not None:
+            step = self.next_step
+            self.next_step = None
+            yield step
+            if self.next_step is None:
+                self.prefetch()
+
+    @record_function("data")
+    def prefetch(self):
+        """Collate the next step and send it, while the device still computes the current one."""
+        self.next_step = next(self.prepared, None)
+
+    def make_steps(self, numbers: range) -> Iterator[Step]:
+        size = self.config.gradient_accumulation_steps
+        epoch_of_batches = None
+        for number in numbers:
+            epoch, nth = divmod(number - 1, self.steps_per_epoch)              # both 0-based
+            if epoch != epoch_of_batches:
+                batches = shard_batches(self.config, self.train_set, epoch, self.ranks)
+                epoch_of_batches = epoch
+            done = min(1.0, (nth + 1) * size / max(len(batches), 1))
+            yield self.make_step(number, epoch + done, batches[nth * size:(nth + 1) * size])
+
+    def make_step(self, number: int, epoch: float, micro_batches: list[list[int]]) -> Step:
+        batches = []
+        merged = merge_micro_batches(micro_batches, self.tokens_of, self.max_tokens_per_pass)
+        for group in merged:
+            batches.append(self.collate([[self.train_set[i] for i in rows] for rows in group]))
+        num_items, tokens, flops = self.ranks.total(
+            sum(batch.n_items for batch in batches),
+            sum(len(batch.targets) for batch in batches),
+            sum(self.count_flops(batch) for batch in batches),
+        )
+        if self.config.fsdp and self.ranks.world > 1:
+            example = self.collate([[self.train_set[0]]])
+            batches = filler_batches(len(batches), example, self.ranks) + batches
+        return Step(
+            number=number,
+            epoch=epoch,
+            rows=list(chain.from_iterable(micro_batches)),
+            batches=[batch.to(self.device) for batch in batches],
+            device=self.device,
+            num_items=num_items,
+            tokens=tokens,
+            flops=flops,
+        )
+
+
+# ---- order and micro-batches --------------------------------------------------------------------
+
+
+def shard_batches(config, train_set, epoch: int, ranks: Ranks) -> list[list[int]]:
+    """This rank's micro-batches of an epoch, as lists of row numbers.
+
+    Batches go to the ranks in turn, in LLaMA-Factory's order. With token_budget, rows of similar
+    length come together; then every row comes once, and a rank may have one batch less.
+    """
+    seed = config.seed if config.data_seed is None else config.data_seed
+    shuffle = not config.disable_shuffling
+    if config.token_budget:     # made once: every epoch has the same batches, in another order
+        order = epoch_order(len(train_set), seed, 0, shuffle)
+        sizes = train_set.sizes.tolist()
+        batches = budget_batches(order, sizes.__getitem__, config.token_budget, alike=shuffle)
+        batches = [batches[i] for i in epoch_order(len(batches), seed, epoch, shuffle)]
+        return batches[ranks.rank::ranks.world]
+    size = config.per_device_train_batch_size
+    order = epoch_order(len(train_set), seed, epoch, shuffle)
+    batches = micro_batches(order, size, config.dataloader_drop_last)
+    if ranks.world > 1 and config.even_batches:
+        batches = pad_to_world(batches, size, ranks.world, config.dataloader_drop_last)
+    return batches[ranks.rank::ranks.world]
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """The order of n examples in an epoch (counted from 0): the permutation of accelerate's seedable sampler."""
+    """Order of n examples in an epoch (from 0): the permutation of accelerate's seedable sampler."""
     if not shuffle:
         return list(range(n))
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return torch.randperm(n, generator=generator).tolist()
 
 
 def micro_batches(order: list[int], size: int, drop_last: bool = False) -> list[list[int]]:
-    """Consecutive `size` examples each; the last may be shorter, unless drop_last."""
+    """Batches of `size` consecutive examples; the last may be shorter, unless drop_last."""
     batches = [order[start:start + size] for start in range(0, len(order), size)]
-    return batches[:-1] if drop_last and batches and len(batches[-1]) < size else batches
+    if drop_last and batches and len(batches[-1]) < size:
+        batches.pop()
+    return batches
 
 
-def joined(batches: list[list[int]], tokens, limit: int) -> list[list[list[int]]]:
-    """The micro-batches of an optimizer step as passes, each of as many neighbours as have at most `limit` tokens together.
+def merge_micro_batches(batches: list[list[int]], tokens: Callable[[int], int],
+                        limit: int) -> list[list[list[int]]]:
+    """Merge neighbors into passes of at most `limit` tokens.
 
-    tokens(row): of that example. The step's loss is one sum, so it does not matter in how many passes it is computed.
+    tokens(row): tokens of that example. The step's loss is one sum, so the number of passes that
+    compute it does not matter.
     """
-    passes, room = [], 0
+    passes = []
+    room = 0
     for batch in batches:
         size = sum(map(tokens, batch))
         if passes and size <= room:
@@ -111,26 +233,31 @@ def joined(batches: list[list[int]], tokens, limit: int) -> list[list[list[int]]
     return passes
 
 
-def budget_batches(order: list[int], tokens, budget: int, alike: bool = True, window: int = 2048) -> list[list[int]]:
-    """Micro-batches of as many rows as have at most `budget` tokens together (a longer row comes alone).
+def budget_batches(order: list[int], tokens: Callable[[int], int], budget: int,
+                   alike: bool = True, window: int = 2048) -> list[list[int]]:
+    """Micro-batches of at most `budget` tokens (a longer row comes alone).
 
-    tokens(row): of that example. alike: within each `window` of the order, rows of similar length come together.
+    tokens(row): tokens of that example. alike: sort each `window` of the order by length.
     """
     if alike:
-        order = [row for start in range(0, len(order), window) for row in sorted(order[start:start + window], key=tokens)]
-    return [sum(batches, []) for batches in joined([[row] for row in order], tokens, budget)]
+        windows = [order[start:start + window] for start in range(0, len(order), window)]
+        order = [row for rows in windows for row in sorted(rows, key=tokens)]
+    return [sum(batches, []) for batches in merge_micro_batches([[row] for row in order], tokens,
+                                                               budget)]
 
 
-def evened(batches: list[list[int]], size: int, world: int, drop_last: bool = False) -> list[list[int]]:
-    """The micro-batches with which `world` ranks, dealt to in turn, all have the same number of full ones.
+def pad_to_world(batches: list[list[int]], size: int, world: int,
+                 drop_last: bool = False) -> list[list[int]]:
+    """Make the number of full micro-batches a multiple of `world`, as accelerate does.
 
-    As accelerate does it: what lacks is filled up from the beginning of the epoch (or, with drop_last, left out).
+    Missing rows are taken from the beginning of the epoch (with drop_last, batches are left out).
     """
     if drop_last:
         return batches[:len(batches) - len(batches) % world]
     start = [row for batch in batches[:world] for row in batch]
-    start = start * math.ceil(world * size / max(len(start), 1))            # fewer rows than one round asks for
-    full, filler = list(batches), iter(start)
+    start = start * math.ceil(world * size / max(len(start), 1))    # fewer rows than one round
+    filler = iter(start)
+    full = list(batches)
     if full and len(full[-1]) < size:
         full[-1] = full[-1] + list(islice(filler, size - len(full[-1])))
     while len(full) % world:

@@ -8,14 +8,14 @@ import pytest
 
 import data
 from methods import preference
-from runtime import preview
+from runtime import preview, show_data
 from runtime import steps as runtime_steps
 from text import token_cache
 import templates
 from text import template_check
 
 from text import tool_calls as tools
-from runtime.build import ENCODERS
+from runtime.build import STAGES
 from runtime.load_config import load_config
 from templates import encode_prompt
 from text.chat_formats import TEMPLATES, with_overrides
@@ -94,7 +94,7 @@ def test_golden_rows(file, tmp_path):
         config = make_config(tmp_path, settings, skip_bad_rows=line["case"] == "broken_rows")
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode, keep_unlearnable=True)
         where = f"{file} {[line[key] for key in CASE_KEYS]}"
         output = lines[0].get("output") or lines
         assert len(examples) == len(output), where
@@ -114,7 +114,7 @@ def test_golden_rows_with_two_answers(file, tmp_path):
         config = make_config(tmp_path, {"stage": line["stage"], "template": line["template"], **line["settings"]})
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode, keep_unlearnable=True)
         for example, wanted in zip(examples, lines, strict=True):
             assert example.desired == wanted.get("kto_tags"), line
             for number, name in enumerate(names):
@@ -134,7 +134,7 @@ def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
         write_dataset(tmp_path, recorded[stage], recorded["dataset_info"][stage])
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / run["tokenizer"])
         config = make_config(tmp_path, run["settings"])
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage], keep_unlearnable=True)
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode, keep_unlearnable=True)
         found = [[example.sequence(number) for number in (0, 1)] for example in examples]
         found = [[zlib.crc32(one.input_ids.tobytes() + one.labels.tobytes()) for one in both] for both in found]
         assert found == run["crc"], run
@@ -264,7 +264,7 @@ def test_golden_batches(tmp_path):
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
         config = make_config(tmp_path, settings)
-        examples, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
+        examples, _, _ = token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode)
         wanted = line["batch"]
         examples = examples[:len(wanted["input_ids"])]
         batch, start = data.collate(examples), 0
@@ -295,7 +295,7 @@ def test_curves(case):
     config = load_config([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", *extra], "train")
     template = TEMPLATES[config.template]
     tokenizer = tokenizer_for(template, folder / config.model_name_or_path)
-    train, evaluation, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
+    train, evaluation, _ = token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode)
     recorded = read_jsonl(folder / "processed.jsonl")
     assert len(train) + len(evaluation) == len(recorded)
     for example, wanted in zip([*train, *evaluation], recorded):
@@ -321,7 +321,7 @@ def test_published_example(tmp_path):
     template = TEMPLATES["llama3"]
     tokenizer = tokenizer_for(template, SHARED / "tokenizers" / "llama3")
     config = make_config(tmp_path, dataset="identity,alpaca_en_demo", max_samples=500, dataset_dir=str(SHARED / "data"))
-    train, _, _ = token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
+    train, _, _ = token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode)
     first = published["training_example"]
     assert train[0].input_ids.tolist() == first["input_ids"]
     assert train[0].labels.tolist() == [IGNORE] * first["masked_prefix"] + first["input_ids"][first["masked_prefix"]:]
@@ -341,7 +341,7 @@ def test_golden_errors(tmp_path):
             tokenizer = load_tokenizer(SHARED / "tokenizers" / line["tokenizer"])
             template, _ = template_check.choose_template(config.template, tokenizer, None, force=True)
             fit_tokenizer(template, tokenizer)
-            token_cache.load_examples(config, tokenizer, template, ENCODERS[config.stage])
+            token_cache.load_examples(config, tokenizer, template, STAGES[config.stage].encode)
             pytest.fail(f"not refused: {line['case']}")
         checked += 1
     assert checked > 5
@@ -372,7 +372,7 @@ def load(tmp_path, words, rows, entry=None, **settings):
 
 def loaded(tmp_path, words, **settings):
     config = make_config(tmp_path, settings)
-    return token_cache.load_examples(config, *words, ENCODERS[config.stage])
+    return token_cache.load_examples(config, *words, STAGES[config.stage].encode)
 
 
 def ask(question, answer):
@@ -409,7 +409,7 @@ def test_rows_with_nothing_to_learn_are_counted_shown_and_skipped(tmp_path, word
     rows = [ask("w1", "w2"), ask("w1 w2 w3 w4 w5", "w6")]
     train, _, report = load(tmp_path, words, rows, cutoff_len=2)
     assert pairs(train) == [([3, 4], [IGNORE, 4])]
-    preview.print_counts(report)
+    show_data.print_counts(report)
     told = capsys.readouterr().out
     assert "nothing left to train on within cutoff_len: 1, first" in told and "row 2 (7 tokens)" in told
     with pytest.raises(ValueError, match="no token carries loss"):
@@ -421,7 +421,7 @@ def test_counts(tmp_path, words, capsys):
     assert (len(train), len(evaluation)) == (6, 2)
     counts = report.datasets["train", "rows"]
     assert (counts.rows, counts.lengths.tolist(), counts.supervised, counts.truncated) == (6, [4] * 6, 18, 0)
-    preview.print_counts(report)
+    show_data.print_counts(report)
     assert "75.0%" in capsys.readouterr().out
     with pytest.raises(ValueError, match="val_size: 0.99 takes 8 of 8 rows"):
         load(tmp_path, words, [ask("w1", "w2 w3")] * 8, val_size=0.99)

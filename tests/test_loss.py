@@ -1,7 +1,5 @@
 """evals/loss.py: the loop against a plain computation, and its three uses against each other."""
 import math
-from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,15 +10,18 @@ import torch.nn.functional as F
 from data import IGNORE
 from evals.loss import evaluate, evaluate_examples, mean_loss
 from families import model_config
-from losses import Objective
+from losses import SFTObjective
 from model import CausalLM, init_weights
-from parallel import Ranks
-from runtime.build import score_tokens
+from runtime.precision import Precision
 from text.token_cache import Example
 
 CONFIG = SimpleNamespace(stage="sft", per_device_eval_batch_size=2, disable_tqdm=True,
                          moe_aux_loss_coef=0.0)
-OBJECTIVE = Objective(partial(score_tokens, 0.0))
+OBJECTIVE = SFTObjective()
+
+
+def precision_of(model):
+    return Precision(torch.float32, torch.device("cpu"), model, adapters_only=False)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_training_evaluates_to_the_same(model, examples):
     """One pass over each batch, and one over each example: the same sums. The mode is kept."""
     wanted, _ = evaluate_examples(CONFIG, model, examples, "cpu")
     model.train()
-    found = evaluate(CONFIG, model, examples, "cpu", nullcontext(), OBJECTIVE, Ranks())
+    found = evaluate(model, examples, OBJECTIVE, CONFIG, precision_of(model))
     assert model.training
     for name in ("eval_loss", "eval_token_loss", "eval_perplexity"):
         assert found[name] == pytest.approx(wanted[name], rel=1e-6)
@@ -90,4 +91,4 @@ def test_batches_without_a_label_are_left_out_and_said(model, examples, capsys):
     assert "1 batches without a supervised token were left out" in capsys.readouterr().out
     assert metrics["eval_loss"] == pytest.approx(losses[2])
     with pytest.raises(ValueError, match="carry no loss at all"):
-        evaluate(CONFIG, model, [examples[1]], "cpu", nullcontext(), OBJECTIVE, Ranks())
+        evaluate(model, [examples[1]], OBJECTIVE, CONFIG, precision_of(model))

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from data import IGNORE
-from losses import (MOST_CHUNKS, answer_logps, answer_logps_plain, chunk_rows,
+from losses import (MAX_CHUNKS, answer_logps, answer_logps_plain, chunk_rows,
                     cross_entropy_plain, cross_entropy_sum)
 
 N, V, D = 60, 97, 24
@@ -39,7 +39,7 @@ def torch_in_float64(hidden, weight, targets):
 
 def rows_at_once(monkeypatch, rows, vocabulary=V):
     monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * vocabulary)
-    monkeypatch.setattr(losses, "MOST_CHUNKS", 10 ** 9)
+    monkeypatch.setattr(losses, "MAX_CHUNKS", 10 ** 9)
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 0.97])
@@ -258,7 +258,7 @@ def test_evaluation_makes_no_gradients():
 
 def test_the_head_is_read_a_few_times_only():
     assert chunk_rows(100, 128_256) == 128                       # nearly 64 MiB of float32
-    assert chunk_rows(32_768, 128_256) == 32_768 / MOST_CHUNKS
+    assert chunk_rows(32_768, 128_256) == 32_768 / MAX_CHUNKS
     assert chunk_rows(0, 10 ** 9) == 1
 
 

@@ -345,7 +345,7 @@ def test_weights_gradients_and_optimizer_are_exact(name):
         ]
         plan = planned(model_config, lora, dtype, "plain", True, [[8]])
         assert [plan.weights, plan.trained, plan.gradients, plan.optimizer] == held
-        buffers = Gradients(list(weights.values()), Ranks(0, 2)).buckets
+        buffers = Gradients(weights, Ranks(0, 2)).buckets
         two = planned(model_config, lora, dtype, "plain", True, [[8]], world=2)
         assert two.gradients == sum(bucket.flat.nbytes for bucket in buffers)
 

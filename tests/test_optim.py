@@ -11,6 +11,7 @@ from torch import nn
 
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
+from attention import Layout
 from optim import (Optimizer, SCHEDULES, add_neftune, make_optimizer, parameter_groups, schedule,
                    set_rates, state_bytes, warmup_steps)
 from runtime.precision import LossScale
@@ -360,30 +361,46 @@ def test_rates_of_all_groups_follow_the_schedule():
 # ---- NEFTune and loss scaling ----
 
 
+def embedding_model(embedding):
+    """A model whose forward pass is the embedding alone, called as the decoder is."""
+    class EmbeddingModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Module()
+            self.model.embed_tokens = embedding
+
+        def forward(self, input_ids, position_ids=None, layout=None):
+            return self.model.embed_tokens(input_ids)
+
+    return EmbeddingModel()
+
+
 def test_neftune_noise_per_sequence():
     """Uniform in ±alpha / sqrt(L * D) for a sequence of L tokens; the longer the sequence, the smaller."""
     D, alpha, lengths = 64, 5.0, [4, 300, 40]
     embedding = nn.Embedding(10, D)
     nn.init.constant_(embedding.weight, 3.0)
-    handle = add_neftune(embedding, alpha, lambda: lengths)
+    model = embedding_model(embedding)
+    add_neftune(model, alpha)
     ids = torch.zeros(1, sum(lengths), dtype=torch.long)
     torch.manual_seed(0)
-    noise = (embedding(ids) - 3.0).detach()[0]
+    layout = Layout(lengths, "cpu")
+    noise = (model(ids, None, layout) - 3.0).detach()[0]
     for part, L in zip(noise.split(lengths), lengths):
         bound = alpha / math.sqrt(L * D)
         assert 0.97 * bound < part.abs().max() <= bound * 1.00001
         assert part.std() == pytest.approx(bound / math.sqrt(3), rel=0.1) and abs(part.mean()) < bound * 0.12
-    assert not torch.equal(embedding(ids), embedding(ids))                 # fresh each time
+    first, second = (model(ids, layout=layout) for _ in range(2))
+    assert not torch.equal(first, second)                                  # fresh each time
     with torch.no_grad():
-        assert torch.equal(embedding(ids), embedding.weight[ids])          # evaluation and generation see none
-    handle.remove()
-    assert torch.equal(embedding(ids), embedding.weight[ids])
+        assert torch.equal(model(ids, None, layout), embedding.weight[ids])    # evaluation and generation see none
 
 
 def test_neftune_keeps_dtype_and_gradient():
     embedding = nn.Embedding(10, 8, dtype=torch.bfloat16)
-    add_neftune(embedding, 5.0, lambda: [3])
-    out = embedding(torch.tensor([[1, 2, 3]]))
+    model = embedding_model(embedding)
+    add_neftune(model, 5.0)
+    out = model(torch.tensor([[1, 2, 3]]), None, Layout([3], "cpu"))
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert torch.equal(embedding.weight.grad.sum(1), torch.tensor([0, 8, 8, 8] + [0] * 6, dtype=torch.bfloat16))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 import parallel
 import train
 from checkpoint.files import write_tensors
-from runtime.steps import evened, micro_batches
+from runtime.steps import pad_to_world, micro_batches
 from families import model_config
 from model import CausalLM, init_weights
 from parallel import Gradients, Ranks
@@ -37,8 +37,9 @@ import functools, json, os, sys, time
 sys.path.insert(0, ROOT)
 from tests.common import leave_with_parent
 leave_with_parent()
-import parallel, train
+import losses, parallel, train
 from errors import run_script
+from runtime import build, run as runtime_run
 rank, joined, shares, wait = int(os.environ.get("RANK", "0")), [], {}, parallel.Bucket.receive
 
 def start(device, timeout):
@@ -50,7 +51,7 @@ def receive(bucket, ranks_with):
     for ranks in ranks_with:
         counts[str(int(ranks))] = counts.get(str(int(ranks)), 0) + 1
 
-def batch_loss(*args):
+def loss_sum(*args):
     global calls
     calls += 1
     if rank == 1 and calls == 5 and failure:
@@ -58,8 +59,8 @@ def batch_loss(*args):
         exec(failure)
     return compute(*args)
 
-start_ranks, end_ranks, compute = train.start_ranks, train.end_ranks, train.batch_loss
-train.start_ranks, train.end_ranks, train.batch_loss = start, lambda: None, batch_loss
+start_ranks, end_ranks, compute = train.start_ranks, parallel.end_ranks, losses.SFTObjective.loss_sum
+train.start_ranks, runtime_run.end_ranks, losses.SFTObjective.loss_sum = start, lambda: None, loss_sum
 parallel.Bucket.receive = receive
 PATCH
 
@@ -69,7 +70,7 @@ def main(arguments):
     for bucket_bytes, settings in json.load(open(argv[0])):
         counts = shares[settings["output_dir"]] = {}
         calls, failure = 0, settings.pop("failure", "")
-        train.Gradients = functools.partial(parallel.Gradients, bucket_bytes=bucket_bytes)
+        build.Gradients = functools.partial(parallel.Gradients, bucket_bytes=bucket_bytes)
         settings["output_dir"] += f"-of-rank-{rank}" if rank else ""
         train.main([f"{key}={value}" for key, value in settings.items()])
         if rank == 0:
@@ -351,7 +352,7 @@ def test_by_default_all_ranks_have_full_batches(runs):
     (3, 2, 2, True, [[], []]),
 ])
 def test_dealing_by_hand(rows, size, world, drop_last, wanted):
-    batches = evened(micro_batches(list(range(rows)), size, drop_last), size, world, drop_last)
+    batches = pad_to_world(micro_batches(list(range(rows)), size, drop_last), size, world, drop_last)
     assert [batches[rank::world] for rank in range(world)] == wanted
 
 
@@ -362,7 +363,7 @@ def test_dealing_is_that_of_accelerate():
         order = random.Random(rows).sample(range(rows), rows)
         for size, world, drop_last in product(range(1, 5), range(2, 6), (False, True)):
             batches = micro_batches(order, size, drop_last)
-            dealt = evened(batches, size, world, drop_last)
+            dealt = pad_to_world(batches, size, world, drop_last)
             sampler = torch.utils.data.BatchSampler(order, size, drop_last)
             for rank in range(world):
                 wanted = list(loader.BatchSamplerShard(sampler, world, rank, even_batches=True))
@@ -407,15 +408,13 @@ def two_ranks(monkeypatch, losses, bucket_bytes, early=True):
     def rank(number):
         group.here.rank = number
         weights = four_weights()
-        gradients = Gradients(weights, Ranks(number, 2, number), bucket_bytes)
+        gradients = Gradients(dict(enumerate(weights)), Ranks(number, 2, number), bucket_bytes, overlap=early)
         try:
             for _ in range(2):                      # the second must not see the first
-                gradients.clear()
+                gradients.zero()
                 for place, loss in enumerate(losses[number], 1):
-                    if early and place == len(losses[number]):
-                        gradients.send_early()
-                    loss(*weights).backward()
-                gradients.sum()
+                    gradients.backward(loss(*weights), last=place == len(losses[number]))
+                gradients.all_reduce()
         except BaseException as error:
             errors.append(error)
         found[number] = [None if p.grad is None else p.grad.clone() for p in weights]
@@ -465,12 +464,11 @@ def test_early_sending_changes_nothing(monkeypatch):
 def test_one_rank_sends_nothing(monkeypatch):
     monkeypatch.setattr(parallel.dist, "all_reduce", None)
     weight = torch.nn.Parameter(torch.ones(3))
-    gradients = Gradients([weight], Ranks())
+    gradients = Gradients({"weight": weight}, Ranks())
     for _ in range(2):
-        gradients.clear()
-        gradients.send_early()
-        (2 * weight).sum().backward()
-        gradients.sum()
+        gradients.zero()
+        gradients.backward((2 * weight).sum(), last=True)
+        gradients.all_reduce()
     assert weight.grad.tolist() == [2, 2, 2] and not gradients.buckets and Ranks().total(3, 0.5) == [3, 0.5]
 
 

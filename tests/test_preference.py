@@ -14,7 +14,7 @@ from runtime import setup
 from runtime import throughput
 import train
 from config import Config
-from losses import logged
+from losses import metric_means
 from methods.preference import (hinge_losses, ipo_losses, kto_losses, orpo_losses, pair_losses,
                                 sigmoid_losses, simpo_losses)
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
@@ -75,8 +75,8 @@ def test_gradients_raise_the_better_answer():
 
 def test_what_is_logged():
     seen = {"rewards/chosen": (6.0, 3.0), "rewards/rejected": (1.0, 2.0), "kl": (4.0, 8.0), "logps/chosen": (0.0, 0.0)}
-    assert logged(seen) == {"rewards/chosen": 2.0, "rewards/rejected": 0.5, "rewards/margins": 1.5, "kl": 4.0}
-    assert logged({"rewards/chosen": (6.0, 3.0)}) == {"rewards/chosen": 2.0}         # no bad answer came: no margin, no 0
+    assert metric_means(seen) == {"rewards/chosen": 2.0, "rewards/rejected": 0.5, "rewards/margins": 1.5, "kl": 4.0}
+    assert metric_means({"rewards/chosen": (6.0, 3.0)}) == {"rewards/chosen": 2.0}         # no bad answer came: no margin, no 0
 
 
 # ---- recorded runs ------------------------------------------------------------------------------------------------
@@ -259,9 +259,9 @@ def test_the_plan_counts_a_second_model(world, tmp_path, monkeypatch):
     weights = []
     for more in ({"adapter_name_or_path": None, "finetuning_type": "full"}, {}):
         plans, real = [], memory.memory_plan
-        monkeypatch.setattr(train, "memory_plan", lambda *args, **more: plans.append(real(*args, **more)) or plans[-1])
+        monkeypatch.setattr(setup, "memory_plan", lambda *args, **more: plans.append(real(*args, **more)) or plans[-1])
         run_dry(world, tmp_path, monkeypatch, **more)
-        monkeypatch.setattr(train, "memory_plan", real)
+        monkeypatch.setattr(setup, "memory_plan", real)
         weights.append(plans[-1].weights)
     bytes_of_model = sum(t.numel() * t.itemsize for t in load_file(world / "tiny_llama3/model.safetensors").values())
     assert weights == [bytes_of_model, bytes_of_model]

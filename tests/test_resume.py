@@ -31,7 +31,9 @@ import train
 from checkpoint import files, training_state
 from config import KEYS, Config
 from errors import run_script
-from runtime import report, resume
+from losses import SFTObjective
+from parallel import Gradients
+from runtime import report, resume, setup
 from runtime import run as runtime_run
 from runtime.load_config import load_config
 from tests.common import ROOT, read_jsonl
@@ -220,29 +222,25 @@ def die_at_moment(rank, of_ranks, number):
     watched(Path, "write_text", half_a_text)
     watched(json, "dump", half_a_json)
     watched(report.RunLog, "write", half_a_line)
-    for name in (
-        "load_examples",
-        "build_model",
-        "prepare_output",
-        "set_rates",
-        "evaluate",
-        "load_best",
-        "end_ranks",
-    ):
+    watched(setup, "load_examples")
+    watched(runtime_run, "prepare_output")
+    watched(runtime_run.Run, "load_best")
+    for name in ("build_model", "set_lr", "evaluate"):
         watched(train, name)
+    watched(runtime_run, "end_ranks")
 
 
 def at_step(number, act):
     """Call act() at the beginning of the n-th step that this process takes."""
-    real, calls = train.set_rates, []
+    real, calls = train.set_lr, []
 
-    def set_rates(*args):
+    def set_lr(*args):
         calls.append(1)
         if len(calls) == number:
             act()
         return real(*args)
 
-    train.set_rates = set_rates
+    train.set_lr = set_lr
 
 
 def signals_at_step(rank, of_rank, number, *names):
@@ -252,7 +250,7 @@ def signals_at_step(rank, of_rank, number, *names):
 
 
 def signals_while_loading(rank, name):
-    train.load_examples = lambda *args, **more: os.kill(os.getpid(), signal.Signals[name])
+    setup.load_examples = lambda *args, **more: os.kill(os.getpid(), signal.Signals[name])
 
 
 def dies_at_step(rank, of_rank, number):
@@ -261,12 +259,12 @@ def dies_at_step(rank, of_rank, number):
 
 
 def dies_at_the_end(rank):
-    train.end_ranks = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    runtime_run.end_ranks = lambda: os.kill(os.getpid(), signal.SIGKILL)
 
 
 def forgetful_disk(rank, step):
     """From checkpoint-`step` on, a bit of rng.safetensors flips after it was written."""
-    real, spoilt = train.remove_old_checkpoints, set()
+    real, spoilt = runtime_run.remove_old_checkpoints, set()
 
     def remove(config, output, best):
         newest = training_state.checkpoints_in(output)[-1]
@@ -275,7 +273,7 @@ def forgetful_disk(rank, step):
             spoilt.add(newest)
         real(config, output, best)
 
-    train.remove_old_checkpoints = remove
+    runtime_run.remove_old_checkpoints = remove
 
 
 def weights_at_the_end(rank, folder):
@@ -303,19 +301,19 @@ def no_room_at_step(rank, number):
 
 def poison(rank, of_rank, value, *steps):
     """In these steps the loss of this rank is multiplied by `value` (one micro-batch a step)."""
-    real, calls = train.batch_loss, []
+    real, calls = SFTObjective.loss_sum, []
 
-    def batch_loss(*args):
+    def loss_sum(*args):
         calls.append(1)
         loss, *rest = real(*args)
         return loss * (float(value) if rank == of_rank and len(calls) in steps else 1.0), *rest
 
-    train.batch_loss = batch_loss
+    SFTObjective.loss_sum = loss_sum
 
 
 def gradient_overflows(rank, number):
     """In the n-th step one gradient is infinite, though the loss is finite."""
-    real, calls = train.Gradients.sum, []
+    real, calls = Gradients.all_reduce, []
 
     def summed(gradients):
         real(gradients)
@@ -323,7 +321,7 @@ def gradient_overflows(rank, number):
         if len(calls) == number:
             gradients.weights[0].grad.view(-1)[0] = math.inf
 
-    train.Gradients.sum = summed
+    Gradients.all_reduce = summed
 
 
 # ---- what a run leaves behind -------------------------------------------------------------------
@@ -809,7 +807,7 @@ def test_an_infinite_gradient_with_a_finite_loss_is_skipped(fork_server, tmp_pat
     codes, screen = fork_server.run(tmp_path / "run", 1, [["gradient_overflows", 3]])
     assert codes == [0]
     assert re.search(
-        r"3 skipped: loss \d\.\d+, gradient norm (nan|inf); nothing is learnt from it", screen
+        r"3 skipped: loss \d\.\d+, gradient norm (nan|inf); nothing is trained on it", screen
     )
     losses = [
         line["loss"] for line in read_jsonl(tmp_path / "run/trainer_log.jsonl") if "loss" in line

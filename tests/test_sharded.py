@@ -27,6 +27,7 @@ from tests.common import leave_with_parent
 leave_with_parent()
 import torch, train
 from errors import run_script
+from runtime import build, run as runtime_run
 joined, held, rank = [], {}, os.environ["RANK"]
 
 def live():
@@ -43,8 +44,8 @@ def count(model, ranks):
     held[name] = live() - before
     print_shards(model, ranks)
 
-start_ranks, end_ranks, print_shards = train.start_ranks, train.end_ranks, train.print_shards
-train.start_ranks, train.end_ranks, train.print_shards = start, lambda: None, count
+start_ranks, end_ranks, print_shards = train.start_ranks, runtime_run.end_ranks, build.print_shards
+train.start_ranks, runtime_run.end_ranks, build.print_shards = start, lambda: None, count
 
 def main(argv):
     global name, before

@@ -6,6 +6,7 @@ Requires: runtime/steps.py.
 import json
 import shutil
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ class Sized(list):
     """Stands for store.Examples where only the number of tokens of each matters."""
 
     sizes = property(lambda self: np.array([1 + i % 40 for i in self]))
+
+
+def plan_of(config, examples, world):
+    stage = SimpleNamespace(collate=list)
+    return steps.StepPlan(config, examples, stage, Ranks(0, world), torch.device("cpu"))
 
 
 # ---- micro-batches within a token budget --------------------------------------------------------
@@ -49,13 +55,13 @@ def test_all_ranks_together_have_every_row_once_an_epoch(world):
     config = Config(token_budget=64, gradient_accumulation_steps=2)
     examples = Sized(range(200))
     epochs = [
-        [steps.batches_of(config, examples, epoch, Ranks(rank, world)) for rank in range(world)]
+        [steps.shard_batches(config, examples, epoch, Ranks(rank, world)) for rank in range(world)]
         for epoch in (0, 1)
     ]
     for dealt in epochs:
         assert sorted(chain(*chain(*dealt))) == list(range(200))
         assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-        assert steps.steps_per_epoch(config, examples, Ranks(0, world)) == -(-len(dealt[0]) // 2)
+        assert plan_of(config, examples, world).steps_per_epoch == -(-len(dealt[0]) // 2)
     assert epochs[0] != epochs[1] and sorted(chain(*epochs[0])) == sorted(chain(*epochs[1]))
 
 

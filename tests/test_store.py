@@ -9,10 +9,10 @@ import zlib
 import numpy as np
 import pytest
 
-from runtime import preview
+from runtime import show_data
 from text import token_cache
 from text import token_cache as store
-from runtime.build import ENCODERS
+from runtime.build import STAGES
 from runtime.resume import DANGEROUS, FIXED
 from text.token_cache import ABOUT, Examples, SplitWriter
 from tests.common import ROOT
@@ -25,7 +25,7 @@ SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20}, "held ou
 
 def load(folder, words, kept="store", keep_unlearnable=False, **settings):  # noqa: F811
     config = make_config(folder, {"preprocessing_batch_size": 8, **settings})
-    return token_cache.load_examples(config, *words, ENCODERS[config.stage], keep_unlearnable,
+    return token_cache.load_examples(config, *words, STAGES[config.stage].encode, keep_unlearnable,
                                      folder / kept if kept else None)
 
 
@@ -38,11 +38,11 @@ def all_of(examples):
 def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings, capsys, monkeypatch):  # noqa: F811
     write_dataset(tmp_path, ROWS, {})
     made = load(tmp_path, words, **settings)
-    preview.print_counts(made[2])
+    show_data.print_counts(made[2])
     first = capsys.readouterr().out
     monkeypatch.setattr(token_cache, "encode_batch", None)             # whoever tokenises now fails
     read = load(tmp_path, words, **settings)
-    preview.print_counts(read[2])
+    show_data.print_counts(read[2])
     second = capsys.readouterr().out
     assert "tokenized rows: made in" in first and f"tokenized rows: read from {tmp_path / 'store'}" in second
     assert [line for line in first.splitlines() if "tokenized rows" not in line] == [

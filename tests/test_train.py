@@ -3,12 +3,15 @@ import json
 import math
 import shutil
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from runtime import resume
-from runtime import build
+from losses import SFTObjective
+from runtime.precision import Precision, check_first_batch
 from runtime import setup
 import train
 from checkpoint.load import PREFIX
@@ -270,7 +273,7 @@ def test_output_dir_that_is_not_empty(tmp_path, monkeypatch):
     (["resume_from_checkpoint=nowhere"], "nowhere is no complete checkpoint"),
     (["adapter_name_or_path=../missing"], "missing"),
     (["model_name_or_path=../tiny_lama3"], "did you mean .*tiny_llama3"),
-    (["quantization_bit=4", "create_new_adapter=true"], "takes one adapter in training"),
+    (["quantization_bit=4", "create_new_adapter=true"], "one adapter can be trained further"),
     (["dataset=trian"], "train"),
     (["adapter_name_or_path=../../lora/qwen3_r8"], r"lora_. ?.*has shape|made for another model"),
 ])
@@ -284,14 +287,14 @@ def test_clear_errors(overrides, words, tmp_path, monkeypatch):
 def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
     """A weight that turns nan after step 2: three steps are skipped, by name, then the run ends with an error;
     checkpoint-2 is whole, no 0 is logged."""
-    out, real, calls = tmp_path / "out", build.batch_loss, []
+    out, real, calls = tmp_path / "out", SFTObjective.loss_sum, []
 
     def poisoned(*args):
         calls.append(1)
         loss, *rest = real(*args)
         return loss * (math.nan if len(calls) > 8 else 1.0), *rest
 
-    monkeypatch.setattr(train, "batch_loss", poisoned)
+    monkeypatch.setattr(SFTObjective, "loss_sum", poisoned)
     with pytest.raises(ValueError, match="step 5: loss nan.*3rd time in a row"):
         run("sft_llama3", out, monkeypatch, "save_strategy=steps", "save_steps=2", "join_micro_batches=false")
     assert (out / "checkpoint-2/trainer_state.json").is_file() and not (out / "adapter_model.safetensors").exists()
@@ -303,20 +306,28 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 @needs_shared
 def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
     """A step with a loss of nan leaves the weights alone; the mean of the run is that of the other steps."""
-    real, calls, before = build.batch_loss, [], []
+    real, calls, before = SFTObjective.loss_sum, [], []
 
-    def poisoned(model, *args):
+    def poisoned(objective, model, *args):
         calls.append(1)
         before.append(float(model.model.layers[0].self_attn.q_proj.lora_B.weight.detach().abs().sum()))
-        loss, *rest = real(model, *args)
+        loss, *rest = real(objective, model, *args)
         return loss * (math.nan if len(calls) == 10 else 1.0), *rest
 
-    monkeypatch.setattr(train, "batch_loss", poisoned)
+    monkeypatch.setattr(SFTObjective, "loss_sum", poisoned)
     state = run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4", "join_micro_batches=false")
     assert before[8] == before[12] != before[4] and "1 steps were skipped" in capsys.readouterr().out
     losses = [row["loss"] for row in state["log_history"] if "loss" in row]
     mean = (losses[0] + losses[1] + losses[3]) / 3
     assert math.isnan(losses[2]) and abs(state["log_history"][-1]["train_loss"] - mean) < 1e-9
+
+
+def first_step(batch):
+    return SimpleNamespace(batches=[batch.to("cpu")])
+
+
+def precision_of(model):
+    return Precision(torch.float16, torch.device("cpu"), model, adapters_only=True)
 
 
 @needs_shared
@@ -329,10 +340,8 @@ def test_float16_overflow_is_named(tmp_path, monkeypatch):
     model.model.layers[1].mlp.up_proj.weight.data *= 3e4
     ids = np.arange(8, dtype=np.int32)
     batch = collate([Example(ids, ids, [8])])
-    from contextlib import nullcontext
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
-        build.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
-                                build.objective_for(Config(), None, None, balance=0.0))
+        check_first_batch(model, SFTObjective(), first_step(batch), precision_of(model))
 
 
 @needs_shared
@@ -620,27 +629,25 @@ def test_resumed_beside_few_bits_equals_never_stopped(bits, tmp_path, monkeypatc
 @needs_shared
 def test_what_cannot_be_done_with_a_base_in_4_bits(tmp_path, monkeypatch, capsys):
     base = stored(CURVES / "tiny_llama3", tmp_path / "base", Form("nf4"))
-    for more, words in ((["finetuning_type=full", "adapter_name_or_path="], "only adapters learn beside them"),
-                        (["create_new_adapter=true"], "takes one adapter"),
-                        (["adapter_name_or_path=adapter_init,adapter_init"], "takes one adapter"),
-                        (["base_precision=fp8", "bf16=true"], "only adapters learn beside them")):
+    for more, words in ((["finetuning_type=full", "adapter_name_or_path="], "only adapters can be trained beside them"),
+                        (["create_new_adapter=true"], "one adapter can be trained further"),
+                        (["adapter_name_or_path=adapter_init,adapter_init"], "one adapter can be trained further"),
+                        (["base_precision=fp8", "bf16=true"], "only adapters can be trained beside them")):
         with pytest.raises(ValueError, match=words):
             run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", *more)
     run("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", "quantization_bit=8", "max_steps=1")
-    assert "changes nothing, the files are quantised already" in capsys.readouterr().out
-    assert setup.forms_of_base(Config(quantization_bit=4), GOLDEN / "models/llama4", [])
-    assert "stacked experts are not quantised" in capsys.readouterr().out
+    assert "changes nothing, the files are quantized already" in capsys.readouterr().out
+    assert setup.quant_formats(Config(quantization_bit=4), GOLDEN / "models/llama4", [])
+    assert "stacked experts are not quantized" in capsys.readouterr().out
 
 
 @needs_shared
 def test_float16_overflow_of_a_quantised_layer_is_named(tmp_path):
     import numpy as np
-    from contextlib import nullcontext
     from checkpoint.load import load_model
     from data import Example, collate
     model = load_model(CURVES / "tiny_llama3", torch.float16, form=Form("nf4", nested=0))
     model.model.layers[1].mlp.up_proj.weight.absmax *= 3e4
     batch = collate([Example(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32), [8])])
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
-        build.check_first_batch(model, batch, torch.device("cpu"), nullcontext(),
-                                build.objective_for(Config(), None, None, balance=0.0))
+        check_first_batch(model, SFTObjective(), first_step(batch), precision_of(model))
