@@ -1,4 +1,6 @@
 """The pages of docs/ that are to be followed, followed: their code is run as it stands."""
+import contextlib
+import io
 import re
 
 import pytest
@@ -30,3 +32,24 @@ def test_the_row_of_the_page_is_needed(tmp_path, monkeypatch):
         model_config({**fields, "clip_qkv": 8.0})
     with pytest.raises(ValueError, match="'num_experts': 6 may change what the network computes"):
         model_config({**fields, "num_experts": 6})
+
+
+def numbers_apart(text):
+    """(the text with every decimal number as #, the numbers): two machines differ in the last digit."""
+    return re.sub(r"\d+\.\d+", "#", text), [float(n) for n in re.findall(r"\d+\.\d+", text)]
+
+
+def test_one_row_prints_what_the_page_shows(monkeypatch):
+    """docs/one_row.md from start to end, each snippet against the text below it."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/one_row.md").read_text(encoding="utf-8")
+    steps = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    assert len(steps) == text.count("```python") == 10
+    names = {}
+    for code, shown in steps:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        (words, values), (expected_words, expected) = map(numbers_apart, (printed.getvalue(), shown))
+        assert words == expected_words
+        assert values == pytest.approx(expected, rel=2e-3, abs=2e-4)
