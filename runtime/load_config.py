@@ -1,6 +1,8 @@
-"""Reads a yaml or JSON file and the command line into a Config, and says what is wrong with them.
+"""Reads a YAML or JSON file and the command line into a Config, and reports mistakes in them.
 
-Requires: config.py (the table of keys), errors.py.
+    python -m runtime.load_config my.yaml lora_rank=4       what these settings are
+
+Requires: config.py (the table of keys), runtime/contradictions.py, errors.py.
 Next: train.py.
 """
 from __future__ import annotations
@@ -10,48 +12,125 @@ import math
 import operator
 import os
 import re
-from dataclasses import MISSING
+from collections.abc import Iterator
+from dataclasses import MISSING, Field
 from pathlib import Path
+from typing import Any
 
-from config import (ALIASES, COMMANDS, COMMAND_LINE, CONTRADICTIONS, Config, FALSE, KEYS, KEYS_OF, NULL,
-                    PREFERENCE_KEYS, SCRIPTS, TRUE, UNUSED, as_dict, print_help, print_keys)
+from config import KEYS, UNUSED, Config, as_dict, print_keys
 from errors import did_you_mean, run_script
+from runtime.contradictions import CONTRADICTIONS
+
+COMMAND_LINE = "command line"
+ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # earlier spellings
+
+TRUE = ("true", "yes", "on", "1")
+FALSE = ("false", "no", "off", "0")
+NULL = ("", "~", "null", "none")
+
+NEEDED = {          # the keys that a script cannot do without
+    "train": ("model_name_or_path", "dataset", "output_dir"),
+    "data": ("model_name_or_path", "dataset"),
+    "chat": ("model_name_or_path",),
+    "eval": ("model_name_or_path",),
+    "merge": ("model_name_or_path", "export_dir"),
+}
+COMMANDS = {        # how a script is started
+    "train": "train.py",
+    "data": "-m runtime.preview",
+    "chat": "chat.py",
+    "eval": "eval.py",
+    "merge": "merge.py",
+}
+USAGE = {
+    "train": """Fine-tune a model.
+
+    python train.py --config configs/tiny_lora_sft.yaml
+    python train.py my.yaml learning_rate=2e-4 --max_steps 20   override settings of the file
+    python train.py my.yaml resume_from_checkpoint=true         resume from the newest checkpoint
+""",
+    "data": """Show examples as ids, as text, and the text that carries loss.
+
+    python -m runtime.preview --config configs/tiny_lora_sft.yaml
+    python -m runtime.preview my.yaml --jsonl rows.jsonl        write all processed rows
+""",
+    "chat": """Talk to a model and its adapter; the yaml of its training will do.
+
+    python chat.py --config configs/tiny_lora_sft.yaml          `clear` starts anew, `exit` ends
+    python chat.py my.yaml --prompt "Who are you?"              one reply
+    python chat.py my.yaml --raw                                the rendered prompt, ids and text
+    python chat.py model_name_or_path=FOLDER temperature=0.2    without a file
+""",
+    "eval": """Evaluate a tuned model beside its base: loss, perplexity, replies and their scores.
+
+    python eval.py --config configs/tiny_lora_eval.yaml
+    python eval.py my.yaml do_eval=true                         the loss only
+    python eval.py my.yaml eval_dataset=questions.json do_sample=false max_new_tokens=256
+    python eval.py my.yaml task=mmlu_test                       multiple choice
+""",
+    "merge": """Merge an adapter into its base and write a whole checkpoint.
+
+    python merge.py --config configs/tiny_merge.yaml
+    python merge.py my.yaml export_dir=models/merged overwrite=true
+""",
+    "config": """Show the settings that differ from the defaults.
+
+    python -m runtime.load_config my.yaml lora_rank=4
+""",
+}
 
 
 def load_config(argv: list[str], script: str) -> Config:
-    """The settings of a run from its command line: a config file, and key=value, --key value, --key=value or --switch.
+    """The settings of a run, from a config file and key=value, --key value, --key=value, --switch.
 
-    script: train, data, chat, eval or merge; it decides which keys are needed and which refusals and contradictions count.
-    Raises ValueError and FileNotFoundError that name file, line, key and value. `--help` prints the usage and exits.
+    script: train, data, chat, eval, merge, or config, which only shows them. It decides which keys
+    are needed, and which refusals and contradictions apply. `--help` prints the usage and exits.
+    Raises ValueError and FileNotFoundError that name file, line, key and value.
     """
     path, overrides = read_argv(argv, script)
-    written = {}        # {key: (text, list or dict, as written; where)}
-    for name, value, where in (read_file(path) if path else []) + overrides:
-        name, dot, inner = ALIASES.get(name, name).partition(".")
-        if name not in KEYS and name not in UNUSED or dot and not (name in KEYS and "dict" in KEYS[name].type):
-            raise ValueError(f"{where}: unknown key '{name}{dot}{inner}'{did_you_mean(name, [*KEYS, *UNUSED, *ALIASES])}. "
-                             "All keys: python config.py --keys")
-        if dot:
-            value = {**_mapping(written[name][0] if name in written else "", f"{where}: {name}"), inner: value}
-        elif name in written and where != COMMAND_LINE:
-            raise ValueError(f"{where}: {name} was already set at {written[name][1]}")
-        written[name] = (value, where)
+    written = collect((read_file(path) if path else []) + overrides)
 
     config = Config(source=str(path or COMMAND_LINE))
     for name, (value, where) in written.items():
         if name in UNUSED:
-            if _acts_elsewhere(name, value, where, script):
+            if _has_effect_elsewhere(name, value, where, script):
                 config.no_effect.append(name)
-        elif (value := read_value(KEYS[name], value, where, script)) is not MISSING:
+            continue
+        value = read_value(KEYS[name], value, where, script)
+        if value is not MISSING:
             config.given[name] = value
             setattr(config, name, value)
+
     _derive(config)
     _check(config, script)
     return config
 
 
+def collect(entries: list[tuple[str, Any, str]]) -> dict[str, tuple[Any, str]]:
+    """{key: (text, list or dict, as written; where)} of (key, value, where) entries.
+
+    Raises ValueError for an unknown key and for one that a file sets twice. The command line
+    overrides a file, and key.name=value sets one item of a mapping.
+    """
+    written = {}
+    for name, value, where in entries:
+        name, dot, item = ALIASES.get(name, name).partition(".")
+        is_mapping = name in KEYS and "dict" in KEYS[name].type
+        if name not in KEYS and name not in UNUSED or dot and not is_mapping:
+            hint = did_you_mean(name, [*KEYS, *UNUSED, *ALIASES])
+            raise ValueError(f"{where}: unknown key '{name}{dot}{item}'{hint}. "
+                             "All keys: python config.py --keys")
+        if dot:
+            before = written[name][0] if name in written else ""
+            value = {**_mapping(before, f"{where}: {name}"), item: value}
+        elif name in written and where != COMMAND_LINE:
+            raise ValueError(f"{where}: {name} was already set at {written[name][1]}")
+        written[name] = (value, where)
+    return written
+
+
 def _derive(config: Config):
-    """Defaults that depend on other keys, as LLaMA-Factory derives them (packing: see docs/differences.md)."""
+    """Defaults that depend on other keys, as LLaMA-Factory's (packing: docs/differences.md)."""
     if config.lora_alpha is None:
         config.lora_alpha = 2 * config.lora_rank
     if config.max_grad_norm is None:
@@ -64,86 +143,142 @@ def _derive(config: Config):
         config.do_eval = True
     if config.eval_strategy == "steps" and config.eval_steps is None:
         config.eval_steps = config.logging_steps
-    if (config.resume_from_checkpoint or "").lower() in TRUE + FALSE:
-        config.resume_from_checkpoint = "true" if config.resume_from_checkpoint.lower() in TRUE else None
+
+    resume = (config.resume_from_checkpoint or "").lower()
+    if resume in TRUE:
+        config.resume_from_checkpoint = "true"
+    elif resume in FALSE:
+        config.resume_from_checkpoint = None
 
 
 def _check(config: Config, script: str):
-    for name in SCRIPTS[script][0] if script in SCRIPTS else ():
+    for name in NEEDED.get(script, ()):
         if not getattr(config, name):
             meaning = KEYS[name].metadata["help"]
-            command = COMMANDS.get(script, f"{script}.py")
-            raise ValueError(f"{config.source}: python {command} needs '{name}' ({meaning}), in the file or behind it as "
-                             f"{name}=… Usage: python {command} --help")
-    for scope, wrong, sentence in CONTRADICTIONS:
-        if _concerns(scope, script) and wrong(config):
-            raise ValueError(f"{config.source}: {sentence}")
+            command = COMMANDS[script]
+            raise ValueError(
+                f"{config.source}: python {command} needs '{name}' ({meaning}), in the file or as "
+                f"{name}=… after it. Usage: python {command} --help"
+            )
+    for scope, checks in CONTRADICTIONS.items():
+        if not _applies(scope, script):
+            continue
+        for check in checks:
+            for is_there, sentence in check(config):
+                if is_there:
+                    raise ValueError(f"{config.source}: {sentence}")
 
 
-def _concerns(scope, script):
-    """Whether a row of REFUSED or CONTRADICTIONS counts: chat, eval and merge take the yaml of any training."""
-    return scope in ("any", script) or scope == "train" and script not in ("chat", "eval", "merge") \
-        or scope == "chat" and script == "eval"             # both generate
+def _applies(scope: str, script: str) -> bool:
+    """Whether a script checks a row of REFUSED or CONTRADICTIONS.
+
+    chat, eval and merge accept the yaml of any training. chat and eval both generate.
+    """
+    if scope == "train":
+        return script not in ("chat", "eval", "merge")
+    return scope in ("any", script) or scope == "chat" and script == "eval"
 
 
-def _acts_elsewhere(name, value, where, script):
-    """Whether LLaMA-Factory acts on this value of a key that we do not act on; raises if the result would differ."""
-    if UNUSED[name] is None:
+def _has_effect_elsewhere(name: str, value, where: str, script: str) -> bool:
+    """Whether a value of a key of UNUSED has an effect in LLaMA-Factory.
+
+    Raises ValueError if the result would differ.
+    """
+    refusal = UNUSED[name]
+    if refusal is None:
         return True
-    scope, fine, sentence = UNUSED[name]
     text = ",".join(value) if isinstance(value, list) else str(value or "").strip().lower()
-    if text in NULL + {"": FALSE, "true": TRUE}.get(fine, (fine,)) or not fine and not text.strip("0."):
+    if text in NULL:
         return False
-    if _concerns(scope, script):
-        raise ValueError(f"{where}: {name}: {value}: {sentence}")
+    if refusal.accepted:
+        is_accepted = text in (TRUE if refusal.accepted == "true" else (refusal.accepted,))
+    else:
+        is_accepted = text in FALSE or not text.strip("0.")     # 0.0 too
+    if is_accepted:
+        return False
+    if _applies(refusal.scope, script):
+        raise ValueError(f"{where}: {name}: {value}: {refusal.advice}")
     return True
 
 
-def read_argv(argv: list[str], script: str):
-    """(config file or None, [(key, text, where), …]). The file is --config FILE or the first bare argument."""
-    path, pairs, rest = None, [], [str(arg) for arg in argv]
-    if re.search("[\udc80-\udcff]", "".join(rest)):       # how Python shows bytes that it could not decode
-        raise ValueError(f"{COMMAND_LINE}: not UTF-8 text; where the locale is not UTF-8, set PYTHONUTF8=1")
+# ---- the command line ---------------------------------------------------------------------------
+
+
+def read_argv(argv: list[str], script: str) -> tuple[Path | None, list[tuple[str, str, str]]]:
+    """(config file or None, [(key, text, where), …]).
+
+    The file is --config FILE or the first argument that is no setting.
+    """
+    path = None
+    pairs = []
+    rest = [str(arg) for arg in argv]
+    if re.search("[\udc80-\udcff]", "".join(rest)):     # how Python shows undecodable bytes
+        raise ValueError(f"{COMMAND_LINE}: not UTF-8 text; if the locale is not UTF-8, set "
+                         "PYTHONUTF8=1")
     while rest:
         arg = rest.pop(0)
         if arg in ("-h", "--help"):
             print_help(script)
             raise SystemExit(0)
+
         name, equals, text = arg.partition("=")
         if arg.startswith("--"):
             name = name[2:].replace("-", "_")
             if not equals:
                 text = _take_value(name, rest)
         elif not (equals and re.fullmatch(r"[\w.-]+", name)):
-            name, text = "config", arg
+            name = "config"
+            text = arg
+
         if name != "config":
             pairs.append((name, text, COMMAND_LINE))
         elif path is None:
             path = Path(text)
         else:
-            raise ValueError(f"{COMMAND_LINE}: '{text}' is neither key=value nor --key value, and the config file is "
-                             f"already {path} (write a list as a,b; quote a text that has spaces)")
+            raise ValueError(
+                f"{COMMAND_LINE}: '{text}' is neither key=value nor --key value, and the config "
+                f"file is already {path} (write a list as a,b; quote a text that has spaces)"
+            )
     return path, pairs
 
 
-def _take_value(name, rest):
-    """The text behind --name; a switch may stand alone."""
-    follows = rest and not rest[0].startswith("--")
+def _take_value(name: str, rest: list[str]) -> str:
+    """The text after --name, taken from `rest`; a switch may have none."""
+    has_value = rest and not rest[0].startswith("--")
     if name in KEYS and KEYS[name].type.startswith("bool"):
-        return rest.pop(0) if follows and rest[0].lower() in TRUE + FALSE + NULL else "true"
-    if follows:
+        is_bool = has_value and rest[0].lower() in TRUE + FALSE + NULL
+        return rest.pop(0) if is_bool else "true"
+    if has_value:
         return rest.pop(0)
-    if name.partition(".")[0] not in (*KEYS, "config"):     # one of UNUSED, or one that load_config will not know
+    if name.partition(".")[0] not in (*KEYS, "config"):     # in UNUSED, or unknown to load_config
         return "true"
     raise ValueError(f"{COMMAND_LINE}: --{name} needs a value")
 
 
-def read_file(path: Path) -> list:
-    """[(key, value, "file line n"), …] of a YAML or JSON file; a value is a text, or lists and dicts of texts."""
+def print_help(script: str):
+    """Print the usage of a script."""
+    print(USAGE[script])
+    print("Settings are LLaMA-Factory's keys, in a YAML or JSON file or on the command line:\n"
+          "key=value, --key value, a switch alone (--bf16), a list as a,b.\n"
+          "All keys with default and meaning: python config.py --keys")
+    if script in NEEDED:
+        print(f"Needed: {', '.join(NEEDED[script])}")
+
+
+# ---- config files -------------------------------------------------------------------------------
+
+
+def read_file(path: Path) -> list[tuple[str, Any, str]]:
+    """[(key, value, "file line n"), …] of a YAML or JSON file.
+
+    A value is a text, or a list or dict of texts.
+    """
     if not path.is_file():
-        around = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        beside = []
+        if path.parent.is_dir():
+            beside = [other.name for other in path.parent.iterdir() if other.is_file()]
         kind = "a folder, not a config file" if path.is_dir() else "no such config file"
-        raise FileNotFoundError(f"{path}: {kind}{did_you_mean(path.name, around)}")
+        raise FileNotFoundError(f"{path}: {kind}{did_you_mean(path.name, beside)}")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -151,24 +286,8 @@ def read_file(path: Path) -> list:
     return _read_json(path, text) if path.suffix == ".json" else _read_yaml(path, text)
 
 
-def _read_yaml(path, text):
+def _read_yaml(path: Path | str, text: str) -> list[tuple[str, Any, str]]:
     import yaml     # here, so that --keys and --help need only the standard library
-
-    def plain(node):
-        if isinstance(node, yaml.MappingNode):
-            return {name: value for name, value, _ in rows(node)}
-        return [plain(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else node.value
-
-    def rows(node):
-        seen = {}       # yaml itself would keep the last of two equal keys
-        for k, v in node.value:
-            line = k.start_mark.line + 1
-            if not isinstance(k, yaml.ScalarNode):
-                raise ValueError(f"{path} line {line}: a text with braces or brackets needs quotes")
-            if k.value in seen:
-                raise ValueError(f"{path} line {line}: {k.value} was already set on line {seen[k.value]}")
-            seen[k.value] = line
-            yield k.value, plain(v), f"{path} line {line}"
 
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
@@ -180,92 +299,138 @@ def _read_yaml(path, text):
         raise ValueError(f"{path}{line}: not valid YAML: {problem}{hint}") from None
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"{path}: a config is made of lines `key: value`")
-    return list(rows(root))
+    return list(_yaml_rows(path, root))
 
 
-def _read_json(path, text):
+def _yaml_rows(path: Path | str, mapping) -> Iterator[tuple[str, Any, str]]:
+    """(key, value, "file line n") of each row of a mapping node."""
+    lines = {}      # yaml itself would keep the last of two equal keys
+    for key, value in mapping.value:
+        line = key.start_mark.line + 1
+        if key.id != "scalar":
+            raise ValueError(f"{path} line {line}: a text with braces or brackets needs quotes")
+        if key.value in lines:
+            raise ValueError(f"{path} line {line}: {key.value} was already set on line "
+                             f"{lines[key.value]}")
+        lines[key.value] = line
+        yield key.value, _yaml_value(path, value), f"{path} line {line}"
+
+
+def _yaml_value(path: Path | str, node):
+    if node.id == "mapping":
+        return {key: value for key, value, _ in _yaml_rows(path, node)}
+    if node.id == "sequence":
+        return [_yaml_value(path, item) for item in node.value]
+    return node.value
+
+
+def _read_json(path: Path, text: str) -> list[tuple[str, Any, str]]:
     def unique(pairs):
         names = [name for name, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"{path}: {twice[0]} is set twice")
-        return {name: value if isinstance(value, (str, list, dict)) else json.dumps(value) for name, value in pairs}
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{path}: {name} is set twice")
+        return {name: value if isinstance(value, (str, list, dict)) else json.dumps(value)
+                for name, value in pairs}
 
     try:
-        root = json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str, parse_constant=str)
+        root = json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str,
+                          parse_constant=str)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(root, dict):
-        raise ValueError(f"{path}: a config is an object of keys and values, this is a {type(root).__name__}")
+        raise ValueError(f"{path}: a config is an object of keys and values, this is a "
+                         f"{type(root).__name__}")
     return [(name, value, str(path)) for name, value in root.items()]
 
 
-def read_value(spec, value, where: str, script: str):
-    """The value of a key from what was written. null means None, or, where the key cannot be None, as if the line were
-    not there (MISSING). Raises ValueError that names key and value and says what is expected."""
+# ---- values -------------------------------------------------------------------------------------
+
+
+def read_value(spec: Field, value, where: str, script: str):
+    """The value of a key, from a text, list or dict as it was written.
+
+    null means None or, for a key that cannot be None, that the line is not there (MISSING).
+    Raises ValueError that names key and value and says what is expected.
+    """
     kind, _, optional = spec.type.partition(" | ")
-    about, wrong = spec.metadata, f"{where}: {spec.name}: {value!r} is"
+    row = spec.metadata
     read, expected = KINDS[kind]
+    wrong = f"{where}: {spec.name}: {value!r} is"
+
     if isinstance(value, str):
         value = value.strip()
-        if "no" in about["choices"] and value.lower() in FALSE + NULL:
+        if "no" in row["choices"] and value.lower() in FALSE + NULL:
             return "no"
         if value.lower() in NULL:
             return None if optional else MISSING
     try:
         value = read(value)
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{wrong} not {expected}. Meaning: {about['help']}") from None
-    if about["choices"]:
-        return _choice(value, about, wrong, script)
-    for bound, words, fits in (("low", "at least", operator.ge), ("above", "above", operator.gt),
-                               ("high", "at most", operator.le), ("below", "below", operator.lt)):
-        if about[bound] is not None and not fits(value, about[bound]):
-            raise ValueError(f"{wrong} out of range: it must be {words} {about[bound]}. Meaning: {about['help']}")
+        raise ValueError(f"{wrong} not {expected}. Meaning: {row['help']}") from None
+
+    if row["choices"]:
+        return _choice(value, row, wrong, script)
+    for bound, words, fits in BOUNDS:
+        if row[bound] is not None and not fits(value, row[bound]):
+            raise ValueError(f"{wrong} out of range: it must be {words} {row[bound]}. "
+                             f"Meaning: {row['help']}")
     return value
 
 
-def _choice(value, about, wrong, script):
-    if value.lower() in about["choices"]:
+def _choice(value: str, row: dict, wrong: str, script: str) -> str:
+    if value.lower() in row["choices"]:
         return value.lower()
-    if value not in about["later"]:
-        raise ValueError(f"{wrong} none of {', '.join(about['choices'])}{did_you_mean(value, about['choices'])}")
-    if _concerns("train", script):
-        raise ValueError(f"{wrong} not in this release yet; choose from {', '.join(about['choices'])}")
+    choices = ", ".join(row["choices"])
+    if value not in row["later"]:
+        raise ValueError(f"{wrong} none of {choices}{did_you_mean(value, row['choices'])}")
+    if _applies("train", script):
+        raise ValueError(f"{wrong} not in this release yet; choose from {choices}")
     return value
 
 
-def _float(text):
-    if not math.isfinite(number := float(text)):
+def _float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
         raise ValueError
     return number
 
 
-def _int(text):
-    if not (number := float(text)).is_integer():        # 1e3 and 500.0 are whole numbers too
+def _int(text: str) -> int:
+    number = float(text)        # 1e3 and 500.0 are whole numbers too
+    if not number.is_integer():
         raise ValueError
     return int(text) if text.lstrip("+-").isdigit() else int(number)
 
 
-def _bool(text):
+def _steps(text: str) -> float:
+    return _int(text) if _float(text) >= 1 else _float(text)
+
+
+def _bool(text: str) -> bool:
     if text.lower() not in TRUE + FALSE:
         raise ValueError
     return text.lower() in TRUE
 
 
-def _str(text):
+def _str(text: str) -> str:
     if not isinstance(text, str):
         raise ValueError
     return os.path.expanduser(text)
 
 
-def _names(value):
+def _names(value: str | list) -> list[str]:
     if isinstance(value, dict):
         raise ValueError
     items = value.strip("[]").split(",") if isinstance(value, str) else value
     return [_str(item.strip().strip("'\"")) for item in items if item.strip()]
 
 
-def _mapping(value, where=""):
+def _words(value: str | list) -> list[str]:
+    return [word for name in _names(value) for word in name.split()]
+
+
+def _mapping(value: str | dict, where: str = "") -> dict:
     if isinstance(value, str) and value.lower() in NULL:
         return {}
     if isinstance(value, str):      # {"min_lr": 1e-6}, as on a command line
@@ -273,47 +438,79 @@ def _mapping(value, where=""):
     return dict(value)
 
 
-def _format(value):
-    if isinstance(value, str) and value.startswith("{"):    # as on a command line
-        value = _mapping(value)
-    return value if isinstance(value, dict) else _str(value)
+def _settings(value: str | dict) -> dict:
+    return {name: _number_or_text(item) for name, item in _mapping(value).items()}
 
 
-def _number_or_text(text):
+def _texts(value: str | dict) -> dict[str, str]:
+    return {name: _str(item) for name, item in _mapping(value).items()}
+
+
+def _number_or_text(text: str):
     try:
         return json.loads(text.lower())
     except ValueError:
         return text
 
 
-KINDS = {           # declared type: how its text is read, what it is called
-    "bool": (_bool, "true or false"), "int": (_int, "a whole number"), "float": (_float, "a number"),
-    "Steps": (lambda text: _int(text) if _float(text) >= 1 else _float(text), "a count of steps or a share below 1"),
+def _format(value: str | dict) -> str | dict:
+    if isinstance(value, str) and value.startswith("{"):    # as on a command line
+        value = _mapping(value)
+    return value if isinstance(value, dict) else _str(value)
+
+
+KINDS = {       # declared type: how its text is read, what it is called
+    "bool": (_bool, "true or false"),
+    "int": (_int, "a whole number"),
+    "float": (_float, "a number"),
+    "Steps": (_steps, "a count of steps or a share below 1"),
     "Format": (_format, "the name of a chat format or a mapping that describes one"),
-    "str": (_str, "a text"), "list[str]": (_names, "a list of names, as a,b"),
-    "Words": (lambda value: [word for name in _names(value) for word in name.split()], "words, as full_shard offload"),
-    "dict": (lambda value: {k: _number_or_text(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=value"),
-    "dict[str, str]": (lambda value: {k: _str(v) for k, v in _mapping(value).items()}, "a mapping, as key.name=text"),
+    "str": (_str, "a text"),
+    "list[str]": (_names, "a list of names, as a,b"),
+    "Words": (_words, "words, as full_shard offload"),
+    "dict": (_settings, "a mapping, as key.name=value"),
+    "dict[str, str]": (_texts, "a mapping, as key.name=text"),
 }
+BOUNDS = (      # column of the table, in words, comparison
+    ("low", "at least", operator.ge),
+    ("above", "above", operator.gt),
+    ("high", "at most", operator.le),
+    ("below", "below", operator.lt),
+)
+
+
+# ---- what a config sets -------------------------------------------------------------------------
 
 
 def ignored_keys(config: Config) -> list[str]:
-    """Keys the user gave that change nothing in this run; the start page lists them by name."""
-    preference = dict.fromkeys(name for names in PREFERENCE_KEYS.values() for name in names)
-    return (config.no_effect + [name for kind, names in KEYS_OF.items() for name in names
-                                if name in config.given and config.finetuning_type != kind]
-            + [name for name in preference if name in config.given and name not in PREFERENCE_KEYS.get(config.stage, ())])
+    """Keys that were set and change nothing in this run; the start page lists them by name."""
+    return config.no_effect + [name for name in KEYS
+                               if name in config.given and not _has_effect(name, config)]
+
+
+def _has_effect(name: str, config: Config) -> bool:
+    """Whether finetuning_type and stage are among those that read the key.
+
+    A key that is read only by another script is not reported: one yaml serves all scripts.
+    """
+    only = KEYS[name].metadata["only"]
+    for key in ("finetuning_type", "stage"):
+        readers = [choice for choice in KEYS[key].metadata["choices"] if choice in only]
+        if readers and getattr(config, key) not in readers:
+            return False
+    return True
 
 
 def non_default(config: Config) -> dict:
     """{key: value} of the settings that differ from the defaults, in the order of the table."""
-    untouched = Config()
-    _derive(untouched)
-    return {name: value for name, value in as_dict(config).items() if value != getattr(untouched, name)}
+    defaults = Config()
+    _derive(defaults)
+    return {name: value for name, value in as_dict(config).items()
+            if value != getattr(defaults, name)}
 
 
-def main(argv):
-    """python config.py --keys | FILE key=value …"""
+def main(argv: list[str]):
+    """python -m runtime.load_config FILE key=value …, or --keys, as config.py"""
     if argv == ["--keys"]:
         return print_keys()
     config = load_config(argv or ["--help"], "config")

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from checkpoint.load import STATE_FILES
 from checkpoint.training_state import checkpoints_in, damage
-from config import Config
+from config import DATA, FIXED, IGNORED, KEYS, Config
 from text.token_cache import TOKENISED
 from text.tokenizer import read_json
 
@@ -281,76 +281,37 @@ def files_of_other_runs(output: Path, resume: Path | None) -> list[Path]:
 
 # ---- what may change between a run and its continuation -----------------------------------------
 
-# what cannot change: the trained parameters
-FIXED = (
-    "finetuning_type", "stage", "train_from_scratch", "lora_rank", "lora_alpha", "lora_target",
-    "additional_target", "use_rslora", "use_dora", "lora_dropout", "freeze_trainable_layers",
-    "freeze_trainable_modules", "freeze_extra_modules", "pure_bf16", "pissa_init", "pissa_iter",
-    "optim", "use_muon", "use_galore", "galore_target", "galore_rank",
-)
-# what changes the rest of the run: the rows, their order, their tokens, the base model
-DANGEROUS = (
-    "model_name_or_path", "model_revision", "adapter_name_or_path", "create_new_adapter",
-    "base_precision", "ref_model", "ref_model_adapters", "quantization_bit",
-    "quantization_type", "double_quantization", "quantization_method", "dataset", "dataset_dir",
-    "eval_dataset", "val_size", "max_samples", "template", "tool_format", "default_system",
-    "enable_thinking", "preserve_thinking", "train_on_prompt", "mask_history", "cutoff_len",
-    "packing", "neat_packing", "preprocessing_batch_size", "placeholders", "skip_bad_rows",
-    "split_special_tokens", "disable_shuffling", "seed", "data_seed", "dataloader_drop_last",
-    "even_batches", "token_budget",
-)
-# what takes effect from the first resumed step on; listed at the start
-HARMLESS = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_ratio", "warmup_steps",
-    "num_train_epochs", "max_steps", "galore_update_interval", "galore_scale", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "pref_loss", "paper_losses",
-    "pref_beta", "pref_ftx", "dpo_label_smoothing", "simpo_gamma", "kto_chosen_weight",
-    "kto_rejected_weight", "loraplus_lr_ratio", "moe_aux_loss_coef", "neftune_noise_alpha",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "join_micro_batches", "bf16",
-    "fp16", "use_cpu", "flash_attn", "disable_gradient_checkpointing", "ddp_timeout", "fsdp",
-    "force_template", "logging_steps", "logging_first_step", "save_strategy", "save_steps",
-    "save_total_limit", "save_only_model", "do_eval", "eval_strategy", "eval_steps",
-    "per_device_eval_batch_size", "pissa_convert", "load_best_model_at_end",
-    "metric_for_best_model", "early_stopping_steps",
-)
-# what does not affect training: where files are kept, what is printed, keys of other scripts
-NOT_COMPARED = (
-    "versions", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "force_resume",
-    "time_limit", "dry_run", "profile", "torch_compile", "cache_dir", "tokenized_path",
-    "overwrite_cache", "preprocessing_num_workers", "disable_tqdm", "plot_loss", "infer_dtype",
-    "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens",
-    "max_length", "skip_special_tokens", "prompt", "fast_chat", "raw", "report_to", "run_name",
-    "logging_dir", "project", "use_swanlab", "swanlab_project", "swanlab_workspace",
-    "swanlab_run_name", "swanlab_mode", "swanlab_logdir", "jsonl", "do_train", "do_predict",
-    "predict_with_generate", "compare", "task", "task_dir", "lang", "n_shot", "save_dir",
-    "export_dir", "export_size", "export_device", "overwrite", "merge_base",
-)
-
 
 def changed_settings(resume: Path, settings: dict, force: bool = False) -> dict[str, str]:
     """{key: "then -> now"} for each setting that differs from the checkpoint's.
 
-    Raises ValueError for FIXED keys and, unless `force`, for DANGEROUS ones.
+    The column on_resume of config.py says which keys are compared. Raises ValueError for a key that
+    is FIXED and, unless `force`, for one that is DATA.
     """
     then = read_json(resume / "train_config.json")
     changed = {}
     for key, now in settings.items():
-        if key in then and then[key] != now and key not in NOT_COMPARED:
+        if key in then and then[key] != now and on_resume(key) != IGNORED:
             changed[key] = f"{then[key]} -> {now}"
 
-    for key in FIXED:
-        if key in changed:
+    for key in changed:
+        if on_resume(key) == FIXED:
             raise ValueError(
                 f"{key}: {changed[key]} cannot change when a run is resumed ({resume}). Set it "
                 f"back, or start a new run: adapter_name_or_path: {resume}, with another output_dir"
             )
-    dangerous = [f"{key}: {changed[key]}" for key in DANGEROUS if key in changed]
+    dangerous = [f"{key}: {changed[key]}" for key in changed if on_resume(key) == DATA]
     if dangerous and not force:
         raise ValueError(
             f"{'; '.join(dangerous)}: this changes the data or the base model halfway through a "
             f"run ({resume}). Set it back, or set force_resume: true"
         )
     return changed
+
+
+def on_resume(key: str) -> str:
+    """FIXED, DATA, FREE or IGNORED; what is no key, as `versions`, is ignored."""
+    return KEYS[key].metadata["on_resume"] if key in KEYS else IGNORED
 
 
 def check_rows(resume: Path, saved: dict, rows: str, force: bool = False):

@@ -12,8 +12,8 @@ import pytest
 from runtime import show_data
 from text import token_cache
 from text import token_cache as store
+from config import DATA, FIXED, KEYS
 from runtime.build import STAGES
-from runtime.resume import DANGEROUS, FIXED
 from text.token_cache import ABOUT, Examples, SplitWriter
 from tests.common import ROOT
 from tests.test_data import ask, make_config, pairs, words, write_dataset  # noqa: F401  words is a fixture
@@ -126,7 +126,8 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
         optim use_muon use_galore galore_rank galore_target""".split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
-    assert set(FIXED) | set(DANGEROUS) == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
+    other_run = {key for key, spec in KEYS.items() if spec.metadata["on_resume"] in (FIXED, DATA)}
+    assert other_run == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
 
 def test_a_store_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811

@@ -1,0 +1,223 @@
+"""Settings that contradict each other, each with a sentence about what to do.
+
+Each function below yields pairs (whether the contradiction is there, the sentence).
+
+Requires: config.py.
+Next: runtime/load_config.py, which raises the first sentence that applies.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from config import COMPARED, Config, has_reference
+
+FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
+
+
+# ---- any script ---------------------------------------------------------------------------------
+
+
+def in_model(c: Config) -> Iterator[tuple]:
+    yield c.quantization_bit not in (None, 4, 8), (
+        "quantization_bit is 4 or 8, the formats of bitsandbytes; leave it out for a 16-bit base")
+
+    yield c.finetuning_type in ("full", "freeze") and c.adapter_name_or_path, (
+        "adapter_name_or_path needs finetuning_type: lora (or a merged model as "
+        "model_name_or_path)")
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def in_purpose(c: Config) -> Iterator[tuple]:
+    yield c.bf16 and c.fp16, (
+        "bf16 and fp16 are both true; keep one (bf16, if the device has it)")
+
+    only_measures = not c.do_train and (c.do_predict or c.predict_with_generate)
+    yield c.do_train is False or only_measures, (
+        "without do_train: true this config evaluates a model: run python eval.py with the same "
+        "file. Add do_train: true to train, and do_predict: true to generate replies afterwards")
+
+    yield _is_same_folder(c.output_dir, c.model_name_or_path), (
+        "output_dir is the base model; name another")
+
+
+def in_stage(c: Config) -> Iterator[tuple]:
+    yield c.train_on_prompt and c.mask_history, (
+        "train_on_prompt puts loss on the whole row, mask_history on its last reply only; keep one")
+
+    yield c.stage == "pt" and (c.train_on_prompt or c.mask_history or c.neat_packing), (
+        "train_on_prompt, mask_history and neat_packing mean nothing for plain text (stage: pt); "
+        "leave them out")
+
+    yield c.stage in COMPARED and (c.train_on_prompt or c.mask_history or c.packing), (
+        "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
+        "replies count; leave them out")
+
+    yield c.dpo_label_smoothing and c.stage == "dpo" and c.pref_loss != "sigmoid", (
+        "dpo_label_smoothing is for pref_loss: sigmoid; leave it out")
+
+    yield c.ref_model and c.stage in COMPARED and not has_reference(c), (
+        "ref_model: stage rm, and dpo with pref_loss orpo or simpo, use no reference model; leave "
+        "it out")
+
+    yield c.ref_model_adapters and not c.ref_model, (
+        "ref_model_adapters needs ref_model, their base")
+
+    yield c.stage == "rm" and c.finetuning_type == "full" and c.fsdp, (
+        "fsdp does not shard a value head; in stage: rm use finetuning_type: lora with it, or "
+        "leave it out")
+
+    yield c.moe_aux_loss_coef and c.stage in COMPARED, (
+        "moe_aux_loss_coef is for stages sft and pt; leave it out")
+
+
+def in_data(c: Config) -> Iterator[tuple]:
+    yield c.neat_packing and c.given.get("packing") is False, (
+        "neat_packing: true packs, packing: false does not; keep one")
+
+    yield from in_evaluation_rows(c)
+
+    yield c.val_size >= 1 and (c.val_size == 1 or c.val_size % 1), (
+        "val_size must be a share below 1 or a count of rows above 1")
+
+    yield c.do_eval and not c.eval_dataset and not c.val_size, (
+        "evaluation is on (eval_strategy or do_eval) without rows for it; set val_size: 0.1 or "
+        "eval_dataset")
+
+    yield c.token_budget and c.dataloader_drop_last, (
+        "with token_budget there is no incomplete batch for dataloader_drop_last to drop; keep one")
+
+
+def in_evaluation_rows(c: Config) -> Iterator[tuple]:
+    yield c.val_size and c.eval_dataset, (
+        "val_size and eval_dataset both choose what to evaluate on; keep one")
+
+
+def in_base(c: Config) -> Iterator[tuple]:
+    lora = c.finetuning_type == "lora"
+
+    yield c.base_precision and (not lora or not c.bf16 or c.fsdp), (
+        "base_precision: fp8 is for the frozen weights of finetuning_type: lora, with bf16: true "
+        "and without fsdp")
+
+    yield c.quantization_bit and not lora, (
+        "quantization_bit freezes the base and trains only adapters: it needs finetuning_type: "
+        "lora")
+
+    yield c.quantization_bit and (c.fsdp or c.base_precision), (
+        "quantization_bit goes with neither fsdp (4-bit weights are not sharded) nor "
+        "base_precision; keep one")
+
+    yield c.fsdp and c.train_from_scratch, (
+        "fsdp reads its shards from a checkpoint, and train_from_scratch has none; leave one of "
+        "them out")
+
+    yield c.train_from_scratch and c.finetuning_type != "full", (
+        "train_from_scratch needs finetuning_type: full; an adapter on random weights learns "
+        "little")
+
+
+def in_checkpoints(c: Config) -> Iterator[tuple]:
+    best = c.load_best_model_at_end
+
+    yield best and (c.eval_strategy == "no" or c.eval_strategy != c.save_strategy), (
+        "load_best_model_at_end needs eval_strategy and save_strategy to be the same, steps or "
+        "epoch")
+
+    yield best and c.eval_strategy == "steps" and not _is_multiple(c.save_steps, c.eval_steps), (
+        "load_best_model_at_end needs save_steps to be a multiple of eval_steps, so that each "
+        "checkpoint has a loss")
+
+    yield c.early_stopping_steps and c.eval_strategy == "no", (
+        "early_stopping_steps needs eval_strategy")
+
+
+def in_method(c: Config) -> Iterator[tuple]:
+    lora_settings = (c.loraplus_lr_ratio or c.use_rslora or c.use_dora or c.pissa_init
+                     or c.create_new_adapter)
+    yield c.finetuning_type != "lora" and lora_settings, (
+        "loraplus_lr_ratio, use_rslora, use_dora, pissa_init and create_new_adapter need "
+        "finetuning_type: lora")
+
+    yield c.pissa_init and c.fsdp, (
+        "pissa_init takes components out of full weights, and fsdp shards them; leave one of them "
+        "out")
+
+    yield c.pissa_init and c.quantization_bit, (
+        "pissa_init takes components out of 16-bit weights; leave quantization_bit out")
+
+    yield c.pissa_convert and not c.pissa_init, (
+        "pissa_convert saves a PiSSA adapter as an ordinary one; set pissa_init: true, or leave it "
+        "out")
+
+    yield c.pissa_init and c.adapter_name_or_path and not c.create_new_adapter, (
+        "pissa_init initializes a new adapter, and adapter_name_or_path names one to continue; "
+        "create_new_adapter: true merges that one first")
+
+    no_parameters = c.freeze_trainable_layers == 0 and not c.freeze_extra_modules
+    yield c.finetuning_type == "freeze" and no_parameters, (
+        "freeze_trainable_layers: 0 without freeze_extra_modules leaves nothing to train")
+
+
+def in_optimizer(c: Config) -> Iterator[tuple]:
+    eight_bits = "8bit" in c.optim
+    further = c.use_muon + c.use_galore
+
+    yield c.warmup_ratio and c.warmup_steps, "warmup_ratio and warmup_steps are both set; keep one"
+
+    yield further + eight_bits > 1 or further and c.loraplus_lr_ratio is not None, (
+        "use_muon, use_galore, an 8-bit optim, and loraplus_lr_ratio: keep one")
+
+    yield c.use_galore and c.finetuning_type == "lora", (
+        "use_galore is for finetuning_type: full or freeze; adapters are small already")
+
+    yield c.fsdp and c.finetuning_type == "full" and (further or eight_bits), (
+        "use_muon, use_galore and optim: adamw_8bit need full matrices, and fsdp shards them; use "
+        "optim: adamw_torch")
+
+    yield c.pure_bf16 and (not c.bf16 or c.finetuning_type == "lora" or c.fsdp), (
+        "pure_bf16 needs bf16: true and finetuning_type: full or freeze, without fsdp")
+
+
+def in_fsdp(c: Config) -> Iterator[tuple]:
+    words = set(c.fsdp)
+    both_or_neither = ("full_shard" in words) == ("shard_grad_op" in words)
+    yield words and (words - FSDP_WORDS or both_or_neither), (
+        "fsdp is full_shard, or shard_grad_op (which keeps gathered weights until the backward "
+        "pass), and may add offload and auto_wrap; replicated shards (hybrid_shard) are not in "
+        "this release")
+
+    yield c.fsdp and c.finetuning_type == "freeze", (
+        "fsdp is for finetuning_type: lora and full; with freeze leave it out")
+
+
+# ---- merging ------------------------------------------------------------------------------------
+
+
+def in_merge(c: Config) -> Iterator[tuple]:
+    yield _is_same_folder(c.export_dir, c.model_name_or_path), (
+        "export_dir is the base model; name another")
+
+    yield c.finetuning_type in ("full", "freeze") and c.output_dir, (
+        "finetuning_type: full and freeze need no merging: output_dir is a full model already")
+
+
+def _is_same_folder(a: str | None, b: str | None) -> bool:
+    return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)
+
+
+def _is_multiple(a: float, b: float) -> bool:
+    """Whether a is a multiple of b. A share of all steps is none of a count, or the reverse."""
+    both_of_a_kind = (a < 1) == (b < 1)
+    return both_of_a_kind and abs(a / b - round(a / b)) < 1e-9
+
+
+CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
+    "any": (in_model,),
+    "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
+              in_fsdp),
+    "eval": (in_evaluation_rows,),
+    "merge": (in_merge,),
+}

@@ -1,0 +1,64 @@
+"""Settings that contradict each other are errors, and those that agree are none."""
+
+import pytest
+
+from tests.test_load_config import load, refusal
+
+CONTRADICTORY = (
+    "bf16=1 fp16=1",
+    "quantization_bit=5",
+    "quantization_bit=4 finetuning_type=full",
+    "quantization_bit=4 fsdp=full_shard",
+    "quantization_bit=8 base_precision=fp8 bf16=1",
+    "train_on_prompt=1 mask_history=1",
+    "stage=pt mask_history=1",
+    "stage=pt neat_packing=1",
+    "neat_packing=1 packing=0",
+    "val_size=0.1 eval_dataset=a",
+    "val_size=1",
+    "val_size=2.5",
+    "eval_strategy=steps",
+    "do_eval=1",
+    "warmup_ratio=0.1 warmup_steps=5",
+    "early_stopping_steps=2",
+    "load_best_model_at_end=1 val_size=0.1",
+    "load_best_model_at_end=1 val_size=9 eval_strategy=epoch",
+    "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=3 save_steps=10",
+    "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=0.1 save_steps=10",
+    "train_from_scratch=1",
+    "finetuning_type=full loraplus_lr_ratio=16",
+    "finetuning_type=full use_rslora=1",
+    "finetuning_type=full create_new_adapter=1",
+    "finetuning_type=full adapter_name_or_path=a",
+    "model_name_or_path=m output_dir=./m",
+)
+
+
+@pytest.mark.parametrize("keys", CONTRADICTORY)
+def test_contradictions_are_errors(keys):
+    message = refusal(*keys.split())
+    assert (
+        message.startswith("command line: ")
+        and keys.split()[0].partition("=")[0].split("_")[0] in message
+    )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "warmup_ratio=0.1 warmup_steps=0",
+        "val_size=0.1 eval_strategy=steps",
+        "bf16=1 use_cpu=1",
+        "eval_dataset=a do_eval=1",
+        "fp16=1 use_cpu=1",
+        "quantization_bit=4 fp16=1 quantization_type=fp4 double_quantization=0",
+        "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=5 save_steps=10",
+        "load_best_model_at_end=1 val_size=9 eval_strategy=epoch save_strategy=epoch",
+        "max_steps=3 num_train_epochs=2",
+        "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=0.1 save_steps=0.3",
+        "finetuning_type=full train_from_scratch=1",
+        "create_new_adapter=1 adapter_name_or_path=a,b",
+    ],
+)
+def test_what_agrees_passes(keys):
+    load(*keys.split())

@@ -1,0 +1,564 @@
+"""What people write means what they mean; what cannot be meant is named with its place."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from config import UNUSED, Config, as_dict
+from runtime.load_config import COMMANDS, NEEDED, ignored_keys, load_config, non_default
+from tests.common import GOLDEN, ROOT, SHARED, needs_shared
+
+PEER_OFF = {  # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
+    "infer_backend": "huggingface",
+    "mix_strategy": "concat",
+    "ignore_pad_token_for_loss": "true",
+    "num_beams": "1",
+    "label_smoothing_factor": "0.0",
+    "logging_strategy": "steps",
+    "eval_delay": "0",
+    "train_sampling_strategy": "random",
+    "galore_proj_type": "std",
+    "save_safetensors": "true",
+}
+
+
+def load(*argv, script="config"):
+    """The Config of a command line; script "config" asks for no particular key."""
+    return load_config(list(argv), script)
+
+
+def write(folder, text, name="x.yaml"):
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def refusal(*argv, script="config"):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load(*argv, script=script)
+    return str(caught.value)
+
+
+# ---- keys without effect, and refused ones ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, row in UNUSED.items() if row])
+def test_refused_keys_pass_when_they_are_off_and_stop_when_on(name):
+    off = PEER_OFF.get(name, "false")
+    scope = UNUSED[name].scope.replace("any", "train").replace("train", "config")
+    needed = ["model_name_or_path=m", "export_dir=e", "adapter_name_or_path=a"]
+    assert ignored_keys(load(f"{name}={off}", *needed, script=scope)) == []
+    assert ignored_keys(load(f"{name}=null", *needed, script=scope)) == []
+    message = refusal(f"{name}=surprise", *needed, script=scope)
+    assert (
+        message.startswith(f"command line: {name}: surprise: ") and UNUSED[name].advice in message
+    )
+
+
+def test_training_keys_do_not_stop_chat_and_merge():
+    argv = [
+        "model_name_or_path=m",
+        "deepspeed=z3.json",
+        "stage=dpo",
+        "finetuning_type=oft",
+        "use_llama_pro=true",
+        "bf16=true",
+        "fp16=true",
+        "eval_strategy=steps",
+        "infer_backend=vllm",
+    ]
+    config = load(*argv, "export_dir=e", "adapter_name_or_path=a", script="merge")
+    assert config.stage == "dpo" and ignored_keys(config) == [
+        "deepspeed",
+        "use_llama_pro",
+        "infer_backend",
+    ]
+    assert "infer_backend" in refusal(*argv, script="chat")
+    assert "deepspeed" in refusal(*argv, script="train")
+
+
+def test_ignored_keys_are_listed():
+    config = load("trust_remote_code=true", "lora_rank=4", "ddp_timeout=180000000", "bf16=true")
+    assert ignored_keys(config) == ["trust_remote_code"]
+    assert ignored_keys(load("finetuning_type=full", "lora_rank=4")) == ["lora_rank"]
+
+
+# ---- the shared files ---------------------------------------------------------------------------
+
+
+@needs_shared
+def test_published_yaml_of_a_lora_run():
+    config = load("--config", str(SHARED / "configs/llama3_lora_sft.yaml"), script="train")
+    assert (config.dataset, config.learning_rate, config.lora_alpha) == (
+        ["identity", "alpaca_en_demo"],
+        1e-4,
+        16,
+    )
+    assert (
+        config.resume_from_checkpoint is None and config.bf16 is True and config.warmup_ratio == 0.1
+    )
+    assert ignored_keys(config) == ["trust_remote_code", "dataloader_num_workers"]
+    assert load(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template == "llama3"
+    merge = load(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out", script="merge")
+    assert merge.output_dir == "saves/llama3-8b/lora/sft"
+
+
+@needs_shared
+def test_published_json_files():
+    train = load("--config", str(SHARED / "configs/train_llama3_qlora.json"), script="train")
+    assert (train.fp16, train.learning_rate, train.loraplus_lr_ratio, train.max_samples) == (
+        True,
+        5e-5,
+        16.0,
+        500,
+    )
+    chat = load(str(SHARED / "configs/chat_llama3.json"), script="chat")
+    assert (chat.adapter_name_or_path, chat.temperature) == (["llama3_lora"], 0.95)
+
+
+@needs_shared
+def test_published_merge_file():
+    merge = load(str(SHARED / "configs/merge_llama3_lora_sft.yaml"), script="merge")
+    assert (merge.export_size, merge.export_device, merge.export_dir) == (
+        4,
+        "cpu",
+        "models/llama3_lora_sft",
+    )
+    assert ignored_keys(merge) == ["export_legacy_format"]
+
+
+@needs_shared
+def test_published_flags_without_a_file():
+    argv = (SHARED / "configs/cli_flags_llama3.txt").read_text(encoding="utf-8").split()
+    config = load(*argv, script="train")
+    assert (config.dataset, config.num_train_epochs, config.packing, config.optim) == (
+        ["identity", "fintech"],
+        10.0,
+        False,
+        "adamw_torch",
+    )
+    assert (config.source, config.given["packing"], config.warmup_steps) == (
+        "command line",
+        False,
+        0,
+    )
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "path", sorted(GOLDEN.glob("curves/*/config.yaml")), ids=lambda path: path.parent.name
+)
+def test_recorded_runs(path):
+    script = "merge" if path.parent.name.startswith("export") else "train"
+    config = load(str(path), script=script)
+    assert ignored_keys(config) == []
+    assert config.neat_packing is (path.parent.name == "sft_packing")  # docs/differences.md
+    assert config.packing is (path.parent.name in ("sft_packing", "pt"))
+
+
+# ---- what was written, and what it means --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("learning_rate", "1e-4", 1e-4),
+        ("learning_rate", "5e-05", 5e-5),
+        ("learning_rate", "1", 1.0),
+        ("max_samples", "1e3", 1000),
+        ("max_samples", "500.0", 500),
+        ("max_samples", "null", None),
+        ("max_samples", "", None),
+        ("cutoff_len", "null", 2048),
+        ("seed", "007", 7),
+        ("max_steps", "-1", -1),
+        ("bf16", "True", True),
+        ("bf16", "yes", True),
+        ("bf16", "off", False),
+        ("bf16", "1", True),
+        ("enable_thinking", "none", None),
+        ("enable_thinking", "false", False),
+        ("max_grad_norm", "null", 0.0),
+        ("save_strategy", "no", "no"),
+        ("eval_strategy", "none", "no"),
+        ("save_strategy", "False", "no"),
+        ("lr_scheduler_type", "Cosine", "cosine"),
+        ("template", "none", None),
+        ("template", "qwen", "qwen"),
+        ("template", '{"based_on": "qwen", "stop": ["a"]}', {"based_on": "qwen", "stop": ["a"]}),
+        ("dataset", "a, b", ["a", "b"]),
+        ("dataset", "[a, b]", ["a", "b"]),
+        ("lora_target", "q_proj", ["q_proj"]),
+        ("save_steps", "100.0", 100),
+        ("save_steps", "0.1", 0.1),
+        ("resume_from_checkpoint", "True", "true"),
+        ("resume_from_checkpoint", "false", None),
+        ("resume_from_checkpoint", "out/checkpoint-5", "out/checkpoint-5"),
+        ("placeholders", '{"name": "Max", "n": 007}', {"name": "Max", "n": "007"}),
+        (
+            "lr_scheduler_kwargs",
+            '{"min_lr": 1e-6, "decay_type": "linear"}',
+            {"min_lr": 1e-6, "decay_type": "linear"},
+        ),
+    ],
+)
+def test_text_means_what_people_mean(tmp_path, name, text, value):
+    extra = "" if not text.startswith("{") else "'"
+    from_file = load(write(tmp_path, f"{name}: {extra}{text}{extra}\n"))
+    for config in (
+        from_file,
+        load(f"{name}={text}"),
+        load(f"--{name}={text}"),
+        load(f"--{name}", text),
+    ):
+        got = getattr(config, name)
+        assert got == value and type(got) is type(value)
+
+
+def test_json_values(tmp_path):
+    text = (
+        '\ufeff{"bf16": true, "packing": null, "learning_rate": 1e-4, "lora_rank": 4, '
+        '"dataset": ["a", "b"], "placeholders": {"name": "\\ud83d\\ude00"}, '
+        '"lr_scheduler_kwargs": {"min_lr": 1e-06}, "raw": "True"}'
+    )
+    config = load(write(tmp_path, text, "x.json"))
+    assert (config.bf16, config.learning_rate, config.lora_rank, config.dataset) == (
+        True,
+        1e-4,
+        4,
+        ["a", "b"],
+    )
+    assert (config.placeholders, config.lr_scheduler_kwargs, config.raw) == (
+        {"name": "😀"},
+        {"min_lr": 1e-6},
+        True,
+    )
+
+
+def test_yaml_lists_and_mappings(tmp_path):
+    text = "dataset: [a, b]\nplaceholders:\n  name: Pip\n  author: The Makers\neval_dataset:\n- c\n"
+    config = load(write(tmp_path, text), "placeholders.name=Max")
+    assert (config.dataset, config.eval_dataset) == (["a", "b"], ["c"])
+    assert config.placeholders == {"name": "Max", "author": "The Makers"}
+    assert load(write(tmp_path, "placeholders:\n"), "placeholders.name=Max").placeholders == {
+        "name": "Max"
+    }
+
+
+def test_command_line_replaces_the_file(tmp_path):
+    path = write(tmp_path, "seed: 1\nlora_rank: 4\n")
+    for argv in (["--config", path], [f"--config={path}"], [path]):
+        config = load(
+            *argv,
+            "seed=2",
+            "--bf16",
+            "--lora-dropout",
+            "0.1",
+            "--packing",
+            "no",
+            "--max_steps",
+            "-1",
+            "--plot_loss",
+        )
+        assert (config.seed, config.lora_rank, config.bf16, config.lora_dropout) == (
+            2,
+            4,
+            True,
+            0.1,
+        )
+        assert (config.packing, config.max_steps, config.plot_loss) == (False, -1, True)
+        assert (
+            config.source == path and config.given["seed"] == 2 and "cutoff_len" not in config.given
+        )
+
+
+def test_a_switch_does_not_swallow_the_file(tmp_path):
+    path = write(tmp_path, "seed: 1\n")
+    config = load("--bf16", path)
+    assert config.bf16 is True and config.seed == 1
+    assert load("--prompt", "is 2=2?", "--raw").prompt == "is 2=2?"
+
+
+def test_spellings_of_earlier_releases():
+    assert load("evaluation_strategy=epoch", "val_size=0.1").eval_strategy == "epoch"
+    assert load("no_cuda=true").use_cpu is True
+
+
+# ---- what follows from other keys ---------------------------------------------------------------
+
+
+def test_derived_defaults():
+    assert (
+        load("lora_rank=6").lora_alpha == 12 and load("lora_rank=6", "lora_alpha=6").lora_alpha == 6
+    )
+    config = load("eval_strategy=steps", "val_size=10", "logging_steps=7")
+    assert (config.eval_steps, config.do_eval) == (7, True)
+    assert load().packing is False and load("stage=pt").packing is True
+
+
+@pytest.mark.parametrize(
+    "argv, packing, apart",
+    [
+        (["packing=true"], True, True),
+        (["packing=true", "neat_packing=false"], True, False),
+        (["neat_packing=true"], True, True),
+        (["packing=false"], False, False),
+        (["packing=true", "stage=pt"], True, False),
+    ],
+)
+def test_packing_keeps_samples_apart_unless_told(argv, packing, apart):
+    config = load(*argv)
+    assert (config.packing, config.neat_packing) == (packing, apart)
+
+
+def test_settings_survive_a_json_file(tmp_path):
+    first = load(
+        "model_name_or_path=m",
+        "dataset=a,b",
+        "packing=true",
+        "warmup_ratio=0.1",
+        "eval_strategy=epoch",
+        "val_size=0.2",
+        "placeholders.name=Max",
+        "lr_scheduler_kwargs.power=2",
+        "resume_from_checkpoint=true",
+        "enable_thinking=null",
+    )
+    second = load(write(tmp_path, json.dumps(as_dict(first)), "x.json"))
+    assert as_dict(second) == as_dict(first)
+
+
+def test_start_page_shows_only_what_differs():
+    assert non_default(load()) == {}
+    assert non_default(load("seed=42", "lora_rank=4")) == {"lora_rank": 4, "lora_alpha": 8}
+
+
+# ---- mistakes -----------------------------------------------------------------------------------
+
+
+def test_unknown_key_names_the_nearest(tmp_path):
+    path = write(tmp_path, "# comment\nlora_alfa: 3\n")
+    assert refusal(path) == (
+        f"{path} line 2: unknown key 'lora_alfa' (did you mean 'lora_alpha'?). "
+        "All keys: python config.py --keys"
+    )
+    assert refusal("lora_rank.x=3").startswith("command line: unknown key 'lora_rank.x'")
+    assert refusal("fsdp_config.x=3").startswith("command line: unknown key 'fsdp_config.x'")
+    assert "did you mean" not in refusal("qqqqqq=3")
+
+
+def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
+    path = write(
+        tmp_path,
+        """template:
+  name: mychat
+  user: "<user>{{content}}</user>\\n<bot>"
+  assistant: ["{{content}}", {token: eos}]
+  stop_is_eos: true
+  stop: ["</bot>"]
+""",
+    )
+    config = load(path)
+    assert config.template == {
+        "name": "mychat",
+        "user": "<user>{{content}}</user>\n<bot>",
+        "stop_is_eos": "true",
+        "assistant": ["{{content}}", {"token": "eos"}],
+        "stop": ["</bot>"],
+    }
+    again = load(write(tmp_path, json.dumps(as_dict(config)), "again.json"))
+    assert again.template == config.template == non_default(config)["template"]
+    assert load(path, "template=qwen").template == "qwen"  # the command line wins, as for every key
+    assert "needs quotes" in refusal(write(tmp_path, "template:\n  user: {{content}}\n"))
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("lora_rank: eight", "line 1: lora_rank: 'eight' is not a whole number"),
+        ("lora_rank: 2.5", "'2.5' is not a whole number"),
+        ("lora_rank: true", "'true' is not a whole number"),
+        ("lora_rank: 0", "must be at least 1"),
+        ("cutoff_len: 0", "at least 1"),
+        ("save_total_limit: 0", "at least 1"),
+        ("learning_rate: 1,5", "'1,5' is not a number"),
+        ("learning_rate: nan", "not a number"),
+        ("learning_rate: -1e-4", "above 0"),
+        ("num_train_epochs: 0", "must be above 0"),
+        ("top_p: 1.5", "at most 1"),
+        ("bf16: maybe", "not true or false"),
+        ("bf16: [true]", "not true or false"),
+        ("template: [a]", "not the name of a chat format"),
+        ("dataset: {a: b}", "not a list of names"),
+        ("placeholders: Max", "not a mapping"),
+        ("save_steps: 1.5", "share below 1"),
+        ("stage: sftt", "none of sft, pt, rm, dpo, kto (did you mean 'sft'?)"),
+        ("stage: ppo", "not in this release yet"),
+        ("finetuning_type: oft", "not in this release yet"),
+        ("optim: adafactor", "none of adamw_torch_fused"),
+        ("seed: 1\nseed: 2", "line 2: seed was already set on line 1"),
+        ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),
+        ("eval_strategy: no\nevaluation_strategy: no", "line 2: eval_strategy was already set at"),
+        ("a: [1\nb: 2", "not valid YAML"),
+        ("\tseed: 1", "line 1: not valid YAML"),
+        ("- a", "key: value"),
+        ("seed: 1\n\tbf16: true", "with spaces, not with tabs"),
+        ("seed: 4294967296", "at most 4294967295"),
+        ("adam_beta1: 1", "must be below 1"),
+        ("", "key: value"),
+        ("lr_scheduler_kwargs: {power: 1, power: 2}", "power was already set on line 1"),
+        ("default_system: {{name}}", "line 1: a text with braces or brackets needs quotes"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(tmp_path, text, part):
+    message = refusal(write(tmp_path, text + "\n"))
+    assert message.startswith(str(tmp_path / "x.yaml")) and part in message
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ('{"seed": 1, "seed": 2}', "seed is set twice"),
+        ('{"seed": 1,\n}', "line 2: not valid JSON"),
+        ("[1]", "this is a list"),
+        ('{"lora_rank": true}', "'true' is not a whole number"),
+        ('{"lora_alfa": 1}', "did you mean 'lora_alpha'?"),
+    ],
+)
+def test_mistakes_in_a_json_file(tmp_path, text, part):
+    assert part in refusal(write(tmp_path, text, "x.json"))
+
+
+def test_mistakes_on_the_command_line(tmp_path):
+    path = write(tmp_path, "seed: 1\n", "train.yaml")
+    assert "no such config file (did you mean 'train.yaml'?)" in refusal(
+        str(tmp_path / "trian.yaml")
+    )
+    assert "a folder, not a config file" in refusal(str(tmp_path))
+    assert "--lora_rank needs a value" in refusal("--lora_rank", "--bf16")
+    assert "'v_proj' is neither key=value" in refusal(path, "--lora_target", "q_proj", "v_proj")
+    (tmp_path / "x.yaml").write_bytes(b"template: \xff\n")
+    assert "not UTF-8" in refusal(str(tmp_path / "x.yaml"))
+
+
+def test_each_run_has_its_own_lists():
+    first = load("lora_target=q_proj", "placeholders.name=Max")
+    first.lora_target.append("v_proj")
+    assert Config().lora_target == ["all"] and Config().placeholders == {}
+    assert dataclasses.replace(first).lora_target == ["q_proj", "v_proj"]
+
+
+def test_what_merge_takes_and_refuses():
+    base = ["model_name_or_path=m", "export_dir=e"]
+    assert (
+        load(*base, script="merge").adapter_name_or_path is None
+    )  # a conversion of dtype or shards
+    assert "finetuning_type" in refusal(
+        *base, "output_dir=o", "finetuning_type=full", script="merge"
+    )
+    assert "export_dir" in refusal(
+        "model_name_or_path=m", "export_dir=m", "output_dir=o", script="merge"
+    )
+    assert load(*base, "output_dir=o", script="merge").adapter_name_or_path is None
+
+
+@pytest.mark.parametrize("script", NEEDED)
+def test_missing_keys_are_named(script):
+    command = COMMANDS[script]
+    complete = [f"{name}={name}" for name in NEEDED[script]] + ["adapter_name_or_path=a"]
+    load(*complete, script=script)
+    for i in range(len(complete) - 1):
+        name = complete[i].partition("=")[0]
+        message = refusal(*complete[:i], *complete[i + 1 :], script=script)
+        assert (
+            message.startswith(f"command line: python {command} needs '{name}'")
+            and f"{command} --help" in message
+        )
+
+
+# ---- as a program -------------------------------------------------------------------------------
+
+
+def program(*argv):
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+
+
+def test_help_of_each_script(capsys):
+    for script in NEEDED:
+        with pytest.raises(SystemExit) as stopped:
+            load("--help", script=script)
+        text = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert f"python {COMMANDS[script]} " in text and "config.py --keys" in text
+
+
+@pytest.mark.parametrize("script", NEEDED)
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script):
+    """A torch that ends the program is imported in place of the real one, by good settings only."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise SystemExit('torch is imported')")
+    (tmp_path / "torch/version.py").touch()  # attention.py looks into it first
+
+    def start(*argv):
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        command = [sys.executable, *COMMANDS[script].split(), *argv]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=60
+        )
+
+    start_time = time.time()
+    done = start("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"python {COMMANDS[script]} " in done.stdout
+    assert time.time() - start_time < 2  # about 0.1 s where nothing else runs
+    done = start(write(tmp_path, "model_name_or_path: m\nlora_rnak: 4\n"))
+    assert (
+        done.returncode == 1
+        and "line 2: unknown key 'lora_rnak' (did you mean 'lora_rank'?)" in done.stderr
+    )
+    done = start(*(f"{name}={name}" for name in NEEDED[script]))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "torch is imported\n")
+
+
+def test_shows_a_file_or_one_error_line(tmp_path):
+    done = program(
+        "-m", "runtime.load_config", write(tmp_path, "lora_rank: 4\ntrust_remote_code: true\n")
+    )
+    assert (
+        done.stdout == "lora_rank: 4\nlora_alpha: 8\naccepted, no effect here: trust_remote_code\n"
+    )
+    done = program("-m", "runtime.load_config", "lora_rank=x")
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch("error: command line: lora_rank: .*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "argv, part",
+    [
+        (["--nobf16"], "unknown key 'nobf16' (did you mean 'bf16'?)"),
+        (["--placeholders.name"], "--placeholders.name needs a value"),
+        (["--config"], "--config needs a value"),
+        (["default_system=\udcc3\udca4"], "not UTF-8 text; if the locale"),
+    ],
+)
+def test_odd_spellings_on_the_command_line(argv, part):
+    assert part in refusal(*argv)
+
+
+def test_output_that_cannot_show_a_character(tmp_path):
+    """A pipe, or a Windows console, whose encoding lacks the ellipsis shows ? instead."""
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime.load_config", "default_system=…"],
+        capture_output=True,
+        cwd=ROOT,
+        timeout=60,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+    )
+    assert (done.returncode, done.stdout) == (0, b"default_system: ?\n")
