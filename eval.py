@@ -45,7 +45,7 @@ from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import prepare
 from fast.fused_block import fuse_blocks
-from fast.matmul import PRODUCTS, pick_product
+from fast.matmul import MATMULS, pick_matmul
 from generate import Sampling
 from lora import merge_adapters
 from losses import Objective
@@ -261,9 +261,9 @@ def load_side(side: Side, config: Config, device) -> tuple:
     choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
                          **attention_needs(model.config))
     model.kernel = choice.kernel
-    matmul_name = pick_product(device, dtype).taken
+    matmul_name = pick_matmul(device, dtype).picked
     fuse_blocks(model, matmul_name)
-    return model, PRODUCTS[matmul_name]
+    return model, MATMULS[matmul_name]
 
 
 def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_ids: set[int],

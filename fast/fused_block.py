@@ -27,7 +27,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fast.matmul import PRODUCTS, torch_product
+from fast.matmul import MATMULS, torch_matmul
 from lora import LoRALinear
 from methods.quant import QuantLinear
 from model import MLP, Attention, Block, CausalLM, ForwardContext, MoE
@@ -51,7 +51,7 @@ def fuse_blocks(model: CausalLM, matmul: str = "torch", recompute: Sequence[str]
     for block, level in zip(model.model.layers, levels, strict=True):
         unfuse(block)
         if matmul != "plain":
-            fuse(block, PRODUCTS[matmul], level)
+            fuse(block, MATMULS[matmul], level)
         if level == "block":
             block.forward = partial(checkpointed_forward, block.forward)
 
@@ -135,7 +135,7 @@ def checkpointed_forward(forward: Callable, x, ctx: ForwardContext):
 
 
 def fused_linears(layers: list, *xs, before: Callable = IDENTITY, owners: Sequence = (),
-                  matmul: Callable | None = torch_product) -> Sequence[torch.Tensor]:
+                  matmul: Callable | None = torch_matmul) -> Sequence[torch.Tensor]:
     """[layer(before(*xs)) for layer in layers]; tensors (…, in) -> (…, out).
 
     layers: nn.Linear, LoRALinear or QuantLinear of one input size. before: a cheap function of xs,
@@ -332,7 +332,7 @@ def input_grad(layers: list[Operands], dys: list, matmul: Callable):
         if layer.fp8:
             more = layer.fp8.multiply(*to_fp8_rows(dy, [layer]), layer.W.T, layer.fp8_scale,
                                       dy.dtype)
-        elif total is not None and matmul is torch_product:
+        elif total is not None and matmul is torch_matmul:
             total.addmm_(dy, layer.dense(dy.dtype))
             continue
         else:

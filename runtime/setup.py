@@ -27,7 +27,7 @@ from config import has_reference
 from families import ModelConfig, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.compile import pick_compile
-from fast.matmul import PRODUCTS, pick_product, torch_product
+from fast.matmul import MATMULS, pick_matmul, torch_matmul
 from generate import context_length
 from lora import LoRAConfig, trainable
 from methods.fp8 import pick_fp8, with_compiled_rounding
@@ -196,7 +196,7 @@ class Setup:
 
     @property
     def matmul(self) -> Callable:
-        return PRODUCTS.get(self.matmul_name, torch_product)
+        return MATMULS.get(self.matmul_name, torch_matmul)
 
     def report(self) -> str:
         """The plan as a page of text."""
@@ -230,12 +230,12 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     dtype = compute_dtype(config, base, base.quant_formats)
     attention = pick_kernel(config.flash_attn, device=device, dtype=dtype,
                             **attention_needs(model_config))
-    matmul = pick_product(device, dtype)
+    matmul = pick_matmul(device, dtype)
     compiled, compile_line = pick_compile(config.torch_compile, device, dtype,
                                           model_config.hidden_act)
     fp8, fp8_line = pick_fp8(device, dtype) if config.base_precision else (None, None)
     kernel = run.recorded("kernel", ranks.from_main(lambda: attention.kernel))
-    matmul_name = run.recorded("matmul", ranks.from_main(lambda: matmul.taken))
+    matmul_name = run.recorded("matmul", ranks.from_main(lambda: matmul.picked))
     compiled = run.recorded("compiled", ranks.from_main(lambda: compiled)) and compiled
     if fp8 and compiled:
         fp8 = with_compiled_rounding(fp8)
@@ -268,7 +268,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         lora=lora,
         dtype=dtype,
         kernel=kernel if kernel in attention.timings else attention.kernel,
-        matmul_name=matmul_name if matmul_name in matmul.rates else matmul.taken,
+        matmul_name=matmul_name if matmul_name in matmul.rates else matmul.picked,
         compiled=compiled,
         fp8=fp8,
         balance=balance,

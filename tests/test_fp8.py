@@ -12,7 +12,7 @@ from methods import fp8
 from methods.fp8 import (FORMATS, Fp8, dequantise, multiply, multiply_plain, pick_fp8,
                          product_error, quantise, to_fp8)
 from fast.fused_block import fused_linears
-from fast.matmul import torch_product
+from fast.matmul import torch_matmul
 from tests.common import needs_shared
 from tests.test_fused_block import adapted
 from tests.test_train import run
@@ -82,7 +82,7 @@ def test_gradients_go_through_a_rounded_base():
         x.grad = None
         for layer in layers:
             layer.zero_grad()
-        outs = fused_linears(layers, x, matmul=None if how == "plain" else torch_product)
+        outs = fused_linears(layers, x, matmul=None if how == "plain" else torch_matmul)
         sum((out ** 2).sum() for out in outs).backward()
         results.append([*outs, x.grad.clone(), *(p.grad.clone() for layer in layers for p in (layer.lora_A.weight,
                                                                                              layer.lora_B.weight))])

@@ -15,7 +15,7 @@ from checkpoint.load import load_model
 from families import FAMILIES
 from fast import fused_block
 from fast.fused_block import IDENTITY, RECOMPUTE, can_fuse, fuse_blocks, fused_linears
-from fast.matmul import PRODUCTS
+from fast.matmul import MATMULS
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
 from methods.quant import Form, QuantLinear, quantise
@@ -196,7 +196,7 @@ def test_the_fused_model_equals_the_model_in_every_family(name, trained):
     model = trainable_family(name, trained)
     hidden, loss, want = loss_and_gradients(model, [7, 12])
     assert sum(float(g.abs().sum()) for g in want.values()) > 0
-    for matmul in PRODUCTS:
+    for matmul in MATMULS:
         for level in RECOMPUTE:
             fuse_blocks(model, matmul, [level] * model.config.num_hidden_layers)
             fused_hidden, fused_loss, found = loss_and_gradients(model, [7, 12])

@@ -13,10 +13,12 @@ SCRIPTS = ("train", "chat", "eval", "merge")
 FOLDERS = ("text", "checkpoint", "methods", ("fast", "scale"), "runtime", "evals")
 RANKS = {name: rank for rank, names in enumerate(FOLDERS, 1) for name in ([names] if isinstance(names, str) else names)}
 NOT_YET = {     # imports against the rule
-    ("checkpoint.adapters", "methods.lora_variants"), ("losses", "fast.matmul"), ("optim", "methods.optimizers"),
-    ("checkpoint.adapters", "methods.quant"), ("checkpoint.load", "methods.optimizers"),
-    ("checkpoint.load", "methods.quant"), ("methods.preference", "fast.matmul"),
-    ("methods.preference", "runtime.throughput")}
+    ("checkpoint.adapters", "methods.lora_variants"),
+    ("optim", "methods.optimizers"),
+    ("checkpoint.adapters", "methods.quant"),
+    ("checkpoint.load", "methods.optimizers"),
+    ("checkpoint.load", "methods.quant"),
+}
 # what a module of requirements.txt is called when it is imported
 PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
             "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}

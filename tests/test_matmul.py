@@ -5,40 +5,40 @@ Requires: fast/matmul.py.
 import torch
 
 from fast import matmul
-from fast.matmul import PRODUCTS, pick_product
+from fast.matmul import MATMULS, pick_matmul
 
 
-def test_products_agree_for_both_layouts():
+def test_matmuls_agree_for_both_layouts():
     generator = torch.Generator().manual_seed(0)
     for N, size_in, size_out in ((1, 8, 8), (5, 33, 70), (64, 128, 257), (0, 8, 5), (5, 0, 8)):
         x = torch.randn(N, size_in, generator=generator)
         W = torch.randn(size_out, size_in, generator=generator)
         bias = torch.randn(size_out, generator=generator)
-        for product in PRODUCTS.values():
+        for product in MATMULS.values():
             assert torch.allclose(product(x, W, bias), x @ W.T + bias, atol=1e-4)
             assert torch.allclose(product(x, W.T.contiguous().T), x @ W.T, atol=1e-4)
 
 
-def test_a_product_that_is_wrong_or_refused_is_never_taken(monkeypatch):
+def test_a_matmul_that_is_wrong_or_refused_is_never_taken(monkeypatch):
     def refused(x, W, bias=None):
         raise RuntimeError("no such thing here\nmore")
 
-    monkeypatch.setitem(PRODUCTS, "onednn", lambda x, W, bias=None: torch.zeros(len(x), len(W)))
-    monkeypatch.setitem(PRODUCTS, "other", refused)
-    choice = pick_product("cpu", torch.float32)
-    assert choice.taken == "torch"
+    monkeypatch.setitem(MATMULS, "onednn", lambda x, W, bias=None: torch.zeros(len(x), len(W)))
+    monkeypatch.setitem(MATMULS, "other", refused)
+    choice = pick_matmul("cpu", torch.float32)
+    assert choice.picked == "torch"
     assert "onednn (wrong by" in choice.lines[0]
     assert "no such thing here" in choice.lines[0]
 
 
 def test_the_fastest_is_taken_if_it_is_clearly_faster(monkeypatch):
     times = {"torch": 1.0, "onednn": 0.8}
-    real = dict(PRODUCTS)
+    real = dict(MATMULS)
     monkeypatch.setattr(matmul, "shortest", lambda call: times[_name_of(call, real)])
-    assert pick_product("cpu", torch.float32).taken == "onednn"
+    assert pick_matmul("cpu", torch.float32).picked == "onednn"
     times["onednn"] = 0.95
-    assert pick_product("cpu", torch.float32).taken == "torch"
-    assert pick_product("cpu", torch.bfloat16).taken == "torch"
+    assert pick_matmul("cpu", torch.float32).picked == "torch"
+    assert pick_matmul("cpu", torch.bfloat16).picked == "torch"
 
 
 def _name_of(call, products):

@@ -21,7 +21,7 @@ from checkpoint.adapters import load_adapter, load_with_adapters
 from checkpoint.load import load_model
 from families import model_config
 from fast.fused_block import fuse_blocks, fused_linears
-from fast.matmul import torch_product
+from fast.matmul import torch_matmul
 from lora import (LoRAConfig, LoRALinear, attach_lora, dequantized_weight, lora_layers,
                   merge_adapters)
 from fast.compile import compile_unpacking
@@ -174,7 +174,7 @@ def test_adapters_learn_beside_it_alike_on_both_paths(form):
     dense = nn.Linear(32, 48, bias=False)
     dense.weight = nn.Parameter(packed.dense(), False)
     A, B, x = torch.randn(4, 32), torch.randn(48, 4), torch.randn(20, 32)
-    for base, matmul in ((QuantLinear(packed), torch_product), (QuantLinear(packed), None), (dense, None)):
+    for base, matmul in ((QuantLinear(packed), torch_matmul), (QuantLinear(packed), None), (dense, None)):
         layer, mine = LoRALinear(base, 4, 0.5, 0.0), x.clone().requires_grad_()
         layer.lora_A.weight.data, layer.lora_B.weight.data = A.clone(), B.clone()
         out, frozen = fused_linears([layer, base], mine, matmul=matmul)
