@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -72,6 +73,14 @@ def versions() -> dict[str, str]:
 def print_pairs(title: str, pairs: dict):
     """Print a title and aligned `name  value` lines."""
     print(format_pairs(title, pairs))
+
+
+def format_paragraph(title: str, pairs: dict) -> str:
+    """A title and `name: value` texts in lines of at most 100 columns."""
+    texts = "; ".join(f"{name}: {value}" for name, value in pairs.items())
+    lines = textwrap.fill(texts, 100, initial_indent="  ", subsequent_indent="  ",
+                          break_long_words=False, break_on_hyphens=False)
+    return f"\n{title}\n{lines}"
 
 
 def format_pairs(title: str, pairs: dict) -> str:

@@ -36,7 +36,8 @@ from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
 from runtime.load_config import ignored_keys, non_default
-from runtime.report import (RunLog, model_card, plot_losses, print_pairs, trainer_state, versions)
+from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
+                            trainer_state, versions)
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
                             record_stop, prepare_output, remove_old_checkpoints, check_disk_space,
                             usable_best)
@@ -54,7 +55,7 @@ MAX_SKIPPED = 3             # consecutive steps without a finite loss and gradie
 
 @dataclass
 class RunState:
-    """What a checkpoint keeps of a run. `disk` names are those of the files (LEGACY_NAMES)."""
+    """What a checkpoint keeps of a run, in trainer_state.json under the key "resume"."""
     rows_per_step: int
     rows: str                       # checksum of the training rows
     kernel: str = "plain"
@@ -132,7 +133,7 @@ class Run:
                          "versions": versions()}
         self.template = text.template.name
         self.tokenizer = text.tokenizer
-        print_pairs("settings that differ from the defaults", non_default(config))
+        print(format_paragraph("settings that differ from the defaults", non_default(config)))
         ignored = ignored_keys(config)
         if ignored:
             print(f"  accepted, no effect here: {', '.join(ignored)}")
@@ -140,8 +141,9 @@ class Run:
             changed = changed_settings(self.resume, self.settings, config.force_resume)
             if changed:
                 print_pairs(f"settings changed since {self.resume}", changed)
-        print_pairs("environment", {**versions(), "device": device_name(device),
-                                    "template": f"{text.template.name} ({text.origin})"})
+        print(format_paragraph("environment", {
+            **versions(), "device": device_name(device),
+            "template": f"{text.template.name} ({text.origin})"}))
         for note in base.model_config.notes:
             print(f"  note: {note}")
         for note in text.notes:

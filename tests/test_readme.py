@@ -21,6 +21,22 @@ def test_the_table_of_files_is_the_folder():
     assert named == {path.name for path in ROOT.glob("*.py")}
 
 
+def test_the_lines_of_the_seven_files_are_right():
+    """Within a tenth: the table says how long an afternoon is."""
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE)
+    assert [name for name, _ in rows] == [f"{name}.py" for name in (
+        "train", "data", "templates", "model", "lora", "losses", "optim")]
+    for name, lines in rows:
+        found = len((ROOT / name).read_text(encoding="utf-8").splitlines())
+        assert abs(found - int(lines)) <= found / 10, (name, found)
+
+
+def test_every_folder_has_its_line():
+    named = set(re.findall(r"^\| `(\w+)/` \|", README, re.MULTILINE)) | {"models"}
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders <= named
+
+
 def test_commands_name_files_that_exist():
     texts = [README, *(path.read_text(encoding="utf-8") for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/*.md")])]
     for text in texts:
