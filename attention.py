@@ -40,7 +40,7 @@ PLAIN_QUERIES = 1024   # of one sequence, whose scores the plain twin holds at o
 
 # ---- the micro-batch as one row --------------------------------------------------------------------------------------
 
-class Layout:
+class PackedLayout:
     """How the samples of a micro-batch lie end to end in one row; made once per micro-batch, used by every layer.
 
     Kernels that know boundaries read `cu_seqlens` (int32, n + 1 offsets) and `max_len`. For the others, segments of
@@ -85,7 +85,7 @@ class Layout:
             return self
         if chunk not in self.chunks:
             lengths = [min(chunk, n - start) for n in self.lengths for start in range(0, n, chunk)]
-            self.chunks[chunk] = Layout(lengths, self.gather.device)
+            self.chunks[chunk] = PackedLayout(lengths, self.gather.device)
         return self.chunks[chunk]
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from attention import Layout, to_device
+from attention import PackedLayout, to_device
 from config import COMPARED
 from templates import Settings, encode_pieces, render_turns
 
@@ -336,7 +336,7 @@ class Batch:
     targets: torch.Tensor           # (N,) int64: the token after each; IGNORE ends every sequence
     lengths: list[int]              # tokens of each sequence, which attention keeps apart
     n_items: float
-    layout: Layout | None = None    # of the lengths, for attention; made by `to`
+    layout: PackedLayout | None = None    # of the lengths, for attention; made by `to`
 
     batch_sizes: tuple = ()         # preferences: rows of each micro-batch that was merged here
     row_weights: torch.Tensor | None = None     # (rows,) float32: weight of each row's loss
@@ -362,7 +362,7 @@ class Batch:
             self,
             input_ids=input_ids,
             position_ids=to_device(self.position_ids, device),
-            layout=Layout(self.lengths, device),
+            layout=PackedLayout(self.lengths, device),
             row_weights=None if self.row_weights is None else to_device(self.row_weights, device),
             desired=None if self.desired is None else to_device(self.desired, device),
             kl_batch=None if self.kl_batch is None else self.kl_batch.to(device),

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Layout, attend
+from attention import PackedLayout, attend
 from families import ModelConfig
 from rope import alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate
 
@@ -49,7 +49,7 @@ class ForwardContext:
     rope: tuple | None                      # cos and sin, (B, 1, T, R)
     slopes: torch.Tensor | None             # ALiBi, (H,)
     temperature: torch.Tensor | None        # factor of queries, (B, 1, T, 1)
-    layout: Layout | None                   # sequence boundaries in a packed row
+    layout: PackedLayout | None                   # sequence boundaries in a packed row
     cache: "KVCache | None"
     kernel: str                             # of attention.attend
     routers: list | None = None             # collects the router logits (N, E) of each layer
@@ -434,7 +434,7 @@ class CausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids, position_ids=None, layout: Layout | None = None,
+    def forward(self, input_ids, position_ids=None, layout: PackedLayout | None = None,
                 cache: "KVCache | None" = None, routers: list | None = None):
         """Hidden states after the final norm, (B, T, D).
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from attention import KERNELS, Layout, SDPA, TORCH, attend, lacking, plain, release
+from attention import KERNELS, PackedLayout, SDPA, TORCH, attend, lacking, plain, release
 from errors import did_you_mean
 
 WANTED = {   # LLaMA-Factory's key flash_attn -> the kernels that may serve it
@@ -318,7 +318,7 @@ def run(attention, inputs, device, dtype, lengths, problem):
     q, k, v, grad = (x.to(device, dtype) for x in inputs)
     v = v.transpose(1, 2).contiguous().transpose(1, 2)   # a view, as a model's v is
     leaves = [x.detach().requires_grad_(problem.training) for x in (q, k, v)]
-    out = attention(*leaves, layout=lengths and Layout(lengths, device), **problem.options(q.shape[1], device))
+    out = attention(*leaves, layout=lengths and PackedLayout(lengths, device), **problem.options(q.shape[1], device))
     # from a scalar: to compare the shapes of a tensor and its given gradient torch imports sympy, 0.4 s of every start
     results = [out, *torch.autograd.grad((out * grad).sum(), leaves)] if problem.training else [out]
     return [x.detach().to("cpu", torch.float64) for x in results]
@@ -338,7 +338,7 @@ def time_kernel(kernel, problem, warm=3, runs=7):
     wait = partial(torch.cuda.synchronize, problem.device) if problem.on_gpu else lambda: None
     call, took = partial(attend, kernel=kernel, chunk=problem.chunk, **problem.options(H, problem.device)), []
     for i in range(warm + runs):
-        layout = Layout((first - i, second + i, *rest), problem.device)
+        layout = PackedLayout((first - i, second + i, *rest), problem.device)
         wait()
         start = time.perf_counter()
         if problem.training:

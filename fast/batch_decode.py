@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attention import Filled, Layout
+from attention import Filled, PackedLayout
 from generate import (Sampling, check_finite, check_prompt, generate, next_scores, sample,
                       tokens_seen)
 from model import CausalLM, KVCache
@@ -90,7 +90,7 @@ class RowCache(KVCache):
         ids, positions = (torch.tensor([[i for row in rows for i in row]], device=self.device)
                           for rows in (prompts, [range(n) for n in self.coming]))            # (1, N)
         ends = torch.tensor(self.coming, device=self.device).cumsum(0) - 1
-        hidden = model(ids, positions, Layout(self.coming, self.device), cache=self)[0, ends]        # (n, D)
+        hidden = model(ids, positions, PackedLayout(self.coming, self.device), cache=self)[0, ends]        # (n, D)
         self.lengths, self.coming = self.lengths + self.coming, []
         return model.logits(hidden).float()
 

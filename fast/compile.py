@@ -64,14 +64,14 @@ def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu") -
     if wanted is False:
         return False, "torch.compile: off"
     if wanted is None and device.type != "cuda":
-        return False, "torch.compile: off (compiling takes longer than it saves on a CPU)"
+        return False, "torch.compile: off (not worth it on a CPU)"
     try:
         error = compile_error(device, dtype, hidden_act)
     except Exception as refusal:        # of many kinds, and none must end a training
-        return False, f"torch.compile: off; it does not work here ({first_line(refusal)})"
+        return False, f"torch.compile: off (fails here: {first_line(refusal)})"
     if not error < COMPILED_ERROR[dtype]:
-        return False, f"torch.compile: off; compiled steps are off by {error:.2g}"
-    return True, "torch.compile: norms, rotation, gate * up"
+        return False, f"torch.compile: off (compiled steps are wrong by {error:.2g})"
+    return True, "torch.compile: on (norms, rotation, gate * up)"
 
 
 def first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The library that multiplies matrices: torch's own or oneDNN, picked by a measurement.
+"""Matrix multiplication on the CPU: torch's own or oneDNN, picked by a measurement.
 
     python -m fast.matmul       how fast and how exact each is on this machine, and which is picked
 
@@ -76,25 +76,30 @@ def pick_matmul(device, dtype: torch.dtype) -> MatmulChoice:
     allowed = 4 * float((torch_matmul(x, W) - x.double() @ W.double().T).abs().max())
 
     rates = {}
-    found = {}                                      # name -> what was found, in words
+    refused = {}                                    # name -> reason
     for name, matmul in MATMULS.items():
         try:
             error = matmul_error(matmul, x, W)
         except (RuntimeError, AttributeError, NotImplementedError) as refusal:
-            found[name] = str(refusal).splitlines()[0][:80]
+            refused[name] = str(refusal).splitlines()[0][:80]
             continue
         if not error <= allowed:
-            found[name] = f"wrong by {error:.2g}"
+            refused[name] = f"wrong by {error:.2g}"
             continue
         seconds = shortest(lambda: matmul(x, W))
         rates[name] = 2 * x.numel() * len(W) / seconds / 1e9
-        found[name] = f"{rates[name]:.0f} GFLOP/s"
 
     picked = max(rates, key=rates.get)
     if rates[picked] <= CLEARLY * rates["torch"]:
         picked = "torch"
-    others = ", ".join(f"{name} ({what})" for name, what in found.items() if name != picked)
-    return MatmulChoice(picked, rates, [f"matmul: {picked}, {found[picked]}; not used: {others}"])
+    return MatmulChoice(picked, rates, [matmul_line(picked, rates, refused)])
+
+
+def matmul_line(picked: str, rates: dict[str, float], refused: dict[str, str]) -> str:
+    """A line for the start page: "matmul: torch, 116 GFLOP/s (onednn 93)"."""
+    others = [f"{name} {rate:.0f}" for name, rate in rates.items() if name != picked]
+    others += [f"{name}: {reason}" for name, reason in refused.items()]
+    return f"matmul: {picked}, {rates[picked]:.0f} GFLOP/s ({', '.join(others)})"
 
 
 def matmul_error(matmul: Callable, x, W) -> float:

@@ -78,7 +78,7 @@ def test_equals_the_definition(kernel, window, T, S):
 def test_packed_row_equals_the_definition(kernel, window):
     lengths = (1, 4, 2, 4, 1)
     q, k, v = tensors(1, 4, 2, 12, 12)
-    out = A.attend(q, k, v, kernel=kernel, layout=A.Layout(lengths), window=window)
+    out = A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout(lengths), window=window)
     assert_close([out], [by_hand(q, k, v, window, lengths)])
 
 
@@ -88,13 +88,13 @@ def test_packed_row_equals_the_definition(kernel, window):
 def test_gradients_of_a_packed_row_equal_the_plain_twin(kernel, lengths, window):
     qkv = tensors(1, 4, 2, sum(lengths), sum(lengths))
     qkv[2] = qkv[2].transpose(1, 2).contiguous().transpose(1, 2)   # a model's v is a view
-    options = {"layout": A.Layout(lengths), "window": window}
+    options = {"layout": A.PackedLayout(lengths), "window": window}
     assert_close(with_gradients(qkv, kernel=kernel, **options), with_gradients(qkv, kernel="plain", **options))
 
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
 def test_samples_of_a_row_do_not_touch_each_other(kernel):
-    layout = A.Layout((5, 1, 8))
+    layout = A.PackedLayout((5, 1, 8))
     q, k, v = tensors(1, 4, 2, 14, 14)
     before = A.attend(q, k, v, kernel=kernel, layout=layout)
     q[:, :, :5], k[:, :, :5], v[:, :, :5] = 100, float("inf"), float("nan")
@@ -124,7 +124,7 @@ def test_autocast_changes_nothing(monkeypatch):
     """Under autocast q and k may arrive in float32 and v in 16 bits; the plain twin's scores must stay float32."""
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     q, k, v = tensors(1, 4, 2, 12, 12, dtype=torch.bfloat16)
-    layout = A.Layout((7, 5))
+    layout = A.PackedLayout((7, 5))
     for kernel in ("plain", "flash-attn", *SDPA_ON_CPU):
         expected = A.attend(q, k, v, kernel=kernel, layout=layout)
         with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +196,7 @@ def test_alibi_reaches_sdpa_as_a_mask_and_nothing_stands_in(monkeypatch, kernel)
         return real(q, k, v, attn_mask, **options)
 
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
-    for T, S, layout in ((6, 6, None), (1, 6, None), (3, 6, None), (110, 110, A.Layout((40, 30, 39, 1)))):
+    for T, S, layout in ((6, 6, None), (1, 6, None), (3, 6, None), (110, 110, A.PackedLayout((40, 30, 39, 1)))):
         A.attend(*tensors(1, 4, 2, T, S), kernel=kernel, slopes=SLOPES, layout=layout)
     assert asked == [(1, 4, 6, 6), (1, 4, 1, 6), (1, 4, 3, 6), (1, 4, 40, 40), (1, 4, 30, 30)]
 
@@ -237,7 +237,7 @@ def test_rules_equal_the_definition(packages, kernel, name, T, S):
 def test_rules_hold_in_a_packed_row(packages, kernel, name, lengths):
     rules, total = RULES[name], sum(lengths)
     qkv = tensors(1, 4, 2, total, total)
-    found = with_gradients(qkv, kernel=kernel, layout=A.Layout(lengths), **rules)
+    found = with_gradients(qkv, kernel=kernel, layout=A.PackedLayout(lengths), **rules)
     assert_close(found, with_gradients(qkv, by_hand, lengths=lengths, **rules))
     parts = zip(*(x.split(lengths, dim=2) for x in qkv))
     alone = [A.attend(*part, kernel=kernel, **rules) for part in parts]     # each sample in a row of its own
@@ -292,9 +292,9 @@ def test_decoding_in_a_chunk_touches_only_its_keys():
 def test_autocast_changes_no_rule():
     q, k, v = tensors(1, 4, 2, 12, 12, dtype=torch.bfloat16)
     for kernel, rules in (("plain", RULES["all"]), *((kernel, RULES["alibi + chunk"]) for kernel in SDPA_ON_CPU)):
-        expected = A.attend(q, k, v, kernel=kernel, layout=A.Layout((7, 5)), **rules)
+        expected = A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout((7, 5)), **rules)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(A.attend(q, k, v, kernel=kernel, layout=A.Layout((7, 5)), **rules), expected)
+            assert torch.equal(A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout((7, 5)), **rules), expected)
 
 
 @pytest.mark.parametrize("kernel", ("torch-varlen", *A.SDPA))
@@ -320,11 +320,11 @@ def test_the_plain_twin_in_blocks(monkeypatch, window, T, S):
     assert all(block[:, 0].any() and block[:, -1].any() for block in scores)   # no key that nobody sees
 
 
-# ---- Layout ----------------------------------------------------------------------------------------------------------
+# ---- PackedLayout ----------------------------------------------------------------------------------
 
 def test_layout_gather_and_scatter_are_inverse():
     lengths = (3, 40, 1, 41, 128, 3, 120)
-    layout = A.Layout(lengths)
+    layout = A.PackedLayout(lengths)
     row = torch.arange(layout.total)
     assert torch.equal(row[layout.gather][layout.scatter], row)
     assert layout.cu_seqlens.dtype == torch.int32 and layout.cu_seqlens.tolist() == [0, 3, 43, 44, 85, 213, 216, 336]
@@ -344,7 +344,7 @@ def test_padding_is_bounded_and_equal_lengths_share_a_batch():
 
 
 def test_chunks_of_a_layout():
-    layout = A.Layout((3, 40, 8, 17))
+    layout = A.PackedLayout((3, 40, 8, 17))
     cut = layout.chunked(8)
     assert cut.lengths == (3, 8, 8, 8, 8, 8, 8, 8, 8, 1) and cut.total == layout.total
     assert layout.chunked(8) is cut and layout.chunked(40) is layout and layout.chunked(7) is not cut
@@ -354,7 +354,7 @@ def test_chunks_of_a_layout():
 def test_layout_refuses_nonsense():
     for lengths in ((), (3, 0)):
         with pytest.raises(ValueError, match="1 token or more"):
-            A.Layout(lengths)
+            A.PackedLayout(lengths)
 
 
 # ---- flash-attn and torch's varlen, imitated -------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_kernels_that_know_boundaries_are_called_rightly(monkeypatch, kernel, wi
     for T, S in ((6, 6), (3, 6), (1, 6)):
         q, k, v = tensors(2, 4, 2, T, S)
         assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [by_hand(q, k, v, window)])
-    qkv, layout = tensors(1, 4, 2, 12, 12), A.Layout((1, 4, 6, 1))
+    qkv, layout = tensors(1, 4, 2, 12, 12), A.PackedLayout((1, 4, 6, 1))
     assert_close(with_gradients(qkv, kernel=kernel, layout=layout, window=window),
                  with_gradients(qkv, kernel="plain", layout=layout, window=window))
 

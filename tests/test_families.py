@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from attention import Layout
+from attention import PackedLayout
 from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from model import CausalLM, KVCache
@@ -300,7 +300,7 @@ def test_several_sequences_in_one_row(made, name):
     row = torch.cat([ids[i % 2, :n] for i, n in enumerate(lengths)])[None]
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     for model.kernel in kernels(model):
-        parts = model.logits(model(row, positions, Layout(lengths)))[0].split(lengths)
+        parts = model.logits(model(row, positions, PackedLayout(lengths)))[0].split(lengths)
         for i, (n, part) in enumerate(zip(lengths, parts)):
             assert (part - want[i % 2, :n]).abs().max() < CLOSE, (model.kernel, n)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Layout
+from attention import PackedLayout
 from checkpoint.load import load_model
 from families import FAMILIES
 from fast import fused_block
@@ -181,7 +181,7 @@ def loss_and_gradients(model, lengths):
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (1, sum(lengths)), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    hidden = model(ids, positions, Layout(lengths))
+    hidden = model(ids, positions, PackedLayout(lengths))
     loss = cross_entropy_sum(hidden[0], model.head_weight(), ids[0].roll(-1))
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -27,8 +27,9 @@ def test_a_matmul_that_is_wrong_or_refused_is_never_taken(monkeypatch):
     monkeypatch.setitem(MATMULS, "other", refused)
     choice = pick_matmul("cpu", torch.float32)
     assert choice.picked == "torch"
-    assert "onednn (wrong by" in choice.lines[0]
-    assert "no such thing here" in choice.lines[0]
+    assert choice.lines[0].startswith("matmul: torch, ")
+    assert "onednn: wrong by" in choice.lines[0]
+    assert "other: no such thing here" in choice.lines[0]
 
 
 def test_the_fastest_is_taken_if_it_is_clearly_faster(monkeypatch):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import families
-from attention import Layout
+from attention import PackedLayout
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
 from methods.lora_variants import variant_of
@@ -133,7 +133,7 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)  # as in the second micro-batch, which finds them allocated
     lengths = [n for row in rows for n in row]
-    layout = Layout(lengths)
+    layout = PackedLayout(lengths)
     ids = torch.randint(model_config.vocab_size, (1, sum(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     known = [

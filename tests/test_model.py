@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from attention import Layout
+from attention import PackedLayout
 from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from fast.fused_block import fuse_blocks
@@ -80,7 +80,7 @@ def test_sequences_in_one_row_equal_sequences_alone():
     lengths = [1, 5, 2, 9]
     ids = torch.randint(0, 50, (1, sum(lengths)), generator=torch.Generator().manual_seed(4))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    together = model(ids, positions, Layout(lengths)).split(lengths, 1)
+    together = model(ids, positions, PackedLayout(lengths)).split(lengths, 1)
     for part, alone in zip(together, ids.split(lengths, 1)):
         assert torch.allclose(part, model(alone), atol=1e-5)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
-from attention import Layout
+from attention import PackedLayout
 from optim import (Optimizer, SCHEDULES, add_neftune, make_optimizer, parameter_groups, schedule,
                    set_rates, state_bytes, warmup_steps)
 from runtime.precision import LossScale
@@ -384,7 +384,7 @@ def test_neftune_noise_per_sequence():
     add_neftune(model, alpha)
     ids = torch.zeros(1, sum(lengths), dtype=torch.long)
     torch.manual_seed(0)
-    layout = Layout(lengths, "cpu")
+    layout = PackedLayout(lengths, "cpu")
     noise = (model(ids, None, layout) - 3.0).detach()[0]
     for part, L in zip(noise.split(lengths), lengths):
         bound = alpha / math.sqrt(L * D)
@@ -400,7 +400,7 @@ def test_neftune_keeps_dtype_and_gradient():
     embedding = nn.Embedding(10, 8, dtype=torch.bfloat16)
     model = embedding_model(embedding)
     add_neftune(model, 5.0)
-    out = model(torch.tensor([[1, 2, 3]]), None, Layout([3], "cpu"))
+    out = model(torch.tensor([[1, 2, 3]]), None, PackedLayout([3], "cpu"))
     assert out.dtype == torch.bfloat16
     out.sum().backward()
     assert torch.equal(embedding.weight.grad.sum(1), torch.tensor([0, 8, 8, 8] + [0] * 6, dtype=torch.bfloat16))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import families
-from attention import Layout
+from attention import PackedLayout
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from runtime import throughput
@@ -143,7 +143,7 @@ def test_flops_are_those_torch_counts():
     model = CausalLM(families.model_config(fields)).requires_grad_(True)
     ids = torch.randint(0, 500, (1, 24))
     with FlopCounterMode(display=False) as counter:
-        hidden = model(ids, None, Layout([24]))
+        hidden = model(ids, None, PackedLayout([24]))
         (hidden @ model.lm_head.weight.T).float().logsumexp(-1).sum().backward()
     # it counts all pairs of the plain kernel, we those that the mask leaves
     all_pairs = 12 * 2 * 64 * 24 * 24
