@@ -99,7 +99,8 @@ class _CrossEntropySum(torch.autograd.Function):
 def chunk_rows(supervised_rows: int, vocab_size: int) -> int:
     """Positions whose logits are held at once."""
     rows = max(1, CHUNK_BYTES // (4 * vocab_size), -(-supervised_rows // MAX_CHUNKS))
-    return rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE or rows      # else a product ends in a small block
+    # a multiple, so that no matmul ends in a small block
+    return rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE or rows
 
 
 def chunks(supervised_rows: int, vocab_size: int) -> list[slice]:

@@ -30,7 +30,7 @@ from losses import MetricSums
 from optim import make_optimizer, schedule as lr_schedule, set_rates as set_lr
 from parallel import end_ranks, start_ranks
 from runtime.build import STAGES, build_gradients, build_model, build_objective
-from runtime.precision import Precision, check_dtype, check_first_batch
+from runtime.precision import Precision, check_first_batch
 from runtime.run import Run
 from runtime.setup import choose_setup, find_base, load_data
 from runtime.show_data import print_example
@@ -41,16 +41,15 @@ from text.load_text import load_text
 def main(argv):
     config = load_config(argv, "train")
     device = pick_device(config.use_cpu)
-    check_dtype(config, device)
     ranks = start_ranks(device, config.ddp_timeout)
-    run = Run(config, ranks)                        # output_dir, and where to resume
+    run = Run(config, device, ranks)                # output_dir, and where to resume
     torch.manual_seed(config.seed + ranks.rank)     # dropout; all else has generators of its own
 
     # ---- data: conversations -> token ids, labels on what the assistant says
     base = find_base(config, ranks)
-    stored = [run.resume] if run.resume else base.adapters
-    text = load_text(config, base.folder, stored, base.model_config, check=config.stage != "pt")
-    run.print_start(device, base, text)
+    text = load_text(config, base.folder, run.stored_at(base), base.model_config,
+                     check=config.stage != "pt")
+    run.print_start(base, text)
     stage = STAGES[config.stage]                    # how rows are encoded, batched and scored
     train_set, eval_set = load_data(config, base, text, stage, ranks)
     print_example(text.tokenizer, train_set[0], config.stage)
@@ -97,10 +96,9 @@ def main(argv):
 
         # ---- the end: the best or the last weights, results
         run.end_loop()
-        results = None
         if eval_set and config.do_eval:
-            results = evaluate(model, eval_set, objective, config, precision, ranks)
-        run.finish(argv, results)
+            run.final_eval = evaluate(model, eval_set, objective, config, precision, ranks)
+        run.finish(argv)
 
 
 def train_step(model, objective, step, gradients, precision, max_grad_norm):

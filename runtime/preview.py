@@ -24,7 +24,7 @@ from text.tokenizer import load_tokenizer
 
 
 def main(argv):
-    """Print the first examples; --jsonl FILE also writes all training rows, unlearnable ones too."""
+    """Print the first examples; --jsonl FILE also writes all training rows."""
     config = load_config(argv, "data")
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     tokenizer = load_tokenizer(base, config.split_special_tokens)

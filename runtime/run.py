@@ -1,6 +1,6 @@
 """What stands around the loop: where a run continues, what it logs, saves and leaves behind.
 
-    run = Run(config, ranks)                    # the checkpoint to resume from, before anything
+    run = Run(config, device, ranks)            # the checkpoint to resume from, before anything
     run.start(...)                              # restore it, lock output_dir, open the log
     for step in plan.steps(after=run.state.step):
         ...                                     # the loop of train.py computes
@@ -36,6 +36,7 @@ from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
 from runtime.load_config import ignored_keys, non_default
+from runtime.precision import check_dtype
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
                             trainer_state, versions)
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
@@ -101,11 +102,14 @@ LEGACY_NAMES = {
 class Run:
     """One training run: its output folder, its state, its log. See the top of this file.
 
-    resume: the checkpoint to continue from, or None.
+    resume: the checkpoint to continue from, or None. Raises ValueError for a dtype that the device
+    lacks, and rather than overwrite another run.
     """
 
-    def __init__(self, config, ranks: Ranks):
+    def __init__(self, config, device: torch.device, ranks: Ranks):
+        check_dtype(config, device)
         self.config = config
+        self.device = device
         self.ranks = ranks
         self.output = Path(config.output_dir)
         self.start_time = time.time()
@@ -118,6 +122,7 @@ class Run:
             self.saved = read_json(self.resume / "trainer_state.json").get("resume", {})
         self.skipped_in_a_row = 0
         self.stop_reason = ""
+        self.final_eval = None                          # metrics of the final weights
 
     def recorded(self, name: str, default):
         """A field of the resumed run's state, or `default` for a new run."""
@@ -126,7 +131,11 @@ class Run:
         then = {one.name: one.default for one in fields(RunState)}
         return self.saved.get(LEGACY_NAMES.get(name, name), then[name])
 
-    def print_start(self, device: torch.device, base: Base, text):
+    def stored_at(self, base: Base) -> list[Path]:
+        """Folders whose train_config.json may name a chat template."""
+        return [self.resume] if self.resume else base.adapters
+
+    def print_start(self, base: Base, text):
         """The head of the start page; raises ValueError for settings that cannot be resumed."""
         config = self.config
         self.settings = {**as_dict(config), "template": written_template(text.template),
@@ -142,7 +151,7 @@ class Run:
             if changed:
                 print_pairs(f"settings changed since {self.resume}", changed)
         print(format_paragraph("environment", {
-            **versions(), "device": device_name(device),
+            **versions(), "device": device_name(self.device),
             "template": f"{text.template.name} ({text.origin})"}))
         for note in base.model_config.notes:
             print(f"  note: {note}")
@@ -441,15 +450,12 @@ class Run:
             for p, q in zip(self.model.parameters(), saved.parameters()):
                 p.copy_(q)
 
-    def finish(self, argv: list[str], eval_metrics: dict | None):
-        """Save the final weights and the results; eval.py takes over where do_predict asks.
-
-        eval_metrics: of the final weights, or None.
-        """
+    def finish(self, argv: list[str]):
+        """Save the final weights and the results; eval.py takes over where do_predict asks."""
         results = {"train": self.train_results()}
         self.log.history.append(results["train"] | {"step": self.state.step})
-        if eval_metrics:
-            results["eval"] = {"epoch": self.state.epoch, **eval_metrics}
+        if self.final_eval:
+            results["eval"] = {"epoch": self.state.epoch, **self.final_eval}
         if not self.gradients.sharded:
             end_ranks()                                 # the others have nothing left to do
         elif not self.ranks.main:

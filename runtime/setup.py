@@ -158,7 +158,7 @@ def load_data(config, base: Base, text, stage, ranks: Ranks) -> tuple:
 
 
 def check_examples(splits: list, model_config: ModelConfig, tokenizer):
-    """Raises ValueError for a token id the model lacks; prints a note on rows beyond its context."""
+    """Raises ValueError for a token id the model lacks; notes rows longer than its context."""
     largest = max(examples.largest_id for examples in splits)
     if largest >= model_config.vocab_size:
         raise ValueError(
@@ -243,21 +243,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     balance = 0.0
     if config.stage in ("sft", "pt"):
         balance = config.moe_aux_loss_coef or model_config.router_aux_loss_coef
-    sharded = bool(config.fsdp) and ranks.world > 1
-    memory = memory_plan(config, Workload(
-        model_config=model_config,
-        lora=lora,
-        rows=largest_rows(plan.train_set, plan.all_micro_batches()),
-        dtype=dtype,
-        kernel=attention.kernel,
-        device=device,
-        world=ranks.world,
-        sharded=sharded,
-        fast=True,
-        fp8=bool(config.base_precision),
-        quant_formats=base.quant_formats,
-        other_bytes=reference_bytes(config, lora, base, dtype),
-    ))
+    memory = plan_memory(config, base, plan, lora, dtype, attention.kernel)
     free_bytes = free_on_all(device, ranks)
     max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)
     max_tokens = min(max_tokens, run.recorded("max_tokens_per_pass", max_tokens))
@@ -272,13 +258,37 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         compiled=compiled,
         fp8=fp8,
         balance=balance,
-        sharded=sharded,
+        sharded=is_run_sharded(config, ranks),
         memory=memory,
         free_bytes=free_bytes,
         max_tokens_per_pass=max_tokens,
         numbers=plan_numbers(config, plan, memory, dtype),
         lines=[line for line in (*attention.lines, *matmul.lines, compile_line, fp8_line) if line],
     )
+
+
+def is_run_sharded(config, ranks: Ranks) -> bool:
+    """Whether weights are split over the ranks."""
+    return bool(config.fsdp) and ranks.world > 1
+
+
+def plan_memory(config, base: Base, plan: StepPlan, lora: LoRAConfig | None, dtype: torch.dtype,
+                kernel: str) -> Plan:
+    """The memory of a step with the largest micro-batch of the run, each micro-batch alone."""
+    return memory_plan(config, Workload(
+        model_config=base.model_config,
+        lora=lora,
+        rows=largest_rows(plan.train_set, plan.all_micro_batches()),
+        dtype=dtype,
+        kernel=kernel,
+        device=plan.device,
+        world=plan.ranks.world,
+        sharded=is_run_sharded(config, plan.ranks),
+        fast=True,
+        fp8=bool(config.base_precision),
+        quant_formats=base.quant_formats,
+        other_bytes=reference_bytes(config, lora, base, dtype),
+    ))
 
 
 def free_on_all(device: torch.device, ranks: Ranks) -> int | None:

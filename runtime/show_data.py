@@ -28,7 +28,8 @@ def print_counts(report: DataReport):
         if counts.bad:
             print(f"    left out as bad (skip_bad_rows): {counts.bad}")
     if report.dropped_tail:
-        print(f"  left out, the last {report.dropped_tail:,} tokens, which fill no block of cutoff_len")
+        print(f"  left out, the last {report.dropped_tail:,} tokens, which fill no block of "
+              "cutoff_len")
     examples = [f"{count:,} ({split})" for split, count in report.examples.items() if count]
     print(f"  examples: {', '.join(examples)}")
     for line in report.bad_rows:

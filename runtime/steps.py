@@ -198,7 +198,7 @@ def shard_batches(config, train_set, epoch: int, ranks: Ranks) -> list[list[int]
 
 
 def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Order of n examples in an epoch (from 0): the permutation of accelerate's seedable sampler."""
+    """Order of n examples in an epoch (from 0), as accelerate's seedable sampler draws it."""
     if not shuffle:
         return list(range(n))
     generator = torch.Generator().manual_seed(seed + epoch)
