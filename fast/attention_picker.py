@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-from attention import KERNELS, PackedLayout, SDPA, TORCH, attend, lacking, plain, release
+from attention import (KERNELS, PackedLayout, SDPA, TORCH, attend, missing_feature, plain_attention,
+                       version_numbers)
 from errors import did_you_mean
 
 WANTED = {   # LLaMA-Factory's key flash_attn -> the kernels that may serve it
@@ -148,8 +149,8 @@ def try_kernels(kernels, problem):
 
 def known_refusal(kernel, problem):
     """Why a kernel need not be tried, or None; nothing is imported or run."""
-    if lack := lacking(kernel, problem.softcap is not None, problem.alibi):
-        return lack
+    if missing := missing_feature(kernel, problem.softcap is not None, problem.alibi):
+        return missing
     if kernel == "sdpa-flash" and problem.alibi and problem.on_gpu:
         return "takes no mask, and ALiBi needs one"
     if kernel in GPU_ONLY and not problem.on_gpu:
@@ -163,7 +164,7 @@ def known_refusal(kernel, problem):
         for needed, since, fault in ((True, "2.1", "aligns the causal mask top left"),
                                      (problem.window, "2.3", "has no window"), (problem.alibi, "2.4", "has no ALiBi"),
                                      (problem.softcap, "2.6", "has no softcap")):
-            if needed and release(version) < release(since):
+            if needed and version_numbers(version) < version_numbers(since):
                 return f"version {version} {fault}; {since} or newer is needed"
     if kernel == "torch-varlen" and TORCH < (2, 12):
         return f"not in torch {torch.__version__}; 2.12 or newer has it"
@@ -261,8 +262,8 @@ def find_fault(kernel, problem):
     dtype = getattr(torch, problem.dtype)
     for asked, (B, T, S, lengths) in product(variants(problem), cases(problem.training)):
         inputs = example(problem, B, T, S)
-        truth = run(plain, inputs, "cpu", torch.float64, lengths, asked)
-        rounded = run(partial(plain, careful=False), inputs, "cpu", dtype, lengths, asked)
+        truth = run(plain_attention, inputs, "cpu", torch.float64, lengths, asked)
+        rounded = run(partial(plain_attention, wide_scores=False), inputs, "cpu", dtype, lengths, asked)
         found = run(partial(attend, kernel=kernel), inputs, problem.device, dtype, lengths, asked)
         for name, *results in zip(("output", "gradient of q", "gradient of k", "gradient of v"), truth, rounded, found):
             for right, near, x in zip(*(result.split(lengths or result.shape[2], dim=2) for result in results)):

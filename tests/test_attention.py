@@ -212,7 +212,7 @@ RULES = {
     "all": {"softcap": 0.8, "slopes": SLOPES, "chunk": 5, "window": 3},
 }
 ABLE = [(kernel, name) for kernel in ("plain", "flash-attn", "torch-varlen", *SDPA_ON_CPU) for name in RULES
-        if not A.lacking(kernel, "softcap" in RULES[name], "slopes" in RULES[name])]
+        if not A.missing_feature(kernel, "softcap" in RULES[name], "slopes" in RULES[name])]
 
 
 @pytest.fixture
@@ -313,8 +313,8 @@ def test_the_plain_twin_in_blocks(monkeypatch, window, T, S):
     qkv, options = tensors(1, 4, 2, T, S, Dh=2), {"window": window, "softcap": 2.0, "slopes": SLOPES}
     whole = with_gradients(qkv, **options)
     monkeypatch.setattr(A, "PLAIN_QUERIES", 4)
-    scores, real = [], A.visible
-    monkeypatch.setattr(A, "visible", lambda *args: scores.append(real(*args)) or scores[-1])
+    scores, real = [], A.causal_mask
+    monkeypatch.setattr(A, "causal_mask", lambda *args: scores.append(real(*args)) or scores[-1])
     assert_close(with_gradients(qkv, **options), whole, atol=1e-6)
     assert max(len(block) for block in scores) == 4 and sum(len(block) for block in scores) == T
     assert all(block[:, 0].any() and block[:, -1].any() for block in scores)   # no key that nobody sees
@@ -371,7 +371,7 @@ def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False, 
         rules = {name: None if name in deaf_to else value for name, value in rules.items()}
         if causal_from_top_left:
             k, v = k[:len(q)], v[:len(q)]
-        out = A.plain(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale, **rules)
+        out = A.plain_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale, **rules)
         return spoil(q, k, v, out[0].transpose(0, 1))
 
     def flash_attn_func(q, k, v, **options):
@@ -435,7 +435,7 @@ def lose_own_key(q, k, v, out):
     """The last query of a long sequence misses one key, its own."""
     if len(q) != len(k) or len(q) < 100:
         return out
-    last = A.plain(*(x.transpose(0, 1)[None] for x in (q[-1:], k[:-1], v[:-1])), q.shape[-1] ** -0.5)
+    last = A.plain_attention(*(x.transpose(0, 1)[None] for x in (q[-1:], k[:-1], v[:-1])), q.shape[-1] ** -0.5)
     return torch.cat([out[:-1], last[0].transpose(0, 1)])
 
 
@@ -476,7 +476,7 @@ def test_a_kernel_that_scales_too_late_is_refused_in_float16(monkeypatch):
     def late(q, k, v, out):                                  # (T, H, Dh), (T, K, Dh)
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~A.visible(len(q), len(k), None, "cpu"), float("-inf"))
+        scores = scores.masked_fill(~A.causal_mask(len(q), len(k), None, "cpu"), float("-inf"))
         return torch.einsum("hts,shd->thd", scores.softmax(-1), v)
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(late))
     assert attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "bfloat16", 64, 4, 2)) is None
