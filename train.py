@@ -118,6 +118,7 @@ def train_step(model, objective, step, gradients, precision, max_grad_norm):
         gradients.backward(precision.scale(loss), batch, last=i == len(batches) - 1)
         total += loss.detach()
         metrics += batch_metrics
+        del loss                                    # with its graph, before the next one grows
     gradients.all_reduce()
     precision.unscale(gradients.parameters.values())
     return total, gradients.clip(max_grad_norm), metrics.sums
