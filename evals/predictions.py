@@ -25,7 +25,7 @@ from fast.batch_decode import answer_all, answer_each, one_at_a_time
 from fast.decode import pick_step
 from generate import Sampling
 from templates import encode_prompt
-from text.data_files import find_sources, rows_of
+from text.data_files import find_sources, open_rows
 from text.token_cache import conversation_of, refuse, split_rows
 
 Prompt = tuple[list[int], list[int]]        # ids of the prompt, ids of the expected answer
@@ -51,7 +51,7 @@ def read_prompt_rows(config: Config):
     """The rows to answer: those held out for evaluation, not encoded."""
     sampler = np.random.RandomState(config.seed)
     sources = find_sources(config.eval_dataset or config.dataset, config, [])
-    rows = rows_of(sources, config, sampler, [])
+    rows = open_rows(sources, config, sampler, [])
     if config.val_size and not config.eval_dataset:
         return split_rows(rows, config.val_size, config.seed)[1]
     return rows

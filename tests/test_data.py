@@ -227,7 +227,7 @@ def check_example(example, wanted, tokenizer, settings, where):
 def test_golden_prompts(tmp_path):
     """The generation path: prompt and answer apart, cut by the same rule."""
     from text.conversations import convert
-    from text.data_files import load_rows
+    from text.data_files import find_sources, open_rows
     checked = 0
     for line, rows, lines in cases_of("predict") + cases_of("templates_094"):
         if not line["predict"] or not known(line):
@@ -236,7 +236,8 @@ def test_golden_prompts(tmp_path):
         config = make_config(tmp_path, {"cutoff_len": 2048, **line["settings"]})
         template = TEMPLATES[line["template"]]
         tokenizer = tokenizer_for(template, SHARED / "tokenizers" / line["tokenizer"])
-        raw = load_rows(config.dataset, config, np.random.RandomState(0), [])
+        sources = find_sources(config.dataset, config, [])
+        raw = open_rows(sources, config, np.random.RandomState(0), [])
         for row, wanted in zip(raw, lines, strict=True):
             messages, system, tools, *_ = convert(row)
             rendered_as = with_overrides(template, config.tool_format, config.default_system)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from text import conversations
-from text import data_files as rows
+from text.data_files import find_sources, open_rows
 from tests.common import SHARED, needs_shared
 
 ALPACA = {"instruction": "ask", "input": "", "output": "answer"}
@@ -19,7 +19,9 @@ def config_for(folder, stage="sft", max_samples=None):
 
 def load(folder, names="d", notes=None, seed=42, **settings):
     sampler = np.random.RandomState(seed)
-    return rows.load_rows(names.split(","), config_for(folder, **settings), sampler, [] if notes is None else notes)
+    notes = [] if notes is None else notes
+    config = config_for(folder, **settings)
+    return open_rows(find_sources(names.split(","), config, notes), config, sampler, notes)
 
 
 def declare(folder, **entries):
@@ -138,7 +140,7 @@ def test_unreadable_files(tmp_path, name, content, sentence):
     ({"columns": {"prompt": "instruction"}}, "must name 'response' .the answer to learn.; plain text is for stage: pt"),
     ({"formatting": "sharegpt", "tags": {"role_tag": "role"}}, "tags: 'content_tag' is not named"),
     ({"ranking": True}, "preference pairs"),
-    ({"columns": {"prompt": "instruction", "response": "output", "images": "i"}}, "holds pictures"),
+    ({"columns": {"prompt": "instruction", "response": "output", "images": "i"}}, "holds images"),
     ({"split": "test"}, "a local file has no splits"),
     ({"file_name": None, "ms_hub_url": "a/b"}, "ms_hub_url is given, but only file_name and hf_hub_url"),
     ({"file_name": None}, "neither file_name nor hf_hub_url is given"),
@@ -253,7 +255,7 @@ def test_file_given_by_its_path_is_recognised(tmp_path, row, layout):
     notes = []
     found = load(tmp_path, str(tmp_path / "mine.jsonl"), notes)
     assert texts(conversations.convert(found[0])) == [("user", "ask"), ("assistant", "answer")]
-    assert any(f"recognised as {layout}" in note for note in notes)
+    assert any(f"recognized as {layout}" in note for note in notes)
 
 
 def test_file_that_cannot_be_recognised(tmp_path):

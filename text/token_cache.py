@@ -34,7 +34,7 @@ from tqdm import tqdm
 from data import DatasetCounts, EncodedRows, Example, packing_of
 from text.chat_formats import with_overrides, written_template
 from text.conversations import Conversation, PLACEHOLDER, RawRow, convert, fill_placeholders, excerpt
-from text.data_files import Rows, find_sources, read_at, rows_of
+from text.data_files import Rows, find_sources, open_rows, read_at
 from text.parallel_map import num_processes, parallel_map
 
 ABOUT = "store.json"
@@ -250,9 +250,9 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
 def make_store(work: Path, sources: list, config, tokenizer, template, encode: Callable, report: DataReport):
     """Fill a folder with the tokenised rows of both splits. -> (what examples_in needs to know, processes at work)."""
     sampler = np.random.RandomState(config.seed)        # one for all datasets, as LLaMA-Factory's global generator
-    rows = {"train": rows_of(sources[0], config, sampler, report.notes), "eval": []}
+    rows = {"train": open_rows(sources[0], config, sampler, report.notes), "eval": []}
     if sources[1]:
-        rows["eval"] = rows_of(sources[1], config, sampler, report.notes)
+        rows["eval"] = open_rows(sources[1], config, sampler, report.notes)
     elif config.val_size:
         rows["train"], rows["eval"] = split_rows(rows["train"], config.val_size, config.seed)
     about, most = {}, 1
