@@ -1,210 +1,327 @@
-"""The optimizer, its parameter groups and the learning-rate schedules, as LLaMA-Factory users know them.
+"""The learning rate, the optimizer's parameter groups, and AdamW.
 
-A schedule here is a plain function: schedule(config, total_steps) returns factor(step), and the learning rate of
-optimizer step `step` (0-based) is learning_rate * factor(step).
+The learning rate of optimizer step `step` (from 0) is learning_rate * lr_schedule(config,
+total_steps)(step); train.py sets it before each step with set_lr. Schedules and groups are those of
+LLaMA-Factory, by its keys. Other optimizers (8-bit AdamW, Muon, GaLore) are handed in, see
+methods/optimizers.py.
 
-Read before: lora.py, methods/optimizers.py. Read after: train.py.
-Papers: LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983, warmup-stable-decay
-arXiv:2404.06395, NEFTune arXiv:2310.05914.
+Requires: lora.py.
+Next: train.py, methods/optimizers.py.
+Papers: AdamW arXiv:1711.05101, LoRA+ arXiv:2402.12354, cosine schedule arXiv:1608.03983,
+warmup-stable-decay arXiv:2404.06395, NEFTune arXiv:2310.05914.
 """
 import math
 from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.profiler import record_function
 
 from errors import did_you_mean
-from methods.optimizers import SMALLEST, UPDATES
 
 
-def _linear(s, total, warm, kw):
+# ---- the learning rate: factor after warmup, from (step, total steps, warmup steps, kwargs) -----
+
+
+def linear(s, total, warm, kw):
     return max(0.0, (total - s) / max(1, total - warm))
 
 
-def _cosine(s, total, warm, kw):
+def cosine(s, total, warm, kw):
     progress = (s - warm) / max(1, total - warm)
     return max(0.0, 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)))
 
 
-def _cosine_with_restarts(s, total, warm, kw):
+def cosine_with_restarts(s, total, warm, kw):
     progress = (s - warm) / max(1, total - warm)
-    return 0.0 if progress >= 1 else 0.5 * (1 + math.cos(math.pi * (kw.get("num_cycles", 1) * progress % 1)))
+    if progress >= 1:
+        return 0.0
+    return 0.5 * (1 + math.cos(math.pi * (kw.get("num_cycles", 1) * progress % 1)))
 
 
-def _cosine_with_min_lr(s, total, warm, kw):
+def cosine_with_min_lr(s, total, warm, kw):
     floor = kw["min_lr_rate"]
-    return max(0.0, _cosine(s, total, warm, kw) * (1 - floor) + floor)
+    return max(0.0, cosine(s, total, warm, kw) * (1 - floor) + floor)
 
 
-def _polynomial(s, total, warm, kw):
+def polynomial(s, total, warm, kw):
     end = kw.get("lr_end", 1e-7) / kw["learning_rate"]
     if s > total:
         return end
     return (1 - end) * (1 - (s - warm) / (total - warm)) ** kw.get("power", 1.0) + end
 
 
-def _inverse_sqrt(s, total, warm, kw):
+def inverse_sqrt(s, total, warm, kw):
     scale = kw.get("timescale") or warm or 10_000
     return 1 / math.sqrt((s + scale - warm) / scale)
 
 
-def _constant(s, total, warm, kw):
+def constant(s, total, warm, kw):
     return 1.0
 
 
-def _warmup_stable_decay(s, total, warm, kw):
-    stable = kw.get("num_stable_steps", (total - warm) // 3 if "num_decay_steps" not in kw
-                    else total - warm - kw["num_decay_steps"])
-    decay, floor = kw.get("num_decay_steps", total - warm - stable), kw.get("min_lr_ratio", 0.0)
+def warmup_stable_decay(s, total, warm, kw):
+    if "num_decay_steps" in kw:
+        stable = kw.get("num_stable_steps", total - warm - kw["num_decay_steps"])
+    else:
+        stable = kw.get("num_stable_steps", (total - warm) // 3)
+    decay = kw.get("num_decay_steps", total - warm - stable)
+    floor = kw.get("min_lr_ratio", 0.0)
     if s < warm + stable:
         return 1.0
     if s >= warm + stable + decay:
         return floor
     progress = (s - warm - stable) / max(1, decay)
-    fall = {"cosine": 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)), "linear": 1 - progress,
-            "1-sqrt": 1 - math.sqrt(progress)}[kw.get("decay_type", "cosine")]
+    falls = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)),
+        "linear": 1 - progress,
+        "1-sqrt": 1 - math.sqrt(progress),
+    }
+    fall = falls[kw.get("decay_type", "cosine")]
     return max(0.0, fall * (1 - floor) + floor)
 
 
-SCHEDULES = {     # lr_scheduler_type: factor after warm-up, from (step, total steps, warm-up steps, kwargs); its kwargs
-    "linear": (_linear, ""),
-    "cosine": (_cosine, "num_cycles"),
-    "cosine_with_restarts": (_cosine_with_restarts, "num_cycles"),
-    "cosine_with_min_lr": (_cosine_with_min_lr, "num_cycles min_lr min_lr_rate"),
-    "polynomial": (_polynomial, "lr_end power"),
-    "inverse_sqrt": (_inverse_sqrt, "timescale"),
-    "constant": (_constant, ""),
-    "constant_with_warmup": (_constant, ""),
-    "warmup_stable_decay": (_warmup_stable_decay, "num_stable_steps num_decay_steps decay_type min_lr_ratio num_cycles"),
+SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it knows)
+    "linear": (linear, ""),
+    "cosine": (cosine, "num_cycles"),
+    "cosine_with_restarts": (cosine_with_restarts, "num_cycles"),
+    "cosine_with_min_lr": (cosine_with_min_lr, "num_cycles min_lr min_lr_rate"),
+    "polynomial": (polynomial, "lr_end power"),
+    "inverse_sqrt": (inverse_sqrt, "timescale"),
+    "constant": (constant, ""),
+    "constant_with_warmup": (constant, ""),
+    "warmup_stable_decay": (
+        warmup_stable_decay,
+        "num_stable_steps num_decay_steps decay_type min_lr_ratio num_cycles",
+    ),
 }
 
 
 def warmup_steps(config, total_steps: int) -> int:
-    """Optimizer steps of warm-up: warmup_steps if given (a fraction below 1 is a share of all), else the ratio."""
+    """Optimizer steps of warmup: warmup_steps (below 1: a share of all), else warmup_ratio."""
     given = config.warmup_steps or config.warmup_ratio or 0
     return int(given) if given >= 1 else math.ceil(total_steps * given)
 
 
-def schedule(config, total_steps: int):
-    """factor(step) for step 0 … total_steps - 1. Raises ValueError naming the key for arguments that make no sense."""
-    kind, rate, kw = config.lr_scheduler_type, config.learning_rate, dict(config.lr_scheduler_kwargs or {})
+def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
+    """factor(step) for step 0 ... total_steps - 1: a linear warmup, then the schedule.
+
+    Raises ValueError naming the key for arguments that make no sense.
+    """
+    kind = config.lr_scheduler_type
+    kw = dict(config.lr_scheduler_kwargs or {})
     shape, known = SCHEDULES[kind]
-    for name, value in kw.items():
-        if name not in known.split():
-            hint = did_you_mean(name, known.split())
-            raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}{hint}; "
-                             f"it knows {known or 'none'}")
-        if name != "decay_type" and type(value) not in (int, float):
-            raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
+    check_schedule_kwargs(kind, kw, known.split())
     if kind == "cosine_with_min_lr":
-        if ("min_lr" in kw) == ("min_lr_rate" in kw):
-            raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with either min_lr (a rate) "
-                             "or min_lr_rate (a share of learning_rate)")
-        kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / rate)
-    if kw.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
-        raise ValueError(f"lr_scheduler_kwargs: decay_type {kw['decay_type']!r} is none of cosine, linear, 1-sqrt")
-    kw["learning_rate"], low = rate, kw.get("min_lr_ratio", 0.0)          # warmup_stable_decay climbs from its floor
+        kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / config.learning_rate)
+    kw["learning_rate"] = config.learning_rate
+    low = kw.get("min_lr_ratio", 0.0)               # warmup_stable_decay starts from its floor
     warm = 0 if kind == "constant" else warmup_steps(config, total_steps)
 
-    def factor(step):
-        return low + (1 - low) * step / max(1, warm) if step < warm else shape(step, total_steps, warm, kw)
+    def factor(step: int) -> float:
+        if step < warm:
+            return low + (1 - low) * step / max(1, warm)
+        return shape(step, total_steps, warm, kw)
 
     return factor
 
 
-def parameter_groups(named: dict, config) -> list[dict]:
-    """The optimizer's groups from {name: parameter}. Each holds `base_lr` and `update`, a name in UPDATES; decay spares
-    biases and norms, not DoRA's lengths.
+def check_schedule_kwargs(kind: str, kw: dict, known: list[str]):
+    """Raises ValueError for lr_scheduler_kwargs that the schedule does not know."""
+    for name, value in kw.items():
+        if name not in known:
+            raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
+                             f"{did_you_mean(name, known)}; it knows {' '.join(known) or 'none'}")
+        if name != "decay_type" and type(value) not in (int, float):
+            raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
+    if kind == "cosine_with_min_lr" and ("min_lr" in kw) == ("min_lr_rate" in kw):
+        raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with "
+                         "either min_lr (a rate) or min_lr_rate (a share of learning_rate)")
+    if kw.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
+        raise ValueError(f"lr_scheduler_kwargs: decay_type {kw['decay_type']!r} is none of cosine, "
+                         "linear, 1-sqrt")
 
-    LoRA+ (loraplus_lr_ratio): matrices B learn `ratio` times faster than A (arXiv:2402.12354, sec. 4). The first group
-    is that whose rate the logs show.
+
+def set_lr(optimizer, factor: float) -> float:
+    """Give every group base_lr * factor; returns the first group's rate, which the logs show."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+    return optimizer.param_groups[0]["lr"]
+
+
+# ---- AdamW --------------------------------------------------------------------------------------
+
+
+class UpdateRule(NamedTuple):
+    """How a kind of optimizer changes parameters.
+
+    init_state: (p, group) -> {field: tensor}, which checkpoints keep by these names.
+    update: (params, states, group), in place; p.grad is given. group: lr, weight_decay, betas, eps.
+    state_bytes: (p, group) -> bytes of init_state's tensors, also for p on the meta device.
     """
-    rate, ratio = config.learning_rate, config.loraplus_lr_ratio
-
-    def key(name, p):
-        thin = p.dim() == 1 and not name.endswith("lora_magnitude_vector")
-        spared = thin or "norm" in name.lower() or name.endswith("bias")
-        if ratio is not None or config.use_galore:          # there LayerNorm alone counts to LLaMA-Factory, not RMSNorm
-            spared = "bias" in name
-        if config.use_muon:                                 # and there nothing is spared
-            spared = False
-        fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
-        return rate * ratio if fast else rate, not spared, update_of(name, p, config)
-
-    groups = {}
-    for name, p in named.items():
-        groups.setdefault(key(name, p), []).append(p)
-    order = sorted(groups, key=lambda k: (k[0] != rate, not k[1], k[2]))
-    return [{"params": groups[k], "lr": k[0], "base_lr": k[0], "weight_decay": config.weight_decay if k[1] else 0.0,
-             "update": k[2]} for k in order]
+    init_state: Callable
+    update: Callable
+    state_bytes: Callable
 
 
-def update_of(name: str, p, config) -> str:
-    """The name in UPDATES of what changes this parameter: embedding, head, and what is no matrix, are left to AdamW."""
-    inner = p.dim() == 2 and "embed" not in name and "lm_head" not in name
-    if config.use_muon:
-        return "muon" if inner else "adamw"
-    if config.use_galore:
-        meant = inner if config.galore_target == ["all"] else any(part in name for part in config.galore_target)
-        return "galore" if meant and p.dim() == 2 and "embed" not in name else "adamw"
-    if "8bit" in config.optim:
-        return "adamw_8bit" if p.numel() >= SMALLEST and "embed" not in name else "adamw"
+def adamw_state(p, group):
+    return {
+        "step": torch.zeros((), device=p.device),
+        "exp_avg": torch.zeros_like(p),
+        "exp_avg_sq": torch.zeros_like(p),
+    }
+
+
+def adamw_state_bytes(p, group):
+    return 4 + 2 * p.nbytes
+
+
+def adamw_fused(params, states, group):
+    """AdamW in one kernel for all parameters of a group."""
+    exp_avgs = [state["exp_avg"] for state in states]
+    exp_avg_sqs = [state["exp_avg_sq"] for state in states]
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(params, [p.grad for p in params], exp_avgs, exp_avg_sqs, [], steps,
+                        lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+                        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False,
+                        maximize=False)
+
+
+def adamw_plain(params, states, group):
+    """The plain twin of adamw_fused: arXiv:1711.05101, algorithm 2, in the paper's order."""
+    for p, state in zip(params, states):
+        state["step"] += 1
+        direction = adam_direction(p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"],
+                                   group)
+        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
+
+
+def adam_direction(g, m, v, t, group):
+    """Update the moments m and v by g, in place; returns m_hat / (sqrt(v_hat) + eps) of step t.
+
+    eps_first: eps is added before v is corrected for its bias (arXiv:1412.6980, end of sec. 2), as
+    the packages of Muon and GaLore do.
+    """
+    beta1, beta2 = group["betas"]
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    correction = (1 - beta2 ** t).sqrt()
+    eps = group["eps"] / correction if group.get("eps_first") else group["eps"]
+    return m / (1 - beta1 ** t) / (v.sqrt() / correction + eps)
+
+
+ADAMW = {
+    "adamw": UpdateRule(adamw_state, adamw_fused, adamw_state_bytes),
+    "adamw_plain": UpdateRule(adamw_state, adamw_plain, adamw_state_bytes),
+}
+
+
+# ---- the optimizer ------------------------------------------------------------------------------
+
+
+def always_adamw(name: str, p: nn.Parameter, config) -> str:
     return "adamw"
 
 
-class Optimizer:
-    """What torch.optim offers, as far as we need it, without what that does when it is made: import torch's compiler,
-    which takes as long as a small run's first steps.
+def parameter_groups(parameters: dict, config, rule_of: Callable = always_adamw) -> list[dict]:
+    """The optimizer's groups from {name: parameter}.
 
-    param_groups: as of parameter_groups, and what methods/optimizers.py asks of them. state: {parameter: {field: tensor}}; a
-    parameter that has never had a gradient has none.
+    Each holds `base_lr` and `update`, the name of an UpdateRule. Biases and norms have no weight
+    decay, DoRA's magnitudes have. LoRA+ (loraplus_lr_ratio): matrices B have a learning rate
+    `ratio` times that of A (arXiv:2402.12354, sec. 4). The first group's rate is the one logged.
+    """
+    lr = config.learning_rate
+    ratio = config.loraplus_lr_ratio
+
+    def key(name, p):
+        is_vector = p.dim() == 1 and not name.endswith("lora_magnitude_vector")
+        no_decay = is_vector or "norm" in name.lower() or name.endswith("bias")
+        if ratio is not None or config.use_galore:  # LLaMA-Factory: LayerNorm alone, not RMSNorm
+            no_decay = "bias" in name
+        if config.use_muon:                         # and there everything decays
+            no_decay = False
+        is_fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
+        return lr * ratio if is_fast else lr, not no_decay, rule_of(name, p, config)
+
+    groups = {}
+    for name, p in parameters.items():
+        groups.setdefault(key(name, p), []).append(p)
+    found = []
+    for group_lr, decays, rule in sorted(groups, key=lambda k: (k[0] != lr, not k[1], k[2])):
+        found.append({
+            "params": groups[group_lr, decays, rule],
+            "lr": group_lr,
+            "base_lr": group_lr,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "update": rule,
+        })
+    return found
+
+
+class Optimizer:
+    """The part of torch.optim.Optimizer that we need.
+
+    torch's own imports its compiler when it is made, which takes as long as a small run's first
+    steps. param_groups: see parameter_groups. state: {parameter: {field: tensor}}; a parameter that
+    has never had a gradient has none. rules: {name: UpdateRule}.
     """
 
-    def __init__(self, groups: list):
-        self.param_groups, self.state = groups, defaultdict(dict)
+    def __init__(self, groups: list[dict], rules: dict[str, UpdateRule] = ADAMW):
+        self.param_groups = groups
+        self.rules = rules
+        self.state = defaultdict(dict)
 
     @record_function("optimizer")
     @torch.no_grad()
     def step(self):
         """Change the parameters that have a gradient."""
         for group in self.param_groups:
-            params, (fresh, update, _) = [p for p in group["params"] if p.grad is not None], UPDATES[group["update"]]
+            rule = self.rules[group["update"]]
+            params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 if not self.state[p]:
-                    self.state[p] = fresh(p, group)
+                    self.state[p] = rule.init_state(p, group)
             if params:
-                update(params, [self.state[p] for p in params], group)
+                rule.update(params, [self.state[p] for p in params], group)
+
+    def state_bytes(self) -> int:
+        """Bytes of the state of all parameters, which may be on the meta device."""
+        return sum(self.rules[group["update"]].state_bytes(p, group)
+                   for group in self.param_groups for p in group["params"])
 
 
-def make_optimizer(named: dict, config, device) -> Optimizer:
-    """The optimizer of the trainable parameters, in LLaMA-Factory's groups; AdamW is fused where torch has the kernel.
+def make_optimizer(parameters: dict, config, device: torch.device,
+                   rules: dict[str, UpdateRule] = ADAMW,
+                   rule_of: Callable = always_adamw) -> Optimizer:
+    """The optimizer of {name: trained parameter}; AdamW is fused where torch has the kernel.
 
-    Raises ValueError for a galore_target that means none of them.
+    rules, rule_of: see methods/optimizers.py. Raises ValueError for a galore_target that selects
+    none of the parameters.
     """
-    more = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon, "rank": config.galore_rank,
-            "gap": config.galore_update_interval, "scale": config.galore_scale,
-            "eps_first": config.use_galore or config.use_muon}
-    groups = [group | more for group in parameter_groups(named, config)]
+    shared = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_epsilon,
+        "rank": config.galore_rank,
+        "gap": config.galore_update_interval,
+        "scale": config.galore_scale,
+        "eps_first": config.use_galore or config.use_muon,
+    }
+    groups = [group | shared for group in parameter_groups(parameters, config, rule_of)]
     if config.use_galore and not any(group["update"] == "galore" for group in groups):
-        raise ValueError(f"galore_target: {', '.join(config.galore_target)} is in the name of no matrix that learns; "
-                         f"such names are {', '.join(list(named)[:4])}")
+        raise ValueError(
+            f"galore_target: {', '.join(config.galore_target)} is in the name of no trained "
+            f"matrix; such names are {', '.join(list(parameters)[:4])}")
     for group in groups:
-        if group["update"] == "adamw" and (device.type not in ("cpu", "cuda") or group["eps_first"]):
+        not_fused = device.type not in ("cpu", "cuda") or group["eps_first"]
+        if group["update"] == "adamw" and not_fused:
             group["update"] = "adamw_plain"
-    return Optimizer(groups)
+    return Optimizer(groups, rules)
 
 
-def state_bytes(named: dict, config) -> int:
-    """Bytes that the optimizer will remember of these parameters, which may be on the meta device."""
-    return sum(UPDATES[group["update"]][2](p, group)
-               for group in make_optimizer(named, config, torch.device("cpu")).param_groups for p in group["params"])
-
-
-def set_rates(optimizer, factor: float) -> float:
-    """Give every group base_lr * factor; returns the rate of the first group, which the logs show."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
-    return optimizer.param_groups[0]["lr"]
+# ---- noise on embeddings ------------------------------------------------------------------------
 
 
 def add_neftune(model, alpha: float):

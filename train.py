@@ -27,9 +27,10 @@ import torch
 
 from evals.loss import evaluate
 from losses import MetricSums
-from optim import make_optimizer, schedule as lr_schedule, set_rates as set_lr
+from optim import lr_schedule, set_lr
 from parallel import end_ranks, start_ranks
-from runtime.build import STAGES, build_gradients, build_model, build_objective
+from runtime.build import (STAGES, build_gradients, build_model, build_objective,
+                           build_optimizer)
 from runtime.precision import Precision, check_first_batch
 from runtime.run import Run
 from runtime.setup import choose_setup, find_base, load_data
@@ -68,7 +69,7 @@ def main(argv):
         model = build_model(config, base, setup, ranks, run.resume)
         objective = build_objective(config, base, setup, ranks, run.resume)
         gradients = build_gradients(model, objective, setup, ranks)
-        optimizer = make_optimizer(gradients.parameters, config, gradients.device)
+        optimizer = build_optimizer(config, gradients)
         precision = Precision(setup.dtype, device, model, adapters_only=setup.lora is not None)
         run.start(base, plan, setup, model, objective, gradients, optimizer, precision)
         check_first_batch(model, objective, plan.peek(run.state.step), precision)

@@ -25,11 +25,12 @@ from lora import LoRALinear, attach_lora, lora_layers, merge_adapters, trainable
 from losses import Objective, SFTObjective
 from methods.fp8 import to_fp8
 from methods.lora_variants import row_norms, variant_of
+from methods.optimizers import FURTHER
 from methods.preference import (JudgedObjective, PairObjective, collate_answers, encode_answers)
 from methods.quant import EmbeddingOutside, embedding_may_stay_outside, form_asked
 from methods.reward_model import RewardObjective, load_value_head
 from model import CausalLM, init_weights
-from optim import add_neftune
+from optim import Optimizer, add_neftune, make_optimizer
 from parallel import Gradients, Ranks
 from runtime.precision import half_dtype
 from runtime.setup import Base, Setup, needs_second_model
@@ -250,3 +251,8 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
         return ShardedGradients(model, weights, ranks)
     # gathering sharded weights must not come between the sends: all ranks need one order
     return Gradients(weights, ranks, overlap=not setup.sharded)
+
+
+def build_optimizer(config, gradients) -> Optimizer:
+    """The optimizer of the trained weights: AdamW, or what the config asks for."""
+    return make_optimizer(gradients.parameters, config, gradients.device, **FURTHER)

@@ -51,6 +51,7 @@ from families import ModelConfig
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
 from losses import chunk_rows
 from methods.lora_variants import variant_of
+from methods.optimizers import FURTHER
 from methods.quant import (
     Form,
     can_be_quantised,
@@ -60,7 +61,7 @@ from methods.quant import (
     quantised_weights,
 )
 from model import Attention, Block, CausalLM, LayerNorm, MoE
-from optim import state_bytes
+from optim import make_optimizer
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
 SOFTCAP_CHUNKS = 4      # the same where the logits are capped
@@ -137,7 +138,8 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     model = workload.model
     frozen, trained = weight_bytes(model, workload.fp8)
     gradients = trained
-    optimizer = state_bytes(trainable(model), config)
+    optimizer = make_optimizer(trainable(model), config, torch.device("cpu"),
+                               **FURTHER).state_bytes()
     others = workload.other_bytes
     if workload.sharded:
         frozen = frozen // workload.world + gathered_bytes(model, frozen + trained)

@@ -14,7 +14,6 @@ FOLDERS = ("text", "checkpoint", "methods", ("fast", "scale"), "runtime", "evals
 RANKS = {name: rank for rank, names in enumerate(FOLDERS, 1) for name in ([names] if isinstance(names, str) else names)}
 NOT_YET = {     # imports against the rule
     ("checkpoint.adapters", "methods.lora_variants"),
-    ("optim", "methods.optimizers"),
     ("checkpoint.adapters", "methods.quant"),
     ("checkpoint.load", "methods.optimizers"),
     ("checkpoint.load", "methods.quant"),

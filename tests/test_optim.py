@@ -12,17 +12,21 @@ from torch import nn
 from config import Config
 from lora import LoRAConfig, attach_lora, trainable
 from attention import PackedLayout
-from optim import (Optimizer, SCHEDULES, add_neftune, make_optimizer, parameter_groups, schedule,
-                   set_rates, state_bytes, warmup_steps)
+from optim import (Optimizer, SCHEDULES, add_neftune, lr_schedule, make_optimizer, parameter_groups,
+                   set_lr, warmup_steps)
 from runtime.precision import LossScale
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
 from tests.test_model import tiny
-from methods.optimizers import BLOCK, UPDATES, from_8bit, levels, orthogonal, to_8bit
+from methods.optimizers import BLOCK, FURTHER, UPDATES, from_8bit, levels, orthogonal, to_8bit
 
 RECORDED = PUBLISHED = []
 if GOLDEN.is_dir():
     RECORDED = read_jsonl(GOLDEN / "curves" / "lr_schedules.jsonl")
     PUBLISHED = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text())["runs"]
+
+
+def bytes_of(named, config):
+    return make_optimizer(named, config, torch.device("cpu"), **FURTHER).state_bytes()
 
 
 # ---- schedules ----
@@ -34,7 +38,7 @@ def test_recorded_schedule(line):
     config = Config(**{key: line[key] for key in ("lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate",
                                                   "warmup_ratio", "warmup_steps")})
     assert warmup_steps(config, line["total_steps"]) == line["resolved_warmup"]
-    factor = schedule(config, line["total_steps"])
+    factor = lr_schedule(config, line["total_steps"])
     rates = [config.learning_rate * factor(step) for step in range(line["total_steps"])]
     assert rates == pytest.approx(line["lr"], rel=1e-12, abs=0)
 
@@ -47,7 +51,7 @@ def test_recorded_wsd_splits_are_the_defaults():
     for line in lines:
         config = Config(lr_scheduler_type="warmup_stable_decay", learning_rate=line["learning_rate"],
                         warmup_ratio=line["warmup_ratio"], warmup_steps=line["warmup_steps"])
-        factor = schedule(config, line["total_steps"])
+        factor = lr_schedule(config, line["total_steps"])
         rates = [1e-3 * factor(step) for step in range(line["total_steps"])]
         assert rates == pytest.approx(line["lr"], rel=1e-12, abs=0)
 
@@ -57,7 +61,7 @@ def test_recorded_wsd_splits_are_the_defaults():
 def test_learning_rates_of_a_published_run(run):
     """Cosine runs of 51, 300 and 222 steps on real machines; one logs the rate of the step to come."""
     config = Config(lr_scheduler_type="cosine", learning_rate=run["learning_rate"], warmup_ratio=run["warmup_ratio"])
-    factor = schedule(config, run["total_steps"])
+    factor = lr_schedule(config, run["total_steps"])
     ahead = run["learning_rate_logged"].startswith("after")
     steps = [run["logging_steps"] * (i + 1) for i in range(len(run["log"]))]               # 1-based
     rates = [run["learning_rate"] * factor(step if ahead else step - 1) for step in steps]
@@ -81,7 +85,7 @@ def test_arguments_of_a_schedule_equal_transformers(kind, kwargs, theirs):
     optimization = pytest.importorskip("transformers.optimization")
     total, warm, rate = 18, 4, 1e-3
     config = Config(lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs, learning_rate=rate, warmup_steps=warm)
-    factor = schedule(config, total)
+    factor = lr_schedule(config, total)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
     if theirs not in ("get_inverse_sqrt_schedule", "get_wsd_schedule"):
         kwargs = {**kwargs, "num_training_steps": total}
@@ -113,7 +117,7 @@ def test_warmup_is_a_share_rounded_up_or_a_count(ratio, steps, total, want):
 ])
 def test_arguments_that_make_no_sense(kind, kwargs, words):
     with pytest.raises(ValueError, match=words):
-        schedule(Config(lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs), 10)
+        lr_schedule(Config(lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs), 10)
 
 
 # ---- the optimizer and its groups ----
@@ -166,9 +170,9 @@ def test_first_step_is_adamw_by_hand():
     torch.manual_seed(0)
     w, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
     config = Config(learning_rate=0.1, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
-    optimizer = make_optimizer({"x.weight": w, "x.bias": b}, config, torch.device("cpu"))
+    optimizer = make_optimizer({"x.weight": w, "x.bias": b}, config, torch.device("cpu"), **FURTHER)
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-3 for group in optimizer.param_groups)
-    assert set_rates(optimizer, 0.5) == 0.05
+    assert set_lr(optimizer, 0.5) == 0.05
     start, w.grad, b.grad = (w.detach().clone(), b.detach().clone()), torch.randn(4, 3), torch.randn(4)
     optimizer.step()
     for p, before, decay in ((w, start[0], 0.2), (b, start[1], 0.0)):
@@ -187,7 +191,7 @@ def test_our_adamw_is_that_of_torch(update):
                 {"params": params[1:], "lr": 0.02, "weight_decay": 0.0}]
 
     ours, theirs = parameters(), parameters()
-    mine = Optimizer([group | {"betas": (0.8, 0.95), "eps": 1e-3, "update": update} for group in groups(ours)])
+    mine = Optimizer([group | {"betas": (0.8, 0.95), "eps": 1e-3, "update": update} for group in groups(ours)], UPDATES)
     other = torch.optim.AdamW(groups(theirs), betas=(0.8, 0.95), eps=1e-3)
     for step in range(10):
         for p, q in zip(ours[:2], theirs[:2]):
@@ -211,7 +215,7 @@ def steps_of(update, shape, count=10, peer=None, decades=2, **more):
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(shape, generator=generator))
     group = {"params": [p], "lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "update": update}
-    optimizer = peer([p]) if peer else Optimizer([group | more])
+    optimizer = peer([p]) if peer else Optimizer([group | more], UPDATES)
     for _ in range(count):
         p.grad = torch.randn(shape, generator=generator) * torch.logspace(-decades, 0, shape[-1])
         optimizer.step()
@@ -267,7 +271,7 @@ def test_adamw_in_8_bits_is_that_of_bitsandbytes():
 
 def test_which_parameters_are_remembered_in_bytes():
     named = dict(tiny(hidden_size=64, intermediate_size=128, vocab_size=100).requires_grad_(True).named_parameters())
-    groups = make_optimizer(named, Config(optim="paged_adamw_8bit"), torch.device("cpu")).param_groups
+    groups = make_optimizer(named, Config(optim="paged_adamw_8bit"), torch.device("cpu"), **FURTHER).param_groups
     names = {id(p): name for name, p in named.items()}
     found = {names[id(p)] for group in groups if group["update"] == "adamw_8bit" for p in group["params"]}
     assert found == {name for name, p in named.items() if p.numel() >= 4096 and "embed" not in name} and found
@@ -325,21 +329,21 @@ def test_galore_of_full_rank_that_never_looks_again_turns_adamw():
                                       {"use_galore": True, "galore_target": ["mlp"]}], ids=str)
 def test_bytes_of_the_state_are_known_beforehand(settings):
     named = dict(tiny(hidden_size=64, intermediate_size=128).requires_grad_(True).named_parameters())
-    optimizer = make_optimizer(named, Config(**settings), torch.device("cpu"))
+    optimizer = make_optimizer(named, Config(**settings), torch.device("cpu"), **FURTHER)
     for p in named.values():
         p.grad = torch.randn(p.shape)
     optimizer.step()
     held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    assert held == state_bytes({name: p.to("meta") for name, p in named.items()}, Config(**settings))
+    assert held == bytes_of({name: p.to("meta") for name, p in named.items()}, Config(**settings))
     assert {group["update"] for group in optimizer.param_groups} <= {*UPDATES}
-    plain = state_bytes(named, Config())
+    plain = bytes_of(named, Config())
     assert held == plain if not settings else held < plain
 
 
 def test_galore_of_matrices_that_are_not_there():
     config = Config(use_galore=True, galore_target=["mpl"])
-    with pytest.raises(ValueError, match="galore_target: mpl is in the name of no matrix that learns; such names are"):
-        make_optimizer(dict(tiny().named_parameters()), config, torch.device("cpu"))
+    with pytest.raises(ValueError, match="galore_target: mpl is in the name of no trained matrix; such names are"):
+        make_optimizer(dict(tiny().named_parameters()), config, torch.device("cpu"), **FURTHER)
 
 
 def test_the_optimizer_does_not_import_the_compiler():
@@ -354,7 +358,7 @@ def test_rates_of_all_groups_follow_the_schedule():
     named = trainable(attach_lora(tiny(), LoRAConfig()))
     optimizer = make_optimizer(named, Config(learning_rate=1e-3, loraplus_lr_ratio=4.0), torch.device("cpu"))
     for factor in (0.5, 0.25, 1.0):                                        # never compounds
-        assert set_rates(optimizer, factor) == pytest.approx(1e-3 * factor)
+        assert set_lr(optimizer, factor) == pytest.approx(1e-3 * factor)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 * factor, 4e-3 * factor])
 
 
