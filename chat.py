@@ -39,7 +39,7 @@ from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import pick_step, prepare
 from generate import Sampling, common_prefix, context_length, generate, next_scores
-from methods.quant import form_asked, in_words, quantised_weights
+from methods.quant import requested_format, formats_in_words, quantized_weights
 from model import CausalLM, KVCache, attention_needs
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
@@ -271,10 +271,10 @@ def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict,
 def load_model_to_chat(config: Config, base: Path, adapters: list[Path],
                        dtype: torch.dtype | None, device: torch.device) -> CausalLM:
     """Load base and adapters; with fast_chat, merge and join matrices for decoding."""
-    form = form_asked(config)
+    form = requested_format(config)
     model = load_with_adapters(base, adapters, dtype, device, config.fast_chat, form)
-    if packed := quantised_weights(model):
-        line = f"weights   {in_words(weight.form for weight in packed.values())}"
+    if packed := quantized_weights(model):
+        line = f"weights   {formats_in_words(weight.form for weight in packed.values())}"
         if adapters:
             line += "; the adapter is kept apart: merged weights would take 16 bits"
         if len(adapters) > 1:

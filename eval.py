@@ -50,7 +50,7 @@ from generate import Sampling
 from lora import merge_adapters
 from losses import Objective
 from methods.preference import JudgedObjective, PairObjective
-from methods.quant import Form, form_asked
+from methods.quant import QuantFormat, requested_format
 from model import attention_needs
 from methods.reward_model import VALUE_HEAD, RewardObjective, ValueHead
 from runtime.build import STAGES
@@ -246,9 +246,9 @@ def describe_sampling(sampling: Sampling, config: Config) -> str:
 # ---- one model --------------------------------------------------------------------------------
 
 
-def form_of(side: Side, config: Config) -> Form | None:
+def form_of(side: Side, config: Config) -> QuantFormat | None:
     """Quantization on load; a merged model has none."""
-    return None if side.name == "merged" else form_asked(config)
+    return None if side.name == "merged" else requested_format(config)
 
 
 def load_side(side: Side, config: Config, device) -> tuple:
@@ -312,7 +312,7 @@ def objective_of_side(config: Config, side: Side, model, device, matmul) -> Obje
         return RewardObjective(head.to(device))
     reference = None
     if side.reference and has_reference(config):
-        form = None if config.ref_model else form_asked(config)
+        form = None if config.ref_model else requested_format(config)
         dtype = model.model.embed_tokens.weight.dtype
         reference = load_with_adapters(*side.reference, dtype, device, form=form)
     objective = PairObjective if config.stage == "dpo" else JudgedObjective

@@ -50,7 +50,7 @@ from evals.compare import compare_losses
 from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from methods.lora_variants import merged_dora_weight
-from methods.quant import Form, in_words, quantise
+from methods.quant import QuantFormat, formats_in_words, quantize
 from methods.reward_model import VALUE_HEAD
 from runtime.finished import as_trained
 from runtime.merge_plan import Change, Planned, plan_tensors
@@ -106,7 +106,7 @@ def main(argv):
 
 def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,
                      shard_bytes: int = 5 * 10**9, overwrite: bool = False, template=None,
-                     force_template: bool = False, device="cpu", form: Form | None = None):
+                     force_template: bool = False, device="cpu", form: QuantFormat | None = None):
     """Write base + adapters as a checkpoint into export_dir, which appears complete or not at all.
 
     base, adapters: folders; adapters are added in order. dtype: of all weights; None keeps each
@@ -278,10 +278,10 @@ def dequantized_base(tensor: Planned, device) -> torch.Tensor | None:
         weight = read_packed(tensor.packed, device)
     elif tensor.form:
         original = read_tensor(tensor.file, tensor.key, device)
-        weight = quantise(original.to(tensor.form.dtype or original.dtype), tensor.form)
+        weight = quantize(original.to(tensor.form.dtype or original.dtype), tensor.form)
     else:
         return None
-    return weight.dense(torch.float32 if weight.form.kind == "int8" else None)
+    return weight.dequantize(torch.float32 if weight.form.kind == "int8" else None)
 
 
 def read_tensor(file: Path, key: str, device, rows=...) -> torch.Tensor:
@@ -376,14 +376,14 @@ def check_copy(block: torch.Tensor, copy: torch.Tensor, name: str, file: Path):
 # ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------
 
 
-def form_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple[Form | None, str]:
+def form_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple[QuantFormat | None, str]:
     """(quantization to apply to a 16-bit base before merging, description of the base or "").
 
     Raises ValueError if merge_base is original and the base is stored quantized.
     """
     original = config.merge_base == "original"
     if packed := packed_weights(base):
-        words = in_words(weight.form for weight in packed.values())
+        words = formats_in_words(weight.form for weight in packed.values())
         if original:
             raise ValueError(
                 f"merge_base: original: {base} itself is stored quantized ({words}); name the "

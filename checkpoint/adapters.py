@@ -18,7 +18,7 @@ from checkpoint.load import NEUTRAL, OF_ADAPTERS, PLAIN_STARTS, PREFIX, _mismatc
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, is_quantized,
                   lora_layers, merge_adapters)
 from methods.lora_variants import DoRALinear, remove_adapter, variant_of
-from methods.quant import Form
+from methods.quant import QuantFormat
 from model import CausalLM
 from text.tokenizer import read_json
 
@@ -289,7 +289,7 @@ def warn_of_folded(adapters: list) -> str:
 
 
 def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_last: bool = False,
-                       form: Form | None = None) -> CausalLM:
+                       form: QuantFormat | None = None) -> CausalLM:
     """Base model with adapters, for inference: all but the last are folded in, the last stays beside the weights.
 
     A and B take the base's dtype: in float32, which the optimizer needs, each decoding step would convert them anew;

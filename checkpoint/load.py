@@ -20,8 +20,8 @@ from checkpoint.files import (DTYPES, open_tensors, stored_as, tensor_files, wri
 from errors import nearest_name
 from families import model_config, read_config_json
 from methods.optimizers import OF_OTHER_SHAPES
-from methods.quant import (Form, Quantised, can_be_quantised, empty_quantised, form_of_state,
-                           quantise, quantised_from, set_quantised)
+from methods.quant import (QuantFormat, QuantizedWeight, quantizable_weights, empty_quantized, format_of_state,
+                           quantize, quantized_from, set_quantized)
 from model import CausalLM
 
 STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")     # what resuming needs
@@ -31,7 +31,7 @@ STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
 
 
 def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weights: bool = False,
-               form: Form | None = None) -> CausalLM:
+               form: QuantFormat | None = None) -> CausalLM:
     """Build the decoder of a checkpoint folder and fill it, tensor by tensor, straight onto `device`.
 
     dtype: torch dtype of the weights; None keeps the checkpoint's. On the CPU, unconverted weights stay memory-mapped.
@@ -44,13 +44,13 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     with torch.device("meta"):
         model = CausalLM(config)
     if skip_weights:
-        return empty_quantised(model, base_forms(model, folder, form))
+        return empty_quantized(model, base_forms(model, folder, form))
     packed = packed_weights(folder)
-    wanted = () if packed or not form else set(can_be_quantised(model))
+    wanted = () if packed or not form else set(quantizable_weights(model))
     for name, (file, stored) in with_bar(weight_files(model, folder)):
         if stored in packed:
             check_shape(packed[stored].shape, model.get_parameter(name).shape, file, stored)
-            set_quantised(model, name, read_packed(packed[stored], device))
+            set_quantized(model, name, read_packed(packed[stored], device))
             continue
         with open_tensors(file, device) as tensors:         # opened anew: what was read before may leave the memory
             tensor = tensors.get_tensor(stored)
@@ -58,7 +58,7 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
         check_shape(tensor.shape, model.get_parameter(name).shape, file, stored)
         tensor = tensor.to(dtype) if dtype else tensor
         if name in wanted:
-            set_quantised(model, name, quantise(tensor, form))
+            set_quantized(model, name, quantize(tensor, form))
         else:
             assign(model, name, tensor)
     if config.tie_word_embeddings:
@@ -92,7 +92,7 @@ def check_shape(found, wanted, file, stored):
 
 # ---- weights that are stored in 4 or 8 bits, as bitsandbytes does it ------------------------------------------------
 
-# parts of a weight as files name them: what Form.tensors calls them. The state, and the format of int8, are read here
+# parts of a weight as files name them: what QuantFormat.tensors calls them. The state, and the format of int8, are read here
 PARTS = {"weight": "codes", "weight.absmax": "absmax", "weight.quant_map": "quant_map",
          "weight.nested_absmax": "nested_absmax", "weight.nested_quant_map": "nested_quant_map",
          "weight.quant_state.bitsandbytes__nf4": "state", "weight.quant_state.bitsandbytes__fp4": "state",
@@ -102,7 +102,7 @@ PARTS = {"weight": "codes", "weight.absmax": "absmax", "weight.quant_map": "quan
 @dataclass
 class Packed:
     """Where a quantised weight lies. parts: {name of PARTS' right side: (file, key)}; offset: see methods/quant.py."""
-    form: Form
+    form: QuantFormat
     shape: tuple
     parts: dict[str, tuple[Path, str]]
     offset: float = 0.0
@@ -142,11 +142,11 @@ def read_form(folder, parts: dict, tensors) -> Packed:
     """The Packed of one weight. tensors: the open file of its state, or, for int8, of its codes."""
     offset, (file, key) = 0.0, parts.get("state", parts["codes"])
     if "state" in parts:
-        form, shape, offset = form_of_state(tensors.get_tensor(key), f"{file}: {key}")
+        form, shape, offset = format_of_state(tensors.get_tensor(key), f"{file}: {key}")
     else:
         raw = read_config_json(folder)
         shape, _ = stored_as(file, key)
-        form = Form("int8", nested=0, dtype=DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), torch.float16))
+        form = QuantFormat("int8", nested=0, dtype=DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), torch.float16))
         if "format" in parts and int(read_part(parts["format"])):
             raise ValueError(f"{parts['format'][0]}: {parts['format'][1]} says that the rows are laid out for one kind "
                              "of GPU; only the plain order (0) is read")
@@ -164,20 +164,20 @@ def read_part(place: tuple, device="cpu"):
         return tensors.get_tensor(key)
 
 
-def read_packed(packed: Packed, device) -> Quantised:
+def read_packed(packed: Packed, device) -> QuantizedWeight:
     """Read a quantised weight onto the device."""
     parts, (file, key) = {}, packed.parts["codes"]
     for name in packed.form.tensors(packed.shape):
         if name in packed.parts:
             parts[name] = read_part(packed.parts[name], device)
-    return quantised_from(packed.form, packed.shape, parts, packed.offset, f"{file}: {key}")
+    return quantized_from(packed.form, packed.shape, parts, packed.offset, f"{file}: {key}")
 
 
-def base_forms(model: CausalLM, folder, form: Form | None = None) -> dict[str, Form]:
-    """{parameter of the model: Form} of all that is quantised: in the files or, where nothing is, by `form` on load."""
+def base_forms(model: CausalLM, folder, form: QuantFormat | None = None) -> dict[str, QuantFormat]:
+    """{parameter of the model: QuantFormat} of all that is quantised: in the files or, where nothing is, by `form` on load."""
     packed, called = packed_weights(folder), model.config.stored_name
     if not packed:
-        return dict.fromkeys(can_be_quantised(model), form) if form else {}
+        return dict.fromkeys(quantizable_weights(model), form) if form else {}
     return {name: packed[called(name)].form for name, _ in model.named_parameters() if called(name) in packed}
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from families import model_config
 from fast.fused_block import fuse_blocks
-from methods.quant import Quantised, quantised_weights, unpack_at_once
+from methods.quant import QuantizedWeight, quantized_weights, unpack_at_once
 from model import MLP, Attention, CausalLM, RMSNorm, init_weights, rms_norm
 from rope import rotate
 
@@ -108,12 +108,12 @@ def compile_unpacking(model: nn.Module) -> str:
 
     It is tried first, and must give the same bits; otherwise nothing changes.
     """
-    weights = [weight for weight in quantised_weights(model).values() if weight.form.kind != "int8"]
+    weights = [weight for weight in quantized_weights(model).values() if weight.form.kind != "int8"]
     if not weights:
         return ""
-    tried = min(weights, key=Quantised.numel)
+    tried = min(weights, key=QuantizedWeight.numel)
     tried.compiled = None
-    exact = tried.dense()
+    exact = tried.dequantize()
     try:
         compiled = torch.compile(unpack_at_once, dynamic=True)
 
@@ -121,7 +121,7 @@ def compile_unpacking(model: nn.Module) -> str:
             return compiled(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
 
         tried.compiled = unpack
-        same_bits = torch.equal(tried.dense(), exact)
+        same_bits = torch.equal(tried.dequantize(), exact)
         reason = "gives other numbers"
     except Exception as refusal:        # of many kinds, and none must end a training
         same_bits = False

@@ -180,9 +180,9 @@ class Operands(NamedTuple):
     fp8: object                         # methods.fp8.Fp8, or None
     packed: object                      # a quantized weight in the place of W (methods/quant.py)
 
-    def dense(self, dtype: torch.dtype):
+    def dequantize(self, dtype: torch.dtype):
         """W; a packed weight is dequantized for this call, and the result is not kept."""
-        return self.packed.dense(dtype) if self.packed is not None else self.W
+        return self.packed.dequantize(dtype) if self.packed is not None else self.W
 
 
 SAVED = 4
@@ -203,7 +203,7 @@ def operands(layer: nn.Module) -> Operands:
         A=A,
         B=B,
         scale=scale,
-        fp8_scale=getattr(base, "unit", None),
+        fp8_scale=getattr(base, "scale", None),
         fp8=getattr(base, "fp8", None),
         packed=base.weight if quantized else None,
     )
@@ -223,10 +223,10 @@ def outputs(h, layers: list[Operands], matmul: Callable):
     start = 0
     for layer in layers:
         if layer.fp8:
-            y = layer.fp8.multiply(*rows_fp8, layer.W, layer.fp8_scale, h.dtype)
+            y = layer.fp8.matmul(*rows_fp8, layer.W, layer.fp8_scale, h.dtype)
             y = y if layer.bias is None else y.add_(layer.bias)                 # (N, out)
         else:
-            y = matmul(rows, layer.dense(h.dtype), layer.bias)
+            y = matmul(rows, layer.dequantize(h.dtype), layer.bias)
         if layer.A is not None:
             end = start + len(layer.A)
             y.addmm_(low_rank[:, start:end], layer.B.to(h.dtype).T, alpha=layer.scale)
@@ -238,7 +238,7 @@ def outputs(h, layers: list[Operands], matmul: Callable):
 def to_fp8_rows(rows, layers: list[Operands]):
     """The rows in 8 bits and their scale, once for all layers in fp8; None if there are none."""
     fp8 = next((layer.fp8 for layer in layers if layer.fp8), None)
-    return fp8.quantise(rows, fp8.form) if fp8 else None
+    return fp8.quantize(rows, fp8.fp8_dtype) if fp8 else None
 
 
 def stacked_A(layers: list[Operands], dtype: torch.dtype):
@@ -330,13 +330,13 @@ def input_grad(layers: list[Operands], dys: list, matmul: Callable):
     total = None
     for layer, dy in zip(layers, dys):
         if layer.fp8:
-            more = layer.fp8.multiply(*to_fp8_rows(dy, [layer]), layer.W.T, layer.fp8_scale,
+            more = layer.fp8.matmul(*to_fp8_rows(dy, [layer]), layer.W.T, layer.fp8_scale,
                                       dy.dtype)
         elif total is not None and matmul is torch_matmul:
-            total.addmm_(dy, layer.dense(dy.dtype))
+            total.addmm_(dy, layer.dequantize(dy.dtype))
             continue
         else:
-            more = matmul(dy, layer.dense(dy.dtype).T)
+            more = matmul(dy, layer.dequantize(dy.dtype).T)
         total = more if total is None else total.add_(more)
     return total
 

@@ -1,19 +1,20 @@
-"""Frozen weights in 8 bits, multiplied in 8 bits: half the memory, and up to twice the rate of 16-bit products.
+"""Frozen weights in 8 bits, multiplied in 8 bits: half the memory, up to twice the rate of 16 bits.
 
-    python -m methods.fp8                       does it work on this device, and how far is it from the exact product
+    python -m methods.fp8               does it work on this device, and how exact is it
 
-    W   is rounded once to e4m3 (4 bits exponent, 3 bits fraction), divided by one number so that the largest fills
-        the range: W = unit * W8
-    x   is rounded anew for every product, in the same way; gradients too
-    A, B of the adapters, and their products, stay in 16 bits: they learn what rounding the base has spoilt
+    W   is rounded once to e4m3 (4 bits exponent, 3 bits fraction), with one scale so that the
+        largest number fills the range: W = scale * W8
+    x   is rounded for every matmul, in the same way; gradients too
+    A, B of the adapters, and their matmuls, stay in 16 bits: they are trained on the rounded base
 
-`multiply` is what torch._scaled_mm does on Hopper, Ada and MI300; `multiply_plain`, its slow twin, takes the same numbers
-and multiplies in float32. Nothing here waits for the device.
+`scaled_matmul` is torch._scaled_mm on Hopper, Ada and MI300; `scaled_matmul_plain`, its plain twin,
+takes the same numbers and multiplies in float32. Nothing here waits for the device.
 
-Read before: fast/fused_block.py's docstring; it calls the products. Read after: lora.py.
+Requires: lora.py.
+Next: fast/fused_block.py, which calls the matmuls.
 Source: FP8 formats arXiv:2209.05433 (sec. 3: one scale for a tensor).
 """
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,86 +22,107 @@ import torch.nn.functional as F
 from torch import nn
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)          # NVIDIA's and OCP's; AMD's MI300
-TOO_FAR = 0.06          # relative error of a product: two operands with 3 bits of fraction, errors of random signs
+# relative error of a matmul: two operands with 3 bits of fraction, errors of random signs
+TOO_FAR = 0.06
 
 
-def quantise(x, form):
-    """(x8, unit) with x = unit * x8 as closely as `form` allows; unit: () float32, on x's device."""
-    largest = torch.finfo(form).max
-    unit = (torch.linalg.vector_norm(x, torch.inf) / largest).to(x.dtype).clamp(min=1e-30)
-    return (x / unit).clamp(-largest, largest).to(form), unit.float()
+def quantize_fp8(x, fp8_dtype: torch.dtype):
+    """(x8, scale) with x close to scale * x8; scale: () float32, on x's device."""
+    largest = torch.finfo(fp8_dtype).max
+    scale = (torch.linalg.vector_norm(x, torch.inf) / largest).to(x.dtype).clamp(min=1e-30)
+    return (x / scale).clamp(-largest, largest).to(fp8_dtype), scale.float()
 
 
-def dequantise(W8, unit, dtype):
-    """W as a dense matrix."""
-    return (W8.float() * unit).to(dtype)
+def dequantize_fp8(W8, scale, dtype: torch.dtype):
+    """W as an ordinary matrix."""
+    return (W8.float() * scale).to(dtype)
 
 
-def multiply(x8, x_unit, W8, unit, dtype):
-    """x (N, in) times W (out, in) transposed -> (N, out), in 16 bits. W8 may be a transposed view of a matrix."""
-    if W8.T.is_contiguous():                    # the second operand must lie column by column
+def scaled_matmul(x8, x_scale, W8, scale, dtype: torch.dtype):
+    """x (N, in) times W (out, in) transposed -> (N, out), in 16 bits. W8 may be transposed."""
+    if W8.T.is_contiguous():                    # the second operand must be column-major
         W8 = W8.contiguous()
-    return torch._scaled_mm(x8, W8.T, scale_a=x_unit, scale_b=unit, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(x8, W8.T, scale_a=x_scale, scale_b=scale, out_dtype=dtype,
+                            use_fast_accum=True)
 
 
-def multiply_plain(x8, x_unit, W8, unit, dtype):
-    """The slow twin of multiply."""
-    return ((x8.float() @ W8.float().T) * (x_unit * unit)).to(dtype)
+def scaled_matmul_plain(x8, x_scale, W8, scale, dtype: torch.dtype):
+    """The plain twin of scaled_matmul."""
+    return ((x8.float() @ W8.float().T) * (x_scale * scale)).to(dtype)
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """How layers with 8-bit weights compute: their format, how x is rounded to it, and the product."""
-    form: torch.dtype
-    multiply: Callable
-    quantise: Callable = quantise
+    """How layers with 8-bit weights compute: their dtype, the matmul, and how x is rounded."""
+    fp8_dtype: torch.dtype
+    matmul: Callable
+    quantize: Callable = quantize_fp8
+
+
+# ---- the choice ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def pick_fp8(device, dtype) -> tuple[Fp8, str]:
-    """(how, a line for the start page): the first 8-bit format whose product is right here.
+def pick_fp8(device, dtype: torch.dtype) -> tuple[Fp8, str]:
+    """(fp8, a line for the start page): the first 8-bit dtype whose matmul is right here.
 
-    On CPUs the slow twin, so that a recipe can be tried. Raises ValueError where a GPU has no such product.
+    On CPUs the plain twin, so that a recipe can be tried. Raises ValueError where a GPU has no such
+    matmul.
     """
     device = torch.device(device)
     if device.type == "cpu":
-        return (Fp8(FORMATS[0], multiply_plain),
-                "8-bit base: numbers are rounded to fp8 and multiplied in float32 (slow: this is a CPU)")
-    said = {}
-    for form in FORMATS:
+        return (Fp8(FORMATS[0], scaled_matmul_plain),
+                "8-bit base: numbers are rounded to fp8 and multiplied in float32 (slow: this is "
+                "a CPU)")
+    refused = {}
+    for fp8_dtype in FORMATS:
+        name = str(fp8_dtype).removeprefix("torch.")
+        fp8 = Fp8(fp8_dtype, scaled_matmul)
         try:
-            error = product_error(Fp8(form, multiply), device, dtype)
-        except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as refusal:
-            said[form] = str(refusal).splitlines()[0][:100]
+            error = matmul_error(fp8, device, dtype)
+        except (RuntimeError, ValueError, TypeError, AttributeError,
+                NotImplementedError) as refusal:
+            refused[name] = str(refusal).splitlines()[0][:100]
             continue
         if error < TOO_FAR:
-            return Fp8(form, multiply), f"8-bit base: {str(form)[6:]}, torch._scaled_mm (off by {error:.2%} in a trial)"
-        said[form] = f"off by {error:.2g}"
-    raise ValueError("base_precision: fp8 does not work on this device: " + "; ".join(
-        f"{str(form)[6:]}: {why}" for form, why in said.items()) + ". Leave base_precision out")
+            return fp8, f"8-bit base: {name}, torch._scaled_mm (off by {error:.2%} in a trial)"
+        refused[name] = f"off by {error:.2g}"
+    reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+    raise ValueError(f"base_precision: fp8 does not work on this device: {reasons}. Leave "
+                     "base_precision out")
 
 
-def product_error(fp8: Fp8, device, dtype) -> float:
-    """Relative error against float32, of the worse of both directions; NaN where one of them is."""
+def matmul_error(fp8: Fp8, device, dtype: torch.dtype) -> float:
+    """Relative error against float32, of the worse of both directions; NaN if one of them is."""
     generator = torch.Generator().manual_seed(0)
-    x, W, dy = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((64, 256), (128, 256), (64, 128)))
-    W8, unit = fp8.quantise(W, fp8.form)
-    errors = [float((fp8.multiply(*fp8.quantise(a, fp8.form), b, unit, dtype).float() - exact).norm() / exact.norm())
-              for a, b, exact in ((x, W8, x.float() @ W.float().T), (dy, W8.T, dy.float() @ W.float()))]
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    x, W, dy = draw(64, 256), draw(128, 256), draw(64, 128)
+    W8, scale = fp8.quantize(W, fp8.fp8_dtype)
+    errors = []
+    for a, b8, exact in ((x, W8, x.float() @ W.float().T), (dy, W8.T, dy.float() @ W.float())):
+        found = fp8.matmul(*fp8.quantize(a, fp8.fp8_dtype), b8, scale, dtype)
+        errors.append(float((found.float() - exact).norm() / exact.norm()))
     return max(errors, key=lambda error: error if error == error else float("inf"))
 
 
+# ---- layers -------------------------------------------------------------------------------------
+
+
 class Fp8Linear(nn.Linear):
-    """A frozen linear layer in 8 bits: W = unit * weight. forward is the slow twin of fast/fused_block.py."""
+    """A frozen linear layer in 8 bits: W = scale * weight. Its forward is the plain twin."""
 
     @torch.no_grad()
     def __init__(self, layer: nn.Linear, fp8: Fp8):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        weight, unit = quantise(layer.weight, fp8.form)
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        weight, scale = quantize_fp8(layer.weight, fp8.fp8_dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
-        self.register_buffer("unit", unit, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         self.fp8 = fp8
 
     def forward(self, x):
@@ -111,25 +133,25 @@ class Fp8Linear(nn.Linear):
         return F.linear(x, self.dequantized_weight(x.dtype))
 
     def dequantized_weight(self, dtype: torch.dtype | None = None):
-        """The matrix (out, in), made anew. dtype None: bfloat16."""
-        return dequantise(self.weight, self.unit, dtype or torch.bfloat16)
+        """The matrix (out, in), dequantized at each call. dtype None: bfloat16."""
+        return dequantize_fp8(self.weight, self.scale, dtype or torch.bfloat16)
 
 
-def to_fp8(layers, fp8: Fp8):
+def to_fp8(layers: Iterable, fp8: Fp8):
     """Round the frozen weights beside these adapters (lora.LoRALinear), in place."""
     for layer in layers:
         layer.base_layer = Fp8Linear(layer.base_layer, fp8)
 
 
 def with_compiled_rounding(fp8: Fp8) -> Fp8:
-    """The same with the passes over x that rounding takes made one by torch's compiler."""
-    return replace(fp8, quantise=torch.compile(quantise, dynamic=True))
+    """The same, with the passes over x that rounding takes fused by torch's compiler."""
+    return replace(fp8, quantize=torch.compile(quantize_fp8, dynamic=True))
 
 
 if __name__ == "__main__":
     for kind in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)):
         try:
-            how, line = pick_fp8(kind, torch.bfloat16)
-            print(f"{kind}: {line}; off by {product_error(how, kind, torch.bfloat16):.2%}")
+            picked, line = pick_fp8(kind, torch.bfloat16)
+            print(f"{kind}: {line}; off by {matmul_error(picked, kind, torch.bfloat16):.2%}")
         except ValueError as error:
             print(f"{kind}: {error}")

@@ -27,7 +27,7 @@ from methods.fp8 import to_fp8
 from methods.lora_variants import row_norms, variant_of
 from methods.optimizers import FURTHER
 from methods.preference import (JudgedObjective, PairObjective, collate_answers, encode_answers)
-from methods.quant import EmbeddingOutside, embedding_may_stay_outside, form_asked
+from methods.quant import EmbeddingOutside, embedding_may_stay_outside, requested_format
 from methods.reward_model import RewardObjective, load_value_head
 from model import CausalLM, init_weights
 from optim import Optimizer, add_neftune, make_optimizer
@@ -114,7 +114,7 @@ def lora_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
     if setup.sharded:
         model = empty_model(base.folder, half)
     else:
-        model = load_model(base.folder, half, setup.device, form=form_asked(config))
+        model = load_model(base.folder, half, setup.device, form=requested_format(config))
     for adapter in base.merged_adapters(config):
         if setup.sharded:
             raise ValueError(f"fsdp: {adapter} would have to be merged into weights that are "
@@ -216,7 +216,7 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
     if not needs_second_model(config, setup.lora):
         return None
     folder, adapters = base.folder, base.merged_adapters(config) if setup.lora else []
-    quant_format = form_asked(config)
+    quant_format = requested_format(config)
     if config.ref_model:
         folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
         adapters = [find_checkpoint(name, cache_dir=config.cache_dir)

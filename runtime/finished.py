@@ -17,7 +17,7 @@ from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folde
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import Config
-from methods.quant import Form, form_asked
+from methods.quant import QuantFormat, requested_format
 from text.tokenizer import read_json
 
 # keys of the config that change how a conversation is rendered
@@ -103,7 +103,7 @@ def with_trained_settings(config: Config, folder: Path) -> Config:
     return replace(config, **{key: values[key] for key in RENDERING_KEYS if key in values})
 
 
-def as_trained(config: Config, adapters: list[Path]) -> tuple[Form | None, torch.dtype | None, str]:
+def as_trained(config: Config, adapters: list[Path]) -> tuple[QuantFormat | None, torch.dtype | None, str]:
     """How training loaded the base: (quantization on load or None, dtype or None, stage).
 
     From the config, or from train_config.json beside the last adapter.
@@ -116,7 +116,7 @@ def as_trained(config: Config, adapters: list[Path]) -> tuple[Form | None, torch
         half_dtype = torch.bfloat16
     elif known.fp16:
         half_dtype = torch.float16
-    form = form_asked(known)
+    form = requested_format(known)
     if form:
         form = replace(form, dtype=half_dtype)
     return form, half_dtype, known.stage

@@ -53,12 +53,12 @@ from losses import chunk_rows
 from methods.lora_variants import variant_of
 from methods.optimizers import FURTHER
 from methods.quant import (
-    Form,
-    can_be_quantised,
+    QuantFormat,
+    quantizable_weights,
     embedding_may_stay_outside,
-    empty_quantised,
-    piece_of,
-    quantised_weights,
+    empty_quantized,
+    piece_size,
+    quantized_weights,
 )
 from model import Attention, Block, CausalLM, LayerNorm, MoE
 from optim import make_optimizer
@@ -82,7 +82,7 @@ class Workload:
     fast: bool = False              # fast/matmul.py's matrix products are used
     recompute: list[str] | None = None      # a level of fused_block.RECOMPUTE for each block
     fp8: bool = False               # frozen weights are held in 8 bits (methods/fp8.py)
-    quant_formats: dict[str, Form] | None = None    # of weights in 4 or 8 bits, by name
+    quant_formats: dict[str, QuantFormat] | None = None    # of weights in 4 or 8 bits, by name
     other_bytes: int = 0            # of another model, which is not trained
     model: CausalLM | None = None   # the model to be trained, without storage
 
@@ -192,7 +192,7 @@ def model_without_storage(config: Config, workload: Workload) -> CausalLM:
     with torch.device("meta"):
         model = CausalLM(model_config)
     if workload.lora:
-        base = empty_quantised(model.to(workload.dtype), workload.quant_formats or {})
+        base = empty_quantized(model.to(workload.dtype), workload.quant_formats or {})
         attach_lora(base, workload.lora, stored_name=model_config.stored_name,
                     **variant_of(workload.lora))
         return model
@@ -214,7 +214,7 @@ def weight_bytes(model: CausalLM, fp8: bool) -> tuple[int, int]:
     """(bytes of frozen weights, bytes of trained weights)."""
     trained = sum(p.nbytes for p in trainable(model).values())
     total = sum(p.nbytes for p in model.parameters())
-    total += sum(weight.nbytes for weight in quantised_weights(model).values())
+    total += sum(weight.nbytes for weight in quantized_weights(model).values())
     if fp8:                                         # one byte per number
         for module in model.modules():
             if isinstance(module, LoRALinear):
@@ -231,10 +231,10 @@ def gathered_bytes(model: CausalLM, total: int) -> int:
     return total - sum(blocks) + 2 * max(blocks)
 
 
-def all_in(quant_format: Form, model_config: ModelConfig) -> dict[str, Form]:
+def all_in(quant_format: QuantFormat, model_config: ModelConfig) -> dict[str, QuantFormat]:
     """A workload's quant_formats for a model that is quantized while it is loaded."""
     with torch.device("meta"):
-        return dict.fromkeys(can_be_quantised(CausalLM(model_config)), quant_format)
+        return dict.fromkeys(quantizable_weights(CausalLM(model_config)), quant_format)
 
 
 def can_be_fast(lora: LoRAConfig | None, dtype: torch.dtype) -> bool:
@@ -428,9 +428,9 @@ def backward_bytes(model_config: ModelConfig, batch: MicroBatch, sparse: bool) -
 def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
     """Bytes of the largest quantized matrix while it is dequantized for a matrix product."""
     largest = 0
-    for weight in quantised_weights(model.model).values():
+    for weight in quantized_weights(model.model).values():
         numbers = weight.numel()
-        piece = min(numbers, piece_of(batch.device, 2))         # unpacked at once
+        piece = min(numbers, piece_size(batch.device, 2))         # unpacked at once
         largest = max(largest, batch.compute * numbers + 6 * piece)
     return largest
 

@@ -20,7 +20,7 @@ import torch
 from checkpoint.show import bytes_in_words
 from config import Config
 from lora import LoRAConfig
-from methods.quant import Form
+from methods.quant import QuantFormat
 from runtime.memory import USABLE, Plan, all_in, memory_plan
 
 WORTH_IT = 0.98         # a change among several must bring the plan below this share of its size
@@ -263,7 +263,7 @@ def use_4_bits(plan: Plan, config: Config) -> list[SettingsChange]:
     workload = plan.workload
     if not workload.lora or workload.quant_formats or workload.fp8 or workload.sharded:
         return []
-    formats = all_in(Form("nf4"), workload.model_config)
+    formats = all_in(QuantFormat("nf4"), workload.model_config)
     settings = {"quantization_bit": 4}
     return [SettingsChange("quantization_bit: 4", settings, {"quant_formats": formats})]
 

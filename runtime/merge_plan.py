@@ -15,7 +15,7 @@ from checkpoint.adapters import (adapter_tensors, copies_of_base, load_adapter, 
 from checkpoint.files import open_tensors, stored_as, tensor_files
 from checkpoint.load import OF_ADAPTERS, PREFIX, Packed, load_model, packed_weights
 from lora import lora_layers
-from methods.quant import Form, quantised_weights
+from methods.quant import QuantFormat, quantized_weights
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Planned:
     dtype: torch.dtype
     changes: list[Change] = field(default_factory=list)
     packed: Packed | None = None        # it is stored in 4 or 8 bits
-    form: Form | None = None            # training quantized it so on load
+    form: QuantFormat | None = None            # training quantized it so on load
 
 
 def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
-                 form: Form | None = None) -> tuple[dict[str, Planned], bool]:
+                 form: QuantFormat | None = None) -> tuple[dict[str, Planned], bool]:
     """({name: Planned} in the base's order, whether tied head and embedding become two matrices).
 
     Names are those of the files. A dtype applies to weights; other tensors of the files (buffers of
@@ -51,7 +51,7 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     skeleton = load_model(base, skip_weights=True, form=form)   # meta device: shapes, no numbers
     stored_name = skeleton.config.stored_name
     packed = packed_weights(base)
-    quantized = quantised_weights(skeleton)
+    quantized = quantized_weights(skeleton)
     parameters = [*skeleton.named_parameters(remove_duplicate=False), *quantized.items()]
     weights = {stored_name(name): tuple(p.shape) for name, p in parameters}
     plan = plan_base(base, weights, packed, dtype)

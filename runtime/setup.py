@@ -32,8 +32,8 @@ from generate import context_length
 from lora import LoRAConfig, trainable
 from methods.fp8 import pick_fp8, with_compiled_rounding
 from methods.preference import AS_SIGMOID
-from methods.quant import (count, empty_quantised, form_asked, in_words as quantised_in_words,
-                           quantised_weights)
+from methods.quant import (count_parameters, empty_quantized, requested_format, formats_in_words,
+                           quantized_weights)
 from model import CausalLM, attention_needs
 from optim import warmup_steps
 from parallel import Ranks
@@ -88,13 +88,13 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     Raises ValueError for what such a base cannot do; prints what is not quantized although one
     might expect it.
     """
-    skeleton = load_model(folder, skip_weights=True, form=form_asked(config))
-    formats = {name: weight.form for name, weight in quantised_weights(skeleton).items()}
+    skeleton = load_model(folder, skip_weights=True, form=requested_format(config))
+    formats = {name: weight.form for name, weight in quantized_weights(skeleton).items()}
     if not formats:
         return {}
     if config.finetuning_type != "lora" or config.fsdp or config.base_precision:
         raise ValueError(
-            f"{folder} holds weights in 4 or 8 bits ({quantised_in_words(formats.values())}): only "
+            f"{folder} holds weights in 4 or 8 bits ({formats_in_words(formats.values())}): only "
             "adapters can be trained beside them (finetuning_type: lora), without fsdp and "
             "base_precision")
     if adapters and (len(adapters) > 1 or config.create_new_adapter):
@@ -316,9 +316,9 @@ def reference_bytes(config, lora: LoRAConfig | None, base: Base, dtype: torch.dt
         folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
         model_config, formats = read_model_config(folder), {}
     with torch.device("meta"):
-        model = empty_quantised(CausalLM(model_config), formats)
+        model = empty_quantized(CausalLM(model_config), formats)
     plain = sum(p.numel() * dtype.itemsize for p in model.parameters())
-    return plain + sum(weight.nbytes for weight in quantised_weights(model).values())
+    return plain + sum(weight.nbytes for weight in quantized_weights(model).values())
 
 
 def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch.device,
@@ -368,13 +368,13 @@ def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> di
     """Parameters, steps and passes for the start page."""
     model = memory.workload.model
     trained = sum(p.numel() for p in trainable(model).values())
-    total = count(model)
+    total = count_parameters(model)
     weights = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     matmul_dtype = str(dtype).removeprefix("torch.")
     numbers = {"parameters": f"{trained:,} of {total:,} trained ({100 * trained / total:.4f}%)"}
-    formats = [weight.form for weight in quantised_weights(model).values()]
+    formats = [weight.form for weight in quantized_weights(model).values()]
     if formats:
-        numbers["base"] = f"{quantised_in_words(formats)}; all else {weights}"
+        numbers["base"] = f"{formats_in_words(formats)}; all else {weights}"
     numbers["dtype"] = f"weights {weights}, trained ones float32, matmul {matmul_dtype}"
     numbers["steps"] = f"{plan.total_steps}, {plan.steps_per_epoch} an epoch, " \
                        f"{warmup_steps(config, plan.total_steps)} of warmup"

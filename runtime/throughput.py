@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from families import ModelConfig
-from methods.quant import count, quantised_weights
+from methods.quant import count_parameters, quantized_weights
 
 WARM_STEPS = 3                  # first steps of a run: kernels are chosen, caches filled
 LEAST_SECONDS = 1.0             # of steady state; a shorter run reports no throughput
@@ -53,7 +53,7 @@ def matmul_parameters(model: nn.Module) -> tuple[float, float]:
     frozen = 0.0
     trained = 0.0
     parameters = model.named_parameters(remove_duplicate=False)
-    for name, p in (*parameters, *quantised_weights(model).items()):
+    for name, p in (*parameters, *quantized_weights(model).items()):
         if p.dim() < 2 or name.startswith("model.embed_tokens."):
             continue
         used = 1
@@ -123,7 +123,7 @@ def flops_of_batch(model_config: ModelConfig, frozen: float, trained: float, ref
 
 def total_flos(model: nn.Module, tokens: int) -> float:
     """6 x parameters (without the embedding) x tokens, as LLaMA-Factory's results count it."""
-    return 6.0 * (count(model) - model.model.embed_tokens.weight.numel()) * tokens
+    return 6.0 * (count_parameters(model) - model.model.embed_tokens.weight.numel()) * tokens
 
 
 # ---- measurements -------------------------------------------------------------------------------

@@ -9,64 +9,64 @@ import pytest
 import torch
 
 from methods import fp8
-from methods.fp8 import (FORMATS, Fp8, dequantise, multiply, multiply_plain, pick_fp8,
-                         product_error, quantise, to_fp8)
+from methods.fp8 import (FORMATS, Fp8, dequantize_fp8, scaled_matmul, scaled_matmul_plain, pick_fp8,
+                         matmul_error, quantize_fp8, to_fp8)
 from fast.fused_block import fused_linears
 from fast.matmul import torch_matmul
 from tests.common import needs_shared
 from tests.test_fused_block import adapted
 from tests.test_train import run
 
-PLAIN = Fp8(FORMATS[0], multiply_plain)
+PLAIN = Fp8(FORMATS[0], scaled_matmul_plain)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rounding_is_to_the_nearest_of_eight_steps_an_octave(form, dtype):
     x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).to(dtype) * 3e-3
-    x8, unit = quantise(x, form)
+    x8, unit = quantize_fp8(x, form)
     assert x8.dtype == form and float(x8.float().abs().max()) == torch.finfo(form).max
-    error = (dequantise(x8, unit, torch.float32) - x.float()).abs()
+    error = (dequantize_fp8(x8, unit, torch.float32) - x.float()).abs()
     least = float(unit) * 2 ** -9                                     # half the smallest number beside zero
     assert (error <= x.float().abs() / 15 + least).all()             # half of an eighth of an octave, bfloat16 on top
-    zeros, unit = quantise(torch.zeros(3, 3, dtype=dtype), form)
-    assert (dequantise(zeros, unit, dtype) == 0).all()
+    zeros, unit = quantize_fp8(torch.zeros(3, 3, dtype=dtype), form)
+    assert (dequantize_fp8(zeros, unit, dtype) == 0).all()
 
 
 def test_products_of_both_directions():
-    assert product_error(PLAIN, "cpu", torch.bfloat16) < fp8.TOO_FAR
-    wrong = Fp8(FORMATS[0], lambda *args: 1.1 * multiply_plain(*args))
-    assert product_error(wrong, "cpu", torch.bfloat16) > fp8.TOO_FAR
-    missing = Fp8(FORMATS[0], lambda *args: float("nan") * multiply_plain(*args))
-    assert not product_error(missing, "cpu", torch.bfloat16) < fp8.TOO_FAR
+    assert matmul_error(PLAIN, "cpu", torch.bfloat16) < fp8.TOO_FAR
+    wrong = Fp8(FORMATS[0], lambda *args: 1.1 * scaled_matmul_plain(*args))
+    assert matmul_error(wrong, "cpu", torch.bfloat16) > fp8.TOO_FAR
+    missing = Fp8(FORMATS[0], lambda *args: float("nan") * scaled_matmul_plain(*args))
+    assert not matmul_error(missing, "cpu", torch.bfloat16) < fp8.TOO_FAR
 
 
 def test_torch_multiplies_the_same_numbers():
     generator = torch.Generator().manual_seed(1)
     x, W = (torch.randn(shape, generator=generator).bfloat16() for shape in ((32, 64), (48, 64)))
-    operands = *quantise(x, FORMATS[0]), *quantise(W, FORMATS[0])
+    operands = *quantize_fp8(x, FORMATS[0]), *quantize_fp8(W, FORMATS[0])
     try:
-        native = multiply(*operands, torch.bfloat16)
+        native = scaled_matmul(*operands, torch.bfloat16)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"torch._scaled_mm on this CPU: {str(error).splitlines()[0]}")
-    assert torch.allclose(native.float(), multiply_plain(*operands, torch.bfloat16).float(), rtol=0.01, atol=0.02)
+    assert torch.allclose(native.float(), scaled_matmul_plain(*operands, torch.bfloat16).float(), rtol=0.01, atol=0.02)
 
 
 def test_a_device_without_such_products_is_refused(monkeypatch):
-    monkeypatch.setattr(fp8, "product_error", lambda how, device, dtype: 1 / 0 if how.form == FORMATS[0] else 0.5)
+    monkeypatch.setattr(fp8, "matmul_error", lambda how, device, dtype: 1 / 0 if how.fp8_dtype == FORMATS[0] else 0.5)
     with pytest.raises(ZeroDivisionError):                           # only torch's refusals are taken for an answer
         pick_fp8("cuda", torch.bfloat16)
 
     def refused(how, device, dtype):
-        if how.form == FORMATS[0]:
+        if how.fp8_dtype == FORMATS[0]:
             raise RuntimeError("_scaled_mm needs compute capability 8.9\nmore")
         return 0.5
 
-    monkeypatch.setattr(fp8, "product_error", refused)
+    monkeypatch.setattr(fp8, "matmul_error", refused)
     with pytest.raises(ValueError, match="float8_e4m3fn: _scaled_mm needs compute capability 8.9; .*off by 0.5.*Leave"):
         pick_fp8("cuda", torch.bfloat16)
-    monkeypatch.setattr(fp8, "product_error", lambda how, device, dtype: 0.03)
-    assert pick_fp8("cuda", torch.bfloat16)[0] == Fp8(FORMATS[0], multiply)
+    monkeypatch.setattr(fp8, "matmul_error", lambda how, device, dtype: 0.03)
+    assert pick_fp8("cuda", torch.bfloat16)[0] == Fp8(FORMATS[0], scaled_matmul)
 
 
 def test_gradients_go_through_a_rounded_base():

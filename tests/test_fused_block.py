@@ -18,7 +18,7 @@ from fast.fused_block import IDENTITY, RECOMPUTE, can_fuse, fuse_blocks, fused_l
 from fast.matmul import MATMULS
 from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
 from losses import cross_entropy_sum
-from methods.quant import Form, QuantLinear, quantise
+from methods.quant import QuantFormat, QuantLinear, quantize
 from model import RMSNorm
 from tests.common import GOLDEN, needs_shared
 from tests.test_train import run
@@ -44,7 +44,7 @@ def plain_linear(size_in, size_out, trained, bias=True, dtype=torch.float64):
 
 def in_4_bits(size_in, size_out, dtype=torch.float64):
     bias = nn.Parameter(torch.randn(size_out, dtype=dtype), requires_grad=False)
-    return QuantLinear(quantise(torch.randn(size_out, size_in), Form("nf4")), bias)
+    return QuantLinear(quantize(torch.randn(size_out, size_in), QuantFormat("nf4")), bias)
 
 
 # ---- one call -----------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def torch_in_float64(hidden, weight, targets):
     return F.cross_entropy(hidden.double() @ weight.double().T, targets, ignore_index=IGNORE, reduction="sum")
 
 
-def rows_at_once(monkeypatch, rows, vocabulary=V):
+def rows_per_piece(monkeypatch, rows, vocabulary=V):
     monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * vocabulary)
     monkeypatch.setattr(losses, "MAX_CHUNKS", 10 ** 9)
 
@@ -45,7 +45,7 @@ def rows_at_once(monkeypatch, rows, vocabulary=V):
 @pytest.mark.parametrize("ignored", [0.0, 0.4, 0.97])
 @pytest.mark.parametrize("rows", [1, 7, N, 10 * N])
 def test_float32_equals_torch_in_float64(rows, ignored, monkeypatch):
-    rows_at_once(monkeypatch, rows)
+    rows_per_piece(monkeypatch, rows)
     inputs = problem(ignored=ignored)
     assert 0 < (inputs[2] != IGNORE).sum() <= N
     wanted = run(torch_in_float64, *inputs, factor=0.3)
@@ -65,7 +65,7 @@ def test_loss_by_hand():
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=["bf16", "fp16"])
 def test_sixteen_bits(dtype, bound, monkeypatch):
     """Off by what 16-bit logits explain, and no more than the slow twin."""
-    rows_at_once(monkeypatch, 7)
+    rows_per_piece(monkeypatch, 7)
     inputs = problem(dtype)
     inputs = (inputs[0] * 0.3, *inputs[1:])
     wanted = run(torch_in_float64, *inputs)
@@ -154,7 +154,7 @@ def capped_in_float64(hidden, weight, targets):
 @pytest.mark.parametrize("rows", [1, 7, N, 10 * N])
 @pytest.mark.parametrize("loss_of", [cross_entropy_sum, cross_entropy_plain])
 def test_softcap_equals_torch_in_float64(rows, loss_of, monkeypatch):
-    rows_at_once(monkeypatch, rows)
+    rows_per_piece(monkeypatch, rows)
     inputs = problem()
     wanted, uncapped = (run(f, *inputs, factor=0.3) for f in (capped_in_float64, torch_in_float64))
     for got, want, other in zip(run(partial(loss_of, softcap=CAP), *inputs, factor=0.3), wanted, uncapped):
@@ -176,7 +176,7 @@ def test_softcap_by_hand():
 
 def test_softcap_in_sixteen_bits(monkeypatch):
     """The cap works on float32 logits: bfloat16 is off by what its logits explain, and no more than the slow twin."""
-    rows_at_once(monkeypatch, 7)
+    rows_per_piece(monkeypatch, 7)
     inputs = problem(torch.bfloat16)
     wanted = run(capped_in_float64, *inputs)
 
@@ -193,7 +193,7 @@ def test_softcap_in_sixteen_bits(monkeypatch):
 @pytest.mark.parametrize("softcap", [None, CAP])
 def test_gradient_flows_through_a_computed_head(dtype, bound, softcap, monkeypatch):
     """A head whose rows are normalised in each pass: the gradient reaches the stored rows."""
-    rows_at_once(monkeypatch, 7)
+    rows_per_piece(monkeypatch, 7)
     hidden, weight, targets = problem(dtype)
 
     def stored(loss_of):
@@ -235,7 +235,7 @@ def largest(loss_of, hidden, weight, targets):
 
 def test_a_tensor_of_tokens_times_vocabulary_never_exists(monkeypatch):
     n, v, d, rows = 512, 1000, 16, 8
-    rows_at_once(monkeypatch, rows, v)
+    rows_per_piece(monkeypatch, rows, v)
     hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     assert largest(cross_entropy_plain, hidden, weight, targets) >= n * v   # the measure sees what the twin makes
     for loss_of in (cross_entropy_sum, partial(cross_entropy_sum, softcap=CAP)):
@@ -277,7 +277,7 @@ def weighed(logps_of, hidden, weight, targets):
 @pytest.mark.parametrize("rows", [1, 7, 10 * N])
 def test_answer_logps_equal_their_slow_twin(rows, softcap, monkeypatch):
     """Forward, and backward to hidden states and to a head that learns; and torch in float64 says the same."""
-    rows_at_once(monkeypatch, rows)
+    rows_per_piece(monkeypatch, rows)
     inputs = problem()
     inputs[2][13] = IGNORE                                      # the second sequence has nothing to learn
     fast, plain = (partial(f, softcap=softcap) for f in (answer_logps, answer_logps_plain))
@@ -316,7 +316,7 @@ def test_answer_logps_of_nothing_have_zero_gradients():
 
 def test_answer_logps_never_make_tokens_times_vocabulary(monkeypatch):
     n, v, d, rows = 512, 1000, 16, 8
-    rows_at_once(monkeypatch, rows, v)
+    rows_per_piece(monkeypatch, rows, v)
     hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
     sums = [lambda *inputs, f=f: f(*inputs, [n])[0].sum() for f in (answer_logps, answer_logps_plain)]
     assert largest(sums[0], hidden, weight, targets) <= max(rows * v, n * d, v * d) < n * v / 10

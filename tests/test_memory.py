@@ -24,7 +24,7 @@ from lora import LoRAConfig, attach_lora, trainable
 from methods.lora_variants import variant_of
 from fast.fused_block import fuse_blocks
 from losses import cross_entropy_sum
-from methods.quant import Form, can_be_quantised, count, quantise, set_quantised
+from methods.quant import QuantFormat, quantizable_weights, count_parameters, quantize, set_quantized
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
@@ -163,8 +163,8 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
 
 def in_few_bits(model, form):
     """The model with its linear layers quantized, as loading does it; form None: unchanged."""
-    for name in can_be_quantised(model) if form else ():
-        set_quantised(model, name, quantise(model.get_parameter(name).data, form))
+    for name in quantizable_weights(model) if form else ():
+        set_quantized(model, name, quantize(model.get_parameter(name).data, form))
     return model
 
 
@@ -299,7 +299,7 @@ def test_activations_of_blocks_that_keep_differently():
             )
 
 
-@pytest.mark.parametrize("form", (Form("nf4"), Form("int8", nested=0)), ids=("nf4", "int8"))
+@pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)), ids=("nf4", "int8"))
 @pytest.mark.parametrize("name", ("llama", "gemma2", "mixtral"))
 def test_activations_beside_a_quantised_base(name, form):
     """As beside a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
@@ -398,7 +398,7 @@ def test_the_figures_that_are_known_of_a_large_model():
 
 
 @pytest.mark.parametrize(
-    "form", (Form("nf4"), Form("nf4", nested=0), Form("fp4", 128), Form("int8", nested=0)), ids=str
+    "form", (QuantFormat("nf4"), QuantFormat("nf4", nested=0), QuantFormat("fp4", 128), QuantFormat("int8", nested=0)), ids=str
 )
 def test_quantised_weights_are_counted_to_the_byte(form):
     for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
@@ -412,8 +412,8 @@ def test_quantised_weights_are_counted_to_the_byte(form):
         )
         assert plan.weights == held < planned(model_config, ALL, BF16, "plain", True, [[8]]).weights
         assert (
-            count(plan.workload.model)
-            == count(model)
+            count_parameters(plan.workload.model)
+            == count_parameters(model)
             == sum(
                 p.numel()
                 for p in attach_lora(
@@ -436,7 +436,7 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
             "sdpa-flash",
             "cuda",
             fast=True,
-            quant_formats=all_in(Form("nf4"), model_config),
+            quant_formats=all_in(QuantFormat("nf4"), model_config),
         ),
     )
     blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # numbers of their matrices

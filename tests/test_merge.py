@@ -23,7 +23,7 @@ from lora import LoRAConfig, attach_lora, lora_layers
 from methods.lora_variants import variant_of
 from merge import merge_checkpoint
 from model import CausalLM, init_weights
-from methods.quant import Form, QuantLinear
+from methods.quant import QuantFormat, QuantLinear
 from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_lora import FAMILIES, IDS, checkpoint_of, logits_of, shake
@@ -977,11 +977,11 @@ def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, 
         and "another model than was trained" in out
     )
     plain = load_model(base, torch.float32)
-    seen = load_model(base, form=Form(kind, nested=256 if kind == "nf4" else 0))
+    seen = load_model(base, form=QuantFormat(kind, nested=256 if kind == "nf4" else 0))
     for folder, model in (("dense", seen), ("original", plain)):
         got = tensors_in(tmp_path / folder)
         want = {
-            f"{name}.weight": module.weight.dense(torch.float32)
+            f"{name}.weight": module.weight.dequantize(torch.float32)
             if isinstance(module, QuantLinear)
             else module.weight
             for name, module in model.named_modules()
@@ -1002,7 +1002,7 @@ def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, 
 def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_path):
     from tests.test_quant import stored  # which reads this file
 
-    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", Form("fp4", 128))
+    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("fp4", 128))
     merge_checkpoint(folder, [], tmp_path / "plain")
     want, got = load_model(folder), load_model(tmp_path / "plain")
     ids = torch.arange(9)[None]

@@ -25,8 +25,8 @@ from fast.matmul import torch_matmul
 from lora import (LoRAConfig, LoRALinear, attach_lora, dequantized_weight, lora_layers,
                   merge_adapters)
 from fast.compile import compile_unpacking
-from methods.quant import (EmbeddingOutside, Form, QuantLinear, Quantised, VALUES,
-                           can_be_quantised, map_of_scales, quantise, quantised_weights,
+from methods.quant import (EmbeddingOutside, QuantFormat, QuantLinear, QuantizedWeight, VALUES,
+                           quantizable_weights, map_of_scales, quantize, quantized_weights,
                            unpack_any, values_of)
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.test_merge import adapter_with, base_with, tensors_in
@@ -46,7 +46,7 @@ def stored(folder, out, form):
         if not name.endswith("_proj.weight"):
             found[name] = weight
             continue
-        packed, module = quantise(weight, form), name.removesuffix(".weight")
+        packed, module = quantize(weight, form), name.removesuffix(".weight")
         if form.kind == "int8":
             found |= {name: packed.codes, f"{module}.SCB": packed.absmax}
             found[f"{module}.weight_format"] = torch.tensor(0).byte()
@@ -83,17 +83,17 @@ def test_recorded_vectors_bit_for_bit():
                 for block in (64, 128):
                     def want(what):
                         return file.get_tensor(f"{name}.{kind}.b{block}.{what}")
-                    single, double = (quantise(x, Form(kind, block, nested)) for nested in (0, 256))
+                    single, double = (quantize(x, QuantFormat(kind, block, nested)) for nested in (0, 256))
                     where, bits = (name, kind, block), BITS[x.dtype]
                     assert torch.equal(single.codes, want("codes").view(-1)), where
                     assert torch.equal(single.absmax, want("single.absmax")), where
                     assert torch.equal(double.codes, single.codes), where
-                    assert torch.equal(single.dense().view(bits), want("single.dequant").view(bits)), where
-                    read = Quantised(double.form, x.shape, codes=single.codes, quant_map=single.quant_map,
+                    assert torch.equal(single.dequantize().view(bits), want("single.dequant").view(bits)), where
+                    read = QuantizedWeight(double.form, x.shape, codes=single.codes, quant_map=single.quant_map,
                                      absmax=want("double.absmax"), nested_absmax=want("double.nested_absmax"),
                                      nested_offset=want("double.offset").view(()),
                                      nested_quant_map=file.get_tensor("nested_quant_map"))
-                    assert torch.equal(read.dense().view(bits), want("double.dequant").view(bits)), where
+                    assert torch.equal(read.dequantize().view(bits), want("double.dequant").view(bits)), where
                     unit = want("double.nested_absmax").repeat_interleave(256)[:len(read.absmax)]
                     assert ((double.scales() - read.scales()).abs() <= 1e-4 * unit).all(), where
                     compared += 1
@@ -107,72 +107,72 @@ def test_every_number_becomes_the_nearest_value_times_the_largest_of_its_block(k
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 7), (5, 64), (33, 17), (600, 256)):
         x = torch.randn(shape, generator=generator).to(dtype)
-        packed = quantise(x, Form(kind, 64, 0))
+        packed = quantize(x, QuantFormat(kind, 64, 0))
         flat = F.pad(x.float().view(-1), (0, -x.numel() % 64)).view(-1, 64)
         largest = flat.abs().amax(1, keepdim=True)
         far = (flat[..., None] / largest[..., None] - values_of(kind)).abs()
         best = (values_of(kind)[far.argmin(-1)] * largest).view(-1)[:x.numel()].view(shape)
-        got = packed.dense(F32)
+        got = packed.dequantize(F32)
         assert got.shape == x.shape and packed.codes.dtype == torch.uint8 and len(packed.codes) == -(-x.numel() // 2)
         error = ((got - x.float()).abs() - (best - x.float()).abs()).max()
         assert error <= 0.01 * float(x.abs().max()) and (dtype != F32 or error < 1e-6)
 
 
 @pytest.mark.parametrize("piece", [128, 2**17])
-@pytest.mark.parametrize("form", [Form("nf4"), Form("fp4", 128, 0, BF16), Form("nf4", 64, 256, F16)], ids=str)
+@pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0, BF16), QuantFormat("nf4", 64, 256, F16)], ids=str)
 def test_pieces_are_the_whole(form, piece, monkeypatch):
     monkeypatch.setattr(quant, "PIECE", piece)
     x = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
-    packed = quantise(x, form)
+    packed = quantize(x, form)
     for dtype in (F32, BF16, F16):
         twin = unpack_any(packed.codes, packed.scales(), packed.pairs, x.numel(), form.blocksize, packed.dtype, dtype)
-        assert torch.equal(packed.dense(dtype), twin.view(x.shape)) and packed.dense(dtype).dtype == dtype
-    assert torch.equal(packed.codes, quantise(x.view(1, -1), form).codes)
+        assert torch.equal(packed.dequantize(dtype), twin.view(x.shape)) and packed.dequantize(dtype).dtype == dtype
+    assert torch.equal(packed.codes, quantize(x.view(1, -1), form).codes)
 
 
 def test_rows_in_8_bits():
     x = torch.randn(300, 500, generator=torch.Generator().manual_seed(0))
     x[7] = 0
-    packed = quantise(x, Form("int8", nested=0))
+    packed = quantize(x, QuantFormat("int8", nested=0))
     assert packed.codes.dtype == torch.int8 and int(packed.codes.abs().max()) == 127
-    assert torch.equal(packed.dense()[7], x[7])
+    assert torch.equal(packed.dequantize()[7], x[7])
     step = x.abs().amax(1, keepdim=True) / 127
-    assert ((packed.dense() - x).abs() <= 0.51 * step + 2**-11 * x.abs()).all()             # half a step, and float16's
+    assert ((packed.dequantize() - x).abs() <= 0.51 * step + 2**-11 * x.abs()).all()             # half a step, and float16's
 
 
 def test_bits_a_weight_are_the_bytes():
     x = torch.randn(1024, 1024)
-    for form, bits in ((Form("nf4"), 4.127), (Form("nf4", nested=0), 4.5), (Form("int8", nested=0), 8.0)):
+    for form, bits in ((QuantFormat("nf4"), 4.127), (QuantFormat("nf4", nested=0), 4.5), (QuantFormat("int8", nested=0), 8.0)):
         tables = ("pairs", "nested_quant_map")
-        held = sum(t.nbytes for name, t in quantise(x, form).named_buffers() if name not in tables)
+        held = sum(t.nbytes for name, t in quantize(x, form).named_buffers() if name not in tables)
         assert form.bits() == pytest.approx(bits, abs=5e-4) and 8 * held / x.numel() == pytest.approx(bits, rel=0.005)
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", [Form("nf4"), Form("int8", nested=0)], ids=str)
+@pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("int8", nested=0)], ids=str)
 def test_a_layer_is_the_dense_layer_forward_and_backward(form):
     torch.manual_seed(0)
-    packed, bias = quantise(torch.randn(48, 32), form), torch.randn(48, requires_grad=True)
+    packed, bias = quantize(torch.randn(48, 32), form), torch.randn(48, requires_grad=True)
     dense = nn.Linear(32, 48)
-    dense.weight, dense.bias = nn.Parameter(packed.dense(), False), nn.Parameter(bias.detach().clone())
+    dense.weight, dense.bias = nn.Parameter(packed.dequantize(), False), nn.Parameter(bias.detach().clone())
     plain, frozen = QuantLinear(packed, bias), QuantLinear(packed)
     for base in (plain, dense):
         base.x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
         (base(base.x) ** 2).sum().backward()
     assert torch.allclose(plain.x.grad, dense.x.grad, atol=1e-4)
     assert torch.allclose(bias.grad, dense.bias.grad, atol=1e-4)
-    assert [p for p in frozen.parameters()] == [] and torch.equal(frozen.effective_weight(), packed.dense())
+    assert [p for p in frozen.parameters()] == [] and torch.equal(frozen.effective_weight(), packed.dequantize())
 
 
-@pytest.mark.parametrize("form", [Form("nf4"), Form("int8", nested=0)], ids=str)
+@pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("int8", nested=0)], ids=str)
 def test_adapters_learn_beside_it_alike_on_both_paths(form):
     """linear.py's fast path, its twin, and an adapter beside the dense matrix have the same gradients."""
     torch.manual_seed(0)
-    packed, results = quantise(torch.randn(48, 32), form), []
+    packed, results = quantize(torch.randn(48, 32), form), []
     dense = nn.Linear(32, 48, bias=False)
-    dense.weight = nn.Parameter(packed.dense(), False)
+    dense.weight = nn.Parameter(packed.dequantize(), False)
     A, B, x = torch.randn(4, 32), torch.randn(48, 4), torch.randn(20, 32)
     for base, matmul in ((QuantLinear(packed), torch_matmul), (QuantLinear(packed), None), (dense, None)):
         layer, mine = LoRALinear(base, 4, 0.5, 0.0), x.clone().requires_grad_()
@@ -181,7 +181,7 @@ def test_adapters_learn_beside_it_alike_on_both_paths(form):
         ((out ** 2).sum() + (frozen ** 3).sum()).backward()
         results.append([out, frozen, mine.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad,
                         layer.effective_weight()])
-        assert torch.equal(dequantized_weight(layer.base_layer, BF16), packed.dense(BF16))
+        assert torch.equal(dequantized_weight(layer.base_layer, BF16), packed.dequantize(BF16))
     for got in results[:2]:
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(got, results[2]))
 
@@ -189,27 +189,27 @@ def test_adapters_learn_beside_it_alike_on_both_paths(form):
 def test_scales_keep_their_dtype_and_layers_their_place(tmp_path):
     """model.to(16 bits) is for what is stored as it is; adapters start the same over a 16-bit and a 4-bit base."""
     base, starts = base_with(tmp_path / "base"), []
-    for form in (None, Form("nf4")):
+    for form in (None, QuantFormat("nf4")):
         model = attach_lora(load_model(base, form=form), LoRAConfig(r=2), seed=3)
         starts.append({name: layer.lora_A.weight.clone() for name, layer in lora_layers(model).items()})
     assert starts[0].keys() == starts[1].keys()
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
-    weight = quantised_weights(model)["model.layers.0.mlp.up_proj.base_layer.weight"]
-    before = weight.dense()
+    weight = quantized_weights(model)["model.layers.0.mlp.up_proj.base_layer.weight"]
+    before = weight.dequantize()
     model.to(BF16)
-    assert torch.equal(weight.dense(), before) and model.lm_head.weight.dtype == BF16
+    assert torch.equal(weight.dequantize(), before) and model.lm_head.weight.dtype == BF16
     with pytest.raises(ValueError, match="in nf4 cannot be trained in full"):
-        attach_lora(load_model(base, form=Form("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
+        attach_lora(load_model(base, form=QuantFormat("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
 
 
 def test_the_compilers_kernel_must_give_the_same_bits(monkeypatch):
-    model = nn.ModuleList(QuantLinear(quantise(torch.randn(64, 64 * n), Form("nf4", dtype=BF16))) for n in (1, 2))
-    want = [layer.weight.dense(F16) for layer in model]
+    model = nn.ModuleList(QuantLinear(quantize(torch.randn(64, 64 * n), QuantFormat("nf4", dtype=BF16))) for n in (1, 2))
+    want = [layer.weight.dequantize(F16) for layer in model]
     front_part = partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
     assert compile_unpacking(model) == "4-bit weights: dequantized by one compiled kernel"
     assert all(layer.weight.compiled for layer in model)
-    assert all(torch.equal(layer.weight.dense(F16), dense) for layer, dense in zip(model, want))
+    assert all(torch.equal(layer.weight.dequantize(F16), dense) for layer, dense in zip(model, want))
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: 1.1 * f(*args))
     assert "gives other numbers" in compile_unpacking(model) and model[0].weight.compiled is None
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: 1 / 0)
@@ -235,10 +235,10 @@ def test_an_embedding_outside_reads_the_same_rows():
 def test_recorded_checkpoints(name):
     """Dequantised weights exactly, logits and losses within the README's tolerance, by both paths of fast/fused_block.py."""
     want, model = load_file(QUANT / name / "expected.safetensors"), load_model(QUANT / name)
-    weights, real = quantised_weights(model), want["attention_mask"].bool()
+    weights, real = quantized_weights(model), want["attention_mask"].bool()
     dense = {key.removeprefix("dequant."): value for key, value in want.items() if key.startswith("dequant.")}
     assert weights.keys() == dense.keys() and dense
-    assert all(torch.equal(weights[key].dense(value.dtype), value) for key, value in dense.items())
+    assert all(torch.equal(weights[key].dequantize(value.dtype), value) for key, value in dense.items())
     in_8_bits = "int8" in name                      # `logits` are then of activations that are rounded, too
     for how in ("plain", "torch"):
         fuse_blocks(model, how)
@@ -258,10 +258,10 @@ def test_recorded_checkpoints(name):
                                           ("quant/sources/half", "half_nf4_dq"), ("models/llama3", "llama3_int8"),
                                           ("models/qwen2", "qwen2_fp4"), ("models/qwen2_tied", "qwen2_tied_nf4")])
 def test_quantising_on_load_makes_the_recorded_checkpoint(source, name):
-    want = quantised_weights(load_model(QUANT / name))
+    want = quantized_weights(load_model(QUANT / name))
     form = next(iter(want.values())).form
-    model = load_model(GOLDEN / source, form=Form(form.kind, form.blocksize, form.nested))
-    got = quantised_weights(model)
+    model = load_model(GOLDEN / source, form=QuantFormat(form.kind, form.blocksize, form.nested))
+    got = quantized_weights(model)
     assert got.keys() == want.keys() and "lm_head.weight" not in got
     for key, weight in got.items():
         assert torch.equal(weight.codes, want[key].codes)
@@ -277,7 +277,7 @@ def test_recorded_adapters_on_4_bit_bases(name):
     real = want["attention_mask"].bool()
     for fold in (False, True):
         model = load_with_adapters(base, [folder], fold_last=fold)
-        assert quantised_weights(model), "folding must leave quantised matrices as they are"
+        assert quantized_weights(model), "folding must leave quantised matrices as they are"
         bound = {F32: 1e-4, BF16: 0.2}[model.lm_head.weight.dtype]
         for how in ("plain", "torch"):
             fuse_blocks(model, how)
@@ -310,7 +310,7 @@ def test_what_transformers_and_bitsandbytes_save_of_other_families(name, kind, s
     ids, ours = torch.arange(3, 23)[None], load_model(tmp_path, F32)
     with torch.no_grad():
         assert (ours.logits(ours(ids)) - dense(ids).logits).abs().max() < 1e-4
-    assert found == len(quantised_weights(ours)) > 0
+    assert found == len(quantized_weights(ours)) > 0
 
 
 def by_hand(weight, bnb):
@@ -327,13 +327,13 @@ def by_hand(weight, bnb):
 def test_two_adapters_on_a_quantised_base_are_both_there(tmp_path):
     """For inference the first is folded in, where it makes ordinary matrices, and the last stays beside."""
     base = base_with(tmp_path / "base")
-    packed = stored(base, tmp_path / "packed", Form("nf4"))
+    packed = stored(base, tmp_path / "packed", QuantFormat("nf4"))
     first = adapter_with(tmp_path / "first", base, targets=("q_proj",))
     last = adapter_with(tmp_path / "last", base, targets=("q_proj", "up_proj"), seed=2)
     model, ids = load_with_adapters(packed, [first, last], fold_last=True), torch.arange(11)[None]
     dense = load_model(base)
-    for name, weight in quantised_weights(load_model(packed)).items():
-        dense.get_parameter(name).data = weight.dense()
+    for name, weight in quantized_weights(load_model(packed)).items():
+        dense.get_parameter(name).data = weight.dequantize()
     for adapter in (first, last):
         load_adapter(dense, adapter)
         merge_adapters(dense)
@@ -352,29 +352,29 @@ FAMILIES = {"tied": dict(tie_word_embeddings=True), "experts": dict(model_type="
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_quantised_of_a_family(name, tmp_path):
     base = base_with(tmp_path / "base", **FAMILIES[name])
-    model, plain = load_model(base, form=Form("nf4")), load_model(base)
-    skeleton = load_model(base, skip_weights=True, form=Form("nf4"))
+    model, plain = load_model(base, form=QuantFormat("nf4")), load_model(base)
+    skeleton = load_model(base, skip_weights=True, form=QuantFormat("nf4"))
     linears = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    got = set(quantised_weights(model))
+    got = set(quantized_weights(model))
     assert got == linears - {"lm_head.weight"} - {n for n in linears if n.endswith("mlp.gate.weight")}
-    assert got == set(quantised_weights(skeleton)) == set(can_be_quantised(plain))
-    assert quant.count(model) == quant.count(skeleton) == sum(p.numel() for p in plain.parameters())
-    assert sum(w.nbytes for w in quantised_weights(model).values()) == \
-        sum(w.nbytes for w in quantised_weights(skeleton).values())
+    assert got == set(quantized_weights(skeleton)) == set(quantizable_weights(plain))
+    assert quant.count_parameters(model) == quant.count_parameters(skeleton) == sum(p.numel() for p in plain.parameters())
+    assert sum(w.nbytes for w in quantized_weights(model).values()) == \
+        sum(w.nbytes for w in quantized_weights(skeleton).values())
     ids = torch.arange(12)[None]
     dense = load_model(base)
-    for key, weight in quantised_weights(model).items():
-        dense.get_parameter(key).data = weight.dense()
+    for key, weight in quantized_weights(model).items():
+        dense.get_parameter(key).data = weight.dequantize()
     assert torch.allclose(model.logits(model(ids)), dense.logits(dense(ids)), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [Form("nf4"), Form("fp4", 128, 0), Form("int8", nested=0)], ids=str)
+@pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0), QuantFormat("int8", nested=0)], ids=str)
 def test_stored_and_made_on_load_are_the_same(form, tmp_path):
     base = base_with(tmp_path / "base", dtype=BF16)
     made, read = load_model(base, form=form), load_model(stored(base, tmp_path / "packed", form))
     ids = torch.arange(20)[None]
     assert torch.equal(made.logits(made(ids)), read.logits(read(ids)))
-    assert load_model(tmp_path / "packed", form=Form("nf4")).model.layers[0].mlp.up_proj.weight.form.kind == form.kind
+    assert load_model(tmp_path / "packed", form=QuantFormat("nf4")).model.layers[0].mlp.up_proj.weight.form.kind == form.kind
 
 
 WRONG = {       # what is done to the tensors of layer 0's up_proj: what must be said
@@ -397,7 +397,7 @@ WRONG = {       # what is done to the tensors of layer 0's up_proj: what must be
 
 @pytest.mark.parametrize("case", WRONG)
 def test_files_that_are_not_whole_are_named(case, tmp_path):
-    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", Form("nf4"))
+    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("nf4"))
     tensors = load_file(folder / "model.safetensors")
     WRONG[case][0](tensors, "model.layers.0.mlp.up_proj")
     save_file(tensors, str(folder / "model.safetensors"))
@@ -419,12 +419,12 @@ PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch
 from checkpoint.load import load_model
-from methods.quant import Form
+from methods.quant import QuantFormat
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-load_model(sys.argv[2], form=Form("nf4"))                                  # what loading itself needs
+load_model(sys.argv[2], form=QuantFormat("nf4"))                                  # what loading itself needs
 before = peak()
-load_model(sys.argv[3], form=Form(sys.argv[4], nested=0 if sys.argv[4] == "int8" else 256))
+load_model(sys.argv[3], form=QuantFormat(sys.argv[4], nested=0 if sys.argv[4] == "int8" else 256))
 print(peak() - before)
 """
 

@@ -16,7 +16,7 @@ from runtime import setup
 import train
 from checkpoint.load import PREFIX
 from config import Config
-from methods.quant import Form, quantise
+from methods.quant import QuantFormat, quantize
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from tests.test_quant import stored
 
@@ -569,7 +569,7 @@ def losses_of(output):
 def test_the_published_4_bit_recipe_runs_unchanged(tmp_path, capsys):
     """Its own file, other folders: a bitsandbytes checkpoint, LoRA+, float16 with the scaler, saved and talked to."""
     import chat
-    base = stored(CURVES / "tiny_llama3", tmp_path / "base", Form("nf4"))
+    base = stored(CURVES / "tiny_llama3", tmp_path / "base", QuantFormat("nf4"))
     argv = [str(SHARED / "configs/train_llama3_qlora.json"), f"model_name_or_path={base}",
             f"output_dir={tmp_path / 'out'}", f"dataset_dir={small_data(tmp_path / 'data')}"]
     train.main(argv)
@@ -603,10 +603,10 @@ def test_training_beside_4_bits_is_training_beside_the_same_numbers_in_32(how, t
     base, dense = CURVES / "tiny_llama3", tmp_path / "dense"
     shutil.copytree(base, dense, copy_function=shutil.copyfile)
     weights = load_file(base / "model.safetensors")
-    packed = {name: quantise(w, Form("nf4")).dense() for name, w in weights.items() if name.endswith("_proj.weight")}
+    packed = {name: quantize(w, QuantFormat("nf4")).dequantize() for name, w in weights.items() if name.endswith("_proj.weight")}
     save_file(weights | packed, str(dense / "model.safetensors"))
     fewer = ["quantization_bit=4"] if how == "made on load" else [
-        f"model_name_or_path={stored(base, tmp_path / 'base', Form('nf4'))}"]
+        f"model_name_or_path={stored(base, tmp_path / 'base', QuantFormat('nf4'))}"]
     run("sft_llama3", tmp_path / "a", monkeypatch, f"model_name_or_path={dense}", "max_steps=4")
     run("sft_llama3", tmp_path / "b", monkeypatch, *fewer, "max_steps=4")
     a, b = (losses_of(tmp_path / name) for name in "ab")
@@ -628,7 +628,7 @@ def test_resumed_beside_few_bits_equals_never_stopped(bits, tmp_path, monkeypatc
 
 @needs_shared
 def test_what_cannot_be_done_with_a_base_in_4_bits(tmp_path, monkeypatch, capsys):
-    base = stored(CURVES / "tiny_llama3", tmp_path / "base", Form("nf4"))
+    base = stored(CURVES / "tiny_llama3", tmp_path / "base", QuantFormat("nf4"))
     for more, words in ((["finetuning_type=full", "adapter_name_or_path="], "only adapters can be trained beside them"),
                         (["create_new_adapter=true"], "one adapter can be trained further"),
                         (["adapter_name_or_path=adapter_init,adapter_init"], "one adapter can be trained further"),
@@ -646,7 +646,7 @@ def test_float16_overflow_of_a_quantised_layer_is_named(tmp_path):
     import numpy as np
     from checkpoint.load import load_model
     from data import Example, collate
-    model = load_model(CURVES / "tiny_llama3", torch.float16, form=Form("nf4", nested=0))
+    model = load_model(CURVES / "tiny_llama3", torch.float16, form=QuantFormat("nf4", nested=0))
     model.model.layers[1].mlp.up_proj.weight.absmax *= 3e4
     batch = collate([Example(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32), [8])])
     with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
