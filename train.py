@@ -48,8 +48,7 @@ def main(argv):
 
     # ---- data: conversations -> token ids, labels on what the assistant says
     base = find_base(config, ranks)
-    text = load_text(config, base.folder, run.stored_at(base), base.model_config,
-                     check=config.stage != "pt")
+    text = load_text(config, base.folder, run.stored_at(base), base.model_config, check=True)
     run.print_start(base, text)
     stage = STAGES[config.stage]                    # how rows are encoded, batched and scored
     train_set, eval_set = load_data(config, base, text, stage, ranks)

@@ -79,7 +79,7 @@ def pick_fp8(device, dtype: torch.dtype) -> tuple[Fp8, str]:
         name = str(fp8_dtype).removeprefix("torch.")
         fp8 = Fp8(fp8_dtype, scaled_matmul)
         try:
-            error = matmul_error(fp8, device, dtype)
+            error = fp8_error(fp8, device, dtype)
         except (RuntimeError, ValueError, TypeError, AttributeError,
                 NotImplementedError) as refusal:
             refused[name] = str(refusal).splitlines()[0][:100]
@@ -92,7 +92,7 @@ def pick_fp8(device, dtype: torch.dtype) -> tuple[Fp8, str]:
                      "base_precision out")
 
 
-def matmul_error(fp8: Fp8, device, dtype: torch.dtype) -> float:
+def fp8_error(fp8: Fp8, device, dtype: torch.dtype) -> float:
     """Relative error against float32, of the worse of both directions; NaN if one of them is."""
     generator = torch.Generator().manual_seed(0)
 
@@ -152,6 +152,6 @@ if __name__ == "__main__":
     for kind in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)):
         try:
             picked, line = pick_fp8(kind, torch.bfloat16)
-            print(f"{kind}: {line}; off by {matmul_error(picked, kind, torch.bfloat16):.2%}")
+            print(f"{kind}: {line}; off by {fp8_error(picked, kind, torch.bfloat16):.2%}")
         except ValueError as error:
             print(f"{kind}: {error}")

@@ -278,70 +278,100 @@ def mean_over_ranks(values: list, most: int, ranks: Ranks) -> list:
 # ---- rows -> ids and labels -> batches ----------------------------------------------------------
 
 
-def encode_answers(batch, config, tokenizer, template, encoded: EncodedRows, check_only: bool = False):
-    """Stages rm, dpo, kto: of each row an example of two stretches, the prompt with one answer and with another: the chosen
-    and the rejected one; or (kto) its own and, to estimate a KL divergence (arXiv:2402.01306, sec. 4.1), that of the row
-    before, the first row taking the last one's. Thoughts of earlier answers are left out. batch: [(row, conversation), …].
+def encode_answers(batch, config, tokenizer, template, encoded: EncodedRows,
+                   check_only: bool = False):
+    """Stages rm, dpo, kto: an example of two sequences per row, the prompt with either answer.
+
+    They are the chosen and the rejected answer; or (kto) the row's own answer and, to estimate a
+    KL divergence (arXiv:2402.01306, sec. 4.1), that of the row before; the first row takes the last
+    one's. Thoughts of earlier answers are left out. batch: [(row, conversation), ...].
     """
-    settings, rendered, own = settings_of(config), [], []
+    settings = settings_of(config)
+    rendered, kept = [], []
 
     def render(conversation, answer):
-        messages, system, tools, *_ = conversation
-        turns = render_turns(template, tokenizer, [*messages[:-1], answer], system, tools, settings, only_last=True)
-        return [piece for turn in turns[:-1] for pieces in turn for piece in pieces] + turns[-1][0], turns[-1][1]
+        messages = [*conversation.messages[:-1], answer]
+        *earlier, (source, target) = render_turns(
+            template, tokenizer, messages, conversation.system, conversation.tools, settings,
+            only_last=True)
+        prompt = [piece for turn in earlier for pieces in turn for piece in pieces]
+        return prompt + source, target
 
     for row, conversation in batch:
+        answers = [conversation.messages[-1]]
+        if config.stage in PAIRS:
+            answers.append(conversation.rejected)
         try:
-            answers = [conversation.messages[-1]] + ([conversation.rejected] if config.stage in PAIRS else [])
             rendered.append([render(conversation, answer) for answer in answers])
-            own.append((row, conversation))
-        except ValueError as error:                 # a tool call or a tool description that cannot be read
+            kept.append((row, conversation))
+        except ValueError as error:         # a tool call or tool description that cannot be read
             encoded.reject(row, error)
     if check_only or encoded.bad and not config.skip_bad_rows:
         return
     if config.stage in JUDGED:
-        for number, (row, conversation) in enumerate(own):
-            rendered[number].append(render(conversation, own[number - 1][1].messages[-1]))
-    ids = iter(encode_pieces(tokenizer, [pieces for both in rendered for one in both for pieces in one]))
+        for number, (row, conversation) in enumerate(kept):
+            _, before = kept[number - 1]
+            rendered[number].append(render(conversation, before.messages[-1]))
+    pieces = [pieces for both in rendered for one in both for pieces in one]
+    ids = iter(encode_pieces(tokenizer, pieces))
     closing_eos = [tokenizer.eos_id] if template.efficient_eos else []
-    for row, conversation in own:
-        add_answers(encoded, row, conversation.desired, [(next(ids), next(ids) + closing_eos) for _ in range(2)], config)
+    for row, conversation in kept:
+        both = [(next(ids), next(ids) + closing_eos) for _ in range(2)]
+        add_answers(encoded, row, conversation.desired, both, config)
 
 
 def add_answers(encoded: EncodedRows, row: RawRow, desired: bool | None, both: list, config):
-    """One row's example. both: two (prompt_ids, answer_ids). A pair has the prompt of the chosen answer, and is cut by the
-    longer of the two answers, as in LLaMA-Factory; in kto each is cut by its own."""
-    pairs, kept = config.stage in PAIRS, []
+    """Add one row's example. both: two (prompt_ids, answer_ids).
+
+    A pair has the prompt of the chosen answer, truncated for the longer of the two answers, as in
+    LLaMA-Factory; in kto each is truncated on its own.
+    """
+    is_pair = config.stage in PAIRS
+    longest = max(len(answer) for _, answer in both)
+    sequences = []
     for prompt, answer in both:
-        prompt, longest = (both[0][0], max(len(other) for _, other in both)) if pairs else (prompt, len(answer))
-        of_prompt, of_answer = truncated_lengths(len(prompt), longest, config.cutoff_len)
-        prompt, answer = prompt[:of_prompt], answer[:of_answer]
-        kept.append((prompt + answer, [IGNORE] * len(prompt) + answer))
-    counted = slice(None if pairs else 1)           # the other answer of kto teaches nothing
-    full = sum(len(prompt) + len(answer) for prompt, answer in both[counted])
-    supervised = encoded.count(row, *laid(kept[counted]), full)
-    encoded.has_targets |= any(len(labels) > 1 and labels[-1] != IGNORE for _, labels in kept[counted])
-    encoded.add(*laid(kept), supervised > 0, [len(ids) for ids, _ in kept], desired)
+        if is_pair:
+            prompt = both[0][0]
+        target = longest if is_pair else len(answer)
+        keep_prompt, keep_answer = truncated_lengths(len(prompt), target, config.cutoff_len)
+        prompt = prompt[:keep_prompt]
+        answer = answer[:keep_answer]
+        sequences.append((prompt + answer, [IGNORE] * len(prompt) + answer))
+    trained = sequences if is_pair else sequences[:1]       # kto's other answer is not trained on
+    full_length = sum(len(prompt) + len(answer) for prompt, answer in both[:len(trained)])
+    supervised = encoded.count(row, *end_to_end(trained), full_length)
+    encoded.has_targets |= any(len(labels) > 1 and labels[-1] != IGNORE for _, labels in trained)
+    encoded.add(*end_to_end(sequences), supervised > 0, [len(ids) for ids, _ in sequences],
+                desired)
 
 
-def laid(stretches: list) -> tuple[list, list]:
-    """(ids, labels) of several stretches, end to end."""
-    return sum((ids for ids, _ in stretches), []), sum((labels for _, labels in stretches), [])
+def end_to_end(sequences: list) -> tuple[list, list]:
+    """(ids, labels) of several sequences, one after the other."""
+    return (sum((ids for ids, _ in sequences), []),
+            sum((labels for _, labels in sequences), []))
 
 
 def collate_answers(groups: list[list[Example]], alike: bool = False) -> Batch:
-    """The rows of some micro-batches: of pairs first all chosen answers, then all rejected ones; judged answers in one
-    Batch, and in its `kl_batch` those to estimate the KL divergence with.
+    """The rows of some micro-batches.
 
-    A row counts one over the rows of its micro-batch, and n_items is the number of these: the mean over micro-batches of
-    their means, as in LLaMA-Factory. alike: every row counts 1, and n_items is the number of rows.
+    Of pairs, first all chosen answers, then all rejected ones; of judged answers one Batch, and in
+    its `kl_batch` the prompts with answers of other rows, for the KL divergence.
+
+    A row's weight is one over the rows of its micro-batch, and n_items is the number of these: the
+    mean over micro-batches of their means, as in LLaMA-Factory. alike: every row's weight is 1, and
+    n_items is the number of rows.
     """
     examples = [example for group in groups for example in group]
-    first, second = ([example.sequence(which) for example in examples] for which in (0, 1))
+    first = [example.sequence(0) for example in examples]
+    second = [example.sequence(1) for example in examples]
     sizes = tuple(map(len, groups))
-    row_weights = torch.tensor([1.0 if alike else 1 / size for size in sizes for _ in range(size)])
-    more = dict(batch_sizes=sizes, row_weights=row_weights, n_items=len(examples) if alike else len(groups))
+    weights = [1.0 if alike else 1 / size for size in sizes for _ in range(size)]
+    fields = {
+        "batch_sizes": sizes,
+        "row_weights": torch.tensor(weights),
+        "n_items": len(examples) if alike else len(groups),
+    }
     if examples[0].desired is None:
-        return replace(collate(first + second), **more)
-    return replace(collate(first), desired=torch.tensor([example.desired for example in examples]), kl_batch=collate(second),
-                   **more)
+        return replace(collate(first + second), **fields)
+    desired = torch.tensor([example.desired for example in examples])
+    return replace(collate(first), desired=desired, kl_batch=collate(second), **fields)

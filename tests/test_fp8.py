@@ -10,7 +10,7 @@ import torch
 
 from methods import fp8
 from methods.fp8 import (FORMATS, Fp8, dequantize_fp8, scaled_matmul, scaled_matmul_plain, pick_fp8,
-                         matmul_error, quantize_fp8, to_fp8)
+                         fp8_error, quantize_fp8, to_fp8)
 from fast.fused_block import fused_linears
 from fast.matmul import torch_matmul
 from tests.common import needs_shared
@@ -34,11 +34,11 @@ def test_rounding_is_to_the_nearest_of_eight_steps_an_octave(form, dtype):
 
 
 def test_products_of_both_directions():
-    assert matmul_error(PLAIN, "cpu", torch.bfloat16) < fp8.TOO_FAR
+    assert fp8_error(PLAIN, "cpu", torch.bfloat16) < fp8.TOO_FAR
     wrong = Fp8(FORMATS[0], lambda *args: 1.1 * scaled_matmul_plain(*args))
-    assert matmul_error(wrong, "cpu", torch.bfloat16) > fp8.TOO_FAR
+    assert fp8_error(wrong, "cpu", torch.bfloat16) > fp8.TOO_FAR
     missing = Fp8(FORMATS[0], lambda *args: float("nan") * scaled_matmul_plain(*args))
-    assert not matmul_error(missing, "cpu", torch.bfloat16) < fp8.TOO_FAR
+    assert not fp8_error(missing, "cpu", torch.bfloat16) < fp8.TOO_FAR
 
 
 def test_torch_multiplies_the_same_numbers():
@@ -53,7 +53,7 @@ def test_torch_multiplies_the_same_numbers():
 
 
 def test_a_device_without_such_products_is_refused(monkeypatch):
-    monkeypatch.setattr(fp8, "matmul_error", lambda how, device, dtype: 1 / 0 if how.fp8_dtype == FORMATS[0] else 0.5)
+    monkeypatch.setattr(fp8, "fp8_error", lambda how, device, dtype: 1 / 0 if how.fp8_dtype == FORMATS[0] else 0.5)
     with pytest.raises(ZeroDivisionError):                           # only torch's refusals are taken for an answer
         pick_fp8("cuda", torch.bfloat16)
 
@@ -62,10 +62,10 @@ def test_a_device_without_such_products_is_refused(monkeypatch):
             raise RuntimeError("_scaled_mm needs compute capability 8.9\nmore")
         return 0.5
 
-    monkeypatch.setattr(fp8, "matmul_error", refused)
+    monkeypatch.setattr(fp8, "fp8_error", refused)
     with pytest.raises(ValueError, match="float8_e4m3fn: _scaled_mm needs compute capability 8.9; .*off by 0.5.*Leave"):
         pick_fp8("cuda", torch.bfloat16)
-    monkeypatch.setattr(fp8, "matmul_error", lambda how, device, dtype: 0.03)
+    monkeypatch.setattr(fp8, "fp8_error", lambda how, device, dtype: 0.03)
     assert pick_fp8("cuda", torch.bfloat16)[0] == Fp8(FORMATS[0], scaled_matmul)
 
 

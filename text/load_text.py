@@ -33,13 +33,14 @@ def load_text(config, folder: Path, stored: list[Path], model_config,
 
     stored: folders of what was trained; their train_config.json may name a template. overrides:
     apply tool_format and default_system of the config to the template. check: compare the template
-    with the checkpoint's own one. Raises ValueError for a template that does not fit.
+    with the checkpoint's own one (not for running text, stage pt). Raises ValueError for a template
+    that does not fit.
     """
     tokenizer = load_tokenizer(folder, config.split_special_tokens)
     name, force = stored_template(stored, config.template, config.force_template)
     changes = (config.tool_format, config.default_system) if overrides else ()
     text = fit_text(tokenizer, name, force, model_config.model_type, model_config.vocab_size,
-                    changes, check)
+                    changes, check and config.stage != "pt")
     if name and name != config.template:
         text = text._replace(origin=f"stored in {stored[-1]}")
     return text
