@@ -1,13 +1,15 @@
-"""Which decoder a checkpoint's config.json describes: one neutral ModelConfig, one row of differences per family.
+"""The decoder that a checkpoint's config.json describes: one ModelConfig, one row per family.
 
-Everything the checkpoint states is taken from its `config.json`, under the same names. What a family does without
-saying so there is a row of FAMILIES: the switches are named for what they do, and the decoder (model.py) looks only
-at switches, never at a family's name.
+Everything the checkpoint states is taken from its `config.json`, under the same names. What a
+family does without stating it there is a row of FAMILIES: the switches are named for what they do,
+and the decoder (model.py) looks only at switches, never at a family's name.
 
     python -m checkpoint.show DIR          shows the result for a checkpoint
 
-Read before: nothing. Read after: model.py, which builds what is described here; docs/add_a_family.md, to add a row.
-Sources, beside the rows: the technical reports; the fields and tensor names of the published checkpoints.
+Requires: nothing.
+Next: model.py, which builds what is described here; docs/add_a_family.md, to add a row.
+Sources, beside the rows: the technical reports; the fields and tensor names of the published
+checkpoints.
 """
 import json
 import re
@@ -18,84 +20,101 @@ from pathlib import Path
 from errors import nearest_name
 
 
-# ---- what a decoder can do otherwise than Llama -----------------------------------------------------------------
+# ---- differences from Llama ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
-    """The differences the decoder knows. The defaults are plain Llama (arXiv:2302.13971)."""
+    """The differences the decoder supports. The defaults are plain Llama (arXiv:2302.13971)."""
+
     # projections
-    fused_qkv: str = ""                   # "blocks": one matrix, all q rows, all k, all v;
-                                          # "groups": for each key/value head its q heads, then its k, then its v
-    fused_gate_up: bool = False           # gate and up are one matrix, gate first
+    fused_qkv: str = ""             # "blocks": one matrix, all q rows, all k, all v;
+                                    # "groups": per key/value head its q heads, its k, its v
+    fused_gate_up: bool = False     # gate and up are one matrix, gate first
     qkv_bias: bool = False
     o_bias: bool = False
-    mlp_bias: bool = False                # gate, up and down
-    clip_qkv: float | None = None         # q, k and v are clamped to [-clip, clip]
+    mlp_bias: bool = False          # gate, up and down
+    clip_qkv: float | None = None   # q, k and v are clamped to [-clip, clip]
+
     # norms
-    norm: str = "rms"                     # a row of model.NORMS
-    norm_place: str = "before"            # of attention and MLP: "before" them, "after" them, or "both"
-    qk_norm: str = ""                     # "head": RMSNorm over each head of q and k; "width": over all heads at once;
-                                          # "unit": each head to unit RMS, without a weight, after the rotation
+    norm: str = "rms"               # a row of model.NORMS
+    norm_place: str = "before"      # "before" attention and MLP, "after" them, or "both"
+    qk_norm: str = ""               # "head": RMSNorm over each head of q and k;
+                                    # "width": RMSNorm over all heads at once;
+                                    # "unit": unit RMS per head, no weight, after the rotation
+
     # positions
-    rotary_pairs: str = "halves"          # features that turn together: i and i + R/2, or "neighbours" 2i and 2i + 1
-    partial_rotary_factor: float = 1.0    # share of each head's features that are rotated, the first ones
-    alibi: bool = False                   # no rotation: a score sinks linearly with the distance (arXiv:2108.12409)
-    attn_temperature: tuple = ()          # queries grow with their position: ("log1p", scale, floor tokens) on layers
-                                          # without rotation, or ("log", trained tokens) outside of training
+    rotary_pairs: str = "halves"            # rotated pairs: features i and i + R/2,
+                                            # or "neighbours" 2i and 2i + 1
+    partial_rotary_factor: float = 1.0      # share of each head's features that are rotated
+    alibi: bool = False                     # no rotation, but a linear bias by distance
+                                            # (arXiv:2108.12409)
+    attn_temperature: tuple = ()            # queries are scaled by position:
+                                            # ("log1p", scale, floor tokens), layers without rope;
+                                            # ("log", trained tokens), outside of training only
+
     # attention scores, MLP
-    attn_softcap: float | None = None     # scores become cap * tanh(scores / cap)
-    attn_scale: float | None = None       # scores are q.k times this; None: head_dim ** -0.5
-    hidden_act: str = "silu"              # a row of model.ACTIVATIONS
+    attn_softcap: float | None = None       # scores become cap * tanh(scores / cap)
+    attn_scale: float | None = None         # scores are q.k times this; None: head_dim ** -0.5
+    hidden_act: str = "silu"                # a row of model.ACTIVATIONS
+
     # embedding and head
-    embed_scale: bool = False             # embeddings are multiplied by sqrt(hidden_size)
-    normalized_head: bool = False         # rows of the head have length 1
-    final_softcap: float | None = None    # logits become cap * tanh(logits / cap)
-    tie_word_embeddings: bool = False     # the head is the embedding's matrix
+    embed_scale: bool = False               # embeddings are multiplied by sqrt(hidden_size)
+    normalized_head: bool = False           # rows of the head have length 1
+    final_softcap: float | None = None      # logits become cap * tanh(logits / cap)
+    tie_word_embeddings: bool = False       # the head is the embedding matrix
+
     # mixture of experts
-    router: str = "softmax"               # score of an expert: "softmax" over all of them, or "sigmoid" of its own
-    norm_topk_prob: bool = False          # the scores of the chosen experts are made to sum to 1
-    scale_input: bool = False             # a score multiplies what goes into the expert, not what comes out
-    shared_expert_gate: bool = False      # the shared expert's output is multiplied by a sigmoid
-    stacked_experts: bool = False         # one (E, in, out) tensor for all experts, gate and up fused
+    router: str = "softmax"                 # expert scores: "softmax" over all, or "sigmoid" each
+    norm_topk_prob: bool = False            # scores of the chosen experts are scaled to sum to 1
+    scale_input: bool = False               # scores multiply the expert's input, not its output
+    shared_expert_gate: bool = False        # the shared expert's output is gated by a sigmoid
+    stacked_experts: bool = False           # one (E, in, out) tensor, gate and up fused
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Switches):
-    """A decoder's shape, in the words of config.json. Sizes are counts of features, heads, layers or tokens."""
+    """The sizes and switches of a decoder, under the names of config.json.
+
+    Sizes are counts of features, heads, layers or tokens.
+    """
+
     model_type: str
-    hidden_size: int                      # D
-    intermediate_size: int                # F
+    hidden_size: int                        # D
+    intermediate_size: int                  # F
     num_hidden_layers: int
-    num_attention_heads: int              # H
-    num_key_value_heads: int              # K
-    head_dim: int                         # Dh
-    vocab_size: int                       # V
+    num_attention_heads: int                # H
+    num_key_value_heads: int                # K
+    head_dim: int                           # Dh
+    vocab_size: int                         # V
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
     rope: dict = field(default_factory=lambda: {"rope_type": "default"})
-    initializer_range: float = 0.02       # standard deviation of fresh weights (train_from_scratch)
-    pad_token_id: int | None = None       # its embedding learns nothing from input, as in transformers
+    initializer_range: float = 0.02         # std of new weights (train_from_scratch)
+    pad_token_id: int | None = None         # padding_idx of the embedding, as in transformers
+
     # one entry per layer
-    windows: tuple                        # how many keys a query sees, itself included; None = all
-    chunks: tuple                         # or: queries see the keys of their own chunk of so many tokens; None = all
-    use_rope: tuple                       # are q and k rotated?
-    sparse: tuple                         # experts in place of one MLP?
+    windows: tuple                          # keys that a query sees, itself included; None = all
+    chunks: tuple                           # chunked attention, tokens per chunk; None = all
+    use_rope: tuple                         # rotate q and k?
+    sparse: tuple                           # mixture of experts instead of one MLP?
+
     # experts
-    num_experts: int = 0                  # E
-    num_experts_per_tok: int = 0          # k
-    moe_intermediate_size: int = 0        # ffn width of one expert
-    shared_expert_intermediate_size: int = 0      # of the expert that every token passes; 0 = none
-    router_aux_loss_coef: float = 0.0     # weight of the balance loss in training
+    num_experts: int = 0                    # E
+    num_experts_per_tok: int = 0            # k
+    moe_intermediate_size: int = 0          # width of one expert
+    shared_expert_intermediate_size: int = 0        # width of the shared expert; 0 = none
+    router_aux_loss_coef: float = 0.0       # weight of the balance loss in training
+
     # the checkpoint's files
     names: dict = field(default_factory=dict)
     prefix: str = ""
     skips: tuple = ()
-    notes: tuple = ()                     # what a user should be told
+    notes: tuple = ()                       # printed for the user
 
     def stored_name(self, name: str) -> str:
-        """The name that a parameter or module of the decoder has in the checkpoint's files."""
+        """The name of a parameter or module in the checkpoint's files."""
         if self.names:
             longest_first = sorted(self.names, key=len, reverse=True)
             pattern = r"(?<![^.])(" + "|".join(map(re.escape, longest_first)) + r")(?![^.])"
@@ -103,28 +122,30 @@ class ModelConfig(Switches):
         return self.prefix + name
 
 
-# ---- the table --------------------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def said(name: str, default=None) -> Callable:
-    """For a row: the value that config.json gives under this name, or the default."""
+    """For a row: the value of this field in config.json, or the default."""
     return lambda take: take(name, default)
 
 
 def unless_null(name: str, default) -> Callable:
-    """The same for a field that null switches off."""
+    """Like `said`, for a field that null switches off."""
     return lambda take: take(name, default, null=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family(Switches):
-    """A row of FAMILIES: switches, and how to read the files. `take(field, default)` reads a field of config.json.
+    """A row of FAMILIES: switches, and how to read the files.
 
-    A switch may be a function of `take`; the fields below `fixed` that are one per layer, of `take` and the layer.
+    `take(field, default)` reads a field of config.json. A switch may be a function of `take`; the
+    fields below `fixed` that are one per layer are functions of `take` and the layer.
     """
-    called: dict = field(default_factory=dict)    # {field of ModelConfig: what config.json calls it}
-    absent: dict = field(default_factory=dict)    # {field: its value where config.json does not state it}
-    fixed: dict = field(default_factory=dict)     # {field: the only value that is honoured here}
+
+    called: dict = field(default_factory=dict)    # {field of ModelConfig: its name in config.json}
+    absent: dict = field(default_factory=dict)    # {field: default where config.json omits it}
+    fixed: dict = field(default_factory=dict)     # {field: the only value that is supported}
     windows: Callable = lambda take, layer: None
     chunks: Callable = lambda take, layer: None
     use_rope: Callable = lambda take, layer: True
@@ -134,19 +155,21 @@ class Family(Switches):
     tie_word_embeddings: Callable = said("tie_word_embeddings", False)
     hidden_act: Callable = said("hidden_act", "silu")
     halved_ffn: bool = False                      # intermediate_size counts gate and up together
-    names: dict = field(default_factory=dict)     # {part of a parameter's name: the same part in the files}
-    prefix: str = ""                              # stands before every name in the files
-    text_field: str = ""                          # config.json holds the decoder's fields under this one
-    skips: tuple = ()                             # beginnings of names in the files that belong to no decoder
+    names: dict = field(default_factory=dict)     # {part of a parameter's name: that in the files}
+    prefix: str = ""                              # prefix of every name in the files
+    text_field: str = ""                          # field of config.json with the decoder's fields
+    skips: tuple = ()                             # prefixes of tensors outside the decoder
 
 
 def window_everywhere(take, layer):
     return take("sliding_window")
 
 
-def window_if_asked(take, layer):
-    """Qwen's files carry a window that acts only with use_sliding_window, from layer max_window_layers on."""
-    return take("sliding_window") if take("use_sliding_window") and layer >= take("max_window_layers", 28) else None
+def window_if_switched_on(take, layer):
+    """Qwen's window acts only with use_sliding_window, from layer max_window_layers on."""
+    if take("use_sliding_window") and layer >= take("max_window_layers", 28):
+        return take("sliding_window")
+    return None
 
 
 def window_on_even(take, layer):
@@ -155,22 +178,34 @@ def window_on_even(take, layer):
     return take("sliding_window") if take("use_sliding_window") and even else None
 
 
+def window_of_qwen3_moe(take, layer):
+    return take("sliding_window") if take("use_sliding_window") else None
+
+
+def window_of_gemma2(take, layer):
+    return take("sliding_window", 4096, null=True) if layer % 2 == 0 else None
+
+
 def sparse_by_step(take, layer):
     """Experts in every decoder_sparse_step-th layer, but in none of mlp_only_layers."""
-    dense, step = take("mlp_only_layers") or (), take("decoder_sparse_step", 1)
-    return bool(take("num_experts") or take("num_local_experts")) and layer not in dense and (layer + 1) % step == 0
+    dense = take("mlp_only_layers") or ()
+    step = take("decoder_sparse_step", 1)
+    has_experts = bool(take("num_experts") or take("num_local_experts"))
+    return has_experts and layer not in dense and (layer + 1) % step == 0
 
 
 def sparse_by_interval(take, layer):
-    """Experts in the layers that moe_layers lists, else in every interleave_moe_layer_step-th."""
-    listed, step = take("moe_layers"), take("interleave_moe_layer_step", 1)
-    return (layer + 1) % step == 0 if listed is None else layer in listed
+    """Experts in the layers of moe_layers, else in every interleave_moe_layer_step-th."""
+    moe_layers = take("moe_layers")
+    step = take("interleave_moe_layer_step", 1)
+    return (layer + 1) % step == 0 if moe_layers is None else layer in moe_layers
 
 
 def rope_unless_listed(take, layer):
-    """no_rope_layers holds a 0 for each layer without rotation; without it every no_rope_layer_interval-th is one."""
-    listed, interval = take("no_rope_layers"), take("no_rope_layer_interval", 4)
-    return bool(listed[layer]) if listed else (layer + 1) % interval != 0
+    """False where no_rope_layers holds a 0, or for every no_rope_layer_interval-th layer."""
+    flags = take("no_rope_layers")
+    interval = take("no_rope_layer_interval", 4)
+    return bool(flags[layer]) if flags else (layer + 1) % interval != 0
 
 
 def chunk_where_rope(take, layer):
@@ -189,149 +224,205 @@ def temperature_by_log(take):
 
 
 def ntk_by_steps(take):
-    rope = {"rope_type": "ntk_steps", "original_max_position_embeddings": take("seq_length", needed=True)}
+    length = take("seq_length", needed=True)
+    rope = {"rope_type": "ntk_steps", "original_max_position_embeddings": length}
     return rope if take("use_dynamic_ntk", True) else None
 
 
 def gelu_by_tanh(take):
-    """The first files of Gemma say "gelu" and mean its tanh form; hidden_activation, beside it, is read by nobody."""
+    """The first Gemma files say "gelu" and mean its tanh form; hidden_activation is ignored."""
     take("hidden_activation")
-    return "gelu_pytorch_tanh" if take("hidden_act", "gelu") == "gelu" else take("hidden_act")
+    if take("hidden_act", "gelu") == "gelu":
+        return "gelu_pytorch_tanh"
+    return take("hidden_act")
+
+
+def unit_norm_by_default(take):
+    return "unit" if take("use_qk_norm", True) else ""
+
+
+def bias_by_no_bias(take):
+    return not take("no_bias", True)
 
 
 BIASED = dict(qkv_bias=said("attention_bias", False), o_bias=said("attention_bias", False))
 
 SPARSE = dict(norm_topk_prob=said("norm_topk_prob", False), sparse=sparse_by_step)
 
-GEMMA = dict(norm="rms+1", embed_scale=True, absent={"tie_word_embeddings": True, "head_dim": 256}, **BIASED)
+GEMMA = dict(
+    norm="rms+1", embed_scale=True,
+    absent={"tie_word_embeddings": True, "head_dim": 256},
+    **BIASED)
 
-GLM = dict(rotary_pairs="neighbours", partial_rotary_factor=said("partial_rotary_factor", 0.5), fused_gate_up=True,
-           qkv_bias=said("attention_bias", True), absent={"rms_norm_eps": 1.5625e-7, "head_dim": 128})
+GLM = dict(
+    rotary_pairs="neighbours",
+    partial_rotary_factor=said("partial_rotary_factor", 0.5),
+    fused_gate_up=True,
+    qkv_bias=said("attention_bias", True),
+    absent={"rms_norm_eps": 1.5625e-7, "head_dim": 128})
 
-LLAMA4 = dict(                                                    # the Llama 4 model card; only its text part
-    **BIASED, rotary_pairs="neighbours", use_rope=rope_unless_listed, attn_temperature=temperature_by_floor,
-    chunks=chunk_where_rope, qk_norm=lambda take: "unit" if take("use_qk_norm", True) else "",
+LLAMA4 = dict(                                      # the Llama 4 model card; only its text part
+    **BIASED,
+    rotary_pairs="neighbours", use_rope=rope_unless_listed,
+    attn_temperature=temperature_by_floor,
+    chunks=chunk_where_rope,
+    qk_norm=unit_norm_by_default,
     sparse=sparse_by_interval, router="sigmoid", scale_input=True, stacked_experts=True,
-    called={"intermediate_size": "intermediate_size_mlp", "moe_intermediate_size": "intermediate_size",
+    called={"intermediate_size": "intermediate_size_mlp",
+            "moe_intermediate_size": "intermediate_size",
             "shared_expert_intermediate_size": "intermediate_size"},
     absent={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 128},
-    names={"mlp": "feed_forward", "mlp.gate": "feed_forward.router", "gate_up_proj.weight": "gate_up_proj",
+    names={"mlp": "feed_forward",
+           "mlp.gate": "feed_forward.router",
+           "gate_up_proj.weight": "gate_up_proj",
            "experts.down_proj.weight": "experts.down_proj"})
 
 FAMILIES = {
-    "llama": Family(**BIASED, mlp_bias=said("mlp_bias", False)),    # arXiv:2302.13971; 1 to 3.3, Yi, R1 distills
+    "llama": Family(                                # arXiv:2302.13971; 1 to 3.3, Yi, R1 distills
+        **BIASED, mlp_bias=said("mlp_bias", False)),
     "xverse": Family(qkv_bias=said("bias", False), o_bias=said("bias", False)),
-    "mistral": Family(windows=window_everywhere),                                           # arXiv:2310.06825
-    "mixtral": Family(windows=window_everywhere, norm_topk_prob=True, sparse=lambda take, layer: True,
-                      absent={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
-                      names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
-    "qwen2": Family(qkv_bias=True, windows=window_if_asked),                    # arXiv:2407.10671; 1.5 and 2.5, QwQ
-    "qwen3": Family(**BIASED, qk_norm="head", windows=window_if_asked, absent={"head_dim": 128}),   # arXiv:2505.09388
-    "qwen2_moe": Family(qkv_bias=said("qkv_bias", True), windows=window_on_even, shared_expert_gate=True, **SPARSE),
-    "qwen3_moe": Family(**BIASED, qk_norm="head", **SPARSE,
-                        windows=lambda take, layer: take("sliding_window") if take("use_sliding_window") else None),
-    "qwen": Family(                                                                         # Qwen 1, arXiv:2309.16609
-        fused_qkv="blocks", qkv_bias=True, o_bias=lambda take: not take("no_bias", True),
-        mlp_bias=lambda take: not take("no_bias", True), partial_rotary_factor=said("rotary_pct", 1.0),
-        attn_temperature=temperature_by_log, rope_scaling=ntk_by_steps, halved_ffn=True, fixed={"scale_attn_weights": True},
-        called={"head_dim": "kv_channels", "rms_norm_eps": "layer_norm_epsilon", "rope_theta": "rotary_emb_base",
+    "mistral": Family(windows=window_everywhere),   # arXiv:2310.06825
+    "mixtral": Family(                              # arXiv:2401.04088
+        windows=window_everywhere, norm_topk_prob=True, sparse=lambda take, layer: True,
+        absent={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+    "qwen2": Family(                                # arXiv:2407.10671; 1.5 and 2.5, QwQ
+        qkv_bias=True, windows=window_if_switched_on),
+    "qwen3": Family(                                # arXiv:2505.09388
+        **BIASED, qk_norm="head", windows=window_if_switched_on, absent={"head_dim": 128}),
+    "qwen2_moe": Family(
+        qkv_bias=said("qkv_bias", True), windows=window_on_even, shared_expert_gate=True,
+        **SPARSE),
+    "qwen3_moe": Family(**BIASED, qk_norm="head", **SPARSE, windows=window_of_qwen3_moe),
+    "qwen": Family(                                 # Qwen 1, arXiv:2309.16609
+        fused_qkv="blocks", qkv_bias=True, o_bias=bias_by_no_bias, mlp_bias=bias_by_no_bias,
+        partial_rotary_factor=said("rotary_pct", 1.0),
+        attn_temperature=temperature_by_log,
+        rope_scaling=ntk_by_steps,
+        halved_ffn=True,
+        fixed={"scale_attn_weights": True},
+        called={"head_dim": "kv_channels",
+                "rms_norm_eps": "layer_norm_epsilon",
+                "rope_theta": "rotary_emb_base",
                 "vocab_size": "padded_vocab_size"},
         names={"model": "transformer", "embed_tokens": "wte", "layers": "h", "norm": "ln_f",
-               "input_layernorm": "ln_1", "self_attn.qkv_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-               "post_attention_layernorm": "ln_2", "gate_proj": "w2", "up_proj": "w1",
-               "mlp.down_proj": "mlp.c_proj"}),
-    "gemma": Family(**GEMMA, hidden_act=gelu_by_tanh),                                      # arXiv:2403.08295
-    "gemma2": Family(                                                                       # arXiv:2408.00118, sec. 2
-        **GEMMA, norm_place="both", hidden_act=said("hidden_activation", "gelu_pytorch_tanh"),
+               "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+               "self_attn.qkv_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+               "gate_proj": "w2", "up_proj": "w1", "mlp.down_proj": "mlp.c_proj"}),
+    "gemma": Family(**GEMMA, hidden_act=gelu_by_tanh),      # arXiv:2403.08295
+    "gemma2": Family(                               # arXiv:2408.00118, sec. 2
+        **GEMMA, norm_place="both",
+        hidden_act=said("hidden_activation", "gelu_pytorch_tanh"),
         attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
         attn_softcap=unless_null("attn_logit_softcapping", 50.0),
         final_softcap=unless_null("final_logit_softcapping", 30.0),
-        windows=lambda take, layer: take("sliding_window", 4096, null=True) if layer % 2 == 0 else None,
-        names={"after_attention_norm": "post_attention_layernorm", "after_mlp_norm": "post_feedforward_layernorm",
+        windows=window_of_gemma2,
+        names={"after_attention_norm": "post_attention_layernorm",
+               "after_mlp_norm": "post_feedforward_layernorm",
                "post_attention_layernorm": "pre_feedforward_layernorm"}),
-    "glm": Family(**GLM),                                                                   # GLM-4, arXiv:2406.12793
-    "glm4": Family(**GLM, norm_place="both", names={                                        # GLM-4-0414, GLM-Z1
-        "after_attention_norm": "post_self_attn_layernorm", "after_mlp_norm": "post_mlp_layernorm"}),
-    "chatglm": Family(                              # ChatGLM 2 and 3, the first files of GLM-4, arXiv:2406.12793
-        rotary_pairs="neighbours", partial_rotary_factor=0.5, rope_theta=lambda take: 10000.0 * take("rope_ratio", 1),
-        fused_qkv="blocks", fused_gate_up=True, o_bias=said("add_bias_linear", False),
+    "glm": Family(**GLM),                           # GLM-4, arXiv:2406.12793
+    "glm4": Family(                                 # GLM-4-0414, GLM-Z1
+        **GLM, norm_place="both",
+        names={"after_attention_norm": "post_self_attn_layernorm",
+               "after_mlp_norm": "post_mlp_layernorm"}),
+    "chatglm": Family(              # ChatGLM 2 and 3, the first files of GLM-4, arXiv:2406.12793
+        rotary_pairs="neighbours", partial_rotary_factor=0.5,
+        rope_theta=lambda take: 10000.0 * take("rope_ratio", 1),
+        fused_qkv="blocks", fused_gate_up=True,
+        o_bias=said("add_bias_linear", False),
         qkv_bias=lambda take: take("add_qkv_bias", False) | take("add_bias_linear", False),
         mlp_bias=said("add_bias_linear", False),
         fixed={"rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True},
-        called={"num_hidden_layers": "num_layers", "intermediate_size": "ffn_hidden_size", "head_dim": "kv_channels",
-                "vocab_size": "padded_vocab_size", "max_position_embeddings": "seq_length",
-                "rms_norm_eps": "layernorm_epsilon", "num_key_value_heads": "multi_query_group_num"},
-        names={"model.embed_tokens": "transformer.embedding.word_embeddings", "lm_head": "transformer.output_layer",
-               "model.layers": "transformer.encoder.layers", "model.norm": "transformer.encoder.final_layernorm",
+        called={"num_hidden_layers": "num_layers",
+                "intermediate_size": "ffn_hidden_size",
+                "head_dim": "kv_channels",
+                "vocab_size": "padded_vocab_size",
+                "max_position_embeddings": "seq_length",
+                "rms_norm_eps": "layernorm_epsilon",
+                "num_key_value_heads": "multi_query_group_num"},
+        names={"model.embed_tokens": "transformer.embedding.word_embeddings",
+               "lm_head": "transformer.output_layer",
+               "model.layers": "transformer.encoder.layers",
+               "model.norm": "transformer.encoder.final_layernorm",
                "self_attn": "self_attention", "qkv_proj": "query_key_value", "o_proj": "dense",
                "gate_up_proj": "dense_h_to_4h", "down_proj": "dense_4h_to_h"}),
-    "baichuan": Family(                                                                     # 1 and 2, arXiv:2309.10305
+    "baichuan": Family(                             # 1 and 2, arXiv:2309.10305
         fused_qkv="blocks", names={"qkv_proj": "W_pack"},
-        alibi=lambda take: take("max_position_embeddings") is None,             # which the 13B models do not have
-        normalized_head=lambda take: take("vocab_size") != 64000),              # Baichuan 1 has 64,000 and a plain head
-    "olmo": Family(**BIASED, norm="layer", clip_qkv=said("clip_qkv")),                      # arXiv:2402.00838
-    "olmo2": Family(                                                                        # arXiv:2501.00656
-        **BIASED, norm="rms wide", norm_place="after", qk_norm="width", absent={"rms_norm_eps": 1e-5},
-        names={"after_attention_norm": "post_attention_layernorm", "after_mlp_norm": "post_feedforward_layernorm"}),
-    "phi3": Family(fused_qkv="blocks", fused_gate_up=True, partial_rotary_factor=said("partial_rotary_factor", 1.0),
-                   windows=window_everywhere, absent={"rms_norm_eps": 1e-5}),   # arXiv:2404.14219; Phi-4, Phi-4-mini
-    "internlm2": Family(                                                                    # arXiv:2403.17297
+        # the 13B models have no max_position_embeddings
+        alibi=lambda take: take("max_position_embeddings") is None,
+        # Baichuan 1 has 64,000 tokens and a plain head
+        normalized_head=lambda take: take("vocab_size") != 64000),
+    "olmo": Family(**BIASED, norm="layer", clip_qkv=said("clip_qkv")),      # arXiv:2402.00838
+    "olmo2": Family(                                # arXiv:2501.00656
+        **BIASED, norm="rms wide", norm_place="after", qk_norm="width",
+        absent={"rms_norm_eps": 1e-5},
+        names={"after_attention_norm": "post_attention_layernorm",
+               "after_mlp_norm": "post_feedforward_layernorm"}),
+    "phi3": Family(                                 # arXiv:2404.14219; Phi-4, Phi-4-mini
+        fused_qkv="blocks", fused_gate_up=True,
+        partial_rotary_factor=said("partial_rotary_factor", 1.0),
+        windows=window_everywhere,
+        absent={"rms_norm_eps": 1e-5}),
+    "internlm2": Family(                            # arXiv:2403.17297
         fused_qkv="groups", qkv_bias=said("bias", False), o_bias=said("bias", False),
-        names={"embed_tokens": "tok_embeddings", "lm_head": "output", "self_attn": "attention", "qkv_proj": "wqkv",
-               "o_proj": "wo", "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
+        names={"embed_tokens": "tok_embeddings", "lm_head": "output",
+               "self_attn": "attention", "qkv_proj": "wqkv", "o_proj": "wo",
+               "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
                "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}),
     "llama4_text": Family(**LLAMA4),
-    "llama4": Family(**LLAMA4, prefix="language_model.", text_field="text_config",
-                     skips=("vision_model.", "multi_modal_projector.")),
+    "llama4": Family(
+        **LLAMA4, prefix="language_model.", text_field="text_config",
+        skips=("vision_model.", "multi_modal_projector.")),
 }
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")        # model.py has the functions
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")    # model.py has the functions
 
-ROPE_FIELDS = {      # rope_type: (fields it needs, fields it may have)
+ROPE_FIELDS = {      # rope_type: (required fields, optional fields)
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ("original_max_position_embeddings",)),
-    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
-                           "mscale", "mscale_all_dim", "truncate", "finetuned")),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
-    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
+    "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast",
+                           "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"),
+               ("original_max_position_embeddings",)),
+    "longrope": (("short_factor", "long_factor"),
+                 ("factor", "original_max_position_embeddings", "attention_factor")),
     "ntk_steps": (("original_max_position_embeddings",), ()),
 }
-ROPE_ALIASES = {"su": "longrope"}         # as early files of Phi-3 spell it
+ROPE_ALIASES = {"su": "longrope"}         # early files of Phi-3
 
-# Fields that leave the mathematics of training and inference alone. Anything that is neither read below nor named
-# here, and is not switched off, stops the load: a field that is shrugged off is how wrong logits begin.
+# Fields that do not affect training or inference. A field that is neither read nor listed here, and
+# is not switched off, is an error: an ignored field can silently give wrong logits.
 HARMLESS = frozenset("""
     architectures auto_map bos_token_id eos_token_id decoder_start_token_id dtype torch_dtype
-    transformers_version use_cache initializer_range pretraining_tp id2label label2id problem_type
-    output_attentions output_hidden_states return_dict is_encoder_decoder is_decoder torchscript
-    tokenizer_class name_or_path unsloth_version unsloth_fixed model_name use_mrope chunk_size_feed_forward
-    max_length min_length temperature top_p top_k repetition_penalty do_sample num_beams gradient_checkpointing
-    cache_implementation model_max_length max_tokenizer_truncation attn_implementation tokenizer_type params_dtype
-    apply_query_key_layer_scaling attention_softmax_in_fp32 softmax_in_fp32 bias_dropout_fusion use_flash_attn
-    fp32_residual_connection original_rope onnx_safe bf16 fp16 fp32 use_cache_kernel use_cache_quantization
-    output_router_logits router_aux_loss_coef for_llm_compressor sliding_window_size is_llama_config
-    transformers.js_config
+    transformers_version use_cache initializer_range pretraining_tp id2label label2id
+    problem_type output_attentions output_hidden_states return_dict is_encoder_decoder
+    is_decoder torchscript tokenizer_class name_or_path unsloth_version unsloth_fixed model_name
+    use_mrope chunk_size_feed_forward max_length min_length temperature top_p top_k
+    repetition_penalty do_sample num_beams gradient_checkpointing cache_implementation
+    model_max_length max_tokenizer_truncation attn_implementation tokenizer_type params_dtype
+    apply_query_key_layer_scaling attention_softmax_in_fp32 softmax_in_fp32 bias_dropout_fusion
+    use_flash_attn fp32_residual_connection original_rope onnx_safe bf16 fp16 fp32
+    use_cache_kernel use_cache_quantization output_router_logits router_aux_loss_coef
+    for_llm_compressor sliding_window_size is_llama_config transformers.js_config
 """.split())
 DROPOUTS = frozenset("""
-    attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob router_jitter_noise
+    attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
+    router_jitter_noise
 """.split())
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_config_json(folder) -> dict:
-    """The raw config.json of a checkpoint folder. Raises FileNotFoundError or ValueError that name the file."""
+    """The raw config.json of a checkpoint folder.
+
+    Raises FileNotFoundError or ValueError that name the file.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        found = sorted(p.name for p in Path(folder).iterdir())[:8] if Path(folder).is_dir() else []
-        if "adapter_config.json" in found:
-            raise FileNotFoundError(f"{folder} is an adapter (it has adapter_config.json and no config.json): name it "
-                                    "as adapter_name_or_path, and its base model as model_name_or_path")
-        raise FileNotFoundError(f"{path} is missing: model_name_or_path must be a checkpoint folder in the Hugging "
-                                "Face layout (config.json, *.safetensors, tokenizer.json). Found there: "
-                                f"{found or 'nothing'}")
+        raise FileNotFoundError(explain_missing_config(Path(folder), path))
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -341,16 +432,26 @@ def read_config_json(folder) -> dict:
     return raw
 
 
+def explain_missing_config(folder: Path, path: Path) -> str:
+    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
+    if "adapter_config.json" in found:
+        return (f"{folder} is an adapter (it has adapter_config.json and no config.json): name it "
+                "as adapter_name_or_path, and its base model as model_name_or_path")
+    return (f"{path} is missing: model_name_or_path must be a checkpoint folder in the Hugging "
+            "Face layout (config.json, *.safetensors, tokenizer.json). Found there: "
+            f"{found or 'nothing'}")
+
+
 def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
     """Turn the fields of a config.json into a ModelConfig.
 
-    Raises ValueError for an unknown model_type, a missing field, or a field that would change the mathematics and is
-    not honoured here; `where` names the file in the message.
+    Raises ValueError for an unknown model_type, a missing field, or a field that would change the
+    mathematics and is not supported; `where` names the file in the message.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{where}: model_type {kind!r} is not supported; supported are {', '.join(FAMILIES)}."
-                         + how_to_try(raw))
+        raise ValueError(f"{where}: model_type {kind!r} is not supported; supported are "
+                         f"{', '.join(FAMILIES)}." + how_to_try(raw))
     return read_fields(raw, kind, FAMILIES[kind], where)
 
 
@@ -359,86 +460,143 @@ def read_model_config(folder) -> ModelConfig:
     return model_config(read_config_json(folder), f"{folder}/config.json")
 
 
+class FieldReader:
+    """Reads fields of a config.json by the family's names, and records in `taken` which were read.
+
+    This is the `take` of the table's functions.
+    """
+
+    def __init__(self, raw: dict, kind: str, family: Family, where: str):
+        self.raw = raw
+        self.kind = kind
+        self.family = family
+        self.where = where
+        # sliding_window ... : a window that is not switched on; hidden_act: the older spelling of
+        # an activation that the family reads elsewhere
+        self.taken = {"model_type", "sliding_window", "use_sliding_window", "max_window_layers",
+                      "hidden_act"}
+
+    def __call__(self, name: str, default=None, needed: bool = False, null: bool = False):
+        """The field of this name, or of the family's name for it.
+
+        needed: raise ValueError where it is missing. null: null is a value, not an absent field.
+        """
+        names = [self.family.called.get(name, name), name]
+        self.taken.update(names)
+        for n in names:
+            if self.raw.get(n) is not None or (null and n in self.raw):
+                return self.raw[n]
+        if needed:
+            raise ValueError(f"{self.where}: the field {names[0]!r} is missing; a {self.kind} "
+                             "checkpoint states it")
+        return self.family.absent.get(name, default)
+
+
 def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig:
-    """model_config with the row given."""
+    """model_config for a given row of FAMILIES."""
     notes = []
     if raw.get("quantization_config"):
         check_types(raw, family.called, where)
-        stored = raw["quantization_config"]
-        older = stored.get("load_in_4bit") or stored.get("load_in_8bit")
-        method = stored.get("quant_method") or ("bitsandbytes" if older else "unknown")
-        if method != "bitsandbytes":
-            raise ValueError(f"{where}: the weights are stored quantised ({method}); of such checkpoints those of "
-                             "bitsandbytes (4 and 8 bits) are read. Use the 16-bit checkpoint of the same model, with "
-                             "quantization_bit: 4 if memory is short")
-        raw = {key: value for key, value in raw.items() if key != "quantization_config"}   # the files tell, one by one
-        notes += stored_in_8_bits(stored)
+        notes += check_quantization(raw["quantization_config"], where)
+        # the files themselves say which tensors are quantized
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     if family.text_field:
         if not isinstance(raw.get(family.text_field), dict):
-            raise ValueError(f"{where}: {family.text_field} is missing; a {kind} checkpoint has the decoder's fields "
-                             "there")
+            raise ValueError(f"{where}: {family.text_field} is missing; a {kind} checkpoint has "
+                             "the decoder's fields there")
         raw = raw[family.text_field]
-        notes.append(f"only the language part of this {kind} checkpoint is used, what reads images is left out")
+        notes.append(f"only the language part of this {kind} checkpoint is used, what reads images "
+                     "is left out")
     raw = {key: value for key, value in raw.items() if not key.startswith("_")}
     check_types(raw, family.called, where)
-    # a window that is not switched on, and the older spelling of an activation that the family states elsewhere
-    taken = {"model_type", "sliding_window", "use_sliding_window", "max_window_layers", "hidden_act"}
 
-    def take(name, default=None, needed=False, null=False):
-        """The field of this name, or of the name that the family gives it. null: a null there is a value."""
-        names = [family.called.get(name, name), name]
-        taken.update(names)
-        found = [raw[n] for n in names if raw.get(n) is not None or (null and n in raw)]
-        if needed and not found:
-            raise ValueError(f"{where}: the field {names[0]!r} is missing; a {kind} checkpoint states it")
-        return found[0] if found else family.absent.get(name, default)
-
+    take = FieldReader(raw, kind, family, where)
     for name, value in family.fixed.items():
         if take(name, value) != value:
-            raise ValueError(f"{where}: {name}: {json.dumps(take(name))} is not honoured here, only "
+            raise ValueError(f"{where}: {name}: {json.dumps(take(name))} is not supported, only "
                              f"{json.dumps(value)}")
-    layers, heads, width = (take(n, needed=True) for n in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
-    positions = take("max_position_embeddings") or take("model_max_length", 2048)
-    per_layer = read_layers(family, take, layers, where)
-    switches = {spec.name: getattr(family, spec.name) for spec in fields(Switches)}
-    switches = {name: value(take) if callable(value) else value for name, value in switches.items()}
-    theta, rope = read_rope(family, take, positions, where)
-    if "partial_rotary_factor" in rope:                          # where newer tools write it
-        switches["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    config = ModelConfig(
-        model_type=kind, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-        intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
-        vocab_size=take("vocab_size", needed=True),
-        num_key_value_heads=take("num_key_value_heads", heads), head_dim=take("head_dim", null=True) or width // heads,
-        max_position_embeddings=positions, rms_norm_eps=take("rms_norm_eps", 1e-6), rope_theta=theta, rope=rope,
-        initializer_range=take("initializer_range", 0.02), pad_token_id=take("pad_token_id"),
-        names=family.names, prefix=family.prefix, skips=family.skips, **switches, **per_layer,
-        **(read_experts(take) if family.sparse is not Family.sparse else {}),
-        notes=tuple(notes + dropped_out(raw)))
-    unread = {k: v for k, v in raw.items() if k not in taken | HARMLESS | DROPOUTS
-              and v and (v is True or v != 1.0)}
+    config = build_config(family, take, tuple(notes + note_dropout(raw)))
+
+    known = take.taken | HARMLESS | DROPOUTS
+    unread = {k: v for k, v in raw.items() if k not in known and v and (v is True or v != 1.0)}
     if unread:
-        raise ValueError(f"{where}: {listed(unread)} may change what the network computes and is not honoured here. If "
-                         "it is only a remark, take it out of config.json.")
+        raise ValueError(f"{where}: {fields_in_words(unread)} may change what the network computes "
+                         "and is not supported. If it is only a remark, take it out of "
+                         "config.json.")
     check_sizes(config, where)
     return config
 
 
-def stored_in_8_bits(stored: dict) -> list[str]:
-    """A note on what LLM.int8 does besides storing weights; stored: config.json's quantization_config."""
-    return ["its 8-bit weights are multiplied with activations in full; bitsandbytes rounds those to 8 bits, too"] \
-        if stored.get("load_in_8bit") else []
+def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig:
+    """The ModelConfig of the fields that `take` reads."""
+    layers = take("num_hidden_layers", needed=True)
+    heads = take("num_attention_heads", needed=True)
+    width = take("hidden_size", needed=True)
+    positions = take("max_position_embeddings") or take("model_max_length", 2048)
+    per_layer = read_layers(family, take, layers, take.where)
+
+    switches = {}
+    for spec in fields(Switches):
+        value = getattr(family, spec.name)
+        switches[spec.name] = value(take) if callable(value) else value
+    theta, rope = read_rope(family, take, positions, take.where)
+    if "partial_rotary_factor" in rope:                          # where newer tools write it
+        switches["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    experts = read_experts(take) if family.sparse is not Family.sparse else {}
+
+    return ModelConfig(
+        model_type=take.kind,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
+        vocab_size=take("vocab_size", needed=True),
+        num_key_value_heads=take("num_key_value_heads", heads),
+        head_dim=take("head_dim", null=True) or width // heads,
+        max_position_embeddings=positions,
+        rms_norm_eps=take("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope=rope,
+        initializer_range=take("initializer_range", 0.02),
+        pad_token_id=take("pad_token_id"),
+        names=family.names,
+        prefix=family.prefix,
+        skips=family.skips,
+        notes=notes,
+        **switches,
+        **per_layer,
+        **experts)
+
+
+def check_quantization(stored: dict, where: str) -> list[str]:
+    """Notes on config.json's quantization_config. Raises ValueError if it isn't bitsandbytes."""
+    older = stored.get("load_in_4bit") or stored.get("load_in_8bit")
+    method = stored.get("quant_method") or ("bitsandbytes" if older else "unknown")
+    if method != "bitsandbytes":
+        raise ValueError(f"{where}: the weights are stored quantized ({method}); only bitsandbytes "
+                         "(4 and 8 bits) is supported. Use the 16-bit checkpoint of the same "
+                         "model, with quantization_bit: 4 if memory is short")
+    if not stored.get("load_in_8bit"):
+        return []
+    return ["its 8-bit weights are multiplied with activations in full; bitsandbytes rounds those "
+            "to 8 bits, too"]
 
 
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:
-    """What differs from layer to layer; layer_types, where config.json has them, win over the family's rule."""
-    rules = {name: tuple(getattr(family, name)(take, layer) for layer in range(layers))
-             for name in ("windows", "chunks", "use_rope", "sparse")}
+    """The per-layer fields: layer_types, where config.json has them, win over the family's rule."""
+    rules = {}
+    for name in ("windows", "chunks", "use_rope", "sparse"):
+        rule = getattr(family, name)
+        rules[name] = tuple(rule(take, layer) for layer in range(layers))
     types = take("layer_types")
     if not types:
         return rules
-    sizes = {"full_attention": (None, None), "chunked_attention": (None, take("attention_chunk_size")),
-             "sliding_attention": (take("sliding_window") if take("use_sliding_window", True) else None, None)}
+
+    window = take("sliding_window") if take("use_sliding_window", True) else None
+    sizes = {                       # layer type: (window, chunk)
+        "full_attention": (None, None),
+        "chunked_attention": (None, take("attention_chunk_size")),
+        "sliding_attention": (window, None)}
     if unknown := [kind for kind in types if kind not in sizes]:
         raise ValueError(f"{where}: layer_types holds {unknown[0]!r}; known are {', '.join(sizes)}")
     if len(types) != layers:
@@ -448,8 +606,12 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
 
 
 def read_rope(family: Family, take: Callable, positions: int, where: str) -> tuple[float, dict]:
-    """rope_theta and one dict of rotation settings, from the older keys (rope_theta, rope_scaling) or the newer one."""
-    scaling, parameters = family.rope_scaling(take), take("rope_parameters")
+    """rope_theta and the dict of rotation settings.
+
+    They come from rope_theta and rope_scaling, or from the newer rope_parameters.
+    """
+    scaling = family.rope_scaling(take)
+    parameters = take("rope_parameters")
     theta = family.rope_theta(take)
     rope = dict(parameters or scaling or {})
     theta = rope.pop("rope_theta", None) or theta
@@ -457,16 +619,20 @@ def read_rope(family: Family, take: Callable, positions: int, where: str) -> tup
     kind = ROPE_ALIASES.get(kind, kind)
     rope.pop("type", None)
     if kind not in ROPE_FIELDS:
-        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_FIELDS)}")
+        raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are "
+                         f"{', '.join(ROPE_FIELDS)}")
+
     needed, optional = ROPE_FIELDS[kind]
     if rope.get("partial_rotary_factor") == 1.0 or callable(family.partial_rotary_factor):
         optional += ("partial_rotary_factor",)
-    missing = [name for name in needed if rope.get(name) is None]
-    # older Qwen files spell the yarn length only; a key nobody reads would be a silent difference
-    extra = {k: v for k, v in rope.items() if k not in needed + optional and v is not None and kind != "default"}
-    if missing or extra:
-        raise ValueError(f"{where}: rope type {kind!r} " + (f"lacks {', '.join(missing)}" if missing else
-                         f"has fields that are not honoured here: {listed(extra)}"))
+    if missing := [name for name in needed if rope.get(name) is None]:
+        raise ValueError(f"{where}: rope type {kind!r} lacks {', '.join(missing)}")
+    extra = {name: value for name, value in rope.items()
+             if name not in needed + optional and value is not None}
+    if extra and kind != "default":
+        raise ValueError(f"{where}: rope type {kind!r} has fields that are not supported: "
+                         f"{fields_in_words(extra)}")
+
     trained = take("original_max_position_embeddings")
     if trained and kind == "longrope":
         rope |= {"original_max_position_embeddings": trained, "factor": positions / trained}
@@ -476,26 +642,32 @@ def read_rope(family: Family, take: Callable, positions: int, where: str) -> tup
 
 def read_experts(take: Callable) -> dict:
     """The sizes of a mixture of experts."""
+    balance = take("router_aux_loss_coef", 0.001) if take("output_router_logits") else 0.0
     return {
         "num_experts": take("num_experts") or take("num_local_experts", 0),
         "num_experts_per_tok": take("num_experts_per_tok", 0),
         "moe_intermediate_size": take("moe_intermediate_size") or take("intermediate_size"),
         "shared_expert_intermediate_size": take("shared_expert_intermediate_size", 0),
-        "router_aux_loss_coef": take("router_aux_loss_coef", 0.001) if take("output_router_logits") else 0.0}
+        "router_aux_loss_coef": balance}
 
 
-def dropped_out(raw: dict) -> list[str]:
-    """A note on dropout of the network itself, which is not applied: LoRA training brings its own."""
+def note_dropout(raw: dict) -> list[str]:
+    """A note on the network's own dropout, which is not applied: LoRA has its own."""
     rates = {name: raw[name] for name in DROPOUTS if raw.get(name)}
-    return [f"config.json asks for {listed(rates)} in training, which is not applied here"] if rates else []
+    if not rates:
+        return []
+    return [f"config.json asks for {fields_in_words(rates)} in training, which is not applied here"]
 
 
 def check_types(raw: dict, called: dict, where: str):
-    """Raises ValueError for a field that is not of its type in ModelConfig; null stands for an absent one."""
-    kinds = {int: (lambda v: type(v) is int and v >= 0, "a whole number"),
-             float: (lambda v: type(v) in (int, float) and v >= 0, "a number, 0 or above"),
-             bool: (lambda v: type(v) is bool, "true or false"), dict: (lambda v: type(v) is dict, "an object")}
-    expected = {called.get(spec.name, spec.name): spec.type for spec in fields(ModelConfig) if spec.type in kinds}
+    """Raise ValueError for a field whose type differs from ModelConfig's; null means absent."""
+    kinds = {
+        int: (lambda v: type(v) is int and v >= 0, "a whole number"),
+        float: (lambda v: type(v) in (int, float) and v >= 0, "a number, 0 or above"),
+        bool: (lambda v: type(v) is bool, "true or false"),
+        dict: (lambda v: type(v) is dict, "an object")}
+    expected = {called.get(spec.name, spec.name): spec.type
+                for spec in fields(ModelConfig) if spec.type in kinds}
     expected |= dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict)
     for name, kind in expected.items():
         fits, words = kinds[kind]
@@ -504,28 +676,31 @@ def check_types(raw: dict, called: dict, where: str):
 
 
 def check_sizes(config: ModelConfig, where: str):
-    """Raises ValueError for sizes that no decoder can have."""
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                 "head_dim", "vocab_size", "max_position_embeddings"):
+    """Raise ValueError for sizes that no decoder can have."""
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):
         if getattr(config, name) < 1:
             raise ValueError(f"{where}: {name}: {getattr(config, name)} is not above 0")
     if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act {config.hidden_act!r} is not supported; supported are "
-                         f"{', '.join(ACTIVATIONS)}")
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+        raise ValueError(f"{where}: hidden_act {config.hidden_act!r} is not supported; supported "
+                         f"are {', '.join(ACTIVATIONS)}")
+    heads = config.num_attention_heads
+    groups = config.num_key_value_heads
     if heads % groups:
-        raise ValueError(f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+        raise ValueError(f"{where}: num_attention_heads {heads} is not a multiple of "
+                         f"num_key_value_heads {groups}")
     if any(config.sparse) and not 0 < config.num_experts_per_tok <= config.num_experts:
-        raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and num_experts "
-                         f"{config.num_experts}: a token passes at least one, and not more than there are")
+        raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and "
+                         f"num_experts {config.num_experts}: a token passes at least one, and not "
+                         "more than there are")
 
 
-def listed(values: dict) -> str:
+def fields_in_words(values: dict) -> str:
     return ", ".join(f"{key!r}: {json.dumps(value)[:60]}" for key, value in values.items())
 
 
 def how_to_try(raw: dict) -> str:
-    """For a model_type that is not in the table: what to do if only the name is new, told by the other fields."""
+    """Advice for an unknown model_type: the family whose rows fit the other fields, if any."""
     fits = []
     for kind, family in FAMILIES.items():
         try:
@@ -536,6 +711,7 @@ def how_to_try(raw: dict) -> str:
     if not fits:
         return " docs/add_a_family.md shows how to add one."
     kind = nearest_name(str(raw.get("model_type")), fits, similarity=0.4) or fits[0]
-    return (f" Its other fields are also those of a {kind} model. If only the name is new, try it: write "
-            f"\"model_type\": \"{kind}\" in a copy of config.json; loading then compares the name and shape of every "
-            "tensor with that family's. If more is new: docs/add_a_family.md")
+    return (f" Its other fields are also those of a {kind} model. If only the name is new, try it: "
+            f"write \"model_type\": \"{kind}\" in a copy of config.json; loading then compares the "
+            "name and shape of every tensor with that family's. If more is new: "
+            "docs/add_a_family.md")

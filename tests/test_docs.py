@@ -28,7 +28,7 @@ def test_the_row_of_the_page_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "olmoe": Family(fixed={"clip_qkv": None})})
     fields = dict(model_type="olmoe", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
                   vocab_size=100)
-    with pytest.raises(ValueError, match="clip_qkv: 8.0 is not honoured here, only null"):
+    with pytest.raises(ValueError, match="clip_qkv: 8.0 is not supported, only null"):
         model_config({**fields, "clip_qkv": 8.0})
     with pytest.raises(ValueError, match="'num_experts': 6 may change what the network computes"):
         model_config({**fields, "num_experts": 6})

@@ -504,7 +504,7 @@ def test_remarks_of_each_family(kind):
     ({"sliding_window": None}, {"windows": (None, None, None)}), ({"head_dim": None}, {"head_dim": 8}),
     ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
 ])
-def test_null_is_honoured(fields, words):
+def test_null_is_honored(fields, words):
     config = model_config(changed("gemma2", fields))
     assert {name: getattr(config, name) for name in words} == words
 
@@ -557,7 +557,7 @@ def test_config_json_that_is_not_understood(change, words):
     ("qwen3_moe", {"num_experts_per_tok": None}, "num_experts_per_tok"),
     ("llama4_text", {"num_local_experts": None}, "num_local_experts|num_experts"),
     ("mixtral", {"num_local_experts": 0}, "num_local_experts|num_experts"),
-    ("chatglm", {"rmsnorm": False}, "rmsnorm: false is not honoured here, only true"),
+    ("chatglm", {"rmsnorm": False}, "rmsnorm: false is not supported, only true"),
     ("chatglm", {"multi_query_attention": False}, "multi_query_attention"),
     ("qwen", {"seq_length": None}, "'seq_length' is missing"),
 ])

@@ -409,7 +409,7 @@ def test_files_that_are_not_whole_are_named(case, tmp_path):
 def test_other_quantisations_are_refused():
     fields = json.loads((ROOT / "models/tiny/config.json").read_text())
     for method in ("gptq", "awq", "compressed-tensors"):
-        with pytest.raises(ValueError, match=rf"stored quantised \({method}\)"):
+        with pytest.raises(ValueError, match=rf"stored quantized \({method}\)"):
             model_config({**fields, "quantization_config": {"quant_method": method}})
     assert model_config({**fields, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}).notes
     assert model_config({**fields, "quantization_config": {"load_in_4bit": True}}).notes == model_config(fields).notes
