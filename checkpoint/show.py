@@ -5,6 +5,7 @@
 Requires: model.py.
 Next: families.py.
 """
+
 import re
 import sys
 from dataclasses import fields
@@ -16,26 +17,45 @@ from model import CausalLM
 
 
 def draw(config: ModelConfig) -> str:
-    """The decoder as a short text, under the checkpoint's own names. Built on the meta device: no weights are read."""
+    """The decoder as a short text, under the checkpoint's own names.
+
+    Built on the meta device: no weights are read.
+    """
     with torch.device("meta"):
         model = CausalLM(config)
-    kinds = {}                                                   # with and without experts: the layers of each kind
+    # with and without experts: the layers of each kind
+    kinds = {}
     for layer, sparse in enumerate(config.sparse):
         kinds.setdefault(sparse, []).append(layer)
-    lines = [f"{config.model_type}: {config.num_hidden_layers} blocks, hidden_size {config.hidden_size}", "",
-             f"  {'tensor':68} {'shape':>22} {'parameters':>15}"]
+    lines = [
+        f"{config.model_type}: {config.num_hidden_layers} blocks, hidden_size {config.hidden_size}",
+        "",
+        f"  {'tensor':68} {'shape':>22} {'parameters':>15}",
+    ]
     lines += table(config, [("model.embed_tokens", model.model.embed_tokens)])
     for sparse, layers in kinds.items():
-        lines.append(f"  {len(layers)} block{'s' if len(layers) > 1 else ''} ({ranges(layers)}) such as")
+        lines.append(
+            f"  {len(layers)} block{'s' if len(layers) > 1 else ''} ({ranges(layers)}) such as"
+        )
         parts = model.model.layers[layers[0]].named_modules(prefix=f"model.layers.{layers[0]}")
-        lines += table(config, [(name, module) for name, module in parts
-                                if any(True for _ in module.parameters(recurse=False)) and not later_expert(name)])
+        lines += table(
+            config,
+            [
+                (name, module)
+                for name, module in parts
+                if any(True for _ in module.parameters(recurse=False)) and not later_expert(name)
+            ],
+        )
     lines += table(config, [("model.norm", model.model.norm), ("lm_head", model.lm_head)])
     count = sum(p.numel() for p in model.parameters())
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     idle = experts * (config.num_experts - config.num_experts_per_tok) // max(config.num_experts, 1)
-    lines += ["", f"  {count:,} parameters" + (f", {count - idle:,} of them used by a token" if idle else "")
-              + f": {bytes_in_words(2 * count)} in 16 bit, {bytes_in_words(4 * count)} in float32"]
+    lines += [
+        "",
+        f"  {count:,} parameters"
+        + (f", {count - idle:,} of them used by a token" if idle else "")
+        + f": {bytes_in_words(2 * count)} in 16 bit, {bytes_in_words(4 * count)} in float32",
+    ]
     lines += [f"  {name:11}{text}" for name, text in features(config).items()]
     return "\n".join([*lines, *(f"  note       {note}" for note in config.notes)])
 
@@ -48,7 +68,9 @@ def table(config, modules) -> list[str]:
         if weight is None:
             lines.append(f"  {config.stored_name(name):68} {'no weights':>22}")
             continue
-        shape = " x ".join(map(str, weight.shape)) + (" + bias" if getattr(module, "bias", None) is not None else "")
+        shape = " x ".join(map(str, weight.shape)) + (
+            " + bias" if getattr(module, "bias", None) is not None else ""
+        )
         count = f"{sum(p.numel() for p in module.parameters()):>15,}"
         if ".experts.0." in name:
             count += f" x {config.num_experts} experts"
@@ -59,24 +81,42 @@ def table(config, modules) -> list[str]:
 
 
 def features(config) -> dict[str, str]:
-    """What the decoder does, in words: heads, positions, what each token sees, and the switches against Llama's."""
-    rope = {"theta": f"{config.rope_theta:g}"} | {key: str(value)[:30] for key, value in config.rope.items()
-                                                  if key != "rope_type" and config.rope["rope_type"] != "default"}
-    positions = "ALiBi, no rotation" if config.alibi else \
-        f"rope {config.rope['rope_type']}, " + ", ".join(f"{key} {value}" for key, value in rope.items())
+    """What the decoder does, in words: heads, positions, what each token sees, and the switches
+    against Llama's.
+    """
+    rope = {"theta": f"{config.rope_theta:g}"} | {
+        key: str(value)[:30]
+        for key, value in config.rope.items()
+        if key != "rope_type" and config.rope["rope_type"] != "default"
+    }
+    positions = (
+        "ALiBi, no rotation"
+        if config.alibi
+        else f"rope {config.rope['rope_type']}, "
+        + ", ".join(f"{key} {value}" for key, value in rope.items())
+    )
     if not all(config.use_rope):
-        positions += f"; blocks {ranges([i for i, rotated in enumerate(config.use_rope) if not rotated])} without rotation"
+        fixed = [i for i, rotated in enumerate(config.use_rope) if not rotated]
+        positions += f"; blocks {ranges(fixed)} without rotation"
     sees = []
     for what, per_layer in (("a window of", config.windows), ("chunks of", config.chunks)):
         if found := [layer for layer, tokens in enumerate(per_layer) if tokens]:
             sees.append(f"{what} {per_layer[found[0]]} tokens in blocks {ranges(found)}")
-    on = [spec.name if value is True else f"{spec.name} {short(value)}" for spec in fields(Switches)
-          if (value := getattr(config, spec.name)) != spec.default]
+    on = [
+        spec.name if value is True else f"{spec.name} {short(value)}"
+        for spec in fields(Switches)
+        if (value := getattr(config, spec.name)) != spec.default
+    ]
     off = [spec.name for spec in fields(Switches) if getattr(config, spec.name) == spec.default]
-    return {"attention": f"{config.num_attention_heads} heads on {config.num_key_value_heads} key/value heads, "
-                         f"head_dim {config.head_dim}",
-            "positions": positions, "sees": "; ".join(sees) or "all earlier tokens",
-            "on": ", ".join(on) or "nothing: this is plain Llama", "off": ", ".join(off) + " (as in Llama)"}
+    return {
+        "attention": f"{config.num_attention_heads} heads on {config.num_key_value_heads} "
+                     "key/value heads, "
+        f"head_dim {config.head_dim}",
+        "positions": positions,
+        "sees": "; ".join(sees) or "all earlier tokens",
+        "on": ", ".join(on) or "nothing: this is plain Llama",
+        "off": ", ".join(off) + " (as in Llama)",
+    }
 
 
 def later_expert(name):

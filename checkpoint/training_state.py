@@ -3,6 +3,7 @@
 Requires: checkpoint/files.py.
 Next: runtime/resume.py.
 """
+
 import json
 import re
 import zlib
@@ -17,85 +18,125 @@ from text.tokenizer import read_json
 
 def rng_state() -> dict[str, torch.Tensor]:
     """The state of this process's random generators, by device."""
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    )
 
 
 def state_of(optimizer, names: list[str]):
-    """(name of a parameter, {field: tensor}) of the optimizer's state; names: see save_training_state."""
+    """(name of a parameter, {field: tensor}) of the optimizer's state; names: see
+    save_training_state.
+    """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in zip(names, params, strict=True):
-        fields = optimizer.state.get(p) or {"unused": torch.zeros(0)}         # an expert that no token has passed yet
+        # an expert that no token has passed yet
+        fields = optimizer.state.get(p) or {"unused": torch.zeros(0)}
         yield name, {key: torch.as_tensor(value) for key, value in fields.items()}
 
 
-def save_training_state(folder, optimizer, names: list[str], state: dict, rng: dict[str, torch.Tensor],
-                        whole=lambda name, tensor: tensor):
+def save_training_state(
+    folder,
+    optimizer,
+    names: list[str],
+    state: dict,
+    rng: dict[str, torch.Tensor],
+    whole=lambda name, tensor: tensor,
+):
     """optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
 
-    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step, log, …); rng: the
-    generators of all ranks, as cpu.0, cpu.1, …; whole(name, tensor): the whole of a tensor, where ranks hold parts.
-    """
+    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step,
+    log, …); rng: the generators of all ranks, as cpu.0, cpu.1, …; whole(name, tensor): the whole of
+    a tensor, where ranks hold parts."""
     folder = Path(folder)
-    save_tensors(folder / "optimizer.safetensors", {
-        f"{name}|{key}": (tensor if key in NO_ROWS else whole(name, tensor)).cpu()
-        for name, fields in state_of(optimizer, names) for key, tensor in fields.items()})
+    save_tensors(
+        folder / "optimizer.safetensors",
+        {
+            f"{name}|{key}": (tensor if key in NO_ROWS else whole(name, tensor)).cpu()
+            for name, fields in state_of(optimizer, names)
+            for key, tensor in fields.items()
+        },
+    )
     save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)
 
 
-def load_training_state(folder, optimizer, names: list[str], rank: int = 0, cut: dict = {}) -> dict:
-    """Put back what save_training_state wrote; returns the JSON part. Raises ValueError if the parameters differ.
+def load_training_state(folder, optimizer, names: list[str], rank: int = 0,
+                        shards: dict = {}) -> dict:
+    """Restore what save_training_state wrote; returns the JSON part.
 
-    A rank that was not there when the state was written keeps the generators it has. cut: {name: (shape of the whole,
-    this rank's rows)} of parameters that ranks hold parts of.
+    A rank that did not exist when the state was written keeps its generators. shards: {name: (shape
+    of the full tensor, this rank's rows)} of sharded parameters. Raises ValueError if the
+    parameters differ.
     """
     folder = Path(folder)
     for file in STATE_FILES:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is missing: the run cannot be resumed from here (was it saved "
-                                    "with save_only_model: true?). Start from its adapter: adapter_name_or_path")
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    by_name, changed = dict(zip(names, params, strict=True)), "the settings have changed since it was written"
-    with open_tensors(folder / "optimizer.safetensors") as tensors:
-        keys = list(tensors.keys())
-        if missing := sorted(by_name.keys() - {key.partition("|")[0] for key in keys}):
-            raise ValueError(f"{folder} holds no optimizer state for {missing[0]}, which this run trains: {changed}")
-        for key in keys:
-            name, _, field = key.partition("|")
-            if name not in by_name:
-                raise ValueError(f"{folder} holds optimizer state for {name}, which this run does not train: {changed}")
-            if field == "unused":
-                continue
-            p = by_name[name]
-            shape, rows = cut.get(name, (p.shape, slice(None)))
-            held = tuple(tensors.get_slice(key).get_shape())
-            if field not in NO_ROWS and held != tuple(shape):
-                raise ValueError(f"{folder} holds optimizer state of shape {list(held)} for {name}, which is "
-                                 f"{list(shape)} here: {changed}")
-            value = tensors.get_tensor(key) if field in NO_ROWS else read_rows(tensors, key, rows)
-            optimizer.state[p][field] = value.to(p.device)
-    with open_tensors(folder / "rng.safetensors") as tensors:
-        states = {key if "." in key else f"{key}.0": tensors.get_tensor(key) for key in tensors.keys()}  # once: one rank
-    if f"cpu.{rank}" in states:
-        torch.set_rng_state(states[f"cpu.{rank}"])
-    if f"cuda.{rank}" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[f"cuda.{rank}"])
+            raise FileNotFoundError(
+                f"{folder / file} is missing: the run cannot be resumed from here (was it saved "
+                "with save_only_model: true?). Start from its adapter: adapter_name_or_path")
+    read_optimizer(folder, optimizer, names, shards)
+    set_rng_state(folder, rank)
     path = folder / "trainer_state.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): the run cannot be resumed from here. An earlier "
-                         "checkpoint may do (resume_from_checkpoint: FOLDER)") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}): the run cannot be resumed from here. An earlier "
+            "checkpoint may do (resume_from_checkpoint: FOLDER)") from None
+
+
+def read_optimizer(folder: Path, optimizer, names: list[str], shards: dict):
+    """Read optimizer.safetensors into the optimizer's state."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    by_name = dict(zip(names, params, strict=True))
+    changed = "the settings have changed since it was written"
+    with open_tensors(folder / "optimizer.safetensors") as tensors:
+        keys = list(tensors.keys())
+        missing = sorted(by_name.keys() - {key.partition("|")[0] for key in keys})
+        if missing:
+            raise ValueError(f"{folder} holds no optimizer state for {missing[0]}, which this run "
+                             f"trains: {changed}")
+        for key in keys:
+            name, _, field = key.partition("|")
+            if name not in by_name:
+                raise ValueError(f"{folder} holds optimizer state for {name}, which this run does "
+                                 f"not train: {changed}")
+            if field == "unused":
+                continue
+            p = by_name[name]
+            shape, rows = shards.get(name, (p.shape, slice(None)))
+            stored = tuple(tensors.get_slice(key).get_shape())
+            if field not in NO_ROWS and stored != tuple(shape):
+                raise ValueError(f"{folder} holds optimizer state of shape {list(stored)} for "
+                                 f"{name}, which is {list(shape)} here: {changed}")
+            value = tensors.get_tensor(key) if field in NO_ROWS else read_rows(tensors, key, rows)
+            optimizer.state[p][field] = value.to(p.device)
+
+
+def set_rng_state(folder: Path, rank: int):
+    """Restore this rank's random generators. Files of the first release hold those of one rank."""
+    states = {}
+    with open_tensors(folder / "rng.safetensors") as tensors:
+        for key in tensors.keys():
+            states[key if "." in key else f"{key}.0"] = tensors.get_tensor(key)
+    if f"cpu.{rank}" in states:
+        torch.set_rng_state(states[f"cpu.{rank}"])
+    if f"cuda.{rank}" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"cuda.{rank}"])
 
 
 def write_checksums(folder):
     """checksums.json: length in bytes and CRC-32 of every file in a checkpoint folder."""
     folder = Path(folder)
-    write_json(folder / "checksums.json", {path.name: checksum(path) for path in sorted(folder.iterdir())})
+    write_json(
+        folder / "checksums.json", {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    )
 
 
 def checksum(path) -> list:
-    """[length in bytes, CRC-32 as hexadecimal text]: it finds what a disk or a copy has done by accident."""
+    """[length in bytes, CRC-32 as hexadecimal text]: it finds what a disk or a copy has done by
+    accident.
+    """
     crc, length = 0, 0
     with open(path, "rb") as file:
         while block := file.read(2**24):
@@ -104,13 +145,17 @@ def checksum(path) -> list:
 
 
 def damage(folder) -> str:
-    """What is wrong with a checkpoint, read back in full, or "". One without checksums.json is taken as it is."""
+    """What is wrong with a checkpoint, read back in full, or "".
+
+    One without checksums.json is taken as it is.
+    """
     folder = Path(folder)
     try:
         expected = read_json(folder / "checksums.json")
     except ValueError as error:
         return str(error)
-    state = folder / "trainer_state.json"               # releases that write rows_per_step write checksums, too
+    # releases that write rows_per_step write checksums, too
+    state = folder / "trainer_state.json"
     if not expected and state.is_file() and b"rows_per_step" in state.read_bytes():
         return "checksums.json is missing or empty"
     if not expected and not any(folder.glob("*.safetensors")):
@@ -124,7 +169,11 @@ def damage(folder) -> str:
 
 
 def checkpoints_in(output_dir, resumable: bool = True) -> list[Path]:
-    """checkpoint-N folders, oldest first; resumable: only those with the state of their training."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in found if not resumable or (p / "trainer_state.json").is_file()),
-                  key=lambda p: int(p.name.split("-")[1]))
+    """checkpoint-N folders, oldest first; resumable: only those with a training state."""
+    found = [
+        p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)
+    ]
+    return sorted(
+        (p for p in found if not resumable or (p / "trainer_state.json").is_file()),
+        key=lambda p: int(p.name.split("-")[1]),
+    )

@@ -149,7 +149,7 @@ def test_hub(tmp_path):
     weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []    # nothing that could not be read
     assert pickled[1] == ["config.json", *weights, "pytorch_model.bin.index.json"]
     for error, words in [
-            (gated, "gated: accept its licence at https://huggingface.co/acme/gated, then log in with `hf auth login`"),
+            (gated, "gated: accept its license at https://huggingface.co/acme/gated, then log in with `hf auth login`"),
             (unknown, "acme/unknown is neither a local folder nor a repository of the hub"),
             (revision, "acme/tiny has no revision 'nope'"),
             (name, "acme/a--b does not exist, and no repository of the hub can have that name"),
