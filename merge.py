@@ -376,7 +376,8 @@ def check_copy(block: torch.Tensor, copy: torch.Tensor, name: str, file: Path):
 # ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------
 
 
-def form_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple[QuantFormat | None, str]:
+def form_to_merge(config: Config, base: Path,
+                  adapters: list[Path]) -> tuple[QuantFormat | None, str]:
     """(quantization to apply to a 16-bit base before merging, description of the base or "").
 
     Raises ValueError if merge_base is original and the base is stored quantized.

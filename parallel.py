@@ -39,11 +39,12 @@ from torch.profiler import record_function
 START_LIMIT = 60                # seconds until the first all-reduce must have ended
 BUCKET_BYTES = 32 * 2**20       # of gradients sent at once: large is fast, small overlaps earlier
 
-CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong network card (GLOO_SOCKET_IFNAME,
-    NCCL_SOCKET_IFNAME)
+CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong network card
+    (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)
   - another --nnodes, --rdzv-endpoint or code version on one of the hosts
   - fewer cards visible than --nproc-per-node (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES)
-  - cards that cannot talk directly: try NCCL_P2P_DISABLE=1 (on ROCm, too), NCCL_DEBUG=INFO shows more"""
+  - cards that cannot talk directly: try NCCL_P2P_DISABLE=1 (on ROCm, too); NCCL_DEBUG=INFO
+    shows more"""
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def last_logits(model, prompts: list[list[int]]) -> torch.Tensor:
     ids = torch.tensor([[i for prompt in prompts for i in prompt]], device=device)      # (1, N)
     positions = torch.tensor([[i for n in lengths for i in range(n)]], device=device)   # (1, N)
     ends = torch.tensor(lengths, device=device).cumsum(0) - 1
-    hidden = model(ids, positions, PackedLayout(lengths, device))                             # (1, N, D)
+    hidden = model(ids, positions, PackedLayout(lengths, device))       # (1, N, D)
     logits = model.logits(hidden[0, ends]).float()
     check_finite(logits, model)
     return logits

@@ -74,7 +74,7 @@ def fuse(block: Block, matmul: Callable, level: str):
 
 
 def block_forward(block: Block, matmul: Callable, recompute: bool, x, ctx: ForwardContext):
-    """Block.forward; the norms are steps in front of linear layers, hence inside their functions."""
+    """Block.forward; the norms, in front of linear layers, are inside their functions."""
     h = attention_forward(block.self_attn, matmul, block.input_layernorm, x, ctx)
     x = x + block.after_attention_norm(h)
     norm = block.post_attention_layernorm

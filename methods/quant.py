@@ -1,4 +1,4 @@
-"""Frozen weights in 4 or 8 bits: bitsandbytes' layout and, bit for bit, its numbers, in plain torch.
+"""Frozen weights in 4 or 8 bits: bitsandbytes' layout and its numbers, bit for bit.
 
     python -m methods.quant         the formats on this machine: bits a weight, error, time
 

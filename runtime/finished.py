@@ -103,7 +103,8 @@ def with_trained_settings(config: Config, folder: Path) -> Config:
     return replace(config, **{key: values[key] for key in RENDERING_KEYS if key in values})
 
 
-def as_trained(config: Config, adapters: list[Path]) -> tuple[QuantFormat | None, torch.dtype | None, str]:
+def as_trained(config: Config, adapters: list[Path]
+               ) -> tuple[QuantFormat | None, torch.dtype | None, str]:
     """How training loaded the base: (quantization on load or None, dtype or None, stage).
 
     From the config, or from train_config.json beside the last adapter.

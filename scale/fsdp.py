@@ -9,7 +9,8 @@ and head stay gathered for a whole pass.
     LoRA                the base is sharded; adapters are small, every rank has them whole, and
                         parallel.py sums their gradients
     full fine-tuning    gradients and optimizer state are sharded like the weights: fully_shard
-                        reduces a gradient when a block's backward pass ends, each rank keeps its rows
+                        reduces a gradient when a block's backward pass ends, and each rank
+                        keeps its rows
     offload             the shards lie in the CPU's memory, where the optimizer works, too
 
 All ranks gather together, so all run equally many passes: a rank with fewer micro-batches first
@@ -213,7 +214,7 @@ class ShardedGradients:
 
     @record_function("communication")
     def all_reduce(self):
-        """Give each shard its gradient: fully_shard averages over the ranks, and we need the sum."""
+        """Give each shard its gradient: fully_shard averages over ranks, and we need the sum."""
         for name, p in self.weights.items():
             self.parameters[name].data = local(p)       # the first forward pass may have moved it
             self.parameters[name].grad = local(p.grad).mul_(self.ranks.world)

@@ -690,7 +690,7 @@ def test_what_fa2_does_without_flash_attn(monkeypatch):
                               "sdpa-math": 5.0, "plain": 6.0})
     choice = attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE)
     assert choice.kernel == "sdpa-cudnn"
-    assert "fa2 cannot be had here: flash-attn (not installed). Trying the others instead." in choice.lines[0]
+    assert "fa2 is not available here: flash-attn (not installed). Trying the other kernels." in choice.lines[0]
 
 
 def test_what_each_value_of_flash_attn_may_use(monkeypatch):
@@ -734,7 +734,7 @@ def test_capped_scores_on_the_cpu_are_for_the_plain_twin():
     assert choice.kernel == "plain" and "sdpa-* (has no softcap)" in choice.lines[-1]
     assert all(choice.refused[name] == "has no softcap" for name in ("torch-varlen", *A.SDPA))
     choice = attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, **rules)
-    assert choice.kernel == "plain" and "cannot be had here" in choice.lines[0] and "has no softcap" in choice.lines[0]
+    assert choice.kernel == "plain" and "is not available here" in choice.lines[0] and "has no softcap" in choice.lines[0]
 
 
 def test_alibi_and_chunks_on_the_cpu_may_use_torch():

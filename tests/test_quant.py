@@ -437,7 +437,8 @@ def test_the_16_bit_model_is_never_in_memory(kind, bits, tmp_path):
     for name, layers in (("small", 1), ("large", 12)):
         base_with(tmp_path / name, dtype=BF16, **{**sizes, "num_hidden_layers": layers})
     folders = [str(tmp_path / "small"), str(tmp_path / "large")]
-    said = subprocess.run([sys.executable, "-c", PEAK, str(ROOT), *folders, kind], capture_output=True, text=True,
-                          check=True)
+    command = [sys.executable, "-c", PEAK, str(ROOT), *folders, kind]
+    # the least of three: pages of the mapped file that the system reads ahead count, too, now and then
+    peak = min(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3))
     whole = (tmp_path / "large/model.safetensors").stat().st_size
-    assert whole > 70e6 and int(said.stdout) < bits / 16 * whole + 12e6
+    assert whole > 70e6 and peak < bits / 16 * whole + 12e6

@@ -151,7 +151,8 @@ TEMPLATES = {
     "ministral": MINISTRAL,  # Ministral 8B, Nemo
     "ministral3": MINISTRAL,
     "llama2": LLAMA2,
-    "llama2_zh": replace(LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),
+    "llama2_zh": replace(
+        LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),
     "phi4": Template(
         user=("<|im_start|>user<|im_sep|>{{content}}<|im_end|><|im_start|>assistant<|im_sep|>",),
         assistant=("{{content}}<|im_end|>",),
