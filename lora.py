@@ -264,7 +264,7 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
     A starts as kaiming-uniform(a=sqrt 5) and B as zeros, so the model is unchanged at first. Each A
     has a generator of its own, seeded with `seed` and the module's index in the model, so that it
     does not depend on what else is adapted. A target that modules_to_save trains in full gets no
-    adapter, as in PEFT. targets: names in the place of find_targets. device: of trained weights,
+    adapter, as in PEFT. targets: names instead of find_targets's. device: of trained weights,
     if not the device of the frozen ones. layer, init: see methods/lora_variants.py; each function
     of `init` is called with the new layer and its generator.
     """
@@ -388,7 +388,7 @@ def merge_adapters(model: nn.Module, quantized: bool = True):
 
 
 def _with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
-    """The layer with this frozen matrix; an nn.Linear in the place of a quantized layer."""
+    """The layer with this frozen matrix; an nn.Linear instead of a quantized layer."""
     if is_quantized(layer):
         bias = layer.bias
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")

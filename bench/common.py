@@ -9,7 +9,8 @@ runs (for each name a list, one dict of raw figures a run), summary (medians), r
 
 Nothing here imports torch: a child's peak memory begins at that of the program that started it, so that this one has
 to stay small (see Child).
-Read before: docs/speed.md, how to run each benchmark. Read next: cpu.py beside this file.
+Requires: docs/speed.md, how to run each benchmark.
+Next: cpu.py beside this file.
 Sources: getrusage(2), proc_pid_smaps(5); medians because a busy machine makes some runs slower and none faster.
 """
 import json

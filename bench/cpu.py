@@ -11,7 +11,8 @@ trains on itself, without padding; where the counts differ the benchmark stops. 
 trainer_log.jsonl, which both write; steady are the steps after --warm-up. Memory is that of the largest process or of
 all together, whichever is more.
 
-Read before: common.py (how a child is measured), random_model.py. Read next: docs/speed.md, scaling.py.
+Requires: common.py (how a child is measured), random_model.py.
+Next: docs/speed.md, scaling.py.
 Peer: LLaMA-Factory, arXiv:2403.13372.
 """
 import argparse

@@ -9,7 +9,8 @@ checkpoint, which is made on first use; on a GPU each fills its own model. Both 
 likeliest token; timed are the tokens after the first, each from its predecessor, and the figure is that of their
 median: a step that other work on the machine has interrupted does not count.
 
-Read before: common.py (how a child is measured), random_model.py. Read next: ../fast/decode.py, ../generate.py.
+Requires: common.py (how a child is measured), random_model.py.
+Next: ../fast/decode.py, ../generate.py.
 Sources: the timing of single tokens is that of gpt-fast's README; its figures for other GPUs are there too.
 """
 import argparse

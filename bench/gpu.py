@@ -14,7 +14,8 @@ Tokens are counted without padding, and steady are the steps after --warm-up. Th
 FLOPs (see runtime/throughput.py: 4 for each frozen weight and token, attention of pairs that see each other, nothing for
 recomputation) by what large bfloat16 products reach on this device, measured after the runs.
 
-Read before: cpu.py, random_model.py. Read next: peer_hf.py, runtime/throughput.py, fast/decode.py.
+Requires: cpu.py, random_model.py.
+Next: peer_hf.py, runtime/throughput.py, fast/decode.py.
 Sources: the goals and published figures that README compares with; the shapes' config.json.
 """
 import argparse

@@ -8,7 +8,8 @@ A third runner copies the base's files and waits for the disk, as both programs 
 Base and adapter (all linear layers, rank 16, its B random) are made on first use. At the end the merged tensors of the
 two are compared, bit for bit.
 
-Read before: common.py (how a child is measured), cpu.py (the peer). Read next: ../merge.py.
+Requires: common.py (how a child is measured), cpu.py (the peer).
+Next: ../merge.py.
 Peer: LLaMA-Factory, arXiv:2403.13372.
 """
 import argparse

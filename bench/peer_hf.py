@@ -9,7 +9,8 @@ which finds the boundaries in them; for torch's SDPA they stay rows of a batch, 
 A yaml without packing gives the padded batches with an attention mask that most scripts use.
 Writes trainer_log.jsonl and all_results.json under the names that train.py uses.
 
-Read before: gpu.py, which runs it. Read next: data.py (what an example is).
+Requires: gpu.py, which runs it.
+Next: data.py (what an example is).
 Sources: the documentation of transformers (padding-free batches), peft, Liger-Kernel, Unsloth.
 """
 import argparse

@@ -10,7 +10,8 @@ Both read the same file with the same settings, as many processes as each takes 
 preprocessing_num_workers: 16, as its example files have it. Timed is what lies between the loaded tokenizer and the
 rows of tokens, without the start of Python; `again` is a second start, which finds the rows of the first.
 
-Read before: common.py (how a child is measured). Read next: ../text/token_cache.py, ../text/fast_bpe.py,
+Requires: common.py (how a child is measured).
+Next: ../text/token_cache.py, ../text/fast_bpe.py,
 ../text/parallel_map.py.
 Peer: LLaMA-Factory, arXiv:2403.13372.
 """

@@ -5,7 +5,8 @@
 With --adapter, a LoRA adapter of that rank on all linear layers is written to DIR-adapter: two programs that go on
 with it start from the same numbers. It changes nothing yet, as B is zero.
 
-Read before: common.py beside this file. Read next: cpu.py and gpu.py.
+Requires: common.py beside this file.
+Next: cpu.py and gpu.py.
 Sources: the published config.json of the models that the shapes are named after.
 """
 import argparse

@@ -10,7 +10,8 @@ text with the tokenizer of models/tiny. Memory is given as a whole, and above th
 torch and the plan alone. Where work doubles from line to line, the columns with × say what time and memory do: 2 is
 linear, 1 is flat; attention grows with the square of the length, and "by arithmetic" says what FLOPs alone would do.
 
-Read before: common.py (how a child is measured). Read next: docs/speed.md.
+Requires: common.py (how a child is measured).
+Next: docs/speed.md.
 Sources: FLOPs as runtime/throughput.py counts them.
 """
 import argparse

@@ -6,7 +6,8 @@
 The sentences are in data/tiny_world.yaml, the rules here: what follows from counting, how people type, how a
 conversation is put together. The same seed makes the same rows.
 
-Read before: data/tiny_world.yaml. Read after: configs/tiny_pretrain.yaml, which learns these rows.
+Requires: data/tiny_world.yaml.
+Next: configs/tiny_pretrain.yaml, which learns these rows.
 Sources: byte-level BPE, Sennrich et al. arXiv:1508.07909, sec. 3.2, over words cut as Qwen2 publishes it (each digit a
 token of its own, so that numbers can be computed with); one more cut here, each Chinese character, because a world this
 small would otherwise get tokens of whole sentences. Chat format: ChatML.

@@ -178,7 +178,7 @@ class Operands(NamedTuple):
     scale: float                        # of the adapter
     fp8_scale: torch.Tensor | None      # of a W in 8 bits, see methods/fp8.py
     fp8: object                         # methods.fp8.Fp8, or None
-    packed: object                      # a quantized weight in the place of W (methods/quant.py)
+    packed: object                      # a quantized weight instead of W (methods/quant.py)
 
     def dequantize(self, dtype: torch.dtype):
         """W; a packed weight is dequantized for this call, and the result is not kept."""

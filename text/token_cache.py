@@ -314,7 +314,7 @@ def load_examples(
         key = store_key(config, tokenizer, template, rendered_as.tool_format, sources)
         about, why = read_about(folder, key)
         if about and not config.overwrite_cache:
-            report = told(about)
+            report = report_of(about)
             report.origin = f"read from {folder}"
             check_something_is_taught(config, report, about, keep_unlearnable)
             return *(
@@ -418,7 +418,7 @@ def asdict_of(report: DataReport) -> dict:
     return {"report": {**vars(report), "datasets": datasets}}
 
 
-def told(about: dict) -> DataReport:
+def report_of(about: dict) -> DataReport:
     """The report that a store was written with."""
     report = DataReport(**about["report"])
     report.datasets = {
