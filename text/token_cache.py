@@ -278,6 +278,7 @@ PROGRAM = (
     "text/tokenizer.py",
     "text/fast_bpe.py",
     "text/vocabularies.py",
+    "methods/preference.py",     # encodes stages rm, dpo and kto
 )
 
 
