@@ -37,7 +37,7 @@ from generate import next_scores
 from model import Attention, CausalLM, KVCache, MLP, NormalizedHead
 from rope import LENGTH_DEPENDENT
 
-# numbers of a matrix from which on a quick product gains more than its call costs
+# numbers of a matrix from which on a quick matmul gains more than its call costs
 WORTH = 2**18
 # tokens: a step is captured for caches of so many, and for each power of two above
 SMALLEST = 256
@@ -45,7 +45,7 @@ SMALLEST = 256
 
 @torch.no_grad()
 def prepare(model: CausalLM, available: int | None = None, rows: int = 1) -> list[str]:
-    """Join matrices and take the quickest product, in place, for inference only. Returns lines that
+    """Join matrices and take the quickest matmul, in place, for inference only. Returns lines that
     say what was done.
 
     rows: how many are to be decoded at once. available: bytes of memory that may be taken, None for
@@ -63,8 +63,8 @@ def prepare(model: CausalLM, available: int | None = None, rows: int = 1) -> lis
     joined = join_matrices(model)
     lines = [f"weights   {joined} joined (q, k, v; gate, up)"] if joined else []
     if weight.device.type == "cpu":
-        product, line = pick_product(weight.dtype, rows)
-        if product != "torch":
+        matmul, line = pick_decode_matmul(weight.dtype, rows)
+        if matmul != "torch":
             for name, layer in [
                 (name, m)
                 for name, m in model.named_modules()
@@ -74,7 +74,7 @@ def prepare(model: CausalLM, available: int | None = None, rows: int = 1) -> lis
                 setattr(
                     model.get_submodule(parent),
                     leaf,
-                    QuickLinear(layer, product == "onednn packed", rows),
+                    QuickLinear(layer, matmul == "onednn packed", rows),
                 )
         lines.append(line)
     return lines
@@ -128,7 +128,7 @@ def linear_of(weight, bias=None) -> nn.Linear:
     return layer.eval()
 
 
-# ---- products on a CPU --------------------------------------------------------------------------
+# ---- matmuls on a CPU ---------------------------------------------------------------------------
 
 
 class QuickLinear(nn.Module):
@@ -151,41 +151,41 @@ class QuickLinear(nn.Module):
 
 
 def pack_weight(W, rows: int = 1):
-    """A copy of W (out, in) in oneDNN's own order for products with so many rows.
+    """A copy of W (out, in) in oneDNN's own order for matmuls with so many rows.
 
     Only onednn can read it.
     """
     return torch.ops.mkldnn._reorder_linear_weight.default(W.detach(), rows)
 
 
-PRODUCTS = {
+DECODE_MATMULS = {
     "torch": (F.linear, lambda W, rows=1: W),
     "onednn": (onednn, lambda W, rows=1: W),
     "onednn packed": (onednn, pack_weight),
 }
 
 
-def pick_product(dtype, rows: int = 1, shape=(4096, 1024)) -> tuple[str, str]:
-    """(a name of PRODUCTS, a line about it): the quickest here for a number of rows, among those
-    that are right.
+def pick_decode_matmul(dtype, rows: int = 1, shape=(4096, 1024)) -> tuple[str, str]:
+    """(a name of DECODE_MATMULS, a line about it): the quickest here for a number of rows, among
+    those that are right.
 
-    Right is what differs from float64 by no more than four times what torch's own product does.
+    Right is what differs from float64 by no more than four times what torch's own matmul does.
     """
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(shape, generator=generator).to(dtype)
     x = torch.randn(rows, shape[1], generator=generator).to(dtype)
     exact, took, said = x.double() @ W.double().T, {}, []
     allowed = 4 * (F.linear(x, W) - exact).abs().max()
-    for name, (product, laid_out) in PRODUCTS.items():
+    for name, (matmul, laid_out) in DECODE_MATMULS.items():
         try:
             weight = laid_out(W, rows)
-            if not (product(x, weight) - exact).abs().max() <= allowed:
+            if not (matmul(x, weight) - exact).abs().max() <= allowed:
                 said.append(f"{name} (wrong)")
                 continue
         except (RuntimeError, AttributeError, NotImplementedError):
             said.append(f"{name} (not in this torch)")
             continue
-        took[name] = shortest(lambda: product(x, weight), times=40)
+        took[name] = shortest(lambda: matmul(x, weight), times=40)
     quickest = min(took, key=took.get)
     taken = quickest if took[quickest] * CLEARLY < took["torch"] else "torch"
     if taken == "onednn packed" and "onednn" in took and took["onednn"] < took[taken] * CLEARLY:
@@ -193,7 +193,7 @@ def pick_product(dtype, rows: int = 1, shape=(4096, 1024)) -> tuple[str, str]:
         taken = "onednn"
     rates = {name: f"{W.nbytes / seconds / 1e9:.0f} GB/s" for name, seconds in took.items()}
     others = [f"{name} ({rate})" for name, rate in rates.items() if name != taken] + said
-    return taken, f"product   {taken} ({rates[taken]} of weights; others: {', '.join(others)})"
+    return taken, f"matmul    {taken} ({rates[taken]} of weights; others: {', '.join(others)})"
 
 
 # ---- captured steps on a GPU --------------------------------------------------------------------
@@ -298,7 +298,7 @@ class CapturedStep:
 
     def __call__(self, model: CausalLM, ids, cache: StillCache):
         if ids.shape[1] > 1 or not cache.length:
-            # a prompt: large products, few kernels
+            # a prompt: large matmuls, few kernels
             return next_scores(model, ids, cache)
         if self.ids is None:
             self.ids, cache.place = (

@@ -1,11 +1,11 @@
-"""decode.py: joined matrices and quick products give the answers of the modules as model.py has them."""
+"""fast/decode.py: joined matrices and quick matmuls give the answers of the modules of model.py."""
 import pytest
 import torch
 from torch import nn
 
 from fast import decode
-from fast.decode import (CapturedStep, PRODUCTS, QuickLinear, StillCache, join_matrices,
-                         pick_product, pick_step, prepare)
+from fast.decode import (CapturedStep, DECODE_MATMULS, QuickLinear, StillCache, join_matrices,
+                         pick_decode_matmul, pick_step, prepare)
 from families import model_config
 from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
 from lora import LoRAConfig, attach_lora, lora_layers
@@ -31,15 +31,16 @@ def scores(model, ids):
     return model.logits(model(ids)).float()
 
 
-@pytest.fixture(params=PRODUCTS)
+@pytest.fixture(params=DECODE_MATMULS)
 def forced(request, monkeypatch):
-    """Every product in turn, whatever this machine would pick; those that this torch lacks are left out."""
-    product, laid_out = PRODUCTS[request.param]
+    """Every matmul in turn, whatever this machine would pick; skipped where this torch lacks it."""
+    matmul, laid_out = DECODE_MATMULS[request.param]
     try:
-        product(torch.ones(1, 8), laid_out(torch.ones(4, 8)))
+        matmul(torch.ones(1, 8), laid_out(torch.ones(4, 8)))
     except (RuntimeError, AttributeError, NotImplementedError):
         pytest.skip(f"{request.param} is not in this torch")
-    monkeypatch.setattr(decode, "pick_product", lambda dtype, rows: (request.param, "product   forced"))
+    choice = (request.param, "matmul    forced")
+    monkeypatch.setattr(decode, "pick_decode_matmul", lambda dtype, rows: choice)
     monkeypatch.setattr(decode, "WORTH", 0)
     return request.param
 
@@ -49,7 +50,7 @@ def forced(request, monkeypatch):
 def test_prepared_equals_plain(forced, dtype, tied):
     plain, fast = small(dtype, tie_word_embeddings=tied), small(dtype, tie_word_embeddings=tied)
     lines = prepare(fast)
-    assert "4 joined" in lines[0] and lines[-1] == "product   forced"
+    assert "4 joined" in lines[0] and lines[-1] == "matmul    forced"
     assert (type(fast.lm_head) is QuickLinear) == (forced != "torch")
     ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(2))
     for length in (20, 1):
@@ -93,23 +94,31 @@ def test_joined_rows_are_the_parts_rows():
     assert torch.equal(b.mlp.gate_up_proj.weight[48:], a.mlp.up_proj.weight) and b.mlp.gate_up_proj.bias is None
 
 
-def test_a_wrong_product_or_a_missing_one_is_never_taken(monkeypatch):
+def test_a_wrong_matmul_or_a_missing_one_is_never_taken(monkeypatch):
     def absent(x, W, bias=None):
         raise NotImplementedError
-    monkeypatch.setitem(PRODUCTS, "onednn", (lambda x, W, bias=None: x[:, :1] * W[:, 0], lambda W, rows=1: W))
-    monkeypatch.setitem(PRODUCTS, "onednn packed", (absent, lambda W, rows=1: W))
-    taken, line = pick_product(torch.float32, shape=(64, 32))
+
+    def wrong(x, W, bias=None):
+        return x[:, :1] * W[:, 0]
+
+    def as_it_is(W, rows=1):
+        return W
+
+    monkeypatch.setitem(DECODE_MATMULS, "onednn", (wrong, as_it_is))
+    monkeypatch.setitem(DECODE_MATMULS, "onednn packed", (absent, as_it_is))
+    taken, line = pick_decode_matmul(torch.float32, shape=(64, 32))
     assert taken == "torch" and "onednn (wrong)" in line and "onednn packed (not in this torch)" in line
 
 
-def test_the_quickest_product_is_taken_where_it_is_clearly_quicker(monkeypatch):
-    seconds = dict(zip(PRODUCTS, (10.0, 9.5, 9.4)))
-    monkeypatch.setattr(decode, "PRODUCTS", {name: (nn.functional.linear, lambda W, rows=1: W) for name in PRODUCTS})
+def test_the_quickest_matmul_is_taken_where_it_is_clearly_quicker(monkeypatch):
+    seconds = dict(zip(DECODE_MATMULS, (10.0, 9.5, 9.4)))
+    same = (nn.functional.linear, lambda W, rows=1: W)
+    monkeypatch.setattr(decode, "DECODE_MATMULS", dict.fromkeys(DECODE_MATMULS, same))
     for changes, want in (({}, "torch"), ({"onednn packed": 5.0}, "onednn packed"),
                           ({"onednn packed": 5.0, "onednn": 5.2}, "onednn"), ({"onednn": 5.0}, "onednn")):
         took = iter((seconds | changes).values())
         monkeypatch.setattr(decode, "shortest", lambda call, times: next(took))
-        assert pick_product(torch.float32, shape=(64, 32))[0] == want
+        assert pick_decode_matmul(torch.float32, shape=(64, 32))[0] == want
 
 
 # ---- captured steps: all but the capture itself runs here -------------------------------------------------------
