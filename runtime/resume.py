@@ -27,13 +27,13 @@ from pathlib import Path
 from checkpoint.load import STATE_FILES
 from checkpoint.training_state import checkpoints_in, damage
 from config import DATA, FIXED, IGNORED, KEYS, Config
-from text.token_cache import TOKENISED
+from text.token_cache import TOKENIZED
 from text.tokenizer import read_json
 
 STOPPED = 75                    # exit code of a run that was asked to stop and can be resumed
 LOCK = ".lock"                  # file in output_dir, locked during a run; holds who runs or stopped
 # files that a run without a finished checkpoint leaves behind; nothing is lost with them
-DISPOSABLE = (LOCK, TOKENISED, "pissa_init", "train_config.json", "trainer_log.jsonl")
+DISPOSABLE = (LOCK, TOKENIZED, "pissa_init", "train_config.json", "trainer_log.jsonl")
 
 
 # ---- stopping -----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings,
     made = load(tmp_path, words, **settings)
     show_data.print_counts(made[2])
     first = capsys.readouterr().out
-    monkeypatch.setattr(token_cache, "encode_batch", None)             # whoever tokenises now fails
+    monkeypatch.setattr(token_cache, "encode_batch", None)             # whoever tokenizes now fails
     read = load(tmp_path, words, **settings)
     show_data.print_counts(read[2])
     second = capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_many_processes_do_what_one_does(tmp_path, words, settings):  # noqa: F8
     write_dataset(tmp_path, ROWS, {})
     one = load(tmp_path, words, None, preprocessing_num_workers=1, **settings)
     two = load(tmp_path, words, None, preprocessing_num_workers=3, **settings)
-    assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and token_cache.asdict_of(one[2]) == token_cache.asdict_of(two[2])
+    assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and token_cache.report_to_json(one[2]) == token_cache.report_to_json(two[2])
 
 
 def test_the_sign_is_that_of_all_ids_and_labels_in_their_order(tmp_path, words):  # noqa: F811
@@ -78,7 +78,7 @@ CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed"
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_setting_is_tokenised_anew(tmp_path, words, name):  # noqa: F811
+def test_another_setting_is_tokenized_anew(tmp_path, words, name):  # noqa: F811
     write_dataset(tmp_path, ROWS, {})
     load(tmp_path, words)
     again = load(tmp_path, words, **CHANGES[name])
@@ -111,7 +111,7 @@ def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypa
     assert "read from" in load(tmp_path, words)[2].origin
 
 
-def test_overwrite_cache_tokenises_again(tmp_path, words):  # noqa: F811
+def test_overwrite_cache_tokenizes_again(tmp_path, words):  # noqa: F811
     write_dataset(tmp_path, ROWS, {})
     load(tmp_path, words)
     assert "made in" in load(tmp_path, words, overwrite_cache=True)[2].origin
@@ -125,18 +125,18 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
         use_dora pissa_init pissa_iter freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16
         optim use_muon use_galore galore_rank galore_target""".split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
-    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see store_key
+    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see cache_key
     other_run = {key for key, spec in KEYS.items() if spec.metadata["on_resume"] in (FIXED, DATA)}
     assert other_run == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
 
-def test_a_store_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811
+def test_a_cache_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811
     write_dataset(tmp_path, ROWS, {})
     whole = all_of(load(tmp_path, words)[0])
     (tmp_path / "store" / ABOUT).write_text('{"key": {"cut')
     train, _, report = load(tmp_path, words)
     assert all_of(train) == whole and "cannot be read" in report.origin
-    with pytest.raises(ValueError, match="no folder of tokenised rows, and not empty"):
+    with pytest.raises(ValueError, match="is not empty and holds no tokenized rows"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "thesis.txt").touch()
         load(tmp_path, words, "other")
@@ -151,7 +151,7 @@ def test_nothing_is_left_of_rows_that_are_refused(tmp_path, words):  # noqa: F81
 
 
 def test_bad_rows_are_all_counted(tmp_path, words):  # noqa: F811
-    """Although no further row is tokenised after the first of them."""
+    """Although no further row is tokenized after the first of them."""
     rows = [ask("w1", "" if i % 10 == 3 else "w2") for i in range(200)]
     write_dataset(tmp_path, rows, {})
     for processes in (1, 2):
@@ -164,10 +164,10 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from data import EncodedRows
-from text.token_cache import SplitWriter, new_store, write_about
+from text.token_cache import SplitWriter, new_cache, write_about
 part = EncodedRows()
 part.add([1, 2], [-100, 2], True)
-with new_store(Path({folder!r})) as work:
+with new_cache(Path({folder!r})) as work:
     writer = SplitWriter(work, "train")
     writer.add(part)
     writer.close()
@@ -186,7 +186,7 @@ def test_kill_in_the_middle(tmp_path, moment, whole):
     done = subprocess.run([sys.executable, "-c", code])
     assert done.returncode == (-signal.SIGKILL if moment else 0)
     assert (store.read_about(folder, {"a": "1"})[0] is not None) is whole
-    with store.new_store(folder) as work:
+    with store.new_cache(folder) as work:
         assert list(work.iterdir()) == []
     assert [path.name for path in folder.parent.iterdir()] == ["tokenised"]
 

@@ -1,16 +1,16 @@
-"""Tokenized rows on disk: examples by number, none held in memory, for a quick second start.
+"""Tokenized rows on disk: examples by number, read when they are asked for, for a quick restart.
 
 A cache is a folder:
 
-    train.tokens, eval.tokens   int32: of each example its ids, then its labels
-    train.npz, eval.npz         of each example its size in tokens, and whether it has a label;
-                                of packed ones also parts (number of rows) and rows (tokens of each
-                                row); of judged answers (stage kto) also desired
-    store.json                  the key, and what the start page says about the rows
+    train.tokens, eval.tokens   int32: the ids of each example, then its labels
+    train.npz, eval.npz         for each example its size in tokens and whether it has a label; for
+                                packed ones also parts (number of rows) and rows (tokens of each
+                                row); for judged answers (stage kto) also desired
+    store.json                  the key, and the report for the start page
 
-The key holds all that the tokens depend on: the bytes of the data files, settings, chat format,
-tokenizer, the files of this program. A cache with another key is made again. It appears under its
-name only when it is complete.
+The key holds everything that the tokens depend on: the bytes of the data files, settings, chat
+format, tokenizer, and the source files of this program. A cache with another key is replaced. A
+folder appears under its final name only when it is complete.
 
 Requires: data.py, text/data_files.py, text/tokenizer.py.
 Next: runtime/setup.py (load_data), train.py.
@@ -24,7 +24,7 @@ import tempfile
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,220 +35,18 @@ from tqdm import tqdm
 
 from data import DatasetCounts, EncodedRows, Example, packing_of
 from text.chat_formats import with_overrides, written_template
-from text.conversations import (
-    Conversation,
-    PLACEHOLDER,
-    RawRow,
-    convert,
-    fill_placeholders,
-    excerpt,
-)
+from text.conversations import (PLACEHOLDER, Conversation, RawRow, convert, excerpt,
+                                fill_placeholders)
 from text.data_files import Rows, find_sources, open_rows, read_at
 from text.parallel_map import num_processes, parallel_map
 
-ABOUT = "store.json"
-TOKENISED = "tokenised"  # the folder of a run's store in its output_dir
+ABOUT = "store.json"            # written last: a folder without it is not a complete cache
+TOKENIZED = "tokenised"         # the folder of a run's cache in its output_dir; earlier releases
+                                # wrote this name, so its spelling stays
 SPLITS = ("train", "eval")
-MAX_SHOWN = 5  # bad rows to print
+MAX_SHOWN = 5                   # bad rows that are printed
 
-
-@dataclass
-class DataReport:
-    """What the start page says about the data."""
-
-    datasets: dict = field(default_factory=dict)  # (split, dataset) -> DatasetCounts
-    examples: dict = field(default_factory=dict)  # split -> number of examples
-    dropped_tail: int = 0  # tokens of stage pt that fill no block
-    notes: list[str] = field(default_factory=list)
-    bad_rows: list[str] = field(default_factory=list)  # the first MAX_SHOWN
-    origin: str = ""  # where the tokenized rows come from
-
-    def add(self, encoded: EncodedRows, split: str):
-        """Add the counts of some rows."""
-        for dataset, counts in encoded.counts.items():
-            self.datasets.setdefault((split, dataset), DatasetCounts()).add(counts)
-        self.dropped_tail += encoded.dropped_tail
-        self.bad_rows += encoded.bad[: MAX_SHOWN - len(self.bad_rows)]
-
-
-class Examples(Sequence):
-    """The examples of one split by number, each read from its file when it is asked for.
-
-    sizes: (n,) tokens of each. longest: tokens of the longest stretch. largest_id: of any token.
-    sign: a checksum of all ids and labels, in order. apart: attention is cut between the rows of a
-    packed example."""
-
-    def __init__(
-        self, folder: Path, split: str, about: dict, apart: bool, keep_unlearnable: bool = False
-    ):
-        self.file, self.apart = open(folder / f"{split}.tokens", "rb"), apart
-        with np.load(folder / f"{split}.npz", allow_pickle=False) as index:
-            index = dict(index)
-        chosen = slice(None) if keep_unlearnable else np.flatnonzero(index["learnable"])
-        self.sizes, self.starts = index["sizes"][chosen], starts_of(index["sizes"], 2)[chosen]
-        self.rows = index.get("rows")
-        if self.rows is not None:
-            self.parts, self.first_row = index["parts"][chosen], starts_of(index["parts"])[chosen]
-        self.desired = index["desired"][chosen] if "desired" in index else None
-        self.largest_id, self.sign = about["largest_id"], f"{len(self)} rows, {about['crc']:08x}"
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def __getitem__(self, number):
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        size, start = int(self.sizes[number]), int(self.starts[number])
-        tokens = np.frombuffer(read_at(self.file, 4 * start, 8 * size), np.int32)
-        if self.rows is None:
-            return Example(tokens[:size], tokens[size:], [size])
-        lengths = self.lengths_of(number)
-        positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-        desired = None if self.desired is None else bool(self.desired[number])
-        return Example(
-            tokens[:size], tokens[size:], lengths if self.apart else [size], positions, desired
-        )
-
-    def lengths_of(self, number: int) -> list:
-        """Tokens of each row that a packed example is made of."""
-        first = self.first_row[number]
-        return self.rows[first : first + self.parts[number]].tolist()
-
-    @property
-    def longest(self) -> int:
-        stretches = self.sizes if self.rows is None or not self.apart else self.rows
-        return int(stretches.max(initial=0))
-
-
-def starts_of(counts: np.ndarray, times: int = 1) -> np.ndarray:
-    """Where each of these stretches begins when they lie end to end."""
-    return times * np.concatenate([[0], np.cumsum(counts[:-1], dtype=np.int64)])[: len(counts)]
-
-
-class SplitWriter:
-    """Writes the examples of one split, part after part; `close` says what Examples must know of
-    them.
-    """
-
-    def __init__(self, folder: Path, split: str):
-        self.folder, self.split, self.file = folder, split, open(folder / f"{split}.tokens", "wb")
-        self.sizes, self.learnable, self.parts, self.rows = (
-            array("i"),
-            array("b"),
-            array("i"),
-            array("i"),
-        )
-        self.desired = array("b")
-        self.crc = self.largest_id = 0
-
-    def add(self, part: EncodedRows):
-        tokens, start = memoryview(part.tokens), 0
-        self.file.write(tokens)
-        self.largest_id = max(
-            self.largest_id, int(np.max(np.array(part.tokens, np.int32), initial=0))
-        )
-        for size, learnable in zip(part.sizes, part.learnable):
-            if learnable:
-                self.crc = zlib.crc32(tokens[start : start + 2 * size], self.crc)
-            start += 2 * size
-        self.crc = zlib.crc32(part.desired, self.crc)
-        self.desired.extend(part.desired)
-        self.sizes.extend(part.sizes)
-        self.learnable.extend(part.learnable)
-        for rows in part.rows:
-            self.parts.append(len(rows))
-            self.rows.extend(rows)
-
-    def close(self) -> dict:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        index = {
-            "sizes": np.array(self.sizes, np.int32),
-            "learnable": np.array(self.learnable, np.int8),
-        }
-        if self.rows:
-            index |= {
-                "parts": np.array(self.parts, np.int32),
-                "rows": np.array(self.rows, np.int32),
-            }
-        if self.desired:
-            index["desired"] = np.array(self.desired, np.int8)
-        with open(self.folder / f"{self.split}.npz", "wb") as file:
-            np.savez(file, **index)
-            file.flush()
-            os.fsync(file.fileno())
-        self.file.close()
-        return {"crc": self.crc, "largest_id": self.largest_id}
-
-
-@contextmanager
-def new_store(path: Path | None):
-    """A folder to fill, which takes its name when the block ends well.
-
-    None: a temporary one, gone after the block.
-    """
-    if path is None:
-        with tempfile.TemporaryDirectory(
-            prefix="pocket-factory-", ignore_cleanup_errors=True
-        ) as work:
-            yield Path(work)
-        return
-    if path.is_dir() and any(path.iterdir()) and not (path / ABOUT).is_file():
-        raise ValueError(
-            f"{path} is no folder of tokenised rows, and not empty: name another tokenized_path"
-        )
-    existed, work = (
-        path.parent.exists(),
-        path.with_name(f"{path.name}.{socket.gethostname()}.partial"),
-    )
-    # of a run that was killed; hosts that share a disk: one each
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        shutil.rmtree(path, ignore_errors=True)
-        try:
-            os.replace(work, path)
-        # another host was faster: its store is as good
-        except OSError:
-            if not (path / ABOUT).is_file():
-                raise
-            shutil.rmtree(work, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        if not existed:
-            shutil.rmtree(path.parent, ignore_errors=True)
-        raise
-
-
-def write_about(folder: Path, about: dict):
-    """The last file of a store: its key, and what the start page tells."""
-    with open(folder / ABOUT, "w", encoding="utf-8") as file:
-        json.dump(about, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_about(folder: Path, key: dict) -> tuple[dict | None, str]:
-    """(what store.json says, "") of a store with this key; else None and why it is none, "" where
-    there is nothing.
-    """
-    try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        found = about["key"]
-    except FileNotFoundError:
-        return None, ""
-    except (ValueError, KeyError, OSError):
-        return None, f"{ABOUT} cannot be read"
-    changed = [name for name in {**found, **key} if found.get(name) != key.get(name)]
-    return (
-        (None, f"changed: {', '.join(changed[:5])}{', …' * (len(changed) > 5)}")
-        if changed
-        else (about, "")
-    )
-
-
-# what of the config decides which tokens the rows become
+# the settings that decide which tokens the rows become
 DATA_KEYS = (
     "stage",
     "tool_format",
@@ -266,6 +64,7 @@ DATA_KEYS = (
     "seed",
     "preprocessing_batch_size",
 )
+# the source files that do
 PROGRAM = (
     "data.py",
     "templates.py",
@@ -278,270 +77,439 @@ PROGRAM = (
     "text/tokenizer.py",
     "text/fast_bpe.py",
     "text/vocabularies.py",
-    "methods/preference.py",     # encodes stages rm, dpo and kto
+    "methods/preference.py",    # encodes stages rm, dpo and kto
 )
 
 
-def load_examples(
-    config,
-    tokenizer,
-    template,
-    encode: Callable,
-    keep_unlearnable: bool = False,
-    folder: Path | None = None,
-    writes: bool = True,
-) -> tuple[Examples, Examples, DataReport]:
-    """(train, eval, report): from the files that `dataset` and `eval_dataset` (or `val_size`) name
-    to arrays of ids.
+@dataclass
+class DataReport:
+    """What the start page says about the data. The field names are stored in store.json."""
+    datasets: dict = field(default_factory=dict)        # (split, dataset) -> DatasetCounts
+    examples: dict = field(default_factory=dict)        # split -> number of examples
+    dropped_tail: int = 0                               # tokens of stage pt that fill no block
+    notes: list[str] = field(default_factory=list)
+    bad_rows: list[str] = field(default_factory=list)   # the first MAX_SHOWN
+    origin: str = ""                                    # where the tokenized rows come from
 
-    tokenizer must have been through fit_tokenizer(template, tokenizer). encode: how the stage makes
-    examples of conversations, as data.encode_conversations does. Examples without a token that
-    carries loss are counted and left out unless keep_unlearnable. folder: where tokenised rows are
-    kept; what lies there already is read if it was made of the same (see store_key). writes: False
-    for a rank that only looks there. Raises ValueError or FileNotFoundError naming file, row and
-    remedy."""
+    def add(self, encoded: EncodedRows, split: str):
+        """Add the counts of some rows."""
+        for dataset, counts in encoded.counts.items():
+            self.datasets.setdefault((split, dataset), DatasetCounts()).add(counts)
+        self.dropped_tail += encoded.dropped_tail
+        self.bad_rows += encoded.bad[:MAX_SHOWN - len(self.bad_rows)]
+
+
+# ---- reading and writing the examples of a split -------------------------------------------------
+
+
+class Examples(Sequence):
+    """The examples of one split by number, each read from its file when it is asked for.
+
+    about: what SplitWriter.close returned. apart: attention is cut between the rows of a packed
+    example. keep_unlearnable: include the examples without a label.
+
+    Attributes: sizes, (n,) tokens of each example; largest_id, of any token; sign, the number of
+    examples and a checksum of all ids and labels, in order.
+    """
+
+    def __init__(self, folder: Path, split: str, about: dict, apart: bool,
+                 keep_unlearnable: bool = False):
+        self.file = open(folder / f"{split}.tokens", "rb")
+        self.apart = apart
+        with np.load(folder / f"{split}.npz", allow_pickle=False) as file:
+            index = dict(file)
+        chosen = slice(None) if keep_unlearnable else np.flatnonzero(index["learnable"])
+
+        self.sizes = index["sizes"][chosen]
+        self.starts = starts_of(index["sizes"], 2)[chosen]      # an id and a label for each token
+        self.rows = index.get("rows")
+        if self.rows is not None:
+            self.parts = index["parts"][chosen]
+            self.first_row = starts_of(index["parts"])[chosen]
+        self.desired = index["desired"][chosen] if "desired" in index else None
+        self.largest_id = about["largest_id"]
+        self.sign = f"{len(self)} rows, {about['crc']:08x}"
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, number):
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        size = int(self.sizes[number])
+        start = int(self.starts[number])
+        tokens = np.frombuffer(read_at(self.file, 4 * start, 8 * size), np.int32)
+        input_ids = tokens[:size]
+        labels = tokens[size:]
+        if self.rows is None:
+            return Example(input_ids, labels, [size])
+
+        row_lengths = self.lengths_of(number)
+        return Example(
+            input_ids=input_ids,
+            labels=labels,
+            lengths=row_lengths if self.apart else [size],
+            position_ids=np.concatenate([np.arange(n, dtype=np.int32) for n in row_lengths]),
+            desired=None if self.desired is None else bool(self.desired[number]),
+        )
+
+    def lengths_of(self, number: int) -> list[int]:
+        """The lengths of the rows in a packed example."""
+        first = self.first_row[number]
+        return self.rows[first:first + self.parts[number]].tolist()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        sequences = self.sizes if self.rows is None or not self.apart else self.rows
+        return int(sequences.max(initial=0))
+
+
+def starts_of(counts: np.ndarray, width: int = 1) -> np.ndarray:
+    """The start of each of `counts` when they lie end to end, each item `width` numbers wide."""
+    ends = np.cumsum(counts[:-1], dtype=np.int64)
+    return width * np.concatenate([[0], ends])[:len(counts)]
+
+
+class SplitWriter:
+    """Writes the examples of one split, part by part."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder = folder
+        self.split = split
+        self.file = open(folder / f"{split}.tokens", "wb")
+        self.sizes = array("i")
+        self.learnable = array("b")
+        self.parts = array("i")
+        self.rows = array("i")
+        self.desired = array("b")
+        self.crc = 0
+        self.largest_id = 0
+
+    def add(self, part: EncodedRows):
+        """Append examples. The checksum leaves out those without a label."""
+        tokens = memoryview(part.tokens)
+        self.file.write(tokens)
+        largest = np.max(np.array(part.tokens, np.int32), initial=0)
+        self.largest_id = max(self.largest_id, int(largest))
+
+        start = 0
+        for size, learnable in zip(part.sizes, part.learnable):
+            if learnable:
+                self.crc = zlib.crc32(tokens[start:start + 2 * size], self.crc)
+            start += 2 * size
+        self.crc = zlib.crc32(part.desired, self.crc)
+
+        self.sizes.extend(part.sizes)
+        self.learnable.extend(part.learnable)
+        self.desired.extend(part.desired)
+        for rows in part.rows:
+            self.parts.append(len(rows))
+            self.rows.extend(rows)
+
+    def close(self) -> dict:
+        """Write the index; return {"crc", "largest_id"} for Examples."""
+        sync_file(self.file)
+        index = {
+            "sizes": np.array(self.sizes, np.int32),
+            "learnable": np.array(self.learnable, np.int8),
+        }
+        if self.rows:
+            index["parts"] = np.array(self.parts, np.int32)
+            index["rows"] = np.array(self.rows, np.int32)
+        if self.desired:
+            index["desired"] = np.array(self.desired, np.int8)
+        with open(self.folder / f"{self.split}.npz", "wb") as file:
+            np.savez(file, **index)
+            sync_file(file)
+        self.file.close()
+        return {"crc": self.crc, "largest_id": self.largest_id}
+
+
+def sync_file(file):
+    """Write a file through to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+# ---- cache folders -------------------------------------------------------------------------------
+
+
+@contextmanager
+def new_cache(path: Path | None) -> Iterator[Path]:
+    """An empty folder to fill; it is renamed to `path` when the block ends without an error.
+
+    None: a temporary folder, deleted after the block.
+    """
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="pocket-factory-",
+                                         ignore_cleanup_errors=True) as work:
+            yield Path(work)
+        return
+
+    if path.is_dir() and any(path.iterdir()) and not (path / ABOUT).is_file():
+        raise ValueError(f"{path} is not empty and holds no tokenized rows: name another "
+                         "tokenized_path")
+    parent_existed = path.parent.exists()
+    # hosts that share a disk have one each; it may exist, left behind by a run that was killed
+    work = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        yield work
+        move_into_place(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        if not parent_existed:
+            shutil.rmtree(path.parent, ignore_errors=True)
+        raise
+
+
+def move_into_place(work: Path, path: Path):
+    """Rename a complete cache, replacing an older one."""
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        os.replace(work, path)
+    except OSError:
+        if not (path / ABOUT).is_file():
+            raise
+        shutil.rmtree(work, ignore_errors=True)     # another host was faster; its cache is as good
+
+
+def write_about(folder: Path, about: dict):
+    """Write store.json, which makes the cache complete."""
+    with open(folder / ABOUT, "w", encoding="utf-8") as file:
+        json.dump(about, file)
+        sync_file(file)
+
+
+def read_about(folder: Path, key: dict) -> tuple[dict | None, str]:
+    """(the content of store.json, "") if its key is `key`, else (None, why not).
+
+    The reason is "" where no cache exists.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        found = about["key"]
+    except FileNotFoundError:
+        return None, ""
+    except (ValueError, KeyError, OSError):
+        return None, f"{ABOUT} cannot be read"
+
+    changed = [name for name in {**found, **key} if found.get(name) != key.get(name)]
+    if not changed:
+        return about, ""
+    more = ", …" if len(changed) > 5 else ""
+    return None, f"changed: {', '.join(changed[:5])}{more}"
+
+
+def cache_key(config, tokenizer, template, tool_format, sources: list) -> dict[str, str]:
+    """Everything that decides which tokens the rows become: equal keys, equal tokens.
+
+    sources: those of the training rows and those of the evaluation rows.
+    """
+    program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
+    key = {name: getattr(config, name) for name in DATA_KEYS}
+    key["packing"] = packing_of(config)
+    key["template"] = written_template(template)
+    key["tokenizer"] = tokenizer.checksum()
+    key["program"] = hashlib.sha256(b"".join(program)).hexdigest()
+    key["tokenizers"] = tokenizers.__version__
+    if any(may_have_tools(source) for found in sources for source in found):
+        key["tools"] = tool_format.describe("[]")       # it may contain today's date
+    for split, found in zip(SPLITS, sources):
+        for source in found:
+            key[f"{split} dataset {source.name}"] = repr(replace(source, files=()))
+            for path in source.files:
+                key[f"{split} file {path}"] = sha256_of(path)
+    return {name: json.dumps(value, default=str) for name, value in key.items()}
+
+
+def may_have_tools(source) -> bool:
+    """Whether rows of a dataset may describe tools; of a file without an entry it is not known."""
+    return "tools" in source.columns or not source.formatting
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content: about a second per GB, and safer than its date and size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def kept_in(config, script: str = "train") -> Path | None:
+    """The folder of the cache: tokenized_path, else, in training, one in output_dir.
+
+    None: tokenized rows are not kept.
+    """
+    if config.tokenized_path:
+        return Path(config.tokenized_path)
+    if script == "train" and not config.dry_run:
+        return Path(config.output_dir, TOKENIZED)
+    return None
+
+
+def report_to_json(report: DataReport) -> dict:
+    """A report as it is stored in store.json."""
+    datasets = []
+    for (split, name), counts in report.datasets.items():
+        datasets.append([split, name, {**vars(counts), "lengths": counts.lengths.tolist()}])
+    return {"report": {**vars(report), "datasets": datasets}}
+
+
+def report_from_json(about: dict) -> DataReport:
+    """The report that is stored in store.json."""
+    report = DataReport(**about["report"])
+    datasets = {}
+    for split, name, counts in report.datasets:
+        lengths = array("i", counts["lengths"])
+        datasets[split, name] = DatasetCounts(**{**counts, "lengths": lengths})
+    report.datasets = datasets
+    return report
+
+
+# ---- from data files to examples -----------------------------------------------------------------
+
+
+def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnable: bool = False,
+                  folder: Path | None = None,
+                  writes: bool = True) -> tuple[Examples, Examples, DataReport]:
+    """The examples of `dataset` and of `eval_dataset` or `val_size`: (train, eval, report).
+
+    tokenizer: after fit_tokenizer(template, tokenizer). encode: makes examples of conversations, as
+    data.encode_conversations does for stage sft. keep_unlearnable: include the examples in which no
+    token carries loss. folder: of the cache; it is read if its key is the same (see cache_key), and
+    else written. writes: False for a rank that only reads it. Raises ValueError or
+    FileNotFoundError that names file, row and remedy.
+    """
     if config.train_on_prompt and template.efficient_eos:
         raise ValueError(
             f"{config.source}: train_on_prompt cannot be used with template {template.name}, "
-            "which labels "
-            "the first token of a turn with the end of the answer before it"
-        )
-    rendered_as = with_overrides(template, config.tool_format, config.default_system)
-    notes, why = [], ""
-    sources = [
-        find_sources(names or [], config, notes) for names in (config.dataset, config.eval_dataset)
-    ]
+            "which labels the first token of a turn with the end of the answer before it")
+    template_used = with_overrides(template, config.tool_format, config.default_system)
+    notes = []
+    sources = [find_sources(names or [], config, notes)
+               for names in (config.dataset, config.eval_dataset)]
+    key = {}
+    why_replaced = ""
     if folder:
-        key = store_key(config, tokenizer, template, rendered_as.tool_format, sources)
-        about, why = read_about(folder, key)
+        key = cache_key(config, tokenizer, template, template_used.tool_format, sources)
+        about, why_replaced = read_about(folder, key)
         if about and not config.overwrite_cache:
-            report = report_of(about)
-            report.origin = f"read from {folder}"
-            check_something_is_taught(config, report, about, keep_unlearnable)
-            return *(
-                examples_in(folder, split, config, about, keep_unlearnable) for split in SPLITS
-            ), report
-    report, begun = DataReport(notes=notes), time.time()
-    with new_store(folder if writes else None) as work:
-        about, processes = make_store(work, sources, config, tokenizer, rendered_as, encode, report)
-        check_something_is_taught(config, report, about, keep_unlearnable)
-        if folder and writes:
-            write_about(work, {"key": key, **about, **asdict_of(report)})
-        found = [examples_in(work, split, config, about, keep_unlearnable) for split in SPLITS]
-    if folder and writes:
-        report.origin = (
-            f"made in {time.time() - begun:.1f} s by {processes} "
-            f"process{'es'[: 2 * (processes > 1)]}, kept in "
-            f"{folder}{f' (what was there was of other rows or settings; {why})' if why else ''}"
-        )
-    return *found, report
+            return read_cache(folder, config, about, keep_unlearnable)
+
+    report = DataReport(notes=notes)
+    start_time = time.time()
+    is_kept = bool(folder) and writes
+    with new_cache(folder if writes else None) as work:
+        about, processes = fill_cache(work, sources, config, tokenizer, template_used, encode,
+                                      report)
+        check_has_targets(config, report, about, keep_unlearnable)
+        if is_kept:
+            write_about(work, {"key": key, **about, **report_to_json(report)})
+        train_set, eval_set = open_splits(work, config, about, keep_unlearnable)
+    if is_kept:
+        workers = "1 process" if processes == 1 else f"{processes} processes"
+        replaced = f" (it replaced another cache; {why_replaced})" if why_replaced else ""
+        report.origin = (f"made in {time.time() - start_time:.1f} s by {workers}, kept in "
+                         f"{folder}{replaced}")
+    return train_set, eval_set, report
 
 
-def make_store(
-    work: Path, sources: list, config, tokenizer, template, encode: Callable, report: DataReport
-):
-    """Fill a folder with the tokenised rows of both splits.
+def read_cache(folder: Path, config, about: dict,
+               keep_unlearnable: bool) -> tuple[Examples, Examples, DataReport]:
+    """load_examples from a cache that has the right key."""
+    report = report_from_json(about)
+    report.origin = f"read from {folder}"
+    check_has_targets(config, report, about, keep_unlearnable)
+    train_set, eval_set = open_splits(folder, config, about, keep_unlearnable)
+    return train_set, eval_set, report
 
-    -> (what examples_in needs to know, processes at work).
+
+def fill_cache(work: Path, sources: list, config, tokenizer, template, encode: Callable,
+               report: DataReport) -> tuple[dict, int]:
+    """Write the examples of both splits into a folder.
+
+    -> (what open_splits needs of each split, the most processes that worked at once).
     """
-    # one for all datasets, as LLaMA-Factory's global generator
+    # one generator for all datasets, as LLaMA-Factory's global one
     sampler = np.random.RandomState(config.seed)
     rows = {"train": open_rows(sources[0], config, sampler, report.notes), "eval": []}
     if sources[1]:
         rows["eval"] = open_rows(sources[1], config, sampler, report.notes)
     elif config.val_size:
         rows["train"], rows["eval"] = split_rows(rows["train"], config.val_size, config.seed)
-    about, most = {}, 1
+
+    about = {}
+    most_processes = 1
     for split in SPLITS:
         writer = SplitWriter(work, split)
-        teaches, processes = encode_rows(
-            rows[split], config, tokenizer, template, encode, report, split, writer
-        )
-        about[split] = {**writer.close(), "teaches": teaches, "rows": len(rows[split])}
+        has_targets, processes = encode_rows(rows[split], config, tokenizer, template, encode,
+                                             report, split, writer)
+        about[split] = {**writer.close(), "teaches": has_targets, "rows": len(rows[split])}
         report.examples[split] = sum(writer.learnable)
-        most = max(most, processes)
-    return about, most
+        most_processes = max(most_processes, processes)
+    return about, most_processes
 
 
-def examples_in(folder: Path, split: str, config, about: dict, keep_unlearnable: bool) -> Examples:
-    return Examples(folder, split, about[split], packing_of(config)[0] == "apart", keep_unlearnable)
+def open_splits(folder: Path, config, about: dict, keep_unlearnable: bool) -> list[Examples]:
+    """The examples of both splits in a folder."""
+    apart = packing_of(config)[0] == "apart"
+    return [Examples(folder, split, about[split], apart, keep_unlearnable) for split in SPLITS]
 
 
-def store_key(config, tokenizer, template, tool_format, sources: list) -> dict:
-    """{what: a text} of all that decides which tokens the rows become; equal keys, equal tokens."""
-    program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
-    key = {name: getattr(config, name) for name in DATA_KEYS}
-    key |= {
-        "packing": packing_of(config),
-        "template": written_template(template),
-        "tokenizer": tokenizer.checksum(),
-        "program": hashlib.sha256(b"".join(program)).hexdigest(),
-        "tokenizers": tokenizers.__version__,
-        "tools": tool_format.describe("[]"),
-    }  # may name the day
-    if not any(
-        "tools" in source.columns or not source.formatting for found in sources for source in found
-    ):
-        del key["tools"]
-    for split, found in zip(SPLITS, sources):
-        for source in found:
-            key[f"{split} dataset {source.name}"] = repr(replace(source, files=()))
-            key |= {f"{split} file {path}": sha256_of(path) for path in source.files}
-    return {name: json.dumps(value, default=str) for name, value in key.items()}
-
-
-def kept_in(config, script: str = "train") -> Path | None:
-    """The folder of tokenised rows: tokenized_path, else, in training, one in output_dir; None:
-    they are not kept.
-    """
-    if config.tokenized_path:
-        return Path(config.tokenized_path)
-    return Path(config.output_dir, TOKENISED) if script == "train" and not config.dry_run else None
-
-
-def sha256_of(path: Path) -> str:
-    """Of all its bytes: a second of reading for a GB, and no doubt about a date or a size that
-    stayed the same.
-    """
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def asdict_of(report: DataReport) -> dict:
-    """A report as JSON knows it."""
-    datasets = [
-        [split, name, {**vars(counts), "lengths": counts.lengths.tolist()}]
-        for (split, name), counts in report.datasets.items()
-    ]
-    return {"report": {**vars(report), "datasets": datasets}}
-
-
-def report_of(about: dict) -> DataReport:
-    """The report that a store was written with."""
-    report = DataReport(**about["report"])
-    report.datasets = {
-        (split, name): DatasetCounts(**{**counts, "lengths": array("i", counts["lengths"])})
-        for split, name, counts in report.datasets
-    }
-    return report
-
-
-def check_something_is_taught(config, report: DataReport, about: dict, keep_unlearnable: bool):
-    """Raises ValueError for rows of which no token carries loss, unless they are only to be looked
-    at.
-    """
+def check_has_targets(config, report: DataReport, about: dict, keep_unlearnable: bool):
+    """Raise ValueError for a split in which no token carries loss, unless keep_unlearnable."""
     for split in SPLITS:
         if about[split]["rows"] and not about[split]["teaches"] and not keep_unlearnable:
             raise ValueError(nothing_to_learn(config, report, split, about[split]["rows"]))
 
 
 def nothing_to_learn(config, report: DataReport, split: str, rows: int) -> str:
-    """The sentence for data without a single token that carries loss."""
+    """The message for data in which no token carries loss."""
     why = "no token carries loss; is cutoff_len too small?"
     if report.dropped_tail:
         why = f"{report.dropped_tail} tokens do not fill one block"
-    return (
-        f"{config.source}: nothing to learn in the {rows} rows of the {split} data with "
-        "cutoff_len: "
-        f"{config.cutoff_len}: {why}"
-    )
+    return (f"{config.source}: nothing to learn in the {rows} rows of the {split} data with "
+            f"cutoff_len: {config.cutoff_len}: {why}")
 
 
 def split_rows(rows: Rows, val_size: float, seed: int) -> tuple[Rows, Rows]:
-    """(train, eval): a fraction for eval, or a count if val_size > 1.
+    """Split rows at random: (train, eval). val_size: the fraction for eval, or a count if above 1.
 
-    The training rows come out permuted as well.
+    The training rows are permuted as well.
     """
     count = int(val_size) if val_size > 1 else int(np.ceil(val_size * len(rows)))
     if not 0 < count < len(rows):
-        raise ValueError(
-            f"val_size: {val_size} takes {count} of {len(rows)} rows, so that none is left to "
-            "train on"
-        )
+        raise ValueError(f"val_size: {val_size} takes {count} of {len(rows)} rows, so that none is "
+                         "left to train on")
     order = np.random.default_rng(seed).permutation(len(rows))
     return rows.take(order[count:]), rows.take(order[:count])
 
 
-def conversation_of(row: RawRow, config, part: EncodedRows) -> Conversation | None:
-    """A row converted and filled; None for a bad one, which part then knows."""
-    try:
-        conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
-    except ValueError as error:
-        return part.reject(row, error)
-    names = {
-        name
-        for message in conversation.messages
-        if message["role"] == "assistant" and "{{" in message["content"]
-        for name in PLACEHOLDER.findall(message["content"])
-    }
-    if names:
-        part.unfilled.append((row.source.name, names, f"{row.where}: {excerpt(row.data)}"))
-    return conversation
+def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, report: DataReport,
+                split: str, writer: SplitWriter) -> tuple[bool, int]:
+    """Write rows as examples, in order; packed if the config says so, also those without a label.
 
-
-def note_unfilled(unfilled: list) -> list[str]:
-    """The notes about answers that teach a {{name}} as it stands, one for each dataset."""
-    notes = []
-    for dataset in dict.fromkeys(dataset for dataset, _, _ in unfilled):
-        found = [(names, where) for name, names, where in unfilled if name == dataset]
-        names = sorted(set().union(*(names for names, _ in found)))
-        marks = ", ".join("{{%s}}" % name for name in names)
-        notes.append(
-            f"dataset '{dataset}' teaches {marks} as it stands ({len(found)} of its answers, "
-            f"first {found[0][1]}). "
-            "To fill it, set in the config: placeholders: "
-            f"{{{', '.join(f'{name}: …' for name in names)}}}"
-        )
-    return notes
-
-
-def refuse(bad: list[str]):
-    """Raises ValueError for rows that cannot be used."""
-    more = f"\n  … and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
-    raise ValueError(
-        f"{len(bad)} bad row{'s'[: len(bad) > 1]}\n  "
-        + "\n  ".join(bad[:MAX_SHOWN])
-        + more
-        + "\nMend them, or leave them out with skip_bad_rows: true"
-    )
-
-
-def encode_rows(
-    rows: Rows,
-    config,
-    tokenizer,
-    template,
-    encode: Callable,
-    report: DataReport,
-    split: str,
-    writer: SplitWriter,
-):
-    """Rows -> examples in the order of the rows, packed if the config says so, also those without
-    any label.
-
-    -> (is there a label that a token before it predicts, how many processes were at work).
+    -> (whether any label is predicted by a token before it, number of processes).
     """
-    # the rows that packing may combine, and one call of the tokenizer
-    size = config.preprocessing_batch_size
-    starts, unfilled, teaches = range(0, len(rows), size), [], False
+    # rows that packing may combine, and that are tokenized by one call
+    batch_size = config.preprocessing_batch_size
+    starts = range(0, len(rows), batch_size)
     processes = num_processes(len(starts), config.preprocessing_num_workers)
+    unfilled = []
+    has_targets = False
 
-    def encode_from(start, check_only=False):
-        return encode_batch(
-            rows[start : start + size], config, tokenizer, template, encode, check_only
-        )
+    def encode_from(start: int, check_only: bool = False) -> EncodedRows:
+        batch = rows[start:start + batch_size]
+        return encode_batch(batch, config, tokenizer, template, encode, check_only)
 
-    with tqdm(
-        total=len(rows),
-        desc=f"tokenising {split} rows",
-        unit="row",
-        leave=False,
-        # None: only where someone watches
-        disable=bool(config.disable_tqdm) or not rows or None,
-    ) as bar:
+    # disable=None: a bar only on a terminal
+    hidden = bool(config.disable_tqdm) or not rows or None
+    with tqdm(total=len(rows), desc=f"tokenizing {split} rows", unit="row", leave=False,
+              disable=hidden) as bar:
         for start, part in zip(starts, parallel_map(encode_from, starts, processes)):
             if part.bad and not config.skip_bad_rows:
                 later = (encode_from(i, check_only=True) for i in starts if i > start)
@@ -549,20 +517,63 @@ def encode_rows(
             report.add(part, split)
             writer.add(part)
             unfilled += part.unfilled
-            teaches = teaches or part.has_targets
-            bar.update(min(size, len(rows) - start))
+            has_targets = has_targets or part.has_targets
+            bar.update(min(batch_size, len(rows) - start))
     report.notes += note_unfilled(unfilled)
-    return teaches, processes
+    return has_targets, processes
 
 
-def encode_batch(
-    rows: list[RawRow], config, tokenizer, template, encode: Callable, check_only: bool = False
-) -> EncodedRows:
-    """Some rows, which packing may combine, to examples. check_only: just find the bad ones."""
-    part, conversations = EncodedRows(), []
+def encode_batch(rows: list[RawRow], config, tokenizer, template, encode: Callable,
+                 check_only: bool = False) -> EncodedRows:
+    """The examples of some rows, which packing may combine. check_only: only find bad rows."""
+    part = EncodedRows()
+    conversations = []
     for row in rows:
         part.counts_of(row).rows += 1
         if conversation := conversation_of(row, config, part):
             conversations.append((row, conversation))
     encode(conversations, config, tokenizer, template, part, check_only)
     return part
+
+
+def conversation_of(row: RawRow, config, part: EncodedRows) -> Conversation | None:
+    """A row converted, its placeholders filled; None for a bad row, which is recorded in `part`."""
+    try:
+        conversation = fill_placeholders(convert(row, config.stage), config.placeholders)
+    except ValueError as error:
+        return part.reject(row, error)
+
+    names = set()
+    for message in conversation.messages:
+        if message["role"] == "assistant" and "{{" in message["content"]:
+            names.update(PLACEHOLDER.findall(message["content"]))
+    if names:
+        part.unfilled.append((row.source.name, names, f"{row.where}: {excerpt(row.data)}"))
+    return conversation
+
+
+def note_unfilled(unfilled: list) -> list[str]:
+    """A note for each dataset with answers that contain an unfilled {{name}}.
+
+    unfilled: (dataset, {names}, where) of each such answer.
+    """
+    notes = []
+    for dataset in dict.fromkeys(dataset for dataset, _, _ in unfilled):
+        found = [(names, where) for name, names, where in unfilled if name == dataset]
+        names = sorted(set().union(*(names for names, _ in found)))
+        noun = "placeholder" if len(names) == 1 else "placeholders"
+        marks = ", ".join("{{%s}}" % name for name in names)
+        values = ", ".join(f"{name}: …" for name in names)
+        notes.append(
+            f"dataset '{dataset}' has the {noun} {marks} unfilled in {len(found)} of its answers "
+            f"(first: {found[0][1]}). To fill it, set in the config: placeholders: {{{values}}}")
+    return notes
+
+
+def refuse(bad: list[str]):
+    """Raise ValueError for rows that cannot be used."""
+    noun = "bad row" if len(bad) == 1 else "bad rows"
+    more = f"\n  … and {len(bad) - MAX_SHOWN} more" if len(bad) > MAX_SHOWN else ""
+    shown = "\n  ".join(bad[:MAX_SHOWN])
+    raise ValueError(f"{len(bad)} {noun}\n  {shown}{more}\nCorrect them, or leave them out with "
+                     "skip_bad_rows: true")
