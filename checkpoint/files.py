@@ -1,9 +1,10 @@
-"""Checkpoint folders and their tensor files: finding, opening, writing whole or not at all.
+"""Checkpoint folders and their tensor files: find, open and write them.
+
+Files and folders appear under their final names only when they are complete.
 
 Requires: nothing.
 Next: checkpoint/load.py.
 """
-
 import json
 import os
 import pickle
@@ -34,19 +35,18 @@ FILE_DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
-# a pickle can run anything; torch's restricted loader makes tensors only, and before 2.6 it could
-# be escaped
-# CVE-2025-32434
+# A pickle can run any code. torch's restricted loader makes nothing but tensors, but could be
+# circumvented before torch 2.6 (CVE-2025-32434).
 PICKLES_ARE_SAFE = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 6)
 
 
 def find_checkpoint(name_or_path: str, revision: str | None = None,
                     cache_dir: str | None = None) -> Path:
-    """A local folder as it is, or a hub id downloaded (or taken from the cache) by huggingface_hub.
+    """The folder of a checkpoint: a local one, or a repository of the hub, downloaded or cached.
 
     HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE act as huggingface_hub defines them. Raises
-    FileNotFoundError that says what to do: for a folder that does not exist, an id the hub does not
-    know, a gated repository, no network.
+    FileNotFoundError that says what to do: for a folder that does not exist, a repository that the
+    hub does not know, a gated one, no network.
     """
     path = Path(name_or_path).expanduser()
     if path.is_dir():
@@ -64,13 +64,13 @@ def find_checkpoint(name_or_path: str, revision: str | None = None,
 
 
 def download(repository: str, revision: str | None, cache_dir: str | None) -> Path:
-    """The hub's folder of a repository: weights, JSON, tokenizer and code, which is never run."""
+    """Download weights, JSON, tokenizer and code of a repository; the code is never run."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-    doubles = ["consolidated*", "original/*"]       # the same weights in the maker's own layout
+    duplicates = ["consolidated*", "original/*"]    # the same weights in the vendor's own layout
     options = {"revision": revision, "cache_dir": cache_dir}
-    folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=doubles,
+    folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=duplicates,
                                     **options))
     if PICKLES_ARE_SAFE and not any(folder.glob("*.safetensors")):
         snapshot_download(repository, allow_patterns=["pytorch_model*.bin"], **options)
@@ -78,7 +78,7 @@ def download(repository: str, revision: str | None, cache_dir: str | None) -> Pa
 
 
 def why_not_downloaded(name: str, revision: str | None, error: Exception) -> str:
-    """The message for an error of huggingface_hub: what is wrong, and what to do."""
+    """The message for an error of huggingface_hub: what is wrong and what to do."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (GatedRepoError, HFValidationError, RepositoryNotFoundError,
                                        RevisionNotFoundError)
@@ -97,13 +97,13 @@ def why_not_downloaded(name: str, revision: str | None, error: Exception) -> str
     reason = str(error).strip().split("\n")[0]
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set"
-    return (f"{name} is no local folder{near}, is not in the cache, and the hub could not be "
-            f"reached ({reason}). Give a folder, or fetch it where there is a network: hf "
+    return (f"{name} is no local folder{near} and is not in the cache, and the hub could not be "
+            f"reached ({reason}). Give a folder, or download it where there is a network: hf "
             f"download {name}")
 
 
 def _near(path: Path) -> str:
-    """`` (did you mean …?)`` from the names beside the one that is missing."""
+    """" (did you mean …?)" with the most similar name in the same folder, or ""."""
     names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
     near = nearest_name(path.name, names)
     return f" (did you mean {path.parent / near}?)" if near else ""
@@ -111,8 +111,7 @@ def _near(path: Path) -> str:
 
 @contextmanager
 def open_tensors(path, device="cpu"):
-    """The tensors of a file, each read when it is asked for: keys(), get_tensor(name),
-    get_slice(name)[rows].
+    """Open a tensor file: keys(), get_tensor(name), get_slice(name)[rows]; tensors are read lazily.
 
     Raises ValueError that says which file is broken and what to do.
     """
@@ -123,40 +122,34 @@ def open_tensors(path, device="cpu"):
         with safe_open(str(path), framework="pt", device=str(device)) as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({error}); fetch it again, or use another copy"
-        ) from None
+        raise ValueError(f"{path} is damaged or incomplete ({error}); fetch it again, or use "
+                         "another copy") from None
 
 
 class PickledTensors:
-    """A file of torch.save that is a dict of tensors, mapped into memory; the methods are those of
-    safe_open.
-    """
+    """A file of torch.save that is a dict of tensors, memory-mapped; the methods of safe_open."""
 
     def __init__(self, path, device):
         if not PICKLES_ARE_SAFE:
             raise ValueError(
                 f"{path} is a pickle, which is safe to read with torch 2.6 or newer only "
-                "(CVE-2025-32434; "
-                f"here is torch {torch.__version__}). Convert the checkpoint where torch is newer: "
-                f"python merge.py model_name_or_path={Path(path).parent} export_dir=NEW_FOLDER"
-            )
-        self.path, self.device = path, device
+                f"(CVE-2025-32434; this is torch {torch.__version__}). Convert the checkpoint with "
+                f"a newer torch: python merge.py model_name_or_path={Path(path).parent} "
+                "export_dir=NEW_FOLDER")
+        self.path = path
+        self.device = device
         try:
             self.tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds other things than tensors, which are not read "
-                f"({str(error).strip().splitlines()[0]})"
-            ) from None
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} holds objects other than tensors, which are not read "
+                             f"({reason})") from None
         except (RuntimeError, EOFError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged, incomplete, or older than torch 1.6 "
-                f"({str(error).strip().splitlines()[0]}); fetch it again, or use another copy"
-            ) from None
-        if not isinstance(self.tensors, dict) or not all(
-            map(torch.is_tensor, self.tensors.values())
-        ):
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path} is damaged, incomplete, or older than torch 1.6 ({reason}); "
+                             "fetch it again, or use another copy") from None
+        is_dict = isinstance(self.tensors, dict)
+        if not is_dict or not all(map(torch.is_tensor, self.tensors.values())):
             raise ValueError(f"{path} is not a dict of tensors, as the weights of a model are")
 
     def keys(self):
@@ -164,9 +157,8 @@ class PickledTensors:
 
     def get_slice(self, name):
         if name not in self.tensors:
-            raise ValueError(
-                f"{self.path} holds no {name}, which the index says it does; fetch both again"
-            )
+            raise ValueError(f"{self.path} holds no {name}, which the index says it does; fetch "
+                             "both again")
         return self.tensors[name].detach()
 
     def get_tensor(self, name):
@@ -176,7 +168,9 @@ class PickledTensors:
 def read_rows(tensors, name, rows: slice):
     """Some rows of a tensor in an open file; the others are not read."""
     part = tensors.get_slice(name)
-    return part[:1][:0] if rows.start is not None and rows.start == rows.stop else part[rows]
+    if rows.start is not None and rows.start == rows.stop:      # safetensors has no empty slices
+        return part[:1][:0]
+    return part[rows]
 
 
 def stored_as(file, key) -> tuple[tuple, torch.dtype]:
@@ -184,59 +178,60 @@ def stored_as(file, key) -> tuple[tuple, torch.dtype]:
     with open_tensors(file) as tensors:
         part = tensors.get_slice(key)
         if torch.is_tensor(part):
-            shape, code = tuple(part.shape), CODES.get(part.dtype, str(part.dtype))
+            shape = tuple(part.shape)
+            code = CODES.get(part.dtype, str(part.dtype))
         else:
-            shape, code = tuple(part.get_shape()), part.get_dtype()
+            shape = tuple(part.get_shape())
+            code = part.get_dtype()
     if code not in FILE_DTYPES:
         raise ValueError(f"{file}: {key} is stored as {code}; known are {', '.join(FILE_DTYPES)}")
     return shape, FILE_DTYPES[code]
 
 
 def tensor_files(folder) -> dict[str, Path]:
-    """{tensor name: file} of a checkpoint folder: one file of weights, or shards with an index; in
-    the order of either.
+    """{tensor name: file} of a checkpoint folder, in the order of the file or of the index.
 
-    Safetensors come before pickles. Raises FileNotFoundError or ValueError for what is missing or
-    damaged."""
+    Weights are one file, or shards with an index; safetensors come before pickles. Raises
+    FileNotFoundError or ValueError for what is missing or damaged.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        single, index = Path(folder) / name, Path(folder) / f"{name}.index.json"
+        single = Path(folder) / name
+        index = Path(folder) / f"{name}.index.json"
         if index.is_file():
             return _shards(index)
         if single.is_file():
-            # in the order of the bytes; keys() alone is by name
             with open_tensors(single) as file:
-                return {tensor: single for tensor in getattr(file, "offset_keys", file.keys)()}
-    hint = (
-        ""
-        if PICKLES_ARE_SAFE
-        else (
-            ". If its repository has pytorch_model.bin alone: that is read with "
-            f"torch 2.6 or newer, here is torch {torch.__version__}"
-        )
-    )
-    raise FileNotFoundError(
-        f"{folder} has no weights: no model.safetensors or pytorch_model.bin, nor the .index.json "
-        f"of either{hint}"
-    )
+                # offset_keys is the order of the bytes, keys that of the names
+                names = getattr(file, "offset_keys", file.keys)()
+                return {tensor: single for tensor in names}
+    hint = ""
+    if not PICKLES_ARE_SAFE:
+        hint = (". A repository with only pytorch_model.bin needs torch 2.6 or newer; this is "
+                f"torch {torch.__version__}")
+    raise FileNotFoundError(f"{folder} has no weights: no model.safetensors or pytorch_model.bin, "
+                            f"nor the .index.json of either{hint}")
 
 
 def _shards(index: Path) -> dict[str, Path]:
-    """{tensor name: file} as an index has it."""
+    """{tensor name: file} of an index."""
     try:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: index.parent / file for name, file in named.items()}
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: index.parent / file for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is damaged or incomplete; fetch it again") from None
-    if missing := sorted({file.name for file in files.values() if not file.is_file()}):
+    missing = sorted({file.name for file in files.values() if not file.is_file()})
+    if missing:
         raise FileNotFoundError(
             f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
-            "The download is incomplete; fetch them again"
-        )
+            "The download is incomplete; fetch them again")
     return files
 
 
+# ---- writing ------------------------------------------------------------------------------------
+
+
 def write_json(path, value):
-    """Write JSON under its final name in one step."""
+    """Write a JSON file, complete or not at all."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -247,37 +242,35 @@ def write_json(path, value):
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)  # a full disk leaves nothing half-written
+        partial.unlink(missing_ok=True)     # a full disk leaves nothing half-written
 
 
 def save_tensors(path, tensors: dict):
-    """A small safetensors file in one go.
+    """Write a small safetensors file, all tensors in memory at once.
 
-    Raises OSError if it cannot be written, such as on a full disk.
+    Raises OSError if it cannot be written, for example to a full disk.
     """
     path.touch()
-    # as the umask says; save_file makes files that only their owner can read
-    mode = path.stat().st_mode
+    mode = path.stat().st_mode              # by the umask; save_file makes files only for the owner
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-            str(path),
-            metadata={"format": "pt"},
-        )
+        save_file(contiguous, str(path), metadata={"format": "pt"})
         path.chmod(mode)
     except SafetensorError as error:
-        raise OSError(
-            f"{path} could not be written ({error}). Is there room on the disk?"
-        ) from None
+        message = f"{path} could not be written ({error}). Is there room on the disk?"
+        raise OSError(message) from None
 
 
 @contextmanager
 def new_folder(path):
-    """A folder that appears under its name only when the block ends well: `with new_folder(p) as
-    work: fill work`.
+    """A folder to fill; it is renamed to `path` when the block ends without an error.
+
+        with new_folder(path) as work:
+            write_json(work / "config.json", config)
     """
     path = Path(path)
-    work, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    work = path.with_name(path.name + ".partial")
+    old = path.with_name(path.name + ".old")
     if old.exists() and not path.exists():  # a run was killed between the two renames below
         os.replace(old, path)
     for leftover in (work, old):
@@ -295,21 +288,21 @@ def new_folder(path):
         raise
     sync_folder(work)
     if path.exists():
-        os.replace(path, old)  # one of the two is whole at any moment
+        os.replace(path, old)               # at any moment one of the two is complete
     os.replace(work, path)
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(path):
-    """Let a renaming outlive a power failure, where the system can."""
+    """Make renames in a folder survive a power failure, where the system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:                         # Windows cannot open folders
         return
     try:
         os.fsync(handle)
-    except OSError:  # nor does every network file system
+    except OSError:                         # nor can every network file system sync one
         pass
     finally:
         os.close(handle)
@@ -317,8 +310,9 @@ def sync_folder(path):
 
 @contextmanager
 def into_folder(path):
-    """new_folder for a folder in use: the files move into it when the block ends well, each over an
-    older one.
+    """new_folder for a folder in use: when the block ends without an error, its files move there.
+
+    Each replaces an older one of the same name.
     """
     path = Path(path)
     with new_folder(path / "final") as work:
@@ -329,12 +323,14 @@ def into_folder(path):
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Deal tensor names, in order, into files of at most `limit` bytes (a larger tensor gets a file
-    of its own).
+    """Split tensor names, in order, into files of at most `limit` bytes.
+
+    A tensor that is larger gets a file of its own.
     """
-    shards, room = [], 0
+    shards = []
+    room = 0
     for name, size in sizes.items():
-        size += len(name) + 150  # its entry in the file's header
+        size += len(name) + 150             # its entry in the file's header
         if not shards or size > room:
             shards.append([])
             room = limit
@@ -343,63 +339,62 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def write_tensors(
-    folder, shapes: dict, rows_of, limit: int = 5 * 10**9, progress=lambda bytes_written: None
-):
-    """Write model.safetensors, or shards with an index, no more in memory than one block of one
-    tensor.
+def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9,
+                  progress=lambda bytes_written: None):
+    """Write model.safetensors, or shards with an index, with one block of a tensor in memory.
 
-    shapes: {name: (shape, torch dtype)} in the order to write; rows_of(name): the tensor's rows
-    when its turn comes, as one or several blocks in order. The safetensors package can only write a
-    file whose tensors are all in memory;
-    the format is simple enough to stream: header length (8 bytes, little-endian), JSON header,
-    bytes."""
+    shapes: {name: (shape, torch dtype)} in the order of writing. rows_of(name): the rows of a
+    tensor, in one or several blocks. limit: bytes of a shard. progress: called after each block.
+    Raises OSError if the disk has too little room.
+    """
     folder = Path(folder)
-    sizes = {
-        name: dtype.itemsize * int(torch.Size(shape).numel())
-        for name, (shape, dtype) in shapes.items()
-    }
+    sizes = {name: dtype.itemsize * torch.Size(shape).numel()
+             for name, (shape, dtype) in shapes.items()}
+    total = sum(sizes.values())
     free = shutil.disk_usage(folder).free
-    if sum(sizes.values()) > free:
-        raise OSError(
-            f"{folder}: {sum(sizes.values()) / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. "
-            "Make room, or "
-            "choose another folder"
-        )
-    shards, where = plan_shards(sizes, limit), {}
-    for index, names in enumerate(shards):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        )
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            shape, dtype = shapes[name]
-            header[name] = {
-                "dtype": CODES[dtype],
-                "shape": list(shape),
-                "data_offsets": [offset, offset + sizes[name]],
-            }
-            offset += sizes[name]
-            where[name] = file
-        head = json.dumps(header, separators=(",", ":")).encode()
-        head += b" " * (-len(head) % 8)  # tensors start on 8-byte boundaries
-        with open(folder / file, "wb") as out:
-            out.write(len(head).to_bytes(8, "little") + head)
-            for name in names:
-                start = out.tell()
-                for block in rows_of(name):
-                    assert block.dtype == shapes[name][1], name
-                    out.write(
-                        block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                    )
-                    progress(block.nbytes)
-                    # before the next is made, so that one is held at a time
-                    del block
-                assert out.tell() - start == sizes[name], name
+    if total > free:
+        raise OSError(f"{folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. Make "
+                      "room, or choose another folder")
+
+    shards = plan_shards(sizes, limit)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_shard(folder / file, {name: shapes[name] for name in names}, rows_of, progress)
+        weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where},
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_shard(path: Path, shapes: dict, rows_of, progress):
+    """Write one safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes.
+
+    The package safetensors can only write a file whose tensors are all in memory.
+    """
+    header = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in shapes.items():
+        end = offset + dtype.itemsize * torch.Size(shape).numel()
+        header[name] = {
+            "dtype": CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)         # tensors start at a multiple of 8 bytes
+    with open(path, "wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for name in shapes:
+            start = out.tell()
+            for block in rows_of(name):
+                assert block.dtype == shapes[name][1], name
+                flat = block.detach().cpu().contiguous().reshape(-1)
+                out.write(flat.view(torch.uint8).numpy())
+                progress(block.nbytes)
+                del block, flat             # before the next one is made
+            begin, end = header[name]["data_offsets"]
+            assert out.tell() - start == end - begin, name

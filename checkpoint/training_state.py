@@ -1,9 +1,8 @@
-"""What a checkpoint holds beside weights: optimizer state, random generators, checksums.
+"""The part of a checkpoint that is not weights: optimizer state, random generators, checksums.
 
 Requires: checkpoint/files.py.
 Next: runtime/resume.py.
 """
-
 import json
 import re
 import zlib
@@ -17,56 +16,51 @@ from text.tokenizer import read_json
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    """The state of this process's random generators, by device."""
-    return {"cpu": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    )
+    """The states of this process's random generators, by device."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def state_of(optimizer, names: list[str]):
-    """(name of a parameter, {field: tensor}) of the optimizer's state; names: see
-    save_training_state.
+    """Yield (parameter name, {field: tensor}) of the optimizer's state.
+
+    names: of the trained parameters, in the order of the optimizer's groups.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for name, p in zip(names, params, strict=True):
-        # an expert that no token has passed yet
+        # an expert that no token has been routed to has no state yet
         fields = optimizer.state.get(p) or {"unused": torch.zeros(0)}
         yield name, {key: torch.as_tensor(value) for key, value in fields.items()}
 
 
-def save_training_state(
-    folder,
-    optimizer,
-    names: list[str],
-    state: dict,
-    rng: dict[str, torch.Tensor],
-    whole=lambda name, tensor: tensor,
-):
-    """optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
+def save_training_state(folder, optimizer, names: list[str], state: dict,
+                        rng: dict[str, torch.Tensor],
+                        full_tensor=lambda name, tensor: tensor):
+    """Write optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
 
-    names: the trainable parameters in the optimizer's order of groups; state: the JSON part (step,
-    log, …); rng: the generators of all ranks, as cpu.0, cpu.1, …; whole(name, tensor): the whole of
-    a tensor, where ranks hold parts."""
+    names: see state_of. state: the JSON part (step, log, …). rng: the generators of all ranks, as
+    cpu.0, cpu.1, …. full_tensor(name, tensor): gathers a tensor of which each rank holds a shard.
+    """
     folder = Path(folder)
-    save_tensors(
-        folder / "optimizer.safetensors",
-        {
-            f"{name}|{key}": (tensor if key in NO_ROWS else whole(name, tensor)).cpu()
-            for name, fields in state_of(optimizer, names)
-            for key, tensor in fields.items()
-        },
-    )
+    tensors = {}
+    for name, fields in state_of(optimizer, names):
+        for key, tensor in fields.items():
+            full = tensor if key in NO_ROWS else full_tensor(name, tensor)
+            tensors[f"{name}|{key}"] = full.cpu()
+    save_tensors(folder / "optimizer.safetensors", tensors)
     save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)
 
 
 def load_training_state(folder, optimizer, names: list[str], rank: int = 0,
                         shards: dict = {}) -> dict:
-    """Restore what save_training_state wrote; returns the JSON part.
+    """Restore what save_training_state wrote; return the JSON part.
 
     A rank that did not exist when the state was written keeps its generators. shards: {name: (shape
     of the full tensor, this rank's rows)} of sharded parameters. Raises ValueError if the
-    parameters differ.
+    parameters differ, FileNotFoundError if a file is missing.
     """
     folder = Path(folder)
     for file in STATE_FILES:
@@ -125,55 +119,61 @@ def set_rng_state(folder: Path, rank: int):
         torch.cuda.set_rng_state(states[f"cuda.{rank}"])
 
 
+# ---- checksums ----------------------------------------------------------------------------------
+
+
 def write_checksums(folder):
-    """checksums.json: length in bytes and CRC-32 of every file in a checkpoint folder."""
+    """Write checksums.json: length in bytes and CRC-32 of every file in a checkpoint folder."""
     folder = Path(folder)
-    write_json(
-        folder / "checksums.json", {path.name: checksum(path) for path in sorted(folder.iterdir())}
-    )
+    checksums = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+    write_json(folder / "checksums.json", checksums)
 
 
 def checksum(path) -> list:
-    """[length in bytes, CRC-32 as hexadecimal text]: it finds what a disk or a copy has done by
-    accident.
-    """
-    crc, length = 0, 0
+    """[length in bytes, CRC-32 as hexadecimal text] of a file, against accidental damage."""
+    crc = 0
+    length = 0
     with open(path, "rb") as file:
         while block := file.read(2**24):
-            crc, length = zlib.crc32(block, crc), length + len(block)
+            crc = zlib.crc32(block, crc)
+            length += len(block)
     return [length, f"{crc:08x}"]
 
 
 def damage(folder) -> str:
-    """What is wrong with a checkpoint, read back in full, or "".
+    """What is wrong with a checkpoint, after reading all of it, or "".
 
-    One without checksums.json is taken as it is.
+    Checkpoints of the first release have no checksums.json; they only need to hold weights.
     """
     folder = Path(folder)
     try:
         expected = read_json(folder / "checksums.json")
     except ValueError as error:
         return str(error)
-    # releases that write rows_per_step write checksums, too
     state = folder / "trainer_state.json"
+    # releases that write rows_per_step into the state also write checksums
     if not expected and state.is_file() and b"rows_per_step" in state.read_bytes():
         return "checksums.json is missing or empty"
     if not expected and not any(folder.glob("*.safetensors")):
         return "it holds no weights"
-    for name, was in expected.items():
+    for name, written in expected.items():
         if Path(name).name != name or not (folder / name).is_file():
             return f"{name} is missing"
-        if (now := checksum(folder / name)) != was:
-            return f"{name} is not as it was written (bytes and checksum {now}, then {was})"
+        now = checksum(folder / name)
+        if now != written:
+            return (f"{name} is not as it was written ([bytes, checksum] are {now}, and were "
+                    f"{written})")
     return ""
 
 
+# ---- folders ------------------------------------------------------------------------------------
+
+
 def checkpoints_in(output_dir, resumable: bool = True) -> list[Path]:
-    """checkpoint-N folders, oldest first; resumable: only those with a training state."""
-    found = [
-        p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)
-    ]
-    return sorted(
-        (p for p in found if not resumable or (p / "trainer_state.json").is_file()),
-        key=lambda p: int(p.name.split("-")[1]),
-    )
+    """The folders checkpoint-N, oldest first; resumable: only those with a training state."""
+    found = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        has_state = (path / "trainer_state.json").is_file()
+        if re.fullmatch(r"checkpoint-\d+", path.name) and (has_state or not resumable):
+            found.append(path)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))

@@ -153,7 +153,7 @@ def test_hub(tmp_path):
             (unknown, "acme/unknown is neither a local folder nor a repository of the hub"),
             (revision, "acme/tiny has no revision 'nope'"),
             (name, "acme/a--b does not exist, and no repository of the hub can have that name"),
-            (failing, "acme/failing is no local folder, is not in the cache, and the hub could not be reached")]:
+            (failing, "acme/failing is no local folder and is not in the cache, and the hub could not be reached")]:
         assert error[0] == "FileNotFoundError" and words in error[1], error
 
     # the server is gone: what was fetched is still found, what was not says why
@@ -415,7 +415,7 @@ class Other:
     (lambda file: file.write_bytes(b""), "pytorch_model.bin is damaged, incomplete, or older"),
     (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "bin is damaged.* fetch it again"),
     (lambda file: torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=False), "older than torch 1.6"),
-    (lambda file: torch.save({"a": Other()}, file), "holds other things than tensors, which are not read"),
+    (lambda file: torch.save({"a": Other()}, file), "holds objects other than tensors, which are not read"),
     (lambda file: torch.save({"model": {"a": torch.ones(1)}}, file), "is not a dict of tensors"),
     (lambda file: torch.save([torch.ones(1)], file), "is not a dict of tensors"),
     (lambda file: torch.save({"lm_head.weight": torch.ones(1)}, file), "missing: 24"),
