@@ -270,7 +270,7 @@ def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict,
 
 def load_model_to_chat(config: Config, base: Path, adapters: list[Path],
                        dtype: torch.dtype | None, device: torch.device) -> CausalLM:
-    """Load base and adapters; with fast_chat, merge and join matrices for decoding."""
+    """Load base and adapters; with fast_chat, merge and fuse matrices for decoding."""
     form = requested_format(config)
     model = load_with_adapters(base, adapters, dtype, device, config.fast_chat, form)
     if packed := quantized_weights(model):

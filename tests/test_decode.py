@@ -1,10 +1,10 @@
-"""fast/decode.py: joined matrices and quick matmuls give the answers of the modules of model.py."""
+"""fast/decode.py: fused matrices and fast matmuls give the answers of the modules of model.py."""
 import pytest
 import torch
 from torch import nn
 
 from fast import decode
-from fast.decode import (CapturedStep, DECODE_MATMULS, QuickLinear, StillCache, join_matrices,
+from fast.decode import (CapturedStep, DECODE_MATMULS, OneDNNLinear, StaticCache, fuse_matrices,
                          pick_decode_matmul, pick_step, prepare)
 from families import model_config
 from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
@@ -50,8 +50,8 @@ def forced(request, monkeypatch):
 def test_prepared_equals_plain(forced, dtype, tied):
     plain, fast = small(dtype, tie_word_embeddings=tied), small(dtype, tie_word_embeddings=tied)
     lines = prepare(fast)
-    assert "4 joined" in lines[0] and lines[-1] == "matmul    forced"
-    assert (type(fast.lm_head) is QuickLinear) == (forced != "torch")
+    assert "4 fused matrices" in lines[0] and lines[-1] == "matmul    forced"
+    assert (type(fast.lm_head) is OneDNNLinear) == (forced != "torch")
     ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(2))
     for length in (20, 1):
         want, got = scores(plain, ids[:, :length]), scores(fast, ids[:, :length])
@@ -73,7 +73,7 @@ def test_a_block_with_an_adapter_stays_as_it_is():
     model = small()
     shake(attach_lora(model, LoRAConfig(r=2, target_modules=["k_proj", "down_proj"]))).eval()
     want = scores(model, torch.tensor([PROMPT]))
-    assert join_matrices(model) == 2                             # gate and up of both blocks
+    assert fuse_matrices(model) == 2                             # gate and up of both blocks
     assert len(lora_layers(model)) == 4
     assert (scores(model, torch.tensor([PROMPT])) - want).abs().max() < 1e-5
 
@@ -81,13 +81,13 @@ def test_a_block_with_an_adapter_stays_as_it_is():
 def test_without_room_for_copies_nothing_is_touched():
     model = small()
     lines = prepare(model, available=1000)
-    assert "mapped from the file" in lines[0] and all(type(m) is not QuickLinear for m in model.modules())
+    assert "mapped from the file" in lines[0] and all(type(m) is not OneDNNLinear for m in model.modules())
     assert hasattr(model.model.layers[0].self_attn, "q_proj")
 
 
 def test_joined_rows_are_the_parts_rows():
     model, whole = small(), small()
-    join_matrices(whole)
+    fuse_matrices(whole)
     a, b = model.model.layers[1], whole.model.layers[1]
     assert torch.equal(b.self_attn.qkv_proj.weight[32:48], a.self_attn.k_proj.weight)
     assert torch.equal(b.self_attn.qkv_proj.bias[48:], a.self_attn.v_proj.bias)
@@ -155,7 +155,7 @@ def test_still_cache_equals_growing_cache_equals_uncached(made, name):  # noqa: 
     if not capturable(model):
         assert type(cache) is KVCache and step is next_scores and graph.captured == 0 and "kernel by kernel (" in line
         return
-    assert line == "steps     captured as a graph: one command a token" and type(cache) is StillCache
+    assert line == "steps     captured as a graph: one command a token" and type(cache) is StaticCache
     want = list(generate(model, prompt, KVCache(len(cache.buffers)), max_new_tokens=20))
     assert list(generate(model, prompt, cache, max_new_tokens=20, step=step)) == want
     assert list(generate_uncached(model, prompt, max_new_tokens=20)) == want
@@ -167,7 +167,7 @@ def test_a_captured_step_reads_what_is_filled_and_no_more(kernel):
     """Slots behind the place hold rubbish; the scores are those of a cache without such slots, at every bucket."""
     model, graph = small(max_position_embeddings=2048), FakeGraph()
     model.kernel = kernel
-    cache, step, plain = StillCache(2), CapturedStep(graph.record), KVCache(2)
+    cache, step, plain = StaticCache(2), CapturedStep(graph.record), KVCache(2)
     ids = torch.randint(0, 50, (1, 600), generator=torch.Generator().manual_seed(3))
     for length in (250, 505):                                           # to both sides of 256 and 512 slots
         for chunk in (ids[:, cache.length:length], *ids[:, length:length + 12].split(1, dim=1)):
