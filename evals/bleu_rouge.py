@@ -20,12 +20,13 @@ import json
 import logging
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
+
+from errors import run_script
 
 NAMES = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
 
@@ -192,7 +193,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

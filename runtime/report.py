@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import sys
 import textwrap
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import Config
+from errors import run_script
 from runtime.trackers import Tracker, close_all, log_row
 
 # the metrics that are plotted; in file names _ stands for /
@@ -490,7 +490,4 @@ def main(folders: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -87,7 +87,7 @@ def test_a_format_survives_being_stored(tmp_path):
     assert stored_template([tmp_path], said, False) == (said, True)  # the same, written another way
     with pytest.raises(ValueError, match="template: qwen, but .* was trained with mychat"):
         stored_template([tmp_path], "qwen", False)
-    with pytest.raises(ValueError, match="template: mychat, but .* mychat of another wording"):
+    with pytest.raises(ValueError, match="template: mychat, but .* trained with another version of mychat"):
         stored_template([tmp_path], {**said, "default_system": "You are Max."}, False)
     config = load_config([str(tmp_path / "page.yaml")], "config")
     (tmp_path / "train_config.json").write_text(json.dumps(as_dict(config)))
@@ -131,7 +131,7 @@ def test_based_on_changes_what_is_said_and_keeps_the_rest():
     [
         ({"usr": "{{content}}"}, "unknown key 'usr'.*did you mean 'user'"),
         ({"name": "a"}, "'user' is missing"),
-        ({"user": "no mark"}, "user: {{content}} must occur in it once, found 0 times"),
+        ({"user": "no mark"}, "user: {{content}} must occur once, found 0 times"),
         ({"user": "{{content}}{{content}}"}, "found 2 times"),
         ({"user": "{{query}}"}, "unknown mark {{query}}.*{{content}}"),
         ({"user": "{{ content }}"}, "unknown mark {{ content }}"),

@@ -167,8 +167,8 @@ def test_rows_with_two_answers_in_every_layout(tmp_path, words):
                                          "empty(.|\n)*row 3: 'chosen' must be text"):
         loaded(tmp_path, words, stage="dpo")
     assert len(loaded(tmp_path, words, stage="dpo", skip_bad_rows=True)[0]) == 1
-    for broken, why in (({"chosen": "w2"}, "'chosen' must be one turn"), ({"chosen": said}, "'chosen' is of 'user' where"),
-                        ({"messages": openai["messages"] * 2}, "turn 2 is of 'user'"),
+    for broken, why in (({"chosen": "w2"}, "'chosen' must be one turn"), ({"chosen": said}, "'chosen' is by 'user', expected"),
+                        ({"messages": openai["messages"] * 2}, "turn 2 is by 'user'"),
                         ({"messages": [said, openai["chosen"]]}, "ends with an answer")):
         write_dataset(tmp_path, [{**openai, **broken}], layouts[2][1])
         with pytest.raises(ValueError, match=why):

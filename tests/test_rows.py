@@ -260,7 +260,7 @@ def test_file_given_by_its_path_is_recognised(tmp_path, row, layout):
 
 def test_file_that_cannot_be_recognised(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="cannot be told from their names, text .plain text is for stage: pt"):
+    with pytest.raises(ValueError, match="do not show which ones to read: text .plain text is for stage: pt"):
         load(tmp_path, str(tmp_path / "d.jsonl"))
     assert conversations.convert(load(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
 
@@ -269,7 +269,7 @@ def test_file_that_cannot_be_recognised(tmp_path):
                                             (b"\x93\xff\x00\x01", "row 1 is ")])
 def test_file_without_a_single_object(tmp_path, content, shown):
     (tmp_path / "d.json").write_bytes(content)
-    with pytest.raises(ValueError, match=f"d.json: no row of it is an object with columns; {shown}"):
+    with pytest.raises(ValueError, match=f"d.json: no row is an object with columns; {shown}"):
         load(tmp_path, str(tmp_path / "d.json"))
 
 
@@ -293,12 +293,12 @@ def chat(*turns):
     ({**ALPACA, "output": None}, None, "answer 1 is empty"),
     ({**ALPACA, "output": 5}, None, "'output' must be text, not 5"),
     (["a", "b"], None, "not a JSON object"),
-    (chat(("gpt", "a"), ("human", "b")), "sharegpt", "turn 1 is of 'gpt' where observation or human must stand"),
-    (chat(("human", "a"), ("human", "b")), "sharegpt", "turn 2 is of 'human' where function_call or gpt must stand"),
-    (chat(("human", "a"), ("assistant", "b")), "sharegpt", "turn 2 is of 'assistant' where"),
+    (chat(("gpt", "a"), ("human", "b")), "sharegpt", "turn 1 is by 'gpt', expected observation or human"),
+    (chat(("human", "a"), ("human", "b")), "sharegpt", "turn 2 is by 'human', expected function_call or gpt"),
+    (chat(("human", "a"), ("assistant", "b")), "sharegpt", "turn 2 is by 'assistant', expected"),
     (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt", "the last turn is not an answer"),
     (chat(("human", "a"), ("gpt", " ")), "sharegpt", "answer 1 is empty"),
-    ({"conversations": []}, "sharegpt", "must be a list of turns, and not an empty one"),
+    ({"conversations": []}, "sharegpt", "must be a list of turns that is not empty"),
     ({"conversations": "a"}, "sharegpt", "must be a list of turns"),
 ])
 def test_bad_rows_say_why(tmp_path, row, entry, sentence):

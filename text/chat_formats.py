@@ -16,8 +16,8 @@ docs/templates.md explains it, and shows the same format in a yaml file.
 
 Requires: templates.py, text/tool_calls.py.
 Next: text/template_check.py, which chooses the format of a checkpoint.
-Sources: the vendors' chat templates, as published in their tokenizer_config.json; names of the
-formats, and borders of the slots, as LLaMA-Factory 0.9.5 has them (0.9.4: baichuan, baichuan2,
+Sources: the vendors' chat templates, as published in their tokenizer_config.json. The names of the
+formats and the borders of the slots are those of LLaMA-Factory 0.9.5 (0.9.4: baichuan, baichuan2,
 belle, codegeex4, intern, orion, xverse).
 """
 import re
@@ -30,7 +30,7 @@ from text.tokenizer import read_json
 from text.tool_calls import TOOL_FORMATS
 
 
-# ---- what a row leaves open ---------------------------------------------------------------------
+# ---- tool formats and overrides -----------------------------------------------------------------
 
 
 def with_tool_functions(template: Template) -> Template:
@@ -49,7 +49,7 @@ def with_overrides(template: Template, tool_format: str | None = None,
                    default_system: str | None = None) -> Template:
     """The template with the config's tool_format and default_system instead of its own."""
     if tool_format:
-        # a call in a foreign format ends in the tokenizer's eos, as LLaMA-Factory has it
+        # a call in another tool format ends in the tokenizer's eos, as in LLaMA-Factory
         function = ("{{content}}",) if template.efficient_eos else ("{{content}}", EOS)
         template = replace(template, tool_format=ToolFormat(tool_format), function=function)
     if default_system is not None:
@@ -294,7 +294,7 @@ TEMPLATES = {
         user=("Human: {{content}}\n\nBelle: ",),
         assistant=("{{content}}", EOS, "\n\n"),
         prefix=(BOS,), families=("llama",), says=("Belle",)),
-    # Formats of other networks, whose words a model of any family can be taught:
+    # Formats of networks that are not in families.py; any model can be taught them:
     "starchat": replace(
         PHI,
         user=("<|user|>\n{{content}}<|end|>\n<|assistant|>",),
@@ -392,10 +392,10 @@ TEXTS = ("default_system", "tool_format", "name")       # the other keys are lis
 
 
 def find_template(value: str | dict) -> Template:
-    """Find the format that a config means.
+    """Find the format that a config names or describes.
 
-    value: the name of a row, or a mapping as docs/templates.md shows it. Raises ValueError naming
-    what is wrong, with the nearest valid spelling.
+    value: the name of a row, or a mapping (see docs/templates.md). Raises ValueError that says what
+    is wrong, with the nearest valid spelling.
     """
     if isinstance(value, dict):
         return read_format(value)
@@ -523,8 +523,8 @@ def check_marks(key: str, slots: tuple | None):
         if mark not in (*wanted, "idx"):
             raise ValueError(f"template: {key}: unknown mark {{{{{mark}}}}}. {advice}")
     if [mark for mark in marks if mark != "idx"] != wanted:
-        raise ValueError(f"template: {key}: {{{{content}}}} must occur in it once, found "
-                         f"{len(marks)} times")
+        raise ValueError(f"template: {key}: {{{{content}}}} must occur once, found {len(marks)} "
+                         "times")
 
 
 # ---- the format that something was trained with -------------------------------------------------
@@ -546,16 +546,16 @@ def stored_template(folders: list, value: str | dict | None,
     value = value or (found[0] if found else None)
     for folder, other in stored.items():
         if other and not force and not is_same_format(other, value):
-            same_name = name_of(value) == name_of(other)
-            wording = " of another wording" if same_name else ""
+            trained_with = name_of(other)
+            if trained_with == name_of(value):
+                trained_with = f"another version of {trained_with}"
             raise ValueError(f"template: {name_of(value)}, but {folder} was trained with "
-                             f"{name_of(other)}{wording}. Leave template out, or set "
-                             "force_template: true")
+                             f"{trained_with}. Leave template out, or set force_template: true")
     return value, force or any(is_same_format(other, value) for other in found)
 
 
 def is_same_format(one: str | dict, other: str | dict) -> bool:
-    """Do two values of `template` mean the same format?"""
+    """Whether two values of `template` mean the same format."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one == other or find_template(one) == find_template(other)
     return one == other

@@ -98,7 +98,7 @@ class Conversation(NamedTuple):
     system: str = ""
     tools: str = ""                 # JSON
     rejected: dict | None = None    # of a pair: the answer that is worse than the last message
-    desired: bool | None = None     # is the last answer a good one? None: nobody has judged it
+    desired: bool | None = None     # is the last answer a good one? None: it was not judged
 
 
 # ---- a row of any layout ----------------------------------------------------------------------
@@ -219,7 +219,7 @@ def convert_messages(data: dict, source: Source) -> Conversation:
     columns = source.columns
     turns = data.get(columns["messages"])
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"'{columns['messages']}' must be a list of turns, and not an empty one")
+        raise ValueError(f"'{columns['messages']}' must be a list of turns that is not empty")
     messages, system = read_turns(turns, source)
 
     rejected = None
@@ -242,7 +242,7 @@ def convert_messages(data: dict, source: Source) -> Conversation:
 def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
     """(messages, system text or None). Raises ValueError for a turn out of order.
 
-    Where several tool turns follow each other they become one message, but not in sharegpt.
+    Consecutive tool turns become one message, except in sharegpt.
     """
     messages, system = [], None
     content_tag = source.tags["content_tag"]
@@ -258,8 +258,8 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
             result = column_text(turn, content_tag)
             messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + result
         else:
-            raise ValueError(f"turn {number} is of '{speaker_of(turn, source)}' where "
-                             f"{role_words(expected, source)} must stand")
+            raise ValueError(f"turn {number} is by '{speaker_of(turn, source)}', expected "
+                             f"{role_words(expected, source)}")
     return messages, system
 
 
@@ -268,8 +268,8 @@ def check_ends_with_question(messages: list[dict], columns: dict):
     if len(messages) % 2:
         return
     if not messages:
-        raise ValueError(f"'{columns['messages']}' asks nothing")
-    raise ValueError(f"'{columns['messages']}' ends with an answer, and the answers are in "
+        raise ValueError(f"'{columns['messages']}' contains no question")
+    raise ValueError(f"'{columns['messages']}' ends with an answer, but the answers are in "
                      f"'{columns['chosen']}' and '{columns['rejected']}'")
 
 
@@ -281,13 +281,13 @@ def read_answer(data: dict, column: str, source: Source) -> dict:
                          f"conversation, not {excerpt(turn)}")
     role = role_of(turn, source)
     if role not in ANSWERS:
-        raise ValueError(f"'{column}' is of '{speaker_of(turn, source)}' where "
-                         f"{role_words(ANSWERS, source)} must stand")
+        raise ValueError(f"'{column}' is by '{speaker_of(turn, source)}', expected "
+                         f"{role_words(ANSWERS, source)}")
     return message_of(turn, role, source)
 
 
 def role_of(turn, source: Source) -> str | None:
-    """system, user, assistant, function or observation; None for a speaker no tag names."""
+    """system, user, assistant, function or observation; None for a speaker that no tag names."""
     roles = {}
     for role in ("system", "function", "observation", "assistant", "user"):
         roles[source.tags.get(f"{role}_tag")] = role
@@ -296,14 +296,14 @@ def role_of(turn, source: Source) -> str | None:
 
 
 def speaker_of(turn, source: Source) -> str:
-    """The word of the data for who speaks."""
+    """The word that the data use for the speaker of a turn."""
     if not isinstance(turn, dict):
         return excerpt(turn)
     return str(turn.get(source.tags["role_tag"]))
 
 
 def role_words(roles: tuple[str, ...], source: Source) -> str:
-    """The words of the data for these roles, for a message."""
+    """The words that the data use for these roles, for a message."""
     words = []
     for role in ("function", "observation", "assistant", "user"):
         word = source.tags.get(f"{role}_tag")
@@ -313,7 +313,7 @@ def role_words(roles: tuple[str, ...], source: Source) -> str:
 
 
 def message_of(turn: dict, role: str, source: Source) -> dict:
-    """A turn as a message; an assistant's tool_calls become a function message, not in sharegpt."""
+    """A turn as a message. tool_calls become a function message, except in sharegpt."""
     calls = turn.get("tool_calls") if source.formatting != "sharegpt" else None
     if role in ANSWERS and calls:
         text = tool_calls_text(calls, keep_arguments=source.formatting == "openai")
@@ -324,8 +324,8 @@ def message_of(turn: dict, role: str, source: Source) -> dict:
 def tool_calls_text(calls: list[dict], keep_arguments: bool) -> str:
     """OpenAI's tool_calls as the JSON list of {name, arguments} that a function message holds.
 
-    There `arguments` is JSON text. keep_arguments leaves it so, and it is encoded a second time
-    later on, as in LLaMA-Factory's "openai".
+    In tool_calls, `arguments` is JSON text. keep_arguments: it stays text and is encoded a second
+    time later, as in LLaMA-Factory's "openai".
     """
     try:
         functions = [dict(call["function"]) for call in calls]
@@ -339,7 +339,7 @@ def tool_calls_text(calls: list[dict], keep_arguments: bool) -> str:
 
 
 def openai_system(system: str, tools: str) -> str:
-    """The system text as LLaMA-Factory's "openai" has it: one family's switch, for all families."""
+    """The system text of LLaMA-Factory's "openai": it adds one family's switch for all families."""
     if tools:
         return system + "\n" if system else ""
     if "detailed thinking on" in system or "detailed thinking off" in system:
@@ -369,7 +369,7 @@ def column_tools(data: dict, columns: dict) -> str:
 
 
 def column_desired(data: dict, columns: dict) -> bool | None:
-    """Whether the answer is a good one; None if no column says so."""
+    """Whether the answer is a good one; None without such a column."""
     column = columns.get("kto_tag")
     if column is None:
         return None

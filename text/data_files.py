@@ -81,10 +81,10 @@ BLOCK = 2**20                   # bytes read at once
 
 
 class DataFile:
-    """One data file; only the places of its rows are kept in memory.
+    """One data file; only the positions of its rows are kept in memory.
 
     keys: names of all columns, in order of first appearance. Raises ValueError for a file that
-    cannot be read. A row that cannot be parsed is a row all the same, and is refused by `convert`.
+    cannot be read. A row that cannot be parsed counts as a row; `convert` refuses it.
     """
 
     def __init__(self, path: Path):
@@ -328,12 +328,12 @@ def check_layout(formatting: str, columns: dict, tags: dict, ranking: bool, wher
         for word in words:
             if word not in known:
                 raise ValueError(
-                    f"{where}: {table}: '{word}' is unknown{did_you_mean(word, known)}. On the "
-                    f"left stands one of {', '.join(known)}, on the right a name of your data")
+                    f"{where}: {table}: '{word}' is unknown{did_you_mean(word, known)}. Keys are "
+                    f"{', '.join(known)}; values are names from your data")
     missing = [tag for tag in REQUIRED_TAGS if not tags.get(tag)]
     if missing and formatting != "alpaca":
-        raise ValueError(f"{where}: tags: '{missing[0]}' is not named; once tags are given, the "
-                         "defaults are off")
+        raise ValueError(f"{where}: tags: '{missing[0]}' is not named; an entry with tags has no "
+                         "default ones")
 
 
 def files_of_entry(entry: dict, info_path: Path, where: str, config) -> tuple[Path, ...]:
@@ -526,7 +526,7 @@ def scan_csv(file: DataFile, start: int) -> Iterator[tuple]:
 
 
 def parse_csv(file: DataFile, text: str):
-    """The row at which a CSV file was cut out."""
+    """The row with this text."""
     return csv_row(file.header, next(csv.reader(io.StringIO(text, newline=""))))
 
 
@@ -581,7 +581,7 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
         if keys and column not in keys and not optional:
             raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role})"
                              f"{did_you_mean(column, keys)}. The rows have {', '.join(keys)}; "
-                             "columns in dataset_info.json tells which is which")
+                             "name the right one under columns in dataset_info.json")
 
     roles = ("prompt", "query", "messages") if stage == "pt" else ROLES
     read = [source.columns.get(role) for role in roles]
@@ -605,8 +605,8 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
     """The layout of a file given by its path, from the names of columns and speakers."""
     where = str(source.files[0])
     if not keys:
-        raise ValueError(f"{where}: no row of it is an object with columns; row {rows[0].number} "
-                         f"is {excerpt(rows[0].data)}")
+        raise ValueError(f"{where}: no row is an object with columns; row {rows[0].number} is "
+                         f"{excerpt(rows[0].data)}")
     found = {}
     for role, names in LIKELY_COLUMNS.items():
         found[role] = next((name for name in names if name in keys), None)
@@ -627,7 +627,7 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
         return replace(source, formatting="alpaca", columns={"prompt": found["text"]})
     has_answer = found["response"] or source.ranking
     if stage == "pt" or not found["prompt"] or not has_answer:
-        raise ValueError(f"{where}: which columns to read cannot be told from their names, "
+        raise ValueError(f"{where}: the names of the columns do not show which ones to read: "
                          f"{', '.join(keys)}{stage_hint(stage, found)}. Describe them in "
                          "dataset_info.json")
 
@@ -641,7 +641,7 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
 
 
 def recognize_tags(rows: Rows, messages: str, chosen: str | None) -> dict:
-    """The words for speakers that occur in the turns; likely ones for those that do not."""
+    """The words for speakers that occur in the turns; the likeliest ones for the others."""
     turns = []
     for row in rows:
         if isinstance(row.data, dict):
@@ -658,7 +658,7 @@ def recognize_tags(rows: Rows, messages: str, chosen: str | None) -> dict:
 
 
 def stage_hint(stage: str, found: dict) -> str:
-    """What to say where the stage may be the mistake."""
+    """A hint for the error message that the stage may be wrong."""
     if stage == "pt":
         return " (stage: pt reads one column of text; questions and answers are for stage: sft)"
     return " (plain text is for stage: pt)" if found["text"] else ""

@@ -1,8 +1,8 @@
 """Run the chat template of a checkpoint in a process of its own, with limits.
 
 A chat template is a jinja program written by a stranger. It runs inside jinja's sandbox, with 2
-seconds of processor time and 1 GiB of memory. What it cannot do, or does for too long, is reported
-as a sentence.
+seconds of processor time and 1 GiB of memory. If it fails or takes too long, the caller gets the
+reason as a text.
 
     python text/jinja_sandbox.py < request.json     the process; render_chats writes its request
 
@@ -47,7 +47,7 @@ def render_chats(source: str, tokens: dict[str, str],
 
 
 def failure_reason(done: subprocess.CompletedProcess) -> str:
-    """Why the process has failed."""
+    """Why the process failed, in words."""
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         if name in ("SIGXCPU", "SIGKILL"):

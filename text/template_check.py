@@ -142,9 +142,9 @@ def check_template(template: Template, tokenizer: Tokenizer, tools: bool = False
     """Compare a format with the chat template of the checkpoint, on the conversations of CHATS.
 
     tokenizer: not yet changed by fit_tokenizer. tools: also the conversations with tools, which
-    every vendor words in another way. Returns lines to print, none where all is equal or the
-    checkpoint has no chat template. Lines that begin with "known: " name differences that are
-    understood, the others show the first difference. Takes about 0.1 s.
+    every vendor words differently. Returns lines to print; none if all is equal or the checkpoint
+    has no chat template. Lines that begin with "known: " name differences that are understood, the
+    others show the first difference. Takes about 0.1 s.
     """
     if not tokenizer.chat_template:
         return []
@@ -291,7 +291,7 @@ def known_remarks(template: Template, tokenizer: Tokenizer, chat: tuple,
 
 def known_differences(template: Template, tokenizer: Tokenizer, chat: tuple,
                       theirs: str) -> list[str] | None:
-    """Like known_remarks, for one attempt."""
+    """known_remarks for one of its attempts."""
     messages, system, tools = chat
     ours = text_of_pieces(tokenizer, our_pieces(template, tokenizer, *chat))
     ends = "|".join(re.escape(token) for token in (tokenizer.eos_token, *template.stop) if token)
@@ -312,14 +312,14 @@ def known_differences(template: Template, tokenizer: Tokenizer, chat: tuple,
     if tools:
         return None
 
-    # may differ in the system text alone: put a mark there, and look what they write
+    # if only the system text differs, theirs is where our text has a mark instead
     marked = text_of_pieces(tokenizer, our_pieces(template, tokenizer, messages, MARK, None))
     frame = "(.*)".join(re.escape(part) for part in bare(marked).split(MARK))
     found = re.fullmatch(frame, bare(theirs), re.DOTALL)
     if not found or found[1].isspace():
         return None
     if any(isinstance(part, int) for part in tokenizer.split_at_special(found[1])):
-        return None         # a special token: more than another system text
+        return None         # with a special token in it, more than the system text differs
     own = system or template.default_system
     if found[1] == own:
         return [*remarks, "has an empty system turn"]
@@ -327,7 +327,7 @@ def known_differences(template: Template, tokenizer: Tokenizer, chat: tuple,
 
 
 def known_patterns(template: Template, ends: str, prompt: bool) -> dict[str, str]:
-    """Regular expressions of what may differ, under the words for it. ends: matches an end."""
+    """{description: regular expression} of what may differ. ends: matches the end of an answer."""
     opens, closes = (re.escape(mark.strip()) for mark in template.thought)
     patterns = {
         "tells the date": r"(?:Cutting Knowledge|Today) Date: .*\n+",

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer as Core
 
+from errors import run_script
 from text.fast_bpe import build_word_cache
 from text.vocabularies import (find_vocabulary, load_vocabulary, repair_tokenizer_json,
                                token_fields, token_text)
@@ -341,7 +342,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -9,8 +9,8 @@ There are two kinds of file, told apart by their first bytes:
 
 Byte-pair encoding is the same in both: among all neighbors whose concatenation is in the
 vocabulary, merge the pair whose concatenation comes first, and repeat. `tokenizers` wants the list
-of pairs instead; `list_merges` computes it. What a vendor keeps in Python code and in no file
-(special tokens after the last id, the regex that splits words) is a row of VENDORS.
+of pairs instead; `list_merges` computes it. What only a vendor's Python code says (special tokens
+after the last id, the regex that splits words) is a row of VENDORS.
 
 Requires: nothing.
 Next: text/tokenizer.py, which calls load_vocabulary where a folder has no tokenizer.json.
@@ -192,7 +192,7 @@ def config_to_save(core: Core, config: dict) -> dict:
     return config
 
 
-# ---- both kinds
+# ---- both kinds ---------------------------------------------------------------------------------
 
 
 def list_merges(pieces) -> list[tuple[str, str]]:
@@ -210,7 +210,7 @@ def list_merges(pieces) -> list[tuple[str, str]]:
 
 
 def collect_added_tokens(core: Core, pieces: list[Piece], vendor: Vendor, declared: dict, special):
-    """The tokens that match in a text as a whole, before anything is merged, as {id: AddedToken}.
+    """The tokens that match as a whole, before anything is merged, as {id: AddedToken}.
 
     Special tokens (control pieces, the vendor's, declared ones) match in the raw text. User-defined
     pieces match in the normalized text, so that ▁▁ matches two spaces and no space is inserted
@@ -296,13 +296,14 @@ def set_post_processor(core: Core, vendor: Vendor, config: dict):
             single=[*prefix, "$A"], special_tokens=ids)
 
 
-# ---- ranks
+# ---- ranks --------------------------------------------------------------------------------------
 
 
 def bytes_to_unicode() -> dict[int, str]:
     """GPT-2's table {byte: character}, with which byte-level vocabularies write bytes.
 
-    Printable Latin-1 stands for itself, other bytes are letters from U+0100 on. For str.translate.
+    Printable Latin-1 characters are unchanged; other bytes become letters from U+0100 on. The table
+    is for str.translate.
     """
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -354,7 +355,7 @@ def build_from_ranks(vocab: dict[str, int], vendor: Vendor, path: Path) -> Core:
     return core
 
 
-# ---- sentencepiece
+# ---- sentencepiece ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -530,9 +531,9 @@ def unigram_scores(pieces: list[Piece]) -> list[tuple[str, float]]:
 def sentencepiece_normalizer(model: SentencePieceModel, prefix_space: bool):
     """What sentencepiece does to a text before it looks for pieces (normalizer.cc).
 
-    It runs on each stretch between two special tokens, and each gets its space in front: as in
+    It runs on each span of text between two special tokens, and puts a space before each: as in
     Llama 2's published tokenizer.json (with legacy: false beside it), and in the vendors' slow
-    classes, which pass each stretch to sentencepiece.
+    classes, which pass each span to sentencepiece.
 
     Two limits: `tokenizers` applies a charsmap to grapheme clusters, so \\r\\n and decomposed
     Korean may differ; and a user-defined piece that is the whole text gets no space.
@@ -555,7 +556,7 @@ def sentencepiece_normalizer(model: SentencePieceModel, prefix_space: bool):
     return normalizers.Sequence(steps)
 
 
-# ---- an older tokenizer.json
+# ---- an older tokenizer.json --------------------------------------------------------------------
 
 
 def repair_tokenizer_json(text: str) -> str | None:
