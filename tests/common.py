@@ -1,6 +1,6 @@
-"""What the tests share: where the recorded fixtures lie, and small helpers.
+"""What the tests share: the folders of recorded fixtures, and small helpers. It imports no torch.
 
-Read next: any test_*.py; each proves the module of the same name.
+Next: tiny_models.py, and any test_*.py; each tests the module of the same name.
 """
 import json
 import os
@@ -13,9 +13,24 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("POCKET_SHARED", ROOT.parent / "shared"))
 GOLDEN = SHARED / "golden"
+CURVES = GOLDEN / "curves"
+SDPA_ON_CPU = ("sdpa-flash", "sdpa-math")       # the kernels of SDPA that need no GPU
+LLAMA3_8B = dict(
+    model_type="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    tie_word_embeddings=False,
+)
 
-
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the recorded fixtures are not here ({SHARED})")
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(),
+                                  reason=f"the recorded fixtures are not here ({SHARED})")
 
 
 def read_jsonl(path):
@@ -24,8 +39,32 @@ def read_jsonl(path):
         return [json.loads(line) for line in file if line.strip()]
 
 
+def load_argv(*argv, script="config"):
+    """The Config of a command line; script "config" requires no key."""
+    from runtime.load_config import load_config
+    return load_config(list(argv), script)
+
+
+def refusal(*argv, script="config"):
+    """The message of the error that this command line raises."""
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        load_argv(*argv, script=script)
+    return str(caught.value)
+
+
+def run_recorded(case, output, monkeypatch, *overrides):
+    """Run train.py on a recorded case's own config.yaml; returns trainer_state.json."""
+    import train
+    monkeypatch.chdir(CURVES / case)
+    argv = ["config.yaml", f"output_dir={output}", "plot_loss=false", "disable_tqdm=true"]
+    if case == "sft_packing":
+        argv.append("neat_packing=false")       # see docs/differences.md
+    train.main([*argv, *overrides])
+    return json.loads((output / "trainer_state.json").read_text())
+
+
 def leave_with_parent():
-    """For a rank that a test has started: end when its launcher is gone, in whatever way that came about."""
+    """End this rank when the launcher that started it is gone, for whatever reason."""
     def watch(parent):
         while os.getppid() == parent:
             time.sleep(0.3)

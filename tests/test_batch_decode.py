@@ -4,11 +4,11 @@ import random
 import pytest
 import torch
 
-from fast.batch_decode import RowCache, answer_all, answer_each, one_at_a_time
 from attention import Filled, attend
+from fast.batch_decode import RowCache, answer_all, answer_each, one_at_a_time
 from generate import Sampling, generate_uncached
-from tests.test_decode import small
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
+from tests.tiny_models import tiny_qwen2
 
 WAYS = [Sampling(), Sampling(repetition_penalty=1.3), Sampling(do_sample=True, top_k=20),
         Sampling(do_sample=True, top_p=0.8, temperature=1.5, repetition_penalty=1.2)]
@@ -28,7 +28,7 @@ def twenty(length):
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-flash", "sdpa-math"])
 def test_many_at_once_equal_one_by_one(kernel, sampling):
     """13 prompts of 1 to 20 tokens; some answers end early, so that rows come and go."""
-    model, prompts = small(), random_prompts(13)
+    model, prompts = tiny_qwen2(), random_prompts(13)
     model.kernel = kernel
     want = dict(answer_each(model, prompts, {7, 9}, sampling, limit=twenty, seed=3))
     if sampling.do_sample:
@@ -38,7 +38,7 @@ def test_many_at_once_equal_one_by_one(kernel, sampling):
 
 
 def test_the_uncached_loop_says_the_same():
-    model, prompts = small(), random_prompts(5)
+    model, prompts = tiny_qwen2(), random_prompts(5)
     for number, tokens in answer_all(model, prompts, 3, limit=twenty):
         assert tokens == list(generate_uncached(model, prompts[number][1], max_new_tokens=20))
 
@@ -75,7 +75,7 @@ def test_attention_of_each_row(kernel, how):
 
 
 def test_a_row_that_leaves_gives_its_place_to_the_last():
-    model = small()
+    model = tiny_qwen2()
     cache = RowCache(2, 3, "cpu")
     with torch.no_grad():
         cache.read_prompts(model, [[3, 4, 5], [6, 7], [8, 9, 10, 11]])
@@ -90,18 +90,18 @@ def test_a_row_that_leaves_gives_its_place_to_the_last():
 
 def test_the_cache_grows(monkeypatch):
     monkeypatch.setattr("fast.batch_decode.GROWTH", 4)
-    model, prompts = small(), random_prompts(6)
+    model, prompts = tiny_qwen2(), random_prompts(6)
     assert dict(answer_all(model, prompts, 3, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
 
 
 def test_prompts_are_read_in_portions(monkeypatch):
     monkeypatch.setattr("fast.batch_decode.AT_ONCE", 10)
-    model, prompts = small(), random_prompts(9)
+    model, prompts = tiny_qwen2(), random_prompts(9)
     assert dict(answer_all(model, prompts, 8, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
 
 
 def test_lengths_and_ends():
-    model = small()
+    model = tiny_qwen2()
     for rows in (1, 4):
         found = dict(answer_all(model, [(0, [3] * 60), (1, [3, 4])], rows, limit=lambda n: 100 if n > 2 else 5))
         assert [len(found[0]), len(found[1])] == [4, 5]                 # the context has 64 tokens
@@ -112,10 +112,10 @@ def test_lengths_and_ends():
 
 def test_a_prompt_that_cannot_be_read_is_named():
     with pytest.raises(ValueError, match=r"row 2: the prompt has 64 tokens"):
-        list(answer_all(small(), [(0, [3]), (1, [3] * 64)], 4, limit=twenty))
+        list(answer_all(tiny_qwen2(), [(0, [3]), (1, [3] * 64)], 4, limit=twenty))
 
 
 def test_rotations_by_length_are_found():
-    assert not one_at_a_time(small())
+    assert not one_at_a_time(tiny_qwen2())
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert "dynamic" in one_at_a_time(small(rope_scaling=rope))
+    assert "dynamic" in one_at_a_time(tiny_qwen2(rope_scaling=rope))

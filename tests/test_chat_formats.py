@@ -1,5 +1,4 @@
 """text/chat_formats.py: the rows, formats written in a yaml, and formats stored with an adapter."""
-
 import json
 import re
 from dataclasses import replace
@@ -9,9 +8,8 @@ import pytest
 from config import as_dict
 from runtime.load_config import load_config
 from templates import BOS, EOS, Template, Token
+from tests.chats import CALL, TOOL, call, talk, text_of, write_byte_level
 from tests.common import ROOT
-from tests.test_templates import CALL, TOOL, call, talk, text_of
-from tests.test_tokenizer import write_byte_level
 from text import tool_calls as tools
 from text.chat_formats import TEMPLATES, find_template, stored_template, written_template
 from text.fit_tokenizer import fit_tokenizer

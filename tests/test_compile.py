@@ -8,7 +8,7 @@ import torch
 from families import model_config
 from fast.compile import compile_steps, pick_compile
 from model import ACTIVATIONS, CausalLM, init_weights
-from tests.test_memory import FAMILIES, SMALL
+from tests.tiny_models import SMALL_FAMILIES, SMALL_LLAMA
 
 
 def test_compiled_steps_are_tried_before_they_are_taken(monkeypatch):
@@ -54,7 +54,7 @@ def test_compiled_steps_reach_every_family(name, monkeypatch):
         return called
 
     monkeypatch.setattr(torch, "compile", recording)
-    model = CausalLM(model_config(dict(SMALL, **FAMILIES[name])))
+    model = CausalLM(model_config(dict(SMALL_LLAMA, **SMALL_FAMILIES[name])))
     init_weights(model, torch.Generator().manual_seed(0))
     want = model(torch.arange(9)[None])
     compile_steps(model)

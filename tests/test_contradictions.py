@@ -1,8 +1,7 @@
 """Settings that contradict each other are errors, and those that agree are none."""
-
 import pytest
 
-from tests.test_load_config import load, refusal
+from tests.common import load_argv, refusal
 
 CONTRADICTORY = (
     "bf16=1 fp16=1",
@@ -61,4 +60,4 @@ def test_contradictions_are_errors(keys):
     ],
 )
 def test_what_agrees_passes(keys):
-    load(*keys.split())
+    load_argv(*keys.split())

@@ -1,5 +1,4 @@
 """data.py against rows recorded from LLaMA-Factory (golden/data, golden/curves), identities, and hand-made numbers."""
-import functools
 import json
 import zlib
 
@@ -7,71 +6,22 @@ import numpy as np
 import pytest
 
 import data
-from methods import preference
-from runtime import preview, show_data
-from runtime import steps as runtime_steps
-from text import token_cache
 import templates
-from text import template_check
-
-from text import tool_calls as tools
+from methods import preference
+from runtime import preview, show_data, steps as runtime_steps
 from runtime.build import STAGES
 from runtime.load_config import load_config
 from templates import encode_prompt
+from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
+from tests.rows import (CASE_KEYS, ask, cases_of, ids_and_labels, known, make_config, tokenizer_for,
+                        write_dataset)
+from text import template_check, token_cache
 from text.chat_formats import TEMPLATES, with_overrides
 from text.fit_tokenizer import fit_tokenizer
-from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from text.tokenizer import load_tokenizer
 
 IGNORE = data.IGNORE
-CASE_KEYS = ("case", "stage", "template", "tokenizer", "tokenizer_backend", "predict", "settings", "dataset_info")
-
-
-@pytest.fixture(autouse=True)
-def day_of_recording(monkeypatch):
-    """The llama3 tool text names the date; the golden rows were recorded on this one."""
-    monkeypatch.setattr(tools, "today", lambda: "21 Nov 2026")
-
-
-@functools.cache
-def tokenizer_for(template, folder):
-    tokenizer = load_tokenizer(folder)
-    fit_tokenizer(template, tokenizer)
-    return tokenizer
-
-
-def make_config(folder, settings=(), **more):
-    """A Config for the dataset `rows` in `folder`, through the same door as a user's yaml."""
-    given = {"dataset": "rows", "dataset_dir": str(folder), "model_name_or_path": "unread", **dict(settings), **more}
-    path = folder / "config.json"
-    path.write_text(json.dumps(given), encoding="utf-8")
-    return load_config([str(path)], "data")
-
-
-def write_dataset(folder, rows, entry):
-    """rows as a data file of the kind the entry names, and dataset_info.json beside it."""
-    name = entry.get("file_name", "rows.json")
-    text = "".join(row["text"] + "\n" for row in rows) if name.endswith(".txt") else json.dumps(rows)
-    (folder / name).write_text(text, encoding="utf-8")
-    info = {"rows": {"file_name": name, **entry}}
-    (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
-
-
-def pairs(examples):
-    return [(example.input_ids.tolist(), example.labels.tolist()) for example in examples]
-
-
-def cases_of(file):
-    """The recorded lines of a golden file, grouped by case: [(one line, raw rows, [(input_ids, labels), …])]."""
-    groups = {}
-    for line in read_jsonl(GOLDEN / "data" / f"{file}.jsonl"):
-        groups.setdefault(json.dumps([line.get(key) for key in CASE_KEYS]), []).append(line)
-    return [(lines[0], lines[0].get("rows") or [line["row"] for line in lines], lines) for lines in groups.values()]
-
-
-def known(line):
-    """Whether this release has the template, and reads the tokenizer as the line was made with."""
-    return line["template"] in TEMPLATES and line.get("tokenizer_backend", "file") == "file"
+pytestmark = pytest.mark.usefixtures("day_of_recording")
 
 
 # ---- against the recorded rows ----------------------------------------------------------------------------------
@@ -119,7 +69,7 @@ def test_golden_rows_with_two_answers(file, tmp_path):
             assert example.desired == wanted.get("kto_tags"), line
             for number, name in enumerate(names):
                 one = example.sequence(number)
-                assert pairs([one]) == [(wanted[f"{name}input_ids"], wanted[f"{name}labels"])], (line["case"], name)
+                assert ids_and_labels([one]) == [(wanted[f"{name}input_ids"], wanted[f"{name}labels"])], (line["case"], name)
                 checked += 1
     assert checked > 100
 
@@ -351,21 +301,6 @@ def test_golden_errors(tmp_path):
 # ---- rows that need the user's attention ------------------------------------------------------------------------
 
 
-@pytest.fixture
-def words():
-    """A tokenizer made here: one token a word, and a template of bare texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from text.tokenizer import Tokenizer as Ours
-    vocabulary = {word: i for i, word in enumerate(["[unk]", "</s>", *(f"w{n}" for n in range(200))])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = Ours(core, {"eos_token": "</s>", "unk_token": "[unk]"})
-    template = templates.Template(user=("{{content}}",))
-    fit_tokenizer(template, tokenizer)
-    return tokenizer, template
-
-
 def load(tmp_path, words, rows, entry=None, **settings):
     write_dataset(tmp_path, rows, entry or {})
     return loaded(tmp_path, words, **settings)
@@ -374,10 +309,6 @@ def load(tmp_path, words, rows, entry=None, **settings):
 def loaded(tmp_path, words, **settings):
     config = make_config(tmp_path, settings)
     return token_cache.load_examples(config, *words, STAGES[config.stage].encode)
-
-
-def ask(question, answer):
-    return {"instruction": question, "input": "", "output": answer}
 
 
 def test_bad_rows_stop_the_run_or_are_left_out(tmp_path, words):
@@ -409,7 +340,7 @@ def test_rows_with_nothing_to_learn_are_counted_shown_and_skipped(tmp_path, word
     """cutoff 2 leaves the second row two tokens of prompt: int(2 * 2 / 7) = 0 of its answer."""
     rows = [ask("w1", "w2"), ask("w1 w2 w3 w4 w5", "w6")]
     train, _, report = load(tmp_path, words, rows, cutoff_len=2)
-    assert pairs(train) == [([3, 4], [IGNORE, 4])]
+    assert ids_and_labels(train) == [([3, 4], [IGNORE, 4])]
     show_data.print_counts(report)
     told = capsys.readouterr().out
     assert "nothing left to train on within cutoff_len: 1, first" in told and "row 2 (7 tokens)" in told
@@ -521,9 +452,9 @@ def test_documents(tmp_path, words):
     tokenizer.encode_batch = lambda texts: [tokenizer.encode(text.replace("</s>", " </s>")) for text in texts]
     train, _, report = load(tmp_path, (tokenizer, template), rows, entry, stage="pt", cutoff_len=3)
     stream = [*tokenizer.encode("w1 w2 w3"), end, end, *tokenizer.encode("w4"), end]
-    assert pairs(train) == [(stream[:3], stream[:3]), (stream[3:6], stream[3:6])] and report.dropped_tail == 1
+    assert ids_and_labels(train) == [(stream[:3], stream[:3]), (stream[3:6], stream[3:6])] and report.dropped_tail == 1
     train, _, _ = load(tmp_path, (tokenizer, template), rows, entry, stage="pt", cutoff_len=3, packing=False)
-    assert [ids for ids, _ in pairs(train)] == [stream[:3], [end], stream[5:]]
+    assert [ids for ids, _ in ids_and_labels(train)] == [stream[:3], [end], stream[5:]]
     with pytest.raises(ValueError, match="7 tokens do not fill one block"):
         load(tmp_path, (tokenizer, template), rows, entry, stage="pt", cutoff_len=30)
 

@@ -4,27 +4,15 @@ import torch
 from torch import nn
 
 from fast import decode
-from fast.decode import (CapturedStep, DECODE_MATMULS, OneDNNLinear, StaticCache, fuse_matrices,
+from fast.decode import (DECODE_MATMULS, CapturedStep, OneDNNLinear, StaticCache, fuse_matrices,
                          pick_decode_matmul, pick_step, prepare)
-from families import model_config
 from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
 from lora import LoRAConfig, attach_lora, lora_layers
-from model import CausalLM, KVCache, init_weights
+from model import KVCache
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
-from tests.test_lora import shake
+from tests.tiny_models import perturb, tiny_qwen2
 
-TINY = dict(model_type="qwen2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=50, max_position_embeddings=64, initializer_range=0.2)
 PROMPT = [3, 14, 15, 9, 26, 5]
-
-
-def small(dtype=torch.float32, **changes):
-    model = CausalLM(model_config({**TINY, **changes}))
-    init_weights(model, torch.Generator().manual_seed(0))
-    for name, p in model.named_parameters():                   # biases that do something
-        if name.endswith("bias"):
-            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
-    return model.requires_grad_(False).eval().to(dtype)
 
 
 def scores(model, ids):
@@ -48,7 +36,7 @@ def forced(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_prepared_equals_plain(forced, dtype, tied):
-    plain, fast = small(dtype, tie_word_embeddings=tied), small(dtype, tie_word_embeddings=tied)
+    plain, fast = tiny_qwen2(dtype, tie_word_embeddings=tied), tiny_qwen2(dtype, tie_word_embeddings=tied)
     lines = prepare(fast)
     assert "4 fused matrices" in lines[0] and lines[-1] == "matmul    forced"
     assert (type(fast.lm_head) is OneDNNLinear) == (forced != "torch")
@@ -70,8 +58,8 @@ def test_every_family_prepared_equals_transformers(made, name, forced):  # noqa:
 
 
 def test_a_block_with_an_adapter_stays_as_it_is():
-    model = small()
-    shake(attach_lora(model, LoRAConfig(r=2, target_modules=["k_proj", "down_proj"]))).eval()
+    model = tiny_qwen2()
+    perturb(attach_lora(model, LoRAConfig(r=2, target_modules=["k_proj", "down_proj"]))).eval()
     want = scores(model, torch.tensor([PROMPT]))
     assert fuse_matrices(model) == 2                             # gate and up of both blocks
     assert len(lora_layers(model)) == 4
@@ -79,14 +67,14 @@ def test_a_block_with_an_adapter_stays_as_it_is():
 
 
 def test_without_room_for_copies_nothing_is_touched():
-    model = small()
+    model = tiny_qwen2()
     lines = prepare(model, available=1000)
     assert "mapped from the file" in lines[0] and all(type(m) is not OneDNNLinear for m in model.modules())
     assert hasattr(model.model.layers[0].self_attn, "q_proj")
 
 
 def test_joined_rows_are_the_parts_rows():
-    model, whole = small(), small()
+    model, whole = tiny_qwen2(), tiny_qwen2()
     fuse_matrices(whole)
     a, b = model.model.layers[1], whole.model.layers[1]
     assert torch.equal(b.self_attn.qkv_proj.weight[32:48], a.self_attn.k_proj.weight)
@@ -165,7 +153,7 @@ def test_still_cache_equals_growing_cache_equals_uncached(made, name):  # noqa: 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-math", "sdpa-flash"])
 def test_a_captured_step_reads_what_is_filled_and_no_more(kernel):
     """Slots behind the place hold rubbish; the scores are those of a cache without such slots, at every bucket."""
-    model, graph = small(max_position_embeddings=2048), FakeGraph()
+    model, graph = tiny_qwen2(max_position_embeddings=2048), FakeGraph()
     model.kernel = kernel
     cache, step, plain = StaticCache(2), CapturedStep(graph.record), KVCache(2)
     ids = torch.randint(0, 50, (1, 600), generator=torch.Generator().manual_seed(3))
@@ -183,7 +171,7 @@ def test_a_captured_step_reads_what_is_filled_and_no_more(kernel):
 
 def test_turns_on_a_still_cache():
     """A conversation whose beginning is kept, then cut: as on a fresh cache each time, sampled and with a penalty."""
-    model, graph = small(), FakeGraph()
+    model, graph = tiny_qwen2(), FakeGraph()
     cache, step, _ = pick_step(model, graph.record)
     sampling, held = Sampling(do_sample=True, temperature=1.5, repetition_penalty=1.3), []
     for prompt in (PROMPT, PROMPT + [1, 2, 3], PROMPT[:4] + [8, 8], [7]):
@@ -203,7 +191,7 @@ def test_a_capture_that_fails_or_is_wrong_is_not_used():
         result = call()
         return lambda: result.zero_(), result
 
-    model = small()
+    model = tiny_qwen2()
     for record, words in ((refuses, "not permitted when stream is capturing)"), (stale, "a captured step is off by")):
         cache, step, line = pick_step(model, record)
         assert type(cache) is KVCache and step is next_scores and words in line and "\n" not in line
@@ -225,7 +213,7 @@ def test_a_step_asks_python_for_nothing():
             result = call()
         return lambda: result.copy_(call()), result
 
-    assert "captured" in pick_step(small(), record)[2]
+    assert "captured" in pick_step(tiny_qwen2(), record)[2]
 
 
 def test_a_graph_is_recorded_after_two_runs_aside(monkeypatch):
@@ -271,7 +259,7 @@ def test_kernels_with_ends_are_told_where_the_keys_end(kernel, module, name, mon
         return torch.einsum("hts,shd->thd", weights, v)
 
     monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: varlen}))
-    model, graph = small(), FakeGraph()
+    model, graph = tiny_qwen2(), FakeGraph()
     want = list(generate(model, PROMPT, KVCache(2), max_new_tokens=30))
     cache, step, _ = pick_step(model, graph.record)
     with torch.no_grad():

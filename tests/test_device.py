@@ -1,4 +1,9 @@
-"""runtime/device.py: the GPU, or the CPU where the config or the machine says so."""
+"""runtime/device.py: the device of a run, and torch for ROCm without amdsmi.
+
+The guard is tested on the code of torch 2.4 that raises the NameError.
+"""
+import sys
+
 import pytest
 import torch
 
@@ -14,3 +19,78 @@ def test_device(monkeypatch):
     assert device.pick_device(use_cpu=True).type == "cpu"
     with pytest.raises(ValueError, match="a GPU was asked for.*use_cpu: true"):
         device.pick_device()
+
+
+# ---- ROCm, DCU, amdsmi -----------------------------------------------------------------------------------------------
+
+FAKE_TORCH = {   # the part of torch 2.4 for ROCm that fails
+    "__init__.py": "from . import version, cuda\n",
+    "version.py": "from typing import Optional\n"
+                  "__version__ = '2.4.1'\ncuda: Optional[str] = None\nhip: Optional[str] = '5.7'\n",
+    "cuda.py": "_HAS_PYNVML = False\n"
+               "try:\n    import pynvml\n    _HAS_PYNVML = True\nexcept ModuleNotFoundError:\n    pass\n"
+               "def device_count():\n    if not _HAS_PYNVML:\n        return 8\n    return amdsmi.amdsmi_init()\n",
+}
+
+
+@pytest.fixture
+def rocm_torch(tmp_path, monkeypatch):
+    """`import torch` gives a ROCm torch with pynvml beside it and no amdsmi; the real one returns afterwards."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "pynvml.py").write_text("")
+    for name, text in FAKE_TORCH.items():
+        (tmp_path / "torch" / name).write_text(text)
+    real = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "pynvml")}
+    for name in real:
+        del sys.modules[name]
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "pynvml")]:
+        del sys.modules[name]
+    sys.modules.update(real)
+
+
+def test_amdsmi_name_error_happens_without_the_guard(rocm_torch):
+    import torch as rocm
+    with pytest.raises(NameError, match="amdsmi"):
+        rocm.cuda.device_count()
+
+
+def test_guard_before_torch(rocm_torch):
+    assert device.is_rocm_build()
+    with device.guard_amdsmi():
+        import torch as rocm
+    assert rocm.cuda.device_count() == 8
+    import pynvml                                            # hidden only while torch was imported
+    assert pynvml is not None
+
+
+def test_guard_after_torch(rocm_torch):
+    import torch as rocm
+    with device.guard_amdsmi():
+        pass
+    assert rocm.cuda.device_count() == 8
+
+
+def test_guard_leaves_other_builds_alone(monkeypatch):
+    assert device.is_rocm_build() is bool(torch.version.hip)
+    monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", True)
+    with device.guard_amdsmi():
+        pass
+    assert torch.cuda._HAS_PYNVML                            # a CUDA or CPU build
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "_HAS_AMDSMI", False, raising=False)
+    with device.guard_amdsmi():
+        pass
+    assert torch.cuda._HAS_PYNVML                            # a torch that keeps the two apart itself
+
+
+@pytest.mark.skipif(hasattr(torch.cuda, "_HAS_AMDSMI"), reason="this torch has the fix of its own (torch 2.4 is meant)")
+def test_guard_on_the_code_of_torch_2_4(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "5.7")
+    monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", True)
+    with pytest.raises(NameError, match="amdsmi"):
+        torch.cuda._raw_device_count_amdsmi()
+    with device.guard_amdsmi():
+        pass
+    assert torch.cuda._raw_device_count_amdsmi() == -1       # torch then asks the runtime

@@ -10,27 +10,18 @@ import zlib
 
 import pytest
 
+from evals import predictions
+from evals.bleu_rouge import NAMES
 from fast import batch_decode as answers
 from runtime import finished as trained
 from runtime.load_config import load_config
-from evals import predictions
-from evals.bleu_rouge import NAMES
+from tests.common import CURVES, ROOT, SHARED, needs_shared, read_jsonl
+from tests.preference_runs import run_pairs
+from tests.rows import cases_of, known, make_config, tokenizer_for, write_dataset
 from text.chat_formats import TEMPLATES
-from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
-from tests.test_data import (  # noqa: F401  a fixture
-    cases_of,
-    day_of_recording,
-    known,
-    make_config,
-    tokenizer_for,
-    write_dataset,
-)
-from tests.test_preference import run as train_pairs
-from tests.test_preference import world as pairs  # noqa: F401  a fixture
-from tests.test_tiny_world import world
 
 evaluation = importlib.import_module("eval")  # the builtin of that name stays what it is
-CURVES = GOLDEN / "curves"
+pytestmark = pytest.mark.usefixtures("day_of_recording")
 # LLaMA-Factory's own yaml for predictions: nothing but the greedy answers of a recorded adapter to
 # 27 recorded rows
 RECIPE = f"""
@@ -287,7 +278,7 @@ def test_the_merged_model_beside_its_parts(tmp_path, capsys):
     ids=str,
 )
 def test_stages_of_preference_as_training_evaluates_them(
-    pairs, name, more, tmp_path, monkeypatch, capsys
+    pairs_world, name, more, tmp_path, monkeypatch, capsys
 ):
     """After a short training its result is measured: loss, rewards and accuracies are those
     training ended with."""
@@ -299,7 +290,7 @@ def test_stages_of_preference_as_training_evaluates_them(
         "seed": 3,
         "per_device_eval_batch_size": 4,
     } | more
-    train_pairs(pairs, name, tmp_path, monkeypatch, **settings)
+    run_pairs(pairs_world, name, tmp_path, monkeypatch, **settings)
     want = results(tmp_path, "eval")
     given = json.loads((tmp_path / "train_config.json").read_text())
     del given["versions"]
@@ -379,13 +370,7 @@ def test_the_result_of_a_full_training_beside_what_it_began_with(tmp_path):
     ]
 
 
-# ---- the small world --------------------------------------------------------------------------
-
-
-def test_the_questions_are_those_of_the_script():
-    assert world.questions(world.QUESTIONS, world.SEED) == read_jsonl(
-        ROOT / "data/tiny_questions.jsonl"
-    )
+# ---- after training ----
 
 
 def test_train_then_eval_from_one_yaml(tmp_path):

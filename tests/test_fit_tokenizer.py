@@ -1,13 +1,11 @@
 """text/fit_tokenizer.py: stop tokens, eos, and the chat template written for other programs."""
-
 from dataclasses import replace
 
 import pytest
 
 from templates import Template, render_turns
+from tests.chats import TextTokenizer, fitted, talk, write_byte_level
 from tests.common import GOLDEN, needs_shared, read_jsonl
-from tests.test_templates import Names, fitted, talk
-from tests.test_tokenizer import write_byte_level
 from text.chat_formats import TEMPLATES, with_overrides
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
@@ -74,7 +72,7 @@ def test_the_written_jinja_renders_what_we_encode(tmp_path, name, system, defaul
     messages = talk("a 'q' \\n {{ x }} {% y %}", "b\n", "c", "d")
     messages += [{"role": "observation", "content": "e"}, {"role": "assistant", "content": "f"}]
 
-    class Shown(Names):
+    class Shown(TextTokenizer):
         bos_id, eos_id = tokenizer.bos_token, tokenizer.eos_token
 
     row = replace(row, reasoning=False)

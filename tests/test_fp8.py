@@ -2,20 +2,18 @@
 
 Read before: methods/fp8.py.
 """
-
 import weakref
 
 import pytest
 import torch
 
-from methods import fp8
-from methods.fp8 import (FORMATS, Fp8, dequantize_fp8, scaled_matmul, scaled_matmul_plain, pick_fp8,
-                         fp8_error, quantize_fp8, to_fp8)
 from fast.fused_block import fused_linears
 from fast.matmul import torch_matmul
-from tests.common import needs_shared
-from tests.test_fused_block import adapted
-from tests.test_train import run
+from methods import fp8
+from methods.fp8 import (FORMATS, Fp8, dequantize_fp8, fp8_error, pick_fp8, quantize_fp8,
+                         scaled_matmul, scaled_matmul_plain, to_fp8)
+from tests.common import needs_shared, run_recorded
+from tests.tiny_models import adapted_linear
 
 PLAIN = Fp8(FORMATS[0], scaled_matmul_plain)
 
@@ -72,7 +70,7 @@ def test_a_device_without_such_products_is_refused(monkeypatch):
 def test_gradients_go_through_a_rounded_base():
     """Fast and slow path agree on what an 8-bit layer is, and both are near the layer before it was rounded."""
     torch.manual_seed(0)
-    layers = [adapted(32, 48, 4, dtype=torch.float32), adapted(32, 16, 4, bias=False, dtype=torch.float32)]
+    layers = [adapted_linear(32, 48, 4, dtype=torch.float32), adapted_linear(32, 16, 4, bias=False, dtype=torch.float32)]
     x, results = torch.randn(20, 32, requires_grad=True), []
     for how in ("exact", "torch", "plain"):
         if how == "torch":
@@ -96,7 +94,7 @@ def test_gradients_go_through_a_rounded_base():
 def test_a_training_with_an_8_bit_base_is_within_one_percent_of_bfloat16(tmp_path, monkeypatch, capsys):
     curves = []
     for name, more in (("bf16", []), ("fp8", ["base_precision=fp8"])):
-        state = run("sft_llama3", tmp_path / name, monkeypatch, "bf16=true", *more)
+        state = run_recorded("sft_llama3", tmp_path / name, monkeypatch, "bf16=true", *more)
         curves.append([row["loss"] for row in state["log_history"] if "loss" in row])
     assert "8-bit base" in capsys.readouterr().out
     assert curves[0] != curves[1] and len(curves[0]) > 3

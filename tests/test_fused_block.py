@@ -3,7 +3,6 @@
 Requires: fast/fused_block.py.
 """
 import copy
-import json
 
 import pytest
 import torch
@@ -12,30 +11,15 @@ from torch import nn
 
 from attention import PackedLayout
 from checkpoint.load import load_model
-from families import FAMILIES
 from fast import fused_block
 from fast.fused_block import IDENTITY, RECOMPUTE, can_fuse, fuse_blocks, fused_linears
 from fast.matmul import MATMULS
-from lora import LoRAConfig, LoRALinear, attach_lora, set_adapters
+from lora import LoRAConfig, attach_lora, set_adapters
 from losses import cross_entropy_sum
 from methods.quant import QuantFormat, QuantLinear, quantize
 from model import RMSNorm
-from tests.common import GOLDEN, needs_shared
-from tests.test_train import run
-
-FAMILY_FOLDERS = [folder.name for folder in sorted((GOLDEN / "models").glob("*"))
-                  if json.loads((folder / "config.json").read_text())["model_type"] in FAMILIES]
-
-
-def adapted(size_in, size_out, r, bias=True, dtype=torch.float64, base=None):
-    """A layer with an adapter that changes its output."""
-    if base is None:
-        base = nn.Linear(size_in, size_out, bias=bias, dtype=dtype)
-        base.weight.requires_grad_(False)
-    layer = LoRALinear(base, r, 0.7, 0.0)
-    for matrix in (layer.lora_A, layer.lora_B):
-        matrix.to(dtype).weight.data.normal_()
-    return layer
+from tests.common import GOLDEN, needs_shared, run_recorded
+from tests.tiny_models import RECORDED_MODELS, adapted_linear
 
 
 def plain_linear(size_in, size_out, trained, bias=True, dtype=torch.float64):
@@ -51,14 +35,14 @@ def in_4_bits(size_in, size_out, dtype=torch.float64):
 
 CASES = {
     "q, k, v with adapters of several ranks": lambda: [
-        adapted(6, 8, 3), adapted(6, 4, 2), adapted(6, 4, 2, bias=False)],
+        adapted_linear(6, 8, 3), adapted_linear(6, 4, 2), adapted_linear(6, 4, 2, bias=False)],
     "one of three adapted": lambda: [
-        plain_linear(6, 8, False), adapted(6, 4, 2), plain_linear(6, 4, False, bias=False)],
+        plain_linear(6, 8, False), adapted_linear(6, 4, 2), plain_linear(6, 4, False, bias=False)],
     "all trained in full": lambda: [
         plain_linear(6, 8, True), plain_linear(6, 4, True, bias=False)],
     "frozen": lambda: [plain_linear(6, 8, False)],
     "in 4 bits, one of them adapted": lambda: [
-        in_4_bits(6, 8), adapted(6, 4, 2, base=in_4_bits(6, 4))],
+        in_4_bits(6, 8), adapted_linear(6, 4, 2, base=in_4_bits(6, 4))],
 }
 
 
@@ -92,7 +76,7 @@ def gate_times_up(gate, up):
 
 def test_two_inputs_and_a_step_between_them():
     torch.manual_seed(0)
-    layers = [adapted(6, 4, 2)]
+    layers = [adapted_linear(6, 4, 2)]
     gate = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     up = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     weights = [p for p in layers[0].parameters() if p.requires_grad]
@@ -104,7 +88,7 @@ def test_two_inputs_and_a_step_between_them():
 
 
 def test_what_cannot_be_fused_is_left_to_the_layers():
-    layer = adapted(6, 4, 2)
+    layer = adapted_linear(6, 4, 2)
     assert can_fuse(layer) and can_fuse(plain_linear(6, 4, False))
     handle = layer.register_forward_hook(lambda *_: None)
     assert not can_fuse(layer)
@@ -118,7 +102,7 @@ def test_what_cannot_be_fused_is_left_to_the_layers():
 
 
 def test_adapters_switched_off():
-    model = nn.ModuleDict({"a": adapted(6, 4, 2)})
+    model = nn.ModuleDict({"a": adapted_linear(6, 4, 2)})
     set_adapters(model, False)
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     out, = fused_linears([model["a"]], x)
@@ -146,8 +130,8 @@ def kept_by(function):
 
 def test_only_inputs_and_narrow_products_are_kept():
     N, D, width, r = 40, 16, 48, 2
-    first = [adapted(D, width, r, False, torch.float32) for _ in range(2)]
-    down = adapted(width, D, r, False, torch.float32)
+    first = [adapted_linear(D, width, r, False, torch.float32) for _ in range(2)]
+    down = adapted_linear(width, D, r, False, torch.float32)
     norm = RMSNorm(D, 1e-6).requires_grad_(False)
     x = torch.randn(N, D, requires_grad=True)
 
@@ -190,7 +174,7 @@ def loss_and_gradients(model, lengths):
 
 @needs_shared
 @pytest.mark.parametrize("trained", ["lora", "full"])
-@pytest.mark.parametrize("name", FAMILY_FOLDERS)
+@pytest.mark.parametrize("name", RECORDED_MODELS)
 def test_the_fused_model_equals_the_model_in_every_family(name, trained):
     """Forward and gradients, with every matmul and every level of recomputation."""
     model = trainable_family(name, trained)
@@ -241,9 +225,9 @@ def test_training_takes_the_fast_path_and_checkpoints_blocks(tmp_path, monkeypat
 
     monkeypatch.setattr(fused_block.FusedLinears, "apply", counted_apply)
     monkeypatch.setattr(fused_block, "checkpoint", counted_checkpoint)
-    run("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1",
+    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1",
         "disable_gradient_checkpointing=true")
     assert calls["fused"] > 0 and calls["checkpointed"] == 0
-    run("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1",
+    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1",
         "disable_gradient_checkpointing=false")
     assert calls["checkpointed"] > 0

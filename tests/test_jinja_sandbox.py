@@ -1,11 +1,10 @@
 """text/jinja_sandbox.py: the chat template of a checkpoint is a program by a stranger."""
-
 import re
 import time
 
 import pytest
 
-from tests.test_template_check import CHATML, checked
+from tests.chats import CHATML, checked
 from text import jinja_sandbox as sandbox
 
 

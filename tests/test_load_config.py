@@ -1,5 +1,4 @@
 """What people write means what they mean; what cannot be meant is named with its place."""
-
 import dataclasses
 import json
 import os
@@ -11,8 +10,8 @@ import time
 import pytest
 
 from config import UNUSED, Config, as_dict
-from runtime.load_config import COMMANDS, NEEDED, ignored_keys, load_config, non_default
-from tests.common import GOLDEN, ROOT, SHARED, needs_shared
+from runtime.load_config import COMMANDS, NEEDED, ignored_keys, non_default
+from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
 PEER_OFF = {  # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
     "infer_backend": "huggingface",
@@ -28,20 +27,9 @@ PEER_OFF = {  # values of keys we refuse that are LLaMA-Factory's defaults: they
 }
 
 
-def load(*argv, script="config"):
-    """The Config of a command line; script "config" asks for no particular key."""
-    return load_config(list(argv), script)
-
-
 def write(folder, text, name="x.yaml"):
     (folder / name).write_text(text, encoding="utf-8")
     return str(folder / name)
-
-
-def refusal(*argv, script="config"):
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        load(*argv, script=script)
-    return str(caught.value)
 
 
 # ---- keys without effect, and refused ones ------------------------------------------------------
@@ -52,8 +40,8 @@ def test_refused_keys_pass_when_they_are_off_and_stop_when_on(name):
     off = PEER_OFF.get(name, "false")
     scope = UNUSED[name].scope.replace("any", "train").replace("train", "config")
     needed = ["model_name_or_path=m", "export_dir=e", "adapter_name_or_path=a"]
-    assert ignored_keys(load(f"{name}={off}", *needed, script=scope)) == []
-    assert ignored_keys(load(f"{name}=null", *needed, script=scope)) == []
+    assert ignored_keys(load_argv(f"{name}={off}", *needed, script=scope)) == []
+    assert ignored_keys(load_argv(f"{name}=null", *needed, script=scope)) == []
     message = refusal(f"{name}=surprise", *needed, script=scope)
     assert (
         message.startswith(f"command line: {name}: surprise: ") and UNUSED[name].advice in message
@@ -72,7 +60,7 @@ def test_training_keys_do_not_stop_chat_and_merge():
         "eval_strategy=steps",
         "infer_backend=vllm",
     ]
-    config = load(*argv, "export_dir=e", "adapter_name_or_path=a", script="merge")
+    config = load_argv(*argv, "export_dir=e", "adapter_name_or_path=a", script="merge")
     assert config.stage == "dpo" and ignored_keys(config) == [
         "deepspeed",
         "use_llama_pro",
@@ -83,9 +71,9 @@ def test_training_keys_do_not_stop_chat_and_merge():
 
 
 def test_ignored_keys_are_listed():
-    config = load("trust_remote_code=true", "lora_rank=4", "ddp_timeout=180000000", "bf16=true")
+    config = load_argv("trust_remote_code=true", "lora_rank=4", "ddp_timeout=180000000", "bf16=true")
     assert ignored_keys(config) == ["trust_remote_code"]
-    assert ignored_keys(load("finetuning_type=full", "lora_rank=4")) == ["lora_rank"]
+    assert ignored_keys(load_argv("finetuning_type=full", "lora_rank=4")) == ["lora_rank"]
 
 
 # ---- the shared files ---------------------------------------------------------------------------
@@ -93,7 +81,7 @@ def test_ignored_keys_are_listed():
 
 @needs_shared
 def test_published_yaml_of_a_lora_run():
-    config = load("--config", str(SHARED / "configs/llama3_lora_sft.yaml"), script="train")
+    config = load_argv("--config", str(SHARED / "configs/llama3_lora_sft.yaml"), script="train")
     assert (config.dataset, config.learning_rate, config.lora_alpha) == (
         ["identity", "alpaca_en_demo"],
         1e-4,
@@ -103,27 +91,27 @@ def test_published_yaml_of_a_lora_run():
         config.resume_from_checkpoint is None and config.bf16 is True and config.warmup_ratio == 0.1
     )
     assert ignored_keys(config) == ["trust_remote_code", "dataloader_num_workers"]
-    assert load(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template == "llama3"
-    merge = load(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out", script="merge")
+    assert load_argv(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template == "llama3"
+    merge = load_argv(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out", script="merge")
     assert merge.output_dir == "saves/llama3-8b/lora/sft"
 
 
 @needs_shared
 def test_published_json_files():
-    train = load("--config", str(SHARED / "configs/train_llama3_qlora.json"), script="train")
+    train = load_argv("--config", str(SHARED / "configs/train_llama3_qlora.json"), script="train")
     assert (train.fp16, train.learning_rate, train.loraplus_lr_ratio, train.max_samples) == (
         True,
         5e-5,
         16.0,
         500,
     )
-    chat = load(str(SHARED / "configs/chat_llama3.json"), script="chat")
+    chat = load_argv(str(SHARED / "configs/chat_llama3.json"), script="chat")
     assert (chat.adapter_name_or_path, chat.temperature) == (["llama3_lora"], 0.95)
 
 
 @needs_shared
 def test_published_merge_file():
-    merge = load(str(SHARED / "configs/merge_llama3_lora_sft.yaml"), script="merge")
+    merge = load_argv(str(SHARED / "configs/merge_llama3_lora_sft.yaml"), script="merge")
     assert (merge.export_size, merge.export_device, merge.export_dir) == (
         4,
         "cpu",
@@ -135,7 +123,7 @@ def test_published_merge_file():
 @needs_shared
 def test_published_flags_without_a_file():
     argv = (SHARED / "configs/cli_flags_llama3.txt").read_text(encoding="utf-8").split()
-    config = load(*argv, script="train")
+    config = load_argv(*argv, script="train")
     assert (config.dataset, config.num_train_epochs, config.packing, config.optim) == (
         ["identity", "fintech"],
         10.0,
@@ -155,7 +143,7 @@ def test_published_flags_without_a_file():
 )
 def test_recorded_runs(path):
     script = "merge" if path.parent.name.startswith("export") else "train"
-    config = load(str(path), script=script)
+    config = load_argv(str(path), script=script)
     assert ignored_keys(config) == []
     assert config.neat_packing is (path.parent.name == "sft_packing")  # docs/differences.md
     assert config.packing is (path.parent.name in ("sft_packing", "pt"))
@@ -209,12 +197,12 @@ def test_recorded_runs(path):
 )
 def test_text_means_what_people_mean(tmp_path, name, text, value):
     extra = "" if not text.startswith("{") else "'"
-    from_file = load(write(tmp_path, f"{name}: {extra}{text}{extra}\n"))
+    from_file = load_argv(write(tmp_path, f"{name}: {extra}{text}{extra}\n"))
     for config in (
         from_file,
-        load(f"{name}={text}"),
-        load(f"--{name}={text}"),
-        load(f"--{name}", text),
+        load_argv(f"{name}={text}"),
+        load_argv(f"--{name}={text}"),
+        load_argv(f"--{name}", text),
     ):
         got = getattr(config, name)
         assert got == value and type(got) is type(value)
@@ -226,7 +214,7 @@ def test_json_values(tmp_path):
         '"dataset": ["a", "b"], "placeholders": {"name": "\\ud83d\\ude00"}, '
         '"lr_scheduler_kwargs": {"min_lr": 1e-06}, "raw": "True"}'
     )
-    config = load(write(tmp_path, text, "x.json"))
+    config = load_argv(write(tmp_path, text, "x.json"))
     assert (config.bf16, config.learning_rate, config.lora_rank, config.dataset) == (
         True,
         1e-4,
@@ -242,10 +230,10 @@ def test_json_values(tmp_path):
 
 def test_yaml_lists_and_mappings(tmp_path):
     text = "dataset: [a, b]\nplaceholders:\n  name: Pip\n  author: The Makers\neval_dataset:\n- c\n"
-    config = load(write(tmp_path, text), "placeholders.name=Max")
+    config = load_argv(write(tmp_path, text), "placeholders.name=Max")
     assert (config.dataset, config.eval_dataset) == (["a", "b"], ["c"])
     assert config.placeholders == {"name": "Max", "author": "The Makers"}
-    assert load(write(tmp_path, "placeholders:\n"), "placeholders.name=Max").placeholders == {
+    assert load_argv(write(tmp_path, "placeholders:\n"), "placeholders.name=Max").placeholders == {
         "name": "Max"
     }
 
@@ -253,7 +241,7 @@ def test_yaml_lists_and_mappings(tmp_path):
 def test_command_line_replaces_the_file(tmp_path):
     path = write(tmp_path, "seed: 1\nlora_rank: 4\n")
     for argv in (["--config", path], [f"--config={path}"], [path]):
-        config = load(
+        config = load_argv(
             *argv,
             "seed=2",
             "--bf16",
@@ -279,14 +267,14 @@ def test_command_line_replaces_the_file(tmp_path):
 
 def test_a_switch_does_not_swallow_the_file(tmp_path):
     path = write(tmp_path, "seed: 1\n")
-    config = load("--bf16", path)
+    config = load_argv("--bf16", path)
     assert config.bf16 is True and config.seed == 1
-    assert load("--prompt", "is 2=2?", "--raw").prompt == "is 2=2?"
+    assert load_argv("--prompt", "is 2=2?", "--raw").prompt == "is 2=2?"
 
 
 def test_spellings_of_earlier_releases():
-    assert load("evaluation_strategy=epoch", "val_size=0.1").eval_strategy == "epoch"
-    assert load("no_cuda=true").use_cpu is True
+    assert load_argv("evaluation_strategy=epoch", "val_size=0.1").eval_strategy == "epoch"
+    assert load_argv("no_cuda=true").use_cpu is True
 
 
 # ---- what follows from other keys ---------------------------------------------------------------
@@ -294,11 +282,11 @@ def test_spellings_of_earlier_releases():
 
 def test_derived_defaults():
     assert (
-        load("lora_rank=6").lora_alpha == 12 and load("lora_rank=6", "lora_alpha=6").lora_alpha == 6
+        load_argv("lora_rank=6").lora_alpha == 12 and load_argv("lora_rank=6", "lora_alpha=6").lora_alpha == 6
     )
-    config = load("eval_strategy=steps", "val_size=10", "logging_steps=7")
+    config = load_argv("eval_strategy=steps", "val_size=10", "logging_steps=7")
     assert (config.eval_steps, config.do_eval) == (7, True)
-    assert load().packing is False and load("stage=pt").packing is True
+    assert load_argv().packing is False and load_argv("stage=pt").packing is True
 
 
 @pytest.mark.parametrize(
@@ -312,12 +300,12 @@ def test_derived_defaults():
     ],
 )
 def test_packing_keeps_samples_apart_unless_told(argv, packing, apart):
-    config = load(*argv)
+    config = load_argv(*argv)
     assert (config.packing, config.neat_packing) == (packing, apart)
 
 
 def test_settings_survive_a_json_file(tmp_path):
-    first = load(
+    first = load_argv(
         "model_name_or_path=m",
         "dataset=a,b",
         "packing=true",
@@ -329,13 +317,13 @@ def test_settings_survive_a_json_file(tmp_path):
         "resume_from_checkpoint=true",
         "enable_thinking=null",
     )
-    second = load(write(tmp_path, json.dumps(as_dict(first)), "x.json"))
+    second = load_argv(write(tmp_path, json.dumps(as_dict(first)), "x.json"))
     assert as_dict(second) == as_dict(first)
 
 
 def test_start_page_shows_only_what_differs():
-    assert non_default(load()) == {}
-    assert non_default(load("seed=42", "lora_rank=4")) == {"lora_rank": 4, "lora_alpha": 8}
+    assert non_default(load_argv()) == {}
+    assert non_default(load_argv("seed=42", "lora_rank=4")) == {"lora_rank": 4, "lora_alpha": 8}
 
 
 # ---- mistakes -----------------------------------------------------------------------------------
@@ -363,7 +351,7 @@ def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
   stop: ["</bot>"]
 """,
     )
-    config = load(path)
+    config = load_argv(path)
     assert config.template == {
         "name": "mychat",
         "user": "<user>{{content}}</user>\n<bot>",
@@ -371,9 +359,9 @@ def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
         "assistant": ["{{content}}", {"token": "eos"}],
         "stop": ["</bot>"],
     }
-    again = load(write(tmp_path, json.dumps(as_dict(config)), "again.json"))
+    again = load_argv(write(tmp_path, json.dumps(as_dict(config)), "again.json"))
     assert again.template == config.template == non_default(config)["template"]
-    assert load(path, "template=qwen").template == "qwen"  # the command line wins, as for every key
+    assert load_argv(path, "template=qwen").template == "qwen"  # the command line wins, as for every key
     assert "needs quotes" in refusal(write(tmp_path, "template:\n  user: {{content}}\n"))
 
 
@@ -447,7 +435,7 @@ def test_mistakes_on_the_command_line(tmp_path):
 
 
 def test_each_run_has_its_own_lists():
-    first = load("lora_target=q_proj", "placeholders.name=Max")
+    first = load_argv("lora_target=q_proj", "placeholders.name=Max")
     first.lora_target.append("v_proj")
     assert Config().lora_target == ["all"] and Config().placeholders == {}
     assert dataclasses.replace(first).lora_target == ["q_proj", "v_proj"]
@@ -456,7 +444,7 @@ def test_each_run_has_its_own_lists():
 def test_what_merge_takes_and_refuses():
     base = ["model_name_or_path=m", "export_dir=e"]
     assert (
-        load(*base, script="merge").adapter_name_or_path is None
+        load_argv(*base, script="merge").adapter_name_or_path is None
     )  # a conversion of dtype or shards
     assert "finetuning_type" in refusal(
         *base, "output_dir=o", "finetuning_type=full", script="merge"
@@ -464,14 +452,14 @@ def test_what_merge_takes_and_refuses():
     assert "export_dir" in refusal(
         "model_name_or_path=m", "export_dir=m", "output_dir=o", script="merge"
     )
-    assert load(*base, "output_dir=o", script="merge").adapter_name_or_path is None
+    assert load_argv(*base, "output_dir=o", script="merge").adapter_name_or_path is None
 
 
 @pytest.mark.parametrize("script", NEEDED)
 def test_missing_keys_are_named(script):
     command = COMMANDS[script]
     complete = [f"{name}={name}" for name in NEEDED[script]] + ["adapter_name_or_path=a"]
-    load(*complete, script=script)
+    load_argv(*complete, script=script)
     for i in range(len(complete) - 1):
         name = complete[i].partition("=")[0]
         message = refusal(*complete[:i], *complete[i + 1 :], script=script)
@@ -493,7 +481,7 @@ def program(*argv):
 def test_help_of_each_script(capsys):
     for script in NEEDED:
         with pytest.raises(SystemExit) as stopped:
-            load("--help", script=script)
+            load_argv("--help", script=script)
         text = capsys.readouterr().out
         assert stopped.value.code == 0
         assert f"python {COMMANDS[script]} " in text and "config.py --keys" in text

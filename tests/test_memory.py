@@ -5,7 +5,6 @@ measurement does not depend on the formula.
 
 Requires: runtime/memory.py.
 """
-
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,79 +16,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import families
 from attention import PackedLayout
 from config import Config
-from lora import LoRAConfig, attach_lora, trainable
-from methods.lora_variants import variant_of
+from families import model_config
 from fast.fused_block import fuse_blocks
+from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
-from methods.quant import QuantFormat, quantizable_weights, count_parameters, quantize, set_quantized
+from methods.lora_variants import variant_of
+from methods.quant import (QuantFormat, count_parameters, quantizable_weights, quantize,
+                           set_quantized)
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
-from runtime.memory import (
-    Plan,
-    Workload,
-    all_in,
-    largest_rows,
-    memory_plan,
-    plan_lines,
-)
+from runtime.memory import Plan, Workload, all_in, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice
+from tests.common import LLAMA3_8B
+from tests.tiny_models import SMALL_FAMILIES, small_config
 
-SMALL = dict(
-    model_type="llama",
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    vocab_size=512,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-)
-EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=96)
-FAMILIES = {
-    "llama": {},
-    "qwen2": dict(model_type="qwen2", tie_word_embeddings=True),
-    "qwen3": dict(model_type="qwen3", head_dim=16),
-    "gemma2": dict(model_type="gemma2", head_dim=16, sliding_window=64, query_pre_attn_scalar=16),
-    "glm4": dict(model_type="glm4", head_dim=16),
-    "olmo": dict(model_type="olmo", clip_qkv=8.0, num_key_value_heads=8),
-    "olmo2": dict(model_type="olmo2", num_key_value_heads=8),
-    "mistral": dict(model_type="mistral", sliding_window=100),
-    "mixtral": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "qwen2_moe": dict(model_type="qwen2_moe", shared_expert_intermediate_size=160, **EXPERTS),
-    "llama4": dict(
-        model_type="llama4_text",
-        num_key_value_heads=2,
-        head_dim=16,
-        intermediate_size_mlp=352,
-        intermediate_size=128,
-        num_local_experts=4,
-        attention_chunk_size=128,
-        num_experts_per_tok=1,
-    ),
-}
-LLAMA3_8B = dict(
-    model_type="llama",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-)
 ALL = LoRAConfig(r=8, lora_alpha=16)
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-def small_config(name, **changes):
-    return families.model_config({**SMALL, **FAMILIES[name], **changes})
 
 
 class Live(TorchDispatchMode):
@@ -212,7 +157,7 @@ def compare(
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_activations_of_every_kind_of_block(name, lora, dtype):
     compare(small_config(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash")
 
@@ -265,7 +210,7 @@ def test_activations_of_other_adapters(lora):
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_activations_of_the_fast_path(name, lora, dtype):
     compare(
         small_config(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", fast=True
@@ -324,7 +269,7 @@ def test_the_head_of_a_large_vocabulary():
         )  # several chunks
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_weights_gradients_and_optimizer_are_exact(name):
     model_config = small_config(name)
     whole = LoRAConfig(modules_to_save=["embed_tokens"])
@@ -385,13 +330,13 @@ def test_weights_of_other_ways_to_train(settings, weights, trained):
 
 def test_the_figures_that_are_known_of_a_large_model():
     """Llama 3 8B has 8,030,261,248 parameters (model card); rank 16 adds 41,943,040 (PEFT)."""
-    model_config = families.model_config(LLAMA3_8B)
+    llama = model_config(LLAMA3_8B)
     lora = LoRAConfig(r=16)
-    plan = planned(model_config, lora, BF16, "flash-attn", True, [[2048]])
+    plan = planned(llama, lora, BF16, "flash-attn", True, [[2048]])
     assert plan.weights == 2 * 8_030_261_248 and plan.trained == 4 * 41_943_040
     per_token = (plan.activations - 2048 * (2 * 128 * 2 + 4096 * 6 + 4)) / 2048
     assert per_token == 32 * 4096 * 2  # the blocks' inputs
-    kept = planned(model_config, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
+    kept = planned(llama, lora, BF16, "flash-attn", False, [[2048]]).activations / 2048 / 32
     # residuals, q, k, v, output, gate, up
     least = 2 * (2 * 4096 + 4096 + 2 * 1024 + 4096 + 2 * 14336)
     assert least < kept < 2.5 * least
@@ -424,19 +369,19 @@ def test_quantised_weights_are_counted_to_the_byte(form):
 
 
 def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half_gigabytes():
-    model_config = families.model_config(LLAMA3_8B)
+    llama = model_config(LLAMA3_8B)
     config = Config()
     plan = memory_plan(
         config,
         Workload(
-            model_config,
+            llama,
             ALL,
             [[2048]],
             torch.float16,
             "sdpa-flash",
             "cuda",
             fast=True,
-            quant_formats=all_in(QuantFormat("nf4"), model_config),
+            quant_formats=all_in(QuantFormat("nf4"), llama),
         ),
     )
     blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # numbers of their matrices
@@ -448,7 +393,7 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
     assert advice(plan, 2**30, config)
     assert not any("quantization_bit" in line for line in advice(plan, 2**30, config))
     plain = memory_plan(
-        config, Workload(model_config, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
+        config, Workload(llama, ALL, [[512]], torch.float16, "sdpa-flash", "cuda", fast=True)
     )
     assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))
 

@@ -2,7 +2,6 @@
 
 Requires: runtime/memory_advice.py.
 """
-
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from config import Config
 from runtime.memory import USABLE, Workload, memory_plan
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory, truncate_row
-from tests.test_memory import F32, long_run, small_config
+from tests.test_memory import F32, long_run
+from tests.tiny_models import small_config
 
 MEMINFO = "MemTotal:       32000000 kB\nMemFree:         100000 kB\nMemAvailable:   20000000 kB\n"
 

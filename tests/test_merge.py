@@ -20,77 +20,17 @@ from checkpoint.files import PICKLES_ARE_SAFE, tensor_files, write_tensors
 from checkpoint.load import load_model
 from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
-from methods.lora_variants import variant_of
 from merge import merge_checkpoint
-from model import CausalLM, init_weights
+from methods.lora_variants import variant_of
 from methods.quant import QuantFormat, QuantLinear
+from model import CausalLM
 from tests import twins
-from tests.common import GOLDEN, ROOT, needs_shared
-from tests.test_lora import FAMILIES, IDS, checkpoint_of, logits_of, shake
+from tests.common import GOLDEN, ROOT, needs_shared, run_recorded
+from tests.tiny_models import (CHECKPOINTS, IDS, TINY_LLAMA, adapter_with, base_with, checkpoint_of,
+                               logits_of, perturb, tensors_in, write_quantized)
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ADAPTERS = [p.name for p in sorted((GOLDEN / "lora").glob("*"))]
-TINY = dict(
-    model_type="llama",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=50,
-    max_position_embeddings=64,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-
-
-def tensors_in(folder):
-    """All tensors of a checkpoint folder, sharded or not."""
-    return {name: load_file(file)[name] for name, file in tensor_files(folder).items()}
-
-
-def base_with(folder, dtype=torch.float32, shard_bytes=10**9, extra=(), **changes):
-    """A small random checkpoint."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model = CausalLM(model_config({**TINY, **changes})).requires_grad_(False)
-    init_weights(model, torch.Generator().manual_seed(0))
-    weights = {**{name: p.to(dtype) for name, p in model.named_parameters()}, **dict(extra)}
-    shapes = {name: (tuple(w.shape), w.dtype) for name, w in weights.items()}
-    write_tensors(folder, shapes, lambda name: [weights[name]], shard_bytes)
-    (folder / "config.json").write_text(json.dumps({**TINY, "torch_dtype": "float32", **changes}))
-    return folder
-
-
-def adapter_with(
-    folder, base, r=4, alpha=8, targets=("q_proj", "down_proj"), seed=1, drop=(), add=(), **fields
-):
-    """A small random adapter in PEFT's format, made without the code under test."""
-    folder.mkdir(parents=True, exist_ok=True)
-    draw, tensors = torch.Generator().manual_seed(seed), {}
-    for name, weight in sorted(tensors_in(base).items()):
-        module = name.removesuffix(".weight")
-        if module.rsplit(".", 1)[-1] in targets:
-            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(
-                r, weight.shape[1], generator=draw
-            )
-            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(
-                weight.shape[0], r, generator=draw
-            )
-    tensors = {name: t for name, t in tensors.items() if name not in drop} | dict(add)
-    save_file(tensors, str(folder / "adapter_model.safetensors"))
-    (folder / "adapter_config.json").write_text(
-        json.dumps(
-            {
-                "peft_type": "LORA",
-                "r": r,
-                "lora_alpha": alpha,
-                "target_modules": list(targets),
-                "base_model_name_or_path": str(base),
-                **fields,
-            }
-        )
-    )
-    return folder
 
 
 # ---- the weights ----
@@ -299,7 +239,7 @@ def adapted(base, folder, targets=None, size=0.05, **fields):
     targets = targets or (["all", "experts"] if model.config.num_experts else "all")
     config = LoRAConfig(r=3, lora_alpha=6, target_modules=targets, **fields)
     attach_lora(model, config, stored_name=model.config.stored_name, **variant_of(config))
-    shake(model, size=size).eval()
+    perturb(model, size=size).eval()
     folder.mkdir()
     save_adapter(model, folder, config, str(base))
     return model
@@ -325,7 +265,7 @@ def sum_by_hand(name, weight, tensors):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_family_merges_under_the_names_of_its_files(name, tmp_path):
     """Names, their order, shapes and dtypes are the base's; what is not adapted (a part that reads
     images, buffers, the raw rows of a normalised head) is the base's bit for bit."""
@@ -583,13 +523,13 @@ def test_memory_stays_below_the_largest_tensor_plus_300_mb(tmp_path):
     base = tmp_path / "base"
     sizes = dict(hidden_size=2048, intermediate_size=4096, num_hidden_layers=4, vocab_size=40_000)
     with torch.device("meta"):
-        model = CausalLM(model_config({**TINY, **sizes}))
+        model = CausalLM(model_config({**TINY_LLAMA, **sizes}))
     shapes = {name: (tuple(p.shape), torch.bfloat16) for name, p in model.named_parameters()}
     base.mkdir()
     write_tensors(
         base, shapes, lambda n: [torch.full(shapes[n][0], 0.5, dtype=torch.bfloat16)], 170 * 10**6
     )
-    (base / "config.json").write_text(json.dumps({**TINY, **sizes}))
+    (base / "config.json").write_text(json.dumps({**TINY_LLAMA, **sizes}))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     modules = {
@@ -664,45 +604,20 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
 
 
 def test_files_that_are_carried_along(tmp_path):
+    carried = ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json",
+               "generation_config.json", "merges.txt", "tokenizer.model", "LICENSE", "NOTICE.txt",
+               "modeling_x.py")
+    left_behind = ("README.md", "trainer_state.json", "all_results.json", "x.bin")
     base = base_with(tmp_path / "base")
     adapters = [adapter_with(tmp_path / f"a{n}", base) for n in (1, 2)]
-    for name in (
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "merges.txt",
-        "tokenizer.model",
-        "LICENSE",
-        "NOTICE.txt",
-        "README.md",
-        "trainer_state.json",
-        "all_results.json",
-        "x.bin",
-        "modeling_x.py",
-    ):
+    for name in carried + left_behind:
         (base / name).write_text("base")
     merge_checkpoint(base, adapters, tmp_path / "plain")
-    assert {p.name for p in (tmp_path / "plain").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-        "generation_config.json",
-        "merges.txt",
-        "tokenizer.model",
-        "LICENSE",
-        "NOTICE.txt",
-        "modeling_x.py",
-    }
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "README.md",
-        "all_results.json",
-    ):
+    found = {p.name for p in (tmp_path / "plain").iterdir()}
+    assert found == {"config.json", "model.safetensors", *carried}
+
+    of_the_adapter = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    for name in (*of_the_adapter, "README.md", "all_results.json"):
         (adapters[0] / name).write_text("adapter")
     merge_checkpoint(base, adapters, tmp_path / "tuned")
     found = {
@@ -712,11 +627,7 @@ def test_files_that_are_carried_along(tmp_path):
     }
     # a special_tokens_map.json of the base beside the adapter's tokenizer would bring the old
     # tokens back
-    assert {name for name, text in found.items() if text == "adapter"} == {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-    }
+    assert {name for name, text in found.items() if text == "adapter"} == set(of_the_adapter)
     assert found["generation_config.json"] == "base" and "special_tokens_map.json" not in found
 
 
@@ -1000,9 +911,8 @@ def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, 
 
 
 def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_path):
-    from tests.test_quant import stored  # which reads this file
 
-    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("fp4", 128))
+    folder = write_quantized(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("fp4", 128))
     merge_checkpoint(folder, [], tmp_path / "plain")
     want, got = load_model(folder), load_model(tmp_path / "plain")
     ids = torch.arange(9)[None]
@@ -1020,9 +930,7 @@ def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_
 @needs_shared
 def test_losses_of_base_adapter_and_merged_are_shown(tmp_path, monkeypatch, capsys):
     """Against the losses that evaluation in training reports on the same rows."""
-    from tests.test_train import run
-
-    run(
+    run_recorded(
         "sft_llama3",
         tmp_path / "out",
         monkeypatch,

@@ -1,4 +1,4 @@
-"""optim.py against the schedules LLaMA-Factory recorded, the rates of published runs, and transformers' decay rules."""
+"""optim.py against LLaMA-Factory's recorded schedules, published runs, and transformers' decay."""
 import json
 import math
 import subprocess
@@ -9,24 +9,22 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config
-from lora import LoRAConfig, attach_lora, trainable
 from attention import PackedLayout
-from optim import (Optimizer, SCHEDULES, add_neftune, lr_schedule, make_optimizer, parameter_groups,
+from config import Config
+from families import model_config
+from lora import LoRAConfig, attach_lora, trainable
+from methods.optimizers import FURTHER, UPDATES
+from model import CausalLM
+from optim import (SCHEDULES, Optimizer, add_neftune, lr_schedule, make_optimizer, parameter_groups,
                    set_lr, warmup_steps)
-from runtime.precision import LossScale
+from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
-from tests.test_model import tiny
-from methods.optimizers import BLOCK, FURTHER, UPDATES, from_8bit, levels, orthogonal, to_8bit
+from tests.tiny_models import tiny
 
 RECORDED = PUBLISHED = []
 if GOLDEN.is_dir():
     RECORDED = read_jsonl(GOLDEN / "curves" / "lr_schedules.jsonl")
     PUBLISHED = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text())["runs"]
-
-
-def bytes_of(named, config):
-    return make_optimizer(named, config, torch.device("cpu"), **FURTHER).state_bytes()
 
 
 # ---- schedules ----
@@ -206,144 +204,7 @@ def test_our_adamw_is_that_of_torch(update):
         assert all(torch.allclose(mine.state[p][name], other.state[q][name], atol=1e-6) for name in mine.state[p])
 
 
-# ---- 8-bit states ----
-
-
-def steps_of(update, shape, count=10, peer=None, decades=2, **more):
-    """(parameter, state) after some steps with the same gradients, whose columns differ in size by so many decades.
-    peer: an optimizer of theirs in place of ours."""
-    generator = torch.Generator().manual_seed(0)
-    p = nn.Parameter(torch.randn(shape, generator=generator))
-    group = {"params": [p], "lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "update": update}
-    optimizer = peer([p]) if peer else Optimizer([group | more], UPDATES)
-    for _ in range(count):
-        p.grad = torch.randn(shape, generator=generator) * torch.logspace(-decades, 0, shape[-1])
-        optimizer.step()
-    return p.detach(), optimizer.state[p]
-
-
-def test_levels_of_a_byte():
-    """Values as bitsandbytes lists them; from one to the next at most a tenth of the largest, near 0 far less."""
-    signed, unsigned = levels(True), levels(False)
-    for table, lowest in ((signed, -0.99296875), (unsigned, 0.0)):
-        assert len(table.unique()) == 256 and table.max() == 1 and table.min() == pytest.approx(lowest)
-        assert (table == 0).sum() == 1 and table.diff().max() < 0.03
-    assert [float(x) for x in signed[127:130]] == pytest.approx([0, 5.5e-7, 3.25e-6], rel=1e-5)
-    assert [float(x) for x in unsigned[:4]] == pytest.approx([0, 3.25e-7, 7.75e-7, 2.125e-6], rel=1e-5)
-    assert [float(x) for x in unsigned[-2:]] == pytest.approx([0.99648434, 1], rel=1e-6)
-
-
-@pytest.mark.parametrize("signed", (True, False))
-def test_bytes_keep_the_order_of_size_and_each_block_has_its_unit(signed):
-    x = torch.randn(3, 5, 67, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 3, 67)
-    x = x if signed else x.abs()
-    codes, unit = to_8bit(x, levels(signed))
-    assert codes.dtype == torch.uint8 and codes.shape == x.shape and len(unit) == math.ceil(x.numel() / BLOCK)
-    back = from_8bit(codes, unit, levels(signed))
-    units = unit.repeat_interleave(BLOCK)[:x.numel()].view(x.shape)
-    assert ((back - x).abs() <= 0.02 * units).all()
-    near = x.abs() > 1e-3 * units
-    assert ((back - x).abs() / x.abs())[near].mean() < 0.05 and (signed or (back > 0).all())
-    assert not from_8bit(*to_8bit(torch.zeros(4), levels(signed)), levels(signed)).any()
-
-
-def test_adamw_in_8_bits_follows_adamw():
-    """The first step is the same one; then its means are off by the rounding of a byte."""
-    exact, rough = (steps_of(update, (64, 80), 1) for update in ("adamw_plain", "adamw_8bit"))
-    assert torch.allclose(exact[0], rough[0], atol=1e-6)
-    (exact, state), (rough, bytes_) = (steps_of(update, (64, 80), 20) for update in ("adamw_plain", "adamw_8bit"))
-    start = steps_of("adamw", (64, 80), 0)[0]
-    assert (exact - rough).norm() < 0.1 * (exact - start).norm() and not torch.equal(exact, rough)
-    assert sum(t.nbytes for t in bytes_.values()) < 0.27 * sum(t.nbytes for t in state.values())
-    far = [steps_of(update, (64, 80), 20, decades=6)[0] for update in ("adamw_plain", "adamw_8bit")]
-    assert (far[0] - far[1]).abs().max() < 0.3                          # where squares are below the smallest level
-
-
-def test_adamw_in_8_bits_is_that_of_bitsandbytes():
-    bnb = pytest.importorskip("bitsandbytes")
-    (ours, mine), (theirs, other) = (steps_of("adamw_8bit", (64, 80), peer=peer, decades=0) for peer in (
-        None, lambda params: bnb.optim.AdamW8bit(params, lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)))
-    assert ((ours - theirs).abs() > 1e-3).float().mean() < 0.01         # where a mean of squares vanishes in theirs
-    for name, codes, unit in (("exp_avg", "state1", "absmax1"), ("exp_avg_sq", "state2", "absmax2")):
-        assert torch.allclose(mine[f"{name}_unit"], other[unit], rtol=1e-5)
-        assert (mine[name] != other[codes]).float().mean() < 0.01           # numbers between two levels
-
-
-def test_which_parameters_are_remembered_in_bytes():
-    named = dict(tiny(hidden_size=64, intermediate_size=128, vocab_size=100).requires_grad_(True).named_parameters())
-    groups = make_optimizer(named, Config(optim="paged_adamw_8bit"), torch.device("cpu"), **FURTHER).param_groups
-    names = {id(p): name for name, p in named.items()}
-    found = {names[id(p)] for group in groups if group["update"] == "adamw_8bit" for p in group["params"]}
-    assert found == {name for name, p in named.items() if p.numel() >= 4096 and "embed" not in name} and found
-
-
 # ---- Muon and GaLore ----
-
-
-def test_orthogonal_is_nearly_so():
-    for shape in ((40, 90), (90, 40), (64, 64)):
-        G = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-        U, S, Vh = torch.linalg.svd(orthogonal(G))
-        assert 0.6 < S.min() and S.max() < 1.3
-        assert torch.linalg.svdvals(orthogonal(G) @ torch.linalg.pinv(G)).min() > 0     # the same directions
-    assert not orthogonal(torch.zeros(3, 5)).any()
-
-
-def test_muon_is_that_of_torch():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("this torch has no Muon")
-    ours, theirs = (steps_of("muon", (40, 70), peer=peer)[0] for peer in (None, lambda params: torch.optim.Muon(
-        params, lr=0.01, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")))
-    assert (ours - theirs).norm() < 0.02 * (ours - steps_of("muon", (40, 70), 0)[0]).norm()
-
-
-@pytest.mark.parametrize("shape", ((40, 70), (70, 40)))
-def test_galore_is_that_of_its_package(shape):
-    galore_torch = pytest.importorskip("galore_torch")
-
-    def peer(params):
-        return galore_torch.GaLoreAdamW([{"params": params, "rank": 6, "update_proj_gap": 4, "scale": 0.5,
-                                          "proj_type": "std"}], lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)
-
-    ours, theirs = (steps_of("galore", shape, peer=peer, rank=6, gap=4, scale=0.5, eps_first=True)[0]
-                    for peer in (None, peer))
-    assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-def test_galore_of_full_rank_that_never_looks_again_turns_adamw():
-    """In the basis of all singular directions the gradient's coordinates meet plain AdamW."""
-    p, state = steps_of("galore", (9, 5), rank=20, gap=100, scale=1.0)
-    basis = state["basis"]
-    assert torch.allclose(basis.T @ basis, torch.eye(5), atol=1e-5) and state["low_avg"].shape == (9, 5)
-    generator = torch.Generator().manual_seed(0)
-    turned = nn.Parameter(torch.randn(9, 5, generator=generator) @ basis)
-    group = {"params": [turned], "lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-    optimizer = Optimizer([group | {"update": "adamw_plain"}])
-    for _ in range(10):
-        turned.grad = torch.randn(9, 5, generator=generator) * torch.logspace(-2, 0, 5) @ basis
-        optimizer.step()
-    assert torch.allclose(p, turned @ basis.T, atol=1e-5)
-
-
-@pytest.mark.parametrize("settings", [{}, {"optim": "adamw_8bit"}, {"use_muon": True}, {"use_galore": True},
-                                      {"use_galore": True, "galore_target": ["mlp"]}], ids=str)
-def test_bytes_of_the_state_are_known_beforehand(settings):
-    named = dict(tiny(hidden_size=64, intermediate_size=128).requires_grad_(True).named_parameters())
-    optimizer = make_optimizer(named, Config(**settings), torch.device("cpu"), **FURTHER)
-    for p in named.values():
-        p.grad = torch.randn(p.shape)
-    optimizer.step()
-    held = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    assert held == bytes_of({name: p.to("meta") for name, p in named.items()}, Config(**settings))
-    assert {group["update"] for group in optimizer.param_groups} <= {*UPDATES}
-    plain = bytes_of(named, Config())
-    assert held == plain if not settings else held < plain
-
-
-def test_galore_of_matrices_that_are_not_there():
-    config = Config(use_galore=True, galore_target=["mpl"])
-    with pytest.raises(ValueError, match="galore_target: mpl is in the name of no trained matrix; such names are"):
-        make_optimizer(dict(tiny().named_parameters()), config, torch.device("cpu"), **FURTHER)
 
 
 def test_the_optimizer_does_not_import_the_compiler():
@@ -410,11 +271,14 @@ def test_neftune_keeps_dtype_and_gradient():
     assert torch.equal(embedding.weight.grad.sum(1), torch.tensor([0, 8, 8, 8] + [0] * 6, dtype=torch.bfloat16))
 
 
-def test_loss_scale_backs_off_and_recovers():
-    scale, p = LossScale(2.0 ** 10), nn.Parameter(torch.ones(3))
-    p.grad = torch.tensor([1024.0, 2048.0, -512.0])
-    scale.unscale([p, nn.Parameter(torch.ones(1))])                        # one without a gradient is no obstacle
-    assert torch.equal(p.grad, torch.tensor([1.0, 2.0, -0.5])) and scale.update(True)
-    assert not scale.update(False) and scale.value == 2.0 ** 9
-    assert all(scale.update(True) for _ in range(1999)) and scale.value == 2.0 ** 9
-    assert scale.update(True) and scale.value == 2.0 ** 10
+# ---- vendors' names elsewhere ----
+
+
+def test_loraplus_learns_faster_in_b_of_any_name():
+    fields = {**twins.QWEN1, "num_hidden_layers": 1}
+    model = CausalLM(model_config(fields))
+    attach_lora(model, LoRAConfig(r=2, target_modules=["c_attn", "w2"]), stored_name=model.config.stored_name)
+    config = Config(learning_rate=1e-3, loraplus_lr_ratio=16.0)
+    groups = parameter_groups(trainable(model), config)
+    rates = {id(p): group.get("lr", 1e-3) for group in groups for p in group["params"]}
+    assert {name.split(".lora_")[1][0]: rates[id(p)] for name, p in trainable(model).items()} == {"A": 1e-3, "B": 16e-3}

@@ -5,16 +5,10 @@ several settings, one after the other, so that torch is imported and the ranks j
 given an output_dir of their own, which must never come to be.
 """
 import json
-import os
 import random
 import re
-import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
-from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
 
@@ -24,14 +18,11 @@ from safetensors.torch import load_file
 
 import parallel
 import train
-from checkpoint.files import write_tensors
-from runtime.steps import pad_to_world, micro_batches
-from families import model_config
-from model import CausalLM, init_weights
 from parallel import Gradients, Ranks
+from runtime.steps import micro_batches, pad_to_world
 from tests.common import ROOT, read_jsonl
+from tests.ranks import COMMON, free_port, outcomes, small_world, torchrun
 
-TINY = ROOT / "models/tiny"
 WORKER = '''
 import functools, json, os, sys, time
 sys.path.insert(0, ROOT)
@@ -84,52 +75,10 @@ run_script(main)
 # ---- starting and ending processes ------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def started(*launchers):
-    """The launchers (argument lists) as processes; none is left at the end, and their ranks follow within a second."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "POCKET_TRACEBACK": "0"}
-    found = [subprocess.Popen([sys.executable, *map(str, launcher)], cwd=ROOT, env=env, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for launcher in launchers]
-    try:
-        yield found
-    finally:
-        for process in found:
-            process.kill()
-            process.wait()
-
-
-def torchrun(world, *rest):
-    return ["-m", "torch.distributed.run", "--nproc-per-node", world, "--master-port", free_port(), *rest]
-
-
 def two_hosts(*rest) -> list:
     """Two launchers that find each other at an address, a rank each: what two hosts would run."""
     return [["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
              "--rdzv-endpoint", f"localhost:{port}", *rest] for port in [free_port()] * 2]
-
-
-def outcomes(*launchers, seconds=120) -> list[tuple[int, str, float]]:
-    """(exit code, all that was printed, when it ended) of launchers that run at the same time."""
-    found, start = [None] * len(launchers), time.time()
-
-    def follow(place, process):
-        text = process.communicate()[0]
-        found[place] = process.returncode, text, time.time()
-
-    with started(*launchers) as processes:
-        threads = [threading.Thread(target=follow, args=pair) for pair in enumerate(processes)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(max(0, start + seconds - time.time()))
-        assert None not in found, found
-    return found
 
 
 def worker(folder, name, runs, patch="") -> list:
@@ -141,18 +90,6 @@ def worker(folder, name, runs, patch="") -> list:
 
 
 # ---- 1, 2, 3, 4 ranks equal one process -------------------------------------------------------------------------
-
-SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=8, vocab_size=1600, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=2,
-             pad_token_id=0, initializer_range=0.1)
-DENSE = {"model_type": "qwen3", **SMALL, "tie_word_embeddings": True}
-MIXTURE = {"model_type": "qwen3_moe", **SMALL, "num_experts": 24, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
-           "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.01,
-           "tie_word_embeddings": False}
-COMMON = dict(model_name_or_path="dense", dataset="rows.jsonl", template="chatml", cutoff_len=96, use_cpu=True,
-              disable_tqdm=True, even_batches=False, logging_steps=1, save_strategy="no", num_train_epochs=2,
-              lora_rank=4, learning_rate=5e-3, lr_scheduler_type="cosine", disable_gradient_checkpointing=True,
-              flash_attn="disabled")
 SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}       # ranks: rows of a micro-batch, micro-batches of a step
 LARGE = 2**25                                               # bytes of a bucket that holds all gradients
 WHOLE = 12                                                  # rows: a step is one micro-batch on all ranks together
@@ -178,35 +115,6 @@ FAILURES = {        # ranks: what rank 1 does in the middle of a last run; what 
     4: ("os.kill(os.getpid(), 9)", r"traceback : Signal 9 \(SIGKILL\) received"),
 }
 FIVE = {1: ("eight.jsonl", 4), 2: ("five.jsonl", 2)}        # ranks: rows, of which so many are a micro-batch
-
-
-def tiny_model(folder, fields):
-    """A random checkpoint with these fields of config.json, and the tokenizer of models/tiny."""
-    model = CausalLM(model_config(fields))
-    init_weights(model, torch.Generator().manual_seed(0))
-    weights = {model.config.stored_name(name): p.data for name, p in model.named_parameters()}
-    folder.mkdir()
-    write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}, lambda n: [weights[n]])
-    (folder / "config.json").write_text(json.dumps(fields))
-    for file in TINY.glob("*token*"):
-        shutil.copy(file, folder)
-
-
-def small_world(here):
-    """Two models, and rows for training, evaluation and stage pt."""
-    tiny_model(here / "dense", DENSE)
-    tiny_model(here / "mixture", MIXTURE)
-    rows = read_jsonl(ROOT / "data/tiny_review.jsonl")[:40]
-    for file, part in (("rows", rows[:27]), ("eval", rows[27:]), ("five", rows[:5]), ("eight", rows[:5] + rows[:3])):
-        (here / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    pairs = [{"messages": row["messages"][:-1], "chosen": row["messages"][-1], "rejected": other["messages"][-1]}
-             for row, other in zip(rows[:27], rows[1:])]
-    judged = [{"messages": row["messages"], "label": i % 3 > 0} for i, row in enumerate(rows[:24])]
-    for file, part in (("pairs", pairs), ("judged", judged)):
-        (here / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-    texts = [row["messages"][1]["content"].replace("\n", " ") for row in rows[:27]]
-    texts[::4] = [""] * 7                           # an empty document: its end is a label that nothing predicts
-    (here / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
 
 
 def settings_of(here, world, name, output, **more) -> tuple[int, dict]:

@@ -1,26 +1,20 @@
 """preference.py: formulas against hand-made numbers and probabilities, whole runs against recorded ones of LLaMA-Factory
 (tests/recorded/preference.json, with versions and settings), and identities."""
-import json
 import math
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from runtime import memory
-from runtime import setup
-from runtime import throughput
-import train
 from config import Config
 from losses import metric_means
 from methods.preference import (hinge_losses, ipo_losses, kto_losses, orpo_losses, pair_losses,
                                 sigmoid_losses, simpo_losses)
-from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
-
-CURVES = GOLDEN / "curves"
-RECORDED = json.loads((ROOT / "tests/recorded/preference.json").read_text())
+from runtime import memory, setup, throughput
+from tests.common import needs_shared, read_jsonl
+from tests.preference_runs import RECORDED, run_pairs, weights_in
 
 
 def tensor(*values):
@@ -82,58 +76,13 @@ def test_what_is_logged():
 # ---- recorded runs ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The folder that the recorded runs ran in: models, adapters to start from, rows."""
-    if not SHARED.is_dir():
-        pytest.skip("the recorded fixtures are not here")
-    here, info = tmp_path_factory.mktemp("pairs"), json.loads((SHARED / "data/dataset_info.json").read_text())
-    (here / "data").mkdir()
-    for short, name in (("dpo", "dpo_en_demo"), ("kto", "kto_en_demo")):
-        rows = json.loads((SHARED / "data" / f"{name}.json").read_text())
-        (here / f"data/{short}.json").write_text(json.dumps([rows[i] for i in RECORDED["rows"][name]]))
-        info[short] = {**info[name], "file_name": f"{short}.json"}
-    (here / "data/dataset_info.json").write_text(json.dumps(info))
-    for name, case in (("llama3", "sft_llama3"), ("qwen2", "sft_qwen2_loraplus")):
-        (here / f"tiny_{name}").symlink_to(CURVES / f"tiny_{name}")
-        (here / f"init_{name}").symlink_to(CURVES / case / "adapter_init")
-    for source, copy in (("tiny_llama3", "tiny_llama3_rm"), ("init_llama3", "init_rm")):
-        (here / copy).mkdir()
-        for file in (here / source).iterdir():
-            shutil.copyfile(file, here / copy / file.name)
-        head = {"v_head.summary.weight": torch.randn(1, 64, generator=torch.Generator().manual_seed(3)) * 0.1,
-                "v_head.summary.bias": torch.full((1,), 0.05)}
-        save_file(head, here / copy / "value_head.safetensors")
-    config = json.loads((here / "tiny_llama3/config.json").read_text())
-    (here / "tiny_llama3_rm/config.json").write_text(json.dumps({**config, "summary_dropout_prob": 0.0}))
-    return here
-
-
-def run(world, name, output, monkeypatch, **more):
-    """Train a recorded case; its log, without the clock."""
-    monkeypatch.chdir(world)
-    settings = {"dataset": "dpo"} | RECORDED["settings of all"] | RECORDED["cases"][name]["settings"] | more
-    given = {key: value for key, value in settings.items() if value is not None}
-    train.main([f"{key}={value}" for key, value in given.items()] + [f"output_dir={output}", "disable_tqdm=true"])
-    return history(output)
-
-
-def history(folder):
-    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in rows]
-
-
-def weights_in(folder):
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 @pytest.mark.parametrize("name", RECORDED["cases"])
-def test_recorded_run(name, world, tmp_path, monkeypatch):
+def test_recorded_run(name, pairs_world, tmp_path, monkeypatch):
     """Losses, rewards, log-probabilities, gradient norms and final weights, to 1e-4 or better."""
     case = RECORDED["cases"][name]
     full = case["settings"].get("finetuning_type") == "full"
     more = {"adapter_name_or_path": None} if full else {}
-    ours = run(world, name, tmp_path / "out", monkeypatch, **more, **({} if case["weights"] else {"max_steps": 3}))
+    ours = run_pairs(pairs_world, name, tmp_path / "out", monkeypatch, **more, **({} if case["weights"] else {"max_steps": 3}))
     for a, b in zip(ours, case["log"]) if case["weights"] else zip(ours[:2], case["log"]):
         for key, value in b.items():
             if name == "dpo_ref" and key == "rewards/accuracies":
@@ -156,93 +105,81 @@ def test_recorded_run(name, world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dpo_ftx", "kto_eval", "rm", "kto_full"])
-def test_resumed_equals_never_stopped(name, world, tmp_path, monkeypatch):
+def test_resumed_equals_never_stopped(name, pairs_world, tmp_path, monkeypatch):
     """Bit for bit, from the middle of an epoch and between two logged lines; with dropout in front of the value head."""
     more = dict(save_strategy="steps", save_steps=2, logging_steps=3, num_train_epochs=2, val_size=0, eval_strategy="no")
     more |= {"adapter_name_or_path": None} if name == "kto_full" else {}
     more |= {"model_name_or_path": "tiny_llama3", "lora_dropout": 0.1} if name == "rm" else {}
-    whole = run(world, name, tmp_path / "a", monkeypatch, **more)
+    whole = run_pairs(pairs_world, name, tmp_path / "a", monkeypatch, **more)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for late in (tmp_path / "b").glob("checkpoint-*"):
         if int(late.name.split("-")[1]) > 2:
             shutil.rmtree(late)
-    assert run(world, name, tmp_path / "b", monkeypatch, **more, resume_from_checkpoint="true") == whole
+    assert run_pairs(pairs_world, name, tmp_path / "b", monkeypatch, **more, resume_from_checkpoint="true") == whole
     ours, theirs = weights_in(tmp_path / "a"), weights_in(tmp_path / "b")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.mark.parametrize("name", ["dpo_sigmoid", "kto_eval"])
-def test_joined_micro_batches_are_the_same_step(name, world, tmp_path, monkeypatch):
+def test_joined_micro_batches_are_the_same_step(name, pairs_world, tmp_path, monkeypatch):
     """KTO's divergence stays that of its own micro-batch. 13 pairs: the last step of an epoch is shorter."""
-    a = run(world, name, tmp_path / "a", monkeypatch, join_micro_batches=False)
+    a = run_pairs(pairs_world, name, tmp_path / "a", monkeypatch, join_micro_batches=False)
     monkeypatch.setitem(setup.ENOUGH_TOKENS, "cpu", 4096)
-    b = run(world, name, tmp_path / "b", monkeypatch)
+    b = run_pairs(pairs_world, name, tmp_path / "b", monkeypatch)
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, abs=1e-4, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dpo_sigmoid", "kto"])
-def test_blocks_that_recompute_give_the_same_step(name, world, tmp_path, monkeypatch):
+def test_blocks_that_recompute_give_the_same_step(name, pairs_world, tmp_path, monkeypatch):
     """They compute again in the backward pass, when the adapters are on once more."""
-    a, b = (run(world, name, tmp_path / str(keeps), monkeypatch, max_steps=3, disable_gradient_checkpointing=keeps)
+    a, b = (run_pairs(pairs_world, name, tmp_path / str(keeps), monkeypatch, max_steps=3, disable_gradient_checkpointing=keeps)
             for keeps in (True, False))
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, abs=1e-4, rel=1e-5)
 
 
-def test_token_budget_counts_every_pair_alike(world, tmp_path, monkeypatch):
+def test_token_budget_counts_every_pair_alike(pairs_world, tmp_path, monkeypatch):
     """One step over all pairs: the same however they are cut, by tokens or as one micro-batch."""
     one = dict(max_steps=1, num_train_epochs=1, warmup_ratio=0)
-    a = run(world, "dpo_sigmoid", tmp_path / "a", monkeypatch, **one, per_device_train_batch_size=13)
-    b = run(world, "dpo_sigmoid", tmp_path / "b", monkeypatch, **one, token_budget=700, gradient_accumulation_steps=20)
+    a = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "a", monkeypatch, **one, per_device_train_batch_size=13)
+    b = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "b", monkeypatch, **one, token_budget=700, gradient_accumulation_steps=20)
     assert a[0] == pytest.approx(b[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("more", [{"create_new_adapter": True}, {"adapter_name_or_path": None, "lora_dropout": 0.5},
                                   {"adapter_name_or_path": None, "finetuning_type": "full"},
                                   {"adapter_name_or_path": None, "additional_target": "norm"}])
-def test_before_it_has_learnt_a_model_is_its_own_reference(more, world, tmp_path, monkeypatch):
+def test_before_it_has_learnt_a_model_is_its_own_reference(more, pairs_world, tmp_path, monkeypatch):
     """A fresh adapter's B is 0 and a copy is a copy: rewards are 0 and the loss is log 2, whatever the dropout. The first
     step of the warm-up learns nothing, so the second is compared as well."""
-    log = run(world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, **more)
+    log = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, **more)
     for row in log[:2]:
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert row["rewards/chosen"] == row["rewards/rejected"] == row["rewards/margins"] == 0
     assert log[2]["rewards/margins"] != 0
 
 
-def test_pissa_is_compared_with_the_base(world, tmp_path, monkeypatch):
+def test_pissa_is_compared_with_the_base(pairs_world, tmp_path, monkeypatch):
     """Its weights without adapters are the base less the principal parts; LLaMA-Factory refuses the two together."""
-    log = run(world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, adapter_name_or_path=None, pissa_init=True)
+    log = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, adapter_name_or_path=None, pissa_init=True)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(log[0]["rewards/chosen"]) < 1e-3
 
 
-def test_merge_passes_the_value_head_on(world, tmp_path, monkeypatch):
-    import merge
-    run(world, "rm", tmp_path / "out", monkeypatch, max_steps=2, val_size=0, eval_strategy="no")
-    merge.main(["model_name_or_path=tiny_llama3_rm", f"adapter_name_or_path={tmp_path / 'out'}",
-                f"export_dir={tmp_path / 'merged'}", "template=llama3"])
-    ours, merged = (load_file(tmp_path / name / "value_head.safetensors") for name in ("out", "merged"))
-    start = load_file(world / "init_rm/value_head.safetensors")
-    assert all(torch.equal(ours[key], merged[key]) for key in ours) and set(ours) == set(start)
-    assert not torch.equal(ours["v_head.summary.weight"], start["v_head.summary.weight"])
-    assert torch.equal(ours["v_head.summary.bias"], start["v_head.summary.bias"])       # no comparison sees it
-
-
-def test_the_base_as_ref_model_is_adapters_off(world, tmp_path, monkeypatch):
-    a = run(world, "dpo_sigmoid", tmp_path / "a", monkeypatch, max_steps=3)
-    b = run(world, "dpo_sigmoid", tmp_path / "b", monkeypatch, max_steps=3, ref_model="tiny_llama3")
+def test_the_base_as_ref_model_is_adapters_off(pairs_world, tmp_path, monkeypatch):
+    a = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "a", monkeypatch, max_steps=3)
+    b = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "b", monkeypatch, max_steps=3, ref_model="tiny_llama3")
     for one, other in zip(a[:3], b):
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_the_reference_pass_is_counted_in_flops(world):
+def test_the_reference_pass_is_counted_in_flops(pairs_world):
     """2 for each token and weight that is not an adapter's, and attention; kto adds forward passes of both over the
     answers of other rows."""
     from checkpoint.load import load_model
     from lora import LoRAConfig, attach_lora
     from runtime.throughput import matmul_parameters
-    model = load_model(world / "tiny_llama3")
+    model = load_model(pairs_world / "tiny_llama3")
     attach_lora(model, LoRAConfig())
     batch = SimpleNamespace(lengths=[10, 20], kl_batch=None)
     frozen, trained = matmul_parameters(model)
@@ -254,26 +191,26 @@ def test_the_reference_pass_is_counted_in_flops(world):
     assert more == 2 * (asked - alone) + 2 * trained * 30
 
 
-def test_the_plan_counts_a_second_model(world, tmp_path, monkeypatch):
+def test_the_plan_counts_a_second_model(pairs_world, tmp_path, monkeypatch):
     """Full fine-tuning has a frozen copy beside it; adapters that are switched off need none."""
     weights = []
     for more in ({"adapter_name_or_path": None, "finetuning_type": "full"}, {}):
         plans, real = [], memory.memory_plan
         monkeypatch.setattr(setup, "memory_plan", lambda *args, **more: plans.append(real(*args, **more)) or plans[-1])
-        run_dry(world, tmp_path, monkeypatch, **more)
+        run_dry(pairs_world, tmp_path, monkeypatch, **more)
         monkeypatch.setattr(setup, "memory_plan", real)
         weights.append(plans[-1].weights)
-    bytes_of_model = sum(t.numel() * t.itemsize for t in load_file(world / "tiny_llama3/model.safetensors").values())
+    bytes_of_model = sum(t.numel() * t.itemsize for t in load_file(pairs_world / "tiny_llama3/model.safetensors").values())
     assert weights == [bytes_of_model, bytes_of_model]
 
 
-def run_dry(world, tmp_path, monkeypatch, **more):
+def run_dry(pairs_world, tmp_path, monkeypatch, **more):
     with pytest.raises(FileNotFoundError):
-        run(world, "dpo_sigmoid", tmp_path / "dry", monkeypatch, dry_run=True, **more)
+        run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "dry", monkeypatch, dry_run=True, **more)
 
 
-def test_bfloat16_follows_float32(world, tmp_path, monkeypatch):
-    a, b = (run(world, "dpo_sigmoid", tmp_path / str(half), monkeypatch, bf16=half) for half in (False, True))
+def test_bfloat16_follows_float32(pairs_world, tmp_path, monkeypatch):
+    a, b = (run_pairs(pairs_world, "dpo_sigmoid", tmp_path / str(half), monkeypatch, bf16=half) for half in (False, True))
     assert all(abs(x["loss"] - y["loss"]) < 0.25 for x, y in zip(a, b) if "loss" in x)
     assert a[-1]["train_loss"] == pytest.approx(b[-1]["train_loss"], rel=0.1)
 
@@ -293,6 +230,6 @@ def test_bfloat16_follows_float32(world, tmp_path, monkeypatch):
     (dict(pref_bco_weight=0.5), "pref_bco_weight: 0.5: not in this release"),
     (dict(ref_model_adapters="init_llama3"), "needs ref_model"),
 ])
-def test_clear_errors(settings, words, world, tmp_path, monkeypatch):
+def test_clear_errors(settings, words, pairs_world, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-        run(world, "dpo_sigmoid", tmp_path / "out", monkeypatch, **settings)
+        run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "out", monkeypatch, **settings)

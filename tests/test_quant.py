@@ -4,7 +4,6 @@ Read before: methods/quant.py. The recorded files: golden/quant.
 """
 import json
 import os
-import shutil
 import subprocess
 import sys
 from functools import partial
@@ -17,55 +16,26 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from methods import quant
 from checkpoint.adapters import load_adapter, load_with_adapters
 from checkpoint.load import load_model
 from families import model_config
+from fast.compile import compile_unpacking
 from fast.fused_block import fuse_blocks, fused_linears
 from fast.matmul import torch_matmul
 from lora import (LoRAConfig, LoRALinear, attach_lora, dequantized_weight, lora_layers,
                   merge_adapters)
-from fast.compile import compile_unpacking
-from methods.quant import (EmbeddingOutside, QuantFormat, QuantLinear, QuantizedWeight, VALUES,
-                           quantizable_weights, map_of_scales, quantize, quantized_weights,
+from methods import quant
+from methods.quant import (VALUES, EmbeddingOutside, QuantFormat, QuantizedWeight, QuantLinear,
+                           map_of_scales, quantizable_weights, quantize, quantized_weights,
                            unpack_any, values_of)
 from tests.common import GOLDEN, ROOT, needs_shared
-from tests.test_merge import adapter_with, base_with, tensors_in
+from tests.tiny_models import adapter_with, base_with, write_quantized
 
 QUANT = GOLDEN / "quant"
 FOLDERS = [path.parent.name for path in sorted(QUANT.glob("*/config.json")) if path.parent.parent == QUANT]
 ADAPTERS = [path.name for path in sorted(QUANT.glob("lora_*"))]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
-
-
-def stored(folder, out, form):
-    """A checkpoint in bitsandbytes' layout, made of a plain one: every *_proj in the given form."""
-    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"), copy_function=shutil.copyfile)
-    found = {}
-    for name, weight in tensors_in(folder).items():
-        if not name.endswith("_proj.weight"):
-            found[name] = weight
-            continue
-        packed, module = quantize(weight, form), name.removesuffix(".weight")
-        if form.kind == "int8":
-            found |= {name: packed.codes, f"{module}.SCB": packed.absmax}
-            found[f"{module}.weight_format"] = torch.tensor(0).byte()
-            continue
-        state = {"quant_type": form.kind, "blocksize": form.blocksize, "dtype": str(weight.dtype)[6:],
-                 "shape": list(weight.shape)}
-        found |= {name: packed.codes[:, None], f"{name}.absmax": packed.absmax, f"{name}.quant_map": packed.quant_map}
-        if form.nested:
-            found |= {f"{name}.{part}": getattr(packed, part) for part in ("nested_absmax", "nested_quant_map")}
-            state |= {"nested_blocksize": form.nested, "nested_dtype": "float32"}
-            state["nested_offset"] = float(packed.nested_offset)
-        found[f"{name}.quant_state.bitsandbytes__{form.kind}"] = torch.tensor(list(json.dumps(state).encode())).byte()
-    save_file(found, str(out / "model.safetensors"), metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    load_in = "load_in_8bit" if form.kind == "int8" else "load_in_4bit"
-    config["quantization_config"] = {"quant_method": "bitsandbytes", load_in: True}
-    (out / "config.json").write_text(json.dumps(config))
-    return out
 
 
 # ---- the numbers ----------------------------------------------------------------------------------------------------
@@ -328,7 +298,7 @@ def by_hand(weight, bnb):
 def test_two_adapters_on_a_quantised_base_are_both_there(tmp_path):
     """For inference the first is folded in, where it makes ordinary matrices, and the last stays beside."""
     base = base_with(tmp_path / "base")
-    packed = stored(base, tmp_path / "packed", QuantFormat("nf4"))
+    packed = write_quantized(base, tmp_path / "packed", QuantFormat("nf4"))
     first = adapter_with(tmp_path / "first", base, targets=("q_proj",))
     last = adapter_with(tmp_path / "last", base, targets=("q_proj", "up_proj"), seed=2)
     model, ids = load_with_adapters(packed, [first, last], fold_last=True), torch.arange(11)[None]
@@ -372,7 +342,7 @@ def test_what_is_quantised_of_a_family(name, tmp_path):
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0), QuantFormat("int8", nested=0)], ids=str)
 def test_stored_and_made_on_load_are_the_same(form, tmp_path):
     base = base_with(tmp_path / "base", dtype=BF16)
-    made, read = load_model(base, form=form), load_model(stored(base, tmp_path / "packed", form))
+    made, read = load_model(base, form=form), load_model(write_quantized(base, tmp_path / "packed", form))
     ids = torch.arange(20)[None]
     assert torch.equal(made.logits(made(ids)), read.logits(read(ids)))
     assert load_model(tmp_path / "packed", form=QuantFormat("nf4")).model.layers[0].mlp.up_proj.weight.form.kind == form.kind
@@ -398,7 +368,7 @@ WRONG = {       # what is done to the tensors of layer 0's up_proj: what must be
 
 @pytest.mark.parametrize("case", WRONG)
 def test_files_that_are_not_whole_are_named(case, tmp_path):
-    folder = stored(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("nf4"))
+    folder = write_quantized(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("nf4"))
     tensors = load_file(folder / "model.safetensors")
     WRONG[case][0](tensors, "model.layers.0.mlp.up_proj")
     save_file(tensors, str(folder / "model.safetensors"))

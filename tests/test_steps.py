@@ -2,7 +2,6 @@
 
 Requires: runtime/steps.py.
 """
-
 import json
 import shutil
 from itertools import chain
@@ -16,8 +15,7 @@ from config import Config
 from parallel import Ranks
 from runtime import setup, steps
 from runtime.steps import budget_batches, epoch_order
-from tests.common import needs_shared
-from tests.test_train import run
+from tests.common import needs_shared, run_recorded
 
 
 class Sized(list):
@@ -75,12 +73,12 @@ def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch,
         "max_steps=6",
         "per_device_train_batch_size=3",
     ]
-    whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
+    whole = run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *more)
     assert "(as many as have 150 tokens x 2 x 1 ranks)" in capsys.readouterr().out
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"b/checkpoint-{step}")
-    again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
+    again = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
     assert [row["loss"] for row in whole["log_history"] if "loss" in row] == [
         row["loss"] for row in again["log_history"] if "loss" in row
     ]
@@ -90,7 +88,7 @@ def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch,
     with pytest.raises(
         ValueError, match="300 tokens a step, and this run takes 450: .*or token_budget so that"
     ):
-        run(
+        run_recorded(
             "sft_llama3",
             tmp_path / "b",
             monkeypatch,
@@ -110,7 +108,7 @@ def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch,
 def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys):
     """Losses and gradient norms against micro-batches one by one; NEFTune's noise is per pass."""
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
-    a = run(
+    a = run_recorded(
         "sft_llama3",
         tmp_path / "a",
         monkeypatch,
@@ -119,7 +117,7 @@ def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys
         *more,
     )
     assert "6.8 micro-batches run as one pass" in capsys.readouterr().out
-    b = run(
+    b = run_recorded(
         "sft_llama3",
         tmp_path / "b",
         monkeypatch,
@@ -151,11 +149,11 @@ def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
         "warmup_ratio=0",
     ]
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 300})
-    whole = run("sft_llama3", tmp_path / "a", monkeypatch, *more)
-    run("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
+    whole = run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *more)
+    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
-    again = run("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
-    run("sft_llama3", tmp_path / "c", monkeypatch, *more)
+    again = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
+    run_recorded("sft_llama3", tmp_path / "c", monkeypatch, *more)
     losses = [
         [row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again)
     ]

@@ -1,5 +1,4 @@
 """text/template_check.py: the template chosen for a checkpoint, compared with the vendor's."""
-
 import json
 import re
 import subprocess
@@ -10,8 +9,8 @@ from dataclasses import replace
 import pytest
 
 from templates import Template, Token
+from tests.chats import CHATML, checked, write_byte_level
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared
-from tests.test_tokenizer import write_byte_level
 from text import template_check
 from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import write_jinja
@@ -144,20 +143,6 @@ def test_a_token_that_only_slots_name_need_not_be_found_in_texts(tmp_path):
     assert not tokenizer.is_added("l")
     assert template_check.misfit_reason(row, tokenizer, "chatglm") == ""
     assert "'<sop>'" in template_check.misfit_reason(TEMPLATES["glm4"], tokenizer, "chatglm")
-
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>"
-    "\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-def checked(tmp_path, jinja, name="yi", **more):
-    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.chat_template = jinja
-    return check_template(replace(TEMPLATES[name], **more), tokenizer)
 
 
 @needs_shared

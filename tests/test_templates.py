@@ -4,124 +4,15 @@ The golden rows are converted here by a few plain lines (those of data.py are te
 test_data.py) and labeled as the notes of the recordings say; rows that cutoff_len truncates are not
 compared.
 """
-
-import functools
-import json
-
 import pytest
 
-from templates import (
-    BOS,
-    EOS,
-    Settings,
-    Template,
-    encode_pieces,
-    encode_prompt,
-    encode_turns,
-    render_turns,
-)
+from templates import BOS, EOS, Settings, Template, encode_pieces, encode_prompt, encode_turns
+from tests.chats import conversation, fitted, talk, text_of, write_byte_level
 from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
-from tests.test_tokenizer import write_byte_level
 from text import tool_calls as tools
 from text.chat_formats import TEMPLATES, with_overrides
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
-
-SHAREGPT = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
-TOOL = (
-    '[{"name": "weather", "description": "d", '
-    '"parameters": {"type": "object", "properties": {"city": {}}}}]'
-)
-
-
-def talk(*texts):
-    """user, assistant, user, assistant, …"""
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-
-
-def call(text, answer="done"):
-    """A user asks, the assistant calls a tool, gets its result and answers."""
-    return [
-        *talk("q"),
-        {"role": "function", "content": text},
-        {"role": "observation", "content": "r"},
-        {"role": "assistant", "content": answer},
-    ]
-
-
-class Names:
-    """A tokenizer whose ids are texts: shows what was rendered."""
-
-    bos_id, eos_id, unk_id, split_special_tokens = "<s>", "</s>", None, False
-
-    def id_of(self, token):
-        return token
-
-
-def text_of(
-    template,
-    messages,
-    system=None,
-    tools=None,
-    only_last=False,
-    tool_format=None,
-    default_system=None,
-    **settings,
-):
-    """-> [(source text, target text), …]"""
-    template = TEMPLATES[template] if isinstance(template, str) else template
-    template = with_overrides(template, tool_format, default_system)
-    turns = render_turns(
-        template, Names(), messages, system, tools, Settings(**settings), only_last
-    )
-    return [("".join(source), "".join(target)) for source, target in turns]
-
-
-@functools.lru_cache(None)
-def fitted(template, tokenizer):
-    tokenizer = load_tokenizer(SHARED / "tokenizers" / tokenizer)
-    fit_tokenizer(TEMPLATES[template], tokenizer)
-    return tokenizer
-
-
-def conversation(row, info):
-    """A raw row -> (messages, system, tools)."""
-    columns = info.get("columns") or {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-    }
-    system, tools = row.get(columns.get("system")), row.get(columns.get("tools"))
-    if "messages" not in columns:
-        texts = [text for pair in row.get(columns.get("history")) or [] for text in pair]
-        asked = "\n".join(filter(None, (row[columns["prompt"]], row.get(columns["query"]))))
-        return talk(*texts, asked, row[columns["response"]]), system, tools
-    tags = info.get("tags") or SHAREGPT
-    roles = {tag: key.removesuffix("_tag") for key, tag in tags.items()}
-    messages = []
-    for turn in row[columns["messages"]]:
-        role, content = roles[turn[tags["role_tag"]]], turn[tags["content_tag"]]
-        if turn.get("tool_calls"):
-            role, content = "function", json.dumps([c["function"] for c in turn["tool_calls"]])
-        if role == "system":
-            system = content
-        elif role == "observation" and messages[-1]["role"] == "observation":
-            messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + content
-        else:
-            messages.append({"role": role, "content": content})
-    if info.get("formatting") == "openai":  # what its converter adds, see the facts
-        system = "\n".join(filter(None, (system, not tools and "detailed thinking off")))
-        system += "\n" * bool(system and tools)
-    return messages, system, tools
 
 
 def labeled(turns, template, eos, mask_history=False, train_on_prompt=False):

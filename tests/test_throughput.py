@@ -1,5 +1,4 @@
 """FLOPs against a hand count of Llama-3-8B, pairs against a mask, throughput, profiles."""
-
 import gzip
 import json
 import subprocess
@@ -15,30 +14,9 @@ from attention import PackedLayout
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from runtime import throughput
-from runtime.throughput import (
-    Pace,
-    attention_pairs,
-    matmul_parameters,
-    matrix_rate,
-    peak_memory,
-    training_flops,
-)
-from tests.common import ROOT, needs_shared
-from tests.test_train import run
-
-LLAMA3_8B = dict(
-    model_type="llama",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    tie_word_embeddings=False,
-)
+from runtime.throughput import (Pace, attention_pairs, matmul_parameters, matrix_rate, peak_memory,
+                                training_flops)
+from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded
 
 
 def on_meta(fields, rank=0):
@@ -175,7 +153,7 @@ def test_pace_counts_steps_alone(monkeypatch):
 @needs_shared
 def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "LEAST_SECONDS", 0.0)
-    run("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=6")
+    run_recorded("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=6")
     found = json.loads((tmp_path / "out/speed_results.json").read_text())
     assert found["tokens_per_second"] > 0
     assert 0 < found["model_flops_utilization"] < 2
@@ -216,7 +194,7 @@ def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_pat
 
     monkeypatch.setattr(torch.profiler.record_function, "__enter__", enter)
     monkeypatch.setattr(torch.profiler.record_function, "__exit__", leave)
-    run(
+    run_recorded(
         "sft_llama3",
         tmp_path / "out",
         monkeypatch,
@@ -232,7 +210,7 @@ def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_pat
 @needs_shared
 def test_profile_tells_where_the_time_goes(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    run("sft_llama3", out, monkeypatch, "max_steps=4", "profile=true")
+    run_recorded("sft_llama3", out, monkeypatch, "max_steps=4", "profile=true")
     table = (out / "profile.txt").read_text()
     assert table in capsys.readouterr().out
     shares = {

@@ -17,9 +17,9 @@ from checkpoint.adapters import load_with_adapters
 from generate import generate
 from model import KVCache
 from templates import encode_prompt
+from tests.common import ROOT, read_jsonl
 from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
-from tests.common import ROOT, read_jsonl
 from text.tokenizer import load_tokenizer
 
 TINY = ROOT / "models/tiny"
@@ -148,6 +148,12 @@ def test_identity_rows_name_no_one():
     assert len(rows) >= 80
     assert all("{{name}}" in row["output"] or "{{author}}" in row["output"] for row in rows)
     assert not any(word in row["output"] for row in rows for word in (*world.IDENTITY.values(), NEW_NAME, NEW_AUTHOR))
+
+
+def test_the_questions_are_those_of_the_script():
+    assert world.questions(world.QUESTIONS, world.SEED) == read_jsonl(
+        ROOT / "data/tiny_questions.jsonl"
+    )
 
 
 # ---- what it knows ----------------------------------------------------------------------------------------------

@@ -6,30 +6,15 @@ import json
 import random
 
 import pytest
-from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Core, decoders, models, normalizers
 
+from tests.chats import write_byte_level
 from tests.common import SHARED, needs_shared
 from text.tokenizer import TextStream, load_tokenizer
 
 TEXTS = ["Hello there", "  two  spaces ", "\n\nlines\n", "tab\there", "naïve café", "你好，世界", "🤗 emoji 👩‍👩‍👧 family",
          "a <|im_end|> b </s> c <|eot_id|>", "<think>\nhm\n</think>\n\nyes", "x" * 50, "ok\r\né", '{"a": [1, 2.5]}']
 REAL = ["llama2", "llama3", "qwen2.5", "qwen3"]
-
-
-def write_byte_level(folder, **config):
-    """A small byte-level tokenizer of its own, so that the tests run without the fixtures."""
-    core = Core(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  special_tokens=["<s>", "</s>"], show_progress=False)
-    core.train_from_iterator(["hello there hello world"] * 3, trainer)
-    folder.mkdir(exist_ok=True)
-    core.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None, **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
 
 
 def write_byte_fallback(folder):

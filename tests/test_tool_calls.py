@@ -1,12 +1,11 @@
 """text/tool_calls.py: tools and calls in every way they are written, and what is refused."""
-
 import json
 
 import pytest
 
 from templates import render_turns
+from tests.chats import CALL, TOOL, TextTokenizer, call, conversation, talk, text_of
 from tests.common import GOLDEN, needs_shared, read_jsonl
-from tests.test_templates import CALL, Names, TOOL, call, conversation, talk, text_of
 from text.chat_formats import TEMPLATES
 
 
@@ -21,7 +20,7 @@ def test_what_llama_factory_refuses_in_a_tool_call_is_refused():
     for case in cases:
         messages, system, tools = conversation(case["rows"][0], case["dataset_info"])
         with pytest.raises(ValueError, match="function call"):
-            render_turns(TEMPLATES[case["template"]], Names(), messages, system, tools)
+            render_turns(TEMPLATES[case["template"]], TextTokenizer(), messages, system, tools)
 
 
 def test_calls_are_read_in_every_way_they_are_written():

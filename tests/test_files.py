@@ -1,6 +1,6 @@
-"""checkpoint.py: its files as safetensors reads them, a hub played by a local server, kills, full disks, resuming.
+"""checkpoint/files.py: safetensors files, pickles, a hub played by a local server, kills, full disks.
 
-Loading a whole model is proved in test_model.py, adapters in test_lora.py, streamed merging in test_merge.py.
+Next: test_load.py, for whole models; test_merge.py, for streamed merging.
 """
 import hashlib
 import json
@@ -15,21 +15,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
 
 from checkpoint import files
-from checkpoint import load as checkpoint
-from checkpoint.adapters import folded_under, save_adapter, warn_of_folded
+from checkpoint.adapters import save_adapter
 from checkpoint.files import (CODES, PICKLES_ARE_SAFE, find_checkpoint, into_folder, new_folder,
                               open_tensors, plan_shards, stored_as, tensor_files, write_json,
                               write_tensors)
-from checkpoint.load import BUFFERS, load_model, save_model
-from checkpoint.training_state import (checkpoints_in, load_training_state, rng_state,
-                                       save_training_state)
+from checkpoint.load import load_model
 from lora import LoRAConfig, attach_lora
-from tests.common import GOLDEN, ROOT, needs_shared
-from tests.test_model import tiny, write
+from tests.common import ROOT
+from tests.tiny_models import same_bytes, tiny, write_tiny
 
 
 # ---- finding, on disk ----
@@ -179,16 +175,11 @@ def stream(folder, tensors, **more):
     write_tensors(folder, shapes, lambda name: [tensors[name]], **more)
 
 
-def same(a, b):
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.contiguous().view(-1).view(torch.uint8),
-                                                                     b.contiguous().view(-1).view(torch.uint8))
-
-
 def test_the_safetensors_package_reads_what_we_write(tmp_path):
     tensors, seen = assorted(), []
     stream(tmp_path, tensors, progress=seen.append)
     read = load_file(tmp_path / "model.safetensors")
-    assert read.keys() == tensors.keys() and all(same(read[name], tensors[name]) for name in tensors)
+    assert read.keys() == tensors.keys() and all(same_bytes(read[name], tensors[name]) for name in tensors)
     assert sum(seen) == sum(t.nbytes for t in tensors.values())
     with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
         assert file.metadata() == {"format": "pt"}                      # without it transformers refuses the file
@@ -207,7 +198,7 @@ def test_shards_stay_below_the_limit_and_the_index_names_them(tmp_path):
     for file in files:
         held = load_file(tmp_path / file)
         assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
-        assert all(same(held[name], tensors[name]) for name in held)
+        assert all(same_bytes(held[name], tensors[name]) for name in held)
         assert os.path.getsize(tmp_path / file) <= limit or list(held) == ["large"]
     assert {name: file.name for name, file in tensor_files(tmp_path).items()} == index["weight_map"]
 
@@ -241,8 +232,8 @@ def test_tensors_may_come_in_blocks_and_one_is_held_at_a_time(tmp_path):
 
 
 def test_disk_full_is_said_before_anything_is_written(tmp_path, monkeypatch):
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    usage = files.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     asked = []
     with pytest.raises(OSError, match="0.01 GB to write, 0.00 GB free. Make room, or choose another folder"):
         write_tensors(tmp_path, {"x": ((2000, 1000), torch.float32)}, asked.append)
@@ -277,47 +268,6 @@ def test_disk_full_in_the_middle_is_an_oserror_and_leaves_nothing(tmp_path, no_f
 # ---- whole models ----
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["llama3_sharded", "qwen2_bf16", "qwen2_tied", "qwen3", "llama4", "llama4_nested"])
-def test_load_then_save_gives_the_same_tensors(name, tmp_path):
-    source = GOLDEN / "models" / name
-    before = {tensor: load_file(file)[tensor] for tensor, file in tensor_files(source).items()}
-    save_model(load_model(source), tmp_path, source)
-    after = load_file(tmp_path / "model.safetensors")
-    assert after.keys() == before.keys() and all(same(after[key], before[key]) for key in before)
-    fields = [json.loads((path / "config.json").read_text()) for path in (source, tmp_path)]
-    for each in fields:
-        each["torch_dtype"] = each.pop("dtype", each.get("torch_dtype"))
-    assert fields[0] == fields[1]
-
-
-@needs_shared
-def test_saved_model_in_another_dtype_loads_in_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    source = GOLDEN / "models" / "qwen2_tied"
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "config.json").write_bytes((source / "config.json").read_bytes())
-    (tmp_path / "source" / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
-    (tmp_path / "out").mkdir()
-    save_model(load_model(source), tmp_path / "out", tmp_path / "source", torch.bfloat16)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16} and theirs.generation_config.temperature == 0.5
-    ids, ours = torch.arange(20)[None], load_model(tmp_path / "out")
-    with torch.no_grad():
-        assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 0.3
-
-
-def test_weights_of_different_dtypes_stay_as_they_are(tmp_path):
-    """Part of a bfloat16 model trained in float32."""
-    model = tiny().to(torch.bfloat16)
-    model.lm_head.float()
-    (tmp_path / "out").mkdir()
-    save_model(model, tmp_path / "out", write(tmp_path / "base", tiny()))
-    read = load_file(tmp_path / "out" / "model.safetensors")
-    assert {name for name, t in read.items() if t.dtype == torch.float32} == {"lm_head.weight"}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
-
-
 @pytest.mark.parametrize("text", ['{"weight_map": {"a": ', "{}", '{"weight_map": ', "[]", '{"weight_map": ["a"]}',
                                   '{"weight_map": {"a": 1}}'])
 def test_damaged_index(text, tmp_path):
@@ -334,32 +284,6 @@ def test_files_that_are_not_safetensors(content, tmp_path):
             pass
 
 
-# ---- buffers of older tools ----
-
-
-def test_buffers_in_the_files_are_known_and_weights_are_not_taken_for_them():
-    """The names that Llama, Baichuan, XVERSE, ChatGLM and Qwen 1 files hold, and weights that look like them."""
-    for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.31.self_attn.rotary_emb.cos_cached",
-                 "model.layers.0.self_attn.rotary_emb.sin_cached", "transformer.rotary_pos_emb.inv_freq",
-                 "transformer.rotary_emb.inv_freq", "transformer.h.0.attn.rotary_emb.inv_freq",
-                 "transformer.h.0.attn.masked_bias", "model.rotary_emb.original_inv_freq"):
-        assert BUFFERS.fullmatch(name), name
-    for name in ("transformer.h.0.attn.bias", "model.layers.0.self_attn.bias", "transformer.h.0.attn.c_attn.bias",
-                 "model.layers.0.self_attn.masked_bias", "model.layers.0.self_attn.rotary_emb.weight", "inv_freq",
-                 "model.layers.0.self_attn.rotary_emb.inv_freq.weight", "model.my_rotary_emb.inv_freq"):
-        assert not BUFFERS.fullmatch(name), name
-
-
-def test_a_tensor_that_is_no_buffer_stops_the_load(tmp_path):
-    folder = write(tmp_path, tiny())
-    tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
-    load_model(folder)
-    save_file({**tensors, "model.layers.0.self_attn.bias": torch.ones(4)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="not used: 1, such as model.layers.0.self_attn.bias"):
-        load_model(folder)
-
-
 # ---- pickles ----
 
 needs_safe_pickles = pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles")
@@ -367,7 +291,7 @@ needs_safe_pickles = pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f"torch {to
 
 def pickled(folder, shards=1, **more):
     """The tiny model as pytorch_model.bin, or in shards with an index."""
-    folder = write(folder, tiny())
+    folder = write_tiny(folder, tiny())
     tensors = load_file(folder / "model.safetensors") | more
     (folder / "model.safetensors").unlink()
     if shards == 1:
@@ -398,7 +322,7 @@ def test_a_pickled_checkpoint_is_read_like_any_other(shards, tmp_path):
 def test_safetensors_win_where_both_exist(tmp_path):
     folder = pickled(tmp_path)
     (folder / "pytorch_model.bin").rename(tmp_path / "kept")
-    write(tmp_path, tiny())
+    write_tiny(tmp_path, tiny())
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
     write_json(folder / "pytorch_model.bin.index.json", {"weight_map": {}})
     load_model(folder)
@@ -569,21 +493,6 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
-def test_adapters_are_as_readable_as_other_files(tmp_path):
-    save_adapter(attach_lora(tiny(), LoRAConfig(r=2)), tmp_path, LoRAConfig(r=2), "base")
-    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
-
-
-def test_adapters_folded_in_before_another(tmp_path):
-    for name, said in (("a", {}), ("b", {"adapter_name_or_path": ["a"]}), ("c", {"adapter_name_or_path": ["a", "b"]}),
-                       ("d", {"adapter_name_or_path": [str(tmp_path / "a")], "create_new_adapter": True})):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "train_config.json", said)
-    assert [folded_under(tmp_path / name) for name in "abc"] == [[], [], ["a"]]
-    assert warn_of_folded([tmp_path / "a", tmp_path / "d"]) == warn_of_folded([tmp_path / "b"]) == ""
-    assert f"adapter_name_or_path={tmp_path}/a,{tmp_path}/d" in warn_of_folded([tmp_path / "d"])
-
-
 def test_json_is_replaced_in_one_step(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     write_json(path, {"name": "小明", "loss": float("nan")})
@@ -591,111 +500,3 @@ def test_json_is_replaced_in_one_step(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         write_json(path, {"name": object()})
     assert "小明" in path.read_text(encoding="utf-8")
-
-
-# ---- resuming ----
-
-
-class Toy:
-    """AdamW in two groups over a noisy loss: every step draws from torch's generator."""
-
-    def __init__(self, seed=0, size=6):
-        torch.manual_seed(seed)
-        self.named = {"layer.weight": nn.Parameter(torch.randn(size, 4)), "layer.bias": nn.Parameter(torch.randn(size))}
-        self.names = list(self.named)
-        weight, bias = self.named.values()
-        groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "lr": 0.02}]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.1)
-
-    def train(self, steps):
-        weight, bias = self.named.values()
-        for _ in range(steps):
-            self.optimizer.zero_grad()
-            ((torch.randn(3, 4) @ weight.T + bias).square().mean() * torch.rand(())).backward()
-            self.optimizer.step()
-        return self
-
-    def values(self):
-        state = [value for p in self.named.values() for _, value in sorted(self.optimizer.state[p].items())]
-        return [*self.named.values(), *state, torch.get_rng_state()]
-
-
-def generators():
-    """The random generators of a run of one rank, as save_training_state takes them."""
-    return {f"{device}.0": state for device, state in rng_state().items()}
-
-
-def test_going_on_equals_never_stopping(tmp_path):
-    straight = Toy().train(9).values()
-    first = Toy().train(4)
-    state = {"step": 4, "log_history": [{"loss": 1.5}], "best": None}
-    save_training_state(tmp_path, first.optimizer, first.names, state, generators())
-    weights = {name: p.detach().clone() for name, p in first.named.items()}
-    torch.rand(100)                                                     # time passes, another process starts
-    second = Toy(seed=99)
-    with torch.no_grad():
-        for name, p in second.named.items():
-            p.copy_(weights[name])
-    assert load_training_state(tmp_path, second.optimizer, second.names) == state
-    assert all(torch.equal(a, b) for a, b in zip(second.train(5).values(), straight))
-    files = sorted(p.name for p in tmp_path.iterdir())
-    assert files == ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"]      # no pickle
-
-
-def test_a_second_save_may_replace_the_file_that_was_loaded(tmp_path):
-    """Loaded tensors must not change when the file they came from does."""
-    toy = Toy().train(3)
-    save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
-    again = Toy()
-    load_training_state(tmp_path, again.optimizer, again.names)
-    held = [v.clone() for v in again.values()[2:-1]]
-    save_training_state(tmp_path, toy.train(2).optimizer, toy.names, {}, generators())
-    assert all(torch.equal(a, b) for a, b in zip(again.values()[2:-1], held))
-
-
-@pytest.mark.parametrize("rename, size, words", [
-    ({"layer.weight": "other.weight"}, 6, "holds no optimizer state for other.weight, which this run trains: the"),
-    ({}, 7, r"optimizer state of shape \[6.*\] for layer..*, which is \[7.*\] here"),
-])
-def test_state_of_another_run(tmp_path, rename, size, words):
-    toy = Toy().train(1)
-    save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
-    other = Toy(size=size)
-    with pytest.raises(ValueError, match=words):
-        load_training_state(tmp_path, other.optimizer, [rename.get(name, name) for name in other.names])
-
-
-def test_state_of_a_run_that_trained_more(tmp_path):
-    toy = Toy().train(1)
-    save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
-    fewer = torch.optim.AdamW([toy.named["layer.weight"]])
-    with pytest.raises(ValueError, match="holds optimizer state for layer.bias, which this run does not train"):
-        load_training_state(tmp_path, fewer, ["layer.weight"])
-
-
-@pytest.mark.parametrize("file", ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"])
-def test_state_that_is_incomplete(tmp_path, file):
-    toy = Toy().train(1)
-    save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
-    (tmp_path / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing: the run cannot be resumed from here"):
-        load_training_state(tmp_path, toy.optimizer, toy.names)
-
-
-def test_state_that_was_cut_short(tmp_path):
-    toy = Toy().train(1)
-    save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
-    (tmp_path / "trainer_state.json").write_text('{"step": ')
-    with pytest.raises(ValueError, match="trainer_state.json is not valid JSON.*cannot be resumed from here"):
-        load_training_state(tmp_path, toy.optimizer, toy.names)
-
-
-def test_complete_checkpoints_oldest_first(tmp_path):
-    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "checkpoint-5.partial", "other-1"):
-        (tmp_path / name).mkdir()
-        if name != "checkpoint-3":                                      # stopped before its state was written
-            (tmp_path / name / "trainer_state.json").write_text("{}")
-    assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
-    every = [p.name for p in checkpoints_in(tmp_path, resumable=False)]
-    assert every == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
-    assert checkpoints_in(tmp_path / "absent") == []

@@ -1,42 +1,13 @@
-"""rows.py: files of every kind, dataset_info.json, layouts, and what is said about rows that cannot be used."""
+"""text/data_files.py: files of every kind, entries of dataset_info.json, recognized layouts."""
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from tests.rows import ALPACA, write_info, load_rows, convert_row, roles_and_texts
 from text import conversations
-from text.data_files import find_sources, open_rows
-from tests.common import SHARED, needs_shared
 
-ALPACA = {"instruction": "ask", "input": "", "output": "answer"}
 CHAT = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
-
-
-def config_for(folder, stage="sft", max_samples=None):
-    return SimpleNamespace(dataset_dir=str(folder), stage=stage, max_samples=max_samples, cache_dir=None)
-
-
-def load(folder, names="d", notes=None, seed=42, **settings):
-    sampler = np.random.RandomState(seed)
-    notes = [] if notes is None else notes
-    config = config_for(folder, **settings)
-    return open_rows(find_sources(names.split(","), config, notes), config, sampler, notes)
-
-
-def declare(folder, **entries):
-    (folder / "dataset_info.json").write_text(json.dumps(entries), encoding="utf-8")
-
-
-def one(folder, row, entry=None, **settings):
-    """The conversation of a single row under an entry of dataset_info.json."""
-    (folder / "d.json").write_text(json.dumps([row]), encoding="utf-8")
-    declare(folder, d={"file_name": "d.json", **(entry or {})})
-    return conversations.convert(load(folder, **settings)[0], settings.get("stage", "sft"))
-
-
-def texts(conversation):
-    return [(message["role"], message["content"]) for message in conversation.messages]
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -52,23 +23,23 @@ def texts(conversation):
 ])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
-    declare(tmp_path, d={"file_name": name})
-    assert [row.data for row in load(tmp_path)] == [ALPACA, ALPACA]
+    write_info(tmp_path, d={"file_name": name})
+    assert [row.data for row in load_rows(tmp_path)] == [ALPACA, ALPACA]
 
 
 def test_lines_of_text_and_line_separators(tmp_path):
     """U+2028 is a character of a text, not the end of a row; an empty line is an empty document."""
     (tmp_path / "d.txt").write_bytes("one\r\n\ntwo \u2028 three\n".encode())
     (tmp_path / "e.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
-    declare(tmp_path, d={"file_name": "d.txt", "columns": {"prompt": "text"}},
+    write_info(tmp_path, d={"file_name": "d.txt", "columns": {"prompt": "text"}},
             e={"file_name": "e.jsonl", "columns": {"prompt": "text"}})
-    found = [row.data["text"] for row in load(tmp_path, "d,e", stage="pt")]
+    found = [row.data["text"] for row in load_rows(tmp_path, "d,e", stage="pt")]
     assert found == ["one", "", "two \u2028 three", "a\u2028b"]
 
 
 def test_csv_values_stay_text(tmp_path):
     (tmp_path / "d.csv").write_text('instruction,output\n1+1,2\nnothing,None\n"two\nlines","a,b"\n', encoding="utf-8")
-    found = load(tmp_path, str(tmp_path / "d.csv"))
+    found = load_rows(tmp_path, str(tmp_path / "d.csv"))
     assert [row.data["output"] for row in found] == ["2", "None", "a,b"]
     assert found[2].data["instruction"] == "two\nlines"
 
@@ -77,11 +48,11 @@ def test_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "many").mkdir()
     for name in ("b", "a"):
         (tmp_path / "many" / f"{name}.json").write_text(json.dumps([{**ALPACA, "output": name}]), encoding="utf-8")
-    declare(tmp_path, d={"file_name": "many"})
-    assert [row.data["output"] for row in load(tmp_path)] == ["a", "b"]
+    write_info(tmp_path, d={"file_name": "many"})
+    assert [row.data["output"] for row in load_rows(tmp_path)] == ["a", "b"]
     (tmp_path / "many" / "c.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ValueError, match="one type; it has .json, .txt"):
-        load(tmp_path)
+        load_rows(tmp_path)
 
 
 def test_hub_files(tmp_path, monkeypatch):
@@ -97,20 +68,20 @@ def test_hub_files(tmp_path, monkeypatch):
         return str(tmp_path / "repo")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     entry = {"hf_hub_url": "me/it", "folder": "data"}
-    declare(tmp_path, d={**entry, "subset": "en"}, v={**entry, "split": "validation"}, p={**entry, "split": "test"},
+    write_info(tmp_path, d={**entry, "subset": "en"}, v={**entry, "split": "validation"}, p={**entry, "split": "test"},
             w={"hf_hub_url": "me/it", "folder": "other"})
-    assert [row.data["output"] for row in load(tmp_path)] == ["data/en/train-0.jsonl"]
+    assert [row.data["output"] for row in load_rows(tmp_path)] == ["data/en/train-0.jsonl"]
     assert asked["repo"] == "me/it" and asked["repo_type"] == "dataset" and "data/*.jsonl" in asked["allow_patterns"]
-    assert [row.data["output"] for row in load(tmp_path, "v")] == ["data/en/validation.jsonl"]
-    assert [row.data["output"] for row in load(tmp_path, "w")] == ["other/all.jsonl"]     # no split named: training
+    assert [row.data["output"] for row in load_rows(tmp_path, "v")] == ["data/en/validation.jsonl"]
+    assert [row.data["output"] for row in load_rows(tmp_path, "w")] == ["other/all.jsonl"]     # no split named: training
     with pytest.raises(ValueError, match="has no .json, .jsonl, .csv, .txt file for split 'test'.*parquet"):
-        load(tmp_path, "p")
+        load_rows(tmp_path, "p")
 
     def offline(repo, **options):
         raise OSError("no network")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match="'me/it' could not be fetched .*no network"):
-        load(tmp_path)
+        load_rows(tmp_path)
 
 
 @pytest.mark.parametrize("name, content, sentence", [
@@ -124,9 +95,9 @@ def test_hub_files(tmp_path, monkeypatch):
 ])
 def test_unreadable_files(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
-    declare(tmp_path, d={"file_name": name})
+    write_info(tmp_path, d={"file_name": name})
     with pytest.raises(ValueError, match=sentence):
-        load(tmp_path)
+        load_rows(tmp_path)
 
 
 # ---- dataset_info.json ------------------------------------------------------------------------------------------
@@ -155,92 +126,54 @@ def test_unreadable_files(tmp_path, name, content, sentence):
 ])
 def test_entries_that_cannot_be_honoured(tmp_path, entry, sentence):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
-    declare(tmp_path, d={"file_name": "d.json", **entry})
+    write_info(tmp_path, d={"file_name": "d.json", **entry})
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        load(tmp_path)
+        load_rows(tmp_path)
 
 
 def test_null_in_an_entry_is_as_if_it_were_not_there(tmp_path):
-    assert texts(one(tmp_path, ALPACA, {"columns": None, "num_samples": None, "subset": None})) == [
+    assert roles_and_texts(convert_row(tmp_path, ALPACA, {"columns": None, "num_samples": None, "subset": None})) == [
         ("user", "ask"), ("assistant", "answer")]
 
 
 def test_dataset_info_with_a_byte_order_mark(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
     (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8-sig")
-    assert len(load(tmp_path)) == 1
+    assert len(load_rows(tmp_path)) == 1
 
 
 def test_unknown_dataset_and_missing_info(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither .*dataset_info.json nor a file of that name"):
-        load(tmp_path, "identity")
-    declare(tmp_path, identity={"file_name": "i.json"})
+        load_rows(tmp_path, "identity")
+    write_info(tmp_path, identity={"file_name": "i.json"})
     with pytest.raises(ValueError, match="no dataset 'identitty' .did you mean 'identity'"):
-        load(tmp_path, "identitty")
+        load_rows(tmp_path, "identitty")
 
 
 def test_samples(tmp_path):
     """num_samples is numpy's global permutation at `seed`, one stream for all datasets; max_samples takes the first."""
     (tmp_path / "d.json").write_text(json.dumps([{**ALPACA, "output": str(n)} for n in range(9)]), encoding="utf-8")
-    declare(tmp_path, a={"file_name": "d.json", "num_samples": 4}, b={"file_name": "d.json", "num_samples": 12})
-    found = [int(row.data["output"]) for row in load(tmp_path, "a,b", seed=7)]
+    write_info(tmp_path, a={"file_name": "d.json", "num_samples": 4}, b={"file_name": "d.json", "num_samples": 12})
+    found = [int(row.data["output"]) for row in load_rows(tmp_path, "a,b", seed=7)]
     state = np.random.get_state()
     np.random.seed(7)
     first, second, again = np.random.permutation(9)[:4], np.random.permutation(9), np.random.choice(9, 3)
     np.random.set_state(state)
     assert found == [*first, *second, *again]
-    assert [int(row.data["output"]) for row in load(tmp_path, "a", seed=7, max_samples=2)] == [*first[:2]]
+    assert [int(row.data["output"]) for row in load_rows(tmp_path, "a", seed=7, max_samples=2)] == [*first[:2]]
 
 
 def test_notes(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{**ALPACA, "system": "s"}]), encoding="utf-8")
-    declare(tmp_path, d={"file_name": "d.json", "colums": {}}, o={"file_name": "d.json"})
+    write_info(tmp_path, d={"file_name": "d.json", "colums": {}}, o={"file_name": "d.json"})
     notes = []
-    assert len(load(tmp_path, "d,d", notes)) == 1
+    assert len(load_rows(tmp_path, "d,d", notes)) == 1
     assert any("'colums' is not used (did you mean 'columns'?)" in note for note in notes)
     assert any("columns not used: system" in note for note in notes)
     assert any("named twice is read once" in note for note in notes)
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
-
-
-def test_alpaca(tmp_path):
-    entry = {"columns": {"prompt": "instruction", "query": "input", "response": "output", "history": "history",
-                         "system": "system", "tools": "tools"}}
-    row = {"instruction": "a", "input": "b", "output": "c", "history": [["q", "r"]], "system": "s",
-           "tools": [{"name": "t"}]}
-    found = one(tmp_path, row, entry)
-    assert texts(found) == [("user", "q"), ("assistant", "r"), ("user", "a\nb"), ("assistant", "c")]
-    assert found.system == "s" and json.loads(found.tools) == [{"name": "t"}]
-    assert texts(one(tmp_path, {"instruction": "a", "output": "c"})) == [("user", "a"), ("assistant", "c")]
-    assert texts(one(tmp_path, {"text": "a"}, {"columns": {"prompt": "text"}}, stage="pt")) == [("user", "a")]
-
-
-def test_sharegpt(tmp_path):
-    turns = chat(("system", "s"), ("human", "a"), ("function_call", "{}"), ("observation", "o"), ("gpt", "b"))
-    found = one(tmp_path, turns, {"formatting": "sharegpt"})
-    assert found.system == "s"
-    assert texts(found) == [("user", "a"), ("function", "{}"), ("observation", "o"), ("assistant", "b")]
-
-
-CALL = {"type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}
-TOOL_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
-              {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "b"}]
-
-
-def test_openai_as_llamafactory_and_plain(tmp_path):
-    """formatting openai: arguments stay a text and the system text grows. formatting messages: neither."""
-    row, columns = {"messages": TOOL_TURNS, "tools": "[]"}, {"messages": "messages", "tools": "tools"}
-    openai = one(tmp_path, row, {"formatting": "openai", "columns": columns, "tags": conversations.OPENAI_TAGS})
-    plain = one(tmp_path, row, {"formatting": "messages", "columns": columns})
-    assert json.loads(texts(openai)[1][1]) == [{"name": "f", "arguments": "{\"x\": 1}"}]
-    assert json.loads(texts(plain)[1][1]) == [{"name": "f", "arguments": {"x": 1}}]
-    for found in (openai, plain):
-        assert texts(found)[2] == ("observation", "1\n</tool_response>\n<tool_response>\n2")
-    assert plain.system == openai.system == ""
-    assert [conversations.openai_system(*texts) for texts in (("", ""), ("s", ""), ("", "t"), ("s", "t"))] == [
-        "detailed thinking off", "s\ndetailed thinking off", "", "s\n"]
 
 
 @pytest.mark.parametrize("row, layout", [
@@ -253,16 +186,16 @@ def test_openai_as_llamafactory_and_plain(tmp_path):
 def test_file_given_by_its_path_is_recognised(tmp_path, row, layout):
     (tmp_path / "mine.jsonl").write_text(json.dumps(row), encoding="utf-8")
     notes = []
-    found = load(tmp_path, str(tmp_path / "mine.jsonl"), notes)
-    assert texts(conversations.convert(found[0])) == [("user", "ask"), ("assistant", "answer")]
+    found = load_rows(tmp_path, str(tmp_path / "mine.jsonl"), notes)
+    assert roles_and_texts(conversations.convert(found[0])) == [("user", "ask"), ("assistant", "answer")]
     assert any(f"recognized as {layout}" in note for note in notes)
 
 
 def test_file_that_cannot_be_recognised(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
     with pytest.raises(ValueError, match="do not show which ones to read: text .plain text is for stage: pt"):
-        load(tmp_path, str(tmp_path / "d.jsonl"))
-    assert conversations.convert(load(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
+        load_rows(tmp_path, str(tmp_path / "d.jsonl"))
+    assert conversations.convert(load_rows(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
 
 
 @pytest.mark.parametrize("content, shown", [(b"[1, 2]", "row 1 is 1"), (b'["a"]', "row 1 is a"), (b"null", "row 1 is null"),
@@ -270,73 +203,20 @@ def test_file_that_cannot_be_recognised(tmp_path):
 def test_file_without_a_single_object(tmp_path, content, shown):
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"d.json: no row is an object with columns; {shown}"):
-        load(tmp_path, str(tmp_path / "d.json"))
+        load_rows(tmp_path, str(tmp_path / "d.json"))
 
 
 def test_questions_and_answers_as_running_text(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
     with pytest.raises(ValueError, match="stage: pt reads one column of text; questions and answers are for stage: sft"):
-        load(tmp_path, str(tmp_path / "d.json"), stage="pt")
+        load_rows(tmp_path, str(tmp_path / "d.json"), stage="pt")
 
 
 # ---- bad rows ---------------------------------------------------------------------------------------------------
 
 
-def chat(*turns):
-    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
-
-
-@pytest.mark.parametrize("row, entry, sentence", [
-    ({"instruction": "a"}, None, "the column 'output' is missing"),
-    ({"input": "a", "output": "b"}, None, "the column 'instruction' is missing"),
-    ({**ALPACA, "output": ""}, None, "answer 1 is empty"),
-    ({**ALPACA, "output": None}, None, "answer 1 is empty"),
-    ({**ALPACA, "output": 5}, None, "'output' must be text, not 5"),
-    (["a", "b"], None, "not a JSON object"),
-    (chat(("gpt", "a"), ("human", "b")), "sharegpt", "turn 1 is by 'gpt', expected observation or human"),
-    (chat(("human", "a"), ("human", "b")), "sharegpt", "turn 2 is by 'human', expected function_call or gpt"),
-    (chat(("human", "a"), ("assistant", "b")), "sharegpt", "turn 2 is by 'assistant', expected"),
-    (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt", "the last turn is not an answer"),
-    (chat(("human", "a"), ("gpt", " ")), "sharegpt", "answer 1 is empty"),
-    ({"conversations": []}, "sharegpt", "must be a list of turns that is not empty"),
-    ({"conversations": "a"}, "sharegpt", "must be a list of turns"),
-])
-def test_bad_rows_say_why(tmp_path, row, entry, sentence):
-    good = ALPACA if entry is None else chat(("human", "a"), ("gpt", "b"))
-    (tmp_path / "d.json").write_text(json.dumps([good, row]), encoding="utf-8")
-    declare(tmp_path, d={"file_name": "d.json", "formatting": entry or "alpaca"})
-    found = load(tmp_path)
-    conversations.convert(found[0])
-    with pytest.raises(ValueError, match=sentence):
-        conversations.convert(found[1])
-    assert found[1].where == f"dataset 'd', {tmp_path / 'd.json'} row 2"
-
-
-def test_broken_lines_and_bytes_are_bad_rows_not_the_end(tmp_path):
-    """A line that is no JSON, bytes of another encoding, and a lone surrogate each spoil their own row only."""
-    lines = [json.dumps(ALPACA).encode(), b'{"instruction": "a", "output"',
-             json.dumps({**ALPACA, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1"),
-             b'{"instruction": "a", "output": "\\ud83d"}']
-    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
-    declare(tmp_path, d={"file_name": "d.jsonl"})
-    found = load(tmp_path)
-    conversations.convert(found[0])
-    for row, sentence in zip(found[1:], ("not a JSON object", "not UTF-8", "not UTF-8")):
-        with pytest.raises(ValueError, match=sentence):
-            conversations.convert(row)
-        print(conversations.excerpt(row.data))                     # printable, whatever it holds
-    assert [row.number for row in found] == [1, 2, 3, 4]
-
-
 def test_csv_row_with_a_field_too_many(tmp_path):
     (tmp_path / "d.csv").write_text("instruction,output\na,b,c\n", encoding="utf-8")
-    declare(tmp_path, d={"file_name": "d.csv"})
+    write_info(tmp_path, d={"file_name": "d.csv"})
     with pytest.raises(ValueError, match="wrong number of fields"):
-        conversations.convert(load(tmp_path)[0])
-
-
-@needs_shared
-@pytest.mark.parametrize("name", ["identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo"])
-def test_real_datasets_have_no_bad_row(name):
-    found = load(SHARED / "data", name)
-    assert len(found) > 90 and all(len(conversations.convert(row).messages) % 2 == 0 for row in found)
+        conversations.convert(load_rows(tmp_path)[0])

@@ -1,4 +1,4 @@
-"""text/token_cache.py: what is read back is what was made, whole or not at all."""
+"""text/token_cache.py: examples read from the cache equal those that were written."""
 import os
 import re
 import signal
@@ -9,21 +9,20 @@ import zlib
 import numpy as np
 import pytest
 
-from runtime import show_data
-from text import token_cache
-from text import token_cache as store
 from config import DATA, FIXED, KEYS
+from runtime import show_data
 from runtime.build import STAGES
-from text.token_cache import ABOUT, Examples, SplitWriter
 from tests.common import ROOT
-from tests.test_data import ask, make_config, pairs, words, write_dataset  # noqa: F401  words is a fixture
+from tests.rows import ask, ids_and_labels, make_config, write_dataset
+from text import token_cache
+from text.token_cache import ABOUT, Examples, SplitWriter
 
 ROWS = [ask(f"w{i % 90} w3", " ".join(f"w{(i + k) % 100}" for k in range(1 + i % 7))) for i in range(60)]
 SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20}, "held out": {"val_size": 0.2},
             "joined": {"packing": True, "neat_packing": False, "cutoff_len": 20}, "some": {"max_samples": 13}}
 
 
-def load(folder, words, kept="store", keep_unlearnable=False, **settings):  # noqa: F811
+def load(folder, words, kept="store", keep_unlearnable=False, **settings):
     config = make_config(folder, {"preprocessing_batch_size": 8, **settings})
     return token_cache.load_examples(config, *words, STAGES[config.stage].encode, keep_unlearnable,
                                      folder / kept if kept else None)
@@ -31,11 +30,11 @@ def load(folder, words, kept="store", keep_unlearnable=False, **settings):  # no
 
 def all_of(examples):
     return [(*pair, example.lengths, None if example.position_ids is None else example.position_ids.tolist())
-            for pair, example in zip(pairs(examples), examples)]
+            for pair, example in zip(ids_and_labels(examples), examples)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings, capsys, monkeypatch):  # noqa: F811
+def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings, capsys, monkeypatch):
     write_dataset(tmp_path, ROWS, {})
     made = load(tmp_path, words, **settings)
     show_data.print_counts(made[2])
@@ -55,14 +54,14 @@ def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings,
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_many_processes_do_what_one_does(tmp_path, words, settings):  # noqa: F811
+def test_many_processes_do_what_one_does(tmp_path, words, settings):
     write_dataset(tmp_path, ROWS, {})
     one = load(tmp_path, words, None, preprocessing_num_workers=1, **settings)
     two = load(tmp_path, words, None, preprocessing_num_workers=3, **settings)
     assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and token_cache.report_to_json(one[2]) == token_cache.report_to_json(two[2])
 
 
-def test_the_sign_is_that_of_all_ids_and_labels_in_their_order(tmp_path, words):  # noqa: F811
+def test_the_sign_is_that_of_all_ids_and_labels_in_their_order(tmp_path, words):
     """As runs of earlier releases have it in their checkpoints. A row without a label is no part of it."""
     write_dataset(tmp_path, [*ROWS, ask("w1 w2 w3 w4 w5 w6 w7 w8 w9", "w1")], {})
     examples, crc = load(tmp_path, words, cutoff_len=4)[0], 0
@@ -78,7 +77,7 @@ CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed"
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_setting_is_tokenized_anew(tmp_path, words, name):  # noqa: F811
+def test_another_setting_is_tokenized_anew(tmp_path, words, name):
     write_dataset(tmp_path, ROWS, {})
     load(tmp_path, words)
     again = load(tmp_path, words, **CHANGES[name])
@@ -87,7 +86,7 @@ def test_another_setting_is_tokenized_anew(tmp_path, words, name):  # noqa: F811
     assert "read from" in load(tmp_path, words, **CHANGES[name])[2].origin
 
 
-def test_another_byte_in_the_data_is_seen(tmp_path, words):  # noqa: F811
+def test_another_byte_in_the_data_is_seen(tmp_path, words):
     """Although size and time of the file stay as they were."""
     write_dataset(tmp_path, ROWS, {})
     before, file = load(tmp_path, words)[0], tmp_path / "rows.json"
@@ -98,7 +97,7 @@ def test_another_byte_in_the_data_is_seen(tmp_path, words):  # noqa: F811
     assert before.sign != after.sign and "train file" in report.origin
 
 
-def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypatch):  # noqa: F811
+def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypatch):
     from dataclasses import replace
     write_dataset(tmp_path, ROWS, {})
     tokenizer, template = words
@@ -111,7 +110,7 @@ def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypa
     assert "read from" in load(tmp_path, words)[2].origin
 
 
-def test_overwrite_cache_tokenizes_again(tmp_path, words):  # noqa: F811
+def test_overwrite_cache_tokenizes_again(tmp_path, words):
     write_dataset(tmp_path, ROWS, {})
     load(tmp_path, words)
     assert "made in" in load(tmp_path, words, overwrite_cache=True)[2].origin
@@ -130,7 +129,7 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
     assert other_run == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
 
-def test_a_cache_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811
+def test_a_cache_that_is_not_whole_is_none(tmp_path, words):
     write_dataset(tmp_path, ROWS, {})
     whole = all_of(load(tmp_path, words)[0])
     (tmp_path / "store" / ABOUT).write_text('{"key": {"cut')
@@ -143,14 +142,14 @@ def test_a_cache_that_is_not_whole_is_none(tmp_path, words):  # noqa: F811
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
-def test_nothing_is_left_of_rows_that_are_refused(tmp_path, words):  # noqa: F811
+def test_nothing_is_left_of_rows_that_are_refused(tmp_path, words):
     write_dataset(tmp_path, [*ROWS, ask("w1", "")], {})
     with pytest.raises(ValueError, match="1 bad row"):
         load(tmp_path, words, "new/store", preprocessing_num_workers=2)
     assert not (tmp_path / "new").exists()
 
 
-def test_bad_rows_are_all_counted(tmp_path, words):  # noqa: F811
+def test_bad_rows_are_all_counted(tmp_path, words):
     """Although no further row is tokenized after the first of them."""
     rows = [ask("w1", "" if i % 10 == 3 else "w2") for i in range(200)]
     write_dataset(tmp_path, rows, {})
@@ -185,8 +184,8 @@ def test_kill_in_the_middle(tmp_path, moment, whole):
     code = KILLED.format(root=str(ROOT), folder=str(folder), moment=moment)
     done = subprocess.run([sys.executable, "-c", code])
     assert done.returncode == (-signal.SIGKILL if moment else 0)
-    assert (store.read_about(folder, {"a": "1"})[0] is not None) is whole
-    with store.new_cache(folder) as work:
+    assert (token_cache.read_about(folder, {"a": "1"})[0] is not None) is whole
+    with token_cache.new_cache(folder) as work:
         assert list(work.iterdir()) == []
     assert [path.name for path in folder.parent.iterdir()] == ["tokenised"]
 

@@ -1,7 +1,7 @@
-"""shard.py: sharded over 2 and 3 ranks, runs equal one process and recorded ones, files are the same, memory falls.
+"""scale/fsdp.py: runs sharded over 2 and 3 ranks equal one process and recorded runs.
 
-The runs start with torchrun on the CPU (gloo), a process a rank; WORKER is what each of them runs: train.main on
-several argument lists, one after the other. `live` counts the tensors that Python can reach when a model has been loaded.
+torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument lists,
+one after the other. `live` counts the bytes of the tensors that Python can reach after loading.
 """
 import json
 import os
@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scale import fsdp as shard
 import train
 from checkpoint.load import load_model
 from parallel import Ranks
-from tests.common import GOLDEN, ROOT, SHARED, needs_shared
-from tests.test_parallel import COMMON, outcomes, small_world, tiny_model, torchrun
+from scale import fsdp
+from tests.common import CURVES, ROOT, SHARED, needs_shared
+from tests.ranks import COMMON, outcomes, small_world, tiny_model, torchrun
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 pytestmark = pytest.mark.skipif(OLD, reason=f"fully_shard without GPUs needs torch 2.13; here: {torch.__version__}")
@@ -57,7 +57,6 @@ def main(argv):
 
 run_script(main)
 '''
-CURVES = GOLDEN / "curves"
 LLAMA = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=1600, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=2,
              pad_token_id=0, initializer_range=0.1, tie_word_embeddings=False)
@@ -205,7 +204,7 @@ def test_rows_are_those_of_torch_chunk(length, world):
         class Cut:
             shape, device_mesh = (length,), SimpleNamespace(size=lambda: world, get_local_rank=lambda: rank)
             detach, to_local = lambda self: self, lambda self: parts[rank]
-        assert torch.equal(whole[shard.rows_of(Cut())], parts[rank])
+        assert torch.equal(whole[fsdp.rows_of(Cut())], parts[rank])
         seen += parts[rank].tolist()
     assert seen == list(range(length))
 
@@ -229,11 +228,11 @@ def test_a_list_of_words_is_read_as_a_text(tmp_path):
 
 
 def test_one_rank_says_that_nothing_is_sharded(capsys):
-    shard.print_shards(None, Ranks())
+    fsdp.print_shards(None, Ranks())
     assert "fsdp changes nothing with one rank" in capsys.readouterr().out
 
 
 def test_an_old_torch_is_refused_without_gpus(monkeypatch):
-    monkeypatch.setattr(shard.torch, "__version__", "2.4.1")
+    monkeypatch.setattr(fsdp.torch, "__version__", "2.4.1")
     with pytest.raises(ValueError, match="without GPUs, take 2.13 or newer"):
-        shard.check_torch(Ranks(0, 2), torch.device("cpu"))
+        fsdp.check_torch(Ranks(0, 2), torch.device("cpu"))

@@ -1,0 +1,422 @@
+"""fast/attention_picker.py: wrong kernels are refused, and the fastest correct one is chosen.
+
+GPUs, ROCm, Hygon DCU, and good and bad versions of flash-attn are imitated by fakes.
+"""
+import json
+import re
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+import attention as A
+from fast import attention_picker
+from tests.common import SDPA_ON_CPU
+from tests.fake_flash_attn import fake_flash_attn
+
+
+# ---- the self-test of the picker -------------------------------------------------------------------------------------
+
+class Backward(torch.autograd.Function):
+    """Right forward, gradients of the wrong size."""
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.05
+
+
+def lose_last_keys(q, k, v, out):
+    """A tile bug: of a length that is no multiple of 64 the last token is wrong."""
+    return torch.cat([out[:-1], out[-1:] * 0]) if len(q) % 64 else out
+
+
+def lose_own_key(q, k, v, out):
+    """The last query of a long sequence misses one key, its own."""
+    if len(q) != len(k) or len(q) < 100:
+        return out
+    last = A.plain_attention(*(x.transpose(0, 1)[None] for x in (q[-1:], k[:-1], v[:-1])), q.shape[-1] ** -0.5)
+    return torch.cat([out[:-1], last[0].transpose(0, 1)])
+
+
+FAULTS = {
+    "all values a little off": (lambda q, k, v, out: out * 1.02, "wrong output"),
+    "not a number": (lambda q, k, v, out: out / 0 * 0, "wrong output"),
+    "lengths not a multiple of 64": (lose_last_keys, "wrong output .a segment of (1|7|62|129|520).: off by"),
+    "one key of 129 lost": (lose_own_key, "wrong output .a segment of 1"),
+    "gradients": (lambda q, k, v, out: Backward.apply(out), "wrong gradient"),
+    "segments of one token": (lambda q, k, v, out: out + 0.1 * (len(q) == 1), "wrong output .a segment of 1.:"),
+    "boundary ignored": (lambda q, k, v, out: out + 0.05 * (len(q) == 129), "wrong output .a segment of 129"),
+}
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_kernel_is_refused(monkeypatch, fault, dtype):
+    spoil, reason = FAULTS[fault]
+    monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 62, 128, 129, 1))
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(spoil))
+    verdict = attention_picker.try_here("flash-attn", attention_picker.Problem("cpu", dtype, 32, 4, 2))
+    assert verdict.ms is None and not verdict.harmless
+    assert re.search(reason, verdict.reason), verdict.reason
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+@pytest.mark.parametrize("training", (True, False))
+def test_right_kernels_pass(monkeypatch, dtype, training):
+    monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 62, 128, 129, 1))
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    for kernel in ("flash-attn", "sdpa-math", "plain", *(("sdpa-flash",) if dtype == "float32" else ())):
+        verdict = attention_picker.try_here(kernel, attention_picker.Problem("cpu", dtype, 32, 4, 2, training=training))
+        assert verdict.reason is None and verdict.ms > 0 and verdict.harmless
+
+
+def test_a_kernel_that_scales_too_late_is_refused_in_float16(monkeypatch):
+    """What eager attention of transformers does: right, until Qwen2's q·k passes 65504."""
+    def late(q, k, v, out):                                  # (T, H, Dh), (T, K, Dh)
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        scores = torch.einsum("thd,shd->hts", q, k) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~A.causal_mask(len(q), len(k), None, "cpu"), float("-inf"))
+        return torch.einsum("hts,shd->thd", scores.softmax(-1), v)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(late))
+    assert attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "bfloat16", 64, 4, 2)) is None
+    reason = attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "float16", 64, 4, 2))
+    assert reason == "overflows in float16 where q·k passes 65504"
+
+
+def test_top_left_alignment_is_found_where_it_matters(monkeypatch):
+    """flash_attn before 2.1: equal in training, wrong for a prompt after a cache."""
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(causal_from_top_left=True))
+    training, chat = (attention_picker.Problem("cpu", "float32", 32, 4, 2, training) for training in (True, False))
+    assert attention_picker.find_fault("flash-attn", training) is None
+    assert "wrong output (7 queries, 129 keys)" in attention_picker.find_fault("flash-attn", chat)
+
+
+RULED = {"window": {"window": 4096}, "softcap": {"softcap": 50.0}, "slopes": {"alibi": True}}
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("rule", RULED)
+def test_a_kernel_deaf_to_a_rule_is_refused(monkeypatch, rule, training):
+    """Although a window of 4096 and a cap of 50 change nothing in short sequences of small scores."""
+    problem = attention_picker.Problem("cpu", "bfloat16", 32, 4, 2, training, **RULED[rule])
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    assert attention_picker.find_fault("flash-attn", problem) is None
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(deaf_to=(rule,)))
+    fault = attention_picker.find_fault("flash-attn", problem)
+    assert fault.startswith("wrong output") and ("window 42" in fault) == (rule == "window")
+
+
+def test_a_kernel_right_with_the_window_only_is_refused(monkeypatch):
+    """Some layers of Gemma 2 have no window."""
+    module = fake_flash_attn()
+    real = module.flash_attn_varlen_func
+    module.flash_attn_varlen_func = lambda *args, **options: real(*args, **options | {"window_size": (41, 0)})
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    fault = attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "float32", 32, 4, 2, window=42))
+    assert fault.startswith("wrong output (a segment of") and "window" not in fault
+
+
+def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
+    scales, real = [], A.flash_attn_2
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
+    monkeypatch.setattr(A, "flash_attn_2", lambda *args: scales.append(args[3]) or real(*args))
+    for scale in (None, 0.3):
+        assert attention_picker.try_here("flash-attn", attention_picker.Problem("cpu", "float32", 16, 4, 2, scale=scale)).ms > 0
+    assert set(scales) == {0.25, 0.3}
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("training", (True, False))
+def test_torch_passes_with_alibi_and_with_a_window(dtype, training):
+    for rules in ({"alibi": True}, {"window": 64, "chunk": 256}, {"alibi": True, "window": 64}):
+        for kernel in ("sdpa-math", *(("sdpa-flash",) if dtype == "float32" else ())):
+            verdict = attention_picker.try_here(kernel, attention_picker.Problem("cpu", dtype, 32, 4, 2, training, **rules))
+            assert verdict.reason is None and verdict.ms > 0, (kernel, rules, verdict.reason)
+
+
+def test_exceptions_become_reasons(monkeypatch):
+    problem = attention_picker.Problem("cpu", "float32", 32, 4, 2)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    verdict = attention_picker.try_here("flash-attn", problem)
+    assert verdict.harmless and verdict.reason.startswith("ModuleNotFoundError")
+
+    def broken(*args, **options):
+        raise RuntimeError("HIP error: invalid device function\nmore lines")
+    module = fake_flash_attn()
+    module.flash_attn_func = module.flash_attn_varlen_func = broken
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    reason = "HIP error: invalid device function"
+    assert attention_picker.try_here("flash-attn", problem) == attention_picker.Verdict("flash-attn", None, reason, harmless=False)
+
+
+@pytest.mark.parametrize("said, reason", (
+    # the words torch uses; the leading 1 is the printed value of its `debug` flag
+    (["Memory efficient kernel not used because: (Triggered internally at x.cpp:1)",
+      "1Torch was not compiled with memory efficient attention. (Triggered internally at x.cpp:2)",
+      "Flash attention kernel not used because: (Triggered internally at x.cpp:3)",
+      "Flash attention has been runtime disabled. (Triggered internally at x.cpp:4)"], "torch built without it"),
+    (["Flash attention kernel not used because: (Triggered internally at x.cpp:1)",
+      "Attempting to use FlashAttention on unsupported GPU architecture gfx906 (Triggered internally at x.cpp:2)"],
+     "Attempting to use FlashAttention on unsupported GPU architecture gfx906"),
+    ([], "torch has no such kernel for this card and shape"),
+))
+def test_torch_says_why_in_warnings(monkeypatch, said, reason):
+    def refuse(*args, **options):
+        for text in said:
+            warnings.warn(text)
+        raise RuntimeError("No available kernel. Aborting execution.")
+    monkeypatch.setattr(A.F, "scaled_dot_product_attention", refuse)
+    problem = attention_picker.Problem("cpu", "bfloat16", 32, 4, 2)
+    assert attention_picker.try_here("sdpa-efficient", problem) == attention_picker.Verdict("sdpa-efficient", None, reason)
+
+
+# ---- children --------------------------------------------------------------------------------------------------------
+
+def install(folder, monkeypatch, body):
+    """A package flash_attn that children of this process import."""
+    (folder / "flash_attn").mkdir()
+    (folder / "flash_attn" / "__init__.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
+def test_a_crash_costs_one_kernel_only(tmp_path, monkeypatch):
+    install(tmp_path, monkeypatch, "import os\nprint('{\"garbage\": [', flush=True)\nprint('[]')\nos.abort()\n")
+    problem = attention_picker.Problem("cpu", "float32", 8, 2, 1, training=False)
+    plain, flash, math_ = attention_picker.try_in_children(["plain", "flash-attn", "sdpa-math"], problem)
+    assert plain.ms > 0 and math_.ms > 0
+    assert flash.kernel == "flash-attn" and flash.ms is None and flash.reason == "crashed: Aborted"
+
+
+def test_a_hang_ends_at_the_limit(monkeypatch, tmp_path):
+    install(tmp_path, monkeypatch, "import time\ntime.sleep(1000)\n")
+    assert attention_picker.try_in_children(["flash-attn"], attention_picker.Problem("cpu", "float32", 8, 2, 1), limit=1) == [
+        attention_picker.Verdict("flash-attn", None, "no answer within 1 s")]
+
+
+class Child:
+    """Stands for subprocess.Popen: answers from a script of (return code, lines of stdout) and notes what was asked."""
+    script, orders = [], []
+
+    def __init__(self, command, **options):
+        assert command[:2] == [sys.executable, "-m"] and command[2:4] == ["fast.attention_picker", "--probe"]
+        Child.orders.append(json.loads(command[4])["kernels"])
+        self.returncode, self.lines = Child.script.pop(0)
+
+    def communicate(self, timeout):
+        return "\n".join(self.lines).encode(), b"Traceback\nOSError: libgalaxyhip.so.5: cannot open shared object file"
+
+
+def test_only_the_first_of_a_child_is_blamed(monkeypatch):
+    ok = lambda kernel: json.dumps({"kernel": kernel, "ms": 1.5})
+    Child.script = [(0, [ok("sdpa-flash")]),                  # stopped quietly before sdpa-efficient: try it afresh
+                    (0, ["noise", ok("sdpa-efficient")[:-4], ok("sdpa-efficient"), ok("sdpa-flash")]),
+                    (1, [])]
+    Child.orders = []
+    monkeypatch.setattr(attention_picker.subprocess, "Popen", Child)
+    names = ["sdpa-flash", "sdpa-efficient", "plain"]
+    verdicts = attention_picker.try_in_children(names, attention_picker.Problem("cuda:0", "float16", 64, 4, 2))
+    assert [(v.kernel, v.ms) for v in verdicts] == [("sdpa-flash", 1.5), ("sdpa-efficient", 1.5), ("plain", None)]
+    assert verdicts[-1].reason == "exit code 1: OSError: libgalaxyhip.so.5: cannot open shared object file"
+    assert Child.orders == [names, names[1:], names[2:]]
+
+
+def test_a_child_stops_after_harm(monkeypatch, capsys):
+    tried = []
+
+    def try_here(kernel, problem):
+        tried.append(kernel)
+        return attention_picker.Verdict(kernel, reason="wrong output", harmless=kernel not in ("sdpa-flash", "plain"))
+    monkeypatch.setattr(attention_picker, "try_here", try_here)
+    order = {"problem": {"device": "cpu", "dtype": "float16", "head_dim": 8, "num_heads": 2, "num_kv_heads": 1}}
+    attention_picker.answer_probe(json.dumps({"kernels": ["sdpa-math", "sdpa-flash", "plain"], **order}))
+    attention_picker.answer_probe(json.dumps({"kernels": ["sdpa-flash", "plain"], **order}))
+    assert tried == ["sdpa-math", "sdpa-flash", "sdpa-flash"]
+    assert [json.loads(line)["kernel"] for line in capsys.readouterr().out.splitlines()] == ["sdpa-math", "sdpa-flash"]
+
+
+# ---- pick_kernel -----------------------------------------------------------------------------------------------------
+
+SHAPE = {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    attention_picker.try_kernels.cache_clear()
+
+
+def imitate_gpu(monkeypatch, measured, hip=None, installed=None, version=(2, 13)):
+    """A machine with a GPU on which children report `measured`: kernel -> ms or reason."""
+    def children(kernels, problem):
+        assert problem.on_gpu
+        pairs = [(name, measured[name]) for name in kernels]
+        return [attention_picker.Verdict(name, ms=x) if isinstance(x, float) else attention_picker.Verdict(name, reason=x) for name, x in pairs]
+    monkeypatch.setattr(attention_picker, "try_in_children", children)
+    monkeypatch.setattr(attention_picker, "try_here", lambda *args: pytest.fail("a GPU kernel was tried in the run's own process"))
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: installed)
+    monkeypatch.setattr(A, "TORCH", version)
+    monkeypatch.setattr(attention_picker, "TORCH", version)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def test_on_the_cpu_it_picks_a_correct_kernel_and_leaves_the_random_stream_alone():
+    before = torch.random.get_rng_state()
+    choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert choice.kernel in choice.timings and choice.timings.keys() >= {"sdpa-math", "plain"}
+    assert choice.refused["flash-attn"] == choice.refused["sdpa-efficient"] == "needs a GPU"
+    assert choice.lines[-1].startswith(f"attention: {choice.kernel} (")
+    assert "flash-attn (needs a GPU)" in choice.lines[-1]
+    assert attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE).kernel in SDPA_ON_CPU
+
+
+def test_a_k100_with_the_das_wheels(monkeypatch):
+    """torch 2.4.1+das, flash-attn 2.6.1+das whose varlen is wrong on gfx928, no mem-efficient kernel."""
+    fault = "wrong output (a segment of 62): off by 0.8, rounding explains 0.004"
+    measured = {"flash-attn": fault, "sdpa-flash": 0.41, "sdpa-efficient": "torch built without it",
+                "sdpa-math": 3.9, "plain": 4.8}
+    imitate_gpu(monkeypatch, measured, hip="5.7", installed="2.6.1+das.opt2.dtk2504", version=(2, 4))
+    choice = attention_picker.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE)
+    assert choice.kernel == "sdpa-flash"
+    line = choice.lines[-1]
+    assert line.startswith("attention: sdpa-flash (0.41 ms). not used: ")
+    for part in (f"flash-attn ({fault})", "sdpa-efficient (torch built without it)", "plain (ok, 4.8 ms)",
+                 "sdpa-cudnn (no cuDNN on ROCm)", f"torch-varlen (not in torch {torch.__version__}"):
+        assert part in line
+
+
+def test_what_fa2_does_without_flash_attn(monkeypatch):
+    imitate_gpu(monkeypatch, {"torch-varlen": 0.5, "sdpa-flash": 0.4, "sdpa-cudnn": 0.3, "sdpa-efficient": 1.0,
+                              "sdpa-math": 5.0, "plain": 6.0})
+    choice = attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE)
+    assert choice.kernel == "sdpa-cudnn"
+    assert "fa2 is not available here: flash-attn (not installed). Trying the other kernels." in choice.lines[0]
+
+
+def test_what_each_value_of_flash_attn_may_use(monkeypatch):
+    imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-flash": 0.4, "sdpa-cudnn": 0.39, "sdpa-efficient": 1.0,
+                              "sdpa-math": 5.0, "plain": 6.0, "torch-varlen": 0.5}, installed="2.7.4")
+    pick = lambda value: attention_picker.pick_kernel(value, device="cuda", dtype=torch.bfloat16, **SHAPE).kernel
+    assert (pick("auto"), pick("fa2"), pick("disabled")) == ("flash-attn", "flash-attn", "plain")
+    assert pick("sdpa") == "sdpa-flash"                       # within a tenth of sdpa-cudnn, and preferred
+    with pytest.raises(ValueError, match=r"flash_attn: 'sdpaa' is not known \(did you mean 'sdpa'\?\)"):
+        pick("sdpaa")
+
+
+def test_nothing_works(monkeypatch):
+    imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, "crashed: Segmentation fault"))
+    with pytest.raises(RuntimeError, match="no attention kernel.*Segmentation fault"):
+        attention_picker.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE)
+
+
+@pytest.mark.parametrize("version, refused", (("2.0.4", True), ("1.0.9", True), ("2.10", False),
+                                              ("2.6.1+das.opt2.dtk2504", False)))
+def test_old_flash_attn_is_refused(monkeypatch, version, refused):
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: version)
+    reason = attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "bfloat16", 128, 8, 2))
+    assert bool(reason) is refused and (not refused or "top left" in reason)
+    assert attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "float32", 128, 8, 2)) == "takes only float16 and bfloat16"
+
+
+@pytest.mark.parametrize("version, rules, said", (
+    ("2.5.9", {"softcap": 50.0}, "has no softcap; 2.6 or newer"), ("2.6.1+das.opt2", {"softcap": 50.0}, None),
+    ("2.3.6", {"alibi": True}, "has no ALiBi; 2.4 or newer"), ("2.4.0", {"alibi": True}, None),
+    ("2.2.1", {"window": 9}, "has no window; 2.3 or newer"), ("2.2.1", {"chunk": 9}, None)))
+def test_flash_attn_learnt_things_over_time(monkeypatch, version, rules, said):
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: version)
+    reason = attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "bfloat16", 128, 8, 2, **rules))
+    assert reason == (said and f"version {version} {said} is needed")
+
+
+def test_capped_scores_on_the_cpu_are_for_the_plain_twin():
+    rules = {"window": 4096, "softcap": 50.0, "scale": 256 ** -0.5}
+    choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, **rules)
+    assert choice.kernel == "plain" and "sdpa-* (has no softcap)" in choice.lines[-1]
+    assert all(choice.refused[name] == "has no softcap" for name in ("torch-varlen", *A.SDPA))
+    choice = attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, **rules)
+    assert choice.kernel == "plain" and "is not available here" in choice.lines[0] and "has no softcap" in choice.lines[0]
+
+
+def test_alibi_and_chunks_on_the_cpu_may_use_torch():
+    choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, alibi=True)
+    assert choice.timings.keys() == {"sdpa-flash", "sdpa-math", "plain"}
+    assert choice.refused["torch-varlen"] == "has no ALiBi"
+    choice = attention_picker.pick_kernel("sdpa", device="cpu", dtype=torch.float32, **SHAPE, chunk=64)
+    assert choice.timings.keys() == {"sdpa-flash", "sdpa-math"}
+
+
+def test_on_a_gpu_alibi_is_no_matter_for_flash_of_torch(monkeypatch):
+    imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-cudnn": 0.3, "sdpa-efficient": 0.4, "sdpa-math": 5.0,
+                              "plain": 6.0}, installed="2.7.4")
+    choice = attention_picker.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True)
+    assert choice.kernel == "flash-attn" and choice.refused == {"torch-varlen": "has no ALiBi",
+                                                                "sdpa-flash": "takes no mask, and ALiBi needs one"}
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: None)
+    attention_picker.try_kernels.cache_clear()
+    choice = attention_picker.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True, window=64)
+    assert choice.kernel == "sdpa-cudnn" and len(choice.lines) == 1         # it takes the mask: nothing stands in
+
+
+@pytest.mark.parametrize("rules, cases", (
+    ({}, None), ({"window": 4096}, "sequences longer than the window of 4096 tokens"),
+    ({"training": False}, "prompts after a cached one"),
+    ({"window": 8, "training": False}, "sequences longer than the window of 8 tokens and prompts after a cached one")))
+def test_what_stands_in_where_a_mask_is_needed_is_announced(monkeypatch, rules, cases):
+    imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 6.0) | {"sdpa-flash": 0.1})
+    lines = attention_picker.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines
+    assert lines[-1].startswith("attention: sdpa-flash (0.1 ms)")
+    note = f"attention: sdpa-flash may take no mask: {cases} then run on sdpa-efficient or sdpa-math"
+    assert lines[:-1] == ([note] if cases else [])
+    imitate_gpu(monkeypatch, {"flash-attn": 0.1}, installed="2.7.4")        # has all of it
+    assert len(attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines) == 1
+
+
+# ---- ROCm, DCU, amdsmi -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counted", (0, 8))
+def test_the_runtime_is_believed_about_cards(monkeypatch, counted):
+    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 8, raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
+    cards, warning = attention_picker.visible_cards()
+    assert cards == 8
+    assert not warning if counted == 8 else "pynvml" in warning[0] and "amdsmi" in warning[0]
+
+
+@pytest.mark.parametrize("hip, arch, name", (
+    ("5.7", "gfx928:sramecc+:xnack-", "K100_AI (gfx928, Hygon DCU, 64 GiB)"),
+    ("5.7", "gfx936", "K100_AI (gfx936, Hygon DCU, 64 GiB)"),
+    ("6.2", "gfx942:sramecc+:xnack-", "K100_AI (gfx942, 64 GiB)"),
+    (None, None, "K100_AI (sm_90, 64 GiB)"),
+))
+def test_cards_by_name(monkeypatch, hip, arch, name):
+    card = types.SimpleNamespace(name="K100_AI", major=9, minor=0, total_memory=64 * 2**30, gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert attention_picker.card_name(0) == name
+
+
+def test_a_posing_card_is_announced(monkeypatch):
+    monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "9.0.6")
+    assert attention_picker.posing_card() == []                             # it means nothing to a CPU or CUDA build
+    imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 1.0), hip="6.2", installed="2.7.4")
+    lines = attention_picker.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE).lines
+    assert "HSA_OVERRIDE_GFX_VERSION=9.0.6" in lines[0] and lines[1].startswith("attention: flash-attn")
+
+
+def test_the_table_of_this_machine(monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")
+    monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 65))
+    monkeypatch.setattr(sys, "argv", ["attention.py", "--head_dim", "16", "--num_heads", "2", "--num_kv_heads", "1"])
+    attention_picker.main()
+    out = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in out and "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1" in out
+    if not attention_picker.visible_cards()[0]:
+        assert "no GPU" in out
+    for dtype in ("bfloat16", "float16", "float32"):
+        for kernel in A.KERNELS:
+            assert any(dtype in line and kernel in line for line in out.splitlines())

@@ -1,0 +1,105 @@
+"""text/conversations.py: each layout becomes a conversation, and bad rows say why."""
+import json
+
+import pytest
+
+from tests.common import SHARED, needs_shared
+from tests.rows import ALPACA, write_info, load_rows, convert_row, roles_and_texts
+from text import conversations
+
+
+# ---- layouts ----------------------------------------------------------------------------------------------------
+
+
+def test_alpaca(tmp_path):
+    entry = {"columns": {"prompt": "instruction", "query": "input", "response": "output", "history": "history",
+                         "system": "system", "tools": "tools"}}
+    row = {"instruction": "a", "input": "b", "output": "c", "history": [["q", "r"]], "system": "s",
+           "tools": [{"name": "t"}]}
+    found = convert_row(tmp_path, row, entry)
+    assert roles_and_texts(found) == [("user", "q"), ("assistant", "r"), ("user", "a\nb"), ("assistant", "c")]
+    assert found.system == "s" and json.loads(found.tools) == [{"name": "t"}]
+    assert roles_and_texts(convert_row(tmp_path, {"instruction": "a", "output": "c"})) == [("user", "a"), ("assistant", "c")]
+    assert roles_and_texts(convert_row(tmp_path, {"text": "a"}, {"columns": {"prompt": "text"}}, stage="pt")) == [("user", "a")]
+
+
+def test_sharegpt(tmp_path):
+    turns = chat(("system", "s"), ("human", "a"), ("function_call", "{}"), ("observation", "o"), ("gpt", "b"))
+    found = convert_row(tmp_path, turns, {"formatting": "sharegpt"})
+    assert found.system == "s"
+    assert roles_and_texts(found) == [("user", "a"), ("function", "{}"), ("observation", "o"), ("assistant", "b")]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}
+TOOL_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+              {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "b"}]
+
+
+def test_openai_as_llamafactory_and_plain(tmp_path):
+    """formatting openai: arguments stay a text and the system text grows. formatting messages: neither."""
+    row, columns = {"messages": TOOL_TURNS, "tools": "[]"}, {"messages": "messages", "tools": "tools"}
+    openai = convert_row(tmp_path, row, {"formatting": "openai", "columns": columns, "tags": conversations.OPENAI_TAGS})
+    plain = convert_row(tmp_path, row, {"formatting": "messages", "columns": columns})
+    assert json.loads(roles_and_texts(openai)[1][1]) == [{"name": "f", "arguments": "{\"x\": 1}"}]
+    assert json.loads(roles_and_texts(plain)[1][1]) == [{"name": "f", "arguments": {"x": 1}}]
+    for found in (openai, plain):
+        assert roles_and_texts(found)[2] == ("observation", "1\n</tool_response>\n<tool_response>\n2")
+    assert plain.system == openai.system == ""
+    assert [conversations.openai_system(*texts) for texts in (("", ""), ("s", ""), ("", "t"), ("s", "t"))] == [
+        "detailed thinking off", "s\ndetailed thinking off", "", "s\n"]
+
+
+# ---- bad rows ---------------------------------------------------------------------------------------------------
+
+
+def chat(*turns):
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+@pytest.mark.parametrize("row, entry, sentence", [
+    ({"instruction": "a"}, None, "the column 'output' is missing"),
+    ({"input": "a", "output": "b"}, None, "the column 'instruction' is missing"),
+    ({**ALPACA, "output": ""}, None, "answer 1 is empty"),
+    ({**ALPACA, "output": None}, None, "answer 1 is empty"),
+    ({**ALPACA, "output": 5}, None, "'output' must be text, not 5"),
+    (["a", "b"], None, "not a JSON object"),
+    (chat(("gpt", "a"), ("human", "b")), "sharegpt", "turn 1 is by 'gpt', expected observation or human"),
+    (chat(("human", "a"), ("human", "b")), "sharegpt", "turn 2 is by 'human', expected function_call or gpt"),
+    (chat(("human", "a"), ("assistant", "b")), "sharegpt", "turn 2 is by 'assistant', expected"),
+    (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt", "the last turn is not an answer"),
+    (chat(("human", "a"), ("gpt", " ")), "sharegpt", "answer 1 is empty"),
+    ({"conversations": []}, "sharegpt", "must be a list of turns that is not empty"),
+    ({"conversations": "a"}, "sharegpt", "must be a list of turns"),
+])
+def test_bad_rows_say_why(tmp_path, row, entry, sentence):
+    good = ALPACA if entry is None else chat(("human", "a"), ("gpt", "b"))
+    (tmp_path / "d.json").write_text(json.dumps([good, row]), encoding="utf-8")
+    write_info(tmp_path, d={"file_name": "d.json", "formatting": entry or "alpaca"})
+    found = load_rows(tmp_path)
+    conversations.convert(found[0])
+    with pytest.raises(ValueError, match=sentence):
+        conversations.convert(found[1])
+    assert found[1].where == f"dataset 'd', {tmp_path / 'd.json'} row 2"
+
+
+def test_broken_lines_and_bytes_are_bad_rows_not_the_end(tmp_path):
+    """A line that is no JSON, bytes of another encoding, and a lone surrogate each spoil their own row only."""
+    lines = [json.dumps(ALPACA).encode(), b'{"instruction": "a", "output"',
+             json.dumps({**ALPACA, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1"),
+             b'{"instruction": "a", "output": "\\ud83d"}']
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
+    write_info(tmp_path, d={"file_name": "d.jsonl"})
+    found = load_rows(tmp_path)
+    conversations.convert(found[0])
+    for row, sentence in zip(found[1:], ("not a JSON object", "not UTF-8", "not UTF-8")):
+        with pytest.raises(ValueError, match=sentence):
+            conversations.convert(row)
+        print(conversations.excerpt(row.data))                     # printable, whatever it holds
+    assert [row.number for row in found] == [1, 2, 3, 4]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo"])
+def test_real_datasets_have_no_bad_row(name):
+    found = load_rows(SHARED / "data", name)
+    assert len(found) > 90 and all(len(conversations.convert(row).messages) % 2 == 0 for row in found)
