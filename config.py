@@ -36,8 +36,8 @@ Format = object     # a chat format: its name, or a mapping that text/chat_forma
 
 # ---- on_resume: what happens if a run is resumed with another value of a key
 
-FIXED = "fixed"         # an error: the trained parameters would be others
-DATA = "data"           # an error without force_resume: other rows, order, tokens or base model
+FIXED = "fixed"         # an error: the trained parameters would be different ones
+DATA = "data"           # an error without force_resume: changes rows, order, tokens or base model
 FREE = "free"           # it applies from the first resumed step on; listed at the start
 IGNORED = "ignored"     # not compared: folders, what is printed, keys of other scripts
 
@@ -326,7 +326,7 @@ class Config:
         "separate seed for the order of the rows", low=0, high=2**32 - 1)
 
     do_eval: bool = key(False, FREE,
-        "evaluate at the end (also on with any eval_strategy but no)", group="eval")
+        "evaluate at the end (also on if eval_strategy is steps or epoch)", group="eval")
     eval_strategy: str = key("no", FREE, "when to evaluate", choices=("no", "steps", "epoch"))
     eval_steps: Steps | None = key(None, FREE,
         "steps between evaluations (none: logging_steps)", above=0)
@@ -383,8 +383,8 @@ class Config:
 
     export_dir: str | None = key(None, IGNORED, "folder for the merged model", group="export")
     merge_base: str = key("dequantised", IGNORED,
-        "what to merge an adapter into that was trained on a 4- or 8-bit base: that base, "
-        "dequantized to 16 bits, or the original weights",
+        "for an adapter trained on a 4- or 8-bit base: merge it into that base, dequantized to 16 "
+        "bits, or into the original weights",
         own=True, only="merge.py", choices=("dequantised", "original"))
     export_size: float = key(5, IGNORED,
         "maximum size of a weight file in GB (10^9 bytes)", only="merge.py", above=0)
@@ -484,8 +484,7 @@ REFUSED = (
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and "
      "finetuning_type: full are"),
     ("train", "use_apollo use_badam use_adam_mini",
-     "not in this release; optim: adamw_8bit, use_galore and, most of all, LoRA save memory of "
-     "the optimizer"),
+     "not in this release; to save optimizer memory use LoRA, optim: adamw_8bit or use_galore"),
     ("train", "galore_layerwise galore_proj_type=std",
      "GaLore projects the shorter side (std) after the backward pass; leave it out"),
     ("train", "fp8",
@@ -500,7 +499,7 @@ REFUSED = (
     ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
      "changing the vocabulary is not in this release yet"),
     ("any", "rope_scaling",
-     "not in this release; a rope_scaling in the checkpoint's config.json is followed"),
+     "not in this release; a rope_scaling in the checkpoint's config.json is applied"),
     ("train", "streaming",
      "data are tokenized at the start and then stay on disk; leave it out"),
     ("train", "mix_strategy=concat",
@@ -563,7 +562,7 @@ def refusals() -> dict[str, Refusal]:
 UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} | refusals()
 
 
-# ---- what the scripts ask of a Config -----------------------------------------------------------
+# ---- questions about a Config -------------------------------------------------------------------
 
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
 
@@ -581,7 +580,7 @@ def as_dict(config: Config) -> dict:
 
 
 def in_steps(value: Steps, total_steps: int) -> int:
-    """Optimizer steps that `value` means in a run of total_steps; shares are rounded up."""
+    """`value` as a number of optimizer steps in a run of total_steps; shares are rounded up."""
     return int(value) if value >= 1 else math.ceil(value * total_steps)
 
 
@@ -601,7 +600,7 @@ def print_keys():
         print(f"{reason}:")
         print_paragraph(", ".join(names.split()))
 
-    print("\n### refused, because the result would be another")
+    print("\n### refused, because the result would differ")
     for _, names, advice in REFUSED:
         print(", ".join(item.replace("=", " other than ") for item in names.split()) + ":")
         print_paragraph(advice)

@@ -48,7 +48,7 @@ def pick_words() -> tuple[Callable[[str], list[str]], str]:
         import jieba
     except ImportError:
         return PLAIN_WORD.findall, "plain words, jieba is not installed (pip install jieba)"
-    jieba.setLogLevel(logging.WARNING)              # else it prints where its dictionary is cached
+    jieba.setLogLevel(logging.WARNING)              # else it prints the path of its dictionary
     return jieba.lcut, "words of jieba"
 
 

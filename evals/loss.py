@@ -3,8 +3,8 @@
     metrics = evaluate(model, eval_set, objective, config, precision, ranks)
     metrics, losses = evaluate_examples(config, model, examples, device)    example by example
 
-`sum_losses` is the loop. What a batch costs is a function that it is given: `score_batch` for any
-objective, `score_examples` for token losses that are kept for each example.
+`sum_losses` is the loop. It is given a function that scores a batch: `score_batch` for any
+objective, `score_examples` for token losses, summed for each example.
 
 Requires: losses.py, data.py.
 Next: eval.py.
@@ -78,7 +78,7 @@ def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks
     batches = math.ceil(len(examples) / size)
     passes = batches
     sharded = hasattr(model, "reshard")
-    if sharded:             # all ranks gather the weights together, so all run equally many passes
+    if sharded:             # all ranks gather weights together, so all must run equally many passes
         passes = math.ceil(batches / ranks.world) * ranks.world
     for number in tqdm(range(ranks.rank, passes, ranks.world), desc="evaluating", leave=False,
                        disable=disable_tqdm):
@@ -127,7 +127,7 @@ def score_examples(model, examples: list, *, balance: float, device,
     return BatchLoss(sums=sums, items=sum(counts), routing=routing, counts=counts)
 
 
-# ---- its three uses ---------------------------------------------------------------------------
+# ---- in training, example by example, or the mean alone ---------------------------------------
 
 
 def evaluate(model, examples, objective: Objective, config, precision: Precision,

@@ -58,7 +58,7 @@ class Question:
 class Subject:
     """One file of questions. shots: questions of its dev file, shown with their answers."""
     name: str
-    title: str                                          # as the prompt names the subject
+    title: str                                          # its name in prompts
     category: str
     questions: list[Question] = field(default_factory=list)
     shots: list[Question] = field(default_factory=list)
@@ -79,8 +79,8 @@ def find_subjects(task: str, task_dir: str) -> list[Subject]:
         path = Path(task_dir) / name
         if split not in SPLITS or not path.is_dir():
             raise FileNotFoundError(
-                f"task: {task} is neither a file nor a folder, nor, as mmlu_test is, a folder in "
-                f"task_dir ({task_dir}) and one of {', '.join(SPLITS)}")
+                f"task: {task} is neither a file nor a folder, nor a name such as mmlu_test: a "
+                f"folder in task_dir ({task_dir}), then one of {', '.join(SPLITS)}")
 
     files, dev_files = question_files(path, split)
     mapping = read_json(path / "mapping.json") if path.is_dir() else {}
@@ -140,7 +140,7 @@ def read_questions(path: Path) -> list[Question]:
         if len(row) < len(columns) or answer not in LETTERS or not answer:
             raise ValueError(
                 f"{path} line {number}: {len(row)} columns, answer {answer!r}; expected are "
-                f"{len(columns)}, and an answer out of {', '.join(LETTERS)}")
+                f"{len(columns)} columns, and one of {', '.join(LETTERS)}")
         options = {letter: cells[letter.lower()] for letter in LETTERS}
         questions.append(Question(cells["question"], options, answer))
     return questions
@@ -211,7 +211,7 @@ def prompt_of(subject: Subject, question: Question, n_shot: int, lang: str, temp
     next_ids = {letter: reply[same] for letter, (_, reply) in encoded.items()}
     if len(set(next_ids.values())) < len(next_ids):
         raise ValueError(f"this tokenizer writes {', '.join(LETTERS)} with the same first token; "
-                         "their likelihoods cannot be told apart")
+                         "their likelihoods cannot be compared")
     return prompt + first[:same], next_ids, count
 
 

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, written as they come, so that a killed run can continue.
+"""Answers to held-out prompts, each written when it is complete, so a killed run can continue.
 
 The prompts are the rows of the dataset, cut to cutoff_len as in training. Each finished answer is
 one line of generated_predictions.NAME.partial; a run with the same key reads them instead of
@@ -92,7 +92,7 @@ def predict(side: Side, config: Config, model, prompts: list[Prompt], stop_ids: 
     path = Path(config.output_dir) / progress_name(side.name)
     answers, seconds_before = read_progress(path, key)
     if answers:
-        print(f"  {len(answers):,} of {len(prompts):,} answers are there from an earlier run; "
+        print(f"  {len(answers):,} of {len(prompts):,} answers are kept from an earlier run; "
               "continuing")
     waiting = [(number, ids) for number, (ids, _) in enumerate(prompts) if number not in answers]
 
@@ -170,9 +170,9 @@ def run_key(side: Side, config: Config, prompts: list[Prompt], stop_ids: set[int
 
 
 def read_progress(path: Path, key: dict) -> tuple[dict[int, list[int]], float]:
-    """({row: ids}, seconds spent) from a run with the same key; otherwise the file is started anew.
+    """({row: ids}, seconds spent) of an earlier run with the same key, which is continued.
 
-    The file is rewritten without a last line that is incomplete.
+    The file is rewritten without an incomplete last line; with another key it starts empty.
     """
     lines = []
     if path.is_file():

@@ -1,6 +1,6 @@
 """Settings that contradict each other, each with a sentence about what to do.
 
-Each function below yields pairs (whether the contradiction is there, the sentence).
+Each function below yields pairs (whether the settings contradict each other, the sentence).
 
 Requires: config.py.
 Next: runtime/load_config.py, which raises the first sentence that applies.
@@ -48,8 +48,8 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt puts loss on the whole row, mask_history on its last reply only; keep one")
 
     yield c.stage == "pt" and (c.train_on_prompt or c.mask_history or c.neat_packing), (
-        "train_on_prompt, mask_history and neat_packing mean nothing for plain text (stage: pt); "
-        "leave them out")
+        "train_on_prompt, mask_history and neat_packing have no meaning for plain text (stage: "
+        "pt); leave them out")
 
     yield c.stage in COMPARED and (c.train_on_prompt or c.mask_history or c.packing), (
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
@@ -209,7 +209,7 @@ def _is_same_folder(a: str | None, b: str | None) -> bool:
 
 
 def _is_multiple(a: float, b: float) -> bool:
-    """Whether a is a multiple of b. A share of all steps is none of a count, or the reverse."""
+    """Whether a is a multiple of b; never if one is a share of all steps and the other a count."""
     both_of_a_kind = (a < 1) == (b < 1)
     return both_of_a_kind and abs(a / b - round(a / b)) < 1e-9
 

@@ -1,9 +1,8 @@
-"""The device of a run; torch is imported here first, guarded against a fault of ROCm builds.
+"""The device of a run. torch is imported here first, with a guard against a fault of ROCm builds.
 
 Requires: nothing.
 Next: attention.py.
 """
-
 import importlib.util
 import os
 import re
@@ -14,68 +13,55 @@ from pathlib import Path
 
 @contextmanager
 def guard_amdsmi():
-    """`with guard_amdsmi(): import torch` keeps torch.cuda.device_count() working on ROCm and DCU
-    machines.
+    """`with guard_amdsmi(): import torch` makes torch.cuda.device_count() work on ROCm and DCU.
 
-    torch for ROCm before 2026 asks the package amdsmi for the number of cards when pynvml is
-    installed (DeepSpeed brings it), and ends in "NameError: name 'amdsmi' is not defined" where
-    amdsmi is not (pytorch issue 133259). Hiding pynvml while torch is imported makes it ask the
-    runtime instead; where torch came first, a flag of torch does so."""
-    hide = (
-        not {"torch", "pynvml"} & set(sys.modules)
-        and not importlib.util.find_spec("amdsmi")
-        and is_rocm_build()
-    )
+    If pynvml is installed (DeepSpeed brings it), torch for ROCm before 2026 asks the package amdsmi
+    for the number of cards. Without amdsmi this ends in "NameError: name 'amdsmi' is not defined"
+    (pytorch issue 133259). While pynvml is hidden during the import, torch asks the runtime
+    instead. If torch was imported before, a flag of torch has the same effect.
+    """
+    already_imported = {"torch", "pynvml"} & set(sys.modules)
+    has_amdsmi = importlib.util.find_spec("amdsmi")
+    hide = not already_imported and not has_amdsmi and is_rocm_build()
     if hide:
-        # `import pynvml` now raises ModuleNotFoundError, for which torch is prepared
-        sys.modules["pynvml"] = None
+        sys.modules["pynvml"] = None        # `import pynvml` raises the error that torch catches
     try:
         yield
     finally:
         if hide:
             del sys.modules["pynvml"]
     torch = sys.modules["torch"]
-    if (
-        torch.version.hip
-        and not hasattr(torch.cuda, "amdsmi")
-        and not hasattr(torch.cuda, "_HAS_AMDSMI")
-    ):
+    has_smi = hasattr(torch.cuda, "amdsmi") or hasattr(torch.cuda, "_HAS_AMDSMI")
+    if torch.version.hip and not has_smi:
         torch.cuda._HAS_PYNVML = False
 
 
-def is_rocm_build():
-    """Whether the installed torch is made for ROCm: read from its version.py, as torch must not be
-    imported yet.
-    """
-    version = (
-        Path(importlib.util.find_spec("torch").origin)
-        .with_name("version.py")
-        .read_text(encoding="utf-8")
-    )
+def is_rocm_build() -> bool:
+    """Whether the installed torch is built for ROCm: see its version.py, without importing it."""
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    version = (folder / "version.py").read_text(encoding="utf-8")
     return re.search(r"^hip\b[^=\n]*=\s*['\"]", version, re.MULTILINE) is not None
 
 
-with guard_amdsmi():  # hence before every other import of torch
+with guard_amdsmi():        # so this file must be imported before any other that imports torch
     import torch
 
 
-def pick_device(use_cpu=False):
-    """cuda (NVIDIA, AMD, Hygon) if there is one, else Apple's mps, else the CPU. Under torchrun,
-    LOCAL_RANK's card.
+def pick_device(use_cpu: bool = False) -> torch.device:
+    """cuda (NVIDIA, AMD, Hygon) if available, else Apple's mps, else cpu; with torchrun, by rank.
 
-    Raises ValueError when CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES names a card and torch sees
-    none: a run that goes on for days on the CPU is not what was meant."""
+    Raises ValueError if CUDA_VISIBLE_DEVICES or HIP_VISIBLE_DEVICES names a card and torch finds
+    none, rather than train for days on the CPU.
+    """
     if use_cpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
-    if asked not in (None, "", "-1"):
+    requested = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
+    if requested not in (None, "", "-1"):
         raise ValueError(
-            f"a GPU was asked for (…_VISIBLE_DEVICES={asked}), but torch {torch.__version__} sees "
-            "none: "
-            "check the driver and that torch is a CUDA or ROCm build, or set use_cpu: true"
-        )
+            f"…_VISIBLE_DEVICES={requested} requests a GPU, but torch {torch.__version__} finds "
+            "none: check the driver and that torch is a CUDA or ROCm build, or set use_cpu: true")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

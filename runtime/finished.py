@@ -23,7 +23,7 @@ from text.tokenizer import read_json
 # keys of the config that change how a conversation is rendered
 RENDERING_KEYS = ("enable_thinking", "preserve_thinking", "mask_history", "tool_format",
                   "default_system")
-# keys of the config that tell how the base was loaded in training
+# keys of the config that decide how the base was loaded in training
 QUANTIZATION_KEYS = (
     "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
 
@@ -42,10 +42,8 @@ def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
         return output, [], (note, "")
 
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    named = [
-        find_checkpoint(name, cache_dir=config.cache_dir)
-        for name in config.adapter_name_or_path or []
-    ]
+    named = [find_checkpoint(name, cache_dir=config.cache_dir)
+             for name in config.adapter_name_or_path or []]
     if finished:
         adapters, note = choose_adapters(named, output)
         return base, adapters, ("", note)
@@ -80,15 +78,14 @@ def checkpoint_hint(output: Path, full: bool) -> str:
 def other_bases(config: Config, adapters: list[Path]) -> list[str]:
     """Warnings about adapters trained on a base of another name.
 
-    The tensor shapes may fit all the same, and the answers be nonsense.
+    The tensor shapes may fit, but the answers would be nonsense.
     """
     warnings = []
     for folder in adapters:
         trained_on = read_adapter_config(folder)[1].get("base_model_name_or_path")
         if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
-            warnings.append(
-                f"{folder} says it was trained on {trained_on}, not on {config.model_name_or_path}"
-            )
+            warnings.append(f"{folder} says it was trained on {trained_on}, not on "
+                            f"{config.model_name_or_path}")
     if folded := warn_of_folded(adapters):
         warnings.append(folded)
     return warnings
@@ -135,8 +132,7 @@ def pick_dtype(config: Config, raw: dict, device: torch.device) -> torch.dtype |
             source = "the config asks for" if requested else "the checkpoint has"
             raise ValueError(
                 f"{source} bfloat16, which {torch.cuda.get_device_name(device)} lacks: "
-                "set infer_dtype: float16 (or float32)"
-            )
+                "set infer_dtype: float16 (or float32)")
     return DTYPES.get(requested)
 
 
@@ -157,7 +153,6 @@ def explained_out_of_memory(device: torch.device) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError:
         free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(device))
         raise ValueError(
-            f"the GPU is out of memory ({free:.1f} of {total:.1f} GiB free): stop what else uses "
-            "it, take a shorter conversation or a smaller dtype (infer_dtype), or set "
-            "use_cpu: true"
-        ) from None
+            f"the GPU is out of memory ({free:.1f} of {total:.1f} GiB free): stop other programs "
+            "that use it, take a shorter conversation or a smaller dtype (infer_dtype), or set "
+            "use_cpu: true") from None

@@ -1,6 +1,6 @@
-"""Reads a YAML or JSON file and the command line into a Config, and reports mistakes in them.
+"""Read a YAML or JSON file and the command line into a Config, and report mistakes in them.
 
-    python -m runtime.load_config my.yaml lora_rank=4       what these settings are
+    python -m runtime.load_config my.yaml lora_rank=4       print what differs from the defaults
 
 Requires: config.py (the table of keys), runtime/contradictions.py, errors.py.
 Next: train.py.
@@ -68,7 +68,7 @@ USAGE = {
     python eval.py my.yaml eval_dataset=questions.json do_sample=false max_new_tokens=256
     python eval.py my.yaml task=mmlu_test                       multiple choice
 """,
-    "merge": """Merge an adapter into its base and write a whole checkpoint.
+    "merge": """Merge an adapter into its base and write a complete checkpoint.
 
     python merge.py --config configs/tiny_merge.yaml
     python merge.py my.yaml export_dir=models/merged overwrite=true
@@ -107,7 +107,7 @@ def load_config(argv: list[str], script: str) -> Config:
 
 
 def collect(entries: list[tuple[str, Any, str]]) -> dict[str, tuple[Any, str]]:
-    """{key: (text, list or dict, as written; where)} of (key, value, where) entries.
+    """{key: (value as written: text, list or dict; where)} of (key, value, where) entries.
 
     Raises ValueError for an unknown key and for one that a file sets twice. The command line
     overrides a file, and key.name=value sets one item of a mapping.
@@ -158,14 +158,13 @@ def _check(config: Config, script: str):
             command = COMMANDS[script]
             raise ValueError(
                 f"{config.source}: python {command} needs '{name}' ({meaning}), in the file or as "
-                f"{name}=… after it. Usage: python {command} --help"
-            )
+                f"{name}=… after it. Usage: python {command} --help")
     for scope, checks in CONTRADICTIONS.items():
         if not _applies(scope, script):
             continue
         for check in checks:
-            for is_there, sentence in check(config):
-                if is_there:
+            for applies, sentence in check(config):
+                if applies:
                     raise ValueError(f"{config.source}: {sentence}")
 
 
@@ -237,8 +236,7 @@ def read_argv(argv: list[str], script: str) -> tuple[Path | None, list[tuple[str
         else:
             raise ValueError(
                 f"{COMMAND_LINE}: '{text}' is neither key=value nor --key value, and the config "
-                f"file is already {path} (write a list as a,b; quote a text that has spaces)"
-            )
+                f"file is already {path} (write a list as a,b; quote a text that has spaces)")
     return path, pairs
 
 
@@ -350,8 +348,8 @@ def _read_json(path: Path, text: str) -> list[tuple[str, Any, str]]:
 def read_value(spec: Field, value, where: str, script: str):
     """The value of a key, from a text, list or dict as it was written.
 
-    null means None or, for a key that cannot be None, that the line is not there (MISSING).
-    Raises ValueError that names key and value and says what is expected.
+    null means None or, for a key that cannot be None, that the line is ignored (MISSING). Raises
+    ValueError that names key and value and says what is expected.
     """
     kind, _, optional = spec.type.partition(" | ")
     row = spec.metadata
@@ -483,7 +481,7 @@ BOUNDS = (      # column of the table, in words, comparison
 
 
 def ignored_keys(config: Config) -> list[str]:
-    """Keys that were set and change nothing in this run; the start page lists them by name."""
+    """Keys that were set and have no effect in this run; the start page lists them."""
     return config.no_effect + [name for name in KEYS
                                if name in config.given and not _has_effect(name, config)]
 

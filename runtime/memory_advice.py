@@ -23,7 +23,7 @@ from lora import LoRAConfig
 from methods.quant import QuantFormat
 from runtime.memory import USABLE, Plan, all_in, memory_plan
 
-WORTH_IT = 0.98         # a change among several must bring the plan below this share of its size
+WORTH_IT = 0.98         # in a combination, each change must shrink the plan to less than this share
 
 # files of a control group: limit, usage, and the line of memory.stat with reclaimable cache
 CGROUP_FILES = (
@@ -131,8 +131,8 @@ def combined(plan: Plan, config: Config, limit: float) -> str:
     least = f"{', '.join(texts) or 'the present settings'} ({bytes_in_words(plan.total)})"
     if plan.total <= limit:
         return f"combined: {least}"
-    return ("a smaller model or a larger device; no settings are enough, the least memory is that "
-            f"of {least}")
+    return ("a smaller model or a larger device; no settings are enough, the smallest plan is with "
+            f"{least}")
 
 
 def smallest_change(kind: Callable, plan: Plan, config: Config,
@@ -250,7 +250,7 @@ def truncate_row(row: list[int], tokens: int) -> list[int]:
 
 
 def use_lora(plan: Plan, config: Config) -> list[SettingsChange]:
-    """LoRA in place of full fine-tuning."""
+    """LoRA instead of full fine-tuning."""
     if plan.workload.lora:
         return []
     lora = LoRAConfig(config.lora_rank, target_modules=config.lora_target)

@@ -44,8 +44,8 @@ def half_dtype(config) -> torch.dtype | None:
 def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
     """The dtype of matrix products, known before any weight is loaded.
 
-    bf16 / fp16 if asked, else that of the stored weights or, where there are none yet, of
-    config.json. base: see runtime/setup.py.
+    It is the one that the config requests, else that of the stored weights, else (if there are no
+    weights) that of config.json. base: see runtime/setup.py.
     """
     if half_dtype(config):
         return half_dtype(config)
@@ -64,10 +64,10 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
 
 
 class Precision:
-    """How forward and backward compute.
+    """Autocast and loss scaling of a run.
 
-    adapters_only: adapters stay float32 and round themselves, so the dtype of the frozen weights
-    alone tells whether autocast is needed.
+    adapters_only: adapters stay float32 and are cast where they are applied, so autocast is needed
+    only if the frozen weights have another dtype.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, model: nn.Module,
@@ -102,7 +102,7 @@ class Precision:
         return not self.loss_scale.update(math.isfinite(grad_norm))
 
     def state(self) -> list | None:
-        """What a checkpoint keeps."""
+        """The state for a checkpoint; None without loss scaling."""
         return [self.loss_scale.value, self.loss_scale.good_steps] if self.loss_scale else None
 
     def load_state(self, state: list | None):
@@ -126,7 +126,7 @@ class LossScale:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.value)
 
     def update(self, finite: bool) -> bool:
-        """Note whether the step's gradients were finite (their norm tells); returns it."""
+        """Adapt the scale after a step. finite: whether the gradients were; returned."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.value /= 2
@@ -142,10 +142,10 @@ REMEDY = "Train with bf16: true, which has the range of float32, or without fp16
 
 @torch.no_grad()
 def check_first_batch(model, objective, step, precision: Precision):
-    """Raises ValueError naming the first layer whose output is not finite in 16 bits.
+    """Raises ValueError that names the first layer whose output is not finite in 16 bits.
 
-    Such an overflow otherwise shows as a loss of nan thousands of samples later (float16 ends at
-    65,504). One forward pass; nothing in float32.
+    float16 ends at 65,504. Without this check an overflow would show as a loss of nan thousands of
+    samples later. Takes one forward pass; in float32 it does nothing.
     """
     if precision.dtype == torch.float32 or step is None or not step.batches:
         return

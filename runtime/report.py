@@ -140,8 +140,8 @@ class RunLog:
     def _lines_before(self, first_step: int) -> list[dict]:
         """The lines of a resumed run up to first_step, as dicts.
 
-        Without the closing line, which holds no loss and will be written again. A run that was
-        killed, or met a full disk, may have left an incomplete last line: it is dropped.
+        The closing line holds no loss and is left out: it will be written again. So is an
+        incomplete last line, left by a run that was killed or met a full disk.
         """
         if not self.path.is_file():
             return []
@@ -343,7 +343,7 @@ def is_logged(history: list, key: str) -> bool:
 def plot_losses(folder: Path | str, history: list, keys: tuple[str, ...] = PLOTTED) -> list[Path]:
     """Write training_loss.png and, for every other key that was logged, training_KEY.png.
 
-    Returns the files written: none without matplotlib, which is said in a printed sentence.
+    Returns the files written. Without matplotlib it prints a hint and writes none.
     """
     written = []
     for key in [key for key in keys if is_logged(history, key)]:

@@ -2,7 +2,7 @@
 
 Lost work cannot be recomputed for free, so every rule here errs on the side of keeping:
 
-- a run never overwrites another one without being told to, nor while that one is running;
+- a run never overwrites another one unless it is told to, and never one that is running;
 - a damaged checkpoint is skipped in favor of the previous one, and kept under another name;
 - a run that is asked to stop saves first.
 
@@ -31,7 +31,7 @@ from text.token_cache import TOKENIZED
 from text.tokenizer import read_json
 
 STOPPED = 75                    # exit code of a run that was asked to stop and can be resumed
-LOCK = ".lock"                  # file in output_dir, locked during a run; holds who runs or stopped
+LOCK = ".lock"                  # file in output_dir, locked during a run; names its process
 # files that a run without a finished checkpoint leaves behind; nothing is lost with them
 DISPOSABLE = (LOCK, TOKENIZED, "pissa_init", "train_config.json", "trainer_log.jsonl")
 
@@ -310,7 +310,7 @@ def changed_settings(resume: Path, settings: dict, force: bool = False) -> dict[
 
 
 def on_resume(key: str) -> str:
-    """FIXED, DATA, FREE or IGNORED; what is no key, as `versions`, is ignored."""
+    """FIXED, DATA, FREE or IGNORED; IGNORED for a name that is no key, such as `versions`."""
     return KEYS[key].metadata["on_resume"] if key in KEYS else IGNORED
 
 

@@ -16,7 +16,7 @@ from text.token_cache import DataReport
 
 
 def print_counts(report: DataReport):
-    """Print the data part of the start page: a line per dataset, then what deserves a look."""
+    """Print the data part of the start page: a line per dataset, then bad rows and notes."""
     width = max(len(split) + len(dataset) for split, dataset in report.datasets) + 3
     print(f"\n{'data':<{width}}     rows      used        tokens  trained  truncated   length 50%"
           "      95%  longest")

@@ -10,12 +10,12 @@ pairs of tokens that attend to each other.
                                    gradient of the weight if it is trained
     per pair of tokens and layer   4 x query heads x head_dim forward, twice that backward
 
-The embedding is a look-up and counts nothing. The head counts for every token, as in published
-figures, although it is applied here only to tokens with a label. Of a mixture of experts, the
+The embedding is a look-up and does not count. The head counts for every token, as in published
+figures, although it is applied here only to tokens with a label. In a mixture of experts, only the
 experts that a token is routed to count.
 
 Requires: model.py, methods/quant.py.
-Next: runtime/report.py (what is written of it), train.py (the loop).
+Next: runtime/report.py (writes the results), train.py (the loop).
 
 Papers: 6 N per token arXiv:2001.08361 (sec. 2.1), model FLOPs utilization arXiv:2204.02311
 (appendix B).
@@ -46,8 +46,8 @@ MATRIX = {"cuda": 8192, "mps": 4096, "cpu": 1024}       # rows and columns of th
 def matmul_parameters(model: nn.Module) -> tuple[float, float]:
     """(frozen, trained) numbers of weights that a token is multiplied with.
 
-    Weights of matrices only, without the embedding, with the head even if it is tied to it. Of a
-    mixture, only the experts that a token is routed to.
+    These are the matrices without the embedding, with the head even if it is tied, and of a mixture
+    only the experts that a token is routed to.
     """
     model_config = model.config
     frozen = 0.0
@@ -91,7 +91,7 @@ def training_flops(model_config: ModelConfig, frozen: float, trained: float,
 
 
 def forward_flops(model_config: ModelConfig, weights: float, lengths: Sequence[int]) -> float:
-    """Model FLOPs of a forward pass alone. weights: how many, see matmul_parameters."""
+    """Model FLOPs of a forward pass alone. weights: their number, see matmul_parameters."""
     return 2 * weights * sum(lengths) + attention_flops(model_config, lengths)
 
 
@@ -134,7 +134,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, matmul: Callable = F.l
                 seconds: float = 0.15) -> float:
     """FLOP/s of large matrix products on this device.
 
-    matmul: a function of fast/fused_block.py. seconds: how long to measure; the best time counts.
+    matmul: a function of fast/matmul.py. seconds: how long to measure; the best time counts.
     """
     size = MATRIX[device.type]
     a, b = torch.randn(2, size, size, device=device).to(dtype)
@@ -315,8 +315,8 @@ class StepProfile:
 def profile_table(events, seconds: float, steps: int, device: torch.device) -> list[str]:
     """Lines with the milliseconds of a step, by part of the step and kind of operation.
 
-    events: of torch.profiler, over `steps` steps and `seconds` seconds. On a GPU the time of
-    kernels counts, else that of the CPU.
+    events: of torch.profiler, over `steps` steps and `seconds` seconds. On a GPU these are times of
+    its kernels, elsewhere of the CPU.
     """
     total = 1000 * seconds / steps
     spent = time_by_part(events, steps, device)
@@ -360,7 +360,7 @@ def time_by_part(events, steps: int, device: torch.device) -> dict[tuple[str, st
 
 
 def on_host(event) -> bool:
-    """Whether the host did this; a GPU's kernels count with the operation that started them."""
+    """Whether this ran on the host; GPU kernels count with the operation that launched them."""
     return event.device_type == torch.autograd.DeviceType.CPU
 
 

@@ -179,8 +179,8 @@ def log_row(trackers: list[Tracker], row: dict):
             trackers.remove(tracker)
             text = str(error).strip()
             reason = text.splitlines()[0] if text else type(error).__name__
-            tqdm.write(f"report_to: {tracker.name} failed at step {row['step']} and gets nothing "
-                       f"from here on ({reason}). trainer_log.jsonl is still written")
+            tqdm.write(f"report_to: {tracker.name} failed at step {row['step']} and receives "
+                       f"nothing from now on ({reason}). trainer_log.jsonl is still written")
 
 
 def close_all(trackers: list[Tracker]):

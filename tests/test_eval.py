@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
         file.write('{"row": 5, "tok')
     killed_after = -1
     found = measured(tmp_path, "do_sample=true")
-    assert len(made) == 54 and "answers are there from an earlier run" in capsys.readouterr().out
+    assert len(made) == 54 and "answers are kept from an earlier run" in capsys.readouterr().out
     for name in ("generated_predictions.jsonl", "generated_predictions.base.jsonl"):
         assert (found / name).read_bytes() == (want / name).read_bytes()
     assert not list(found.glob("*.partial"))

@@ -162,7 +162,7 @@ def test_a_dashboard_that_fails_is_dropped_with_a_message(capsys):
     close_all(trackers)
     assert (
         capsys.readouterr().out.count(
-            "bad failed at step 1 and gets nothing from here on (no network)"
+            "bad failed at step 1 and receives nothing from now on (no network)"
         )
         == 1
     )
