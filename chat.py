@@ -1,4 +1,4 @@
-"""Chat with a model and its adapter, using their training yaml. One conversation, top to bottom.
+"""Chat with a model and its adapter, using their training yaml.
 
     python chat.py --config configs/tiny_lora_sft.yaml      `clear` starts afresh, `exit` ends it
     python chat.py my.yaml --prompt "Who are you?"          one answer, alone on standard output
@@ -6,8 +6,7 @@
     python chat.py my.yaml < questions.txt                  every line is a turn
 
 config → weights → chat template → sampling → model → turns. The chat template is the one stored
-with the adapter. The KV cache of the unchanged beginning of a conversation is kept from turn to
-turn.
+with the adapter. From turn to turn the KV cache keeps the unchanged beginning of the conversation.
 
 Requires: templates.py (encode_prompt), generate.py (the loop over tokens), fast/decode.py.
 Next: merge.py.
@@ -61,7 +60,7 @@ SAMPLING_KEYS = (
 
 @dataclass
 class Chat:
-    """Everything that answering a turn needs, and the state kept from turn to turn."""
+    """What is needed to answer a turn, and the state kept from turn to turn."""
     config: Config
     model: CausalLM
     tokenizer: Tokenizer
@@ -84,7 +83,7 @@ def say(*words):
 def main(argv):
     config = load_config(argv, "chat")
     if "prompt" in config.given and not (config.prompt or "").strip():
-        raise ValueError("--prompt is empty; write what to answer, or leave it out to talk")
+        raise ValueError("--prompt is empty; give it a text, or leave it out to chat")
     if ignored := ignored_keys(config):
         say(f"accepted, no effect here: {', '.join(ignored)}")
 

@@ -128,15 +128,15 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
 
 
 def packing_of(config) -> tuple[str, int]:
-    """How rows are packed, and the most tokens of an example.
+    """How rows are packed, and the largest number of tokens in an example.
 
     "no":     every row is an example.
     "apart":  the rows of an example do not see each other.
     "joined": they do; only an explicit `neat_packing: false` asks for it.
     "blocks": running text (stage pt) is one stream, cut into blocks.
 
-    Where packing is asked for, LLaMA-Factory makes examples one token shorter than cutoff_len and
-    pads them; ours are as short, without the padding.
+    If packing is requested, LLaMA-Factory makes examples one token shorter than cutoff_len and pads
+    them; ours have the same length, without the padding.
     """
     if config.stage in COMPARED:
         return "apart", config.cutoff_len               # the two answers of a row
@@ -182,10 +182,10 @@ class EncodedRows:
     """
 
     def __init__(self):
-        self.tokens = array("i")        # of each example its ids, then its labels
+        self.tokens = array("i")        # for each example its ids, then its labels
         self.sizes = array("i")         # tokens of each example
-        self.learnable = array("b")     # has it a label?
-        self.rows = []                  # of a packed example the tokens of each row in it
+        self.learnable = array("b")     # whether each example has a label
+        self.rows = []                  # for each packed example, the tokens of its rows
         self.desired = array("b")       # stage kto: is it a good answer?
         self.counts = {}                # dataset -> DatasetCounts
         self.bad = []                   # for each bad row a text: where, why, and the row
@@ -195,7 +195,7 @@ class EncodedRows:
 
     def add(self, input_ids: list[int], labels: list[int], learnable: bool,
             rows: list[int] | None = None, desired: bool | None = None):
-        """Add an example. rows: tokens of each row that it is packed of."""
+        """Add an example. rows: tokens of each row that is packed into it."""
         self.tokens.fromlist(input_ids)
         self.tokens.fromlist(labels)
         self.sizes.append(len(input_ids))
@@ -210,7 +210,7 @@ class EncodedRows:
         return self.counts.setdefault(row.dataset, DatasetCounts())
 
     def reject(self, row, reason: ValueError):
-        """Count a bad row, and keep the sentence that says what is wrong with it."""
+        """Count a bad row, and keep the reason."""
         self.bad.append(f"{row.where}: {reason}\n    {row.excerpt}")
         self.counts_of(row).bad += 1
 
@@ -327,9 +327,9 @@ def settings_of(config) -> Settings:
 class Batch:
     """Sequences end to end in one row of N tokens.
 
-    n_items is what the step's loss is divided by, once summed over the step: the labels before the
-    shift, as in LLaMA-Factory (also the label of a first token, which nothing predicts; stage pt
-    has such). For the fields of preference stages see methods/preference.py: collate_answers.
+    n_items, summed over the batches of a step, is the divisor of its loss: the labels before the
+    shift, as in LLaMA-Factory (including the label of a first token, which nothing predicts; stage
+    pt has such). For the fields of preference stages see methods/preference.py: collate_answers.
     """
     input_ids: torch.Tensor         # (1, N) int64
     position_ids: torch.Tensor      # (1, N) int64, from 0 in every sequence

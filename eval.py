@@ -1,14 +1,14 @@
 """Evaluate a tuned model beside its base: loss, perplexity, answers and their scores.
 
-    python eval.py --config configs/tiny_lora_eval.yaml     loss, answers, BLEU and ROUGE python
-    eval.py my.yaml do_eval=true                     only the loss python eval.py my.yaml
-    eval_dataset=questions.json max_new_tokens=256 do_sample=false python eval.py my.yaml
-    task=mmlu_test                   multiple choice (evals/multiple_choice.py)
+    python eval.py --config configs/tiny_lora_eval.yaml     loss, answers, BLEU and ROUGE
+    python eval.py my.yaml do_eval=true                     the loss only
+    python eval.py my.yaml eval_dataset=questions.json max_new_tokens=256 do_sample=false
+    python eval.py my.yaml task=mmlu_test                   see evals/multiple_choice.py
 
 config → models → chat template and rows → loss and answers of each model → files → a table. The
 rows are eval_dataset, or the share val_size of dataset that training held out, or dataset itself.
-The yaml of a training works unchanged: the adapter is found in its output_dir. A killed run
-continues after the answers it has.
+The yaml of a training works unchanged: the adapter is found in its output_dir. A run that was
+killed continues after its last complete answer.
 
 Requires: chat.py (loads a model in the same way), evals/loss.py, evals/predictions.py.
 Next: docs/evaluation.md.
@@ -140,7 +140,7 @@ def check_rows_and_output(config: Config):
 def sides_of(config: Config, base: Path, adapters: list[Path]) -> list[Side]:
     """The models to compare: the tuned one, and with `compare` its base and the merged model.
 
-    A reward model stands alone: its base has no value head.
+    A reward model is measured alone, since its base has no value head.
     """
     original = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     name = "tuned"
@@ -198,7 +198,7 @@ def held_out(config: Config, tokenizer, template, vocab_size: int):
     elif not config.val_size:
         print("  note: the rows of `dataset` are measured. For a model trained on them the figures "
               "show memorization; eval_dataset or val_size holds rows out")
-    # no folder is passed, so that the rows a training keeps on disk stay
+    # without a folder: the cache of the training run is not replaced
     train_set, eval_set, counts = load_examples(config, tokenizer, template,
                                                 STAGES[config.stage].encode)
     split = "eval" if config.val_size else "train"
@@ -320,7 +320,7 @@ def objective_of_side(config: Config, side: Side, model, device, matmul) -> Obje
 
 
 def prepare_answers(config: Config, model, device):
-    """Make the model fast at generating, and print how. The loss above is of unmerged adapters."""
+    """Prepare the model to generate fast, and print how. The loss was measured without merging."""
     lines = []
     if config.fast_chat:
         merge_adapters(model, quantized=False)
@@ -384,7 +384,7 @@ def files_of(answered: bool) -> list[str]:
 
 def write_files(output: Path, side: Side, config: Config, tokenizer, prompts: list[Prompt],
                 first: bool):
-    """Write the files LLaMA-Factory writes; of the models compared with, only the answers."""
+    """Write LLaMA-Factory's files for the first model, and only the answers for the others."""
     if prompts:
         name = "generated_predictions.jsonl"
         if not first:

@@ -45,7 +45,7 @@ class Switches:
 
     # positions
     rotary_pairs: str = "halves"            # rotated pairs: features i and i + R/2,
-                                            # or "neighbours" 2i and 2i + 1
+                                            # or "neighbors" 2i and 2i + 1
     partial_rotary_factor: float = 1.0      # share of each head's features that are rotated
     alibi: bool = False                     # no rotation, but a linear bias by distance
                                             # (arXiv:2108.12409)
@@ -166,7 +166,7 @@ def window_everywhere(take, layer):
 
 
 def window_if_switched_on(take, layer):
-    """Qwen's window acts only with use_sliding_window, from layer max_window_layers on."""
+    """Qwen's window applies only with use_sliding_window, from layer max_window_layers on."""
     if take("use_sliding_window") and layer >= take("max_window_layers", 28):
         return take("sliding_window")
     return None
@@ -255,7 +255,7 @@ GEMMA = dict(
     **BIASED)
 
 GLM = dict(
-    rotary_pairs="neighbours",
+    rotary_pairs="neighbors",
     partial_rotary_factor=said("partial_rotary_factor", 0.5),
     fused_gate_up=True,
     qkv_bias=said("attention_bias", True),
@@ -263,7 +263,7 @@ GLM = dict(
 
 LLAMA4 = dict(                                      # the Llama 4 model card; only its text part
     **BIASED,
-    rotary_pairs="neighbours", use_rope=rope_unless_listed,
+    rotary_pairs="neighbors", use_rope=rope_unless_listed,
     attn_temperature=temperature_by_floor,
     chunks=chunk_where_rope,
     qk_norm=unit_norm_by_default,
@@ -326,7 +326,7 @@ FAMILIES = {
         names={"after_attention_norm": "post_self_attn_layernorm",
                "after_mlp_norm": "post_mlp_layernorm"}),
     "chatglm": Family(              # ChatGLM 2 and 3, the first files of GLM-4, arXiv:2406.12793
-        rotary_pairs="neighbours", partial_rotary_factor=0.5,
+        rotary_pairs="neighbors", partial_rotary_factor=0.5,
         rope_theta=lambda take: 10000.0 * take("rope_ratio", 1),
         fused_qkv="blocks", fused_gate_up=True,
         o_bias=said("add_bias_linear", False),
@@ -505,8 +505,8 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
             raise ValueError(f"{where}: {family.text_field} is missing; a {kind} checkpoint has "
                              "the decoder's fields there")
         raw = raw[family.text_field]
-        notes.append(f"only the language part of this {kind} checkpoint is used, what reads images "
-                     "is left out")
+        notes.append(f"only the language part of this {kind} checkpoint is used, not the part that "
+                     "reads images")
     raw = {key: value for key, value in raw.items() if not key.startswith("_")}
     check_types(raw, family.called, where)
 
@@ -521,8 +521,7 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
     unread = {k: v for k, v in raw.items() if k not in known and v and (v is True or v != 1.0)}
     if unread:
         raise ValueError(f"{where}: {fields_in_words(unread)} may change what the network computes "
-                         "and is not supported. If it is only a remark, take it out of "
-                         "config.json.")
+                         "and is not supported. If it has no effect, take it out of config.json.")
     check_sizes(config, where)
     return config
 
@@ -578,8 +577,8 @@ def check_quantization(stored: dict, where: str) -> list[str]:
                          "model, with quantization_bit: 4 if memory is short")
     if not stored.get("load_in_8bit"):
         return []
-    return ["its 8-bit weights are multiplied with activations in full; bitsandbytes rounds those "
-            "to 8 bits, too"]
+    return ["its 8-bit weights are multiplied with unrounded activations; bitsandbytes also rounds "
+            "the activations to 8 bits"]
 
 
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:
@@ -656,7 +655,7 @@ def note_dropout(raw: dict) -> list[str]:
     rates = {name: raw[name] for name in DROPOUTS if raw.get(name)}
     if not rates:
         return []
-    return [f"config.json asks for {fields_in_words(rates)} in training, which is not applied here"]
+    return [f"config.json sets {fields_in_words(rates)} for training, which is not applied here"]
 
 
 def check_types(raw: dict, called: dict, where: str):
@@ -691,8 +690,7 @@ def check_sizes(config: ModelConfig, where: str):
                          f"num_key_value_heads {groups}")
     if any(config.sparse) and not 0 < config.num_experts_per_tok <= config.num_experts:
         raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and "
-                         f"num_experts {config.num_experts}: a token passes at least one, and not "
-                         "more than there are")
+                         f"num_experts {config.num_experts}: it must be between 1 and num_experts")
 
 
 def fields_in_words(values: dict) -> str:

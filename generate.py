@@ -118,7 +118,7 @@ def generate(model, input_ids: list[int], cache, stop_ids: Collection[int] = (),
 
     cache: a KVCache that is empty or holds the first cache.length tokens of input_ids, which are
     not computed again. generator: on the model's device; the same seed gives the same answer. step:
-    a function in place of next_scores, see fast/decode.py. Raises ValueError for ids outside the
+    a function instead of next_scores, see fast/decode.py. Raises ValueError for ids outside the
     vocabulary, a prompt that fills the context, and logits that are not finite.
     """
     limit = check_prompt(model, input_ids, max_new_tokens)

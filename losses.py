@@ -36,7 +36,7 @@ def cross_entropy_plain(hidden, weight, targets, softcap=None):
 
 
 def capped(logits, softcap):
-    """softcap * tanh(logits / softcap); None leaves them as they are."""
+    """softcap * tanh(logits / softcap); the logits themselves if softcap is None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -280,7 +280,7 @@ class Objective:
         raise NotImplementedError
 
     def with_reference(self, model, batches: list) -> list:
-        """The batches, with what loss_sum needs to know of a reference model."""
+        """The batches, with what loss_sum needs from a reference model."""
         return batches
 
     def parameters(self) -> dict:

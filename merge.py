@@ -1,18 +1,18 @@
 """Merge adapters into their base model, W + scale * B A, and write an ordinary checkpoint.
 
-    python merge.py --config configs/tiny_merge.yaml python merge.py --config my_training.yaml
-    export_dir=models/mine    with the adapter in output_dir python merge.py my_training.yaml
-    export_dir=models/mine merge_base=original
+    python merge.py --config configs/tiny_merge.yaml
+    python merge.py my_training.yaml export_dir=models/mine             the adapter in output_dir
+    python merge.py my_training.yaml export_dir=models/mine merge_base=original
 
 No model is built. Tensors are streamed from the base's files into new ones in blocks of rows, so a
 70B checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once,
 to the base's dtype. While one block is written, threads read and sum the next ones, so that a merge
 takes about as long as copying the files.
 
-An adapter that was trained on a base in 4 or 8 bits is merged into that base, dequantized: the
-model that was trained. Such an adapter has learned to compensate the rounding, so the sum with the
-original weights (merge_base: original) is a different model. If the yaml names a dataset, the
-losses of base, base with adapter, and merged model on some of its rows are printed.
+An adapter that was trained on a base in 4 or 8 bits is merged into that base, dequantized: this is
+the model that was trained. Such an adapter has learned to compensate for the rounding, so the sum
+with the original weights (merge_base: original) is a different model. If the yaml names a dataset,
+the losses of base, base with adapter, and merged model on some of its rows are printed.
 
 Requires: lora.py (merged_weight), runtime/merge_plan.py, checkpoint/files.py (streaming).
 Next: eval.py.
@@ -67,7 +67,7 @@ MAX_THREADS = 4                 # more would idle: one writes while the others s
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "train_config.json")
-# Other files to copy from the base's folder, unless they match SKIPPED, too.
+# Other files to copy from the base's folder, unless they match SKIPPED.
 COPIED = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
     "USE_POLICY*")
@@ -179,8 +179,8 @@ def print_sources(config: Config, base: Path, adapters: list[Path]):
     for adapter in adapters:
         print(f"adapter   {adapter}")
         if trained_on := other_base(adapter, base, config.model_name_or_path):
-            print(f"          warning: it says it was trained on {trained_on}; it is merged all "
-                  "the same if its shapes fit")
+            print(f"          warning: it says it was trained on {trained_on}; it is merged "
+                  "anyway if its shapes fit")
     if warning := warn_of_folded(adapters):
         print(f"warning   {warning}")
     if not adapters:
@@ -197,7 +197,7 @@ def other_base(adapter: Path, base: Path, name: str) -> str | None:
 
 
 def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
-    """Absolute path to write to. Raises ValueError if that could destroy anything of the user's."""
+    """Absolute path to write to. Raises ValueError if that could destroy files of the user."""
     target = path.resolve()
     for source in sources:
         if target in (source.resolve(), *source.resolve().parents):
@@ -212,8 +212,8 @@ def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
         raise ValueError(f"export_dir: {path} is not empty (it holds {items[0].name}). Name "
                          "another folder, or set overwrite: true")
     if items and (target / "config.json" not in items or any(item.is_dir() for item in items)):
-        raise ValueError(f"export_dir: {path} holds other things than a checkpoint, and overwrite: "
-                         "true would remove them. Name another folder")
+        raise ValueError(f"export_dir: {path} holds more than a checkpoint, and overwrite: true "
+                         "would remove all of it. Name another folder")
     return target
 
 
@@ -235,8 +235,8 @@ def write_plan(folder: Path, plan: dict[str, Planned], device, shard_bytes: int,
 def run_ahead(makers: Iterable[Callable]) -> Iterator:
     """Yield what the functions return, in order; threads call them a few positions in advance.
 
-    One thread a core with one core each: torch's own threads would wait for each other and for the
-    writing.
+    Each thread computes on one core. torch's own threads would wait for each other and for the
+    disk.
     """
     workers = min(os.cpu_count() or 1, MAX_THREADS)
     threads_before = torch.get_num_threads()
@@ -273,7 +273,7 @@ def block_makers(plan: dict[str, Planned], device) -> Iterator[Callable]:
 
 
 def dequantized_base(tensor: Planned, device) -> torch.Tensor | None:
-    """The matrix training saw for one in 4 or 8 bits; None for others, which are read by rows."""
+    """The matrix of a weight in 4 or 8 bits, as in training; None for others, read by rows."""
     if tensor.packed:
         weight = read_packed(tensor.packed, device)
     elif tensor.form:
@@ -340,7 +340,7 @@ def merge_matrix(block: torch.Tensor, change: Change, A: torch.Tensor, rows,
 
 def merge_expert(block: torch.Tensor, change: Change, A: torch.Tensor, B: torch.Tensor,
                  experts: int, rows: tuple[slice, slice]) -> torch.Tensor:
-    """The same for one expert of a stack (E, in, out): (1, rows, out) float32."""
+    """merge_matrix for one expert of a stack (E, in, out): (1, rows, out) float32."""
     expert, part = rows
     low, high = expert_matrices(A, B, experts, expert.start)
     if not change.swapped:
@@ -370,7 +370,7 @@ def check_copy(block: torch.Tensor, copy: torch.Tensor, name: str, file: Path):
     """Raise ValueError unless an adapter's copy of a base tensor equals it, up to rounding."""
     if (block.float() - copy.float()).abs().max() > 0.01 * block.abs().max():
         raise ValueError(f"{file}: it was trained on a model whose {name} has other values than "
-                         "this base's")
+                         "that of this base")
 
 
 # ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------
@@ -459,7 +459,7 @@ def read_back(work: Path, plan: dict[str, Planned]):
     """Compare names, shapes and dtypes of the written files with the plan. Raises OSError."""
     found = {name: stored_as(file, name) for name, file in tensor_files(work).items()}
     if found != {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}:
-        raise OSError(f"{work}: the written files differ from the plan. Is the disk in order?")
+        raise OSError(f"{work}: the written files differ from the plan. Is the disk damaged?")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The learning rate of optimizer step `step` (from 0) is learning_rate * lr_schedule(config,
 total_steps)(step); train.py sets it before each step with set_lr. Schedules and groups are those of
-LLaMA-Factory, by its keys. Other optimizers (8-bit AdamW, Muon, GaLore) are handed in, see
+LLaMA-Factory, by its keys. Other optimizers (8-bit AdamW, Muon, GaLore) are passed in, see
 methods/optimizers.py.
 
 Requires: lora.py.
@@ -108,11 +108,11 @@ def warmup_steps(config, total_steps: int) -> int:
 def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
     """factor(step) for step 0 ... total_steps - 1: a linear warmup, then the schedule.
 
-    Raises ValueError naming the key for arguments that make no sense.
+    Raises ValueError that names the key for an invalid argument.
     """
     kind = config.lr_scheduler_type
     kw = dict(config.lr_scheduler_kwargs or {})
-    shape, known = SCHEDULES[kind]
+    schedule, known = SCHEDULES[kind]
     check_schedule_kwargs(kind, kw, known.split())
     if kind == "cosine_with_min_lr":
         kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / config.learning_rate)
@@ -123,7 +123,7 @@ def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warm:
             return low + (1 - low) * step / max(1, warm)
-        return shape(step, total_steps, warm, kw)
+        return schedule(step, total_steps, warm, kw)
 
     return factor
 
@@ -241,7 +241,7 @@ def parameter_groups(parameters: dict, config, rule_of: Callable = always_adamw)
         no_decay = is_vector or "norm" in name.lower() or name.endswith("bias")
         if ratio is not None or config.use_galore:  # LLaMA-Factory: LayerNorm alone, not RMSNorm
             no_decay = "bias" in name
-        if config.use_muon:                         # and there everything decays
+        if config.use_muon:                         # with Muon everything decays
             no_decay = False
         is_fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
         return lr * ratio if is_fast else lr, not no_decay, rule_of(name, p, config)
@@ -264,9 +264,9 @@ def parameter_groups(parameters: dict, config, rule_of: Callable = always_adamw)
 class Optimizer:
     """The part of torch.optim.Optimizer that we need.
 
-    torch's own imports its compiler when it is made, which takes as long as a small run's first
-    steps. param_groups: see parameter_groups. state: {parameter: {field: tensor}}; a parameter that
-    has never had a gradient has none. rules: {name: UpdateRule}.
+    torch's own class imports its compiler when it is created, which takes as long as the first
+    steps of a small run. param_groups: see parameter_groups. state: {parameter: {field: tensor}},
+    without parameters that have never had a gradient. rules: {name: UpdateRule}.
     """
 
     def __init__(self, groups: list[dict], rules: dict[str, UpdateRule] = ADAMW):
@@ -327,8 +327,8 @@ def make_optimizer(parameters: dict, config, device: torch.device,
 def add_neftune(model, alpha: float):
     """Add noise to the embeddings in training (NEFTune, arXiv:2310.05914).
 
-    It is uniform in +-alpha / sqrt(L * D) for a sequence of L tokens; the layout that the model is
-    called with tells where the sequences of a row end.
+    It is uniform in +-alpha / sqrt(L * D) for a sequence of L tokens. The lengths of the sequences
+    are those of the layout that the model is called with.
     """
     layouts = []
 

@@ -49,7 +49,7 @@ CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong net
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of how many processes this is. local_rank counts those of this host."""
+    """The number of this process (rank) among `world`; local_rank counts within its host."""
     rank: int = 0
     world: int = 1
     local_rank: int = 0
@@ -82,7 +82,7 @@ class Ranks:
         return loss, grad_norm, {name: list(pair) for name, pair in zip(metrics, pairs)}, stops
 
     def from_main(self, make: Callable):
-        """What make() returns on rank 0, on every rank: for what must be decided once."""
+        """What make() returns on rank 0, on every rank: for decisions that must agree."""
         box = [make() if self.main else None]
         if self.world > 1:
             dist.broadcast_object_list(box)
@@ -172,7 +172,7 @@ def end_ranks():
 def check_same_start(ranks: Ranks, weights: Iterable[torch.Tensor], rows: str):
     """Raises ValueError if ranks start from different weights or rows, as hosts may.
 
-    weights: those that every rank holds whole. rows: a checksum of the training rows.
+    weights: the ones that every rank holds in full. rows: a checksum of the training rows.
     """
     if ranks.world == 1:
         return
@@ -270,7 +270,7 @@ class Gradients:
             for bucket in self.buckets:
                 bucket.awaited = set(range(len(bucket.params)))
         loss.backward()
-        if batch is not None and batch.filler:          # what it used does not count as used
+        if batch is not None and batch.filler:          # parameters used by a filler do not count
             for bucket in self.buckets:
                 bucket.used.clear()
 

@@ -130,7 +130,7 @@ def rope_table(config: ModelConfig, position_ids, dtype: torch.dtype, length: in
     angle = position_ids[:, None, :, None].float() * inv_freq                    # (B, 1, T, R/2)
     cos = (angle.cos() * scale).to(dtype)
     sin = (angle.sin() * scale).to(dtype)
-    if config.rotary_pairs == "neighbours":
+    if config.rotary_pairs == "neighbors":
         return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
@@ -139,11 +139,11 @@ def rotate(x, cos, sin, pairs: str = "halves"):
     """Rotate feature pairs of x (B, H, T, Dh) by their angles (arXiv:2104.09864, eq. 34).
 
     cos, sin: (B, 1, T, R) from rope_table. The first R features are rotated, in pairs (i, i + R/2)
-    or, with "neighbours", (2i, 2i + 1).
+    or, with "neighbors", (2i, 2i + 1).
     """
     R = cos.shape[-1]
     rotated = x if R == x.shape[-1] else x[..., :R]
-    if pairs == "neighbours":
+    if pairs == "neighbors":
         partner = rotated.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     else:
         partner = rotated.roll(R // 2, -1)
@@ -151,14 +151,14 @@ def rotate(x, cos, sin, pairs: str = "halves"):
     return rotated if R == x.shape[-1] else torch.cat((rotated, x[..., R:]), dim=-1)
 
 
-# ---- attention that depends on positions otherwise ----------------------------------------------
+# ---- ALiBi and the temperature of long contexts -------------------------------------------------
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
     """Slope of each head's penalty on distance (arXiv:2108.12409, sec. 3).
 
-    For other counts than powers of two, as in its code: the slopes of the next lower power, then
-    every second slope of twice that many heads.
+    If the number of heads is no power of two, as in the paper's code: the slopes of the next lower
+    power, then every second slope of twice that many heads.
     """
     power = 2 ** int(math.log2(num_heads))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]

@@ -11,9 +11,9 @@ conversation, so that the model can tell who speaks. With `llama3`, a question a
 
     2 + 3 = 5.<|eot_id|>
 
-The answer and the token that ends it are the target: they carry loss. All before them is the
+The answer and the token that ends it are the target: they carry loss. Everything before them is the
 source, which the model only reads. This file holds the five usual formats, turns a conversation
-into (source, target) pairs, and encodes them. data.py makes labels of the pairs.
+into (source, target) pairs, and encodes them. data.py makes labels from the pairs.
 
 A conversation is a list of messages {"role": ..., "content": ...}. A "user" or an "observation"
 (what a tool returned) is answered by an "assistant" or a "function" (a tool call, as JSON).
@@ -50,7 +50,7 @@ Pieces = list[str | int]        # a text to be encoded on its own, or an id
 
 
 def no_tools(*_):
-    """What a ToolFormat does until text/chat_formats.py has put in its functions."""
+    """The functions of a ToolFormat until text/chat_formats.py sets them."""
     raise ValueError("this template cannot write tools: take it from text.chat_formats.TEMPLATES")
 
 
@@ -92,7 +92,7 @@ class Template:
     name: str = ""
 
 
-# ---- the five usual formats: words are the vendors', rows are data ------------------------------
+# ---- the five usual formats ---------------------------------------------------------------------
 
 
 CHATML = Template(      # OpenAI, 2023; many fine-tunes of other models
@@ -231,7 +231,7 @@ def render_source(template: Template, tokenizer, message: dict, number: int,
     """Render the message of a user or a tool, up to where the answer begins."""
     slots = turn_slots(template, message["role"])
     text = system_text + message["content"]
-    # {{idx}} is the number of the turn, also where a user has typed it: as LLaMA-Factory has it
+    # {{idx}} is the number of the turn, even if a user typed it, as in LLaMA-Factory
     with_number = message["role"] == "user" and not template.system_in_user
     return fill_slots(slots, tokenizer, text, str(number) if with_number else None)
 
@@ -264,7 +264,7 @@ def fill_slots(slots: tuple[Slot, ...], tokenizer, content: str = "",
         if isinstance(slot, Token):
             pieces.append(slot_id(tokenizer, slot))
             continue
-        # special tokens of the template stay ids even where those that a user types are split
+        # special tokens of the template stay ids even if special tokens in the text are split
         parts = tokenizer.split_at_special(slot) if tokenizer.split_special_tokens else [slot]
         for part in parts:
             if isinstance(part, str):

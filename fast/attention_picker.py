@@ -1,4 +1,4 @@
-"""Tries every attention kernel on this machine and names the fastest correct one.
+"""Try every attention kernel on this machine and name the fastest correct one.
 
     python -m fast.attention_picker                                     the kernels of this machine
     python -m fast.attention_picker --head_dim 64 --num_heads 14 --num_kv_heads 2
@@ -112,7 +112,7 @@ def pick_kernel(flash_attn: str = "auto", *, device, dtype: torch.dtype, **shape
     if flash_attn == "disabled":
         return KernelChoice("plain", ["attention: plain (flash_attn: disabled)"])
 
-    lines = posing_card()
+    lines = architecture_override()
     allowed = WANTED[flash_attn]
     verdicts = try_kernels(allowed, problem)
     if all(verdict.reason for verdict in verdicts):
@@ -202,7 +202,7 @@ def known_refusal(kernel: str, problem: Problem) -> str | None:
 
 
 def old_flash_attn(problem: Problem) -> str | None:
-    """The reason why the installed version of flash-attn cannot serve, or None."""
+    """The reason why the installed version of flash-attn cannot be used, or None."""
     version = version_of("flash-attn")
     if version is None:
         return "not installed"
@@ -269,7 +269,7 @@ def read_verdicts(text: str, expected: list[str]) -> list[Verdict]:
 
 
 def answer_probe(probe: str):
-    """In the child: print a verdict per line; end after the first kernel that does harm."""
+    """In the child: print a verdict per line; end after the first kernel that is not harmless."""
     probe = json.loads(probe)
     for i, kernel in enumerate(probe["kernels"]):
         verdict = try_here(kernel, Problem(**probe["problem"]))
@@ -327,7 +327,7 @@ def find_fault(kernel: str, problem: Problem) -> str | None:
         exact = run_attention(plain_attention, inputs, "cpu", torch.float64, lengths, variant)
         rounded = run_attention(rounding, inputs, "cpu", dtype, lengths, variant)
         found = run_attention(tested, inputs, problem.device, dtype, lengths, variant)
-        where = "a segment of {length}" if lengths else f"{T} queries, {S} keys"
+        where = "a sequence of {length}" if lengths else f"{T} queries, {S} keys"
         if variant.window:
             where += f", window {variant.window}"
         if fault := wrong_result(exact, rounded, found, lengths, dtype, where):
@@ -479,16 +479,16 @@ SWITCHES = {    # environment variables that change which kernel runs, or on whi
     "FLASH_ATTENTION_TRITON_AMD_ENABLE": "TRUE: flash-attn on ROCm by Triton instead of CK",
     "PYTORCH_NVML_BASED_CUDA_CHECK":
         "on ROCm leave it unset: is_available() would fail as device_count() does",
-    "HSA_OVERRIDE_GFX_VERSION": "the card poses as another one",
+    "HSA_OVERRIDE_GFX_VERSION": "the card reports another architecture",
 }
 
 
-def posing_card() -> list[str]:
-    """[a warning] if the environment makes a ROCm card claim another architecture, else []."""
+def architecture_override() -> list[str]:
+    """[a warning] if the environment makes a ROCm card report another architecture, else []."""
     gfx = os.environ.get("HSA_OVERRIDE_GFX_VERSION")
     if not (gfx and torch.version.hip):
         return []
-    return [f"attention: HSA_OVERRIDE_GFX_VERSION={gfx} makes the card pose as another "
+    return [f"attention: HSA_OVERRIDE_GFX_VERSION={gfx} makes the card report another "
             "architecture: torch may start kernels that it cannot run. Unset it unless you know "
             "that you need it."]
 
@@ -543,7 +543,7 @@ def describe_machine() -> list[str]:
     for name, effect in SWITCHES.items():
         if name in os.environ:
             lines.append(f"{name}={os.environ[name]}  ({effect})")
-    return lines + warning + posing_card()
+    return lines + warning + architecture_override()
 
 
 def parse_options() -> dict:

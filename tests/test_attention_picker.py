@@ -46,11 +46,11 @@ def lose_own_key(q, k, v, out):
 FAULTS = {
     "all values a little off": (lambda q, k, v, out: out * 1.02, "wrong output"),
     "not a number": (lambda q, k, v, out: out / 0 * 0, "wrong output"),
-    "lengths not a multiple of 64": (lose_last_keys, "wrong output .a segment of (1|7|62|129|520).: off by"),
-    "one key of 129 lost": (lose_own_key, "wrong output .a segment of 1"),
+    "lengths not a multiple of 64": (lose_last_keys, "wrong output .a sequence of (1|7|62|129|520).: off by"),
+    "one key of 129 lost": (lose_own_key, "wrong output .a sequence of 1"),
     "gradients": (lambda q, k, v, out: Backward.apply(out), "wrong gradient"),
-    "segments of one token": (lambda q, k, v, out: out + 0.1 * (len(q) == 1), "wrong output .a segment of 1.:"),
-    "boundary ignored": (lambda q, k, v, out: out + 0.05 * (len(q) == 129), "wrong output .a segment of 129"),
+    "segments of one token": (lambda q, k, v, out: out + 0.1 * (len(q) == 1), "wrong output .a sequence of 1.:"),
+    "boundary ignored": (lambda q, k, v, out: out + 0.05 * (len(q) == 129), "wrong output .a sequence of 129"),
 }
 
 
@@ -118,7 +118,7 @@ def test_a_kernel_right_with_the_window_only_is_refused(monkeypatch):
     module.flash_attn_varlen_func = lambda *args, **options: real(*args, **options | {"window_size": (41, 0)})
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     fault = attention_picker.find_fault("flash-attn", attention_picker.Problem("cpu", "float32", 32, 4, 2, window=42))
-    assert fault.startswith("wrong output (a segment of") and "window" not in fault
+    assert fault.startswith("wrong output (a sequence of") and "window" not in fault
 
 
 def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
@@ -276,7 +276,7 @@ def test_on_the_cpu_it_picks_a_correct_kernel_and_leaves_the_random_stream_alone
 
 def test_a_k100_with_the_das_wheels(monkeypatch):
     """torch 2.4.1+das, flash-attn 2.6.1+das whose varlen is wrong on gfx928, no mem-efficient kernel."""
-    fault = "wrong output (a segment of 62): off by 0.8, rounding explains 0.004"
+    fault = "wrong output (a sequence of 62): off by 0.8, rounding explains 0.004"
     measured = {"flash-attn": fault, "sdpa-flash": 0.41, "sdpa-efficient": "torch built without it",
                 "sdpa-math": 3.9, "plain": 4.8}
     imitate_gpu(monkeypatch, measured, hip="5.7", installed="2.6.1+das.opt2.dtk2504", version=(2, 4))
@@ -400,9 +400,9 @@ def test_cards_by_name(monkeypatch, hip, arch, name):
     assert attention_picker.card_name(0) == name
 
 
-def test_a_posing_card_is_announced(monkeypatch):
+def test_a_architecture_override_is_announced(monkeypatch):
     monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "9.0.6")
-    assert attention_picker.posing_card() == []                             # it means nothing to a CPU or CUDA build
+    assert attention_picker.architecture_override() == []                             # it means nothing to a CPU or CUDA build
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 1.0), hip="6.2", installed="2.7.4")
     lines = attention_picker.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE).lines
     assert "HSA_OVERRIDE_GFX_VERSION=9.0.6" in lines[0] and lines[1].startswith("attention: flash-attn")

@@ -745,7 +745,7 @@ def test_where_it_does_not_write(tmp_path, monkeypatch):
     merge_checkpoint(base, [], out, overwrite=True)
     assert torch.equal(tensors_in(out)[HEAD], tensors_in(base)[HEAD])
     (out / "photos").mkdir()
-    with pytest.raises(ValueError, match="other things than a checkpoint"):
+    with pytest.raises(ValueError, match="holds more than a checkpoint"):
         merge_checkpoint(base, [adapter], out, overwrite=True)
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
