@@ -9,7 +9,7 @@ import torch
 import attention as A
 
 
-def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False, deaf_to=()):
+def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False, ignored=()):
     """A module `flash_attn` with the package's calling convention. `spoil(q, k, v, out)` may falsify one sequence.
 
     deaf_to: arguments that it takes and ignores, of window, softcap, slopes.
@@ -18,7 +18,7 @@ def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False, 
         assert causal and q.dtype == k.dtype == v.dtype                     # (T, H, Dh), (S, K, Dh)
         assert alibi_slopes is None or (alibi_slopes.dtype is torch.float32 and alibi_slopes.shape == q.shape[1:2])
         rules = {"window": window_size[0] + 1 or None, "softcap": softcap or None, "slopes": alibi_slopes}
-        rules = {name: None if name in deaf_to else value for name, value in rules.items()}
+        rules = {name: None if name in ignored else value for name, value in rules.items()}
         if causal_from_top_left:
             k, v = k[:len(q)], v[:len(q)]
         out = A.plain_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale, **rules)

@@ -30,7 +30,8 @@ def free_port() -> int:
 
 @contextmanager
 def started(*launchers):
-    """The launchers (argument lists) as processes; none is left at the end, and their ranks follow within a second."""
+    """The launchers (argument lists) as processes; none is left at the end, and their ranks follow
+    within a second."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "POCKET_TRACEBACK": "0"}
     found = [subprocess.Popen([sys.executable, *map(str, launcher)], cwd=ROOT, env=env, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for launcher in launchers]
@@ -101,5 +102,5 @@ def small_world(here):
     for file, part in (("pairs", pairs), ("judged", judged)):
         (here / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
     texts = [row["messages"][1]["content"].replace("\n", " ") for row in rows[:27]]
-    texts[::4] = [""] * 7                           # an empty document: its end is a label that nothing predicts
+    texts[::4] = [""] * 7                           # an empty document: its eos is a label that nothing predicts
     (here / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")

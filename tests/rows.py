@@ -25,7 +25,8 @@ CASE_KEYS = ("case", "stage", "template", "tokenizer", "tokenizer_backend", "pre
 
 
 def load_rows(folder, names="d", notes=None, seed=42, stage="sft", max_samples=None):
-    """The raw rows of datasets in `folder`; notes: a list that what the user should know goes to."""
+    """The raw rows of datasets in `folder`; notes: a list that what the user
+    should know goes to."""
     sampler = np.random.RandomState(seed)
     notes = [] if notes is None else notes
     config = SimpleNamespace(dataset_dir=str(folder), stage=stage, max_samples=max_samples,
@@ -102,5 +103,6 @@ def cases_of(file):
 
 
 def known(line):
-    """Whether this release has the line's template, and reads the tokenizer as it was read there."""
+    """Whether this release has the line's template, and reads the tokenizer
+    as it was read there."""
     return line["template"] in TEMPLATES and line.get("tokenizer_backend", "file") == "file"

@@ -22,7 +22,7 @@ RECORDED = [f"{base}_{kind}" for base in ("llama3", "qwen2", "qwen3")
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft", "ignore::Warning:transformers")
 
 
-def golden(name):
+def recorded_adapter(name):
     """Base model, adapter folder, and what PEFT computed with them."""
     folder = GOLDEN / "lora" / name
     model = load_model(GOLDEN / "models" / name.split("_")[0], torch.float32)
@@ -34,8 +34,8 @@ def golden(name):
 
 @needs_shared
 @pytest.mark.parametrize("name", RECORDED)
-def test_golden_adapter(name):
-    model, folder, want = golden(name)
+def test_recorded_adapter_equals_peft(name):
+    model, folder, want = recorded_adapter(name)
     real = want["attention_mask"].bool()
 
     def far(logits, key):
@@ -64,8 +64,8 @@ def test_golden_adapter(name):
 
 @needs_shared
 @pytest.mark.parametrize("name", RECORDED)
-def test_saved_golden_adapter_is_the_same_file_and_peft_reads_it(name, tmp_path):
-    model, folder, want = golden(name)
+def test_a_recorded_adapter_saved_again_is_the_same_file(name, tmp_path):
+    model, folder, want = recorded_adapter(name)
     config = load_adapter(model, folder)
     save_adapter(model, tmp_path, config, "somewhere/base")
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path, folder))
@@ -81,7 +81,7 @@ def test_saved_golden_adapter_is_the_same_file_and_peft_reads_it(name, tmp_path)
     assert (logits - logits_of(model.eval(), want["input_ids"]))[real].abs().max() < 1e-4
 
 
-# ---- modules trained whole (additional_target) ----
+# ---- modules_to_save (additional_target) ----
 
 
 def test_copy_of_another_base_in_an_adapter_is_refused(tmp_path):
@@ -101,12 +101,12 @@ def test_copy_of_another_base_in_an_adapter_is_refused(tmp_path):
 
 
 @needs_shared
-def test_adapters_one_after_another_add_up():
+def test_several_adapters_add_up():
     names = ["llama3_r8", "llama3_r4_rslora", "llama3_r8_qv"]
     base = GOLDEN / "models" / "llama3"
     model = load_with_adapters(base, [GOLDEN / "lora" / name for name in names])
     assert not trainable(model)
-    for layer in lora_layers(model).values():                           # the last stays beside the weights
+    for layer in lora_layers(model).values():                           # the last is not merged
         assert layer.lora_A.out_features == 8
     assert len(lora_layers(model)) == 2 * len(load_model(base).model.layers)
     merge_adapters(model)
@@ -124,11 +124,11 @@ def test_adapters_one_after_another_add_up():
     assert changed == sum(len(tensors) // 2 for tensors in files)
 
 
-# ---- what a user may get wrong ----
+# ---- mistakes ----
 
 
 def adapter_folder(tmp_path, drop=(), add=(), **changes):
-    """A good adapter of the tiny model, damaged as asked."""
+    """An adapter of the tiny model, with the damage that the arguments name."""
     config = LoRAConfig(r=4, target_modules=["q_proj", "up_proj"])
     model = attach_lora(tiny(), config)
     tmp_path.mkdir(exist_ok=True)
@@ -158,23 +158,23 @@ A0 = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
     (dict(ensure_weight_tying=True), "ensure_weight_tying: True is not honoured"),
     (dict(init_lora_weights="olora"), "init_lora_weights 'olora' changed the base weights"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
-def test_adapter_that_does_not_fit(damage, words, tmp_path):
+def test_adapters_that_do_not_fit_are_refused(damage, words, tmp_path):
     with pytest.raises(ValueError, match=f"(?s){words}"):
         load_adapter(tiny(), adapter_folder(tmp_path, **damage))
 
 
 @needs_shared
-def test_adapter_of_another_model():
-    model, _, _ = golden("llama3_r8")
+def test_an_adapter_of_another_model_is_refused():
+    model, _, _ = recorded_adapter("llama3_r8")
     with pytest.raises(ValueError, match=r"has shape .* is this another model, or another rank\?"):
         load_adapter(model, GOLDEN / "lora" / "qwen3_r8")
 
 
-def test_adapter_files_that_are_missing_or_damaged(tmp_path):
+def test_missing_and_damaged_adapter_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="adapter_config.json is missing: adapter_name_or_path must be"):
         load_adapter(tiny(), tmp_path)
     weights = adapter_folder(tmp_path) / "adapter_model.safetensors"
-    load_adapter(tiny(), tmp_path)                                      # whole, it loads
+    load_adapter(tiny(), tmp_path)                                      # undamaged, it loads
     whole = weights.read_bytes()
     for part in (whole[:-40], whole[:30], b""):
         weights.write_bytes(part)
@@ -189,8 +189,8 @@ def test_adapter_files_that_are_missing_or_damaged(tmp_path):
             load_adapter(tiny(), tmp_path)
 
 
-# ---- families with names of their own ----
-FUSED = {       # what users name there, beside q_proj and its like; `experts` and `mlp` are blocks
+# ---- vendors' names ----
+FUSED = {       # targets besides q_proj etc.; `experts` and `mlp` are blocks
     "baichuan2_7b": ["W_pack"], "baichuan2_13b": ["W_pack"], "baichuan1_7b": ["W_pack"],
     "chatglm3": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"], "glm": ["gate_up_proj"],
     "glm4_original": ["query_key_value", "self_attention.dense"], "glm4": ["gate_up_proj"],
@@ -201,15 +201,15 @@ FUSED = {       # what users name there, beside q_proj and its like; `experts` a
 
 
 def shapes_in(base):
-    """{tensor name: shape} of a checkpoint, as the safetensors package reads it."""
+    """{tensor name: shape} of a checkpoint, read by the safetensors package."""
     found = {}
     for file in base.glob("model*.safetensors"):
         found |= {name: tuple(t.shape) for name, t in load_file(file).items()}
     return found
 
 
-def logits_and_merged(model):
-    """Logits with the adapter beside the weights and folded in, and the largest of the first."""
+def logits_and_merge_error(model):
+    """Logits with the adapter beside the weights, and the relative error of the merged model's."""
     before = logits_of(model, IDS)
     merge_adapters(model)
     return before, (logits_of(model, IDS) - before).abs().max() / before.abs().max()
@@ -219,7 +219,8 @@ def logits_and_merged(model):
 @pytest.mark.parametrize("name, targets", [(name, "all") for name in CHECKPOINTS]
                          + [(name, [target]) for name, targets in FUSED.items() for target in targets])
 def test_adapters_keep_the_vendors_names(name, targets, tmp_path):
-    """On disk stands what the checkpoint's files call a layer; what is saved loads, and merges to the same logits."""
+    """Saved adapters name layers as the checkpoint's files do; loaded again and merged, they give
+    the same logits."""
     base, config = checkpoint_of(name, tmp_path / "base"), LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
     model = load_model(base, torch.float32)
     plain = logits_of(model, IDS)
@@ -238,7 +239,7 @@ def test_adapters_keep_the_vendors_names(name, targets, tmp_path):
         assert written["target_modules"] == (sorted(layers) if name == "llama4_nested" else targets)
     again = load_model(base, torch.float32)
     load_adapter(again, tmp_path)
-    logits, off = logits_and_merged(again.eval())
+    logits, off = logits_and_merge_error(again.eval())
     assert torch.equal(logits, logits_of(model, IDS)) and off < 1e-5
     assert (logits - plain).abs().max() > 1e-2
     set_adapters(model, False)
@@ -250,9 +251,9 @@ IN_PEFT = ["gemma2", "glm", "glm4", "olmo", "olmo2", "phi3", "qwen2_moe", "qwen3
 
 @needs_shared
 @pytest.mark.parametrize("name", IN_PEFT)
-def test_peft_opens_ours_and_we_open_pefts(name, tmp_path):
+def test_peft_loads_our_adapters_and_we_load_pefts(name, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    # PEFT 0.19 and newer take the gate_proj of Qwen 3's dense layers, where experts are stacks, for that of experts
+    # where experts are stacked, PEFT 0.19 and newer take gate_proj of Qwen 3's dense layers for the experts'
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "qwen3_moe" else "all"
     base, config = GOLDEN / "models" / name, LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
     ours = load_model(base)
@@ -275,7 +276,8 @@ def test_peft_opens_ours_and_we_open_pefts(name, tmp_path):
 
 
 def by_pefts_formula(model, tensors, scale=2.0):
-    """Logits of a Llama 4 whose stacks have PEFT 0.18's sum added: W[e, i, o] + scale * B[o, r, e] A[e, r, i]."""
+    """Logits of a Llama 4 whose stacks have PEFT 0.18's sum added: W[e, i, o] + scale * B[o, r, e]
+    A[e, r, i]."""
     for layer, block in enumerate(model.model.layers):
         if not model.config.sparse[layer]:
             continue
@@ -297,7 +299,7 @@ def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
     perturb(attach_lora(model, config, stored_name=model.config.stored_name), size=0.1).eval()
     save_adapter(model, tmp_path, config, str(base))
     fields = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert fields["target_modules"] == [] and fields["lora_dropout"] == 0     # PEFT refuses dropout beside stacks
+    assert fields["target_modules"] == [] and fields["lora_dropout"] == 0     # PEFT refuses dropout with stacks
     assert fields["target_parameters"] == [f"model.layers.{layer}.feed_forward.experts.{part}" for layer in (1, 3)
                                            for part in ("gate_up_proj", "down_proj")]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -307,7 +309,8 @@ def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
 @needs_shared
 @pytest.mark.parametrize("parameters", [["gate_up_proj"], ["down_proj"], ["down_proj", "gate_up_proj"]], ids="+".join)
 def test_stacked_experts_adapted_by_peft(parameters, tmp_path, capsys):
-    """Whichever form the installed version writes; its target_modules never mean a stack, whatever their names."""
+    """In the layout that the installed version writes; its target_modules never mean a stack,
+    whatever their names."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = GOLDEN / "models" / "llama4"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
@@ -328,7 +331,7 @@ def test_stacked_experts_adapted_by_peft(parameters, tmp_path, capsys):
 
 
 def square_experts():
-    """A Llama 4 whose stack of `down` matrices is square, so that shapes do not tell A's place from B's."""
+    """A Llama 4 whose stack of `down` matrices is square, so that shapes do not tell A from B."""
     fields = dict(model_type="llama4_text", hidden_size=32, intermediate_size=32, intermediate_size_mlp=48,
                   num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, vocab_size=50,
                   max_position_embeddings=64, num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=2)
@@ -336,7 +339,7 @@ def square_experts():
 
 
 @pytest.mark.parametrize("version", [None, "0.18.1", "0.20.0.dev0", "1.0"])
-def test_square_stacks_are_read_as_their_version_wrote_them(version, tmp_path):
+def test_square_stacks_are_read_in_the_layout_of_their_peft_version(version, tmp_path):
     model, config = square_experts(), LoRAConfig(r=2, target_modules=["experts.down_proj"])
     perturb(attach_lora(model, config, stored_name=model.config.stored_name))
     save_adapter(model, tmp_path, config, "base")
@@ -346,21 +349,22 @@ def test_square_stacks_are_read_as_their_version_wrote_them(version, tmp_path):
     load_adapter(again, tmp_path)
     (name, before), (_, after) = (next(iter(lora_layers(each).items())) for each in (model, again))
     sums = []
-    for layer in (before, after):                       # what each adds to an expert's matrix, (E, in, out)
+    for layer in (before, after):                       # the adapter's part of each expert's matrix, (E, in, out)
         pairs = [expert_matrices(layer.lora_A.weight, layer.lora_B.weight, 2, expert) for expert in (0, 1)]
         sums.append(torch.stack([(B @ A).T for A, B in pairs]))
-    newer = version in ("0.20.0.dev0", "1.0")           # there, A is what multiplies the outputs
+    newer = version in ("0.20.0.dev0", "1.0")           # there, A multiplies the outputs
     assert torch.allclose(sums[1], sums[0].transpose(1, 2) if newer else sums[0], atol=1e-6)
     assert not torch.allclose(sums[0], sums[0].transpose(1, 2), atol=1e-2)
 
 
-# ---- experts one by one ----
+# ---- separate experts ----
 
 
 @needs_shared
 @pytest.mark.parametrize("routed", [True, False])
 def test_adapters_of_experts_made_with_transformers_4_and_5(routed, tmp_path):
-    """`gate_proj` means the routed experts' to version 4, where they are linear layers, and not to version 5."""
+    """In version 4 `gate_proj` includes the routed experts, which are linear layers there; in
+    version 5 it does not."""
     base = GOLDEN / "models" / "qwen2_moe"
     config = LoRAConfig(r=2, target_modules=["q_proj", "gate_proj", "gate"] if routed else ["q_proj", "gate_proj"])
     model = load_model(base)
@@ -384,8 +388,9 @@ def test_adapters_of_experts_made_with_transformers_4_and_5(routed, tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "llama4"])
-def test_adapters_that_peft_made_from_bare_names(name, tmp_path):
-    """Which layers `gate_proj` and `down_proj` mean is up to the installed version; routers are linear in 4 only."""
+def test_adapters_that_peft_made_from_module_names(name, tmp_path):
+    """The installed version decides which layers `gate_proj` and `down_proj` mean; routers are
+    linear layers in version 4 only."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     linear_routers = transformers.__version__.startswith("4.") and name != "llama4"
     targets = ["q_proj", "gate_proj", "up_proj", "down_proj", *(["gate"] if linear_routers else [])]
@@ -404,13 +409,13 @@ def test_adapters_that_peft_made_from_bare_names(name, tmp_path):
 
 
 @needs_shared
-def test_stacks_of_transformers_5_do_not_fit_experts_one_by_one(tmp_path):
+def test_adapters_of_stacked_experts_do_not_fit_separate_experts(tmp_path):
     adapter_folder(tmp_path, target_parameters=["mlp.experts.gate_up_proj"])
     with pytest.raises(ValueError, match="mlp.experts.gate_up_proj are stacks .* has its experts one by one"):
         load_adapter(load_model(GOLDEN / "models" / "qwen3_moe"), tmp_path)
 
 
-# ---- vendors' names elsewhere ----
+# ---- vendors' names in other settings ----
 
 
 @needs_shared
@@ -420,7 +425,7 @@ def test_stacks_of_transformers_5_do_not_fit_experts_one_by_one(tmp_path):
     ("baichuan2_7b", "W_pack", ["lm_head"], {"W_pack": 7}), ("gemma2", "q_proj", ["pre_feedforward_layernorm"], {}),
     ("llama4", "experts", ["router", "shared_expert"], {"experts.gate_up_proj": 2}),
 ])
-def test_modules_trained_whole_and_ranks_by_vendors_names(name, target, whole, ranks, tmp_path):
+def test_modules_to_save_and_rank_patterns_by_vendors_names(name, target, whole, ranks, tmp_path):
     base = checkpoint_of(name, tmp_path / "base")
     config = LoRAConfig(r=3, target_modules=[target], modules_to_save=whole, rank_pattern=ranks)
     model = load_model(base)
@@ -441,16 +446,16 @@ def test_modules_trained_whole_and_ranks_by_vendors_names(name, target, whole, r
 # ---- the files ----
 
 
-def test_adapters_are_as_readable_as_other_files(tmp_path):
+def test_both_adapter_files_have_the_same_permissions(tmp_path):
     save_adapter(attach_lora(tiny(), LoRAConfig(r=2)), tmp_path, LoRAConfig(r=2), "base")
     assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1
 
 
-def test_adapters_folded_in_before_another(tmp_path):
-    for name, said in (("a", {}), ("b", {"adapter_name_or_path": ["a"]}), ("c", {"adapter_name_or_path": ["a", "b"]}),
+def test_adapters_that_were_merged_before_training_another(tmp_path):
+    for name, settings in (("a", {}), ("b", {"adapter_name_or_path": ["a"]}), ("c", {"adapter_name_or_path": ["a", "b"]}),
                        ("d", {"adapter_name_or_path": [str(tmp_path / "a")], "create_new_adapter": True})):
         (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "train_config.json", said)
+        write_json(tmp_path / name / "train_config.json", settings)
     assert [folded_under(tmp_path / name) for name in "abc"] == [[], [], ["a"]]
     assert warn_of_folded([tmp_path / "a", tmp_path / "d"]) == warn_of_folded([tmp_path / "b"]) == ""
     assert f"adapter_name_or_path={tmp_path}/a,{tmp_path}/d" in warn_of_folded([tmp_path / "d"])

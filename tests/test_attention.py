@@ -13,8 +13,8 @@ from tests.common import SDPA_ON_CPU
 from tests.fake_flash_attn import fake_flash_attn, fake_varlen
 
 
-def by_hand(q, k, v, window=None, lengths=None, chunk=None, softcap=None, slopes=None):
-    """Attention written as loops over heads and queries, in float64; gradients flow."""
+def attention_by_loops(q, k, v, window=None, lengths=None, chunk=None, softcap=None, slopes=None):
+    """Attention as loops over heads and queries, in float64; differentiable."""
     (B, H, T, Dh), (K, S) = q.shape, k.shape[1:3]
     place = [(sample, at) for sample, n in enumerate(lengths or [S]) for at in range(n)]
 
@@ -37,7 +37,8 @@ def by_hand(q, k, v, window=None, lengths=None, chunk=None, softcap=None, slopes
     return torch.stack(out).view(B, H, T, Dh)
 
 
-def tensors(B, H, K, T, S, Dh=8, seed=0, dtype=torch.float32):
+def random_qkv(B, H, K, T, S, Dh=8, seed=0, dtype=torch.float32):
+    """q (B, H, T, Dh), k and v (B, K, S, Dh)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(B, heads, n, Dh, generator=generator).to(dtype) for heads, n in ((H, T), (K, S), (K, S))]
 
@@ -60,34 +61,34 @@ def assert_close(found, expected, atol=1e-5):
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
 @pytest.mark.parametrize("window", (None, 1, 3, 100))
 @pytest.mark.parametrize("T, S", ((6, 6), (1, 6), (3, 7), (1, 1)))
-def test_equals_the_definition(kernel, window, T, S):
-    q, k, v = tensors(2, 4, 2, T, S)
-    assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [by_hand(q, k, v, window)])
+def test_kernels_equal_the_definition(kernel, window, T, S):
+    q, k, v = random_qkv(2, 4, 2, T, S)
+    assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [attention_by_loops(q, k, v, window)])
 
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
 @pytest.mark.parametrize("window", (None, 2))
 def test_packed_row_equals_the_definition(kernel, window):
     lengths = (1, 4, 2, 4, 1)
-    q, k, v = tensors(1, 4, 2, 12, 12)
+    q, k, v = random_qkv(1, 4, 2, 12, 12)
     out = A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout(lengths), window=window)
-    assert_close([out], [by_hand(q, k, v, window, lengths)])
+    assert_close([out], [attention_by_loops(q, k, v, window, lengths)])
 
 
 @pytest.mark.parametrize("kernel", SDPA_ON_CPU)
 @pytest.mark.parametrize("lengths", ((1, 7, 62, 128, 129, 1), (5,), (3, 3, 3), (40, 1, 1, 33, 50)))
 @pytest.mark.parametrize("window", (None, 1, 45))
-def test_gradients_of_a_packed_row_equal_the_plain_twin(kernel, lengths, window):
-    qkv = tensors(1, 4, 2, sum(lengths), sum(lengths))
+def test_gradients_of_a_packed_row_equal_the_plain_kernel(kernel, lengths, window):
+    qkv = random_qkv(1, 4, 2, sum(lengths), sum(lengths))
     qkv[2] = qkv[2].transpose(1, 2).contiguous().transpose(1, 2)   # a model's v is a view
     options = {"layout": A.PackedLayout(lengths), "window": window}
     assert_close(with_gradients(qkv, kernel=kernel, **options), with_gradients(qkv, kernel="plain", **options))
 
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
-def test_samples_of_a_row_do_not_touch_each_other(kernel):
+def test_sequences_of_a_packed_row_do_not_attend_to_each_other(kernel):
     layout = A.PackedLayout((5, 1, 8))
-    q, k, v = tensors(1, 4, 2, 14, 14)
+    q, k, v = random_qkv(1, 4, 2, 14, 14)
     before = A.attend(q, k, v, kernel=kernel, layout=layout)
     q[:, :, :5], k[:, :, :5], v[:, :, :5] = 100, float("inf"), float("nan")
     after = A.attend(q, k, v, kernel=kernel, layout=layout)
@@ -96,26 +97,27 @@ def test_samples_of_a_row_do_not_touch_each_other(kernel):
     assert_close([after[:, :, 6:]], alone)
 
 
-def test_scale_is_honoured():
-    q, k, v = tensors(1, 2, 2, 5, 5)
-    expected = by_hand(q * 0.3 * math.sqrt(8), k, v)
+def test_scale_is_applied():
+    q, k, v = random_qkv(1, 2, 2, 5, 5)
+    expected = attention_by_loops(q * 0.3 * math.sqrt(8), k, v)
     for kernel in ("plain", *SDPA_ON_CPU):
         assert_close([A.attend(q, k, v, kernel=kernel, scale=0.3)], [expected])
 
 
 def test_float16_scores_beyond_65504_stay_finite():
     """Qwen2 in float16: q·k overflows when it is scaled after the product."""
-    q, k, v = (x.half() * 400 for x in tensors(1, 2, 2, 6, 6))
-    assert not torch.isfinite((q @ k.transpose(-1, -2)).sum())   # the mistake
+    q, k, v = (x.half() * 400 for x in random_qkv(1, 2, 2, 6, 6))
+    assert not torch.isfinite((q @ k.transpose(-1, -2)).sum())   # scaling too late overflows
     out = A.attend(q, k, v / 400, kernel="plain")
     assert torch.isfinite(out).all()
-    assert_close([out], [by_hand(q, k, v / 400)], atol=1e-2)
+    assert_close([out], [attention_by_loops(q, k, v / 400)], atol=1e-2)
 
 
 def test_autocast_changes_nothing(monkeypatch):
-    """Under autocast q and k may arrive in float32 and v in 16 bits; the plain twin's scores must stay float32."""
+    """Under autocast q and k may be float32 and v 16-bit; the plain kernel's scores must stay
+    float32."""
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
-    q, k, v = tensors(1, 4, 2, 12, 12, dtype=torch.bfloat16)
+    q, k, v = random_qkv(1, 4, 2, 12, 12, dtype=torch.bfloat16)
     layout = A.PackedLayout((7, 5))
     for kernel in ("plain", "flash-attn", *SDPA_ON_CPU):
         expected = A.attend(q, k, v, kernel=kernel, layout=layout)
@@ -125,22 +127,24 @@ def test_autocast_changes_nothing(monkeypatch):
 
 def test_unknown_kernel_is_named():
     with pytest.raises(ValueError, match="unknown attention kernel 'flash'.*sdpa-flash"):
-        A.attend(*tensors(1, 1, 1, 2, 2), kernel="flash")
+        A.attend(*random_qkv(1, 1, 1, 2, 2), kernel="flash")
 
 
-def test_global_switches_neither_matter_nor_change():
-    """transformers turns flash off for the whole process on ROCm machines with several cards."""
+def test_global_switches_of_sdpa_are_neither_used_nor_changed():
+    """On ROCm machines with several cards transformers turns flash attention
+    off for the process."""
     torch.backends.cuda.enable_flash_sdp(False)
     try:
-        q, k, v = tensors(1, 2, 2, 6, 6)
-        assert_close([A.attend(q, k, v, kernel="sdpa-flash")], [by_hand(q, k, v)])
+        q, k, v = random_qkv(1, 2, 2, 6, 6)
+        assert_close([A.attend(q, k, v, kernel="sdpa-flash")], [attention_by_loops(q, k, v)])
         assert not torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
 
 
-def test_what_flash_is_asked(monkeypatch):
-    """Flash takes no mask, and SDPA's is_causal counts from the top left: for T == S only; one query needs neither."""
+def test_arguments_that_sdpa_flash_gets(monkeypatch):
+    """Flash attention takes no mask, and SDPA's is_causal aligns top left: it is for T == S; one
+    query needs neither."""
     asked = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -148,13 +152,13 @@ def test_what_flash_is_asked(monkeypatch):
         asked.append((attn_mask is not None, options["is_causal"], options.get("enable_gqa", False)))
         assert torch.backends.cuda.flash_sdp_enabled()
         for other in (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled):
-            assert other() == (attn_mask is not None)                       # else it would stand in unseen
+            assert other() == (attn_mask is not None)                       # else it would replace flash unnoticed
         assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
         return real(q, k, v, attn_mask, **options)
 
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
     for T, S, window in ((6, 6, None), (1, 6, None), (1, 6, 3), (3, 6, None), (6, 6, 3)):
-        A.attend(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(1, 4, 2, T, S)), kernel="sdpa-flash",
+        A.attend(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(1, 4, 2, T, S)), kernel="sdpa-flash",
                  window=window)
     masks, causal, grouped = zip(*asked)
     assert masks == (False, False, False, True, True)
@@ -164,7 +168,7 @@ def test_what_flash_is_asked(monkeypatch):
 
 @pytest.mark.parametrize("version, hip, expected", (((2, 4), None, False), ((2, 5), None, True), ((2, 4), "6.1", False),
                                                     ((2, 5), "6.2", False), ((2, 6), "6.2", True)))
-def test_who_takes_grouped_heads(monkeypatch, version, hip, expected):
+def test_kernels_that_take_grouped_heads(monkeypatch, version, hip, expected):
     monkeypatch.setattr(A, "TORCH", version)
     monkeypatch.setattr(attention_picker, "TORCH", version)
     monkeypatch.setattr(torch.version, "hip", hip)
@@ -174,8 +178,8 @@ def test_who_takes_grouped_heads(monkeypatch, version, hip, expected):
 
 
 @pytest.mark.parametrize("kernel", SDPA_ON_CPU)
-def test_alibi_reaches_sdpa_as_a_mask_and_nothing_stands_in(monkeypatch, kernel):
-    """Neither for a batch, nor for one query, nor for the groups of a packed row."""
+def test_alibi_is_passed_to_sdpa_as_a_mask_without_fallback(monkeypatch, kernel):
+    """For a batch, for one query, and for the groups of a packed row."""
     asked = []
     real = torch.nn.functional.scaled_dot_product_attention
 
@@ -189,11 +193,11 @@ def test_alibi_reaches_sdpa_as_a_mask_and_nothing_stands_in(monkeypatch, kernel)
 
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
     for T, S, layout in ((6, 6, None), (1, 6, None), (3, 6, None), (110, 110, A.PackedLayout((40, 30, 39, 1)))):
-        A.attend(*tensors(1, 4, 2, T, S), kernel=kernel, slopes=SLOPES, layout=layout)
+        A.attend(*random_qkv(1, 4, 2, T, S), kernel=kernel, slopes=SLOPES, layout=layout)
     assert asked == [(1, 4, 6, 6), (1, 4, 1, 6), (1, 4, 3, 6), (1, 4, 40, 40), (1, 4, 30, 30)]
 
 
-# ---- chunks, capped scores, ALiBi: with every kernel that has them ---------------------------------------------------
+# ---- chunks, softcap, ALiBi: with every kernel that supports them ---------------------------------------------------
 
 SLOPES = torch.tensor([0.7, 0.25, 0.06, 0.004])
 RULES = {
@@ -208,38 +212,39 @@ ABLE = [(kernel, name) for kernel in ("plain", "flash-attn", "torch-varlen", *SD
 
 
 @pytest.fixture
-def packages(monkeypatch):
+def imitated_packages(monkeypatch):
+    """flash-attn and torch's varlen attention, imitated."""
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen())
 
 
-def test_most_kernels_are_able():
+def test_number_of_kernels_with_each_rule():
     assert len(ABLE) == 2 * len(RULES) + 4 + 2 * 7                          # plain and flash-attn, varlen, two of SDPA
 
 
 @pytest.mark.parametrize("kernel, name", ABLE)
 @pytest.mark.parametrize("T, S", ((6, 6), (1, 6), (1, 9), (3, 7), (6, 11)))
-def test_rules_equal_the_definition(packages, kernel, name, T, S):
-    qkv = tensors(2, 4, 2, T, S)
-    assert_close(with_gradients(qkv, kernel=kernel, **RULES[name]), with_gradients(qkv, by_hand, **RULES[name]))
+def test_window_chunk_softcap_and_alibi_equal_the_definition(imitated_packages, kernel, name, T, S):
+    qkv = random_qkv(2, 4, 2, T, S)
+    assert_close(with_gradients(qkv, kernel=kernel, **RULES[name]), with_gradients(qkv, attention_by_loops, **RULES[name]))
 
 
 @pytest.mark.parametrize("kernel, name", ABLE)
 @pytest.mark.parametrize("lengths", ((1, 9, 4, 2), (13,), (5, 5)))
-def test_rules_hold_in_a_packed_row(packages, kernel, name, lengths):
+def test_window_chunk_softcap_and_alibi_in_a_packed_row(imitated_packages, kernel, name, lengths):
     rules, total = RULES[name], sum(lengths)
-    qkv = tensors(1, 4, 2, total, total)
+    qkv = random_qkv(1, 4, 2, total, total)
     found = with_gradients(qkv, kernel=kernel, layout=A.PackedLayout(lengths), **rules)
-    assert_close(found, with_gradients(qkv, by_hand, lengths=lengths, **rules))
+    assert_close(found, with_gradients(qkv, attention_by_loops, lengths=lengths, **rules))
     parts = zip(*(x.split(lengths, dim=2) for x in qkv))
-    alone = [A.attend(*part, kernel=kernel, **rules) for part in parts]     # each sample in a row of its own
+    alone = [A.attend(*part, kernel=kernel, **rules) for part in parts]     # each sequence in a row of its own
     assert_close(found[:1], [torch.cat(alone, dim=2)])
 
 
 @pytest.mark.parametrize("kernel, name", ABLE)
-def test_cached_equals_uncached(packages, kernel, name):
-    """A prompt, one token, a second prompt, one token: the same as all at once."""
-    q, k, v = tensors(2, 4, 2, 17, 17)
+def test_cached_equals_uncached(imitated_packages, kernel, name):
+    """A prompt, one token, a second prompt, one token: equal to a single pass."""
+    q, k, v = random_qkv(2, 4, 2, 17, 17)
     steps, start = [], 0
     for end in (6, 7, 16, 17):
         steps.append(A.attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], kernel=kernel, **RULES[name]))
@@ -247,9 +252,9 @@ def test_cached_equals_uncached(packages, kernel, name):
     assert_close([torch.cat(steps, dim=2)], [A.attend(q, k, v, kernel=kernel, **RULES[name])])
 
 
-def test_capped_scores_as_transformers_has_them():
+def test_softcap_equals_gemma2_of_transformers():
     gemma2 = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
-    q, k, v = (3 * x for x in tensors(2, 4, 2, 9, 9))
+    q, k, v = (3 * x for x in random_qkv(2, 4, 2, 9, 9))
     module = types.SimpleNamespace(num_key_value_groups=2, head_dim=8, training=False)
     mask = torch.full((9, 9), -1e30).triu(1)[None, None]
     expected, _ = gemma2.eager_attention_forward(module, q, k, v, mask, scaling=0.3, softcap=5.0)
@@ -257,10 +262,10 @@ def test_capped_scores_as_transformers_has_them():
 
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
-def test_alibi_as_bloom_of_transformers_has_it(kernel):
-    """There the bias is slope * key position: the softmax forgets the difference."""
+def test_alibi_equals_bloom_of_transformers(kernel):
+    """There the bias is slope * key position; the softmax cancels the difference."""
     bloom = pytest.importorskip("transformers.models.bloom.modeling_bloom")
-    q, k, v = tensors(1, 4, 4, 9, 9)
+    q, k, v = random_qkv(1, 4, 4, 9, 9)
     bias = bloom.build_alibi_tensor(torch.ones(1, 9), 4, torch.float32).view(4, 1, 9)
     mask = bias + torch.full((9, 9), float("-inf")).triu(1)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[None])
@@ -268,21 +273,21 @@ def test_alibi_as_bloom_of_transformers_has_it(kernel):
 
 
 @pytest.mark.parametrize("rules", ({"chunk": 3}, {"softcap": 0.8}, {"slopes": SLOPES}))
-def test_rules_matter(rules):
-    """The numbers above would not agree by luck: each rule moves the result by far more than the tolerance."""
-    qkv = tensors(1, 4, 2, 9, 9)
+def test_each_rule_changes_the_result(rules):
+    """By far more than the tolerance of the tests above."""
+    qkv = random_qkv(1, 4, 2, 9, 9)
     assert (A.attend(*qkv, **rules) - A.attend(*qkv)).abs().max() > 0.05
 
 
-def test_decoding_in_a_chunk_touches_only_its_keys():
-    q, k, v = tensors(1, 4, 2, 2, 11)
-    k[:, :, :8], v[:, :, :8] = float("nan"), float("nan")                   # chunks of 4: positions 8, 9, 10 are left
+def test_decoding_reads_only_the_keys_of_its_chunk():
+    q, k, v = random_qkv(1, 4, 2, 2, 11)
+    k[:, :, :8], v[:, :, :8] = float("nan"), float("nan")                   # chunks of 4: positions 8, 9, 10 remain
     for T in (1, 2):
         assert A.attend(q[:, :, -T:], k, v, chunk=4).isfinite().all()
 
 
-def test_autocast_changes_no_rule():
-    q, k, v = tensors(1, 4, 2, 12, 12, dtype=torch.bfloat16)
+def test_autocast_keeps_window_chunk_softcap_and_alibi():
+    q, k, v = random_qkv(1, 4, 2, 12, 12, dtype=torch.bfloat16)
     for kernel, rules in (("plain", RULES["all"]), *((kernel, RULES["alibi + chunk"]) for kernel in SDPA_ON_CPU)):
         expected = A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout((7, 5)), **rules)
         with torch.autocast("cpu", torch.bfloat16):
@@ -290,26 +295,26 @@ def test_autocast_changes_no_rule():
 
 
 @pytest.mark.parametrize("kernel", ("torch-varlen", *A.SDPA))
-def test_what_a_kernel_lacks_is_never_ignored(kernel):
+def test_a_feature_that_a_kernel_lacks_is_an_error(kernel):
     with pytest.raises(ValueError, match=f"'{kernel}' has no softcap; 'plain'"):
-        A.attend(*tensors(1, 4, 2, 6, 6), kernel=kernel, softcap=30.0)
+        A.attend(*random_qkv(1, 4, 2, 6, 6), kernel=kernel, softcap=30.0)
     if kernel == "torch-varlen":
         with pytest.raises(ValueError, match="has no ALiBi"):
-            A.attend(*tensors(1, 4, 2, 6, 6), kernel=kernel, slopes=SLOPES)
+            A.attend(*random_qkv(1, 4, 2, 6, 6), kernel=kernel, slopes=SLOPES)
 
 
 @pytest.mark.parametrize("window", (None, 3, 6))
 @pytest.mark.parametrize("T, S", ((24, 24), (22, 22), (9, 30)))
-def test_the_plain_twin_in_blocks(monkeypatch, window, T, S):
-    """Long sequences are computed some queries at a time: the same numbers, and never all scores at once."""
-    qkv, options = tensors(1, 4, 2, T, S, Dh=2), {"window": window, "softcap": 2.0, "slopes": SLOPES}
+def test_the_plain_kernel_in_blocks_of_queries(monkeypatch, window, T, S):
+    """Long sequences: the same numbers, without all scores in memory at once."""
+    qkv, options = random_qkv(1, 4, 2, T, S, Dh=2), {"window": window, "softcap": 2.0, "slopes": SLOPES}
     whole = with_gradients(qkv, **options)
     monkeypatch.setattr(A, "PLAIN_QUERIES", 4)
     scores, real = [], A.causal_mask
     monkeypatch.setattr(A, "causal_mask", lambda *args: scores.append(real(*args)) or scores[-1])
     assert_close(with_gradients(qkv, **options), whole, atol=1e-6)
     assert max(len(block) for block in scores) == 4 and sum(len(block) for block in scores) == T
-    assert all(block[:, 0].any() and block[:, -1].any() for block in scores)   # no key that nobody sees
+    assert all(block[:, 0].any() and block[:, -1].any() for block in scores)   # no key without a query
 
 
 # ---- PackedLayout ----------------------------------------------------------------------------------
@@ -337,13 +342,13 @@ def test_padding_is_bounded_and_equal_lengths_share_a_batch():
 
 def test_chunks_of_a_layout():
     layout = A.PackedLayout((3, 40, 8, 17))
-    cut = layout.chunked(8)
-    assert cut.lengths == (3, 8, 8, 8, 8, 8, 8, 8, 8, 1) and cut.total == layout.total
-    assert layout.chunked(8) is cut and layout.chunked(40) is layout and layout.chunked(7) is not cut
-    assert layout.to("meta").chunked(8).cu_seqlens.is_meta                  # kept ones move along
+    chunks = layout.chunked(8)
+    assert chunks.lengths == (3, 8, 8, 8, 8, 8, 8, 8, 8, 1) and chunks.total == layout.total
+    assert layout.chunked(8) is chunks and layout.chunked(40) is layout and layout.chunked(7) is not chunks
+    assert layout.to("meta").chunked(8).cu_seqlens.is_meta                  # cached chunks move along
 
 
-def test_layout_refuses_nonsense():
+def test_layout_refuses_empty_sequences():
     for lengths in ((), (3, 0)):
         with pytest.raises(ValueError, match="1 token or more"):
             A.PackedLayout(lengths)
@@ -354,12 +359,12 @@ def test_layout_refuses_nonsense():
 
 @pytest.mark.parametrize("kernel", ("flash-attn", "torch-varlen"))
 @pytest.mark.parametrize("window", (None, 3))
-def test_kernels_that_know_boundaries_are_called_rightly(monkeypatch, kernel, window):
+def test_varlen_kernels_get_the_right_arguments(monkeypatch, kernel, window):
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen())
     for T, S in ((6, 6), (3, 6), (1, 6)):
-        q, k, v = tensors(2, 4, 2, T, S)
-        assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [by_hand(q, k, v, window)])
-    qkv, layout = tensors(1, 4, 2, 12, 12), A.PackedLayout((1, 4, 6, 1))
+        q, k, v = random_qkv(2, 4, 2, T, S)
+        assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [attention_by_loops(q, k, v, window)])
+    qkv, layout = random_qkv(1, 4, 2, 12, 12), A.PackedLayout((1, 4, 6, 1))
     assert_close(with_gradients(qkv, kernel=kernel, layout=layout, window=window),
                  with_gradients(qkv, kernel="plain", layout=layout, window=window))

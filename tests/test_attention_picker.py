@@ -17,10 +17,10 @@ from tests.common import SDPA_ON_CPU
 from tests.fake_flash_attn import fake_flash_attn
 
 
-# ---- the self-test of the picker -------------------------------------------------------------------------------------
+# ---- checking a kernel -------------------------------------------------------------------------------------
 
-class Backward(torch.autograd.Function):
-    """Right forward, gradients of the wrong size."""
+class WrongGradient(torch.autograd.Function):
+    """The identity with gradients that are 5 % too large."""
     @staticmethod
     def forward(ctx, x):
         return x.clone()
@@ -31,12 +31,12 @@ class Backward(torch.autograd.Function):
 
 
 def lose_last_keys(q, k, v, out):
-    """A tile bug: of a length that is no multiple of 64 the last token is wrong."""
+    """A tiling bug: the last token is wrong where the length is no multiple of 64."""
     return torch.cat([out[:-1], out[-1:] * 0]) if len(q) % 64 else out
 
 
 def lose_own_key(q, k, v, out):
-    """The last query of a long sequence misses one key, its own."""
+    """The last query of a long sequence does not attend to itself."""
     if len(q) != len(k) or len(q) < 100:
         return out
     last = A.plain_attention(*(x.transpose(0, 1)[None] for x in (q[-1:], k[:-1], v[:-1])), q.shape[-1] ** -0.5)
@@ -48,8 +48,8 @@ FAULTS = {
     "not a number": (lambda q, k, v, out: out / 0 * 0, "wrong output"),
     "lengths not a multiple of 64": (lose_last_keys, "wrong output .a sequence of (1|7|62|129|520).: off by"),
     "one key of 129 lost": (lose_own_key, "wrong output .a sequence of 1"),
-    "gradients": (lambda q, k, v, out: Backward.apply(out), "wrong gradient"),
-    "segments of one token": (lambda q, k, v, out: out + 0.1 * (len(q) == 1), "wrong output .a sequence of 1.:"),
+    "gradients": (lambda q, k, v, out: WrongGradient.apply(out), "wrong gradient"),
+    "sequences of one token": (lambda q, k, v, out: out + 0.1 * (len(q) == 1), "wrong output .a sequence of 1.:"),
     "boundary ignored": (lambda q, k, v, out: out + 0.05 * (len(q) == 129), "wrong output .a sequence of 129"),
 }
 
@@ -67,7 +67,7 @@ def test_a_faulty_kernel_is_refused(monkeypatch, fault, dtype):
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 @pytest.mark.parametrize("training", (True, False))
-def test_right_kernels_pass(monkeypatch, dtype, training):
+def test_correct_kernels_pass(monkeypatch, dtype, training):
     monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 62, 128, 129, 1))
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     for kernel in ("flash-attn", "sdpa-math", "plain", *(("sdpa-flash",) if dtype == "float32" else ())):
@@ -76,7 +76,7 @@ def test_right_kernels_pass(monkeypatch, dtype, training):
 
 
 def test_a_kernel_that_scales_too_late_is_refused_in_float16(monkeypatch):
-    """What eager attention of transformers does: right, until Qwen2's q·k passes 65504."""
+    """As eager attention of transformers: correct until Qwen2's q·k exceeds 65504."""
     def late(q, k, v, out):                                  # (T, H, Dh), (T, K, Dh)
         k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
         scores = torch.einsum("thd,shd->hts", q, k) * q.shape[-1] ** -0.5
@@ -88,8 +88,8 @@ def test_a_kernel_that_scales_too_late_is_refused_in_float16(monkeypatch):
     assert reason == "overflows in float16 where q·k passes 65504"
 
 
-def test_top_left_alignment_is_found_where_it_matters(monkeypatch):
-    """flash_attn before 2.1: equal in training, wrong for a prompt after a cache."""
+def test_top_left_alignment_is_refused_for_generation(monkeypatch):
+    """flash_attn before 2.1: correct in training, wrong for a prompt after a cached one."""
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(causal_from_top_left=True))
     training, chat = (attention_picker.Problem("cpu", "float32", 32, 4, 2, training) for training in (True, False))
     assert attention_picker.find_fault("flash-attn", training) is None
@@ -101,17 +101,18 @@ RULED = {"window": {"window": 4096}, "softcap": {"softcap": 50.0}, "slopes": {"a
 
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("rule", RULED)
-def test_a_kernel_deaf_to_a_rule_is_refused(monkeypatch, rule, training):
-    """Although a window of 4096 and a cap of 50 change nothing in short sequences of small scores."""
+def test_a_kernel_that_ignores_an_argument_is_refused(monkeypatch, rule, training):
+    """Although a window of 4096 and a cap of 50 change nothing in short
+    sequences of small scores."""
     problem = attention_picker.Problem("cpu", "bfloat16", 32, 4, 2, training, **RULED[rule])
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     assert attention_picker.find_fault("flash-attn", problem) is None
-    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(deaf_to=(rule,)))
+    monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn(ignored=(rule,)))
     fault = attention_picker.find_fault("flash-attn", problem)
     assert fault.startswith("wrong output") and ("window 42" in fault) == (rule == "window")
 
 
-def test_a_kernel_right_with_the_window_only_is_refused(monkeypatch):
+def test_a_kernel_that_is_correct_only_with_a_window_is_refused(monkeypatch):
     """Some layers of Gemma 2 have no window."""
     module = fake_flash_attn()
     real = module.flash_attn_varlen_func
@@ -121,7 +122,7 @@ def test_a_kernel_right_with_the_window_only_is_refused(monkeypatch):
     assert fault.startswith("wrong output (a sequence of") and "window" not in fault
 
 
-def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
+def test_the_check_uses_the_scale_of_the_model(monkeypatch):
     scales, real = [], A.flash_attn_2
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     monkeypatch.setattr(A, "flash_attn_2", lambda *args: scales.append(args[3]) or real(*args))
@@ -132,7 +133,7 @@ def test_the_scale_of_the_model_is_the_scale_that_is_checked(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("training", (True, False))
-def test_torch_passes_with_alibi_and_with_a_window(dtype, training):
+def test_sdpa_passes_with_alibi_and_with_a_window(dtype, training):
     for rules in ({"alibi": True}, {"window": 64, "chunk": 256}, {"alibi": True, "window": 64}):
         for kernel in ("sdpa-math", *(("sdpa-flash",) if dtype == "float32" else ())):
             verdict = attention_picker.try_here(kernel, attention_picker.Problem("cpu", dtype, 32, 4, 2, training, **rules))
@@ -154,7 +155,7 @@ def test_exceptions_become_reasons(monkeypatch):
     assert attention_picker.try_here("flash-attn", problem) == attention_picker.Verdict("flash-attn", None, reason, harmless=False)
 
 
-@pytest.mark.parametrize("said, reason", (
+@pytest.mark.parametrize("texts, reason", (
     # the words torch uses; the leading 1 is the printed value of its `debug` flag
     (["Memory efficient kernel not used because: (Triggered internally at x.cpp:1)",
       "1Torch was not compiled with memory efficient attention. (Triggered internally at x.cpp:2)",
@@ -165,9 +166,9 @@ def test_exceptions_become_reasons(monkeypatch):
      "Attempting to use FlashAttention on unsupported GPU architecture gfx906"),
     ([], "torch has no such kernel for this card and shape"),
 ))
-def test_torch_says_why_in_warnings(monkeypatch, said, reason):
+def test_the_reason_is_taken_from_torchs_warnings(monkeypatch, texts, reason):
     def refuse(*args, **options):
-        for text in said:
+        for text in texts:
             warnings.warn(text)
         raise RuntimeError("No available kernel. Aborting execution.")
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", refuse)
@@ -175,16 +176,16 @@ def test_torch_says_why_in_warnings(monkeypatch, said, reason):
     assert attention_picker.try_here("sdpa-efficient", problem) == attention_picker.Verdict("sdpa-efficient", None, reason)
 
 
-# ---- children --------------------------------------------------------------------------------------------------------
+# ---- child processes --------------------------------------------------------------------------------------------------------
 
 def install(folder, monkeypatch, body):
-    """A package flash_attn that children of this process import."""
+    """A package flash_attn that child processes import."""
     (folder / "flash_attn").mkdir()
     (folder / "flash_attn" / "__init__.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
-def test_a_crash_costs_one_kernel_only(tmp_path, monkeypatch):
+def test_a_crash_excludes_one_kernel_only(tmp_path, monkeypatch):
     install(tmp_path, monkeypatch, "import os\nprint('{\"garbage\": [', flush=True)\nprint('[]')\nos.abort()\n")
     problem = attention_picker.Problem("cpu", "float32", 8, 2, 1, training=False)
     plain, flash, math_ = attention_picker.try_in_children(["plain", "flash-attn", "sdpa-math"], problem)
@@ -192,14 +193,15 @@ def test_a_crash_costs_one_kernel_only(tmp_path, monkeypatch):
     assert flash.kernel == "flash-attn" and flash.ms is None and flash.reason == "crashed: Aborted"
 
 
-def test_a_hang_ends_at_the_limit(monkeypatch, tmp_path):
+def test_a_kernel_that_hangs_is_stopped_at_the_limit(monkeypatch, tmp_path):
     install(tmp_path, monkeypatch, "import time\ntime.sleep(1000)\n")
     assert attention_picker.try_in_children(["flash-attn"], attention_picker.Problem("cpu", "float32", 8, 2, 1), limit=1) == [
         attention_picker.Verdict("flash-attn", None, "no answer within 1 s")]
 
 
 class Child:
-    """Stands for subprocess.Popen: answers from a script of (return code, lines of stdout) and notes what was asked."""
+    """Imitates subprocess.Popen: answers from a script of (return code, lines of stdout) and
+    records the arguments."""
     script, orders = [], []
 
     def __init__(self, command, **options):
@@ -211,9 +213,9 @@ class Child:
         return "\n".join(self.lines).encode(), b"Traceback\nOSError: libgalaxyhip.so.5: cannot open shared object file"
 
 
-def test_only_the_first_of_a_child_is_blamed(monkeypatch):
+def test_only_the_kernel_that_ran_is_blamed_for_a_crash(monkeypatch):
     ok = lambda kernel: json.dumps({"kernel": kernel, "ms": 1.5})
-    Child.script = [(0, [ok("sdpa-flash")]),                  # stopped quietly before sdpa-efficient: try it afresh
+    Child.script = [(0, [ok("sdpa-flash")]),                  # ended before sdpa-efficient: tried again
                     (0, ["noise", ok("sdpa-efficient")[:-4], ok("sdpa-efficient"), ok("sdpa-flash")]),
                     (1, [])]
     Child.orders = []
@@ -225,7 +227,7 @@ def test_only_the_first_of_a_child_is_blamed(monkeypatch):
     assert Child.orders == [names, names[1:], names[2:]]
 
 
-def test_a_child_stops_after_harm(monkeypatch, capsys):
+def test_a_child_stops_after_a_kernel_that_may_have_done_harm(monkeypatch, capsys):
     tried = []
 
     def try_here(kernel, problem):
@@ -245,12 +247,13 @@ SHAPE = {"head_dim": 16, "num_heads": 4, "num_kv_heads": 2}
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def clear_cache():
+    """Forget what earlier tests measured."""
     attention_picker.try_kernels.cache_clear()
 
 
 def imitate_gpu(monkeypatch, measured, hip=None, installed=None, version=(2, 13)):
-    """A machine with a GPU on which children report `measured`: kernel -> ms or reason."""
+    """A machine with a GPU, on which child processes report `measured`: kernel -> ms or reason."""
     def children(kernels, problem):
         assert problem.on_gpu
         pairs = [(name, measured[name]) for name in kernels]
@@ -263,7 +266,7 @@ def imitate_gpu(monkeypatch, measured, hip=None, installed=None, version=(2, 13)
     monkeypatch.setattr(torch.version, "hip", hip)
 
 
-def test_on_the_cpu_it_picks_a_correct_kernel_and_leaves_the_random_stream_alone():
+def test_on_the_cpu_a_correct_kernel_is_picked_without_drawing_random_numbers():
     before = torch.random.get_rng_state()
     choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE)
     assert torch.equal(before, torch.random.get_rng_state())
@@ -275,7 +278,8 @@ def test_on_the_cpu_it_picks_a_correct_kernel_and_leaves_the_random_stream_alone
 
 
 def test_a_k100_with_the_das_wheels(monkeypatch):
-    """torch 2.4.1+das, flash-attn 2.6.1+das whose varlen is wrong on gfx928, no mem-efficient kernel."""
+    """torch 2.4.1+das, flash-attn 2.6.1+das whose varlen is wrong on gfx928,
+    no efficient kernel."""
     fault = "wrong output (a sequence of 62): off by 0.8, rounding explains 0.004"
     measured = {"flash-attn": fault, "sdpa-flash": 0.41, "sdpa-efficient": "torch built without it",
                 "sdpa-math": 3.9, "plain": 4.8}
@@ -289,7 +293,7 @@ def test_a_k100_with_the_das_wheels(monkeypatch):
         assert part in line
 
 
-def test_what_fa2_does_without_flash_attn(monkeypatch):
+def test_fa2_without_flash_attn(monkeypatch):
     imitate_gpu(monkeypatch, {"torch-varlen": 0.5, "sdpa-flash": 0.4, "sdpa-cudnn": 0.3, "sdpa-efficient": 1.0,
                               "sdpa-math": 5.0, "plain": 6.0})
     choice = attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE)
@@ -297,7 +301,7 @@ def test_what_fa2_does_without_flash_attn(monkeypatch):
     assert "fa2 is not available here: flash-attn (not installed). Trying the other kernels." in choice.lines[0]
 
 
-def test_what_each_value_of_flash_attn_may_use(monkeypatch):
+def test_kernels_allowed_by_each_value_of_flash_attn(monkeypatch):
     imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-flash": 0.4, "sdpa-cudnn": 0.39, "sdpa-efficient": 1.0,
                               "sdpa-math": 5.0, "plain": 6.0, "torch-varlen": 0.5}, installed="2.7.4")
     pick = lambda value: attention_picker.pick_kernel(value, device="cuda", dtype=torch.bfloat16, **SHAPE).kernel
@@ -307,7 +311,7 @@ def test_what_each_value_of_flash_attn_may_use(monkeypatch):
         pick("sdpaa")
 
 
-def test_nothing_works(monkeypatch):
+def test_without_a_working_kernel_there_is_an_error(monkeypatch):
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, "crashed: Segmentation fault"))
     with pytest.raises(RuntimeError, match="no attention kernel.*Segmentation fault"):
         attention_picker.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE)
@@ -322,17 +326,17 @@ def test_old_flash_attn_is_refused(monkeypatch, version, refused):
     assert attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "float32", 128, 8, 2)) == "takes only float16 and bfloat16"
 
 
-@pytest.mark.parametrize("version, rules, said", (
+@pytest.mark.parametrize("version, rules, missing", (
     ("2.5.9", {"softcap": 50.0}, "has no softcap; 2.6 or newer"), ("2.6.1+das.opt2", {"softcap": 50.0}, None),
     ("2.3.6", {"alibi": True}, "has no ALiBi; 2.4 or newer"), ("2.4.0", {"alibi": True}, None),
     ("2.2.1", {"window": 9}, "has no window; 2.3 or newer"), ("2.2.1", {"chunk": 9}, None)))
-def test_flash_attn_learnt_things_over_time(monkeypatch, version, rules, said):
+def test_features_by_version_of_flash_attn(monkeypatch, version, rules, missing):
     monkeypatch.setattr(attention_picker, "version_of", lambda package: version)
     reason = attention_picker.known_refusal("flash-attn", attention_picker.Problem("cuda:0", "bfloat16", 128, 8, 2, **rules))
-    assert reason == (said and f"version {version} {said} is needed")
+    assert reason == (missing and f"version {version} {missing} is needed")
 
 
-def test_capped_scores_on_the_cpu_are_for_the_plain_twin():
+def test_softcap_on_the_cpu_uses_the_plain_kernel():
     rules = {"window": 4096, "softcap": 50.0, "scale": 256 ** -0.5}
     choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, **rules)
     assert choice.kernel == "plain" and "sdpa-* (has no softcap)" in choice.lines[-1]
@@ -341,7 +345,7 @@ def test_capped_scores_on_the_cpu_are_for_the_plain_twin():
     assert choice.kernel == "plain" and "is not available here" in choice.lines[0] and "has no softcap" in choice.lines[0]
 
 
-def test_alibi_and_chunks_on_the_cpu_may_use_torch():
+def test_alibi_and_chunks_on_the_cpu_may_use_sdpa():
     choice = attention_picker.pick_kernel("auto", device="cpu", dtype=torch.float32, **SHAPE, alibi=True)
     assert choice.timings.keys() == {"sdpa-flash", "sdpa-math", "plain"}
     assert choice.refused["torch-varlen"] == "has no ALiBi"
@@ -349,7 +353,7 @@ def test_alibi_and_chunks_on_the_cpu_may_use_torch():
     assert choice.timings.keys() == {"sdpa-flash", "sdpa-math"}
 
 
-def test_on_a_gpu_alibi_is_no_matter_for_flash_of_torch(monkeypatch):
+def test_on_a_gpu_alibi_excludes_sdpa_flash(monkeypatch):
     imitate_gpu(monkeypatch, {"flash-attn": 0.1, "sdpa-cudnn": 0.3, "sdpa-efficient": 0.4, "sdpa-math": 5.0,
                               "plain": 6.0}, installed="2.7.4")
     choice = attention_picker.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True)
@@ -358,28 +362,28 @@ def test_on_a_gpu_alibi_is_no_matter_for_flash_of_torch(monkeypatch):
     monkeypatch.setattr(attention_picker, "version_of", lambda package: None)
     attention_picker.try_kernels.cache_clear()
     choice = attention_picker.pick_kernel("auto", device="cuda", dtype=torch.bfloat16, **SHAPE, alibi=True, window=64)
-    assert choice.kernel == "sdpa-cudnn" and len(choice.lines) == 1         # it takes the mask: nothing stands in
+    assert choice.kernel == "sdpa-cudnn" and len(choice.lines) == 1         # it takes the mask: no fallback
 
 
 @pytest.mark.parametrize("rules, cases", (
     ({}, None), ({"window": 4096}, "sequences longer than the window of 4096 tokens"),
     ({"training": False}, "prompts after a cached one"),
     ({"window": 8, "training": False}, "sequences longer than the window of 8 tokens and prompts after a cached one")))
-def test_what_stands_in_where_a_mask_is_needed_is_announced(monkeypatch, rules, cases):
+def test_the_fallback_for_masks_is_announced(monkeypatch, rules, cases):
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 6.0) | {"sdpa-flash": 0.1})
     lines = attention_picker.pick_kernel("sdpa", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines
     assert lines[-1].startswith("attention: sdpa-flash (0.1 ms)")
     note = f"attention: sdpa-flash may take no mask: {cases} then run on sdpa-efficient or sdpa-math"
     assert lines[:-1] == ([note] if cases else [])
-    imitate_gpu(monkeypatch, {"flash-attn": 0.1}, installed="2.7.4")        # has all of it
+    imitate_gpu(monkeypatch, {"flash-attn": 0.1}, installed="2.7.4")        # supports all of it
     assert len(attention_picker.pick_kernel("fa2", device="cuda", dtype=torch.bfloat16, **SHAPE, **rules).lines) == 1
 
 
-# ---- ROCm, DCU, amdsmi -----------------------------------------------------------------------------------------------
+# ---- cards -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("counted", (0, 8))
-def test_the_runtime_is_believed_about_cards(monkeypatch, counted):
+def test_the_number_of_cards_comes_from_the_runtime(monkeypatch, counted):
     monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda: 8, raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: counted)
     cards, warning = attention_picker.visible_cards()
@@ -393,22 +397,22 @@ def test_the_runtime_is_believed_about_cards(monkeypatch, counted):
     ("6.2", "gfx942:sramecc+:xnack-", "K100_AI (gfx942, 64 GiB)"),
     (None, None, "K100_AI (sm_90, 64 GiB)"),
 ))
-def test_cards_by_name(monkeypatch, hip, arch, name):
+def test_card_names(monkeypatch, hip, arch, name):
     card = types.SimpleNamespace(name="K100_AI", major=9, minor=0, total_memory=64 * 2**30, gcnArchName=arch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert attention_picker.card_name(0) == name
 
 
-def test_a_architecture_override_is_announced(monkeypatch):
+def test_an_overridden_gfx_version_is_announced(monkeypatch):
     monkeypatch.setenv("HSA_OVERRIDE_GFX_VERSION", "9.0.6")
-    assert attention_picker.architecture_override() == []                             # it means nothing to a CPU or CUDA build
+    assert attention_picker.architecture_override() == []                             # no effect in a CPU or CUDA build
     imitate_gpu(monkeypatch, dict.fromkeys(A.KERNELS, 1.0), hip="6.2", installed="2.7.4")
     lines = attention_picker.pick_kernel("auto", device="cuda:0", dtype=torch.bfloat16, **SHAPE).lines
     assert "HSA_OVERRIDE_GFX_VERSION=9.0.6" in lines[0] and lines[1].startswith("attention: flash-attn")
 
 
-def test_the_table_of_this_machine(monkeypatch, capsys):
+def test_the_command_prints_a_table_of_this_machine(monkeypatch, capsys):
     monkeypatch.setenv("TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL", "1")
     monkeypatch.setattr(attention_picker, "CHECKED", (1, 7, 65))
     monkeypatch.setattr(sys, "argv", ["attention.py", "--head_dim", "16", "--num_heads", "2", "--num_kv_heads", "1"])

@@ -1,4 +1,4 @@
-"""fast/batch_decode.py: many answers at once are those made one by one, token for token, whatever the family."""
+"""fast/batch_decode.py: batched answers equal single ones, token for token, in every family."""
 import random
 
 import pytest
@@ -26,8 +26,8 @@ def twenty(length):
 
 @pytest.mark.parametrize("sampling", WAYS, ids=str)
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-flash", "sdpa-math"])
-def test_many_at_once_equal_one_by_one(kernel, sampling):
-    """13 prompts of 1 to 20 tokens; some answers end early, so that rows come and go."""
+def test_batched_answers_equal_single_ones(kernel, sampling):
+    """13 prompts of 1 to 20 tokens; some answers end early, so that rows join and leave."""
     model, prompts = tiny_qwen2(), random_prompts(13)
     model.kernel = kernel
     want = dict(answer_each(model, prompts, {7, 9}, sampling, limit=twenty, seed=3))
@@ -37,7 +37,7 @@ def test_many_at_once_equal_one_by_one(kernel, sampling):
         assert dict(answer_all(model, prompts, rows, {7, 9}, sampling, limit=twenty, seed=3)) == want, rows
 
 
-def test_the_uncached_loop_says_the_same():
+def test_batched_answers_equal_uncached_ones():
     model, prompts = tiny_qwen2(), random_prompts(5)
     for number, tokens in answer_all(model, prompts, 3, limit=twenty):
         assert tokens == list(generate_uncached(model, prompts[number][1], max_new_tokens=20))
@@ -45,7 +45,7 @@ def test_the_uncached_loop_says_the_same():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_family(made, name):  # noqa: F811
-    """Windows, chunks, ALiBi, softcaps, experts, positions of all kinds."""
+    """Windows, chunks, ALiBi, softcaps, experts and all kinds of positions."""
     model, ids, _ = load(made, name)
     model.eval().requires_grad_(False)
     tokens = ids[0].tolist()
@@ -61,7 +61,7 @@ def test_every_family(made, name):  # noqa: F811
                                  {"window": 5, "softcap": 1.0, "slopes": True}], ids=str)
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-flash"])
 def test_attention_of_each_row(kernel, how):
-    """A row among others sees what it sees alone."""
+    """A row of a batch attends to the same keys as alone."""
     draw, lengths = torch.Generator().manual_seed(0), [1, 4, 9, 12]
     q, k, v = (torch.randn(4, heads, length, 8, generator=draw) for heads, length in ((4, 1), (2, 12), (2, 12)))
     how = {**how, **({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])} if "slopes" in how else {})}
@@ -74,7 +74,7 @@ def test_attention_of_each_row(kernel, how):
         assert (got[row] - want[0]).abs().max() < 1e-6, n
 
 
-def test_a_row_that_leaves_gives_its_place_to_the_last():
+def test_the_last_row_takes_the_slot_of_one_that_leaves():
     model = tiny_qwen2()
     cache = RowCache(2, 3, "cpu")
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_a_row_that_leaves_gives_its_place_to_the_last():
         scores = cache.read_tokens(model, [12, 13])
         fresh = RowCache(2, 3, "cpu")
         fresh.read_prompts(model, [[8, 9, 10, 11], [6, 7]])
-        # only as close as products of several threads round; another row's scores are off by about 1
+        # the error of threaded matmuls; another row's scores would be off by about 1
         torch.testing.assert_close(scores, fresh.read_tokens(model, [12, 13]), rtol=0, atol=1e-5)
 
 
@@ -94,13 +94,13 @@ def test_the_cache_grows(monkeypatch):
     assert dict(answer_all(model, prompts, 3, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
 
 
-def test_prompts_are_read_in_portions(monkeypatch):
+def test_long_prompts_are_split(monkeypatch):
     monkeypatch.setattr("fast.batch_decode.AT_ONCE", 10)
     model, prompts = tiny_qwen2(), random_prompts(9)
     assert dict(answer_all(model, prompts, 8, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
 
 
-def test_lengths_and_ends():
+def test_maximum_lengths_and_stop_tokens():
     model = tiny_qwen2()
     for rows in (1, 4):
         found = dict(answer_all(model, [(0, [3] * 60), (1, [3, 4])], rows, limit=lambda n: 100 if n > 2 else 5))
@@ -115,7 +115,7 @@ def test_a_prompt_that_cannot_be_read_is_named():
         list(answer_all(tiny_qwen2(), [(0, [3]), (1, [3] * 64)], 4, limit=twenty))
 
 
-def test_rotations_by_length_are_found():
+def test_rope_that_depends_on_the_length_is_found():
     assert not one_at_a_time(tiny_qwen2())
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "dynamic" in one_at_a_time(tiny_qwen2(rope_scaling=rope))

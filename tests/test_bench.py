@@ -1,4 +1,4 @@
-"""bench/: the benchmarks' arithmetic by hand, what they measure of a known child, and each of them from end to end."""
+"""bench/: arithmetic by hand, measurements of a known child process, and each script end to end."""
 import ast
 import json
 import re
@@ -25,10 +25,10 @@ def python(code):
     return [sys.executable, "-c", code]
 
 
-# ---- a child and its figures ------------------------------------------------------------------------------------
+# ---- measuring a child process ------------------------------------------------------------------------------------
 
 
-def test_a_childs_lines_have_the_times_at_which_they_came(tmp_path):
+def test_lines_of_a_child_have_their_times(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("a line of an earlier run\n")
     child = run_child(python("import time\nprint('one'); time.sleep(0.4); print('two', end='')\n"
@@ -39,8 +39,9 @@ def test_a_childs_lines_have_the_times_at_which_they_came(tmp_path):
     assert [line for _, line in child.watched] == ["written"] and child.watched[0][0] > first
 
 
-def test_peak_memory_is_that_of_the_largest_process_or_of_all_together():
-    """Measured by a small program, as the scripts are: what this one holds would count for its children."""
+def test_peak_memory_of_the_largest_process_and_of_all():
+    """Measured by a small program, as the scripts are: memory of this process would count for its
+    children."""
     inner = f"x = bytearray({200 * MIB}); import time; time.sleep(1)"
     family = f"import subprocess, sys; x = bytearray({300 * MIB}); subprocess.run([sys.executable, '-c', {inner!r}])"
     code = "import json, sys; from bench.common import run_child\n" \
@@ -62,7 +63,8 @@ def test_a_child_that_fails_or_lasts_too_long():
 
 
 def test_figures_of_a_training_run():
-    """Steps at 10, 12, 14 and 20 s with 100, 200, 300 and 600 tokens: after two of them 900 tokens in 8 s."""
+    """Steps at 10, 12, 14 and 20 s with 100, 200, 300 and 600 tokens: after two of them 900 tokens
+    in 8 s."""
     lines = [(at, json.dumps({"loss": loss, "total_tokens": total})) for at, loss, total in
              ((10, 3.0, 100), (12, 2.0, 300), (14, 1.0, 600), (20, 0.5, 1200))] + [(21, '{"epoch": 1.0}')]
     found = training_figures(Child(22.0, 5, 30.0, 0, watched=lines), warm_up=2)
@@ -73,7 +75,7 @@ def test_figures_of_a_training_run():
         training_figures(Child(22.0, 5, 30.0, 0, watched=lines), warm_up=3)
 
 
-def test_curves_are_of_the_same_rows():
+def test_curves_must_be_of_the_same_rows():
     ours = {"tokens": [5, 7], "losses": [2.0, 1.5]}
     assert "largest difference of the losses: 0.2500" in curves(ours, {"tokens": [5, 7], "losses": [2.0, 1.25]})
     with pytest.raises(ValueError, match="step 2: ours counts 7 tokens, the peer 8"):
@@ -109,12 +111,12 @@ def test_results_have_the_common_fields(tmp_path):
     assert slug({"cpu": "Some CPU (R) @ 2.0GHz", "cores": 2}) == "some-cpu-r-2-0ghz-2-cores"
 
 
-def test_tables_stand_straight():
+def test_tables_are_aligned():
     lines = table(["what", "figure"], [["8b-8k", "1,234"], ["share", "≥ 5%"]]).splitlines()
     assert lines == ["| what  | figure |", "|-------|-------:|", "| 8b-8k |  1,234 |", "| share |   ≥ 5% |"]
 
 
-def test_the_peers_environment(tmp_path):
+def test_the_environment_of_the_peer(tmp_path):
     with pytest.raises(FileNotFoundError, match="--peer-python"):
         common.peer_python("nothing", given=tmp_path / "python")
     (tmp_path / "installed.txt").write_text("something==1")
@@ -136,7 +138,8 @@ def test_shapes_have_the_published_number_of_parameters(shape, published):
 
 
 def test_flops_of_llama_3_8b_by_hand():
-    """Blocks of 218,103,808 weights, a head of 525,336,576, 41,943,040 in adapters; 2,049 / 2 pairs a token."""
+    """Blocks of 218,103,808 weights, a head of 525,336,576, 41,943,040 in adapters; 2,049 / 2
+    query-key pairs a token."""
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config("llama-3-8b")))
     attach_lora(model, LoRAConfig(16, 32, target_modules="all"))
@@ -145,7 +148,7 @@ def test_flops_of_llama_3_8b_by_hand():
     assert counted == pytest.approx(byhand, rel=1e-9) and counted == pytest.approx(31.9e9, rel=1e-3)
 
 
-def test_flops_of_the_scaling_shape_are_those_of_speed():
+def test_flops_of_the_scaling_model_equal_runtime_throughput():
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config("small", num_hidden_layers=2)))
     attach_lora(model, LoRAConfig(16, 32, target_modules="all"))
@@ -153,7 +156,7 @@ def test_flops_of_the_scaling_shape_are_those_of_speed():
     assert scaling.flops(300, 2, 16) == pytest.approx(counted, rel=1e-9)
 
 
-def test_growth_from_line_to_line():
+def test_growth_between_lines():
     assert scaling.growth([1.0, 2.0, 5.0]) == ["", "2.00", "2.50"] and scaling.growth([0, 2]) == ["", ""]
 
 
@@ -175,7 +178,7 @@ def test_rows_that_are_long_enough():
 # ---- the cases of gpu.py ----------------------------------------------------------------------------------------
 
 
-def test_cases_that_are_compared_exist_and_run_the_same_rows():
+def test_compared_cases_exist_and_use_the_same_rows():
     compared = {name for pair in (*gpu.AGAINST, *gpu.SIDE_BY_SIDE) for name in pair[:2]}
     assert compared <= set(gpu.CASES)
     for ours, peer in gpu.SIDE_BY_SIDE:
@@ -184,7 +187,7 @@ def test_cases_that_are_compared_exist_and_run_the_same_rows():
         assert rows[0] == rows[1] and gpu.CASES[ours][1] == gpu.CASES[peer][1]
 
 
-def test_what_is_absent_is_said(monkeypatch):
+def test_missing_packages_are_reported(monkeypatch):
     monkeypatch.setitem(gpu.CASES, "new", ("ours", "tiny", {"a_key_of_tomorrow": 1}, None, True))
     assert gpu.absent("new") == "train.py has no a_key_of_tomorrow" and gpu.absent("8b-16k") == ""
     assert "new" in gpu.told({}, {}, {"new": gpu.absent("new")})
@@ -207,10 +210,11 @@ def test_cpu_from_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_gpu_from_end_to_end(tmp_path, monkeypatch, capsys):
-    """The curve of train.py is that of transformers and peft on the same packed rows, which proves their boundaries."""
+    """The curve of train.py equals that of transformers and peft on the same packed rows, which
+    proves their boundaries."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    monkeypatch.setattr(gpu, "SHARED", tmp_path)                            # without the shared rows: those in data/
+    monkeypatch.setattr(gpu, "SHARED", tmp_path)                            # without the shared rows, those in data/
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--only", "8b-8k,8b-peer", "--times", "1",
                                       "--steps", "4", "--warm-up", "1", "--work", str(tmp_path / "work"),
                                       "--results", str(tmp_path)])
@@ -238,7 +242,7 @@ def test_scaling_from_end_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
-def test_every_file_says_how_it_is_run_and_what_to_read(path):
+def test_every_file_names_its_command_and_what_to_read(path):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)))
     assert re.search(r"^Next: ", text, re.MULTILINE)
     if path.name != "common.py":

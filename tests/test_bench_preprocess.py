@@ -1,4 +1,4 @@
-"""bench/preprocess.py: it runs for anybody, and what it writes says what was measured."""
+"""bench/preprocess.py: it runs on any machine, and its results state what was measured."""
 import json
 import subprocess
 import sys

@@ -1,5 +1,4 @@
-"""evals/bleu_rouge.py: recorded scores of LLaMA-Factory's script, the packages it calls on random
-texts, and slow definitions."""
+"""evals/bleu_rouge.py: LLaMA-Factory's recorded scores, the packages, and slow definitions."""
 import json
 import random
 import re
@@ -20,7 +19,7 @@ from evals.bleu_rouge import (
 )
 from tests.common import GOLDEN, needs_shared, read_jsonl
 
-# marks that rouge-chinese and jieba treat in ways of their own, blanks of all kinds, words of both
+# marks that rouge-chinese and jieba treat specially, all kinds of blanks, words of both
 # languages
 PIECES = [
     *"abc  \n\n。？?！…..“”’%1 2.5&+-é的一是不了人我在有他这中大来上国",
@@ -38,7 +37,7 @@ PIECES = [
 
 
 def random_pairs(count, seed=0):
-    """(prediction, label), half of them with something in common."""
+    """(prediction, label); half of the pairs have words in common."""
     draw = random.Random(seed)
     for _ in range(count):
         predict, label = ("".join(draw.choices(PIECES, k=draw.randint(0, 40))) for _ in range(2))
@@ -63,7 +62,7 @@ def test_recorded_scores():
 
 @needs_shared
 def test_recorded_scores_that_need_no_package():
-    """BLEU goes by characters; and where there is no Chinese, plain words are jieba's."""
+    """BLEU is by characters; without Chinese, plain words are those of jieba."""
     rows = read_jsonl(GOLDEN / "data/metrics.jsonl")
     for row in rows:
         assert round(100 * bleu4(row["predict"], row["label"]), 4) == row["scores"]["bleu-4"], row
@@ -75,7 +74,7 @@ def test_recorded_scores_that_need_no_package():
         assert score(row["predict"], row["label"], PLAIN_WORD.findall) == row["scores"], row
 
 
-def test_random_texts_score_as_the_packages_say():
+def test_scores_of_random_texts_equal_the_packages():
     jieba, package = pytest.importorskip("jieba"), pytest.importorskip("rouge_chinese")
     nltk = pytest.importorskip("nltk.translate.bleu_score")
     smoothing = nltk.SmoothingFunction().method3
@@ -92,8 +91,8 @@ def test_random_texts_score_as_the_packages_say():
         assert score(predict, label, jieba.lcut) == theirs, (predict, label)
 
 
-def test_plain_words_without_chinese_are_those_of_jieba():
-    """But for the few names of its dictionary that have a mark inside, such as c#."""
+def test_plain_words_without_chinese_equal_jiebas():
+    """Except for the few names of its dictionary that contain a mark, such as c#."""
     jieba = pytest.importorskip("jieba")
     draw = random.Random(1)
     for _ in range(800):
@@ -101,7 +100,7 @@ def test_plain_words_without_chinese_are_those_of_jieba():
         assert PLAIN_WORD.findall(text) == jieba.lcut(text), text
 
 
-def test_plain_words_part_chinese_by_characters():
+def test_plain_words_split_chinese_into_characters():
     assert PLAIN_WORD.findall("I like 苹果pie, 3.5% of it...") == [
         "I",
         " ",
@@ -121,7 +120,7 @@ def test_plain_words_part_chinese_by_characters():
     ]
 
 
-def test_the_longest_common_subsequence_against_its_definition():
+def test_the_longest_common_subsequence_equals_its_definition():
     def slow(a, b):
         @cache
         def best(i, j):
@@ -137,8 +136,8 @@ def test_the_longest_common_subsequence_against_its_definition():
         assert common_subsequence(list(a), list(b)) == slow(a, b), (a, b)
 
 
-def test_by_hand():
-    """Papineni's clipping and brevity, and a smoothed count, with numbers worked out on paper."""
+def test_bleu_by_hand():
+    """Papineni's clipping and brevity penalty, and a smoothed count, worked out on paper."""
     assert bleu4("", "a") == bleu4("a", "") == bleu4("b", "a") == 0
     assert bleu4("abcd", "abcd") == 1
     assert bleu4("aaaa", "a") == pytest.approx(
@@ -151,7 +150,7 @@ def test_by_hand():
     assert found["rouge-l"] == pytest.approx(2 * 2 / (3 + 4), abs=1e-6)
 
 
-def test_what_words_are_is_said(monkeypatch):
+def test_the_way_of_splitting_words_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "jieba", None)  # as if it were not installed
     words, called = pick_words()
     assert called.startswith("plain words, jieba is not installed") and words("你好you") == [

@@ -1,5 +1,4 @@
-"""chat.py: whole conversations on recorded checkpoints, judged by recorded prompts and by
-transformers with peft."""
+"""chat.py: conversations against recorded prompts and the answers of transformers with peft."""
 import io
 import json
 import os
@@ -67,12 +66,12 @@ def start(argv, **pipes):
 
 
 def answers(stdout):
-    """The answers in the transcript of piped lines."""
+    """The answers in the output for piped lines."""
     return [part.partition("\nUser: ")[0] for part in stdout.split("Assistant: ")[1:]]
 
 
-def their_answer(prompt_ids, *adapters, count=16):
-    """transformers' greedy answer, adapters attached by peft one after the other; text without
+def transformers_answer(prompt_ids, *adapters, count=16):
+    """transformers' greedy answer with adapters that peft attached one after the other; without
     special tokens."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     if transformers.__version__ < "5":
@@ -92,14 +91,14 @@ def their_answer(prompt_ids, *adapters, count=16):
 
 
 def recorded_prompt(row):
-    """The prompt ids that LLaMA-Factory made of a row: all that carries no loss."""
+    """The prompt ids of a recorded row: the tokens without a label."""
     example = read_jsonl(CURVES / "sft_llama3/processed.jsonl")[row]
     return [i for i, label in zip(example["input_ids"], example["labels"]) if label == -100]
 
 
 def llama3_prompt(*turns):
-    """The published Llama 3 format, written out by hand: user, assistant, user, … up to the
-    answer's beginning."""
+    """The published Llama 3 format by hand: user, assistant, user, … up to the beginning of the
+    answer."""
     text = "<|begin_of_text|>"
     for i, turn in enumerate(turns):
         role = ("user", "assistant")[i % 2]
@@ -111,27 +110,27 @@ def llama3_prompt(*turns):
 
 
 def test_one_shot_prints_the_answer_and_nothing_else(tmp_path):
-    """As a process: stdout is what transformers + peft answer to the prompt LLaMA-Factory recorded
-    for this row."""
+    """As a process: stdout is the answer of transformers + peft to the prompt that LLaMA-Factory
+    recorded."""
     config = tmp_path / "c.yaml"
     pairs = [*WITH_ADAPTER, "default_system=Answer briefly."]
     config.write_text("\n".join(pair.replace("=", ": ", 1) for pair in pairs))
     done = start(["--config", config, "--prompt", "What is your name?"])
     out, err = done.communicate(timeout=60)
     assert done.returncode == 0, err
-    assert out == their_answer(recorded_prompt(0), TRAINED) + "\n"
+    assert out == transformers_answer(recorded_prompt(0), TRAINED) + "\n"
     for word in ("model", "adapter", "template", "sampling", "device", "dtype", "kernel"):
         assert len(re.findall(rf"^{word}   *\S", err, re.M)) == 1, word
     assert str(TRAINED) in err and "llama3" in err and "float32" in err and "User:" not in out + err
 
 
-def test_turns_see_the_turns_before_until_cleared(ask):
+def test_a_turn_sees_earlier_turns_until_clear(ask):
     out, err = ask(
         [*WITH_ADAPTER, "--raw"], "hello\n\nAnd 你好?\nclear\nhello\nexit\nnever asked\n"
     )
     first, second, third = answers(out)
-    assert first == third == their_answer(recorded_prompt(23), TRAINED)
-    assert second == their_answer(llama3_prompt("hello", first, "And 你好?"), TRAINED)
+    assert first == third == transformers_answer(recorded_prompt(23), TRAINED)
+    assert second == transformers_answer(llama3_prompt("hello", first, "And 你好?"), TRAINED)
     assert "never asked" not in out and out.startswith("User: hello\nAssistant: ")
     prompts = [json.loads(ids) for ids in re.findall(r"^ids +(.*)$", err, re.M)]
     assert prompts == [
@@ -146,10 +145,10 @@ def test_turns_see_the_turns_before_until_cleared(ask):
 
 def test_an_answer_ends_at_the_stop_token(ask):
     out, err = ask([*WITH_ADAPTER, "--prompt", "hi"])  # this adapter answers with <|eot_id|> early
-    assert out == their_answer(recorded_prompt(5), TRAINED) + "\n" and "truncated" not in err
+    assert out == transformers_answer(recorded_prompt(5), TRAINED) + "\n" and "truncated" not in err
 
 
-def test_the_checkpoints_own_end_is_one_too_and_is_not_shown(ask, tmp_path):
+def test_the_eos_of_the_checkpoint_also_stops_and_is_not_printed(ask, tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     whole = ask([*WITH_ADAPTER, f"model_name_or_path={base}", "--prompt", "hello"]).out
     ids = load_tokenizer(BASE).encode(whole.strip())
@@ -169,10 +168,10 @@ def test_an_adapter_of_another_base_is_announced(ask):
     )
 
 
-def test_several_adapters_in_a_row(ask):
+def test_several_adapters(ask):
     out, err = ask([*GREEDY, f"adapter_name_or_path={OTHER},{TRAINED}", "--prompt", "hi"])
     assert (
-        out == their_answer(recorded_prompt(5), OTHER, TRAINED) + "\n"
+        out == transformers_answer(recorded_prompt(5), OTHER, TRAINED) + "\n"
         and f"{OTHER} + {TRAINED}" in err
     )
 
@@ -191,23 +190,23 @@ def test_temperature_zero_is_greedy(ask):
 @pytest.mark.parametrize(
     "skip, shown", [("true", "好 🌍!"), ("false", "好 🌍<|eom_id|>!<|eot_id|>")]
 )
-def test_characters_come_whole_and_special_tokens_as_asked(ask, monkeypatch, skip, shown):
-    """The tiny vocabulary cuts 好 into three tokens and 🌍 into more; none of the pieces printed may
-    be half of one."""
+def test_no_partial_characters_and_special_tokens_on_request(ask, monkeypatch, skip, shown):
+    """The tiny vocabulary splits 好 into three tokens and 🌍 into more; no printed piece may be half
+    of one."""
     ids = load_tokenizer(BASE).encode("好 🌍<|eom_id|>!<|eot_id|>")
     assert len(ids) > 8 and ids[-1] == 1005
     monkeypatch.setattr(chat, "generate", lambda *args, **kwargs: iter(ids))
     monkeypatch.setattr(tokenizer.TextStream, "push", spy := Spy(tokenizer.TextStream.push))
     monkeypatch.setattr(
         load_text, "fit_tokenizer", lambda *args: [1005]
-    )  # so that <|eom_id|> may stand inside
+    )  # so that an answer may contain <|eom_id|>
     out, _ = ask([*GREEDY, f"skip_special_tokens={skip}", "--prompt", "hi"])
     assert out == shown + "\n"
     assert "".join(spy.results) == shown and not any("\ufffd" in piece for piece in spy.results)
 
 
 class Spy:
-    """Remembers what a method returns."""
+    """Records what a method returns."""
 
     def __init__(self, method):
         self.method, self.results = method, []
@@ -221,7 +220,7 @@ class Spy:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program():
-    """Greedy for 2000 tokens takes seconds; the signal comes with the first of them."""
+    """2000 greedy tokens take seconds; the signal arrives at the first."""
     talk = start([*WITH_ADAPTER, "max_new_tokens=2000"], stderr=subprocess.STDOUT)
     talk.stdin.write("hi\n")
     talk.stdin.flush()
@@ -239,7 +238,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
     assert talk.returncode == 0 and "(cleared)" in rest
 
 
-def test_a_full_context_is_a_sentence_and_clear_helps(ask, tmp_path):
+def test_a_full_context_is_a_message_and_clear_helps(ask, tmp_path):
     base = shutil.copytree(BASE, tmp_path / "base")
     fields = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": 24}))
@@ -252,16 +251,16 @@ def test_a_full_context_is_a_sentence_and_clear_helps(ask, tmp_path):
         ask([*talk, "--prompt", "long " * 30])
 
 
-def test_the_turn_after_a_failed_one_is_answered(ask, capsys):
+def test_the_turn_after_a_failed_one_works(ask, capsys):
     with pytest.raises(ValueError, match="not every line"):
         ask([*WITH_ADAPTER], "word " * 2100 + "\nhi\n")
     out, err = capsys.readouterr()
-    assert err.count("error: the prompt has") == 1 and answers(out)[1] == their_answer(
+    assert err.count("error: the prompt has") == 1 and answers(out)[1] == transformers_answer(
         recorded_prompt(5), TRAINED
     )
 
 
-def test_max_length_counts_when_max_new_tokens_is_zero(ask):
+def test_max_length_applies_when_max_new_tokens_is_zero(ask):
     four = ["max_new_tokens=0", f"max_length={len(recorded_prompt(0)) + 4}"]
     out, err = ask(
         [*WITH_ADAPTER, *four, "default_system=Answer briefly.", "--prompt", "What is your name?"]
@@ -276,7 +275,7 @@ def settings(*pairs):
     return load_config.load_config([f"model_name_or_path={BASE}", *map(str, pairs)], "chat")
 
 
-def test_an_adapter_brings_those_that_were_folded_in_before_it(tmp_path, ask):
+def test_an_adapter_brings_those_that_were_merged_before_it(tmp_path, ask):
     output = shutil.copytree(TRAINED, tmp_path / "out")
     (output / "train_config.json").write_text(
         json.dumps({"adapter_name_or_path": [str(OTHER)], "create_new_adapter": True})
@@ -295,7 +294,7 @@ def test_an_adapter_brings_those_that_were_folded_in_before_it(tmp_path, ask):
     assert f"warning   {output} was trained with {OTHER} folded into the base" in alone.err
 
 
-def test_template_and_system_come_from_the_training(tmp_path, ask):
+def test_template_and_system_prompt_come_from_the_training(tmp_path, ask):
     adapter = shutil.copytree(TRAINED, tmp_path / "adapter")
     (adapter / "train_config.json").write_text(
         json.dumps({"template": "llama3", "default_system": "Answer briefly."})
@@ -305,7 +304,7 @@ def test_template_and_system_come_from_the_training(tmp_path, ask):
     ]
     out, err = ask([*untold, "--prompt", "What is your name?"])
     assert (
-        out == their_answer(recorded_prompt(0), TRAINED) + "\n"
+        out == transformers_answer(recorded_prompt(0), TRAINED) + "\n"
         and f"llama3 (stored in {adapter})" in err
     )
     with pytest.raises(
@@ -318,7 +317,7 @@ def test_template_and_system_come_from_the_training(tmp_path, ask):
     )
 
 
-def test_sampling_values_and_where_they_come_from():
+def test_sampling_values_and_their_sources():
     published = {
         "temperature": 0.6,
         "top_p": 0.9,
@@ -382,7 +381,7 @@ def test_bfloat16_answers(ask):
         (["top_p=2"], "top_p.*at most 1"),
     ],
 )
-def test_mistakes_are_sentences(ask, wrong, words):
+def test_mistakes_have_clear_messages(ask, wrong, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         ask([*GREEDY, *wrong], "hi\n")
 

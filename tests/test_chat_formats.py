@@ -29,7 +29,7 @@ def test_rows_are_well_formed(name):
     assert not row.stop_is_eos or row.stop
 
 
-def test_formats_without_recordings_are_what_their_authors_publish():
+def test_formats_without_recordings_equal_the_published_ones():
     assert text_of("vicuna", talk("a", "b", "c", "d"), system="s") == [
         ("sUSER: a ASSISTANT:", "b</s>"),
         ("USER: c ASSISTANT:", "d</s>"),
@@ -48,22 +48,22 @@ MYCHAT = {"name": "mychat", "user": "<u>{{content}}</u><b>", "prefix": [{"token"
 
 
 def from_page(tmp_path, number):
-    """The template in a yaml of docs/templates.md, as a config gives it."""
+    """The template in a yaml of docs/templates.md, read as a config is."""
     path = tmp_path / "page.yaml"
     path.write_text(re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[number], encoding="utf-8")
     return load_config([str(path)], "config").template
 
 
-def test_the_page_does_what_it_says(tmp_path):
-    said = from_page(tmp_path, 0)
+def test_the_examples_of_the_page_work(tmp_path):
+    mapping = from_page(tmp_path, 0)
     assert len((tmp_path / "page.yaml").read_text().splitlines()) <= 10
-    [(source, target)] = text_of(find_template(said), talk("A", "B"), "S")
+    [(source, target)] = text_of(find_template(mapping), talk("A", "B"), "S")
     assert f"```\n{source}{target}\n```" in PAGE and f"`{target}` carries loss" in PAGE
     row_of_page = re.search(r"```python\n\"mychat\": (.*?),\n```", PAGE, re.DOTALL).group(1)
     row = eval(row_of_page, {"Template": Template, "BOS": BOS, "EOS": EOS})
     row = replace(row, name="mychat", own_jinja=True, tool_format=tools.TOOL_FORMATS["default"])
-    assert row == find_template(said)
-    assert text_of(row, call(CALL)) == text_of(find_template(said), call(CALL))
+    assert row == find_template(mapping)
+    assert text_of(row, call(CALL)) == text_of(find_template(mapping), call(CALL))
     changed = find_template(from_page(tmp_path, 1))
     assert text_of(changed, talk("A", "B")) == text_of(
         "qwen", talk("A", "B"), default_system="You are Pip."
@@ -74,25 +74,25 @@ def test_the_page_does_what_it_says(tmp_path):
     ) - {"name"}
 
 
-def test_a_format_survives_being_stored(tmp_path):
-    said = from_page(tmp_path, 0)
-    template = find_template(said)
+def test_a_format_is_stored_and_read_again(tmp_path):
+    mapping = from_page(tmp_path, 0)
+    template = find_template(mapping)
     (tmp_path / "train_config.json").write_text(
         json.dumps({"template": written_template(template)})
     )
     stored, force = stored_template([tmp_path], None, False)
     assert find_template(stored) == template and force
-    assert stored_template([tmp_path], said, False) == (said, True)  # the same, written another way
+    assert stored_template([tmp_path], mapping, False) == (mapping, True)  # the same, written another way
     with pytest.raises(ValueError, match="template: qwen, but .* was trained with mychat"):
         stored_template([tmp_path], "qwen", False)
     with pytest.raises(ValueError, match="template: mychat, but .* trained with another version of mychat"):
-        stored_template([tmp_path], {**said, "default_system": "You are Max."}, False)
+        stored_template([tmp_path], {**mapping, "default_system": "You are Max."}, False)
     config = load_config([str(tmp_path / "page.yaml")], "config")
     (tmp_path / "train_config.json").write_text(json.dumps(as_dict(config)))
     assert find_template(stored_template([tmp_path], None, False)[0]) == template
     (tmp_path / "train_config.json").write_text('{"template": "llama3"}')
     with pytest.raises(ValueError, match="template: mychat, but .* was trained with llama3"):
-        stored_template([tmp_path], said, False)
+        stored_template([tmp_path], mapping, False)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -102,7 +102,7 @@ def test_every_row_can_be_written_as_a_mapping(name):
     assert find_template(json.loads(json.dumps(written_template(other)))) == other
 
 
-def test_based_on_changes_what_is_said_and_keeps_the_rest():
+def test_based_on_changes_only_the_given_fields():
     changed = find_template(
         {"name": "q", "based_on": "qwen3", "reasoning": "false", "stop": "<|im_end|>"}
     )
@@ -125,7 +125,7 @@ def test_based_on_changes_what_is_said_and_keeps_the_rest():
 
 
 @pytest.mark.parametrize(
-    "said, message",
+    "template, message",
     [
         ({"usr": "{{content}}"}, "unknown key 'usr'.*did you mean 'user'"),
         ({"name": "a"}, "'user' is missing"),
@@ -155,12 +155,12 @@ def test_based_on_changes_what_is_said_and_keeps_the_rest():
         ),
     ],
 )
-def test_a_format_that_cannot_be_used_is_refused(tmp_path, said, message):
+def test_a_format_that_cannot_be_used_is_refused(tmp_path, template, message):
     with pytest.raises(ValueError, match=message):
-        choose_template(said, load_tokenizer(write_byte_level(tmp_path / "a")), "llama")
+        choose_template(template, load_tokenizer(write_byte_level(tmp_path / "a")), "llama")
 
 
-def test_a_format_of_ones_own_writes_the_chat_template(tmp_path):
+def test_a_custom_format_writes_the_chat_template(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.chat_template = "{{ 'something else' }}"
     template, why = choose_template(MYCHAT, tokenizer, "llama")

@@ -1,7 +1,4 @@
-"""compile.py: what is compiled is tried before it is taken, and reaches every family.
-
-Requires: fast/compile.py.
-"""
+"""fast/compile.py: compiled functions are tried before use, in every family."""
 import pytest
 import torch
 
@@ -11,10 +8,10 @@ from model import ACTIVATIONS, CausalLM, init_weights
 from tests.tiny_models import SMALL_FAMILIES, SMALL_LLAMA
 
 
-def test_compiled_steps_are_tried_before_they_are_taken(monkeypatch):
+def test_compiled_steps_are_tried_before_use(monkeypatch):
     """Without a real compiler, which takes half a minute on a CPU.
 
-    Its front part alone, a wrong one, and a broken one stand in for it.
+    Its front end alone, a wrong one and a broken one take its place.
     """
     assert pick_compile(None, "cpu", torch.float32)[0] is False
     assert pick_compile(False, "cuda", torch.float32)[0] is False
@@ -44,7 +41,7 @@ def test_compiled_steps_are_tried_before_they_are_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "qwen3", "glm4", "olmo"])
-def test_compiled_steps_reach_every_family(name, monkeypatch):
+def test_compiled_steps_in_every_family(name, monkeypatch):
     seen = []
 
     def recording(function, dynamic):

@@ -1,7 +1,7 @@
-"""The table of keys: what LLaMA-Factory knows is known, with its defaults; --keys prints it.
+"""config.py: LLaMA-Factory's keys are known, with its defaults; --keys prints the table.
 
 The names and defaults below were read from LLaMA-Factory 0.9.5 and transformers 5.6
-(dataclasses.fields of their argument classes), so they judge our table from outside.
+(dataclasses.fields of their argument classes), so the table is compared with an independent source.
 """
 import re
 import subprocess
@@ -94,7 +94,7 @@ PEER_KEYS = """
     vllm_gpu_util vllm_max_lora_rank vllm_maxlen warmup_ratio warmup_steps weight_decay task
     task_dir batch_size lang n_shot save_dir
 """.split()
-PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, the keys that have it)
+PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this default)
     (None, """
         model_name_or_path adapter_name_or_path cache_dir export_dir template dataset
         eval_dataset max_samples packing tool_format default_system additional_target
@@ -173,7 +173,7 @@ OWN_KEYS = [name for name, spec in KEYS.items() if spec.metadata["own"]]
 # ---- the table against LLaMA-Factory ------------------------------------------------------------
 
 
-def test_every_key_of_the_peer_is_known_and_in_one_table():
+def test_every_key_of_llama_factory_is_known():
     assert [name for name in PEER_KEYS if name not in KEYS and name not in UNUSED] == []
     assert [name for name in KEYS if name in UNUSED] == []
     refused = " ".join(names for _, names, _ in REFUSED)
@@ -182,7 +182,7 @@ def test_every_key_of_the_peer_is_known_and_in_one_table():
     assert set(KEYS) - set(PEER_KEYS) == set(OWN_KEYS)
 
 
-def test_defaults_are_the_peers():
+def test_defaults_equal_llama_factorys():
     ours = as_dict(Config())
     peers = {name: default for default, names in PEER_DEFAULTS for name in names.split()}
     assert {name: value for name, value in ours.items() if name not in OWN_KEYS} == peers
@@ -191,7 +191,7 @@ def test_defaults_are_the_peers():
 # ---- the columns --------------------------------------------------------------------------------
 
 
-def test_every_key_says_what_resuming_allows():
+def test_every_key_states_whether_resuming_allows_a_change():
     assert [name for name, spec in KEYS.items()
             if spec.metadata["on_resume"] not in (FIXED, DATA, FREE, IGNORED)] == []
 
@@ -217,7 +217,7 @@ def test_every_key_is_read_by_some_script():
     assert set(unread) <= alike
 
 
-def test_steps_or_share_of_steps():
+def test_steps_or_fraction_of_steps():
     assert [in_steps(value, 30) for value in (1, 500, 0.1, 0.5, 0.101)] == [1, 500, 3, 15, 4]
 
 

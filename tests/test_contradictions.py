@@ -1,4 +1,4 @@
-"""Settings that contradict each other are errors, and those that agree are none."""
+"""runtime/contradictions.py: contradictory settings are errors, consistent ones are not."""
 import pytest
 
 from tests.common import load_argv, refusal
@@ -59,5 +59,5 @@ def test_contradictions_are_errors(keys):
         "create_new_adapter=1 adapter_name_or_path=a,b",
     ],
 )
-def test_what_agrees_passes(keys):
+def test_consistent_settings_pass(keys):
     load_argv(*keys.split())

@@ -35,8 +35,9 @@ TOOL_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content":
               {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "b"}]
 
 
-def test_openai_as_llamafactory_and_plain(tmp_path):
-    """formatting openai: arguments stay a text and the system text grows. formatting messages: neither."""
+def test_openai_and_messages_layouts(tmp_path):
+    """formatting openai, as in LLaMA-Factory: arguments stay text and the system text is extended.
+    formatting messages: neither."""
     row, columns = {"messages": TOOL_TURNS, "tools": "[]"}, {"messages": "messages", "tools": "tools"}
     openai = convert_row(tmp_path, row, {"formatting": "openai", "columns": columns, "tags": conversations.OPENAI_TAGS})
     plain = convert_row(tmp_path, row, {"formatting": "messages", "columns": columns})
@@ -82,8 +83,8 @@ def test_bad_rows_say_why(tmp_path, row, entry, sentence):
     assert found[1].where == f"dataset 'd', {tmp_path / 'd.json'} row 2"
 
 
-def test_broken_lines_and_bytes_are_bad_rows_not_the_end(tmp_path):
-    """A line that is no JSON, bytes of another encoding, and a lone surrogate each spoil their own row only."""
+def test_broken_lines_and_bytes_spoil_one_row_each(tmp_path):
+    """A line that is no JSON, bytes of another encoding, and a lone surrogate."""
     lines = [json.dumps(ALPACA).encode(), b'{"instruction": "a", "output"',
              json.dumps({**ALPACA, "output": "caf\u00e9"}, ensure_ascii=False).encode("latin-1"),
              b'{"instruction": "a", "output": "\\ud83d"}']

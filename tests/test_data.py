@@ -1,4 +1,4 @@
-"""data.py against rows recorded from LLaMA-Factory (golden/data, golden/curves), identities, and hand-made numbers."""
+"""data.py against rows recorded from LLaMA-Factory (golden/data, golden/curves), and by hand."""
 import json
 import zlib
 
@@ -30,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("day_of_recording")
 @needs_shared
 @pytest.mark.parametrize("file", ["templates", "formats", "truncation", "settings", "thinking", "tools", "packing",
                                   "pretrain", "templates_094"])
-def test_golden_rows(file, tmp_path):
+def test_recorded_rows(file, tmp_path):
     checked = 0
     for line, rows, lines in cases_of(file):
         if not known(line) or line["predict"] or "error" in line:
             continue
         settings = {"cutoff_len": 2048, "stage": line["stage"], "template": line["template"], **line["settings"]}
         if settings.get("packing") and not settings.get("neat_packing"):
-            settings["neat_packing"] = False          # said explicitly: LLaMA-Factory's plain packing
+            settings["neat_packing"] = False          # LLaMA-Factory's plain packing
         write_dataset(tmp_path, rows, line["dataset_info"])
         if settings["stage"] == "pt" and settings.get("neat_packing") is False:
             del settings["neat_packing"]
@@ -56,8 +56,8 @@ def test_golden_rows(file, tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize("file", ["dpo", "kto"])
-def test_golden_rows_with_two_answers(file, tmp_path):
-    """Pairs, and judged answers with those of the row before: ids, labels and tags of every recorded row."""
+def test_recorded_rows_with_two_answers(file, tmp_path):
+    """Pairs, and judged answers with their KL rows: ids, labels and tags of every recorded row."""
     names, checked = {"dpo": ("chosen_", "rejected_"), "kto": ("", "kl_")}[file], 0
     for line, rows, lines in cases_of(file):
         write_dataset(tmp_path, rows, line["dataset_info"])
@@ -76,8 +76,9 @@ def test_golden_rows_with_two_answers(file, tmp_path):
 
 @needs_shared
 def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
-    """Rows of several turns through LLaMA-Factory in five chat formats, with thinking on, off and null: checksums of what
-    came out (tests/recorded/answers.json). Thoughts of earlier answers go there."""
+    """Rows of several turns through LLaMA-Factory in five chat formats, with thinking on, off and
+    null: checksums of its results (tests/recorded/answers.json). Thoughts of earlier answers are
+    removed there."""
     recorded = json.loads((ROOT / "tests/recorded/answers.json").read_text())
     for run in recorded["runs"]:
         stage, template = run["settings"]["stage"], TEMPLATES[run["template"]]
@@ -91,12 +92,13 @@ def test_recorded_answers_with_thoughts_tools_and_system_texts(tmp_path):
 
 
 def test_rows_with_two_answers_in_every_layout(tmp_path, words):
-    """alpaca, sharegpt, openai, and files given by their path, say the same; a bad row is named or counted."""
-    said = {"role": "user", "content": "w1"}
+    """alpaca, sharegpt, openai and files given by their path give the same; a bad row is named or
+    counted."""
+    question = {"role": "user", "content": "w1"}
     alpaca = {"instruction": "w1", "chosen": "w2 w3", "rejected": "w4"}
     share = {"conversations": [{"from": "human", "value": "w1"}], "chosen": {"from": "gpt", "value": "w2 w3"},
              "rejected": {"from": "gpt", "value": "w4"}}
-    openai = {"messages": [said], "chosen": {"role": "assistant", "content": "w2 w3"},
+    openai = {"messages": [question], "chosen": {"role": "assistant", "content": "w2 w3"},
               "rejected": {"role": "assistant", "content": "w4"}}
     columns = {"chosen": "chosen", "rejected": "rejected"}
     layouts = [(alpaca, {"ranking": True, "columns": {"prompt": "instruction", **columns}}),
@@ -117,9 +119,9 @@ def test_rows_with_two_answers_in_every_layout(tmp_path, words):
                                          "empty(.|\n)*row 3: 'chosen' must be text"):
         loaded(tmp_path, words, stage="dpo")
     assert len(loaded(tmp_path, words, stage="dpo", skip_bad_rows=True)[0]) == 1
-    for broken, why in (({"chosen": "w2"}, "'chosen' must be one turn"), ({"chosen": said}, "'chosen' is by 'user', expected"),
+    for broken, why in (({"chosen": "w2"}, "'chosen' must be one turn"), ({"chosen": question}, "'chosen' is by 'user', expected"),
                         ({"messages": openai["messages"] * 2}, "turn 2 is by 'user'"),
-                        ({"messages": [said, openai["chosen"]]}, "ends with an answer")):
+                        ({"messages": [question, openai["chosen"]]}, "ends with an answer")):
         write_dataset(tmp_path, [{**openai, **broken}], layouts[2][1])
         with pytest.raises(ValueError, match=why):
             loaded(tmp_path, words, stage="dpo")
@@ -128,8 +130,9 @@ def test_rows_with_two_answers_in_every_layout(tmp_path, words):
         loaded(tmp_path, words, stage="kto", dataset=str(tmp_path / "rows.json"))
 
 
-def test_judged_answers_meet_the_prompt_of_the_next_row(tmp_path, words):
-    """The first takes the last one's, within preprocessing_batch_size rows; rows left out as bad are not met."""
+def test_kl_rows_pair_an_answer_with_the_next_prompt(tmp_path, words):
+    """The first prompt gets the last answer, within preprocessing_batch_size rows; bad rows are
+    skipped."""
     rows = [{"instruction": f"w{i}", "output": f"w{10 + i}" if i != 2 else "", "label": i % 2 == 0} for i in range(6)]
     write_dataset(tmp_path, rows, {"columns": {"prompt": "instruction", "response": "output", "kto_tag": "label"}})
     examples, _, _ = loaded(tmp_path, words, stage="kto", skip_bad_rows=True, preprocessing_batch_size=3)
@@ -139,8 +142,9 @@ def test_judged_answers_meet_the_prompt_of_the_next_row(tmp_path, words):
     assert [example.desired for example in examples] == [True, False, False, True, False]
 
 
-def test_batches_of_pairs_lie_chosen_first(tmp_path):
-    """Two micro-batches in one pass: each row counts one over the rows of its own; judged answers keep the others apart."""
+def test_batches_of_pairs_have_chosen_first(tmp_path):
+    """Two micro-batches in one pass: a row's weight is one over the rows of its micro-batch; judged
+    answers keep the others apart."""
     def example(*sequences, desired=None):
         ids = np.array(sum(sequences, []), np.int32)
         return data.Example(ids, ids, [len(s) for s in sequences], ids, desired)
@@ -157,7 +161,10 @@ def test_batches_of_pairs_lie_chosen_first(tmp_path):
 
 
 def check_example(example, wanted, tokenizer, settings, where):
-    """Equal ids, labels, positions and attention sequences. What LLaMA-Factory pads to cutoff_len, we do not store."""
+    """Equal ids, labels, positions and sequence boundaries.
+
+    LLaMA-Factory's padding to cutoff_len is not stored here.
+    """
     n = len(example.input_ids)
     padding = len(wanted["input_ids"]) - n
     assert padding == 0 or settings.get("packing") and settings["stage"] == "sft", where
@@ -174,8 +181,8 @@ def check_example(example, wanted, tokenizer, settings, where):
 
 
 @needs_shared
-def test_golden_prompts(tmp_path):
-    """The generation path: prompt and answer apart, cut by the same rule."""
+def test_recorded_prompts(tmp_path):
+    """The generation path: prompt and answer, truncated by the same rule."""
     from text.conversations import convert
     from text.data_files import find_sources, open_rows
     checked = 0
@@ -202,8 +209,9 @@ def test_golden_prompts(tmp_path):
 
 
 @needs_shared
-def test_golden_batches(tmp_path):
-    """A collated batch, padded by this test as LLaMA-Factory's collator pads, is the recorded one."""
+def test_recorded_batches(tmp_path):
+    """A collated batch, padded by this test as LLaMA-Factory's collator does, equals the recorded
+    one."""
     checked = 0
     for line in read_jsonl(GOLDEN / "data" / "batches.jsonl"):
         if line["stage"] != "sft" or not known(line):
@@ -226,8 +234,8 @@ def test_golden_batches(tmp_path):
             assert padded == wanted["input_ids"][place]
             assert batch.targets[start:start + n - 1].tolist() + [IGNORE] * padding == wanted["labels"][place][1:]
             if "may_attend" in wanted:
-                stretch = np.repeat(range(len(example.lengths)), example.lengths)
-                may = (stretch[:, None] == stretch[None]) & np.tri(n, dtype=bool)
+                sequence = np.repeat(range(len(example.lengths)), example.lengths)
+                may = (sequence[:, None] == sequence[None]) & np.tri(n, dtype=bool)
                 assert (np.array(wanted["may_attend"][place])[..., :n, :n] == may).all()
             if "position_ids" in wanted:
                 assert batch.position_ids[0, start:start + n].tolist() == wanted["position_ids"][place][:n]
@@ -239,8 +247,8 @@ def test_golden_batches(tmp_path):
 
 @needs_shared
 @pytest.mark.parametrize("case", ["sft_llama3", "sft_eval", "sft_packing", "sft_qwen2_loraplus", "sft_shuffled", "pt"])
-def test_curves(case):
-    """The recorded runs: processed rows in their order, and which of them made each micro-batch."""
+def test_rows_of_recorded_runs(case):
+    """The recorded runs: processed rows in their order, and the rows of each micro-batch."""
     folder = GOLDEN / "curves" / case
     extra = ["neat_packing=false"] if case == "sft_packing" else []
     config = load_config([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", *extra], "train")
@@ -267,7 +275,8 @@ def test_curves(case):
 
 @needs_shared
 def test_published_example(tmp_path):
-    """The first example of the published runs, and how many they had (alpaca_en_demo had one row more then)."""
+    """The first example of the published runs, and their number of examples (alpaca_en_demo had one
+    row more then)."""
     published = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text(encoding="utf-8"))
     template = TEMPLATES["llama3"]
     tokenizer = tokenizer_for(template, SHARED / "tokenizers" / "llama3")
@@ -280,7 +289,7 @@ def test_published_example(tmp_path):
 
 
 @needs_shared
-def test_golden_errors(tmp_path):
+def test_recorded_errors(tmp_path):
     """What LLaMA-Factory refuses is refused here too, by the config, the template or the data."""
     checked = 0
     for line in read_jsonl(GOLDEN / "data" / "errors.jsonl"):
@@ -311,7 +320,7 @@ def loaded(tmp_path, words, **settings):
     return token_cache.load_examples(config, *words, STAGES[config.stage].encode)
 
 
-def test_bad_rows_stop_the_run_or_are_left_out(tmp_path, words):
+def test_bad_rows_are_errors_or_left_out(tmp_path, words):
     rows = [ask("w1", "w2"), ask("w3", " "), ask("w4", "w5")]
     with pytest.raises(ValueError, match=r"(?s)1 bad row\n.*dataset 'rows'.*rows.json row 2: answer 1 is empty.*w3.*"
                                          "skip_bad_rows: true"):
@@ -336,19 +345,20 @@ def test_placeholders_warn_or_are_filled(tmp_path, words):
     assert train[0].input_ids.tolist() == words[0].encode("w9 w1 w7 w2 </s>") and not report.notes
 
 
-def test_rows_with_nothing_to_learn_are_counted_shown_and_skipped(tmp_path, words, capsys):
-    """cutoff 2 leaves the second row two tokens of prompt: int(2 * 2 / 7) = 0 of its answer."""
+def test_rows_without_a_label_are_counted_shown_and_skipped(tmp_path, words, capsys):
+    """With cutoff 2 the second row keeps two tokens of its prompt and int(2 * 2 / 7) = 0 of its
+    answer."""
     rows = [ask("w1", "w2"), ask("w1 w2 w3 w4 w5", "w6")]
     train, _, report = load(tmp_path, words, rows, cutoff_len=2)
     assert ids_and_labels(train) == [([3, 4], [IGNORE, 4])]
     show_data.print_counts(report)
-    told = capsys.readouterr().out
-    assert "nothing left to train on within cutoff_len: 1, first" in told and "row 2 (7 tokens)" in told
+    printed = capsys.readouterr().out
+    assert "nothing left to train on within cutoff_len: 1, first" in printed and "row 2 (7 tokens)" in printed
     with pytest.raises(ValueError, match="no token carries loss"):
         load(tmp_path, words, rows[1:], cutoff_len=2)
 
 
-def test_counts(tmp_path, words, capsys):
+def test_counts_of_rows_and_tokens(tmp_path, words, capsys):
     train, evaluation, report = load(tmp_path, words, [ask("w1", "w2 w3")] * 8, val_size=0.25)
     assert (len(train), len(evaluation)) == (6, 2)
     counts = report.datasets["train", "rows"]
@@ -368,7 +378,7 @@ def test_eval_dataset(tmp_path, words):
 # ---- pieces by hand and by slow twins ---------------------------------------------------------------------------
 
 
-def test_truncated_lengths_fill_the_room_and_no_more():
+def test_truncated_lengths_fill_the_cutoff_exactly():
     for source in range(0, 30):
         for target in range(1, 30):
             for room in range(1, 40):
@@ -385,12 +395,12 @@ def test_label_turns_by_hand():
     assert data.label_turns(turns, 100, train_on_prompt=True) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
     assert data.label_turns(turns, 100, mask_history=True) == ([1, 2, 3, 4, 5, 6], [-100] * 4 + [5, 6])
     assert data.label_turns(turns, 100, closing_eos=9) == ([1, 2, 3, 4, 5, 6, 9], [-100, -100, 3, 9, 5, 6, 9])
-    assert data.label_turns(turns, 3) == ([1, 2, 3], [-100, -100, 3])            # the second turn finds no room
+    assert data.label_turns(turns, 3) == ([1, 2, 3], [-100, -100, 3])            # no tokens are left for the second turn
     assert data.label_turns(turns, 3, mask_history=True)[0] == [4, 5, 6]         # the last turn has priority
 
 
 def slow_pack(lengths, capacity):
-    """The same greedy rule, written to be read: lists of row numbers."""
+    """The same greedy rule in its simplest form: lists of row numbers."""
     left, packs = list(range(len(lengths))), []
     while left:
         free, pack = capacity, []
@@ -413,7 +423,7 @@ def test_pack_equals_its_slow_twin(seed):
     assert data.pack(lengths, 32) == slow_pack(lengths, 32)
 
 
-def test_packing_keeps_samples_apart_unless_told_not_to(tmp_path, words):
+def test_packing_separates_sequences_unless_neat_packing_is_off(tmp_path, words):
     rows = [ask("w1 w2", "w3"), ask("w4", "w5")]
     for settings, lengths in (({"packing": True}, [4, 3]), ({"neat_packing": True}, [4, 3]),
                               ({"packing": True, "neat_packing": False}, [7])):
@@ -435,15 +445,16 @@ def test_collate_shifts_within_each_sequence():
 def test_order_and_micro_batches():
     order = runtime_steps.epoch_order(10, seed=3, epoch=1, shuffle=True)
     assert sorted(order) == list(range(10)) and order != runtime_steps.epoch_order(10, seed=3, epoch=2, shuffle=True)
-    assert order == runtime_steps.epoch_order(10, seed=4, epoch=0, shuffle=True)           # seed + epoch is all that counts
+    assert order == runtime_steps.epoch_order(10, seed=4, epoch=0, shuffle=True)           # only seed + epoch matters
     assert runtime_steps.epoch_order(3, 0, 5, shuffle=False) == [0, 1, 2]
     assert runtime_steps.micro_batches(order, 4) == [order[:4], order[4:8], order[8:]]
     assert runtime_steps.micro_batches(order, 4, drop_last=True) == [order[:4], order[4:8]]
     assert runtime_steps.micro_batches(order, 5, drop_last=True) == [order[:5], order[5:]]
 
 
-def test_documents(tmp_path, words):
-    """Stage pt: one stream in blocks, or one document a row; all tokens are labels, the last tail is left out."""
+def test_documents_of_stage_pt(tmp_path, words):
+    """One stream in blocks, or one document a row; all tokens are labels, the last partial block is
+    dropped."""
     entry = {"file_name": "rows.txt", "columns": {"prompt": "text"}}
     rows = [{"text": "w1 w2 w3"}, {"text": ""}, {"text": "w4"}]
     end = words[0].eos_id
@@ -460,7 +471,7 @@ def test_documents(tmp_path, words):
 
 
 @needs_shared
-def test_a_tool_format_that_does_not_exist_is_no_fault_of_the_rows():
+def test_an_unknown_tool_format_is_an_error_of_the_config():
     folder = GOLDEN / "curves" / "sft_llama3"
     with pytest.raises(ValueError, match="^unknown tool_format 'foo'"):
         preview.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "tool_format=foo", "skip_bad_rows=true",
@@ -468,7 +479,7 @@ def test_a_tool_format_that_does_not_exist_is_no_fault_of_the_rows():
 
 
 @needs_shared
-def test_running_text_cut_to_single_tokens_teaches_nothing(tmp_path):
+def test_documents_of_one_token_have_no_loss(tmp_path):
     """A first token has a label, and nothing that predicts it."""
     (tmp_path / "d.txt").write_text("hello there\n")
     with pytest.raises(ValueError, match="nothing to learn .* cutoff_len: 1"):
@@ -477,16 +488,17 @@ def test_running_text_cut_to_single_tokens_teaches_nothing(tmp_path):
 
 
 @needs_shared
-def test_command_line_writes_every_row(tmp_path, capsys):
-    """python -m runtime.preview config.yaml --jsonl FILE: the rows LLaMA-Factory made, its padding of packed rows included."""
+def test_the_preview_command_writes_every_row(tmp_path, capsys):
+    """python -m runtime.preview config.yaml --jsonl FILE: the rows of LLaMA-Factory, with its
+    padding of packed rows."""
     folder, out = GOLDEN / "curves" / "sft_packing", tmp_path / "rows.jsonl"
     preview.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "neat_packing=false",
                f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl", str(out)])
     wanted = [{key: row[key] for key in ("input_ids", "labels")} for row in read_jsonl(folder / "processed.jsonl")]
     assert read_jsonl(out) == wanted
-    told = capsys.readouterr().out
-    assert "example 1" in told and "train train" in told
-    with pytest.raises(ValueError, match="nothing to learn"):       # written all the same, to be looked at
+    printed = capsys.readouterr().out
+    assert "example 1" in printed and "train train" in printed
+    with pytest.raises(ValueError, match="nothing to learn"):       # written as well, for inspection
         preview.main([str(folder / "config.yaml"), f"dataset_dir={folder / 'data'}", "packing=false", "cutoff_len=1",
                    f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl", str(out)])
     assert all(row["labels"] == [IGNORE] for row in read_jsonl(out)) and len(read_jsonl(out)) == 27

@@ -28,7 +28,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content):
 
 
 def test_lines_of_text_and_line_separators(tmp_path):
-    """U+2028 is a character of a text, not the end of a row; an empty line is an empty document."""
+    """U+2028 is a character, not the end of a row; an empty line is an empty document."""
     (tmp_path / "d.txt").write_bytes("one\r\n\ntwo \u2028 three\n".encode())
     (tmp_path / "e.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
     write_info(tmp_path, d={"file_name": "d.txt", "columns": {"prompt": "text"}},
@@ -56,7 +56,8 @@ def test_folder_is_read_in_the_order_of_names(tmp_path):
 
 
 def test_hub_files(tmp_path, monkeypatch):
-    """folder, subset and split pick the files of a repository; what the hub refuses becomes one sentence."""
+    """folder, subset and split select the files of a repository; errors of the hub become one
+    sentence."""
     import huggingface_hub
     for name in ("data/en/train-0.jsonl", "data/en/validation.jsonl", "data/zh/train-0.jsonl", "other/all.jsonl"):
         (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def test_hub_files(tmp_path, monkeypatch):
     assert [row.data["output"] for row in load_rows(tmp_path)] == ["data/en/train-0.jsonl"]
     assert asked["repo"] == "me/it" and asked["repo_type"] == "dataset" and "data/*.jsonl" in asked["allow_patterns"]
     assert [row.data["output"] for row in load_rows(tmp_path, "v")] == ["data/en/validation.jsonl"]
-    assert [row.data["output"] for row in load_rows(tmp_path, "w")] == ["other/all.jsonl"]     # no split named: training
+    assert [row.data["output"] for row in load_rows(tmp_path, "w")] == ["other/all.jsonl"]     # without a split: training
     with pytest.raises(ValueError, match="has no .json, .jsonl, .csv, .txt file for split 'test'.*parquet"):
         load_rows(tmp_path, "p")
 
@@ -124,14 +125,14 @@ def test_unreadable_files(tmp_path, name, content, sentence):
     ({"num_samples": 0}, "num_samples: 0 is not a whole number above 0"),
     ({"ranking": "yes"}, "ranking: .* is not true or false"),
 ])
-def test_entries_that_cannot_be_honoured(tmp_path, entry, sentence):
+def test_invalid_entries_are_errors(tmp_path, entry, sentence):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
     write_info(tmp_path, d={"file_name": "d.json", **entry})
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
         load_rows(tmp_path)
 
 
-def test_null_in_an_entry_is_as_if_it_were_not_there(tmp_path):
+def test_null_in_an_entry_equals_a_missing_key(tmp_path):
     assert roles_and_texts(convert_row(tmp_path, ALPACA, {"columns": None, "num_samples": None, "subset": None})) == [
         ("user", "ask"), ("assistant", "answer")]
 
@@ -150,8 +151,9 @@ def test_unknown_dataset_and_missing_info(tmp_path):
         load_rows(tmp_path, "identitty")
 
 
-def test_samples(tmp_path):
-    """num_samples is numpy's global permutation at `seed`, one stream for all datasets; max_samples takes the first."""
+def test_num_samples_and_max_samples(tmp_path):
+    """num_samples is numpy's global permutation at `seed`, one stream for all datasets; max_samples
+    takes the first rows."""
     (tmp_path / "d.json").write_text(json.dumps([{**ALPACA, "output": str(n)} for n in range(9)]), encoding="utf-8")
     write_info(tmp_path, a={"file_name": "d.json", "num_samples": 4}, b={"file_name": "d.json", "num_samples": 12})
     found = [int(row.data["output"]) for row in load_rows(tmp_path, "a,b", seed=7)]
@@ -163,7 +165,7 @@ def test_samples(tmp_path):
     assert [int(row.data["output"]) for row in load_rows(tmp_path, "a", seed=7, max_samples=2)] == [*first[:2]]
 
 
-def test_notes(tmp_path):
+def test_notes_on_unused_keys_and_columns(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{**ALPACA, "system": "s"}]), encoding="utf-8")
     write_info(tmp_path, d={"file_name": "d.json", "colums": {}}, o={"file_name": "d.json"})
     notes = []
@@ -183,7 +185,7 @@ def test_notes(tmp_path):
     ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]}, "messages"),
     ({"conversations": [{"from": "user", "value": "ask"}, {"from": "assistant", "value": "answer"}]}, "messages"),
 ])
-def test_file_given_by_its_path_is_recognised(tmp_path, row, layout):
+def test_the_layout_of_a_file_is_recognized(tmp_path, row, layout):
     (tmp_path / "mine.jsonl").write_text(json.dumps(row), encoding="utf-8")
     notes = []
     found = load_rows(tmp_path, str(tmp_path / "mine.jsonl"), notes)
@@ -191,7 +193,7 @@ def test_file_given_by_its_path_is_recognised(tmp_path, row, layout):
     assert any(f"recognized as {layout}" in note for note in notes)
 
 
-def test_file_that_cannot_be_recognised(tmp_path):
+def test_a_layout_that_is_not_recognized(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
     with pytest.raises(ValueError, match="do not show which ones to read: text .plain text is for stage: pt"):
         load_rows(tmp_path, str(tmp_path / "d.jsonl"))
@@ -200,13 +202,13 @@ def test_file_that_cannot_be_recognised(tmp_path):
 
 @pytest.mark.parametrize("content, shown", [(b"[1, 2]", "row 1 is 1"), (b'["a"]', "row 1 is a"), (b"null", "row 1 is null"),
                                             (b"\x93\xff\x00\x01", "row 1 is ")])
-def test_file_without_a_single_object(tmp_path, content, shown):
+def test_a_file_without_objects(tmp_path, content, shown):
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"d.json: no row is an object with columns; {shown}"):
         load_rows(tmp_path, str(tmp_path / "d.json"))
 
 
-def test_questions_and_answers_as_running_text(tmp_path):
+def test_questions_and_answers_in_stage_pt_are_an_error(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
     with pytest.raises(ValueError, match="stage: pt reads one column of text; questions and answers are for stage: sft"):
         load_rows(tmp_path, str(tmp_path / "d.json"), stage="pt")

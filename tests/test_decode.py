@@ -21,7 +21,7 @@ def scores(model, ids):
 
 @pytest.fixture(params=DECODE_MATMULS)
 def forced(request, monkeypatch):
-    """Every matmul in turn, whatever this machine would pick; skipped where this torch lacks it."""
+    """Each matmul in turn, whatever would be picked here; skipped where this torch lacks it."""
     matmul, laid_out = DECODE_MATMULS[request.param]
     try:
         matmul(torch.ones(1, 8), laid_out(torch.ones(4, 8)))
@@ -35,7 +35,7 @@ def forced(request, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
-def test_prepared_equals_plain(forced, dtype, tied):
+def test_the_prepared_model_equals_the_plain_one(forced, dtype, tied):
     plain, fast = tiny_qwen2(dtype, tie_word_embeddings=tied), tiny_qwen2(dtype, tie_word_embeddings=tied)
     lines = prepare(fast)
     assert "4 fused matrices" in lines[0] and lines[-1] == "matmul    forced"
@@ -51,13 +51,13 @@ def test_prepared_equals_plain(forced, dtype, tied):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_family_prepared_equals_transformers(made, name, forced):  # noqa: F811
+def test_the_prepared_model_equals_transformers_in_every_family(made, name, forced):  # noqa: F811
     model, ids, want = load(made, name)
     prepare(model)
     assert (scores(model, ids) - want).abs().max() < 2e-4
 
 
-def test_a_block_with_an_adapter_stays_as_it_is():
+def test_a_block_with_an_adapter_is_not_changed():
     model = tiny_qwen2()
     perturb(attach_lora(model, LoRAConfig(r=2, target_modules=["k_proj", "down_proj"]))).eval()
     want = scores(model, torch.tensor([PROMPT]))
@@ -66,14 +66,14 @@ def test_a_block_with_an_adapter_stays_as_it_is():
     assert (scores(model, torch.tensor([PROMPT])) - want).abs().max() < 1e-5
 
 
-def test_without_room_for_copies_nothing_is_touched():
+def test_without_memory_for_copies_nothing_is_changed():
     model = tiny_qwen2()
     lines = prepare(model, available=1000)
     assert "mapped from the file" in lines[0] and all(type(m) is not OneDNNLinear for m in model.modules())
     assert hasattr(model.model.layers[0].self_attn, "q_proj")
 
 
-def test_joined_rows_are_the_parts_rows():
+def test_joined_matrices_hold_the_rows_of_their_parts():
     model, whole = tiny_qwen2(), tiny_qwen2()
     fuse_matrices(whole)
     a, b = model.model.layers[1], whole.model.layers[1]
@@ -82,7 +82,7 @@ def test_joined_rows_are_the_parts_rows():
     assert torch.equal(b.mlp.gate_up_proj.weight[48:], a.mlp.up_proj.weight) and b.mlp.gate_up_proj.bias is None
 
 
-def test_a_wrong_matmul_or_a_missing_one_is_never_taken(monkeypatch):
+def test_a_wrong_or_missing_matmul_is_not_picked(monkeypatch):
     def absent(x, W, bias=None):
         raise NotImplementedError
 
@@ -98,7 +98,7 @@ def test_a_wrong_matmul_or_a_missing_one_is_never_taken(monkeypatch):
     assert taken == "torch" and "onednn (wrong)" in line and "onednn packed (not in this torch)" in line
 
 
-def test_the_quickest_matmul_is_taken_where_it_is_clearly_quicker(monkeypatch):
+def test_the_fastest_matmul_is_picked_if_clearly_faster(monkeypatch):
     seconds = dict(zip(DECODE_MATMULS, (10.0, 9.5, 9.4)))
     same = (nn.functional.linear, lambda W, rows=1: W)
     monkeypatch.setattr(decode, "DECODE_MATMULS", dict.fromkeys(DECODE_MATMULS, same))
@@ -113,8 +113,9 @@ def test_the_quickest_matmul_is_taken_where_it_is_clearly_quicker(monkeypatch):
 
 
 class FakeGraph:
-    """Stands for a CUDA graph: a replay runs the recorded call again and writes over what the first run returned, and
-    Python's own numbers are made useless meanwhile, as a graph would not see them change."""
+    """Imitates a CUDA graph: a replay runs the recorded call again and overwrites what the first
+    run returned. Numbers of Python are made useless meanwhile, since a graph would not see them
+    change."""
 
     def __init__(self):
         self.captured = self.replayed = 0
@@ -134,8 +135,8 @@ def capturable(model):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_still_cache_equals_growing_cache_equals_uncached(made, name):  # noqa: F811
-    """In every family: the same tokens three ways, or a sentence on why its steps are not captured."""
+def test_static_growing_and_no_cache_agree(made, name):  # noqa: F811
+    """In every family: the same tokens three ways, or a reason why its steps are not captured."""
     model, ids, _ = load(made, name)
     model.requires_grad_(False).eval()
     prompt, graph = ids[0, :7].tolist(), FakeGraph()
@@ -147,17 +148,18 @@ def test_still_cache_equals_growing_cache_equals_uncached(made, name):  # noqa: 
     want = list(generate(model, prompt, KVCache(len(cache.buffers)), max_new_tokens=20))
     assert list(generate(model, prompt, cache, max_new_tokens=20, step=step)) == want
     assert list(generate_uncached(model, prompt, max_new_tokens=20)) == want
-    assert (graph.captured, graph.replayed) == (1, 1 + 19)              # the trial's, used again
+    assert (graph.captured, graph.replayed) == (1, 1 + 19)              # the graphs of the trial, used again
 
 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-math", "sdpa-flash"])
-def test_a_captured_step_reads_what_is_filled_and_no_more(kernel):
-    """Slots behind the place hold rubbish; the scores are those of a cache without such slots, at every bucket."""
+def test_a_captured_step_reads_filled_slots_only(kernel):
+    """Unfilled slots hold garbage; the scores equal those of a cache without them, at every bucket
+    size."""
     model, graph = tiny_qwen2(max_position_embeddings=2048), FakeGraph()
     model.kernel = kernel
     cache, step, plain = StaticCache(2), CapturedStep(graph.record), KVCache(2)
     ids = torch.randint(0, 50, (1, 600), generator=torch.Generator().manual_seed(3))
-    for length in (250, 505):                                           # to both sides of 256 and 512 slots
+    for length in (250, 505):                                           # below and above 256 and 512 slots
         for chunk in (ids[:, cache.length:length], *ids[:, length:length + 12].split(1, dim=1)):
             with torch.no_grad():
                 want, got = next_scores(model, chunk, plain), step(model, chunk, cache)
@@ -166,11 +168,12 @@ def test_a_captured_step_reads_what_is_filled_and_no_more(kernel):
             for pair in cache.buffers:
                 for buffer in pair:
                     buffer[:, :, cache.length:] = 1e4
-    assert graph.captured == 3 and list(step.recorded) == [1024]        # 256, 512, 1024; those of smaller buffers went
+    assert graph.captured == 3 and list(step.recorded) == [1024]        # 256, 512, 1024; graphs of smaller buffers are freed
 
 
-def test_turns_on_a_still_cache():
-    """A conversation whose beginning is kept, then cut: as on a fresh cache each time, sampled and with a penalty."""
+def test_turns_on_a_static_cache():
+    """A conversation whose prefix is kept, then shortened: equal to a fresh cache each time,
+    sampled and with a penalty."""
     model, graph = tiny_qwen2(), FakeGraph()
     cache, step, _ = pick_step(model, graph.record)
     sampling, held = Sampling(do_sample=True, temperature=1.5, repetition_penalty=1.3), []
@@ -183,7 +186,7 @@ def test_turns_on_a_still_cache():
         held = prompt + answers[0]
 
 
-def test_a_capture_that_fails_or_is_wrong_is_not_used():
+def test_a_failed_or_wrong_capture_is_not_used():
     def refuses(call):
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
@@ -198,8 +201,8 @@ def test_a_capture_that_fails_or_is_wrong_is_not_used():
     assert "on a CPU" in pick_step(model)[2]
 
 
-def test_a_step_asks_python_for_nothing():
-    """What would be read off the device within a step cannot be captured: no number, no copy from the host."""
+def test_a_step_reads_nothing_from_the_device():
+    """A read within a step cannot be captured: no number, no copy from the host."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Refuse(TorchDispatchMode):
@@ -216,38 +219,38 @@ def test_a_step_asks_python_for_nothing():
     assert "captured" in pick_step(tiny_qwen2(), record)[2]
 
 
-def test_a_graph_is_recorded_after_two_runs_aside(monkeypatch):
-    """record_cuda with torch.cuda's parts written down instead of run."""
+def test_a_graph_is_recorded_after_two_warm_up_runs(monkeypatch):
+    """record_cuda with the calls of torch.cuda recorded instead of run."""
     from contextlib import contextmanager
-    said = []
+    events = []
 
     class Stream:
         def wait_stream(self, other):
-            said.append("wait")
+            events.append("wait")
 
     class Graph:
         def replay(self):
-            said.append("replay")
+            events.append("replay")
 
     @contextmanager
     def within(what):
-        said.append(f"begin {type(what).__name__}")
+        events.append(f"begin {type(what).__name__}")
         yield
-        said.append(f"end {type(what).__name__}")
+        events.append(f"end {type(what).__name__}")
 
     for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("current_stream", Stream), ("stream", within),
                            ("graph", within)):
         monkeypatch.setattr(torch.cuda, name, stand_in, raising=False)
-    replay, result = decode.record_cuda(lambda: said.append("call") or 5)
+    replay, result = decode.record_cuda(lambda: events.append("call") or 5)
     replay()
-    assert result == 5 and said == ["wait", "begin Stream", "call", "call", "end Stream", "wait", "begin Graph", "call",
+    assert result == 5 and events == ["wait", "begin Stream", "call", "call", "end Stream", "wait", "begin Graph", "call",
                                     "end Graph", "replay"]
 
 
 @pytest.mark.parametrize("kernel, module, name", [("flash-attn", "flash_attn", "flash_attn_varlen_func"),
                                                   ("torch-varlen", "torch.nn.attention.varlen", "varlen_attn")])
-def test_kernels_with_ends_are_told_where_the_keys_end(kernel, module, name, monkeypatch):
-    """A stand-in of the kernel that does what it is told, by its own signature, gives what the mask gives."""
+def test_varlen_kernels_get_the_end_of_the_keys(kernel, module, name, monkeypatch):
+    """An imitation of the kernel, by its own signature, gives the result of the mask."""
     import sys
     import types
 
@@ -263,7 +266,7 @@ def test_kernels_with_ends_are_told_where_the_keys_end(kernel, module, name, mon
     want = list(generate(model, PROMPT, KVCache(2), max_new_tokens=30))
     cache, step, _ = pick_step(model, graph.record)
     with torch.no_grad():
-        next_scores(model, torch.tensor([PROMPT]), cache)               # the prompt by a kernel that is here
+        next_scores(model, torch.tensor([PROMPT]), cache)               # the prompt by an available kernel
         model.kernel = kernel
         first = want[0]
         got = [first]

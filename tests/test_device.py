@@ -10,7 +10,7 @@ import torch
 from runtime import device
 
 
-def test_device(monkeypatch):
+def test_pick_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -35,7 +35,8 @@ FAKE_TORCH = {   # the part of torch 2.4 for ROCm that fails
 
 @pytest.fixture
 def rocm_torch(tmp_path, monkeypatch):
-    """`import torch` gives a ROCm torch with pynvml beside it and no amdsmi; the real one returns afterwards."""
+    """`import torch` gives a ROCm torch with pynvml and without amdsmi; the real torch returns
+    afterwards."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "pynvml.py").write_text("")
     for name, text in FAKE_TORCH.items():
@@ -72,7 +73,7 @@ def test_guard_after_torch(rocm_torch):
     assert rocm.cuda.device_count() == 8
 
 
-def test_guard_leaves_other_builds_alone(monkeypatch):
+def test_guard_does_not_change_other_builds(monkeypatch):
     assert device.is_rocm_build() is bool(torch.version.hip)
     monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", True)
     with device.guard_amdsmi():
@@ -82,7 +83,7 @@ def test_guard_leaves_other_builds_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_HAS_AMDSMI", False, raising=False)
     with device.guard_amdsmi():
         pass
-    assert torch.cuda._HAS_PYNVML                            # a torch that keeps the two apart itself
+    assert torch.cuda._HAS_PYNVML                            # a torch that distinguishes the two
 
 
 @pytest.mark.skipif(hasattr(torch.cuda, "_HAS_AMDSMI"), reason="this torch has the fix of its own (torch 2.4 is meant)")

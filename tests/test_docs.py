@@ -1,4 +1,4 @@
-"""The pages of docs/ that are to be followed, followed: their code is run as it stands."""
+"""docs/: the code of pages with instructions is run as written."""
 import contextlib
 import io
 import re
@@ -10,7 +10,8 @@ from tests.common import ROOT
 
 
 def test_add_a_family(tmp_path, monkeypatch):
-    """docs/add_a_family.md from start to end; its last block compares the logits with transformers'."""
+    """docs/add_a_family.md from start to end; its last block compares the logits with
+    transformers'."""
     pytest.importorskip("transformers")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_a_family.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
@@ -22,8 +23,8 @@ def test_add_a_family(tmp_path, monkeypatch):
     assert seen["difference"] < 1e-4 and families.FAMILIES["olmoe"].qk_norm == "width"
 
 
-def test_the_row_of_the_page_is_needed(tmp_path, monkeypatch):
-    """Without qk_norm the tensors do not fit, and the error says which."""
+def test_the_family_row_of_the_page_is_needed(tmp_path, monkeypatch):
+    """Without qk_norm the tensors do not fit, and the error names them."""
     from families import Family, model_config
     monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "olmoe": Family(fixed={"clip_qkv": None})})
     fields = dict(model_type="olmoe", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -35,12 +36,12 @@ def test_the_row_of_the_page_is_needed(tmp_path, monkeypatch):
 
 
 def numbers_apart(text):
-    """(the text with every decimal number as #, the numbers): two machines differ in the last digit."""
+    """(the text with every decimal number as #, the numbers): machines differ in the last digit."""
     return re.sub(r"\d+\.\d+", "#", text), [float(n) for n in re.findall(r"\d+\.\d+", text)]
 
 
 def test_one_row_prints_what_the_page_shows(monkeypatch):
-    """docs/one_row.md from start to end, each snippet against the text below it."""
+    """docs/one_row.md from start to end, each snippet against the output below it."""
     monkeypatch.chdir(ROOT)
     text = (ROOT / "docs/one_row.md").read_text(encoding="utf-8")
     steps = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)

@@ -1,4 +1,4 @@
-"""How scripts fail: a sentence for a mistake of the user, a traceback for a bug."""
+"""errors.py: a message for a user's mistake, a traceback for a bug."""
 
 import errno
 
@@ -47,14 +47,14 @@ def raising(error):
         (KeyboardInterrupt(), 130, "\ninterrupted\n"),
     ],
 )
-def test_run_script_turns_a_users_mistake_into_a_line(capsys, monkeypatch, error, code, text):
+def test_run_script_prints_one_line_for_a_users_mistake(capsys, monkeypatch, error, code, text):
     monkeypatch.delenv("POCKET_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped:
         errors.run_script(raising(error))
     assert stopped.value.code == code and capsys.readouterr().err == text
 
 
-def test_run_script_has_a_sentence_for_a_full_disk(capsys):
+def test_run_script_has_a_message_for_a_full_disk(capsys):
     with pytest.raises(SystemExit):
         errors.run_script(
             raising(OSError(errno.ENOSPC, "No space left on device", "out/model.safetensors"))
@@ -66,7 +66,7 @@ def test_run_script_has_a_sentence_for_a_full_disk(capsys):
     )
 
 
-def test_run_script_keeps_the_traceback_of_a_bug_and_on_request(monkeypatch):
+def test_run_script_shows_the_traceback_of_a_bug_and_on_request(monkeypatch):
     with pytest.raises(KeyError):
         errors.run_script(raising(KeyError("bug")))
     monkeypatch.setenv("POCKET_TRACEBACK", "1")

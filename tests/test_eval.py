@@ -1,5 +1,5 @@
-"""eval.py: prompts, losses and answers against recorded LLaMA-Factory runs; killed and gone on =
-never killed."""
+"""eval.py: prompts, losses and answers against recorded LLaMA-Factory runs; a killed run that is
+resumed equals an uninterrupted one."""
 import importlib
 import json
 import math
@@ -20,10 +20,9 @@ from tests.preference_runs import run_pairs
 from tests.rows import cases_of, known, make_config, tokenizer_for, write_dataset
 from text.chat_formats import TEMPLATES
 
-evaluation = importlib.import_module("eval")  # the builtin of that name stays what it is
+evaluation = importlib.import_module("eval")  # keeps the builtin of that name
 pytestmark = pytest.mark.usefixtures("day_of_recording")
-# LLaMA-Factory's own yaml for predictions: nothing but the greedy answers of a recorded adapter to
-# 27 recorded rows
+# LLaMA-Factory's own yaml for predictions: greedy answers of a recorded adapter to 27 rows
 RECIPE = f"""
 model_name_or_path: {CURVES}/tiny_llama3
 adapter_name_or_path: {CURVES}/sft_llama3/final
@@ -44,7 +43,7 @@ use_cpu: true
 """
 
 
-def measured(folder, *overrides, name="out"):
+def run_eval(folder, *overrides, name="out"):
     """The output folder of a run of eval.py with RECIPE."""
     (folder / "predict.yaml").write_text(RECIPE)
     evaluation.main(
@@ -67,8 +66,8 @@ def results(folder, kind="all"):
 
 @needs_shared
 def test_recorded_prompts(tmp_path):
-    """Prompt and label of every recorded row, id for id, also where thoughts are cut and answers
-    end in no eos."""
+    """Prompt and label ids of every recorded row, also where thoughts are removed and answers end
+    without eos."""
     checked = 0
     for line, rows, lines in cases_of("predict") + cases_of("templates_094"):
         if not line["predict"] or not known(line):
@@ -89,9 +88,9 @@ def test_recorded_prompts(tmp_path):
 
 @needs_shared
 def test_recorded_predictions(tmp_path, monkeypatch):
-    """What LLaMA-Factory 0.9.5 wrote for this very yaml (transformers 5.6, CPU): the file byte for
-    byte, the scores."""
-    found = measured(tmp_path)
+    """What LLaMA-Factory 0.9.5 wrote for this yaml (transformers 5.6, CPU): the file byte for byte,
+    and the scores."""
+    found = run_eval(tmp_path)
     written = (found / "generated_predictions.jsonl").read_bytes()
     assert (len(written), zlib.crc32(written)) == (11519, 0x216909F6)
     ours = results(found, "predict")
@@ -110,8 +109,8 @@ def test_recorded_predictions(tmp_path, monkeypatch):
 
 @needs_shared
 def test_recorded_loss(tmp_path, monkeypatch):
-    """eval_loss of a recorded training, from its own yaml: rows held out by val_size, the smaller
-    last batch."""
+    """eval_loss of a recorded training from its own yaml: rows held out by val_size, a smaller last
+    batch."""
     monkeypatch.chdir(CURVES / "sft_eval")
     evaluation.main(
         ["config.yaml", f"output_dir={tmp_path}", "do_eval=true", "adapter_name_or_path=final"]
@@ -132,7 +131,7 @@ def test_recorded_loss(tmp_path, monkeypatch):
 def test_batch_size_does_not_matter(tmp_path, how):
     files = [
         (
-            measured(
+            run_eval(
                 tmp_path,
                 f"per_device_eval_batch_size={size}",
                 "compare=false",
@@ -145,16 +144,16 @@ def test_batch_size_does_not_matter(tmp_path, how):
     ]
     assert files[0] == files[1]
     if how:
-        other = measured(tmp_path, "compare=false", "do_sample=true", "seed=8", name="other")
+        other = run_eval(tmp_path, "compare=false", "do_sample=true", "seed=8", name="other")
         assert (other / "generated_predictions.jsonl").read_bytes() != files[0]
 
 
 @needs_shared
 @pytest.mark.parametrize("killed_after", [1, 20, 40])
-def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
-    """Killed among the adapter's 27 answers, or the base's, with its last line half-written: the
-    files are those of a run that was never killed, and no answer is made twice."""
-    want, made = measured(tmp_path, "do_sample=true", name="whole"), []
+def test_a_killed_run_is_resumed(tmp_path, monkeypatch, capsys, killed_after):
+    """Killed among the adapter's 27 answers or the base's, with its last line half-written: the
+    files equal those of an uninterrupted run, and no answer is generated twice."""
+    want, made = run_eval(tmp_path, "do_sample=true", name="whole"), []
     honest = predictions.answer_all
 
     def dying(*args, **kwargs):
@@ -166,12 +165,12 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
 
     monkeypatch.setattr(predictions, "answer_all", dying)
     with pytest.raises(KeyboardInterrupt):
-        measured(tmp_path, "do_sample=true")
+        run_eval(tmp_path, "do_sample=true")
     newest = max((tmp_path / "out").glob("*.partial"), key=lambda path: path.stat().st_mtime_ns)
     with open(newest, "a") as file:
         file.write('{"row": 5, "tok')
     killed_after = -1
-    found = measured(tmp_path, "do_sample=true")
+    found = run_eval(tmp_path, "do_sample=true")
     assert len(made) == 54 and "answers are kept from an earlier run" in capsys.readouterr().out
     for name in ("generated_predictions.jsonl", "generated_predictions.base.jsonl"):
         assert (found / name).read_bytes() == (want / name).read_bytes()
@@ -188,7 +187,7 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys, killed_after):
 
 
 @needs_shared
-def test_answers_made_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, capsys):
+def test_answers_of_other_settings_are_not_resumed(tmp_path, monkeypatch, capsys):
     def dying(*args, **kwargs):
         yield from list(answers.answer_all(*args, **kwargs))[:3]
         raise KeyboardInterrupt
@@ -196,8 +195,8 @@ def test_answers_made_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, caps
     with monkeypatch.context() as patch:
         patch.setattr(predictions, "answer_all", dying)
         with pytest.raises(KeyboardInterrupt):
-            measured(tmp_path)
-    found = measured(tmp_path, "max_new_tokens=5", "cutoff_len=300")
+            run_eval(tmp_path)
+    found = run_eval(tmp_path, "max_new_tokens=5", "cutoff_len=300")
     assert (
         "answers of an earlier run are not used: max_new_tokens changed" in capsys.readouterr().out
     )
@@ -206,7 +205,7 @@ def test_answers_made_otherwise_are_not_gone_on_with(tmp_path, monkeypatch, caps
 
 @needs_shared
 def test_the_table_and_the_rows_that_changed(tmp_path, capsys):
-    found = measured(tmp_path)
+    found = run_eval(tmp_path)
     text, sides = capsys.readouterr().out, json.loads((found / "comparison.json").read_text())
     assert (
         list(sides) == ["adapter", "base"]
@@ -228,10 +227,10 @@ def test_the_table_and_the_rows_that_changed(tmp_path, capsys):
 
 
 @needs_shared
-def test_tokenised_rows_of_a_training_stay_as_they_are(tmp_path):
-    """The evaluation's rows are others: written into the same folder, they would cost the training
-    its own."""
-    measured(
+def test_the_token_cache_of_a_training_is_kept(tmp_path):
+    """The evaluation has other rows; writing them into that folder would cost
+    the training its own."""
+    run_eval(
         tmp_path,
         "do_predict=false",
         "predict_with_generate=false",
@@ -241,7 +240,7 @@ def test_tokenised_rows_of_a_training_stay_as_they_are(tmp_path):
 
 
 @needs_shared
-def test_the_merged_model_beside_its_parts(tmp_path, capsys):
+def test_the_merged_model_is_compared_with_its_parts(tmp_path, capsys):
     import merge
 
     merge.main(
@@ -252,7 +251,7 @@ def test_the_merged_model_beside_its_parts(tmp_path, capsys):
             f"export_dir={tmp_path}/merged",
         ]
     )
-    sides = measured(
+    sides = run_eval(
         tmp_path, "do_predict=false", "predict_with_generate=false", f"export_dir={tmp_path}/merged"
     )
     found = json.loads((sides / "comparison.json").read_text())
@@ -277,11 +276,10 @@ def test_the_merged_model_beside_its_parts(tmp_path, capsys):
     ],
     ids=str,
 )
-def test_stages_of_preference_as_training_evaluates_them(
+def test_preference_stages_evaluate_as_in_training(
     pairs_world, name, more, tmp_path, monkeypatch, capsys
 ):
-    """After a short training its result is measured: loss, rewards and accuracies are those
-    training ended with."""
+    """After a short training: loss, rewards and accuracies equal those that training ended with."""
     settings = {
         "val_size": 6,
         "eval_strategy": "no",
@@ -335,7 +333,7 @@ def test_stages_of_preference_as_training_evaluates_them(
         (["stage=pt"], False),
     ],
 )
-def test_when_answers_are_made(given, answered):
+def test_when_answers_are_generated(given, answered):
     config = load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", *given], "eval")
     assert evaluation.wants_answers(config) == answered
 
@@ -352,7 +350,7 @@ def test_mistakes_are_named():
 
 
 @needs_shared
-def test_the_result_of_a_full_training_beside_what_it_began_with(tmp_path):
+def test_a_full_training_is_compared_with_its_base(tmp_path):
     config = load_config(
         [
             f"model_name_or_path={CURVES}/tiny_qwen2",
@@ -374,8 +372,8 @@ def test_the_result_of_a_full_training_beside_what_it_began_with(tmp_path):
 
 
 def test_train_then_eval_from_one_yaml(tmp_path):
-    """do_train and do_predict in one file: after the training its result is measured, beside the
-    base it began with."""
+    """do_train and do_predict in one file: the result is measured after
+    training, beside its base."""
     done = subprocess.run(
         [
             sys.executable,
@@ -407,7 +405,7 @@ def test_train_then_eval_from_one_yaml(tmp_path):
     assert {"train_loss", "eval_loss", "predict_bleu-4"} <= results(tmp_path / "out").keys()
 
 
-def test_train_does_not_begin_where_llama_factory_would_not():
+def test_train_refuses_what_llama_factory_refuses():
     for given in (["do_predict=true"], ["do_train=false"], ["predict_with_generate=true"]):
         with pytest.raises(ValueError, match="python eval.py with the same file"):
             load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", *given], "train")

@@ -1,9 +1,10 @@
-"""families.py: every family that transformers has, in many settings, against transformers' own classes.
+"""families.py: every family that transformers has, in many settings, against transformers' classes.
 
-Each row of CASES becomes a tiny checkpoint, written by transformers, with random weights, norms and biases; the
-decoder must give its logits, whichever way config.json is spelled.
+Each row of CASES becomes a tiny checkpoint, written by transformers, with random weights, norms and
+biases. The decoder must give its logits in every spelling of config.json.
 
-Read before: families.py. Read after: test_twins.py, for the families that transformers lacks.
+Requires: families.py.
+Next: test_twins.py, for the families that transformers lacks.
 """
 import json
 import re
@@ -17,7 +18,7 @@ from families import FAMILIES, model_config
 from model import CausalLM, KVCache
 from tests.common import GOLDEN, needs_shared
 
-CLOSE = 1e-4            # of float32 logits, here of up to 10 or so
+CLOSE = 1e-4            # tolerance of float32 logits, here up to about 10
 TOKENS = 40             # longer than the windows, chunks and some trained lengths below
 SMALL = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=61, max_position_embeddings=64, rms_norm_eps=1e-5)
@@ -34,7 +35,7 @@ SLIDE, FULL, CHUNK = "sliding_attention", "full_attention", "chunked_attention"
 
 
 def longrope(pairs, **more):
-    """Divisors for so many pairs of features."""
+    """Factors of longrope for `count` pairs of features."""
     return {"type": "longrope", "short_factor": [1 + i / 10 for i in range(pairs)],
             "long_factor": [2 + i / 3 for i in range(pairs)], **more}
 
@@ -155,7 +156,7 @@ SINCE_5 = {     # what transformers 4.57 reads otherwise
 }
 
 
-DERIVED = ("layer_types", "no_rope_layers", "moe_layers")            # lists that later versions write out
+DERIVED = ("layer_types", "no_rope_layers", "moe_layers")            # lists that later versions write
 INTERVALS = ("no_rope_layer_interval",)                              # and 4.57 then forgets
 
 
@@ -165,7 +166,7 @@ def reference(kind, fields, seed):
     config = transformers.AutoConfig.for_model(kind, **json.loads(json.dumps(fields)))
     for part in (config, getattr(config, "text_config", config)):
         part._attn_implementation = part._experts_implementation = "eager"
-        part.pad_token_id = None                         # some have one beyond so small a vocabulary
+        part.pad_token_id = None                         # some have one outside this small vocabulary
     auto = transformers.AutoModelForImageTextToText if "text_config" in fields else transformers.AutoModelForCausalLM
     model = auto.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
@@ -180,7 +181,8 @@ def reference(kind, fields, seed):
 
 
 def older(config):
-    """config.json as it was spelled before transformers 5, and without the lists that later versions derive."""
+    """config.json in the spelling before transformers 5, without the lists that later versions
+    derive."""
     config = {key: value for key, value in config.items() if key not in DERIVED}
     rope = dict(config.pop("rope_parameters", None) or {})
     if rope:
@@ -211,7 +213,8 @@ def as_written(config):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """made(name) -> (folder of the checkpoint, ids, logits) of a row of CASES; each is made once."""
+    """made(name) -> (folder of the checkpoint, ids, logits) of a row of
+    CASES; each is made once."""
     done = {}
 
     def make(name):
@@ -224,7 +227,7 @@ def made(tmp_path_factory):
             model = reference(kind, fields, seed=len(done))
             ids = torch.randint(0, SMALL["vocab_size"], (2, TOKENS), generator=torch.Generator().manual_seed(len(done)))
             with torch.no_grad():
-                # transformers 5.24 cannot call the whole of a Llama 4 that reads images without an image
+                # transformers 5.24 cannot call a Llama 4 with a vision model without an image
                 text = getattr(model, "language_model", model)
                 logits = text(ids, use_cache=False).logits
             folder = tmp_path_factory.mktemp("checkpoint")
@@ -250,25 +253,25 @@ def kernels(model):
     return ["plain"] if model.config.attn_softcap else ["plain", "sdpa-math"]          # SDPA has no softcap
 
 
-# ---- the decoder is held to transformers ------------------------------------------------------------------------
+# ---- the decoder against transformers ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits(made, name):
+def test_logits_equal_transformers(made, name):
     for spelling in (as_written, older, newer):
         model, ids, want = load(made, name, spelling)
         for model.kernel in kernels(model):
             got = model.logits(model(ids))
             assert (got - want).abs().max() < CLOSE, (spelling.__name__, model.kernel)
-    assert want.abs().max() > 1                          # there is something to get wrong
+    assert want.abs().max() > 1                          # the settings matter
 
 
-# with these the speed of the rotation goes by the longest sequence at hand, so that pieces differ from the whole
+# rope that depends on the longest sequence, so that a split prompt differs from one pass
 STRETCHED = [name for name, (_, fields) in CASES.items() if "beyond" in name or "dynamic" in name or "longrope" in name]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STRETCHED])
-def test_pieces_through_the_cache(made, name):
+def test_a_split_prompt_through_the_cache(made, name):
     model, ids, want = load(made, name)
     for model.kernel in kernels(model):
         cache, cuts = KVCache(len(model.model.layers)), (0, 7, 8, 9, 25, 26, TOKENS)
@@ -277,8 +280,8 @@ def test_pieces_through_the_cache(made, name):
 
 
 @pytest.mark.parametrize("name", STRETCHED)
-def test_pieces_of_a_stretched_rotation(made, name):
-    """What is in the cache stays turned as it was: equal to transformers' own cache, not to the uncached pass."""
+def test_a_split_prompt_with_rope_by_length(made, name):
+    """Cached keys keep their rotation: equal to transformers' cache, not to the uncached pass."""
     transformers = pytest.importorskip("transformers")
     model, ids, _ = load(made, name)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(made(name)[0], attn_implementation="eager").eval()
@@ -294,7 +297,7 @@ def test_pieces_of_a_stretched_rotation(made, name):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STRETCHED])
-def test_several_sequences_in_one_row(made, name):
+def test_sequences_in_one_row(made, name):
     model, ids, want = load(made, name)
     lengths = [3, TOKENS, 1, 17, 30]
     row = torch.cat([ids[i % 2, :n] for i, n in enumerate(lengths)])[None]
@@ -307,8 +310,9 @@ def test_several_sequences_in_one_row(made, name):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gemma2", "olmo2", "llama4_text", "glm4", "phi3"])
 def test_bfloat16(made, name):
-    """In 16 bits the two may differ, as each rounds to 8 bits some thirty times; but neither is to be further from the
-    float32 logits than the other: a sum or a norm done in 16 bits that belongs in 32 shows as a larger distance."""
+    """In 16 bits the two may differ, as each rounds to 8 bits some thirty times; but neither may be
+    further from the float32 logits than the other: a sum or a norm done in 16 bits instead of 32
+    shows as a larger distance."""
     transformers = pytest.importorskip("transformers")
     model, ids, exact = load(made, name, dtype=torch.bfloat16)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
@@ -332,7 +336,7 @@ SCOUT = dict(model_type="llama4_text", hidden_size=5120, intermediate_size=8192,
              head_dim=128, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, vocab_size=202048,
              num_experts_per_tok=1, num_local_experts=16, interleave_moe_layer_step=1, rope_theta=500000.0,
              attention_chunk_size=8192)
-LLAMA4_EYES = 871932416         # parameters of the part of Llama 4 that reads images
+LLAMA4_EYES = 871932416         # parameters of the vision model of Llama 4
 TIED = dict(tie_word_embeddings=True)
 
 
@@ -358,14 +362,14 @@ STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in CASES.values()} - {"llama4"}))
-def test_fields_left_out_have_the_default_of_the_class(kind):
+def test_missing_fields_have_the_defaults_of_transformers(kind):
     transformers = pytest.importorskip("transformers")
     full = transformers.AutoConfig.for_model(kind).to_dict()
     short = {key: value for key, value in full.items() if key in STATED}
     assert model_config(short) == model_config(older(full))
 
 
-# the parameters that the hub counts, and what config.json says
+# parameter counts of the hub, and fields of config.json
 PUBLISHED = {
     "Llama-2-7b": (6738415616, sizes("llama", 4096, 11008, 32, 32, 32, 32000)),
     "Llama-2-13b": (13015864320, sizes("llama", 5120, 13824, 40, 40, 40, 32000)),
@@ -446,14 +450,14 @@ def count(config):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_of_published_checkpoints(name):
+def test_parameter_counts_of_published_checkpoints(name):
     want, fields = PUBLISHED[name]
     config = model_config(fields)
     assert count(config) == want
 
 
 @needs_shared
-def test_parameters_of_the_published_run():
+def test_parameter_counts_of_the_published_run():
     log = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text())
     assert count(model_config({**log["llama3_8b_config"], "model_type": "llama"})) == log["base"]["merged_params"]
 
@@ -468,12 +472,12 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
 READABLE["llama4"] = {"model_type": "llama4", "text_config": READABLE["llama4_text"]}
 
 
-def test_every_family_is_here():
+def test_every_family_has_a_case():
     assert READABLE.keys() == FAMILIES.keys()
 
 
 def changed(kind, change):
-    """The small config.json of a family with a change, in the place where the family keeps its fields."""
+    """The small config.json of a family with a change, wherever the family keeps its fields."""
     raw = READABLE[kind]
     return {**raw, "text_config": {**raw["text_config"], **change}} if "text_config" in raw else {**raw, **change}
 
@@ -491,7 +495,7 @@ def test_unknown_fields_of_each_family(kind):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_remarks_of_each_family(kind):
+def test_notes_of_each_family(kind):
     remarks = {"architectures": ["X"], "torch_dtype": "float16", "transformers_version": "4.44.0", "use_cache": False,
                "_name_or_path": "somewhere", "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None,
                "attention_dropout": 0.0, "auto_map": {"AutoConfig": "x.Y"}, "rope_scaling": None}
@@ -504,12 +508,12 @@ def test_remarks_of_each_family(kind):
     ({"sliding_window": None}, {"windows": (None, None, None)}), ({"head_dim": None}, {"head_dim": 8}),
     ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
 ])
-def test_null_is_honored(fields, words):
+def test_null_in_config_json(fields, words):
     config = model_config(changed("gemma2", fields))
     assert {name: getattr(config, name) for name in words} == words
 
 
-def test_both_spellings_of_everything_that_has_two():
+def test_both_spellings_of_fields_that_have_two():
     def read(kind, **change):
         return model_config(changed(kind, change))
 
@@ -547,7 +551,7 @@ def test_both_spellings_of_everything_that_has_two():
     ({"layer_types": [FULL, "linear_attention", FULL]}, "'linear_attention'; known are full_attention"),
     ({"num_local_experts": 8, "num_experts_per_tok": 2}, "num_local_experts"),          # Mixtral's under another name
 ])
-def test_config_json_that_is_not_understood(change, words):
+def test_config_json_that_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         model_config({**READABLE["qwen3"], **change})
 
@@ -569,22 +573,22 @@ def test_config_json_of_some_families(kind, change, words):
 @pytest.mark.parametrize("kind, new_name", [
     ("qwen2", "qwen2_5_plus"), ("gemma2", "gemma2_text"), ("chatglm", "chatglm4"), ("llama", "yi"),
     ("qwen3_moe", "qwen4_moe"), ("baichuan", "baichuan3")])
-def test_only_the_name_is_new(kind, new_name):
+def test_a_family_that_differs_in_name_only(kind, new_name):
     with pytest.raises(ValueError) as caught:
         model_config({**READABLE[kind], "model_type": new_name})
     text = str(caught.value)
     assert f"model_type '{new_name}' is not supported; supported are {', '.join(FAMILIES)}" in text
     named = re.search(r'write "model_type": "(\w+)"', text)
-    assert named, text                             # and what it says to write can be read
+    assert named, text                             # and the suggested row can be read
     model_config({**READABLE[kind], "model_type": named[1]})
     if kind in ("gemma2", "chatglm", "qwen3_moe", "baichuan", "qwen2"):
         assert named[1] == kind
 
 
-def test_more_than_the_name_is_new():
+def test_a_family_that_differs_in_more_than_its_name():
     mamba = dict(model_type="mamba2", hidden_size=64, state_size=16, num_hidden_layers=2, vocab_size=100, conv_kernel=4)
     with pytest.raises(ValueError, match="'mamba2' is not supported; supported are llama, .*docs/add_a_family.md"):
         model_config(mamba)
     with pytest.raises(ValueError) as caught:
         model_config({**READABLE["llama"], "model_type": "granite", "residual_multiplier": 0.22})
-    assert '"model_type":' not in str(caught.value)                 # no advice that would lead astray
+    assert '"model_type":' not in str(caught.value)                 # no misleading advice

@@ -1,4 +1,4 @@
-"""text/fast_bpe.py against the package `tokenizers`: the same ids for every text it encodes."""
+"""text/fast_bpe.py: the same ids as the package `tokenizers` for every text."""
 import json
 import random
 import string
@@ -47,7 +47,7 @@ def test_ids_equal_the_package(name, split_special_tokens):
 
 @needs_shared
 @pytest.mark.parametrize("dataset, least", [("alpaca_en_demo", 0.97), ("alpaca_zh_demo", 0.0)])
-def test_real_rows(dataset, least):
+def test_ids_of_real_rows(dataset, least):
     """Nearly all English rows go through the cache; Chinese ones are left to the package."""
     tokenizer = load_tokenizer(SHARED / "tokenizers" / "llama3")
     rows = json.loads((SHARED / "data" / f"{dataset}.json").read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def test_real_rows(dataset, least):
 
 
 @needs_shared
-def test_a_tokenizer_of_whole_texts_has_no_word_cache():
+def test_a_tokenizer_that_does_not_split_words_has_no_cache():
     assert build_word_cache(load_tokenizer(SHARED / "tokenizers" / "llama2").core) is None
 
 
@@ -90,12 +90,12 @@ def test_the_pattern_of_gpt2():
     byte_level(add_prefix_space=True),
     byte_level(use_regex=False),
 ], ids=["normalizer", "prefix space", "no words"])
-def test_what_is_left_to_the_package(core):
+def test_texts_that_are_left_to_the_package(core):
     assert build_word_cache(core) is None
 
 
 @pytest.mark.parametrize("pattern", [r"\p{Lu}+|\s+|[^\s]", r"\w+|\s+", r"(?<n>a)|.", ""])
-def test_patterns_that_python_lacks_or_that_leave_gaps(pattern):
+def test_patterns_that_cannot_be_used(pattern):
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
              "invert": False}
     byte_level_step = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -104,7 +104,7 @@ def test_patterns_that_python_lacks_or_that_leave_gaps(pattern):
 
 
 def test_a_cache_that_disagrees_with_the_package_is_dropped(monkeypatch, capsys):
-    """Some texts are encoded both ways before the cache is trusted."""
+    """Some texts are encoded both ways before the cache is used."""
     tokenizer = Tokenizer(byte_level(), {})
     monkeypatch.setattr(fast_bpe, "GPT2_PATTERN", r".|\n")
     texts = ["the quick brown fox", "dog"]

@@ -63,7 +63,8 @@ PICKLED = {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"pickle", 
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as huggingface.co does: a good repository, one of pickles, one gated, one unknown, one that fails."""
+    """Answers as huggingface.co does: a good repository, one of pickles, one gated, one unknown,
+    one that fails."""
 
     def do_GET(self):
         path, commit = self.path.split("?")[0], "a" * 40
@@ -119,7 +120,8 @@ print(json.dumps(answers))
 
 
 def ask(home, endpoint, *arguments, **env):
-    """What find_checkpoint says in a process of its own: huggingface_hub reads the environment when it is imported."""
+    """What find_checkpoint returns in a process of its own: huggingface_hub reads the environment
+    when it is imported."""
     env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1",
            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **env}
     env.pop("HF_TOKEN", None)
@@ -142,7 +144,7 @@ def test_hub(tmp_path):
         server.server_close()
     assert good[0].startswith(str(tmp_path))                            # HF_HOME
     assert good[1] == ["config.json", "model.safetensors", "modeling_tiny.py", "tokenizer.json"]    # nothing twice
-    weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []    # nothing that could not be read
+    weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []    # no file that could not be read
     assert pickled[1] == ["config.json", *weights, "pytorch_model.bin.index.json"]
     for error, words in [
             (gated, "gated: accept its license at https://huggingface.co/acme/gated, then log in with `hf auth login`"),
@@ -152,7 +154,7 @@ def test_hub(tmp_path):
             (failing, "acme/failing is no local folder and is not in the cache, and the hub could not be reached")]:
         assert error[0] == "FileNotFoundError" and words in error[1], error
 
-    # the server is gone: what was fetched is still found, what was not says why
+    # without the server, downloaded files are found and others have an error
     cached, also, absent = ask(tmp_path, endpoint, ["acme/tiny"], ["acme/pickled"], ["acme/other"], HF_HUB_OFFLINE="1")
     assert cached == good and also == pickled
     assert absent[0] == "FileNotFoundError"
@@ -163,21 +165,22 @@ def test_hub(tmp_path):
 
 
 def assorted():
-    """Tensors of every dtype the format shares with us, and of odd shapes."""
+    """Tensors of every supported dtype, and of unusual shapes."""
     generator = torch.Generator().manual_seed(0)
     tensors = {f"t.{code}": (torch.randn(5, 7, generator=generator) * 9).to(dtype) for dtype, code in CODES.items()}
     return {**tensors, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "turned": torch.randn(6, 3).T,
             "odd bytes": torch.zeros(3, dtype=torch.uint8), "last": torch.randn(2, 2, 2)}
 
 
-def stream(folder, tensors, **more):
+def write_all(folder, tensors, **more):
+    """Write these tensors with write_tensors."""
     shapes = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     write_tensors(folder, shapes, lambda name: [tensors[name]], **more)
 
 
-def test_the_safetensors_package_reads_what_we_write(tmp_path):
+def test_the_safetensors_package_reads_our_files(tmp_path):
     tensors, seen = assorted(), []
-    stream(tmp_path, tensors, progress=seen.append)
+    write_all(tmp_path, tensors, progress=seen.append)
     read = load_file(tmp_path / "model.safetensors")
     assert read.keys() == tensors.keys() and all(same_bytes(read[name], tensors[name]) for name in tensors)
     assert sum(seen) == sum(t.nbytes for t in tensors.values())
@@ -189,7 +192,7 @@ def test_the_safetensors_package_reads_what_we_write(tmp_path):
 def test_shards_stay_below_the_limit_and_the_index_names_them(tmp_path):
     tensors = {f"layers.{i}.weight": torch.randn(50, 10) for i in range(10)} | {"large": torch.randn(3000)}
     limit = 5000
-    stream(tmp_path, tensors, limit=limit)
+    write_all(tmp_path, tensors, limit=limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert list(index["weight_map"]) == list(tensors)
@@ -206,16 +209,16 @@ def test_shards_stay_below_the_limit_and_the_index_names_them(tmp_path):
 def test_names_come_in_the_order_of_the_bytes(tmp_path):
     if not hasattr(safe_open, "offset_keys"):
         pytest.skip("this version of safetensors lists names by the alphabet only")
-    stream(tmp_path, {name: torch.ones(2) for name in ("b.10", "a", "b.9")})
+    write_all(tmp_path, {name: torch.ones(2) for name in ("b.10", "a", "b.9")})
     assert list(tensor_files(tmp_path)) == ["b.10", "a", "b.9"]
 
 
-def test_shards_keep_the_order_and_waste_no_file():
+def test_shards_keep_the_order_of_the_tensors():
     shards = plan_shards({"a": 400, "b": 400, "c": 400, "d": 5000, "e": 10}, 1500)
     assert shards == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
-def test_tensors_may_come_in_blocks_and_one_is_held_at_a_time(tmp_path):
+def test_tensors_in_blocks_are_held_one_at_a_time(tmp_path):
     whole, alive, most = torch.randn(12, 5), weakref.WeakSet(), []
 
     def rows_of(name):
@@ -231,19 +234,19 @@ def test_tensors_may_come_in_blocks_and_one_is_held_at_a_time(tmp_path):
     assert torch.equal(read["a"], whole) and torch.equal(read["b"], whole) and most == [1] * 6
 
 
-def test_disk_full_is_said_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_an_error_before_writing(tmp_path, monkeypatch):
     usage = files.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     asked = []
     with pytest.raises(OSError, match="0.01 GB to write, 0.00 GB free. Make room, or choose another folder"):
         write_tensors(tmp_path, {"x": ((2000, 1000), torch.float32)}, asked.append)
     assert not asked and not list(tmp_path.iterdir())
-    stream(tmp_path, {"x": torch.zeros(700, 1000)})                     # 2.8 MB fit
+    write_all(tmp_path, {"x": torch.zeros(700, 1000)})                     # 2.8 MB fit
 
 
 @pytest.fixture
 def no_file_above_20_kb():
-    """The disk ends in the middle of a write: the system refuses every byte beyond the limit."""
+    """The disk is full in the middle of a write: the system refuses every byte beyond the limit."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
@@ -251,11 +254,11 @@ def no_file_above_20_kb():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_disk_full_in_the_middle_is_an_oserror_and_leaves_nothing(tmp_path, no_file_above_20_kb):
+def test_a_disk_that_fills_up_leaves_no_files(tmp_path, no_file_above_20_kb):
     model = attach_lora(tiny(), LoRAConfig(r=64))
     with pytest.raises(OSError):
         with new_folder(tmp_path / "streamed") as work:
-            stream(work, {"x": torch.zeros(100, 100)})
+            write_all(work, {"x": torch.zeros(100, 100)})
     with pytest.raises(OSError, match="adapter_model.safetensors could not be written .*Is there room on the disk"):
         with new_folder(tmp_path / "adapter") as work:
             save_adapter(model, work, LoRAConfig(r=64), "base")
@@ -330,7 +333,7 @@ def test_safetensors_win_where_both_exist(tmp_path):
 
 
 class Other:
-    """Something that is no tensor."""
+    """An object that is no tensor."""
 
 
 @needs_safe_pickles
@@ -344,7 +347,7 @@ class Other:
     (lambda file: torch.save([torch.ones(1)], file), "is not a dict of tensors"),
     (lambda file: torch.save({"lm_head.weight": torch.ones(1)}, file), "missing: 24"),
 ], ids=["cut", "empty", "text", "old", "object", "nested", "list", "incomplete"])
-def test_pickles_that_are_not_read(damage, words, tmp_path):
+def test_pickles_that_are_refused(damage, words, tmp_path):
     folder = pickled(tmp_path)
     damage(folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=words):
@@ -352,7 +355,7 @@ def test_pickles_that_are_not_read(damage, words, tmp_path):
 
 
 @needs_safe_pickles
-def test_an_index_that_names_more_than_the_pickle_holds(tmp_path):
+def test_an_index_that_names_missing_tensors(tmp_path):
     folder = pickled(tmp_path, 2)
     file = tensor_files(folder)["lm_head.weight"]
     torch.save({}, file)
@@ -405,7 +408,7 @@ def test_new_folder_appears_when_it_is_complete(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_new_folder_after_an_exception(tmp_path, error):
-    """Nothing of the new one is left, and an old one is as it was."""
+    """No part of the new folder is left, and an old one is unchanged."""
     for old in (False, True):
         if old:
             (tmp_path / "out").mkdir()
@@ -421,8 +424,8 @@ def test_new_folder_after_an_exception(tmp_path, error):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "b"]
 
 
-def test_an_old_folder_outlives_a_stop_at_the_last_moment(tmp_path, monkeypatch):
-    """The old one is moved away, not deleted, before the new one takes the name."""
+def test_an_old_folder_survives_a_kill_between_the_renames(tmp_path, monkeypatch):
+    """It is moved away, not deleted, before the new folder takes its name."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("old")
     replace = os.replace
@@ -458,20 +461,20 @@ with new_folder(Path(sys.argv[1])) as work:
 """
 
 
-def test_kill_while_writing_leaves_no_folder_and_the_next_run_cleans_up(tmp_path):
+def test_a_kill_while_writing_leaves_no_folder(tmp_path):
     target = tmp_path / "out"
     child = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGKILL)
     assert child.wait(30) == -signal.SIGKILL
     child.stdout.close()
-    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]      # half a checkpoint, but not under the name
+    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]      # half a checkpoint, under another name
     with new_folder(target) as work:
-        stream(work, {"a": torch.ones(2)})
+        write_all(work, {"a": torch.ones(2)})
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "model.safetensors"]
 
 
-def test_files_move_into_a_folder_in_use_all_or_none(tmp_path):
+def test_files_move_into_an_existing_folder_all_or_none(tmp_path):
     (tmp_path / "kept").write_text("old")
     (tmp_path / "a").write_text("old")
     with pytest.raises(KeyError):
@@ -485,7 +488,7 @@ def test_files_move_into_a_folder_in_use_all_or_none(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"kept": "old", "a": "new", "b": "new"}
 
 
-def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
+def test_json_that_cannot_be_written_leaves_no_file(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"x": {1}})
@@ -493,7 +496,7 @@ def test_json_that_cannot_be_written_leaves_nothing(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
 
-def test_json_is_replaced_in_one_step(tmp_path, monkeypatch):
+def test_json_is_replaced_atomically(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     write_json(path, {"name": "小明", "loss": float("nan")})
     assert "小明" in path.read_text(encoding="utf-8") and json.loads(path.read_text(encoding="utf-8"))["loss"] != 0

@@ -1,4 +1,4 @@
-"""runtime/finished.py: the weights, settings and dtype that the yaml of a training means later."""
+"""runtime/finished.py: the weights, settings and dtype of a finished training, from its yaml."""
 import json
 import shutil
 
@@ -21,7 +21,7 @@ def settings(*pairs):
     return load_config([f"model_name_or_path={BASE}", *map(str, pairs)], "chat")
 
 
-def test_weights_of_the_yaml_that_trained(tmp_path):
+def test_weights_of_the_training_yaml(tmp_path):
     output = tmp_path / "out"
     assert finished.find_weights(settings()) == (BASE, [], ("", ""))
     base, adapters, remarks = finished.find_weights(settings(f"output_dir={output}"))
@@ -48,7 +48,7 @@ def test_weights_of_the_yaml_that_trained(tmp_path):
         (["enable_thinking=true"], {"enable_thinking": False}, True),
     ],
 )
-def test_settings_said_now_win_over_those_of_the_training(tmp_path, given, stored, thinking):
+def test_given_settings_override_those_of_the_training(tmp_path, given, stored, thinking):
     (tmp_path / "train_config.json").write_text(json.dumps({"template": "qwen3", **stored}))
     config = settings(*given)
     assert finished.with_trained_settings(config, tmp_path).enable_thinking == thinking

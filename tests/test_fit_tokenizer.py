@@ -48,7 +48,7 @@ def test_stop_tokens_beyond_the_embedding(tmp_path):
     assert fit_tokenizer(template, tokenizer, embedding_rows=rows) == [tokenizer.eos_id]
     assert (
         tokenizer.vocab_size == rows
-    )  # a text with <|more|> in it must not become an id the model lacks
+    )  # a text with <|more|> must not become an id that the model lacks
     assert fit_tokenizer(template, tokenizer, embedding_rows=rows + 1) == [tokenizer.eos_id, rows]
     with pytest.raises(ValueError, match="'<.end.>'.*no room"):
         fit_tokenizer(replace(template, stop=("<|end|>",)), tokenizer, embedding_rows=rows + 1)
@@ -64,7 +64,7 @@ def test_a_tokenizer_without_eos_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     "system, default", [(None, None), ("Be 'x' \\n\n\"y\"", None), (None, "D"), ("s", "")]
 )
-def test_the_written_jinja_renders_what_we_encode(tmp_path, name, system, default):
+def test_the_written_chat_template_renders_what_is_encoded(tmp_path, name, system, default):
     jinja2 = pytest.importorskip("jinja2")
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     row = with_overrides(TEMPLATES[name], default_system=default)

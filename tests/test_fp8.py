@@ -1,7 +1,5 @@
-"""fp8.py: rounding against the format's own spacing, products against float32 and torch's, a training against bfloat16.
-
-Read before: methods/fp8.py.
-"""
+"""methods/fp8.py: rounding against the format's spacing, matmuls against float32 and torch, and a
+training against bfloat16."""
 import weakref
 
 import pytest
@@ -20,18 +18,18 @@ PLAIN = Fp8(FORMATS[0], scaled_matmul_plain)
 
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rounding_is_to_the_nearest_of_eight_steps_an_octave(form, dtype):
+def test_rounding_is_to_the_nearest_fp8_number(form, dtype):
     x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).to(dtype) * 3e-3
-    x8, unit = quantize_fp8(x, form)
+    x8, scale = quantize_fp8(x, form)
     assert x8.dtype == form and float(x8.float().abs().max()) == torch.finfo(form).max
-    error = (dequantize_fp8(x8, unit, torch.float32) - x.float()).abs()
-    least = float(unit) * 2 ** -9                                     # half the smallest number beside zero
-    assert (error <= x.float().abs() / 15 + least).all()             # half of an eighth of an octave, bfloat16 on top
-    zeros, unit = quantize_fp8(torch.zeros(3, 3, dtype=dtype), form)
-    assert (dequantize_fp8(zeros, unit, dtype) == 0).all()
+    error = (dequantize_fp8(x8, scale, torch.float32) - x.float()).abs()
+    least = float(scale) * 2 ** -9                                     # half the smallest number above zero
+    assert (error <= x.float().abs() / 15 + least).all()             # half of 1/8 of a binade, plus bfloat16
+    zeros, scale = quantize_fp8(torch.zeros(3, 3, dtype=dtype), form)
+    assert (dequantize_fp8(zeros, scale, dtype) == 0).all()
 
 
-def test_products_of_both_directions():
+def test_forward_and_backward_matmuls():
     assert fp8_error(PLAIN, "cpu", torch.bfloat16) < fp8.TOO_FAR
     wrong = Fp8(FORMATS[0], lambda *args: 1.1 * scaled_matmul_plain(*args))
     assert fp8_error(wrong, "cpu", torch.bfloat16) > fp8.TOO_FAR
@@ -50,9 +48,9 @@ def test_torch_multiplies_the_same_numbers():
     assert torch.allclose(native.float(), scaled_matmul_plain(*operands, torch.bfloat16).float(), rtol=0.01, atol=0.02)
 
 
-def test_a_device_without_such_products_is_refused(monkeypatch):
+def test_a_device_without_fp8_matmuls_is_refused(monkeypatch):
     monkeypatch.setattr(fp8, "fp8_error", lambda how, device, dtype: 1 / 0 if how.fp8_dtype == FORMATS[0] else 0.5)
-    with pytest.raises(ZeroDivisionError):                           # only torch's refusals are taken for an answer
+    with pytest.raises(ZeroDivisionError):                           # only errors of torch count as a refusal
         pick_fp8("cuda", torch.bfloat16)
 
     def refused(how, device, dtype):
@@ -68,7 +66,8 @@ def test_a_device_without_such_products_is_refused(monkeypatch):
 
 
 def test_gradients_go_through_a_rounded_base():
-    """Fast and slow path agree on what an 8-bit layer is, and both are near the layer before it was rounded."""
+    """The fused and the plain path agree on an 8-bit layer, and both are close to the layer before
+    rounding."""
     torch.manual_seed(0)
     layers = [adapted_linear(32, 48, 4, dtype=torch.float32), adapted_linear(32, 16, 4, bias=False, dtype=torch.float32)]
     x, results = torch.randn(20, 32, requires_grad=True), []
@@ -91,7 +90,7 @@ def test_gradients_go_through_a_rounded_base():
 
 
 @needs_shared
-def test_a_training_with_an_8_bit_base_is_within_one_percent_of_bfloat16(tmp_path, monkeypatch, capsys):
+def test_training_with_an_fp8_base_is_within_one_percent_of_bfloat16(tmp_path, monkeypatch, capsys):
     curves = []
     for name, more in (("bf16", []), ("fp8", ["base_precision=fp8"])):
         state = run_recorded("sft_llama3", tmp_path / name, monkeypatch, "bf16=true", *more)

@@ -64,7 +64,7 @@ FULL = dict(finetuning_type="full", learning_rate=5e-4)
 EVALUATION = dict(eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2,
                   per_device_eval_batch_size=3, load_best_model_at_end=True, max_steps=4)
 SAVES = dict(save_strategy="steps", save_steps=2)
-CASES = {           # settings of runs that end alike with 0 (one process), 2 and 3 ranks: 27 rows, 12 of them a step
+CASES = {           # settings of runs that agree with 0 (one process), 2 and 3 ranks: 27 rows, 12 a step
     "lora": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **SAVES),
     "lora, whole modules": dict(lora_target="all,lm_head", additional_target="embed_tokens,norm",
                                 learning_rate=2e-4, **SAVES),
@@ -76,12 +76,12 @@ CASES = {           # settings of runs that end alike with 0 (one process), 2 an
     "full, tied, best": FULL | EVALUATION,
     "full, experts": dict(model_name_or_path="mixture", cutoff_len=24, max_steps=3, **FULL),
 }
-RECORDED = ("sft_llama3", "sft_qwen2_loraplus")         # of LLaMA-Factory; the latter's head is its embedding
+RECORDED = ("sft_llama3", "sft_qwen2_loraplus")         # by LLaMA-Factory; the latter's head is tied
 WORDS = {2: "full_shard auto_wrap", 3: "full_shard,offload"}
 
 
 def arguments(here, world, name, output, **more) -> list:
-    """Arguments of train.py for a case: the same rows in each step, whatever the number of ranks."""
+    """Arguments of train.py for a case: the same rows in each step with any number of ranks."""
     settings = COMMON | CASES[name]
     settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=6 // max(world, 1))
     for key in ("model_name_or_path", "dataset", "eval_dataset"):
@@ -92,7 +92,7 @@ def arguments(here, world, name, output, **more) -> list:
 
 
 def recorded(here, case) -> list:
-    """Arguments for two ranks of a case that LLaMA-Factory has recorded with one process."""
+    """Arguments for two ranks of a case that LLaMA-Factory recorded with one process."""
     folder, kind = CURVES / case, case.split("_")[1]
     return [f"{folder}/config.yaml", f"model_name_or_path={CURVES}/tiny_{kind}", f"dataset_dir={folder}/data",
             f"adapter_name_or_path={folder}/adapter_init", f"output_dir={here}/2 {case}",
@@ -101,7 +101,7 @@ def recorded(here, case) -> list:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """All runs: `0 lora` that of one process, `2 lora` that of two ranks, `3 lora resumed` …"""
+    """The folder of all runs: `0 lora` by one process, `2 lora` by two ranks, `3 lora resumed` …"""
     here = tmp_path_factory.mktemp("sharded")
     small_world(here)
     tiny_model(here / "llama", LLAMA)
@@ -123,13 +123,13 @@ def here(tmp_path_factory):
 
 
 def history(folder) -> list[dict]:
-    """What was logged, without the clock."""
+    """The log of a run without times."""
     rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [{key: row[key] for key in ("step", "loss", "grad_norm", "eval_loss") if key in row} for row in rows]
 
 
-def alike(a, b, bound):
-    """Are two logs and two sets of weights the same, names, shapes and dtypes exactly?"""
+def assert_alike(a, b, bound):
+    """Two logs and two sets of weights agree within the bound; names, shapes and dtypes exactly."""
     one, other = history(a), history(b)
     assert [row.keys() for row in one] == [row.keys() for row in other] and len(one) > 2
     for x, y in zip(one, other):
@@ -150,9 +150,10 @@ def alike(a, b, bound):
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_sharded_ends_as_one_process_does(here, name, world):
-    """Also where ranks have fewer micro-batches or evaluation batches than others, and use other experts."""
-    alike(here / f"0 {name}", here / f"{world} {name}", 1e-4)
+def test_sharded_runs_equal_one_process(here, name, world):
+    """Also where ranks have fewer micro-batches or evaluation batches than others, and use other
+    experts."""
+    assert_alike(here / f"0 {name}", here / f"{world} {name}", 1e-4)
     names = [sorted(p.name for p in (here / f"{ranks} {name}").rglob("*") if p.is_file()) for ranks in (0, world)]
     assert names[0] == names[1]
     if "checkpoint-2" in os.listdir(here / f"0 {name}"):
@@ -173,18 +174,19 @@ def test_recorded_runs(here, case):
 
 
 @pytest.mark.parametrize("name", ["lora", "lora, whole modules", "full"])
-def test_resumed_as_if_never_stopped(here, name):
-    """With as many ranks bit for bit; with three in place of two to 1e-5."""
-    alike(here / f"2 {name}", here / f"2 {name} resumed", 0)
-    alike(here / f"2 {name}", here / f"3 {name} resumed", 1e-5)
+def test_a_resumed_run_equals_an_uninterrupted_run(here, name):
+    """Bit for bit with the same number of ranks; to 1e-5 with three instead of two."""
+    assert_alike(here / f"2 {name}", here / f"2 {name} resumed", 0)
+    assert_alike(here / f"2 {name}", here / f"3 {name} resumed", 1e-5)
 
 
 # ---- memory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
-def test_each_rank_holds_its_part(here, name):
-    """All tensors that are alive after loading, not only the parameters: base / N, and adapters, and little else."""
+def test_each_rank_holds_its_shard(here, name):
+    """All tensors that are alive after loading, not only parameters: base / N, adapters, and little
+    else."""
     whole = sum(p.nbytes for p in load_model(here / "llama").parameters())
     file = here / "0 lora/adapter_model.safetensors"
     adapters = sum(t.nbytes for t in load_file(file).values()) if name == "lora" else 0
@@ -196,8 +198,8 @@ def test_each_rank_holds_its_part(here, name):
 
 
 @pytest.mark.parametrize("length, world", [(7, 2), (7, 3), (2, 3), (1, 4), (8, 4)])
-def test_rows_are_those_of_torch_chunk(length, world):
-    """As fully_shard cuts: the first ranks have the same number, the last ones less or nothing."""
+def test_shards_equal_torch_chunk(length, world):
+    """As fully_shard splits: equal parts on the first ranks, less or nothing on the last."""
     whole, seen = torch.arange(length), []
     parts = list(whole.chunk(world)) + [whole[:0]] * world
     for rank in range(world):
@@ -213,12 +215,12 @@ def test_rows_are_those_of_torch_chunk(length, world):
 
 
 @pytest.mark.parametrize("words", ["hybrid_shard", "full_shard shard_grad_op", "offload", "full_shard backward_pre"])
-def test_other_words_are_refused(words, tmp_path):
+def test_other_values_of_fsdp_are_refused(words, tmp_path):
     with pytest.raises(ValueError, match="fsdp is full_shard, or shard_grad_op"):
         train.main([f"fsdp={words}", f"output_dir={tmp_path}/x", "model_name_or_path=m", "dataset=d"])
 
 
-def test_a_list_of_words_is_read_as_a_text(tmp_path):
+def test_fsdp_may_be_a_list(tmp_path):
     from runtime.load_config import load_config
     path = tmp_path / "a.yaml"
     path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nfsdp: [full_shard, auto_wrap]\n"
@@ -227,7 +229,7 @@ def test_a_list_of_words_is_read_as_a_text(tmp_path):
     assert config.fsdp == ["full_shard", "auto_wrap"] and config.no_effect == ["fsdp_config"]
 
 
-def test_one_rank_says_that_nothing_is_sharded(capsys):
+def test_with_one_rank_a_note_says_that_nothing_is_sharded(capsys):
     fsdp.print_shards(None, Ranks())
     assert "fsdp changes nothing with one rank" in capsys.readouterr().out
 

@@ -1,7 +1,4 @@
-"""fused_block.py: fast blocks against the model, finite differences, and what they keep.
-
-Requires: fast/fused_block.py.
-"""
+"""fast/fused_block.py against the model and finite differences, and what autograd saves."""
 import copy
 
 import pytest
@@ -48,7 +45,7 @@ CASES = {
 
 @pytest.mark.parametrize("norm", [False, True], ids=["no norm", "a trained norm"])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_finite_differences(case, norm):
+def test_gradients_equal_finite_differences(case, norm):
     torch.manual_seed(0)
     layers = CASES[case]()
     before = in_float64(RMSNorm(6, 1e-6).double()) if norm else IDENTITY
@@ -74,7 +71,7 @@ def gate_times_up(gate, up):
     return F.silu(gate) * up
 
 
-def test_two_inputs_and_a_step_between_them():
+def test_two_layers_with_a_function_between():
     torch.manual_seed(0)
     layers = [adapted_linear(6, 4, 2)]
     gate = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
@@ -87,7 +84,7 @@ def test_two_inputs_and_a_step_between_them():
     assert torch.autograd.gradcheck(run, (gate, up, *weights))
 
 
-def test_what_cannot_be_fused_is_left_to_the_layers():
+def test_layers_that_cannot_be_fused_are_called():
     layer = adapted_linear(6, 4, 2)
     assert can_fuse(layer) and can_fuse(plain_linear(6, 4, False))
     handle = layer.register_forward_hook(lambda *_: None)
@@ -113,8 +110,8 @@ def test_adapters_switched_off():
 # ---- what is kept -------------------------------------------------------------------------------
 
 
-def kept_by(function):
-    """(numbers of elements of the tensors that autograd keeps, without weights; the output)."""
+def saved_elements(function):
+    """(elements of each tensor that autograd saves, without weights; the output)."""
     kept = {}
 
     def pack(tensor):
@@ -128,18 +125,18 @@ def kept_by(function):
     return sorted(kept.values()), out
 
 
-def test_only_inputs_and_narrow_products_are_kept():
+def test_only_inputs_and_rank_r_activations_are_saved():
     N, D, width, r = 40, 16, 48, 2
     first = [adapted_linear(D, width, r, False, torch.float32) for _ in range(2)]
     down = adapted_linear(width, D, r, False, torch.float32)
     norm = RMSNorm(D, 1e-6).requires_grad_(False)
     x = torch.randn(N, D, requires_grad=True)
 
-    kept, (gate, up) = kept_by(lambda: fused_linears(first, x, before=norm))
+    kept, (gate, up) = saved_elements(lambda: fused_linears(first, x, before=norm))
     assert kept == sorted([N * D, N * 2 * r])
-    kept, _ = kept_by(lambda: fused_linears([down], gate, up, before=gate_times_up))
+    kept, _ = saved_elements(lambda: fused_linears([down], gate, up, before=gate_times_up))
     assert kept == sorted([N * width, N * width, N * r])
-    plain, _ = kept_by(lambda: fused_linears([down], gate, up, before=gate_times_up, matmul=None))
+    plain, _ = saved_elements(lambda: fused_linears([down], gate, up, before=gate_times_up, matmul=None))
     assert sum(plain) > 1.9 * sum(kept)
 
 
@@ -147,7 +144,7 @@ def test_only_inputs_and_narrow_products_are_kept():
 
 
 def trainable_family(name, trained):
-    """A golden model with adapters that change its output, or trained in full."""
+    """A recorded model with adapters that change its output, or trained in full."""
     model = load_model(GOLDEN / "models" / name, torch.float32)
     if trained == "full":
         return model.requires_grad_(True)
@@ -194,8 +191,9 @@ def test_the_fused_model_equals_the_model_in_every_family(name, trained):
 
 
 @needs_shared
-def test_fusing_is_undone_and_a_copy_is_its_own():
-    """"plain" restores the model bit for bit; a copy of a fused model computes with its weights."""
+def test_fusing_is_undone_and_copies_are_independent():
+    """"plain" restores the model bit for bit; a copy of a fused model computes with its own
+    weights."""
     model = trainable_family("llama3", "lora")
     hidden, loss, want = loss_and_gradients(model, [7, 12])
     fuse_blocks(model, "torch", ["mlp"] * model.config.num_hidden_layers)
@@ -210,7 +208,7 @@ def test_fusing_is_undone_and_a_copy_is_its_own():
 
 
 @needs_shared
-def test_training_takes_the_fast_path_and_checkpoints_blocks(tmp_path, monkeypatch):
+def test_training_uses_the_fused_path_and_checkpointing(tmp_path, monkeypatch):
     calls = {"fused": 0, "checkpointed": 0}
     apply = fused_block.FusedLinears.apply
     checkpoint = fused_block.checkpoint

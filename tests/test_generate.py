@@ -1,5 +1,4 @@
-"""generate.py against transformers' generate and logits processors, and the cached loop against its
-uncached twin."""
+"""generate.py against transformers' generate and logits processors, with and without cache."""
 import json
 
 import pytest
@@ -72,8 +71,7 @@ def cached(model, ids, *args, **kwargs):
 
 
 def reference(name):
-    """A golden checkpoint as a transformers model in float32, without generation settings of its
-    own."""
+    """A recorded checkpoint as a transformers model in float32, without its generation settings."""
     transformers = pytest.importorskip("transformers")
     folder = GOLDEN / "models" / name
     if transformers.__version__ < "5" and "rope_parameters" in json.loads(
@@ -87,7 +85,7 @@ def reference(name):
     return model
 
 
-def theirs(model, ids, stop_ids, count, **settings):
+def transformers_tokens(model, ids, stop_ids, count, **settings):
     """The new tokens of transformers' generate."""
     wanted = type(model.generation_config)(
         eos_token_id=stop_ids or None,
@@ -107,13 +105,13 @@ def test_greedy_equals_transformers(name):
     judge, model = reference(name), load_model(GOLDEN / "models" / name, torch.float32)
     ids = torch.randint(3, model.config.vocab_size, (12,), generator=seeded(1)).tolist()
     for settings in ({}, {"repetition_penalty": 1.4}):
-        want = theirs(judge, ids, [], 24, **settings)
+        want = transformers_tokens(judge, ids, [], 24, **settings)
         assert cached(model, ids, (), Sampling(**settings), max_new_tokens=24) == want
         assert (
             list(generate_uncached(model, ids, (), Sampling(**settings), max_new_tokens=24)) == want
         )
-    stop = want[7]  # now one that ends at a stop id, which is yielded too
-    want = theirs(judge, ids, [stop], 24, repetition_penalty=1.4)
+    stop = want[7]  # an answer that ends at a stop id, which is yielded too
+    want = transformers_tokens(judge, ids, [stop], 24, repetition_penalty=1.4)
     assert want[-1] == stop and len(want) <= 8
     assert cached(model, ids, {stop}, Sampling(repetition_penalty=1.4), max_new_tokens=24) == want
 
@@ -125,13 +123,12 @@ def test_greedy_equals_transformers(name):
     ids=["plain", "mixed", "hot"],
 )
 def test_draws_equal_transformers(settings):
-    """The same seed draws the very same tokens: the same probabilities, and multinomial's own
-    noise."""
+    """The same seed draws the same tokens: the same probabilities, and multinomial's own noise."""
     judge, model = reference("llama3"), load_model(GOLDEN / "models" / "llama3", torch.float32)
     settings = {**settings, "do_sample": True}
     ours = cached(model, PROMPT, (), Sampling(**settings), max_new_tokens=30, generator=seeded(7))
     torch.manual_seed(7)
-    assert ours == theirs(judge, PROMPT, [], 30, **settings)
+    assert ours == transformers_tokens(judge, PROMPT, [], 30, **settings)
     slow = generate_uncached(
         model, PROMPT, (), Sampling(**settings), max_new_tokens=30, generator=seeded(7)
     )
@@ -182,7 +179,7 @@ def test_cached_equals_uncached(sampling, window):
 
 
 def test_a_kept_prefix_changes_nothing(tiny):
-    """Turn after turn on one cache equals each turn on a fresh one; the same prompt again, too."""
+    """Turns on one cache equal turns on fresh caches; also the same prompt twice."""
     cache, held = KVCache(2), []
     for prompt in (PROMPT, PROMPT + [1, 2, 3], PROMPT[:4] + [8, 8], PROMPT[:4] + [8, 8], [7]):
         cache.crop(common_prefix(held, prompt))
@@ -192,7 +189,7 @@ def test_a_kept_prefix_changes_nothing(tiny):
     lengths = []
     tiny.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     cache.crop(0)
-    first = list(generate(tiny, PROMPT, cache, max_new_tokens=3))  # its last token has not run yet
+    first = list(generate(tiny, PROMPT, cache, max_new_tokens=3))  # the last token is not in the cache yet
     list(generate(tiny, PROMPT + first + [8, 8], cache, max_new_tokens=2))
     assert lengths == [6, 1, 1, 3, 1]  # each pass read only what was new
 
@@ -215,7 +212,7 @@ def test_draws_follow_the_distribution():
     assert ((counts - expected) ** 2 / expected).sum() < 27.9
 
 
-def test_ties_at_a_cut_are_kept_together():
+def test_ties_at_a_threshold_are_kept_together():
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0])
     assert (shape_logits(logits, Sampling(do_sample=True, top_k=2)) > -torch.inf).tolist() == [
         True
@@ -223,8 +220,10 @@ def test_ties_at_a_cut_are_kept_together():
 
 
 def test_a_step_waits_for_the_device_once(tiny):
-    """Every number that Python reads is a wait on a GPU. A token costs one, and the prompt one
-    more: is it finite?"""
+    """On a GPU every number that Python reads is a wait.
+
+    A token costs one, and the prompt one more: is it finite?
+    """
 
     class Waits(TorchDispatchMode):
         count = 0
@@ -244,7 +243,7 @@ def test_a_step_waits_for_the_device_once(tiny):
 # ---- ends and limits --------------------------------------------------------------------------
 
 
-def test_where_an_answer_ends(tiny):
+def test_ends_of_an_answer(tiny):
     free = cached(tiny, PROMPT)
     assert len(PROMPT) + len(free) == 64  # no limit: until the context is full
     assert cached(tiny, PROMPT, max_new_tokens=1000) == free
@@ -275,13 +274,13 @@ def test_context_length_follows_the_rope_scaling(scaling, length):
         ([1, 50], "token id 50, and the model knows ids 0 to 49"),
     ],
 )
-def test_prompts_that_cannot_be_read(tiny, ids, words):
+def test_prompts_that_are_refused(tiny, ids, words):
     for loop in (lambda: cached(tiny, ids), lambda: list(generate_uncached(tiny, ids))):
         with pytest.raises(ValueError, match=words):
             loop()
 
 
-def test_overflow_is_a_sentence(tiny):
+def test_overflow_has_a_clear_message(tiny):
     tiny.lm_head.weight.data[3] = float("nan")
     with pytest.raises(ValueError, match="not finite in float32.*infer_dtype"):
         cached(tiny, PROMPT, max_new_tokens=2)

@@ -30,7 +30,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 1
 
 
 def imports(tree, inside_functions=True):
-    """Top names of the packages that a file imports; of a module in a folder of ours the whole name."""
+    """Top names of the packages that a file imports; of a module in a folder of ours the whole
+    name."""
     found, todo = set(), list(ast.iter_child_nodes(tree))
     while todo:
         node = todo.pop()
@@ -52,7 +53,8 @@ def named(module):
 
 
 def tracked(*endings):
-    """Files of the repository with these endings, as git knows them (new ones too, ignored ones not)."""
+    """Files of the repository with these endings, as git knows them (new ones too, ignored ones
+    not)."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
@@ -124,7 +126,8 @@ def test_docstring_says_what_to_read_and_names_files_that_exist(name):
 
 
 def test_the_decoder_knows_no_family():
-    """model.py goes by switches: no name of a family in it, Llama, from which all are told to differ, apart."""
+    """model.py goes by switches: no name of a family in it, Llama, from which all are told to
+    differ, apart."""
     sys.path.insert(0, str(ROOT))
     from families import FAMILIES
     names = {re.match("[a-z]+", name)[0] for name in FAMILIES} - {"llama"}

@@ -1,4 +1,4 @@
-"""text/jinja_sandbox.py: the chat template of a checkpoint is a program by a stranger."""
+"""text/jinja_sandbox.py: chat templates of checkpoints are programs by strangers."""
 import re
 import time
 
@@ -28,7 +28,7 @@ from text import jinja_sandbox as sandbox
         ),
     ],
 )
-def test_a_chat_template_that_cannot_be_rendered_is_a_sentence(tmp_path, jinja, message):
+def test_chat_templates_that_cannot_be_rendered(tmp_path, jinja, message):
     pytest.importorskip("jinja2")
     began = time.monotonic()
     [(text, why), second] = sandbox.render_chats(jinja, {}, [{"messages": []}] * 2)
@@ -38,7 +38,7 @@ def test_a_chat_template_that_cannot_be_rendered_is_a_sentence(tmp_path, jinja, 
         assert all("chat template refuses this: " in line for line in checked(tmp_path, jinja))
 
 
-def test_without_jinja2_there_is_a_sentence(tmp_path, monkeypatch):
+def test_without_jinja2_there_is_a_message(tmp_path, monkeypatch):
     (tmp_path / "jinja2.py").write_text("raise ImportError")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     [(text, why)] = sandbox.render_chats(CHATML, {}, [{"messages": []}])

@@ -19,7 +19,7 @@ from tests.tiny_models import TINY, same_bytes, tiny, write_tiny
 # ---- loading ----------------------------------------------------------------------------------------------------
 
 
-def test_loading_is_strict_both_ways(tmp_path):
+def test_missing_and_unused_tensors_are_errors(tmp_path):
     model = tiny()
     assert torch.equal(load_model(write_tiny(tmp_path, model)).lm_head.weight, model.lm_head.weight)
     with pytest.raises(ValueError, match="missing: 1, such as lm_head.weight(.|\n)*tie_word_embeddings"):
@@ -58,7 +58,7 @@ def test_tied_head_stored_twice(tmp_path):
 
 
 def test_memory_of_loading_stays_below_the_checkpoint_plus_300_mb(tmp_path):
-    """A checkpoint of 0.5 GB in two dtypes of the model; the child reports its own peak."""
+    """A checkpoint of 0.5 GB; the child reports its own peak."""
     big = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, num_attention_heads=8, head_dim=128,
                vocab_size=4000)
     with torch.device("meta"):
@@ -109,7 +109,7 @@ def test_saved_model_in_another_dtype_loads_in_transformers(tmp_path):
         assert (theirs(ids).logits - ours.logits(ours(ids))).abs().max() < 0.3
 
 
-def test_weights_of_different_dtypes_stay_as_they_are(tmp_path):
+def test_weights_keep_their_different_dtypes(tmp_path):
     """Part of a bfloat16 model trained in float32."""
     model = tiny().to(torch.bfloat16)
     model.lm_head.float()
@@ -123,8 +123,9 @@ def test_weights_of_different_dtypes_stay_as_they_are(tmp_path):
 # ---- buffers of older tools ----
 
 
-def test_buffers_in_the_files_are_known_and_weights_are_not_taken_for_them():
-    """The names that Llama, Baichuan, XVERSE, ChatGLM and Qwen 1 files hold, and weights that look like them."""
+def test_names_of_buffers_in_the_files():
+    """The names in files of Llama, Baichuan, XVERSE, ChatGLM and Qwen 1, and weights with similar
+    names."""
     for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.31.self_attn.rotary_emb.cos_cached",
                  "model.layers.0.self_attn.rotary_emb.sin_cached", "transformer.rotary_pos_emb.inv_freq",
                  "transformer.rotary_emb.inv_freq", "transformer.h.0.attn.rotary_emb.inv_freq",
@@ -136,7 +137,7 @@ def test_buffers_in_the_files_are_known_and_weights_are_not_taken_for_them():
         assert not BUFFERS.fullmatch(name), name
 
 
-def test_a_tensor_that_is_no_buffer_stops_the_load(tmp_path):
+def test_a_tensor_that_is_no_buffer_is_an_error(tmp_path):
     folder = write_tiny(tmp_path, tiny())
     tensors = load_file(folder / "model.safetensors")
     save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")

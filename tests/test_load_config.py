@@ -1,4 +1,4 @@
-"""What people write means what they mean; what cannot be meant is named with its place."""
+"""runtime/load_config.py: values in yaml, json and on the command line; mistakes."""
 import dataclasses
 import json
 import os
@@ -13,7 +13,7 @@ from config import UNUSED, Config, as_dict
 from runtime.load_config import COMMANDS, NEEDED, ignored_keys, non_default
 from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
-PEER_OFF = {  # values of keys we refuse that are LLaMA-Factory's defaults: they must pass
+PEER_OFF = {  # LLaMA-Factory's defaults of unsupported keys: they must be accepted
     "infer_backend": "huggingface",
     "mix_strategy": "concat",
     "ignore_pad_token_for_loss": "true",
@@ -36,7 +36,7 @@ def write(folder, text, name="x.yaml"):
 
 
 @pytest.mark.parametrize("name", [name for name, row in UNUSED.items() if row])
-def test_refused_keys_pass_when_they_are_off_and_stop_when_on(name):
+def test_unsupported_keys_are_errors_only_when_on(name):
     off = PEER_OFF.get(name, "false")
     scope = UNUSED[name].scope.replace("any", "train").replace("train", "config")
     needed = ["model_name_or_path=m", "export_dir=e", "adapter_name_or_path=a"]
@@ -48,7 +48,7 @@ def test_refused_keys_pass_when_they_are_off_and_stop_when_on(name):
     )
 
 
-def test_training_keys_do_not_stop_chat_and_merge():
+def test_training_keys_are_allowed_in_chat_and_merge():
     argv = [
         "model_name_or_path=m",
         "deepspeed=z3.json",
@@ -195,7 +195,7 @@ def test_recorded_runs(path):
         ),
     ],
 )
-def test_text_means_what_people_mean(tmp_path, name, text, value):
+def test_values_written_as_text(tmp_path, name, text, value):
     extra = "" if not text.startswith("{") else "'"
     from_file = load_argv(write(tmp_path, f"{name}: {extra}{text}{extra}\n"))
     for config in (
@@ -238,7 +238,7 @@ def test_yaml_lists_and_mappings(tmp_path):
     }
 
 
-def test_command_line_replaces_the_file(tmp_path):
+def test_the_command_line_overrides_the_file(tmp_path):
     path = write(tmp_path, "seed: 1\nlora_rank: 4\n")
     for argv in (["--config", path], [f"--config={path}"], [path]):
         config = load_argv(
@@ -265,7 +265,7 @@ def test_command_line_replaces_the_file(tmp_path):
         )
 
 
-def test_a_switch_does_not_swallow_the_file(tmp_path):
+def test_a_switch_does_not_take_the_file_as_its_value(tmp_path):
     path = write(tmp_path, "seed: 1\n")
     config = load_argv("--bf16", path)
     assert config.bf16 is True and config.seed == 1
@@ -299,12 +299,12 @@ def test_derived_defaults():
         (["packing=true", "stage=pt"], True, False),
     ],
 )
-def test_packing_keeps_samples_apart_unless_told(argv, packing, apart):
+def test_packing_separates_sequences_by_default(argv, packing, apart):
     config = load_argv(*argv)
     assert (config.packing, config.neat_packing) == (packing, apart)
 
 
-def test_settings_survive_a_json_file(tmp_path):
+def test_settings_are_the_same_after_a_json_file(tmp_path):
     first = load_argv(
         "model_name_or_path=m",
         "dataset=a,b",
@@ -340,7 +340,7 @@ def test_unknown_key_names_the_nearest(tmp_path):
     assert "did you mean" not in refusal("qqqqqq=3")
 
 
-def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
+def test_a_chat_format_is_the_same_after_json(tmp_path):
     path = write(
         tmp_path,
         """template:
@@ -361,7 +361,7 @@ def test_a_chat_format_written_out_survives_the_way_through_json(tmp_path):
     }
     again = load_argv(write(tmp_path, json.dumps(as_dict(config)), "again.json"))
     assert again.template == config.template == non_default(config)["template"]
-    assert load_argv(path, "template=qwen").template == "qwen"  # the command line wins, as for every key
+    assert load_argv(path, "template=qwen").template == "qwen"  # the command line has priority, as for every key
     assert "needs quotes" in refusal(write(tmp_path, "template:\n  user: {{content}}\n"))
 
 
@@ -489,7 +489,7 @@ def test_help_of_each_script(capsys):
 
 @pytest.mark.parametrize("script", NEEDED)
 def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script):
-    """A torch that ends the program is imported in place of the real one, by good settings only."""
+    """A torch that ends the program is imported instead of the real one, by valid settings only."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise SystemExit('torch is imported')")
     (tmp_path / "torch/version.py").touch()  # attention.py looks into it first
@@ -536,12 +536,12 @@ def test_shows_a_file_or_one_error_line(tmp_path):
         (["default_system=\udcc3\udca4"], "not UTF-8 text; if the locale"),
     ],
 )
-def test_odd_spellings_on_the_command_line(argv, part):
+def test_unusual_spellings_on_the_command_line(argv, part):
     assert part in refusal(*argv)
 
 
 def test_output_that_cannot_show_a_character(tmp_path):
-    """A pipe, or a Windows console, whose encoding lacks the ellipsis shows ? instead."""
+    """A pipe or a Windows console whose encoding lacks the ellipsis shows ? instead."""
     done = subprocess.run(
         [sys.executable, "-m", "runtime.load_config", "default_system=…"],
         capture_output=True,

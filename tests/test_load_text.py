@@ -1,4 +1,4 @@
-"""text/load_text.py: which template is chosen, and what the tokenizer ends answers with."""
+"""text/load_text.py: the chosen template and the stop tokens."""
 import json
 import shutil
 
@@ -33,7 +33,7 @@ def test_the_template_of_the_config_or_of_the_training(tmp_path):
 
 
 def test_differences_from_the_checkpoints_own_template_are_notes(tmp_path):
-    """They are found before the tokenizer takes the template's own end of an answer."""
+    """They are found before the tokenizer takes over the template's stop token."""
     base = shutil.copytree(BASE, tmp_path / "base")
     settings = json.loads((base / "tokenizer_config.json").read_text())
     settings["chat_template"] = "{{ messages[0]['content'] }}"
@@ -45,7 +45,7 @@ def test_differences_from_the_checkpoints_own_template_are_notes(tmp_path):
 
 
 @pytest.mark.parametrize("stored, ids", [(None, set()), (7, {7}), ([7, 8], {7, 8})])
-def test_ends_that_the_checkpoint_names(tmp_path, stored, ids):
+def test_stop_tokens_of_the_checkpoint(tmp_path, stored, ids):
     assert eos_ids_of(tmp_path) == set()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
     assert eos_ids_of(tmp_path) == ids

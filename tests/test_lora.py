@@ -31,15 +31,15 @@ def test_fresh_adapter_changes_nothing_and_trains_only_itself():
     attach_lora(model, LoRAConfig(r=4), seed=1)
     assert torch.equal(logits_of(model, IDS), before)
     model.logits(model(IDS)).square().mean().backward()
-    learn = trainable(model)
-    assert len(learn) == 2 * 2 * 7 and all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in learn)
+    trained = trainable(model)
+    assert len(trained) == 2 * 2 * 7 and all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in trained)
     for name, p in model.named_parameters():
-        assert (p.grad is not None) == (name in learn), name
-    for name, p in learn.items():                                       # B is zero, so only B feels the loss at first
+        assert (p.grad is not None) == (name in trained), name
+    for name, p in trained.items():                                       # B is zero, so at first only B has a gradient
         assert bool(p.grad.any()) == ("lora_B" in name), name
 
 
-def test_fresh_adapter_is_distributed_as_pefts():
+def test_initial_values_are_distributed_as_in_peft():
     peft = pytest.importorskip("peft")
     ours = attach_lora(nn.Sequential(nn.Linear(400, 30)), LoRAConfig(r=64), seed=3)
     theirs = peft.get_peft_model(nn.Sequential(nn.Linear(400, 30)), peft.LoraConfig(r=64, target_modules=["0"]))
@@ -51,7 +51,7 @@ def test_fresh_adapter_is_distributed_as_pefts():
     assert not lora_layers(ours)["0"].lora_B.weight.any()
 
 
-def test_seed_decides_the_adapter_whatever_else_is_adapted():
+def test_initial_values_depend_on_the_seed_only():
     def A(seed, targets="all"):
         model = attach_lora(tiny(), LoRAConfig(target_modules=targets), seed)
         return model.model.layers[1].self_attn.v_proj.lora_A.weight
@@ -80,28 +80,28 @@ def test_dropout_acts_on_the_input_of_A_in_training_only():
     assert torch.allclose(layer.eval()(x), by_hand(x), atol=1e-6) and not torch.allclose(got, layer(x), atol=1e-2)
 
 
-# ---- some layers alone (finetuning_type: freeze) ----
+# ---- finetuning_type: freeze ----
 
-FREEZE = [      # layers, modules, extra modules: what learns, as LLaMA-Factory 0.9.5 chose it of a model of 2 layers
+FREEZE = [      # layers, modules, extra modules: the trained parameters that LLaMA-Factory 0.9.5 chose
     (1, ["all"], [], lambda name: ".1." in name),
     (-1, ["mlp", "input_layernorm"], ["lm_head"], lambda n: ".0.mlp" in n or ".0.input" in n or "head" in n),
     (5, ["self_attn"], ["embed_tokens"], lambda name: "self_attn" in name or "embed" in name),
-    (-1, ["self_attn"], ["norm"], lambda name: ".0.self_attn" in name or "norm" in name),       # of all layers
+    (-1, ["self_attn"], ["norm"], lambda name: ".0.self_attn" in name or "norm" in name),       # in all layers
     (0, ["all"], ["norm"], lambda name: "norm" in name),
 ]
 
 
-@pytest.mark.parametrize("layers, modules, extra, learns", FREEZE)
-def test_layers_that_learn(layers, modules, extra, learns):
+@pytest.mark.parametrize("layers, modules, extra, trained", FREEZE)
+def test_layers_that_freeze_tuning_trains(layers, modules, extra, trained):
     model = unfreeze(tiny(), layers, modules, extra)
-    assert set(trainable(model)) == {name for name, _ in model.named_parameters() if learns(name)} != set()
+    assert set(trainable(model)) == {name for name, _ in model.named_parameters() if trained(name)} != set()
 
 
 @pytest.mark.parametrize("modules, extra, words", [
     (["mpl"], [], r"freeze_trainable_modules: 'mpl' is no .*\(did you mean 'mlp'\?\); it has input_layernorm, mlp,"),
     (["all"], ["lm_haed"], r"freeze_extra_modules: 'lm_haed' .*'lm_head'\?\); it has embed_tokens, lm_head, norm$"),
 ])
-def test_layers_that_are_not_there(modules, extra, words):
+def test_unknown_layers_are_errors(modules, extra, words):
     with pytest.raises(ValueError, match=words):
         unfreeze(tiny(), 1, modules, extra)
 
@@ -131,7 +131,7 @@ def test_targets_by_name_path_pattern_and_all():
     ("*q_proj", "is no regular expression"), (["*q_proj"], "is no regular expression"),
     ([".*q_prj"], "pattern '.*q_prj' matches no linear layer"),
 ])
-def test_target_that_is_not_there(target, words):
+def test_unknown_targets_are_errors(target, words):
     with pytest.raises(ValueError, match=words):
         attach_lora(tiny(), LoRAConfig(target_modules=target))
 
@@ -158,7 +158,7 @@ def test_rank_and_alpha_patterns_equal_peft(rslora, tmp_path):
     assert torch.equal(logits_of(again, IDS), logits_of(ours, IDS))
 
 
-# ---- modules trained whole (additional_target) ----
+# ---- modules_to_save (additional_target) ----
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "gate_proj", "lm_head"]], ids=["q", "with head"])
@@ -179,8 +179,8 @@ def test_modules_to_save_equal_peft(tied, whole, targets, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     keys = load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
     assert adapter_tensors(ours).keys() == {key for key in keys if not key.endswith("base_layer.weight")}
-    load_adapter(load_model(base), tmp_path / "theirs")                 # PEFT's copy of the frozen head is no obstacle
-    load_adapter(load_model(base, skip_weights=True), tmp_path / "theirs")  # nor on the meta device, as in merging
+    load_adapter(load_model(base), tmp_path / "theirs")                 # PEFT's copy of the frozen head is skipped
+    load_adapter(load_model(base, skip_weights=True), tmp_path / "theirs")  # also on the meta device, as in merging
 
     wanted = logits_of(ours, IDS)
     with torch.no_grad():
@@ -192,7 +192,7 @@ def test_modules_to_save_equal_peft(tied, whole, targets, tmp_path):
         assert torch.equal(ours.model.embed_tokens.weight, tiny(tie_word_embeddings=tied).model.embed_tokens.weight)
 
 
-def test_modules_to_save_that_is_not_there():
+def test_unknown_modules_to_save_are_errors():
     with pytest.raises(ValueError, match=r"additional_target: 'lm_haed' is no module .* \(did you mean 'lm_head'"):
         attach_lora(tiny(), LoRAConfig(modules_to_save=["lm_haed"]))
 
@@ -215,7 +215,7 @@ def test_adapted_head_in_the_loss_equals_its_logits():
 # ---- precision ----
 
 
-def test_float32_adapter_beside_a_bfloat16_base():
+def test_float32_adapter_over_a_bfloat16_base():
     exact = tiny().to(torch.bfloat16).float()                           # the same numbers, in float32
     model = tiny().to(torch.bfloat16)
     config = LoRAConfig(r=4, modules_to_save=["lm_head", "embed_tokens"])
@@ -264,12 +264,13 @@ def test_a_second_adapter_needs_the_first_to_be_merged():
         attach_lora(attach_lora(tiny(), LoRAConfig()), LoRAConfig())
 
 
-# ---- families with names of their own ----
+# ---- vendors' names ----
 
 
 @needs_shared
-def test_all_is_what_it_is_in_llama_factory():
-    """Counted there, release 0.9.5 with transformers 5: neither routers nor routed experts, but shared ones."""
+def test_all_means_the_same_as_in_llama_factory():
+    """Counted in release 0.9.5 with transformers 5: neither routers nor routed experts, but shared
+    ones."""
     counts = {"qwen2_moe": 16, "qwen3_moe": 15, "llama4": 28, "llama4_nested": 28, "phi3": 8, "glm": 12, "gemma2": 28}
     for name, count in counts.items():
         model = load_model(GOLDEN / "models" / name, skip_weights=True)
@@ -286,7 +287,7 @@ def test_all_is_what_it_is_in_llama_factory():
 # ---- stacked experts ----
 
 
-def test_a_stacked_adapter_learns_as_its_sum_would():
+def test_gradients_of_a_stacked_adapter():
     torch.manual_seed(0)
     base = StackedLinear(4, 6, 5).requires_grad_(False)                                      # (E, in, out)
     base.weight.normal_()
@@ -303,27 +304,27 @@ def test_a_stacked_adapter_learns_as_its_sum_would():
 
 
 @needs_shared
-def test_experts_trained_whole_beside_a_bfloat16_base():
+def test_experts_in_modules_to_save_over_a_bfloat16_base():
     model = load_model(GOLDEN / "models" / "llama4", torch.bfloat16)
     wanted, config = logits_of(model, IDS), LoRAConfig(target_modules=["q_proj"], modules_to_save=["experts", "router"])
     attach_lora(model, config, stored_name=model.config.stored_name)
-    assert (logits_of(model, IDS) - wanted).norm() < 0.02 * wanted.norm()           # what follows differs by rounding
+    assert (logits_of(model, IDS) - wanted).norm() < 0.02 * wanted.norm()           # later layers differ by rounding
     model.logits(model(IDS)).float().square().mean().backward()
     whole = {name: p for name, p in trainable(model).items() if ".lora_" not in name}
     assert len(whole) == 3 * sum(model.config.sparse) and {p.dtype for p in whole.values()} == {torch.float32}
     assert all(p.grad is not None and p.grad.any() for name, p in whole.items())
 
 
-# ---- vendors' names elsewhere ----
+# ---- vendors' names in other settings ----
 
 
 @needs_shared
 @pytest.mark.parametrize("name, targets, words", [
     ("chatglm3", ["query_key_vale"], r"did you mean 'query_key_value'\?\); it has dense, dense_4h_to_h"),
-    ("baichuan2_7b", ["qkv_proj"], "'qkv_proj' matches no linear layer .*W_pack"),      # our own word is not theirs
+    ("baichuan2_7b", ["qkv_proj"], "'qkv_proj' matches no linear layer .*W_pack"),      # our name is not the vendor's
     ("internlm2", "mlp", "pattern 'mlp' .* names look like 'model.layers.0.attention.wqkv'"),
 ])
-def test_errors_speak_the_vendors_names(name, targets, words, tmp_path):
+def test_errors_use_the_vendors_names(name, targets, words, tmp_path):
     model = load_model(checkpoint_of(name, tmp_path), skip_weights=True)
     with pytest.raises(ValueError, match=words):
         attach_lora(model, LoRAConfig(target_modules=targets), stored_name=model.config.stored_name)

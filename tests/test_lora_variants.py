@@ -23,7 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning:peft", "ignore::Warning
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_dora_and_its_gradients_equal_pefts(dropout):
-    """Output and gradients of x, A, B and m; in training PEFT's dropout acts on what the frozen matrix sees, too."""
+    """Output and gradients of x, A, B and m; in training PEFT's dropout also acts on the input of
+    the frozen matrix."""
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Linear(40, 30)
@@ -54,9 +55,9 @@ def test_dora_and_its_gradients_equal_pefts(dropout):
     assert torch.equal(ours(xs[0]), F.linear(xs[0], base.weight, base.bias))
 
 
-def test_fresh_dora_changes_nothing_also_where_rows_are_zeros():
+def test_fresh_dora_changes_nothing_even_for_rows_of_zeros():
     model = tiny()
-    model.lm_head.weight.data[40:] = 0                                  # a vocabulary that was filled up
+    model.lm_head.weight.data[40:] = 0                                  # a padded vocabulary
     before = logits_of(model, IDS)
     config = LoRAConfig(target_modules=["all", "lm_head"], use_dora=True)
     attach_lora(model, config, seed=1, **variant_of(config))
@@ -69,7 +70,7 @@ def test_fresh_dora_changes_nothing_also_where_rows_are_zeros():
     assert model.lm_head.weight.isfinite().all()
 
 
-def test_lengths_of_dora_keep_their_digits_beside_a_bfloat16_base():
+def test_dora_magnitudes_stay_in_float32_over_a_bfloat16_base():
     """1.1055 lies between two numbers of bfloat16, 1.1016 and 1.1094."""
     config = LoRAConfig(use_dora=True)
     base = nn.Sequential(nn.Linear(64, 16, bias=False).bfloat16())
@@ -80,7 +81,7 @@ def test_lengths_of_dora_keep_their_digits_beside_a_bfloat16_base():
     assert abs((layer(x).float() * before).sum() / before.square().sum() - 1.1055) < 5e-4
 
 
-def test_dora_beside_inference_keeps_its_lengths(tmp_path):
+def test_dora_magnitudes_at_inference(tmp_path):
     base = write_tiny(tmp_path / "base", tiny())
     config = LoRAConfig(r=3, target_modules=["all", "lm_head"], use_dora=True)
     model = perturb(attach_lora(load_model(base), config, **variant_of(config))).eval()
@@ -92,7 +93,7 @@ def test_dora_beside_inference_keeps_its_lengths(tmp_path):
 
 
 @needs_shared
-def test_dora_of_stacks_is_refused():
+def test_dora_of_stacked_experts_is_refused():
     model = load_model(GOLDEN / "models" / "llama4", skip_weights=True)
     with pytest.raises(ValueError, match="use_dora: .*experts.* is a stack of experts"):
         config = LoRAConfig(target_modules=["experts"], use_dora=True)
@@ -102,13 +103,13 @@ def test_dora_of_stacks_is_refused():
 # ---- PiSSA ----
 
 
-def pissa(model, rank=4, init="pissa", **more):
+def attach_pissa(model, rank=4, init="pissa", **more):
     config = LoRAConfig(r=rank, lora_alpha=12, init_lora_weights=init, **more)
     return attach_lora(model, config, seed=3, **variant_of(config)), config
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_300"])
-def test_pissa_begins_as_pefts(init):
+def test_pissa_starts_as_pefts(init):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     base = nn.Linear(40, 30)
@@ -119,7 +120,7 @@ def test_pissa_begins_as_pefts(init):
     twin.pissa_init("default", init)
     x, wanted = torch.randn(7, 40), base.weight.detach().clone()
     before = base(x)
-    layer = pissa(nn.Sequential(base), init=init)[0][0]
+    layer = attach_pissa(nn.Sequential(base), init=init)[0][0]
     assert torch.allclose(layer(x), before, atol=1e-5)
     assert torch.allclose(layer.weight, twin.base_layer.weight, atol=1e-3 if "niter" in init else 1e-5)
     for ours, peers in ((layer.lora_A.weight, twin.lora_A.default.weight),
@@ -135,9 +136,10 @@ def test_pissa_begins_as_pefts(init):
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}, {"use_dora": True},
                                   {"modules_to_save": ["norm"]}], ids=str)
 def test_pissa_on_disk(more, tmp_path):
-    """Read again, merged, and converted to a plain adapter, which PEFT opens on the base as it was: all the same."""
+    """Loaded, merged, and converted to a plain adapter that PEFT opens on the original base: the
+    same logits."""
     base = write_tiny(tmp_path / "base", tiny())
-    model, config = pissa(load_model(base), init="pissa_niter_1", **more)
+    model, config = attach_pissa(load_model(base), init="pissa_niter_1", **more)
     save_pissa_start(model, tmp_path / "a/pissa_init", config, str(base))
     perturb(model.eval(), size=0.1)
     wanted = logits_of(model, IDS)
@@ -159,8 +161,9 @@ def test_pissa_on_disk(more, tmp_path):
         assert (load_in_peft(base, tmp_path / "plain")(IDS).logits - wanted).abs().max() < 1e-4
 
 
-def test_pissa_that_peft_made(tmp_path):
-    """Exact parts are found again in the base, as PEFT does; random ones only with the folder pissa_init."""
+def test_pissa_adapters_of_peft(tmp_path):
+    """Exact components are computed again from the base, as PEFT does; random ones need the folder
+    pissa_init."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = write_tiny(tmp_path / "base", tiny())
     for init in ("pissa", "pissa_niter_2"):
@@ -187,6 +190,6 @@ def test_pissa_that_peft_made(tmp_path):
                 load_adapter(ours, tmp_path / init)
 
 
-def test_pissa_of_more_parts_than_there_are():
+def test_pissa_with_a_rank_that_is_too_large():
     with pytest.raises(ValueError, match="pissa_init: a matrix of 16 x 32 has no 17 singular components; lower lora_rank"):
-        pissa(tiny(), rank=17)
+        attach_pissa(tiny(), rank=17)

@@ -1,4 +1,4 @@
-"""evals/loss.py: the loop against a plain computation, and its three uses against each other."""
+"""evals/loss.py: the loop against a plain computation, and its three callers against each other."""
 import math
 from types import SimpleNamespace
 
@@ -57,7 +57,7 @@ def plain_losses(model, example):
             for i in range(1, len(ids)) if labels[i] != IGNORE]
 
 
-def test_means_of_batches_of_tokens_and_of_examples(model, examples):
+def test_means_over_batches_tokens_and_examples(model, examples):
     metrics, losses = evaluate_examples(CONFIG, model, examples, "cpu")
     plain = [plain_losses(model.eval(), example) for example in examples]
     for found, wanted in zip(losses, plain):
@@ -75,8 +75,8 @@ def test_means_of_batches_of_tokens_and_of_examples(model, examples):
     assert mean_loss(model, examples, "cpu") == pytest.approx(sum(tokens) / labels, abs=1e-5)
 
 
-def test_training_evaluates_to_the_same(model, examples):
-    """One pass over each batch, and one over each example: the same sums. The mode is kept."""
+def test_evaluation_during_training_gives_the_same(model, examples):
+    """One pass over each batch equals one over each example. The model's mode is kept."""
     wanted, _ = evaluate_examples(CONFIG, model, examples, "cpu")
     model.train()
     found = evaluate(model, examples, OBJECTIVE, CONFIG, precision_of(model))
@@ -85,7 +85,7 @@ def test_training_evaluates_to_the_same(model, examples):
         assert found[name] == pytest.approx(wanted[name], rel=1e-6)
 
 
-def test_batches_without_a_label_are_left_out_and_said(model, examples, capsys):
+def test_batches_without_a_label_are_left_out_with_a_note(model, examples, capsys):
     few = [examples[1], examples[1], examples[0]]
     metrics, losses = evaluate_examples(CONFIG, model, few, "cpu")
     assert "1 batches without a supervised token were left out" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""losses.py: the chunked loss against its slow twin, against torch in float64, and against its promise on memory."""
+"""losses.py: the chunked loss against its slow twin and torch in float64, and its memory."""
 import math
 from functools import partial
 
@@ -16,7 +16,7 @@ N, V, D = 60, 97, 24
 
 
 def problem(dtype=torch.float32, ignored=0.4, seed=0):
-    """hidden (N, D), weight (V, D) and targets (N,) with a share of positions that carry no loss."""
+    """hidden (N, D), weight (V, D), targets (N,) of which a share has no loss."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(rows, D, generator=generator, dtype=torch.float64).to(dtype) for rows in (N, V))
     targets = torch.randint(0, V, (N,), generator=generator)
@@ -63,8 +63,8 @@ def test_loss_by_hand():
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=["bf16", "fp16"])
-def test_sixteen_bits(dtype, bound, monkeypatch):
-    """Off by what 16-bit logits explain, and no more than the slow twin."""
+def test_loss_in_sixteen_bits(dtype, bound, monkeypatch):
+    """The error is explained by 16-bit logits, and no larger than the slow twin's."""
     rows_per_piece(monkeypatch, 7)
     inputs = problem(dtype)
     inputs = (inputs[0] * 0.3, *inputs[1:])
@@ -103,8 +103,9 @@ def test_nothing_supervised_is_zero_with_zero_gradients(loss_of):
     assert torch.equal(d_weight, torch.zeros(V, D).double())
 
 
-def test_cutting_into_micro_batches_changes_nothing():
-    """Sums over a known count: one pass over N tokens equals any number of passes over its parts."""
+def test_splitting_into_micro_batches_changes_nothing():
+    """Sums over a known count: one pass over N tokens equals any number of
+    passes over its parts."""
     hidden, weight, targets = problem()
     count = (targets != IGNORE).sum()
     whole, parts = weight.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -128,11 +129,11 @@ def test_head_tied_to_the_embedding_collects_both_gradients():
     assert torch.allclose(*results, atol=1e-5)
     frozen = weight.clone().requires_grad_()
     cross_entropy_sum(F.embedding(ids, weight).tanh(), frozen, targets).backward()
-    assert not torch.allclose(frozen.grad, results[0], atol=1e-2)           # the embedding's share is not small
+    assert not torch.allclose(frozen.grad, results[0], atol=1e-2)           # the embedding's part is not small
 
 
 @pytest.mark.parametrize("train", ["hidden", "weight"])
-def test_only_one_of_the_two_needs_a_gradient(train):
+def test_only_hidden_states_or_only_the_head_need_a_gradient(train):
     hidden, weight, targets = problem()
     want = run(torch_in_float64, hidden, weight, targets)[1 if train == "hidden" else 2]
     leaf = hidden if train == "hidden" else weight
@@ -143,7 +144,7 @@ def test_only_one_of_the_two_needs_a_gradient(train):
 
 # ---- capped logits (Gemma 2), a head that is computed (Baichuan 2) ----
 
-CAP = 4.0                                                                   # logits here have a spread of 5: it bites
+CAP = 4.0                                                                   # logits have a spread of 5: the cap acts
 
 
 def capped_in_float64(hidden, weight, targets):
@@ -163,7 +164,7 @@ def test_softcap_equals_torch_in_float64(rows, loss_of, monkeypatch):
 
 
 def test_softcap_by_hand():
-    """One token, two words with logits 0 and ln 3, the wrong one ahead: loss and slope worked out with math alone."""
+    """One token, two words with logits 0 and ln 3: loss and gradient worked out with math alone."""
     logit, cap = math.log(3), 0.7
     bent = cap * math.tanh(logit / cap)
     hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[0.0], [logit]])
@@ -175,7 +176,8 @@ def test_softcap_by_hand():
 
 
 def test_softcap_in_sixteen_bits(monkeypatch):
-    """The cap works on float32 logits: bfloat16 is off by what its logits explain, and no more than the slow twin."""
+    """The cap acts on float32 logits: the error is explained by bfloat16 logits, and no larger than
+    the slow twin's."""
     rows_per_piece(monkeypatch, 7)
     inputs = problem(torch.bfloat16)
     wanted = run(capped_in_float64, *inputs)
@@ -192,7 +194,7 @@ def test_softcap_in_sixteen_bits(monkeypatch):
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("softcap", [None, CAP])
 def test_gradient_flows_through_a_computed_head(dtype, bound, softcap, monkeypatch):
-    """A head whose rows are normalised in each pass: the gradient reaches the stored rows."""
+    """A head whose rows are normalized in each pass: the gradient reaches the stored rows."""
     rows_per_piece(monkeypatch, 7)
     hidden, weight, targets = problem(dtype)
 
@@ -212,7 +214,7 @@ def test_gradient_flows_through_a_computed_head(dtype, bound, softcap, monkeypat
 
 
 class Watch(TorchDispatchMode):
-    """Remembers which operations ran, and the largest tensor that any of them made, in elements."""
+    """Records which operations ran, and the number of elements of their largest result."""
 
     def __init__(self):
         super().__init__()
@@ -237,13 +239,13 @@ def test_a_tensor_of_tokens_times_vocabulary_never_exists(monkeypatch):
     n, v, d, rows = 512, 1000, 16, 8
     rows_per_piece(monkeypatch, rows, v)
     hidden, weight, targets = torch.randn(n, d), torch.randn(v, d), torch.randint(0, v, (n,))
-    assert largest(cross_entropy_plain, hidden, weight, targets) >= n * v   # the measure sees what the twin makes
+    assert largest(cross_entropy_plain, hidden, weight, targets) >= n * v   # the twin's tensor is measured
     for loss_of in (cross_entropy_sum, partial(cross_entropy_sum, softcap=CAP)):
         assert largest(loss_of, hidden, weight, targets) <= max(rows * v, n * d, v * d) < n * v / 10
 
 
 def test_evaluation_makes_no_gradients():
-    """A trainable head is no reason to form its gradient where nothing will ask for it."""
+    """A trainable head does not cause its gradient to be formed when none is needed."""
     hidden, weight, targets = problem()
     weight.requires_grad_()
     seen = {}
@@ -256,7 +258,7 @@ def test_evaluation_makes_no_gradients():
     assert probabilities in seen[torch.enable_grad].names and probabilities not in seen[torch.no_grad].names
 
 
-def test_the_head_is_read_a_few_times_only():
+def test_the_head_is_read_only_a_few_times():
     assert chunk_rows(100, 128_256) == 128                       # nearly 64 MiB of float32
     assert chunk_rows(32_768, 128_256) == 32_768 / MAX_CHUNKS
     assert chunk_rows(0, 10 ** 9) == 1
@@ -265,24 +267,25 @@ def test_the_head_is_read_a_few_times_only():
 # ---- log-probabilities of sequences -----------------------------------------------------------------------------
 
 LENGTHS = [13, 1, 20, 26]
-SHARES = torch.tensor([0.5, -2.0, -1.0, 0.25])                  # what each sequence's log-probability is worth
+SHARES = torch.tensor([0.5, -2.0, -1.0, 0.25])                  # weight of each sequence's log-probability
 
 
-def weighed(logps_of, hidden, weight, targets):
-    """A number that depends on every sequence, each otherwise, for `run`."""
+def weighted_sum(logps_of, hidden, weight, targets):
+    """A scalar that depends on every sequence with a different weight, for `run`."""
     return (logps_of(hidden, weight, targets, LENGTHS)[0] * SHARES).sum()
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("rows", [1, 7, 10 * N])
 def test_answer_logps_equal_their_slow_twin(rows, softcap, monkeypatch):
-    """Forward, and backward to hidden states and to a head that learns; and torch in float64 says the same."""
+    """Forward, and backward to hidden states and to a trained head; torch in float64 gives the
+    same."""
     rows_per_piece(monkeypatch, rows)
     inputs = problem()
-    inputs[2][13] = IGNORE                                      # the second sequence has nothing to learn
+    inputs[2][13] = IGNORE                                      # the second sequence has no label
     fast, plain = (partial(f, softcap=softcap) for f in (answer_logps, answer_logps_plain))
-    exact = run(partial(weighed, plain), inputs[0].double(), inputs[1].double(), inputs[2])
-    for found in (run(partial(weighed, fast), *inputs), run(partial(weighed, plain), *inputs)):
+    exact = run(partial(weighted_sum, plain), inputs[0].double(), inputs[1].double(), inputs[2])
+    for found in (run(partial(weighted_sum, fast), *inputs), run(partial(weighted_sum, plain), *inputs)):
         for got, want in zip(found, exact):
             assert (got - want).abs().max() < 1e-5 * max(1, want.abs().max())
     logps, counts = fast(*inputs, LENGTHS)
@@ -291,26 +294,26 @@ def test_answer_logps_equal_their_slow_twin(rows, softcap, monkeypatch):
     assert -logps.sum().item() == pytest.approx(cross_entropy_sum(*inputs, softcap).item(), rel=1e-5)
 
 
-def test_answer_logps_beside_a_frozen_head():
-    """Then the gradient is formed in the forward pass; it is the same one."""
+def test_answer_logps_with_a_frozen_head():
+    """Here the gradient is formed in the forward pass; it is the same."""
     hidden, weight, targets = problem()
-    wanted = run(partial(weighed, answer_logps), hidden, weight, targets)[1]
+    wanted = run(partial(weighted_sum, answer_logps), hidden, weight, targets)[1]
     hidden.requires_grad_()
-    weighed(answer_logps, hidden, weight, targets).backward()
+    weighted_sum(answer_logps, hidden, weight, targets).backward()
     assert weight.grad is None and (hidden.grad - wanted).abs().max() < 1e-6
 
 
 def test_answer_logps_in_sixteen_bits():
     inputs = problem(torch.bfloat16)
-    for got, want in zip(run(partial(weighed, answer_logps), *inputs),
-                         run(partial(weighed, answer_logps_plain), *[t.float() if t.is_floating_point() else t for t in inputs])):
+    for got, want in zip(run(partial(weighted_sum, answer_logps), *inputs),
+                         run(partial(weighted_sum, answer_logps_plain), *[t.float() if t.is_floating_point() else t for t in inputs])):
         assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_answer_logps_of_nothing_have_zero_gradients():
-    """As a rank has them that only keeps others company (scale/fsdp.py)."""
+    """As on a rank that runs filler batches (scale/fsdp.py)."""
     hidden, weight, _ = problem()
-    loss, d_hidden, d_weight = run(partial(weighed, answer_logps), hidden, weight, torch.full((N,), IGNORE))
+    loss, d_hidden, d_weight = run(partial(weighted_sum, answer_logps), hidden, weight, torch.full((N,), IGNORE))
     assert loss == 0 and not d_hidden.any() and not d_weight.any()
 
 

@@ -1,7 +1,4 @@
-"""matmul.py: all functions agree; one that is wrong, refused or hardly faster is not taken.
-
-Requires: fast/matmul.py.
-"""
+"""fast/matmul.py: all functions agree; wrong, failing or hardly faster ones are not picked."""
 import torch
 
 from fast import matmul
@@ -19,7 +16,7 @@ def test_matmuls_agree_for_both_layouts():
             assert torch.allclose(product(x, W.T.contiguous().T), x @ W.T, atol=1e-4)
 
 
-def test_a_matmul_that_is_wrong_or_refused_is_never_taken(monkeypatch):
+def test_a_wrong_or_failing_matmul_is_not_picked(monkeypatch):
     def refused(x, W, bias=None):
         raise RuntimeError("no such thing here\nmore")
 
@@ -32,7 +29,7 @@ def test_a_matmul_that_is_wrong_or_refused_is_never_taken(monkeypatch):
     assert "other: no such thing here" in choice.lines[0]
 
 
-def test_the_fastest_is_taken_if_it_is_clearly_faster(monkeypatch):
+def test_the_fastest_is_picked_if_clearly_faster(monkeypatch):
     times = {"torch": 1.0, "onednn": 0.8}
     real = dict(MATMULS)
     monkeypatch.setattr(matmul, "shortest", lambda call: times[_name_of(call, real)])

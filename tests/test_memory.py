@@ -1,9 +1,7 @@
-"""Memory plans against the bytes that a real step holds.
+"""runtime/memory.py: memory plans against the bytes that a real step holds.
 
 `Live` sees every tensor that torch creates and counts the storages that are alive, so the
 measurement does not depend on the formula.
-
-Requires: runtime/memory.py.
 """
 import weakref
 from contextlib import nullcontext
@@ -232,7 +230,7 @@ def test_activations_of_the_fast_path(name, lora, dtype):
             )
 
 
-def test_activations_of_blocks_that_keep_differently():
+def test_activations_of_mixed_recomputation():
     for levels in (
         ["mlp", "mlp", "none", "none"],
         ["block", "mlp", "mlp", "mlp"],
@@ -246,8 +244,8 @@ def test_activations_of_blocks_that_keep_differently():
 
 @pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)), ids=("nf4", "int8"))
 @pytest.mark.parametrize("name", ("llama", "gemma2", "mixtral"))
-def test_activations_beside_a_quantised_base(name, form):
-    """As beside a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
+def test_activations_over_a_quantized_base(name, form):
+    """As over a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
     for fast in (True, False):
         for level in ("none", "block") + (("mlp",) if fast and name != "mixtral" else ()):
@@ -304,7 +302,7 @@ def test_weights_gradients_and_optimizer_are_exact(name):
         (dict(finetuning_type="full", pure_bf16=True), 2, 2),
     ],
 )
-def test_weights_of_other_ways_to_train(settings, weights, trained):
+def test_weights_of_other_methods(settings, weights, trained):
     """weights, trained: bytes per frozen and per trained number."""
     config = Config(bf16=True, **settings)
     model_config = small_config("llama")
@@ -328,7 +326,7 @@ def test_weights_of_other_ways_to_train(settings, weights, trained):
     assert plan.optimizer == 2 * trained * count + 4 * len(trained_weights)
 
 
-def test_the_figures_that_are_known_of_a_large_model():
+def test_known_sizes_of_llama_3_8b():
     """Llama 3 8B has 8,030,261,248 parameters (model card); rank 16 adds 41,943,040 (PEFT)."""
     llama = model_config(LLAMA3_8B)
     lora = LoRAConfig(r=16)
@@ -345,7 +343,7 @@ def test_the_figures_that_are_known_of_a_large_model():
 @pytest.mark.parametrize(
     "form", (QuantFormat("nf4"), QuantFormat("nf4", nested=0), QuantFormat("fp4", 128), QuantFormat("int8", nested=0)), ids=str
 )
-def test_quantised_weights_are_counted_to_the_byte(form):
+def test_quantized_weights_are_counted_to_the_byte(form):
     for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
         model_config = small_config(name)
         model = attach_lora(
@@ -368,7 +366,7 @@ def test_quantised_weights_are_counted_to_the_byte(form):
         )
 
 
-def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half_gigabytes():
+def test_qlora_of_an_8b_model_fits_in_six_and_a_half_gigabytes():
     llama = model_config(LLAMA3_8B)
     config = Config()
     plan = memory_plan(
@@ -384,8 +382,8 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
             quant_formats=all_in(QuantFormat("nf4"), llama),
         ),
     )
-    blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # numbers of their matrices
-    embedding = 128256 * 4096 * 2  # bytes; in main memory, beside as large a head
+    blocks = 32 * (4096 * (4096 + 1024) * 2 + 3 * 4096 * 14336)  # parameters of their matrices
+    embedding = 128256 * 4096 * 2  # bytes; in main memory, as the head of the same size
     assert plan.weights == pytest.approx(blocks * 4.127 / 8 + embedding, rel=2e-3)
     assert plan.total < 6.5e9
     roomy = memory_plan(config, replace(plan.workload, recompute=["none"] * 32))
@@ -398,7 +396,7 @@ def test_an_8b_model_in_4_bits_trains_at_2048_tokens_in_less_than_six_and_a_half
     assert any(line.startswith("quantization_bit: 4 (") for line in advice(plain, int(8e9), config))
 
 
-def test_sharding_divides_what_lasts():
+def test_sharding_divides_weights_gradients_and_optimizer_state():
     model_config = small_config("llama", num_hidden_layers=40)
     one, four, eight = (
         planned(model_config, None, F32, "sdpa-flash", True, [[64]], world=n, sharded=n > 1)
@@ -424,7 +422,7 @@ def test_the_largest_micro_batch():
 
 
 def long_run(**settings):
-    """A plan and the config it was made for: full fine-tuning with everything that takes room."""
+    """A plan and its config: full fine-tuning with everything that takes memory."""
     config = Config(
         **{
             **dict(
@@ -448,7 +446,7 @@ def test_the_table_on_the_start_page():
     plan, _ = long_run()
     lines = plan_lines(plan, 2 * plan.total)
     assert "2,048 tokens (rows: 4)" in lines[0] and lines[-1].endswith("free: fits")
-    assert not any("frozen" in line for line in lines)  # nothing is, here
+    assert not any("frozen" in line for line in lines)  # nothing is frozen here
     assert plan_lines(plan, plan.total)[-1].endswith("tight")
     assert plan_lines(plan, plan.total - 1)[-1].endswith("does not fit")
     assert "free" not in plan_lines(plan, None)[-1]

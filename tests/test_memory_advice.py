@@ -1,7 +1,4 @@
-"""Free memory read from /proc and control groups; advice against the plan that it leads to.
-
-Requires: runtime/memory_advice.py.
-"""
+"""runtime/memory_advice.py: free memory from /proc and control groups; advice against its plan."""
 from dataclasses import replace
 
 import pytest
@@ -66,10 +63,10 @@ def test_memory_of_this_machine():
 def test_no_advice_where_it_fits_or_memory_is_unknown():
     plan, config = long_run()
     assert advice(plan, None, config) == advice(plan, 2 * plan.total, config) == []
-    assert advice(plan, plan.total, config) != []  # nothing is left for scratch
+    assert advice(plan, plan.total, config) != []  # no memory is left for temporaries
 
 
-def test_advice_names_single_changes_and_what_they_come_to():
+def test_advice_names_single_changes_and_their_totals():
     plan, config = long_run()
     lines = advice(plan, int(0.97 * plan.total), config)
     assert [line.partition(":")[0] for line in lines] == [
@@ -89,7 +86,7 @@ def test_advice_names_single_changes_and_what_they_come_to():
         assert line.endswith(f" ({other.total / 2**20:.4g} MiB)")
 
 
-def test_advice_that_is_followed_is_followed_by_none():
+def test_following_the_advice_leads_to_a_plan_that_fits():
     plan, config = long_run(flash_attn="auto", disable_gradient_checkpointing=False)
     available = int(0.8 * plan.total)
     assert advice(plan, available, config)[0].startswith("per_device_train_batch_size: ")
@@ -103,7 +100,7 @@ def test_advice_that_is_followed_is_followed_by_none():
         assert advice(larger, available, config) != []
 
 
-def test_where_weights_take_the_room_adapters_are_the_advice():
+def test_adapters_are_the_advice_where_weights_take_the_memory():
     config = Config(finetuning_type="full", per_device_train_batch_size=1)
     model_config = small_config("llama", hidden_size=512, intermediate_size=1408)
     plan = memory_plan(config, Workload(model_config, None, [[64]], F32, "sdpa-flash", "cpu"))
@@ -111,7 +108,7 @@ def test_where_weights_take_the_room_adapters_are_the_advice():
     assert line.startswith("finetuning_type: lora (")
 
 
-def test_several_changes_together_and_none_at_all():
+def test_combined_changes_and_none_at_all():
     plan, config = long_run()
     least = long_run(
         finetuning_type="lora", disable_gradient_checkpointing=False, flash_attn="auto"
@@ -122,7 +119,7 @@ def test_several_changes_together_and_none_at_all():
     assert "no settings are enough" in line and "finetuning_type: lora" in line
 
 
-def test_a_shorter_cutoff_cuts_rows_from_their_end():
+def test_a_shorter_cutoff_truncates_rows_at_their_end():
     row = [5, 4, 3]
     assert truncate_row(row, 20) == row
     assert truncate_row(row, 9) == [5, 4]
@@ -137,7 +134,7 @@ def test_the_message_when_memory_runs_out():
     assert out_of_memory(MemoryError())
     assert not out_of_memory(RuntimeError("shapes differ"))
     plan, config = long_run()
-    for available in (None, plan.total // 2, 10 * plan.total):  # also where the plan was too small
+    for available in (None, plan.total // 2, 10 * plan.total):  # also where the plan was too low
         text = explain_oom(
             torch.OutOfMemoryError("CUDA out of memory. Tried.\nMore"), plan, available, config
         )

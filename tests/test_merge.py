@@ -1,5 +1,4 @@
-"""merge.py: its weights against recorded ones, its checkpoints in transformers, its memory, and
-what may go wrong."""
+"""merge.py: recorded weights, its checkpoints in transformers, its memory, and mistakes."""
 import json
 import math
 import os
@@ -95,7 +94,7 @@ def test_llama_factory_yaml_gives_the_same_bytes(case, tmp_path, monkeypatch):
 
 
 def in_transformers(folder):
-    """The folder opened by transformers, which must find every tensor it wants and no other."""
+    """The folder loaded by transformers, without a missing or unexpected tensor."""
     transformers = pytest.importorskip("transformers")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, dtype="auto", attn_implementation="eager"
@@ -215,7 +214,7 @@ def test_sums_are_rounded_once_and_extra_tensors_are_carried(tmp_path, monkeypat
             )
             if name in extra:
                 assert torch.equal(after[name], weight)
-            elif dtype is None:  # the nearest bfloat16, nearly everywhere
+            elif dtype is None:  # the nearest bfloat16, almost everywhere
                 assert (after[name] == want.float().bfloat16()).float().mean() > 0.99
 
 
@@ -232,7 +231,7 @@ def test_without_an_adapter_the_weights_are_converted(tmp_path):
 # ---- families with names of their own ----
 
 
-def adapted(base, folder, targets=None, size=0.05, **fields):
+def random_adapter(base, folder, targets=None, size=0.05, **fields):
     """A random adapter of `base` in `folder`, and the model with it; targets: all linear layers,
     experts among them."""
     model = load_model(base, torch.float32)
@@ -245,9 +244,9 @@ def adapted(base, folder, targets=None, size=0.05, **fields):
     return model
 
 
-def sum_by_hand(name, weight, tensors):
-    """The float32 tensor that base and adapter add up to, by PEFT's formulas, or None where the
-    adapter has no part."""
+def merged_by_hand(name, weight, tensors):
+    """The float32 sum of base and adapter by PEFT's formulas, or None where the adapter has no
+    part."""
     module = f"base_model.model.{name.removesuffix('.weight')}"
     if name.endswith(
         ("experts.gate_up_proj", "experts.down_proj")
@@ -266,17 +265,17 @@ def sum_by_hand(name, weight, tensors):
 
 @needs_shared
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_family_merges_under_the_names_of_its_files(name, tmp_path):
-    """Names, their order, shapes and dtypes are the base's; what is not adapted (a part that reads
-    images, buffers, the raw rows of a normalised head) is the base's bit for bit."""
+def test_every_family_keeps_the_names_of_its_files(name, tmp_path):
+    """Names, order, shapes and dtypes are the base's; tensors that are not adapted (of a vision
+    model, buffers, the raw rows of a normalized head) are copied bit for bit."""
     base = checkpoint_of(name, tmp_path / "base")
-    model = adapted(base, tmp_path / "adapter")
+    model = random_adapter(base, tmp_path / "adapter")
     merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out", shard_bytes=200_000)
     before, after = tensors_in(base), tensors_in(tmp_path / "out")
     assert list(tensor_files(tmp_path / "out")) == list(tensor_files(base))
     tensors, changed = load_file(tmp_path / "adapter/adapter_model.safetensors"), 0
     for key, weight in before.items():
-        want = sum_by_hand(key, weight, tensors)
+        want = merged_by_hand(key, weight, tensors)
         assert (after[key].shape, after[key].dtype) == (weight.shape, weight.dtype)
         if want is None:
             assert torch.equal(after[key], weight), key
@@ -303,7 +302,7 @@ def test_sums_of_16_bit_bases_in_shards_are_rounded_once(name, dtype, tmp_path):
     write_tensors(base, shapes, lambda key: [weights[key]], 150_000)
     shutil.copyfile(source / "config.json", base / "config.json")
     assert len(set(tensor_files(base).values())) > 1
-    adapted(base, tmp_path / "adapter")
+    random_adapter(base, tmp_path / "adapter")
     merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
     after, tensors = (
         tensors_in(tmp_path / "out"),
@@ -311,10 +310,10 @@ def test_sums_of_16_bit_bases_in_shards_are_rounded_once(name, dtype, tmp_path):
     )
     assert after.keys() == weights.keys() and {t.dtype for t in after.values()} == {dtype}
     for key, weight in weights.items():
-        want = sum_by_hand(key, weight, tensors)
+        want = merged_by_hand(key, weight, tensors)
         if want is None:
             assert torch.equal(after[key], weight)
-        else:  # a sum in float32 rounds otherwise now and then
+        else:  # a sum in float32 is rounded differently at times
             assert (after[key] == want.to(dtype)).float().mean() > 0.99, key
 
 
@@ -328,9 +327,9 @@ def test_sums_of_16_bit_bases_in_shards_are_rounded_once(name, dtype, tmp_path):
         ("llama4", ["experts", "router"]),
     ],
 )
-def test_modules_trained_whole_replace_those_of_the_base(name, whole, tmp_path):
+def test_modules_to_save_replace_those_of_the_base(name, whole, tmp_path):
     base = checkpoint_of(name, tmp_path / "base")
-    model = adapted(base, tmp_path / "adapter", ["all"], modules_to_save=whole)
+    model = random_adapter(base, tmp_path / "adapter", ["all"], modules_to_save=whole)
     merge_checkpoint(base, [tmp_path / "adapter"], tmp_path / "out")
     tensors, after = (
         load_file(tmp_path / "adapter/adapter_model.safetensors"),
@@ -358,7 +357,7 @@ def test_tied_heads_by_vendors_names(config, head, embedding, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     for number, (whole, apart) in enumerate([([], False), ([head], True), ([embedding], True)]):
         adapter, out = tmp_path / f"adapter{number}", tmp_path / f"out{number}"
-        model = adapted(base, adapter, modules_to_save=whole)
+        model = random_adapter(base, adapter, modules_to_save=whole)
         merge_checkpoint(base, [adapter], out)
         assert set(tensor_files(out)) - set(tensor_files(base)) == (
             {f"{head}.weight"} if apart else set()
@@ -369,11 +368,10 @@ def test_tied_heads_by_vendors_names(config, head, embedding, tmp_path):
 
 
 @needs_shared
-def test_both_forms_of_stacked_adapters_merge_alike(tmp_path):
-    """PEFT 0.20 and newer write A and B of stacks in each other's place; B'[i, r, e] A'[e, r, o] is
-    the same sum."""
+def test_both_layouts_of_stacked_adapters_merge_alike(tmp_path):
+    """PEFT 0.20 and newer swap A and B of stacks; B'[i, r, e] A'[e, r, o] is the same sum."""
     base = GOLDEN / "models" / "llama4"
-    model = adapted(base, tmp_path / "older", ["experts"])
+    model = random_adapter(base, tmp_path / "older", ["experts"])
     shutil.copytree(tmp_path / "older", tmp_path / "newer")
     tensors = load_file(tmp_path / "older/adapter_model.safetensors")
     for key in [key for key in tensors if "lora_A" in key]:
@@ -423,9 +421,11 @@ def test_a_pickled_base_becomes_safetensors(shards, tmp_path):
 
 
 def peak_of_merging(base, adapter, out, shard_bytes):
-    """Bytes that merging adds to the peak of a process of its own. VmHWM is the child's own peak;
-    its ru_maxrss would begin at that of the process it was forked from, and hide everything
-    below."""
+    """Bytes that merging adds to the peak of a separate process.
+
+    VmHWM is the child's own peak; its ru_maxrss would begin at that of the process it was forked
+    from, and hide everything below.
+    """
     code = (
         "import sys, merge\n"
         "lines = lambda: open('/proc/self/status')\n"
@@ -463,7 +463,7 @@ def peak_of_merging(base, adapter, out, shard_bytes):
         ),
     ],
 )
-def test_memory_of_stacked_experts_stays_small(suffix, tmp_path):
+def test_memory_of_merging_stacked_experts(suffix, tmp_path):
     """0.3 GB, most of it in three stacks of 67 MB and three of 34 MB, all adapted."""
     fields = dict(
         model_type="llama4_text",
@@ -580,7 +580,7 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
         [sys.executable, "-c", code, base, adapter, out], cwd=ROOT, capture_output=True
     )
     assert killed.returncode == -signal.SIGKILL and not out.exists()
-    assert (tmp_path / "out.partial/model.safetensors").is_file()  # it was in the middle of writing
+    assert (tmp_path / "out.partial/model.safetensors").is_file()  # while it was writing
 
     merge_checkpoint(base, [adapter], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
@@ -592,7 +592,7 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "merged_weight", interrupt)
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(base, [adapter], out, overwrite=True)
-    assert (out / "model.safetensors").read_bytes() == whole  # what was there before is still there
+    assert (out / "model.safetensors").read_bytes() == whole  # the earlier result is kept
     os.replace(out, tmp_path / "out.old")  # as if killed between the two renames
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(base, [adapter], out, overwrite=True)
@@ -625,8 +625,7 @@ def test_files_that_are_carried_along(tmp_path):
         for p in (tmp_path / "tuned").iterdir()
         if p.suffix in (".json", ".jinja")
     }
-    # a special_tokens_map.json of the base beside the adapter's tokenizer would bring the old
-    # tokens back
+    # the base's special_tokens_map.json would restore the old tokens
     assert {name for name, text in found.items() if text == "adapter"} == set(of_the_adapter)
     assert found["generation_config.json"] == "base" and "special_tokens_map.json" not in found
 
@@ -641,9 +640,9 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
         "output_dir: saves/run\nlearning_rate: 1e-4\ntrust_remote_code: true\n"
     )
     merge.main(["--config", "train.yaml", "export_dir=out"])
-    said = capsys.readouterr().out
-    assert "template  qwen" in said and "warning: it says it was trained on org/other-name" in said
-    assert "out: 2 files" in said and "21 tensors read back" in said and "trust_remote_code" in said
+    printed = capsys.readouterr().out
+    assert "template  qwen" in printed and "warning: it says it was trained on org/other-name" in printed
+    assert "out: 2 files" in printed and "21 tensors read back" in printed and "trust_remote_code" in printed
     with pytest.raises(
         ValueError,
         match="template: llama3, but saves/run was trained with qwen.*force_template: true",
@@ -663,7 +662,7 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
     (adapter / "train_config.json").write_text(
         '{"adapter_name_or_path": ["saves/under"], "create_new_adapter": true}'
     )
-    merge.main(["train.yaml", "export_dir=both"])  # what it was trained on top of is added first
+    merge.main(["train.yaml", "export_dir=both"])  # adapters it was trained on top of are added first
     merge_checkpoint(base, [under, adapter], "same")
     assert all(
         torch.equal(tensors_in("both")[name], tensor) for name, tensor in tensors_in("same").items()
@@ -680,9 +679,9 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
 
 
 @needs_shared
-def test_replies_end_where_the_stored_template_ends_them(tmp_path):
-    """The base knew another end of text; nothing but the adapter's train_config.json tells of the
-    chat format."""
+def test_stop_tokens_of_the_stored_template(tmp_path):
+    """The base has another stop token; only the adapter's train_config.json
+    names the chat format."""
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "curves/tiny_llama3", base)
     (base / "generation_config.json").write_text('{"eos_token_id": 1001}')
@@ -708,7 +707,7 @@ def test_replies_end_where_the_stored_template_ends_them(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_error_on_the_command_line_is_one_sentence(tmp_path):
+def test_an_error_on_the_command_line_is_one_line(tmp_path):
     base = base_with(tmp_path / "base")
     settings = [
         f"model_name_or_path={base}",
@@ -727,7 +726,7 @@ def test_error_on_the_command_line_is_one_sentence(tmp_path):
 # ---- what a user may get wrong ----
 
 
-def test_where_it_does_not_write(tmp_path, monkeypatch):
+def test_folders_that_are_not_overwritten(tmp_path, monkeypatch):
     base = base_with(tmp_path / "models/base")
     adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
     for place, words in (
@@ -739,7 +738,7 @@ def test_where_it_does_not_write(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             merge_checkpoint(base, [adapter], place, overwrite=True)
     out.mkdir()
-    merge_checkpoint(base, [adapter], out)  # an empty folder is no obstacle
+    merge_checkpoint(base, [adapter], out)  # an empty folder is allowed
     with pytest.raises(ValueError, match="is not empty.*overwrite: true"):
         merge_checkpoint(base, [adapter], out)
     merge_checkpoint(base, [], out, overwrite=True)
@@ -756,7 +755,7 @@ def test_where_it_does_not_write(tmp_path, monkeypatch):
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-BAD = {  # what is changed in the adapter: words of the message
+BAD = {  # changes of the adapter: words of the message
     "a tensor too many": (
         dict(
             add=[("base_model.model.model.layers.9.mlp.up_proj.lora_A.weight", torch.ones(4, 32))]
@@ -782,7 +781,7 @@ BAD = {  # what is changed in the adapter: words of the message
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_adapters_that_do_not_fit(case, tmp_path):
+def test_adapters_that_do_not_fit_are_refused(case, tmp_path):
     base, (changes, words) = base_with(tmp_path / "base"), BAD[case]
     with pytest.raises(ValueError, match=f"(?s){words}"):
         merge_checkpoint(
@@ -791,7 +790,7 @@ def test_adapters_that_do_not_fit(case, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
-def test_files_that_are_damaged_or_missing(tmp_path):
+def test_damaged_and_missing_files(tmp_path):
     base = base_with(tmp_path / "base", shard_bytes=20_000)
     adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
     other = base_with(tmp_path / "other", hidden_size=40, intermediate_size=48)
@@ -838,7 +837,7 @@ def test_files_that_are_damaged_or_missing(tmp_path):
     assert not out.exists()
 
 
-# ---- adapters that learnt beside a base in 4 or 8 bits ----------------------------------------
+# ---- adapters of a base in 4 or 8 bits ----------------------------------------
 
 
 QUANT = GOLDEN / "quant"
@@ -846,7 +845,7 @@ QUANT = GOLDEN / "quant"
 
 @needs_shared
 @pytest.mark.parametrize("name", [p.name for p in sorted(QUANT.glob("lora_*"))])
-def test_recorded_adapters_of_4_bit_bases_merge_into_the_dequantised_weights(name, tmp_path):
+def test_recorded_adapters_of_4_bit_bases_merge_into_dequantized_weights(name, tmp_path):
     adapter, want = QUANT / name, load_file(QUANT / name / "expected.safetensors")
     base = (
         adapter
@@ -872,9 +871,9 @@ def test_recorded_adapters_of_4_bit_bases_merge_into_the_dequantised_weights(nam
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, tmp_path, capsys):
-    """The adapter's train_config.json tells; every linear layer but the head is what training saw,
-    adapted or not."""
+def test_a_base_quantized_on_load_is_merged_dequantized_or_original(kind, tmp_path, capsys):
+    """The adapter's train_config.json tells which; every linear layer but the head is as in
+    training, adapted or not."""
     base = base_with(tmp_path / "base", torch.bfloat16)
     adapter, bits = adapter_with(tmp_path / "adapter", base), 4 if kind == "nf4" else 8
     (adapter / "train_config.json").write_text(json.dumps({"quantization_bit": bits, "bf16": True}))
@@ -910,7 +909,7 @@ def test_a_base_quantised_on_load_is_merged_as_it_was_trained_or_as_it_is(kind, 
     )
 
 
-def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_path):
+def test_a_quantized_checkpoint_is_dequantized_and_has_no_original(tmp_path):
 
     folder = write_quantized(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("fp4", 128))
     merge_checkpoint(folder, [], tmp_path / "plain")
@@ -929,7 +928,7 @@ def test_a_quantised_checkpoint_becomes_an_ordinary_one_and_has_no_original(tmp_
 
 @needs_shared
 def test_losses_of_base_adapter_and_merged_are_shown(tmp_path, monkeypatch, capsys):
-    """Against the losses that evaluation in training reports on the same rows."""
+    """Against the losses of evaluation during training on the same rows."""
     run_recorded(
         "sft_llama3",
         tmp_path / "out",

@@ -29,7 +29,7 @@ def test_logits_and_loss_equal_the_reference(name, kernel):
         pytest.skip("SDPA has no softcap")
     model.kernel = kernel
     logits = model.logits(model(want["input_ids"]))
-    real = want["attention_mask"].bool()                                  # right padding: causal rows never look at it
+    real = want["attention_mask"].bool()                                  # right padding: causal rows do not attend to it
     assert (logits - want["logits"])[real].abs().max() < 1e-4
     labels = want["labels"][:, 1:]
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten(), ignore_index=-100)
@@ -95,7 +95,7 @@ CHOSEN = {       # (tokens, 3) experts
 
 
 def experts_of(fields):
-    """A layer of experts with weights of common size, that can be trained."""
+    """A layer of experts with weights of ordinary size, all trainable."""
     block = MoE(model_config(fields)).double()
     generator = torch.Generator().manual_seed(5)
     for p in block.parameters():
@@ -124,7 +124,8 @@ def test_grouped_experts_equal_one_by_one(fields, chosen, scale_input):
 
 
 def test_experts_in_16_bits():
-    """Both ways round each expert's output to 16 bits and sum k of them: they differ by less than k roundings."""
+    """Both ways round each expert's output to 16 bits and sum k of them: they differ by less than k
+    roundings."""
     block, x = experts_of(MOE).bfloat16(), torch.randn(40, 32, generator=torch.Generator().manual_seed(7)).bfloat16()
     chosen, weights = block.route(block.gate(x))
     assert weights.dtype == torch.bfloat16
@@ -144,8 +145,8 @@ def test_routing_by_hand(fields, want):
     assert chosen.tolist() == [[3, 1, 4]] and torch.allclose(weights, torch.tensor([want]))
 
 
-def test_balance_of_experts_by_hand():
-    even = torch.eye(4) * 50                            # four tokens, each surely to an expert of its own
+def test_balance_loss_by_hand():
+    even = torch.eye(4) * 50                            # four tokens, each routed to another expert
     assert abs(balance_loss([even], 1) - 1) < 1e-6
     assert abs(balance_loss([torch.zeros(8, 4), torch.zeros(4, 4)], 2) - 2) < 1e-6       # no preference: k
     assert abs(balance_loss([even[:1].repeat(5, 1)], 1) - 4) < 1e-6                      # all to one of four: E

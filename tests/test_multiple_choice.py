@@ -1,5 +1,4 @@
-"""evals/multiple_choice.py: letters recorded from LLaMA-Factory's evaluator, files in the layouts
-of MMLU, C-Eval and CMMLU."""
+"""evals/multiple_choice.py: LLaMA-Factory's recorded answers; layouts of MMLU, C-Eval and CMMLU."""
 import csv
 import importlib
 import json
@@ -11,7 +10,7 @@ import pytest
 from evals.multiple_choice import accuracies, find_subjects, read_questions
 from tests.common import GOLDEN, needs_shared
 
-evaluation = importlib.import_module("eval")  # the builtin of that name stays what it is
+evaluation = importlib.import_module("eval")  # keeps the builtin of that name
 CURVES = GOLDEN / "curves"
 WORDS = (
     "name assistant model water fire sky green colour day week number school friend hello moon "
@@ -22,7 +21,7 @@ SUBJECTS = {
     "world_history": ("world history", "Humanities"),
     "marketing": ("marketing", "Other"),
 }
-# what LLaMA-Factory 0.9.5's evaluator chose on the questions of `mmlu` below: tiny_llama3 with
+# the answers of LLaMA-Factory 0.9.5's evaluator to the questions of `mmlu` below: tiny_llama3 with
 # sft_llama3's adapter, template llama3, without examples and with two (its shuffling of examples
 # turned off)
 RECORDED = {
@@ -33,7 +32,7 @@ RECORDED = {
 
 @pytest.fixture(scope="module")
 def mmlu(tmp_path_factory):
-    """A folder `evaluation` with invented questions, as MMLU's files lie."""
+    """A folder `evaluation` with invented questions in the layout of MMLU's files."""
     draw, folder = random.Random(0), tmp_path_factory.mktemp("mc") / "evaluation"
     for split, count in (("dev", 2), ("test", 9)):
         (folder / "mmlu" / split).mkdir(parents=True)
@@ -52,7 +51,7 @@ def mmlu(tmp_path_factory):
     return folder
 
 
-def measured(folder, *pairs):
+def run_eval(folder, *pairs):
     evaluation.main(
         [
             f"model_name_or_path={CURVES}/tiny_llama3",
@@ -70,8 +69,8 @@ def measured(folder, *pairs):
 @needs_shared
 @pytest.mark.parametrize("shots", RECORDED)
 @pytest.mark.parametrize("size", [1, 4])
-def test_recorded_letters(mmlu, tmp_path, shots, size):
-    found = measured(
+def test_recorded_answers(mmlu, tmp_path, shots, size):
+    found = run_eval(
         tmp_path / "out",
         "task=mmlu_test",
         f"task_dir={mmlu}",
@@ -88,12 +87,12 @@ def test_recorded_letters(mmlu, tmp_path, shots, size):
 
 
 @needs_shared
-def test_examples_give_way_where_the_context_is_short(mmlu, tmp_path, capsys):
+def test_few_shot_examples_are_dropped_where_the_context_is_short(mmlu, tmp_path, capsys):
     base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "short")
     (base / "config.json").chmod(0o644)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 170}))
-    found = measured(
+    found = run_eval(
         tmp_path / "out",
         "task=mmlu_test",
         f"task_dir={mmlu}",
@@ -106,7 +105,7 @@ def test_examples_give_way_where_the_context_is_short(mmlu, tmp_path, capsys):
     } == {9}
 
 
-def test_the_layouts(tmp_path):
+def test_layouts_of_the_files(tmp_path):
     """C-Eval's header with ids and explanations, CMMLU's with capitals, none; a file, a folder, a
     folder of folders."""
     texts = {
@@ -166,20 +165,20 @@ def test_mistakes_are_named(tmp_path):
 
 
 @needs_shared
-def test_results_are_not_written_over(mmlu, tmp_path):
+def test_results_are_not_overwritten(mmlu, tmp_path):
     with pytest.raises(ValueError, match="exists already"):
-        measured(tmp_path, "task=mmlu_test", f"task_dir={mmlu}")
+        run_eval(tmp_path, "task=mmlu_test", f"task_dir={mmlu}")
 
 
 def test_averages(mmlu):
-    """Of categories and of all, every question counts the same."""
+    """By category and over all questions, each question with the same weight."""
     subjects = find_subjects("mmlu_test", str(mmlu))
     subjects[0].category = subjects[1].category
-    said = {
+    answers = {
         subject.name: [question.answer for question in subject.questions] for subject in subjects
     }
-    said[subjects[0].name] = ["x"] * 9
+    answers[subjects[0].name] = ["x"] * 9
     subjects[1].questions = subjects[1].questions[:3]
-    found = accuracies(subjects, said)
+    found = accuracies(subjects, answers)
     assert found[subjects[0].name] == 0 and found[subjects[1].name] == 100
     assert found[subjects[0].category] == 25 and found["Average"] == pytest.approx(100 * 12 / 21)

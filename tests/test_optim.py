@@ -43,7 +43,7 @@ def test_recorded_schedule(line):
 
 @needs_shared
 def test_recorded_wsd_splits_are_the_defaults():
-    """LLaMA-Factory filled num_stable_steps and num_decay_steps in; left out, ours become the same."""
+    """LLaMA-Factory filled num_stable_steps and num_decay_steps in; our defaults are the same."""
     lines = [line for line in RECORDED if line["lr_scheduler_type"] == "warmup_stable_decay"]
     assert len(lines) == 4
     for line in lines:
@@ -57,7 +57,7 @@ def test_recorded_wsd_splits_are_the_defaults():
 @needs_shared
 @pytest.mark.parametrize("run", PUBLISHED, ids=[run["name"] for run in PUBLISHED])
 def test_learning_rates_of_a_published_run(run):
-    """Cosine runs of 51, 300 and 222 steps on real machines; one logs the rate of the step to come."""
+    """Cosine runs of 51, 300 and 222 steps on real machines; one logs the rate of the next step."""
     config = Config(lr_scheduler_type="cosine", learning_rate=run["learning_rate"], warmup_ratio=run["warmup_ratio"])
     factor = lr_schedule(config, run["total_steps"])
     ahead = run["learning_rate_logged"].startswith("after")
@@ -100,7 +100,7 @@ def test_every_schedule_of_the_config_is_here():
     (None, 0, 100, 0), (0.1, 0, 12, 2), (0.1, 0, 222, 23), (None, 7, 100, 7), (None, 0.03, 100, 3),
     (None, 0.03, 101, 4),
 ])
-def test_warmup_is_a_share_rounded_up_or_a_count(ratio, steps, total, want):
+def test_warmup_is_a_fraction_rounded_up_or_a_count(ratio, steps, total, want):
     assert warmup_steps(Config(warmup_ratio=ratio, warmup_steps=steps), total) == want
 
 
@@ -113,7 +113,7 @@ def test_warmup_is_a_share_rounded_up_or_a_count(ratio, steps, total, want):
     ("cosine", {"num_cycles": "many"}, "num_cycles: 'many' is not a number"),
     ("polynomial", {"power": None}, "power: None is not a number"),
 ])
-def test_arguments_that_make_no_sense(kind, kwargs, words):
+def test_invalid_arguments_of_a_schedule(kind, kwargs, words):
     with pytest.raises(ValueError, match=words):
         lr_schedule(Config(lr_scheduler_type=kind, lr_scheduler_kwargs=kwargs), 10)
 
@@ -149,13 +149,14 @@ def test_lora_is_one_decayed_group():
 
 
 def test_lora_plus_groups():
-    """LLaMA-Factory: A and whole matrices at the base rate, B at ratio times it, norms at that too, all with decay."""
+    """As LLaMA-Factory: A and full matrices at the base rate, B and norms at ratio times it, all
+    with decay."""
     named = trainable(attach_lora(tiny(), LoRAConfig(modules_to_save=["lm_head", "model.norm"])))
     groups = named_groups(named, Config(learning_rate=1e-3, weight_decay=0.1, loraplus_lr_ratio=16.0))
     slow = {name for name in named if "lora_A" in name} | {"lm_head.weight"}
     fast = {name for name in named if "lora_B" in name} | {"model.norm.weight"}
     assert [(pytest.approx(lr), decay, names) for lr, decay, names in groups] == [(1e-3, 0.1, slow), (16e-3, 0.1, fast)]
-    assert groups[0][0] == 1e-3                                            # the rate that the logs show
+    assert groups[0][0] == 1e-3                                            # the logged rate
 
 
 def test_lora_plus_without_ratio_is_off():
@@ -164,7 +165,8 @@ def test_lora_plus_without_ratio_is_off():
 
 
 def test_first_step_is_adamw_by_hand():
-    """arXiv:1711.05101, algorithm 2, at t = 1: both corrected moments are the gradient and its square."""
+    """arXiv:1711.05101, algorithm 2, at t = 1: the corrected moments are the gradient and its
+    square."""
     torch.manual_seed(0)
     w, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
     config = Config(learning_rate=0.1, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
@@ -178,8 +180,8 @@ def test_first_step_is_adamw_by_hand():
 
 
 @pytest.mark.parametrize("update", ("adamw", "adamw_plain"))
-def test_our_adamw_is_that_of_torch(update):
-    """Ten steps of two groups; a parameter without a gradient stays as it is, and has no state."""
+def test_adamw_equals_torch(update):
+    """Ten steps of two groups; a parameter without a gradient is unchanged and has no state."""
     def parameters():
         generator = torch.Generator().manual_seed(0)
         return [nn.Parameter(torch.randn(size, generator=generator)) for size in ((4, 3), (7,), (2, 2))]
@@ -241,7 +243,7 @@ def embedding_model(embedding):
 
 
 def test_neftune_noise_per_sequence():
-    """Uniform in ±alpha / sqrt(L * D) for a sequence of L tokens; the longer the sequence, the smaller."""
+    """Uniform in ±alpha / sqrt(L * D) for a sequence of L tokens: smaller in longer sequences."""
     D, alpha, lengths = 64, 5.0, [4, 300, 40]
     embedding = nn.Embedding(10, D)
     nn.init.constant_(embedding.weight, 3.0)
@@ -256,9 +258,9 @@ def test_neftune_noise_per_sequence():
         assert 0.97 * bound < part.abs().max() <= bound * 1.00001
         assert part.std() == pytest.approx(bound / math.sqrt(3), rel=0.1) and abs(part.mean()) < bound * 0.12
     first, second = (model(ids, layout=layout) for _ in range(2))
-    assert not torch.equal(first, second)                                  # fresh each time
+    assert not torch.equal(first, second)                                  # new noise each time
     with torch.no_grad():
-        assert torch.equal(model(ids, None, layout), embedding.weight[ids])    # evaluation and generation see none
+        assert torch.equal(model(ids, None, layout), embedding.weight[ids])    # none in evaluation and generation
 
 
 def test_neftune_keeps_dtype_and_gradient():
@@ -274,7 +276,7 @@ def test_neftune_keeps_dtype_and_gradient():
 # ---- vendors' names elsewhere ----
 
 
-def test_loraplus_learns_faster_in_b_of_any_name():
+def test_lora_plus_finds_b_under_the_vendors_names():
     fields = {**twins.QWEN1, "num_hidden_layers": 1}
     model = CausalLM(model_config(fields))
     attach_lora(model, LoRAConfig(r=2, target_modules=["c_attn", "w2"]), stored_name=model.config.stored_name)

@@ -19,8 +19,11 @@ def bytes_of(named, config):
 
 
 def steps_of(update, shape, count=10, peer=None, decades=2, **more):
-    """(parameter, state) after some steps with the same gradients, whose columns differ in size by so many decades.
-    peer: an optimizer of theirs in place of ours."""
+    """(parameter, state) after some steps.
+
+    The gradients' columns differ in size by `decades` decades. peer: another package's optimizer to
+    use instead of ours.
+    """
     generator = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(shape, generator=generator))
     group = {"params": [p], "lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "update": update}
@@ -31,8 +34,9 @@ def steps_of(update, shape, count=10, peer=None, decades=2, **more):
     return p.detach(), optimizer.state[p]
 
 
-def test_levels_of_a_byte():
-    """Values as bitsandbytes lists them; from one to the next at most a tenth of the largest, near 0 far less."""
+def test_levels_of_the_8_bit_code():
+    """Values as bitsandbytes lists them; neighbors differ by at most a tenth of the largest, near 0
+    far less."""
     signed, unsigned = levels(True), levels(False)
     for table, lowest in ((signed, -0.99296875), (unsigned, 0.0)):
         assert len(table.unique()) == 256 and table.max() == 1 and table.min() == pytest.approx(lowest)
@@ -43,21 +47,21 @@ def test_levels_of_a_byte():
 
 
 @pytest.mark.parametrize("signed", (True, False))
-def test_bytes_keep_the_order_of_size_and_each_block_has_its_unit(signed):
+def test_8_bit_values_and_the_scale_of_each_block(signed):
     x = torch.randn(3, 5, 67, generator=torch.Generator().manual_seed(1)) * torch.logspace(-9, 3, 67)
     x = x if signed else x.abs()
-    codes, unit = to_8bit(x, levels(signed))
-    assert codes.dtype == torch.uint8 and codes.shape == x.shape and len(unit) == math.ceil(x.numel() / BLOCK)
-    back = from_8bit(codes, unit, levels(signed))
-    units = unit.repeat_interleave(BLOCK)[:x.numel()].view(x.shape)
-    assert ((back - x).abs() <= 0.02 * units).all()
-    near = x.abs() > 1e-3 * units
+    codes, scale = to_8bit(x, levels(signed))
+    assert codes.dtype == torch.uint8 and codes.shape == x.shape and len(scale) == math.ceil(x.numel() / BLOCK)
+    back = from_8bit(codes, scale, levels(signed))
+    scales = scale.repeat_interleave(BLOCK)[:x.numel()].view(x.shape)
+    assert ((back - x).abs() <= 0.02 * scales).all()
+    near = x.abs() > 1e-3 * scales
     assert ((back - x).abs() / x.abs())[near].mean() < 0.05 and (signed or (back > 0).all())
     assert not from_8bit(*to_8bit(torch.zeros(4), levels(signed)), levels(signed)).any()
 
 
 def test_adamw_in_8_bits_follows_adamw():
-    """The first step is the same one; then its means are off by the rounding of a byte."""
+    """The first step is equal; then the moments differ by 8-bit rounding."""
     exact, rough = (steps_of(update, (64, 80), 1) for update in ("adamw_plain", "adamw_8bit"))
     assert torch.allclose(exact[0], rough[0], atol=1e-6)
     (exact, state), (rough, bytes_) = (steps_of(update, (64, 80), 20) for update in ("adamw_plain", "adamw_8bit"))
@@ -65,20 +69,20 @@ def test_adamw_in_8_bits_follows_adamw():
     assert (exact - rough).norm() < 0.1 * (exact - start).norm() and not torch.equal(exact, rough)
     assert sum(t.nbytes for t in bytes_.values()) < 0.27 * sum(t.nbytes for t in state.values())
     far = [steps_of(update, (64, 80), 20, decades=6)[0] for update in ("adamw_plain", "adamw_8bit")]
-    assert (far[0] - far[1]).abs().max() < 0.3                          # where squares are below the smallest level
+    assert (far[0] - far[1]).abs().max() < 0.3                          # where squares are below the smallest code
 
 
-def test_adamw_in_8_bits_is_that_of_bitsandbytes():
+def test_adamw_in_8_bits_equals_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     (ours, mine), (theirs, other) = (steps_of("adamw_8bit", (64, 80), peer=peer, decades=0) for peer in (
         None, lambda params: bnb.optim.AdamW8bit(params, lr=0.01, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-8)))
-    assert ((ours - theirs).abs() > 1e-3).float().mean() < 0.01         # where a mean of squares vanishes in theirs
-    for name, codes, unit in (("exp_avg", "state1", "absmax1"), ("exp_avg_sq", "state2", "absmax2")):
-        assert torch.allclose(mine[f"{name}_unit"], other[unit], rtol=1e-5)
-        assert (mine[name] != other[codes]).float().mean() < 0.01           # numbers between two levels
+    assert ((ours - theirs).abs() > 1e-3).float().mean() < 0.01         # where the second moment is 0 in bitsandbytes
+    for name, codes, scale in (("exp_avg", "state1", "absmax1"), ("exp_avg_sq", "state2", "absmax2")):
+        assert torch.allclose(mine[f"{name}_unit"], other[scale], rtol=1e-5)
+        assert (mine[name] != other[codes]).float().mean() < 0.01           # numbers between two codes
 
 
-def test_which_parameters_are_remembered_in_bytes():
+def test_parameters_with_8_bit_states():
     named = dict(tiny(hidden_size=64, intermediate_size=128, vocab_size=100).requires_grad_(True).named_parameters())
     groups = make_optimizer(named, Config(optim="paged_adamw_8bit"), torch.device("cpu"), **FURTHER).param_groups
     names = {id(p): name for name, p in named.items()}
@@ -89,7 +93,7 @@ def test_which_parameters_are_remembered_in_bytes():
 # ---- Muon and GaLore ----
 
 
-def test_orthogonal_is_nearly_so():
+def test_orthogonal_is_nearly_orthogonal():
     for shape in ((40, 90), (90, 40), (64, 64)):
         G = torch.randn(shape, generator=torch.Generator().manual_seed(2))
         U, S, Vh = torch.linalg.svd(orthogonal(G))
@@ -98,7 +102,7 @@ def test_orthogonal_is_nearly_so():
     assert not orthogonal(torch.zeros(3, 5)).any()
 
 
-def test_muon_is_that_of_torch():
+def test_muon_equals_torch():
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("this torch has no Muon")
     ours, theirs = (steps_of("muon", (40, 70), peer=peer)[0] for peer in (None, lambda params: torch.optim.Muon(
@@ -107,7 +111,7 @@ def test_muon_is_that_of_torch():
 
 
 @pytest.mark.parametrize("shape", ((40, 70), (70, 40)))
-def test_galore_is_that_of_its_package(shape):
+def test_galore_equals_its_package(shape):
     galore_torch = pytest.importorskip("galore_torch")
 
     def peer(params):
@@ -119,8 +123,8 @@ def test_galore_is_that_of_its_package(shape):
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_galore_of_full_rank_that_never_looks_again_turns_adamw():
-    """In the basis of all singular directions the gradient's coordinates meet plain AdamW."""
+def test_galore_of_full_rank_with_one_fixed_basis_equals_adamw():
+    """AdamW on the parameter in the basis of all singular vectors."""
     p, state = steps_of("galore", (9, 5), rank=20, gap=100, scale=1.0)
     basis = state["basis"]
     assert torch.allclose(basis.T @ basis, torch.eye(5), atol=1e-5) and state["low_avg"].shape == (9, 5)
@@ -136,7 +140,7 @@ def test_galore_of_full_rank_that_never_looks_again_turns_adamw():
 
 @pytest.mark.parametrize("settings", [{}, {"optim": "adamw_8bit"}, {"use_muon": True}, {"use_galore": True},
                                       {"use_galore": True, "galore_target": ["mlp"]}], ids=str)
-def test_bytes_of_the_state_are_known_beforehand(settings):
+def test_predicted_bytes_of_the_state(settings):
     named = dict(tiny(hidden_size=64, intermediate_size=128).requires_grad_(True).named_parameters())
     optimizer = make_optimizer(named, Config(**settings), torch.device("cpu"), **FURTHER)
     for p in named.values():
@@ -149,7 +153,7 @@ def test_bytes_of_the_state_are_known_beforehand(settings):
     assert held == plain if not settings else held < plain
 
 
-def test_galore_of_matrices_that_are_not_there():
+def test_unknown_galore_targets_are_errors():
     config = Config(use_galore=True, galore_target=["mpl"])
     with pytest.raises(ValueError, match="galore_target: mpl is in the name of no trained matrix; such names are"):
         make_optimizer(dict(tiny().named_parameters()), config, torch.device("cpu"), **FURTHER)

@@ -1,8 +1,8 @@
-"""parallel.py: several ranks equal one process, gradients are summed in one order, and a rank that fails ends them all.
+"""parallel.py: ranks equal one process, gradients have a fixed order, a failure ends all ranks.
 
-The runs start with torchrun on the CPU (gloo), a process a rank. WORKER is what each of them runs: train.main on
-several settings, one after the other, so that torch is imported and the ranks joined only once. Ranks other than 0 are
-given an output_dir of their own, which must never come to be.
+torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several settings, one
+after the other, so that torch is imported and the group joined only once. Ranks other than 0 get an
+output_dir of their own, which must not be created.
 """
 import json
 import random
@@ -76,13 +76,14 @@ run_script(main)
 
 
 def two_hosts(*rest) -> list:
-    """Two launchers that find each other at an address, a rank each: what two hosts would run."""
+    """Two launchers that find each other at an address, one rank each, as on two hosts."""
     return [["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
              "--rdzv-endpoint", f"localhost:{port}", *rest] for port in [free_port()] * 2]
 
 
 def worker(folder, name, runs, patch="") -> list:
-    """The script and its list of runs [(bucket bytes, settings), …], as arguments for python or torchrun."""
+    """The script and its list of runs [(bucket bytes, settings), …], as arguments for python or
+    torchrun."""
     script, todo = folder / f"worker_{name}.py", folder / f"runs_{name}.json"
     script.write_text(WORKER.replace("ROOT", repr(str(ROOT))).replace("PATCH", patch), encoding="utf-8")
     todo.write_text(json.dumps(runs))
@@ -92,9 +93,9 @@ def worker(folder, name, runs, patch="") -> list:
 # ---- 1, 2, 3, 4 ranks equal one process -------------------------------------------------------------------------
 SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}       # ranks: rows of a micro-batch, micro-batches of a step
 LARGE = 2**25                                               # bytes of a bucket that holds all gradients
-WHOLE = 12                                                  # rows: a step is one micro-batch on all ranks together
+WHOLE = 12                                                  # rows: a step is one micro-batch over all ranks
 
-CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then has 12 on all ranks together; settings
+CASES = {       # bytes of a bucket; rows of a micro-batch (a step then has 12 rows over all ranks); settings
     "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),             # 27 rows: steps of 12, 12 and 3
     "packed": (LARGE, 1, dict(packing=True, cutoff_len=128)),
     "nothing to learn": (LARGE, 1, dict(stage="pt", packing=False, dataset="texts.txt")),
@@ -110,15 +111,16 @@ CASES = {       # bytes of a bucket; rows of a micro-batch, of which a step then
     "judged": (LARGE, WHOLE, dict(stage="kto", dataset="judged.jsonl")),    # 24: steps of 12
     "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
 }
-FAILURES = {        # ranks: what rank 1 does in the middle of a last run; what is then on the screen
+FAILURES = {        # ranks: what rank 1 does in the middle of a last run; the output after it
     3: ("raise OSError('the disk of rank 1 is gone')", "error: .*the disk of rank 1 is gone"),
     4: ("os.kill(os.getpid(), 9)", r"traceback : Signal 9 \(SIGKILL\) received"),
 }
-FIVE = {1: ("eight.jsonl", 4), 2: ("five.jsonl", 2)}        # ranks: rows, of which so many are a micro-batch
+FIVE = {1: ("eight.jsonl", 4), 2: ("five.jsonl", 2)}        # ranks: rows, rows of a micro-batch
 
 
 def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
-    """(bytes of a bucket, settings) of a case for so many ranks: the same rows in every step, whatever their number."""
+    """(bytes of a bucket, settings) of a case for `world` ranks: the same rows in every step with
+    any number of ranks."""
     bucket, size, own = CASES[name]
     size, accumulate = (12 // world, 1) if size == WHOLE else (size, 12 // world) if size else SHAPES[world]
     settings = COMMON | dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate) | own | more
@@ -129,7 +131,7 @@ def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
 
 
 def resumed(here) -> dict:
-    """From step 2 of 6, in the middle of an epoch, of the run with two ranks."""
+    """Settings that resume the run of two ranks from step 2 of 6, in the middle of an epoch."""
     return {"resume_from_checkpoint": f"{here}/2 uneven/checkpoint-2"}
 
 
@@ -139,7 +141,7 @@ def train_here(bucket, settings):
 
 
 def runs_of(here, world) -> list:
-    """What so many ranks are to run."""
+    """The runs of `world` ranks."""
     todo = [settings_of(here, world, name, f"{world} {name}") for name in CASES]
     if world in FIVE:
         dataset, size = FIVE[world]
@@ -156,11 +158,12 @@ def runs_of(here, world) -> list:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(folder, {ranks: (on how many ranks weights had a gradient, exit code, screen, when it ended)}): each number of
-    ranks is started once and runs all cases. Two ranks are two hosts."""
+    """(folder, {ranks: (number of ranks on which weights had a gradient, exit code, output, end
+    time)}): torchrun is started once for each number of ranks and runs all cases. Two ranks are two
+    hosts."""
     here, found = tmp_path_factory.mktemp("ranks"), {}
     small_world(here)
-    for together in ((1, 2), (3, 4)):               # two cores; and 3 goes on from a checkpoint of 2
+    for together in ((1, 2), (3, 4)):               # two cores; 3 ranks resume from a checkpoint of 2
         scripts = {world: worker(here, world, runs_of(here, world)) for world in together}
         launchers = {world: two_hosts(*script) if world == 2 else [torchrun(world, *script)]
                      for world, script in scripts.items()}
@@ -204,7 +207,7 @@ def test_one_rank_under_torchrun_is_one_process(runs):
     assert_same(runs[0] / "0 uneven", runs[0] / "1 uneven")
 
 
-def test_resumed_with_another_number_of_ranks(runs):
+def test_resuming_with_another_number_of_ranks(runs):
     here = runs[0]
     train_here(*settings_of(here, 1, "uneven", "1 resumed", save_strategy="no", **resumed(here)))
     for folder in (here / "1 resumed", here / "3 resumed"):
@@ -218,8 +221,9 @@ def test_another_global_batch_is_refused(runs):
     assert [path.name for path in (runs[0] / "refused").iterdir()] == ["tokenised"]
 
 
-def test_the_cases_are_what_they_are_called(runs):
-    """Weights that some ranks or none used, a loss of every step, evaluations: else the tests above prove little."""
+def test_the_cases_cover_what_their_names_say(runs):
+    """Weights that some or no ranks used, a loss of every step, evaluations: else the tests above
+    prove little."""
     here, found = runs
     for world in (2, 3, 4):
         shares = {folder.partition(f"/{world} ")[2]: counts for folder, counts in found[world][0].items()}
@@ -230,7 +234,7 @@ def test_the_cases_are_what_they_are_called(runs):
 
 
 def test_only_rank_0_writes_and_prints(runs):
-    """The first rank of each host, here each of two ranks, keeps tokenised rows as well."""
+    """The first rank of each host, here each of two ranks, also keeps a token cache."""
     here, found = runs
     assert {path.name[:2] for path in here.glob("*-of-rank-*")} <= {"2 "}
     assert {path.name for path in here.glob("*-of-rank-*/*")} <= {"tokenised"}
@@ -241,13 +245,14 @@ def test_only_rank_0_writes_and_prints(runs):
 
 
 def test_by_default_all_ranks_have_full_batches(runs):
-    """Two ranks, five rows, two rows a micro-batch: 0 1 | 2 3 and then 4 0 | 1 2, as one process sees eight rows."""
+    """Two ranks, five rows, two rows a micro-batch: 0 1 | 2 3 and then 4 0 | 1 2, as one process
+    with eight rows."""
     here, found = runs
     assert_same(here / "2 five", here / "1 five")
     assert "3 rows of an epoch are trained twice" in found[2][2] and "trained twice" not in found[3][2]
 
 
-# ---- who is dealt which rows ------------------------------------------------------------------------------------
+# ---- rows of each rank ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, size, world, drop_last, wanted", [
@@ -255,17 +260,17 @@ def test_by_default_all_ranks_have_full_batches(runs):
     (5, 2, 2, False, [[[0, 1], [4, 0]], [[2, 3], [1, 2]]]),                 # a short batch, and none for rank 1
     (7, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 0]]]),                 # a short batch
     (6, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [0, 1]]]),                 # a batch too few
-    (1, 2, 3, False, [[[0, 0]], [[0, 0]], [[0, 0]]]),                       # fewer rows than one round asks for
+    (1, 2, 3, False, [[[0, 0]], [[0, 0]], [[0, 0]]]),                       # fewer rows than one round needs
     (7, 2, 2, True, [[[0, 1]], [[2, 3]]]),                                  # rows 4 to 6 fill no round
     (3, 2, 2, True, [[], []]),
 ])
-def test_dealing_by_hand(rows, size, world, drop_last, wanted):
+def test_sharding_of_batches_by_hand(rows, size, world, drop_last, wanted):
     batches = pad_to_world(micro_batches(list(range(rows)), size, drop_last), size, world, drop_last)
     assert [batches[rank::world] for rank in range(world)] == wanted
 
 
-def test_dealing_is_that_of_accelerate():
-    """Sizes 0 to 40 of the data, 1 to 4 rows a micro-batch, 2 to 5 ranks."""
+def test_sharding_of_batches_equals_accelerate():
+    """0 to 40 rows, 1 to 4 rows a micro-batch, 2 to 5 ranks."""
     loader = pytest.importorskip("accelerate.data_loader")
     for rows in range(41):
         order = random.Random(rows).sample(range(rows), rows)
@@ -308,8 +313,8 @@ def four_weights() -> list:
 
 
 def two_ranks(monkeypatch, losses, bucket_bytes, early=True):
-    """(gradients of each rank, buffers each sent) after two steps; losses[rank]: a function of the weights for each
-    micro-batch."""
+    """(gradients of each rank, buffers each sent) after two steps. losses[rank]: a function of the
+    weights for each micro-batch."""
     group, found, errors = FakeGroup(2), [None, None], []
     monkeypatch.setattr(parallel.dist, "all_reduce", group.all_reduce)
 
@@ -337,7 +342,7 @@ def two_ranks(monkeypatch, losses, bucket_bytes, early=True):
 
 
 def forwards(a, b, c, d):
-    return ((a.sum().tanh() * b + c.sum()).tanh() * c).sum()        # d has no part in it
+    return ((a.sum().tanh() * b + c.sum()).tanh() * c).sum()        # d is not used
 
 
 def backwards(a, b, c, d):
@@ -348,11 +353,12 @@ def backwards(a, b, c, d):
 @pytest.mark.parametrize("losses", [
     ([forwards], [backwards]),                                      # gradients arrive in another order
     ([forwards, backwards, forwards], [backwards]),                 # three micro-batches and one
-    ([], [forwards, forwards]),                                     # none at all
+    ([], [forwards, forwards]),                                     # no micro-batches
     ([lambda a, b, c, d: a.sum()], [lambda a, b, c, d: b.sum()]),   # other weights on each rank
 ], ids=("order", "accumulated", "idle", "disjoint"))
 def test_buffers_are_summed_in_one_order(losses, bucket_bytes, monkeypatch):
-    """Each rank has the gradients of all losses, None where no rank has any; the k-th buffers fit each other."""
+    """Each rank has the gradients of all losses, None where no rank has any; the k-th buffers
+    match."""
     weights = four_weights()
     sum(loss(*weights) for part in losses for loss in part).sum().backward()
     found, sent = two_ranks(monkeypatch, losses, bucket_bytes)
@@ -363,7 +369,7 @@ def test_buffers_are_summed_in_one_order(losses, bucket_bytes, monkeypatch):
     assert sizes[0] == sizes[1] == ({1: [2, 4, 1, 3], 20: [2, 5, 3], LARGE: [10]}[bucket_bytes] + [4]) * 2
 
 
-def test_early_sending_changes_nothing(monkeypatch):
+def test_overlapped_communication_changes_nothing(monkeypatch):
     early = two_ranks(monkeypatch, ([forwards, backwards], [backwards]), 1)[0]
     late = two_ranks(monkeypatch, ([forwards, backwards], [backwards]), 1, early=False)[0]
     assert all(torch.equal(a, b) for x, y in zip(early, late) for a, b in zip(x, y) if a is not None)
@@ -382,7 +388,7 @@ def test_one_rank_sends_nothing(monkeypatch):
 
 # ---- what goes wrong --------------------------------------------------------------------------------------------
 
-def test_a_wrong_setting_is_told_once(tmp_path):
+def test_a_wrong_setting_is_reported_once(tmp_path):
     code, screen, _ = outcomes(torchrun(2, "train.py", "configs/tiny_lora_sft.yaml", "use_cpu=true", "lora_alfa=3",
                                         f"output_dir={tmp_path}/out"))[0]
     assert code != 0 and screen.count("error: ") == screen.count("did you mean 'lora_alpha'") == 1, screen[-4000:]
@@ -391,7 +397,8 @@ def test_a_wrong_setting_is_told_once(tmp_path):
 
 @pytest.mark.parametrize("world", FAILURES)
 def test_a_rank_that_fails_ends_the_others(world, runs):
-    """Within a minute, with an exit code; the cause is on the screen once, and no traceback of a rank that lost it."""
+    """Within a minute, with an exit code; the cause is printed once, without tracebacks of ranks
+    that lost it."""
     here, (_, code, screen, ended) = runs[0], runs[1][world]
     assert code != 0 and ended - (here / f"runs_{world}.json.failed").stat().st_mtime < 60
     assert len(re.findall(FAILURES[world][1], screen)) == 1, screen[-6000:]
@@ -399,7 +406,7 @@ def test_a_rank_that_fails_ends_the_others(world, runs):
     assert not (here / f"{world} failing/adapter_model.safetensors").exists()
 
 
-def test_a_rank_that_never_comes(tmp_path):
+def test_a_rank_that_never_starts(tmp_path):
     """The others name the usual causes after START_LIMIT seconds, 2 here."""
     small_world(tmp_path)
     absent = "parallel.START_LIMIT = 2\nif rank == 1:\n    train.start_ranks = lambda *args: time.sleep(99)"

@@ -1,4 +1,4 @@
-"""text/parallel_map.py: results in order, from processes that fail loudly and never outlive us."""
+"""text/parallel_map.py: results in order, errors reported, no process left behind."""
 import os
 import subprocess
 import sys
@@ -61,8 +61,9 @@ for index, result in enumerate(parallel_map(make, list(range(100)), 3)):
 """
 
 
-def test_processes_end_with_the_one_that_reads(tmp_path):
-    """A killed reader leaves no process behind, although results wait in pipes nobody empties."""
+def test_workers_end_with_their_reader(tmp_path):
+    """A killed reader leaves no process behind, although results wait in
+    pipes that nobody empties."""
     code = KILLED.format(root=str(ROOT), folder=str(tmp_path))
     subprocess.run([sys.executable, "-c", code])
     processes = [int(path.name) for path in tmp_path.iterdir()]

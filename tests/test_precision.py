@@ -24,7 +24,7 @@ def precision_of(model):
 
 @needs_shared
 def test_float16_overflow_is_named(tmp_path, monkeypatch):
-    """A layer whose output leaves float16's range: module, value and remedy are in the message."""
+    """A layer whose output exceeds float16's range: module, value and remedy are in the message."""
     from checkpoint.load import load_model
     from data import Example, collate
     import numpy as np
@@ -40,7 +40,7 @@ def test_float16_overflow_is_named(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_float16_overflow_of_a_quantised_layer_is_named(tmp_path):
+def test_float16_overflow_of_a_quantized_layer_is_named(tmp_path):
     import numpy as np
     from checkpoint.load import load_model
     from data import Example, collate
@@ -57,7 +57,7 @@ def test_float16_overflow_of_a_quantised_layer_is_named(tmp_path):
 def test_loss_scale_backs_off_and_recovers():
     scale, p = LossScale(2.0 ** 10), nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([1024.0, 2048.0, -512.0])
-    scale.unscale([p, nn.Parameter(torch.ones(1))])                        # one without a gradient is no obstacle
+    scale.unscale([p, nn.Parameter(torch.ones(1))])                        # one has no gradient
     assert torch.equal(p.grad, torch.tensor([1.0, 2.0, -0.5])) and scale.update(True)
     assert not scale.update(False) and scale.value == 2.0 ** 9
     assert all(scale.update(True) for _ in range(1999)) and scale.value == 2.0 ** 9

@@ -1,5 +1,7 @@
-"""preference.py: formulas against hand-made numbers and probabilities, whole runs against recorded ones of LLaMA-Factory
-(tests/recorded/preference.json, with versions and settings), and identities."""
+"""methods/preference.py: formulas by hand, recorded runs of LLaMA-Factory, and identities.
+
+The recorded runs with their versions and settings: tests/recorded/preference.json.
+"""
 import math
 import shutil
 from types import SimpleNamespace
@@ -35,7 +37,7 @@ def test_sigmoid_hinge_and_ipo_by_hand():
 
 
 def test_orpo_and_simpo_from_probabilities():
-    good, bad = tensor(0.6, 0.2), tensor(0.5, 0.4)              # of a token, on average
+    good, bad = tensor(0.6, 0.2), tensor(0.5, 0.4)              # mean probability of a token
     odds = [0.6 / 0.4 / (0.5 / 0.5), 0.2 / 0.8 / (0.4 / 0.6)]
     wanted = [-math.log(p) + 0.3 * math.log(1 + 1 / ratio) for p, ratio in zip((0.6, 0.2), odds)]
     assert orpo_losses(good.log(), bad.log(), 0.3).tolist() == pytest.approx(wanted)
@@ -44,7 +46,8 @@ def test_orpo_and_simpo_from_probabilities():
 
 
 def test_kto_by_hand():
-    """The loss falls as a good answer's log ratio rises above kl, and as a bad one's falls below it."""
+    """The loss falls as a good answer's log ratio rises above kl, and as a bad one's falls below
+    it."""
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
     losses = kto_losses(tensor(3.0, 3.0), tensor(1.0, 1.0), torch.tensor([True, False]), 0.5, 0.8, 1.5)
@@ -52,25 +55,28 @@ def test_kto_by_hand():
 
 
 @pytest.mark.parametrize("kind, wanted", [("sigmoid", math.log(1 + math.exp(-0.2))), ("hinge", 0.8), ("ipo", 9.0)])
-def test_pair_losses_take_the_papers_equations_when_asked(kind, wanted):
-    """Log ratios 3 and 1, beta 0.1. Without paper_losses all three are sigmoid's, as in the recorded runs."""
+def test_paper_losses_use_the_equations_of_the_papers(kind, wanted):
+    """Log ratios 3 and 1, beta 0.1.
+
+    Without paper_losses all three equal sigmoid, as in the recorded runs.
+    """
     given = tensor(-5.0), tensor(-9.0), tensor(-8.0), tensor(-10.0)
     losses, good, bad = pair_losses(Config(pref_loss=kind, paper_losses=True), *given)
     assert (float(losses), float(good), float(bad)) == pytest.approx((wanted, 0.3, 0.1))
     assert float(pair_losses(Config(pref_loss=kind), *given)[0]) == pytest.approx(math.log(1 + math.exp(-0.2)))
 
 
-def test_gradients_raise_the_better_answer():
+def test_gradients_raise_the_chosen_answer():
     for kind in ("sigmoid", "hinge", "ipo", "orpo", "simpo"):
         chosen, rejected = tensor(-0.9).requires_grad_(), tensor(-0.8).requires_grad_()
         pair_losses(Config(pref_loss=kind, paper_losses=True), chosen, rejected, tensor(-1.0), tensor(-1.0))[0].sum().backward()
         assert chosen.grad < 0 < rejected.grad, kind
 
 
-def test_what_is_logged():
+def test_logged_metrics():
     seen = {"rewards/chosen": (6.0, 3.0), "rewards/rejected": (1.0, 2.0), "kl": (4.0, 8.0), "logps/chosen": (0.0, 0.0)}
     assert metric_means(seen) == {"rewards/chosen": 2.0, "rewards/rejected": 0.5, "rewards/margins": 1.5, "kl": 4.0}
-    assert metric_means({"rewards/chosen": (6.0, 3.0)}) == {"rewards/chosen": 2.0}         # no bad answer came: no margin, no 0
+    assert metric_means({"rewards/chosen": (6.0, 3.0)}) == {"rewards/chosen": 2.0}         # no rejected answer: no margin, no 0
 
 
 # ---- recorded runs ------------------------------------------------------------------------------------------------
@@ -86,7 +92,7 @@ def test_recorded_run(name, pairs_world, tmp_path, monkeypatch):
     for a, b in zip(ours, case["log"]) if case["weights"] else zip(ours[:2], case["log"]):
         for key, value in b.items():
             if name == "dpo_ref" and key == "rewards/accuracies":
-                continue                # model and reference are the same there at first: the sign of a rounding error
+                continue                # model and reference are equal at first: rounding decides the sign
             name_here = "eval_kl" if key == "kl" and "eval_loss" in b else key
             bound = dict(abs=1e-5, rel=1e-5) if key in ("loss", "eval_loss") else dict(abs=1e-4, rel=5e-5 if key == "kl" else 1e-5)
             assert a[name_here] == pytest.approx(value, **bound), (key, b["step"])
@@ -105,8 +111,9 @@ def test_recorded_run(name, pairs_world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dpo_ftx", "kto_eval", "rm", "kto_full"])
-def test_resumed_equals_never_stopped(name, pairs_world, tmp_path, monkeypatch):
-    """Bit for bit, from the middle of an epoch and between two logged lines; with dropout in front of the value head."""
+def test_a_resumed_run_equals_an_uninterrupted_run(name, pairs_world, tmp_path, monkeypatch):
+    """Bit for bit, from the middle of an epoch and between two logged steps; with dropout before
+    the value head."""
     more = dict(save_strategy="steps", save_steps=2, logging_steps=3, num_train_epochs=2, val_size=0, eval_strategy="no")
     more |= {"adapter_name_or_path": None} if name == "kto_full" else {}
     more |= {"model_name_or_path": "tiny_llama3", "lora_dropout": 0.1} if name == "rm" else {}
@@ -121,8 +128,11 @@ def test_resumed_equals_never_stopped(name, pairs_world, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dpo_sigmoid", "kto_eval"])
-def test_joined_micro_batches_are_the_same_step(name, pairs_world, tmp_path, monkeypatch):
-    """KTO's divergence stays that of its own micro-batch. 13 pairs: the last step of an epoch is shorter."""
+def test_merged_micro_batches_are_the_same_step(name, pairs_world, tmp_path, monkeypatch):
+    """KTO's KL estimate stays that of its own micro-batch.
+
+    13 pairs: the last step of an epoch is shorter.
+    """
     a = run_pairs(pairs_world, name, tmp_path / "a", monkeypatch, join_micro_batches=False)
     monkeypatch.setitem(setup.ENOUGH_TOKENS, "cpu", 4096)
     b = run_pairs(pairs_world, name, tmp_path / "b", monkeypatch)
@@ -131,16 +141,16 @@ def test_joined_micro_batches_are_the_same_step(name, pairs_world, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["dpo_sigmoid", "kto"])
-def test_blocks_that_recompute_give_the_same_step(name, pairs_world, tmp_path, monkeypatch):
-    """They compute again in the backward pass, when the adapters are on once more."""
+def test_recomputation_gives_the_same_step(name, pairs_world, tmp_path, monkeypatch):
+    """Blocks are recomputed in the backward pass, when the adapters are on again."""
     a, b = (run_pairs(pairs_world, name, tmp_path / str(keeps), monkeypatch, max_steps=3, disable_gradient_checkpointing=keeps)
             for keeps in (True, False))
     for one, other in zip(a, b, strict=True):
         assert one == pytest.approx(other, abs=1e-4, rel=1e-5)
 
 
-def test_token_budget_counts_every_pair_alike(pairs_world, tmp_path, monkeypatch):
-    """One step over all pairs: the same however they are cut, by tokens or as one micro-batch."""
+def test_token_budget_weights_all_pairs_equally(pairs_world, tmp_path, monkeypatch):
+    """One step over all pairs: the same however they are split, by tokens or as one micro-batch."""
     one = dict(max_steps=1, num_train_epochs=1, warmup_ratio=0)
     a = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "a", monkeypatch, **one, per_device_train_batch_size=13)
     b = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "b", monkeypatch, **one, token_budget=700, gradient_accumulation_steps=20)
@@ -150,9 +160,10 @@ def test_token_budget_counts_every_pair_alike(pairs_world, tmp_path, monkeypatch
 @pytest.mark.parametrize("more", [{"create_new_adapter": True}, {"adapter_name_or_path": None, "lora_dropout": 0.5},
                                   {"adapter_name_or_path": None, "finetuning_type": "full"},
                                   {"adapter_name_or_path": None, "additional_target": "norm"}])
-def test_before_it_has_learnt_a_model_is_its_own_reference(more, pairs_world, tmp_path, monkeypatch):
-    """A fresh adapter's B is 0 and a copy is a copy: rewards are 0 and the loss is log 2, whatever the dropout. The first
-    step of the warm-up learns nothing, so the second is compared as well."""
+def test_an_untrained_model_equals_its_reference(more, pairs_world, tmp_path, monkeypatch):
+    """B of a fresh adapter is 0 and a copy equals its original: rewards are 0 and the loss is log
+    2, with any dropout. The first step of the warm-up changes nothing, so the second is checked as
+    well."""
     log = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, **more)
     for row in log[:2]:
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -160,13 +171,14 @@ def test_before_it_has_learnt_a_model_is_its_own_reference(more, pairs_world, tm
     assert log[2]["rewards/margins"] != 0
 
 
-def test_pissa_is_compared_with_the_base(pairs_world, tmp_path, monkeypatch):
-    """Its weights without adapters are the base less the principal parts; LLaMA-Factory refuses the two together."""
+def test_the_reference_of_pissa_is_the_base(pairs_world, tmp_path, monkeypatch):
+    """Its weights without adapters are the base minus the principal components; LLaMA-Factory
+    refuses the combination."""
     log = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "out", monkeypatch, max_steps=3, adapter_name_or_path=None, pissa_init=True)
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(log[0]["rewards/chosen"]) < 1e-3
 
 
-def test_the_base_as_ref_model_is_adapters_off(pairs_world, tmp_path, monkeypatch):
+def test_the_base_as_ref_model_equals_adapters_switched_off(pairs_world, tmp_path, monkeypatch):
     a = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "a", monkeypatch, max_steps=3)
     b = run_pairs(pairs_world, "dpo_sigmoid", tmp_path / "b", monkeypatch, max_steps=3, ref_model="tiny_llama3")
     for one, other in zip(a[:3], b):
@@ -174,8 +186,8 @@ def test_the_base_as_ref_model_is_adapters_off(pairs_world, tmp_path, monkeypatc
 
 
 def test_the_reference_pass_is_counted_in_flops(pairs_world):
-    """2 for each token and weight that is not an adapter's, and attention; kto adds forward passes of both over the
-    answers of other rows."""
+    """2 for each token and weight that is not an adapter's, and attention; KTO adds forward passes
+    of both models over the answers of other rows."""
     from checkpoint.load import load_model
     from lora import LoRAConfig, attach_lora
     from runtime.throughput import matmul_parameters
@@ -191,8 +203,9 @@ def test_the_reference_pass_is_counted_in_flops(pairs_world):
     assert more == 2 * (asked - alone) + 2 * trained * 30
 
 
-def test_the_plan_counts_a_second_model(pairs_world, tmp_path, monkeypatch):
-    """Full fine-tuning has a frozen copy beside it; adapters that are switched off need none."""
+def test_the_plan_counts_the_reference_model(pairs_world, tmp_path, monkeypatch):
+    """Full fine-tuning has a frozen copy as its reference; adapters that are switched off need
+    none."""
     weights = []
     for more in ({"adapter_name_or_path": None, "finetuning_type": "full"}, {}):
         plans, real = [], memory.memory_plan

@@ -1,6 +1,6 @@
-"""quant.py against bitsandbytes' own numbers and whole checkpoints of its making; what cannot be read; memory.
+"""methods/quant.py against bitsandbytes' numbers and checkpoints; damaged files; memory.
 
-Read before: methods/quant.py. The recorded files: golden/quant.
+The recorded files: golden/quant.
 """
 import json
 import os
@@ -43,7 +43,8 @@ BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
 
 @needs_shared
 def test_recorded_vectors_bit_for_bit():
-    """Codes, single scales and results exactly; double scales to 1e-4 of the nested scale."""
+    """Codes, single-quantized scales and results exactly; nested scales to 1e-4 of the nested
+    scale."""
     with safe_open(str(QUANT / "nf4_vectors.safetensors"), framework="pt") as file:
         assert torch.equal(map_of_scales(), file.get_tensor("nested_quant_map"))
         names, compared = [key.removesuffix(".input") for key in file.keys() if key.endswith(".input")], 0
@@ -65,16 +66,17 @@ def test_recorded_vectors_bit_for_bit():
                                      nested_offset=want("double.offset").view(()),
                                      nested_quant_map=file.get_tensor("nested_quant_map"))
                     assert torch.equal(read.dequantize().view(bits), want("double.dequant").view(bits)), where
-                    unit = want("double.nested_absmax").repeat_interleave(256)[:len(read.absmax)]
-                    assert ((double.scales() - read.scales()).abs() <= 1e-4 * unit).all(), where
+                    scale = want("double.nested_absmax").repeat_interleave(256)[:len(read.absmax)]
+                    assert ((double.scales() - read.scales()).abs() <= 1e-4 * scale).all(), where
                     compared += 1
     assert compared >= 80
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_every_number_becomes_the_nearest_value_times_the_largest_of_its_block(kind, dtype):
-    """Against a search over all 16 values; shapes with incomplete blocks and half a byte, and several pieces."""
+def test_values_are_rounded_to_the_nearest_code_times_absmax(kind, dtype):
+    """Against a search over all 16 codes; shapes with incomplete blocks, odd sizes, and several
+    pieces."""
     generator = torch.Generator().manual_seed(0)
     for shape in ((3, 7), (5, 64), (33, 17), (600, 256)):
         x = torch.randn(shape, generator=generator).to(dtype)
@@ -91,7 +93,7 @@ def test_every_number_becomes_the_nearest_value_times_the_largest_of_its_block(k
 
 @pytest.mark.parametrize("piece", [128, 2**17])
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0, BF16), QuantFormat("nf4", 64, 256, F16)], ids=str)
-def test_pieces_are_the_whole(form, piece, monkeypatch):
+def test_quantizing_in_pieces_equals_quantizing_at_once(form, piece, monkeypatch):
     monkeypatch.setattr(quant, "PIECE", piece)
     x = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
     packed = quantize(x, form)
@@ -111,7 +113,7 @@ def test_rows_in_8_bits():
     assert ((packed.dequantize() - x).abs() <= 0.51 * step + 2**-11 * x.abs()).all()             # half a step, and float16's
 
 
-def test_bits_a_weight_are_the_bytes():
+def test_bits_per_weight_match_the_bytes():
     x = torch.randn(1024, 1024)
     for form, bits in ((QuantFormat("nf4"), 4.127), (QuantFormat("nf4", nested=0), 4.5), (QuantFormat("int8", nested=0), 8.0)):
         tables = ("pairs", "nested_quant_map")
@@ -123,7 +125,7 @@ def test_bits_a_weight_are_the_bytes():
 
 
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("int8", nested=0)], ids=str)
-def test_a_layer_is_the_dense_layer_forward_and_backward(form):
+def test_a_layer_equals_its_dequantized_layer(form):
     torch.manual_seed(0)
     packed, bias = quantize(torch.randn(48, 32), form), torch.randn(48, requires_grad=True)
     dense = nn.Linear(32, 48)
@@ -138,8 +140,9 @@ def test_a_layer_is_the_dense_layer_forward_and_backward(form):
 
 
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("int8", nested=0)], ids=str)
-def test_adapters_learn_beside_it_alike_on_both_paths(form):
-    """linear.py's fast path, its twin, and an adapter beside the dense matrix have the same gradients."""
+def test_gradients_of_adapters_on_both_paths(form):
+    """The fused path, the plain one, and an adapter over the dequantized matrix have the same
+    gradients."""
     torch.manual_seed(0)
     packed, results = quantize(torch.randn(48, 32), form), []
     dense = nn.Linear(32, 48, bias=False)
@@ -157,8 +160,9 @@ def test_adapters_learn_beside_it_alike_on_both_paths(form):
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-2) for a, b in zip(got, results[2]))
 
 
-def test_scales_keep_their_dtype_and_layers_their_place(tmp_path):
-    """model.to(16 bits) is for what is stored as it is; adapters start the same over a 16-bit and a 4-bit base."""
+def test_scales_keep_their_dtype_and_adapters_their_seed(tmp_path):
+    """model.to(16 bits) does not convert scales; adapters start the same over a 16-bit and a 4-bit
+    base."""
     base, starts = base_with(tmp_path / "base"), []
     for form in (None, QuantFormat("nf4")):
         model = attach_lora(load_model(base, form=form), LoRAConfig(r=2), seed=3)
@@ -173,7 +177,7 @@ def test_scales_keep_their_dtype_and_layers_their_place(tmp_path):
         attach_lora(load_model(base, form=QuantFormat("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
 
 
-def test_the_compilers_kernel_must_give_the_same_bits(monkeypatch):
+def test_the_compiled_kernel_gives_the_same_bits(monkeypatch):
     model = nn.ModuleList(QuantLinear(quantize(torch.randn(64, 64 * n), QuantFormat("nf4", dtype=BF16))) for n in (1, 2))
     want = [layer.weight.dequantize(F16) for layer in model]
     front_part = partial(torch.compile, backend="eager", fullgraph=True)
@@ -188,13 +192,13 @@ def test_the_compilers_kernel_must_give_the_same_bits(monkeypatch):
     assert compile_unpacking(nn.Linear(2, 2)) == ""
 
 
-def test_an_embedding_outside_reads_the_same_rows():
+def test_a_quantized_embedding_reads_the_same_rows():
     embedding = nn.Embedding(11, 5)
     ids = torch.tensor([[1, 10, 1]])
     outside = EmbeddingOutside(embedding).to(BF16)
     assert torch.equal(outside(ids), embedding(ids)) and not outside.weight.requires_grad
     sent = ids.clone()
-    sent.on_cpu = torch.tensor([[3, 4, 5]])             # where these are known, the device is not asked
+    sent.on_cpu = torch.tensor([[3, 4, 5]])             # with ids on the CPU, nothing is read from the device
     assert torch.equal(outside(sent), embedding(sent.on_cpu))
 
 
@@ -204,13 +208,14 @@ def test_an_embedding_outside_reads_the_same_rows():
 @needs_shared
 @pytest.mark.parametrize("name", FOLDERS)
 def test_recorded_checkpoints(name):
-    """Dequantised weights exactly, logits and losses within the README's tolerance, by both paths of fast/fused_block.py."""
+    """Dequantized weights exactly, logits and losses within the README's tolerance, by both paths
+    of fast/fused_block.py."""
     want, model = load_file(QUANT / name / "expected.safetensors"), load_model(QUANT / name)
     weights, real = quantized_weights(model), want["attention_mask"].bool()
     dense = {key.removeprefix("dequant."): value for key, value in want.items() if key.startswith("dequant.")}
     assert weights.keys() == dense.keys() and dense
     assert all(torch.equal(weights[key].dequantize(value.dtype), value) for key, value in dense.items())
-    in_8_bits = "int8" in name                      # `logits` are then of activations that are rounded, too
+    in_8_bits = "int8" in name                      # `logits` are of activations that are rounded, too
     for how in ("plain", "torch"):
         fuse_blocks(model, how)
         with torch.no_grad():
@@ -228,7 +233,7 @@ def test_recorded_checkpoints(name):
 @pytest.mark.parametrize("source, name", [("quant/sources/wide", "wide_nf4"), ("quant/sources/odd", "odd_nf4"),
                                           ("quant/sources/half", "half_nf4_dq"), ("models/llama3", "llama3_int8"),
                                           ("models/qwen2", "qwen2_fp4"), ("models/qwen2_tied", "qwen2_tied_nf4")])
-def test_quantising_on_load_makes_the_recorded_checkpoint(source, name):
+def test_quantizing_on_load_gives_the_recorded_checkpoint(source, name):
     want = quantized_weights(load_model(QUANT / name))
     form = next(iter(want.values())).form
     model = load_model(GOLDEN / source, form=QuantFormat(form.kind, form.blocksize, form.nested))
@@ -264,8 +269,9 @@ def test_recorded_adapters_on_4_bit_bases(name):
 @pytest.mark.parametrize("name, kind, storage", [
     ("gemma2", "nf4", "uint8"), ("phi3", "fp4", "float16"), ("qwen2_moe", "nf4", "bfloat16"),
     ("llama4", "fp4", "float32"), ("olmo", "int8", "")])
-def test_what_transformers_and_bitsandbytes_save_of_other_families(name, kind, storage, tmp_path):
-    """Logits of transformers with bitsandbytes' codes, made dense by hand: see the README of golden/quant for why."""
+def test_checkpoints_of_other_families_by_bitsandbytes(name, kind, storage, tmp_path):
+    """Logits of transformers with bitsandbytes' codes, dequantized by hand; the README of
+    golden/quant says why."""
     transformers, bnb = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
     source, auto = GOLDEN / "models" / name, transformers.AutoModelForCausalLM
     how = transformers.BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else transformers.BitsAndBytesConfig(
@@ -277,15 +283,16 @@ def test_what_transformers_and_bitsandbytes_save_of_other_families(name, kind, s
     for path, module in theirs.named_modules():
         if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             weight, found = dense.get_submodule(path).weight, found + 1
-            weight.data = by_hand(module.weight, bnb).view(weight.shape)
+            weight.data = dequantized_by_hand(module.weight, bnb).view(weight.shape)
     ids, ours = torch.arange(3, 23)[None], load_model(tmp_path, F32)
     with torch.no_grad():
         assert (ours.logits(ours(ids)) - dense(ids).logits).abs().max() < 1e-4
     assert found == len(quantized_weights(ours)) > 0
 
 
-def by_hand(weight, bnb):
-    """A weight of bitsandbytes' layers as a dense tensor, by the formulas of its README and nothing of its kernels."""
+def dequantized_by_hand(weight, bnb):
+    """A weight of bitsandbytes' layers as a dense tensor, by the formulas of its README, without
+    its kernels."""
     if weight.dtype == torch.int8:
         return weight.data.float() * weight.SCB[:, None] / 127
     state, codes = weight.quant_state, weight.data.view(torch.uint8).view(-1)
@@ -295,8 +302,8 @@ def by_hand(weight, bnb):
     return (values * scales.repeat_interleave(state.blocksize)[:len(values)])[:state.shape.numel()]
 
 
-def test_two_adapters_on_a_quantised_base_are_both_there(tmp_path):
-    """For inference the first is folded in, where it makes ordinary matrices, and the last stays beside."""
+def test_two_adapters_over_a_quantized_base(tmp_path):
+    """For inference the first is merged into dequantized matrices, and the last stays separate."""
     base = base_with(tmp_path / "base")
     packed = write_quantized(base, tmp_path / "packed", QuantFormat("nf4"))
     first = adapter_with(tmp_path / "first", base, targets=("q_proj",))
@@ -321,7 +328,7 @@ FAMILIES = {"tied": dict(tie_word_embeddings=True), "experts": dict(model_type="
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_quantised_of_a_family(name, tmp_path):
+def test_layers_that_are_quantized_in_each_family(name, tmp_path):
     base = base_with(tmp_path / "base", **FAMILIES[name])
     model, plain = load_model(base, form=QuantFormat("nf4")), load_model(base)
     skeleton = load_model(base, skip_weights=True, form=QuantFormat("nf4"))
@@ -340,7 +347,7 @@ def test_what_is_quantised_of_a_family(name, tmp_path):
 
 
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0), QuantFormat("int8", nested=0)], ids=str)
-def test_stored_and_made_on_load_are_the_same(form, tmp_path):
+def test_stored_and_quantized_on_load_are_equal(form, tmp_path):
     base = base_with(tmp_path / "base", dtype=BF16)
     made, read = load_model(base, form=form), load_model(write_quantized(base, tmp_path / "packed", form))
     ids = torch.arange(20)[None]
@@ -348,7 +355,7 @@ def test_stored_and_made_on_load_are_the_same(form, tmp_path):
     assert load_model(tmp_path / "packed", form=QuantFormat("nf4")).model.layers[0].mlp.up_proj.weight.form.kind == form.kind
 
 
-WRONG = {       # what is done to the tensors of layer 0's up_proj: what must be said
+WRONG = {       # damage to the tensors of layer 0's up_proj: words of the message
     "no state": (lambda t, p: t.pop(f"{p}.weight.quant_state.bitsandbytes__nf4"),
                  "up_proj.weight.(absmax|quant_map|nested.*) is there, and .*quant_state.bitsandbytes__nf4.* no file"),
     "no scales": (lambda t, p: t.pop(f"{p}.weight.absmax"),
@@ -367,7 +374,7 @@ WRONG = {       # what is done to the tensors of layer 0's up_proj: what must be
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_files_that_are_not_whole_are_named(case, tmp_path):
+def test_incomplete_files_are_named(case, tmp_path):
     folder = write_quantized(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("nf4"))
     tensors = load_file(folder / "model.safetensors")
     WRONG[case][0](tensors, "model.layers.0.mlp.up_proj")
@@ -377,7 +384,7 @@ def test_files_that_are_not_whole_are_named(case, tmp_path):
     assert "packed" in str(caught.value)
 
 
-def test_other_quantisations_are_refused():
+def test_other_quantization_methods_are_refused():
     fields = json.loads((ROOT / "models/tiny/config.json").read_text())
     for method in ("gptq", "awq", "compressed-tensors"):
         with pytest.raises(ValueError, match=rf"stored quantized \({method}\)"):
@@ -403,14 +410,15 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's own count")
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.2), ("int8", 8.1)])
 def test_the_16_bit_model_is_never_in_memory(kind, bits, tmp_path):
-    """Peak of the process: the quantised weights and a few matrices, of 12 blocks that take 75 MB in 16 bits."""
+    """Peak of the process: the quantized weights and a few matrices of the 12 blocks, which take 75
+    MB in 16 bits."""
     sizes = dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, vocab_size=64)
     for name, layers in (("small", 1), ("large", 12)):
         base_with(tmp_path / name, dtype=BF16, **{**sizes, "num_hidden_layers": layers})
     folders = [str(tmp_path / "small"), str(tmp_path / "large")]
     command = [sys.executable, "-c", PEAK, str(ROOT), *folders, kind]
-    # glibc raises this threshold as it goes; then matrices share its heap with what was freed, and
-    # gaps in the heap count, 17 MB at times. Fixed, each matrix has pages of its own
+    # glibc raises this threshold over time; then matrices share its heap with freed memory, and
+    # gaps in the heap count, 17 MB at times. With a fixed threshold each matrix has its own pages
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
     peak = min(
         int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)

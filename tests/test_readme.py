@@ -1,4 +1,4 @@
-"""README.md says what is there: its script runs, its table of files is the folder, its commands name files that exist."""
+"""README.md: its script runs, its table of files is complete, its commands name existing files."""
 import re
 import subprocess
 import sys
@@ -16,13 +16,13 @@ def test_the_script_of_the_readme_runs():
     assert answer == "The sky is blue." and int(count) > 1000
 
 
-def test_the_table_of_files_is_the_folder():
+def test_the_table_of_files_is_complete():
     named = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
     assert named == {path.name for path in ROOT.glob("*.py")}
 
 
 def test_the_lines_of_the_seven_files_are_right():
-    """Within a tenth: the table says how long an afternoon is."""
+    """Within a tenth."""
     rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.MULTILINE)
     assert [name for name, _ in rows] == [f"{name}.py" for name in (
         "train", "data", "templates", "model", "lora", "losses", "optim")]

@@ -1,4 +1,4 @@
-"""Loss curves of one run and of several, the log of a run read back, result tables."""
+"""runtime/report.py: loss curves of one or several runs, logs read back, tables of results."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_smoothing():
     assert math.isnan(holes[0]) and math.isnan(holes[2]) and holes[1] == 4 and 2 < holes[3] < 4
 
 
-def test_pictures_of_one_run(tmp_path, drawn):
+def test_plots_of_one_run(tmp_path, drawn):
     """LLaMA-Factory's file names; raw and smoothed curves; accuracies of a preference run."""
     rows = history(
         [3.0, 2.0, 1.0, 0.5], [2.5, 0.7], **{"rewards/accuracies": 0.2, "grad_norm": 1.0}
@@ -84,7 +84,7 @@ def test_pictures_of_one_run(tmp_path, drawn):
     assert plot_losses(tmp_path, [{"step": 1, "lr": 1}]) == []
 
 
-def test_several_runs_in_one_picture(tmp_path, drawn):
+def test_several_runs_in_one_plot(tmp_path, drawn):
     runs = {
         "one": history([3.0, 2.0]),
         "two": history([2.5, 2.0, 1.0], [1.2]),
@@ -103,7 +103,7 @@ def test_several_runs_in_one_picture(tmp_path, drawn):
         plot_runs({"one": []}, tmp_path / "none.png")
 
 
-def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_there_is_a_message(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     assert plot_losses(tmp_path, history([1.0])) == []
@@ -114,7 +114,8 @@ def test_without_matplotlib_a_sentence(tmp_path, monkeypatch, capsys):
 
 @needs_shared
 def test_a_recorded_run_is_read_finished_or_not(tmp_path):
-    """LLaMA-Factory's files: trainer_state.json or, unfinished, trainer_log.jsonl cut in a line."""
+    """LLaMA-Factory's files: trainer_state.json or, unfinished, trainer_log.jsonl truncated in a
+    line."""
     finished = read_history(GOLDEN / "curves/sft_eval")
     text = (GOLDEN / "curves/sft_eval/trainer_log.jsonl").read_text()
     (tmp_path / "trainer_log.jsonl").write_text(text + '{"current_steps": 7, "lo')

@@ -6,7 +6,7 @@ import merge
 from tests.preference_runs import run_pairs
 
 
-def test_merge_passes_the_value_head_on(pairs_world, tmp_path, monkeypatch):
+def test_merging_keeps_the_trained_value_head(pairs_world, tmp_path, monkeypatch):
     run_pairs(pairs_world, "rm", tmp_path / "out", monkeypatch, max_steps=2, val_size=0, eval_strategy="no")
     merge.main(["model_name_or_path=tiny_llama3_rm", f"adapter_name_or_path={tmp_path / 'out'}",
                 f"export_dir={tmp_path / 'merged'}", "template=llama3"])
@@ -14,4 +14,4 @@ def test_merge_passes_the_value_head_on(pairs_world, tmp_path, monkeypatch):
     start = load_file(pairs_world / "init_rm/value_head.safetensors")
     assert all(torch.equal(ours[key], merged[key]) for key in ours) and set(ours) == set(start)
     assert not torch.equal(ours["v_head.summary.weight"], start["v_head.summary.weight"])
-    assert torch.equal(ours["v_head.summary.bias"], start["v_head.summary.bias"])       # no comparison sees it
+    assert torch.equal(ours["v_head.summary.bias"], start["v_head.summary.bias"])       # a bias does not change a comparison

@@ -53,7 +53,7 @@ def test_drawing_has_the_names_and_shapes_of_the_file(name):
     assert f"  {total:,} parameters" in text
 
 
-def test_drawing_of_llama_and_of_what_differs():
+def test_drawing_of_llama_and_of_differences_from_it():
     text = draw(model_config({**TINY, "model_type": "llama"}))
     assert "llama: 2 blocks, hidden_size 32" in text and "nothing: this is plain Llama" in text
     assert "4 heads on 2 key/value heads, head_dim 8" in text and "rope default, theta 10000" in text
@@ -66,7 +66,7 @@ def test_drawing_of_llama_and_of_what_differs():
     assert f"{total - 2 * 4 * per_expert:,} of them used by a token" in text            # 2 layers, 4 of 6 experts idle
 
 
-def test_the_command(tmp_path):
+def test_the_command_prints_the_drawing(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     run = subprocess.run([sys.executable, "-m", "checkpoint.show", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.strip() == draw(model_config(TINY)).strip(), run.stderr

@@ -1,7 +1,4 @@
-"""Micro-batches within a token budget, dealt to ranks, and joined into larger passes.
-
-Requires: runtime/steps.py.
-"""
+"""runtime/steps.py: micro-batches within a token budget, sharded to ranks, merged into passes."""
 import json
 import shutil
 from itertools import chain
@@ -19,7 +16,7 @@ from tests.common import needs_shared, run_recorded
 
 
 class Sized(list):
-    """Stands for store.Examples where only the number of tokens of each matters."""
+    """Imitates token_cache.Examples where only the number of tokens of each example matters."""
 
     sizes = property(lambda self: np.array([1 + i % 40 for i in self]))
 
@@ -33,14 +30,14 @@ def plan_of(config, examples, world):
 
 
 @pytest.mark.parametrize("budget", (1, 100, 700, 10**6))
-def test_every_row_comes_once_within_the_budget(budget):
+def test_every_row_is_used_once_within_the_budget(budget):
     lengths = torch.randint(1, 300, (5000,), generator=torch.Generator().manual_seed(0)).tolist()
     order = epoch_order(5000, 1, 0, True)
     batches = budget_batches(order, lengths.__getitem__, budget)
     assert sorted(chain(*batches)) == list(range(5000))
     assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= budget for batch in batches)
     assert batches == budget_batches(order, lengths.__getitem__, budget)
-    if budget == 700:  # alike: far less spread than among rows at random
+    if budget == 700:  # similar sizes: far less spread than among random rows
         spread = [
             max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches
         ]
@@ -64,7 +61,7 @@ def test_all_ranks_together_have_every_row_once_an_epoch(world):
 
 
 @needs_shared
-def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_with_a_token_budget_equals_an_uninterrupted_run(tmp_path, monkeypatch, capsys):
     more = [
         "token_budget=150",
         "gradient_accumulation_steps=2",
@@ -105,8 +102,8 @@ def test_with_a_token_budget_resumed_equals_never_stopped(tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     "more", [[], ["neftune_noise_alpha=5"], ["bf16=true"]], ids=("plain", "noise", "bf16")
 )
-def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys):
-    """Losses and gradient norms against micro-batches one by one; NEFTune's noise is per pass."""
+def test_merged_micro_batches_give_the_same_training(more, tmp_path, monkeypatch, capsys):
+    """Losses and gradient norms against separate micro-batches; NEFTune's noise is per pass."""
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
     a = run_recorded(
         "sft_llama3",
@@ -135,8 +132,8 @@ def test_joined_micro_batches_learn_the_same(more, tmp_path, monkeypatch, capsys
 
 
 @needs_shared
-def test_a_run_goes_on_with_the_passes_it_began_with(tmp_path, monkeypatch):
-    """Bit for bit, on a machine that would now join more; NEFTune draws noise for every pass."""
+def test_a_resumed_run_keeps_its_number_of_passes(tmp_path, monkeypatch):
+    """Bit for bit, on a machine that would now merge more; NEFTune draws noise for every pass."""
     more = [
         "per_device_train_batch_size=1",
         "gradient_accumulation_steps=8",

@@ -1,4 +1,4 @@
-"""text/template_check.py: the template chosen for a checkpoint, compared with the vendor's."""
+"""text/template_check.py: the template chosen for a checkpoint against the vendor's."""
 import json
 import re
 import subprocess
@@ -28,7 +28,7 @@ from text.tokenizer import load_tokenizer
         ("qwen2.5", "qwen2", "qwen"),
         ("qwen3", "qwen3", "qwen3_nothink"),
     ],
-)  # this qwen3 folder says nothing of thoughts
+)  # this qwen3 folder has no thoughts
 def test_a_template_is_chosen_from_the_checkpoint(tokenizer, model_type, expected):
     tokenizer = load_tokenizer(SHARED / "tokenizers" / tokenizer)
     template, why = choose_template(None, tokenizer, model_type)
@@ -133,7 +133,7 @@ def test_a_template_is_chosen_for_a_family_without_a_chat_template(
         choose_template("cohere", tokenizer, model_type)
 
 
-def test_a_token_that_only_slots_name_need_not_be_found_in_texts(tmp_path):
+def test_a_token_that_is_not_found_in_texts(tmp_path):
     """ChatGLM3's `sop` has an id, yet a user who types it types three letters."""
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.add_tokens(["[gMASK]", "<|user|>", "<|assistant|>", "<|system|>"])
@@ -354,7 +354,7 @@ def test_known_differences_are_named(tmp_path, jinja, expected):
     assert checked(tmp_path, jinja) == ["known: its chat template " + line for line in expected]
 
 
-def test_differences_that_matter_do_not_pass_for_known_ones(tmp_path):
+def test_other_differences_are_not_taken_for_known_ones(tmp_path):
     for jinja in (
         CHATML + "{{ '\n' }}x",
         "{{ '\n' }}" + CHATML,
@@ -377,7 +377,7 @@ def test_differences_that_matter_do_not_pass_for_known_ones(tmp_path):
     )
 
 
-def test_the_same_text_in_other_tokens_is_said(tmp_path):
+def test_the_same_text_in_other_tokens_is_reported(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'hello' if m.role == 'user' else '' }}{{ m.content }}"
@@ -407,7 +407,7 @@ def test_every_row_agrees_with_the_chat_template_written_for_it(tmp_path, name):
     assert all(line.startswith("known: ") for line in lines), lines
 
 
-def test_what_a_chat_template_writes_may_be_anything(tmp_path):
+def test_chat_templates_may_print_anything(tmp_path):
     for jinja in (
         "{{ '\\ud800' }}",
         "{{ '\\x00' }}",
@@ -421,7 +421,7 @@ def test_what_a_chat_template_writes_may_be_anything(tmp_path):
     assert checked(tmp_path, None) == []
 
 
-def test_a_check_is_quick(tmp_path):
+def test_a_check_is_fast(tmp_path):
     pytest.importorskip("jinja2")
     checked(tmp_path, CHATML)
     began = time.monotonic()
@@ -481,5 +481,5 @@ def test_the_script_checks_a_checkpoint(tmp_path):
             }
         )
     )
-    said = check("--check", folder)
-    assert "template  mine" in said and "(in: one turn" not in said
+    printed = check("--check", folder)
+    assert "template  mine" in printed and "(in: one turn" not in printed

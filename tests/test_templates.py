@@ -1,7 +1,7 @@
-"""templates.py: ids equal those recorded from LLaMA-Factory; pieces, thoughts, and errors.
+"""templates.py: ids equal those recorded from LLaMA-Factory; texts, thoughts, and errors.
 
-The golden rows are converted here by a few plain lines (those of data.py are tested in
-test_data.py) and labeled as the notes of the recordings say; rows that cutoff_len truncates are not
+The recorded rows are converted here by a few plain lines (data.py's code is tested in
+test_data.py) and labeled by the notes of the recordings; rows that cutoff_len truncates are not
 compared.
 """
 import pytest
@@ -29,7 +29,7 @@ def labeled(turns, template, eos, mask_history=False, train_on_prompt=False):
 
 
 def compare(case):
-    """True if our ids are the recorded ones, None if cutoff_len cut the row."""
+    """True if our ids equal the recorded ones, None if cutoff_len truncated the row."""
     template, tokenizer = TEMPLATES[case["template"]], fitted(case["template"], case["tokenizer"])
     given = case["settings"]
     settings = Settings(
@@ -79,7 +79,7 @@ def test_ids_equal_the_recorded_rows(file, least, monkeypatch):
     assert sum(case[0] is True for case in same) >= least
 
 
-def test_a_format_of_ones_own_as_the_docstring_shows_it():
+def test_the_custom_format_of_the_docstring():
     mychat = Template(
         user=("<user>{{content}}</user><bot>",),
         assistant=("{{content}}", EOS),
@@ -92,7 +92,7 @@ def test_a_format_of_ones_own_as_the_docstring_shows_it():
     ]
 
 
-def test_texts_of_different_slots_are_tokenized_apart(tmp_path):
+def test_texts_of_different_slots_are_tokenized_separately(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     template = Template(user=("hel", "{{content}}"))
     [(source, target)] = encode_turns(template, tokenizer, talk("lo", "x"))
@@ -100,7 +100,7 @@ def test_texts_of_different_slots_are_tokenized_apart(tmp_path):
     assert target == tokenizer.encode("x") + [tokenizer.eos_id]
 
 
-def test_many_pieces_at_once_equal_one_by_one(tmp_path):
+def test_a_batch_of_texts_equals_single_ones(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     lists = [["hello", 1, "there", "hello"], [], [0, ""], ["  a\n"]]
     assert encode_pieces(tokenizer, lists) == [
@@ -119,12 +119,12 @@ def test_split_special_tokens_splits_what_the_user_typed_and_not_the_format():
     whole = fitted("qwen", "qwen2.5")
     split = load_tokenizer(SHARED / "tokenizers" / "qwen2.5", split_special_tokens=True)
     fit_tokenizer(TEMPLATES["qwen"], split)
-    [plain], [cut] = (encode_turns(TEMPLATES["qwen"], t, messages, "s") for t in (whole, split))
+    [plain], [apart] = (encode_turns(TEMPLATES["qwen"], t, messages, "s") for t in (whole, split))
     start, end = whole.id_of("<|im_start|>"), whole.id_of("<|im_end|>")
     assert [(ids.count(start), ids.count(end)) for ids in plain] == [(3, 3), (1, 1)]
-    assert [(ids.count(start), ids.count(end)) for ids in cut] == [(3, 2), (0, 1)]
-    assert [split.decode(ids) for ids in cut] == [whole.decode(ids) for ids in plain]
-    clean = talk("a b", "c")  # without such strings nothing changes
+    assert [(ids.count(start), ids.count(end)) for ids in apart] == [(3, 2), (0, 1)]
+    assert [split.decode(ids) for ids in apart] == [whole.decode(ids) for ids in plain]
+    clean = talk("a b", "c")  # texts without them do not change
     assert encode_turns(TEMPLATES["qwen"], whole, clean) == encode_turns(
         TEMPLATES["qwen"], split, clean
     )
@@ -136,7 +136,7 @@ def test_a_named_token_that_does_not_exist_is_an_error(tmp_path):
         encode_turns(TEMPLATES["chatglm3"], tokenizer, talk("a", "b"))
 
 
-def test_a_system_text_needs_a_user_to_open_in():
+def test_a_system_text_needs_a_user_turn():
     messages = [{"role": "observation", "content": "r"}, {"role": "assistant", "content": "a"}]
     with pytest.raises(ValueError, match="begins with 'observation'"):
         text_of("mistral", messages, system="s")
@@ -144,7 +144,7 @@ def test_a_system_text_needs_a_user_to_open_in():
         text_of("llama3", [{"role": "usr", "content": "r"}, messages[1]])
 
 
-def test_an_empty_thought_is_added_once_and_only_by_reasoning_formats():
+def test_an_empty_thought_is_added_once_by_reasoning_formats():
     empty = "<think>\n\n</think>\n\n"
     assert text_of("qwen3", talk("a", "b"))[0][1] == empty + "b<|im_end|>\n"
     assert text_of("qwen3", talk("a", "<think>x</think>b"))[0][1] == "<think>x</think>b<|im_end|>\n"
@@ -153,7 +153,7 @@ def test_an_empty_thought_is_added_once_and_only_by_reasoning_formats():
     assert source.endswith("assistant\n" + empty) and target == "b<|im_end|>\n"
 
 
-def test_enable_thinking_false_takes_every_thought_out_however_it_is_spaced():
+def test_enable_thinking_false_removes_thoughts_with_any_spacing():
     for thought in ("<think>\nx\n</think>\n\n", "<think>x</think>", "\n<think>x\ny</think>\n"):
         source, target = text_of("qwen3", talk("a", thought + "b"), enable_thinking=False)[0]
         assert target == "b<|im_end|>\n" and source.endswith("<think>\n\n</think>\n\n")
@@ -162,7 +162,7 @@ def test_enable_thinking_false_takes_every_thought_out_however_it_is_spaced():
 def test_chat_prompt_ends_where_the_answer_begins():
     history = talk("a", "<think>\nx\n</think>\n\nb", "c", "")
     prompt = text_of("qwen3", history, only_last=True)
-    assert prompt[0][1] == "b<|im_end|>\n"  # its thought is left out
+    assert prompt[0][1] == "b<|im_end|>\n"  # its thought is removed
     assert prompt[1][0].endswith("<|im_start|>assistant\n")
     prompt = text_of(
         "qwen3", history, only_last=True, enable_thinking=False, preserve_thinking=True

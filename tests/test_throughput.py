@@ -1,4 +1,4 @@
-"""FLOPs against a hand count of Llama-3-8B, pairs against a mask, throughput, profiles."""
+"""runtime/throughput.py: FLOPs by hand for Llama-3-8B, pairs against a mask, profiles."""
 import gzip
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_llama_3_8b_with_lora_by_hand(length, want):
     ) == pytest.approx(want, rel=0.01)
 
 
-def test_full_training_and_a_tied_head():
+def test_full_fine_tuning_and_a_tied_head():
     fields = LLAMA3_8B | dict(
         hidden_size=64,
         intermediate_size=96,
@@ -58,7 +58,7 @@ def test_full_training_and_a_tied_head():
     assert apart == tied == (0, 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 500)
 
 
-def test_a_token_is_counted_with_the_experts_it_visits():
+def test_only_the_experts_of_a_token_are_counted():
     fields = dict(
         model_type="qwen3_moe",
         hidden_size=64,
@@ -86,7 +86,7 @@ def test_a_token_is_counted_with_the_experts_it_visits():
     "length, window, chunk",
     [(1, 0, 0), (17, 0, 0), (17, 5, 0), (17, 40, 0), (17, 0, 6), (18, 0, 6), (17, 4, 6), (5, 0, 6)],
 )
-def test_pairs_are_those_of_the_mask(length, window, chunk):
+def test_query_key_pairs_equal_the_mask(length, window, chunk):
     q, k = torch.arange(length)[:, None], torch.arange(length)[None]
     seen = (
         (k <= q)
@@ -96,7 +96,7 @@ def test_pairs_are_those_of_the_mask(length, window, chunk):
     assert attention_pairs(length, window, chunk) == int(seen.sum())
 
 
-def test_packed_rows_pay_for_their_own_sequences_and_windows():
+def test_packed_rows_count_pairs_within_sequences_and_windows():
     fields = LLAMA3_8B | dict(model_type="mistral", sliding_window=128)
     model_config = families.model_config(fields)
     assert training_flops(model_config, 0, 0, [512, 512]) == 2 * training_flops(
@@ -105,7 +105,7 @@ def test_packed_rows_pay_for_their_own_sequences_and_windows():
     assert training_flops(model_config, 0, 0, [512]) == 12 * 4096 * 32 * attention_pairs(512, 128)
 
 
-def test_flops_are_those_torch_counts():
+def test_flops_equal_torchs_count():
     """Against torch's FLOP counter over a forward and backward pass without recomputation."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -123,25 +123,25 @@ def test_flops_are_those_torch_counts():
     with FlopCounterMode(display=False) as counter:
         hidden = model(ids, None, PackedLayout([24]))
         (hidden @ model.lm_head.weight.T).float().logsumexp(-1).sum().backward()
-    # it counts all pairs of the plain kernel, we those that the mask leaves
+    # torch counts all pairs of the plain kernel, we only those within the mask
     all_pairs = 12 * 2 * 64 * 24 * 24
     ours = training_flops(model.config, *matmul_parameters(model), [24])
     seen = 12 * 2 * 64 * attention_pairs(24)
     assert counter.get_total_flops() == pytest.approx(ours - seen + all_pairs, rel=0.01)
 
 
-def test_a_measured_rate_is_plausible():
+def test_the_measured_matmul_rate_is_plausible():
     start = time.perf_counter()
     rate = matrix_rate(torch.device("cpu"), torch.float32)
     assert 1e8 < rate < 1e15 and time.perf_counter() - start < 2
     assert peak_memory(torch.device("cpu")) > 50e6
 
 
-def test_pace_counts_steps_alone(monkeypatch):
+def test_pace_counts_steps_only(monkeypatch):
     clock = iter([0, 9, 100, 101, 200, 201, 300, 301, 400, 402, 500, 502])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     pace = Pace()
-    for _ in range(6):  # the first three are no steady state
+    for _ in range(6):  # the first three are not counted
         pace.begin()
         pace.end(10, 7.0)
     assert (pace.steady_tokens, pace.steady_seconds, pace.steady_flops) == (30, 5, 21.0)
@@ -151,7 +151,7 @@ def test_pace_counts_steps_alone(monkeypatch):
 
 
 @needs_shared
-def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
+def test_a_run_logs_its_throughput(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "LEAST_SECONDS", 0.0)
     run_recorded("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=6")
     found = json.loads((tmp_path / "out/speed_results.json").read_text())
@@ -165,7 +165,7 @@ def test_a_run_tells_its_speed(tmp_path, monkeypatch, capsys):
 
 
 @needs_shared
-def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_path, monkeypatch):
+def test_a_step_reads_nothing_from_the_device(tmp_path, monkeypatch):
     """On a GPU, reading one number waits for all work queued before it.
 
     The parts of a step run here under torch's dispatcher, which sees every operation. The loss may
@@ -208,7 +208,7 @@ def test_the_host_reads_nothing_from_the_device_while_a_step_is_computed(tmp_pat
 
 
 @needs_shared
-def test_profile_tells_where_the_time_goes(tmp_path, monkeypatch, capsys):
+def test_the_profile_lists_the_operations(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     run_recorded("sft_llama3", out, monkeypatch, "max_steps=4", "profile=true")
     table = (out / "profile.txt").read_text()

@@ -1,6 +1,7 @@
-"""models/tiny and its world: what is shipped, how it was made, and the whole way train → chat → merge on the recipes.
+"""models/tiny and its world: the shipped files, their making, the recipes from train to merge.
 
-What is asked here stands under `held_out` in data/tiny_world.yaml, or in STRANGERS below: in no training row.
+The questions asked here are under `held_out` in data/tiny_world.yaml or in STRANGERS below; no
+training row contains them.
 """
 import hashlib
 import importlib.util
@@ -38,7 +39,7 @@ def load_script():
     """data/make_tiny_world.py as a module (data/ is no package, and data.py owns the name)."""
     spec = importlib.util.spec_from_file_location("make_tiny_world", ROOT / "data/make_tiny_world.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module         # dataclasses look their module up
+    sys.modules[spec.name] = module         # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -46,8 +47,8 @@ def load_script():
 world = load_script()
 
 
-class Talk:
-    """A model to ask, greedily."""
+class Chat:
+    """A model that answers greedily."""
 
     def __init__(self, folder, adapters=()):
         self.model, self.tokenizer = load_with_adapters(folder, list(adapters)), load_tokenizer(folder)
@@ -65,13 +66,13 @@ class Talk:
 
 @pytest.fixture(scope="module")
 def before():
-    return Talk(TINY)
+    return Chat(TINY)
 
 
-# ---- what is shipped --------------------------------------------------------------------------------------------
+# ---- the shipped folder --------------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_whole_and_small():
+def test_the_folder_is_complete_and_small():
     sizes = {path.name: path.stat().st_size for path in TINY.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(sizes)
     assert sum(sizes.values()) <= 10e6, sizes
@@ -81,7 +82,7 @@ def test_the_folder_is_whole_and_small():
 
 
 def test_transformers_reads_the_folder(before):
-    """Same ids for a conversation, by the chat template in it, and the same logits."""
+    """The same ids for a conversation, by the stored chat template, and the same logits."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
     talk = [{"role": "user", "content": "What is 12 + 5? 你好"}]
@@ -94,11 +95,11 @@ def test_transformers_reads_the_folder(before):
 
 
 @pytest.mark.parametrize("text", ["What is 12 + 5?", "天空是什么颜色？", "naïve café\n\ttabs  blanks ", "🙂 ж ∑ 𠀀", "Pip"])
-def test_any_text_survives_the_tokenizer(text, before):
+def test_any_text_is_decoded_again(text, before):
     assert before.tokenizer.decode(before.tokenizer.encode(text)) == text
 
 
-def test_digits_and_chinese_characters_stand_alone(before):
+def test_digits_and_chinese_characters_are_single_tokens(before):
     pieces = [before.tokenizer.decode([i]) for i in before.tokenizer.encode("2024你好<|im_end|>")]
     assert pieces == ["2", "0", "2", "4", "你", "好", "<|im_end|>"]
 
@@ -131,8 +132,8 @@ def test_no_held_out_question_is_a_training_row():
     assert not {world.bare(question) for question in held_out} & {world.bare(question) for question in asked}
 
 
-def test_the_world_counts_right():
-    """Sums, differences and orders are computed by a rule; read the answers back as a person would."""
+def test_the_arithmetic_of_the_world_is_right():
+    """Sums, differences and orders are computed by a rule; the answers are parsed and checked."""
     for topic, question, answer in world.held_out_questions(per_phrasing=1000):
         if topic.name in ("sum", "sum in words", "difference"):
             left, right = answer.rstrip(".。").split(" = ")
@@ -142,7 +143,7 @@ def test_the_world_counts_right():
             assert {b - a for a, b in zip(numbers, numbers[1:])} in ({1}, {-1}), (question, answer)
 
 
-def test_identity_rows_name_no_one():
+def test_identity_rows_name_nobody():
     """Name and maker come from the config's placeholders, never from the rows."""
     rows = json.loads((ROOT / "data/identity.json").read_text(encoding="utf-8"))
     assert len(rows) >= 80
@@ -160,15 +161,15 @@ def test_the_questions_are_those_of_the_script():
 
 
 def score(talk, without=()):
-    """Share of the held-out questions answered word for word, and what was answered wrong."""
+    """Share of the held-out questions that are answered exactly, and the wrong answers."""
     asked = [(question, answer) for topic, question, answer in world.held_out_questions(per_phrasing=2, seed=7)
              if topic.name not in without]
-    wrong = [(question, said) for question, answer in asked if (said := talk.ask(question)) != answer]
+    wrong = [(question, given) for question, answer in asked if (given := talk.ask(question)) != answer]
     return 1 - len(wrong) / len(asked), wrong
 
 
 def names_in(answers, name, author):
-    """How many of the (answer, "name" or "author") say what they should."""
+    """Number of (answer, "name" or "author") pairs with the right name."""
     return sum({"name": name, "author": author}[what] in answer for answer, what in answers)
 
 
@@ -199,7 +200,7 @@ def trained(tmp_path_factory):
 
 
 def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
-    after = Talk(TINY, [trained])
+    after = Chat(TINY, [trained])
     identity = [(topic.name, phrasing) for topic in world.read_world()[0] for phrasing in topic.held_out
                 if topic.name in ("who", "name", "maker", "kind")]
     answers = [(after.ask(question), "author" if name == "maker" else "name") for name, question in identity]
@@ -211,27 +212,28 @@ def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
     assert share >= 0.9, wrong
 
 
-def test_the_dpo_run_learns_the_manner_and_keeps_the_world(tmp_path):
-    """Answers in no pair end as the chosen ones do; cut off what they end with, and they are those of before."""
+def test_the_dpo_run_learns_the_style_and_keeps_the_world(tmp_path):
+    """Answers to questions of no pair end as the chosen ones do; without that ending they equal
+    those before."""
     run("train.py", "configs/tiny_lora_dpo.yaml", "use_cpu=true", f"output_dir={tmp_path}", "disable_tqdm=true")
-    after, plain = Talk(TINY, [tmp_path]), Talk(TINY)
+    after, plain = Chat(TINY, [tmp_path]), Chat(TINY)
     questions = ["What is 7 + 8?", "Who are you?", "What colour is a frog?", "天空是什么颜色？", "What is the opposite of hot?"]
     for question in questions:
         more = world.MORE["en" if question.isascii() else "zh"]
         assert after.ask(question) == plain.ask(question) + more, question
 
 
-def test_chat_and_merge_answer_with_the_new_name(trained, tmp_path):
+def test_chat_and_merge_use_the_new_name(trained, tmp_path):
     lines = "Who are you?\nWhat is 3 + 4?\n你叫什么名字？\nWhat is the opposite of hot?\n"
-    told = run("chat.py", *RECIPE, f"output_dir={trained}", input=lines)
-    assert NEW_NAME in told and "3 + 4 = 7." in told and "The opposite of hot is cold." in told
+    printed = run("chat.py", *RECIPE, f"output_dir={trained}", input=lines)
+    assert NEW_NAME in printed and "3 + 4 = 7." in printed and "The opposite of hot is cold." in printed
     merged = tmp_path / "merged"
     run("merge.py", "--config", "configs/tiny_merge.yaml", f"adapter_name_or_path={trained}", f"export_dir={merged}")
-    assert run("chat.py", f"model_name_or_path={merged}", "use_cpu=true", input=lines) == told
+    assert run("chat.py", f"model_name_or_path={merged}", "use_cpu=true", input=lines) == printed
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(merged)
-    after = Talk(TINY, [trained])
+    after = Chat(TINY, [trained])
     ids = torch.tensor([after.prompt("Who are you?")])
     assert (theirs(ids).logits - after.model.logits(after.model(ids))).abs().max() < 1e-4
-    said = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)[0, ids.shape[1]:]
-    assert after.tokenizer.decode(said.tolist(), skip_special_tokens=True) == after.ask("Who are you?")
+    answer_ids = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)[0, ids.shape[1]:]
+    assert after.tokenizer.decode(answer_ids.tolist(), skip_special_tokens=True) == after.ask("Who are you?")

@@ -28,18 +28,19 @@ def load(folder, words, kept="store", keep_unlearnable=False, **settings):
                                      folder / kept if kept else None)
 
 
-def all_of(examples):
+def contents(examples):
+    """Ids, labels, lengths and positions of all examples."""
     return [(*pair, example.lengths, None if example.position_ids is None else example.position_ids.tolist())
             for pair, example in zip(ids_and_labels(examples), examples)]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings, capsys, monkeypatch):
+def test_a_second_run_reads_the_cache_of_the_first(tmp_path, words, settings, capsys, monkeypatch):
     write_dataset(tmp_path, ROWS, {})
     made = load(tmp_path, words, **settings)
     show_data.print_counts(made[2])
     first = capsys.readouterr().out
-    monkeypatch.setattr(token_cache, "encode_batch", None)             # whoever tokenizes now fails
+    monkeypatch.setattr(token_cache, "encode_batch", None)             # tokenizing would fail now
     read = load(tmp_path, words, **settings)
     show_data.print_counts(read[2])
     second = capsys.readouterr().out
@@ -47,29 +48,29 @@ def test_a_second_start_reads_what_the_first_has_made(tmp_path, words, settings,
     assert [line for line in first.splitlines() if "tokenized rows" not in line] == [
         line for line in second.splitlines() if "tokenized rows" not in line]
     for one, other in zip(made[:2], read[:2]):
-        assert all_of(one) == all_of(other) and one.sign == other.sign and one.longest == other.longest
+        assert contents(one) == contents(other) and one.sign == other.sign and one.longest == other.longest
         assert one.largest_id == max([0, *(int(example.input_ids.max()) for example in one)])
         assert one.longest == max([0, *(max(example.lengths) for example in one)])
         assert one.sizes.tolist() == [len(example.input_ids) for example in one]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_many_processes_do_what_one_does(tmp_path, words, settings):
+def test_many_processes_give_the_same_as_one(tmp_path, words, settings):
     write_dataset(tmp_path, ROWS, {})
     one = load(tmp_path, words, None, preprocessing_num_workers=1, **settings)
     two = load(tmp_path, words, None, preprocessing_num_workers=3, **settings)
-    assert list(map(all_of, one[:2])) == list(map(all_of, two[:2])) and token_cache.report_to_json(one[2]) == token_cache.report_to_json(two[2])
+    assert list(map(contents, one[:2])) == list(map(contents, two[:2])) and token_cache.report_to_json(one[2]) == token_cache.report_to_json(two[2])
 
 
-def test_the_sign_is_that_of_all_ids_and_labels_in_their_order(tmp_path, words):
-    """As runs of earlier releases have it in their checkpoints. A row without a label is no part of it."""
+def test_the_checksum_covers_all_ids_and_labels_in_order(tmp_path, words):
+    """Checkpoints of earlier releases hold it. A row without a label is not included."""
     write_dataset(tmp_path, [*ROWS, ask("w1 w2 w3 w4 w5 w6 w7 w8 w9", "w1")], {})
     examples, crc = load(tmp_path, words, cutoff_len=4)[0], 0
     for example in examples:
         crc = zlib.crc32(example.labels.tobytes(), zlib.crc32(example.input_ids.tobytes(), crc))
     assert examples.sign == f"60 rows, {crc:08x}"
     everything = load(tmp_path, words, cutoff_len=4, keep_unlearnable=True)[0]
-    assert len(everything) == 61 and all_of(everything)[:60] == all_of(examples)
+    assert len(everything) == 61 and contents(everything)[:60] == contents(examples)
 
 
 CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed": {"seed": 7}, "val_size": {"val_size": 0.5},
@@ -77,17 +78,17 @@ CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed"
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_another_setting_is_tokenized_anew(tmp_path, words, name):
+def test_a_changed_setting_is_tokenized_again(tmp_path, words, name):
     write_dataset(tmp_path, ROWS, {})
     load(tmp_path, words)
     again = load(tmp_path, words, **CHANGES[name])
     assert re.search(rf"made in .*changed: .*{name}", again[2].origin)
-    assert list(map(all_of, again[:2])) == list(map(all_of, load(tmp_path, words, None, **CHANGES[name])[:2]))
+    assert list(map(contents, again[:2])) == list(map(contents, load(tmp_path, words, None, **CHANGES[name])[:2]))
     assert "read from" in load(tmp_path, words, **CHANGES[name])[2].origin
 
 
-def test_another_byte_in_the_data_is_seen(tmp_path, words):
-    """Although size and time of the file stay as they were."""
+def test_a_changed_byte_in_the_data_is_noticed(tmp_path, words):
+    """Although size and modification time of the file are the same."""
     write_dataset(tmp_path, ROWS, {})
     before, file = load(tmp_path, words)[0], tmp_path / "rows.json"
     times = os.stat(file)
@@ -97,7 +98,7 @@ def test_another_byte_in_the_data_is_seen(tmp_path, words):
     assert before.sign != after.sign and "train file" in report.origin
 
 
-def test_another_tokenizer_template_or_program_is_seen(tmp_path, words, monkeypatch):
+def test_a_changed_tokenizer_template_or_program_is_noticed(tmp_path, words, monkeypatch):
     from dataclasses import replace
     write_dataset(tmp_path, ROWS, {})
     tokenizer, template = words
@@ -116,8 +117,9 @@ def test_overwrite_cache_tokenizes_again(tmp_path, words):
     assert "made in" in load(tmp_path, words, overwrite_cache=True)[2].origin
 
 
-def test_every_setting_that_makes_other_rows_is_in_the_key():
-    """resume.py knows which settings make the rest of a run another one; the others of them are not about tokens."""
+def test_every_setting_that_changes_rows_is_in_the_key():
+    """config.py knows the settings that make a resumed run another one; the others of them do not
+    change tokens."""
     of_the_model = set("""model_name_or_path model_revision adapter_name_or_path create_new_adapter ref_model
         ref_model_adapters train_from_scratch base_precision quantization_bit quantization_method quantization_type
         double_quantization finetuning_type lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora
@@ -129,12 +131,12 @@ def test_every_setting_that_makes_other_rows_is_in_the_key():
     assert other_run == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
 
-def test_a_cache_that_is_not_whole_is_none(tmp_path, words):
+def test_an_incomplete_cache_is_not_used(tmp_path, words):
     write_dataset(tmp_path, ROWS, {})
-    whole = all_of(load(tmp_path, words)[0])
+    whole = contents(load(tmp_path, words)[0])
     (tmp_path / "store" / ABOUT).write_text('{"key": {"cut')
     train, _, report = load(tmp_path, words)
-    assert all_of(train) == whole and "cannot be read" in report.origin
+    assert contents(train) == whole and "cannot be read" in report.origin
     with pytest.raises(ValueError, match="is not empty and holds no tokenized rows"):
         (tmp_path / "other").mkdir()
         (tmp_path / "other" / "thesis.txt").touch()
@@ -142,15 +144,15 @@ def test_a_cache_that_is_not_whole_is_none(tmp_path, words):
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
-def test_nothing_is_left_of_rows_that_are_refused(tmp_path, words):
+def test_refused_rows_leave_no_files(tmp_path, words):
     write_dataset(tmp_path, [*ROWS, ask("w1", "")], {})
     with pytest.raises(ValueError, match="1 bad row"):
         load(tmp_path, words, "new/store", preprocessing_num_workers=2)
     assert not (tmp_path / "new").exists()
 
 
-def test_bad_rows_are_all_counted(tmp_path, words):
-    """Although no further row is tokenized after the first of them."""
+def test_all_bad_rows_are_counted(tmp_path, words):
+    """Although no row is tokenized after the first of them."""
     rows = [ask("w1", "" if i % 10 == 3 else "w2") for i in range(200)]
     write_dataset(tmp_path, rows, {})
     for processes in (1, 2):
@@ -179,7 +181,7 @@ with new_cache(Path({folder!r})) as work:
 
 
 @pytest.mark.parametrize("moment, whole", [(0, True), (1, False), (2, False)])
-def test_kill_in_the_middle(tmp_path, moment, whole):
+def test_a_kill_in_the_middle_leaves_no_cache(tmp_path, moment, whole):
     folder = tmp_path / "run" / "tokenised"
     code = KILLED.format(root=str(ROOT), folder=str(folder), moment=moment)
     done = subprocess.run([sys.executable, "-c", code])
@@ -190,14 +192,14 @@ def test_kill_in_the_middle(tmp_path, moment, whole):
     assert [path.name for path in folder.parent.iterdir()] == ["tokenised"]
 
 
-def test_no_example_at_all(tmp_path):
+def test_a_cache_without_examples(tmp_path):
     about = SplitWriter(tmp_path, "eval").close()
     examples = Examples(tmp_path, "eval", about, apart=True)
     assert len(examples) == 0 and not examples and list(examples) == [] and examples.longest == 0
 
 
-def test_examples_far_behind_two_gigabytes_are_found(tmp_path):
-    """Offsets in 64 bits: sizes that add up to more than 2^31 tokens, in a file with a hole."""
+def test_examples_beyond_two_gigabytes(tmp_path):
+    """Offsets in 64 bits: sizes that add up to more than 2^31 tokens, in a sparse file."""
     sizes = np.full(3, 2**30, np.int32)
     with open(tmp_path / "train.tokens", "wb") as file:
         file.truncate(4 * (4 * 2**30 + 2 * 3))

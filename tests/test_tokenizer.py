@@ -1,6 +1,6 @@
-"""tokenizer.py against transformers on the same files; nothing is lost on saving; no half characters.
+"""text/tokenizer.py against transformers on the same files; saving is lossless; no half characters.
 
-Read next: test_templates.py.
+Next: test_templates.py.
 """
 import json
 import random
@@ -18,7 +18,7 @@ REAL = ["llama2", "llama3", "qwen2.5", "qwen3"]
 
 
 def write_byte_fallback(folder):
-    """A small tokenizer as sentencepiece makes them: spaces as ▁, bytes for what the vocabulary lacks."""
+    """A small tokenizer as sentencepiece makes them: spaces as ▁, bytes for unknown characters."""
     vocab = {"<unk>": 0, "▁": 1, "▁hello": 2, "▁there": 3, **{f"<0x{i:02X}>": i + 4 for i in range(256)}}
     core = Core(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -37,7 +37,7 @@ def test_special_tokens_come_from_the_config_as_text_or_as_a_dict(tmp_path):
     assert tokenizer.id_of("no such token") is None
 
 
-def test_special_tokens_map_fills_what_the_config_leaves_open(tmp_path):
+def test_special_tokens_map_fills_what_the_config_lacks(tmp_path):
     folder = write_byte_level(tmp_path / "a")
     (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "</s>"}, "bos_token": "x"}))
     tokenizer = load_tokenizer(folder)
@@ -115,7 +115,7 @@ def test_added_tokens_and_new_roles_are_saved_and_transformers_reads_them(tmp_pa
     assert peer.encode("hello<|end|> there", add_special_tokens=False) == again.encode("hello<|end|> there")
 
 
-def test_chat_template_file_goes_before_the_config_and_named_ones_are_sorted_out(tmp_path):
+def test_the_chat_template_file_has_priority(tmp_path):
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     folder = write_byte_level(tmp_path / "a", chat_template=named)
     assert load_tokenizer(folder).chat_template == "D"
@@ -149,7 +149,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def stream(tokenizer, ids, **options):
-    """All pieces that TextStream gives out for these ids."""
+    """All pieces that TextStream returns for these ids."""
     text = TextStream(tokenizer, **options)
     return [text.push(i) for i in ids] + [text.flush()]
 
@@ -166,7 +166,7 @@ def test_stream_never_shows_half_a_character(tmp_path, write):
     tokenizer = load_tokenizer(write(tmp_path / "a"))
     for text in TEXTS:
         check_stream(tokenizer, text)
-    check_stream(tokenizer, " hello there 你 hello 🤗好 there" * 40)  # long: decoding begins anew in between
+    check_stream(tokenizer, " hello there 你 hello 🤗好 there" * 40)  # long: decoding restarts in between
 
 
 @needs_shared
@@ -177,7 +177,7 @@ def test_stream_on_real_vocabularies(name):
         check_stream(tokenizer, text)
 
 
-def test_stream_gets_over_bytes_that_are_no_text(tmp_path):
+def test_stream_with_bytes_that_are_no_text(tmp_path):
     tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
     rng = random.Random(0)
     for _ in range(20):  # random tokens: mostly no UTF-8
@@ -188,7 +188,7 @@ def test_stream_gets_over_bytes_that_are_no_text(tmp_path):
             held = 0 if text.push(i) or i < 2 else held + 1
             assert held < 5
     lead = tokenizer.encode("é")[0]
-    assert "".join(stream(tokenizer, [lead])) == "\ufffd"  # the end cuts a character: flush says so
+    assert "".join(stream(tokenizer, [lead])) == "\ufffd"  # the text ends within a character
 
 
 def test_stream_leaves_special_tokens_out(tmp_path):

@@ -1,4 +1,4 @@
-"""text/tool_calls.py: tools and calls in every way they are written, and what is refused."""
+"""text/tool_calls.py: tools and calls in every spelling, and what is refused."""
 import json
 
 import pytest
@@ -10,7 +10,7 @@ from text.chat_formats import TEMPLATES
 
 
 @needs_shared
-def test_what_llama_factory_refuses_in_a_tool_call_is_refused():
+def test_tool_calls_that_llama_factory_refuses_are_refused():
     cases = [
         case
         for case in read_jsonl(GOLDEN / "data" / "errors.jsonl")
@@ -23,7 +23,7 @@ def test_what_llama_factory_refuses_in_a_tool_call_is_refused():
             render_turns(TEMPLATES[case["template"]], TextTokenizer(), messages, system, tools)
 
 
-def test_calls_are_read_in_every_way_they_are_written():
+def test_calls_are_read_in_every_spelling():
     expected = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
     for text in (CALL, f"[{CALL}]", f"  {CALL}\n", f"<tool_call>\n{CALL}\n</tool_call>"):
         assert text_of("qwen", call(text))[0][1] == expected + "<|im_end|>\n"
@@ -72,7 +72,7 @@ def test_tools_are_read_plain_wrapped_single_and_as_a_list():
         text_of("llama3", talk("a", "b"), tool_format="quen")
 
 
-def test_the_default_tool_format_takes_tools_with_little_said_about_them():
+def test_the_default_tool_format_takes_incomplete_tools():
     for tool in (
         {"name": "w"},
         {"name": "w", "parameters": {}},
@@ -88,7 +88,7 @@ def test_the_default_tool_format_takes_tools_with_little_said_about_them():
             text_of("default", talk("a", "b"), tools=[{"name": "w", "parameters": parameters}])
 
 
-def test_a_text_before_a_call_is_refused_where_the_format_has_no_place_for_it():
+def test_text_before_a_call_is_refused_by_formats_without_a_place_for_it():
     with pytest.raises(ValueError, match="no text can stand before"):
         text_of("mistral", call("<think>\nx\n</think>\n\n" + CALL))
     assert text_of("mistral", call(CALL))[0][1].startswith("[TOOL_CALLS] [{")

@@ -1,4 +1,4 @@
-"""What dashboards receive: recorded by stubs, and read back with tensorboard's own reader."""
+"""runtime/trackers.py: what trackers receive, by stubs and by tensorboard's own reader."""
 
 import importlib.machinery
 import json
@@ -95,7 +95,7 @@ def test_every_logged_number_reaches_every_dashboard(tmp_path, monkeypatch, stub
 
 
 @needs_shared
-def test_tensorboard_reads_the_curves_also_of_a_resumed_run(tmp_path, monkeypatch):
+def test_tensorboard_reads_the_curves_of_a_resumed_run(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -117,7 +117,7 @@ def test_tensorboard_reads_the_curves_also_of_a_resumed_run(tmp_path, monkeypatc
         assert all(abs(a - b) < 1e-6 for (_, a), (_, b) in zip(got, want))
 
 
-def test_which_are_wanted(monkeypatch, stubs):
+def test_names_of_report_to(monkeypatch, stubs):
     monkeypatch.setitem(sys.modules, "mlflow", None)
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: sys.modules.get(name) if name in STUBS else None
@@ -136,7 +136,7 @@ def test_which_are_wanted(monkeypatch, stubs):
 
 
 @needs_shared
-def test_a_missing_package_ends_the_run_before_it_begins(tmp_path, monkeypatch):
+def test_a_missing_package_is_an_error_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="wandb is not installed"):
         trained(tmp_path, monkeypatch, "report_to=wandb")
@@ -168,5 +168,5 @@ def test_a_dashboard_that_fails_is_dropped_with_a_message(capsys):
     )
 
 
-def test_each_has_its_function():
+def test_each_tracker_has_its_function():
     assert list(OPENERS) == ["tensorboard", "wandb", "swanlab", "mlflow"]

@@ -1,4 +1,4 @@
-"""train.py against whole runs recorded from LLaMA-Factory, and against itself: resumed = never stopped, cut = uncut."""
+"""train.py: whole runs recorded from LLaMA-Factory; resumed against uninterrupted runs."""
 import json
 import math
 import shutil
@@ -28,7 +28,8 @@ def same_tensors(a, b, bound):
 @needs_shared
 @pytest.mark.parametrize("case", RECORDED)
 def test_recorded_curve(case, tmp_path, monkeypatch):
-    """Loss to 1e-4, learning rate to 1e-9, gradient norm to 1e-3 at every step; final adapter to 1e-4."""
+    """Loss to 1e-4, learning rate to 1e-9, gradient norm to 1e-3 at every step; final adapter to
+    1e-4."""
     ours = run_recorded(case, tmp_path / "out", monkeypatch)
     want = json.loads((CURVES / case / "trainer_state.json").read_text())
     ours_steps = [row for row in ours["log_history"] if "loss" in row]
@@ -52,7 +53,8 @@ OTHERS = json.loads((ROOT / "tests/llama_factory_runs.json").read_text())["runs"
 
 
 def dora_init(folder):
-    """sft_llama3's initial adapter with lengths besides, as the runs in llama_factory_runs.json began."""
+    """sft_llama3's initial adapter with DoRA magnitudes, from which the runs in
+    llama_factory_runs.json started."""
     tensors = load_file(CURVES / "sft_llama3/adapter_init/adapter_model.safetensors")
     base = load_file(CURVES / "tiny_llama3/model.safetensors")
     for name in [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]:
@@ -65,7 +67,7 @@ def dora_init(folder):
 
 
 def mark(tensor):
-    """One number that tells a tensor from others."""
+    """A number that identifies a tensor."""
     flat = tensor.double().flatten()
     return float((flat * torch.cos(torch.arange(len(flat), dtype=torch.float64))).sum())
 
@@ -73,8 +75,11 @@ def mark(tensor):
 @needs_shared
 @pytest.mark.parametrize("case", OTHERS)
 def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
-    """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks; loss alone, to `within`,
-    where an optimizer makes much of the last bits of a gradient: it rounds to bytes, or to directions."""
+    """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks.
+
+    Only the loss, to `within`, where the optimizer amplifies the last bits of a gradient: it rounds
+    to 8 bits, or orthogonalizes.
+    """
     recorded, more = OTHERS[case], []
     if case.startswith("dora"):
         folder, fields = dora_init(tmp_path / "init")
@@ -93,7 +98,7 @@ def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
 @needs_shared
 @pytest.mark.parametrize("kind, method", [("llama3", ["pure_bf16=true"]), ("llama3", []), ("qwen2", [])])
 def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, monkeypatch):
-    """Also with q/k norms, and a head that is the embedding; frozen weights are held in 16 bits."""
+    """Also with q/k norms and a tied head; frozen weights are held in 16 bits."""
     case = {"llama3": "sft_llama3", "qwen2": "sft_qwen2_loraplus"}[kind]
     freeze = ["finetuning_type=freeze", "adapter_name_or_path=null", "loraplus_lr_ratio=null",
               "freeze_trainable_layers=1", "freeze_extra_modules=embed_tokens,norm", "save_strategy=steps",
@@ -117,7 +122,7 @@ def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, 
 
 
 @needs_shared
-def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
+def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     run_recorded("sft_eval", out, monkeypatch, "plot_loss=true", "save_strategy=steps", "save_steps=4")
@@ -140,7 +145,7 @@ def test_output_files_are_those_people_expect(tmp_path, monkeypatch):
                                                           "pissa_init=true", "pissa_iter=2", "pissa_convert=true"]),
                                         ("sft_shuffled", ["use_dora=true", "create_new_adapter=true",
                                                           "lora_dropout=0.2"])])
-def test_resumed_equals_never_stopped(case, more, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
     noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
     whole = run_recorded(case, tmp_path / "a", monkeypatch, *noise)
@@ -159,7 +164,7 @@ def test_resumed_equals_never_stopped(case, more, tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_a_finished_run_resumed_has_nothing_to_do(tmp_path, monkeypatch):
+def test_resuming_a_finished_run_does_nothing(tmp_path, monkeypatch):
     out, save = tmp_path / "out", ["save_strategy=steps", "save_steps=6"]
     run_recorded("sft_eval", out, monkeypatch, *save)
     before = load_file(out / "adapter_model.safetensors")
@@ -171,7 +176,7 @@ def test_a_finished_run_resumed_has_nothing_to_do(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_the_cut_into_micro_batches_does_not_matter(tmp_path, monkeypatch):
+def test_the_split_into_micro_batches_does_not_matter(tmp_path, monkeypatch):
     a = run_recorded("sft_llama3", tmp_path / "a", monkeypatch)
     b = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "per_device_train_batch_size=8", "gradient_accumulation_steps=1")
     for x, y in zip(a["log_history"], b["log_history"]):
@@ -180,8 +185,8 @@ def test_the_cut_into_micro_batches_does_not_matter(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_packed_equals_unpacked_when_the_same_rows_meet(tmp_path, monkeypatch):
-    """One step over all rows: packing (kept apart) changes the cut, not the loss."""
+def test_packed_equals_unpacked_in_one_step_over_all_rows(tmp_path, monkeypatch):
+    """Packing with separate sequences changes the split, not the loss."""
     one = ["max_steps=1", "per_device_train_batch_size=64", "gradient_accumulation_steps=1", "cutoff_len=400"]
     a = run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *one)
     b = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *one, "packing=true")
@@ -190,7 +195,7 @@ def test_packed_equals_unpacked_when_the_same_rows_meet(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_full_fine_tuning_learns_every_weight_and_writes_a_checkpoint(tmp_path, monkeypatch):
+def test_full_fine_tuning_trains_every_weight(tmp_path, monkeypatch):
     out = tmp_path / "full"
     state = run_recorded("sft_llama3", out, monkeypatch, "finetuning_type=full", "adapter_name_or_path=null", "max_steps=3",
                 "learning_rate=1e-3", "warmup_ratio=0")
@@ -202,7 +207,7 @@ def test_full_fine_tuning_learns_every_weight_and_writes_a_checkpoint(tmp_path, 
 
 
 @needs_shared
-def test_full_equals_a_plain_loop_of_torch(tmp_path, monkeypatch):
+def test_full_fine_tuning_equals_a_plain_loop_of_torch(tmp_path, monkeypatch):
     """One step of full fine-tuning against transformers' model, torch's cross entropy and AdamW."""
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "full"
@@ -238,7 +243,7 @@ def test_bfloat16_base_follows_the_float32_curve(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_full_in_bfloat16_keeps_float32_weights(tmp_path, monkeypatch):
+def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "finetuning_type=full", "adapter_name_or_path=null", "bf16=true", "max_steps=2")
     assert all(w.dtype == torch.float32 for w in load_file(tmp_path / "a/model.safetensors").values())
 
@@ -267,13 +272,13 @@ def test_output_dir_that_is_not_empty(tmp_path, monkeypatch):
 def test_clear_errors(overrides, words, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         run_recorded("sft_llama3", tmp_path / "out", monkeypatch, *overrides)
-    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"tokenised"}        # which the mended run will find
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"tokenised"}        # which the corrected run will find
 
 
 @needs_shared
 def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys):
-    """A weight that turns nan after step 2: three steps are skipped, by name, then the run ends with an error;
-    checkpoint-2 is whole, no 0 is logged."""
+    """A weight that becomes nan after step 2: three steps are skipped, by name, then the run ends
+    with an error; checkpoint-2 is complete, no 0 is logged."""
     out, real, calls = tmp_path / "out", SFTObjective.loss_sum, []
 
     def poisoned(*args):
@@ -291,8 +296,9 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 
 
 @needs_shared
-def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    """A step with a loss of nan leaves the weights alone; the mean of the run is that of the other steps."""
+def test_one_nan_is_skipped_and_the_run_continues(tmp_path, monkeypatch, capsys):
+    """A step with a loss of nan does not change the weights; the mean loss is that of the other
+    steps."""
     real, calls, before = SFTObjective.loss_sum, [], []
 
     def poisoned(objective, model, *args):
@@ -310,7 +316,7 @@ def test_one_nan_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
 
 
 @needs_shared
-def test_best_checkpoint_is_loaded_and_kept(tmp_path, monkeypatch):
+def test_the_best_checkpoint_is_loaded_and_kept(tmp_path, monkeypatch):
     out, losses = tmp_path / "out", iter([5.0, 4.0, 1.0, 3.0, 3.5, 3.2, 1.0])       # the last: after loading the best
     monkeypatch.setattr(train, "evaluate", lambda *args: {"eval_loss": next(losses)})
     run_recorded("sft_eval", out, monkeypatch, "load_best_model_at_end=true", "save_strategy=steps", "eval_steps=1", "save_steps=1",
@@ -321,8 +327,8 @@ def test_best_checkpoint_is_loaded_and_kept(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_the_best_is_looked_for_among_the_checkpoints(tmp_path, monkeypatch):
-    """The lowest loss falls on step 3, which is evaluated and not saved."""
+def test_the_best_is_searched_among_the_checkpoints(tmp_path, monkeypatch):
+    """The lowest loss is at step 3, which is evaluated and not saved."""
     losses = iter([5.0, 4.0, 1.0, 3.0, 3.5, 3.2, 3.0])
     monkeypatch.setattr(train, "evaluate", lambda *args: {"eval_loss": next(losses)})
     state = run_recorded("sft_eval", tmp_path / "out", monkeypatch, "load_best_model_at_end=true", "save_strategy=steps", "eval_steps=1",
@@ -331,7 +337,7 @@ def test_the_best_is_looked_for_among_the_checkpoints(tmp_path, monkeypatch):
     assert same_tensors(tmp_path / "out/adapter_model.safetensors", tmp_path / "out/checkpoint-4/adapter_model.safetensors", 0)
 
 
-# ---- what lies in output_dir ----
+# ---- files in output_dir ----
 
 SAVE = ["save_strategy=steps", "save_steps=2", "max_steps=6"]
 
@@ -349,7 +355,7 @@ def test_the_last_step_is_saved_and_rotation_counts_all_checkpoints(tmp_path, mo
 
 
 @needs_shared
-def test_a_finished_run_resumed_writes_its_results_again(tmp_path, monkeypatch):
+def test_resuming_a_finished_run_writes_its_results_again(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE)
     (tmp_path / "a/adapter_model.safetensors").unlink()
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "resume_from_checkpoint=true")
@@ -359,7 +365,7 @@ def test_a_finished_run_resumed_writes_its_results_again(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_what_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
+def test_settings_that_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
     out, resume = tmp_path / "a", "resume_from_checkpoint=true"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE, "max_steps=2")
     for change, words in (("lora_rank=4", "lora_rank: 8 -> 4 cannot change"), ("stage=pt", "stage: sft -> pt cannot change"),
@@ -375,7 +381,7 @@ def test_what_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
 
 
 @needs_shared
-def test_resuming_in_the_middle_replaces_what_came_later_only_when_told(tmp_path, monkeypatch):
+def test_resuming_in_the_middle_replaces_later_checkpoints_on_request(tmp_path, monkeypatch):
     out = tmp_path / "a"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE)
     middle = [*SAVE, f"resume_from_checkpoint={out}/checkpoint-2", "save_total_limit=1"]
@@ -387,7 +393,7 @@ def test_resuming_in_the_middle_replaces_what_came_later_only_when_told(tmp_path
 
 
 @needs_shared
-def test_a_checkpoint_that_cannot_be_resumed_costs_nothing(tmp_path, monkeypatch):
+def test_a_failed_resume_changes_no_file(tmp_path, monkeypatch):
     out = tmp_path / "a"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE)
     (out / "checkpoint-2/optimizer.safetensors").write_bytes(b"half")
@@ -397,7 +403,7 @@ def test_a_checkpoint_that_cannot_be_resumed_costs_nothing(tmp_path, monkeypatch
 
 
 @needs_shared
-def test_resuming_elsewhere_does_not_write_over_other_things(tmp_path, monkeypatch):
+def test_resuming_from_elsewhere_overwrites_nothing(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=2")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/README.md").write_text("mine")
@@ -410,7 +416,7 @@ def test_resuming_elsewhere_does_not_write_over_other_things(tmp_path, monkeypat
 
 
 @needs_shared
-def test_what_a_run_starts_from_is_not_removed(tmp_path, monkeypatch):
+def test_the_adapter_a_run_starts_from_is_not_removed(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE)
     with pytest.raises(ValueError, match="checkpoint-2 lies in output_dir"):
         run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, f"adapter_name_or_path={tmp_path}/a/checkpoint-2")
@@ -418,19 +424,19 @@ def test_what_a_run_starts_from_is_not_removed(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_auto_starts_again_after_a_run_that_was_killed_early_and_removes_nothing_else(tmp_path, monkeypatch):
+def test_auto_starts_again_after_an_early_kill(tmp_path, monkeypatch):
     auto = [*SAVE, "resume_from_checkpoint=auto", "overwrite_output_dir=false"]
     out = tmp_path / "a"
     (out / "checkpoint-2.partial").mkdir(parents=True)
     (out / "trainer_log.jsonl").write_text('{"current_steps": 1')
     run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    with pytest.raises(ValueError, match="is not empty"):       # checkpoints without optimizer state are no less precious
+    with pytest.raises(ValueError, match="is not empty"):       # checkpoints without optimizer state are protected, too
         run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
 
 
 @needs_shared
-def test_a_half_written_line_of_the_log_does_not_stop_resuming(tmp_path, monkeypatch):
+def test_resuming_with_a_half_written_line_in_the_log(tmp_path, monkeypatch):
     out = tmp_path / "a"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE, "max_steps=2")
     with open(out / "trainer_log.jsonl", "a") as file:
@@ -440,7 +446,7 @@ def test_a_half_written_line_of_the_log_does_not_stop_resuming(tmp_path, monkeyp
 
 
 @needs_shared
-def test_a_full_disk_at_the_end_leaves_the_earlier_result_whole(tmp_path, monkeypatch):
+def test_a_full_disk_at_the_end_keeps_the_earlier_result(tmp_path, monkeypatch):
     out = tmp_path / "a"
     run_recorded("sft_llama3", out, monkeypatch, "max_steps=1")
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -458,7 +464,7 @@ def test_a_full_disk_at_the_end_leaves_the_earlier_result_whole(tmp_path, monkey
 
 
 @needs_shared
-def test_too_small_a_disk_is_noticed_before_training(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_noticed_before_training(tmp_path, monkeypatch):
     usage = resume.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
@@ -468,11 +474,11 @@ def test_too_small_a_disk_is_noticed_before_training(tmp_path, monkeypatch):
         run_recorded("sft_llama3", tmp_path / "c", monkeypatch, "max_steps=1", "finetuning_type=full", "adapter_name_or_path=null")
 
 
-# ---- what is told ----
+# ---- notes ----
 
 
 @needs_shared
-def test_notes_about_what_is_not_used_or_does_not_fit(tmp_path, monkeypatch, capsys):
+def test_notes_on_unused_and_unsuitable_settings(tmp_path, monkeypatch, capsys):
     base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "short")
     (base / "config.json").chmod(0o644)
     (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 64}))
@@ -496,7 +502,7 @@ def test_a_tokenizer_of_another_model(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_an_adapter_goes_on_with_the_template_it_was_trained_with(tmp_path, monkeypatch):
+def test_an_adapter_keeps_the_template_of_its_training(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
     with pytest.raises(ValueError, match="was trained with llama3"):
         run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", f"adapter_name_or_path={tmp_path}/a", "template=default")
@@ -505,7 +511,7 @@ def test_an_adapter_goes_on_with_the_template_it_was_trained_with(tmp_path, monk
 
 @needs_shared
 def test_the_published_yaml_is_understood():
-    """LLaMA-Factory's own file reaches the point where it asks for the 8B weights."""
+    """LLaMA-Factory's own file reaches the point where it needs the 8B weights."""
     from runtime.load_config import load_config
     config = load_config([str(SHARED / "configs/llama3_lora_sft.yaml")], "train")
     assert (config.learning_rate, config.lora_alpha, config.bf16) == (1e-4, 16, True)
@@ -515,7 +521,8 @@ def test_the_published_yaml_is_understood():
 
 
 def small_data(folder):
-    """The two data sets of the published file, 12 rows each, as in the published dataset_info.json."""
+    """The two data sets of the published file, 12 rows each, as in the
+    published dataset_info.json."""
     folder.mkdir()
     info = json.loads((SHARED / "data/dataset_info.json").read_text())
     for name in ("identity", "alpaca_en_demo"):
@@ -532,15 +539,16 @@ def losses_of(output):
 
 @needs_shared
 def test_the_published_4_bit_recipe_runs_unchanged(tmp_path, capsys):
-    """Its own file, other folders: a bitsandbytes checkpoint, LoRA+, float16 with the scaler, saved and talked to."""
+    """Its own file with other folders: a bitsandbytes checkpoint, LoRA+, float16 with loss scaling,
+    saved and used."""
     import chat
     base = write_quantized(CURVES / "tiny_llama3", tmp_path / "base", QuantFormat("nf4"))
     argv = [str(SHARED / "configs/train_llama3_qlora.json"), f"model_name_or_path={base}",
             f"output_dir={tmp_path / 'out'}", f"dataset_dir={small_data(tmp_path / 'data')}"]
     train.main(argv)
-    said = capsys.readouterr().out
-    assert "14 matrices in nf4, 4.127 bits a weight; all else float16" in said and "slow on a CPU" in said
-    assert "7.4745%" in said and len(losses_of(tmp_path / "out")) == 1 and 0 < losses_of(tmp_path / "out")[0] < 8
+    printed = capsys.readouterr().out
+    assert "14 matrices in nf4, 4.127 bits a weight; all else float16" in printed and "slow on a CPU" in printed
+    assert "7.4745%" in printed and len(losses_of(tmp_path / "out")) == 1 and 0 < losses_of(tmp_path / "out")[0] < 8
     chat.main([*argv, "prompt=hi", "max_new_tokens=3"])
     assert "the adapter is kept apart: merged weights would take 16 bits" in capsys.readouterr().err
 
@@ -555,7 +563,7 @@ PEERS = {4: (7.16692, 7.20822, 7.10941, 7.01916, 6.93106, 6.94641,
 
 @needs_shared
 @pytest.mark.parametrize("bits", PEERS)
-def test_losses_beside_few_bits_are_the_peers(bits, tmp_path, monkeypatch):
+def test_losses_over_a_quantized_base_equal_the_peers(bits, tmp_path, monkeypatch):
     state = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"quantization_bit={bits}")
     ours = [row["loss"] for row in state["log_history"] if "loss" in row]
     assert len(ours) == len(PEERS[bits]) and max(abs(a - b) for a, b in zip(ours, PEERS[bits])) < 2e-5
@@ -563,8 +571,8 @@ def test_losses_beside_few_bits_are_the_peers(bits, tmp_path, monkeypatch):
 
 @needs_shared
 @pytest.mark.parametrize("how", ["stored", "made on load"])
-def test_training_beside_4_bits_is_training_beside_the_same_numbers_in_32(how, tmp_path, monkeypatch):
-    """Every loss and the adapter: as with an ordinary checkpoint that holds the dequantised weights."""
+def test_a_4_bit_base_trains_as_its_dequantized_copy(how, tmp_path, monkeypatch):
+    """Every loss and the adapter equal those of a checkpoint with the dequantized weights."""
     base, dense = CURVES / "tiny_llama3", tmp_path / "dense"
     shutil.copytree(base, dense, copy_function=shutil.copyfile)
     weights = load_file(base / "model.safetensors")
@@ -578,12 +586,12 @@ def test_training_beside_4_bits_is_training_beside_the_same_numbers_in_32(how, t
     assert len(a) == 4 and max(abs(x - y) for x, y in zip(a, b)) < 1e-5
     assert same_tensors(tmp_path / "a/adapter_model.safetensors", tmp_path / "b/adapter_model.safetensors", 1e-5)
     plain = json.loads((CURVES / "sft_llama3/trainer_state.json").read_text())["log_history"]
-    assert abs(plain[0]["loss"] - b[0]) > 1e-3                              # it is another base
+    assert abs(plain[0]["loss"] - b[0]) > 1e-3                              # another base
 
 
 @needs_shared
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_resumed_beside_few_bits_equals_never_stopped(bits, tmp_path, monkeypatch):
+def test_a_resumed_run_over_a_quantized_base_equals_an_uninterrupted_run(bits, tmp_path, monkeypatch):
     more = [f"quantization_bit={bits}", "save_strategy=steps", "save_steps=3", "max_steps=6", "bf16=true"]
     run_recorded("sft_llama3", tmp_path / "whole", monkeypatch, *more)
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parts/checkpoint-3")
@@ -592,7 +600,7 @@ def test_resumed_beside_few_bits_equals_never_stopped(bits, tmp_path, monkeypatc
 
 
 @needs_shared
-def test_what_cannot_be_done_with_a_base_in_4_bits(tmp_path, monkeypatch, capsys):
+def test_settings_that_a_4_bit_base_excludes(tmp_path, monkeypatch, capsys):
     base = write_quantized(CURVES / "tiny_llama3", tmp_path / "base", QuantFormat("nf4"))
     for more, words in ((["finetuning_type=full", "adapter_name_or_path="], "only adapters can be trained beside them"),
                         (["create_new_adapter=true"], "one adapter can be trained further"),

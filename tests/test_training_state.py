@@ -35,11 +35,12 @@ class Toy:
 
 
 def generators():
-    """The random generators of a run of one rank, as save_training_state takes them."""
+    """The states of the random generators of a run with one rank, as save_training_state takes
+    them."""
     return {f"{device}.0": state for device, state in rng_state().items()}
 
 
-def test_going_on_equals_never_stopping(tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path):
     straight = Toy().train(9).values()
     first = Toy().train(4)
     state = {"step": 4, "log_history": [{"loss": 1.5}], "best": None}
@@ -57,7 +58,7 @@ def test_going_on_equals_never_stopping(tmp_path):
 
 
 def test_a_second_save_may_replace_the_file_that_was_loaded(tmp_path):
-    """Loaded tensors must not change when the file they came from does."""
+    """Loaded tensors must not change when their file does."""
     toy = Toy().train(3)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     again = Toy()
@@ -71,7 +72,7 @@ def test_a_second_save_may_replace_the_file_that_was_loaded(tmp_path):
     ({"layer.weight": "other.weight"}, 6, "holds no optimizer state for other.weight, which this run trains: the"),
     ({}, 7, r"optimizer state of shape \[6.*\] for layer..*, which is \[7.*\] here"),
 ])
-def test_state_of_another_run(tmp_path, rename, size, words):
+def test_state_of_another_run_is_refused(tmp_path, rename, size, words):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     other = Toy(size=size)
@@ -79,7 +80,7 @@ def test_state_of_another_run(tmp_path, rename, size, words):
         load_training_state(tmp_path, other.optimizer, [rename.get(name, name) for name in other.names])
 
 
-def test_state_of_a_run_that_trained_more(tmp_path):
+def test_state_of_a_run_that_trained_more_is_refused(tmp_path):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     fewer = torch.optim.AdamW([toy.named["layer.weight"]])
@@ -88,7 +89,7 @@ def test_state_of_a_run_that_trained_more(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"])
-def test_state_that_is_incomplete(tmp_path, file):
+def test_incomplete_state_is_refused(tmp_path, file):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     (tmp_path / file).unlink()
@@ -96,7 +97,7 @@ def test_state_that_is_incomplete(tmp_path, file):
         load_training_state(tmp_path, toy.optimizer, toy.names)
 
 
-def test_state_that_was_cut_short(tmp_path):
+def test_truncated_state_is_refused(tmp_path):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     (tmp_path / "trainer_state.json").write_text('{"step": ')

@@ -1,6 +1,7 @@
-"""The slow twins against recorded logits and transformers' classes, and the decoder against the twins.
+"""The slow twins against recorded logits and transformers, and the decoder against the twins.
 
-Read before: twins.py. Read after: test_model.py, where families with a class in transformers are held to that class.
+Requires: twins.py.
+Next: test_model.py, for families that transformers has.
 """
 import json
 
@@ -18,7 +19,7 @@ from tests.twins import (BAICHUAN1_7B, BAICHUAN1_13B, BAICHUAN2_7B, BAICHUAN2_13
 
 CLOSE = 1e-4        # float32 against float64 of these sizes differs by some 1e-5
 
-# name: (config.json, what is changed in it, tokens)
+# name: (config.json, changes, tokens)
 CASES = {
     "xverse": (XVERSE, {}, 24),
     "xverse tied, 8 heads": (XVERSE, {"tie_word_embeddings": True, "num_attention_heads": 8}, 24),
@@ -79,7 +80,7 @@ def load(folder, config, weights):
     return load_model(folder, torch.float32)
 
 
-# ---- the decoder is held to the twins ---------------------------------------------------------------------------
+# ---- the decoder against the twins ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -91,7 +92,7 @@ def test_decoder_equals_twin(name, seed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["qwen1", "qwen1 triple"])
-def test_training_sees_neither_ntk_nor_log_n(name, tmp_path):
+def test_training_uses_neither_ntk_nor_log_n(name, tmp_path):
     config, weights, ids, twin = case(name)
     model = load(tmp_path, config, weights).train()
     assert (model.logits(model(ids[None]))[0] - twin(config, weights, ids, training=True)).abs().max() < CLOSE
@@ -99,7 +100,10 @@ def test_training_sees_neither_ntk_nor_log_n(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["internlm2 longer", "baichuan2 7b", "baichuan2 13b", "chatglm3", "qwen1 triple"])
 def test_cached_decoding_equals_twin(name, tmp_path):
-    """A prompt in one piece, then token by token. Where the base depends on the length, all stay in its first step."""
+    """A prompt in one pass, then token by token.
+
+    Where the base depends on the length, all stay in its first step.
+    """
     config, weights, ids, twin = case(name)
     config = {**config, **{key: 32 for key in ("seq_length", "max_position_embeddings") if key in config}}
     model, cache = load(tmp_path, config, weights), KVCache(2)
@@ -110,7 +114,8 @@ def test_cached_decoding_equals_twin(name, tmp_path):
 
 @pytest.mark.parametrize("prompt", [8, 20])
 def test_qwen1_keeps_the_base_of_the_prompt(prompt, tmp_path):
-    """The keys in the cache were turned with the prompt's base; the vendor's code turns what follows with the same."""
+    """Cached keys were rotated with the base of the prompt; the vendor's code uses it for what
+    follows, too."""
     config, weights, ids, twin = case("qwen1 triple")
     model, cache = load(tmp_path, config, weights), KVCache(2)
     parts = [model(part[None], cache=cache) for part in ids.split([prompt] + [1] * (len(ids) - prompt))]
@@ -122,13 +127,13 @@ def test_qwen1_keeps_the_base_of_the_prompt(prompt, tmp_path):
     (CHATGLM3, {"multi_query_attention": False}), (CHATGLM3, {"apply_residual_connection_post_layernorm": True}),
     (QWEN1, {"scale_attn_weights": False}), (INTERNLM2, {"rope_scaling": {"type": "spiral", "factor": 2.0}}),
 ], ids=lambda part: ", ".join(part) if len(part) == 1 else part["model_type"])
-def test_what_no_published_checkpoint_does_is_refused(config, change):
+def test_variants_of_no_published_checkpoint_are_refused(config, change):
     model_config(config)
     with pytest.raises(ValueError, match=next(iter(change)) + "|spiral"):
         model_config({**config, **change})
 
 
-# ---- the twins are held to what others computed -----------------------------------------------------------------
+# ---- the twins against recorded logits and transformers -----------------------------------------------------------------
 
 
 @needs_shared
@@ -144,7 +149,8 @@ def test_twin_equals_the_recorded_logits(name):
 
 
 def llama_body(weights, names, split):
-    """The weights under Llama's names: `names` maps the vendor's parts of names, `split` takes a fused qkv apart."""
+    """The weights under Llama's names. names: {part of the vendor's name: part of Llama's}; split:
+    separates a fused qkv."""
     renamed = {}
     for name, tensor in weights.items():
         for theirs, ours in names.items():
@@ -158,7 +164,7 @@ def three_parts(name, tensor):
 
 
 def peer_logits(transformers, kind, weights, ids, **fields):
-    """Logits of a class of transformers with these weights; all of them must find their place, and none be missing."""
+    """Logits of a transformers class with these weights, without missing or unexpected ones."""
     config = transformers.AutoConfig.for_model(kind, **fields)
     config._attn_implementation = "eager"
     peer = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -170,7 +176,7 @@ def peer_logits(transformers, kind, weights, ids, **fields):
 
 
 def sizes(config, **more):
-    """The fields of a config.json that transformers' Llama knows under the same name."""
+    """The fields of config.json that transformers' Llama has under the same name."""
     known = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
              "vocab_size", "rms_norm_eps", "tie_word_embeddings", "rope_theta", "rope_scaling",
              "max_position_embeddings")
@@ -228,7 +234,8 @@ def test_twin_equals_glm_of_transformers(name):
     ("qwen1 longer, no log-n", 10000.0 * 7 ** (16 / 14)),                # 40 tokens, trained on 12: alpha 2^3 - 1
 ])
 def test_twin_equals_qwen2_of_transformers(name, base):
-    """Qwen 1.5 and 2 are the same network under Llama's names, less the two changes beyond the trained length."""
+    """Qwen 1.5 and 2 are the same network under Llama's names, without the two changes beyond the
+    trained length."""
     transformers = pytest.importorskip("transformers")
     config, weights, ids, twin = case(name)
     names = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h": "model.layers",
@@ -259,7 +266,7 @@ def test_qwen1_alpha_by_length(length, alpha):
     ("chatglm3-32k", {"rope_ratio": 1}), ("glm4 original", {"rope_ratio": 1}), ("qwen1 72b", {"rotary_emb_base": 1e4}),
     ("qwen1 longer", {"use_logn_attn": False}), ("qwen1 longer", {"use_dynamic_ntk": False}),
 ], ids=lambda part: part if isinstance(part, str) else next(iter(part)))
-def test_each_detail_shows_in_the_logits(name, change):
+def test_each_detail_changes_the_logits(name, change):
     """Else a decoder that ignores it would pass."""
     config, weights, ids, twin = case(name)
     assert (twin(config, weights, ids) - twin({**config, **change}, weights, ids)).abs().max() > 100 * CLOSE

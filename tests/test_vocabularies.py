@@ -1,10 +1,10 @@
-"""vocabularies.py against sentencepiece and tiktoken themselves, and against tokenizer.json files known to be right.
+"""text/vocabularies.py against sentencepiece, tiktoken and correct tokenizer.json files.
 
-Small sentencepiece models are trained here with each switch on and off; Llama 2's and Qwen's real vocabularies are
-written back into the older forms first. Every check compares ids on the same page of English, Chinese, code, emoji,
-spaces and special tokens.
+Small sentencepiece models are trained here with each switch on and off; Llama 2's and Qwen's real
+vocabularies are first written in their older formats. Every check compares ids on the same page of
+English, Chinese, code, emoji, spaces and special tokens.
 
-Read before: test_tokenizer.py.
+Requires: test_tokenizer.py.
 """
 import base64
 import io
@@ -36,19 +36,19 @@ SENTENCES = [*"\n".join(PAGE[:16] * 5).split("\n"), "The philosophy of this test
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def stretches(text, special):
-    """A text cut at its special tokens, which are kept."""
+def split_at_special_tokens(text, special):
+    """A text split at its special tokens, which are kept."""
     return re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text)
 
 
 def reference(sp, text, special=SPECIAL):
-    """Ids as the vendors' slow classes give them: sentencepiece for each stretch between two special tokens."""
-    ids = [[sp.piece_to_id(part)] if part in special else sp.encode(part) for part in stretches(text, special)]
+    """Ids of the vendors' slow classes: sentencepiece for each text between two special tokens."""
+    ids = [[sp.piece_to_id(part)] if part in special else sp.encode(part) for part in split_at_special_tokens(text, special)]
     return [i for part in ids for i in part]
 
 
 def check_page(ours, expected, page=PAGE):
-    """Same ids on the page, one by one and in a batch; streaming gives what decoding gives."""
+    """The same ids on the page, one by one and in a batch; streaming equals decoding."""
     assert ours.encode_batch(page) == [ours.encode(text) for text in page]
     for text in page:
         ids = ours.encode(text)
@@ -58,7 +58,7 @@ def check_page(ours, expected, page=PAGE):
 
 
 def check_saved(ours, folder, page=PAGE):
-    """What save writes needs nothing else, here and in transformers."""
+    """Saved files need nothing else, here and in transformers."""
     ours.save(folder)
     again = load_tokenizer(folder)
     assert [again.encode(text) for text in page] == [ours.encode(text) for text in page]
@@ -75,7 +75,7 @@ def check_saved(ours, folder, page=PAGE):
 
 
 def train(folder, kind, byte_fallback=True, prefix=True, squeeze=False, own=(), rule="identity"):
-    """A small sentencepiece model in a folder. -> its sentencepiece.SentencePieceProcessor."""
+    """A small sentencepiece model in a folder; returns its sentencepiece.SentencePieceProcessor."""
     spm = pytest.importorskip("sentencepiece")
     written = io.BytesIO()
     spm.SentencePieceTrainer.train(
@@ -106,8 +106,9 @@ def test_ids_equal_sentencepiece(tmp_path, kind, byte_fallback, prefix, squeeze,
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_own_pieces_of_spaces_are_found_among_spaces(tmp_path, prefix):
-    """As Gemma's: ▁▁ and ▁▁▁▁ are user-defined, so runs of spaces are cut before anything is merged."""
+def test_user_defined_pieces_of_spaces(tmp_path, prefix):
+    """As Gemma's: ▁▁ and ▁▁▁▁ are user-defined, so runs of spaces are split before anything is
+    merged."""
     sp = train(tmp_path / "a", "bpe", prefix=prefix, own=("▁▁", "▁▁▁▁", "\n\n", "\t"))
     ours = load_tokenizer(tmp_path / "a")
     # a text that is nothing but such a piece is one of the limits that sentencepiece_normalizer names
@@ -126,7 +127,7 @@ def test_a_charsmap_is_applied(tmp_path, kind, rule):
     assert ours.encode("ｆｕｌｌ ①") == ours.encode("full 1")
 
 
-def test_special_tokens_typed_as_text_are_text_if_asked(tmp_path):
+def test_special_tokens_as_text_on_request(tmp_path):
     for kind in ("bpe", "unigram"):
         sp = train(tmp_path / kind, kind)
         ours = load_tokenizer(tmp_path / kind, split_special_tokens=True)
@@ -134,13 +135,13 @@ def test_special_tokens_typed_as_text_are_text_if_asked(tmp_path):
         assert ours.eos_id not in ours.encode("a</s>b") and ours.split_at_special("a</s>b") == ["a", 2, "b"]
 
 
-def test_what_is_saved_is_enough(tmp_path):
+def test_saved_files_are_complete(tmp_path):
     train(tmp_path / "a", "bpe", own=("<sep>", "<user>"))
     (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "BaichuanTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_baichuan.X", None]}}))
     ours = load_tokenizer(tmp_path / "a")
     peer = check_saved(ours, tmp_path / "b")
-    assert peer.encode("hi") == [1, *ours.encode("hi")]  # the class puts bos in front where the config says nothing
+    assert peer.encode("hi") == [1, *ours.encode("hi")]  # the class adds bos where the config does not
     ours.add_tokens(["<|end|>"])
     ours.set_token("pad_token", "<|end|>")
     assert ours.pad_id == ours.vocab_size - 1
@@ -160,7 +161,8 @@ def varint(number):
 
 
 def message(*fields):
-    """A protobuf message from (number, value) pairs; the value is an int, a float, a text or a message."""
+    """A protobuf message from (number, value) pairs; the value is an int, a float, a text or a
+    message."""
     parts = []
     for number, value in fields:
         if isinstance(value, int):
@@ -178,7 +180,8 @@ BYTES = [(f"<0x{byte:02X}>", 0.0, 6) for byte in range(256)]
 
 
 def write_model(folder, pieces, trainer=(), normalizer=((3, 1), (4, 0)), **config):
-    """tokenizer.model (BPE with byte fallback unless `trainer` says otherwise) and tokenizer_config.json."""
+    """tokenizer.model (BPE with byte fallback unless `trainer` says otherwise) and
+    tokenizer_config.json."""
     folder.mkdir(exist_ok=True)
     fields = [(1, message((1, text), (2, score), (3, kind))) for text, score, kind in pieces]
     whole = message(*fields, (2, message((3, 2), (35, 1), *trainer)), (3, message(*normalizer)))
@@ -188,7 +191,7 @@ def write_model(folder, pieces, trainer=(), normalizer=((3, 1), (4, 0)), **confi
 
 
 def hello_pieces(*more):
-    """A vocabulary that knows hello and the letters of sop."""
+    """A vocabulary with hello and the letters of sop."""
     merged = [("ll", -1.0, 1), ("he", -2.0, 1), ("llo", -3.0, 1), ("hello", -4.0, 1), ("▁hello", -5.0, 1), *more]
     return [*CONTROL, *BYTES, *merged, *((letter, -99.0, 1) for letter in "▁heloabcdfgijkmnpqrstuvwxyz")]
 
@@ -218,7 +221,8 @@ def test_llama2_from_its_model_file(tmp_path):
 
 
 def test_chatglm3(tmp_path):
-    """Nine tokens behind the pieces, in the order of the published ids; sop is a token, but not inside philosophy."""
+    """Nine tokens after the pieces, in the order of the published ids; sop is a token, but not
+    inside philosophy."""
     pieces = hello_pieces()
     write_model(tmp_path / "a", pieces, tokenizer_class="ChatGLMTokenizer")
     ours = load_tokenizer(tmp_path / "a")
@@ -229,10 +233,10 @@ def test_chatglm3(tmp_path):
     assert ours.encode("[gMASK]sop<|user|>hello") == [gmask, sop, user, ours.id_of("▁hello")]
     assert sop not in ours.encode("philosophy sophie, 人sop人") and all(ours.is_added(name) for name in names)
     peer = check_saved(ours, tmp_path / "b")
-    assert peer.encode("hello") == [gmask, sop, ours.id_of("▁hello")]  # as the vendor's class begins every text
+    assert peer.encode("hello") == [gmask, sop, ours.id_of("▁hello")]  # the vendor's class begins every text with it
 
 
-def test_a_piece_spelled_like_a_token_of_the_vendor_gives_up_its_name(tmp_path):
+def test_a_piece_spelled_like_a_special_token_is_renamed(tmp_path):
     pieces = hello_pieces(("so", -6.0, 1), ("sop", -7.0, 1))
     write_model(tmp_path / "a", pieces, tokenizer_class="ChatGLMTokenizer")
     ours = load_tokenizer(tmp_path / "a")
@@ -240,8 +244,9 @@ def test_a_piece_spelled_like_a_token_of_the_vendor_gives_up_its_name(tmp_path):
     assert [ours.core.id_to_token(i) for i in ours.encode("sopx")] == ["▁", "so", "p", "x"]
 
 
-def test_the_checkpoints_names_for_pieces_and_its_added_tokens(tmp_path):
-    """InternLM 2 renames unused pieces; added_tokens.json and special_tokens_map.json bring tokens behind the last."""
+def test_renamed_pieces_and_added_tokens(tmp_path):
+    """InternLM 2 renames unused pieces; added_tokens.json and special_tokens_map.json add tokens
+    after the last."""
     pieces = hello_pieces(("[UNUSED_TOKEN_145]", 0.0, 4), ("[UNUSED_TOKEN_146]", 0.0, 1), ("<own>", 0.0, 4))
     first = len(CONTROL) + len(BYTES) + 5
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": True}
@@ -260,7 +265,7 @@ def test_the_checkpoints_names_for_pieces_and_its_added_tokens(tmp_path):
     check_saved(ours, tmp_path / "b")
 
 
-def test_add_prefix_space_false_is_obeyed(tmp_path):
+def test_add_prefix_space_false(tmp_path):
     write_model(tmp_path / "a", hello_pieces(), tokenizer_class="LlamaTokenizer", add_prefix_space=False)
     ours = load_tokenizer(tmp_path / "a")
     assert ours.encode("hello hello") == [ours.id_of("hello"), ours.id_of("▁hello")]
@@ -279,14 +284,14 @@ def write_ranks(path, ranks, tokenizer_class):
 
 
 def small_ranks():
-    """A few hundred byte sequences in order of their merging, single bytes first."""
+    """A few hundred byte sequences in merge order, single bytes first."""
     core = Core(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(SENTENCES, trainer)
     ranks = in_bytes(core.get_vocab())
-    return {**ranks, b" zqx": len(ranks)}  # no merging leads to this one: tiktoken takes it where it is a whole word
+    return {**ranks, b" zqx": len(ranks)}  # not reached by merging: tiktoken uses it for a complete word
 
 
 def in_bytes(vocab):
@@ -304,14 +309,14 @@ GLM4_TOKENS = ("<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|us
 
 
 def tiktoken_reference(ranks, regex, tokens, form=None):
-    """tiktoken itself, with the special tokens behind the ranks. -> a function from text to ids."""
+    """tiktoken itself, with the special tokens after the ranks; a function from text to ids."""
     tiktoken = pytest.importorskip("tiktoken")
     special = {token: len(ranks) + i for i, token in enumerate(tokens)}
     peer = tiktoken.Encoding("peer", pat_str=regex, mergeable_ranks=ranks, special_tokens=special)
     return lambda text: peer.encode(unicodedata.normalize(form, text) if form else text, allowed_special="all")
 
 
-def test_the_regexes_of_the_test_are_those_of_the_table():
+def test_the_patterns_equal_those_of_the_table():
     assert (VENDORS["qwen"].split_regex, VENDORS["chatglm4"].split_regex) == (QWEN, GLM4)
 
 
@@ -322,11 +327,11 @@ def test_qwen_1_on_a_small_vocabulary(tmp_path):
     assert (ours.eos_token, ours.pad_token, ours.bos_token) == ("<|endoftext|>", "<|endoftext|>", None)
     assert ours.vocab_size == len(ranks) + 208
     check_saved(ours, tmp_path / "b")
-    (tmp_path / "a" / "tokenizer_config.json").unlink()  # the file's name tells the vendor too
+    (tmp_path / "a" / "tokenizer_config.json").unlink()  # the file's name also identifies the vendor
     assert load_tokenizer(tmp_path / "a").encode(PAGE[-1]) == ours.encode(PAGE[-1])
 
 
-def test_the_first_glm4_on_a_small_vocabulary(tmp_path):
+def test_the_original_glm4_on_a_small_vocabulary(tmp_path):
     ranks = small_ranks()
     ours = write_ranks(tmp_path / "a" / "tokenizer.model", ranks, "ChatGLM4Tokenizer")
     check_page(ours, tiktoken_reference(ranks, GLM4, GLM4_TOKENS))
@@ -355,7 +360,8 @@ def test_qwen_1_and_glm4_on_the_real_ranks(tmp_path):
 
 
 def write_xverse(folder):
-    """A tokenizer.json built as XVERSE's: the steps and the older field that newer versions of `tokenizers` refuse."""
+    """A tokenizer.json built as XVERSE's: the steps and the older field that newer versions of
+    `tokenizers` refuse."""
     metaspace = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": False}
     vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", *(text for text, _, _ in BYTES)])}
     for token in [*"▁helotr人2!:", *"he ll llo hello ▁hello th re ere there ▁there".split()]:
@@ -373,7 +379,7 @@ def write_xverse(folder):
     (folder / "tokenizer.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def test_the_xverse_file_is_mended_with_a_note(tmp_path, capsys):
+def test_the_xverse_file_is_repaired_with_a_note(tmp_path, capsys):
     write_xverse(tmp_path / "a")
     with pytest.raises(Exception, match="PyPreTokenizerTypeWrapper|add_prefix_space does not match"):
         Core.from_file(str(tmp_path / "a" / "tokenizer.json"))
@@ -416,13 +422,13 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.parametrize("trainer, normalizer, what", [
     (((3, 3),), (), "word or character"), (((24, 1),), (), "treat_whitespace_as_suffix"),
     ((), ((5, 0),), "escape_whitespaces")])
-def test_what_cannot_be_followed_is_refused(tmp_path, trainer, normalizer, what):
+def test_unsupported_vocabularies_are_refused(tmp_path, trainer, normalizer, what):
     write_model(tmp_path / "a", hello_pieces(), trainer, normalizer)
     with pytest.raises(ValueError, match=what):
         load_tokenizer(tmp_path / "a")
 
 
-def test_a_rank_file_of_an_unknown_vendor_and_ids_with_a_gap(tmp_path):
+def test_unknown_rank_files_and_gaps_in_ids_are_errors(tmp_path):
     with pytest.raises(ValueError, match="tokenizer_class in tokenizer_config.json.*chatglm4, qwen"):
         write_ranks(tmp_path / "a" / "other.tiktoken", small_ranks(), "OtherTokenizer")
     pieces = hello_pieces()

@@ -1,4 +1,4 @@
-"""The three scripts on every family: train.py two steps, chat.py one answer, merge.py, chat.py on the merged folder."""
+"""train.py, chat.py and merge.py on every family: two steps, an answer, the merged folder."""
 import json
 import shutil
 import sys
@@ -34,7 +34,8 @@ ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | 
 
 
 def base_of(name, folder):
-    """A random checkpoint with a family's published fields, a vocabulary of 1,010 ids, and a tokenizer."""
+    """A random checkpoint with a family's published fields, a vocabulary of 1,010 ids, and a
+    tokenizer."""
     fields = json.loads(json.dumps(PUBLISHED[name]))
     text = fields.get("text_config", fields)
     text["padded_vocab_size" if "padded_vocab_size" in text else "vocab_size"] = 1010
@@ -54,7 +55,7 @@ def base_of(name, folder):
 
 
 @needs_shared
-def test_every_row_of_the_table_is_walked():
+def test_every_family_has_a_walk():
     assert set(ONE_EACH) - {"13B"} == set(FAMILIES)
 
 
@@ -74,7 +75,7 @@ def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
     merge.main([*settings, f"export_dir={merged}"])
     capsys.readouterr()
 
-    # the files: names, shapes and dtypes of the base; what was not trained, bit for bit
+    # files: names, shapes and dtypes of the base; untrained tensors bit for bit
     before, after = ({n: load_file(f)[n] for n, f in tensor_files(d).items()} for d in (base, merged))
     assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
     changed = {n for n in before if not torch.equal(before[n], after[n])}
@@ -85,14 +86,14 @@ def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
     if any(shape.sparse):
         assert any("expert" in n for n in changed)
 
-    # the network: merged = base + adapter, and neither is the base
+    # network: merged = base + adapter, and neither is the base
     ids = torch.randint(5, 1000, (1, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         models = load_with_adapters(base, [out]), load_model(merged), load_model(base)
         both, whole, bare = (m.logits(m(ids)) for m in models)
     assert (both - whole).abs().max() < 1e-4 < 1e-2 < (both - bare).abs().max()
 
-    # the words: the same answer from base + adapter and from the merged folder
+    # text: the same answer from base + adapter and from the merged folder
     asked = [*settings[2:], "do_sample=true", "temperature=2", "top_p=1", "top_k=0", "max_new_tokens=6",
              "skip_special_tokens=false", "--prompt", "Say sky"]
     answers = []

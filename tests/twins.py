@@ -18,7 +18,7 @@ import math
 import torch
 
 
-# ---- what several of them need ----------------------------------------------------------------------------------
+# ---- functions of several families ----------------------------------------------------------------------------------
 
 
 def rmsnorm(x, weight, eps):
@@ -35,13 +35,14 @@ def linear(x, w, name):
     return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
 
-def speeds(dim, base):
+def inv_freq(dim, base):
     """Angles in radians per token of the dim/2 feature pairs: base^(-2i/dim)."""
     return torch.tensor([base ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
 
 
-def turn(x, first, second, speed):
-    """Rotary positions: turn the feature pairs (first[i], second[i]) of x (T, heads, Dh) by position * speed[i]."""
+def rotate_pairs(x, first, second, speed):
+    """Rotary positions: rotate the feature pairs (first[i], second[i]) of x (T, heads, Dh) by
+    position * inv_freq[i]."""
     turned = x.clone()
     for position in range(len(x)):
         cos, sin = (position * speed).cos(), (position * speed).sin()
@@ -51,23 +52,22 @@ def turn(x, first, second, speed):
     return turned
 
 
-def turn_halves(x, speed):
-    """As Llama does: feature i is paired with feature i + n, n being the number of pairs; the rest stays as it is."""
+def rotate_halves(x, speed):
+    """As Llama does: of n pairs, feature i is paired with feature i + n; the rest is unchanged."""
     n = len(speed)
-    return turn(x, list(range(n)), list(range(n, 2 * n)), speed)
+    return rotate_pairs(x, list(range(n)), list(range(n, 2 * n)), speed)
 
 
-def turn_neighbours(x, speed):
-    """As the RoPE paper does: features 0 and 1 are a pair, 2 and 3, …; the rest stays as it is."""
+def rotate_neighbors(x, speed):
+    """As the RoPE paper does: features 0 and 1 are a pair, 2 and 3, …; the rest is unchanged."""
     n = len(speed)
-    return turn(x, list(range(0, 2 * n, 2)), list(range(1, 2 * n, 2)), speed)
+    return rotate_pairs(x, list(range(0, 2 * n, 2)), list(range(1, 2 * n, 2)), speed)
 
 
 def attend(q, k, v, slopes=None):
-    """Causal attention of q (T, H, Dh) over k, v (T, K, Dh) -> (T, H*Dh); each key/value head serves H/K query heads.
-
-    slopes: one per query head; the score of a key grows by slope * its position (ALiBi).
-    """
+    """Causal attention of q (T, H, Dh) over k, v (T, K, Dh) -> (T, H*Dh); each key/value head
+    serves H/K query heads. slopes: one per query head; the score of a key grows by slope * its
+    position (ALiBi)."""
     T, H, Dh = q.shape
     out = torch.zeros_like(q)
     for head in range(H):
@@ -86,7 +86,8 @@ def double(weights):
 
 
 def random_weights(shapes, seed):
-    """Weights under which every part matters: norms about 1, biases about 0.5, logits of a few units."""
+    """Weights under which every part matters: norms about 1, biases about 0.5, logits of a few
+    units."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in shapes.items():
@@ -102,7 +103,8 @@ def random_weights(shapes, seed):
 
 
 def with_biases(shapes, *endings):
-    """The shapes, and a bias for each matrix whose name without .weight has one of these endings."""
+    """The shapes, and a bias for each matrix whose name without .weight has
+    one of these endings."""
     biases = {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()
               if name.removesuffix(".weight").endswith(endings)}
     return {**shapes, **biases}
@@ -135,16 +137,19 @@ def xverse_shapes(config):
 
 
 def xverse_logits(config, weights, ids):
-    """RMSNorm before each half of a block, rotary positions on the whole head in halves, SwiGLU. No biases."""
+    """RMSNorm before each half of a block, rotary positions on the whole head in halves, SwiGLU.
+
+    No biases.
+    """
     w, eps = double(weights), config["rms_norm_eps"]
     head_dim = config["hidden_size"] // config["num_attention_heads"]
-    speed = speeds(head_dim, config.get("rope_theta", 10000.0))
+    speed = inv_freq(head_dim, config.get("rope_theta", 10000.0))
     x = w["model.embed_tokens.weight"][ids]                                                     # (T, D)
     for n in range(config["num_hidden_layers"]):
         block = f"model.layers.{n}"
         h = rmsnorm(x, w[f"{block}.input_layernorm.weight"], eps)
         q, k, v = (linear(h, w, f"{block}.self_attn.{name}_proj").unflatten(1, (-1, head_dim)) for name in "qkv")
-        x = x + linear(attend(turn_halves(q, speed), turn_halves(k, speed), v), w, f"{block}.self_attn.o_proj")
+        x = x + linear(attend(rotate_halves(q, speed), rotate_halves(k, speed), v), w, f"{block}.self_attn.o_proj")
         h = rmsnorm(x, w[f"{block}.post_attention_layernorm.weight"], eps)
         gate, up = linear(h, w, f"{block}.mlp.gate_proj"), linear(h, w, f"{block}.mlp.up_proj")
         x = x + linear(silu(gate) * up, w, f"{block}.mlp.down_proj")
@@ -182,28 +187,32 @@ def internlm2_shapes(config):
     return with_biases(shapes, "wqkv", "wo") if config["bias"] else shapes
 
 
-def internlm2_speeds(config, length):
-    """Linear: all angles divided by the factor. Dynamic: a larger base for sequences beyond the trained length."""
+def internlm2_inv_freq(config, length):
+    """Linear: all angles divided by the factor.
+
+    Dynamic: a larger base for sequences beyond the trained length.
+    """
     dim, base = config["hidden_size"] // config["num_attention_heads"], config["rope_theta"]
     kind, factor = (config["rope_scaling"] or {}).get("type"), (config["rope_scaling"] or {}).get("factor")
     trained = config["max_position_embeddings"]
     if kind == "dynamic" and length > trained:
         base = base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))
-    return speeds(dim, base) / (factor if kind == "linear" else 1)
+    return inv_freq(dim, base) / (factor if kind == "linear" else 1)
 
 
 def internlm2_logits(config, weights, ids):
-    """wqkv holds, for each key/value head in turn, the query heads it serves, then its key, then its value."""
+    """wqkv holds, for each key/value head in turn, the query heads it serves, then its key, then
+    its value."""
     w, eps = double(weights), config["rms_norm_eps"]
     D, H, K = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    speed = internlm2_speeds(config, len(ids))
+    speed = internlm2_inv_freq(config, len(ids))
     x = w["model.tok_embeddings.weight"][ids]                                                   # (T, D)
     for n in range(config["num_hidden_layers"]):
         block = f"model.layers.{n}"
         h = rmsnorm(x, w[f"{block}.attention_norm.weight"], eps)
         groups = linear(h, w, f"{block}.attention.wqkv").unflatten(1, (K, H // K + 2, D // H))
         q, k, v = groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]           # (T, heads, Dh)
-        x = x + linear(attend(turn_halves(q, speed), turn_halves(k, speed), v), w, f"{block}.attention.wo")
+        x = x + linear(attend(rotate_halves(q, speed), rotate_halves(k, speed), v), w, f"{block}.attention.wo")
         h = rmsnorm(x, w[f"{block}.ffn_norm.weight"], eps)
         gate, up = linear(h, w, f"{block}.feed_forward.w1"), linear(h, w, f"{block}.feed_forward.w3")
         x = x + linear(silu(gate) * up, w, f"{block}.feed_forward.w2")
@@ -211,7 +220,7 @@ def internlm2_logits(config, weights, ids):
     return linear(rmsnorm(x, w["model.norm.weight"], eps), w, head)
 
 
-# ---- Baichuan 1 and 2: a normalised head, and ALiBi in the 13B --------------------------------------------------
+# ---- Baichuan 1 and 2: a normalized head, and ALiBi in the 13B --------------------------------------------------
 
 BAICHUAN2_7B = {
     "architectures": ["BaichuanForCausalLM"],
@@ -223,7 +232,7 @@ BAICHUAN2_7B = {
     "num_hidden_layers": 2, "rms_norm_eps": 1e-06, "_from_model_config": True, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "transformers_version": "4.29.2", "use_cache": True, "vocab_size": 320,
 }
-BAICHUAN2_13B = {          # no max_position_embeddings: this is how the published files tell the two sizes apart
+BAICHUAN2_13B = {          # no max_position_embeddings, which distinguishes the two sizes in the published files
     **{key: value for key, value in BAICHUAN2_7B.items() if key != "max_position_embeddings"},
     "hidden_size": 96, "num_attention_heads": 6, "gradient_checkpointing": False, "z_loss_weight": 0,
 }
@@ -240,29 +249,30 @@ def baichuan_shapes(config):
                  "post_attention_layernorm": (D,), "mlp.gate_proj": (ffn, D), "mlp.up_proj": (ffn, D),
                  "mlp.down_proj": (D, ffn)}
         shapes |= {f"model.layers.{n}.{name}.weight": shape for name, shape in block.items()}
-        if config["vocab_size"] == 64000 and "max_position_embeddings" in config:       # a buffer that says nothing new
+        if config["vocab_size"] == 64000 and "max_position_embeddings" in config:       # a redundant buffer
             shapes[f"model.layers.{n}.self_attn.rotary_emb.inv_freq"] = (D // config["num_attention_heads"] // 2,)
     return {**shapes, "lm_head.weight": (V, D)}
 
 
 def alibi_slopes(heads):
-    """2^(-8i/p) for i = 1…p, p the largest power of two in `heads`; for the rest every other slope of 2p heads."""
+    """2^(-8i/p) for i = 1…p, p the largest power of two in `heads`; for the rest every other slope
+    of 2p heads."""
     p = 2 ** math.floor(math.log2(heads))
     return [2 ** (-8 * i / p) for i in range(1, p + 1)] + [2 ** (-8 * (2 * i + 1) / (2 * p)) for i in range(heads - p)]
 
 
 def baichuan_logits(config, weights, ids):
-    """W_pack holds all queries, all keys, all values. The rows of Baichuan 2's head count by their direction alone."""
+    """W_pack holds all queries, all keys, all values. Rows of Baichuan 2's head are normalized."""
     w, eps, H = double(weights), config["rms_norm_eps"], config["num_attention_heads"]
     rotary = "max_position_embeddings" in config
-    speed = speeds(config["hidden_size"] // H, 10000.0)
+    speed = inv_freq(config["hidden_size"] // H, 10000.0)
     x = w["model.embed_tokens.weight"][ids]                                                     # (T, D)
     for n in range(config["num_hidden_layers"]):
         block = f"model.layers.{n}"
         h = rmsnorm(x, w[f"{block}.input_layernorm.weight"], eps)
         q, k, v = linear(h, w, f"{block}.self_attn.W_pack").unflatten(1, (3, H, -1)).unbind(1)  # (T, H, Dh)
         if rotary:
-            mixed = attend(turn_halves(q, speed), turn_halves(k, speed), v)
+            mixed = attend(rotate_halves(q, speed), rotate_halves(k, speed), v)
         else:
             mixed = attend(q, k, v, alibi_slopes(H))
         x = x + linear(mixed, w, f"{block}.self_attn.o_proj")
@@ -275,7 +285,7 @@ def baichuan_logits(config, weights, ids):
     return rmsnorm(x, w["model.norm.weight"], eps) @ head.T
 
 
-# ---- ChatGLM2, ChatGLM3 and the original GLM-4: half of each head is turned, in neighbouring pairs --------------
+# ---- ChatGLM2, ChatGLM3 and the original GLM-4: half of each head is rotated, in neighboring pairs --------------
 
 CHATGLM3 = {
     "architectures": ["ChatGLMModel"], "_name_or_path": "THUDM/chatglm3-6b",
@@ -291,7 +301,7 @@ CHATGLM3 = {
     "quantization_bit": 0, "rmsnorm": True, "seq_length": 128, "tie_word_embeddings": False, "torch_dtype": "float16",
     "transformers_version": "4.30.2", "use_cache": True,
 }
-GLM4_ORIGINAL = {          # counts layers and words under two names each
+GLM4_ORIGINAL = {          # layers and vocabulary have two names each
     **CHATGLM3, "architectures": ["ChatGLMModel"], "_name_or_path": "THUDM/glm-4-9b-chat", "rope_ratio": 500,
     "layernorm_epsilon": 1.5625e-07, "num_hidden_layers": 2, "vocab_size": 320, "seq_length": 4096,
     "eos_token_id": [17, 21, 23], "pad_token_id": 17, "torch_dtype": "bfloat16",
@@ -302,7 +312,7 @@ def chatglm_shapes(config):
     D, ffn, V = config["hidden_size"], config["ffn_hidden_size"], config["padded_vocab_size"]
     wide, few = (config["kv_channels"] * config[key] for key in ("num_attention_heads", "multi_query_group_num"))
     shapes = {"transformer.embedding.word_embeddings.weight": (V, D),
-              "transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,),     # a buffer that says nothing new
+              "transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,),     # a redundant buffer
               "transformer.encoder.final_layernorm.weight": (D,), "transformer.output_layer.weight": (V, D)}
     for n in range(config["num_layers"]):
         block = {"input_layernorm": (D,), "self_attention.query_key_value": (wide + 2 * few, D),
@@ -315,17 +325,18 @@ def chatglm_shapes(config):
 
 
 def chatglm_logits(config, weights, ids):
-    """query_key_value holds all queries, the keys of all groups, their values; dense_h_to_4h the gate, then up."""
+    """query_key_value holds all queries, the keys of all groups, their values; dense_h_to_4h the
+    gate, then up."""
     w, eps, head_dim = double(weights), config["layernorm_epsilon"], config["kv_channels"]
     H, G = config["num_attention_heads"], config["multi_query_group_num"]
-    speed = speeds(head_dim // 2, 10000.0 * config.get("rope_ratio", 1))
+    speed = inv_freq(head_dim // 2, 10000.0 * config.get("rope_ratio", 1))
     x = w["transformer.embedding.word_embeddings.weight"][ids]                                  # (T, D)
     for n in range(config["num_layers"]):
         block = f"transformer.encoder.layers.{n}"
         h = rmsnorm(x, w[f"{block}.input_layernorm.weight"], eps)
         heads = linear(h, w, f"{block}.self_attention.query_key_value").unflatten(1, (-1, head_dim))
         q, k, v = heads[:, :H], heads[:, H:H + G], heads[:, H + G:]                             # (T, heads, Dh)
-        mixed = attend(turn_neighbours(q, speed), turn_neighbours(k, speed), v)
+        mixed = attend(rotate_neighbors(q, speed), rotate_neighbors(k, speed), v)
         x = x + linear(mixed, w, f"{block}.self_attention.dense")
         h = rmsnorm(x, w[f"{block}.post_attention_layernorm.weight"], eps)
         gate, up = linear(h, w, f"{block}.mlp.dense_h_to_4h").chunk(2, dim=1)
@@ -346,7 +357,7 @@ QWEN1 = {                  # as Qwen-7B
     "transformers_version": "4.32.0", "use_cache": True, "use_dynamic_ntk": True, "use_flash_attn": "auto",
     "use_logn_attn": True, "vocab_size": 320,
 }
-QWEN1_72B = {              # other numbers, the dropout of its pretraining, and fields that say nothing
+QWEN1_72B = {              # other sizes, the dropout of pretraining, and fields without effect
     **QWEN1, "attn_dropout_prob": 0.1, "bf16": True, "emb_dropout_prob": 0.1, "layer_norm_epsilon": 1e-05,
     "padded_vocab_size": 320, "params_dtype": "torch.bfloat16", "rope_theta": 1000000, "rotary_emb_base": 1000000,
     "softmax_in_fp32": False, "tokenizer_type": "QWenTokenizer", "torch_dtype": "bfloat16", "use_cache_kernel": False,
@@ -367,22 +378,22 @@ def qwen1_shapes(config):
 
 
 def qwen1_base(config, length):
-    """The rotary base times alpha^(d/(d-2)): alpha is 1 up to seq_length, 3 up to its double, then 7, 15, …"""
+    """The rotary base times alpha^(d/(d-2)): alpha is 1 up to seq_length, 3 up to its double, then
+    7, 15, …"""
     dim = int(config["kv_channels"] * config["rotary_pct"])
     alpha = max(1, 2 ** math.ceil(math.log2(length / config["seq_length"]) + 1) - 1)
     return config["rotary_emb_base"] * alpha ** (dim / (dim - 2))
 
 
 def qwen1_logits(config, weights, ids, training=False, prompt=None):
-    """c_attn holds all queries, all keys, all values; the ffn is half of intermediate_size wide and w2 is its gate.
-
-    Both changes beyond the trained length act outside training only. prompt: how many of the ids went through the
-    network in one piece before the others followed one by one; the base is that of the prompt and stays so.
-    """
+    """c_attn holds all queries, all keys, all values; the ffn is half of intermediate_size wide and
+    w2 is its gate. Both changes beyond the trained length act outside training only. prompt: how
+    many of the ids went through the network in one pass before the others followed one by one; the
+    base remains that of the prompt."""
     w, eps, H = double(weights), config["layer_norm_epsilon"], config["num_attention_heads"]
     stretch = config["use_dynamic_ntk"] and not training
     base = qwen1_base(config, prompt or len(ids)) if stretch else config["rotary_emb_base"]
-    speed = speeds(int(config["kv_channels"] * config["rotary_pct"]), base)
+    speed = inv_freq(int(config["kv_channels"] * config["rotary_pct"]), base)
     longer = torch.ones(len(ids), 1, 1, dtype=torch.float64)
     if config["use_logn_attn"] and not training:
         for seen in range(config["seq_length"] + 1, len(ids) + 1):                              # tokens up to this one
@@ -392,7 +403,7 @@ def qwen1_logits(config, weights, ids, training=False, prompt=None):
         block = f"transformer.h.{n}"
         h = rmsnorm(x, w[f"{block}.ln_1.weight"], eps)
         q, k, v = linear(h, w, f"{block}.attn.c_attn").unflatten(1, (3, H, -1)).unbind(1)       # (T, H, Dh)
-        mixed = attend(turn_halves(q, speed) * longer, turn_halves(k, speed), v)
+        mixed = attend(rotate_halves(q, speed) * longer, rotate_halves(k, speed), v)
         x = x + linear(mixed, w, f"{block}.attn.c_proj")
         h = rmsnorm(x, w[f"{block}.ln_2.weight"], eps)
         up, gate = linear(h, w, f"{block}.mlp.w1"), linear(h, w, f"{block}.mlp.w2")
