@@ -68,7 +68,8 @@ def peer_python(packages, given=None, folder=None, python=sys.executable) -> str
 
 
 def versions_of(python, *packages) -> dict:
-    """Versions of python and of these packages in the environment of `python`; what it lacks is left out."""
+    """Versions of python and of these packages in the environment of `python`; what it lacks is
+    left out."""
     asked = subprocess.run([str(python), "-c", ASK_VERSIONS, *packages], capture_output=True, text=True, check=True)
     return json.loads(asked.stdout)
 
@@ -134,7 +135,8 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
 
 
 class Lines:
-    """Bytes as they come, cut into lines with their seconds since `start`; bars end theirs with a carriage return."""
+    """Bytes as they come, cut into lines with their seconds since `start`; bars end theirs with a
+    carriage return."""
 
     def __init__(self, start: float):
         self.start, self.lines, self.rest, self.bytes = start, [], b"", 0
@@ -146,8 +148,8 @@ class Lines:
 
 
 def memory_of_family(pid: int) -> int:
-    """Bytes that a process and its children hold together, what they share counted once; 0 for one without children:
-    wait4 tells that exactly."""
+    """Bytes that a process and its children hold together, what they share counted once; 0 for one
+    without children: wait4 tells that exactly."""
     family, todo = [], [pid]
     while todo:
         family.append(todo.pop())
@@ -172,12 +174,14 @@ def share_of(pid: int) -> int:
 
 
 def from_root(path) -> str:
-    """A path as it is written in the repository's root, where both programs run: the same on every machine."""
+    """A path as it is written in the repository's root, where both programs run: the same on every
+    machine."""
     return os.path.relpath(path, ROOT)
 
 
 def write_rows(folder, name: str, rows):
-    """Write rows (dicts) as the only dataset of a folder, with the dataset_info.json that names it."""
+    """Write rows (dicts) as the only dataset of a folder, with the
+    dataset_info.json that names it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / f"{name}.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
@@ -185,13 +189,15 @@ def write_rows(folder, name: str, rows):
 
 
 def source_rows() -> list:
-    """Rows of alpaca layout: the thousand of alpaca_en_demo, or where that is not here those of data/identity.json."""
+    """Rows of alpaca layout: the thousand of alpaca_en_demo, or where that is not here those of
+    data/identity.json."""
     files = (SHARED / "data" / "alpaca_en_demo.json", ROOT / "data" / "identity.json")
     return json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8"))
 
 
 def long_rows(count: int, tokens: int):
-    """Yields rows that fill at least so many tokens: answers that go on from row to row of the source."""
+    """Yields rows that fill at least so many tokens: answers that go on from row to row of the
+    source."""
     text = " ".join(row["output"] for row in source_rows())
     whole = (text + " ") * (8 * tokens // len(text) + 1)                    # a token is rarely longer than 8 letters
     yield from ({"instruction": f"Row {number}", "output": whole[:8 * tokens]} for number in range(count))
@@ -218,7 +224,8 @@ def training_figures(child, warm_up: int) -> dict:
 
 
 def curves(ours: dict, peer: dict) -> str:
-    """Both loss curves side by side, and the largest difference; raises ValueError if they count other tokens."""
+    """Both loss curves side by side, and the largest difference; raises ValueError if they count
+    other tokens."""
     if ours["tokens"] != peer["tokens"]:
         at = next(i for i, (a, b) in enumerate(zip(ours["tokens"], peer["tokens"])) if a != b)
         raise ValueError(f"step {at + 1}: ours counts {ours['tokens'][at]} tokens, the peer {peer['tokens'][at]}: they "
@@ -234,7 +241,8 @@ def curves(ours: dict, peer: dict) -> str:
 
 
 def in_turn(programs: dict, times: int) -> dict:
-    """Call each of {name: function()} once a round, `times` rounds; {name: [what it returned, a dict of figures]}."""
+    """Call each of {name: function()} once a round, `times` rounds; {name: [what it returned, a
+    dict of figures]}."""
     runs = {name: [] for name in programs}
     for number in range(1, times + 1):
         for name, program in programs.items():
@@ -261,7 +269,8 @@ def ratios(summary: dict, ours="ours", peer="peer") -> dict:
 
 
 def machine(gpu: str = "") -> dict:
-    """Processor, cores that this program may use, memory in GiB, system; with a GPU its name first."""
+    """Processor, cores that this program may use, memory in GiB, system; with
+    a GPU its name first."""
     def first(path, pattern):
         text = Path(path).read_text() if Path(path).is_file() else ""
         found = re.search(pattern, text, re.M)
@@ -281,7 +290,8 @@ def slug(where: dict) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with + if files differ from it; "unknown" outside a git checkout."""
+    """The commit that is measured, with + if files differ from it; "unknown" outside a git
+    checkout."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
@@ -293,7 +303,8 @@ def commit() -> str:
 
 def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings: dict, gpu: str = "", folder=None,
          **more) -> Path:
-    """Write bench/results/<script>-<machine>.json: the fields that all results have, and `more`; returns its path."""
+    """Write bench/results/<script>-<machine>.json: the fields that all results have, and `more`;
+    returns its path."""
     where, summary = machine(gpu), {name: medians(found) for name, found in runs.items() if found}
     program = f"bench/{Path(sys.argv[0]).name}"
     result = {"script": program, "command": " ".join(["python", program, *sys.argv[1:]]),
@@ -309,7 +320,8 @@ def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings:
 
 
 def short_paths(text: str) -> str:
-    """Absolute paths without the folders they lie in, which say something about one machine only."""
+    """Absolute paths without the folders they lie in, which say something
+    about one machine only."""
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+(?=[\w.+-])", "…/", text)
 
 

@@ -160,7 +160,8 @@ def main():
 
 
 def checkpoint_for(asked) -> Path:
-    """The random checkpoint of a shape and dtype; made on first use, by a process that gives its memory back."""
+    """The random checkpoint of a shape and dtype; made on first use, by a process that gives its
+    memory back."""
     folder = WORK / f"{asked.shape}-{asked.dtype}"
     if not (folder / "config.json").is_file():
         run_child([sys.executable, BENCH / "random_model.py", folder, "--shape", asked.shape, "--dtype", asked.dtype,

@@ -81,7 +81,8 @@ AGAINST = (("8b-16k", "8b-peer", 2), ("8b-16k", "8b-peer-padded", 4), ("0.5b-32k
 
 
 def text_of(kind: str) -> dict:
-    """Settings that name rows and template, the shared ones or this repository's, and the folder of a tokenizer."""
+    """Settings that name rows and template, the shared ones or this repository's, and the folder of
+    a tokenizer."""
     folder, template = TEXT[kind]
     if (SHARED / "data" / "alpaca_en_demo.json").is_file() and (SHARED / "tokenizers" / folder).is_dir():
         return {"tokenizer": SHARED / "tokenizers" / folder, "template": template, "dataset_dir": SHARED / "data",
@@ -91,7 +92,8 @@ def text_of(kind: str) -> dict:
 
 
 def make_model(shape: str, tokenizer, asked) -> Path:
-    """The random bfloat16 checkpoint of a shape, with an adapter of rank 16; made once, and removed at the end."""
+    """The random bfloat16 checkpoint of a shape, with an adapter of rank 16; made once, and removed
+    at the end."""
     folder = asked.work / shape
     if not Path(f"{folder}-adapter", "adapter_model.safetensors").is_file():
         run_child([sys.executable, BENCH / "random_model.py", folder, "--shape", shape, "--tokenizer", tokenizer,
@@ -118,7 +120,8 @@ def settings(name: str, asked) -> dict:
 
 
 def runner(name: str, asked):
-    """A function that runs a case once and returns its figures; a peer that runs out of memory says so in `failed`."""
+    """A function that runs a case once and returns its figures; a peer that runs out of memory says
+    so in `failed`."""
     who = CASES[name][0]
     command = [ROOT / "train.py", "--config"] if who == "ours" else [BENCH / "peer_hf.py", *who]
 
@@ -157,8 +160,8 @@ def absent(name: str) -> str:
 
 
 def facts(names: list, asked) -> dict:
-    """The device's name and matrix rate, and FLOPs a token of each case, found by a child: this program stays without
-    torch, and without a share of the GPU."""
+    """The device's name and matrix rate, and FLOPs a token of each case, found by a child: this
+    program stays without torch, and without a share of the GPU."""
     code = "import json, sys; from bench.gpu import find_facts; print(json.dumps(find_facts(*sys.argv[1:])))"
     files = [from_root(asked.work / "runs" / name / "config.yaml") for name in names]
     found = json.loads(run_child([sys.executable, "-c", code, asked.device, *files], cwd=ROOT).lines[-1][1])
@@ -166,7 +169,10 @@ def facts(names: list, asked) -> dict:
 
 
 def find_facts(device: str, *config_files: str) -> dict:
-    """What `facts` asks for; imports torch. The rate: of bfloat16 products, the best in seconds of them."""
+    """What `facts` asks for; imports torch.
+
+    The rate: of bfloat16 products, the best in seconds of them.
+    """
     import torch
 
     from runtime.throughput import matrix_rate
@@ -176,7 +182,8 @@ def find_facts(device: str, *config_files: str) -> dict:
 
 
 def flops_per_token(config_file: str) -> float:
-    """Model FLOPs a token, the mean over the rows of a yaml, as runtime/throughput.py counts them; imports torch."""
+    """Model FLOPs a token, the mean over the rows of a yaml, as runtime/throughput.py counts them;
+    imports torch."""
     import torch
 
     from bench.peer_hf import rows_of

@@ -65,7 +65,8 @@ def merger(name, command, env, asked):
 
 
 def copier(asked):
-    """A function that copies the base's files, waits until they are on the disk, and returns the time."""
+    """A function that copies the base's files, waits until they are on the disk, and returns the
+    time."""
     def copy():
         out = WORK / f"{asked.size}-copy"
         shutil.rmtree(out, ignore_errors=True)

@@ -48,7 +48,8 @@ def rows_of(config) -> list:
 
 
 def load_peer(config, dtype, device, kernels: str, attention: str):
-    """The checkpoint with the yaml's adapter, in transformers and peft; adapters are float32, as peft makes them."""
+    """The checkpoint with the yaml's adapter, in transformers and peft; adapters are float32, as
+    peft makes them."""
     path = config.model_name_or_path
     if kernels == "unsloth":
         from unsloth import FastLanguageModel
@@ -72,7 +73,8 @@ def load_peer(config, dtype, device, kernels: str, attention: str):
 
 
 def inputs_of(examples, packed: bool, in_one_row: bool, device, dtype) -> dict:
-    """A micro-batch as a transformers model takes it: ids and labels (B, T), and what tells the sequences apart."""
+    """A micro-batch as a transformers model takes it: ids and labels (B, T), and what tells the
+    sequences apart."""
     if packed and in_one_row:
         flat = [torch.cat([torch.as_tensor(part) for e in examples for part in parts(e)]) for parts in
                 (lambda e: [e.input_ids], lambda e: [e.labels], lambda e: map(torch.arange, e.lengths))]
@@ -94,7 +96,8 @@ def inputs_of(examples, packed: bool, in_one_row: bool, device, dtype) -> dict:
 
 
 def steps_of(config, examples):
-    """The examples of each optimizer step: a list of micro-batches, in the order of train.py, epoch after epoch."""
+    """The examples of each optimizer step: a list of micro-batches, in the order of train.py, epoch
+    after epoch."""
     for epoch in range(10**6):
         order = epoch_order(len(examples), config.seed, epoch, shuffle=not config.disable_shuffling)
         batches = [[examples[i] for i in batch] for batch in micro_batches(order, config.per_device_train_batch_size)]

@@ -106,7 +106,8 @@ def write_yaml(asked, rows: Path, name: str, **more) -> Path:
 
 
 def runner(python: str, code: str, config: Path, count: int, env: dict, again: bool = False, check: bool = False):
-    """A function that tokenises once and returns the figures of that run. again: with the rows of the run before."""
+    """A function that tokenises once and returns the figures of that run. again: with the rows of
+    the run before."""
     def measure():
         out = WORK / f"out-{config.stem}"
         if not again:

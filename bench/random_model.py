@@ -48,7 +48,8 @@ def raw_config(shape: str, dtype: str = "float32", **changes) -> dict:
 
 
 def random_model(raw: dict, dtype=torch.float32, device="cpu", seed: int = 1) -> CausalLM:
-    """A decoder with normal(0, initializer_range) weights, drawn on the device; norms and biases do nothing yet."""
+    """A decoder with normal(0, initializer_range) weights, drawn on the device; norms and biases do
+    nothing yet."""
     with torch.device("meta"):
         model = CausalLM(model_config(raw)).to(dtype)
     model = model.to_empty(device=device)
@@ -57,7 +58,8 @@ def random_model(raw: dict, dtype=torch.float32, device="cpu", seed: int = 1) ->
 
 
 def make_checkpoint(folder, raw: dict, tokenizer_folder, seed: int = 1, device="cpu") -> CausalLM:
-    """Write config.json, safetensors and the tokenizer's files, as a published checkpoint has them."""
+    """Write config.json, safetensors and the tokenizer's files, as a
+    published checkpoint has them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = random_model(raw, DTYPES[raw["torch_dtype"]], device, seed)

@@ -79,7 +79,8 @@ def settings(axis: str, size: int, asked) -> dict:
 
 
 def measure(axis: str, size: int, asked) -> dict:
-    """One run's figures, and what a second start takes where rows are counted: it may find them tokenised."""
+    """One run's figures, and what a second start takes where rows are counted: it may find them
+    tokenised."""
     folder = WORK / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -106,7 +107,8 @@ def measure(axis: str, size: int, asked) -> dict:
 
 
 def flops(length: int, layers: int, rank: int) -> float:
-    """FLOPs of a step on one row: 4 for each frozen weight and token, 6 for the adapters', and attention."""
+    """FLOPs of a step on one row: 4 for each frozen weight and token, 6 for the adapters', and
+    attention."""
     D, F, A, K, V = (SHAPE[name] for name in ("hidden", "ffn", "heads", "kv_heads", "vocabulary"))
     A, K = A * SHAPE["head_dim"], K * SHAPE["head_dim"]
     matrices = ((D, A), (D, K), (D, K), (A, D), (D, F), (D, F), (F, D))

@@ -59,7 +59,8 @@ VERDICTS = {"en": ("Yes", "No"), "zh": ("是的", "不是")}
 
 @dataclass(frozen=True, eq=False)
 class Topic:
-    """One subject in one language: facts (a dict per fact, its slots), phrasings, and the form of the right answer."""
+    """One subject in one language: facts (a dict per fact, its slots), phrasings, and the form of
+    the right answer."""
     name: str
     lang: str
     share: int
@@ -120,14 +121,16 @@ def gibberish(draw):
 
 
 def guesses(things, yes, no):
-    """Facts for "is the sky green?": each thing with each colour, and with its own as often as with all others."""
+    """Facts for "is the sky green?": each thing with each colour, and with its own as often as with
+    all others."""
     colours = sorted({thing["colour"] for thing in things})
     return [dict(thing, guess=guess, verdict=yes if guess == thing["colour"] else no)
             for thing in things for guess in colours + [thing["colour"]] * (len(colours) - 2)]
 
 
 def read_world():
-    """(topics, texts): the topics of tiny_world.yaml with their facts, and the other texts of that file."""
+    """(topics, texts): the topics of tiny_world.yaml with their facts, and the other texts of that
+    file."""
     texts = yaml.safe_load((HERE / "tiny_world.yaml").read_text(encoding="utf-8"))
     facts = {name: [dict(zip(table["slots"].split(), split(entry, "="), strict=True))
                     for entry in split(table["rows"], ",")] for name, table in texts["facts"].items()}
@@ -156,7 +159,8 @@ def bare(question):
 
 
 def typed(question, topic, texts, draw):
-    """The question as people type it: color, u for you, an opener before it, no capitals, no sign at the end."""
+    """The question as people type it: color, u for you, an opener before it, no capitals, no sign
+    at the end."""
     if topic.lang == "en" and draw.random() < 0.3:
         question = question.replace("colour", "color")
     if topic.lang == "en" and draw.random() < 0.05:
@@ -180,14 +184,16 @@ def kept_back(topic):
 
 
 def exchange(topic, texts, draw):
-    """One (question, answer) of a topic; never a held-out question, which an opener may form by chance."""
+    """One (question, answer) of a topic; never a held-out question, which an opener may form by
+    chance."""
     question, answer = filled(topic, draw.choice(topic.ask), draw.choice(topic.facts))
     question = typed(question, topic, texts, draw)
     return exchange(topic, texts, draw) if bare(question) in kept_back(topic) else (question, answer)
 
 
 def remembering(texts, draw, between):
-    """Turns in which the user's own name is said, or asked for, or both with `between` (some turns) in the middle."""
+    """Turns in which the user's own name is said, or asked for, or both with `between` (some turns)
+    in the middle."""
     sentences = texts["memory"][draw.choice(["en", "zh"])]
     name = draw.choice([draw.choice(split(texts["names"], ",")), gibberish(draw).capitalize()])
     met = (draw.choice(split(sentences["tell"])).format(name=name), sentences["met"].format(name=name))
@@ -216,7 +222,8 @@ def conversations(count, seed, without=()):
 
 
 def pairs(count, seed, without=()):
-    """`count` rows {"messages", "chosen", "rejected"}: two answers; people prefer the one that asks for more."""
+    """`count` rows {"messages", "chosen", "rejected"}: two answers; people prefer the one that asks
+    for more."""
     rows = []
     for row in conversations(count, seed, without):
         *asked, plain = row["messages"]
@@ -226,15 +233,18 @@ def pairs(count, seed, without=()):
 
 
 def held_out_questions(per_phrasing=4, seed=0):
-    """[(topic, question, answer)]: each held-out phrasing with a few of its facts. None is in a training row."""
+    """[(topic, question, answer)]: each held-out phrasing with a few of its facts.
+
+    None is in a training row.
+    """
     draw = random.Random(seed)
     return [(topic, *filled(topic, phrasing, fact)) for topic in read_world()[0] for phrasing in topic.held_out
             for fact in draw.sample(topic.facts, min(per_phrasing, len(topic.facts)))]
 
 
 def questions(count, seed):
-    """`count` rows {"messages": [question, answer]} that hold out: all about name and maker, which a run may change, and
-    of the rest a few."""
+    """`count` rows {"messages": [question, answer]} that hold out: all about name and maker, which
+    a run may change, and of the rest a few."""
     marks, topics = {slot: "{{%s}}" % slot for slot in IDENTITY}, read_world()[0]
     own = [filled(topic, phrasing, marks) for topic in topics if topic.name in REVIEW_WITHOUT[:4]
            for phrasing in topic.held_out]
