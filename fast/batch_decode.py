@@ -7,8 +7,8 @@
 New prompts lie end to end in one row of the model, as in training; attention keeps them apart, and
 their keys and values go to a cache that has a row for each. Then every step reads one token of each
 row, and attention sees the filled slots of that row. When an answer ends, the next prompt takes its
-row. Answers do not depend on how many are decoded at once: greedy ones equal those of generate(),
-sampled ones have a generator for each prompt.
+row. Answers do not depend on how many are decoded at once: greedy answers equal the ones of
+generate(), and sampled ones use a generator for each prompt.
 
 Requires: generate.py (one prompt), attention.py (Filled).
 Next: eval.py.

@@ -65,7 +65,7 @@ class StopSignals:
         hint = "; press Ctrl-C again to exit at once" if number == signal.SIGINT else ""
         try:
             os.write(2, f"\n{name}: stopping after this step{hint}\n".encode())
-        except OSError:                 # stderr is closed: save all the same
+        except OSError:                 # stderr is closed: save anyway
             pass
 
     def reason(self) -> str:

@@ -49,7 +49,7 @@ def choose_template(value: str | dict | None, tokenizer: Tokenizer, model_type: 
             fitting = [row.name for row, _ in fitting_templates(tokenizer, model_type)]
             raise ValueError(f"template {template.name!r} {misfit}. Try template: "
                              f"{(fitting or ['default'])[0]} "
-                             "(or force_template: true to use this one all the same)")
+                             "(or force_template: true to use this one anyway)")
         return template, f"forced: it {misfit}" if misfit else "as the config says"
 
     model = f"{tokenizer.name}, model_type {model_type}"

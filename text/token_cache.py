@@ -306,7 +306,7 @@ def read_about(folder: Path, key: dict) -> tuple[dict | None, str]:
 def cache_key(config, tokenizer, template, tool_format, sources: list) -> dict[str, str]:
     """Everything that decides which tokens the rows become: equal keys, equal tokens.
 
-    sources: those of the training rows and those of the evaluation rows.
+    sources: of the training rows and of the evaluation rows.
     """
     program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
     key = {name: getattr(config, name) for name in DATA_KEYS}
