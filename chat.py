@@ -33,16 +33,17 @@ from runtime.device import pick_device
 import torch
 
 from checkpoint.adapters import load_with_adapters
+from checkpoint.load import formats_in_words, quantized_weights
 from data import settings_of
 from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import pick_step, prepare
 from generate import Sampling, common_prefix, context_length, generate, next_scores
-from methods.quant import requested_format, formats_in_words, quantized_weights
 from model import CausalLM, KVCache, attention_needs
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
 from runtime.memory_advice import available_bytes
+from runtime.precision import requested_format
 from templates import Settings, Template, encode_prompt
 from text.load_text import eos_ids_of, load_text
 from text.tokenizer import TextStream, Tokenizer, read_json
@@ -270,10 +271,11 @@ def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict,
 def load_model_to_chat(config: Config, base: Path, adapters: list[Path],
                        dtype: torch.dtype | None, device: torch.device) -> CausalLM:
     """Load base and adapters; with fast_chat, merge and fuse matrices for decoding."""
-    form = requested_format(config)
-    model = load_with_adapters(base, adapters, dtype, device, config.fast_chat, form)
+    quant_format = requested_format(config)
+    model = load_with_adapters(base, adapters, dtype, device, config.fast_chat, quant_format)
     if packed := quantized_weights(model):
-        line = f"weights   {formats_in_words(weight.form for weight in packed.values())}"
+        formats = [weight.quant_format for weight in packed.values()]
+        line = f"weights   {formats_in_words(formats)}"
         if adapters:
             line += "; the adapter is kept apart: merged weights would take 16 bits"
         if len(adapters) > 1:

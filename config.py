@@ -564,6 +564,7 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 
 # ---- questions about a Config -------------------------------------------------------------------
 
+AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
 
 

@@ -357,7 +357,7 @@ class Batch:
             return self
         input_ids = to_device(self.input_ids, device)
         if input_ids is not self.input_ids:
-            input_ids.on_cpu = self.input_ids       # methods/quant.py: embedding on the CPU
+            input_ids.on_cpu = self.input_ids       # runtime/offload.py: embedding on the CPU
         return replace(
             self,
             input_ids=input_ids,

@@ -47,6 +47,11 @@ def unknown_name(what: str, found: object, known: Iterable[str]) -> str:
     return f"unknown {what} {found!r}{hint}. Known: {', '.join(known)}"
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+
+
 # ---- starting and failing -----------------------------------------------------------------------
 
 

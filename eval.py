@@ -32,6 +32,7 @@ from runtime.device import pick_device              # before torch: see guard_am
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import find_checkpoint, write_json
+from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import Config, has_reference
 from data import settings_of
 from evals.bleu_rouge import NAMES, means, pick_words, score
@@ -42,19 +43,16 @@ from evals.multiple_choice import (accuracies, answer_subjects, find_subjects, p
 from evals.predictions import (Prompt, Side, predict, progress_name, prompts_of, read_prompt_rows,
                                run_key, write_predictions)
 from families import read_config_json, read_model_config
-from fast.attention_picker import pick_kernel
 from fast.decode import prepare
 from fast.fused_block import fuse_blocks
-from fast.matmul import MATMULS, pick_matmul
 from generate import Sampling
 from lora import merge_adapters
 from losses import Objective
 from methods.preference import JudgedObjective, PairObjective
-from methods.quant import QuantFormat, requested_format
-from model import attention_needs
-from methods.reward_model import VALUE_HEAD, RewardObjective, ValueHead
+from methods.reward_model import RewardObjective, ValueHead
 from runtime.build import STAGES
-from runtime.precision import Precision
+from runtime.kernels import choose_kernels, use_kernels
+from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
 from runtime.memory_advice import available_bytes
@@ -246,8 +244,8 @@ def describe_sampling(sampling: Sampling, config: Config) -> str:
 # ---- one model --------------------------------------------------------------------------------
 
 
-def form_of(side: Side, config: Config) -> QuantFormat | None:
-    """Quantization on load; a merged model has none."""
+def quant_format_of(side: Side, config: Config) -> object | None:
+    """The QuantFormat of quantization on load; a merged model has none."""
     return None if side.name == "merged" else requested_format(config)
 
 
@@ -255,15 +253,12 @@ def load_side(side: Side, config: Config, device) -> tuple:
     """Load the model of one side, adapters not merged, with the kernels of this machine."""
     print(f"\n{side.name}", flush=True)
     dtype = pick_dtype(config, read_config_json(side.base), device)
-    form = form_of(side, config)
-    model = load_with_adapters(side.base, side.adapters, dtype, device, form=form)
+    quant_format = quant_format_of(side, config)
+    model = load_with_adapters(side.base, side.adapters, dtype, device, quant_format=quant_format)
     dtype = model.model.embed_tokens.weight.dtype
-    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype, training=False,
-                         **attention_needs(model.config))
-    model.kernel = choice.kernel
-    matmul_name = pick_matmul(device, dtype).picked
-    fuse_blocks(model, matmul_name)
-    return model, MATMULS[matmul_name]
+    kernels = choose_kernels(config, model.config, device, dtype, training=False)
+    use_kernels(model, kernels)
+    return model, kernels.matmul
 
 
 def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_ids: set[int],
@@ -291,8 +286,8 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
         load_seconds += time.time() - start_time
         key = run_key(side, config, prompts, stop_ids, sampling,
                       model.model.embed_tokens.weight.dtype)
-        if form := form_of(side, config):
-            key["form"] = str(form)
+        if quant_format := quant_format_of(side, config):
+            key["form"] = str(quant_format)
         side.answers, seconds = predict(side, config, model, prompts, stop_ids, sampling, key)
 
     steps = math.ceil(len(prompts) / config.per_device_eval_batch_size)
@@ -307,14 +302,14 @@ def objective_of_side(config: Config, side: Side, model, device, matmul) -> Obje
     if config.stage == "rm":
         folder = (side.adapters or [side.base])[-1]
         head = ValueHead(model.config.hidden_size, 0.0, config.seed)
-        if not head.read(folder):
+        if not read_value_head(folder, head.weights()):
             raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
         return RewardObjective(head.to(device))
     reference = None
     if side.reference and has_reference(config):
-        form = None if config.ref_model else requested_format(config)
+        quant_format = None if config.ref_model else requested_format(config)
         dtype = model.model.embed_tokens.weight.dtype
-        reference = load_with_adapters(*side.reference, dtype, device, form=form)
+        reference = load_with_adapters(*side.reference, dtype, device, quant_format=quant_format)
     objective = PairObjective if config.stage == "dpo" else JudgedObjective
     return objective(config, reference, matmul=matmul)
 
@@ -324,7 +319,7 @@ def prepare_answers(config: Config, model, device):
     lines = []
     if config.fast_chat:
         merge_adapters(model, quantized=False)
-    fuse_blocks(model, "plain")
+    fuse_blocks(model, matmul=None)
     if config.fast_chat:
         size = config.per_device_eval_batch_size
         lines = prepare(model, available_bytes(device), size)

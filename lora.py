@@ -69,16 +69,14 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float = 0.0,
                  device=None):
         super().__init__()
-        self.in_features = base_layer.in_features
-        self.out_features = base_layer.out_features
-        self.base_layer = base_layer
-        self.scale = scale
-        self.enabled = True
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         options = {"bias": False, "dtype": torch.float32,
                    "device": device or base_layer.weight.device}
-        self.lora_A = nn.Linear(self.in_features, r, **options)
-        self.lora_B = nn.Linear(r, self.out_features, **options)
+        self.base_layer = base_layer
+        self.lora_A = nn.Linear(base_layer.in_features, r, **options)
+        self.lora_B = nn.Linear(r, base_layer.out_features, **options)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scale = scale
+        self.enabled = True
 
     def forward(self, x):
         y = self.base_layer(x)                                                   # (…, out)
@@ -124,15 +122,15 @@ class LoRAStacked(nn.Module):
 
     def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float, device=None):
         super().__init__()
-        experts, self.in_features, self.out_features = base_layer.weight.shape
+        experts, in_features, out_features = base_layer.weight.shape
         self.base_layer = base_layer
         self.scale = scale
         self.enabled = True
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         options = {"bias": False, "dtype": torch.float32,
                    "device": device or base_layer.weight.device}
-        self.lora_A = nn.Linear(self.in_features, experts * r, **options)
-        self.lora_B = nn.Linear(r * experts, self.out_features, **options)
+        self.lora_A = nn.Linear(in_features, experts * r, **options)
+        self.lora_B = nn.Linear(r * experts, out_features, **options)
 
     def forward(self, x, expert: int):
         y = self.base_layer(x, expert)                                           # (n, out)
@@ -270,7 +268,7 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
     """
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     plain = layer is LoRALinear and not init
-    assert plain != bool(config.use_dora or config.pissa), "layer and init: see variant_of"
+    assert plain != bool(config.use_dora or config.pissa), "layer and init: see lora_variants"
     model.requires_grad_(False)
 
     full = {name for wanted in config.modules_to_save
@@ -310,7 +308,7 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
 def init_adapter(layer: LoRALinear | LoRAStacked, generator: torch.Generator):
     """A uniform within 1 / sqrt(in), drawn on the CPU; B zeros."""
     A = layer.lora_A.weight
-    bound = 1 / math.sqrt(layer.in_features)
+    bound = 1 / math.sqrt(layer.lora_A.in_features)
     A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
     layer.lora_B.weight.zero_()
 
@@ -329,7 +327,7 @@ def _modules_named(model: nn.Module, wanted: str, stored_name: Callable) -> list
              if any(name == root or name.startswith(root + ".") for root in roots)]
     if not found:
         known = {stored_name(name).rsplit(".", 1)[-1] for name in weighty}
-        _check_names("additional_target", [wanted], known)
+        check_names("additional_target", [wanted], known)
     return found
 
 
@@ -397,37 +395,8 @@ def _with_weight(layer: nn.Module, weight: torch.Tensor) -> nn.Module:
     return layer
 
 
-# ---- training some of the layers in full --------------------------------------------------------
-
-
-def unfreeze(model: nn.Module, layers: int, modules: list, extra: list,
-             stored_name: Callable = own_name) -> nn.Module:
-    """Freeze the model but for some of its layers (finetuning_type: freeze). In place.
-
-    layers: how many of the last ones are trained; negative: of the first ones. modules: what is
-    trained in them, first name parts within a layer, or all. extra: every other weight whose name
-    contains one of these is trained, so that `norm` includes the norms of all layers, as in
-    LLaMA-Factory 0.9.5. Raises ValueError for a name that does not exist.
-    """
-    in_layer = re.compile(r".*?\.(\d+)\.([^.]+)(\..*)?")            # (layer, first part in it)
-    names = {name: stored_name(name) for name, _ in model.named_parameters()}
-    found = {name: match for name, stored in names.items() if (match := in_layer.fullmatch(stored))}
-    outside = {stored.split(".")[-2] for name, stored in names.items() if name not in found}
-    _check_names("freeze_trainable_modules", set(modules) - {"all"},
-                 {match[2] for match in found.values()})
-    _check_names("freeze_extra_modules", extra, outside)
-
-    count = 1 + max(int(match[1]) for match in found.values())
-    chosen = range(max(0, count - layers), count) if layers > 0 else range(min(-layers, count))
-    for name, p in model.named_parameters():
-        match = found.get(name)
-        in_chosen = match is not None and int(match[1]) in chosen
-        wanted = in_chosen and ("all" in modules or match[2] in modules)
-        p.requires_grad_(wanted or any(part in names[name] for part in extra))
-    return model
-
-
-def _check_names(key: str, wanted, known):
+def check_names(key: str, wanted, known):
+    """Raises ValueError, with the nearest name, for a name that is no module."""
     for name in wanted:
         if name not in known:
             raise ValueError(f"{key}: {name!r} is no module of this model"

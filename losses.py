@@ -287,12 +287,6 @@ class Objective:
         """{name: parameter} that is trained beside the model's."""
         return {}
 
-    def save(self, folder):
-        """Write those parameters into a checkpoint folder."""
-
-    def load(self, folder):
-        """Read them back."""
-
 
 class SFTObjective(Objective):
     """Stages sft and pt: cross-entropy of the supervised tokens.

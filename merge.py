@@ -45,13 +45,11 @@ from tqdm import tqdm
 from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folded
 from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
                               tensor_files, write_json, write_tensors)
-from checkpoint.load import packed_weights, read_packed
+from checkpoint.load import formats_in_words, packed_weights
+from checkpoint.value_head import VALUE_HEAD
 from evals.compare import compare_losses
 from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
-from methods.lora_variants import merged_dora_weight
-from methods.quant import QuantFormat, formats_in_words, quantize
-from methods.reward_model import VALUE_HEAD
 from runtime.finished import as_trained
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
@@ -87,7 +85,7 @@ def main(argv):
     for name in adapter_names(config):
         adapters.append(find_checkpoint(name, cache_dir=config.cache_dir))
     print_sources(config, base, adapters)
-    form, description = form_to_merge(config, base, adapters)
+    quant_format, description = format_to_merge(config, base, adapters)
 
     # ---- merge, then compare losses
     merge_checkpoint(
@@ -98,7 +96,7 @@ def main(argv):
         template=config.template,
         force_template=config.force_template,
         device=device,
-        form=form)
+        quant_format=quant_format)
     quantized = bool(description)
     if quantized and adapters and (config.dataset or config.eval_dataset):
         compare_losses(config, base, adapters, device)
@@ -106,13 +104,13 @@ def main(argv):
 
 def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,
                      shard_bytes: int = 5 * 10**9, overwrite: bool = False, template=None,
-                     force_template: bool = False, device="cpu", form: QuantFormat | None = None):
+                     force_template: bool = False, device="cpu", quant_format=None):
     """Write base + adapters as a checkpoint into export_dir, which appears complete or not at all.
 
     base, adapters: folders; adapters are added in order. dtype: of all weights; None keeps each
     tensor's. shard_bytes: largest weight file. template: as in the config, a name or a mapping;
-    None: the one stored with the adapters. device: where sums are formed. form: quantization that
-    training applied to the base on load.
+    None: the one stored with the adapters. device: where sums are formed. quant_format: the
+    QuantFormat that training quantized the base to on load.
 
     Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged files, an
     export_dir that is in use; OSError when the disk is too small.
@@ -122,7 +120,7 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
     adapters = [Path(adapter) for adapter in adapters]
     target = check_target(Path(export_dir), [base, *adapters], overwrite)
     fields = read_config_json(base)
-    plan, untied = plan_tensors(base, adapters, dtype, form)
+    plan, untied = plan_tensors(base, adapters, dtype, quant_format)
     total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.values())
 
     template, force_template = stored_template(adapters or [base], template, force_template)
@@ -275,13 +273,14 @@ def block_makers(plan: dict[str, Planned], device) -> Iterator[Callable]:
 def dequantized_base(tensor: Planned, device) -> torch.Tensor | None:
     """The matrix of a weight in 4 or 8 bits, as in training; None for others, read by rows."""
     if tensor.packed:
-        weight = read_packed(tensor.packed, device)
-    elif tensor.form:
+        weight = tensor.packed.read(device)
+    elif tensor.quant_format:
         original = read_tensor(tensor.file, tensor.key, device)
-        weight = quantize(original.to(tensor.form.dtype or original.dtype), tensor.form)
+        dtype = tensor.quant_format.dtype or original.dtype
+        weight = tensor.quant_format.quantize(original.to(dtype))
     else:
         return None
-    return weight.dequantize(torch.float32 if weight.form.kind == "int8" else None)
+    return weight.dequantize(torch.float32 if weight.quant_format.kind == "int8" else None)
 
 
 def read_tensor(file: Path, key: str, device, rows=...) -> torch.Tensor:
@@ -333,6 +332,8 @@ def merge_matrix(block: torch.Tensor, change: Change, A: torch.Tensor, rows,
     B = read_tensor(change.file, change.key + ".lora_B.weight", device, rows)           # (rows, r)
     if not change.has_magnitude:
         return merged_weight(block.float(), A, B, change.scale)
+    from methods.lora_variants import merged_dora_weight       # only where it is asked for
+
     key = change.key + ".lora_magnitude_vector"
     magnitude = read_tensor(change.file, key, device, rows)                             # (rows,)
     return merged_dora_weight(block.float(), A, B, change.scale, magnitude)
@@ -376,15 +377,14 @@ def check_copy(block: torch.Tensor, copy: torch.Tensor, name: str, file: Path):
 # ---- adapters that were trained on a base in 4 or 8 bits --------------------------------------
 
 
-def form_to_merge(config: Config, base: Path,
-                  adapters: list[Path]) -> tuple[QuantFormat | None, str]:
-    """(quantization to apply to a 16-bit base before merging, description of the base or "").
+def format_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple:
+    """(QuantFormat to apply to a 16-bit base before merging, description of the base or "").
 
     Raises ValueError if merge_base is original and the base is stored quantized.
     """
     original = config.merge_base == "original"
     if packed := packed_weights(base):
-        words = formats_in_words(weight.form for weight in packed.values())
+        words = formats_in_words(weight.quant_format for weight in packed.values())
         if original:
             raise ValueError(
                 f"merge_base: original: {base} itself is stored quantized ({words}); name the "
@@ -393,16 +393,16 @@ def form_to_merge(config: Config, base: Path,
         print(f"base      {words}: dequantized, the weights that were trained with")
         return None, words
 
-    form, _, _ = as_trained(config, adapters)
-    if not form:
+    quant_format, _, _ = as_trained(config, adapters)
+    if not quant_format:
         return None, ""
     if original:
-        print(f"base      unquantized, although the adapter was trained with {form.kind}: another "
-              "model than was trained")
-        return None, form.kind
-    print(f"base      rounded to {form.kind} and dequantized, as in training (merge_base: original "
-          "skips this)")
-    return form, form.kind
+        print(f"base      unquantized, although the adapter was trained with {quant_format.kind}: "
+              "another model than was trained")
+        return None, quant_format.kind
+    print(f"base      rounded to {quant_format.kind} and dequantized, as in training (merge_base: "
+          "original skips this)")
+    return quant_format, quant_format.kind
 
 
 # ---- files beside the weights -----------------------------------------------------------------

@@ -4,88 +4,62 @@ Only safetensors and JSON are written. They are read, too, except for models tha
 pytorch_model.bin alone. A tensor that is missing, unused, or of another shape is an error that
 names it.
 
-Requires: model.py, checkpoint/files.py, methods/quant.py.
-Next: checkpoint/adapters.py, merge.py.
+Requires: model.py, checkpoint/files.py, checkpoint/shards.py.
+Next: checkpoint/packed.py (weights in 4 or 8 bits), checkpoint/adapters.py, merge.py.
 Format: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the
 tensors' bytes).
 """
 import re
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint.files import (
-    DTYPES,
-    open_tensors,
-    stored_as,
-    tensor_files,
-    write_json,
-    write_tensors,
-)
+from checkpoint.files import open_tensors, stored_as, tensor_files, write_json, write_tensors
+from checkpoint.shards import full_tensor
 from errors import nearest_name
 from families import model_config, read_config_json
-from methods.optimizers import OF_OTHER_SHAPES
-from methods.quant import (
-    QuantFormat,
-    QuantizedWeight,
-    quantizable_weights,
-    empty_quantized,
-    format_of_state,
-    quantize,
-    quantized_from,
-    set_quantized,
-)
 from model import CausalLM
 
-# what resuming needs
-STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
+
+# ---- reading ------------------------------------------------------------------------------------
 
 
-# ---- reading -------------------------------------------------------------------------------------
-# ---------------
+def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weights: bool = False,
+               quant_format=None) -> CausalLM:
+    """Build the decoder of a checkpoint folder and fill it, tensor by tensor, on `device`.
 
-
-def load_model(
-    folder,
-    dtype: torch.dtype | None = None,
-    device="cpu",
-    skip_weights: bool = False,
-    form: QuantFormat | None = None,
-) -> CausalLM:
-    """Build the decoder of a checkpoint folder and fill it, tensor by tensor, straight onto
-    `device`.
-
-    dtype: torch dtype of the weights; None keeps the checkpoint's. On the CPU, unconverted weights
-    stay memory-mapped.
-    skip_weights: leave the model on the meta device (counting, planning). form: quantise the linear
-    layers, each as soon as it is read; what is stored quantised stays so. Raises ValueError that
-    names tensors which are missing, unused or of another shape than config.json says;
-    FileNotFoundError for missing files."""
+    dtype: of the weights; None keeps the checkpoint's. On the CPU, unconverted weights stay
+    memory-mapped. skip_weights: leave the model on the meta device, for counting and planning.
+    quant_format: a methods.quant.QuantFormat; each linear layer is quantized as soon as it is read.
+    What the files store quantized stays so. Raises ValueError that names tensors which are missing,
+    unused or of another shape than config.json says; FileNotFoundError for missing files.
+    """
     folder = Path(folder)
     config = model_config(read_config_json(folder), str(folder / "config.json"))
     with torch.device("meta"):
         model = CausalLM(config)
-    if skip_weights:
-        return empty_quantized(model, base_forms(model, folder, form))
     packed = packed_weights(folder)
-    wanted = () if packed or not form else set(quantizable_weights(model))
+    formats = weight_formats(model, packed, quant_format)
+    if skip_weights:
+        return empty_quantized(model, formats)
+
     for name, (file, stored) in with_bar(weight_files(model, folder)):
+        shape = model.get_parameter(name).shape
         if stored in packed:
-            check_shape(packed[stored].shape, model.get_parameter(name).shape, file, stored)
-            set_quantized(model, name, read_packed(packed[stored], device))
+            check_shape(packed[stored].shape, shape, file, stored)
+            set_quantized(model, name, packed[stored].read(device))
             continue
-        # opened anew: what was read before may leave the memory
-        with open_tensors(file, device) as tensors:
+        with open_tensors(file, device) as tensors:     # reopened: read pages may leave the memory
             tensor = tensors.get_tensor(stored)
         check_plain(tensor.dtype, file, stored)
-        check_shape(tensor.shape, model.get_parameter(name).shape, file, stored)
+        check_shape(tensor.shape, shape, file, stored)
         tensor = tensor.to(dtype) if dtype else tensor
-        if name in wanted:
-            set_quantized(model, name, quantize(tensor, form))
+        if name in formats:
+            set_quantized(model, name, formats[name].quantize(tensor))
         else:
             assign(model, name, tensor)
     if config.tie_word_embeddings:
@@ -94,213 +68,69 @@ def load_model(
 
 
 def weight_files(model: CausalLM, folder) -> dict[str, tuple[Path, str]]:
-    """{name of a parameter: its file, its name there} in the files' order.
+    """{name of a parameter: (its file, its name there)} in the files' order.
 
     Raises as load_model does.
     """
-    files, config = tensor_files(folder), model.config
-    beside = {key for packed in packed_weights(folder).values() for _, key in packed.parts.values()}
-    # a tied head: once
-    expected = {config.stored_name(name): name for name, _ in model.named_parameters()}
-    unused = [
-        name
-        for name in files
-        if name not in expected and name not in beside and not known_extra(name, config, files)
-    ]
+    config = model.config
+    files = tensor_files(folder)
+    scales = {key for packed in packed_weights(folder).values() for _, key in packed.parts.values()}
+    expected = {config.stored_name(name): name          # a tied head appears once
+                for name, _ in model.named_parameters()}
     missing = [name for name in expected if name not in files]
-    if unused or missing:
-        raise ValueError(_mismatch(folder, missing, unused, config.stored_name("lm_head.weight")))
+    unused = [name for name in files if name not in expected and name not in scales
+              and not is_known_extra(name, config, files)]
+    if missing or unused:
+        head = config.stored_name("lm_head.weight")
+        raise ValueError(mismatch_message(folder, missing, unused, head))
     return {expected[name]: (file, name) for name, file in files.items() if name in expected}
 
 
 def with_bar(files: dict):
-    """The items, with a bar that shows itself only where someone watches and the load takes longer
-    than a second.
-    """
-    return tqdm(
-        files.items(), desc="loading weights", unit="tensor", leave=False, disable=None, delay=1
-    )
+    """The items, with a progress bar on a terminal, when loading takes more than a second."""
+    return tqdm(files.items(), desc="loading weights", unit="tensor", leave=False, disable=None,
+                delay=1)
 
 
-def check_shape(found, wanted, file, stored):
+def check_shape(found, expected, file, stored: str):
     """Raises ValueError for a tensor that has another shape in its file than in the model."""
-    if tuple(found) != tuple(wanted):
-        raise ValueError(
-            f"{file}: {stored} has shape {list(found)}, config.json makes it {list(wanted)}"
-        )
+    if tuple(found) != tuple(expected):
+        raise ValueError(f"{file}: {stored} has shape {list(found)}, config.json makes it "
+                         f"{list(expected)}")
 
 
-# ---- weights that are stored in 4 or 8 bits, as bitsandbytes does it ----------------------------
-
-# parts of a weight as files name them: what QuantFormat.tensors calls them. The state, and the
-# format of int8, are read here
-PARTS = {
-    "weight": "codes",
-    "weight.absmax": "absmax",
-    "weight.quant_map": "quant_map",
-    "weight.nested_absmax": "nested_absmax",
-    "weight.nested_quant_map": "nested_quant_map",
-    "weight.quant_state.bitsandbytes__nf4": "state",
-    "weight.quant_state.bitsandbytes__fp4": "state",
-    "SCB": "absmax",
-    "weight_format": "format",
-}
-
-
-@dataclass
-class Packed:
-    """Where a quantised weight lies.
-
-    parts: {name of PARTS' right side: (file, key)}; offset: see methods/quant.py.
-    """
-
-    form: QuantFormat
-    shape: tuple
-    parts: dict[str, tuple[Path, str]]
-    offset: float = 0.0
-
-
-def packed_weights(folder) -> dict[str, Packed]:
-    """{name of a weight in the files: Packed} of those that are stored quantised, as the keys
-    beside them tell; {} where there are none, or no files. Raises ValueError with file and key for
-    parts that are missing or unknown.
-    """
-    try:
-        files = tensor_files(folder)
-    except FileNotFoundError:
-        return {}
-    groups, found = {}, {}
-    for key, file in files.items():
-        part = re.fullmatch(r"(.+)\.(weight\..+|SCB|weight_format)", key)
-        if part and f"{part[1]}.weight" in files:
-            if part[2] not in PARTS:
-                raise ValueError(
-                    f"{file}: {key} is no part of a quantised weight that is known here; known "
-                    "beside a "
-                    f"weight are {', '.join(name for name in PARTS if name != 'weight')}"
-                )
-            groups.setdefault(part[1], {"codes": (files[f"{part[1]}.weight"], f"{part[1]}.weight")})
-            groups[part[1]][PARTS[part[2]]] = (file, key)
-    by_file = {}
-    for module, parts in groups.items():
-        if f"{module}.SCB" not in files and "state" not in parts:
-            file, key = next(place for part, place in parts.items() if part != "codes")
-            lacking = module + (
-                ".SCB" if "format" in parts else ".weight.quant_state.bitsandbytes__nf4 (or __fp4)"
-            )
-            raise ValueError(
-                f"{file}: {key} is there, and {lacking} is in no file of {folder}; fetch the "
-                "files again"
-            )
-        by_file.setdefault(parts.get("state", parts["codes"])[0], []).append(module)
-    for file, modules in by_file.items():
-        with open_tensors(file) as tensors:
-            for module in modules:
-                found[f"{module}.weight"] = read_form(folder, groups[module], tensors)
-    return found
-
-
-def read_form(folder, parts: dict, tensors) -> Packed:
-    """The Packed of one weight. tensors: the open file of its state, or, for int8, of its codes."""
-    offset, (file, key) = 0.0, parts.get("state", parts["codes"])
-    if "state" in parts:
-        form, shape, offset = format_of_state(tensors.get_tensor(key), f"{file}: {key}")
-    else:
-        raw = read_config_json(folder)
-        shape, _ = stored_as(file, key)
-        form = QuantFormat(
-            "int8",
-            nested=0,
-            dtype=DTYPES.get(raw.get("dtype") or raw.get("torch_dtype"), torch.float16),
-        )
-        if "format" in parts and int(read_part(parts["format"])):
-            raise ValueError(
-                f"{parts['format'][0]}: {parts['format'][1]} says that the rows are laid out for "
-                "one kind "
-                "of GPU; only the plain order (0) is read"
-            )
-    for part in form.tensors(shape):
-        if part not in parts and part != "nested_offset":
-            beside = (
-                key.partition(".weight")[0]
-                + "."
-                + next(name for name, ours in PARTS.items() if ours == part)
-            )
-            raise ValueError(
-                f"{file}: {key} tells of a part {beside}, which is in no file of {folder}; fetch "
-                "them "
-                "again"
-            )
-    return Packed(form, shape, parts, offset)
-
-
-def read_part(place: tuple, device="cpu"):
-    file, key = place
-    with open_tensors(file, device) as tensors:
-        return tensors.get_tensor(key)
-
-
-def read_packed(packed: Packed, device) -> QuantizedWeight:
-    """Read a quantised weight onto the device."""
-    parts, (file, key) = {}, packed.parts["codes"]
-    for name in packed.form.tensors(packed.shape):
-        if name in packed.parts:
-            parts[name] = read_part(packed.parts[name], device)
-    return quantized_from(packed.form, packed.shape, parts, packed.offset, f"{file}: {key}")
-
-
-def base_forms(model: CausalLM, folder, form: QuantFormat | None = None) -> dict[str, QuantFormat]:
-    """{parameter of the model: QuantFormat} of all that is quantised: in the files or, where
-    nothing is, by `form` on load.
-    """
-    packed, called = packed_weights(folder), model.config.stored_name
-    if not packed:
-        return dict.fromkeys(quantizable_weights(model), form) if form else {}
-    return {
-        name: packed[called(name)].form
-        for name, _ in model.named_parameters()
-        if called(name) in packed
-    }
-
-
-def check_plain(dtype, file, stored):
-    """Raises ValueError for integers where a weight should be."""
+def check_plain(dtype: torch.dtype, file, stored: str):
+    """Raises ValueError for integers in place of a weight."""
     if not dtype.is_floating_point:
         raise ValueError(
             f"{file}: {stored} is stored as {str(dtype).removeprefix('torch.')}, without the "
-            "scales that "
-            "bitsandbytes writes beside such weights. Other ways of quantising are not read here"
-        )
+            "scales that bitsandbytes writes beside such weights. Other ways of quantizing are "
+            "not supported")
 
 
-# what older tools stored beside the weights: tables of the rotation, and the number that masked
-# scores were set to
+# what older tools stored beside the weights: tables of the rotation, and the value of masked scores
 BUFFERS = re.compile(
     r".*\.(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
-    r"|.*\.attn\.masked_bias"
-)
+    r"|.*\.attn\.masked_bias")
 
 
-def known_extra(name, config, files) -> bool:
-    """Does a tensor that the decoder lacks carry nothing of its own? Buffers, parts that read
-    images, a tied head.
+def is_known_extra(name: str, config, files: dict) -> bool:
+    """Whether a tensor that the decoder lacks may be left out.
+
+    Buffers, parts that read images, and a tied head that equals the embedding.
     """
     if name.startswith(config.skips) or BUFFERS.fullmatch(name):
         return True
-    head, embedding = (
-        config.stored_name("lm_head.weight"),
-        config.stored_name("model.embed_tokens.weight"),
-    )
-    if name == head and config.tie_word_embeddings:
-        with open_tensors(files[name]) as a, open_tensors(files[embedding]) as b:
-            if torch.equal(a.get_tensor(name), b.get_tensor(embedding)):
-                return True
-            raise ValueError(
-                f"{files[name]}: {head} differs from {embedding}, but config.json says they are "
-                "one "
-                "(tie_word_embeddings: true). Set it to false to use both"
-            )
-    return False
+    head = config.stored_name("lm_head.weight")
+    if name != head or not config.tie_word_embeddings:
+        return False
+    embedding = config.stored_name("model.embed_tokens.weight")
+    with open_tensors(files[name]) as a, open_tensors(files[embedding]) as b:
+        if torch.equal(a.get_tensor(name), b.get_tensor(embedding)):
+            return True
+    raise ValueError(
+        f"{files[name]}: {head} differs from {embedding}, but config.json says they are one "
+        "(tie_word_embeddings: true). Set it to false to use both")
 
 
 def assign(model: nn.Module, name: str, tensor, requires_grad: bool = False):
@@ -309,86 +139,136 @@ def assign(model: nn.Module, name: str, tensor, requires_grad: bool = False):
     setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad))
 
 
-def _mismatch(folder, missing, unused, head=None):
-    lines = [f"{folder}: the tensors are not those that config.json describes."]
+def mismatch_message(source, missing: list, unused: list, head: str | None = None) -> str:
+    """The message for tensors of a file that do not fit; head: the name of the head's matrix."""
+    lines = [f"{source}: the tensors are not those that config.json describes."]
     for what, names in (("missing", missing), ("not used", unused)):
         if names:
             lines.append(f"  {what}: {len(names)}, such as {', '.join(names[:4])}")
     if missing == [head]:
-        lines.append(
-            "  If the head is the embedding's matrix, config.json must say tie_word_embeddings: "
-            "true"
-        )
+        lines.append("  If the head is the embedding's matrix, config.json must say "
+                     "tie_word_embeddings: true")
     elif missing and unused:
-        if near := nearest_name(missing[0], unused):
-            lines.append(f"  {missing[0]} may be what the file calls {near}")
+        nearest = nearest_name(missing[0], unused)
+        if nearest:
+            lines.append(f"  {missing[0]} may be what the file calls {nearest}")
     return "\n".join(lines)
 
 
-# ---- adapters ------------------------------------------------------------------------------------
-# ---------------
+# ---- weights in 4 or 8 bits ---------------------------------------------------------------------
 
-PREFIX = "base_model.model."  # what PEFT writes before every name
-OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-# fields of adapter_config.json that change nothing here
-NEUTRAL = frozenset(
+# names beside a weight that is stored quantized
+QUANTIZED_NAMES = re.compile(r".+\.(weight\..+|SCB|weight_format)")
+
+
+def packed_weights(folder) -> dict:
+    """{name of a weight: checkpoint.packed.Packed} of what the folder's files store quantized.
+
+    Raises ValueError with file and key for parts that are missing or unknown.
     """
-    auto_mapping base_model_name_or_path inference_mode loftq_config megatron_config megatron_core
-    peft_type peft_version revision task_type runtime_config qalora_group_size bias
-""".split()
-)
-# init_lora_weights that leave W as it was
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+    try:
+        files = tensor_files(folder)
+    except FileNotFoundError:                           # a config.json without weights
+        return {}
+    if not any(map(QUANTIZED_NAMES.fullmatch, files)):
+        return {}
+    from checkpoint.packed import find_packed           # methods/quant.py may be absent
+
+    return find_packed(folder, files)
 
 
-# ---- writing -------------------------------------------------------------------------------------
-# ---------------
+def weight_formats(model: CausalLM, packed: dict, requested=None) -> dict:
+    """{name of a parameter: QuantFormat} of all that is quantized.
+
+    By the files or, where they store nothing quantized, by the requested format.
+    """
+    if not packed:
+        return dict.fromkeys(quantizable_weights(model), requested) if requested else {}
+    stored_name = model.config.stored_name
+    return {name: packed[stored_name(name)].quant_format for name, _ in model.named_parameters()
+            if stored_name(name) in packed}
+
+
+def quantizable_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are quantized on load.
+
+    Those of all linear layers but the head and routers, which are small and decide much. Stacks of
+    matrices, embeddings and norms stay as they are.
+    """
+    return [f"{name}.weight" for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head"
+            and not name.endswith(".mlp.gate")]
+
+
+def set_quantized(model: nn.Module, name: str, weight: nn.Module):
+    """Replace the nn.Linear whose weight has that name by the layer of a quantized weight."""
+    path = name.removesuffix(".weight")
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, weight.as_linear(model.get_submodule(path).bias))
+
+
+def empty_quantized(model: nn.Module, formats: dict) -> nn.Module:
+    """Replace these weights of a model on the meta device by quantized ones, without storage."""
+    for name, quant_format in formats.items():
+        set_quantized(model, name, quant_format.empty(model.get_parameter(name).shape))
+    return model
+
+
+def quantized_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """{name as of a parameter: its quantized weight}, in the model's order."""
+    return {name: module for name, module in model.named_modules()
+            if hasattr(module, "dequantize")}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model; for quantized matrices the numbers they stand for."""
+    weights = (*model.parameters(), *quantized_weights(model).values())
+    return sum(p.numel() for p in weights)
+
+
+def formats_in_words(formats: Iterable) -> str:
+    """What is quantized, for the start page. formats: a QuantFormat for each matrix."""
+    counts = {}
+    for quant_format in formats:
+        words = f"{quant_format.kind}, {quant_format.bits():.4g} bits a weight"
+        counts[words] = counts.get(words, 0) + 1
+    return "; ".join(f"{count} matrices in {words}" for words, count in counts.items())
+
+
+# ---- writing ------------------------------------------------------------------------------------
 
 
 def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None):
-    """Write all weights of a model (full fine-tuning) with the config.json of the folder it came
-    from.
+    """Write all weights of a model (full fine-tuning) with the config.json of its source folder.
 
-    dtype None writes each tensor as it is held; config.json then states that of the first. What the
-    source's files hold beside the decoder, a part that reads images, is passed on as it is."""
-    weights = {model.config.stored_name(name): p for name, p in model.named_parameters()}
+    dtype: None writes each tensor as it is held; config.json then states that of the first. What
+    the source's files hold beside the decoder, a part that reads images, is copied.
+    """
+    stored_name = model.config.stored_name
+    weights = {stored_name(name): p for name, p in model.named_parameters()}
     others = {}
-    # none for a model made from scratch
-    if model.config.skips and any(Path(source).glob("*.safetensors")):
-        others = {
-            n: file for n, file in tensor_files(source).items() if n.startswith(model.config.skips)
-        }
+    if model.config.skips and any(Path(source).glob("*.safetensors")):  # none from scratch
+        for name, file in tensor_files(source).items():
+            if name.startswith(model.config.skips):
+                others[name] = file
 
-    def read(name):
+    def read(name: str) -> list[torch.Tensor]:
+        if name in weights:
+            weight = weights[name]
+            return [full_tensor(weight).to(dtype or weight.dtype)]
         with open_tensors(others[name]) as tensors:
-            return tensors.get_tensor(name)
+            return [tensors.get_tensor(name)]
 
-    shapes = {n: (tuple(p.shape), dtype or p.dtype) for n, p in weights.items()}
-    write_tensors(
-        folder,
-        shapes | {n: stored_as(file, n) for n, file in others.items()},
-        lambda n: [read(n) if n in others else whole(weights[n]).to(dtype or weights[n].dtype)],
-    )
-    dtype = dtype or next(iter(weights.values())).dtype
-    raw = read_config_json(source)
-    raw.pop("dtype", None)
-    write_json(
-        Path(folder) / "config.json", {**raw, "torch_dtype": str(dtype).removeprefix("torch.")}
-    )
+    shapes = {name: (tuple(p.shape), dtype or p.dtype) for name, p in weights.items()}
+    for name, file in others.items():
+        shapes[name] = stored_as(file, name)
+    write_tensors(folder, shapes, read)
+
+    first_dtype = dtype or next(iter(weights.values())).dtype
+    fields = read_config_json(source)
+    fields.pop("dtype", None)
+    fields["torch_dtype"] = str(first_dtype).removeprefix("torch.")
+    write_json(Path(folder) / "config.json", fields)
     generation = Path(source) / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, Path(folder) / generation.name)
-
-
-def whole(parameter) -> torch.Tensor:
-    """All of a parameter's values.
-
-    One that is cut over the ranks (scale/fsdp.py) is put together: all must ask for it.
-    """
-    return parameter.detach().full_tensor() if hasattr(parameter, "full_tensor") else parameter.data
-
-
-# ---- resumable training state -------------------------------------------------------------------
-
-
-NO_ROWS = (*OF_OTHER_SHAPES, "unused")  # parts of a parameter's state that are not of its shape

@@ -4,15 +4,21 @@ Requires: evals/loss.py, evals/predictions.py.
 Next: merge.py, eval.py.
 """
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.load import load_model
 from config import Config
+from data import IGNORE
 from evals.bleu_rouge import NAMES
-from evals.loss import mean_loss
+from evals.loss import score_examples, sum_losses
 from evals.predictions import Prompt, Side
 from families import read_model_config
+from fast.attention_picker import pick_kernel
+from model import attention_needs
 from runtime.build import STAGES
 from runtime.finished import as_trained
 from runtime.memory_advice import available_bytes
@@ -34,7 +40,7 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
     if free and size > 0.9 * free:
         print(f"losses    not compared: the merged model is larger than the free memory ({device})")
         return
-    form, half_dtype, stage = as_trained(config, adapters)
+    quant_format, half_dtype, stage = as_trained(config, adapters)
     if stage not in ("sft", "pt"):
         print(f"losses    not compared: stage {stage} has no loss per token")
         return
@@ -43,14 +49,28 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
     rows, description = some_rows(replace(config, stage=stage), text.tokenizer, text.template)
 
     loaders = {
-        "base": lambda: load_model(base, half_dtype, device, form=form),
-        "with adapter": lambda: load_with_adapters(base, adapters, half_dtype, device, form=form),
+        "base": lambda: load_model(base, half_dtype, device, quant_format=quant_format),
+        "with adapter": lambda: load_with_adapters(base, adapters, half_dtype, device,
+                                                   quant_format=quant_format),
         "merged": lambda: load_model(config.export_dir, half_dtype, device),
     }
     losses = []
     for name, load in loaders.items():                  # one model in memory at a time
         losses.append(f"{name} {mean_loss(load(), rows, device):.4f}")
     print(f"losses    {', '.join(losses)} (per token, over {len(rows)} {description})")
+
+
+def mean_loss(model, examples, device) -> float:
+    """Mean loss per label, in nats; chooses the attention kernel."""
+    device = torch.device(device)
+    dtype = model.model.embed_tokens.weight.dtype
+    choice = pick_kernel("auto", device=device, dtype=dtype, training=False,
+                         **attention_needs(model.config))
+    model.kernel = choice.kernel
+    score = partial(score_examples, balance=0.0, device=device)
+    sums = sum_losses(model, examples, score, size=1, disable_tqdm=True)
+    labels = sum(int((example.labels != IGNORE).sum()) for example in examples)
+    return sums.total / max(labels, 1)
 
 
 def some_rows(config: Config, tokenizer, template):

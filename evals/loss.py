@@ -20,9 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import IGNORE, collate
-from fast.attention_picker import pick_kernel
 from losses import Objective, balance_loss, cross_entropy_sum, metric_means
-from model import attention_needs
 from parallel import Ranks
 from runtime.build import STAGES
 from runtime.precision import Precision
@@ -164,19 +162,6 @@ def evaluate_examples(config, model, examples, device,
                       disable_tqdm=bool(config.disable_tqdm) or None)
     metrics = reduce_metrics(sums, len(examples), start_time, Ranks())
     return metrics, sums.example_losses
-
-
-def mean_loss(model, examples, device) -> float:
-    """Mean loss per label, in nats; chooses the attention kernel."""
-    device = torch.device(device)
-    dtype = model.model.embed_tokens.weight.dtype
-    choice = pick_kernel("auto", device=device, dtype=dtype, training=False,
-                         **attention_needs(model.config))
-    model.kernel = choice.kernel
-    score = partial(score_examples, balance=0.0, device=device)
-    sums = sum_losses(model, examples, score, size=1, disable_tqdm=True)
-    labels = sum(int((example.labels != IGNORE).sum()) for example in examples)
-    return sums.total / max(labels, 1)
 
 
 def reduce_metrics(sums: EvalSums, examples: int, start_time: float, ranks: Ranks) -> dict:

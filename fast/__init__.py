@@ -1,1 +1,1 @@
-"""The same numbers, sooner: the plain twin stands at the root."""
+"""The same numbers, sooner: each file's plain twin stands at the root."""

@@ -1,4 +1,4 @@
-"""Elementwise steps, compiled: norms, rotation, act(gate) * up, and dequantizing 4-bit weights.
+"""Elementwise steps, compiled: norms, rotation, and act(gate) * up.
 
     compiled, line = pick_compile(None, device, dtype)
     if compiled:
@@ -6,7 +6,7 @@
 
 Compiled, each step reads its input once. The functions as they are written remain the twins.
 
-Requires: model.py, rope.py, fast/fused_block.py, methods/quant.py.
+Requires: model.py, rope.py.
 Next: fast/attention_picker.py.
 """
 from collections.abc import Callable
@@ -15,9 +15,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from errors import first_line
 from families import model_config
-from fast.fused_block import fuse_blocks
-from methods.quant import QuantizedWeight, quantized_weights, unpack_at_once
 from model import MLP, Attention, CausalLM, RMSNorm, init_weights, rms_norm
 from rope import rotate
 
@@ -54,11 +53,13 @@ def gated(gate, up, act: Callable):
     return act(gate) * up
 
 
-def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu") -> tuple[bool, str]:
+def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu",
+                 fuse: Callable | None = None) -> tuple[bool, str]:
     """(whether to compile_steps, a line for the start page).
 
     wanted None: on GPUs, where torch has a compiler for them. The compiled steps are first tried on
-    a small block, forward and backward, against those that are not compiled.
+    a small model, forward and backward, against those that are not compiled. fuse: what is done to
+    models before (fast/fused_block.py), and is done to the small one.
     """
     device = torch.device(device)
     if wanted is False:
@@ -66,7 +67,7 @@ def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu") -
     if wanted is None and device.type != "cuda":
         return False, "torch.compile: off (not worth it on a CPU)"
     try:
-        error = compile_error(device, dtype, hidden_act)
+        error = compile_error(device, dtype, hidden_act, fuse)
     except Exception as refusal:        # of many kinds, and none must end a training
         return False, f"torch.compile: off (fails here: {first_line(refusal)})"
     if not error < COMPILED_ERROR[dtype]:
@@ -74,12 +75,7 @@ def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu") -
     return True, "torch.compile: on (norms, rotation, gate * up)"
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-
-
-def compile_error(device, dtype, hidden_act: str) -> float:
+def compile_error(device, dtype, hidden_act: str, fuse: Callable | None = None) -> float:
     """The largest relative error of a compiled block's output and gradients."""
     config = model_config({
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
@@ -91,7 +87,8 @@ def compile_error(device, dtype, hidden_act: str) -> float:
         model = CausalLM(config)
         init_weights(model, torch.Generator().manual_seed(0))
         model.to(device, dtype)
-        fuse_blocks(model)
+        if fuse:
+            fuse(model)
         if compiled:
             compile_steps(model)
         out = model(torch.arange(40, device=device)[None])
@@ -100,34 +97,3 @@ def compile_error(device, dtype, hidden_act: str) -> float:
         results.append([out.detach(), *grads])
     errors = [(a - b).float().norm() / (a.float().norm() + 1e-12) for a, b in zip(*results)]
     return max(map(float, errors))
-
-
-@torch.no_grad()
-def compile_unpacking(model: nn.Module) -> str:
-    """Dequantize 4-bit weights by one compiled kernel. Returns a line for the start page, or "".
-
-    It is tried first, and must give the same bits; otherwise nothing changes.
-    """
-    weights = [weight for weight in quantized_weights(model).values() if weight.form.kind != "int8"]
-    if not weights:
-        return ""
-    tried = min(weights, key=QuantizedWeight.numel)
-    tried.compiled = None
-    exact = tried.dequantize()
-    try:
-        compiled = torch.compile(unpack_at_once, dynamic=True)
-
-        def unpack(codes, scales, pairs, dtype):
-            return compiled(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
-
-        tried.compiled = unpack
-        same_bits = torch.equal(tried.dequantize(), exact)
-        reason = "gives other numbers"
-    except Exception as refusal:        # of many kinds, and none must end a training
-        same_bits = False
-        reason = f"does not work here ({first_line(refusal)})"
-    for weight in weights:
-        weight.compiled = unpack if same_bits else None
-    if same_bits:
-        return "4-bit weights: dequantized by one compiled kernel"
-    return f"4-bit weights: dequantized in several steps; torch.compile {reason}"

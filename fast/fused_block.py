@@ -13,7 +13,7 @@ with `fused_linears`, several of the same input in one autograd function:
 
 So recomputing the matmuls of gate and up is a matter of `before` alone: they are put into it.
 
-Requires: model.py, lora.py, methods/quant.py, methods/fp8.py, fast/matmul.py.
+Requires: model.py, lora.py.
 Next: runtime/memory.py (what is kept, in bytes).
 Papers: LoRA arXiv:2106.09685; recomputation arXiv:1604.06174, and of cheap steps arXiv:2205.05198.
 """
@@ -23,13 +23,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from fast.matmul import MATMULS, torch_matmul
 from lora import LoRALinear
-from methods.quant import QuantLinear
 from model import MLP, Attention, Block, CausalLM, ForwardContext, MoE
 
 # what a block recomputes in the backward pass, from fast to small: cheap steps only; the matmuls of
@@ -41,17 +40,18 @@ IDENTITY = nn.Identity()
 # ---- blocks -------------------------------------------------------------------------------------
 
 
-def fuse_blocks(model: CausalLM, matmul: str = "torch", recompute: Sequence[str] | None = None):
+def fuse_blocks(model: CausalLM, matmul: Callable | None = F.linear,
+                recompute: Sequence[str] | None = None):
     """Set the fast path on every block of a model, in place; it may be set again at any time.
 
-    matmul: a name from fast/matmul.py, or "plain": model.py's own forward. recompute: a level of
+    matmul: a function of fast/matmul.py; None: model.py's own forward. recompute: a level of
     RECOMPUTE for each block, by default "none".
     """
     levels = recompute or ["none"] * len(model.model.layers)
     for block, level in zip(model.model.layers, levels, strict=True):
         unfuse(block)
-        if matmul != "plain":
-            fuse(block, MATMULS[matmul], level)
+        if matmul:
+            fuse(block, matmul, level)
         if level == "block":
             block.forward = partial(checkpointed_forward, block.forward)
 
@@ -135,11 +135,11 @@ def checkpointed_forward(forward: Callable, x, ctx: ForwardContext):
 
 
 def fused_linears(layers: list, *xs, before: Callable = IDENTITY, owners: Sequence = (),
-                  matmul: Callable | None = torch_matmul) -> Sequence[torch.Tensor]:
+                  matmul: Callable | None = F.linear) -> Sequence[torch.Tensor]:
     """[layer(before(*xs)) for layer in layers]; tensors (…, in) -> (…, out).
 
-    layers: nn.Linear, LoRALinear or QuantLinear of one input size. before: a cheap function of xs,
-    computed twice. owners: the modules whose weights `before` reads. matmul: a function of
+    layers: nn.Linear, LoRALinear or quantized ones, of one input size. before: a cheap function of
+    xs, computed twice. owners: the modules whose weights `before` reads. matmul: a function of
     fast/matmul.py; None, and wherever can_fuse is false: the layers are called.
     """
     autocast = torch.is_autocast_enabled(xs[0].device.type)
@@ -164,9 +164,14 @@ def can_fuse(layer: nn.Module) -> bool:
     """
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    if type(layer) is LoRALinear:
-        return isinstance(layer.dropout, nn.Identity)
-    return type(layer) in (nn.Linear, QuantLinear)
+    if isinstance(layer, LoRALinear):
+        return type(layer) is LoRALinear and isinstance(layer.dropout, nn.Identity)
+    return type(layer) is nn.Linear or has_packed_weight(layer)
+
+
+def has_packed_weight(layer: nn.Module) -> bool:
+    """Whether the weight is no tensor, but a module that makes one (methods/quant.py)."""
+    return isinstance(layer.weight, nn.Module)
 
 
 class Operands(NamedTuple):
@@ -189,23 +194,23 @@ SAVED = 4
 
 
 def operands(layer: nn.Module) -> Operands:
-    """The operands of an nn.Linear, a QuantLinear, or a LoRALinear beside one."""
+    """The operands of a linear layer, quantized or not, or of a LoRALinear beside one."""
     A, B, scale = None, None, 1.0
     base = layer
     if isinstance(layer, LoRALinear):
         A, B = layer.adapter()
         scale = layer.scale
         base = layer.base_layer
-    quantized = isinstance(base, QuantLinear)
+    packed = has_packed_weight(base)
     return Operands(
-        W=None if quantized else base.weight,
+        W=None if packed else base.weight,
         bias=base.bias,
         A=A,
         B=B,
         scale=scale,
         fp8_scale=getattr(base, "scale", None),
         fp8=getattr(base, "fp8", None),
-        packed=base.weight if quantized else None,
+        packed=base.weight if packed else None,
     )
 
 
@@ -259,7 +264,7 @@ class FusedLinears(torch.autograd.Function):
         ctx.others = others
         ctx.matmul = matmul
         ctx.num_inputs = num_inputs
-        xs, layers, _ = unpacked(tensors, others, num_inputs)
+        xs, layers, _ = unflatten(tensors, others, num_inputs)
         ys, low_rank = outputs(before(*xs), layers, matmul)
         ctx.save_for_backward(*tensors, low_rank)
         return tuple(ys)
@@ -268,7 +273,7 @@ class FusedLinears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *dys):
         *tensors, low_rank = ctx.saved_tensors
-        xs, layers, trained = unpacked(tensors, ctx.others, ctx.num_inputs)
+        xs, layers, trained = unflatten(tensors, ctx.others, ctx.num_inputs)
         needs = ctx.needs_input_grad[4:]
         with torch.enable_grad():
             xs = [x.detach().requires_grad_(need) for x, need in zip(xs, needs)]
@@ -288,7 +293,7 @@ class FusedLinears(torch.autograd.Function):
         return None, None, None, None, *d_before[:len(xs)], *grads, *d_before[len(xs):]
 
 
-def unpacked(tensors, others: list, num_inputs: int):
+def unflatten(tensors, others: list, num_inputs: int):
     """(inputs, Operands of each layer, trained weights of `before`) of FusedLinears' tensors."""
     end = num_inputs + SAVED * len(others)
     saved = tensors[num_inputs:end]
@@ -332,7 +337,7 @@ def input_grad(layers: list[Operands], dys: list, matmul: Callable):
         if layer.fp8:
             more = layer.fp8.matmul(*to_fp8_rows(dy, [layer]), layer.W.T, layer.fp8_scale,
                                       dy.dtype)
-        elif total is not None and matmul is torch_matmul:
+        elif total is not None and matmul is F.linear:
             total.addmm_(dy, layer.dequantize(dy.dtype))
             continue
         else:

@@ -20,13 +20,8 @@ CLEARLY = 1.1           # how many times faster than torch's own a library must 
 # ---- the libraries ------------------------------------------------------------------------------
 
 
-def torch_matmul(x, W, bias=None):
-    """x (N, in) times W (out, in) transposed: cuBLAS, hipBLASLt, MKL, Accelerate."""
-    return F.linear(x, W, bias)
-
-
 def onednn(x, W, bias=None):
-    """The same by oneDNN, which torch has on CPUs but uses in 16 bits only.
+    """x (N, in) times W (out, in) transposed by oneDNN, which torch uses in 16 bits only.
 
     In float32 torch uses MKL, which leaves half of an AMD processor idle. x and W are dense; either
     may be a transposed view. For each new shape oneDNN compiles and keeps code, 1/3 of a megabyte.
@@ -46,7 +41,7 @@ def onednn_matmul(x, W, bias=None):
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-MATMULS = {"torch": torch_matmul, "onednn": onednn_matmul}
+MATMULS = {"torch": F.linear, "onednn": onednn_matmul}      # F.linear: MKL, cuBLAS, Accelerate, …
 
 
 # ---- the choice ---------------------------------------------------------------------------------
@@ -73,7 +68,7 @@ def pick_matmul(device, dtype: torch.dtype) -> MatmulChoice:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 512, generator=generator)
     W = torch.randn(1024, 512, generator=generator)
-    allowed = 4 * float((torch_matmul(x, W) - x.double() @ W.double().T).abs().max())
+    allowed = 4 * float((F.linear(x, W) - x.double() @ W.double().T).abs().max())
 
     rates = {}
     refused = {}                                    # name -> reason

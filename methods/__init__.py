@@ -1,1 +1,1 @@
-"""Other mathematics: each file can be deleted together with its line in runtime/build.py."""
+"""Other mathematics: each file can be deleted with its lines in build.py, kernels.py of runtime."""

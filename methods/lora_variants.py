@@ -1,6 +1,6 @@
 """Variants of LoRA: DoRA, another layer, and PiSSA, another start.
 
-    attach_lora(model, config, seed=42, **variant_of(config))
+    attach_lora(model, config, seed=42, **variant_arguments(config))
 
 DoRA trains the norm of each row of W separately from its direction. PiSSA starts A and B as the
 principal components of W, and trains the rest of W no more.
@@ -18,7 +18,7 @@ from torch import nn
 from lora import LoRAConfig, LoRALinear, dequantized_weight, is_quantized, merged_weight
 
 
-def variant_of(config: LoRAConfig) -> dict:
+def variant_arguments(config: LoRAConfig) -> dict:
     """The arguments `layer` and `init` of attach_lora for this configuration."""
     init = []
     if config.pissa:
@@ -40,7 +40,7 @@ class DoRALinear(LoRALinear):
     def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float = 0.0,
                  device=None):
         super().__init__(base_layer, r, scale, dropout, device)
-        norms = torch.empty(self.out_features, device=self.lora_A.weight.device,
+        norms = torch.empty(base_layer.out_features, device=self.lora_A.weight.device,
                             dtype=torch.float32)
         self.lora_magnitude_vector = nn.Parameter(norms)
 
@@ -84,6 +84,11 @@ class DoRALinear(LoRALinear):
             A = self.lora_A.weight.float()
             B = self.lora_B.weight.float()
             return row_norms(torch.addmm(W, B, A, alpha=self.scale))
+
+    @torch.no_grad()
+    def set_magnitude(self, W):
+        """Let m be the norms of the rows of W (out, in), for an adapter with B = 0."""
+        self.lora_magnitude_vector.copy_(row_norms(W.float()))
 
     def effective_weight(self):
         """The matrix (out, in) with the adapter in it; gradients flow to A, B and m."""

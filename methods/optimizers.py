@@ -174,8 +174,6 @@ UPDATES = ADAMW | {
     "muon": UpdateRule(muon_state, muon, muon_state_bytes),
     "galore": UpdateRule(galore_state, galore, galore_state_bytes),
 }
-# fields of a state that do not have the parameter's shape
-OF_OTHER_SHAPES = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis")
 
 
 def rule_of(name: str, p, config) -> str:

@@ -31,7 +31,6 @@ from templates import encode_pieces, render_turns
 from text.conversations import JUDGED, PAIRS, RawRow
 
 MEAN_LOGPS = ("ipo", "orpo", "simpo")       # pref_loss on means over tokens, not on sums
-AS_SIGMOID = ("hinge", "ipo")               # what LLaMA-Factory 0.9.5 computes as sigmoid
 PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
                 "logps/chosen", "logps/rejected")
 JUDGED_METRICS = ("rewards/chosen", "logps/chosen", "rewards/rejected", "logps/rejected", "kl")

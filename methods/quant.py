@@ -13,21 +13,21 @@ A layer with such a matrix has a `QuantizedWeight` as its weight. It is no tenso
 `dequantize(dtype)` makes the ordinary matrix for each matmul, forward and backward, and it is not
 kept. So training beside 4-bit weights (QLoRA) needs the memory of 4 bits, and of one matrix.
 
-Requires: lora.py.
-Next: fast/fused_block.py, checkpoint/load.py (reading such files).
+Requires: errors.py.
+Next: checkpoint/packed.py (reading such files).
 Papers: QLoRA arXiv:2305.14314 (sec. 3; NF4: appendix E), LLM.int8 arXiv:2208.07339 (sec. 2), the
 8-bit map of scales arXiv:2110.02861 (sec. 2). Layout and rounding: bitsandbytes 0.50.
 """
-import json
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from errors import first_line
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -78,29 +78,39 @@ class QuantFormat:
         bits_of_scale = 8 + 32 / self.nested if self.nested else 32
         return 4 + bits_of_scale / self.blocksize
 
+    def quantize(self, matrix) -> "QuantizedWeight":
+        """A matrix (out, in) in this format."""
+        return quantize(matrix, self)
+
+    def empty(self, shape) -> "QuantizedWeight":
+        """A matrix of this shape on the meta device, without storage."""
+        tensors = {name: torch.empty(size, dtype=dtype, device="meta")
+                   for name, (size, dtype) in self.tensors(shape).items()}
+        return QuantizedWeight(self, shape, **tensors)
+
 
 class QuantizedWeight(nn.Module):
     """A frozen matrix (out, in) in 4 or 8 bits; its buffers are the tensors of its format.
 
     As a layer's `weight` it has a tensor's shape, dtype, device, numel() and nbytes. compiled: see
-    fast/compile.py.
+    compile_dequantize.
     """
 
     requires_grad = False
     compiled = None
 
-    def __init__(self, form: QuantFormat, shape, **tensors):
+    def __init__(self, quant_format: QuantFormat, shape, **tensors):
         super().__init__()
-        self.form = form
+        self.quant_format = quant_format
         self.shape = torch.Size(shape)
-        for name, (size, dtype) in form.tensors(shape).items():
+        for name, (size, dtype) in quant_format.tensors(shape).items():
             tensor = tensors[name]
             assert tensor.shape == size and tensor.dtype == dtype, (name, tensor.shape, size)
             self.register_buffer(name, tensor)
-        if form.kind != "int8":
+        if quant_format.kind != "int8":
             self.register_buffer("pairs", pairs_of(self.quant_map), persistent=False)
 
-    dtype = property(lambda self: self.form.dtype)
+    dtype = property(lambda self: self.quant_format.dtype)
     device = property(lambda self: self.codes.device)
     is_meta = property(lambda self: self.codes.is_meta)
     nbytes = property(lambda self: sum(buffer.nbytes for buffer in self.buffers()))
@@ -112,7 +122,7 @@ class QuantizedWeight(nn.Module):
         return len(self.shape)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, {self.form.kind}"
+        return f"{tuple(self.shape)}, {self.quant_format.kind}"
 
     def _apply(self, fn, recurse=True):
         for name, buffer in self._buffers.items():      # .to(dtype) does not concern codes, scales
@@ -121,9 +131,9 @@ class QuantizedWeight(nn.Module):
 
     def scales(self):
         """The largest number of each block, (blocks,) float32."""
-        if not self.form.nested:
+        if not self.quant_format.nested:
             return self.absmax
-        outer = self.nested_absmax.repeat_interleave(self.form.nested)[:len(self.absmax)]
+        outer = self.nested_absmax.repeat_interleave(self.quant_format.nested)[:len(self.absmax)]
         inner = self.nested_quant_map.index_select(0, self.absmax.int())
         return inner * outer + self.nested_offset
 
@@ -134,16 +144,25 @@ class QuantizedWeight(nn.Module):
         then to `dtype` (None: that one).
         """
         out_dtype = dtype or self.dtype
-        if self.form.kind == "int8":
+        if self.quant_format.kind == "int8":
             return unpack_rows(self.codes, self.absmax, out_dtype)
-        whole_blocks = self.numel() % self.form.blocksize == 0
+        whole_blocks = self.numel() % self.quant_format.blocksize == 0
         if self.compiled and whole_blocks:  # the compiler would omit the first of two roundings
             matrix = self.compiled(self.codes, self.scales(), self.pairs, self.dtype)
             return matrix.view(self.shape).to(out_dtype)
         unpack = unpack_in_pieces if whole_blocks else unpack_any
-        matrix = unpack(self.codes, self.scales(), self.pairs, self.numel(), self.form.blocksize,
-                        self.dtype, out_dtype)
+        matrix = unpack(self.codes, self.scales(), self.pairs, self.numel(),
+                        self.quant_format.blocksize, self.dtype, out_dtype)
         return matrix.view(self.shape)
+
+    def dequantize_bytes(self, device, itemsize: int) -> int:
+        """Memory that `dequantize` takes: the matrix, and the piece that is unpacked at once."""
+        piece = min(self.numel(), piece_size(device, 2))
+        return itemsize * self.numel() + 6 * piece
+
+    def as_linear(self, bias=None) -> nn.Linear:
+        """The linear layer with this weight."""
+        return QuantLinear(self, bias)
 
 
 # ---- 4 bits -------------------------------------------------------------------------------------
@@ -221,25 +240,28 @@ def quantize_scales(scales, group: int) -> dict:
 
 
 @torch.no_grad()
-def quantize(matrix, form: QuantFormat) -> QuantizedWeight:
+def quantize(matrix, quant_format: QuantFormat) -> QuantizedWeight:
     """Quantize a matrix (out, in), on its device; in pieces, so that it has no float32 copy."""
-    form = replace(form, dtype=form.dtype or matrix.dtype)
-    if form.kind == "int8":
-        return quantize_rows(matrix, form)
+    quant_format = replace(quant_format, dtype=quant_format.dtype or matrix.dtype)
+    kind, blocksize = quant_format.kind, quant_format.blocksize
+    if kind == "int8":
+        return quantize_rows(matrix, quant_format)
     device = matrix.device
-    values, code_of = values_of(form.kind, device).sort(stable=True)        # fp4 has a second zero
-    zero = VALUES[form.kind].index(0.0)
+    values, code_of = values_of(kind, device).sort(stable=True)     # fp4 has a second zero
+    zero = VALUES[kind].index(0.0)
     codes, largest = [], []
-    for piece in matrix.reshape(-1).split(piece_size(device, form.blocksize)):
-        indices, scales = quantize_blocks(piece.float(), form.blocksize, values)
+    for piece in matrix.reshape(-1).split(piece_size(device, blocksize)):
+        indices, scales = quantize_blocks(piece.float(), blocksize, values)
         nibbles = code_of.to(torch.uint8).index_select(0, indices.int())
         nibbles = F.pad(nibbles, (0, len(piece) % 2), value=zero)
         codes.append(nibbles[0::2] << 4 | nibbles[1::2])
         largest.append(scales)
     absmax = torch.cat(largest)
-    scales = quantize_scales(absmax, form.nested) if form.nested else {"absmax": absmax}
-    return QuantizedWeight(form, matrix.shape, codes=torch.cat(codes),
-                           quant_map=values_of(form.kind, device), **scales)
+    scales = {"absmax": absmax}
+    if quant_format.nested:
+        scales = quantize_scales(absmax, quant_format.nested)
+    return QuantizedWeight(quant_format, matrix.shape, codes=torch.cat(codes),
+                           quant_map=values_of(kind, device), **scales)
 
 
 def piece_size(device, blocksize: int) -> int:
@@ -282,10 +304,43 @@ def unpack_at_once(codes, scales, pairs, dtype):
     return (pairs[codes.int()].view(len(scales), -1) * scales[:, None]).to(dtype)
 
 
+@torch.no_grad()
+def compile_dequantize(model: nn.Module) -> str:
+    """Dequantize the 4-bit weights of a model by one compiled kernel. Returns a line to print.
+
+    It is tried first, and must give the same bits; otherwise nothing changes. "" if the model has
+    no such weights.
+    """
+    weights = [module for module in model.modules()
+               if isinstance(module, QuantizedWeight) and module.quant_format.kind != "int8"]
+    if not weights:
+        return ""
+    tried = min(weights, key=QuantizedWeight.numel)
+    tried.compiled = None
+    exact = tried.dequantize()
+    try:
+        compiled = torch.compile(unpack_at_once, dynamic=True)
+
+        def unpack(codes, scales, pairs, dtype):
+            return compiled(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
+
+        tried.compiled = unpack
+        same_bits = torch.equal(tried.dequantize(), exact)
+        reason = "gives other numbers"
+    except Exception as refusal:        # of many kinds, and none must end a training
+        same_bits = False
+        reason = f"does not work here ({first_line(refusal)})"
+    for weight in weights:
+        weight.compiled = unpack if same_bits else None
+    if same_bits:
+        return "4-bit weights: dequantized by one compiled kernel"
+    return f"4-bit weights: dequantized in several steps; torch.compile {reason}"
+
+
 # ---- 8 bits -------------------------------------------------------------------------------------
 
 
-def quantize_rows(matrix, form: QuantFormat) -> QuantizedWeight:
+def quantize_rows(matrix, quant_format: QuantFormat) -> QuantizedWeight:
     """Rows times 127 / their largest number, rounded; rounded to float16 first, as bitsandbytes."""
     device = matrix.device
     codes = torch.empty(matrix.shape, dtype=torch.int8, device=device)
@@ -296,7 +351,7 @@ def quantize_rows(matrix, form: QuantFormat) -> QuantizedWeight:
         half = matrix[rows].half().float()
         largest[rows] = half.abs().amax(1)
         codes[rows] = half.mul_(127 / largest[rows, None].clamp(min=SMALLEST)).round_()
-    return QuantizedWeight(form, matrix.shape, codes=codes, absmax=largest)
+    return QuantizedWeight(quant_format, matrix.shape, codes=codes, absmax=largest)
 
 
 def unpack_rows(codes, largest, dtype):
@@ -365,161 +420,7 @@ class QuantLinear(nn.Linear):
 
     @property
     def format_name(self) -> str:
-        return self.weight.form.kind
-
-
-def quantizable_weights(model: nn.Module) -> list[str]:
-    """Names of the weights that quantization on load means.
-
-    Those of all linear layers but the head and routers, which are small and decide much. Stacks of
-    matrices, embeddings and norms stay as they are.
-    """
-    return [f"{name}.weight" for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name != "lm_head"
-            and not name.endswith(".mlp.gate")]
-
-
-def set_quantized(model: nn.Module, name: str, weight: QuantizedWeight):
-    """Replace the parameter of that name, the weight of an nn.Linear."""
-    path = name.removesuffix(".weight")
-    parent, _, leaf = path.rpartition(".")
-    layer = QuantLinear(weight, model.get_submodule(path).bias)
-    setattr(model.get_submodule(parent), leaf, layer)
-
-
-def empty_quantized(model: nn.Module, forms: dict[str, QuantFormat]) -> nn.Module:
-    """Replace these weights of a model on the meta device by quantized ones, without storage."""
-    for name, form in forms.items():
-        shape = model.get_parameter(name).shape
-        tensors = {part: torch.empty(size, dtype=dtype, device="meta")
-                   for part, (size, dtype) in form.tensors(shape).items()}
-        set_quantized(model, name, QuantizedWeight(form, shape, **tensors))
-    return model
-
-
-def requested_format(config) -> QuantFormat | None:
-    """The format that quantization_bit and its companions ask for, or None."""
-    if not config.quantization_bit:
-        return None
-    if config.quantization_bit == 8:
-        return QuantFormat("int8", nested=0)
-    nested = 256 if config.double_quantization else 0
-    return QuantFormat(config.quantization_type, nested=nested)
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model; for quantized matrices the numbers they stand for."""
-    weights = (*model.parameters(), *quantized_weights(model).values())
-    return sum(p.numel() for p in weights)
-
-
-def quantized_weights(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """{name as of a parameter: QuantizedWeight}, in the model's order."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, QuantizedWeight)}
-
-
-def formats_in_words(forms: Iterable[QuantFormat]) -> str:
-    """What is quantized, for the start page. forms: one for each matrix."""
-    counts = {}
-    for form in forms:
-        words = f"{form.kind}, {form.bits():.4g} bits a weight"
-        counts[words] = counts.get(words, 0) + 1
-    return "; ".join(f"{count} matrices in {words}" for words, count in counts.items())
-
-
-# ---- the embedding outside ----------------------------------------------------------------------
-
-
-class EmbeddingOutside(nn.Embedding):
-    """A frozen embedding that stays in main memory, whatever device computes: few rows are read.
-
-    Ids with `on_cpu`, themselves before they were sent to the device (data.Batch.to), are not
-    copied back: that would wait for all work queued on the device.
-    """
-
-    def __init__(self, embedding: nn.Embedding):
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape
-        self.weight = nn.Parameter(embedding.weight.detach().cpu(), requires_grad=False)
-
-    def _apply(self, fn, recurse=True):
-        return self
-
-    def forward(self, ids):
-        on_cpu = ids.on_cpu if hasattr(ids, "on_cpu") else ids.cpu()
-        rows = F.embedding(on_cpu, self.weight)
-        if ids.is_cuda:
-            return rows.pin_memory().to(ids.device, non_blocking=True)
-        return rows.to(ids.device)
-
-
-def embedding_may_stay_outside(model: nn.Module, device, recompute: list[str]) -> bool:
-    """Whether training keeps the embedding out of a GPU's memory.
-
-    Beside quantized blocks it is a large part of the rest, and where every block recomputes all it
-    can, memory is short. Sending its rows costs time. A tied embedding is the head, too, and a
-    trained one has an optimizer state.
-    """
-    embedding = model.model.embed_tokens.weight
-    is_short = torch.device(device).type == "cuda" and set(recompute) == {"block"}
-    is_frozen = not embedding.requires_grad and embedding is not model.lm_head.weight
-    return bool(is_short and is_frozen and quantized_weights(model))
-
-
-# ---- reading bitsandbytes' files ----------------------------------------------------------------
-
-STATE_DTYPES = {
-    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
-}
-
-
-def format_of_state(packed, where: str) -> tuple[QuantFormat, tuple, float]:
-    """(format, shape, nested offset) of a 4-bit weight from its quant_state, JSON as bytes.
-
-    Raises ValueError for a state that is damaged or not supported.
-    """
-    try:
-        state = json.loads(bytes(packed.tolist()))
-        form = QuantFormat(
-            kind=state["quant_type"],
-            blocksize=int(state["blocksize"]),
-            nested=int(state.get("nested_blocksize", 0)),
-            dtype=STATE_DTYPES[state["dtype"]],
-        )
-        shape = tuple(map(int, state["shape"]))
-        offset = float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{where}: this is not the state of a 4-bit weight as bitsandbytes writes it "
-            f"({type(error).__name__}: {error}); fetch the file again") from None
-    if form.kind not in VALUES or form.blocksize < 2 or form.blocksize % 2 or len(shape) != 2:
-        raise ValueError(
-            f"{where}: quant_type {form.kind!r}, blocksize {form.blocksize}, shape {list(shape)} "
-            f"are not read here; known are {', '.join(VALUES)}, even block sizes and matrices")
-    return form, shape, offset
-
-
-def quantized_from(form: QuantFormat, shape, parts: dict, offset: float,
-                   where: str) -> QuantizedWeight:
-    """A QuantizedWeight from the tensors of a file, {name of QuantFormat.tensors: tensor}.
-
-    Raises ValueError for tensors of another size or dtype.
-    """
-    if form.kind != "int8":
-        parts["codes"] = parts["codes"].view(torch.uint8)   # whatever bnb_4bit_quant_storage says
-        if form.nested:
-            parts["nested_offset"] = torch.tensor(offset, device=parts["codes"].device)
-    tensors = {}
-    for name, (size, dtype) in form.tensors(shape).items():
-        tensor = parts[name]
-        if tensor.numel() != math.prod(size) or tensor.dtype != dtype:
-            raise ValueError(
-                f"{where}: {name} has {tensor.numel():,} numbers of {tensor.dtype}; {list(shape)} "
-                f"in {form.kind} with blocks of {form.blocksize} has {math.prod(size):,} of "
-                f"{dtype}")
-        tensors[name] = tensor.reshape(size)
-    return QuantizedWeight(form, shape, **tensors)
+        return self.weight.quant_format.kind
 
 
 # ---- python -m methods.quant --------------------------------------------------------------------
@@ -544,12 +445,12 @@ def main():
 
     print(f"{device}: a matmul of 2048 tokens with a 4096 x 4096 matrix in bfloat16 takes "
           f"{milliseconds(lambda: x @ W.T):.2f} ms")
-    for form in (QuantFormat("nf4"), QuantFormat("nf4", nested=0), QuantFormat("fp4"),
-                 QuantFormat("int8", nested=0)):
-        packed = quantize(W, replace(form, dtype=W.dtype))
+    for quant_format in (QuantFormat("nf4"), QuantFormat("nf4", nested=0), QuantFormat("fp4"),
+                         QuantFormat("int8", nested=0)):
+        packed = quantize(W, replace(quant_format, dtype=W.dtype))
         took = milliseconds(lambda: packed.dequantize(torch.bfloat16))
         error = (packed.dequantize(torch.float32) - W).norm() / W.norm()
-        name = form.kind + (" double" if form.nested else "")
+        name = quant_format.kind + (" double" if quant_format.nested else "")
         print(f"{name:12}{8 * packed.nbytes / W.numel():6.3f} bits a weight, off by {error:.2%}, "
               f"dequantized in {took:.2f} ms")
 

@@ -1,8 +1,9 @@
 """Build what a run trains: the model, its objective and its gradients; the table of stages.
 
 STAGES says for each `stage` how rows become ids, how examples become a batch, and which objective
-scores it: the one place where a stage is looked up. `build_model` is an ordered list of steps from
-a checkpoint to a model that is ready to train; a file of methods/, fast/ or scale/ enters here.
+scores it: the one place where a stage is looked up. A file of methods/ or scale/ that is imported
+here can be deleted together with its import and its row of STAGES; the others are imported where a
+setting asks for them, and those of fast/ enter in runtime/kernels.py.
 
 Requires: model.py, lora.py, losses.py, checkpoint/load.py, runtime/setup.py.
 Next: train.py.
@@ -13,49 +14,55 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from checkpoint.adapters import load_adapter
+from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.files import find_checkpoint
-from checkpoint.load import load_model, whole
+from checkpoint.load import load_model
+from checkpoint.shards import full_tensor
+from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import has_reference
 from data import collate_rows, encode_conversations, encode_documents
-from families import read_model_config
-from fast.compile import compile_steps, compile_unpacking
-from fast.fused_block import fuse_blocks
-from lora import LoRALinear, attach_lora, lora_layers, merge_adapters, trainable, unfreeze
+from families import read_config_json, read_model_config
+from lora import attach_lora, lora_layers, merge_adapters, trainable
 from losses import Objective, SFTObjective
-from methods.fp8 import to_fp8
-from methods.lora_variants import row_norms, variant_of
-from methods.optimizers import FURTHER
-from methods.preference import (JudgedObjective, PairObjective, collate_answers, encode_answers)
-from methods.quant import EmbeddingOutside, embedding_may_stay_outside, requested_format
-from methods.reward_model import RewardObjective, load_value_head
+from methods import freeze
+from methods import preference
+from methods import reward_model
 from model import CausalLM, init_weights
 from optim import Optimizer, add_neftune, make_optimizer
 from parallel import Gradients, Ranks
-from runtime.precision import half_dtype
+from runtime.kernels import optimizer_rules, use_fp8, use_kernels
+from runtime.offload import EmbeddingOutside, embedding_may_stay_outside
+from runtime.precision import half_dtype, requested_format
 from runtime.setup import Base, Setup, needs_second_model
-from scale.fsdp import ShardedGradients, empty_model, fill, print_shards, shard_model
+from scale import fsdp
 
 
 # ---- stages -------------------------------------------------------------------------------------
 
 
 def sft_objective(config, base, setup, ranks, resume) -> Objective:
-    return SFTObjective(setup.balance, setup.matmul)
+    return SFTObjective(setup.balance, setup.kernels.matmul)
 
 
 def pair_objective(config, base, setup, ranks, resume) -> Objective:
     reference = build_reference(config, base, setup, ranks)
-    return PairObjective(config, reference, ranks, setup.matmul)
+    return preference.PairObjective(config, reference, ranks, setup.kernels.matmul)
 
 
 def judged_objective(config, base, setup, ranks, resume) -> Objective:
     reference = build_reference(config, base, setup, ranks)
-    return JudgedObjective(config, reference, ranks, setup.matmul)
+    return preference.JudgedObjective(config, reference, ranks, setup.kernels.matmul)
 
 
 def reward_objective(config, base, setup, ranks, resume) -> Objective:
-    return RewardObjective(load_value_head(config, base, setup.device, resume))
+    """The value head is that of the checkpoint, else of the last adapter or the base, else new."""
+    dropout = read_config_json(base.folder).get("summary_dropout_prob", 0.1)    # 0.1: TRL's
+    head = reward_model.ValueHead(base.model_config.hidden_size, dropout, config.seed)
+    folder = resume or (base.adapters[-1] if base.adapters else base.folder)
+    found = read_value_head(folder, head.weights())
+    if resume and not found:
+        raise FileNotFoundError(f"{resume} has no {VALUE_HEAD}, and cannot be resumed in stage: rm")
+    return reward_model.RewardObjective(head.to(setup.device))
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,9 @@ class Stage:
 STAGES = {
     "pt": Stage(encode_documents, collate_rows, sft_objective),
     "sft": Stage(encode_conversations, collate_rows, sft_objective),
-    "rm": Stage(encode_answers, collate_answers, reward_objective),
-    "dpo": Stage(encode_answers, collate_answers, pair_objective),
-    "kto": Stage(encode_answers, collate_answers, judged_objective),
+    "rm": Stage(preference.encode_answers, preference.collate_answers, reward_objective),
+    "dpo": Stage(preference.encode_answers, preference.collate_answers, pair_objective),
+    "kto": Stage(preference.encode_answers, preference.collate_answers, judged_objective),
 }
 
 
@@ -97,14 +104,12 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     start = {"lora": lora_model, "freeze": partly_frozen_model, "full": full_model}
     model = start[config.finetuning_type](config, base, setup, ranks, resume)
     if config.fsdp:
-        print_shards(model, ranks)
+        fsdp.print_shards(model, ranks)
     keep_embedding_outside(model, setup)
     if config.neftune_noise_alpha:
         add_neftune(model, config.neftune_noise_alpha)
-    use_fast_paths(model, setup, setup.memory.workload.recompute)
-    if setup.fp8:
-        adapted = lora_layers(model).values()
-        to_fp8([layer for layer in adapted if isinstance(layer, LoRALinear)], setup.fp8)
+    use_kernels(model, setup.kernels, setup.memory.workload.recompute)
+    use_fp8(model, setup.kernels)
     return model.train()
 
 
@@ -112,9 +117,10 @@ def lora_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
     """finetuning_type: lora. A frozen base, and adapters that are trained."""
     half = half_dtype(config)
     if setup.sharded:
-        model = empty_model(base.folder, half)
+        model = fsdp.empty_model(base.folder, half)
     else:
-        model = load_model(base.folder, half, setup.device, form=requested_format(config))
+        model = load_model(base.folder, half, setup.device,
+                           quant_format=requested_format(config))
     for adapter in base.merged_adapters(config):
         if setup.sharded:
             raise ValueError(f"fsdp: {adapter} would have to be merged into weights that are "
@@ -130,12 +136,11 @@ def lora_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
         attach_lora(model, setup.lora, config.seed, stored_name=model.config.stored_name,
                     device=setup.device, **variant_of(setup.lora))
     if setup.sharded:
-        shard_model(model, config.fsdp, ranks, setup.device)
-        fill(model, base.folder, trained=not continued)     # the adapter's file has the others
+        fsdp.shard_model(model, config.fsdp, ranks, setup.device)
+        fsdp.fill(model, base.folder, trained=not continued)    # the adapter's file has the others
         if setup.lora.use_dora and not continued:
             for layer in lora_layers(model).values():
-                lengths = row_norms(whole(layer.weight).float())
-                layer.lora_magnitude_vector.data.copy_(lengths)
+                layer.set_magnitude(full_tensor(layer.weight))
     if has_reference(config):                   # dropout would be a difference from it, too
         for layer in lora_layers(model).values():
             layer.dropout = nn.Identity()
@@ -164,9 +169,9 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
     """finetuning_type: full. All weights are trained."""
     folder = resume or base.folder
     if setup.sharded:
-        model = empty_model(folder, torch.float32).requires_grad_(True)
-        shard_model(model, config.fsdp, ranks, setup.device)
-        fill(model, folder)
+        model = fsdp.empty_model(folder, torch.float32).requires_grad_(True)
+        fsdp.shard_model(model, config.fsdp, ranks, setup.device)
+        fsdp.fill(model, folder)
     elif config.train_from_scratch and not resume:
         model = CausalLM(read_model_config(folder))
         init_weights(model, torch.Generator().manual_seed(config.seed))
@@ -183,8 +188,8 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
 def partly_frozen_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: freeze. Some layers are trained in float32, the rest is frozen."""
     model = load_model(resume or base.folder, None, setup.device)
-    unfreeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules,
-             config.freeze_extra_modules or [], model.config.stored_name)
+    freeze.unfreeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules,
+                    config.freeze_extra_modules or [], model.config.stored_name)
     frozen_dtype = half_dtype(config) or torch.float32
     for p in model.parameters():
         trained = p.requires_grad and not config.pure_bf16
@@ -197,18 +202,6 @@ def keep_embedding_outside(model: CausalLM, setup: Setup):
     if embedding_may_stay_outside(model, setup.device, setup.memory.workload.recompute):
         model.model.embed_tokens = EmbeddingOutside(model.model.embed_tokens)
         print("embedding: in main memory; its rows are sent when they are read")
-
-
-def use_fast_paths(model: CausalLM, setup: Setup, recompute: list[str] | None = None):
-    """Set the attention kernel, the fused blocks and the compiled steps that setup has chosen."""
-    model.kernel = setup.kernel
-    fuse_blocks(model, setup.matmul_name, recompute)
-    if setup.compiled:
-        compile_steps(model)
-        if setup.device.type == "cuda":             # on a CPU it is slower than without
-            line = compile_unpacking(model)
-            if line:
-                print(line)
 
 
 def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM | None:
@@ -232,15 +225,15 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
                          "weights that are sharded; merge them first: python merge.py, then take "
                          "the merged model as ref_model")
     if setup.sharded:
-        reference = empty_model(folder, dtype).requires_grad_(False)
-        shard_model(reference, config.fsdp, ranks, setup.device)
-        fill(reference, folder)
+        reference = fsdp.empty_model(folder, dtype).requires_grad_(False)
+        fsdp.shard_model(reference, config.fsdp, ranks, setup.device)
+        fsdp.fill(reference, folder)
     else:
-        reference = load_model(folder, dtype, setup.device, form=quant_format)
+        reference = load_model(folder, dtype, setup.device, quant_format=quant_format)
         for adapter in adapters:
             load_adapter(reference, adapter)
             merge_adapters(reference)
-    use_fast_paths(reference, setup)
+    use_kernels(reference, setup.kernels)
     return reference.requires_grad_(False)
 
 
@@ -248,11 +241,12 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     """The gradients of all trained weights, of the model and of the objective's own."""
     weights = trainable(model) | objective.parameters()
     if setup.sharded and not setup.lora:
-        return ShardedGradients(model, weights, ranks)
+        return fsdp.ShardedGradients(model, weights, ranks)
     # gathering sharded weights must not come between the sends: all ranks need one order
     return Gradients(weights, ranks, overlap=not setup.sharded)
 
 
 def build_optimizer(config, gradients) -> Optimizer:
     """The optimizer of the trained weights: AdamW, or what the config asks for."""
-    return make_optimizer(gradients.parameters, config, gradients.device, **FURTHER)
+    return make_optimizer(gradients.parameters, config, gradients.device,
+                          **optimizer_rules(config))

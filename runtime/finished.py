@@ -17,7 +17,7 @@ from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folde
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import Config
-from methods.quant import QuantFormat, requested_format
+from runtime.precision import requested_format
 from text.tokenizer import read_json
 
 # keys of the config that change how a conversation is rendered
@@ -101,8 +101,8 @@ def with_trained_settings(config: Config, folder: Path) -> Config:
 
 
 def as_trained(config: Config, adapters: list[Path]
-               ) -> tuple[QuantFormat | None, torch.dtype | None, str]:
-    """How training loaded the base: (quantization on load or None, dtype or None, stage).
+               ) -> tuple[object | None, torch.dtype | None, str]:
+    """How training loaded the base: (QuantFormat or None, dtype or None, stage).
 
     From the config, or from train_config.json beside the last adapter.
     """
@@ -114,10 +114,10 @@ def as_trained(config: Config, adapters: list[Path]
         half_dtype = torch.bfloat16
     elif known.fp16:
         half_dtype = torch.float16
-    form = requested_format(known)
-    if form:
-        form = replace(form, dtype=half_dtype)
-    return form, half_dtype, known.stage
+    quant_format = requested_format(known)
+    if quant_format:
+        quant_format = replace(quant_format, dtype=half_dtype)
+    return quant_format, half_dtype, known.stage
 
 
 def pick_dtype(config: Config, raw: dict, device: torch.device) -> torch.dtype | None:

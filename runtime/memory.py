@@ -30,7 +30,7 @@ neither gate nor up, with "block" its input alone. `lightest` chooses the levels
 fine-tuning in 16 bits has float32 weights and a float32 residual stream; each matrix, and the
 input of each, is kept once more, rounded.
 
-Requires: model.py, lora.py, losses.py, methods/quant.py.
+Requires: model.py, lora.py, losses.py, optim.py.
 Next: runtime/memory_advice.py (does it fit, and which settings would), train.py.
 
 Papers: activations arXiv:2205.05198 (sec. 4), mixed precision arXiv:1710.03740, sharding
@@ -45,23 +45,17 @@ import torch
 from torch import nn
 
 from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
+from checkpoint.adapters import variant_of
+from checkpoint.load import empty_quantized, quantizable_weights, quantized_weights
 from checkpoint.show import bytes_in_words
 from config import Config
 from families import ModelConfig
-from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable, unfreeze
+from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable
 from losses import chunk_rows
-from methods.lora_variants import variant_of
-from methods.optimizers import FURTHER
-from methods.quant import (
-    QuantFormat,
-    quantizable_weights,
-    embedding_may_stay_outside,
-    empty_quantized,
-    piece_size,
-    quantized_weights,
-)
 from model import Attention, Block, CausalLM, LayerNorm, MoE
 from optim import make_optimizer
+from runtime.kernels import optimizer_rules
+from runtime.offload import embedding_may_stay_outside
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
 SOFTCAP_CHUNKS = 4      # the same where the logits are capped
@@ -79,10 +73,10 @@ class Workload:
     device: torch.device | str
     world: int = 1                  # ranks
     sharded: bool = False           # weights are split over the ranks
-    fast: bool = False              # fast/matmul.py's matrix products are used
+    fast: bool = False              # fast/fused_block.py is used
     recompute: list[str] | None = None      # a level of fused_block.RECOMPUTE for each block
     fp8: bool = False               # frozen weights are held in 8 bits (methods/fp8.py)
-    quant_formats: dict[str, QuantFormat] | None = None    # of weights in 4 or 8 bits, by name
+    quant_formats: dict | None = None       # of weights in 4 or 8 bits, by name
     other_bytes: int = 0            # of another model, which is not trained
     model: CausalLM | None = None   # the model to be trained, without storage
 
@@ -139,7 +133,7 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     frozen, trained = weight_bytes(model, workload.fp8)
     gradients = trained
     optimizer = make_optimizer(trainable(model), config, torch.device("cpu"),
-                               **FURTHER).state_bytes()
+                               **optimizer_rules(config)).state_bytes()
     others = workload.other_bytes
     if workload.sharded:
         frozen = frozen // workload.world + gathered_bytes(model, frozen + trained)
@@ -197,6 +191,8 @@ def model_without_storage(config: Config, workload: Workload) -> CausalLM:
                     **variant_of(workload.lora))
         return model
     if config.finetuning_type == "freeze":
+        from methods.freeze import unfreeze             # only where it is asked for
+
         unfreeze(
             model,
             config.freeze_trainable_layers,
@@ -231,7 +227,7 @@ def gathered_bytes(model: CausalLM, total: int) -> int:
     return total - sum(blocks) + 2 * max(blocks)
 
 
-def all_in(quant_format: QuantFormat, model_config: ModelConfig) -> dict[str, QuantFormat]:
+def all_in(quant_format, model_config: ModelConfig) -> dict:
     """A workload's quant_formats for a model that is quantized while it is loaded."""
     with torch.device("meta"):
         return dict.fromkeys(quantizable_weights(CausalLM(model_config)), quant_format)
@@ -427,12 +423,8 @@ def backward_bytes(model_config: ModelConfig, batch: MicroBatch, sparse: bool) -
 
 def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
     """Bytes of the largest quantized matrix while it is dequantized for a matrix product."""
-    largest = 0
-    for weight in quantized_weights(model.model).values():
-        numbers = weight.numel()
-        piece = min(numbers, piece_size(batch.device, 2))         # unpacked at once
-        largest = max(largest, batch.compute * numbers + 6 * piece)
-    return largest
+    return max((weight.dequantize_bytes(batch.device, batch.compute)
+                for weight in quantized_weights(model.model).values()), default=0)
 
 
 def loss_bytes(model: CausalLM, batch: MicroBatch) -> int:
@@ -525,7 +517,7 @@ def low_rank_numbers(linears: list) -> int:
         experts = len(module.weight) if isinstance(module, LoRAStacked) else 1
         total += module.lora_A.out_features // experts
         if uses_dora(module):
-            total += module.out_features
+            total += module.lora_B.out_features
     return total
 
 

@@ -19,9 +19,10 @@ import torch
 
 from checkpoint.show import bytes_in_words
 from config import Config
+from errors import first_line
 from lora import LoRAConfig
-from methods.quant import QuantFormat
 from runtime.memory import USABLE, Plan, all_in, memory_plan
+from runtime.precision import requested_format
 
 WORTH_IT = 0.98         # in a combination, each change must shrink the plan to less than this share
 
@@ -263,8 +264,9 @@ def use_4_bits(plan: Plan, config: Config) -> list[SettingsChange]:
     workload = plan.workload
     if not workload.lora or workload.quant_formats or workload.fp8 or workload.sharded:
         return []
-    formats = all_in(QuantFormat("nf4"), workload.model_config)
     settings = {"quantization_bit": 4}
+    quant_format = requested_format(replace(config, **settings))
+    formats = all_in(quant_format, workload.model_config)
     return [SettingsChange("quantization_bit: 4", settings, {"quant_formats": formats})]
 
 
@@ -296,10 +298,9 @@ def explain_oom(error: BaseException, plan: Plan, free_bytes: int | None, config
     Since the plan did not fit after all, the advice is for less memory than it needs.
     """
     assumed = int(min(plan.total, free_bytes or plan.total) * USABLE)
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     free = f"; {bytes_in_words(free_bytes)} were free" if free_bytes else ""
     return "\n  ".join([
-        f"out of memory: {first_line}",
+        f"out of memory: {first_line(error)}",
         f"planned: {bytes_in_words(plan.total)}{free}. Settings that would probably fit, and the "
         "memory of a rank with them:",
         *advice(plan, assumed, config),

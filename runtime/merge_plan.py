@@ -2,7 +2,7 @@
 
 It is made from names, shapes and dtypes alone; no weight is read.
 
-Requires: lora.py, checkpoint/adapters.py, methods/quant.py.
+Requires: lora.py, checkpoint/adapters.py.
 Next: merge.py.
 """
 from dataclasses import dataclass, field, replace
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.adapters import (adapter_tensors, copies_of_base, load_adapter, peft_names,
-                                 pissa_start, read_adapter_config, swapped_stacks)
+from checkpoint.adapters import (OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base,
+                                 load_adapter, peft_names, pissa_start, read_adapter_config,
+                                 swapped_stacks)
 from checkpoint.files import open_tensors, stored_as, tensor_files
-from checkpoint.load import OF_ADAPTERS, PREFIX, Packed, load_model, packed_weights
+from checkpoint.load import load_model, packed_weights, quantized_weights
 from lora import lora_layers
-from methods.quant import QuantFormat, quantized_weights
 
 
 @dataclass
@@ -37,18 +37,20 @@ class Planned:
     shape: tuple
     dtype: torch.dtype
     changes: list[Change] = field(default_factory=list)
-    packed: Packed | None = None        # it is stored in 4 or 8 bits
-    form: QuantFormat | None = None            # training quantized it so on load
+    packed: object = None               # a checkpoint.packed.Packed, where it is stored quantized
+    quant_format: object = None         # the QuantFormat that training quantized it to on load
 
 
 def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
-                 form: QuantFormat | None = None) -> tuple[dict[str, Planned], bool]:
+                 quant_format=None) -> tuple[dict[str, Planned], bool]:
     """({name: Planned} in the base's order, whether tied head and embedding become two matrices).
 
     Names are those of the files. A dtype applies to weights; other tensors of the files (buffers of
-    older tools, the vision part of a model) are copied unchanged.
+    older tools, the vision part of a model) are copied unchanged. quant_format: the QuantFormat
+    that training quantized the base to on load, or None.
     """
-    skeleton = load_model(base, skip_weights=True, form=form)   # meta device: shapes, no numbers
+    # on the meta device: shapes, no numbers
+    skeleton = load_model(base, skip_weights=True, quant_format=quant_format)
     stored_name = skeleton.config.stored_name
     packed = packed_weights(base)
     quantized = quantized_weights(skeleton)
@@ -57,7 +59,7 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     plan = plan_base(base, weights, packed, dtype)
     if not packed:
         for name in quantized:
-            plan[stored_name(name)].form = form
+            plan[stored_name(name)].quant_format = quant_format
 
     tied = skeleton.config.tie_word_embeddings
     head = stored_name("lm_head.weight")
@@ -78,7 +80,7 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     return plan, untied
 
 
-def plan_base(base: Path, weights: dict[str, tuple], packed: dict[str, Packed],
+def plan_base(base: Path, weights: dict[str, tuple], packed: dict,
               dtype: torch.dtype | None) -> dict[str, Planned]:
     """{name: Planned} of the base's tensors. weights: {name: shape} according to config.json."""
     scales = set()                                      # tensors stored beside quantized weights
@@ -92,7 +94,7 @@ def plan_base(base: Path, weights: dict[str, tuple], packed: dict[str, Packed],
         shape, stored_dtype = stored_as(file, name)
         if name in packed:
             shape = packed[name].shape
-            stored_dtype = packed[name].form.dtype
+            stored_dtype = packed[name].quant_format.dtype
         if weights.get(name, shape) != shape:
             raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it "
                              f"{list(weights[name])}")

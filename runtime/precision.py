@@ -41,6 +41,18 @@ def half_dtype(config) -> torch.dtype | None:
     return torch.float16 if config.fp16 else None
 
 
+def requested_format(config):
+    """The QuantFormat that quantization_bit and its companions ask for, or None."""
+    if not config.quantization_bit:
+        return None
+    from methods.quant import QuantFormat               # only where it is asked for
+
+    if config.quantization_bit == 8:
+        return QuantFormat("int8", nested=0)
+    nested = 256 if config.double_quantization else 0
+    return QuantFormat(config.quantization_type, nested=nested)
+
+
 def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
     """The dtype of matrix products, known before any weight is loaded.
 

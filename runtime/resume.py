@@ -24,8 +24,7 @@ import time
 from itertools import count
 from pathlib import Path
 
-from checkpoint.load import STATE_FILES
-from checkpoint.training_state import checkpoints_in, damage
+from checkpoint.training_state import STATE_FILES, checkpoints_in, damage
 from config import DATA, FIXED, IGNORED, KEYS, Config
 from text.token_cache import TOKENIZED
 from text.tokenizer import read_json

@@ -29,8 +29,10 @@ from checkpoint.adapters import (adapter_tensors, folded_under, save_adapter, sa
                                  save_pissa_start)
 from checkpoint.files import into_folder, new_folder, open_tensors, write_json
 from checkpoint.load import load_model, save_model
+from checkpoint.shards import is_sharded, local_rows
 from checkpoint.training_state import (load_training_state, rng_state, save_training_state,
                                        write_checksums)
+from checkpoint.value_head import read_value_head, save_value_head
 from config import as_dict, has_reference, in_steps
 from lora import trainable
 from losses import metric_means
@@ -47,7 +49,6 @@ from runtime.steps import Step, StepPlan
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
                                 speed_results, total_flos)
 from runtime.trackers import open_trackers, wanted_trackers
-from scale.fsdp import fill, is_sharded, rows_of
 from text.chat_formats import written_template
 from text.tokenizer import read_json
 
@@ -171,9 +172,9 @@ class Run:
         self.state = RunState(
             rows_per_step=plan.rows_per_step,
             rows=plan.train_set.sign,
-            kernel=setup.kernel,
-            matmul=setup.matmul_name,
-            compiled=setup.compiled,
+            kernel=setup.kernels.attention,
+            matmul=setup.kernels.matmul_name,
+            compiled=bool(setup.kernels.compile),
             max_tokens_per_pass=setup.max_tokens_per_pass,
         )
         history = self.restore() if self.resume else []
@@ -204,7 +205,7 @@ class Run:
 
         Raises ValueError if this run has other rows or other steps, or ended before.
         """
-        shapes = {name: (p.shape, rows_of(p)) for name, p in self.weights.items()}
+        shapes = {name: (p.shape, local_rows(p)) for name, p in self.weights.items()}
         saved = load_training_state(self.resume, self.optimizer, self.optimizer_names,
                                     self.ranks.rank, shapes)
         check_rows(self.resume, saved["resume"], self.state.rows, self.config.force_resume)
@@ -394,7 +395,8 @@ class Run:
             save_adapter(self.model, folder, self.setup.lora, self.config.model_name_or_path)
         else:
             save_model(self.model, folder, self.base.folder, dtype)
-        self.objective.save(folder)
+        if self.objective.parameters():
+            save_value_head(folder, self.objective.parameters())
         self.tokenizer.save(folder)
         write_json(Path(folder) / "train_config.json", self.settings)
 
@@ -430,11 +432,13 @@ class Run:
         folder = self.output / f"checkpoint-{best[0]}"
         if self.gradients.sharded:
             self.ranks.total(0)                         # rank 0 has written it by now
+            from scale.fsdp import fill                 # only where it is asked for
+
             fill(self.model, folder)
         elif self.ranks.main:
             self.read_weights(folder)
         if self.ranks.main:
-            self.objective.load(folder)
+            read_value_head(folder, self.objective.parameters())
         if not self.gradients.sharded:
             self.ranks.broadcast(self.weights.values())
         print(f"load_best_model_at_end: step {best[0]} with eval_loss {best[1]:.4f}")
@@ -466,7 +470,7 @@ class Run:
         self.save_final()
         end_ranks()
         results["speed"] = speed_results(self.pace, self.setup.device, self.setup.dtype,
-                                         self.ranks.world, self.setup.matmul)
+                                         self.ranks.world, self.setup.kernels.matmul)
         state = trainer_state(self.config, self.log, self.state.step, self.state.epoch)
         write_json(self.output / "trainer_state.json", state)
         self.write_results(results)

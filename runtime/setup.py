@@ -8,12 +8,12 @@
 Dtype, attention kernel, matmul, compiling, fp8, activation checkpointing and the number of tokens
 in a pass: each is chosen here, once, and is a field of the frozen Setup.
 
-Requires: runtime/memory.py, runtime/steps.py, runtime/precision.py.
+Requires: runtime/kernels.py, runtime/memory.py, runtime/steps.py, runtime/precision.py.
 Next: runtime/build.py, which builds what was decided; train.py.
 """
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,26 +22,21 @@ import torch
 
 from checkpoint.adapters import read_adapter_config
 from checkpoint.files import find_checkpoint
-from checkpoint.load import load_model, packed_weights
-from config import has_reference
+from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
+                             packed_weights, quantized_weights)
+from config import AS_SIGMOID, has_reference
 from families import ModelConfig, read_model_config
-from fast.attention_picker import pick_kernel
-from fast.compile import pick_compile
-from fast.matmul import MATMULS, pick_matmul, torch_matmul
 from generate import context_length
 from lora import LoRAConfig, trainable
-from methods.fp8 import pick_fp8, with_compiled_rounding
-from methods.preference import AS_SIGMOID
-from methods.quant import (count_parameters, empty_quantized, requested_format, formats_in_words,
-                           quantized_weights)
-from model import CausalLM, attention_needs
+from model import CausalLM
 from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
+from runtime.kernels import Kernels, choose_kernels
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
                             memory_plan, plan_lines)
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory
-from runtime.precision import compute_dtype
+from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
 from runtime.show_data import print_counts
 from runtime.steps import StepPlan
@@ -88,8 +83,8 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     Raises ValueError for what such a base cannot do; prints what is not quantized although one
     might expect it.
     """
-    skeleton = load_model(folder, skip_weights=True, form=requested_format(config))
-    formats = {name: weight.form for name, weight in quantized_weights(skeleton).items()}
+    skeleton = load_model(folder, skip_weights=True, quant_format=requested_format(config))
+    formats = {name: weight.quant_format for name, weight in quantized_weights(skeleton).items()}
     if not formats:
         return {}
     if config.finetuning_type != "lora" or config.fsdp or config.base_precision:
@@ -182,25 +177,17 @@ class Setup:
     device: torch.device
     lora: LoRAConfig | None
     dtype: torch.dtype              # of matrix products
-    kernel: str                     # attention, a name from attention.py
-    matmul_name: str                # a name from fast/matmul.py
-    compiled: bool                  # pointwise steps are compiled (fast/compile.py)
-    fp8: object                     # 8-bit products of frozen weights (methods/fp8.py), or None
+    kernels: Kernels                # what computes attention, matrix products, …
     balance: float                  # coefficient of the experts' balance loss
     sharded: bool                   # weights are split over the ranks (scale/fsdp.py)
     memory: Plan
     free_bytes: int | None          # of the device, the least of all ranks
     max_tokens_per_pass: int        # of merged micro-batches; 0: each alone
     numbers: dict                   # parameters, steps, ...
-    lines: list[str]                # kernels
-
-    @property
-    def matmul(self) -> Callable:
-        return MATMULS.get(self.matmul_name, torch_matmul)
 
     def report(self) -> str:
         """The plan as a page of text."""
-        page = [format_pairs("plan", self.numbers), *self.lines, ""]
+        page = [format_pairs("plan", self.numbers), *self.kernels.lines, ""]
         page += plan_lines(self.memory, self.free_bytes)
         for line in advice(self.memory, self.free_bytes, self.config):
             page.append(f"  would fit: {line}")
@@ -220,30 +207,17 @@ class Setup:
 
 def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks: Ranks,
                  run) -> Setup:
-    """Decide how this run computes. run: of runtime/run.py; a resumed run computes as it did.
-
-    Two kernels or matmuls differ in the last bit, so all ranks take those of rank 0, and a
-    continuation those of the run it continues.
-    """
+    """Decide how this run computes. run: of runtime/run.py; a resumed run computes as it did."""
     model_config = base.model_config
     lora = lora_config(config, base, run.resume)
     dtype = compute_dtype(config, base, base.quant_formats)
-    attention = pick_kernel(config.flash_attn, device=device, dtype=dtype,
-                            **attention_needs(model_config))
-    matmul = pick_matmul(device, dtype)
-    compiled, compile_line = pick_compile(config.torch_compile, device, dtype,
-                                          model_config.hidden_act)
-    fp8, fp8_line = pick_fp8(device, dtype) if config.base_precision else (None, None)
-    kernel = run.recorded("kernel", ranks.from_main(lambda: attention.kernel))
-    matmul_name = run.recorded("matmul", ranks.from_main(lambda: matmul.picked))
-    compiled = run.recorded("compiled", ranks.from_main(lambda: compiled)) and compiled
-    if fp8 and compiled:
-        fp8 = with_compiled_rounding(fp8)
+    kernels = choose_kernels(config, model_config, device, dtype)
+    same_kernels(kernels, ranks, run)
 
     balance = 0.0
     if config.stage in ("sft", "pt"):
         balance = config.moe_aux_loss_coef or model_config.router_aux_loss_coef
-    memory = plan_memory(config, base, plan, lora, dtype, attention.kernel)
+    memory = plan_memory(config, base, plan, lora, dtype, kernels)
     free_bytes = free_on_all(device, ranks)
     max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)
     max_tokens = min(max_tokens, run.recorded("max_tokens_per_pass", max_tokens))
@@ -253,18 +227,29 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         device=device,
         lora=lora,
         dtype=dtype,
-        kernel=kernel if kernel in attention.timings else attention.kernel,
-        matmul_name=matmul_name if matmul_name in matmul.rates else matmul.picked,
-        compiled=compiled,
-        fp8=fp8,
+        kernels=kernels,
         balance=balance,
         sharded=is_run_sharded(config, ranks),
         memory=memory,
         free_bytes=free_bytes,
         max_tokens_per_pass=max_tokens,
         numbers=plan_numbers(config, plan, memory, dtype),
-        lines=[line for line in (*attention.lines, *matmul.lines, compile_line, fp8_line) if line],
     )
+
+
+def same_kernels(kernels: Kernels, ranks: Ranks, run):
+    """Take the kernels of rank 0, and in a resumed run those it began with, where they work here.
+
+    Two kernels differ in the last bit of their results.
+    """
+    attention = run.recorded("kernel", ranks.from_main(lambda: kernels.attention))
+    if attention in kernels.correct:
+        kernels.attention = attention
+    matmul_name = run.recorded("matmul", ranks.from_main(lambda: kernels.matmul_name))
+    if matmul_name in kernels.matmuls:
+        kernels.matmul_name = matmul_name
+    if not run.recorded("compiled", ranks.from_main(lambda: bool(kernels.compile))):
+        kernels.compile = None
 
 
 def is_run_sharded(config, ranks: Ranks) -> bool:
@@ -273,19 +258,19 @@ def is_run_sharded(config, ranks: Ranks) -> bool:
 
 
 def plan_memory(config, base: Base, plan: StepPlan, lora: LoRAConfig | None, dtype: torch.dtype,
-                kernel: str) -> Plan:
+                kernels: Kernels) -> Plan:
     """The memory of a step with the largest micro-batch of the run, each micro-batch alone."""
     return memory_plan(config, Workload(
         model_config=base.model_config,
         lora=lora,
         rows=largest_rows(plan.train_set, plan.all_micro_batches()),
         dtype=dtype,
-        kernel=kernel,
+        kernel=kernels.attention,
         device=plan.device,
         world=plan.ranks.world,
         sharded=is_run_sharded(config, plan.ranks),
-        fast=True,
-        fp8=bool(config.base_precision),
+        fast=bool(kernels.fuse),
+        fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
         other_bytes=reference_bytes(config, lora, base, dtype),
     ))
@@ -372,7 +357,7 @@ def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> di
     weights = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     matmul_dtype = str(dtype).removeprefix("torch.")
     numbers = {"parameters": f"{trained:,} of {total:,} trained ({100 * trained / total:.4f}%)"}
-    formats = [weight.form for weight in quantized_weights(model).values()]
+    formats = [weight.quant_format for weight in quantized_weights(model).values()]
     if formats:
         numbers["base"] = f"{formats_in_words(formats)}; all else {weights}"
     numbers["dtype"] = f"weights {weights}, trained ones float32, matmul {matmul_dtype}"

@@ -13,16 +13,15 @@ Next: train.py.
 """
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
 
 import torch
 from torch.profiler import record_function
 
-from data import Batch
+from data import IGNORE, Batch
 from parallel import Ranks
-from scale.fsdp import filler_batches
 
 
 @dataclass
@@ -263,3 +262,20 @@ def pad_to_world(batches: list[list[int]], size: int, world: int,
     while len(full) % world:
         full.append(list(islice(filler, size)))
     return full
+
+
+def filler_batches(count: int, example, ranks: Ranks) -> list:
+    """Filler batches without labels, so that all ranks run equally many passes.
+
+    count: micro-batches of this rank. example: any batch.
+    """
+    most = max(int(other) for other in ranks.gather(torch.tensor([count])))
+    weights = example.row_weights
+    filler = replace(
+        example,
+        targets=torch.full_like(example.targets, IGNORE),
+        n_items=0,
+        row_weights=None if weights is None else torch.zeros_like(weights),
+        filler=True,
+    )
+    return [filler] * (most - count)

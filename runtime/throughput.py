@@ -14,7 +14,7 @@ The embedding is a look-up and does not count. The head counts for every token, 
 figures, although it is applied here only to tokens with a label. In a mixture of experts, only the
 experts that a token is routed to count.
 
-Requires: model.py, methods/quant.py.
+Requires: model.py, checkpoint/load.py.
 Next: runtime/report.py (writes the results), train.py (the loop).
 
 Papers: 6 N per token arXiv:2001.08361 (sec. 2.1), model FLOPs utilization arXiv:2204.02311
@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from checkpoint.load import count_parameters, quantized_weights
 from families import ModelConfig
-from methods.quant import count_parameters, quantized_weights
 
 WARM_STEPS = 3                  # first steps of a run: kernels are chosen, caches filled
 LEAST_SECONDS = 1.0             # of steady state; a shorter run reports no throughput

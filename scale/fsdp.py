@@ -23,7 +23,6 @@ Papers: FSDP arXiv:2304.11277, ZeRO arXiv:1910.02054.
 """
 import math
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -33,10 +32,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
 from checkpoint.files import open_tensors, read_rows, stored_as
-from checkpoint.load import NO_ROWS, assign, check_shape, load_model, weight_files, whole
+from checkpoint.load import assign, check_shape, load_model, weight_files
+from checkpoint.shards import full_tensor, is_sharded, local_rows, local_tensor
 from checkpoint.show import bytes_in_words
-from checkpoint.training_state import state_of
-from data import IGNORE
+from checkpoint.training_state import NO_ROWS, state_of
 from model import MoE
 from parallel import Ranks
 
@@ -146,29 +145,7 @@ def fill(model, folder: Path, trained: bool = True):
         if name in files and (trained or not p.requires_grad):
             file, stored = files[name]
             with open_tensors(file) as tensors:
-                local(p).copy_(read_rows(tensors, stored, rows_of(p)))
-
-
-# ---- shards of a parameter ----------------------------------------------------------------------
-
-
-def is_sharded(p) -> bool:
-    """Whether this rank holds only a part of the parameter."""
-    return hasattr(p, "to_local")
-
-
-def local(p) -> torch.Tensor:
-    """This rank's rows of a parameter, or of its gradient: the same memory."""
-    return p.detach().to_local() if is_sharded(p) else p.detach()
-
-
-def rows_of(p) -> slice:
-    """Which rows of the full parameter local(p) holds."""
-    if not is_sharded(p):
-        return slice(None)
-    per_rank = -(-p.shape[0] // p.device_mesh.size())
-    start = min(per_rank * p.device_mesh.get_local_rank(), p.shape[0])
-    return slice(start, start + len(local(p)))
+                local_tensor(p).copy_(read_rows(tensors, stored, local_rows(p)))
 
 
 # ---- gradients of sharded weights ---------------------------------------------------------------
@@ -188,7 +165,7 @@ class ShardedGradients:
         self.ranks = ranks
         self.mixtures = {name: module for name, module in model.named_modules()
                          if isinstance(module, MoE) and not module.config.stacked_experts}
-        self.parameters = {name: nn.Parameter(local(p)) for name, p in weights.items()}
+        self.parameters = {name: nn.Parameter(local_tensor(p)) for name, p in weights.items()}
         self.device = next(iter(weights.values())).device
 
     def zero(self):
@@ -216,8 +193,8 @@ class ShardedGradients:
     def all_reduce(self):
         """Give each shard its gradient: fully_shard averages over ranks, and we need the sum."""
         for name, p in self.weights.items():
-            self.parameters[name].data = local(p)       # the first forward pass may have moved it
-            self.parameters[name].grad = local(p.grad).mul_(self.ranks.world)
+            self.parameters[name].data = local_tensor(p)    # the first forward pass may move it
+            self.parameters[name].grad = local_tensor(p.grad).mul_(self.ranks.world)
         for name, mixture in self.mixtures.items():     # an expert no rank used has no gradient
             visited = [i in mixture.visited for i in range(len(mixture.experts))]
             users = self.ranks.total(*visited)
@@ -251,28 +228,11 @@ class ShardedGradients:
         optimizer: None where weights alone are saved.
         """
         for p in model.parameters():
-            whole(p)
+            full_tensor(p)
         for name, fields in state_of(optimizer, names) if optimizer else ():
             for key, tensor in fields.items():
                 if key not in NO_ROWS:
                     self.full_tensor(name, tensor)
-
-
-def filler_batches(count: int, example, ranks: Ranks) -> list:
-    """Filler batches without labels, so that all ranks run equally many passes.
-
-    count: micro-batches of this rank. example: any batch.
-    """
-    most = max(int(other) for other in ranks.gather(torch.tensor([count])))
-    weights = example.row_weights
-    filler = replace(
-        example,
-        targets=torch.full_like(example.targets, IGNORE),
-        n_items=0,
-        row_weights=None if weights is None else torch.zeros_like(weights),
-        filler=True,
-    )
-    return [filler] * (most - count)
 
 
 def print_shards(model, ranks: Ranks):
@@ -280,7 +240,7 @@ def print_shards(model, ranks: Ranks):
     if ranks.world == 1:
         print("note: fsdp changes nothing with one rank; torchrun starts several")
         return
-    held = sum(local(p).untyped_storage().nbytes() for p in model.parameters())
+    held = sum(local_tensor(p).untyped_storage().nbytes() for p in model.parameters())
     on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
     held_by_rank, on_gpus = torch.stack(ranks.gather(torch.tensor([held, on_gpu]))).T.tolist()
     total = sum(p.nbytes for p in model.parameters())

@@ -291,7 +291,7 @@ def test_an_adapter_brings_those_that_were_merged_before_it(tmp_path, ask):
         and "warning" not in together.err
     )
     alone = ask([*GREEDY, f"adapter_name_or_path={output}", "prompt=hi"])
-    assert f"warning   {output} was trained with {OTHER} folded into the base" in alone.err
+    assert f"warning   {output} was trained with {OTHER} merged into the base" in alone.err
 
 
 def test_template_and_system_prompt_come_from_the_training(tmp_path, ask):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from checkpoint.load import load_model
+from checkpoint.shards import local_rows
 from parallel import Ranks
 from scale import fsdp
 from tests.common import CURVES, ROOT, SHARED, needs_shared
@@ -44,8 +45,8 @@ def count(model, ranks):
     held[name] = live() - before
     print_shards(model, ranks)
 
-start_ranks, end_ranks, print_shards = train.start_ranks, runtime_run.end_ranks, build.print_shards
-train.start_ranks, runtime_run.end_ranks, build.print_shards = start, lambda: None, count
+start_ranks, end_ranks, print_shards = train.start_ranks, runtime_run.end_ranks, build.fsdp.print_shards
+train.start_ranks, runtime_run.end_ranks, build.fsdp.print_shards = start, lambda: None, count
 
 def main(argv):
     global name, before
@@ -206,7 +207,7 @@ def test_shards_equal_torch_chunk(length, world):
         class Cut:
             shape, device_mesh = (length,), SimpleNamespace(size=lambda: world, get_local_rank=lambda: rank)
             detach, to_local = lambda self: self, lambda self: parts[rank]
-        assert torch.equal(whole[fsdp.rows_of(Cut())], parts[rank])
+        assert torch.equal(whole[local_rows(Cut())], parts[rank])
         seen += parts[rank].tolist()
     assert seen == list(range(length))
 

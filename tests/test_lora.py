@@ -11,10 +11,11 @@ from torch import nn
 from checkpoint.adapters import adapter_tensors, load_adapter, save_adapter
 from checkpoint.load import load_model
 from families import model_config
+from methods.freeze import unfreeze
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, lora_layers,
-                  merged_weight, set_adapters, trainable, unfreeze)
+                  merged_weight, set_adapters, trainable)
 from losses import cross_entropy_sum
-from methods.lora_variants import variant_of
+from methods.lora_variants import variant_arguments
 from model import CausalLM, StackedLinear
 from tests.common import GOLDEN, needs_shared
 from tests.tiny_models import IDS, checkpoint_of, load_in_peft, logits_of, perturb, tiny, write_tiny
@@ -201,7 +202,7 @@ def test_adapted_head_in_the_loss_equals_its_logits():
     targets = IDS.roll(-1, 1).flatten()
     for config in (LoRAConfig(target_modules=["lm_head"]), LoRAConfig(modules_to_save=["lm_head"]),
                    LoRAConfig(target_modules=["lm_head"], use_dora=True)):
-        model, gradients = perturb(attach_lora(tiny(), config, **variant_of(config))), []
+        model, gradients = perturb(attach_lora(tiny(), config, **variant_arguments(config))), []
         losses = (F.cross_entropy(model.logits(model(IDS)).flatten(0, 1), targets, reduction="sum"),
                   cross_entropy_sum(model(IDS).flatten(0, 1), model.head_weight(), targets))
         for loss in losses:

@@ -11,7 +11,7 @@ from checkpoint.adapters import (load_adapter, load_with_adapters, save_adapter,
 from checkpoint.load import load_model
 from lora import LoRAConfig, attach_lora, lora_layers, merge_adapters, set_adapters, trainable
 from merge import merge_checkpoint
-from methods.lora_variants import variant_of
+from methods.lora_variants import variant_arguments
 from tests.common import GOLDEN, needs_shared
 from tests.tiny_models import IDS, load_in_peft, logits_of, perturb, tiny, write_tiny
 
@@ -33,7 +33,7 @@ def test_dora_and_its_gradients_equal_pefts(dropout):
     twin = theirs.get_submodule("base_model.model.0")
     twin.base_layer.load_state_dict(base.state_dict())
     config = LoRAConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=dropout)
-    ours = attach_lora(nn.Sequential(base), config, **variant_of(config)).train()
+    ours = attach_lora(nn.Sequential(base), config, **variant_arguments(config)).train()
     layer = ours[0]
     assert torch.allclose(layer.lora_magnitude_vector, base.weight.norm(dim=1))
     perturb(ours)
@@ -60,7 +60,7 @@ def test_fresh_dora_changes_nothing_even_for_rows_of_zeros():
     model.lm_head.weight.data[40:] = 0                                  # a padded vocabulary
     before = logits_of(model, IDS)
     config = LoRAConfig(target_modules=["all", "lm_head"], use_dora=True)
-    attach_lora(model, config, seed=1, **variant_of(config))
+    attach_lora(model, config, seed=1, **variant_arguments(config))
     assert (logits_of(model, IDS) - before).abs().max() < 1e-5 and not before[..., 40:].any()
     model.logits(model(IDS)).square().mean().backward()
     assert all(p.grad.isfinite().all() for p in trainable(model).values())
@@ -74,7 +74,7 @@ def test_dora_magnitudes_stay_in_float32_over_a_bfloat16_base():
     """1.1055 lies between two numbers of bfloat16, 1.1016 and 1.1094."""
     config = LoRAConfig(use_dora=True)
     base = nn.Sequential(nn.Linear(64, 16, bias=False).bfloat16())
-    layer = attach_lora(base, config, **variant_of(config))[0]
+    layer = attach_lora(base, config, **variant_arguments(config))[0]
     x = torch.randn(4096, 64).bfloat16()
     before = layer(x).float()
     layer.lora_magnitude_vector.data *= 1.1055
@@ -84,7 +84,7 @@ def test_dora_magnitudes_stay_in_float32_over_a_bfloat16_base():
 def test_dora_magnitudes_at_inference(tmp_path):
     base = write_tiny(tmp_path / "base", tiny())
     config = LoRAConfig(r=3, target_modules=["all", "lm_head"], use_dora=True)
-    model = perturb(attach_lora(load_model(base), config, **variant_of(config))).eval()
+    model = perturb(attach_lora(load_model(base), config, **variant_arguments(config))).eval()
     save_adapter(model, tmp_path, config, "base")
     for fold in (False, True):
         loaded = load_with_adapters(base, [tmp_path], fold_last=fold)
@@ -97,7 +97,7 @@ def test_dora_of_stacked_experts_is_refused():
     model = load_model(GOLDEN / "models" / "llama4", skip_weights=True)
     with pytest.raises(ValueError, match="use_dora: .*experts.* is a stack of experts"):
         config = LoRAConfig(target_modules=["experts"], use_dora=True)
-        attach_lora(model, config, stored_name=model.config.stored_name, **variant_of(config))
+        attach_lora(model, config, stored_name=model.config.stored_name, **variant_arguments(config))
 
 
 # ---- PiSSA ----
@@ -105,7 +105,7 @@ def test_dora_of_stacked_experts_is_refused():
 
 def attach_pissa(model, rank=4, init="pissa", **more):
     config = LoRAConfig(r=rank, lora_alpha=12, init_lora_weights=init, **more)
-    return attach_lora(model, config, seed=3, **variant_of(config)), config
+    return attach_lora(model, config, seed=3, **variant_arguments(config)), config
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_300"])
@@ -186,7 +186,7 @@ def test_pissa_adapters_of_peft(tmp_path):
             with pytest.raises(ValueError, match="PiSSA adapter without its folder pissa_init, which merging reads"):
                 merge_checkpoint(base, [tmp_path / init], tmp_path / "merged")
         else:
-            with pytest.raises(FileNotFoundError, match="begun with pissa_niter_2, .*put its folder pissa_init into"):
+            with pytest.raises(FileNotFoundError, match="initialized with pissa_niter_2, .*put its folder pissa_init into"):
                 load_adapter(ours, tmp_path / init)
 
 

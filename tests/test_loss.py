@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from data import IGNORE
-from evals.loss import evaluate, evaluate_examples, mean_loss
+from evals.compare import mean_loss
+from evals.loss import evaluate, evaluate_examples
 from families import model_config
 from losses import SFTObjective
 from model import CausalLM, init_weights

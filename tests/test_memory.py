@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,9 +21,9 @@ from families import model_config
 from fast.fused_block import fuse_blocks
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
-from methods.lora_variants import variant_of
-from methods.quant import (QuantFormat, count_parameters, quantizable_weights, quantize,
-                           set_quantized)
+from methods.lora_variants import variant_arguments
+from checkpoint.load import count_parameters, quantizable_weights, set_quantized
+from methods.quant import QuantFormat, quantize
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
@@ -69,9 +70,9 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
         torch.nn.init.normal_(p.data, 0, 0.02)
     if lora:
         base = in_few_bits(model.to(dtype), form)
-        attach_lora(base, lora, stored_name=model_config.stored_name, **variant_of(lora))
+        attach_lora(base, lora, stored_name=model_config.stored_name, **variant_arguments(lora))
     model.kernel = kernel
-    fuse_blocks(model, "torch" if fast else "plain", recompute)
+    fuse_blocks(model, F.linear if fast else None, recompute)
     model.train()
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)  # as in the second micro-batch, which finds them allocated

@@ -20,7 +20,7 @@ from checkpoint.load import load_model
 from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
 from merge import merge_checkpoint
-from methods.lora_variants import variant_of
+from methods.lora_variants import variant_arguments
 from methods.quant import QuantFormat, QuantLinear
 from model import CausalLM
 from tests import twins
@@ -237,7 +237,7 @@ def random_adapter(base, folder, targets=None, size=0.05, **fields):
     model = load_model(base, torch.float32)
     targets = targets or (["all", "experts"] if model.config.num_experts else "all")
     config = LoRAConfig(r=3, lora_alpha=6, target_modules=targets, **fields)
-    attach_lora(model, config, stored_name=model.config.stored_name, **variant_of(config))
+    attach_lora(model, config, stored_name=model.config.stored_name, **variant_arguments(config))
     perturb(model, size=size).eval()
     folder.mkdir()
     save_adapter(model, folder, config, str(base))
@@ -670,7 +670,7 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
     assert "warning" not in capsys.readouterr().out.replace("warning: it says", "")
     merge.main(["train.yaml", "export_dir=alone", "adapter_name_or_path=saves/run"])
     assert (
-        "warning   saves/run was trained with saves/under folded into the base"
+        "warning   saves/run was trained with saves/under merged into the base"
         in capsys.readouterr().out
     )
     shutil.rmtree(adapter)
@@ -887,7 +887,7 @@ def test_a_base_quantized_on_load_is_merged_dequantized_or_original(kind, tmp_pa
         and "another model than was trained" in out
     )
     plain = load_model(base, torch.float32)
-    seen = load_model(base, form=QuantFormat(kind, nested=256 if kind == "nf4" else 0))
+    seen = load_model(base, quant_format=QuantFormat(kind, nested=256 if kind == "nf4" else 0))
     for folder, model in (("dense", seen), ("original", plain)):
         got = tensors_in(tmp_path / folder)
         want = {

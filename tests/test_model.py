@@ -72,7 +72,7 @@ def test_gradient_checkpointing_changes_nothing():
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     ids, gradients = torch.arange(12)[None], []
     for level in ("none", "block"):
-        fuse_blocks(model, "plain", [level] * 2)
+        fuse_blocks(model, None, [level] * 2)
         model.zero_grad()
         model(ids).square().sum().backward()
         gradients.append(model.model.layers[0].mlp.up_proj.weight.grad.clone())
@@ -179,7 +179,7 @@ def test_router_logits_and_balance_loss_equal_transformers(fields, tmp_path):
 def test_recomputing_with_router_logits_changes_no_gradient(fields):
     model, ids, results = tiny(**fields).requires_grad_(True), torch.arange(24)[None], []
     for level in ("none", "block"):
-        fuse_blocks(model, "plain", [level] * 2)
+        fuse_blocks(model, None, [level] * 2)
         model.zero_grad()
         routers = []
         hidden = model(ids, routers=routers)

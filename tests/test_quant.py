@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoint.adapters import load_adapter, load_with_adapters
-from checkpoint.load import load_model
+from checkpoint.load import count_parameters, load_model
 from families import model_config
-from fast.compile import compile_unpacking
+from methods.quant import compile_dequantize
 from fast.fused_block import fuse_blocks, fused_linears
-from fast.matmul import torch_matmul
 from lora import (LoRAConfig, LoRALinear, attach_lora, dequantized_weight, lora_layers,
                   merge_adapters)
 from methods import quant
-from methods.quant import (VALUES, EmbeddingOutside, QuantFormat, QuantizedWeight, QuantLinear,
-                           map_of_scales, quantizable_weights, quantize, quantized_weights,
-                           unpack_any, values_of)
+from runtime.offload import EmbeddingOutside
+from checkpoint.load import quantizable_weights, quantized_weights
+from methods.quant import (VALUES, QuantFormat, QuantizedWeight, QuantLinear, map_of_scales,
+                           quantize, unpack_any, values_of)
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.tiny_models import adapter_with, base_with, write_quantized
 
@@ -61,7 +61,7 @@ def test_recorded_vectors_bit_for_bit():
                     assert torch.equal(single.absmax, want("single.absmax")), where
                     assert torch.equal(double.codes, single.codes), where
                     assert torch.equal(single.dequantize().view(bits), want("single.dequant").view(bits)), where
-                    read = QuantizedWeight(double.form, x.shape, codes=single.codes, quant_map=single.quant_map,
+                    read = QuantizedWeight(double.quant_format, x.shape, codes=single.codes, quant_map=single.quant_map,
                                      absmax=want("double.absmax"), nested_absmax=want("double.nested_absmax"),
                                      nested_offset=want("double.offset").view(()),
                                      nested_quant_map=file.get_tensor("nested_quant_map"))
@@ -148,7 +148,7 @@ def test_gradients_of_adapters_on_both_paths(form):
     dense = nn.Linear(32, 48, bias=False)
     dense.weight = nn.Parameter(packed.dequantize(), False)
     A, B, x = torch.randn(4, 32), torch.randn(48, 4), torch.randn(20, 32)
-    for base, matmul in ((QuantLinear(packed), torch_matmul), (QuantLinear(packed), None), (dense, None)):
+    for base, matmul in ((QuantLinear(packed), F.linear), (QuantLinear(packed), None), (dense, None)):
         layer, mine = LoRALinear(base, 4, 0.5, 0.0), x.clone().requires_grad_()
         layer.lora_A.weight.data, layer.lora_B.weight.data = A.clone(), B.clone()
         out, frozen = fused_linears([layer, base], mine, matmul=matmul)
@@ -165,7 +165,7 @@ def test_scales_keep_their_dtype_and_adapters_their_seed(tmp_path):
     base."""
     base, starts = base_with(tmp_path / "base"), []
     for form in (None, QuantFormat("nf4")):
-        model = attach_lora(load_model(base, form=form), LoRAConfig(r=2), seed=3)
+        model = attach_lora(load_model(base, quant_format=form), LoRAConfig(r=2), seed=3)
         starts.append({name: layer.lora_A.weight.clone() for name, layer in lora_layers(model).items()})
     assert starts[0].keys() == starts[1].keys()
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
@@ -174,7 +174,7 @@ def test_scales_keep_their_dtype_and_adapters_their_seed(tmp_path):
     model.to(BF16)
     assert torch.equal(weight.dequantize(), before) and model.lm_head.weight.dtype == BF16
     with pytest.raises(ValueError, match="in nf4 cannot be trained in full"):
-        attach_lora(load_model(base, form=QuantFormat("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
+        attach_lora(load_model(base, quant_format=QuantFormat("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
 
 
 def test_the_compiled_kernel_gives_the_same_bits(monkeypatch):
@@ -182,17 +182,17 @@ def test_the_compiled_kernel_gives_the_same_bits(monkeypatch):
     want = [layer.weight.dequantize(F16) for layer in model]
     front_part = partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
-    assert compile_unpacking(model) == "4-bit weights: dequantized by one compiled kernel"
+    assert compile_dequantize(model) == "4-bit weights: dequantized by one compiled kernel"
     assert all(layer.weight.compiled for layer in model)
     assert all(torch.equal(layer.weight.dequantize(F16), dense) for layer, dense in zip(model, want))
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: 1.1 * f(*args))
-    assert "gives other numbers" in compile_unpacking(model) and model[0].weight.compiled is None
+    assert "gives other numbers" in compile_dequantize(model) and model[0].weight.compiled is None
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: 1 / 0)
-    assert "does not work here (division by zero)" in compile_unpacking(model)
-    assert compile_unpacking(nn.Linear(2, 2)) == ""
+    assert "does not work here (division by zero)" in compile_dequantize(model)
+    assert compile_dequantize(nn.Linear(2, 2)) == ""
 
 
-def test_a_quantized_embedding_reads_the_same_rows():
+def test_an_embedding_in_main_memory_gives_the_same_rows():
     embedding = nn.Embedding(11, 5)
     ids = torch.tensor([[1, 10, 1]])
     outside = EmbeddingOutside(embedding).to(BF16)
@@ -216,7 +216,7 @@ def test_recorded_checkpoints(name):
     assert weights.keys() == dense.keys() and dense
     assert all(torch.equal(weights[key].dequantize(value.dtype), value) for key, value in dense.items())
     in_8_bits = "int8" in name                      # `logits` are of activations that are rounded, too
-    for how in ("plain", "torch"):
+    for how in (None, F.linear):
         fuse_blocks(model, how)
         with torch.no_grad():
             logits = model.logits(model(want["input_ids"])).float()
@@ -235,8 +235,8 @@ def test_recorded_checkpoints(name):
                                           ("models/qwen2", "qwen2_fp4"), ("models/qwen2_tied", "qwen2_tied_nf4")])
 def test_quantizing_on_load_gives_the_recorded_checkpoint(source, name):
     want = quantized_weights(load_model(QUANT / name))
-    form = next(iter(want.values())).form
-    model = load_model(GOLDEN / source, form=QuantFormat(form.kind, form.blocksize, form.nested))
+    form = next(iter(want.values())).quant_format
+    model = load_model(GOLDEN / source, quant_format=QuantFormat(form.kind, form.blocksize, form.nested))
     got = quantized_weights(model)
     assert got.keys() == want.keys() and "lm_head.weight" not in got
     for key, weight in got.items():
@@ -255,7 +255,7 @@ def test_recorded_adapters_on_4_bit_bases(name):
         model = load_with_adapters(base, [folder], fold_last=fold)
         assert quantized_weights(model), "folding must leave quantised matrices as they are"
         bound = {F32: 1e-4, BF16: 0.2}[model.lm_head.weight.dtype]
-        for how in ("plain", "torch"):
+        for how in (None, F.linear):
             fuse_blocks(model, how)
             with torch.no_grad():
                 assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
@@ -330,13 +330,13 @@ FAMILIES = {"tied": dict(tie_word_embeddings=True), "experts": dict(model_type="
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_that_are_quantized_in_each_family(name, tmp_path):
     base = base_with(tmp_path / "base", **FAMILIES[name])
-    model, plain = load_model(base, form=QuantFormat("nf4")), load_model(base)
-    skeleton = load_model(base, skip_weights=True, form=QuantFormat("nf4"))
+    model, plain = load_model(base, quant_format=QuantFormat("nf4")), load_model(base)
+    skeleton = load_model(base, skip_weights=True, quant_format=QuantFormat("nf4"))
     linears = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
     got = set(quantized_weights(model))
     assert got == linears - {"lm_head.weight"} - {n for n in linears if n.endswith("mlp.gate.weight")}
     assert got == set(quantized_weights(skeleton)) == set(quantizable_weights(plain))
-    assert quant.count_parameters(model) == quant.count_parameters(skeleton) == sum(p.numel() for p in plain.parameters())
+    assert count_parameters(model) == count_parameters(skeleton) == sum(p.numel() for p in plain.parameters())
     assert sum(w.nbytes for w in quantized_weights(model).values()) == \
         sum(w.nbytes for w in quantized_weights(skeleton).values())
     ids = torch.arange(12)[None]
@@ -349,19 +349,19 @@ def test_layers_that_are_quantized_in_each_family(name, tmp_path):
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0), QuantFormat("int8", nested=0)], ids=str)
 def test_stored_and_quantized_on_load_are_equal(form, tmp_path):
     base = base_with(tmp_path / "base", dtype=BF16)
-    made, read = load_model(base, form=form), load_model(write_quantized(base, tmp_path / "packed", form))
+    made, read = load_model(base, quant_format=form), load_model(write_quantized(base, tmp_path / "packed", form))
     ids = torch.arange(20)[None]
     assert torch.equal(made.logits(made(ids)), read.logits(read(ids)))
-    assert load_model(tmp_path / "packed", form=QuantFormat("nf4")).model.layers[0].mlp.up_proj.weight.form.kind == form.kind
+    assert load_model(tmp_path / "packed", quant_format=QuantFormat("nf4")).model.layers[0].mlp.up_proj.weight.quant_format.kind == form.kind
 
 
 WRONG = {       # damage to the tensors of layer 0's up_proj: words of the message
     "no state": (lambda t, p: t.pop(f"{p}.weight.quant_state.bitsandbytes__nf4"),
-                 "up_proj.weight.(absmax|quant_map|nested.*) is there, and .*quant_state.bitsandbytes__nf4.* no file"),
+                 "up_proj.weight.(absmax|quant_map|nested.*) exists, but .*quant_state.bitsandbytes__nf4.* no file"),
     "no scales": (lambda t, p: t.pop(f"{p}.weight.absmax"),
-                  "tells of a part .*up_proj.weight.absmax, which is in no file"),
+                  "belongs to a weight with the part .*up_proj.weight.absmax, which is in no file"),
     "odd key": (lambda t, p: t.update({f"{p}.weight.zero_points": torch.zeros(3)}),
-                "up_proj.weight.zero_points is no part"),
+                "up_proj.weight.zero_points is an unknown part"),
     "short": (lambda t, p: t.update({f"{p}.weight.absmax": torch.zeros(3).byte()}),
               "absmax has 3 numbers of torch.uint8"),
     "cut codes": (lambda t, p: t.update({f"{p}.weight": torch.zeros(9, 1).byte()}), "codes has 9 numbers"),
@@ -400,9 +400,9 @@ from checkpoint.load import load_model
 from methods.quant import QuantFormat
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-load_model(sys.argv[2], form=QuantFormat("nf4"))                                  # what loading itself needs
+load_model(sys.argv[2], quant_format=QuantFormat("nf4"))                                  # what loading itself needs
 before = peak()
-load_model(sys.argv[3], form=QuantFormat(sys.argv[4], nested=0 if sys.argv[4] == "int8" else 256))
+load_model(sys.argv[3], quant_format=QuantFormat(sys.argv[4], nested=0 if sys.argv[4] == "int8" else 256))
 print(peak() - before)
 """
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from checkpoint.load import PREFIX
+from checkpoint.adapters import PREFIX
 from config import Config
 from losses import SFTObjective
 from methods.quant import QuantFormat, quantize

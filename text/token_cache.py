@@ -16,6 +16,7 @@ Requires: data.py, text/data_files.py, text/tokenizer.py.
 Next: runtime/setup.py (load_data), train.py.
 """
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ DATA_KEYS = (
     "seed",
     "preprocessing_batch_size",
 )
-# the source files that do
+# the source files that do, beside that of the stage's encoder
 PROGRAM = (
     "data.py",
     "templates.py",
@@ -77,7 +78,6 @@ PROGRAM = (
     "text/tokenizer.py",
     "text/fast_bpe.py",
     "text/vocabularies.py",
-    "methods/preference.py",    # encodes stages rm, dpo and kto
 )
 
 
@@ -303,12 +303,15 @@ def read_about(folder: Path, key: dict) -> tuple[dict | None, str]:
     return None, f"changed: {', '.join(changed[:5])}{more}"
 
 
-def cache_key(config, tokenizer, template, tool_format, sources: list) -> dict[str, str]:
+def cache_key(config, tokenizer, template, encode: Callable, tool_format,
+              sources: list) -> dict[str, str]:
     """Everything that decides which tokens the rows become: equal keys, equal tokens.
 
-    sources: of the training rows and of the evaluation rows.
+    encode: of the stage. sources: of the training rows and of the evaluation rows.
     """
-    program = [(Path(__file__).parent.parent / name).read_bytes() for name in PROGRAM]
+    root = Path(__file__).parent.parent
+    files = dict.fromkeys([*(root / name for name in PROGRAM), Path(inspect.getfile(encode))])
+    program = [file.read_bytes() for file in files]
     key = {name: getattr(config, name) for name in DATA_KEYS}
     key["packing"] = packing_of(config)
     key["template"] = written_template(template)
@@ -395,7 +398,7 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
     key = {}
     why_replaced = ""
     if folder:
-        key = cache_key(config, tokenizer, template, template_used.tool_format, sources)
+        key = cache_key(config, tokenizer, template, encode, template_used.tool_format, sources)
         about, why_replaced = read_about(folder, key)
         if about and not config.overwrite_cache:
             return read_cache(folder, config, about, keep_unlearnable)

@@ -1,0 +1,154 @@
+"""What computes a run: every file of fast/, and fp8, enters here by one line of PICKS.
+
+    kernels = choose_kernels(config, model_config, device, dtype)     # tried and measured
+    use_kernels(model, kernels, recompute)                          # set on a finished model
+
+The defaults of Kernels are the twins at the root, so a file can be deleted with its line.
+
+Requires: model.py, lora.py.
+Next: runtime/setup.py, runtime/build.py; fast/attention_picker.py, fast/matmul.py,
+fast/fused_block.py, fast/compile.py, methods/fp8.py.
+"""
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from checkpoint.load import quantized_weights
+from families import ModelConfig
+from lora import LoRALinear, lora_layers
+from model import CausalLM, attention_needs
+
+
+@dataclass
+class Kernels:
+    """The code that computes a run, and lines for the start page, each with its reason."""
+    attention: str = "plain"                # a name from attention.py
+    correct: tuple = ("plain",)             # the names that give correct results here
+    matmul_name: str = "torch"              # a key of matmuls
+    matmuls: dict[str, Callable] = field(default_factory=lambda: {"torch": F.linear})
+    fuse: Callable | None = None            # fast.fused_block.fuse_blocks
+    compile: Callable | None = None         # fast.compile.compile_steps
+    fp8: object = None                      # methods.fp8.Fp8: 8-bit products of frozen weights
+    training: bool = True                   # False: evaluation, without compiled steps and fp8
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def matmul(self) -> Callable:
+        """The matrix product: (x (N, in), W (out, in), bias) -> (N, out)."""
+        return self.matmuls[self.matmul_name]
+
+
+# ---- one function a file ------------------------------------------------------------------------
+
+
+def pick_attention(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """The fastest correct attention kernel."""
+    from fast.attention_picker import pick_kernel
+
+    choice = pick_kernel(config.flash_attn, device=device, dtype=dtype,
+                         training=kernels.training, **attention_needs(model_config))
+    kernels.attention = choice.kernel
+    kernels.correct = tuple(choice.timings) or (choice.kernel,)
+    kernels.lines += choice.lines
+
+
+def pick_matrix_product(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """The fastest correct library of matrix products on a CPU."""
+    from fast.matmul import MATMULS, pick_matmul
+
+    choice = pick_matmul(device, dtype)
+    kernels.matmul_name = choice.picked
+    kernels.matmuls = {name: MATMULS[name] for name in choice.rates}
+    kernels.lines += choice.lines
+
+
+def pick_fused_blocks(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """Blocks that keep less for the backward pass."""
+    from fast.fused_block import fuse_blocks
+
+    kernels.fuse = fuse_blocks
+
+
+def pick_compiled_steps(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """Compiled elementwise steps, where torch's compiler works and is worth it."""
+    if not kernels.training:
+        return
+    from fast.compile import compile_steps, pick_compile
+
+    works, line = pick_compile(config.torch_compile, device, dtype, model_config.hidden_act,
+                               kernels.fuse)
+    kernels.compile = compile_steps if works else None
+    kernels.lines.append(line)
+
+
+def pick_fp8_base(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """Frozen weights in 8 bits, multiplied in 8 bits."""
+    if config.base_precision and kernels.training:
+        from methods.fp8 import pick_fp8
+
+        kernels.fp8, line = pick_fp8(device, dtype)
+        kernels.lines.append(line)
+
+
+PICKS = (
+    pick_attention,             # fast/attention_picker.py
+    pick_matrix_product,        # fast/matmul.py
+    pick_fused_blocks,          # fast/fused_block.py
+    pick_compiled_steps,        # fast/compile.py
+    pick_fp8_base,              # methods/fp8.py
+)
+
+
+# ---- all of them --------------------------------------------------------------------------------
+
+
+def choose_kernels(config, model_config: ModelConfig, device, dtype: torch.dtype,
+                 training: bool = True) -> Kernels:
+    """The code that computes a run, or an evaluation; each part is tried on this machine."""
+    kernels = Kernels(training=training)
+    for pick in PICKS:
+        pick(kernels, config, model_config, device, dtype)
+    return kernels
+
+
+def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | None = None):
+    """Compute a model, whose adapters are attached, with these kernels.
+
+    recompute: a level of activation checkpointing for each block, see fast/fused_block.py.
+    """
+    model.kernel = kernels.attention
+    if kernels.fuse:
+        kernels.fuse(model, kernels.matmul, recompute)
+    if kernels.compile:
+        kernels.compile(model)
+        on_gpu = model.lm_head.weight.device.type == "cuda"     # on a CPU it is slower than without
+        if on_gpu and quantized_weights(model):
+            from methods.quant import compile_dequantize
+
+            line = compile_dequantize(model)
+            if line:
+                print(line)
+
+
+def use_fp8(model: CausalLM, kernels: Kernels):
+    """Round the frozen weights beside adapters to 8 bits, where the config asks for it."""
+    if kernels.fp8:
+        from methods.fp8 import to_fp8, with_compiled_rounding
+
+        fp8 = with_compiled_rounding(kernels.fp8) if kernels.compile else kernels.fp8
+        adapted = lora_layers(model).values()
+        to_fp8([layer for layer in adapted if isinstance(layer, LoRALinear)], fp8)
+
+
+# ---- the optimizer ------------------------------------------------------------------------------
+
+
+def optimizer_rules(config) -> dict:
+    """The arguments `rules` and `rule_of` of optim.make_optimizer; {} for AdamW alone."""
+    if not (config.use_muon or config.use_galore or "8bit" in config.optim):
+        return {}
+    from methods.optimizers import FURTHER              # only where it is asked for
+
+    return FURTHER
