@@ -300,16 +300,33 @@ def settle_thought(template: Template, text: str, is_last: bool, only_last: bool
     """
     if not template.reasoning:
         return text, ""
-    opens, closes = (mark.strip() for mark in template.thought)
     drop_history = (only_last or settings.mask_history) and not settings.preserve_thinking
     drop_all = settings.enable_thinking is False and (is_last or not only_last)
     if drop_all or drop_history and not is_last:
-        thought = re.escape(opens) + ".*?" + re.escape(closes) + "\n*"
-        text = re.sub(thought, "", text, flags=re.DOTALL).lstrip("\n")
+        before, _, after = split_thought(text, template.thought)
+        text = (before + after).lstrip("\n")
 
-    has_none = opens not in text and closes not in text
+    # an answer that mentions the marks gets no empty thought, as in LLaMA-Factory
+    has_none = not any(mark.strip() in text for mark in template.thought)
     needs_one = is_last or not (only_last or drop_history)
     return text, "".join(template.thought) if has_none and needs_one else ""
+
+
+def split_thought(text: str, marks: tuple[str, str]) -> tuple[str, str, str]:
+    """Split an answer into (white space, its thought with both marks or "", the rest).
+
+    marks: what opens and closes a thought. A thought is at the beginning of an answer; anywhere
+    else the marks are words. It ends at the first closing mark with the template's own white space
+    around it (`\\n</think>\\n\\n`), so that a thought may mention the tags, or at the first one.
+    """
+    opens, closes = (re.escape(mark) for mark in marks)
+    as_written = re.match(rf"(\s*)({opens}.*?{closes})", text, re.DOTALL)
+    if not as_written:
+        opens, closes = (re.escape(mark.strip()) for mark in marks)
+        as_written = re.match(rf"(\s*)({opens}.*?{closes}\n*)", text, re.DOTALL)
+    if not as_written:
+        return "", "", text
+    return as_written[1], as_written[2], text[as_written.end():]
 
 
 # ---- encode: pieces -> ids ----------------------------------------------------------------------

@@ -4,11 +4,15 @@ The recorded rows are converted here by a few plain lines (data.py's code is tes
 test_data.py) and labeled by the notes of the recordings; rows that cutoff_len truncates are not
 compared.
 """
+import json
+import zlib
+from array import array
+
 import pytest
 
 from templates import BOS, EOS, Settings, Template, encode_pieces, encode_prompt, encode_turns
 from tests.chats import conversation, fitted, talk, text_of, write_byte_level
-from tests.common import GOLDEN, SHARED, needs_shared, read_jsonl
+from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from text import tool_calls as tools
 from text.chat_formats import TEMPLATES, with_overrides
 from text.fit_tokenizer import fit_tokenizer
@@ -157,6 +161,38 @@ def test_enable_thinking_false_removes_thoughts_with_any_spacing():
     for thought in ("<think>\nx\n</think>\n\n", "<think>x</think>", "\n<think>x\ny</think>\n"):
         source, target = text_of("qwen3", talk("a", thought + "b"), enable_thinking=False)[0]
         assert target == "b<|im_end|>\n" and source.endswith("<think>\n\n</think>\n\n")
+
+
+def crc(ids, labels):
+    """The checksum of tests/recorded/thoughts.json."""
+    return zlib.crc32(array("i", ids).tobytes() + array("i", labels).tobytes())
+
+
+@needs_shared
+def test_the_marks_of_a_thought_are_words_anywhere_but_at_the_beginning():
+    """LLaMA-Factory's ids and labels of answers that talk about the tags, in rows and prompts."""
+    recorded = json.loads((ROOT / "tests/recorded/thoughts.json").read_text(encoding="utf-8"))
+    for run in recorded["runs"]:
+        template = with_overrides(TEMPLATES[run["template"]])
+        tokenizer = fitted(run["template"], recorded["tokenizer"])
+        history = run["mask_history"]
+        settings = Settings(enable_thinking=run["enable_thinking"], mask_history=history)
+        rows, prompts = [], []
+        for chat in recorded["chats"]:
+            messages = [{"role": role, "content": text} for role, text in chat]
+            turns = encode_turns(template, tokenizer, messages, "", "", settings)
+            rows.append(crc(*labeled(turns, template, tokenizer.eos_id, history)))
+            prompts.append(crc(*encode_prompt(template, tokenizer, messages, "", "", settings)))
+        assert (rows, prompts) == (run["rows"], run["prompts"]), run
+
+
+def test_a_thought_is_cut_once_and_the_words_after_it_stay():
+    answer = "\n<think>\na </think> b\n</think>\n\nUse <think>\nx\n</think>\n\nlast."
+    cut = text_of("qwen3", talk("q", answer), enable_thinking=False)[0][1]
+    assert cut == "Use <think>\nx\n</think>\n\nlast.<|im_end|>\n"
+    own = Template(user=("{{content}}",), thought=("[T]", "[/T]"), reasoning=True)
+    told = text_of(own, talk("q", "say [T] and [/T]", "q", ""), only_last=True)
+    assert told[0][1] == "say [T] and [/T]</s>"
 
 
 def test_chat_prompt_ends_where_the_answer_begins():

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from templates import Template, ToolFormat
+from templates import Template, ToolFormat, split_thought
 
 Call = tuple[str, str]      # name of the function, its arguments as JSON text
 
@@ -66,9 +66,11 @@ def read_call(text: str, thought: tuple[str, str]) -> tuple[str, list[Call]]:
     Calls are {"name": ..., "arguments": ...} or a list of these, or each is inside
     <tool_call>...</tool_call>. thought: what opens and closes a thought.
     """
-    opens, closes = (re.escape(mark.strip()) for mark in thought)
-    lead = re.match(f"({opens}.*?{closes}\\s*)?", text, re.DOTALL).group()
-    rest = text[len(lead):]
+    before, thought_text, rest = split_thought(text, thought)
+    lead = before + thought_text
+    if thought_text:
+        lead += rest[:len(rest) - len(rest.lstrip())]
+        rest = rest.lstrip()
     bodies = re.findall("<tool_call>(.*?)</tool_call>", rest, re.DOTALL)
     if bodies:
         before, *after = re.split("<tool_call>.*?</tool_call>", rest, flags=re.DOTALL)
