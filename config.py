@@ -151,13 +151,21 @@ class Config:
         "lm_head", only="freeze")
     pure_bf16: bool = key(False, FIXED,
         "full, freeze: trained weights, gradients and optimizer state in bfloat16")
+    use_dft_loss: bool = key(False, FREE,
+        "DFT: each token's loss is weighted by its probability", only="sft")
+    use_eaft_loss: bool = key(False, FREE,
+        "EAFT: each token's loss is weighted by the entropy of the 20 most likely ones", only="sft")
+    eaft_alpha: float = key(1.0, FREE, "EAFT: exponent of that weight", only="sft", low=0)
+    use_asft_loss: bool = key(False, FREE,
+        "ASFT: DFT, and a divergence from the model before training", only="sft")
+    asft_alpha: float = key(0.1, FREE, "ASFT: weight of the divergence", only="sft", low=0)
     pref_loss: str = key("sigmoid", FREE,
         "loss of a pair; orpo and simpo need no reference model",
         only="dpo", choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"), later=("kto_pair",))
     paper_losses: bool = key(False, FREE,
-        "pref_loss hinge and ipo by the equations of their papers (false: as LLaMA-Factory 0.9.5 "
-        "computes them: the sigmoid loss; for ipo, of mean log-probabilities)",
-        own=True, only="dpo")
+        "pref_loss hinge and ipo, and use_asft_loss, by the equations of their papers (false: as "
+        "LLaMA-Factory 0.9.5 computes them: the sigmoid loss; for ipo, of mean log-probabilities; "
+        "ASFT as a sum of micro-batch means)", own=True, only="dpo sft")
     pref_beta: float = key(0.1, FREE,
         "scale of the log-probability ratios (orpo: weight of the odds ratio)",
         only="dpo kto", above=0)
@@ -454,7 +462,7 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         apollo_layerwise apollo_scale_front badam_mode badam_start_block badam_switch_mode
         badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose
         swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id
-        trackio_static_space_id hyper_parallel_args asft_alpha eaft_alpha fp8_backend
+        trackio_static_space_id hyper_parallel_args fp8_backend
         fp8_enable_fsdp_float8_all_gather optim_target_modules generation_max_length
         generation_num_beams generation_config hub_token hub_private_repo hub_model_id hub_strategy
         hub_always_push hub_revision ms_hub_token om_hub_token export_quantization_dataset
@@ -491,8 +499,7 @@ REFUSED = (
      "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
     ("train", "bf16_full_eval fp16_full_eval",
      "evaluation computes as training does; set bf16 or fp16"),
-    ("train", "use_dft_loss use_asft_loss use_eaft_loss label_smoothing_factor",
-     "not in this release; plain cross-entropy is"),
+    ("train", "label_smoothing_factor", "not in this release; plain cross-entropy is"),
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",
      "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the precision "
      "of the base"),
@@ -572,6 +579,8 @@ def has_reference(config: Config) -> bool:
     """Whether the run compares its model with a frozen reference model."""
     if config.stage == "kto":
         return True
+    if config.stage == "sft":
+        return config.use_asft_loss
     return config.stage == "dpo" and config.pref_loss not in ("orpo", "simpo")
 
 

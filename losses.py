@@ -8,11 +8,13 @@ The head is applied to supervised positions only, chunk by chunk, and its gradie
 same pass as the loss, so a (tokens x vocabulary) tensor never exists. Each of these functions has a
 plain twin beside it that materializes all logits and leaves the rest to autograd.
 
-Requires: model.py.
-Next: optim.py, train.py (train_step), methods/preference.py.
+Requires: model.py, lora.py.
+Next: optim.py, train.py (train_step), methods/preference.py, methods/sft_losses.py.
 Papers: the head's loss in chunks arXiv:2410.10989, softcapping arXiv:2408.00118 (sec. 2), balance
 of experts arXiv:2101.03961.
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -20,6 +22,7 @@ from torch.profiler import record_function
 
 from attention import to_device
 from data import IGNORE
+from lora import set_adapters
 
 CHUNK_BYTES = 64 * 2**20        # float32 logits held at once ...
 MAX_CHUNKS = 16                 # ... or more, since every chunk reads the whole head
@@ -145,7 +148,7 @@ def logits_grad(e, s, tanh, y):
     return p
 
 
-# ---- log-probabilities of sequences -------------------------------------------------------------
+# ---- token losses, and log-probabilities of sequences -------------------------------------------
 
 
 def answer_logps_plain(hidden, weight, targets, lengths, softcap=None):
@@ -166,14 +169,19 @@ def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear
     lengths: tokens of the S sequences that lie end to end in the row; the rest as in
     cross_entropy_sum.
     """
-    if not torch.is_grad_enabled():
-        weight = weight.detach()
-    rows, y = supervised(targets, hidden.device)
-    losses = _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul)               # (n,)
+    losses = token_losses(hidden, weight, targets, softcap, matmul)                     # (n,)
     counts = [int((sequence != IGNORE).sum()) for sequence in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-sequence.sum() for sequence in losses.split(counts)])
     return logps, to_device(torch.tensor(counts, dtype=torch.float32), hidden.device)
+
+
+def token_losses(hidden, weight, targets, softcap=None, matmul=F.linear):
+    """-log p of each supervised target in nats, (n,) float32; arguments as in cross_entropy_sum."""
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    rows, y = supervised(targets, hidden.device)
+    return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -283,6 +291,20 @@ class Objective:
         """The batches, with what loss_sum needs from a reference model."""
         return batches
 
+    @contextmanager
+    def reference_model(self, model):
+        """The reference: the second model, or within the block the model without adapters."""
+        if self.reference is not None:
+            yield self.reference
+            if hasattr(self.reference, "reshard"):      # free what the last pass gathered
+                self.reference.reshard()
+            return
+        set_adapters(model, False)
+        try:
+            yield model
+        finally:
+            set_adapters(model, True)
+
     def parameters(self) -> dict:
         """{name: parameter} that is trained beside the model's."""
         return {}
@@ -300,14 +322,19 @@ class SFTObjective(Objective):
         self.balance = balance
 
     def loss_sum(self, model, batch):
-        routers = [] if self.balance and not batch.filler else None
-        hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)
-        loss = cross_entropy_sum(hidden[0], model.head_weight(), batch.targets,
+        hidden, routing_loss = self.hidden_states(model, batch)
+        loss = cross_entropy_sum(hidden, model.head_weight(), batch.targets,
                                  model.config.final_softcap, self.matmul)
+        return loss, routing_loss, {}
+
+    def hidden_states(self, model, batch):
+        """(final hidden states (N, D), the experts' balance loss or 0.0)."""
+        routers = [] if self.balance and not batch.filler else None
+        hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]
         if not routers:
-            return loss, 0.0, {}
+            return hidden, 0.0
         top_k = model.config.num_experts_per_tok
-        return loss, self.balance * balance_loss(routers, top_k), {}
+        return hidden, self.balance * balance_loss(routers, top_k)
 
 
 # ---- metrics ------------------------------------------------------------------------------------

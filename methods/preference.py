@@ -14,7 +14,6 @@ Papers: DPO arXiv:2305.18290, hinge arXiv:2309.06657, IPO arXiv:2310.12036, ORPO
 SimPO arXiv:2405.14734, KTO arXiv:2402.01306.
 """
 import math
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,7 +23,6 @@ from torch.profiler import record_function
 from config import has_reference
 from data import (IGNORE, Batch, EncodedRows, Example, collate, settings_of,
                   truncated_lengths)
-from lora import set_adapters
 from losses import Objective, answer_logps, weighted_sum
 from parallel import Ranks
 from templates import encode_pieces, render_turns
@@ -132,20 +130,6 @@ class PreferenceObjective(Objective):
         hidden = model(batch.input_ids, batch.position_ids, batch.layout)               # (1, N, D)
         return answer_logps(hidden[0], model.head_weight(), batch.targets, batch.lengths,
                             model.config.final_softcap, self.matmul)
-
-    @contextmanager
-    def reference_model(self, model):
-        """The reference: the second model, or within the block the model without adapters."""
-        if self.reference is not None:
-            yield self.reference
-            if hasattr(self.reference, "reshard"):  # free what the last pass gathered (fsdp.py)
-                self.reference.reshard()
-            return
-        set_adapters(model, False)
-        try:
-            yield model
-        finally:
-            set_adapters(model, True)
 
 
 # ---- stage dpo ----------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from losses import Objective, SFTObjective
 from methods import freeze
 from methods import preference
 from methods import reward_model
+from methods import sft_losses
 from model import CausalLM, init_weights
 from optim import Optimizer, add_neftune, make_optimizer
 from parallel import Gradients, Ranks
@@ -41,7 +42,15 @@ from scale import fsdp
 
 
 def sft_objective(config, base, setup, ranks, resume) -> Objective:
-    return SFTObjective(setup.balance, setup.kernels.matmul)
+    matmul = setup.kernels.matmul
+    if config.use_dft_loss:
+        return sft_losses.DFTObjective(setup.balance, matmul)
+    if config.use_eaft_loss:
+        return sft_losses.EAFTObjective(config.eaft_alpha, setup.balance, matmul)
+    if config.use_asft_loss:
+        reference = build_reference(config, base, setup, ranks)
+        return sft_losses.ASFTObjective(config, reference, ranks, setup.balance, matmul)
+    return SFTObjective(setup.balance, matmul)
 
 
 def pair_objective(config, base, setup, ranks, resume) -> Objective:
@@ -205,7 +214,7 @@ def keep_embedding_outside(model: CausalLM, setup: Setup):
 
 
 def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM | None:
-    """The second, frozen model of stages dpo and kto; None where the trained one serves."""
+    """The second, frozen model of dpo, kto and ASFT; None where the trained one serves."""
     if not needs_second_model(config, setup.lora):
         return None
     folder, adapters = base.folder, base.merged_adapters(config) if setup.lora else []

@@ -55,6 +55,10 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
         "replies count; leave them out")
 
+    losses = [name for name in ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
+              if getattr(c, name)]
+    yield len(losses) > 1, f"{' and '.join(losses)} are both true; keep one"
+
     yield c.dpo_label_smoothing and c.stage == "dpo" and c.pref_loss != "sigmoid", (
         "dpo_label_smoothing is for pref_loss: sigmoid; leave it out")
 

@@ -312,15 +312,16 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
 
     A step is the same sum however it is split (losses.py), but few tokens do not keep a GPU busy.
     0: each micro-batch alone, also where something is computed over a whole micro-batch: the
-    balance of experts, or frequencies that follow the longest row. memory: the plan of the largest
-    micro-batch. Passes without recomputation come first, then long ones.
+    balance of experts, ASFT's mean, or frequencies that follow the longest row. memory: the plan of
+    the largest micro-batch. Passes without recomputation come first, then long ones.
     """
     rows = memory.workload.rows
     alone = sum(map(sum, rows))
     size = config.gradient_accumulation_steps
     candidates = [(0, lightest(memory, free_bytes, config))]
     rope_type = memory.workload.model_config.rope["rope_type"]
-    mergeable = config.join_micro_batches and size > 1 and not balance
+    needs_whole = balance or config.use_asft_loss and not config.paper_losses
+    mergeable = config.join_micro_batches and size > 1 and not needs_whole
     if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
         while limit > alone:

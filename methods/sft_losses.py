@@ -1,0 +1,121 @@
+"""Other losses of stage sft: DFT, EAFT and ASFT, which weigh the tokens of an answer.
+
+    DFT     p(y) * -log p(y), with the factor p(y) held constant: tokens the model finds unlikely
+            count little
+    EAFT    (entropy of the 20 most likely tokens / 3)**eaft_alpha * -log p(y), the factor held
+            constant: tokens the model is sure of count little
+    ASFT    DFT + asft_alpha * KL(reference || model), the reference being the model before training
+
+Requires: losses.py.
+Next: runtime/build.py.
+Papers: DFT arXiv:2508.05629 (eq. 9), EAFT arXiv:2601.02151, ASFT arXiv:2509.23753. Constants and
+means are those of LLaMA-Factory 0.9.5.
+"""
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data import IGNORE
+from losses import (SFTObjective, capped, chunks, head_logits, supervised, token_losses,
+                    weighted_sum)
+from parallel import Ranks
+
+TOP = 20            # tokens whose entropy EAFT takes, renormalized among themselves
+ENTROPY_SCALE = 3.0
+
+
+class DFTObjective(SFTObjective):
+    """use_dft_loss. The plain cross-entropy is logged beside the loss."""
+
+    metric_names = ("cross_entropy",)
+
+    def loss_sum(self, model, batch):
+        hidden, routing_loss = self.hidden_states(model, batch)                         # (N, D)
+        loss, metrics = self.weighted_loss(model, hidden, batch)
+        return loss, routing_loss, metrics
+
+    def weighted_loss(self, model, hidden, batch):
+        """(sum of factor * token loss, metrics)."""
+        losses = token_losses(hidden, model.head_weight(), batch.targets,
+                              model.config.final_softcap, self.matmul)                  # (n,)
+        factors = self.factors(model, hidden, batch, losses.detach())
+        metrics = {"cross_entropy": weighted_sum(losses.detach(), torch.ones_like(losses))}
+        return (factors * losses).sum(), metrics
+
+    def factors(self, model, hidden, batch, losses):
+        """The factor of each token's loss, (n,), a constant: p(y)."""
+        return torch.exp(-losses)
+
+
+class EAFTObjective(DFTObjective):
+    """use_eaft_loss."""
+
+    def __init__(self, alpha: float, balance: float = 0.0, matmul=F.linear):
+        super().__init__(balance, matmul)
+        self.alpha = alpha
+
+    @torch.no_grad()
+    def factors(self, model, hidden, batch, losses):
+        """The entropy of the most likely tokens, scaled; (n,). The logits are computed again."""
+        rows, _ = supervised(batch.targets, hidden.device)
+        W = model.head_weight().to(hidden.dtype)
+        factors = torch.empty_like(losses)
+        for chunk in chunks(len(rows), len(W)):
+            logits, _ = head_logits(hidden[rows[chunk]], W, model.config.final_softcap, self.matmul)
+            logps = logits.topk(min(TOP, len(W)), dim=-1).values.log_softmax(-1)        # (c, 20)
+            entropy = -(logps.exp() * logps).sum(-1)
+            factors[chunk] = (entropy / ENTROPY_SCALE) ** self.alpha
+        return factors
+
+
+class ASFTObjective(DFTObjective):
+    """use_asft_loss. reference: a second model, or None: the model with its adapters disabled.
+
+    LLaMA-Factory takes the mean over the labels of each micro-batch, and adds these means up
+    without dividing by their number. paper_losses divides by the labels of the step instead, as
+    every other loss does.
+    """
+
+    def __init__(self, config, reference=None, ranks: Ranks = Ranks(), balance: float = 0.0,
+                 matmul=F.linear):
+        super().__init__(balance, matmul)
+        self.config = config
+        self.reference = reference
+        self.ranks = ranks
+
+    def loss_sum(self, model, batch):
+        with torch.no_grad(), self.reference_model(model) as reference:
+            ref_hidden = reference(batch.input_ids, batch.position_ids, batch.layout)[0]
+            ref_weight = reference.head_weight().detach()
+        hidden, routing_loss = self.hidden_states(model, batch)                         # (N, D)
+        loss, metrics = self.weighted_loss(model, hidden, batch)
+        kl = kl_sum(hidden, model.head_weight(), ref_hidden, ref_weight, batch.targets,
+                    model.config.final_softcap)
+        loss = loss + self.config.asft_alpha * kl
+        if self.config.paper_losses:
+            return loss, routing_loss, metrics
+        labels = max(int((batch.targets != IGNORE).sum()), 1)
+        ranks = self.ranks.world if model.training else 1       # their gradients are summed
+        return 0.0, loss / (labels * ranks) + routing_loss, metrics
+
+
+def kl_sum(hidden, weight, ref_hidden, ref_weight, targets, softcap=None):
+    """Sum over the supervised positions of KL(reference || model), in nats; float32 scalar.
+
+    hidden, ref_hidden: (N, D); weight, ref_weight: (V, D), of the heads. The logits of a chunk are
+    computed again in the backward pass, so that few exist at a time.
+    """
+    rows, _ = supervised(targets, hidden.device)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for chunk in chunks(len(rows), len(weight)):
+        here = rows[chunk]
+        total = total + checkpoint(kl_of_chunk, hidden[here], weight, ref_hidden[here], ref_weight,
+                                   softcap, use_reentrant=False)
+    return total
+
+
+def kl_of_chunk(h, weight, ref_h, ref_weight, softcap):
+    """kl_sum of a few positions, with all their logits."""
+    logps = capped(F.linear(h, weight.to(h.dtype)).float(), softcap).log_softmax(-1)    # (c, V)
+    ref_p = capped(F.linear(ref_h, ref_weight.to(ref_h.dtype)).float(), softcap).softmax(-1)
+    return F.kl_div(logps, ref_p, reduction="sum")
