@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from errors import nearest_name
+from errors import first_line, nearest_name
 
 
 # ---- differences from Llama ----------------------------------------------------------------------
@@ -423,13 +423,21 @@ def read_config_json(folder) -> dict:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(explain_missing_config(Path(folder), path))
+    return read_json_object(path, "fetch the file again")
+
+
+def read_json_object(path: Path, advice: str) -> dict:
+    """The fields of a JSON file. Raises ValueError that names the file and ends with the advice."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not the fields of a model")
-    return raw
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read; {advice}") from None
+    except ValueError as error:         # bad JSON, bad UTF-8, a number of thousands of digits
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); {advice}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields; "
+                         f"{advice}")
+    return content
 
 
 def explain_missing_config(folder: Path, path: Path) -> str:

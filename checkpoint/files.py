@@ -2,7 +2,7 @@
 
 Files and folders appear under their final names only when they are complete.
 
-Requires: nothing.
+Requires: families.py (reading JSON).
 Next: checkpoint/load.py.
 """
 import json
@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from errors import nearest_name
+from errors import first_line, nearest_name
+from families import read_json_object
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {
@@ -34,6 +35,11 @@ FILE_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# names of the files of a checkpoint in several parts
+SHARDS = {
+    "model.safetensors": "model-[0-9]*-of-[0-9]*.safetensors",
+    "pytorch_model.bin": "pytorch_model-[0-9]*-of-[0-9]*.bin",
+}
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 # A pickle can run any code. torch's restricted loader makes nothing but tensors, but could be
 # circumvented before torch 2.6 (CVE-2025-32434).
@@ -48,6 +54,9 @@ def find_checkpoint(name_or_path: str, revision: str | None = None,
     FileNotFoundError that says what to do: for a folder that does not exist, a repository that the
     hub does not know, a gated one, no network.
     """
+    if "\0" in name_or_path:
+        raise ValueError(f"{name_or_path!r} holds a null character, which no file name has; name "
+                         "the folder of a checkpoint")
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
@@ -144,13 +153,22 @@ class PickledTensors:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} holds objects other than tensors, which are not read "
                              f"({reason})") from None
-        except (RuntimeError, EOFError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError,
+                AssertionError) as error:
+            reason = first_line(error)
             raise ValueError(f"{path} is damaged, incomplete, or older than torch 1.6 ({reason}); "
                              "fetch it again, or use another copy") from None
         is_dict = isinstance(self.tensors, dict)
         if not is_dict or not all(map(torch.is_tensor, self.tensors.values())):
             raise ValueError(f"{path} is not a dict of tensors, as the weights of a model are")
+        for name, tensor in self.tensors.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{path}: a tensor is called {name!r}, which is no text; the "
+                                 "weights of a model have names such as model.norm.weight")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                kind = "without data" if tensor.is_meta else str(tensor.layout)
+                raise ValueError(f"{path}: {name} is stored {kind}; only plain, dense tensors are "
+                                 "read. Save it again with tensor.to_dense()")
 
     def keys(self):
         return self.tensors.keys()
@@ -191,19 +209,19 @@ def stored_as(file, key) -> tuple[tuple, torch.dtype]:
 def tensor_files(folder) -> dict[str, Path]:
     """{tensor name: file} of a checkpoint folder, in the order of the file or of the index.
 
-    Weights are one file, or shards with an index; safetensors come before pickles. Raises
-    FileNotFoundError or ValueError for what is missing or damaged.
+    As in transformers, safetensors come before pickles and a single file before an index, which
+    may be left over from an older model in the same folder. Raises FileNotFoundError or ValueError
+    for what is missing or damaged.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         single = Path(folder) / name
         index = Path(folder) / f"{name}.index.json"
-        if index.is_file():
-            return _shards(index)
         if single.is_file():
-            with open_tensors(single) as file:
-                # offset_keys is the order of the bytes, keys that of the names
-                names = getattr(file, "offset_keys", file.keys)()
-                return {tensor: single for tensor in names}
+            return dict.fromkeys(names_in_order(single), single)
+        if index.is_file():
+            return _indexed_shards(index)
+        if shards := sorted(Path(folder).glob(SHARDS[name])):
+            return _listed_shards(index, shards)
     hint = ""
     if not PICKLES_ARE_SAFE:
         hint = (". A repository with only pytorch_model.bin needs torch 2.6 or newer; this is "
@@ -212,18 +230,52 @@ def tensor_files(folder) -> dict[str, Path]:
                             f"nor the .index.json of either{hint}")
 
 
-def _shards(index: Path) -> dict[str, Path]:
-    """{tensor name: file} of an index."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: index.parent / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index} is damaged or incomplete; fetch it again") from None
+def names_in_order(path: Path) -> list[str]:
+    """Names of a file's tensors in the order of their bytes, where the package tells it."""
+    with open_tensors(path) as file:
+        return list(getattr(file, "offset_keys", file.keys)())
+
+
+def _indexed_shards(index: Path) -> dict[str, Path]:
+    """{tensor name: file} of an index. A file outside its folder is refused."""
+    weight_map = read_json_object(index, "fetch it again").get("weight_map")
+    texts = isinstance(weight_map, dict) and all(isinstance(f, str) for f in weight_map.values())
+    if not texts or not weight_map:
+        raise ValueError(f"{index} is damaged or incomplete; fetch it again")
+    for name, file in weight_map.items():
+        if not is_file_name(file):
+            raise ValueError(f"{index}: {name} is in {file!r}, which is no file in that folder; "
+                             "fetch the index again, from a source you trust")
+    files = {name: index.parent / file for name, file in weight_map.items()}
     missing = sorted({file.name for file in files.values() if not file.is_file()})
     if missing:
         raise FileNotFoundError(
             f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
             "The download is incomplete; fetch them again")
+    return files
+
+
+def is_file_name(text: str) -> bool:
+    """Whether this names a file of the folder at hand or of one inside it, on any system."""
+    parts = re.split(r"[/\\]", text)
+    return "" not in parts and ".." not in parts and not re.search(r"[:\x00-\x1f]", text)
+
+
+def _listed_shards(index: Path, shards: list[Path]) -> dict[str, Path]:
+    """{tensor name: file} of shards without an index, which must be all of one set."""
+    counts = {file.stem.rpartition("-of-")[2] for file in shards}
+    count = int(max(counts))
+    if len(counts) > 1 or count != len(shards):
+        raise FileNotFoundError(
+            f"{index} is missing, and the shards beside it are not one whole set "
+            f"({shards[0].name}, …: {len(shards)} files). Fetch the index and the other files")
+    files = {}
+    for file in shards:
+        for name in names_in_order(file):
+            if name in files:
+                raise ValueError(f"{files[name]} and {file} both hold {name}, and {index} is "
+                                 "missing, which says the one to read; fetch it")
+            files[name] = file
     return files
 
 

@@ -4,7 +4,7 @@ Only safetensors and JSON are written. They are read, too, except for models tha
 pytorch_model.bin alone. A tensor that is missing, unused, or of another shape is an error that
 names it.
 
-Requires: model.py, checkpoint/files.py, checkpoint/shards.py.
+Requires: model.py, checkpoint/names.py, checkpoint/shards.py.
 Next: checkpoint/packed.py (weights in 4 or 8 bits), checkpoint/adapters.py, merge.py.
 Format: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON header, the
 tensors' bytes).
@@ -19,9 +19,10 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint.files import open_tensors, stored_as, tensor_files, write_json, write_tensors
+from checkpoint.names import equal_tensors, find_tensors
 from checkpoint.shards import full_tensor
 from errors import nearest_name
-from families import model_config, read_config_json
+from families import model_config, read_config_json, read_model_config
 from model import CausalLM
 
 
@@ -49,9 +50,9 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
 
     for name, (file, stored) in with_bar(weight_files(model, folder)):
         shape = model.get_parameter(name).shape
-        if stored in packed:
-            check_shape(packed[stored].shape, shape, file, stored)
-            set_quantized(model, name, packed[stored].read(device))
+        if part := packed.get(config.stored_name(name)):
+            check_shape(part.shape, shape, file, stored)
+            set_quantized(model, name, part.read(device))
             continue
         with open_tensors(file, device) as tensors:     # reopened: read pages may leave the memory
             tensor = tensors.get_tensor(stored)
@@ -73,17 +74,19 @@ def weight_files(model: CausalLM, folder) -> dict[str, tuple[Path, str]]:
     Raises as load_model does.
     """
     config = model.config
-    files = tensor_files(folder)
-    scales = {key for packed in packed_weights(folder).values() for _, key in packed.parts.values()}
     expected = {config.stored_name(name): name          # a tied head appears once
                 for name, _ in model.named_parameters()}
-    missing = [name for name in expected if name not in files]
-    unused = [name for name in files if name not in expected and name not in scales
-              and not is_known_extra(name, config, files)]
+    places = find_tensors(folder, config, expected)
+    scales = set()
+    for packed in packed_weights(folder).values():
+        scales.update(packed.parts.values())
+    missing = [name for name in expected if name not in places]
+    unused = [name for name, place in places.items() if name not in expected
+              and place not in scales and not is_known_extra(name, config, places)]
     if missing or unused:
         head = config.stored_name("lm_head.weight")
         raise ValueError(mismatch_message(folder, missing, unused, head))
-    return {expected[name]: (file, name) for name, file in files.items() if name in expected}
+    return {expected[name]: place for name, place in places.items() if name in expected}
 
 
 def with_bar(files: dict):
@@ -114,10 +117,11 @@ BUFFERS = re.compile(
     r"|.*\.attn\.masked_bias")
 
 
-def is_known_extra(name: str, config, files: dict) -> bool:
+def is_known_extra(name: str, config, places: dict) -> bool:
     """Whether a tensor that the decoder lacks may be left out.
 
-    Buffers, parts that read images, and a tied head that equals the embedding.
+    Buffers, parts that read images, and a tied head that equals the embedding. places: those of
+    checkpoint.names.find_tensors.
     """
     if name.startswith(config.skips) or BUFFERS.fullmatch(name):
         return True
@@ -125,11 +129,10 @@ def is_known_extra(name: str, config, files: dict) -> bool:
     if name != head or not config.tie_word_embeddings:
         return False
     embedding = config.stored_name("model.embed_tokens.weight")
-    with open_tensors(files[name]) as a, open_tensors(files[embedding]) as b:
-        if torch.equal(a.get_tensor(name), b.get_tensor(embedding)):
-            return True
+    if equal_tensors(places[head], places[embedding]):
+        return True
     raise ValueError(
-        f"{files[name]}: {head} differs from {embedding}, but config.json says they are one "
+        f"{places[name][0]}: {head} differs from {embedding}, but config.json says they are one "
         "(tie_word_embeddings: true). Set it to false to use both")
 
 
@@ -162,7 +165,7 @@ QUANTIZED_NAMES = re.compile(r".+\.(weight\..+|SCB|weight_format)")
 
 
 def packed_weights(folder) -> dict:
-    """{name of a weight: checkpoint.packed.Packed} of what the folder's files store quantized.
+    """{family's name of a weight: checkpoint.packed.Packed} of what is stored quantized.
 
     Raises ValueError with file and key for parts that are missing or unknown.
     """
@@ -174,7 +177,7 @@ def packed_weights(folder) -> dict:
         return {}
     from checkpoint.packed import find_packed           # methods/quant.py may be absent
 
-    return find_packed(folder, files)
+    return find_packed(folder, find_tensors(folder, read_model_config(folder)))
 
 
 def weight_formats(model: CausalLM, packed: dict, requested=None) -> dict:
@@ -248,20 +251,21 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
     weights = {stored_name(name): p for name, p in model.named_parameters()}
     others = {}
     if model.config.skips and any(Path(source).glob("*.safetensors")):  # none from scratch
-        for name, file in tensor_files(source).items():
+        for name, place in find_tensors(source, model.config).items():
             if name.startswith(model.config.skips):
-                others[name] = file
+                others[name] = place
 
     def read(name: str) -> list[torch.Tensor]:
         if name in weights:
             weight = weights[name]
             return [full_tensor(weight).to(dtype or weight.dtype)]
-        with open_tensors(others[name]) as tensors:
-            return [tensors.get_tensor(name)]
+        file, key = others[name]
+        with open_tensors(file) as tensors:
+            return [tensors.get_tensor(key)]
 
     shapes = {name: (tuple(p.shape), dtype or p.dtype) for name, p in weights.items()}
-    for name, file in others.items():
-        shapes[name] = stored_as(file, name)
+    for name, place in others.items():
+        shapes[name] = stored_as(*place)
     write_tensors(folder, shapes, read)
 
     first_dtype = dtype or next(iter(weights.values())).dtype

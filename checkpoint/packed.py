@@ -54,27 +54,27 @@ class Packed:
                               where=f"{file}: {key}")
 
 
-def find_packed(folder, files: dict[str, Path]) -> dict[str, Packed]:
-    """{name of a weight: Packed} of a folder with these tensors, {key: file}.
+def find_packed(folder, places: dict[str, tuple[Path, str]]) -> dict[str, Packed]:
+    """{name of a weight: Packed} of a folder with these tensors, {name: (file, key)}.
 
     Raises ValueError with file and key for parts that are missing or unknown.
     """
     layers = {}                             # {name of a layer: {part: (file, key)}}
-    for key, file in files.items():
-        match = re.fullmatch(r"(.+)\.(weight\..+|SCB|weight_format)", key)
-        if not match or f"{match[1]}.weight" not in files:
+    for full_name, (file, key) in places.items():
+        match = re.fullmatch(r"(.+)\.(weight\..+|SCB|weight_format)", full_name)
+        if not match or f"{match[1]}.weight" not in places:
             continue
         layer, name = match.groups()
         if name not in PARTS:
             known = ", ".join(other for other in PARTS if other != "weight")
             raise ValueError(f"{file}: {key} is an unknown part of a quantized weight; the known "
                              f"ones are {known}")
-        codes = (files[f"{layer}.weight"], f"{layer}.weight")
+        codes = places[f"{layer}.weight"]
         layers.setdefault(layer, {"codes": codes})[PARTS[name]] = (file, key)
 
     by_file = {}                            # each file is opened once
     for layer, parts in layers.items():
-        check_state(folder, files, layer, parts)
+        check_state(folder, places, layer, parts)
         file, _ = parts.get("state", parts["codes"])
         by_file.setdefault(file, []).append(layer)
 
@@ -86,9 +86,9 @@ def find_packed(folder, files: dict[str, Path]) -> dict[str, Packed]:
     return found
 
 
-def check_state(folder, files: dict, layer: str, parts: dict):
+def check_state(folder, places: dict, layer: str, parts: dict):
     """Raises ValueError for a layer whose format is nowhere stated."""
-    if f"{layer}.SCB" in files or "state" in parts:
+    if f"{layer}.SCB" in places or "state" in parts:
         return
     file, key = next(place for part, place in parts.items() if part != "codes")
     missing = f"{layer}.weight.quant_state.bitsandbytes__nf4 (or __fp4)"

@@ -13,8 +13,10 @@ import torch
 from checkpoint.adapters import (OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base,
                                  load_adapter, peft_names, pissa_start, read_adapter_config,
                                  swapped_stacks)
-from checkpoint.files import open_tensors, stored_as, tensor_files
+from checkpoint.files import open_tensors, stored_as
 from checkpoint.load import load_model, packed_weights, quantized_weights
+from checkpoint.names import find_tensors
+from families import ModelConfig
 from lora import lora_layers
 
 
@@ -56,7 +58,7 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     quantized = quantized_weights(skeleton)
     parameters = [*skeleton.named_parameters(remove_duplicate=False), *quantized.items()]
     weights = {stored_name(name): tuple(p.shape) for name, p in parameters}
-    plan = plan_base(base, weights, packed, dtype)
+    plan = plan_base(base, skeleton.config, weights, packed, dtype)
     if not packed:
         for name in quantized:
             plan[stored_name(name)].quant_format = quant_format
@@ -80,26 +82,26 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     return plan, untied
 
 
-def plan_base(base: Path, weights: dict[str, tuple], packed: dict,
+def plan_base(base: Path, config: ModelConfig, weights: dict[str, tuple], packed: dict,
               dtype: torch.dtype | None) -> dict[str, Planned]:
     """{name: Planned} of the base's tensors. weights: {name: shape} according to config.json."""
     scales = set()                                      # tensors stored beside quantized weights
     for weight in packed.values():
-        scales |= {key for part, (_, key) in weight.parts.items() if part != "codes"}
+        scales |= {place for part, place in weight.parts.items() if part != "codes"}
 
     plan = {}
-    for name, file in tensor_files(base).items():
-        if name in scales:
+    for name, (file, key) in find_tensors(base, config, weights).items():
+        if (file, key) in scales:
             continue
-        shape, stored_dtype = stored_as(file, name)
+        shape, stored_dtype = stored_as(file, key)
         if name in packed:
             shape = packed[name].shape
             stored_dtype = packed[name].quant_format.dtype
         if weights.get(name, shape) != shape:
-            raise ValueError(f"{file}: {name} has shape {list(shape)}, config.json makes it "
+            raise ValueError(f"{file}: {key} has shape {list(shape)}, config.json makes it "
                              f"{list(weights[name])}")
         new_dtype = dtype if dtype and name in weights else stored_dtype
-        plan[name] = Planned(file=file, key=name, shape=shape, dtype=new_dtype,
+        plan[name] = Planned(file=file, key=key, shape=shape, dtype=new_dtype,
                              packed=packed.get(name))
     return plan
 

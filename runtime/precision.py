@@ -18,7 +18,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from checkpoint.files import DTYPES, stored_as, tensor_files
+from checkpoint.files import DTYPES, stored_as
+from checkpoint.names import find_tensors
 from families import read_config_json
 from lora import LoRALinear
 
@@ -66,7 +67,7 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
     our_name = "model.layers.0.self_attn.o_proj.weight"
     stored_name = base.model_config.stored_name(our_name)
     try:
-        _, dtype = stored_as(tensor_files(base.folder)[stored_name], stored_name)
+        _, dtype = stored_as(*find_tensors(base.folder, base.model_config)[stored_name])
         return dtype if dtype.is_floating_point else quant_formats[our_name].dtype
     except (FileNotFoundError, KeyError):
         fields = read_config_json(base.folder)

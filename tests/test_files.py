@@ -5,6 +5,7 @@ Next: test_load.py, for whole models; test_merge.py, for streamed merging.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from checkpoint import files
 from checkpoint.adapters import save_adapter
@@ -24,6 +25,7 @@ from checkpoint.files import (CODES, PICKLES_ARE_SAFE, find_checkpoint, into_fol
                               write_tensors)
 from checkpoint.load import load_model
 from lora import LoRAConfig, attach_lora
+from model import init_weights
 from tests.common import ROOT
 from tests.tiny_models import same_bytes, tiny, write_tiny
 
@@ -275,7 +277,8 @@ def test_a_disk_that_fills_up_leaves_no_files(tmp_path, no_file_above_20_kb):
                                   '{"weight_map": {"a": 1}}'])
 def test_damaged_index(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(ValueError, match="model.safetensors.index.json is damaged or incomplete; fetch it again"):
+    with pytest.raises(ValueError, match="index.json (is damaged or incomplete|is not valid JSON .*"
+                       "|holds a list, not .*); fetch it again"):
         tensor_files(tmp_path)
 
 
@@ -393,6 +396,131 @@ def test_a_tensor_of_a_pickle_is_read_without_the_others(tmp_path):
     assert out.returncode == 0, out.stderr
     (tmp_path / "x.bin").unlink()
     assert int(out.stdout) < 40 * 10**6, f"{int(out.stdout) / 1e6:.0f} MB"
+
+
+# ---- which files hold the weights ----
+
+
+def in_shards(folder, stem="model", ending="safetensors", index=True):
+    """The tiny model of another seed as two shards of this kind; returns its state."""
+    folder.mkdir(exist_ok=True)
+    model = tiny()
+    init_weights(model, torch.Generator().manual_seed(1))
+    state = {name: p.clone() for name, p in model.named_parameters()}
+    where = {name: f"{stem}-{i % 2 + 1:05d}-of-00002.{ending}" for i, name in enumerate(state)}
+    save = save_file if ending == "safetensors" else torch.save
+    for file in set(where.values()):
+        save({name: t for name, t in state.items() if where[name] == file}, folder / file)
+    if index:
+        index = {"metadata": {}, "weight_map": where}
+        write_json(folder / f"{stem}.{ending}.index.json", index)
+    return state
+
+
+KINDS = [("model", "safetensors"), pytest.param("pytorch_model", "bin", marks=needs_safe_pickles)]
+
+
+@pytest.mark.parametrize("shards_are_there", [True, False])
+@pytest.mark.parametrize("stem, ending", KINDS)
+def test_a_single_file_wins_over_a_left_over_index(stem, ending, shards_are_there, tmp_path):
+    """As in transformers: the index names the shards of an older model."""
+    transformers = pytest.importorskip("transformers")
+    folder = write_tiny(tmp_path, tiny())
+    in_shards(folder, stem, ending)
+    if ending == "bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    if not shards_are_there:
+        for shard in folder.glob("*-of-*"):
+            shard.unlink()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ours, want = load_model(folder), tiny()
+    assert {file.name for file in tensor_files(folder).values()} == {f"{stem}.{ending}"}
+    for name, p in want.named_parameters():
+        assert torch.equal(ours.get_parameter(name), p), name
+        assert torch.equal(theirs.get_parameter(name), p), name
+
+
+@needs_safe_pickles
+def test_an_index_of_safetensors_wins_over_a_single_pickle(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = pickled(tmp_path)
+    state = in_shards(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(load_model(folder).lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(theirs.lm_head.weight, state["lm_head.weight"])
+
+
+@pytest.mark.parametrize("stem, ending", KINDS)
+def test_shards_without_an_index_are_read_if_the_set_is_whole(stem, ending, tmp_path):
+    folder = write_tiny(tmp_path, tiny())
+    (folder / "model.safetensors").unlink()
+    state = in_shards(folder, stem, ending, index=False)
+    assert torch.equal(load_model(folder).lm_head.weight, state["lm_head.weight"])
+    first = folder / f"{stem}-00001-of-00002.{ending}"
+    os.rename(first, folder / "aside")
+    with pytest.raises(FileNotFoundError, match="index.json is missing, .* not one whole set"):
+        load_model(folder)
+    os.rename(folder / "aside", first)
+    shutil.copyfile(first, folder / f"{stem}-00001-of-00003.{ending}")
+    with pytest.raises(FileNotFoundError, match="not one whole set"):
+        load_model(folder)
+    (folder / f"{stem}-00001-of-00003.{ending}").unlink()
+    shutil.copyfile(first, folder / f"{stem}-00002-of-00002.{ending}")
+    with pytest.raises(ValueError, match="both hold .*, and .*index.json is missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "a/../../x", "..",
+                                  "a\\..\\x", "C:x", "a\0b", "", "a//b"])
+def test_an_index_that_names_a_file_outside_its_folder_is_refused(name, tmp_path):
+    folder = write_tiny(tmp_path / "base", tiny())
+    os.rename(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    names = [name for name, _ in tiny().named_parameters()]
+    write_json(folder / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, name)})
+    with pytest.raises(ValueError, match="index.json: .* which is no file in that folder"):
+        load_model(folder)
+
+
+def test_an_index_that_names_the_single_file_or_one_in_a_folder_below(tmp_path):
+    folder = write_tiny(tmp_path, tiny())
+    (folder / "parts").mkdir()
+    os.rename(folder / "model.safetensors", folder / "parts" / "all.safetensors")
+    names = [name for name, _ in tiny().named_parameters()]
+    index = {"weight_map": dict.fromkeys(names, "parts/all.safetensors")}
+    write_json(folder / "model.safetensors.index.json", index)
+    assert torch.equal(load_model(folder).lm_head.weight, tiny().lm_head.weight)
+
+
+@needs_safe_pickles
+@pytest.mark.parametrize("tensors, words", [
+    ({0: torch.ones(1)}, "a tensor is called 0, which is no text"),
+    ({("a", 1): torch.ones(1)}, "a tensor is called .*, which is no text"),
+    ({"a": torch.ones(2, 2).to_sparse()}, "a is stored torch.sparse_coo; only plain"),
+    ({"a": torch.ones(2, device="meta")}, "a is stored without data"),
+])
+def test_pickled_tensors_that_no_model_has(tensors, words, tmp_path):
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=f"pytorch_model.bin: {words}"):
+        tensor_files(tmp_path)
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[" * 100_000, "is nested too deeply|is not valid JSON"),
+    ('{"a":' * 100_000, "is nested too deeply|is not valid JSON"),
+    ('{"weight_map": ' + "9" * 5000 + "}", "is not valid JSON|is damaged"),
+    ("\ud800".encode("utf-8", "surrogatepass"), "is not valid JSON"),
+])
+def test_json_that_breaks_readers_is_named(text, words, tmp_path):
+    for name, read in (("model.safetensors.index.json", tensor_files), ("config.json", load_model)):
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ValueError, match=f"{name} ({words})"):
+            read(tmp_path)
+
+
+def test_a_null_character_in_a_folders_name():
+    with pytest.raises(ValueError, match=r"'a\\x00b' holds a null character"):
+        find_checkpoint("a\0b")
 
 
 # ---- all or nothing ----
