@@ -143,7 +143,10 @@ class Config:
     create_new_adapter: bool = key(False, DATA,
         "merge all given adapters into the base and train a new one")
     freeze_trainable_layers: int = key(2, FIXED,
-        "number of last layers to train (negative: of first layers)", only="freeze")
+        "number of last layers to train (negative: of first layers)", only="freeze lora")
+    use_llama_pro: bool = key(False, FIXED,
+        "train the freeze_trainable_layers blocks that block expansion has inserted, every n-th, "
+        "with finetuning_type freeze or lora", only="freeze lora")
     freeze_trainable_modules: list[str] = key(["all"], FIXED,
         "modules to train in these layers, as mlp,self_attn", only="freeze")
     freeze_extra_modules: list[str] | None = key(None, FIXED,
@@ -275,9 +278,10 @@ class Config:
         "learning-rate schedule after the warm-up",
         choices=(
             "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
-            "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay"
+            "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+            "cosine_warmup_with_min_lr",
         ),
-        later=("reduce_lr_on_plateau", "cosine_warmup_with_min_lr", "greedy"))
+        later=("reduce_lr_on_plateau", "greedy"))
     lr_scheduler_kwargs: dict = key({}, FREE,
         "further settings of the schedule, as lr_scheduler_kwargs.min_lr=1e-6")
     warmup_ratio: Steps | None = key(None, FREE,
@@ -488,7 +492,7 @@ REFUSED = (
      "shards a model that does not fit on one"),
     ("train", "use_unsloth use_kt",
      "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
-    ("train", "use_llama_pro mixture_of_depths shift_attn",
+    ("train", "mixture_of_depths shift_attn",
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and "
      "finetuning_type: full are"),
     ("train", "use_apollo use_badam use_adam_mini",

@@ -46,6 +46,10 @@ def cosine_with_min_lr(s, total, warm, kw):
     return max(0.0, cosine(s, total, warm, kw) * (1 - floor) + floor)
 
 
+def cosine_warmup_with_min_lr(s, total, warm, kw):
+    return cosine_with_min_lr(s + 1, total, warm, kw)      # ends at the floor, one step earlier
+
+
 def polynomial(s, total, warm, kw):
     end = kw.get("lr_end", 1e-7) / kw["learning_rate"]
     if s > total:
@@ -88,6 +92,8 @@ SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it k
     "cosine": (cosine, "num_cycles"),
     "cosine_with_restarts": (cosine_with_restarts, "num_cycles"),
     "cosine_with_min_lr": (cosine_with_min_lr, "num_cycles min_lr min_lr_rate"),
+    "cosine_warmup_with_min_lr": (
+        cosine_warmup_with_min_lr, "num_cycles min_lr min_lr_rate warmup_lr_rate"),
     "polynomial": (polynomial, "lr_end power"),
     "inverse_sqrt": (inverse_sqrt, "timescale"),
     "constant": (constant, ""),
@@ -97,6 +103,16 @@ SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it k
         "num_stable_steps num_decay_steps decay_type min_lr_ratio num_cycles",
     ),
 }
+
+
+WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+
+
+def first_warmup(step: int, warm: int, start: float | None) -> float:
+    """Warmup of cosine_warmup_with_min_lr: from `start`, or 1 / warm, at the first step to 1."""
+    if start is None:
+        return (step + 1) / max(1, warm)
+    return start + (1 - start) * step / max(1, warm - 1)
 
 
 def warmup_steps(config, total_steps: int) -> int:
@@ -114,13 +130,15 @@ def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
     kw = dict(config.lr_scheduler_kwargs or {})
     schedule, known = SCHEDULES[kind]
     check_schedule_kwargs(kind, kw, known.split())
-    if kind == "cosine_with_min_lr":
+    if kind in WITH_MIN_LR:
         kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / config.learning_rate)
     kw["learning_rate"] = config.learning_rate
     low = kw.get("min_lr_ratio", 0.0)               # warmup_stable_decay starts from its floor
     warm = 0 if kind == "constant" else warmup_steps(config, total_steps)
 
     def factor(step: int) -> float:
+        if step < warm and kind == "cosine_warmup_with_min_lr":
+            return first_warmup(step, warm, kw.get("warmup_lr_rate"))
         if step < warm:
             return low + (1 - low) * step / max(1, warm)
         return schedule(step, total_steps, warm, kw)
@@ -136,9 +154,9 @@ def check_schedule_kwargs(kind: str, kw: dict, known: list[str]):
                              f"{did_you_mean(name, known)}; it knows {' '.join(known) or 'none'}")
         if name != "decay_type" and type(value) not in (int, float):
             raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
-    if kind == "cosine_with_min_lr" and ("min_lr" in kw) == ("min_lr_rate" in kw):
-        raise ValueError("lr_scheduler_type: cosine_with_min_lr needs lr_scheduler_kwargs with "
-                         "either min_lr (a rate) or min_lr_rate (a share of learning_rate)")
+    if kind in WITH_MIN_LR and ("min_lr" in kw) == ("min_lr_rate" in kw):
+        raise ValueError(f"lr_scheduler_type: {kind} needs lr_scheduler_kwargs with either min_lr "
+                         "(a rate) or min_lr_rate (a share of learning_rate)")
     if kw.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
         raise ValueError(f"lr_scheduler_kwargs: decay_type {kw['decay_type']!r} is none of cosine, "
                          "linear, 1-sqrt")

@@ -197,8 +197,7 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
 def partly_frozen_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: freeze. Some layers are trained in float32, the rest is frozen."""
     model = load_model(resume or base.folder, None, setup.device)
-    freeze.unfreeze(model, config.freeze_trainable_layers, config.freeze_trainable_modules,
-                    config.freeze_extra_modules or [], model.config.stored_name)
+    freeze.unfreeze_as_configured(model, config)
     frozen_dtype = half_dtype(config) or torch.float32
     for p in model.parameters():
         trained = p.requires_grad and not config.pure_bf16

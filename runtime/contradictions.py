@@ -160,6 +160,9 @@ def in_method(c: Config) -> Iterator[tuple]:
         "pissa_init initializes a new adapter, and adapter_name_or_path names one to continue; "
         "create_new_adapter: true merges that one first")
 
+    yield c.use_llama_pro and c.finetuning_type == "full", (
+        "use_llama_pro trains inserted blocks alone: it needs finetuning_type: freeze or lora")
+
     no_parameters = c.freeze_trainable_layers == 0 and not c.freeze_extra_modules
     yield c.finetuning_type == "freeze" and no_parameters, (
         "freeze_trainable_layers: 0 without freeze_extra_modules leaves nothing to train")

@@ -191,15 +191,9 @@ def model_without_storage(config: Config, workload: Workload) -> CausalLM:
                     **variant_of(workload.lora))
         return model
     if config.finetuning_type == "freeze":
-        from methods.freeze import unfreeze             # only where it is asked for
+        from methods.freeze import unfreeze_as_configured       # only where it is asked for
 
-        unfreeze(
-            model,
-            config.freeze_trainable_layers,
-            config.freeze_trainable_modules,
-            config.freeze_extra_modules or [],
-            model_config.stored_name,
-        )
+        unfreeze_as_configured(model, config)
     for p in model.parameters():
         in_float32 = p.requires_grad and not config.pure_bf16
         p.data = p.data.to(torch.float32 if in_float32 else workload.dtype)

@@ -117,13 +117,18 @@ def lora_config(config, base: Base, resume) -> LoRAConfig | None:
     init = True
     if config.pissa_init:
         init = f"pissa_niter_{config.pissa_iter}" if config.pissa_iter >= 0 else "pissa"
+    targets = config.lora_target
+    if config.use_llama_pro:
+        from methods.freeze import expanded_targets     # only where it is asked for
+
+        targets = expanded_targets(load_model(base.folder, skip_weights=True), config)
     return LoRAConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        target_modules=config.lora_target,
+        target_modules=targets,
         modules_to_save=config.additional_target or [],
         init_lora_weights=init,
     )

@@ -54,7 +54,7 @@ def test_training_keys_are_allowed_in_chat_and_merge():
         "deepspeed=z3.json",
         "stage=dpo",
         "finetuning_type=oft",
-        "use_llama_pro=true",
+        "mixture_of_depths=convert",
         "bf16=true",
         "fp16=true",
         "eval_strategy=steps",
@@ -63,7 +63,7 @@ def test_training_keys_are_allowed_in_chat_and_merge():
     config = load_argv(*argv, "export_dir=e", "adapter_name_or_path=a", script="merge")
     assert config.stage == "dpo" and ignored_keys(config) == [
         "deepspeed",
-        "use_llama_pro",
+        "mixture_of_depths",
         "infer_backend",
     ]
     assert "infer_backend" in refusal(*argv, script="chat")

@@ -11,7 +11,6 @@ from torch import nn
 from checkpoint.adapters import adapter_tensors, load_adapter, save_adapter
 from checkpoint.load import load_model
 from families import model_config
-from methods.freeze import unfreeze
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, lora_layers,
                   merged_weight, set_adapters, trainable)
 from losses import cross_entropy_sum
@@ -79,32 +78,6 @@ def test_dropout_acts_on_the_input_of_A_in_training_only():
     torch.manual_seed(1)
     assert torch.allclose(got, by_hand(F.dropout(x, 0.5)), atol=1e-6)
     assert torch.allclose(layer.eval()(x), by_hand(x), atol=1e-6) and not torch.allclose(got, layer(x), atol=1e-2)
-
-
-# ---- finetuning_type: freeze ----
-
-FREEZE = [      # layers, modules, extra modules: the trained parameters that LLaMA-Factory 0.9.5 chose
-    (1, ["all"], [], lambda name: ".1." in name),
-    (-1, ["mlp", "input_layernorm"], ["lm_head"], lambda n: ".0.mlp" in n or ".0.input" in n or "head" in n),
-    (5, ["self_attn"], ["embed_tokens"], lambda name: "self_attn" in name or "embed" in name),
-    (-1, ["self_attn"], ["norm"], lambda name: ".0.self_attn" in name or "norm" in name),       # in all layers
-    (0, ["all"], ["norm"], lambda name: "norm" in name),
-]
-
-
-@pytest.mark.parametrize("layers, modules, extra, trained", FREEZE)
-def test_layers_that_freeze_tuning_trains(layers, modules, extra, trained):
-    model = unfreeze(tiny(), layers, modules, extra)
-    assert set(trainable(model)) == {name for name, _ in model.named_parameters() if trained(name)} != set()
-
-
-@pytest.mark.parametrize("modules, extra, words", [
-    (["mpl"], [], r"freeze_trainable_modules: 'mpl' is no .*\(did you mean 'mlp'\?\); it has input_layernorm, mlp,"),
-    (["all"], ["lm_haed"], r"freeze_extra_modules: 'lm_haed' .*'lm_head'\?\); it has embed_tokens, lm_head, norm$"),
-])
-def test_unknown_layers_are_errors(modules, extra, words):
-    with pytest.raises(ValueError, match=words):
-        unfreeze(tiny(), 1, modules, extra)
 
 
 # ---- which modules ----

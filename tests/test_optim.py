@@ -69,6 +69,9 @@ def test_learning_rates_of_a_published_run(run):
 KINDS = [      # (lr_scheduler_type, lr_scheduler_kwargs, its name in transformers.optimization)
     ("cosine", {"num_cycles": 1.5}, "get_cosine_schedule_with_warmup"),
     ("cosine_with_min_lr", {"min_lr": 1e-5}, "get_cosine_with_min_lr_schedule_with_warmup"),
+    *[("cosine_warmup_with_min_lr", kwargs, "get_cosine_with_min_lr_schedule_with_warmup_lr_rate")
+      for kwargs in ({"min_lr": 1e-5}, {"min_lr_rate": 0.2, "warmup_lr_rate": 0.3},
+                     {"min_lr_rate": 0.0, "num_cycles": 1.5})],
     ("polynomial", {"power": 2.0, "lr_end": 1e-6}, "get_polynomial_decay_schedule_with_warmup"),
     ("inverse_sqrt", {"timescale": 7}, "get_inverse_sqrt_schedule"),
     *[("warmup_stable_decay", kwargs, "get_wsd_schedule") for kwargs in (
