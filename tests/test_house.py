@@ -10,7 +10,7 @@ import pytest
 
 from tests.common import ROOT
 
-SCRIPTS = ("train", "chat", "eval", "merge")
+SCRIPTS = ("train", "chat", "eval", "merge", "cli")
 # a folder imports the root and folders that stand before it; scripts import whatever they like, and
 # nobody imports them
 FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "runtime", "evals")
