@@ -56,6 +56,7 @@ from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
 from runtime.memory_advice import available_bytes
+from runtime.resume import EVAL_LOCK, lock
 from runtime.show_data import print_counts
 from runtime.report import format_table, print_pairs
 from text.load_text import Text, eos_ids_of, load_text
@@ -106,6 +107,7 @@ def main(argv):
     # ---- measure
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
+    lock(output, EVAL_LOCK)
     for side in sides:
         measure(side, config, examples, prompts, text.stop_ids | eos_ids_of(base), sampling, device)
         if prompts:
@@ -116,8 +118,8 @@ def main(argv):
     write_json(output / "comparison.json", {side.name: side.results for side in sides})
     print_metrics(config, sides, bool(prompts))
     print_changed_most(sides, examples, prompts, text.tokenizer)
-    for path in output.glob(progress_name("*")):        # finished: the next run starts anew
-        path.unlink()
+    for side in sides:                                  # finished: the next run starts anew
+        (output / progress_name(side.name)).unlink(missing_ok=True)
     print(f"\nwritten to {output}: {', '.join(files_of(bool(prompts)))}, comparison.json")
 
 

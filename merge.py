@@ -65,6 +65,8 @@ MAX_THREADS = 4                 # more would idle: one writes while the others s
 TEXT_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "train_config.json")
+# In the header of weight files: overwrite: true replaces only such.
+EXPORT_MARK = {"written_by": "merge.py of Pocket Factory"}
 # Other files to copy from the base's folder, unless they match SKIPPED.
 COPIED = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
@@ -131,7 +133,9 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
     name = name_of(template) if template else "none set or stored: the tokenizer's files are kept"
     print(f"template  {name}")
 
-    with new_folder(target) as work:
+    earlier = {item.name for item in target.iterdir()} if target.is_dir() else set()
+    with new_folder(target, replaceable=earlier) as work:
+        check_target(target, [base, *adapters], overwrite)      # another merge has ended since?
         copy_files(base, text_source, work)
         has_tokenizer = (text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)
         if template and has_tokenizer:
@@ -209,10 +213,39 @@ def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
     if items and not overwrite:
         raise ValueError(f"export_dir: {path} is not empty (it holds {items[0].name}). Name "
                          "another folder, or set overwrite: true")
-    if items and (target / "config.json" not in items or any(item.is_dir() for item in items)):
-        raise ValueError(f"export_dir: {path} holds more than a checkpoint, and overwrite: true "
-                         "would remove all of it. Name another folder")
+    others = [item.name for item in items if not is_of_export(item, sources[0])]
+    if others:
+        raise ValueError(
+            f"export_dir: {path} holds {others[0]}, which no earlier export of this base has "
+            "written, and overwrite: true removes nothing else. Name another folder, or remove "
+            "it yourself")
     return target
+
+
+def is_of_export(path: Path, base: Path) -> bool:
+    """Whether merge.py has written this file: weights by their mark, other files by their names.
+
+    Exports of earlier releases have no mark.
+    """
+    if not path.is_file():
+        return False
+    if path.suffix == ".safetensors" and path.name != VALUE_HEAD:
+        with open_tensors(path) as tensors:
+            return (tensors.metadata() or {}).items() >= EXPORT_MARK.items()
+    names = {"config.json", "generation_config.json", "model.safetensors.index.json", VALUE_HEAD,
+             *TEXT_FILES, *(file.name for file in copied_files(base))}
+    return path.name in names
+
+
+def copied_files(base: Path) -> list[Path]:
+    """The files of the base that its merged model gets unchanged."""
+    found = []
+    for file in base.iterdir():
+        copied = any(fnmatch(file.name, pattern) for pattern in COPIED)
+        skipped = any(fnmatch(file.name, pattern) for pattern in SKIPPED)
+        if file.is_file() and copied and not skipped:
+            found.append(file)
+    return found
 
 
 # ---- the work ---------------------------------------------------------------------------------
@@ -227,7 +260,7 @@ def write_plan(folder: Path, plan: dict[str, Planned], device, shard_bytes: int,
     def blocks_of(name):
         return islice(blocks, len(list(row_blocks(plan[name].shape))))
 
-    write_tensors(folder, shapes, blocks_of, shard_bytes, progress)
+    write_tensors(folder, shapes, blocks_of, shard_bytes, progress, metadata=EXPORT_MARK)
 
 
 def run_ahead(makers: Iterable[Callable]) -> Iterator:
@@ -424,11 +457,8 @@ def copy_files(base: Path, text_source: Path, work: Path):
 
     The value head of a reward model comes from text_source, too.
     """
-    for file in base.iterdir():
-        copied = any(fnmatch(file.name, pattern) for pattern in COPIED)
-        skipped = any(fnmatch(file.name, pattern) for pattern in SKIPPED)
-        if file.is_file() and copied and not skipped:
-            shutil.copyfile(file, work / file.name)
+    for file in copied_files(base):
+        shutil.copyfile(file, work / file.name)
     for name in (*TEXT_FILES, VALUE_HEAD):
         if (text_source / name).is_file():
             shutil.copyfile(text_source / name, work / name)

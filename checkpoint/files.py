@@ -2,7 +2,7 @@
 
 Files and folders appear under their final names only when they are complete.
 
-Requires: families.py (reading JSON).
+Requires: families.py (reading JSON), checkpoint/work_folder.py.
 Next: checkpoint/load.py.
 """
 import json
@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Collection
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from checkpoint.work_folder import OLD, files_under, keep_aside, work_folder
 from errors import first_line, nearest_name
 from families import read_json_object
 
@@ -314,36 +316,38 @@ def save_tensors(path, tensors: dict):
 
 
 @contextmanager
-def new_folder(path):
+def new_folder(path, replaceable: Collection[str] = ()):
     """A folder to fill; it is renamed to `path` when the block ends without an error.
 
         with new_folder(path) as work:
             write_json(work / "config.json", config)
+
+    An existing folder is replaced if it holds nothing but files that the new one has, too, or
+    whose names are in `replaceable`; else it is kept under another name.
     """
     path = Path(path)
-    work = path.with_name(path.name + ".partial")
-    old = path.with_name(path.name + ".old")
-    if old.exists() and not path.exists():  # a run was killed between the two renames below
-        os.replace(old, path)
-    for leftover in (work, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    work.mkdir(parents=True)
-    try:
-        yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    sync_folder(work)
-    if path.exists():
-        os.replace(path, old)               # at any moment one of the two is complete
-    os.replace(work, path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with work_folder(path) as work:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        sync_files(new)
+        if path.exists():
+            others = sorted(files_under(path) - files_under(new) - set(replaceable))
+            if others:
+                keep_aside(path, f"it holds {others[0]}, which was not written here")
+            else:
+                os.replace(path, work / OLD)    # at any moment one of the two is complete
+        os.replace(new, path)
+        sync_folder(path.parent)
+
+
+def sync_files(folder: Path):
+    """Write all files in a folder through to the disk, and the folder."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    sync_folder(folder)
 
 
 def sync_folder(path):
@@ -367,11 +371,14 @@ def into_folder(path):
     Each replaces an older one of the same name.
     """
     path = Path(path)
-    with new_folder(path / "final") as work:
-        yield work
-    for file in (path / "final").iterdir():
-        os.replace(file, path / file.name)
-    (path / "final").rmdir()
+    with work_folder(path / "final") as work:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        sync_files(new)
+        for file in sorted(new.iterdir()):
+            os.replace(file, path / file.name)
+        sync_folder(path)
 
 
 def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -392,12 +399,12 @@ def plan_shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
 
 
 def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9,
-                  progress=lambda bytes_written: None):
+                  progress=lambda bytes_written: None, metadata: dict[str, str] = {}):
     """Write model.safetensors, or shards with an index, with one block of a tensor in memory.
 
     shapes: {name: (shape, torch dtype)} in the order of writing. rows_of(name): the rows of a
     tensor, in one or several blocks. limit: bytes of a shard. progress: called after each block.
-    Raises OSError if the disk has too little room.
+    metadata: for the files' headers. Raises OSError if the disk has too little room.
     """
     folder = Path(folder)
     sizes = {name: dtype.itemsize * torch.Size(shape).numel()
@@ -414,19 +421,20 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9,
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(folder / file, {name: shapes[name] for name in names}, rows_of, progress)
+        write_shard(folder / file, {name: shapes[name] for name in names}, rows_of, progress,
+                    metadata)
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 
 
-def write_shard(path: Path, shapes: dict, rows_of, progress):
+def write_shard(path: Path, shapes: dict, rows_of, progress, metadata: dict[str, str]):
     """Write one safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes.
 
     The package safetensors can only write a file whose tensors are all in memory.
     """
-    header = {"__metadata__": {"format": "pt"}}
+    header = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, (shape, dtype) in shapes.items():
         end = offset + dtype.itemsize * torch.Size(shape).numel()

@@ -16,23 +16,35 @@ Source: exit code 75, "try again later", is EX_TEMPFAIL of BSD's sysexits.h.
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
 import time
-from itertools import count
+from fnmatch import fnmatch
 from pathlib import Path
 
 from checkpoint.training_state import STATE_FILES, checkpoints_in, damage
+from checkpoint.work_folder import (files_under, keep_aside, remove_leftovers, unused_name,
+                                    work_folder)
 from config import DATA, FIXED, IGNORED, KEYS, Config
 from text.token_cache import TOKENIZED
 from text.tokenizer import read_json
 
 STOPPED = 75                    # exit code of a run that was asked to stop and can be resumed
 LOCK = ".lock"                  # file in output_dir, locked during a run; names its process
+EVAL_LOCK = ".eval.lock"        # the same of eval.py
 # files that a run without a finished checkpoint leaves behind; nothing is lost with them
-DISPOSABLE = (LOCK, TOKENIZED, "pissa_init", "train_config.json", "trainer_log.jsonl")
+DISPOSABLE = (LOCK, EVAL_LOCK, TOKENIZED, "pissa_init", "train_config.json", "trainer_log.jsonl")
+# what a run writes into output_dir
+RESULTS = (
+    "adapter_*", "*_results.json", "chat_template.jinja", "config.json", "generation_config.json",
+    "model*.safetensors*", "README.md", "special_tokens_map.json", "tokenizer*",
+    "train_config.json", "trainer_log.jsonl", "trainer_state.json", "training_*.png",
+    "value_head.safetensors", "pissa_init", "pissa_converted", "runs", TOKENIZED)
+# what a checkpoint of a release without checksums.json holds
+CHECKPOINT_FILES = (*RESULTS, *STATE_FILES)
 
 
 # ---- stopping -----------------------------------------------------------------------------------
@@ -84,22 +96,22 @@ class StopSignals:
 # ---- one run per folder -------------------------------------------------------------------------
 
 
-def lock(output: Path):
+def lock(output: Path, name: str = LOCK):
     """Lock output_dir until this process ends. Raises ValueError if another run has locked it.
 
-    This is the system's lock on a file and not the file's existence: it ends with the process, even
-    when that is killed.
+    name: of the lock file; eval.py has another one than a training run. This is the system's lock
+    on a file and not the file's existence: it ends with the process, even when that is killed.
     """
     try:
         import fcntl
     except ImportError:                 # Windows
         return
-    handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)      # closing it would unlock
+    handle = os.open(output / name, os.O_RDWR | os.O_CREAT, 0o666)      # closing it would unlock
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            owner = read_owner(output)
+            owner = read_owner(output, name)
             raise ValueError(
                 f"output_dir: another run is using {output} (process {owner.get('process')} on "
                 f"{owner.get('host')}); wait until it ends, stop it, or name another folder"
@@ -129,10 +141,10 @@ def record_stop(output: Path, why: str):
         os.close(handle)
 
 
-def read_owner(output: Path) -> dict:
+def read_owner(output: Path, name: str = LOCK) -> dict:
     """What the lock file says about the last run in output_dir; {} if it cannot be read."""
     try:
-        return read_json(output / LOCK)
+        return read_json(output / name)
     except (ValueError, OSError):
         return {}
 
@@ -188,17 +200,56 @@ def find_resume(config: Config) -> Path | None:
             f"output_dir: {output} is not empty: it holds {replaced[0].name}, which does not "
             f"belong to this run{hint}. Name another folder, or set overwrite_output_dir: true"
         )
+    check_written_by_runs(output, replaced)
     return resume
 
 
+def check_written_by_runs(output: Path, replaced: list[Path]):
+    """Raises ValueError where overwrite_output_dir would overwrite files that no run has written.
+
+    A folder in which a run has worked holds its lock file or its log.
+    """
+    if "process" in read_owner(output) or (output / "trainer_log.jsonl").is_file():
+        return
+    for path in replaced:
+        if any(fnmatch(path.name, pattern) for pattern in RESULTS):
+            raise ValueError(
+                f"output_dir: {output} holds {path.name}, and no run of this program has worked "
+                "there: overwrite_output_dir: true replaces only an earlier run. Name another "
+                "folder")
+
+
 def check_sources(config: Config, replaced: list[Path]):
-    """Raises ValueError if the model or an adapter is a checkpoint that the run would replace."""
-    checkpoints = [path.resolve() for path in replaced if path.name.startswith("checkpoint-")]
-    for name in [config.model_name_or_path, *(config.adapter_name_or_path or [])]:
+    """Raises ValueError if the run would replace something that it reads."""
+    output = Path(config.output_dir).resolve()
+    checkpoints = [path.resolve() for path in replaced if is_checkpoint(path)]
+    for name in files_read(config):
         source = Path(name).resolve()
         if any(path in (source, *source.parents) for path in checkpoints):
             raise ValueError(f"{name} lies in output_dir, whose checkpoints a new run replaces; "
                              "name another output_dir")
+        is_result = any(fnmatch(source.name, pattern) for pattern in RESULTS)
+        if source.parent == output and source.is_file() and is_result:
+            raise ValueError(f"{name} lies in output_dir and has a name under which a run writes "
+                             "there; name another output_dir")
+    for name in [*(config.adapter_name_or_path or []), config.ref_model or ""]:
+        if name and Path(name).resolve() == output and replaced:
+            raise ValueError(f"{name} is output_dir, whose weights a new run replaces; name "
+                             "another output_dir")
+
+
+def files_read(config: Config) -> list[str]:
+    """Files and folders that the config names: models, adapters, data."""
+    named = [config.model_name_or_path, config.ref_model, config.dataset_dir]
+    named += [*(config.adapter_name_or_path or []), *(config.ref_model_adapters or [])]
+    for name in [*(config.dataset or []), *(config.eval_dataset or [])]:
+        named += [name, os.path.join(config.dataset_dir, name)]
+    return [name for name in named if name]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this has the name of a checkpoint folder."""
+    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) and path.is_dir()
 
 
 def named_checkpoint(folder: Path, checkpoints: list[Path]) -> Path:
@@ -256,7 +307,7 @@ def newest_intact(output: Path, request: str) -> Path | None:
 
 def is_damaged(path: Path) -> bool:
     """Whether this is a damaged checkpoint: nothing is lost when a run overwrites it."""
-    return path.name.startswith("checkpoint-") and path.is_dir() and bool(damage(path))
+    return is_checkpoint(path) and bool(damage(path))
 
 
 def files_of_other_runs(output: Path, resume: Path | None) -> list[Path]:
@@ -275,7 +326,7 @@ def files_of_other_runs(output: Path, resume: Path | None) -> list[Path]:
         return checkpoints
     found = sorted(output.iterdir()) if output.is_dir() else []
     return [path for path in found
-            if path.name not in DISPOSABLE and path.suffix not in (".partial", ".damaged")]
+            if path.name not in DISPOSABLE and path.suffix not in (".partial", ".damaged", ".kept")]
 
 
 # ---- what may change between a run and its continuation -----------------------------------------
@@ -340,24 +391,13 @@ def prepare_output(config: Config, resume: Path | None, weights: dict):
     lock(output)
     for old in files_of_other_runs(output, resume):
         if is_damaged(old):
-            os.replace(old, unused_name(old))
-        elif old.name.startswith("checkpoint-"):
+            os.replace(old, unused_name(old, ".damaged"))
+        elif is_checkpoint(old) and remove_checkpoint(old):
             print(f"overwrite_output_dir: removed {old} of an earlier run")
-            remove_checkpoint(old)
-    for unfinished in output.glob("checkpoint-*.partial"):
-        shutil.rmtree(unfinished)
+    remove_leftovers(output)
     # a checkpoint also holds AdamW's two moments of each weight
     copies = 1 if config.save_strategy == "no" else 4
     check_disk_space(output, sum(p.nbytes for p in weights.values()) * copies, "this run")
-
-
-def unused_name(checkpoint: Path) -> Path:
-    """checkpoint-N.damaged, or checkpoint-N.2.damaged, ... if that exists."""
-    for number in count(1):
-        suffix = ".damaged" if number == 1 else f".{number}.damaged"
-        path = checkpoint.with_name(checkpoint.name + suffix)
-        if not path.exists():
-            return path
 
 
 def check_disk_space(output: Path, needed: int, what: str):
@@ -384,7 +424,8 @@ def usable_best(output: Path, best: list | None) -> list | None:
 
 def remove_old_checkpoints(config: Config, output: Path, best: list | None):
     """Keep the newest save_total_limit checkpoints, among them the best if it will be loaded."""
-    checkpoints = checkpoints_in(output, resumable=False)
+    checkpoints = [path for path in checkpoints_in(output, resumable=False)
+                   if written_by_run(path)]
     keep = {f"checkpoint-{best[0]}"} if best and config.load_best_model_at_end else set()
     kept_besides = keep & {path.name for path in checkpoints[:-1]}
     limit = max(1, (config.save_total_limit or len(checkpoints)) - len(kept_besides))
@@ -397,10 +438,33 @@ def remove_old_checkpoints(config: Config, output: Path, best: list | None):
         remove_checkpoint(path)
 
 
-def remove_checkpoint(checkpoint: Path):
-    """Rename, then delete: a kill in between leaves nothing that looks like a checkpoint."""
-    renamed = checkpoint.with_name(checkpoint.name + ".partial")
-    if renamed.exists():
-        shutil.rmtree(renamed)
-    os.replace(checkpoint, renamed)
-    shutil.rmtree(renamed)
+def remove_checkpoint(checkpoint: Path) -> bool:
+    """Remove a checkpoint of a run; what a run has not written there is kept as checkpoint-N.kept.
+
+    Returns whether nothing is kept. Renamed, then deleted: a kill in between leaves nothing that
+    looks like a checkpoint.
+    """
+    ours = written_by_run(checkpoint)
+    others = sorted(files_under(checkpoint) - ours)
+    if not others:
+        with work_folder(checkpoint) as work:
+            os.replace(checkpoint, work / "removed")
+        return True
+    kept = keep_aside(checkpoint, f"it holds {others[0]}, which no run has written")
+    for name in ours:
+        (kept / name).unlink(missing_ok=True)
+    return False
+
+
+def written_by_run(checkpoint: Path) -> set[str]:
+    """The names of the files in a checkpoint folder that a run has written."""
+    try:
+        listed = read_json(checkpoint / "checksums.json")
+    except ValueError:
+        return set()
+    if listed:
+        return {"checksums.json", *listed} & files_under(checkpoint)
+    if not (checkpoint / "train_config.json").is_file():
+        return set()
+    return {path.name for path in checkpoint.iterdir()
+            if path.is_file() and any(fnmatch(path.name, name) for name in CHECKPOINT_FILES)}

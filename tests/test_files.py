@@ -24,6 +24,7 @@ from checkpoint.files import (CODES, PICKLES_ARE_SAFE, find_checkpoint, into_fol
                               open_tensors, plan_shards, stored_as, tensor_files, write_json,
                               write_tensors)
 from checkpoint.load import load_model
+from checkpoint.work_folder import MARK
 from lora import LoRAConfig, attach_lora
 from model import init_weights
 from tests.common import ROOT
@@ -547,32 +548,105 @@ def test_new_folder_after_an_exception(tmp_path, error):
                 raise error
         assert [p.name for p in tmp_path.rglob("*")] == (["out", "a"] if old else [])
     assert (tmp_path / "out" / "a").read_text() == "old"
-    with new_folder(tmp_path / "out") as work:
+    with new_folder(tmp_path / "out", replaceable={"a"}) as work:
         (work / "b").write_text("new")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "b"]
 
 
-def test_an_old_folder_survives_a_kill_between_the_renames(tmp_path, monkeypatch):
+def test_an_old_folder_survives_an_error_between_the_renames(tmp_path, monkeypatch):
     """It is moved away, not deleted, before the new folder takes its name."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("old")
     replace = os.replace
 
     def stop(source, target):
-        if str(source).endswith(".partial"):
-            raise SystemExit("killed")
+        if source.name == "new":
+            raise SystemExit("stopped")
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", stop)
     with pytest.raises(SystemExit):
         with new_folder(tmp_path / "out") as work:
             (work / "a").write_text("new")
-    kept = {p.parent.name: p.read_text() for p in tmp_path.rglob("a")}
-    assert kept == {"out.old": "old", "out.partial": "new"}
-    monkeypatch.undo()
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
+    assert (tmp_path / "out" / "a").read_text() == "old"
+
+
+KILLED_BETWEEN = """
+import os, sys
+from pathlib import Path
+from checkpoint.files import new_folder
+replace = os.replace
+def die(source, target):
+    if source.name == "new":
+        os.kill(os.getpid(), 9)
+    replace(source, target)
+os.replace = die
+with new_folder(Path(sys.argv[1])) as work:
+    (work / "a").write_text("new")
+"""
+
+
+def test_an_old_folder_survives_a_kill_between_the_renames(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("old")
+    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, tmp_path / "out"], cwd=ROOT)
+    assert {p.parent.name: p.read_text() for p in tmp_path.rglob("a")} == {"old": "old", "new": "new"}
+    with pytest.raises(KeyError):
+        with new_folder(tmp_path / "out"):
+            assert (tmp_path / "out" / "a").read_text() == "old"
+            raise KeyError
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
+
+
+def test_a_folder_with_files_of_others_is_kept_under_another_name(tmp_path, capsys):
+    for number in ("", ".2"):
+        (tmp_path / "out/photos").mkdir(parents=True)
+        (tmp_path / "out/photos/one.jpg").write_text("mine")
+        (tmp_path / "out/a").write_text("old")
+        with new_folder(tmp_path / "out") as work:
+            (work / "a").write_text("new")
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {"a"}
+        assert (tmp_path / f"out{number}.kept/photos/one.jpg").read_text() == "mine"
+        assert "it holds photos/one.jpg, which was not written here" in capsys.readouterr().out
+        (tmp_path / "out/a").unlink()
+        (tmp_path / "out").rmdir()
+
+
+def test_folders_that_only_look_like_work_folders_stay(tmp_path, capsys):
+    """Names as those of an earlier release, or of our own work folders, without a mark; a mark of
+    another content; a mark whose lock is free, but of another target."""
+    for name in ("out.partial", "out.old", "out.ab.partial", "out.cd.partial", "out.ef.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text(name)
+    (tmp_path / "out.cd.partial" / MARK).write_text('{"target": "../out"}')
+    (tmp_path / "out.ef.partial" / MARK).write_text('{"target": "other"}')
     with new_folder(tmp_path / "out") as work:
-        (work / "a").write_text("newer")
-    assert (tmp_path / "out" / "a").read_text() == "newer" and not (tmp_path / "out.partial").exists()
+        (work / "a").write_text("new")
+    for path in tmp_path.glob("*/mine"):
+        assert path.read_text() == path.parent.name
+    assert len(list(tmp_path.glob("*/mine"))) == 5 and (tmp_path / "out" / "a").is_file()
+    shown = capsys.readouterr().out
+    assert f"{tmp_path}/out.partial is left as it is" in shown and "out.old is left" in shown
+
+
+@pytest.mark.parametrize("write", ["new_folder", "into_folder"])
+def test_two_writers_of_one_place_exclude_each_other(write, tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    command = [sys.executable, "-c", KILLED.replace("new_folder", write), str(target)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout.readline() == "writing\n"
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=f"another process is writing it .process {child.pid}"):
+            with getattr(files, write)(target):
+                pass
+        assert sorted(tmp_path.rglob("*")) == before
+    finally:
+        child.kill()
+        child.wait(30)
+        child.stdout.close()
 
 
 KILLED = """
@@ -596,7 +670,8 @@ def test_a_kill_while_writing_leaves_no_folder(tmp_path):
     child.send_signal(signal.SIGKILL)
     assert child.wait(30) == -signal.SIGKILL
     child.stdout.close()
-    assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]      # half a checkpoint, under another name
+    left, = tmp_path.iterdir()          # half a checkpoint, under another name
+    assert left.name.startswith("out.") and left.suffix == ".partial" and (left / MARK).is_file()
     with new_folder(target) as work:
         write_all(work, {"a": torch.ones(2)})
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "model.safetensors"]

@@ -17,6 +17,7 @@ import merge
 from checkpoint.adapters import load_adapter, load_with_adapters, save_adapter
 from checkpoint.files import PICKLES_ARE_SAFE, tensor_files, write_tensors
 from checkpoint.load import load_model
+from checkpoint.work_folder import write_mark
 from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
 from merge import merge_checkpoint
@@ -580,7 +581,8 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
         [sys.executable, "-c", code, base, adapter, out], cwd=ROOT, capture_output=True
     )
     assert killed.returncode == -signal.SIGKILL and not out.exists()
-    assert (tmp_path / "out.partial/model.safetensors").is_file()  # while it was writing
+    left, = tmp_path.glob("out.*.partial")
+    assert (left / "new/model.safetensors").is_file()  # while it was writing
 
     merge_checkpoint(base, [adapter], out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base", "out"]
@@ -593,7 +595,9 @@ def test_killed_or_interrupted_in_the_middle(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(base, [adapter], out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == whole  # the earlier result is kept
-    os.replace(out, tmp_path / "out.old")  # as if killed between the two renames
+    left.mkdir()  # as if killed between the two renames
+    os.close(write_mark(left, "out"))
+    os.replace(out, left / "old")
     with pytest.raises(KeyboardInterrupt):
         merge_checkpoint(base, [adapter], out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == whole
@@ -744,7 +748,7 @@ def test_folders_that_are_not_overwritten(tmp_path, monkeypatch):
     merge_checkpoint(base, [], out, overwrite=True)
     assert torch.equal(tensors_in(out)[HEAD], tensors_in(base)[HEAD])
     (out / "photos").mkdir()
-    with pytest.raises(ValueError, match="holds more than a checkpoint"):
+    with pytest.raises(ValueError, match="holds photos, which no earlier export"):
         merge_checkpoint(base, [adapter], out, overwrite=True)
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
@@ -752,6 +756,33 @@ def test_folders_that_are_not_overwritten(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="0.00 GB free. Make room"):
         merge_checkpoint(base, [adapter], tmp_path / "more")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "models", "out"]
+
+
+def test_nothing_beside_an_export_is_touched(tmp_path):
+    """Backups and bases whose names are the export's with an ending; files and other models in the
+    folder of an export."""
+    models = tmp_path / "models"
+    base = base_with(models / "q.partial")
+    old = base_with(models / "q.old")
+    adapter = adapter_with(tmp_path / "adapter", base)
+    merge_checkpoint(base, [adapter], models / "q")
+    merge_checkpoint(old, [adapter], models / "q", overwrite=True)
+    assert sorted(p.name for p in models.iterdir()) == ["q", "q.old", "q.partial"]
+    for folder in (base, old):
+        assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+    for name in ("notes.txt", "README.md", "adapter_model.safetensors"):
+        save_file({"a": torch.ones(2)}, models / "q" / name)
+        with pytest.raises(ValueError, match=f"holds {name}, which no earlier export"):
+            merge_checkpoint(base, [adapter], models / "q", overwrite=True)
+        assert (models / "q" / name).is_file()
+        (models / "q" / name).unlink()
+    other = base_with(models / "other")
+    with pytest.raises(ValueError, match="holds model.safetensors, which no earlier export"):
+        merge_checkpoint(base, [adapter], other, overwrite=True)
+    merge_checkpoint(base, [adapter], models / "q", shard_bytes=20_000, overwrite=True)
+    merge_checkpoint(base, [adapter], models / "q", overwrite=True)
+    assert sorted(p.name for p in (models / "q").iterdir()) == ["config.json", "model.safetensors"]
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

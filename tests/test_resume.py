@@ -899,6 +899,91 @@ def test_a_second_run_in_the_same_folder_is_refused(fork_server, uninterrupted, 
     assert_same_end(output, uninterrupted(1)[0])
 
 
+# ---- what the user keeps in output_dir ----------------------------------------------------------
+
+
+def holds(folder) -> dict:
+    """{path: content} of all files in a folder, without the lock."""
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != resume.LOCK}
+
+
+def test_overwriting_removes_only_what_runs_have_written(fork_server, uninterrupted, tmp_path):
+    """Folders with names that a run uses or used, a file in a checkpoint, another model, and a
+    checkpoint of another program."""
+    output = shutil.copytree(uninterrupted(1)[0], tmp_path / "run")
+    kept = {}
+    for place in ("final/thesis.txt", "checkpoint-best/model.safetensors", "checkpoint-4.partial/a",
+                  "checkpoint-8/notes.txt", "checkpoint-3/photos/one.jpg",
+                  "models/base/config.json", "checkpoint-12.ab.partial/b", "checkpoint-8.old/c", "data.jsonl"):
+        (output / place).parent.mkdir(parents=True, exist_ok=True)
+        (output / place).write_text(f"mine: {place}")
+        kept[place] = f"mine: {place}".encode()
+    (output / "checkpoint-10").mkdir()
+    weights = (output / "checkpoint-8/adapter_model.safetensors").read_bytes()
+    (output / "checkpoint-10/adapter_model.safetensors").write_bytes(weights)
+    codes, screen = fork_server.run(output, overwrite_output_dir=True, max_steps=10,
+                                    resume_from_checkpoint=None)
+    assert codes == [0], screen
+    found = holds(output)
+    for place, content in kept.items():
+        moved = place.replace("checkpoint-8/", "checkpoint-8.kept/")
+        moved = moved.replace("checkpoint-3/", "checkpoint-3.damaged/")
+        assert found[moved] == content, (moved, list(found))
+    assert found["checkpoint-10.kept/adapter_model.safetensors"] == weights
+    assert found["checkpoint-10/adapter_model.safetensors"] != weights
+    assert [path.name for path in (output / "checkpoint-8.kept").iterdir()] == ["notes.txt"]
+    assert "checkpoint-8 is kept as checkpoint-8.kept: it holds notes.txt" in screen
+
+
+def test_only_a_folder_in_which_a_run_has_worked_is_overwritten(tmp_path):
+    """Not a base model or a project whose README.md a run would replace."""
+    base = shutil.copytree(ROOT / "models/tiny", tmp_path / "base")
+    before = holds(base)
+    with pytest.raises(ValueError, match="holds config.json, and no run of this program"):
+        resume.find_resume(configured(base, overwrite_output_dir=True))
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match="holds README.md, and no run of this program"):
+        resume.find_resume(configured(project, overwrite_output_dir=True))
+    assert holds(base) == before and holds(project) == {"README.md": b"mine"}
+    (project / "README.md").rename(project / "notes.md")
+    assert resume.find_resume(configured(project, overwrite_output_dir=True)) is None
+
+
+@pytest.mark.parametrize("own, words", [
+    (dict(dataset="run/checkpoint-8/rows.jsonl"), "rows.jsonl lies in output_dir, whose checkp"),
+    (dict(dataset="run/trainer_log.jsonl"), "trainer_log.jsonl lies in output_dir and has a name"),
+    (dict(dataset_dir="run/checkpoint-8"), "checkpoint-8 lies in output_dir"),
+    (dict(model_name_or_path="run/checkpoint-8"), "checkpoint-8 lies in output_dir"),
+    (dict(adapter_name_or_path="run"), "run is output_dir, whose weights a new run replaces"),
+])
+def test_what_a_run_reads_is_not_replaced(own, words, uninterrupted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(uninterrupted(1)[0], "run")
+    Path("run/checkpoint-8/rows.jsonl").write_text("{}")
+    before = holds(Path("run"))
+    settings = configured("run", overwrite_output_dir=True, resume_from_checkpoint=None, **own)
+    with pytest.raises(ValueError, match=words):
+        resume.find_resume(settings)
+    assert holds(Path("run")) == before
+
+
+def test_rotation_leaves_checkpoints_of_others_alone(tmp_path):
+    for number in (1, 2, 3, 4):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_text("weights")
+        if number > 1:
+            training_state.write_checksums(folder)
+    (tmp_path / "checkpoint-2/notes.txt").write_text("mine")
+    resume.remove_old_checkpoints(configured(tmp_path, save_total_limit=1), tmp_path, None)
+    assert holds(tmp_path).keys() == {
+        "checkpoint-1/adapter_model.safetensors", "checkpoint-2.kept/notes.txt",
+        "checkpoint-4/adapter_model.safetensors", "checkpoint-4/checksums.json"}
+
+
 def main(kills, seed):
     """The long run: print its kills, one per line."""
     import tempfile
