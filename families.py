@@ -362,7 +362,7 @@ FAMILIES = {
         fused_qkv="blocks", fused_gate_up=True,
         partial_rotary_factor=said("partial_rotary_factor", 1.0),
         windows=window_everywhere,
-        absent={"rms_norm_eps": 1e-5}),
+        absent={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096}),
     "internlm2": Family(                            # arXiv:2403.17297
         fused_qkv="groups", qkv_bias=said("bias", False), o_bias=said("bias", False),
         names={"embed_tokens": "tok_embeddings", "lm_head": "output",
@@ -390,6 +390,52 @@ ROPE_FIELDS = {      # rope_type: (required fields, optional fields)
     "ntk_steps": (("original_max_position_embeddings",), ()),
 }
 ROPE_ALIASES = {"su": "longrope"}         # early files of Phi-3
+
+# Types and bounds of fields; of numbers (smallest, largest), whole ones where both are whole. The
+# largest values are far above those of published models, and small enough that reading them is
+# quick.
+SIZE = (1, 2**31)
+POSITIVE = (1e-30, 1e30)
+BOUNDS = {
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                     "multi_query_group_num"), (1, 2000)),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "moe_intermediate_size",
+                     "vocab_size"), (1, 2**24)),
+    **dict.fromkeys(("max_position_embeddings", "seq_length",
+                     "original_max_position_embeddings"), SIZE),
+    "model_max_length": (1, 10**31),        # transformers writes 10**30 for "no limit"
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), (0, 2**14)),
+    **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step",
+                     "no_rope_layer_interval"), SIZE),
+    **dict.fromkeys(("sliding_window", "attention_chunk_size", "max_window_layers"), (0, 2**31)),
+    "shared_expert_intermediate_size": (0, 2**24),
+    "pad_token_id": (-2**31, 2**31),
+    **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_aux_loss_coef"), (0.0, 1e6)),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1e-3, 1.0)),
+    "rope_theta": (1.5, 1e30),
+    **dict.fromkeys(("rope_ratio", "query_pre_attn_scalar", "attn_logit_softcapping", "floor_scale",
+                     "final_logit_softcapping", "clip_qkv"), POSITIVE),
+    "attn_scale": (0.0, 1e30),
+}
+FLAGS = frozenset("""
+    tie_word_embeddings norm_topk_prob attention_bias mlp_bias bias add_bias_linear add_qkv_bias
+    qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
+    use_dynamic_ntk output_router_logits
+""".split())
+OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
+TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
+NUMBER_LISTS = {"mlp_only_layers": (0, 2000), "moe_layers": (0, 2000), "no_rope_layers": (0, 1)}
+TEXT_LISTS = frozenset(("layer_types",))
+TOKENS = frozenset(("bos_token_id", "eos_token_id"))
+ROPE_BOUNDS = {     # of rope_scaling and rope_parameters
+    "rope_theta": BOUNDS["rope_theta"],
+    "partial_rotary_factor": BOUNDS["partial_rotary_factor"],
+    "original_max_position_embeddings": (2, 2**31),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+                    (1e-3, 1e6)),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), (0.0, 1e6)),
+}
+ROPE_LISTS = {"short_factor": (1e-6, 1e9), "long_factor": (1e-6, 1e9)}
 
 # Fields that do not affect training or inference. A field that is neither read nor listed here, and
 # is not switched off, is an error: an ignored field can silently give wrong logits.
@@ -521,7 +567,7 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
     take = FieldReader(raw, kind, family, where)
     for name, value in family.fixed.items():
         if take(name, value) != value:
-            raise ValueError(f"{where}: {name}: {json.dumps(take(name))} is not supported, only "
+            raise ValueError(f"{where}: {name}: {shown(take(name))} is not supported, only "
                              f"{json.dumps(value)}")
     config = build_config(family, take, tuple(notes + note_dropout(raw)))
 
@@ -546,7 +592,7 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
     for spec in fields(Switches):
         value = getattr(family, spec.name)
         switches[spec.name] = value(take) if callable(value) else value
-    theta, rope = read_rope(family, take, positions, take.where)
+    theta, rope, rope_notes = read_rope(family, take, positions, take.where)
     if "partial_rotary_factor" in rope:                          # where newer tools write it
         switches["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     experts = read_experts(take) if family.sparse is not Family.sparse else {}
@@ -559,7 +605,7 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
         vocab_size=take("vocab_size", needed=True),
         num_key_value_heads=take("num_key_value_heads", heads),
-        head_dim=take("head_dim", null=True) or width // heads,
+        head_dim=take("head_dim", null=True) or head_dim_of(width, heads, take.where),
         max_position_embeddings=positions,
         rms_norm_eps=take("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -569,10 +615,18 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         names=family.names,
         prefix=family.prefix,
         skips=family.skips,
-        notes=notes,
+        notes=(*notes, *rope_notes),
         **switches,
         **per_layer,
         **experts)
+
+
+def head_dim_of(width: int, heads: int, where: str) -> int:
+    """Features of a head where config.json does not state them. Raises ValueError for a rest."""
+    if width % heads:
+        raise ValueError(f"{where}: hidden_size {width} is not a multiple of num_attention_heads "
+                         f"{heads}, and head_dim is not set")
+    return width // heads
 
 
 def check_quantization(stored: dict, where: str) -> list[str]:
@@ -591,6 +645,10 @@ def check_quantization(stored: dict, where: str) -> list[str]:
 
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:
     """The per-layer fields: layer_types, where config.json has them, win over the family's rule."""
+    for name in ("no_rope_layers",):
+        flags = take(name)
+        if flags and len(flags) != layers:
+            raise ValueError(f"{where}: {name} has {len(flags)} entries for {layers} layers")
     rules = {}
     for name in ("windows", "chunks", "use_rope", "sparse"):
         rule = getattr(family, name)
@@ -612,19 +670,63 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
     return rules | {"windows": windows, "chunks": chunks}
 
 
-def read_rope(family: Family, take: Callable, positions: int, where: str) -> tuple[float, dict]:
-    """rope_theta and the dict of rotation settings.
+def read_rope(family: Family, take: Callable, positions: int,
+              where: str) -> tuple[float, dict, list[str]]:
+    """rope_theta, the dict of rotation settings, and notes.
 
-    They come from rope_theta and rope_scaling, or from the newer rope_parameters.
+    The settings come from rope_scaling or from the newer rope_parameters. rope_scaling wins, and
+    rope_theta outside of it counts, as in transformers 5.
     """
-    scaling = family.rope_scaling(take)
-    parameters = take("rope_parameters")
+    stored = {"rope_scaling": family.rope_scaling(take),
+              "rope_parameters": take("rope_parameters")}
+    for key, settings in stored.items():
+        check_rope_types(settings or {}, key, where)
     theta = family.rope_theta(take)
-    rope = dict(parameters or scaling or {})
+    if stored["rope_scaling"]:
+        rope = dict(stored["rope_scaling"])
+        notes = check_two_sources(stored, theta, where)
+    else:
+        rope = dict(stored["rope_parameters"] or {})
+        notes = []
     theta = rope.pop("rope_theta", None) or theta
-    kind = rope.pop("rope_type", None) or rope.get("type") or "default"
+    kind, rope, more_notes = rope_kind(family, rope, where)
+
+    trained = take("original_max_position_embeddings")
+    if trained and kind in ("llama3", "yarn", "longrope"):      # it wins over that in the settings
+        rope["original_max_position_embeddings"] = trained
+    elif rope.get("original_max_position_embeddings") is None:
+        rope["original_max_position_embeddings"] = positions
+    return float(theta), {"rope_type": kind, **rope}, notes + more_notes
+
+
+def check_two_sources(stored: dict, theta: float, where: str) -> list[str]:
+    """Notes on a config.json with both rope_scaling and rope_parameters.
+
+    Raises ValueError where a value of rope_parameters would silently be another one.
+    """
+    scaling, parameters = stored["rope_scaling"], stored["rope_parameters"]
+    if not parameters or parameters == scaling:
+        return []
+    used = {"rope_theta": theta, **{name: value for name, value in scaling.items() if value}}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if parameters.get(name) not in (None, used.get(name)):
+            raise ValueError(
+                f"{where}: rope_parameters and rope_scaling contradict each other: transformers "
+                f"takes rope_scaling, where {name} is {used.get(name, 'not set')}, and "
+                f"rope_parameters says {parameters[name]}. Keep one of the two, with {name} in it")
+    return ["config.json has rope_scaling and rope_parameters: rope_scaling is used, as in "
+            "transformers"]
+
+
+def rope_kind(family: Family, rope: dict, where: str) -> tuple[str, dict, list[str]]:
+    """(rope_type, the settings it has, notes). Raises ValueError for what is not supported."""
+    notes = []
+    older = rope.pop("type", None)
+    kind = rope.pop("rope_type", None) or older or "default"
+    if older and ROPE_ALIASES.get(older, older) != ROPE_ALIASES.get(kind, kind):
+        notes.append(f"the rotation has type {older!r} and rope_type {kind!r}: rope_type is used, "
+                     "as in transformers")
     kind = ROPE_ALIASES.get(kind, kind)
-    rope.pop("type", None)
     if kind not in ROPE_FIELDS:
         raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are "
                          f"{', '.join(ROPE_FIELDS)}")
@@ -636,15 +738,15 @@ def read_rope(family: Family, take: Callable, positions: int, where: str) -> tup
         raise ValueError(f"{where}: rope type {kind!r} lacks {', '.join(missing)}")
     extra = {name: value for name, value in rope.items()
              if name not in needed + optional and value is not None}
-    if extra and kind != "default":
+    if extra and (kind != "default" or "partial_rotary_factor" in extra):
         raise ValueError(f"{where}: rope type {kind!r} has fields that are not supported: "
                          f"{fields_in_words(extra)}")
-
-    trained = take("original_max_position_embeddings")
-    if trained and kind == "longrope":
-        rope |= {"original_max_position_embeddings": trained, "factor": positions / trained}
-    rope.setdefault("original_max_position_embeddings", positions)
-    return float(theta), {"rope_type": kind, **rope}
+    if extra:
+        notes.append(f"rope type 'default' has no use for {fields_in_words(extra)}: not applied, "
+                     "as in transformers")
+    kept = {name: value for name, value in rope.items()
+            if name not in extra and value is not None}
+    return kind, kept, notes
 
 
 def read_experts(take: Callable) -> dict:
@@ -667,26 +769,81 @@ def note_dropout(raw: dict) -> list[str]:
 
 
 def check_types(raw: dict, called: dict, where: str):
-    """Raise ValueError for a field whose type differs from ModelConfig's; null means absent."""
-    kinds = {
-        int: (lambda v: type(v) is int and v >= 0, "a whole number"),
-        float: (lambda v: type(v) in (int, float) and v >= 0, "a number, 0 or above"),
-        bool: (lambda v: type(v) is bool, "true or false"),
-        dict: (lambda v: type(v) is dict, "an object")}
-    expected = {called.get(spec.name, spec.name): spec.type
-                for spec in fields(ModelConfig) if spec.type in kinds}
-    expected |= dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict)
-    for name, kind in expected.items():
-        fits, words = kinds[kind]
-        if raw.get(name) is not None and not fits(raw[name]):
-            raise ValueError(f"{where}: {name}: {json.dumps(raw[name])[:60]} is not {words}")
+    """Raise ValueError for a field of another type, or out of bounds; null means absent.
+
+    called: the family's names of fields, {our name: its name}.
+    """
+    names = {called.get(name, name): name for name in BOUNDS} | {name: name for name in BOUNDS}
+    for name, value in raw.items():
+        words = ""
+        if value is None:
+            continue
+        if name in names:
+            words = not_within(value, BOUNDS[names[name]])
+        elif name in FLAGS:
+            words = "" if type(value) is bool else "is not true or false"
+        elif name in OBJECTS:
+            words = "" if type(value) is dict else "is not an object"
+        elif name in TEXTS:
+            words = "" if type(value) is str else "is not text"
+        elif name in TOKENS:
+            ids = value if type(value) is list else [value]
+            words = "" if all(type(i) is int for i in ids) else "is not a token id, nor a list"
+        elif name in NUMBER_LISTS:
+            words = no_list_within(value, NUMBER_LISTS[name])
+        elif name in TEXT_LISTS:
+            texts = type(value) is list and all(type(text) is str for text in value)
+            words = "" if texts else "is not a list of texts"
+        if words:
+            raise ValueError(f"{where}: {name}: {shown(value)} {words}")
+
+
+def not_within(value, bounds: tuple) -> str:
+    """Why a value is not a number within bounds, or ""; a bool is no number."""
+    low, high = bounds
+    if type(low) is int and type(value) is not int:
+        return "is not a whole number"
+    if type(value) not in (int, float):
+        return "is not a number"
+    if low <= value <= high:
+        return ""
+    if low == 1 and value < 1:
+        return "is not above 0"
+    return f"is not between {low:,} and {high:,}" if low else f"is not 0 to {high:,}"
+
+
+def no_list_within(value, bounds: tuple) -> str:
+    """Why a value is not a list of numbers within bounds, or ""."""
+    if type(value) is not list:
+        return "is not a list of numbers"
+    wrong = next((number for number in value if not_within(number, bounds)), None)
+    return "" if wrong is None else f"holds {shown(wrong)}, which {not_within(wrong, bounds)}"
+
+
+def check_rope_types(rope: dict, key: str, where: str):
+    """check_types for the settings of the rotation; key: the field that holds them."""
+    for name, value in rope.items():
+        words = ""
+        if value is None:
+            continue
+        if name in ROPE_BOUNDS:
+            words = not_within(value, ROPE_BOUNDS[name])
+        elif name in ROPE_LISTS:
+            words = no_list_within(value, ROPE_LISTS[name])
+        elif name in ("type", "rope_type"):
+            words = "" if type(value) is str else "is not text"
+        elif name in ("truncate", "finetuned"):
+            words = "" if type(value) is bool else "is not true or false"
+        elif type(value) is dict:
+            words = "is an object: other settings for each kind of layer are not supported"
+        if words:
+            raise ValueError(f"{where}: {key}: {name}: {shown(value)} {words}")
 
 
 def check_sizes(config: ModelConfig, where: str):
     """Raise ValueError for sizes that no decoder can have."""
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                 "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings"):
-        if getattr(config, name) < 1:
+    for name in ("intermediate_size", "head_dim", "moe_intermediate_size"):
+        if getattr(config, name) < 1 and (name != "moe_intermediate_size" or any(config.sparse)):
             raise ValueError(f"{where}: {name}: {getattr(config, name)} is not above 0")
     if config.hidden_act not in ACTIVATIONS:
         raise ValueError(f"{where}: hidden_act {config.hidden_act!r} is not supported; supported "
@@ -699,10 +856,35 @@ def check_sizes(config: ModelConfig, where: str):
     if any(config.sparse) and not 0 < config.num_experts_per_tok <= config.num_experts:
         raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and "
                          f"num_experts {config.num_experts}: it must be between 1 and num_experts")
+    if not config.alibi:
+        check_rotation(config, where)
+
+
+def check_rotation(config: ModelConfig, where: str):
+    """Raise ValueError for rotation settings that do not fit the heads."""
+    width = int(config.head_dim * config.partial_rotary_factor)
+    least = 4 if config.rope["rope_type"] in ("dynamic", "ntk_steps") else 2
+    if width % 2 or width < least:
+        raise ValueError(f"{where}: head_dim {config.head_dim} with partial_rotary_factor "
+                         f"{config.partial_rotary_factor} rotates {width} features; it must be an "
+                         f"even number, {least} or more")
+    for name in ROPE_LISTS:
+        factors = config.rope.get(name)
+        if factors is not None and len(factors) != width // 2:
+            raise ValueError(f"{where}: {name} has {len(factors)} numbers, and {width} rotated "
+                             f"features are {width // 2} pairs")
+
+
+def shown(value) -> str:
+    """A value of a JSON file in at most 60 characters."""
+    try:
+        return json.dumps(value)[:60]
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} too large to be shown"
 
 
 def fields_in_words(values: dict) -> str:
-    return ", ".join(f"{key!r}: {json.dumps(value)[:60]}" for key, value in values.items())
+    return ", ".join(f"{key[:60]!r}: {shown(value)}" for key, value in values.items())
 
 
 def how_to_try(raw: dict) -> str:

@@ -7,7 +7,10 @@ Requires: families.py.
 Next: test_twins.py, for the families that transformers lacks.
 """
 import json
+import random
 import re
+import time
+from itertools import islice
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from attention import PackedLayout
 from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from model import CausalLM, KVCache
+from rope import rope_frequencies
 from tests.common import GOLDEN, needs_shared
 
 CLOSE = 1e-4            # tolerance of float32 logits, here up to about 10
@@ -592,3 +596,215 @@ def test_a_family_that_differs_in_more_than_its_name():
     with pytest.raises(ValueError) as caught:
         model_config({**READABLE["llama"], "model_type": "granite", "residual_multiplier": 0.22})
     assert '"model_type":' not in str(caught.value)                 # no misleading advice
+
+
+# ---- two settings of the rotation in one config.json ----
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MORE_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
+OLD_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+TWO_ROPES = {       # taken as transformers takes them
+    "theta on top": dict(rope_parameters=MORE_ROPE, rope_scaling=OLD_YARN, rope_theta=1000000.0),
+    "theta in scaling": dict(rope_parameters=MORE_ROPE,
+                             rope_scaling={**OLD_YARN, **{"rope_theta": 1000000.0}}),
+    "theta is the default": dict(rope_parameters=PLAIN_ROPE, rope_scaling=OLD_YARN,
+                                 rope_theta=10000.0),
+    "scaling says default": dict(rope_parameters={**OLD_YARN, "rope_theta": 500.0},
+                                 rope_scaling={"rope_type": "default"}, rope_theta=500.0),
+    "empty scaling": dict(rope_parameters={**OLD_YARN, "rope_theta": 500.0}, rope_scaling={},
+                          rope_theta=9.0),
+    "null scaling": dict(rope_parameters={**OLD_YARN, "rope_theta": 500.0}, rope_scaling=None),
+    "empty parameters": dict(rope_parameters={}, rope_scaling=OLD_YARN, rope_theta=500.0),
+    "trained length on top": dict(rope_scaling={"rope_type": "yarn", "factor": 4.0},
+                                  rope_theta=500.0,
+                                  original_max_position_embeddings=16),
+    "two trained lengths": dict(rope_scaling={**LLAMA3_ROPE}, rope_theta=500.0,
+                                original_max_position_embeddings=40),
+    "two types": dict(rope_scaling={**OLD_YARN, "type": "linear"}, rope_theta=500.0),
+    "a factor without a type": dict(rope_scaling={"factor": 4.0}, rope_theta=500.0),
+}
+ROPE_FAMILIES = ["qwen3", "llama", "mistral", "qwen2 yarn", "gemma2", "glm", "mixtral", "olmo2",
+                 "llama4_text"]
+
+
+def spelled_anew(made, name, folder, fields):
+    """A checkpoint of CASES with these settings of the rotation in the place of its own."""
+    source, config, ids, _ = made(name)
+    kept = {key: value for key, value in config.items()
+            if key not in ("rope_parameters", "rope_theta", "rope_scaling")}
+    kept["pad_token_id"] = None         # some have one outside this small vocabulary
+    (folder / "config.json").write_text(json.dumps({**kept, **fields}))
+    (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    return folder, ids
+
+
+@pytest.mark.parametrize("setting", TWO_ROPES)
+@pytest.mark.parametrize("name", ROPE_FAMILIES)
+def test_two_settings_of_the_rotation_are_read_as_transformers_does(name, setting, made, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 reads rope_scaling only")
+    folder, ids = spelled_anew(made, name, tmp_path, TWO_ROPES[setting])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ours = load_model(folder)
+    with torch.no_grad():
+        assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() < CLOSE
+    both = TWO_ROPES[setting].get("rope_scaling") and TWO_ROPES[setting].get("rope_parameters")
+    said = [note for note in ours.config.notes if "rope_scaling is used, as in" in note]
+    assert bool(said) == bool(both)
+
+
+@pytest.mark.parametrize("fields, words", [
+    (dict(rope_parameters=MORE_ROPE, rope_scaling=OLD_YARN),
+     "rope_parameters and rope_scaling contradict each other.*"
+     "rope_theta is 10000.0, and rope_parameters says 1000000.0"),
+    (dict(rope_parameters=MORE_ROPE, rope_scaling=OLD_YARN, rope_theta=500.0),
+     "contradict each other.*is 500.0"),
+    (dict(rope_parameters={**PLAIN_ROPE, "partial_rotary_factor": 0.5}, rope_scaling=OLD_YARN),
+     "contradict each other.*partial_rotary_factor is not set, and rope_parameters says 0.5"),
+    (dict(rope_parameters={"full_attention": MORE_ROPE}),
+     "rope_parameters: full_attention: .* each kind of layer"),
+    (dict(rope_parameters={**MORE_ROPE, "partial_rotary_factor": 0.5}),
+     "not supported: 'partial_rotary_factor': 0.5"),
+])
+def test_two_settings_of_the_rotation_that_would_be_a_trap(fields, words):
+    with pytest.raises(ValueError, match=words):
+        model_config({**READABLE["llama"], **fields})
+
+
+def test_phi3s_trained_length_outside_of_rope_scaling_has_a_default(made, tmp_path):
+    """As in transformers: 4096, whatever rope_scaling says."""
+    transformers = pytest.importorskip("transformers")
+    scaling = longrope(4, original_max_position_embeddings=16, factor=4.0)
+    folder, ids = spelled_anew(made, "phi3", tmp_path, dict(rope_scaling=scaling, rope_theta=500.0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    ours = load_model(folder)
+    with torch.no_grad():
+        assert (ours.logits(ours(ids)) - theirs(ids).logits).abs().max() < CLOSE
+
+
+# ---- fields of other types, and out of bounds ----
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"num_hidden_layers": 10**6}, "num_hidden_layers: 1000000 is not between 1 and 2,000"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"hidden_size": 10**18}, "hidden_size: 1000000000000000000 is not between 1 and"),
+    ({"vocab_size": -5}, "vocab_size: -5 is not above 0"),
+    ({"head_dim": 10**9}, "head_dim"),
+    ({"head_dim": 7}, "rotates 7 features; it must be an even number"),
+    ({"num_attention_heads": True}, "num_attention_heads: true is not a whole number"),
+    ({"hidden_size": [32]}, "is not a whole number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps: NaN"),
+    ({"initializer_range": float("inf")}, "initializer_range: Infinity"),
+    ({"rope_theta": 0}, "rope_theta: 0 is not between"),
+    ({"rope_theta": -1e4}, "rope_theta"),
+    ({"rope_theta": "10000"}, 'rope_theta: "10000" is not a number'),
+    ({"sliding_window": "5"}, "sliding_window.*whole number"),
+    ({"use_sliding_window": "no"}, "use_sliding_window.*is not true or false"),
+    ({"attention_bias": 1}, "attention_bias: 1 is not true or false"),
+    ({"layer_types": [[], {}, 1]}, "layer_types: .* is not a list of texts"),
+    ({"layer_types": 3}, "layer_types: 3 is not a list of texts"),
+    ({"hidden_act": ["silu"]}, "hidden_act: .* is not text"),
+    ({"torch_dtype": ["float16"]}, "torch_dtype: .* is not text"),
+    ({"eos_token_id": "2"}, "eos_token_id: \"2\" is not a token id"),
+    ({"eos_token_id": [2, None]}, "eos_token_id"),
+    ({"rope_scaling": {"type": "linear", "factor": "x"}},
+     'rope_scaling: factor: "x" is not a number'),
+    ({"rope_scaling": {"type": "yarn", "factor": -4.0}},
+     "rope_scaling: factor: -4.0 is not between"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 0}}, "rope_scaling: factor: 0 is not between"),
+    ({"rope_scaling": {"rope_type": ["yarn"], "factor": 4}},
+     "rope_scaling: rope_type: .* is not text"),
+    ({"rope_parameters": {"type": {}}}, "rope_parameters: type: .* is not text"),
+    ({"rope_scaling": {**OLD_YARN, "original_max_position_embeddings": 0}},
+     "original_max_position_embeddings: 0"),
+    ({"rope_scaling": longrope(3, original_max_position_embeddings=16)},
+     "short_factor has 3 numbers, and 8 rotated"),
+    ({"rope_scaling": {**longrope(4), "long_factor": "4"}},
+     'long_factor: "4" is not a list of numbers'),
+    ({"rope_scaling": {**longrope(4), "long_factor": [1, 2, 0, 3]}},
+     "long_factor: .* holds 0, which is not between"),
+])
+def test_types_and_bounds_of_config_json(change, words):
+    with pytest.raises(ValueError, match=f"config.json: .*{words}|{words}"):
+        model_config({**READABLE["qwen3"], "head_dim": 8, **change})
+
+
+@pytest.mark.parametrize("kind, change, words", [
+    ("qwen3_moe", {"num_experts": 10**9}, "num_experts"),
+    ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: 0 is not above 0"),
+    ("qwen3_moe", {"mlp_only_layers": {"a": 1}}, "mlp_only_layers: .* is not a list of numbers"),
+    ("qwen3_moe", {"mlp_only_layers": ["0"]},
+     'mlp_only_layers: .* holds "0", which is not a whole number'),
+    ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size: 0 is not above 0"),
+    ("llama4_text", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries for 4 layers"),
+    ("llama4_text", {"interleave_moe_layer_step": 0}, "interleave_moe_layer_step"),
+    ("llama4_text", {"floor_scale": 0}, "floor_scale"),
+    ("chatglm", {"layernorm_epsilon": "x"}, "layernorm_epsilon.*is not a number"),
+    ("chatglm", {"multi_query_group_num": 0}, "multi_query_group_num: 0 is not above 0"),
+    ("chatglm", {"rope_ratio": -1}, "rope_ratio"), ("chatglm", {"num_layers": 10**8}, "num_layers"),
+    ("qwen", {"kv_channels": 1.5}, "kv_channels: 1.5 is not a whole number"),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+    ("gemma2", {"final_logit_softcapping": "30"}, "final_logit_softcapping"),
+    ("olmo", {"clip_qkv": 0}, "clip_qkv"),
+    ("glm", {"partial_rotary_factor": 2.0}, "partial_rotary_factor"),
+])
+def test_types_and_bounds_of_some_families(kind, change, words):
+    with pytest.raises(ValueError, match=words):
+        model_config(changed(kind, change))
+
+
+ODD_VALUES = [None, True, False, 0, -1, 1, 3, 2**31, 10**18, 10**400, 0.5, -4.0, 1e300,
+              float("nan"), float("inf"), "", "x",
+              "8", "\0", [], {}, [1], ["x"], [[]], {"a": 1}, {"rope_type": "yarn"}, [None] * 50,
+    "é" * 300]
+
+
+def mutations(raw, draw):
+    """Endless copies of a config.json with one to three fields changed, removed or added."""
+    while True:
+        copy = json.loads(json.dumps(raw))
+        for _ in range(draw.randint(1, 3)):
+            part = copy
+            inner = [value for value in copy.values() if isinstance(value, dict) and value]
+            if inner and draw.random() < 0.5:
+                part = draw.choice(inner)
+            name = draw.choice(list(part))
+            if draw.random() < 0.1:
+                del part[name]
+            elif draw.random() < 0.1:
+                part[draw.choice(["rope_scaling", "layer_types", "head_dim",
+                                  "mlp_only_layers"])] = draw.choice(ODD_VALUES)
+            else:
+                part[name] = draw.choice(ODD_VALUES)
+            if not copy:
+                break
+        yield copy
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_any_config_json_is_a_model_config_or_a_sentence_within_a_second(kind):
+    """Mutations of a family's config.json, and of all recorded ones, with a fixed seed."""
+    draw = random.Random(FAMILIES[kind].norm + kind)
+    sources = [changed(kind, {"rope_scaling": dict(OLD_YARN)}), READABLE[kind]]
+    for folder in sorted((GOLDEN / "models").glob("*/config.json")):
+        raw = json.loads(folder.read_text())
+        sources += [raw] if raw["model_type"] == kind else []
+    accepted = 0
+    for raw in sources:
+        for mutant in islice(mutations(raw, draw), 200):
+            start = time.perf_counter()
+            try:
+                config = model_config(mutant, "here/config.json")
+            except ValueError as error:
+                assert str(error).startswith("here/config.json"), (mutant, error)
+            else:
+                accepted += 1
+                if config.num_hidden_layers < 50:
+                    count(config)
+                    if not config.alibi:
+                        table = rope_frequencies(config, 50)[0]
+                        assert table.isfinite().all(), mutant
+            assert time.perf_counter() - start < 1, mutant
+    assert accepted

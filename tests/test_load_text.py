@@ -7,6 +7,7 @@ import pytest
 from families import read_model_config
 from runtime.load_config import load_config
 from tests.common import GOLDEN, needs_shared
+from tests.tiny_models import base_with
 from text.load_text import eos_ids_of, fit_text, load_text
 from text.tokenizer import load_tokenizer
 
@@ -49,3 +50,26 @@ def test_stop_tokens_of_the_checkpoint(tmp_path, stored, ids):
     assert eos_ids_of(tmp_path) == set()
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stored}))
     assert eos_ids_of(tmp_path) == ids
+
+
+@pytest.mark.parametrize("config, generation", [
+    ({}, None), ({"eos_token_id": 7}, None), ({"eos_token_id": [7, 9]}, None),
+    ({"eos_token_id": None}, None),
+    ({"eos_token_id": 7}, {"eos_token_id": [8, 9]}), ({"eos_token_id": 7}, {"do_sample": True}),
+    ({"eos_token_id": 7}, {"eos_token_id": None})])
+def test_stop_tokens_are_those_of_transformers(config, generation, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    base = base_with(tmp_path / "base", **config)
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps(generation))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id
+    want = theirs if isinstance(theirs, list) else [theirs]
+    assert eos_ids_of(base) == set(want) - {None}
+
+
+@pytest.mark.parametrize("wrong", ["7", {"a": 1}, [7, "8"], True, 1.5, [[7]]])
+def test_stop_tokens_of_other_types_are_named_with_their_file(wrong, tmp_path):
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / name).write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match=f"{name}: eos_token_id: .* is not a token id"):
+            eos_ids_of(tmp_path)

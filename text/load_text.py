@@ -63,6 +63,23 @@ def fit_text(tokenizer: Tokenizer, name: str | dict | None, force: bool = False,
 
 
 def eos_ids_of(folder: Path) -> set[int]:
-    """Ids that generation_config.json of a checkpoint names as ends of an answer."""
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    return set(ends) if isinstance(ends, list) else {ends} - {None}
+    """Ids that a checkpoint names as ends of an answer.
+
+    As in transformers: those of generation_config.json or, where there is no such file, those of
+    config.json. Raises ValueError for what is no token id.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        ends = read_json(path).get("eos_token_id")
+    else:
+        path = folder / "config.json"
+        fields = read_json(path)
+        text_fields = fields.get("text_config")
+        ends = fields.get("eos_token_id")
+        if ends is None and isinstance(text_fields, dict):
+            ends = text_fields.get("eos_token_id")
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in found):
+        raise ValueError(f"{path}: eos_token_id: {ends!r:.60} is not a token id, nor a list of "
+                         "them. Correct it, or take the field out")
+    return set(found)
