@@ -1,6 +1,7 @@
 """train.py: whole runs recorded from LLaMA-Factory; resumed against uninterrupted runs."""
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint.adapters import PREFIX
+from checkpoint.work_folder import write_mark
 from config import Config
 from losses import SFTObjective
 from methods.quant import QuantFormat, quantize
@@ -427,7 +429,8 @@ def test_the_adapter_a_run_starts_from_is_not_removed(tmp_path, monkeypatch):
 def test_auto_starts_again_after_an_early_kill(tmp_path, monkeypatch):
     auto = [*SAVE, "resume_from_checkpoint=auto", "overwrite_output_dir=false"]
     out = tmp_path / "a"
-    (out / "checkpoint-2.partial").mkdir(parents=True)
+    (out / "checkpoint-2.xyz.partial/new").mkdir(parents=True)
+    os.close(write_mark(out / "checkpoint-2.xyz.partial", "checkpoint-2"))
     (out / "trainer_log.jsonl").write_text('{"current_steps": 1')
     run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
