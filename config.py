@@ -293,6 +293,8 @@ class Config:
             "adamw_torch_fused", "adamw_torch", "adamw_hf", "adamw_8bit", "adamw_bnb_8bit",
             "paged_adamw_8bit"
         ))
+    use_adam_mini: bool = key(False, FIXED,
+        "Adam-mini: AdamW with one second moment for each row, or each head of q and k")
     use_muon: bool = key(False, FIXED,
         "Muon for matrices, AdamW for embedding, head and all other parameters")
     use_galore: bool = key(False, FIXED,
@@ -495,7 +497,7 @@ REFUSED = (
     ("train", "mixture_of_depths shift_attn",
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and "
      "finetuning_type: full are"),
-    ("train", "use_apollo use_badam use_adam_mini",
+    ("train", "use_apollo use_badam",
      "not in this release; to save optimizer memory use LoRA, optim: adamw_8bit or use_galore"),
     ("train", "galore_layerwise galore_proj_type=std",
      "GaLore projects the shorter side (std) after the backward pass; leave it out"),

@@ -313,19 +313,16 @@ class Optimizer:
 
 def make_optimizer(parameters: dict, config, device: torch.device,
                    rules: dict[str, UpdateRule] = ADAMW,
-                   rule_of: Callable = always_adamw) -> Optimizer:
+                   rule_of: Callable = always_adamw, settings: dict = {}) -> Optimizer:
     """The optimizer of {name: trained parameter}; AdamW is fused where torch has the kernel.
 
-    rules, rule_of: see methods/optimizers.py. Raises ValueError for a galore_target that selects
-    none of the parameters.
+    rules, rule_of, and settings, which every group gets: see methods/optimizers.py. Raises
+    ValueError for a galore_target that selects none of the parameters.
     """
     shared = {
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_epsilon,
-        "rank": config.galore_rank,
-        "gap": config.galore_update_interval,
-        "scale": config.galore_scale,
-        "eps_first": config.use_galore or config.use_muon,
+        **settings,
     }
     groups = [group | shared for group in parameter_groups(parameters, config, rule_of)]
     if config.use_galore and not any(group["update"] == "galore" for group in groups):
@@ -333,7 +330,7 @@ def make_optimizer(parameters: dict, config, device: torch.device,
             f"galore_target: {', '.join(config.galore_target)} is in the name of no trained "
             f"matrix; such names are {', '.join(list(parameters)[:4])}")
     for group in groups:
-        not_fused = device.type not in ("cpu", "cuda") or group["eps_first"]
+        not_fused = device.type not in ("cpu", "cuda") or group.get("eps_first")
         if group["update"] == "adamw" and not_fused:
             group["update"] = "adamw_plain"
     return Optimizer(groups, rules)

@@ -16,7 +16,9 @@ from text.tokenizer import read_json
 # the files that resuming needs
 STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
 # fields of an optimizer's state that do not have the parameter's rows
-NO_ROWS = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis", "unused")
+NO_ROWS = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis",
+           "block_avg_sq", "unused")
+
 
 def rng_state() -> dict[str, torch.Tensor]:
     """The states of this process's random generators, by device."""

@@ -1,8 +1,10 @@
-"""Further optimizers: AdamW with states in 8 bits, Muon, GaLore.
+"""Further optimizers: AdamW with states in 8 bits, Adam-mini, Muon, GaLore.
 
-    make_optimizer(parameters, config, device, **FURTHER)
+    make_optimizer(parameters, config, device, **further_arguments(config, model_config))
 
     adamw_8bit  AdamW's two moments in one byte a number, and a float32 scale for each BLOCK of them
+    adam_mini   one second moment for each row of a matrix, or each head of q and k. group:
+                head_numel, the numbers of a head
     muon        one moment; a matrix is changed by the orthogonal matrix nearest to it
     galore      AdamW on gradients projected to `rank` dimensions. group: rank, gap, scale
 
@@ -10,10 +12,12 @@ Each is an UpdateRule of optim.py. Muon and GaLore are for matrices; AdamW takes
 
 Requires: optim.py.
 Next: runtime/build.py, which hands them to make_optimizer.
-Papers: 8-bit states arXiv:2110.02861; Muon arXiv:2502.16982 (its scale is that of eq. 4) and
-github.com/KellerJordan/Muon (the iteration's coefficients); GaLore arXiv:2403.03507.
+Papers: 8-bit states arXiv:2110.02861; Adam-mini arXiv:2406.16793; Muon arXiv:2502.16982 (its scale
+is that of eq. 4) and github.com/KellerJordan/Muon (the iteration's coefficients); GaLore
+arXiv:2403.03507.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +94,67 @@ def adamw_8bit(params, states, group):
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=group["lr"])
         for (name, table), moment in zip(tables.items(), moments):
             state[name], state[f"{name}_unit"] = to_8bit(moment, table)
+
+
+# ---- Adam-mini ----------------------------------------------------------------------------------
+
+
+def in_blocks(tensor, block: str, group):
+    """The tensor as (blocks, numbers of a block). block: "head", "row" or "tensor"."""
+    if block == "head":
+        return tensor.reshape(-1, group["head_numel"])
+    return tensor.reshape(1, -1) if block == "tensor" else tensor.reshape(len(tensor), -1)
+
+
+def adam_mini_state(p, group, block: str):
+    return {
+        "step": torch.zeros((), device=p.device),
+        "exp_avg": torch.zeros_like(p),
+        "block_avg_sq": p.new_zeros(len(in_blocks(p, block, group)), 1),
+    }
+
+
+def adam_mini_state_bytes(p, group, block: str):
+    return 4 + p.nbytes + len(in_blocks(p, block, group)) * p.itemsize
+
+
+def adam_mini(params, states, group, block: str):
+    """AdamW with one second moment a block: the mean of its squares (arXiv:2406.16793, alg. 1)."""
+    for p, state in zip(params, states):
+        state["step"] += 1
+        gradient = in_blocks(p.grad, block, group)
+        moments = in_blocks(state["exp_avg"], block, group), state["block_avg_sq"]
+        direction = block_direction(gradient, *moments, state["step"], group)
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_(direction.view_as(p), alpha=group["lr"])
+
+
+def block_direction(g, m, v, t, group):
+    """optim.adam_direction of blocks: g and m (blocks, n), v (blocks, 1)."""
+    beta1, beta2 = group["betas"]
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).add_((g * g).mean(1, keepdim=True), alpha=1 - beta2)
+    if t.device.type != "mps":              # which has no float64
+        t = t.double()                      # 1 - beta ** t loses digits in float32
+    correction = (1 - beta2 ** t).sqrt()
+    return m / (1 - beta1 ** t) / (v.sqrt() / correction + group["eps"])
+
+
+def adam_mini_rule(block: str) -> UpdateRule:
+    """The UpdateRule for this kind of block."""
+    return UpdateRule(partial(adam_mini_state, block=block), partial(adam_mini, block=block),
+                      partial(adam_mini_state_bytes, block=block))
+
+
+def adam_mini_block(name: str) -> str:
+    """The rule of a parameter, by its name, as in the package adam-mini 1.1.1."""
+    if "bias" in name:
+        return "adamw"
+    if any(part in name for part in ("q_proj", "k_proj", "query", "key")):
+        return "adam_mini_head"
+    if any(part in name for part in ("embed", "lm_head", "output", "v_proj", "o_proj", "mlp")):
+        return "adam_mini_row"
+    return "adam_mini_tensor"
 
 
 # ---- Muon ---------------------------------------------------------------------------------------
@@ -171,6 +236,9 @@ def galore(params, states, group):
 
 UPDATES = ADAMW | {
     "adamw_8bit": UpdateRule(adamw_8bit_state, adamw_8bit, adamw_8bit_state_bytes),
+    "adam_mini_head": adam_mini_rule("head"),
+    "adam_mini_row": adam_mini_rule("row"),
+    "adam_mini_tensor": adam_mini_rule("tensor"),
     "muon": UpdateRule(muon_state, muon, muon_state_bytes),
     "galore": UpdateRule(galore_state, galore, galore_state_bytes),
 }
@@ -182,6 +250,8 @@ def rule_of(name: str, p, config) -> str:
     Embedding, head, and what is no matrix, are left to AdamW.
     """
     inner = p.dim() == 2 and "embed" not in name and "lm_head" not in name
+    if config.use_adam_mini:
+        return adam_mini_block(name)
     if config.use_muon:
         return "muon" if inner else "adamw"
     if config.use_galore:
@@ -194,4 +264,14 @@ def rule_of(name: str, p, config) -> str:
     return "adamw"
 
 
-FURTHER = {"rules": UPDATES, "rule_of": rule_of}        # arguments of optim.make_optimizer
+def further_arguments(config, model_config) -> dict:
+    """The arguments rules, rule_of and settings of optim.make_optimizer."""
+    hidden_size = model_config.hidden_size
+    settings = {
+        "rank": config.galore_rank,
+        "gap": config.galore_update_interval,
+        "scale": config.galore_scale,
+        "eps_first": config.use_galore or config.use_muon,
+        "head_numel": hidden_size * hidden_size // model_config.num_attention_heads,
+    }
+    return {"rules": UPDATES, "rule_of": rule_of, "settings": settings}

@@ -254,7 +254,7 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     return Gradients(weights, ranks, overlap=not setup.sharded)
 
 
-def build_optimizer(config, gradients) -> Optimizer:
+def build_optimizer(config, base: Base, gradients) -> Optimizer:
     """The optimizer of the trained weights: AdamW, or what the config asks for."""
     return make_optimizer(gradients.parameters, config, gradients.device,
-                          **optimizer_rules(config))
+                          **optimizer_rules(config, base.model_config))

@@ -170,19 +170,22 @@ def in_method(c: Config) -> Iterator[tuple]:
 
 def in_optimizer(c: Config) -> Iterator[tuple]:
     eight_bits = "8bit" in c.optim
-    further = c.use_muon + c.use_galore
+    further = c.use_muon + c.use_galore + c.use_adam_mini
 
     yield c.warmup_ratio and c.warmup_steps, "warmup_ratio and warmup_steps are both set; keep one"
 
     yield further + eight_bits > 1 or further and c.loraplus_lr_ratio is not None, (
-        "use_muon, use_galore, an 8-bit optim, and loraplus_lr_ratio: keep one")
+        "use_muon, use_galore, use_adam_mini, an 8-bit optim, and loraplus_lr_ratio: keep one")
+
+    yield c.use_adam_mini and c.finetuning_type == "lora", (
+        "use_adam_mini is for finetuning_type: full or freeze; adapters are small already")
 
     yield c.use_galore and c.finetuning_type == "lora", (
         "use_galore is for finetuning_type: full or freeze; adapters are small already")
 
     yield c.fsdp and c.finetuning_type == "full" and (further or eight_bits), (
-        "use_muon, use_galore and optim: adamw_8bit need full matrices, and fsdp shards them; use "
-        "optim: adamw_torch")
+        "use_muon, use_galore, use_adam_mini and optim: adamw_8bit need full matrices, and fsdp "
+        "shards them; use optim: adamw_torch")
 
     yield c.pure_bf16 and (not c.bf16 or c.finetuning_type == "lora" or c.fsdp), (
         "pure_bf16 needs bf16: true and finetuning_type: full or freeze, without fsdp")

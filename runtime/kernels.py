@@ -145,10 +145,11 @@ def use_fp8(model: CausalLM, kernels: Kernels):
 # ---- the optimizer ------------------------------------------------------------------------------
 
 
-def optimizer_rules(config) -> dict:
-    """The arguments `rules` and `rule_of` of optim.make_optimizer; {} for AdamW alone."""
-    if not (config.use_muon or config.use_galore or "8bit" in config.optim):
+def optimizer_rules(config, model_config: ModelConfig) -> dict:
+    """Further arguments of optim.make_optimizer; {} for AdamW alone."""
+    further = config.use_muon or config.use_galore or config.use_adam_mini
+    if not (further or "8bit" in config.optim):
         return {}
-    from methods.optimizers import FURTHER              # only where it is asked for
+    from methods.optimizers import further_arguments    # only where it is asked for
 
-    return FURTHER
+    return further_arguments(config, model_config)

@@ -133,7 +133,7 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     frozen, trained = weight_bytes(model, workload.fp8)
     gradients = trained
     optimizer = make_optimizer(trainable(model), config, torch.device("cpu"),
-                               **optimizer_rules(config)).state_bytes()
+                               **optimizer_rules(config, model.config)).state_bytes()
     others = workload.other_bytes
     if workload.sharded:
         frozen = frozen // workload.world + gathered_bytes(model, frozen + trained)

@@ -156,7 +156,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     (180_000_000, "ddp_timeout"),
     ([], "fsdp"),
     (False, "do_predict predict_with_generate use_swanlab use_dft_loss use_eaft_loss"),
-    (False, "use_asft_loss use_llama_pro"),
+    (False, "use_asft_loss use_llama_pro use_adam_mini"),
     (None, "do_train"),
     ([], "report_to"),
     (None, "run_name logging_dir swanlab_workspace swanlab_run_name swanlab_logdir"),

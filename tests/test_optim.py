@@ -13,13 +13,13 @@ from attention import PackedLayout
 from config import Config
 from families import model_config
 from lora import LoRAConfig, attach_lora, trainable
-from methods.optimizers import FURTHER, UPDATES
+from methods.optimizers import UPDATES
 from model import CausalLM
 from optim import (SCHEDULES, Optimizer, add_neftune, lr_schedule, make_optimizer, parameter_groups,
                    set_lr, warmup_steps)
 from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
-from tests.tiny_models import tiny
+from tests.tiny_models import further, tiny
 
 RECORDED = PUBLISHED = []
 if GOLDEN.is_dir():
@@ -173,7 +173,7 @@ def test_first_step_is_adamw_by_hand():
     torch.manual_seed(0)
     w, b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
     config = Config(learning_rate=0.1, weight_decay=0.2, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-3)
-    optimizer = make_optimizer({"x.weight": w, "x.bias": b}, config, torch.device("cpu"), **FURTHER)
+    optimizer = make_optimizer({"x.weight": w, "x.bias": b}, config, torch.device("cpu"), **further(config))
     assert all(group["betas"] == (0.8, 0.95) and group["eps"] == 1e-3 for group in optimizer.param_groups)
     assert set_lr(optimizer, 0.5) == 0.05
     start, w.grad, b.grad = (w.detach().clone(), b.detach().clone()), torch.randn(4, 3), torch.randn(4)

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from config import Config
-from methods.optimizers import BLOCK, FURTHER, UPDATES, from_8bit, levels, orthogonal, to_8bit
+from checkpoint.training_state import NO_ROWS
+from methods.optimizers import BLOCK, UPDATES, from_8bit, levels, orthogonal, to_8bit
 from optim import Optimizer, make_optimizer
-from tests.tiny_models import tiny
+from tests.tiny_models import further, tiny
 
 
 def bytes_of(named, config):
-    return make_optimizer(named, config, torch.device("cpu"), **FURTHER).state_bytes()
+    return make_optimizer(named, config, torch.device("cpu"), **further(config)).state_bytes()
 
 
 # ---- 8-bit states ----
@@ -84,7 +85,7 @@ def test_adamw_in_8_bits_equals_bitsandbytes():
 
 def test_parameters_with_8_bit_states():
     named = dict(tiny(hidden_size=64, intermediate_size=128, vocab_size=100).requires_grad_(True).named_parameters())
-    groups = make_optimizer(named, Config(optim="paged_adamw_8bit"), torch.device("cpu"), **FURTHER).param_groups
+    groups = make_optimizer(named, Config(optim="paged_adamw_8bit"), torch.device("cpu"), **further(Config(optim="paged_adamw_8bit"))).param_groups
     names = {id(p): name for name, p in named.items()}
     found = {names[id(p)] for group in groups if group["update"] == "adamw_8bit" for p in group["params"]}
     assert found == {name for name, p in named.items() if p.numel() >= 4096 and "embed" not in name} and found
@@ -142,7 +143,7 @@ def test_galore_of_full_rank_with_one_fixed_basis_equals_adamw():
                                       {"use_galore": True, "galore_target": ["mlp"]}], ids=str)
 def test_predicted_bytes_of_the_state(settings):
     named = dict(tiny(hidden_size=64, intermediate_size=128).requires_grad_(True).named_parameters())
-    optimizer = make_optimizer(named, Config(**settings), torch.device("cpu"), **FURTHER)
+    optimizer = make_optimizer(named, Config(**settings), torch.device("cpu"), **further(Config(**settings)))
     for p in named.values():
         p.grad = torch.randn(p.shape)
     optimizer.step()
@@ -156,4 +157,31 @@ def test_predicted_bytes_of_the_state(settings):
 def test_unknown_galore_targets_are_errors():
     config = Config(use_galore=True, galore_target=["mpl"])
     with pytest.raises(ValueError, match="galore_target: mpl is in the name of no trained matrix; such names are"):
-        make_optimizer(dict(tiny().named_parameters()), config, torch.device("cpu"), **FURTHER)
+        make_optimizer(dict(tiny().named_parameters()), config, torch.device("cpu"), **further(config))
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_fields_without_the_parameters_rows_are_known_to_checkpoints(name):
+    group = {"rank": 3, "head_numel": 12, "betas": (0.9, 0.99)}
+    p = torch.zeros(100, 60)
+    for field, tensor in UPDATES[name].init_state(p, group).items():
+        assert (tensor.shape != p.shape) == (field in NO_ROWS), field
+
+
+def test_adam_mini_has_one_second_moment_a_block():
+    config = Config(use_adam_mini=True)
+    model = tiny()
+    optimizer = make_optimizer(dict(model.named_parameters()), config, torch.device("cpu"),
+                               **further(config))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = optimizer.state_bytes()
+    optimizer.step()
+    states = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    shapes = {name: len(state["block_avg_sq"]) for name, state in states.items()}
+    heads = model.config.num_attention_heads
+    rows = model.config.intermediate_size
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == heads
+    assert shapes["model.layers.0.mlp.up_proj.weight"] == rows
+    assert shapes["model.norm.weight"] == 1
+    assert sum(t.nbytes for state in states.values() for t in state.values()) == before

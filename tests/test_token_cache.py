@@ -123,7 +123,7 @@ def test_every_setting_that_changes_rows_is_in_the_key():
     of_the_model = set("""model_name_or_path model_revision adapter_name_or_path create_new_adapter ref_model
         ref_model_adapters train_from_scratch base_precision quantization_bit quantization_method quantization_type
         double_quantization finetuning_type lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora
-        use_dora pissa_init pissa_iter use_llama_pro freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16
+        use_dora pissa_init pissa_iter use_llama_pro use_adam_mini freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16
         optim use_muon use_galore galore_rank galore_target""".split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see cache_key

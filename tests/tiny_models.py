@@ -15,6 +15,7 @@ from checkpoint.files import tensor_files, write_tensors
 from families import FAMILIES, model_config
 from lora import LoRALinear, trainable
 from methods.quant import quantize
+from methods.optimizers import further_arguments
 from model import CausalLM, init_weights
 from tests import twins
 from tests.common import GOLDEN
@@ -37,6 +38,11 @@ def tiny(**changes):
     model = CausalLM(model_config({**TINY, **changes}))
     init_weights(model, torch.Generator().manual_seed(0))
     return model.requires_grad_(False)
+
+
+def further(config):
+    """The further arguments of make_optimizer for the model of TINY."""
+    return further_arguments(config, model_config(TINY))
 
 
 def tiny_qwen2(dtype=torch.float32, **changes):
