@@ -52,7 +52,8 @@ class Example:
 
 
 def label_turns(turns: list, cutoff: int, train_on_prompt: bool = False, mask_history: bool = False,
-                closing_eos: int | None = None) -> tuple[list[int], list[int]]:
+                closing_eos: int | None = None,
+                marks: list[tuple[bool, bool]] | None = None) -> tuple[list[int], list[int]]:
     """Turns [(source_ids, target_ids), …] -> (input_ids, labels) of at most `cutoff` tokens.
 
     Targets (what the assistant says) are labels, sources are not.
@@ -61,23 +62,32 @@ def label_turns(turns: list, cutoff: int, train_on_prompt: bool = False, mask_hi
     mask_history:    only the last target is, and the last turn has priority when room is short.
     closing_eos:     id of the eos token, for templates whose answers do not end in it: it becomes
                      the label of the next turn's first token, and it ends the row.
+    marks:           for each turn whether its source and its target may be labels; None: all may.
     """
     parts = []
     used = 0 if closing_eos is None else 1
-    by_priority = reversed(turns) if mask_history else turns
-    for number, (source, target) in enumerate(by_priority):
+    last = len(turns) - 1
+    numbers = range(last, -1, -1) if mask_history else range(last + 1)
+    marks = marks or [(True, True)] * len(turns)
+    for number in numbers:
         if used >= cutoff:
             break
+        source, target = turns[number]
         keep_source, keep_target = truncated_lengths(len(source), len(target), cutoff - used)
         source = source[:keep_source]
         target = target[:keep_target]
         used += keep_source + keep_target
 
-        source_labels = source if train_on_prompt else [IGNORE] * keep_source
-        if closing_eos is not None and number > 0 and source:
-            source_labels = [closing_eos] + source_labels[1:]
-        target_labels = [IGNORE] * keep_target if mask_history and number > 0 else target
+        learn_source, learn_target = marks[number]
+        labels_source = train_on_prompt and learn_source
+        source_labels = source if labels_source else [IGNORE] * keep_source
+        if closing_eos is not None and number != numbers[0] and source:
+            ends_learned = number == 0 or marks[number - 1][1]
+            source_labels = [closing_eos if ends_learned else IGNORE] + source_labels[1:]
+        labels_target = learn_target and not (mask_history and number < last)
+        target_labels = target if labels_target else [IGNORE] * keep_target
         parts.append((source + target, source_labels + target_labels))
+    kept_last = marks[last if mask_history else len(parts) - 1][1]
     if mask_history:
         parts.reverse()
 
@@ -87,7 +97,7 @@ def label_turns(turns: list, cutoff: int, train_on_prompt: bool = False, mask_hi
         labels += part_labels
     if closing_eos is not None:
         input_ids.append(closing_eos)
-        labels.append(closing_eos)
+        labels.append(closing_eos if kept_last else IGNORE)
     return input_ids, labels
 
 
@@ -190,6 +200,7 @@ class EncodedRows:
         self.counts = {}                # dataset -> DatasetCounts
         self.bad = []                   # for each bad row a text: where, why, and the row
         self.unfilled = []              # (dataset, {names}, where) of answers with {{name}} in them
+        self.marked_questions = {}      # dataset -> where a question is first marked as learned
         self.dropped_tail = 0           # tokens of running text that fill no block
         self.has_targets = False        # is there a label after the first token of a sequence?
 
@@ -240,22 +251,22 @@ def encode_conversations(conversations: list, config, tokenizer, template, encod
         try:
             turns = render_turns(template, tokenizer, conversation.messages, conversation.system,
                                  conversation.tools, settings)
-            rendered.append((row, turns))
+            rendered.append((row, turns, loss_marks(conversation.messages)))
         except ValueError as error:         # a tool call or tool description that cannot be read
             encoded.reject(row, error)
     if check_only or encoded.bad and not config.skip_bad_rows:
         return
 
     # one call of the tokenizer for all pieces of text
-    pieces = [pieces for _, turns in rendered for turn in turns for pieces in turn]
+    pieces = [pieces for _, turns, _ in rendered for turn in turns for pieces in turn]
     ids = iter(encode_pieces(tokenizer, pieces))
     packing, cutoff = packing_of(config)
     closing_eos = tokenizer.eos_id if template.efficient_eos else None
     to_pack = []
-    for row, turns in rendered:
+    for row, turns, marks in rendered:
         turns = [(next(ids), next(ids)) for _ in turns]
         input_ids, labels = label_turns(turns, cutoff, config.train_on_prompt, config.mask_history,
-                                        closing_eos)
+                                        closing_eos, marks)
         full_length = sum(len(source) + len(target) for source, target in turns)
         if closing_eos is not None:
             full_length += 1
@@ -309,6 +320,15 @@ def encode_documents(documents: list, config, tokenizer, template, encoded: Enco
     for block in blocks:
         encoded.has_targets |= len(block) > 1
         encoded.add(block, block, bool(block))
+
+
+def loss_marks(messages: list[dict]) -> list[tuple[bool, bool]] | None:
+    """For each question and its answer whether they may carry loss; None: all of them may.
+
+    A message with "train": False is context only.
+    """
+    learn = [message.get("train") is not False for message in messages]
+    return None if all(learn) else list(zip(learn[0::2], learn[1::2]))
 
 
 def settings_of(config) -> Settings:

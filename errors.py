@@ -52,6 +52,21 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
+# what moves a terminal's cursor, turns the direction of a text, or cannot be written as UTF-8
+NOT_PRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+    "\ud800-\udfff\ufeff]")
+
+
+def printable(text: str) -> str:
+    """A text of others for the terminal: control and direction characters as \\x1b or \\u202e."""
+    def escape(match) -> str:
+        code = ord(match[0])
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return NOT_PRINTABLE.sub(escape, text)
+
+
 # ---- starting and failing -----------------------------------------------------------------------
 
 
@@ -93,7 +108,7 @@ def print_error(message: str):
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {printable(message)}\n")
 
 
 def error_message(error: Exception) -> str:

@@ -16,7 +16,8 @@ source, which the model only reads. This file holds the five usual formats, turn
 into (source, target) pairs, and encodes them. data.py makes labels from the pairs.
 
 A conversation is a list of messages {"role": ..., "content": ...}. A "user" or an "observation"
-(what a tool returned) is answered by an "assistant" or a "function" (a tool call, as JSON).
+(what a tool returned) is answered by an "assistant" or a "function" (a tool call, as JSON). An
+answer may also have a "thought", and a call a "lead": what is said before it.
 
 Requires: errors.py.
 Next: data.py, text/chat_formats.py (the other formats, and how to write one in a config file).
@@ -202,12 +203,12 @@ def render_turns(template: Template, tokenizer, messages: list[dict], system: st
             system_text = ""
 
         is_last = i + 2 == len(messages)
-        text, thought = settle_thought(template, answer["content"], is_last, only_last, settings)
-        target = render_target(template, tokenizer, answer["role"], text)
-        if thought and settings.enable_thinking:
-            target = [thought] + target
-        elif thought:
-            source = source + [thought]
+        text, empty_thought = settle_thought(template, answer, is_last, only_last, settings)
+        target = render_target(template, tokenizer, answer, text)
+        if empty_thought and settings.enable_thinking:
+            target = [empty_thought] + target
+        elif empty_thought:
+            source = source + [empty_thought]
         turns.append((source, target))
     return turns
 
@@ -236,11 +237,22 @@ def render_source(template: Template, tokenizer, message: dict, number: int,
     return fill_slots(slots, tokenizer, text, str(number) if with_number else None)
 
 
-def render_target(template: Template, tokenizer, role: str, text: str) -> Pieces:
-    """Render an answer or a tool call, with what ends it."""
-    if role == "function":
-        text = template.tool_format.call(text, template)
-    return fill_slots(turn_slots(template, role), tokenizer, text)
+def render_target(template: Template, tokenizer, answer: dict, text: str) -> Pieces:
+    """Render an answer or a tool call, with what ends it. text: see settle_thought."""
+    if answer["role"] == "function":
+        if "lead" in answer:
+            check_lead(template, text, answer["content"])
+            text += template.tool_format.call(answer["content"], template)
+        else:
+            text = template.tool_format.call(text, template)
+    return fill_slots(turn_slots(template, answer["role"]), tokenizer, text)
+
+
+def check_lead(template: Template, lead: str, call: str):
+    """Raise ValueError for a text before a tool call, where the format has no room for it."""
+    if lead and template.function and not template.function[0].startswith("{{content}}"):
+        raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, "
+                         f"so no text can stand before it: {lead[:60]!r}, before {call[:60]!r}")
 
 
 def turn_slots(template: Template, role: str) -> tuple[Slot, ...]:
@@ -288,28 +300,46 @@ def slot_id(tokenizer, token: Token) -> int | None:
     return found
 
 
-def settle_thought(template: Template, text: str, is_last: bool, only_last: bool,
+def settle_thought(template: Template, answer: dict, is_last: bool, only_last: bool,
                    settings: Settings) -> tuple[str, str]:
-    """Apply the thinking rules of a reasoning template to an answer: (text, empty thought or "").
+    """Apply the thinking rules to an answer: (its text with its thought, empty thought or "").
+
+    Of a tool call with a "lead", the text is what stands before the call.
 
     enable_thinking true:  an answer without a thought gets an empty one, as part of the target.
                     null:  the same, as part of the source.
                     false: thoughts are removed from all answers first, then as null.
     Thoughts of earlier answers are removed where only the last answer is a target (only_last,
-    mask_history), as the vendors do in chat, unless preserve_thinking is set.
+    mask_history), as the vendors do in chat, unless preserve_thinking is set. These rules are those
+    of reasoning templates; others write what the row has.
     """
-    if not template.reasoning:
-        return text, ""
+    before, thought, after = find_thought(template, answer)
     drop_history = (only_last or settings.mask_history) and not settings.preserve_thinking
     drop_all = settings.enable_thinking is False and (is_last or not only_last)
-    if drop_all or drop_history and not is_last:
-        before, _, after = split_thought(text, template.thought)
+    text = before + thought + after
+    if template.reasoning and (drop_all or drop_history and not is_last):
         text = (before + after).lstrip("\n")
+    if "lead" in answer and after:
+        text += "\n"
 
     # an answer that mentions the marks gets no empty thought, as in LLaMA-Factory
-    has_none = not any(mark.strip() in text for mark in template.thought)
-    needs_one = is_last or not (only_last or drop_history)
+    written = text + answer["content"] if "lead" in answer else text
+    has_none = not any(mark.strip() in written for mark in template.thought)
+    needs_one = template.reasoning and (is_last or not (only_last or drop_history))
     return text, "".join(template.thought) if has_none and needs_one else ""
+
+
+def find_thought(template: Template, answer: dict) -> tuple[str, str, str]:
+    """Split an answer as split_thought does; its thought may also have a key of its own."""
+    text = answer.get("lead", answer["content"])
+    before, thought, after = split_thought(text, template.thought)
+    if not answer.get("thought"):
+        return before, thought, after
+    if thought:
+        raise ValueError("an answer has two thoughts, one in a key of its own and one at the "
+                         f"beginning of its text: {text[:60]!r}. Leave one of them out")
+    opens, closes = template.thought
+    return "", opens + answer["thought"].strip("\n") + closes, text.lstrip("\n")
 
 
 def split_thought(text: str, marks: tuple[str, str]) -> tuple[str, str, str]:

@@ -92,10 +92,11 @@ def test_broken_lines_and_bytes_spoil_one_row_each(tmp_path):
     write_info(tmp_path, d={"file_name": "d.jsonl"})
     found = load_rows(tmp_path)
     conversations.convert(found[0])
-    for row, sentence in zip(found[1:], ("not a JSON object", "not UTF-8", "not UTF-8")):
+    for row, sentence in zip(found[1:], ("not a JSON object", "not UTF-8, the first is 0xe9",
+                                        "half of a character")):
         with pytest.raises(ValueError, match=sentence):
             conversations.convert(row)
-        print(conversations.excerpt(row.data))                     # printable, whatever it holds
+        row.excerpt.encode()                                       # printable, whatever it holds
     assert [row.number for row in found] == [1, 2, 3, 4]
 
 

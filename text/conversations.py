@@ -5,16 +5,19 @@
 A `Source` says how the rows of a dataset are laid out: which column holds which role, and for chat
 layouts which words stand for the speakers. text/data_files.py makes it from dataset_info.json.
 
-Requires: nothing.
+Requires: text/turns.py (one turn of a chat layout).
 Next: text/data_files.py.
 
 The layouts are LLaMA-Factory's; docs/differences.md lists what differs on purpose.
 """
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+
+from text.plain_text import excerpt, why_not_utf8
+from text.turns import ANSWERS, column_text, message_of_turn
 
 # The defaults of an entry of dataset_info.json that names no columns (or tags). An entry that names
 # one of them has no defaults. formatting "messages" is ours: OpenAI's layout without the surprises
@@ -46,9 +49,9 @@ OPENAI_TAGS = {
 REQUIRED_TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag")
 ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools", "chosen",
          "rejected", "kto_tag")         # what a column can be
-ANSWERS = ("assistant", "function")     # roles of the messages that a model learns to write
 PAIRS = ("rm", "dpo")                   # stages that compare two answers
 JUDGED = ("kto",)                       # stages that know good answers from bad ones
+MESSAGE_TEXTS = ("content", "thought", "lead")      # the keys of a message that hold its texts
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
 
@@ -70,6 +73,7 @@ class RawRow(NamedTuple):
     number: int                     # in its file, from 1
     data: object                    # a dict, or the text of a line that could not be parsed
     source: Source | None = None
+    is_utf8: bool = True            # False: its file has bytes that are not UTF-8 in this row
 
     @property
     def dataset(self) -> str:
@@ -91,8 +95,9 @@ class RawRow(NamedTuple):
 class Conversation(NamedTuple):
     """What templates.py renders.
 
-    A message is {"role": user | assistant | observation | function, "content": str}; questions
-    (user, observation) and answers (assistant, function) alternate.
+    A message is {"role": user | assistant | observation | function, "content": str}, and maybe the
+    further keys of text/turns.py; questions (user, observation) and answers (assistant, function)
+    alternate.
     """
     messages: list[dict]
     system: str = ""
@@ -116,33 +121,50 @@ def convert(row: RawRow, stage: str = "sft") -> Conversation:
         conversation = convert_alpaca(row.data, row.source, stage)
     else:
         conversation = convert_messages(row.data, row.source)
-    check_utf8(conversation)
+    check_characters(conversation, row)
     if stage == "pt":
         return Conversation(conversation.messages[:1])
-
-    for number, message in enumerate(conversation.messages, 1):
-        if message["role"] in ANSWERS and not message["content"].strip():
-            raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
-    rejected = conversation.rejected
-    if rejected is not None and not rejected["content"].strip():
-        column = row.source.columns["rejected"]
-        raise ValueError(f"the answer in '{column}' is empty, there is nothing to learn")
+    check_answers(conversation, row.source, stage)
     return conversation
 
 
-def check_utf8(conversation: Conversation):
-    """Raise ValueError for bytes of another encoding, which were read as lone surrogates."""
+def check_answers(conversation: Conversation, source: Source, stage: str):
+    """Raise ValueError for an answer with nothing to learn."""
+    messages = conversation.messages
+    for number, message in enumerate(messages, 1):
+        if message["role"] in ANSWERS and is_empty(message) and message.get("train") is not False:
+            raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
+    rejected = conversation.rejected
+    if rejected is not None and is_empty(rejected):
+        column = source.columns["rejected"]
+        raise ValueError(f"the answer in '{column}' is empty, there is nothing to learn")
+    for message in (messages[-1], rejected or {}):
+        if stage in (*PAIRS, *JUDGED) and message.get("train") is False:
+            raise ValueError(f"an answer is marked as not to be learned, but stage: {stage} trains "
+                             "on it; leave the row out, or the mark")
+
+
+def is_empty(message: dict) -> bool:
+    """Whether an answer has neither text nor thought."""
+    return not (message["content"].strip() or message.get("thought"))
+
+
+def texts_of(conversation: Conversation) -> list[str]:
+    """All texts of a conversation."""
     messages = list(conversation.messages)
     if conversation.rejected is not None:
         messages.append(conversation.rejected)
     texts = [conversation.system, conversation.tools]
-    texts += [message["content"] for message in messages]
-    for text in texts:
-        try:
-            text.isascii() or text.encode()
-        except UnicodeEncodeError:
-            message = "it holds bytes that are not UTF-8 (iconv converts a file)"
-            raise ValueError(message) from None
+    for message in messages:
+        texts += [message[key] for key in MESSAGE_TEXTS if key in message]
+    return texts
+
+
+def check_characters(conversation: Conversation, row: RawRow):
+    """Raise ValueError for a text that cannot be written as UTF-8."""
+    for text in texts_of(conversation):
+        if reason := why_not_utf8(text, from_bytes=not row.is_utf8):
+            raise ValueError(reason)
 
 
 def check_stage(ranking: bool, judged: bool, where: str, stage: str):
@@ -181,6 +203,9 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
         answer_roles = ()
     elif source.ranking:
         answer_roles = ("chosen", "rejected")
+    values = [data.get(columns[role]) for role in ("prompt", *answer_roles)]
+    if stage != "pt" and any(is_list_of_turns(value) for value in values):
+        return convert_turn_lists(data, source, answer_roles)
     messages = history_messages(data, columns.get("history"))
     for role in ("prompt", *answer_roles):
         if columns[role] not in data:
@@ -198,6 +223,78 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
         rejected=answers[1] if source.ranking else None,
         desired=column_desired(data, columns),
     )
+
+
+def convert_turn_lists(data: dict, source: Source, answer_roles: tuple) -> Conversation:
+    """A row whose columns hold lists of turns, such as TRL's conversational prompt and completion.
+
+    The prompt is context, as in TRL: its answers carry no loss. An answer's column may also hold
+    the whole conversation, which then begins with the prompt.
+    """
+    columns = source.columns
+    for role in ("query", "history"):
+        if data.get(columns.get(role)):
+            raise ValueError(f"'{columns[role]}' cannot stand beside a list of turns; make it a "
+                             "turn")
+    values = [data.get(columns[role]) for role in ("prompt", *answer_roles)]
+    turns = [turn for value in values if isinstance(value, list) for turn in value]
+    has_openai_names = any(isinstance(turn, dict) and "role" in turn for turn in turns)
+    source = replace(source, formatting="messages", tags=OPENAI_TAGS if has_openai_names else TAGS)
+
+    prompt = turns_in(data, columns["prompt"], "user_tag", source)
+    read = []
+    for role in answer_roles:
+        turns = turns_in(data, columns[role], "assistant_tag", source)
+        if role_of(turns[0], source) in ("system", "user"):
+            check_begins_with(turns, prompt, columns[role], columns["prompt"], source)
+        else:
+            turns = prompt + turns
+        read.append(read_turns(turns, source))
+
+    messages, system = read[0]
+    if len(messages) % 2:
+        raise ValueError("the last turn is not an answer")
+    rejected = None
+    if source.ranking:
+        *before, rejected = read[1][0]
+        if before != messages[:-1]:
+            raise ValueError(f"the turns before the answers in '{columns['chosen']}' and "
+                             f"'{columns['rejected']}' differ")
+    for message in messages[:len(read_turns(prompt, source)[0])]:
+        if message["role"] in ANSWERS:
+            message["train"] = False
+    if system is None:
+        system = column_text(data, columns.get("system"))
+    return Conversation(messages, system, column_tools(data, columns), rejected,
+                        column_desired(data, columns))
+
+
+def is_list_of_turns(value) -> bool:
+    """Whether a column holds turns instead of a text."""
+    return isinstance(value, list) and any(isinstance(turn, dict) for turn in value)
+
+
+def turns_in(data: dict, column: str, speaker_tag: str, source: Source) -> list[dict]:
+    """The turns in a column; a text is one turn of this speaker."""
+    if column not in data:
+        raise ValueError(f"the column '{column}' is missing")
+    value = data[column]
+    if isinstance(value, str):
+        tags = source.tags
+        return [{tags["role_tag"]: tags[speaker_tag], tags["content_tag"]: value}]
+    if not is_list_of_turns(value):
+        raise ValueError(f"'{column}' must be text or a list of turns, not {excerpt(value)}")
+    return value
+
+
+def check_begins_with(turns: list, prompt: list, column: str, prompt_column: str, source: Source):
+    """Raise ValueError unless the turns, maybe after a system turn, begin with the prompt."""
+    content_tag = source.tags["content_tag"]
+    texts = [turn.get(content_tag) for turn in turns if isinstance(turn, dict)]
+    wanted = [turn.get(content_tag) for turn in prompt if isinstance(turn, dict)]
+    if wanted not in (texts[:len(wanted)], texts[1:1 + len(wanted)]):
+        raise ValueError(f"'{column}' begins with a question, but not with the turns of "
+                         f"'{prompt_column}'")
 
 
 def history_messages(data: dict, column: str | None) -> list[dict]:
@@ -245,21 +342,27 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
     Consecutive tool turns become one message, except in sharegpt.
     """
     messages, system = [], None
-    content_tag = source.tags["content_tag"]
     for number, turn in enumerate(turns, 1):
         role = role_of(turn, source)
         expected = ANSWERS if len(messages) % 2 else ("user", "observation")
-        if role == "system" and number == 1:
-            system = column_text(turn, content_tag)
-        elif role in expected:
-            messages.append(message_of(turn, role, source))
-        elif (role == "observation" and source.formatting != "sharegpt"
-              and messages[-1]["role"] == "observation"):
-            result = column_text(turn, content_tag)
-            messages[-1]["content"] += "\n</tool_response>\n<tool_response>\n" + result
-        else:
+        is_system = role == "system" and number == 1
+        is_more_results = (role == "observation" and source.formatting != "sharegpt"
+                           and bool(messages) and messages[-1]["role"] == "observation")
+        if not (is_system or role in expected or is_more_results):
             raise ValueError(f"turn {number} is by '{speaker_of(turn, source)}', expected "
                              f"{role_words(expected, source)}")
+        try:
+            message = message_of(turn, role, source)
+        except ValueError as error:
+            raise ValueError(f"turn {number}: {error}") from None
+
+        if is_system:
+            system = message["content"]
+        elif is_more_results:
+            messages[-1]["content"] += ("\n</tool_response>\n<tool_response>\n"
+                                        + message["content"])
+        else:
+            messages.append(message)
     return messages, system
 
 
@@ -276,6 +379,8 @@ def check_ends_with_question(messages: list[dict], columns: dict):
 def read_answer(data: dict, column: str, source: Source) -> dict:
     """One of the two answers of a pair, as a message."""
     turn = data.get(column)
+    if isinstance(turn, list) and len(turn) == 1:
+        turn = turn[0]
     if not isinstance(turn, dict):
         raise ValueError(f"'{column}' must be one turn, an object like the turns of the "
                          f"conversation, not {excerpt(turn)}")
@@ -283,7 +388,10 @@ def read_answer(data: dict, column: str, source: Source) -> dict:
     if role not in ANSWERS:
         raise ValueError(f"'{column}' is by '{speaker_of(turn, source)}', expected "
                          f"{role_words(ANSWERS, source)}")
-    return message_of(turn, role, source)
+    try:
+        return message_of(turn, role, source)
+    except ValueError as error:
+        raise ValueError(f"'{column}': {error}") from None
 
 
 def role_of(turn, source: Source) -> str | None:
@@ -292,6 +400,7 @@ def role_of(turn, source: Source) -> str | None:
     for role in ("system", "function", "observation", "assistant", "user"):
         roles[source.tags.get(f"{role}_tag")] = role
     roles[None] = None
+    roles.setdefault("developer", "system")         # OpenAI's newer word for it
     return roles.get(speaker_of(turn, source))
 
 
@@ -314,28 +423,9 @@ def role_words(roles: tuple[str, ...], source: Source) -> str:
 
 def message_of(turn: dict, role: str, source: Source) -> dict:
     """A turn as a message. tool_calls become a function message, except in sharegpt."""
-    calls = turn.get("tool_calls") if source.formatting != "sharegpt" else None
-    if role in ANSWERS and calls:
-        text = tool_calls_text(calls, keep_arguments=source.formatting == "openai")
-        return {"role": "function", "content": text}
-    return {"role": role, "content": column_text(turn, source.tags["content_tag"])}
-
-
-def tool_calls_text(calls: list[dict], keep_arguments: bool) -> str:
-    """OpenAI's tool_calls as the JSON list of {name, arguments} that a function message holds.
-
-    In tool_calls, `arguments` is JSON text. keep_arguments: it stays text and is encoded a second
-    time later, as in LLaMA-Factory's "openai".
-    """
-    try:
-        functions = [dict(call["function"]) for call in calls]
-        for function in [] if keep_arguments else functions:
-            if isinstance(function["arguments"], str):
-                function["arguments"] = json.loads(function["arguments"])
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"tool_calls cannot be read ({reason})") from None
-    return json.dumps(functions, ensure_ascii=False)
+    return message_of_turn(turn, role, source.tags["content_tag"],
+                        calls=source.formatting != "sharegpt",
+                        keep_arguments=source.formatting == "openai")
 
 
 def openai_system(system: str, tools: str) -> str:
@@ -348,16 +438,6 @@ def openai_system(system: str, tools: str) -> str:
 
 
 # ---- columns ----------------------------------------------------------------------------------
-
-
-def column_text(data: dict, column: str | None) -> str:
-    """The text of a column; "" if it is not declared, absent or null."""
-    value = data.get(column)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"'{column}' must be text, not {excerpt(value)}")
-    return value
 
 
 def column_tools(data: dict, columns: dict) -> str:
@@ -391,19 +471,11 @@ def fill_placeholders(conversation: Conversation, values: dict) -> Conversation:
         return PLACEHOLDER.sub(lambda match: str(values.get(match[1], match[0])), text)
 
     def fill_message(message: dict) -> dict:
-        return {**message, "content": fill_text(message["content"])}
+        texts = {key: fill_text(message[key]) for key in MESSAGE_TEXTS if key in message}
+        return {**message, **texts}
 
     return conversation._replace(
         messages=[fill_message(message) for message in conversation.messages],
         system=fill_text(conversation.system),
         rejected=conversation.rejected and fill_message(conversation.rejected),
     )
-
-
-def excerpt(value, limit: int = 200) -> str:
-    """A row, or a value in it, for a message: JSON, shortened, printable whatever bytes it has."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text = text.encode("utf-8", "backslashreplace").decode()
-    if len(text) <= limit:
-        return text
-    return f"{text[:limit]} … ({len(text) - limit} more characters)"

@@ -24,7 +24,9 @@ import numpy as np
 
 from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
-                                RawRow, Source, check_stage, excerpt)
+                                RawRow, Source, check_stage)
+from text.plain_text import excerpt, why_not_utf8
+from text.turns import keys_read
 
 UNSUPPORTED = {"images": "images", "videos": "videos", "audios": "audio"}   # role -> what it holds
 ENTRY_KEYS = {
@@ -83,8 +85,9 @@ BLOCK = 2**20                   # bytes read at once
 class DataFile:
     """One data file; only the positions of its rows are kept in memory.
 
-    keys: names of all columns, in order of first appearance. Raises ValueError for a file that
-    cannot be read. A row that cannot be parsed counts as a row; `convert` refuses it.
+    keys: names of all columns, in order of first appearance. turn_keys: of each column that holds
+    turns, the keys of these, as far as one has a value. Raises ValueError for a file that cannot be
+    read. A row that cannot be parsed counts as a row; `convert` refuses it.
     """
 
     def __init__(self, path: Path):
@@ -101,16 +104,27 @@ class DataFile:
         start = self.skip_byte_order_mark()
 
         keys = {}
+        self.turn_keys = {}
         places = array("q")
         for number, data, first_byte, end_byte in scan(self, start):
             places.extend((number, first_byte, end_byte))
             if isinstance(data, dict):
                 keys.update(dict.fromkeys(map(str, data)))
+                self.add_turn_keys(data)
         self.keys = list(keys)
         self.places = np.frombuffer(places, np.int64).reshape(-1, 3)
 
     def __len__(self):
         return len(self.places)
+
+    def add_turn_keys(self, data: dict):
+        """Note the keys of a row's turns."""
+        for column, value in data.items():
+            turns = value if isinstance(value, list) else [value]
+            for turn in turns:
+                if isinstance(turn, dict):
+                    found = self.turn_keys.setdefault(column, {})
+                    found.update((key, True) for key, item in turn.items() if item is not None)
 
     def skip_byte_order_mark(self) -> int:
         """The first byte of the text; raises ValueError for UTF-16."""
@@ -123,8 +137,10 @@ class DataFile:
     def row(self, place: int, source: Source) -> RawRow:
         """The row at a place, counted from 0."""
         number, start, end = self.places[place].tolist()
-        text = decode_utf8(read_at(self.file, start, end - start))
-        return RawRow(self.path, number, self.parse(self, text), source)
+        raw = read_at(self.file, start, end - start)
+        text = decode_utf8(raw)
+        is_utf8 = not why_not_utf8(text)
+        return RawRow(self.path, number, self.parse(self, text), source, is_utf8)
 
     def lines(self, start: int, newline: str) -> Iterator[tuple[str, int, int]]:
         """(text, first byte, end byte) of every line from byte `start` on; newline: as in open."""
@@ -495,9 +511,12 @@ def check_json(file: DataFile):
 
 
 def parse_json(file: DataFile, text: str):
-    """The row; a line that is not JSON stays a text."""
+    """The row; a line that is not JSON stays a text.
+
+    A byte order mark before a row is left from a file that was appended to another one.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except ValueError:
         return text
 
@@ -588,7 +607,23 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
     unread = [key for key in keys if key not in read]
     if unread:
         notes.append(f"dataset '{source.name}': columns not used: {', '.join(unread)}")
+    if unread := unread_turn_keys(source, rows):
+        notes.append(f"dataset '{source.name}': keys of turns that are not used: "
+                     f"{', '.join(unread)}")
     return source
+
+
+def unread_turn_keys(source: Source, rows: Rows) -> list[str]:
+    """The keys of turns that nothing reads, of the columns that may hold turns."""
+    unread = {}
+    for role in ("prompt", "response", "messages", "chosen", "rejected"):
+        column = source.columns.get(role)
+        for file, _ in rows.files:
+            keys = file.turn_keys.get(column, {})
+            tags = source.tags or (OPENAI_TAGS if "role" in keys else TAGS)
+            read = keys_read(tags, calls=source.formatting != "sharegpt")
+            unread.update((key, True) for key in keys if key not in read)
+    return list(unread)
 
 
 def needed_roles(source: Source, stage: str) -> tuple[str, ...]:

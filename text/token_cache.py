@@ -36,10 +36,11 @@ from tqdm import tqdm
 
 from data import DatasetCounts, EncodedRows, Example, packing_of
 from text.chat_formats import with_overrides, written_template
-from text.conversations import (PLACEHOLDER, Conversation, RawRow, convert, excerpt,
+from text.conversations import (ANSWERS, PLACEHOLDER, Conversation, RawRow, convert,
                                 fill_placeholders)
 from text.data_files import Rows, find_sources, open_rows, read_at
 from text.parallel_map import num_processes, parallel_map
+from text.plain_text import excerpt
 
 ABOUT = "store.json"            # written last: a folder without it is not a complete cache
 TOKENIZED = "tokenised"         # the folder of a run's cache in its output_dir; earlier releases
@@ -71,6 +72,8 @@ PROGRAM = (
     "templates.py",
     "text/data_files.py",
     "text/conversations.py",
+    "text/turns.py",
+    "text/plain_text.py",
     "text/token_cache.py",
     "text/chat_formats.py",
     "text/fit_tokenizer.py",
@@ -503,6 +506,7 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
     starts = range(0, len(rows), batch_size)
     processes = num_processes(len(starts), config.preprocessing_num_workers)
     unfilled = []
+    marked_questions = {}
     has_targets = False
 
     def encode_from(start: int, check_only: bool = False) -> EncodedRows:
@@ -520,9 +524,10 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
             report.add(part, split)
             writer.add(part)
             unfilled += part.unfilled
+            marked_questions = {**part.marked_questions, **marked_questions}
             has_targets = has_targets or part.has_targets
             bar.update(min(batch_size, len(rows) - start))
-    report.notes += note_unfilled(unfilled)
+    report.notes += note_unfilled(unfilled) + note_marked_questions(marked_questions)
     return has_targets, processes
 
 
@@ -548,6 +553,8 @@ def conversation_of(row: RawRow, config, part: EncodedRows) -> Conversation | No
 
     names = set()
     for message in conversation.messages:
+        if message["role"] not in ANSWERS and message.get("train") and not config.train_on_prompt:
+            part.marked_questions.setdefault(row.source.name, row.where)
         if message["role"] == "assistant" and "{{" in message["content"]:
             names.update(PLACEHOLDER.findall(message["content"]))
     if names:
@@ -571,6 +578,15 @@ def note_unfilled(unfilled: list) -> list[str]:
             f"dataset '{dataset}' has the {noun} {marks} unfilled in {len(found)} of its answers "
             f"(first: {found[0][1]}). To fill it, set in the config: placeholders: {{{values}}}")
     return notes
+
+
+def note_marked_questions(marked: dict[str, str]) -> list[str]:
+    """A note for each dataset with questions that are marked as to be learned, which none is.
+
+    marked: dataset -> where the first of them is.
+    """
+    return [f"dataset '{dataset}' marks questions as to be learned (first: {where}); only answers "
+            "are, unless train_on_prompt: true is set" for dataset, where in marked.items()]
 
 
 def refuse(bad: list[str]):

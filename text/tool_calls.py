@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from templates import Template, ToolFormat, split_thought
+from templates import Template, ToolFormat, check_lead, split_thought
 
 Call = tuple[str, str]      # name of the function, its arguments as JSON text
 
@@ -54,9 +54,7 @@ def render_call(write_calls: Callable[[list[Call]], str], text: str, template: T
     text: JSON, maybe after a thought, as read_call takes it.
     """
     lead, calls = read_call(text, template.thought)
-    if lead and template.function and not template.function[0].startswith("{{content}}"):
-        raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, "
-                         f"so no text can stand before the JSON: {shorten(text)}")
+    check_lead(template, lead, text[len(lead):])
     return lead + write_calls(calls)
 
 
