@@ -85,15 +85,17 @@ class LoRALinear(nn.Module):
             return y
         return y + self.low_rank(self.dropout(x) if self.enabled else x, A, B)
 
+    def low_rank(self, x, A, B):
+        """scale * B(A x). A and B are float32 for the optimizer and computed in x's dtype."""
+        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.scale
+
+    # ---- for merging, and where this is the model's head
+
     def adapter(self):
         """A and B as they are applied: trained, or, while disabled, `removed` or (None, None)."""
         if self.enabled:
             return self.lora_A.weight, self.lora_B.weight
         return self.removed or (None, None)
-
-    def low_rank(self, x, A, B):
-        """scale * B(A x). A and B are float32 for the optimizer and computed in x's dtype."""
-        return F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * self.scale
 
     @property
     def weight(self):
