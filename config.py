@@ -104,6 +104,9 @@ class Config:
     flash_attn: str = key("auto", FREE,
         "attention kernel (auto: the fastest correct one; disabled: the plain implementation)",
         choices=("auto", "disabled", "sdpa", "fa2"), later=("fa3",))
+    pin_kernels: dict[str, str] = key({}, FREE,
+        "compute with these and not with the fastest at the run's first start: "
+        "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch", own=True)
     disable_gradient_checkpointing: bool = key(False, FREE,
         "keep all activations: faster, more memory")
     infer_dtype: str = key("auto", IGNORED,

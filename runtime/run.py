@@ -13,6 +13,7 @@ keeps of a run beside weights and optimizer.
 Requires: runtime/resume.py, runtime/report.py, runtime/steps.py, checkpoint/training_state.py.
 Next: train.py.
 """
+import json
 import math
 import os
 import shlex
@@ -33,7 +34,7 @@ from checkpoint.shards import is_sharded, local_rows
 from checkpoint.training_state import (load_training_state, rng_state, save_training_state,
                                        write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
-from config import as_dict, has_reference, in_steps
+from config import IGNORED, as_dict, has_reference, in_steps
 from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
@@ -42,8 +43,8 @@ from runtime.precision import check_dtype
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
                             trainer_state, versions)
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
-                            record_stop, prepare_output, remove_old_checkpoints, check_disk_space,
-                            usable_best)
+                            on_resume, record_stop, prepare_output, remove_old_checkpoints,
+                            check_disk_space, usable_best)
 from runtime.setup import Base, Setup, device_name
 from runtime.steps import Step, StepPlan
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
@@ -90,6 +91,8 @@ class RunState:
                 setattr(self, one.name, saved[name])
 
 
+# fields that say how a run computes, which a resumed run keeps
+DECIDED = ("kernel", "matmul", "compiled", "max_tokens_per_pass")
 # fields whose name in trainer_state.json is that of the first release
 LEGACY_NAMES = {
     "matmul": "product",
@@ -121,16 +124,37 @@ class Run:
         self.saved = {}
         if self.resume:
             self.saved = read_json(self.resume / "trainer_state.json").get("resume", {})
+        self.begun = ranks.from_main(self.first_start)
         self.skipped_in_a_row = 0
         self.stop_reason = ""
         self.final_eval = None                          # metrics of the final weights
 
     def recorded(self, name: str, default):
-        """A field of the resumed run's state, or `default` for a new run."""
+        """How this run has computed since its first start, or `default` if it starts now.
+
+        name: a field of RunState. A run that was killed before its first checkpoint, and is
+        started again with the same settings, goes on with the kernels it began with.
+        """
         if not self.resume:
-            return default
+            return self.begun["kernels"].get(name, default) if self.is_same_run() else default
         then = {one.name: one.default for one in fields(RunState)}
         return self.saved.get(LEGACY_NAMES.get(name, name), then[name])
+
+    def first_start(self) -> dict:
+        """The settings that an earlier start left in output_dir, or {}."""
+        try:
+            return read_json(self.output / "train_config.json")
+        except (ValueError, OSError):
+            return {}
+
+    def is_same_run(self) -> bool:
+        """Whether output_dir holds an earlier start of this very command on such a machine."""
+        kernels = self.begun.get("kernels")
+        if not isinstance(kernels, dict) or kernels.get("device") != device_name(self.device):
+            return False
+        compared = ["versions", *(key for key in self.settings if on_resume(key) != IGNORED)]
+        now = json.loads(json.dumps(self.settings))
+        return all(self.begun.get(key) == now[key] for key in compared)
 
     def stored_at(self, base: Base) -> list[Path]:
         """Folders whose train_config.json may name a chat template."""
@@ -177,6 +201,9 @@ class Run:
             compiled=bool(setup.kernels.compile),
             max_tokens_per_pass=setup.max_tokens_per_pass,
         )
+        self.settings["kernels"] = {
+            "device": device_name(self.device),
+            **{name: getattr(self.state, name) for name in DECIDED}}
         history = self.restore() if self.resume else []
         self.first_step = self.state.step
         plan.count_flops = self.flops_counter()
@@ -210,8 +237,7 @@ class Run:
                                     self.ranks.rank, shapes)
         check_rows(self.resume, saved["resume"], self.state.rows, self.config.force_resume)
         rows = self.state.rows
-        decided = {name: getattr(self.state, name)
-                   for name in ("kernel", "matmul", "compiled", "max_tokens_per_pass")}
+        decided = {name: getattr(self.state, name) for name in DECIDED}
         planned = self.state.rows_per_step
         self.state.update(saved["resume"])
         self.state.rows = rows

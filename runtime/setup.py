@@ -25,6 +25,7 @@ from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
                              packed_weights, quantized_weights)
 from config import AS_SIGMOID, has_reference
+from errors import unknown_name
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import LoRAConfig, trainable
@@ -243,18 +244,46 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
 
 
 def same_kernels(kernels: Kernels, ranks: Ranks, run):
-    """Take the kernels of rank 0, and in a resumed run those it began with, where they work here.
+    """Compute with the kernels that are pinned, else those of the run's first start, on all ranks.
 
-    Two kernels differ in the last bit of their results.
+    Two kernels differ in the last bit of their results. Raises ValueError for a pinned kernel that
+    does not work here.
     """
-    attention = run.recorded("kernel", ranks.from_main(lambda: kernels.attention))
-    if attention in kernels.correct:
-        kernels.attention = attention
-    matmul_name = run.recorded("matmul", ranks.from_main(lambda: kernels.matmul_name))
-    if matmul_name in kernels.matmuls:
-        kernels.matmul_name = matmul_name
+    pinned = run.config.pin_kernels
+    if unknown := sorted(pinned.keys() - {"attention", "matmul"}):
+        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], ("attention", "matmul")))
+    kernels.attention = same_kernel(
+        "attention", kernels.attention, kernels.correct, pinned.get("attention"),
+        run.recorded("kernel", ranks.from_main(lambda: kernels.attention)), kernels.lines)
+    kernels.matmul_name = same_kernel(
+        "matmul", kernels.matmul_name, tuple(kernels.matmuls), pinned.get("matmul"),
+        run.recorded("matmul", ranks.from_main(lambda: kernels.matmul_name)), kernels.lines)
     if not run.recorded("compiled", ranks.from_main(lambda: bool(kernels.compile))):
         kernels.compile = None
+
+
+def same_kernel(part: str, fastest: str, correct: tuple, pinned: str | None, begun: str,
+                lines: list[str]) -> str:
+    """The kernel of a part of the computation: pinned, else `begun`, if it is among `correct`.
+
+    lines: of the start page; the one about this part then names the kernel in use.
+    """
+    if pinned and pinned not in correct:
+        raise ValueError(f"pin_kernels.{part}: "
+                         + unknown_name("or unsuitable kernel", pinned, correct))
+    wanted = pinned or begun
+    if wanted == fastest:
+        return fastest
+    old = [line for line in lines if line.startswith(f"{part}: {fastest}")]
+    for line in old:
+        lines.remove(line)
+    if wanted not in correct:
+        lines.append(f"{part}: {fastest}; {wanted}, with which this run began, does not work here, "
+                     "and the last bits of the results will differ")
+        return fastest
+    why = "as pinned" if pinned else "with which this run began"
+    lines.append(f"{part}: {wanted}, {why} (measured now, the choice would be {fastest})")
+    return wanted
 
 
 def is_run_sharded(config, ranks: Ranks) -> bool:

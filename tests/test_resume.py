@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ import train
 from checkpoint import files, training_state
 from config import DATA, FIXED, FREE, KEYS, Config
 from errors import run_script
+from fast import attention_picker
+from fast import matmul as pick
 from losses import SFTObjective
 from parallel import Gradients
 from runtime import report, resume, setup
@@ -241,6 +244,13 @@ def at_step(number, act):
         return real(*args)
 
     train.set_lr = set_lr
+
+
+def fastest_here(rank, attention, matmul):
+    """Let the timing of kernels favor these, as noise may."""
+    real = pick.pick_matmul
+    attention_picker.preferred_kernel = lambda timings, problem: attention
+    pick.pick_matmul = lambda *args: replace(real(*args), picked=matmul)
 
 
 def signals_at_step(rank, of_rank, number, *names):
@@ -897,6 +907,58 @@ def test_a_second_run_in_the_same_folder_is_refused(fork_server, uninterrupted, 
         holder.wait()
     assert fork_server.run(output)[0] == [0]
     assert_same_end(output, uninterrupted(1)[0])
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+FIRST = ["fastest_here", "sdpa-math", "onednn"]
+LATER = ["fastest_here", "plain", "torch"]
+
+
+def adapter_of(output) -> bytes:
+    return (output / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).rates,
+                    reason="torch is the only library of matrix products here")
+def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
+    """Killed before its first checkpoint and started again, where the timing favors others: bit for
+    bit the run that was never stopped. So is one with these kernels pinned; another start differs."""
+    auto = dict(flash_attn="auto")
+    assert fork_server.run(tmp_path / "whole", 1, [FIRST], **auto)[0] == [0]
+    assert fork_server.run(tmp_path / "other", 1, [LATER], **auto)[0] == [0]
+    assert adapter_of(tmp_path / "other") != adapter_of(tmp_path / "whole")
+
+    codes, _ = fork_server.run(tmp_path / "run", 1, [FIRST, ["dies_at_step", 0, 2]], **auto)
+    assert codes != [0] and not training_state.checkpoints_in(tmp_path / "run")
+    codes, screen = fork_server.run(tmp_path / "run", 1, [LATER], **auto)
+    assert codes == [0] and adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
+    assert "attention: sdpa-math, with which this run began (measured now, the choice" in screen
+    assert "matmul: onednn, with which this run began" in screen
+    assert "attention: plain" not in screen and "matmul: torch" not in screen
+
+    pins = {"pin_kernels.attention": "sdpa-math", "pin_kernels.matmul": "onednn"}
+    codes, screen = fork_server.run(tmp_path / "pinned", 1, [LATER], **auto, **pins)
+    assert codes == [0] and adapter_of(tmp_path / "pinned") == adapter_of(tmp_path / "whole")
+    assert "matmul: onednn, as pinned" in screen
+
+
+def test_other_settings_choose_their_own_kernels(fork_server, tmp_path):
+    codes, _ = fork_server.run(tmp_path, 1, [FIRST, ["dies_at_step", 0, 2]], flash_attn="auto")
+    assert codes != [0]
+    _, screen = fork_server.run(tmp_path, 1, [LATER], flash_attn="auto", learning_rate=1e-3)
+    assert "with which this run began" not in screen
+
+
+@pytest.mark.parametrize("pin, words", [
+    ("attention=sdpa-mat", "unknown or unsuitable kernel 'sdpa-mat' (did you mean 'sdpa-math'?)"),
+    ("matmul=cutlass", "pin_kernels.matmul: unknown or unsuitable kernel 'cutlass'"),
+    ("atention=plain", "unknown part 'atention' (did you mean 'attention'?)"),
+])
+def test_a_pinned_kernel_that_does_not_exist(pin, words, fork_server, tmp_path):
+    part, _, name = pin.partition("=")
+    codes, screen = fork_server.run(tmp_path, flash_attn="auto", **{f"pin_kernels.{part}": name})
+    assert codes == [1] and words in screen, screen
 
 
 # ---- what the user keeps in output_dir ----------------------------------------------------------
