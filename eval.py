@@ -267,9 +267,9 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
             sampling: Sampling, device):
     """Loss and answers of one model, and their speed, into side."""
     with explained_out_of_memory(device):
-        start_time = time.time()
+        start_time = time.monotonic()
         model, matmul = load_side(side, config, device)
-        load_seconds = time.time() - start_time
+        load_seconds = time.monotonic() - start_time
         if config.stage in ("sft", "pt"):
             metrics, side.losses = evaluate_examples(config, model, examples, device,
                                                      matmul)
@@ -283,9 +283,9 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
         if not prompts:
             return
 
-        start_time = time.time()
+        start_time = time.monotonic()
         prepare_answers(config, model, device)
-        load_seconds += time.time() - start_time
+        load_seconds += time.monotonic() - start_time
         key = run_key(side, config, prompts, stop_ids, sampling,
                       model.model.embed_tokens.weight.dtype)
         if quant_format := quant_format_of(side, config):

@@ -135,7 +135,7 @@ def evaluate(model, examples, objective: Objective, config, precision: Precision
     eval_loss is LLaMA-Factory's: the mean over batches of each batch's mean. Stages sft and pt add
     the mean over all tokens and its perplexity, the other stages the metrics of their objective.
     """
-    start_time = time.time()
+    start_time = time.monotonic()
     score = partial(score_batch, objective=objective, stage=config.stage, precision=precision)
     sums = sum_losses(model, examples, score, config.per_device_eval_batch_size, ranks,
                       bool(config.disable_tqdm) or None)
@@ -155,7 +155,7 @@ def evaluate(model, examples, objective: Objective, config, precision: Precision
 def evaluate_examples(config, model, examples, device,
                       matmul: Callable = F.linear) -> tuple[dict, list[float]]:
     """(the same metrics for stages sft and pt, mean loss of each example; nan without a token)."""
-    start_time = time.time()
+    start_time = time.monotonic()
     balance = config.moe_aux_loss_coef or model.config.router_aux_loss_coef
     score = partial(score_examples, balance=balance, device=device, matmul=matmul)
     sums = sum_losses(model, examples, score, config.per_device_eval_batch_size,
@@ -170,4 +170,4 @@ def reduce_metrics(sums: EvalSums, examples: int, start_time: float, ranks: Rank
         math.fsum(sums.batch_means), len(sums.batch_means), sums.total, sums.items, sums.empty)
     if empty:
         tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")
-    return eval_metrics(mean, batches, total, items, examples, time.time() - start_time)
+    return eval_metrics(mean, batches, total, items, examples, time.monotonic() - start_time)

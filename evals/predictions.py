@@ -96,19 +96,19 @@ def predict(side: Side, config: Config, model, prompts: list[Prompt], stop_ids: 
               "continuing")
     waiting = [(number, ids) for number, (ids, _) in enumerate(prompts) if number not in answers]
 
-    start_time = time.time()
+    start_time = time.monotonic()
     new_answers = generate_answers(config, model, waiting, stop_ids, sampling)
     bar = tqdm(total=len(prompts), initial=len(answers), desc="answers", unit="row",
                disable=bool(config.disable_tqdm) or None)
     with open(path, "a", encoding="utf-8") as file, bar:
         for number, tokens in new_answers:
             answers[number] = tokens
-            seconds = seconds_before + time.time() - start_time
+            seconds = seconds_before + time.monotonic() - start_time
             line = {"row": number, "tokens": tokens, "seconds": seconds}
             file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update()
-    seconds = seconds_before + time.time() - start_time
+    seconds = seconds_before + time.monotonic() - start_time
     return [answers[number] for number in range(len(prompts))], max(seconds, 1e-9)
 
 

@@ -128,7 +128,7 @@ class RunLog:
         self.total_steps = total_steps
         self.first_step = first_step
         self.history = list(history or [])
-        self.start_time = time.time()
+        self.start_time = time.monotonic()
         if writes:
             self._rewrite(self._lines_before(first_step) if first_step else [])
         # None: tqdm draws no bar where the output is a file or a pipe
@@ -170,7 +170,7 @@ class RunLog:
 
     def write(self, step: int, epoch: float, **values):
         """Append a line to trainer_log.jsonl."""
-        elapsed = time.time() - self.start_time
+        elapsed = time.monotonic() - self.start_time
         steps_done = max(1, step - self.first_step)
         remaining = elapsed / steps_done * (self.total_steps - step)
         percentage = round(100 * step / self.total_steps, 2) if self.total_steps else 100.0

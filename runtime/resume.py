@@ -53,14 +53,14 @@ CHECKPOINT_FILES = (*RESULTS, *STATE_FILES)
 class StopSignals:
     """Record SIGTERM, SIGINT and the time limit, so that the loop can finish its step and save.
 
-    minutes: the time limit, or None. since: when it starts, in seconds since the epoch; None: now.
+    minutes: the time limit, or None. since: its start, a time.monotonic(); None: now.
     A second SIGINT ends the process at once.
     """
 
     def __init__(self, minutes: float | None = None, since: float | None = None):
         self.signals = []
         self.minutes = minutes
-        self.deadline = (since or time.time()) + 60 * minutes if minutes else float("inf")
+        self.deadline = (since or time.monotonic()) + 60 * minutes if minutes else float("inf")
         self.previous_handlers = {
             number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -83,7 +83,7 @@ class StopSignals:
         """Why the run should stop after this step, or ""."""
         if self.signals:
             return self.signals[0]
-        if time.time() > self.deadline:
+        if time.monotonic() > self.deadline:
             return f"time_limit ({self.minutes:g} minutes)"
         return ""
 

@@ -30,9 +30,9 @@ from checkpoint.adapters import (adapter_tensors, folded_under, save_adapter, sa
                                  save_pissa_start)
 from checkpoint.files import into_folder, new_folder, open_tensors, write_json
 from checkpoint.load import load_model, save_model
-from checkpoint.shards import is_sharded, local_rows
-from checkpoint.training_state import (load_training_state, rng_state, save_training_state,
-                                       write_checksums)
+from checkpoint.shards import is_sharded, local_rows, local_tensor
+from checkpoint.training_state import (checkpoints_in, load_training_state, rng_state,
+                                       save_training_state, write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
 from config import IGNORED, as_dict, has_reference, in_steps
 from lora import trainable
@@ -116,7 +116,7 @@ class Run:
         self.device = device
         self.ranks = ranks
         self.output = Path(config.output_dir)
-        self.start_time = time.time()
+        self.start_time = time.monotonic()
         if not ranks.main:                              # one rank prints and writes
             sys.stdout = open(os.devnull, "w")
         self.resume = ranks.from_main(lambda: find_resume(config))
@@ -221,7 +221,7 @@ class Run:
         self.log = RunLog(self.output, plan.total_steps, self.first_step, history,
                           disabled=bool(self.config.disable_tqdm), writes=self.ranks.main,
                           trackers=trackers)
-        self.loop_start = time.time()
+        self.loop_start = time.monotonic()
         self.pace = Pace()
         self.stop_signals = StopSignals(self.config.time_limit, self.start_time)
         profile_folder = self.output if self.config.profile and self.ranks.main else None
@@ -389,6 +389,7 @@ class Run:
 
         resumable: with optimizer state even where save_only_model leaves it out.
         """
+        self.check_finite()
         with_state = resumable or not self.config.save_only_model
         rng = {}
         for device, state in rng_state().items():
@@ -444,13 +445,37 @@ class Run:
         """Close the log, and load the best weights where load_best_model_at_end asks for it."""
         self.stop_signals.restore()
         self.profile.finish()
-        self.seconds = time.time() - self.loop_start
+        self.seconds = time.monotonic() - self.loop_start
         self.log.write(self.state.step, self.state.epoch)
         self.log.close()
         if self.config.load_best_model_at_end:
             best = self.ranks.from_main(lambda: usable_best(self.output, self.state.best))
             if best:
                 self.load_best(best)
+        state = self.state
+        if state.skipped and state.skipped == state.step:
+            raise ValueError(
+                f"none of the {state.step} steps had a finite loss and gradient, so nothing was "
+                f"trained and nothing is saved. Does {self.base.folder} hold NaN, or is the dtype "
+                "too narrow (bf16 instead of fp16)?")
+        self.check_finite()
+
+    @torch.no_grad()
+    def check_finite(self):
+        """Raises ValueError, on all ranks, if weights hold NaN or infinity: they are not saved."""
+        weights = self.weights
+        if not self.setup.lora:
+            weights = dict(self.model.named_parameters()) | self.weights
+        bad = [name for name, p in weights.items() if not is_finite(p)]
+        if not self.ranks.total(len(bad))[0]:
+            return
+        where = f", such as {bad[0]}" if bad else ", on another rank"
+        good = [path.name for path in checkpoints_in(self.output, resumable=False)]
+        kept = f"The last good checkpoint is {good[-1]}" if good else "There is no checkpoint yet"
+        lr = self.optimizer.param_groups[0]["lr"]
+        raise ValueError(
+            f"after step {self.state.step} weights are not finite (NaN or infinity){where}: they "
+            f"are not saved. {kept}. A lower learning_rate (now {lr:.2e}) usually helps")
 
     @torch.no_grad()
     def load_best(self, best: list):
@@ -556,6 +581,12 @@ class Run:
             result = ",".join([*folded_under(self.output), str(self.output)])
             command.append(f"adapter_name_or_path={result}")
         os.execv(sys.executable, command)
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all of this rank's numbers of a weight are finite."""
+    local = local_tensor(weight)
+    return not local.is_floating_point() or bool(torch.isfinite(local).all())
 
 
 def optimizer_names(optimizer, weights: dict) -> list[str]:

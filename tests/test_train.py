@@ -298,6 +298,58 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 
 
 @needs_shared
+@pytest.mark.parametrize("settings", [
+    ["save_steps=1"],
+    ["save_strategy=no"],
+    ["finetuning_type=full", "adapter_name_or_path=null"],
+    ["finetuning_type=freeze", "adapter_name_or_path=null"],
+])
+def test_infinite_weights_are_not_saved(settings, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="not finite .NaN or infinity.*There is no checkpoint yet"):
+        run_recorded("sft_llama3", tmp_path, monkeypatch, "learning_rate=1e39", "max_steps=1",
+                     "warmup_ratio=null", "save_strategy=steps", *settings)
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert not (tmp_path / "all_results.json").exists()
+
+
+@needs_shared
+def test_infinite_weights_leave_the_last_good_checkpoint(tmp_path, monkeypatch):
+    run_recorded("sft_llama3", tmp_path, monkeypatch, *SAVE, "max_steps=2")
+    before = (tmp_path / "checkpoint-2/adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="The last good checkpoint is checkpoint-2. A lower learn"):
+        run_recorded("sft_llama3", tmp_path, monkeypatch, *SAVE, "resume_from_checkpoint=true",
+                     "learning_rate=1e39", "max_steps=3")
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert (tmp_path / "checkpoint-2/adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_base_with_nan_has_no_result(tmp_path):
+    base = shutil.copytree(ROOT / "models/tiny", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="none of the 2 steps had a finite loss.*Does .*base hold"):
+        train.main([
+            f"model_name_or_path={base}", f"dataset={ROOT}/data/tiny_review.jsonl",
+            "max_samples=8", "template=chatml", f"output_dir={tmp_path}/out", "max_steps=2",
+            "use_cpu=true", "disable_tqdm=true", "save_strategy=no"])
+    assert not (tmp_path / "out/all_results.json").exists()
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@needs_shared
+def test_a_clock_that_is_set_back_changes_no_rate(tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -1))
+    monkeypatch.setattr("time.time", lambda: 3600.0 * next(hours))
+    run_recorded("sft_eval", tmp_path, monkeypatch, "max_steps=2", "time_limit=60")
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert 0 < results["train_runtime"] < 600 and 0 < results["eval_runtime"] < 600
+    assert 0 < results["train_samples_per_second"] < 1e5
+    elapsed = read_jsonl(tmp_path / "trainer_log.jsonl")[-1]["elapsed_time"]
+    assert elapsed.startswith("0:")
+
+
+@needs_shared
 def test_one_nan_is_skipped_and_the_run_continues(tmp_path, monkeypatch, capsys):
     """A step with a loss of nan does not change the weights; the mean loss is that of the other
     steps."""

@@ -407,7 +407,7 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
             return read_cache(folder, config, about, keep_unlearnable)
 
     report = DataReport(notes=notes)
-    start_time = time.time()
+    start_time = time.monotonic()
     is_kept = bool(folder) and writes
     with new_cache(folder if writes else None) as work:
         about, processes = fill_cache(work, sources, config, tokenizer, template_used, encode,
@@ -419,7 +419,7 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
     if is_kept:
         workers = "1 process" if processes == 1 else f"{processes} processes"
         replaced = f" (it replaced another cache; {why_replaced})" if why_replaced else ""
-        report.origin = (f"made in {time.time() - start_time:.1f} s by {workers}, kept in "
+        report.origin = (f"made in {time.monotonic() - start_time:.1f} s by {workers}, kept in "
                          f"{folder}{replaced}")
     return train_set, eval_set, report
 
