@@ -57,7 +57,7 @@ def write_mark(work: Path, target: str) -> int:
     return handle
 
 
-def read_mark(folder: Path) -> dict | None:
+def read_work_mark(folder: Path) -> dict | None:
     """What the mark in a folder says; None without a mark that write_mark has made."""
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
@@ -114,7 +114,7 @@ def remove_leftovers(parent: Path, target: str | None = None):
     if a process is still writing.
     """
     for work in sorted(parent.glob("*.partial")):
-        mark = read_mark(work)
+        mark = read_work_mark(work)
         if mark is None or target not in (None, mark["target"]):
             continue
         handle = os.open(work / MARK, os.O_RDWR)

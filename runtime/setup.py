@@ -251,7 +251,8 @@ def same_kernels(kernels: Kernels, ranks: Ranks, run):
     """
     pinned = run.config.pin_kernels
     if unknown := sorted(pinned.keys() - {"attention", "matmul"}):
-        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], ("attention", "matmul")))
+        parts = ("attention", "matmul")
+        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], parts))
     kernels.attention = same_kernel(
         "attention", kernels.attention, kernels.correct, pinned.get("attention"),
         run.recorded("kernel", ranks.from_main(lambda: kernels.attention)), kernels.lines)
