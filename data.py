@@ -347,7 +347,7 @@ def settings_of(config) -> Settings:
 class Batch:
     """Sequences end to end in one row of N tokens.
 
-    n_items, summed over the batches of a step, is the divisor of its loss: the labels before the
+    num_items, summed over the batches of a step, is the divisor of its loss: the labels before the
     shift, as in LLaMA-Factory (including the label of a first token, which nothing predicts; stage
     pt has such). For the fields of preference stages see methods/preference.py: collate_answers.
     """
@@ -355,7 +355,7 @@ class Batch:
     position_ids: torch.Tensor      # (1, N) int64, from 0 in every sequence
     targets: torch.Tensor           # (N,) int64: the token after each; IGNORE ends every sequence
     lengths: list[int]              # tokens of each sequence, which attention keeps apart
-    n_items: float
+    num_items: float
     layout: PackedLayout | None = None    # of the lengths, for attention; made by `to`
 
     batch_sizes: tuple = ()         # preferences: rows of each micro-batch that was merged here
@@ -408,7 +408,7 @@ def collate(examples: list[Example]) -> Batch:
         position_ids=torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
         targets=torch.from_numpy(targets),
         lengths=lengths,
-        n_items=int((labels != IGNORE).sum()),
+        num_items=int((labels != IGNORE).sum()),
     )
 
 

@@ -1,4 +1,4 @@
-"""LoRA: a frozen matrix W is trained through W x + scale * B(A x); A is (r, in), B is (out, r).
+"""LoRA: W stays frozen; the layer computes W x + scale * B(A x), and A (r, in), B (out, r) learn.
 
     attach_lora(model, LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]), seed=42)
 
@@ -189,7 +189,7 @@ def dequantized_weight(layer: nn.Module, dtype: torch.dtype | None = None):
 NOT_IN_ALL = re.compile(r"lm_head|.*\.(mlp\.gate|experts\..*)")
 
 
-def own_name(name: str) -> str:
+def same_name(name: str) -> str:
     """The names of a checkpoint whose modules are called as ours."""
     return name
 
@@ -201,7 +201,7 @@ def can_adapt(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_stack
 
 
-def find_targets(model: nn.Module, target_modules, stored_name: Callable = own_name) -> list[str]:
+def find_targets(model: nn.Module, target_modules, stored_name: Callable = same_name) -> list[str]:
     """Full names of the layers that `target_modules` selects, in the model's order.
 
     "all" or "all-linear": every linear layer but the head, routers and routed experts; a shared
@@ -257,7 +257,7 @@ def _no_match(target: str, layers: dict, model: nn.Module, stored_name: Callable
 
 
 def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
-                stored_name: Callable = own_name, targets: list[str] | None = None, device=None,
+                stored_name: Callable = same_name, targets: list[str] | None = None, device=None,
                 layer: type[LoRALinear] = LoRALinear, init: Sequence[Callable] = ()) -> nn.Module:
     """Freeze the model, add adapters, and unfreeze what `config` trains. In place.
 
@@ -297,8 +297,8 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
         generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + index[name])
         if not adapted.lora_A.weight.is_meta:
             init_adapter(adapted, generator)
-            for step in init:
-                step(adapted, generator)
+            for initializer in init:
+                initializer(adapted, generator)
         _replace(model, name, adapted)
 
     for name in full:
@@ -323,12 +323,12 @@ def _replace(model: nn.Module, name: str, module: nn.Module):
 def _modules_named(model: nn.Module, wanted: str, stored_name: Callable) -> list[str]:
     """Modules with weights whose name ends in `wanted`, as in PEFT, and those inside them."""
     roots = [name for name, _ in model.named_modules() if stored_name(name).endswith(wanted)]
-    weighty = [name for name, module in model.named_modules()
+    with_weights = [name for name, module in model.named_modules()
                if isinstance(module, nn.Linear) or list(module.parameters(recurse=False))]
-    found = [name for name in weighty
+    found = [name for name in with_weights
              if any(name == root or name.startswith(root + ".") for root in roots)]
     if not found:
-        known = {stored_name(name).rsplit(".", 1)[-1] for name in weighty}
+        known = {stored_name(name).rsplit(".", 1)[-1] for name in with_weights}
         check_names("additional_target", [wanted], known)
     return found
 
@@ -380,7 +380,7 @@ def set_adapters(model: nn.Module, enabled: bool):
 def merge_adapters(model: nn.Module, quantized: bool = True):
     """Fold every adapter into its weight and restore the base layers, in place.
 
-    A matrix in 4 or 8 bits is dequantized by that; quantized=False leaves such layers as they are.
+    Merging dequantizes a matrix in 4 or 8 bits; quantized=False leaves such layers as they are.
     """
     for name, layer in lora_layers(model).items():
         if quantized or not is_quantized(layer.base_layer):

@@ -140,7 +140,7 @@ def losses_and_exps(logits, y):
 
 
 def logits_grad(e, s, tanh, y):
-    """Gradient of -log p(y) by the logits before the softcap, (c, V) float32; overwrites e."""
+    """Gradient of -log p(y) for the logits before the softcap, (c, V) float32; overwrites e."""
     p = e.div_(s)
     p.scatter_add_(1, y[:, None], p.new_full((len(p), 1), -1.0))
     if tanh is not None:
@@ -190,16 +190,16 @@ class _TokenLosses(torch.autograd.Function):
         h, W = hidden[rows], weight.to(hidden.dtype)                            # (n, D), (V, D)
         losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         # the gradient of a trained head is a sum weighted by `grad`, which only backward knows
-        now = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        dh = torch.empty_like(h) if now else None
+        grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        dh = torch.empty_like(h) if grad_in_forward else None
         for chunk in chunks(len(rows), len(W)):
             logits, tanh = head_logits(h[chunk], W, softcap, matmul)
             chunk_losses, e, s = losses_and_exps(logits, y[chunk])
             losses[chunk] = chunk_losses[:, 0]
-            if now:
+            if grad_in_forward:
                 dh[chunk] = matmul(logits_grad(e, s, tanh, y[chunk]).to(h.dtype), W.T)
             del logits, tanh, e                         # make room for the next chunk's
-        if now:
+        if grad_in_forward:
             ctx.save_for_backward(rows, dh)
         else:
             ctx.save_for_backward(rows, None, h, weight, y)
@@ -223,7 +223,7 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def token_losses_grad(grad, h, weight, y, softcap, matmul):
-    """Gradients of (grad * token losses).sum() by h (n, D) and the head's weight (V, D).
+    """Gradients of (grad * token losses).sum() for h (n, D) and the head's weight (V, D).
 
     The logits are computed again.
     """
@@ -363,7 +363,7 @@ def weighted_sum(values, weights):
 def metric_means(sums: dict) -> dict:
     """{name: value} for the log, from {name: (weighted sum, sum of weights)}.
 
-    kl is a sum over micro-batches, and for judged answers the margin is the difference of two
+    kl is a sum over micro-batches, and in stage kto the margin is the difference of two
     means, as in LLaMA-Factory. A name without weight is left out.
     """
     means = {}

@@ -25,66 +25,67 @@ from errors import did_you_mean
 # ---- the learning rate: factor after warmup, from (step, total steps, warmup steps, kwargs) -----
 
 
-def linear(s, total, warm, kw):
-    return max(0.0, (total - s) / max(1, total - warm))
+def linear(step, total, warmup, kwargs):
+    return max(0.0, (total - step) / max(1, total - warmup))
 
 
-def cosine(s, total, warm, kw):
-    progress = (s - warm) / max(1, total - warm)
-    return max(0.0, 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)))
+def cosine(step, total, warmup, kwargs):
+    progress = (step - warmup) / max(1, total - warmup)
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * 2 * kwargs.get("num_cycles", 0.5) * progress)))
 
 
-def cosine_with_restarts(s, total, warm, kw):
-    progress = (s - warm) / max(1, total - warm)
+def cosine_with_restarts(step, total, warmup, kwargs):
+    progress = (step - warmup) / max(1, total - warmup)
     if progress >= 1:
         return 0.0
-    return 0.5 * (1 + math.cos(math.pi * (kw.get("num_cycles", 1) * progress % 1)))
+    return 0.5 * (1 + math.cos(math.pi * (kwargs.get("num_cycles", 1) * progress % 1)))
 
 
-def cosine_with_min_lr(s, total, warm, kw):
-    floor = kw["min_lr_rate"]
-    return max(0.0, cosine(s, total, warm, kw) * (1 - floor) + floor)
+def cosine_with_min_lr(step, total, warmup, kwargs):
+    floor = kwargs["min_lr_rate"]
+    return max(0.0, cosine(step, total, warmup, kwargs) * (1 - floor) + floor)
 
 
-def cosine_warmup_with_min_lr(s, total, warm, kw):
-    return cosine_with_min_lr(s + 1, total, warm, kw)      # ends at the floor, one step earlier
+def cosine_warmup_with_min_lr(step, total, warmup, kwargs):
+    # reaches the floor at the last step
+    return cosine_with_min_lr(step + 1, total, warmup, kwargs)
 
 
-def polynomial(s, total, warm, kw):
-    end = kw.get("lr_end", 1e-7) / kw["learning_rate"]
-    if s > total:
+def polynomial(step, total, warmup, kwargs):
+    end = kwargs.get("lr_end", 1e-7) / kwargs["learning_rate"]
+    if step > total:
         return end
-    return (1 - end) * (1 - (s - warm) / (total - warm)) ** kw.get("power", 1.0) + end
+    return (1 - end) * (1 - (step - warmup) / (total - warmup)) ** kwargs.get("power", 1.0) + end
 
 
-def inverse_sqrt(s, total, warm, kw):
-    scale = kw.get("timescale") or warm or 10_000
-    return 1 / math.sqrt((s + scale - warm) / scale)
+def inverse_sqrt(step, total, warmup, kwargs):
+    scale = kwargs.get("timescale") or warmup or 10_000
+    return 1 / math.sqrt((step + scale - warmup) / scale)
 
 
-def constant(s, total, warm, kw):
+def constant(step, total, warmup, kwargs):
     return 1.0
 
 
-def warmup_stable_decay(s, total, warm, kw):
-    if "num_decay_steps" in kw:
-        stable = kw.get("num_stable_steps", total - warm - kw["num_decay_steps"])
+def warmup_stable_decay(step, total, warmup, kwargs):
+    if "num_decay_steps" in kwargs:
+        stable = kwargs.get("num_stable_steps", total - warmup - kwargs["num_decay_steps"])
     else:
-        stable = kw.get("num_stable_steps", (total - warm) // 3)
-    decay = kw.get("num_decay_steps", total - warm - stable)
-    floor = kw.get("min_lr_ratio", 0.0)
-    if s < warm + stable:
+        stable = kwargs.get("num_stable_steps", (total - warmup) // 3)
+    decay = kwargs.get("num_decay_steps", total - warmup - stable)
+    floor = kwargs.get("min_lr_ratio", 0.0)
+    if step < warmup + stable:
         return 1.0
-    if s >= warm + stable + decay:
+    if step >= warmup + stable + decay:
         return floor
-    progress = (s - warm - stable) / max(1, decay)
-    falls = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * 2 * kw.get("num_cycles", 0.5) * progress)),
+    progress = (step - warmup - stable) / max(1, decay)
+    decays = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * 2 * kwargs.get("num_cycles", 0.5) * progress)),
         "linear": 1 - progress,
         "1-sqrt": 1 - math.sqrt(progress),
     }
-    fall = falls[kw.get("decay_type", "cosine")]
-    return max(0.0, fall * (1 - floor) + floor)
+    decay_factor = decays[kwargs.get("decay_type", "cosine")]
+    return max(0.0, decay_factor * (1 - floor) + floor)
 
 
 SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it knows)
@@ -108,11 +109,11 @@ SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it k
 WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
 
-def first_warmup(step: int, warm: int, start: float | None) -> float:
+def first_warmup(step: int, warmup: int, start: float | None) -> float:
     """Warmup of cosine_warmup_with_min_lr: from `start`, or 1 / warm, at the first step to 1."""
     if start is None:
-        return (step + 1) / max(1, warm)
-    return start + (1 - start) * step / max(1, warm - 1)
+        return (step + 1) / max(1, warmup)
+    return start + (1 - start) * step / max(1, warmup - 1)
 
 
 def warmup_steps(config, total_steps: int) -> int:
@@ -127,39 +128,39 @@ def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
     Raises ValueError that names the key for an invalid argument.
     """
     kind = config.lr_scheduler_type
-    kw = dict(config.lr_scheduler_kwargs or {})
+    kwargs = dict(config.lr_scheduler_kwargs or {})
     schedule, known = SCHEDULES[kind]
-    check_schedule_kwargs(kind, kw, known.split())
+    check_schedule_kwargs(kind, kwargs, known.split())
     if kind in WITH_MIN_LR:
-        kw.setdefault("min_lr_rate", kw.get("min_lr", 0) / config.learning_rate)
-    kw["learning_rate"] = config.learning_rate
-    low = kw.get("min_lr_ratio", 0.0)               # warmup_stable_decay starts from its floor
-    warm = 0 if kind == "constant" else warmup_steps(config, total_steps)
+        kwargs.setdefault("min_lr_rate", kwargs.get("min_lr", 0) / config.learning_rate)
+    kwargs["learning_rate"] = config.learning_rate
+    low = kwargs.get("min_lr_ratio", 0.0)               # warmup_stable_decay starts from its floor
+    warmup = 0 if kind == "constant" else warmup_steps(config, total_steps)
 
     def factor(step: int) -> float:
-        if step < warm and kind == "cosine_warmup_with_min_lr":
-            return first_warmup(step, warm, kw.get("warmup_lr_rate"))
-        if step < warm:
-            return low + (1 - low) * step / max(1, warm)
-        return schedule(step, total_steps, warm, kw)
+        if step < warmup and kind == "cosine_warmup_with_min_lr":
+            return first_warmup(step, warmup, kwargs.get("warmup_lr_rate"))
+        if step < warmup:
+            return low + (1 - low) * step / max(1, warmup)
+        return schedule(step, total_steps, warmup, kwargs)
 
     return factor
 
 
-def check_schedule_kwargs(kind: str, kw: dict, known: list[str]):
+def check_schedule_kwargs(kind: str, kwargs: dict, known: list[str]):
     """Raises ValueError for lr_scheduler_kwargs that the schedule does not know."""
-    for name, value in kw.items():
+    for name, value in kwargs.items():
         if name not in known:
             raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
                              f"{did_you_mean(name, known)}; it knows {' '.join(known) or 'none'}")
         if name != "decay_type" and type(value) not in (int, float):
             raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
-    if kind in WITH_MIN_LR and ("min_lr" in kw) == ("min_lr_rate" in kw):
+    if kind in WITH_MIN_LR and ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
         raise ValueError(f"lr_scheduler_type: {kind} needs lr_scheduler_kwargs with either min_lr "
                          "(a rate) or min_lr_rate (a share of learning_rate)")
-    if kw.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
-        raise ValueError(f"lr_scheduler_kwargs: decay_type {kw['decay_type']!r} is none of cosine, "
-                         "linear, 1-sqrt")
+    if kwargs.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
+        raise ValueError(f"lr_scheduler_kwargs: decay_type {kwargs['decay_type']!r} is none of "
+                         "cosine, linear, 1-sqrt")
 
 
 def set_lr(optimizer, factor: float) -> float:
@@ -257,12 +258,12 @@ def parameter_groups(parameters: dict, config, rule_of: Callable = always_adamw)
     def key(name, p):
         is_vector = p.dim() == 1 and not name.endswith("lora_magnitude_vector")
         no_decay = is_vector or "norm" in name.lower() or name.endswith("bias")
-        if ratio is not None or config.use_galore:  # LLaMA-Factory: LayerNorm alone, not RMSNorm
+        if ratio is not None or config.use_galore:  # so LLaMA-Factory: RMSNorm weights decay
             no_decay = "bias" in name
         if config.use_muon:                         # with Muon everything decays
             no_decay = False
-        is_fast = ratio is not None and ("lora_B" in name or p.dim() == 1)
-        return lr * ratio if is_fast else lr, not no_decay, rule_of(name, p, config)
+        uses_loraplus_rate = ratio is not None and ("lora_B" in name or p.dim() == 1)
+        return lr * ratio if uses_loraplus_rate else lr, not no_decay, rule_of(name, p, config)
 
     groups = {}
     for name, p in parameters.items():

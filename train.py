@@ -18,7 +18,7 @@ from errors import run_script
 from runtime.load_config import load_config
 
 if __name__ == "__main__":
-    run_script(lambda argv: load_config(argv, "train"))     # mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "train"))     # before the slow import of torch
 if os.environ.get("RANK", "0") != "0":
     os.environ["TQDM_DISABLE"] = "1"                        # one rank draws bars
 
@@ -44,7 +44,7 @@ def main(argv):
     device = pick_device(config.use_cpu)
     ranks = start_ranks(device, config.ddp_timeout)
     run = Run(config, device, ranks)                # output_dir, and where to resume
-    torch.manual_seed(config.seed + ranks.rank)     # dropout; all else has generators of its own
+    torch.manual_seed(config.seed + ranks.rank)     # of dropout; all else has its own
 
     # ---- data: conversations -> token ids, labels on what the assistant says
     base = find_base(config, ranks)
@@ -75,7 +75,7 @@ def main(argv):
 
         # ---- the loop
         for step in plan.steps(after=run.state.step):
-            if run.out_of_patience():
+            if run.early_stop_due():
                 break
             lr = set_lr(optimizer, lr_factor(step.number - 1))
             run.begin_step(step)

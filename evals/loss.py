@@ -94,7 +94,7 @@ def score_batch(model, examples: list, *, objective: Objective, stage: str,
                 precision: Precision) -> BatchLoss:
     """Loss of a batch by the objective of a stage, as in training."""
     batch = STAGES[stage].collate([examples]).to(precision.device)
-    items = batch.n_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
+    items = batch.num_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
     if items == 0 and not hasattr(model, "reshard"):
         return BatchLoss()
     with precision.autocast():

@@ -130,7 +130,11 @@ def pick_kernel(flash_attn: str = "auto", *, device, dtype: torch.dtype, **shape
     others = [f"{name} (ok, {ms:.3g} ms)" for name, ms in timings.items() if name != kernel]
     others += refusals_in_words(refused)
     lines += mask_note(kernel, problem)
-    lines.append(f"attention: {kernel} ({timings[kernel]:.3g} ms). not used: {', '.join(others)}")
+    why = ""
+    if timings[kernel] > min(timings.values()):
+        why = ", near the fastest"          # see preferred_kernel
+    lines.append(f"attention: {kernel} ({timings[kernel]:.3g} ms{why}). not used: "
+                 f"{', '.join(others)}")
     return KernelChoice(kernel, lines, timings, refused)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lora import check_names, find_targets, own_name
+from lora import check_names, find_targets, same_name
 
 
 def unfreeze_as_configured(model: nn.Module, config) -> nn.Module:
@@ -20,7 +20,7 @@ def unfreeze_as_configured(model: nn.Module, config) -> nn.Module:
 
 
 def unfreeze(model: nn.Module, layers: int, modules: list, extra: list,
-             stored_name: Callable = own_name, expanded: bool = False) -> nn.Module:
+             stored_name: Callable = same_name, expanded: bool = False) -> nn.Module:
     """Freeze the model but for some of its layers (finetuning_type: freeze). In place.
 
     layers: how many of the last ones are trained; negative: of the first ones. expanded: instead

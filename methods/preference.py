@@ -340,9 +340,9 @@ def collate_answers(groups: list[list[Example]], alike: bool = False) -> Batch:
     Of pairs, first all chosen answers, then all rejected ones; of judged answers one Batch, and in
     its `kl_batch` the prompts with answers of other rows, for the KL divergence.
 
-    A row's weight is one over the rows of its micro-batch, and n_items is the number of these: the
+    A row's weight is one over the rows of its micro-batch, and num_items is their number: the
     mean over micro-batches of their means, as in LLaMA-Factory. alike: every row's weight is 1, and
-    n_items is the number of rows.
+    num_items is the number of rows.
     """
     examples = [example for group in groups for example in group]
     first = [example.sequence(0) for example in examples]
@@ -352,7 +352,7 @@ def collate_answers(groups: list[list[Example]], alike: bool = False) -> Batch:
     fields = {
         "batch_sizes": sizes,
         "row_weights": torch.tensor(weights),
-        "n_items": len(examples) if alike else len(groups),
+        "num_items": len(examples) if alike else len(groups),
     }
     if examples[0].desired is None:
         return replace(collate(first + second), **fields)

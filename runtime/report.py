@@ -1,7 +1,7 @@
 """What a run prints and writes: the start page, log lines, JSON files, loss curves, model card.
 
     python -m runtime.report saves/run                redraw training_loss.png etc. (matplotlib)
-    python -m runtime.report saves/one saves/two ...  several runs in compared_runs.png
+    python -m runtime.report saves/one saves/two ...  several runs in saves/compared_runs.png
 
 The files and their fields are LLaMA-Factory's: trainer_log.jsonl, trainer_state.json,
 train_results.json, eval_results.json, all_results.json, training_loss.png.
@@ -483,7 +483,7 @@ def main(folders: list[str]):
     if len(folders) == 1:
         pictures = plot_losses(folders[0], *runs.values())
     else:
-        pictures = [plot_runs(runs, "compared_runs.png")]
+        pictures = [plot_runs(runs, Path(folders[0]).parent / "compared_runs.png")]
     for picture in pictures:
         if picture:
             print(picture)

@@ -279,7 +279,7 @@ class Run:
 
     # ---- a step
 
-    def out_of_patience(self) -> bool:
+    def early_stop_due(self) -> bool:
         """Whether early_stopping_steps evaluations have passed without a lower eval_loss."""
         limit = self.config.early_stopping_steps
         waited = self.state.evals_without_gain

@@ -152,7 +152,7 @@ class StepPlan:
         for group in merged:
             batches.append(self.collate([[self.train_set[i] for i in rows] for rows in group]))
         num_items, tokens, flops = self.ranks.total(
-            sum(batch.n_items for batch in batches),
+            sum(batch.num_items for batch in batches),
             sum(len(batch.targets) for batch in batches),
             sum(self.count_flops(batch) for batch in batches),
         )
@@ -274,7 +274,7 @@ def filler_batches(count: int, example, ranks: Ranks) -> list:
     filler = replace(
         example,
         targets=torch.full_like(example.targets, IGNORE),
-        n_items=0,
+        num_items=0,
         row_weights=None if weights is None else torch.zeros_like(weights),
         filler=True,
     )

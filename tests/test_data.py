@@ -152,9 +152,9 @@ def test_batches_of_pairs_have_chosen_first(tmp_path):
     rows = [example([1, 2], [3]), example([4], [5, 6]), example([7, 8, 9], [10])]
     batch = preference.collate_answers([rows[:2], rows[2:]])
     assert batch.input_ids[0].tolist() == [1, 2, 4, 7, 8, 9, 3, 5, 6, 10] and batch.lengths == [2, 1, 3, 1, 2, 1]
-    assert batch.row_weights.tolist() == [0.5, 0.5, 1.0] and (batch.n_items, batch.batch_sizes) == (2, (2, 1))
+    assert batch.row_weights.tolist() == [0.5, 0.5, 1.0] and (batch.num_items, batch.batch_sizes) == (2, (2, 1))
     alike = preference.collate_answers([rows[:2], rows[2:]], alike=True)
-    assert alike.row_weights.tolist() == [1.0, 1.0, 1.0] and alike.n_items == 3
+    assert alike.row_weights.tolist() == [1.0, 1.0, 1.0] and alike.num_items == 3
     judged = preference.collate_answers([[example([1, 2], [3], desired=True), example([4], [5, 6], desired=False)]])
     assert judged.input_ids[0].tolist() == [1, 2, 4] and judged.kl_batch.input_ids[0].tolist() == [3, 5, 6]
     assert judged.desired.tolist() == [True, False]
@@ -240,7 +240,7 @@ def test_recorded_batches(tmp_path):
             if "position_ids" in wanted:
                 assert batch.position_ids[0, start:start + n].tolist() == wanted["position_ids"][place][:n]
             start += n
-        assert batch.n_items == sum(label != IGNORE for row in wanted["labels"] for label in row)
+        assert batch.num_items == sum(label != IGNORE for row in wanted["labels"] for label in row)
         checked += 1
     assert checked >= 3
 
@@ -270,7 +270,7 @@ def test_rows_of_recorded_runs(case):
     assert order == batches[:len(order)] and len(batches) >= len(order) - 1
     items = [step["num_items_in_batch"] for step in steps if step["event"] == "micro_step"]
     group = config.gradient_accumulation_steps
-    assert sum(data.collate([train[i] for i in batch]).n_items for batch in order[:group]) == items[0]
+    assert sum(data.collate([train[i] for i in batch]).num_items for batch in order[:group]) == items[0]
 
 
 @needs_shared
@@ -439,7 +439,7 @@ def test_collate_shifts_within_each_sequence():
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     assert batch.targets.tolist() == [2, 3, -100, 5, -100, 7, -100]
-    assert batch.lengths == [3, 2, 2] and batch.n_items == 6
+    assert batch.lengths == [3, 2, 2] and batch.num_items == 6
 
 
 def test_order_and_micro_batches():

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -136,7 +137,11 @@ def test_a_recorded_run_is_read_finished_or_not(tmp_path):
 @needs_shared
 def test_the_command(tmp_path):
     pytest.importorskip("matplotlib")
-    runs = [str(GOLDEN / "curves" / name) for name in ("sft_eval", "sft_llama3")]
+    runs = [tmp_path / "saves" / name for name in ("sft_eval", "sft_llama3")]
+    for run in runs:
+        run.mkdir(parents=True)
+        for name in ("trainer_log.jsonl", "trainer_state.json"):
+            shutil.copy(GOLDEN / "curves" / run.name / name, run)
     done = subprocess.run(
         [sys.executable, "-m", "runtime.report", *runs],
         cwd=tmp_path,
@@ -144,7 +149,7 @@ def test_the_command(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and (tmp_path / "compared_runs.png").is_file(), done.stderr
+    assert done.returncode == 0 and (tmp_path / "saves/compared_runs.png").is_file(), done.stderr
     state = json.loads((GOLDEN / "curves/sft_eval/trainer_state.json").read_text())
     evals = [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row]
     assert f"{min(evals):.4f}" in done.stdout.splitlines()[1] and "sft_eval" in done.stdout
