@@ -193,13 +193,12 @@ def find_resume(config: Config) -> Path | None:
     replaced = [path for path in files_of_other_runs(output, resume) if not is_damaged(path)]
     check_sources(config, replaced)
     if replaced and not config.overwrite_output_dir:
-        hint = ""
+        advice = "Replace it: overwrite_output_dir: true; or name another folder"
         if checkpoints and not resume:
-            hint = f". resume_from_checkpoint: true resumes from {checkpoints[-1].name}"
+            advice = (f"Continue it from {checkpoints[-1].name}: resume_from_checkpoint: true. "
+                      f"{advice}")
         raise ValueError(
-            f"output_dir: {output} is not empty: it holds {replaced[0].name}, which does not "
-            f"belong to this run{hint}. Name another folder, or set overwrite_output_dir: true"
-        )
+            f"output_dir: {output} holds {replaced[0].name} of an earlier run. {advice}")
     check_written_by_runs(output, replaced)
     return resume
 

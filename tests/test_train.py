@@ -256,7 +256,7 @@ def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tmp_path, monkeypatc
 @needs_shared
 def test_output_dir_that_is_not_empty(tmp_path, monkeypatch):
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="of an earlier run"):
         run_recorded("sft_llama3", tmp_path, monkeypatch, "overwrite_output_dir=false")
     assert (tmp_path / "precious.txt").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
@@ -439,7 +439,7 @@ def test_resuming_in_the_middle_replaces_later_checkpoints_on_request(tmp_path, 
     out = tmp_path / "a"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE)
     middle = [*SAVE, f"resume_from_checkpoint={out}/checkpoint-2", "save_total_limit=1"]
-    with pytest.raises(ValueError, match="holds checkpoint-4, which does not belong to this run"):
+    with pytest.raises(ValueError, match="holds checkpoint-4 of an earlier run"):
         run_recorded("sft_llama3", out, monkeypatch, *middle, "overwrite_output_dir=false")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     run_recorded("sft_llama3", out, monkeypatch, *middle, "max_steps=4")
@@ -461,7 +461,7 @@ def test_resuming_from_elsewhere_overwrites_nothing(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=2")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/README.md").write_text("mine")
-    with pytest.raises(ValueError, match="it holds README.md"):
+    with pytest.raises(ValueError, match="holds README.md of an earlier run"):
         run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, f"resume_from_checkpoint={tmp_path}/a/checkpoint-2",
             "overwrite_output_dir=false")
     assert (tmp_path / "b/README.md").read_text() == "mine"
@@ -486,7 +486,7 @@ def test_auto_starts_again_after_an_early_kill(tmp_path, monkeypatch):
     (out / "trainer_log.jsonl").write_text('{"current_steps": 1')
     run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    with pytest.raises(ValueError, match="is not empty"):       # checkpoints without optimizer state are protected, too
+    with pytest.raises(ValueError, match="of an earlier run"):       # checkpoints without optimizer state are protected, too
         run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
 
 
