@@ -1,17 +1,20 @@
-"""What the benchmarks share: the peer's environment, a child whose time and memory are taken, turns, tables, results.
+"""What the benchmarks share: the peer's environment, measured child processes, tables, results.
 
-    peer = peer_python("llamafactory==0.9.5")                      an environment of its own, made on first use
+    peer = peer_python("llamafactory==0.9.5")                      a virtual environment, made once
     runs = in_turn({"ours": run_ours, "peer": run_peer}, times=3)  ours, peer, ours, peer, …
     save("cpu", runs, …)                                           bench/results/cpu-<machine>.json
 
-A result (JSON) always has the same fields: script, command, commit, date, machine, versions, dtype, seed, settings,
-runs (for each name a list, one dict of raw figures a run), summary (medians), ratios (peer's median over ours).
+Every result (JSON) has the fields script, command, commit, date, machine, versions, dtype, seed,
+settings, runs ({name: a dict of raw figures for each run}), summary (medians) and ratios (the
+peer's median over ours).
 
-Nothing here imports torch: a child's peak memory begins at that of the program that started it, so that this one has
-to stay small (see Child).
+Nothing here imports torch: the peak memory of a child begins at that of the program that started
+it, so this program must stay small (see Child).
+
 Requires: docs/speed.md, how to run each benchmark.
 Next: cpu.py beside this file.
-Sources: getrusage(2), proc_pid_smaps(5); medians because a busy machine makes some runs slower and none faster.
+Sources: getrusage(2), proc_pid_smaps(5). Medians, because a busy machine makes some runs slower and
+none faster.
 """
 import json
 import os
@@ -29,8 +32,8 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 SHARED = Path(os.environ.get("POCKET_SHARED", ROOT.parent / "shared"))
-LOOK_SECONDS = 0.005            # how often a child's output is looked at: no time is known better than that
-SAMPLE_SECONDS = 0.2            # and the memory of one with children of its own
+LOOK_SECONDS = 0.005    # between two reads of a child's output: the resolution of all times
+SAMPLE_SECONDS = 0.2    # between two samples of the memory of a child with children
 ASK_VERSIONS = """import importlib.metadata, json, sys
 found = {"python": ".".join(map(str, sys.version_info[:3]))}
 for name in sys.argv[1:]:
@@ -41,14 +44,15 @@ for name in sys.argv[1:]:
 print(json.dumps(found))"""
 
 
-# ---- the peer's environment -------------------------------------------------------------------------------------
+# ---- the peer's environment ----------------------------------------------------------------------
 
 
 def peer_python(packages, given=None, folder=None, python=sys.executable) -> str:
     """Path of a python that has `packages` (pip requirements in one string).
 
-    given: such a python that is there already. Else a virtual environment is made in `folder` (default bench/.peer,
-    which git ignores) with `python` and pip, once for each list of packages. Raises FileNotFoundError or RuntimeError.
+    given: a python that has them already. Otherwise a virtual environment is made in `folder`
+    (default bench/.peer, which git ignores) with `python` and pip, once for each list of packages.
+    Raises FileNotFoundError or RuntimeError.
     """
     if given:
         if not Path(given).is_file():
@@ -59,31 +63,34 @@ def peer_python(packages, given=None, folder=None, python=sys.executable) -> str
     if mark.is_file() and mark.read_text() == packages:
         return str(made)
     print(f"installing {packages} into {folder} (once; some minutes)", flush=True)
-    for command in ([python, "-m", "venv", str(folder)], [str(made), "-m", "pip", "install", "-q", *packages.split()]):
+    for command in ([python, "-m", "venv", str(folder)],
+                    [str(made), "-m", "pip", "install", "-q", *packages.split()]):
         if subprocess.run(command).returncode:
-            raise RuntimeError(f"{' '.join(command)} failed; see above. A python that has the peer can be named with "
-                               "--peer-python")
+            raise RuntimeError(f"{' '.join(command)} failed; see above. A python that has the peer "
+                               "can be named with --peer-python")
     mark.write_text(packages)
     return str(made)
 
 
 def versions_of(python, *packages) -> dict:
-    """Versions of python and of these packages in the environment of `python`; what it lacks is
-    left out."""
-    asked = subprocess.run([str(python), "-c", ASK_VERSIONS, *packages], capture_output=True, text=True, check=True)
+    """Versions of python and of these packages, where installed, in the environment of `python`."""
+    asked = subprocess.run([str(python), "-c", ASK_VERSIONS, *packages], capture_output=True,
+                           text=True, check=True)
     return json.loads(asked.stdout)
 
 
-# ---- a child, its time and its memory ---------------------------------------------------------------------------
+# ---- a child, its time and its memory ------------------------------------------------------------
 
 
 @dataclass
 class Child:
-    """What a finished program took. lines: (seconds since the start, text) of all that it printed, both streams, and
-    `watched` the same of a file that it wrote.
+    """Time, memory and output of a finished program.
 
-    peak_bytes: the largest resident memory, of the largest of its processes (wait4) or of all together (their shares,
-    PSS, sampled), whichever is more. seconds: wall time. cpu_seconds: of all cores together.
+    seconds: wall time. cpu_seconds: of all cores together.
+    peak_bytes: the largest resident memory of its largest process (wait4) or of all processes
+        together (their proportional shares, PSS, sampled), whichever is more.
+    lines: (seconds since the start, text) of each printed line, both streams.
+    watched: the same for a file that it wrote.
     """
     seconds: float
     peak_bytes: int
@@ -98,22 +105,27 @@ class Child:
 
 
 def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=None) -> Child:
-    """Run a command to its end and account for it; its output is read as it comes, so that lines have true times.
+    """Run a command to its end and measure it; output is read as it comes, with the lines' times.
 
-    env: added to this program's. limit: seconds after which it is ended with all its children. watch: a file that it
-    will write line by line. Raises RuntimeError with the last lines if it fails, unless must_work is False.
+    env: added to this program's environment.
+    limit: seconds after which it is killed with all its children.
+    watch: a file that it will write line by line.
+    Raises RuntimeError with the last lines if it fails, unless must_work is False.
     """
     if watch:
-        Path(watch).unlink(missing_ok=True)                         # else the lines of an earlier run would be read
+        Path(watch).unlink(missing_ok=True)  # else the lines of an earlier run would be read
     command, start = [str(part) for part in command], time.perf_counter()
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                             cwd=cwd, env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}), start_new_session=True)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, cwd=cwd,
+                             env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+                             start_new_session=True)
     printed, written, together, sampled = Lines(start), Lines(start), 0, 0.0
     with selectors.DefaultSelector() as ready:
         ready.register(child.stdout, selectors.EVENT_READ)
         data = b""
         while data is not None:
-            data = os.read(child.stdout.fileno(), 1 << 16) or None if ready.select(LOOK_SECONDS) else b""
+            data = (os.read(child.stdout.fileno(), 1 << 16) or None if ready.select(LOOK_SECONDS)
+                    else b"")
             printed.add(data or b"")
             if watch and os.path.isfile(watch):
                 with open(watch, "rb") as file:
@@ -127,16 +139,16 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
     seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
     child.stdout.close()
     printed.add(b"\n")
-    found = Child(seconds, max(used.ru_maxrss * 1024, together), used.ru_utime + used.ru_stime, child.returncode,
-                  printed.lines, written.lines)
+    found = Child(seconds, max(used.ru_maxrss * 1024, together), used.ru_utime + used.ru_stime,
+                  child.returncode, printed.lines, written.lines)
     if must_work and found.code:
-        raise RuntimeError(f"{' '.join(command)} ended with {found.code}:\n" + "\n".join(found.text.splitlines()[-25:]))
+        raise RuntimeError(f"{' '.join(command)} ended with {found.code}:\n"
+                           + "\n".join(found.text.splitlines()[-25:]))
     return found
 
 
 class Lines:
-    """Bytes as they come, cut into lines with their seconds since `start`; bars end theirs with a
-    carriage return."""
+    """Lines of a stream of bytes, ended by \\n or \\r, with their seconds since `start`."""
 
     def __init__(self, start: float):
         self.start, self.lines, self.rest, self.bytes = start, [], b"", 0
@@ -148,15 +160,17 @@ class Lines:
 
 
 def memory_of_family(pid: int) -> int:
-    """Bytes that a process and its children hold together, what they share counted once; 0 for one
-    without children: wait4 tells that exactly."""
+    """Bytes of a process and its children together, shared pages counted once.
+
+    0 for a process without children, which wait4 measures exactly.
+    """
     family, todo = [], [pid]
     while todo:
         family.append(todo.pop())
         try:
             tasks = list(Path(f"/proc/{family[-1]}/task").iterdir())
             todo += [int(one) for task in tasks for one in (task / "children").read_text().split()]
-        except OSError:                                             # it has ended meanwhile, or this is not Linux
+        except OSError:     # it has ended, or this is not Linux
             pass
     return sum(map(share_of, family)) if len(family) > 1 else 0
 
@@ -170,66 +184,70 @@ def share_of(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-# ---- a training run ---------------------------------------------------------------------------------------------
+# ---- a training run ------------------------------------------------------------------------------
 
 
 def from_root(path) -> str:
-    """A path as it is written in the repository's root, where both programs run: the same on every
-    machine."""
+    """A path relative to the repository's root, where both programs run."""
     return os.path.relpath(path, ROOT)
 
 
 def write_rows(folder, name: str, rows):
-    """Write rows (dicts) as the only dataset of a folder, with the
-    dataset_info.json that names it."""
+    """Write rows (dicts) as the only dataset of a folder, with its dataset_info.json."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with open(Path(folder) / f"{name}.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    (Path(folder) / "dataset_info.json").write_text(json.dumps({name: {"file_name": f"{name}.jsonl"}}))
+    (Path(folder) / "dataset_info.json").write_text(
+        json.dumps({name: {"file_name": f"{name}.jsonl"}})
+    )
 
 
 def source_rows() -> list:
-    """Rows of alpaca layout: the thousand of alpaca_en_demo, or where that is not here those of
-    data/identity.json."""
+    """Rows in alpaca layout: of alpaca_en_demo, or where that is missing of data/identity.json."""
     files = (SHARED / "data" / "alpaca_en_demo.json", ROOT / "data" / "identity.json")
     return json.loads(next(file for file in files if file.is_file()).read_text(encoding="utf-8"))
 
 
 def long_rows(count: int, tokens: int):
-    """Yields rows that fill at least so many tokens: answers that go on from row to row of the
-    source."""
+    """Yield `count` rows of at least `tokens` tokens: the answers of the source, concatenated."""
     text = " ".join(row["output"] for row in source_rows())
-    whole = (text + " ") * (8 * tokens // len(text) + 1)                    # a token is rarely longer than 8 letters
-    yield from ({"instruction": f"Row {number}", "output": whole[:8 * tokens]} for number in range(count))
+    whole = (text + " ") * (8 * tokens // len(text) + 1)  # a token is rarely longer than 8 letters
+    yield from ({"instruction": f"Row {number}", "output": whole[:8 * tokens]}
+                for number in range(count))
 
 
 def training_figures(child, warm_up: int) -> dict:
-    """The figures of one run, out of the lines that came in trainer_log.jsonl and their times.
+    """The figures of one run, from the lines of trainer_log.jsonl and their times.
 
-    tokens_per_second: of the steps after the first `warm_up` (at least one: the first has no beginning), all together;
-    the speed of the median step beside it says whether something interfered. tokens: of each step, without padding.
+    warm_up: steps that are not counted, at least one (the start of the first is unknown).
+    tokens_per_second: of all other steps together. The speed of their median step shows whether
+    other work interfered. tokens: of each step, without padding.
     """
     steps = [(at, line) for at, text in child.watched if "loss" in (line := json.loads(text))]
     assert warm_up >= 1
     if len(steps) <= warm_up + 1:
-        raise ValueError(f"{len(steps)} steps were logged, and the first {warm_up} are not counted: raise --steps")
+        raise ValueError(f"{len(steps)} steps were logged, and the first {warm_up} are not "
+                         "counted: raise --steps")
     times, seen = [at for at, _ in steps], [line["total_tokens"] for _, line in steps]
     tokens = [now - before for before, now in zip([0, *seen], seen)]
     took = [max(now - before, LOOK_SECONDS) for before, now in zip(times, times[1:])]
     speeds = [count / seconds for count, seconds in zip(tokens[1:], took)][warm_up - 1:]
     return {"tokens_per_second": sum(tokens[warm_up:]) / sum(took[warm_up - 1:]),
-            "median_step_tokens_per_second": statistics.median(speeds), "first_step_seconds": times[0],
-            "peak_bytes": child.peak_bytes, "seconds": child.seconds, "cpu_seconds": child.cpu_seconds,
+            "median_step_tokens_per_second": statistics.median(speeds),
+            "first_step_seconds": times[0], "peak_bytes": child.peak_bytes,
+            "seconds": child.seconds, "cpu_seconds": child.cpu_seconds,
             "losses": [line["loss"] for _, line in steps], "tokens": tokens, "step_times": times}
 
 
 def curves(ours: dict, peer: dict) -> str:
-    """Both loss curves side by side, and the largest difference; raises ValueError if they count
-    other tokens."""
+    """Both loss curves side by side, and the largest difference.
+
+    Raises ValueError if their numbers of tokens differ.
+    """
     if ours["tokens"] != peer["tokens"]:
         at = next(i for i, (a, b) in enumerate(zip(ours["tokens"], peer["tokens"])) if a != b)
-        raise ValueError(f"step {at + 1}: ours counts {ours['tokens'][at]} tokens, the peer {peer['tokens'][at]}: they "
-                         "do not train on the same rows")
+        raise ValueError(f"step {at + 1}: ours counts {ours['tokens'][at]} tokens, the peer "
+                         f"{peer['tokens'][at]}: they do not train on the same rows")
     pairs = list(zip(ours["losses"], peer["losses"]))
     rows = [[step, count, f"{a:.4f}", f"{b:.4f}", f"{a - b:+.4f}"]
             for step, (count, (a, b)) in enumerate(zip(ours["tokens"], pairs), 1)]
@@ -237,18 +255,18 @@ def curves(ours: dict, peer: dict) -> str:
         + f"\nlargest difference of the losses: {max(abs(a - b) for a, b in pairs):.4f}"
 
 
-# ---- several times in turn --------------------------------------------------------------------------------------
+# ---- several times in turn -----------------------------------------------------------------------
 
 
 def in_turn(programs: dict, times: int) -> dict:
-    """Call each of {name: function()} once a round, `times` rounds; {name: [what it returned, a
-    dict of figures]}."""
+    """Call each of {name: function()} once a round; {name: [figures of each round]}."""
     runs = {name: [] for name in programs}
     for number in range(1, times + 1):
         for name, program in programs.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             runs[name].append(program())
-            print(f"  round {number} of {times}: {name} done in {time.perf_counter() - begun:.1f} s", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"  round {number} of {times}: {name} done in {seconds:.1f} s", flush=True)
     return runs
 
 
@@ -265,21 +283,22 @@ def ratios(summary: dict, ours="ours", peer="peer") -> dict:
             if summary[ours][key] and key in summary.get(peer, {})}
 
 
-# ---- where it ran, and what is kept -----------------------------------------------------------------------------
+# ---- where it ran, and what is kept --------------------------------------------------------------
 
 
 def machine(gpu: str = "") -> dict:
-    """Processor, cores that this program may use, memory in GiB, system; with
-    a GPU its name first."""
+    """The GPU's name if given, processor, usable cores, memory in GiB, system."""
     def first(path, pattern):
         text = Path(path).read_text() if Path(path).is_file() else ""
         found = re.search(pattern, text, re.M)
         return found[1].strip() if found else ""
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = first("/proc/cpuinfo", r"^model name\s*:(.*)$") or platform.processor() or platform.machine()
+    cpu = (first("/proc/cpuinfo", r"^model name\s*:(.*)$") or platform.processor()
+           or platform.machine())
     memory = int(first("/proc/meminfo", r"^MemTotal:\s+(\d+) kB") or 0) / 2**20
-    return ({"gpu": gpu} if gpu else {}) | {"cpu": cpu, "cores": cores, "memory_gib": round(memory, 1),
+    return ({"gpu": gpu} if gpu else {}) | {"cpu": cpu, "cores": cores,
+                                            "memory_gib": round(memory, 1),
                                             "system": f"{platform.system()} {platform.release()}"}
 
 
@@ -290,26 +309,26 @@ def slug(where: dict) -> str:
 
 
 def commit() -> str:
-    """The commit that is measured, with + if files differ from it; "unknown" outside a git
-    checkout."""
+    """The measured commit, with + if files differ from it; "unknown" outside a git checkout."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
     head = git("rev-parse", "--short", "HEAD")
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout.strip() else "")
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "")
 
 
-def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings: dict, gpu: str = "", folder=None,
-         **more) -> Path:
-    """Write bench/results/<script>-<machine>.json: the fields that all results have, and `more`;
-    returns its path."""
+def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings: dict,
+         gpu: str = "", folder=None, **more) -> Path:
+    """Write bench/results/<script>-<machine>.json with the common fields and `more`; its path."""
     where, summary = machine(gpu), {name: medians(found) for name, found in runs.items() if found}
     program = f"bench/{Path(sys.argv[0]).name}"
     result = {"script": program, "command": " ".join(["python", program, *sys.argv[1:]]),
-              "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M %z"), "machine": where, "versions": versions,
-              "dtype": dtype, "seed": seed, "settings": settings, "runs": runs, "summary": summary,
+              "commit": commit(), "date": time.strftime("%Y-%m-%d %H:%M %z"), "machine": where,
+              "versions": versions, "dtype": dtype, "seed": seed, "settings": settings,
+              "runs": runs, "summary": summary,
               "ratios": ratios(summary) if "ours" in summary else {}, **more}
     path = Path(folder or BENCH / "results") / f"{script}-{slug(where)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,18 +339,21 @@ def save(script: str, runs: dict, *, versions: dict, dtype: str, seed, settings:
 
 
 def short_paths(text: str) -> str:
-    """Absolute paths without the folders they lie in, which say something
-    about one machine only."""
+    """The text with absolute paths shortened to …/name, without folders of this machine."""
     return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+(?=[\w.+-])", "…/", text)
 
 
 def table(header: list, rows: list) -> str:
-    """Columns as a Markdown table whose bars stand below one another; numbers to the right."""
+    """An aligned Markdown table; columns of numbers are right-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [all(re.fullmatch(r"(-|[-+≥≤<]?\s?[\d.,/]+\s?[%×]?)?", row[i]) for row in cells[1:])
              for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right)) + " |"
-             for row in cells]
-    rule = "|" + "|".join("-" * (w + 1) + ":" if r else "-" * (w + 2) for w, r in zip(widths, right)) + "|"
+    lines = []
+    for row in cells:
+        padded = [cell.rjust(width) if r else cell.ljust(width)
+                  for cell, width, r in zip(row, widths, right)]
+        lines.append("| " + " | ".join(padded) + " |")
+    rule = "|" + "|".join("-" * (w + 1) + ":" if r else "-" * (w + 2)
+                          for w, r in zip(widths, right)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,17 +1,18 @@
-"""Greedy decoding with this program and with transformers' generate, in turn: tokens per second after the prompt.
+"""Greedy decoding with this program and with transformers' generate: tokens per second.
 
-    python bench/decode.py                                  on a CPU: hidden 512, 8 layers, vocabulary 128,256, float32
+    python bench/decode.py          on a CPU: hidden 512, 8 layers, vocabulary 128,256, float32
     python bench/decode.py --dtype bfloat16 --shape qwen2.5-0.5b
-    python bench/decode.py --device cuda --shape llama-3-8b --dtype bfloat16        random weights, made on the device
+    python bench/decode.py --device cuda --shape llama-3-8b --dtype bfloat16
 
-The peer runs in --peer-python (default: this python) if transformers is there. On a CPU both open the same random
-checkpoint, which is made on first use; on a GPU each fills its own model. Both read the same random prompt and take the
-likeliest token; timed are the tokens after the first, each from its predecessor, and the figure is that of their
-median: a step that other work on the machine has interrupted does not count.
+The peer runs in --peer-python (default: this python) if transformers is installed there. On a CPU
+both load the same random checkpoint, made on first use; on a GPU each creates random weights on the
+device. Both read the same random prompt and decode greedily. The time of each token after the first
+is measured, and the figure is that of their median, so a step that other work interrupts does not
+count.
 
 Requires: common.py (how a child is measured), random_model.py.
 Next: ../fast/decode.py, ../generate.py.
-Sources: the timing of single tokens is that of gpt-fast's README; its figures for other GPUs are there too.
+Sources: single tokens are timed as in gpt-fast's README, which has figures of other GPUs.
 """
 import argparse
 import json
@@ -26,7 +27,7 @@ from bench.common import BENCH, SHARED, in_turn, medians, run_child, save, table
 WORK = BENCH / ".work" / "decode"
 
 
-# ---- the two programs, each in a process of its own --------------------------------------------------------------
+# ---- the two programs, each in a process of its own ----------------------------------------------
 
 
 def prompt_of(asked, vocab_size: int) -> list[int]:
@@ -36,7 +37,7 @@ def prompt_of(asked, vocab_size: int) -> list[int]:
 
 
 def ours(asked):
-    """(seconds at which each token came, their ids, what fast/decode.py says it does)."""
+    """(time of each token, token ids, lines of fast/decode.py on its choices)."""
     from fast.attention_picker import pick_kernel
     import torch
 
@@ -49,10 +50,11 @@ def ours(asked):
     if asked.device == "cpu":
         model = load_model(asked.model)
     else:
-        model = random_model(raw_config(asked.shape, asked.dtype), DTYPES[asked.dtype], asked.device, asked.seed)
+        model = random_model(raw_config(asked.shape, asked.dtype), DTYPES[asked.dtype],
+                             asked.device, asked.seed)
     lines = prepare(model.requires_grad_(False).eval())
-    choice = pick_kernel("auto", device=torch.device(asked.device), dtype=DTYPES[asked.dtype], training=False,
-                         **attention_needs(model.config))
+    choice = pick_kernel("auto", device=torch.device(asked.device), dtype=DTYPES[asked.dtype],
+                         training=False, **attention_needs(model.config))
     model.kernel = choice.kernel
     cache, step, line = pick_step(model)
     prompt, times, tokens = prompt_of(asked, model.config.vocab_size), [time.perf_counter()], []
@@ -63,7 +65,7 @@ def ours(asked):
 
 
 def peer(asked):
-    """The same of transformers, with its own defaults: a growing cache, SDPA."""
+    """The same for transformers with its defaults: a growing cache, SDPA."""
     import torch
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -80,7 +82,7 @@ def peer(asked):
     times, tokens = [], []
 
     class Streamer:
-        def put(self, ids):                             # the prompt first, then token by token
+        def put(self, ids):                             # first the prompt, then token by token
             times.append(time.perf_counter())
             tokens.extend(ids.flatten().tolist())
 
@@ -88,25 +90,31 @@ def peer(asked):
             pass
 
     ids = torch.tensor([prompt_of(asked, model.config.vocab_size)], device=asked.device)
-    model.eval().generation_config = GenerationConfig(max_new_tokens=asked.tokens, do_sample=False, eos_token_id=None,
-                                                      pad_token_id=0)
+    model.eval().generation_config = GenerationConfig(
+        max_new_tokens=asked.tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     with torch.no_grad():
         model.generate(ids, attention_mask=torch.ones_like(ids), streamer=Streamer())
-    return times, tokens[ids.shape[1]:], [f"transformers {transformers.__version__}, {model.config._attn_implementation}"]
+    return times, tokens[ids.shape[1]:], [
+        f"transformers {transformers.__version__}, {model.config._attn_implementation}"
+    ]
 
 
 def as_child(asked):
-    """What the other process prints: its figures as a line of JSON."""
+    """Run one program in this process and print its figures as a line of JSON."""
     times, tokens, lines = {"ours": ours, "peer": peer}[asked.child](asked)
     steps = [after - before for before, after in zip(times[1:], times[2:])]
-    print("RESULT", json.dumps({
-        "tokens_per_second": 1 / statistics.median(steps), "mean_tokens_per_second": len(steps) / sum(steps),
-        "prompt_seconds": times[1] - times[0], "tokens": tokens, "lines": lines}))
+    figures = {"tokens_per_second": 1 / statistics.median(steps),
+               "mean_tokens_per_second": len(steps) / sum(steps),
+               "prompt_seconds": times[1] - times[0], "tokens": tokens, "lines": lines}
+    print("RESULT", json.dumps(figures))
 
 
 def runner(name, python, asked):
     """A function that runs one program once and returns its figures."""
-    command = [python, __file__, "--child", name, *sys.argv[1:]] + (["--model", str(asked.model)] if asked.model else [])
+    command = [python, __file__, "--child", name, *sys.argv[1:]]
+    if asked.model:
+        command += ["--model", str(asked.model)]
 
     def run():
         child = run_child(command)
@@ -115,7 +123,7 @@ def runner(name, python, asked):
     return run
 
 
-# ---- the story --------------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def main():
@@ -127,12 +135,16 @@ def main():
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
     parser.add_argument("--times", type=int, default=3, help="rounds")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--model", type=Path, help="a checkpoint to use in place of a random one (CPU)")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3", help="for the random checkpoint")
-    parser.add_argument("--peer-python", default=sys.executable, help="a python that has transformers")
+    parser.add_argument("--model", type=Path,
+                        help="a checkpoint to use in place of a random one (CPU)")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3",
+                        help="for the random checkpoint")
+    parser.add_argument("--peer-python", default=sys.executable,
+                        help="a python that has transformers")
     parser.add_argument("--no-peer", action="store_true", help="measure this program alone")
     parser.add_argument("--quick", action="store_true", help="one round of 16 tokens")
-    parser.add_argument("--tiny", action="store_true", help="the same with a model of two small layers, for tests")
+    parser.add_argument("--tiny", action="store_true",
+                        help="the same with a model of two small layers, for tests")
     parser.add_argument("--results", type=Path, help="folder for the JSON (default bench/results)")
     parser.add_argument("--child", choices=("ours", "peer"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -150,22 +162,24 @@ def main():
     if "transformers" in theirs:
         programs["peer"], versions["peer"] = runner("peer", asked.peer_python, asked), theirs
     else:
-        print("without the peer: " + ("--no-peer" if asked.no_peer else f"{asked.peer_python} has no transformers"))
+        print("without the peer: "
+              + ("--no-peer" if asked.no_peer else f"{asked.peer_python} has no transformers"))
     runs = in_turn(programs, asked.times)
     report(runs, asked)
     suffix = "" if (asked.device, asked.shape) == ("cpu", "cpu") else f"-{asked.shape}"
-    save(f"decode{suffix}-{asked.dtype}", runs, versions=versions, dtype=asked.dtype, seed=asked.seed, gpu=gpu_of(asked),
-         settings={key: str(value) if isinstance(value, Path) else value for key, value in vars(asked).items()},
-         folder=asked.results)
+    save(f"decode{suffix}-{asked.dtype}", runs, versions=versions, dtype=asked.dtype,
+         seed=asked.seed, gpu=gpu_of(asked),
+         settings={key: str(value) if isinstance(value, Path) else value
+                   for key, value in vars(asked).items()}, folder=asked.results)
 
 
 def checkpoint_for(asked) -> Path:
-    """The random checkpoint of a shape and dtype; made on first use, by a process that gives its
-    memory back."""
+    """The random checkpoint of a shape and dtype; made on first use, in a process of its own."""
     folder = WORK / f"{asked.shape}-{asked.dtype}"
     if not (folder / "config.json").is_file():
-        run_child([sys.executable, BENCH / "random_model.py", folder, "--shape", asked.shape, "--dtype", asked.dtype,
-                   "--tokenizer", asked.tokenizer, "--seed", str(asked.seed)])
+        run_child([sys.executable, BENCH / "random_model.py", folder, "--shape", asked.shape,
+                   "--dtype", asked.dtype, "--tokenizer", asked.tokenizer, "--seed",
+                   str(asked.seed)])
     return folder
 
 
@@ -177,10 +191,11 @@ def gpu_of(asked) -> str:
 
 
 def report(runs, asked):
-    """Print the table, what each program said about itself, and how many tokens were the same."""
+    """Print the table, the choices of each program and the number of equal tokens."""
     goal = {"cpu": "2 x the peer", "cuda": "230 for llama-3-8b on an H200"}[asked.device]
     summary, rows = {name: medians(found) for name, found in runs.items()}, []
-    for key, words in (("tokens_per_second", goal), ("mean_tokens_per_second", ""), ("prompt_seconds", "")):
+    for key, words in (("tokens_per_second", goal), ("mean_tokens_per_second", ""),
+                       ("prompt_seconds", "")):
         mine, theirs = summary["ours"][key], summary.get("peer", {}).get(key)
         ratio = f"{mine / theirs:.2f}" if theirs else ""
         rows.append([key, f"{mine:.3g}", f"{theirs:.3g}" if theirs else "", ratio, words])

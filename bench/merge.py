@@ -1,12 +1,13 @@
-"""Fold an adapter into its base with this program and with LLaMA-Factory's export, in turn: wall time and peak memory.
+"""Merge an adapter with this program and with LLaMA-Factory's export: wall time and peak memory.
 
-    python bench/merge.py                                   2.5 GB in bfloat16; LLaMA-Factory is installed on first use
-    python bench/merge.py --size small --times 5            0.3 GB
-    python bench/merge.py --peer-python PATH --no-peer      a python that has it already; this program alone
+    python bench/merge.py                         2.5 GB in bfloat16; installs the peer once
+    python bench/merge.py --size small --times 5  0.3 GB
+    python bench/merge.py --peer-python PATH      a python that has LLaMA-Factory
+    python bench/merge.py --no-peer               this program alone
 
-A third runner copies the base's files and waits for the disk, as both programs write as much: no merge can be faster.
-Base and adapter (all linear layers, rank 16, its B random) are made on first use. At the end the merged tensors of the
-two are compared, bit for bit.
+A third runner copies the base's files and waits for the disk: both programs write as much, so no
+merge can be faster. Base and adapter (all linear layers, rank 16, with a random B) are made on
+first use. At the end the merged tensors of both are compared bit for bit.
 
 Requires: common.py (how a child is measured), cpu.py (the peer).
 Next: ../merge.py.
@@ -24,11 +25,13 @@ from bench.common import BENCH, ROOT, SHARED, in_turn, medians, run_child, save,
 from bench.cpu import peer_command
 
 WORK = BENCH / ".work" / "merge"
-SIZES = {       # a row of SHAPES in random_model.py, and what differs from it
+SIZES = {       # a row of SHAPES in random_model.py, and changes of it
     "tiny": ("tiny", {}),
     "small": ("cpu", {}),
-    "large": ("llama-3-8b", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                             "tie_word_embeddings": True}),
+    "large": ("llama-3-8b", {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "tie_word_embeddings": True,
+    }),
 }
 
 
@@ -41,10 +44,12 @@ def make(asked):
     from lora import LoRAConfig, attach_lora, lora_layers
     shape, changes = SIZES[asked.size]
     base, settings = WORK / asked.size, LoRAConfig(16, 32, target_modules="all")
-    model = make_checkpoint(base, raw_config(shape, "bfloat16", **changes), asked.tokenizer, asked.seed)
+    model = make_checkpoint(base, raw_config(shape, "bfloat16", **changes), asked.tokenizer,
+                            asked.seed)
     attach_lora(model, settings, asked.seed)
     for layer in lora_layers(model).values():
-        layer.lora_B.weight.data.normal_(0, 0.02, generator=torch.Generator().manual_seed(asked.seed))
+        generator = torch.Generator().manual_seed(asked.seed)
+        layer.lora_B.weight.data.normal_(0, 0.02, generator=generator)
     adapter = WORK / f"{asked.size}-adapter"
     adapter.mkdir(exist_ok=True)
     save_adapter(model, adapter, settings, str(base))
@@ -55,18 +60,20 @@ def merger(name, command, env, asked):
     def merge():
         out, written = WORK / f"{asked.size}-{name}", WORK / f"{name}.yaml"
         shutil.rmtree(out, ignore_errors=True)
-        written.write_text(f"model_name_or_path: {WORK / asked.size}\nadapter_name_or_path: {WORK / asked.size}-adapter\n"
-                           f"template: llama3\nfinetuning_type: lora\nexport_dir: {out}\nexport_size: 5\n"
-                           "export_device: cpu\n")
-        os.sync()                                       # what others have left to write is not this program's
-        child = run_child([*command, written], {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | env, ROOT)
-        return {"seconds": child.seconds, "peak_bytes": child.peak_bytes, "cpu_seconds": child.cpu_seconds}
+        written.write_text(f"model_name_or_path: {WORK / asked.size}\n"
+                           f"adapter_name_or_path: {WORK / asked.size}-adapter\n"
+                           f"template: llama3\nfinetuning_type: lora\nexport_dir: {out}\n"
+                           "export_size: 5\nexport_device: cpu\n")
+        os.sync()       # so that this run does not wait for what others have written
+        child = run_child([*command, written],
+                          {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | env, ROOT)
+        return {"seconds": child.seconds, "peak_bytes": child.peak_bytes,
+                "cpu_seconds": child.cpu_seconds}
     return merge
 
 
 def copier(asked):
-    """A function that copies the base's files, waits until they are on the disk, and returns the
-    time."""
+    """A function that copies the base's files to the disk and returns the time."""
     def copy():
         out = WORK / f"{asked.size}-copy"
         shutil.rmtree(out, ignore_errors=True)
@@ -83,7 +90,7 @@ def copier(asked):
 
 
 def same_tensors(asked) -> str:
-    """A sentence: how many tensors of the two merged checkpoints are the same bits."""
+    """A sentence on how many tensors of the two merged checkpoints are equal bit for bit."""
     from checkpoint.files import open_tensors, tensor_files
     files = [tensor_files(WORK / f"{asked.size}-{name}") for name in ("ours", "peer")]
     same, largest = 0, 0.0
@@ -92,7 +99,8 @@ def same_tensors(asked) -> str:
             mine, theirs = a.get_tensor(name), b.get_tensor(name)
         same += bool(mine.equal(theirs))
         largest = max(largest, float((mine.float() - theirs.float()).abs().max()))
-    return f"{same} of {len(files[0])} tensors are the same bits as the peer's; the largest difference is {largest:.3g}"
+    return (f"{same} of {len(files[0])} tensors are the same bits as the peer's; the largest "
+            f"difference is {largest:.3g}")
 
 
 def report(runs):
@@ -103,9 +111,10 @@ def report(runs):
                                           ("seconds", 1, ("ours", "copy"), 1.3, "≤ 1.3")):
         if names[1] in found:
             pair = [found[name][key] / unit for name in names]
-            rows.append([f"{'wall time, s' if key == 'seconds' else 'peak memory, GiB'}, against {names[1]}",
-                         *(f"{value:.2f}" for value in pair), f"{pair[0] / pair[1]:.2f}", words,
-                         "yes" if pair[0] <= goal * pair[1] else "no"])
+            what = "wall time, s" if key == "seconds" else "peak memory, GiB"
+            met = "yes" if pair[0] <= goal * pair[1] else "no"
+            rows.append([f"{what}, against {names[1]}", *(f"{value:.2f}" for value in pair),
+                         f"{pair[0] / pair[1]:.2f}", words, met])
     print("\n" + table(["what", "ours", "other", "ours / other", "goal", "met"], rows))
 
 
@@ -114,11 +123,13 @@ def main():
     parser.add_argument("--size", default="large", choices=SIZES)
     parser.add_argument("--times", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3", help="a folder with its files")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3",
+                        help="a folder with its files")
     parser.add_argument("--peer-python", help="a python that has LLaMA-Factory")
     parser.add_argument("--peer-folder", help="where its environment is made (default bench/.peer)")
     parser.add_argument("--no-peer", action="store_true", help="measure this program alone")
-    parser.add_argument("--tiny", action="store_true", help="a model of two layers, one round, to try the benchmark itself")
+    parser.add_argument("--tiny", action="store_true",
+                        help="a model of two layers, one round, to try the benchmark itself")
     parser.add_argument("--results", type=Path, help="instead of bench/results")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -129,7 +140,8 @@ def main():
     WORK.mkdir(parents=True, exist_ok=True)
     if not (WORK / f"{asked.size}-adapter" / "adapter_model.safetensors").is_file():
         run_child([sys.executable, __file__, "--make", *sys.argv[1:]])
-    programs = {"ours": merger("ours", [sys.executable, "merge.py", "--config"], {}, asked), "copy": copier(asked)}
+    programs = {"ours": merger("ours", [sys.executable, "merge.py", "--config"], {}, asked),
+                "copy": copier(asked)}
     versions = {"ours": versions_of(sys.executable, "torch", "safetensors")}
     if not asked.no_peer:
         python, train, env = peer_command(asked)
@@ -139,9 +151,11 @@ def main():
     report(runs)
     same = "" if asked.no_peer else same_tensors(asked)
     print("\n" + same)
-    save("merge" if asked.size == "large" else f"merge-{asked.size}", runs, versions=versions, dtype="bfloat16",
-         seed=asked.seed, settings={"size": asked.size, "base_bytes": sum(f.stat().st_size for f in
-                                    (WORK / asked.size).glob("*.safetensors"))}, folder=asked.results, compared=same)
+    base_bytes = sum(f.stat().st_size for f in (WORK / asked.size).glob("*.safetensors"))
+    save("merge" if asked.size == "large" else f"merge-{asked.size}", runs, versions=versions,
+         dtype="bfloat16", seed=asked.seed,
+         settings={"size": asked.size, "base_bytes": base_bytes}, folder=asked.results,
+         compared=same)
     for name in ("ours", "peer"):
         shutil.rmtree(WORK / f"{asked.size}-{name}", ignore_errors=True)
 

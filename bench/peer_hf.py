@@ -1,13 +1,14 @@
-"""The peer of gpu.py: the run of a yaml of ours with transformers and peft, in the shortest loop that people write.
+"""The peer of gpu.py: the run of a train.py yaml with transformers and peft, in a short plain loop.
 
-    python bench/peer_hf.py my.yaml                    rows as the yaml packs or pads them; checkpointing as it says
-    python bench/peer_hf.py my.yaml --kernels liger    with Liger's kernels, or unsloth's model, where installed
+    python bench/peer_hf.py my.yaml                    rows packed or padded as in the yaml
+    python bench/peer_hf.py my.yaml --kernels liger    with Liger's kernels, or unsloth's model
 
-Rows, their order, the loss (a sum over the labels of the step, divided by their number) and AdamW are those of our own
-run, so that both print the same curve. Packed rows are one long row with positions that restart for flash-attention,
-which finds the boundaries in them; for torch's SDPA they stay rows of a batch, with a mask that keeps samples apart.
-A yaml without packing gives the padded batches with an attention mask that most scripts use.
-Writes trainer_log.jsonl and all_results.json under the names that train.py uses.
+Rows, their order, the loss (a sum over the labels of a step, divided by their number) and AdamW are
+those of train.py, so both print the same curve. Packed rows are one long row with positions that
+restart for flash-attention, which finds the boundaries from them; for torch's SDPA they are rows of
+a batch, with a mask that separates the sequences. A yaml without packing gives the padded batches
+with an attention mask that most scripts use. Writes trainer_log.jsonl and all_results.json under
+the names that train.py uses.
 
 Requires: gpu.py, which runs it.
 Next: data.py (what an example is).
@@ -48,17 +49,20 @@ def rows_of(config) -> list:
 
 
 def load_peer(config, dtype, device, kernels: str, attention: str):
-    """The checkpoint with the yaml's adapter, in transformers and peft; adapters are float32, as
-    peft makes them."""
+    """The checkpoint with the yaml's adapter (float32) in transformers and peft."""
     path = config.model_name_or_path
     if kernels == "unsloth":
         from unsloth import FastLanguageModel
-        model, _ = FastLanguageModel.from_pretrained(path, max_seq_length=config.cutoff_len, dtype=dtype,
-                                                     load_in_4bit=False)
-        lora = read_adapter_config(config.adapter_name_or_path[0])[0]        # of its own, as its kernels go with them
+        model, _ = FastLanguageModel.from_pretrained(
+            path, max_seq_length=config.cutoff_len, dtype=dtype, load_in_4bit=False
+        )
+        # new adapters, as unsloth's kernels need its own
+        lora = read_adapter_config(config.adapter_name_or_path[0])[0]
+        checkpointing = False if config.disable_gradient_checkpointing else "unsloth"
         return FastLanguageModel.get_peft_model(
             model, r=lora.r, lora_alpha=lora.lora_alpha, target_modules=lora.target_modules,
-            use_gradient_checkpointing=False if config.disable_gradient_checkpointing else "unsloth").train()
+            use_gradient_checkpointing=checkpointing,
+        ).train()
     if kernels == "liger":
         from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
     else:
@@ -69,53 +73,63 @@ def load_peer(config, dtype, device, kernels: str, attention: str):
     if not config.disable_gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return PeftModel.from_pretrained(model, config.adapter_name_or_path[0], is_trainable=True).train()
+    return PeftModel.from_pretrained(model, config.adapter_name_or_path[0],
+                                     is_trainable=True).train()
 
 
 def inputs_of(examples, packed: bool, in_one_row: bool, device, dtype) -> dict:
-    """A micro-batch as a transformers model takes it: ids and labels (B, T), and what tells the
-    sequences apart."""
+    """A micro-batch for a transformers model: ids, labels (B, T), and positions or a mask."""
     if packed and in_one_row:
-        flat = [torch.cat([torch.as_tensor(part) for e in examples for part in parts(e)]) for parts in
-                (lambda e: [e.input_ids], lambda e: [e.labels], lambda e: map(torch.arange, e.lengths))]
+        flat = [torch.cat([torch.as_tensor(part) for e in examples for part in parts(e)])
+                for parts in (lambda e: [e.input_ids], lambda e: [e.labels],
+                              lambda e: map(torch.arange, e.lengths))]
         ids, labels, positions = (values.long()[None] for values in flat)
-        return {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device)}
-    ids, labels = (pad_sequence([torch.as_tensor(getattr(e, name)).long() for e in examples], batch_first=True,
-                                padding_value=fill) for name, fill in (("input_ids", 0), ("labels", IGNORE)))
+        return {"input_ids": ids.to(device), "labels": labels.to(device),
+                "position_ids": positions.to(device)}
+    ids, labels = (pad_sequence([torch.as_tensor(getattr(e, name)).long() for e in examples],
+                                batch_first=True, padding_value=fill)
+                   for name, fill in (("input_ids", 0), ("labels", IGNORE)))
     if not packed:
         lengths = torch.tensor([len(e.input_ids) for e in examples])
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-        return {"input_ids": ids.to(device), "labels": labels.to(device), "attention_mask": mask.long().to(device)}
-    stretches = [torch.tensor([*e.lengths, ids.shape[1] - sum(e.lengths)]) for e in examples]   # the last is padding
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in stretches])
-    which = torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in stretches]).to(device)     # (B, T)
-    seen = (which[:, None, :, None] == which[:, None, None, :]).tril()                                # (B, 1, T, T)
-    mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-    return {"input_ids": ids.to(device), "labels": labels.to(device), "position_ids": positions.to(device),
-            "attention_mask": mask}
+        return {"input_ids": ids.to(device), "labels": labels.to(device),
+                "attention_mask": mask.long().to(device)}
+    # the last length is that of the padding
+    sizes = [torch.tensor([*e.lengths, ids.shape[1] - sum(e.lengths)]) for e in examples]
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in sizes])
+    # the number of each token's sequence, (B, T); then (B, 1, T, T)
+    number = torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in sizes])
+    number = number.to(device)
+    allowed = (number[:, None, :, None] == number[:, None, None, :]).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=device)
+    mask = mask.masked_fill(~allowed, torch.finfo(dtype).min)
+    return {"input_ids": ids.to(device), "labels": labels.to(device),
+            "position_ids": positions.to(device), "attention_mask": mask}
 
 
 def steps_of(config, examples):
-    """The examples of each optimizer step: a list of micro-batches, in the order of train.py, epoch
-    after epoch."""
+    """Yield the micro-batches of each optimizer step, in train.py's order, epoch after epoch."""
     for epoch in range(10**6):
         order = epoch_order(len(examples), config.seed, epoch, shuffle=not config.disable_shuffling)
-        batches = [[examples[i] for i in batch] for batch in micro_batches(order, config.per_device_train_batch_size)]
+        batches = [[examples[i] for i in batch]
+                   for batch in micro_batches(order, config.per_device_train_batch_size)]
         for start in range(0, len(batches), config.gradient_accumulation_steps):
             yield batches[start:start + config.gradient_accumulation_steps]
 
 
 def train(config, model, examples, device, dtype, in_one_row: bool):
-    """The loop. A line of trainer_log.jsonl after each step, when its loss is known."""
+    """The training loop; after each step a line of trainer_log.jsonl."""
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0,
+                                  fused=device.type == "cuda")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     seen, packed, log = 0, bool(config.packing), Path(config.output_dir) / "trainer_log.jsonl"
     for step, batches in enumerate(islice(steps_of(config, examples), config.max_steps), 1):
         count, total = sum(int((e.labels != IGNORE).sum()) for batch in batches for e in batch), 0.0
         for batch in batches:
             with autocast:
-                loss = model(**inputs_of(batch, packed, in_one_row, device, dtype), num_items_in_batch=count).loss
+                loss = model(**inputs_of(batch, packed, in_one_row, device, dtype),
+                             num_items_in_batch=count).loss
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm)
@@ -131,7 +145,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("config", help="the yaml that train.py gets")
     parser.add_argument("--kernels", choices=("none", "liger", "unsloth"), default="none")
-    parser.add_argument("--attention", help="flash_attention_2 or sdpa; else the first of them that is installed")
+    parser.add_argument("--attention",
+                        help="flash_attention_2 or sdpa; else the first of them that is installed")
     asked = parser.parse_args()
     config = load_config(["--config", asked.config], "train")
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)

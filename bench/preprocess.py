@@ -1,18 +1,18 @@
-"""Rows to tokens with this program and with LLaMA-Factory, in turn: rows per second, memory, and are the tokens the same?
+"""Tokenizing a dataset with this program and with LLaMA-Factory: rows per second, memory, tokens.
 
-    python bench/preprocess.py                           52,000 rows; installs LLaMA-Factory on first use
-    python bench/preprocess.py --peer-python PATH        a python that has it already
+    python bench/preprocess.py                           52,000 rows; installs the peer once
+    python bench/preprocess.py --peer-python PATH        a python that has LLaMA-Factory
     python bench/preprocess.py --rows 1000000 --no-peer  this program alone
 
-The rows are those of alpaca_en_demo (without ../shared: of data/identity.json) again and again, with other numbers in
-every text, so that no two are alike.
-Both read the same file with the same settings, as many processes as each takes by itself; `peer 16` is LLaMA-Factory with
-preprocessing_num_workers: 16, as its example files have it. Timed is what lies between the loaded tokenizer and the
-rows of tokens, without the start of Python; `again` is a second start, which finds the rows of the first.
+The rows are those of alpaca_en_demo (without ../shared: of data/identity.json), repeated with a
+number in every text, so that no two are equal. Both programs read the same file with the same
+settings and their default number of processes; `peer 16` is LLaMA-Factory with
+preprocessing_num_workers: 16, as in its example files. The time is that from the loaded tokenizer
+to the tokenized rows, without the start of Python; `again` is a second start, which finds the
+tokenized rows of the first.
 
 Requires: common.py (how a child is measured).
-Next: ../text/token_cache.py, ../text/fast_bpe.py,
-../text/parallel_map.py.
+Next: ../text/token_cache.py, ../text/fast_bpe.py, ../text/parallel_map.py.
 Peer: LLaMA-Factory, arXiv:2403.13372.
 """
 import argparse
@@ -24,17 +24,20 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.common import BENCH, ROOT, SHARED, in_turn, medians, peer_python, run_child, save, table, versions_of
+from bench.common import (BENCH, ROOT, SHARED, in_turn, medians, peer_python, run_child, save,
+                          table, versions_of)
 
 PEER = "llamafactory==0.9.5"
 WORK = BENCH / ".work" / "preprocess"
-SIGN = """
+REPORT = """
 def tell(seconds, examples):
-    crc = tokens = learnt = 0
+    crc = tokens = labeled = 0
     for ids, labels in examples:
         crc = zlib.crc32(numpy.array([*ids, *labels], numpy.int32).tobytes(), crc)
-        tokens, learnt = tokens + len(ids), learnt + sum(label != -100 for label in labels)
-    print("MEASURED", json.dumps({"load_seconds": seconds, "tokens": tokens, "learnt": learnt, "sign": crc}))
+        tokens += len(ids)
+        labeled += sum(label != -100 for label in labels)
+    figures = {"load_seconds": seconds, "tokens": tokens, "learnt": labeled, "sign": crc}
+    print("MEASURED", json.dumps(figures))
 """
 OURS = """
 import json, sys, time, zlib
@@ -49,26 +52,29 @@ config = load_config([sys.argv[1], "tokenized_path=" + sys.argv[2]], "data")
 tokenizer = load_tokenizer(config.model_name_or_path)
 template, _ = choose_template(config.template, tokenizer)
 fit_tokenizer(template, tokenizer)
-begun = time.perf_counter()
-train, _, report = load_examples(config, tokenizer, template, STAGES[config.stage].encode, folder=kept_in(config))
-seconds = time.perf_counter() - begun
+encode, folder = STAGES[config.stage].encode, kept_in(config)
+start = time.perf_counter()
+train, _, report = load_examples(config, tokenizer, template, encode, folder=folder)
+seconds = time.perf_counter() - start
 print(report.origin)
-""" + SIGN + "tell(seconds, [(e.input_ids.tolist(), e.labels.tolist()) for e in train] if sys.argv[3:] else [])"
+pairs = [(e.input_ids.tolist(), e.labels.tolist()) for e in train] if sys.argv[3:] else []
+""" + REPORT + "tell(seconds, pairs)"
 THEIRS = """
 import json, sys, time, zlib
 import numpy, yaml
 from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
 from llamafactory.hparams import get_train_args
 from llamafactory.model import load_tokenizer
-settings = yaml.safe_load(open(sys.argv[1])) | {"output_dir": sys.argv[2], "overwrite_cache": True, "do_train": True}
-settings |= {"use_cpu": True, "report_to": "none", "overwrite_output_dir": True}
+settings = yaml.safe_load(open(sys.argv[1])) | {"output_dir": sys.argv[2], "do_train": True}
+settings |= {"overwrite_cache": True, "overwrite_output_dir": True}
+settings |= {"use_cpu": True, "report_to": "none"}
 model, data, training, _, _ = get_train_args(settings)
 loaded = load_tokenizer(model)
 template = get_template_and_fix_tokenizer(loaded["tokenizer"], data)
-begun = time.perf_counter()
+start = time.perf_counter()
 rows = get_dataset(template, model, data, training, stage="sft", **loaded)["train_dataset"]
-seconds = time.perf_counter() - begun
-""" + SIGN + "tell(seconds, zip(rows['input_ids'], rows['labels']) if sys.argv[3:] else [])"
+seconds = time.perf_counter() - start
+""" + REPORT + "tell(seconds, zip(rows['input_ids'], rows['labels']) if sys.argv[3:] else [])"
 
 
 def make_rows(count: int) -> Path:
@@ -97,36 +103,40 @@ def make_rows(count: int) -> Path:
 
 
 def write_yaml(asked, rows: Path, name: str, **more) -> Path:
-    """The settings of both, but for what is in `more`."""
-    settings = {"model_name_or_path": asked.tokenizer, "stage": "sft", "finetuning_type": "lora", "template": asked.template,
-                "dataset": "rows", "dataset_dir": rows, "cutoff_len": asked.cutoff_len, **more}
+    """The yaml of both programs, with further settings in `more`."""
+    settings = {"model_name_or_path": asked.tokenizer, "stage": "sft", "finetuning_type": "lora",
+                "template": asked.template, "dataset": "rows", "dataset_dir": rows,
+                "cutoff_len": asked.cutoff_len, **more}
     path = WORK / f"{name}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
     return path
 
 
-def runner(python: str, code: str, config: Path, count: int, env: dict, again: bool = False, check: bool = False):
-    """A function that tokenises once and returns the figures of that run. again: with the rows of
-    the run before."""
+def runner(python: str, code: str, config: Path, count: int, env: dict, again: bool = False,
+           check: bool = False):
+    """A function that tokenizes once and returns its figures. again: with the last run's cache."""
     def measure():
         out = WORK / f"out-{config.stem}"
         if not again:
             shutil.rmtree(out, ignore_errors=True)
-        cache = {"HF_DATASETS_CACHE": str(WORK / "cache"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        cache = {"HF_DATASETS_CACHE": str(WORK / "cache"), "HF_HUB_OFFLINE": "1",
+                 "CUDA_VISIBLE_DEVICES": ""}
         child = run_child([python, "-c", code, config, out, *["check"] * check], cache | env, ROOT)
         shutil.rmtree(WORK / "cache", ignore_errors=True)
         found = json.loads(next(line for _, line in child.lines if line.startswith("MEASURED"))[9:])
-        figures = {"load_seconds": found["load_seconds"], "rows_per_second": count / found["load_seconds"],
-                   "seconds": child.seconds, "cpu_seconds": child.cpu_seconds, "peak_bytes": child.peak_bytes}
+        figures = {"load_seconds": found["load_seconds"],
+                   "rows_per_second": count / found["load_seconds"], "seconds": child.seconds,
+                   "cpu_seconds": child.cpu_seconds, "peak_bytes": child.peak_bytes}
         return found if check else figures
     return measure
 
 
 def peer_environment(asked) -> tuple[str, dict]:
-    """The peer's python, and what must be set for it to start."""
+    """The peer's python, and the environment variables that it needs."""
     python = peer_python(PEER, asked.peer_python, asked.peer_folder)
     env = {"DISABLE_VERSION_CHECK": "1"}
-    if run_child([python, "-c", "import torchaudio"], must_work=False).code:    # imported by transformers, of no use here
+    # transformers imports it, and nothing here uses it
+    if run_child([python, "-c", "import torchaudio"], must_work=False).code:
         (WORK / "stub" / "torchaudio").mkdir(parents=True, exist_ok=True)
         (WORK / "stub" / "torchaudio" / "__init__.py").write_text("__version__ = '0'\n")
         env["PYTHONPATH"] = str(WORK / "stub")
@@ -134,23 +144,29 @@ def peer_environment(asked) -> tuple[str, dict]:
 
 
 def compare(summary: dict) -> str:
-    """What was measured, a line for each program."""
+    """The table of figures, a line for each program."""
     rows = []
     for name, found in summary.items():
-        ratio = found["rows_per_second"] / summary["peer"]["rows_per_second"] if "peer" in summary else 0
+        ratio = (found["rows_per_second"] / summary["peer"]["rows_per_second"] if "peer" in summary
+                 else 0)
         rows.append([name, f"{found['load_seconds']:.2f}", f"{found['rows_per_second']:,.0f}",
-                     f"{ratio:.2f} ×" if ratio else "-", f"{found['cpu_seconds']:.1f}", f"{found['seconds']:.1f}",
-                     f"{found['peak_bytes'] / 2**20:,.0f}"])
-    return table(["program", "rows to tokens, s", "rows/s", "against peer", "CPU, s", "whole command, s", "peak, MiB"], rows)
+                     f"{ratio:.2f} ×" if ratio else "-", f"{found['cpu_seconds']:.1f}",
+                     f"{found['seconds']:.1f}", f"{found['peak_bytes'] / 2**20:,.0f}"])
+    return table(["program", "rows to tokens, s", "rows/s", "against peer", "CPU, s",
+                  "whole command, s", "peak, MiB"], rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=int, default=52_000, help="rows of the file (default 52000, as alpaca has)")
-    parser.add_argument("--cutoff-len", type=int, default=512, help="longest row in tokens (default 512)")
+    parser.add_argument("--rows", type=int, default=52_000,
+                        help="rows of the file (default 52000, as alpaca has)")
+    parser.add_argument("--cutoff-len", type=int, default=512,
+                        help="longest row in tokens (default 512)")
     parser.add_argument("--times", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3", help="a folder with its files")
-    parser.add_argument("--template", default="llama3", help="the chat format of that tokenizer (default llama3)")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3",
+                        help="a folder with its files")
+    parser.add_argument("--template", default="llama3",
+                        help="the chat format of that tokenizer (default llama3)")
     parser.add_argument("--peer-python", help="a python that has LLaMA-Factory")
     parser.add_argument("--peer-folder", help="where its environment is made (default bench/.peer)")
     parser.add_argument("--no-peer", action="store_true", help="measure this program alone")
@@ -160,7 +176,8 @@ def main():
     asked.tokenizer = asked.tokenizer.resolve()
     WORK.mkdir(parents=True, exist_ok=True)
     rows = make_rows(asked.rows)
-    plain, many = write_yaml(asked, rows, "plain"), write_yaml(asked, rows, "workers", preprocessing_num_workers=16)
+    plain = write_yaml(asked, rows, "plain")
+    many = write_yaml(asked, rows, "workers", preprocessing_num_workers=16)
     ours = (sys.executable, OURS, plain, asked.rows, {})
     programs = {"ours": runner(*ours), "ours again": runner(*ours, again=True)}
     versions = {"ours": versions_of(sys.executable, "torch", "tokenizers", "numpy")}
@@ -170,18 +187,22 @@ def main():
         programs["peer"] = runner(python, THEIRS, plain, asked.rows, env)
         programs["peer 16"] = runner(python, THEIRS, many, asked.rows, env)
         checks["peer"] = runner(python, THEIRS, plain, asked.rows, env, check=True)
-        versions["peer"] = versions_of(python, "torch", "transformers", "llamafactory", "tokenizers", "datasets")
+        versions["peer"] = versions_of(python, "torch", "transformers", "llamafactory",
+                                       "tokenizers", "datasets")
     runs = in_turn(programs, asked.times)
     print("\n" + compare({name: medians(found) for name, found in runs.items()}))
-    told = {}
+    tokens = {}
     if not asked.no_check:
-        told = {name: check() for name, check in checks.items()}
-        for found in told.values():
+        tokens = {name: check() for name, check in checks.items()}
+        for found in tokens.values():
             del found["load_seconds"]
-        same = len({json.dumps(found) for found in told.values()}) == 1
-        print(f"\ntokens: {told}" + ("" if asked.no_peer else ": the same ids and labels" if same else ": NOT THE SAME"))
-    save("preprocess", runs, versions=versions, dtype="int32", seed=0, folder=asked.results, tokens=told,
-         settings={"rows": asked.rows, "cutoff_len": asked.cutoff_len, "bytes": os.path.getsize(rows / "rows.json")})
+        same = len({json.dumps(found) for found in tokens.values()}) == 1
+        verdict = ": the same ids and labels" if same else ": NOT THE SAME"
+        print(f"\ntokens: {tokens}" + ("" if asked.no_peer else verdict))
+    save("preprocess", runs, versions=versions, dtype="int32", seed=0, folder=asked.results,
+         tokens=tokens,
+         settings={"rows": asked.rows, "cutoff_len": asked.cutoff_len,
+                   "bytes": os.path.getsize(rows / "rows.json")})
 
 
 if __name__ == "__main__":

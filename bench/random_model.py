@@ -1,9 +1,9 @@
-"""Checkpoints with random weights in the shapes that the benchmarks run, so that nothing has to be downloaded.
+"""Checkpoints with random weights in the shapes of the benchmarks, so that nothing is downloaded.
 
-    python bench/random_model.py bench/.work/model --shape cpu --tokenizer ../shared/tokenizers/llama3 --adapter 8
+    python bench/random_model.py bench/.work/model --shape cpu --adapter 8
 
-With --adapter, a LoRA adapter of that rank on all linear layers is written to DIR-adapter: two programs that go on
-with it start from the same numbers. It changes nothing yet, as B is zero.
+With --adapter, a LoRA adapter of that rank on all linear layers is written to DIR-adapter, so that
+two programs start from the same numbers. Its B is zero.
 
 Requires: common.py beside this file.
 Next: cpu.py and gpu.py.
@@ -25,26 +25,32 @@ from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM, init_weights
 
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "rope_theta": 500000.0,
-         "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "bos_token_id": 128000, "eos_token_id": 128009}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 128256,
+         "rope_theta": 500000.0, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+         "bos_token_id": 128000, "eos_token_id": 128009}
 QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "bos_token_id": 151643, "eos_token_id": 151645}
-EVERY = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0, "tie_word_embeddings": False}
-SHAPES = {  # family, hidden_size, intermediate_size, layers, heads, key/value heads, and what differs from the family
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "bos_token_id": 151643,
+        "eos_token_id": 151645}
+EVERY = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0,
+         "tie_word_embeddings": False}
+# family, hidden_size, intermediate_size, layers, heads, key/value heads, changes of the family
+SHAPES = {
     "tiny": (LLAMA, 64, 176, 2, 4, 2, {}),
     "small": (LLAMA, 256, 704, 4, 8, 4, {"vocab_size": 2048, "max_position_embeddings": 131072}),
     "cpu": (LLAMA, 512, 1408, 8, 8, 4, {}),
     "llama-3-8b": (LLAMA, 4096, 14336, 32, 32, 8, {}),
     "qwen2.5-7b": (QWEN, 3584, 18944, 28, 28, 4, {"vocab_size": 152064}),
-    "qwen2.5-0.5b": (QWEN, 896, 4864, 24, 14, 2, {"vocab_size": 151936, "tie_word_embeddings": True}),
+    "qwen2.5-0.5b": (QWEN, 896, 4864, 24, 14, 2,
+                     {"vocab_size": 151936, "tie_word_embeddings": True}),
 }
 
 
 def raw_config(shape: str, dtype: str = "float32", **changes) -> dict:
     """The config.json of a shape of SHAPES; changes: keys of it, such as num_hidden_layers=1."""
     family, hidden, ffn, layers, heads, kv_heads, own = SHAPES[shape]
-    return {**EVERY, **family, "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "torch_dtype": dtype, **own, **changes}
+    return {**EVERY, **family, "hidden_size": hidden, "intermediate_size": ffn,
+            "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "torch_dtype": dtype, **own, **changes}
 
 
 def random_model(raw: dict, dtype=torch.float32, device="cpu", seed: int = 1) -> CausalLM:
@@ -58,8 +64,7 @@ def random_model(raw: dict, dtype=torch.float32, device="cpu", seed: int = 1) ->
 
 
 def make_checkpoint(folder, raw: dict, tokenizer_folder, seed: int = 1, device="cpu") -> CausalLM:
-    """Write config.json, safetensors and the tokenizer's files, as a
-    published checkpoint has them."""
+    """Write a checkpoint: config.json, safetensors and the tokenizer's files."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = random_model(raw, DTYPES[raw["torch_dtype"]], device, seed)
@@ -68,7 +73,8 @@ def make_checkpoint(folder, raw: dict, tokenizer_folder, seed: int = 1, device="
                   lambda name: [weights[name].data])
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     for file in Path(tokenizer_folder).iterdir():
-        if file.name not in ("config.json", "generation_config.json") and file.suffix != ".safetensors":    # of a model
+        of_a_model = file.name in ("config.json", "generation_config.json")
+        if not of_a_model and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
     return model
 
@@ -84,7 +90,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3", help="a folder with its files")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizers/llama3",
+                        help="a folder with its files")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--layers", type=int, help="instead of the shape's")
     parser.add_argument("--adapter", type=int, metavar="RANK", help="also write DIR-adapter")
@@ -92,9 +99,10 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     changes = {"num_hidden_layers": asked.layers} if asked.layers else {}
-    model = make_checkpoint(asked.folder, raw_config(asked.shape, asked.dtype, **changes), asked.tokenizer, asked.seed,
-                            asked.device)
-    print(f"{asked.folder}: {sum(p.numel() for p in model.parameters()):,} parameters in {asked.dtype}")
+    model = make_checkpoint(asked.folder, raw_config(asked.shape, asked.dtype, **changes),
+                            asked.tokenizer, asked.seed, asked.device)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{asked.folder}: {count:,} parameters in {asked.dtype}")
     if asked.adapter:
         make_adapter(f"{asked.folder}-adapter", model, asked.adapter, asked.folder, asked.seed)
 

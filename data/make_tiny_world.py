@@ -1,16 +1,18 @@
-"""The small world: the conversations models/tiny learns from, and the tokenizer that cuts them into tokens.
+"""The small world: conversations that models/tiny is trained on, and its tokenizer.
 
-    python data/make_tiny_world.py                        writes tiny_world, _review, _questions and _pairs .jsonl into data
-    python data/make_tiny_world.py --model models/tiny    instead: a new tokenizer and config.json; then pretrain anew
+    python data/make_tiny_world.py                      writes data/tiny_*.jsonl
+    python data/make_tiny_world.py --model models/tiny  a new tokenizer and config.json instead
 
-The sentences are in data/tiny_world.yaml, the rules here: what follows from counting, how people type, how a
-conversation is put together. The same seed makes the same rows.
+After --model, pretrain again with configs/tiny_pretrain.yaml. The sentences are in
+data/tiny_world.yaml, the rules here: arithmetic, how people type, how a conversation is put
+together. The same seed makes the same rows.
 
 Requires: data/tiny_world.yaml.
-Next: configs/tiny_pretrain.yaml, which learns these rows.
-Sources: byte-level BPE, Sennrich et al. arXiv:1508.07909, sec. 3.2, over words cut as Qwen2 publishes it (each digit a
-token of its own, so that numbers can be computed with); one more cut here, each Chinese character, because a world this
-small would otherwise get tokens of whole sentences. Chat format: ChatML.
+Next: configs/tiny_pretrain.yaml, which trains on these rows.
+Sources: byte-level BPE, Sennrich et al. arXiv:1508.07909, sec. 3.2, over words split as Qwen2
+publishes it (each digit is a token, so that numbers can be computed with). Each Chinese character
+is split off as well, because a world this small would otherwise get tokens of whole sentences.
+Chat format: ChatML.
 """
 import argparse
 import json
@@ -24,37 +26,46 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 HERE = Path(__file__).resolve().parent
 SEED = 1
-WORLD_ROWS = 40_000                     # conversations of 1 to 8 turns
-REVIEW_ROWS = 400                       # for the LoRA run, so that it does not forget; greetings and identity left out
+WORLD_ROWS = 40_000     # conversations of 1 to 8 turns
+REVIEW_ROWS = 400       # for the LoRA run, so that it does not forget; without greetings, identity
 REVIEW_WITHOUT = ("who", "name", "maker", "kind", "hello", "morning", "evening")
-QUESTIONS = 64                          # to measure that run by: none of them in a training row
-PAIR_ROWS = 160                         # for stages dpo and rm: of two right answers, that which asks for more is better
+QUESTIONS = 64          # to evaluate that run: none of them is in a training row
+PAIR_ROWS = 160         # for stages dpo and rm: of two right answers, the one with MORE is better
 MORE = {"en": " Ask me more!", "zh": "再问我吧！"}
 IDENTITY = {"name": "Pebble", "author": "Pocket Factory"}
 
 VOCAB_SIZE = 1600
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]        # ids 0, 1, 2
-WORD = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-        r"\s+(?!\S)|\s+")
+WORD = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-# Qwen 3's network: its norms of q and k let so small a model learn at a high rate, in half the steps of a Llama.
-MODEL = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 160, "intermediate_size": 448,
-         "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
-         "hidden_act": "silu", "max_position_embeddings": 1024, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
-         "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02, "tie_word_embeddings": True,
-         "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0, "use_cache": True}
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Qwen 3's network: its norms of q and k let so small a model learn at a high rate, in half the
+# steps of a Llama.
+MODEL = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 160,
+         "intermediate_size": 448, "num_hidden_layers": 4, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu",
+         "max_position_embeddings": 1024, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+         "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
+         "tie_word_embeddings": True, "torch_dtype": "float32", "bos_token_id": None,
+         "eos_token_id": 2, "pad_token_id": 0, "use_cache": True}
 
-NUMBERS = {"en": "zero one two three four five six seven eight nine ten".split(), "zh": list("零一二三四五六七八九十")}
+NUMBERS = {"en": "zero one two three four five six seven eight nine ten".split(),
+           "zh": list("零一二三四五六七八九十")}
 DAYS = {"en": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
         "zh": [f"星期{day}" for day in "一二三四五六日"]}
-MONTHS = {"en": "January February March April May June July August September October November December".split(),
+MONTHS = {"en": "January February March April May June July August September "
+                "October November December".split(),
           "zh": [f"{month}月" for month in "一 二 三 四 五 六 七 八 九 十 十一 十二".split()]}
 VERDICTS = {"en": ("Yes", "No"), "zh": ("是的", "不是")}
 
 
-# ---- facts and topics -------------------------------------------------------------------------------------------
+# ---- facts and topics ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +103,14 @@ def computed_facts(known):
     found = {
         "sums": [{"a": a, "b": b, "c": a + b} for a in small for b in small],
         "differences": [{"a": a, "b": b, "c": a - b} for a in small for b in range(max(a, 10) + 1)],
-        "sizes": [{"a": a, "b": b, "big": max(a, b), "small": min(a, b)} for a in small for b in small if a != b],
-        "counts": [{"a": a, "b": b, "list": listed(range(a, b + 1))} for a in range(11) for b in range(a + 2, a + 10)],
+        "sizes": [{"a": a, "b": b, "big": max(a, b), "small": min(a, b)}
+                  for a in small for b in small if a != b],
+        "counts": [{"a": a, "b": b, "list": listed(range(a, b + 1))}
+                   for a in range(11) for b in range(a + 2, a + 10)],
         "counts_down": [{"a": a, "list": listed(range(a, -1, -1))} for a in range(3, 13)],
         "big_pairs": [{"a": draw.choice(small), "b": draw.randint(30, 999)} for _ in range(300)]
-                     + [{"a": draw.randint(30, 999), "b": draw.choice([*small, *range(30, 999)])} for _ in range(600)],
+                     + [{"a": draw.randint(30, 999), "b": draw.choice([*small, *range(30, 999)])}
+                        for _ in range(600)],
         "noise": [{"x": gibberish(draw), "y": gibberish(draw)} for _ in range(300)],
         "spellings": [{"word": word, "letters": " ".join(word)} for word in spelled]}
     for lang in ("en", "zh"):
@@ -111,7 +125,8 @@ def computed_facts(known):
             f"days_{lang}": days,
             f"order_{lang}": [*days, *days, *months, *sequence(small), *letters],
             f"guesses_{lang}": guesses(known[f"colours_{lang}"], *VERDICTS[lang])}
-        known[f"opposites_{lang}"] += [{"a": row["b"], "b": row["a"]} for row in known[f"opposites_{lang}"]]
+        known[f"opposites_{lang}"] += [{"a": row["b"], "b": row["a"]}
+                                       for row in known[f"opposites_{lang}"]]
     return found
 
 
@@ -133,18 +148,19 @@ def read_world():
     file."""
     texts = yaml.safe_load((HERE / "tiny_world.yaml").read_text(encoding="utf-8"))
     facts = {name: [dict(zip(table["slots"].split(), split(entry, "="), strict=True))
-                    for entry in split(table["rows"], ",")] for name, table in texts["facts"].items()}
+                    for entry in split(table["rows"], ",")]
+             for name, table in texts["facts"].items()}
     facts |= computed_facts(facts)
     topics = []
     for lang, rows in texts["topics"].items():
         for name, row in rows.items():
             own = facts[row["facts"]] if "facts" in row else [IDENTITY]
-            topics.append(Topic(name, lang, row["share"], row["tell"], split(row["ask"]), split(row["held_out"]), own,
-                                row.get("plain", False)))
+            topics.append(Topic(name, lang, row["share"], row["tell"], split(row["ask"]),
+                                split(row["held_out"]), own, row.get("plain", False)))
     return topics, texts
 
 
-# ---- conversations ----------------------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 
 def filled(topic, phrasing, fact):
@@ -155,7 +171,8 @@ def filled(topic, phrasing, fact):
 
 def bare(question):
     """A question without what typing changes: capitals, signs, blanks, the American spelling."""
-    return "".join(c for c in question.lower() if c.isalnum() or c in "+-").replace("color", "colour")
+    letters = "".join(c for c in question.lower() if c.isalnum() or c in "+-")
+    return letters.replace("color", "colour")
 
 
 def typed(question, topic, texts, draw):
@@ -180,7 +197,8 @@ def typed(question, topic, texts, draw):
 @cache
 def kept_back(topic):
     """The held-out questions of a topic, bare."""
-    return frozenset(bare(filled(topic, phrasing, fact)[0]) for phrasing in topic.held_out for fact in topic.facts)
+    return frozenset(bare(filled(topic, phrasing, fact)[0])
+                     for phrasing in topic.held_out for fact in topic.facts)
 
 
 def exchange(topic, texts, draw):
@@ -188,7 +206,9 @@ def exchange(topic, texts, draw):
     chance."""
     question, answer = filled(topic, draw.choice(topic.ask), draw.choice(topic.facts))
     question = typed(question, topic, texts, draw)
-    return exchange(topic, texts, draw) if bare(question) in kept_back(topic) else (question, answer)
+    if bare(question) in kept_back(topic):
+        return exchange(topic, texts, draw)
+    return question, answer
 
 
 def remembering(texts, draw, between):
@@ -196,7 +216,8 @@ def remembering(texts, draw, between):
     in the middle."""
     sentences = texts["memory"][draw.choice(["en", "zh"])]
     name = draw.choice([draw.choice(split(texts["names"], ",")), gibberish(draw).capitalize()])
-    met = (draw.choice(split(sentences["tell"])).format(name=name), sentences["met"].format(name=name))
+    met = (draw.choice(split(sentences["tell"])).format(name=name),
+           sentences["met"].format(name=name))
     ask = draw.choice(split(sentences["ask"]))
     return draw.choice([[met], [met, *between, (ask, sentences["known"].format(name=name))],
                         [*between, (ask, sentences["unknown"])]])
@@ -216,7 +237,8 @@ def conversations(count, seed, without=()):
         system = draw.choice(split(texts["systems"])) if draw.random() < 0.15 else None
         messages = [{"role": "system", "content": system}] if system else []
         for question, answer in turns:
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages += [{"role": "user", "content": question},
+                         {"role": "assistant", "content": answer}]
         rows.append({"messages": messages})
     return rows
 
@@ -228,7 +250,8 @@ def pairs(count, seed, without=()):
     for row in conversations(count, seed, without):
         *asked, plain = row["messages"]
         more = MORE["en" if plain["content"].isascii() else "zh"]
-        rows.append({"messages": asked, "chosen": {**plain, "content": plain["content"] + more}, "rejected": plain})
+        rows.append({"messages": asked, "chosen": {**plain, "content": plain["content"] + more},
+                     "rejected": plain})
     return rows
 
 
@@ -238,7 +261,9 @@ def held_out_questions(per_phrasing=4, seed=0):
     None is in a training row.
     """
     draw = random.Random(seed)
-    return [(topic, *filled(topic, phrasing, fact)) for topic in read_world()[0] for phrasing in topic.held_out
+    return [(topic, *filled(topic, phrasing, fact))
+            for topic in read_world()[0]
+            for phrasing in topic.held_out
             for fact in draw.sample(topic.facts, min(per_phrasing, len(topic.facts)))]
 
 
@@ -251,11 +276,12 @@ def questions(count, seed):
     rest = [(question, answer) for topic, question, answer in held_out_questions(1, seed)
             if topic.name not in REVIEW_WITHOUT]
     pairs = own + random.Random(seed).sample(rest, count - len(own))
-    return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return [{"messages": [{"role": "user", "content": question},
+                          {"role": "assistant", "content": answer}]}
             for question, answer in pairs]
 
 
-# ---- tokenizer and files ----------------------------------------------------------------------------------------
+# ---- tokenizer and files -------------------------------------------------------------------------
 
 
 def make_tokenizer(rows):
@@ -263,12 +289,17 @@ def make_tokenizer(rows):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"), pre_tokenizers.Split(Regex(WORD), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        pre_tokenizers.Split(Regex(r"\p{Han}"), "isolated"),
+        pre_tokenizers.Split(Regex(WORD), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL_TOKENS,
+                                  show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer.train_from_iterator((message["content"] for row in rows for message in row["messages"]), trainer)
+    tokenizer.train_from_iterator(
+        (message["content"] for row in rows for message in row["messages"]), trainer
+    )
     return tokenizer
 
 
@@ -277,19 +308,24 @@ def write_model_folder(folder, rows):
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(rows)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|im_end|>",
-                "pad_token": "<|endoftext|>", "unk_token": None, "add_bos_token": False, "model_max_length": 1024,
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None,
+                "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None,
+                "add_bos_token": False, "model_max_length": 1024,
                 "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}
     for name, values in (("config.json", {**MODEL, "vocab_size": tokenizer.get_vocab_size()}),
                          ("tokenizer_config.json", settings),
-                         ("generation_config.json", {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0})):
-        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"wrote {folder}: {tokenizer.get_vocab_size()} tokens, no weights yet; next: configs/tiny_pretrain.yaml")
+                         ("generation_config.json",
+                          {"do_sample": False, "eos_token_id": 2, "pad_token_id": 0})):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n",
+                                   encoding="utf-8")
+    print(f"wrote {folder}: {tokenizer.get_vocab_size()} tokens, no weights yet; "
+          "next: configs/tiny_pretrain.yaml")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="write tokenizer and config.json into this folder, and no rows")
+    parser.add_argument("--model", type=Path,
+                        help="write tokenizer and config.json into this folder, and no rows")
     folder = parser.parse_args().model
     rows = conversations(WORLD_ROWS, SEED)
     if folder:
@@ -299,7 +335,8 @@ def main():
     for name, part in (("tiny_world", rows), ("tiny_review", review), ("tiny_questions", held_out),
                        ("tiny_pairs", compared)):
         path = HERE / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part),
+                        encoding="utf-8")
         print(f"wrote {path}: {len(part)} rows")
 
 

@@ -1,4 +1,4 @@
-"""Puts the repository root on the path, so that tests import the scripts; fixtures of several files."""
+"""Puts the repository root on the path, where the scripts are; fixtures of several files."""
 import signal
 import sys
 from pathlib import Path

@@ -71,7 +71,9 @@ def make_config(folder, settings=(), **more):
 def write_dataset(folder, rows, entry):
     """A data file of the kind that the entry names, and dataset_info.json beside it."""
     name = entry.get("file_name", "rows.json")
-    text = "".join(row["text"] + "\n" for row in rows) if name.endswith(".txt") else json.dumps(rows)
+    text = "".join(row["text"] + "\n" for row in rows) if name.endswith(".txt") else json.dumps(
+        rows
+    )
     (folder / name).write_text(text, encoding="utf-8")
     info = {"rows": {"file_name": name, **entry}}
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")

@@ -31,7 +31,8 @@ def attention_by_loops(q, k, v, window=None, lengths=None, chunk=None, softcap=N
         if softcap:
             scores = softcap * (1 - 2 / (1 + torch.exp(2 * scores / softcap)))
         if slopes is not None:
-            scores = scores + torch.tensor([float(slopes[h]) * (key - query) for key in seen], dtype=torch.float64)
+            scores = scores + torch.tensor([float(slopes[h]) * (key - query) for key in seen],
+                                           dtype=torch.float64)
         weights = torch.exp(scores - scores.max())
         out.append(weights @ v[b, h // (H // K), seen].double() / weights.sum())
     return torch.stack(out).view(B, H, T, Dh)
@@ -40,7 +41,8 @@ def attention_by_loops(q, k, v, window=None, lengths=None, chunk=None, softcap=N
 def random_qkv(B, H, K, T, S, Dh=8, seed=0, dtype=torch.float32):
     """q (B, H, T, Dh), k and v (B, K, S, Dh)."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(B, heads, n, Dh, generator=generator).to(dtype) for heads, n in ((H, T), (K, S), (K, S))]
+    return [torch.randn(B, heads, n, Dh, generator=generator).to(dtype)
+            for heads, n in ((H, T), (K, S), (K, S))]
 
 
 def with_gradients(qkv, attention=A.attend, **options):
@@ -56,14 +58,15 @@ def assert_close(found, expected, atol=1e-5):
         torch.testing.assert_close(x.double(), y.double(), atol=atol, rtol=0)
 
 
-# ---- attend ----------------------------------------------------------------------------------------------------------
+# ---- attend --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
 @pytest.mark.parametrize("window", (None, 1, 3, 100))
 @pytest.mark.parametrize("T, S", ((6, 6), (1, 6), (3, 7), (1, 1)))
 def test_kernels_equal_the_definition(kernel, window, T, S):
     q, k, v = random_qkv(2, 4, 2, T, S)
-    assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [attention_by_loops(q, k, v, window)])
+    assert_close([A.attend(q, k, v, kernel=kernel, window=window)],
+                 [attention_by_loops(q, k, v, window)])
 
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
@@ -82,7 +85,8 @@ def test_gradients_of_a_packed_row_equal_the_plain_kernel(kernel, lengths, windo
     qkv = random_qkv(1, 4, 2, sum(lengths), sum(lengths))
     qkv[2] = qkv[2].transpose(1, 2).contiguous().transpose(1, 2)   # a model's v is a view
     options = {"layout": A.PackedLayout(lengths), "window": window}
-    assert_close(with_gradients(qkv, kernel=kernel, **options), with_gradients(qkv, kernel="plain", **options))
+    assert_close(with_gradients(qkv, kernel=kernel, **options),
+                 with_gradients(qkv, kernel="plain", **options))
 
 
 @pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
@@ -122,7 +126,8 @@ def test_autocast_changes_nothing(monkeypatch):
     for kernel in ("plain", "flash-attn", *SDPA_ON_CPU):
         expected = A.attend(q, k, v, kernel=kernel, layout=layout)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(A.attend(q.float(), k.float(), v, kernel=kernel, layout=layout), expected)
+            assert torch.equal(A.attend(q.float(), k.float(), v, kernel=kernel, layout=layout),
+                               expected)
 
 
 def test_unknown_kernel_is_named():
@@ -137,7 +142,8 @@ def test_global_switches_of_sdpa_are_neither_used_nor_changed():
     try:
         q, k, v = random_qkv(1, 2, 2, 6, 6)
         assert_close([A.attend(q, k, v, kernel="sdpa-flash")], [attention_by_loops(q, k, v)])
-        assert not torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+        assert torch.backends.cuda.math_sdp_enabled()
     finally:
         torch.backends.cuda.enable_flash_sdp(True)
 
@@ -149,25 +155,28 @@ def test_arguments_that_sdpa_flash_gets(monkeypatch):
     real = torch.nn.functional.scaled_dot_product_attention
 
     def spy(q, k, v, attn_mask=None, **options):
-        asked.append((attn_mask is not None, options["is_causal"], options.get("enable_gqa", False)))
+        asked.append((attn_mask is not None, options["is_causal"],
+                      options.get("enable_gqa", False)))
         assert torch.backends.cuda.flash_sdp_enabled()
-        for other in (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled):
-            assert other() == (attn_mask is not None)                       # else it would replace flash unnoticed
+        for other in (torch.backends.cuda.math_sdp_enabled,
+                      torch.backends.cuda.mem_efficient_sdp_enabled):
+            assert other() == (attn_mask is not None)  # else it would replace flash unnoticed
         assert q.is_contiguous() and k.is_contiguous() and v.is_contiguous()
         return real(q, k, v, attn_mask, **options)
 
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
     for T, S, window in ((6, 6, None), (1, 6, None), (1, 6, 3), (3, 6, None), (6, 6, 3)):
-        A.attend(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in random_qkv(1, 4, 2, T, S)), kernel="sdpa-flash",
-                 window=window)
+        A.attend(*(x.transpose(1, 2).contiguous().transpose(1, 2)
+                   for x in random_qkv(1, 4, 2, T, S)), kernel="sdpa-flash", window=window)
     masks, causal, grouped = zip(*asked)
     assert masks == (False, False, False, True, True)
     assert causal == (True, False, False, False, False)
     assert not any(grouped)                            # on the CPU heads are repeated
 
 
-@pytest.mark.parametrize("version, hip, expected", (((2, 4), None, False), ((2, 5), None, True), ((2, 4), "6.1", False),
-                                                    ((2, 5), "6.2", False), ((2, 6), "6.2", True)))
+@pytest.mark.parametrize("version, hip, expected",
+                         (((2, 4), None, False), ((2, 5), None, True), ((2, 4), "6.1", False),
+                          ((2, 5), "6.2", False), ((2, 6), "6.2", True)))
 def test_kernels_that_take_grouped_heads(monkeypatch, version, hip, expected):
     monkeypatch.setattr(A, "TORCH", version)
     monkeypatch.setattr(attention_picker, "TORCH", version)
@@ -192,22 +201,26 @@ def test_alibi_is_passed_to_sdpa_as_a_mask_without_fallback(monkeypatch, kernel)
         return real(q, k, v, attn_mask, **options)
 
     monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
-    for T, S, layout in ((6, 6, None), (1, 6, None), (3, 6, None), (110, 110, A.PackedLayout((40, 30, 39, 1)))):
+    for T, S, layout in ((6, 6, None), (1, 6, None), (3, 6, None),
+                         (110, 110, A.PackedLayout((40, 30, 39, 1)))):
         A.attend(*random_qkv(1, 4, 2, T, S), kernel=kernel, slopes=SLOPES, layout=layout)
     assert asked == [(1, 4, 6, 6), (1, 4, 1, 6), (1, 4, 3, 6), (1, 4, 40, 40), (1, 4, 30, 30)]
 
 
-# ---- chunks, softcap, ALiBi: with every kernel that supports them ---------------------------------------------------
+# ---- chunks, softcap, ALiBi: with every kernel that supports them --------------------------------
 
 SLOPES = torch.tensor([0.7, 0.25, 0.06, 0.004])
 RULES = {
     "chunk": {"chunk": 4}, "chunk of one": {"chunk": 1}, "long chunk": {"chunk": 99},
     "softcap": {"softcap": 0.8}, "alibi": {"slopes": SLOPES},
     "chunk + window": {"chunk": 5, "window": 2}, "softcap + window": {"softcap": 2, "window": 3},
-    "alibi + window": {"slopes": SLOPES, "window": 3}, "alibi + chunk": {"slopes": SLOPES, "chunk": 4},
+    "alibi + window": {"slopes": SLOPES, "window": 3},
+    "alibi + chunk": {"slopes": SLOPES, "chunk": 4},
     "all": {"softcap": 0.8, "slopes": SLOPES, "chunk": 5, "window": 3},
 }
-ABLE = [(kernel, name) for kernel in ("plain", "flash-attn", "torch-varlen", *SDPA_ON_CPU) for name in RULES
+ABLE = [(kernel, name)
+        for kernel in ("plain", "flash-attn", "torch-varlen", *SDPA_ON_CPU)
+        for name in RULES
         if not A.missing_feature(kernel, "softcap" in RULES[name], "slopes" in RULES[name])]
 
 
@@ -219,14 +232,15 @@ def imitated_packages(monkeypatch):
 
 
 def test_number_of_kernels_with_each_rule():
-    assert len(ABLE) == 2 * len(RULES) + 4 + 2 * 7                          # plain and flash-attn, varlen, two of SDPA
+    assert len(ABLE) == 2 * len(RULES) + 4 + 2 * 7  # plain and flash-attn, varlen, two of SDPA
 
 
 @pytest.mark.parametrize("kernel, name", ABLE)
 @pytest.mark.parametrize("T, S", ((6, 6), (1, 6), (1, 9), (3, 7), (6, 11)))
 def test_window_chunk_softcap_and_alibi_equal_the_definition(imitated_packages, kernel, name, T, S):
     qkv = random_qkv(2, 4, 2, T, S)
-    assert_close(with_gradients(qkv, kernel=kernel, **RULES[name]), with_gradients(qkv, attention_by_loops, **RULES[name]))
+    assert_close(with_gradients(qkv, kernel=kernel, **RULES[name]),
+                 with_gradients(qkv, attention_by_loops, **RULES[name]))
 
 
 @pytest.mark.parametrize("kernel, name", ABLE)
@@ -237,7 +251,8 @@ def test_window_chunk_softcap_and_alibi_in_a_packed_row(imitated_packages, kerne
     found = with_gradients(qkv, kernel=kernel, layout=A.PackedLayout(lengths), **rules)
     assert_close(found, with_gradients(qkv, attention_by_loops, lengths=lengths, **rules))
     parts = zip(*(x.split(lengths, dim=2) for x in qkv))
-    alone = [A.attend(*part, kernel=kernel, **rules) for part in parts]     # each sequence in a row of its own
+    # each sequence in a row of its own
+    alone = [A.attend(*part, kernel=kernel, **rules) for part in parts]
     assert_close(found[:1], [torch.cat(alone, dim=2)])
 
 
@@ -247,7 +262,8 @@ def test_cached_equals_uncached(imitated_packages, kernel, name):
     q, k, v = random_qkv(2, 4, 2, 17, 17)
     steps, start = [], 0
     for end in (6, 7, 16, 17):
-        steps.append(A.attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], kernel=kernel, **RULES[name]))
+        steps.append(A.attend(q[:, :, start:end], k[:, :, :end], v[:, :, :end], kernel=kernel,
+                              **RULES[name]))
         start = end
     assert_close([torch.cat(steps, dim=2)], [A.attend(q, k, v, kernel=kernel, **RULES[name])])
 
@@ -281,17 +297,20 @@ def test_each_rule_changes_the_result(rules):
 
 def test_decoding_reads_only_the_keys_of_its_chunk():
     q, k, v = random_qkv(1, 4, 2, 2, 11)
-    k[:, :, :8], v[:, :, :8] = float("nan"), float("nan")                   # chunks of 4: positions 8, 9, 10 remain
+    k[:, :, :8], v[:, :, :8] = float("nan"), float("nan")  # chunks of 4: positions 8, 9, 10 remain
     for T in (1, 2):
         assert A.attend(q[:, :, -T:], k, v, chunk=4).isfinite().all()
 
 
 def test_autocast_keeps_window_chunk_softcap_and_alibi():
     q, k, v = random_qkv(1, 4, 2, 12, 12, dtype=torch.bfloat16)
-    for kernel, rules in (("plain", RULES["all"]), *((kernel, RULES["alibi + chunk"]) for kernel in SDPA_ON_CPU)):
+    for kernel, rules in (("plain", RULES["all"]),
+                          *((kernel, RULES["alibi + chunk"]) for kernel in SDPA_ON_CPU)):
         expected = A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout((7, 5)), **rules)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout((7, 5)), **rules), expected)
+            assert torch.equal(
+                A.attend(q, k, v, kernel=kernel, layout=A.PackedLayout((7, 5)), **rules), expected
+            )
 
 
 @pytest.mark.parametrize("kernel", ("torch-varlen", *A.SDPA))
@@ -307,25 +326,29 @@ def test_a_feature_that_a_kernel_lacks_is_an_error(kernel):
 @pytest.mark.parametrize("T, S", ((24, 24), (22, 22), (9, 30)))
 def test_the_plain_kernel_in_blocks_of_queries(monkeypatch, window, T, S):
     """Long sequences: the same numbers, without all scores in memory at once."""
-    qkv, options = random_qkv(1, 4, 2, T, S, Dh=2), {"window": window, "softcap": 2.0, "slopes": SLOPES}
+    qkv = random_qkv(1, 4, 2, T, S, Dh=2)
+    options = {"window": window, "softcap": 2.0, "slopes": SLOPES}
     whole = with_gradients(qkv, **options)
     monkeypatch.setattr(A, "PLAIN_QUERIES", 4)
     scores, real = [], A.causal_mask
     monkeypatch.setattr(A, "causal_mask", lambda *args: scores.append(real(*args)) or scores[-1])
     assert_close(with_gradients(qkv, **options), whole, atol=1e-6)
     assert max(len(block) for block in scores) == 4 and sum(len(block) for block in scores) == T
-    assert all(block[:, 0].any() and block[:, -1].any() for block in scores)   # no key without a query
+    # no key without a query
+    assert all(block[:, 0].any() and block[:, -1].any() for block in scores)
 
 
-# ---- PackedLayout ----------------------------------------------------------------------------------
+# ---- PackedLayout --------------------------------------------------------------------------------
 
 def test_layout_gather_and_scatter_are_inverse():
     lengths = (3, 40, 1, 41, 128, 3, 120)
     layout = A.PackedLayout(lengths)
     row = torch.arange(layout.total)
     assert torch.equal(row[layout.gather][layout.scatter], row)
-    assert layout.cu_seqlens.dtype == torch.int32 and layout.cu_seqlens.tolist() == [0, 3, 43, 44, 85, 213, 216, 336]
-    assert layout.max_len == 128 and sum(n * padded for n, padded in layout.groups) == len(layout.gather)
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert layout.cu_seqlens.tolist() == [0, 3, 43, 44, 85, 213, 216, 336]
+    assert layout.max_len == 128
+    assert sum(n * padded for n, padded in layout.groups) == len(layout.gather)
 
 
 def test_padding_is_bounded_and_equal_lengths_share_a_batch():
@@ -344,8 +367,10 @@ def test_chunks_of_a_layout():
     layout = A.PackedLayout((3, 40, 8, 17))
     chunks = layout.chunked(8)
     assert chunks.lengths == (3, 8, 8, 8, 8, 8, 8, 8, 8, 1) and chunks.total == layout.total
-    assert layout.chunked(8) is chunks and layout.chunked(40) is layout and layout.chunked(7) is not chunks
-    assert layout.to("meta").chunked(8).cu_seqlens.is_meta                  # cached chunks move along
+    assert layout.chunked(8) is chunks
+    assert layout.chunked(40) is layout
+    assert layout.chunked(7) is not chunks
+    assert layout.to("meta").chunked(8).cu_seqlens.is_meta  # cached chunks move along
 
 
 def test_layout_refuses_empty_sequences():
@@ -354,7 +379,7 @@ def test_layout_refuses_empty_sequences():
             A.PackedLayout(lengths)
 
 
-# ---- flash-attn and torch's varlen, imitated -------------------------------------------------------------------------
+# ---- flash-attn and torch's varlen, imitated -----------------------------------------------------
 
 
 @pytest.mark.parametrize("kernel", ("flash-attn", "torch-varlen"))
@@ -364,7 +389,8 @@ def test_varlen_kernels_get_the_right_arguments(monkeypatch, kernel, window):
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen())
     for T, S in ((6, 6), (3, 6), (1, 6)):
         q, k, v = random_qkv(2, 4, 2, T, S)
-        assert_close([A.attend(q, k, v, kernel=kernel, window=window)], [attention_by_loops(q, k, v, window)])
+        assert_close([A.attend(q, k, v, kernel=kernel, window=window)],
+                     [attention_by_loops(q, k, v, window)])
     qkv, layout = random_qkv(1, 4, 2, 12, 12), A.PackedLayout((1, 4, 6, 1))
     assert_close(with_gradients(qkv, kernel=kernel, layout=layout, window=window),
                  with_gradients(qkv, kernel="plain", layout=layout, window=window))

@@ -34,7 +34,8 @@ def test_batched_answers_equal_single_ones(kernel, sampling):
     if sampling.do_sample:
         assert len({len(tokens) for tokens in want.values()}) > 3
     for rows in (1, 3, 8, 20):
-        assert dict(answer_all(model, prompts, rows, {7, 9}, sampling, limit=twenty, seed=3)) == want, rows
+        assert (dict(answer_all(model, prompts, rows, {7, 9}, sampling, limit=twenty, seed=3))
+                == want), rows
 
 
 def test_batched_answers_equal_uncached_ones():
@@ -57,20 +58,23 @@ def test_every_family(made, name):  # noqa: F811
     assert dict(answer_all(model, prompts, 3, limit=lambda n: 12)) == want
 
 
-@pytest.mark.parametrize("how", [{}, {"window": 3}, {"chunk": 4}, {"softcap": 2.0}, {"slopes": True},
-                                 {"window": 5, "softcap": 1.0, "slopes": True}], ids=str)
+@pytest.mark.parametrize("how",
+                         [{}, {"window": 3}, {"chunk": 4}, {"softcap": 2.0}, {"slopes": True},
+                          {"window": 5, "softcap": 1.0, "slopes": True}], ids=str)
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-flash"])
 def test_attention_of_each_row(kernel, how):
     """A row of a batch attends to the same keys as alone."""
     draw, lengths = torch.Generator().manual_seed(0), [1, 4, 9, 12]
-    q, k, v = (torch.randn(4, heads, length, 8, generator=draw) for heads, length in ((4, 1), (2, 12), (2, 12)))
+    q, k, v = (torch.randn(4, heads, length, 8, generator=draw)
+               for heads, length in ((4, 1), (2, 12), (2, 12)))
     how = {**how, **({"slopes": torch.tensor([0.5, 0.25, 0.1, 0.05])} if "slopes" in how else {})}
     if kernel != "plain" and "softcap" in how:
         pytest.skip("the picker takes another kernel there")
     mask = torch.arange(12) < torch.tensor(lengths)[:, None]
     got = attend(q, k, v, kernel=kernel, filled=Filled(mask[:, None, None]), **how)
     for row, n in enumerate(lengths):
-        want = attend(q[row:row + 1], k[row:row + 1, :, :n], v[row:row + 1, :, :n], kernel="plain", **how)
+        want = attend(q[row:row + 1], k[row:row + 1, :, :n], v[row:row + 1, :, :n], kernel="plain",
+                      **how)
         assert (got[row] - want[0]).abs().max() < 1e-6, n
 
 
@@ -91,22 +95,28 @@ def test_the_last_row_takes_the_slot_of_one_that_leaves():
 def test_the_cache_grows(monkeypatch):
     monkeypatch.setattr("fast.batch_decode.GROWTH", 4)
     model, prompts = tiny_qwen2(), random_prompts(6)
-    assert dict(answer_all(model, prompts, 3, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
+    assert dict(answer_all(model, prompts, 3, limit=twenty)) == dict(
+        answer_each(model, prompts, limit=twenty)
+    )
 
 
 def test_long_prompts_are_split(monkeypatch):
     monkeypatch.setattr("fast.batch_decode.AT_ONCE", 10)
     model, prompts = tiny_qwen2(), random_prompts(9)
-    assert dict(answer_all(model, prompts, 8, limit=twenty)) == dict(answer_each(model, prompts, limit=twenty))
+    assert dict(answer_all(model, prompts, 8, limit=twenty)) == dict(
+        answer_each(model, prompts, limit=twenty)
+    )
 
 
 def test_maximum_lengths_and_stop_tokens():
     model = tiny_qwen2()
     for rows in (1, 4):
-        found = dict(answer_all(model, [(0, [3] * 60), (1, [3, 4])], rows, limit=lambda n: 100 if n > 2 else 5))
+        found = dict(answer_all(model, [(0, [3] * 60), (1, [3, 4])], rows,
+                                limit=lambda n: 100 if n > 2 else 5))
         assert [len(found[0]), len(found[1])] == [4, 5]                 # the context has 64 tokens
     stop = found[1][2]
-    assert dict(answer_all(model, [(1, [3, 4])], 2, {stop}, limit=twenty))[1] == found[1][:found[1].index(stop) + 1]
+    assert (dict(answer_all(model, [(1, [3, 4])], 2, {stop}, limit=twenty))[1]
+            == found[1][:found[1].index(stop) + 1])
     assert list(answer_all(model, [], 4, limit=twenty)) == []
 
 

@@ -10,29 +10,31 @@ import torch
 
 from runtime import throughput as speed
 from bench import common, cpu, gpu, random_model, scaling
-from bench.common import Child, curves, in_turn, medians, ratios, run_child, slug, table, training_figures
+from bench.common import (Child, curves, in_turn, medians, ratios, run_child, slug, table,
+                          training_figures)
 from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from tests.common import ROOT
 
 MIB = 2**20
-TEXT = ["--data", str(ROOT / "data"), "--tokenizer", str(ROOT / "models/tiny"), "dataset=identity,tiny_review",
-        "template=chatml"]
+TEXT = ["--data", str(ROOT / "data"), "--tokenizer", str(ROOT / "models/tiny"),
+        "dataset=identity,tiny_review", "template=chatml"]
 
 
 def python(code):
     return [sys.executable, "-c", code]
 
 
-# ---- measuring a child process ------------------------------------------------------------------------------------
+# ---- measuring a child process -------------------------------------------------------------------
 
 
 def test_lines_of_a_child_have_their_times(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text("a line of an earlier run\n")
     child = run_child(python("import time\nprint('one'); time.sleep(0.4); print('two', end='')\n"
-                             f"open({str(log)!r}, 'w').write('written\\n'); time.sleep(0.2)"), watch=log)
+                             f"open({str(log)!r}, 'w').write('written\\n'); time.sleep(0.2)"),
+                      watch=log)
     (first, one), (second, two) = child.lines
     assert (one, two) == ("one", "two") and child.code == 0
     assert 0.35 < second - first < 5 and child.seconds >= 0.6
@@ -43,11 +45,14 @@ def test_peak_memory_of_the_largest_process_and_of_all():
     """Measured by a small program, as the scripts are: memory of this process would count for its
     children."""
     inner = f"x = bytearray({200 * MIB}); import time; time.sleep(1)"
-    family = f"import subprocess, sys; x = bytearray({300 * MIB}); subprocess.run([sys.executable, '-c', {inner!r}])"
-    code = "import json, sys; from bench.common import run_child\n" \
-           "print([run_child([sys.executable, '-c', c]).peak_bytes for c in json.loads(sys.argv[1])])"
+    family = (f"import subprocess, sys; x = bytearray({300 * MIB}); "
+              f"subprocess.run([sys.executable, '-c', {inner!r}])")
+    code = ("import json, sys; from bench.common import run_child\n"
+            "programs = json.loads(sys.argv[1])\n"
+            "print([run_child([sys.executable, '-c', p]).peak_bytes for p in programs])")
     asked = json.dumps(["pass", f"x = bytearray({300 * MIB})", family])
-    found = subprocess.run([*python(code), asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = subprocess.run([*python(code), asked], cwd=ROOT, capture_output=True, text=True,
+                           check=True)
     idle, alone, both = json.loads(found.stdout)
     assert 290 * MIB < alone - idle < 310 * MIB
     if sys.platform == "linux":
@@ -65,10 +70,13 @@ def test_a_child_that_fails_or_lasts_too_long():
 def test_figures_of_a_training_run():
     """Steps at 10, 12, 14 and 20 s with 100, 200, 300 and 600 tokens: after two of them 900 tokens
     in 8 s."""
-    lines = [(at, json.dumps({"loss": loss, "total_tokens": total})) for at, loss, total in
-             ((10, 3.0, 100), (12, 2.0, 300), (14, 1.0, 600), (20, 0.5, 1200))] + [(21, '{"epoch": 1.0}')]
+    lines = [
+        (at, json.dumps({"loss": loss, "total_tokens": total}))
+        for at, loss, total in ((10, 3.0, 100), (12, 2.0, 300), (14, 1.0, 600), (20, 0.5, 1200))
+    ] + [(21, '{"epoch": 1.0}')]
     found = training_figures(Child(22.0, 5, 30.0, 0, watched=lines), warm_up=2)
-    assert found["tokens_per_second"] == 900 / 8 and found["median_step_tokens_per_second"] == (150 + 100) / 2
+    assert found["tokens_per_second"] == 900 / 8
+    assert found["median_step_tokens_per_second"] == (150 + 100) / 2
     assert found["first_step_seconds"] == 10 and found["tokens"] == [100, 200, 300, 600]
     assert found["losses"] == [3.0, 2.0, 1.0, 0.5] and found["peak_bytes"] == 5
     with pytest.raises(ValueError, match="4 steps were logged, and the first 3 are not counted"):
@@ -77,7 +85,9 @@ def test_figures_of_a_training_run():
 
 def test_curves_must_be_of_the_same_rows():
     ours = {"tokens": [5, 7], "losses": [2.0, 1.5]}
-    assert "largest difference of the losses: 0.2500" in curves(ours, {"tokens": [5, 7], "losses": [2.0, 1.25]})
+    assert "largest difference of the losses: 0.2500" in curves(
+        ours, {"tokens": [5, 7], "losses": [2.0, 1.25]}
+    )
     with pytest.raises(ValueError, match="step 2: ours counts 7 tokens, the peer 8"):
         curves(ours, {"tokens": [5, 8], "losses": [2.0, 1.5]})
 
@@ -88,32 +98,36 @@ def test_rounds_medians_and_ratios():
                     "peer": lambda: called.append("b") or {"seconds": 10 * len(called)}}, 3)
     assert called == ["a", "b"] * 3
     summary = {name: medians(found) for name, found in runs.items()}
-    assert summary == {"ours": {"seconds": 3}, "peer": {"seconds": 40}} and ratios(summary) == {"seconds": 40 / 3}
+    assert summary == {"ours": {"seconds": 3}, "peer": {"seconds": 40}}
+    assert ratios(summary) == {"seconds": 40 / 3}
 
 
 def test_goals_are_met_or_not():
-    theirs = {"tokens_per_second": 100, "median_step_tokens_per_second": 100, "first_step_seconds": 20,
-              "peak_bytes": 4 * 2**30, "seconds": 90}
-    ours = {"tokens_per_second": 301, "median_step_tokens_per_second": 299, "first_step_seconds": 5.1,
-            "peak_bytes": 2 * 2**30, "seconds": 30}
+    theirs = {"tokens_per_second": 100, "median_step_tokens_per_second": 100,
+              "first_step_seconds": 20, "peak_bytes": 4 * 2**30, "seconds": 90}
+    ours = {"tokens_per_second": 301, "median_step_tokens_per_second": 299,
+            "first_step_seconds": 5.1, "peak_bytes": 2 * 2**30, "seconds": 30}
     lines = cpu.compare({"ours": ours, "peer": theirs}).splitlines()[2:]
     assert [line.split("|")[-2].strip() for line in lines] == ["yes", "no", "no", "yes", ""]
     assert "3.01" in lines[0] and "2.00" in lines[3] and "4.00" in lines[3]
 
 
 def test_results_have_the_common_fields(tmp_path):
-    path = common.save("cpu", {"ours": [{"seconds": 1.0}], "peer": [{"seconds": 3.0}]}, versions={}, dtype="float32",
-                       seed=1, settings={}, gpu="A Card", folder=tmp_path, extra=5)
+    path = common.save("cpu", {"ours": [{"seconds": 1.0}], "peer": [{"seconds": 3.0}]}, versions={},
+                       dtype="float32", seed=1, settings={}, gpu="A Card", folder=tmp_path, extra=5)
     result = json.loads(path.read_text())
-    assert path.name == "cpu-a-card.json" and result["ratios"] == {"seconds": 3.0} and result["extra"] == 5
-    assert {"script", "command", "commit", "date", "machine", "versions", "dtype", "seed", "settings", "runs",
-            "summary", "ratios"} <= set(result)
+    assert path.name == "cpu-a-card.json"
+    assert result["ratios"] == {"seconds": 3.0}
+    assert result["extra"] == 5
+    assert {"script", "command", "commit", "date", "machine", "versions", "dtype", "seed",
+            "settings", "runs", "summary", "ratios"} <= set(result)
     assert slug({"cpu": "Some CPU (R) @ 2.0GHz", "cores": 2}) == "some-cpu-r-2-0ghz-2-cores"
 
 
 def test_tables_are_aligned():
     lines = table(["what", "figure"], [["8b-8k", "1,234"], ["share", "≥ 5%"]]).splitlines()
-    assert lines == ["| what  | figure |", "|-------|-------:|", "| 8b-8k |  1,234 |", "| share |   ≥ 5% |"]
+    assert lines == ["| what  | figure |", "|-------|-------:|", "| 8b-8k |  1,234 |",
+                     "| share |   ≥ 5% |"]
 
 
 def test_the_environment_of_the_peer(tmp_path):
@@ -126,11 +140,13 @@ def test_the_environment_of_the_peer(tmp_path):
     assert "a-package-that-is-not" not in found
 
 
-# ---- shapes and FLOPs -------------------------------------------------------------------------------------------
+# ---- shapes and FLOPs ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, published", [("llama-3-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512),
-                                              ("qwen2.5-0.5b", 494_032_768)])
+@pytest.mark.parametrize(
+    "shape, published",
+    [("llama-3-8b", 8_030_261_248), ("qwen2.5-7b", 7_615_616_512), ("qwen2.5-0.5b", 494_032_768)],
+)
 def test_shapes_have_the_published_number_of_parameters(shape, published):
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config(shape)))
@@ -143,7 +159,8 @@ def test_flops_of_llama_3_8b_by_hand():
     with torch.device("meta"):
         model = CausalLM(model_config(random_model.raw_config("llama-3-8b")))
     attach_lora(model, LoRAConfig(16, 32, target_modules="all"))
-    counted = speed.training_flops(model.config, *speed.matmul_parameters(model), [2048, 2048]) / 4096
+    counted = (speed.training_flops(model.config, *speed.matmul_parameters(model), [2048, 2048])
+               / 4096)
     byhand = 4 * (32 * 218_103_808 + 525_336_576) + 6 * 41_943_040 + 3 * 4 * 4096 * 32 * 2049 / 2
     assert counted == pytest.approx(byhand, rel=1e-9) and counted == pytest.approx(31.9e9, rel=1e-3)
 
@@ -157,7 +174,8 @@ def test_flops_of_the_scaling_model_equal_runtime_throughput():
 
 
 def test_growth_between_lines():
-    assert scaling.growth([1.0, 2.0, 5.0]) == ["", "2.00", "2.50"] and scaling.growth([0, 2]) == ["", ""]
+    assert scaling.growth([1.0, 2.0, 5.0]) == ["", "2.00", "2.50"]
+    assert scaling.growth([0, 2]) == ["", ""]
 
 
 def test_random_checkpoints_are_the_same_for_the_same_seed(tmp_path):
@@ -166,7 +184,8 @@ def test_random_checkpoints_are_the_same_for_the_same_seed(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert float(first["lm_head.weight"].std()) == pytest.approx(0.02, rel=0.02)
     random_model.make_checkpoint(tmp_path / "model", raw, ROOT / "models/tiny")
-    assert json.loads((tmp_path / "model/config.json").read_text()) == raw          # not that of models/tiny
+    # not that of models/tiny
+    assert json.loads((tmp_path / "model/config.json").read_text()) == raw
     assert (tmp_path / "model/tokenizer.json").is_file()
 
 
@@ -175,37 +194,41 @@ def test_rows_that_are_long_enough():
     assert len(row["output"]) == 8000 and row["instruction"]
 
 
-# ---- the cases of gpu.py ----------------------------------------------------------------------------------------
+# ---- the cases of gpu.py -------------------------------------------------------------------------
 
 
 def test_compared_cases_exist_and_use_the_same_rows():
     compared = {name for pair in (*gpu.AGAINST, *gpu.SIDE_BY_SIDE) for name in pair[:2]}
     assert compared <= set(gpu.CASES)
     for ours, peer in gpu.SIDE_BY_SIDE:
-        rows = [{key: gpu.CASES[name][2][key] for key in ("packing", "cutoff_len", "per_device_train_batch_size",
-                                                          "gradient_accumulation_steps")} for name in (ours, peer)]
+        rows = [{key: gpu.CASES[name][2][key]
+                 for key in ("packing", "cutoff_len", "per_device_train_batch_size",
+                             "gradient_accumulation_steps")}
+                for name in (ours, peer)]
         assert rows[0] == rows[1] and gpu.CASES[ours][1] == gpu.CASES[peer][1]
 
 
 def test_missing_packages_are_reported(monkeypatch):
     monkeypatch.setitem(gpu.CASES, "new", ("ours", "tiny", {"a_key_of_tomorrow": 1}, None, True))
     assert gpu.absent("new") == "train.py has no a_key_of_tomorrow" and gpu.absent("8b-16k") == ""
-    assert "new" in gpu.told({}, {}, {"new": gpu.absent("new")})
+    assert "new" in gpu.results_table({}, {}, {"new": gpu.absent("new")})
     with pytest.raises(SystemExit, match="--only 8b: there is no such case"):
         gpu.chosen(gpu.parse_arguments(["--only", "8b"]))
 
 
-# ---- from end to end --------------------------------------------------------------------------------------------
+# ---- from end to end -----------------------------------------------------------------------------
 
 
 def test_cpu_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "WORK", tmp_path / "work")
-    monkeypatch.setattr(sys, "argv", ["cpu.py", "--tiny", "--no-peer", "--times", "1", "--steps", "4", "--warm-up", "1",
-                                      "--results", str(tmp_path), *TEXT])
+    monkeypatch.setattr(sys, "argv",
+                        ["cpu.py", "--tiny", "--no-peer", "--times", "1", "--steps", "4",
+                         "--warm-up", "1", "--results", str(tmp_path), *TEXT])
     cpu.main()
     [path] = tmp_path.glob("cpu-*.json")
     [run] = json.loads(path.read_text())["runs"]["ours"]
-    assert len(run["losses"]) == 4 and run["losses"][0] == pytest.approx(11.76, abs=0.2)           # log 128,256
+    # log 128,256
+    assert len(run["losses"]) == 4 and run["losses"][0] == pytest.approx(11.76, abs=0.2)
     assert run["tokens_per_second"] > 0 and run["peak_bytes"] > 100 * MIB
 
 
@@ -214,31 +237,37 @@ def test_gpu_from_end_to_end(tmp_path, monkeypatch, capsys):
     proves their boundaries."""
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
-    monkeypatch.setattr(gpu, "SHARED", tmp_path)                            # without the shared rows, those in data/
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu", "--tiny", "--only", "8b-8k,8b-peer", "--times", "1",
-                                      "--steps", "4", "--warm-up", "1", "--work", str(tmp_path / "work"),
-                                      "--results", str(tmp_path)])
+    monkeypatch.setattr(gpu, "SHARED", tmp_path)  # without the shared rows, those in data/
+    monkeypatch.setattr(sys, "argv",
+                        ["gpu.py", "--device", "cpu", "--tiny", "--only", "8b-8k,8b-peer",
+                         "--times", "1", "--steps", "4", "--warm-up", "1", "--work",
+                         str(tmp_path / "work"), "--results", str(tmp_path)])
     gpu.main()
     [path] = tmp_path.glob("gpu-*.json")
     runs = json.loads(path.read_text())["runs"]
     ours, peer = runs["8b-8k"][0], runs["8b-peer"][0]
     assert ours["tokens"] == peer["tokens"] and max(ours["tokens"]) > 400
-    assert ours["losses"] == pytest.approx(peer["losses"], abs=2e-3) and ours["losses"][0] != ours["losses"][1]
+    assert ours["losses"] == pytest.approx(peer["losses"], abs=2e-3)
+    assert ours["losses"][0] != ours["losses"][1]
     assert 0 < ours["share_of_matrix_rate"] < 1 and "peak_memory_gib" in ours
-    assert "largest difference of the losses" in capsys.readouterr().out and not (tmp_path / "work").exists()
+    assert "largest difference of the losses" in capsys.readouterr().out
+    assert not (tmp_path / "work").exists()
 
 
 def test_scaling_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "WORK", tmp_path)
     monkeypatch.setattr(common, "SHARED", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["scaling.py", "--quick", "--only", "lora_rank", "--steps", "4"])
+    monkeypatch.setattr(sys, "argv",
+                        ["scaling.py", "--quick", "--only", "lora_rank", "--steps", "4"])
     found = scaling.measure("lora_rank", 8, type("Asked", (), {"steps": 4}))
-    assert found["size"] == 8 and found["tokens"] == [1024] * 4 and found["peak_bytes"] >= found["idle_bytes"] > 0
+    assert found["size"] == 8
+    assert found["tokens"] == [1024] * 4
+    assert found["peak_bytes"] >= found["idle_bytes"] > 0
     assert found["step_seconds"] == pytest.approx(1024 / found["tokens_per_second"])
-    assert "| lora_rank |" in scaling.told("lora_rank", [found, found | {"size": 16}])
+    assert "| lora_rank |" in scaling.axis_table("lora_rank", [found, found | {"size": 16}])
 
 
-# ---- the files --------------------------------------------------------------------------------------------------
+# ---- the files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
@@ -248,11 +277,14 @@ def test_every_file_names_its_command_and_what_to_read(path):
     if path.name != "common.py":
         assert f"python bench/{path.name}" in text
     named = re.findall(r"[\w./]+\.(?:py|md)\b", text)
-    missing = [name for name in named if not any((folder / name).is_file() for folder in (ROOT, ROOT / "bench"))]
+    missing = [name for name in named
+               if not any((folder / name).is_file() for folder in (ROOT, ROOT / "bench"))]
     assert not missing, missing
 
 
 def test_the_page_on_speed_names_every_benchmark():
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
-    scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - {"common.py", "random_model.py", "peer_hf.py"}
+    scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - {
+        "common.py", "random_model.py", "peer_hf.py"
+    }
     assert scripts <= set(re.findall(r"bench/(\w+\.py)", text))

@@ -191,8 +191,8 @@ def test_temperature_zero_is_greedy(ask):
     "skip, shown", [("true", "好 🌍!"), ("false", "好 🌍<|eom_id|>!<|eot_id|>")]
 )
 def test_no_partial_characters_and_special_tokens_on_request(ask, monkeypatch, skip, shown):
-    """The tiny vocabulary splits 好 into three tokens and 🌍 into more; no printed piece may be half
-    of one."""
+    """The tiny vocabulary splits 好 into three tokens and 🌍 into more; no printed piece may be a
+    part of one."""
     ids = load_tokenizer(BASE).encode("好 🌍<|eom_id|>!<|eot_id|>")
     assert len(ids) > 8 and ids[-1] == 1005
     monkeypatch.setattr(chat, "generate", lambda *args, **kwargs: iter(ids))

@@ -82,10 +82,12 @@ def test_a_format_is_stored_and_read_again(tmp_path):
     )
     stored, force = stored_template([tmp_path], None, False)
     assert find_template(stored) == template and force
-    assert stored_template([tmp_path], mapping, False) == (mapping, True)  # the same, written another way
+    # the same, written another way
+    assert stored_template([tmp_path], mapping, False) == (mapping, True)
     with pytest.raises(ValueError, match="template: qwen, but .* was trained with mychat"):
         stored_template([tmp_path], "qwen", False)
-    with pytest.raises(ValueError, match="template: mychat, but .* trained with another version of mychat"):
+    with pytest.raises(ValueError,
+                       match="template: mychat, but .* trained with another version of mychat"):
         stored_template([tmp_path], {**mapping, "default_system": "You are Max."}, False)
     config = load_config([str(tmp_path / "page.yaml")], "config")
     (tmp_path / "train_config.json").write_text(json.dumps(as_dict(config)))

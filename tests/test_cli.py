@@ -59,5 +59,6 @@ def test_other_commands_are_sentences(arguments, words):
 
 
 def test_environment_names_versions():
-    run = subprocess.run([sys.executable, "cli.py", "env"], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "cli.py", "env"], cwd=ROOT, capture_output=True,
+                         text=True)
     assert run.returncode == 0 and "  torch: 2." in run.stdout and "  python: 3." in run.stdout

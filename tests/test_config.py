@@ -171,7 +171,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
 OWN_KEYS = [name for name, spec in KEYS.items() if spec.metadata["own"]]
 
 
-# ---- the table against LLaMA-Factory ------------------------------------------------------------
+# ---- the table against LLaMA-Factory -------------------------------------------------------------
 
 
 def test_every_key_of_llama_factory_is_known():
@@ -189,7 +189,7 @@ def test_defaults_equal_llama_factorys():
     assert {name: value for name, value in ours.items() if name not in OWN_KEYS} == peers
 
 
-# ---- the columns --------------------------------------------------------------------------------
+# ---- the columns ---------------------------------------------------------------------------------
 
 
 def test_every_key_states_whether_resuming_allows_a_change():
@@ -222,7 +222,7 @@ def test_steps_or_fraction_of_steps():
     assert [in_steps(value, 30) for value in (1, 500, 0.1, 0.5, 0.101)] == [1, 500, 3, 15, 4]
 
 
-# ---- as a program -------------------------------------------------------------------------------
+# ---- as a program --------------------------------------------------------------------------------
 
 
 def test_keys_prints_every_key_quickly_and_without_torch():

@@ -8,49 +8,64 @@ from tests.rows import ALPACA, write_info, load_rows, convert_row, roles_and_tex
 from text import conversations
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
 def test_alpaca(tmp_path):
-    entry = {"columns": {"prompt": "instruction", "query": "input", "response": "output", "history": "history",
-                         "system": "system", "tools": "tools"}}
+    entry = {"columns": {"prompt": "instruction", "query": "input", "response": "output",
+                         "history": "history", "system": "system", "tools": "tools"}}
     row = {"instruction": "a", "input": "b", "output": "c", "history": [["q", "r"]], "system": "s",
            "tools": [{"name": "t"}]}
     found = convert_row(tmp_path, row, entry)
-    assert roles_and_texts(found) == [("user", "q"), ("assistant", "r"), ("user", "a\nb"), ("assistant", "c")]
+    assert roles_and_texts(found) == [("user", "q"), ("assistant", "r"), ("user", "a\nb"),
+                                      ("assistant", "c")]
     assert found.system == "s" and json.loads(found.tools) == [{"name": "t"}]
-    assert roles_and_texts(convert_row(tmp_path, {"instruction": "a", "output": "c"})) == [("user", "a"), ("assistant", "c")]
-    assert roles_and_texts(convert_row(tmp_path, {"text": "a"}, {"columns": {"prompt": "text"}}, stage="pt")) == [("user", "a")]
+    assert roles_and_texts(convert_row(tmp_path, {"instruction": "a", "output": "c"})) == [
+        ("user", "a"), ("assistant", "c")
+    ]
+    assert roles_and_texts(
+        convert_row(tmp_path, {"text": "a"}, {"columns": {"prompt": "text"}}, stage="pt")
+    ) == [("user", "a")]
 
 
 def test_sharegpt(tmp_path):
-    turns = chat(("system", "s"), ("human", "a"), ("function_call", "{}"), ("observation", "o"), ("gpt", "b"))
+    turns = chat(("system", "s"), ("human", "a"), ("function_call", "{}"), ("observation", "o"),
+                 ("gpt", "b"))
     found = convert_row(tmp_path, turns, {"formatting": "sharegpt"})
     assert found.system == "s"
-    assert roles_and_texts(found) == [("user", "a"), ("function", "{}"), ("observation", "o"), ("assistant", "b")]
+    assert roles_and_texts(found) == [("user", "a"), ("function", "{}"), ("observation", "o"),
+                                      ("assistant", "b")]
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}}
-TOOL_TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
-              {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, {"role": "assistant", "content": "b"}]
+TOOL_TURNS = [{"role": "user", "content": "a"},
+              {"role": "assistant", "content": None, "tool_calls": [CALL]},
+              {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"},
+              {"role": "assistant", "content": "b"}]
 
 
 def test_openai_and_messages_layouts(tmp_path):
     """formatting openai, as in LLaMA-Factory: arguments stay text and the system text is extended.
     formatting messages: neither."""
-    row, columns = {"messages": TOOL_TURNS, "tools": "[]"}, {"messages": "messages", "tools": "tools"}
-    openai = convert_row(tmp_path, row, {"formatting": "openai", "columns": columns, "tags": conversations.OPENAI_TAGS})
+    row = {"messages": TOOL_TURNS, "tools": "[]"}
+    columns = {"messages": "messages", "tools": "tools"}
+    openai = convert_row(
+        tmp_path, row,
+        {"formatting": "openai", "columns": columns, "tags": conversations.OPENAI_TAGS},
+    )
     plain = convert_row(tmp_path, row, {"formatting": "messages", "columns": columns})
     assert json.loads(roles_and_texts(openai)[1][1]) == [{"name": "f", "arguments": "{\"x\": 1}"}]
     assert json.loads(roles_and_texts(plain)[1][1]) == [{"name": "f", "arguments": {"x": 1}}]
     for found in (openai, plain):
-        assert roles_and_texts(found)[2] == ("observation", "1\n</tool_response>\n<tool_response>\n2")
+        assert roles_and_texts(found)[2] == ("observation",
+                                             "1\n</tool_response>\n<tool_response>\n2")
     assert plain.system == openai.system == ""
-    assert [conversations.openai_system(*texts) for texts in (("", ""), ("s", ""), ("", "t"), ("s", "t"))] == [
-        "detailed thinking off", "s\ndetailed thinking off", "", "s\n"]
+    assert ([conversations.openai_system(*texts)
+             for texts in (("", ""), ("s", ""), ("", "t"), ("s", "t"))]
+            == ["detailed thinking off", "s\ndetailed thinking off", "", "s\n"])
 
 
-# ---- bad rows ---------------------------------------------------------------------------------------------------
+# ---- bad rows ------------------------------------------------------------------------------------
 
 
 def chat(*turns):
@@ -64,10 +79,13 @@ def chat(*turns):
     ({**ALPACA, "output": None}, None, "answer 1 is empty"),
     ({**ALPACA, "output": 5}, None, "'output' must be text, not 5"),
     (["a", "b"], None, "not a JSON object"),
-    (chat(("gpt", "a"), ("human", "b")), "sharegpt", "turn 1 is by 'gpt', expected observation or human"),
-    (chat(("human", "a"), ("human", "b")), "sharegpt", "turn 2 is by 'human', expected function_call or gpt"),
+    (chat(("gpt", "a"), ("human", "b")), "sharegpt",
+     "turn 1 is by 'gpt', expected observation or human"),
+    (chat(("human", "a"), ("human", "b")), "sharegpt",
+     "turn 2 is by 'human', expected function_call or gpt"),
     (chat(("human", "a"), ("assistant", "b")), "sharegpt", "turn 2 is by 'assistant', expected"),
-    (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt", "the last turn is not an answer"),
+    (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt",
+     "the last turn is not an answer"),
     (chat(("human", "a"), ("gpt", " ")), "sharegpt", "answer 1 is empty"),
     ({"conversations": []}, "sharegpt", "must be a list of turns that is not empty"),
     ({"conversations": "a"}, "sharegpt", "must be a list of turns"),
@@ -101,7 +119,10 @@ def test_broken_lines_and_bytes_spoil_one_row_each(tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo"])
+@pytest.mark.parametrize(
+    "name", ["identity", "alpaca_en_demo", "alpaca_zh_demo", "glaive_toolcall_en_demo"]
+)
 def test_real_datasets_have_no_bad_row(name):
     found = load_rows(SHARED / "data", name)
-    assert len(found) > 90 and all(len(conversations.convert(row).messages) % 2 == 0 for row in found)
+    assert len(found) > 90
+    assert all(len(conversations.convert(row).messages) % 2 == 0 for row in found)

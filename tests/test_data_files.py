@@ -10,16 +10,16 @@ from text import conversations
 CHAT = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "answer"}]
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, content", [
     ("d.json", json.dumps([ALPACA, ALPACA])),
-    ("d.json", json.dumps(ALPACA) + "\n\n" + json.dumps(ALPACA)),                       # lines in a .json
+    ("d.json", json.dumps(ALPACA) + "\n\n" + json.dumps(ALPACA)),  # lines in a .json
     ("d.jsonl", json.dumps(ALPACA) + "\r\n" + json.dumps(ALPACA) + "\r\n"),
-    ("d.jsonl", json.dumps([ALPACA, ALPACA], indent=1)),                                # a list in a .jsonl
+    ("d.jsonl", json.dumps([ALPACA, ALPACA], indent=1)),  # a list in a .jsonl
     ("d.csv", "instruction,input,output\nask,,answer\n\"ask\",\"\",\"answer\"\n"),
-    ("d.json", "\ufeff" + json.dumps([ALPACA, ALPACA])),                                # with a byte-order mark
+    ("d.json", "\ufeff" + json.dumps([ALPACA, ALPACA])),  # with a byte-order mark
 ])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
@@ -30,7 +30,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name, content):
 def test_lines_of_text_and_line_separators(tmp_path):
     """U+2028 is a character, not the end of a row; an empty line is an empty document."""
     (tmp_path / "d.txt").write_bytes("one\r\n\ntwo \u2028 three\n".encode())
-    (tmp_path / "e.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "e.jsonl").write_text(json.dumps({"text": "a\u2028b"}, ensure_ascii=False),
+                                      encoding="utf-8")
     write_info(tmp_path, d={"file_name": "d.txt", "columns": {"prompt": "text"}},
             e={"file_name": "e.jsonl", "columns": {"prompt": "text"}})
     found = [row.data["text"] for row in load_rows(tmp_path, "d,e", stage="pt")]
@@ -38,7 +39,8 @@ def test_lines_of_text_and_line_separators(tmp_path):
 
 
 def test_csv_values_stay_text(tmp_path):
-    (tmp_path / "d.csv").write_text('instruction,output\n1+1,2\nnothing,None\n"two\nlines","a,b"\n', encoding="utf-8")
+    (tmp_path / "d.csv").write_text('instruction,output\n1+1,2\nnothing,None\n"two\nlines","a,b"\n',
+                                    encoding="utf-8")
     found = load_rows(tmp_path, str(tmp_path / "d.csv"))
     assert [row.data["output"] for row in found] == ["2", "None", "a,b"]
     assert found[2].data["instruction"] == "two\nlines"
@@ -47,7 +49,9 @@ def test_csv_values_stay_text(tmp_path):
 def test_folder_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "many").mkdir()
     for name in ("b", "a"):
-        (tmp_path / "many" / f"{name}.json").write_text(json.dumps([{**ALPACA, "output": name}]), encoding="utf-8")
+        (tmp_path / "many" / f"{name}.json").write_text(
+            json.dumps([{**ALPACA, "output": name}]), encoding="utf-8"
+        )
     write_info(tmp_path, d={"file_name": "many"})
     assert [row.data["output"] for row in load_rows(tmp_path)] == ["a", "b"]
     (tmp_path / "many" / "c.txt").write_text("x", encoding="utf-8")
@@ -59,9 +63,12 @@ def test_hub_files(tmp_path, monkeypatch):
     """folder, subset and split select the files of a repository; errors of the hub become one
     sentence."""
     import huggingface_hub
-    for name in ("data/en/train-0.jsonl", "data/en/validation.jsonl", "data/zh/train-0.jsonl", "other/all.jsonl"):
+    for name in ("data/en/train-0.jsonl", "data/en/validation.jsonl", "data/zh/train-0.jsonl",
+                 "other/all.jsonl"):
         (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "repo" / name).write_text(json.dumps({**ALPACA, "output": name}), encoding="utf-8")
+        (tmp_path / "repo" / name).write_text(
+            json.dumps({**ALPACA, "output": name}), encoding="utf-8"
+        )
     asked = {}
 
     def download(repo, **options):
@@ -69,13 +76,17 @@ def test_hub_files(tmp_path, monkeypatch):
         return str(tmp_path / "repo")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     entry = {"hf_hub_url": "me/it", "folder": "data"}
-    write_info(tmp_path, d={**entry, "subset": "en"}, v={**entry, "split": "validation"}, p={**entry, "split": "test"},
-            w={"hf_hub_url": "me/it", "folder": "other"})
+    write_info(tmp_path, d={**entry, "subset": "en"}, v={**entry, "split": "validation"},
+               p={**entry, "split": "test"}, w={"hf_hub_url": "me/it", "folder": "other"})
     assert [row.data["output"] for row in load_rows(tmp_path)] == ["data/en/train-0.jsonl"]
-    assert asked["repo"] == "me/it" and asked["repo_type"] == "dataset" and "data/*.jsonl" in asked["allow_patterns"]
+    assert asked["repo"] == "me/it"
+    assert asked["repo_type"] == "dataset"
+    assert "data/*.jsonl" in asked["allow_patterns"]
     assert [row.data["output"] for row in load_rows(tmp_path, "v")] == ["data/en/validation.jsonl"]
-    assert [row.data["output"] for row in load_rows(tmp_path, "w")] == ["other/all.jsonl"]     # without a split: training
-    with pytest.raises(ValueError, match="has no .json, .jsonl, .csv, .txt file for split 'test'.*parquet"):
+    # without a split: training
+    assert [row.data["output"] for row in load_rows(tmp_path, "w")] == ["other/all.jsonl"]
+    with pytest.raises(ValueError,
+                       match="has no .json, .jsonl, .csv, .txt file for split 'test'.*parquet"):
         load_rows(tmp_path, "p")
 
     def offline(repo, **options):
@@ -101,20 +112,23 @@ def test_unreadable_files(tmp_path, name, content, sentence):
         load_rows(tmp_path)
 
 
-# ---- dataset_info.json ------------------------------------------------------------------------------------------
+# ---- dataset_info.json ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("entry, sentence", [
     ({"file_name": "e.json"}, "e.json does not exist .*did you mean 'd.json'"),
     ({"formatting": "sharegtp"}, "'sharegtp' is none of alpaca, sharegpt"),
     ({"columns": {"promt": "instruction"}}, "columns: 'promt' is unknown .*did you mean 'prompt'"),
-    ({"columns": {"prompt": "instruction", "response": "ouput"}}, "no row has the column 'ouput' .*'output'"),
-    ({"columns": {"prompt": "instruction"}}, "must name 'response' .the answer to learn.; plain text is for stage: pt"),
+    ({"columns": {"prompt": "instruction", "response": "ouput"}},
+     "no row has the column 'ouput' .*'output'"),
+    ({"columns": {"prompt": "instruction"}},
+     "must name 'response' .the answer to learn.; plain text is for stage: pt"),
     ({"formatting": "sharegpt", "tags": {"role_tag": "role"}}, "tags: 'content_tag' is not named"),
     ({"ranking": True}, "preference pairs"),
     ({"columns": {"prompt": "instruction", "response": "output", "images": "i"}}, "holds images"),
     ({"split": "test"}, "a local file has no splits"),
-    ({"file_name": None, "ms_hub_url": "a/b"}, "ms_hub_url is given, but only file_name and hf_hub_url"),
+    ({"file_name": None, "ms_hub_url": "a/b"},
+     "ms_hub_url is given, but only file_name and hf_hub_url"),
     ({"file_name": None}, "neither file_name nor hf_hub_url is given"),
     ({"file_name": ["d.json"]}, 'file_name: \\["d.json"\\] is not a text'),
     ({"formatting": ["alpaca"]}, "formatting: .* is not a text"),
@@ -133,18 +147,22 @@ def test_invalid_entries_are_errors(tmp_path, entry, sentence):
 
 
 def test_null_in_an_entry_equals_a_missing_key(tmp_path):
-    assert roles_and_texts(convert_row(tmp_path, ALPACA, {"columns": None, "num_samples": None, "subset": None})) == [
-        ("user", "ask"), ("assistant", "answer")]
+    assert roles_and_texts(
+        convert_row(tmp_path, ALPACA, {"columns": None, "num_samples": None, "subset": None})
+    ) == [("user", "ask"), ("assistant", "answer")]
 
 
 def test_dataset_info_with_a_byte_order_mark(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
-    (tmp_path / "dataset_info.json").write_text('{"d": {"file_name": "d.json"}}', encoding="utf-8-sig")
+    (tmp_path / "dataset_info.json").write_text(
+        '{"d": {"file_name": "d.json"}}', encoding="utf-8-sig"
+    )
     assert len(load_rows(tmp_path)) == 1
 
 
 def test_unknown_dataset_and_missing_info(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither .*dataset_info.json nor a file of that name"):
+    with pytest.raises(FileNotFoundError,
+                       match="neither .*dataset_info.json nor a file of that name"):
         load_rows(tmp_path, "identity")
     write_info(tmp_path, identity={"file_name": "i.json"})
     with pytest.raises(ValueError, match="no dataset 'identitty' .did you mean 'identity'"):
@@ -154,15 +172,20 @@ def test_unknown_dataset_and_missing_info(tmp_path):
 def test_num_samples_and_max_samples(tmp_path):
     """num_samples is numpy's global permutation at `seed`, one stream for all datasets; max_samples
     takes the first rows."""
-    (tmp_path / "d.json").write_text(json.dumps([{**ALPACA, "output": str(n)} for n in range(9)]), encoding="utf-8")
-    write_info(tmp_path, a={"file_name": "d.json", "num_samples": 4}, b={"file_name": "d.json", "num_samples": 12})
+    (tmp_path / "d.json").write_text(json.dumps([{**ALPACA, "output": str(n)} for n in range(9)]),
+                                     encoding="utf-8")
+    write_info(tmp_path, a={"file_name": "d.json", "num_samples": 4},
+               b={"file_name": "d.json", "num_samples": 12})
     found = [int(row.data["output"]) for row in load_rows(tmp_path, "a,b", seed=7)]
     state = np.random.get_state()
     np.random.seed(7)
-    first, second, again = np.random.permutation(9)[:4], np.random.permutation(9), np.random.choice(9, 3)
+    first = np.random.permutation(9)[:4]
+    second = np.random.permutation(9)
+    again = np.random.choice(9, 3)
     np.random.set_state(state)
     assert found == [*first, *second, *again]
-    assert [int(row.data["output"]) for row in load_rows(tmp_path, "a", seed=7, max_samples=2)] == [*first[:2]]
+    assert ([int(row.data["output"]) for row in load_rows(tmp_path, "a", seed=7, max_samples=2)]
+            == [*first[:2]])
 
 
 def test_notes_on_unused_keys_and_columns(tmp_path):
@@ -175,33 +198,41 @@ def test_notes_on_unused_keys_and_columns(tmp_path):
     assert any("named twice is read once" in note for note in notes)
 
 
-# ---- layouts ----------------------------------------------------------------------------------------------------
+# ---- layouts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row, layout", [
     (ALPACA, "alpaca"), ({"prompt": "ask", "completion": "answer"}, "alpaca"),
-    ({"question": "ask", "answer": "answer"}, "alpaca"), ({"input": "ask", "output": "answer"}, "alpaca"),
+    ({"question": "ask", "answer": "answer"}, "alpaca"),
+    ({"input": "ask", "output": "answer"}, "alpaca"),
     ({"messages": CHAT}, "messages"),
-    ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]}, "messages"),
-    ({"conversations": [{"from": "user", "value": "ask"}, {"from": "assistant", "value": "answer"}]}, "messages"),
+    ({"conversations": [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]},
+     "messages"),
+    ({"conversations": [{"from": "user", "value": "ask"},
+                        {"from": "assistant", "value": "answer"}]}, "messages"),
 ])
 def test_the_layout_of_a_file_is_recognized(tmp_path, row, layout):
     (tmp_path / "mine.jsonl").write_text(json.dumps(row), encoding="utf-8")
     notes = []
     found = load_rows(tmp_path, str(tmp_path / "mine.jsonl"), notes)
-    assert roles_and_texts(conversations.convert(found[0])) == [("user", "ask"), ("assistant", "answer")]
+    assert roles_and_texts(conversations.convert(found[0])) == [
+        ("user", "ask"), ("assistant", "answer")
+    ]
     assert any(f"recognized as {layout}" in note for note in notes)
 
 
 def test_a_layout_that_is_not_recognized(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
-    with pytest.raises(ValueError, match="do not show which ones to read: text .plain text is for stage: pt"):
+    with pytest.raises(ValueError,
+                       match="do not show which ones to read: text .plain text is for stage: pt"):
         load_rows(tmp_path, str(tmp_path / "d.jsonl"))
-    assert conversations.convert(load_rows(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0], "pt").messages[0]["content"] == "x"
+    assert conversations.convert(load_rows(tmp_path, str(tmp_path / "d.jsonl"), stage="pt")[0],
+                                 "pt").messages[0]["content"] == "x"
 
 
-@pytest.mark.parametrize("content, shown", [(b"[1, 2]", "row 1 is 1"), (b'["a"]', "row 1 is a"), (b"null", "row 1 is null"),
-                                            (b"\x93\xff\x00\x01", "row 1 is ")])
+@pytest.mark.parametrize("content, shown",
+                         [(b"[1, 2]", "row 1 is 1"), (b'["a"]', "row 1 is a"),
+                          (b"null", "row 1 is null"), (b"\x93\xff\x00\x01", "row 1 is ")])
 def test_a_file_without_objects(tmp_path, content, shown):
     (tmp_path / "d.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"d.json: no row is an object with columns; {shown}"):
@@ -210,11 +241,14 @@ def test_a_file_without_objects(tmp_path, content, shown):
 
 def test_questions_and_answers_in_stage_pt_are_an_error(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([ALPACA]), encoding="utf-8")
-    with pytest.raises(ValueError, match="stage: pt reads one column of text; questions and answers are for stage: sft"):
+    with pytest.raises(
+        ValueError,
+        match="stage: pt reads one column of text; questions and answers are for stage: sft",
+    ):
         load_rows(tmp_path, str(tmp_path / "d.json"), stage="pt")
 
 
-# ---- bad rows ---------------------------------------------------------------------------------------------------
+# ---- bad rows ------------------------------------------------------------------------------------
 
 
 def test_csv_row_with_a_field_too_many(tmp_path):

@@ -36,7 +36,8 @@ def forced(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_prepared_model_equals_the_plain_one(forced, dtype, tied):
-    plain, fast = tiny_qwen2(dtype, tie_word_embeddings=tied), tiny_qwen2(dtype, tie_word_embeddings=tied)
+    plain = tiny_qwen2(dtype, tie_word_embeddings=tied)
+    fast = tiny_qwen2(dtype, tie_word_embeddings=tied)
     lines = prepare(fast)
     assert "4 fused matrices" in lines[0] and lines[-1] == "matmul    forced"
     assert (type(fast.lm_head) is OneDNNLinear) == (forced != "torch")
@@ -69,7 +70,8 @@ def test_a_block_with_an_adapter_is_not_changed():
 def test_without_memory_for_copies_nothing_is_changed():
     model = tiny_qwen2()
     lines = prepare(model, available=1000)
-    assert "mapped from the file" in lines[0] and all(type(m) is not OneDNNLinear for m in model.modules())
+    assert "mapped from the file" in lines[0]
+    assert all(type(m) is not OneDNNLinear for m in model.modules())
     assert hasattr(model.model.layers[0].self_attn, "q_proj")
 
 
@@ -79,7 +81,8 @@ def test_joined_matrices_hold_the_rows_of_their_parts():
     a, b = model.model.layers[1], whole.model.layers[1]
     assert torch.equal(b.self_attn.qkv_proj.weight[32:48], a.self_attn.k_proj.weight)
     assert torch.equal(b.self_attn.qkv_proj.bias[48:], a.self_attn.v_proj.bias)
-    assert torch.equal(b.mlp.gate_up_proj.weight[48:], a.mlp.up_proj.weight) and b.mlp.gate_up_proj.bias is None
+    assert torch.equal(b.mlp.gate_up_proj.weight[48:], a.mlp.up_proj.weight)
+    assert b.mlp.gate_up_proj.bias is None
 
 
 def test_a_wrong_or_missing_matmul_is_not_picked(monkeypatch):
@@ -95,7 +98,9 @@ def test_a_wrong_or_missing_matmul_is_not_picked(monkeypatch):
     monkeypatch.setitem(DECODE_MATMULS, "onednn", (wrong, as_it_is))
     monkeypatch.setitem(DECODE_MATMULS, "onednn packed", (absent, as_it_is))
     taken, line = pick_decode_matmul(torch.float32, shape=(64, 32))
-    assert taken == "torch" and "onednn (wrong)" in line and "onednn packed (not in this torch)" in line
+    assert taken == "torch"
+    assert "onednn (wrong)" in line
+    assert "onednn packed (not in this torch)" in line
 
 
 def test_the_fastest_matmul_is_picked_if_clearly_faster(monkeypatch):
@@ -103,13 +108,14 @@ def test_the_fastest_matmul_is_picked_if_clearly_faster(monkeypatch):
     same = (nn.functional.linear, lambda W, rows=1: W)
     monkeypatch.setattr(decode, "DECODE_MATMULS", dict.fromkeys(DECODE_MATMULS, same))
     for changes, want in (({}, "torch"), ({"onednn packed": 5.0}, "onednn packed"),
-                          ({"onednn packed": 5.0, "onednn": 5.2}, "onednn"), ({"onednn": 5.0}, "onednn")):
+                          ({"onednn packed": 5.0, "onednn": 5.2}, "onednn"),
+                          ({"onednn": 5.0}, "onednn")):
         took = iter((seconds | changes).values())
         monkeypatch.setattr(decode, "shortest", lambda call, times: next(took))
         assert pick_decode_matmul(torch.float32, shape=(64, 32))[0] == want
 
 
-# ---- captured steps: all but the capture itself runs here -------------------------------------------------------
+# ---- captured steps: all but the capture itself runs here ----------------------------------------
 
 
 class FakeGraph:
@@ -142,13 +148,17 @@ def test_static_growing_and_no_cache_agree(made, name):  # noqa: F811
     prompt, graph = ids[0, :7].tolist(), FakeGraph()
     cache, step, line = pick_step(model, graph.record)
     if not capturable(model):
-        assert type(cache) is KVCache and step is next_scores and graph.captured == 0 and "kernel by kernel (" in line
+        assert type(cache) is KVCache
+        assert step is next_scores
+        assert graph.captured == 0
+        assert "kernel by kernel (" in line
         return
-    assert line == "steps     captured as a graph: one command a token" and type(cache) is StaticCache
+    assert line == "steps     captured as a graph: one command a token"
+    assert type(cache) is StaticCache
     want = list(generate(model, prompt, KVCache(len(cache.buffers)), max_new_tokens=20))
     assert list(generate(model, prompt, cache, max_new_tokens=20, step=step)) == want
     assert list(generate_uncached(model, prompt, max_new_tokens=20)) == want
-    assert (graph.captured, graph.replayed) == (1, 1 + 19)              # the graphs of the trial, used again
+    assert (graph.captured, graph.replayed) == (1, 1 + 19)  # the graphs of the trial, used again
 
 
 @pytest.mark.parametrize("kernel", ["plain", "sdpa-math", "sdpa-flash"])
@@ -159,7 +169,7 @@ def test_a_captured_step_reads_filled_slots_only(kernel):
     model.kernel = kernel
     cache, step, plain = StaticCache(2), CapturedStep(graph.record), KVCache(2)
     ids = torch.randint(0, 50, (1, 600), generator=torch.Generator().manual_seed(3))
-    for length in (250, 505):                                           # below and above 256 and 512 slots
+    for length in (250, 505):  # below and above 256 and 512 slots
         for chunk in (ids[:, cache.length:length], *ids[:, length:length + 12].split(1, dim=1)):
             with torch.no_grad():
                 want, got = next_scores(model, chunk, plain), step(model, chunk, cache)
@@ -168,7 +178,8 @@ def test_a_captured_step_reads_filled_slots_only(kernel):
             for pair in cache.buffers:
                 for buffer in pair:
                     buffer[:, :, cache.length:] = 1e4
-    assert graph.captured == 3 and list(step.recorded) == [1024]        # 256, 512, 1024; graphs of smaller buffers are freed
+    # 256, 512, 1024; graphs of smaller buffers are freed
+    assert graph.captured == 3 and list(step.recorded) == [1024]
 
 
 def test_turns_on_a_static_cache():
@@ -195,7 +206,8 @@ def test_a_failed_or_wrong_capture_is_not_used():
         return lambda: result.zero_(), result
 
     model = tiny_qwen2()
-    for record, words in ((refuses, "not permitted when stream is capturing)"), (stale, "a captured step is off by")):
+    for record, words in ((refuses, "not permitted when stream is capturing)"),
+                          (stale, "a captured step is off by")):
         cache, step, line = pick_step(model, record)
         assert type(cache) is KVCache and step is next_scores and words in line and "\n" not in line
     assert "on a CPU" in pick_step(model)[2]
@@ -207,8 +219,10 @@ def test_a_step_reads_nothing_from_the_device():
 
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            assert func.name().split(".")[0] not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh",
-                                                     "aten::masked_select", "aten::equal"), func
+            assert func.name().split(".")[0] not in (
+                "aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh",
+                "aten::masked_select", "aten::equal",
+            ), func
             return func(*args, **(kwargs or {}))
 
     def record(call):
@@ -238,24 +252,31 @@ def test_a_graph_is_recorded_after_two_warm_up_runs(monkeypatch):
         yield
         events.append(f"end {type(what).__name__}")
 
-    for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("current_stream", Stream), ("stream", within),
-                           ("graph", within)):
+    for name, stand_in in (("Stream", Stream), ("CUDAGraph", Graph), ("current_stream", Stream),
+                           ("stream", within), ("graph", within)):
         monkeypatch.setattr(torch.cuda, name, stand_in, raising=False)
     replay, result = decode.record_cuda(lambda: events.append("call") or 5)
     replay()
-    assert result == 5 and events == ["wait", "begin Stream", "call", "call", "end Stream", "wait", "begin Graph", "call",
-                                    "end Graph", "replay"]
+    assert result == 5
+    assert events == ["wait", "begin Stream", "call", "call", "end Stream", "wait", "begin Graph",
+                      "call", "end Graph", "replay"]
 
 
-@pytest.mark.parametrize("kernel, module, name", [("flash-attn", "flash_attn", "flash_attn_varlen_func"),
-                                                  ("torch-varlen", "torch.nn.attention.varlen", "varlen_attn")])
+@pytest.mark.parametrize("kernel, module, name", [
+    ("flash-attn", "flash_attn", "flash_attn_varlen_func"),
+    ("torch-varlen", "torch.nn.attention.varlen", "varlen_attn")
+])
 def test_varlen_kernels_get_the_end_of_the_keys(kernel, module, name, monkeypatch):
     """An imitation of the kernel, by its own signature, gives the result of the mask."""
     import sys
     import types
 
-    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, scale=None, causal=False, enable_gqa=True, **more):
-        assert cu_q.tolist() == [0, 1] and cu_k.dtype == torch.int32 and (max_q, max_k) == (1, len(k)) and not causal
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, scale=None, causal=False,
+               enable_gqa=True, **more):
+        assert cu_q.tolist() == [0, 1]
+        assert cu_k.dtype == torch.int32
+        assert (max_q, max_k) == (1, len(k))
+        assert not causal
         n = int(cu_k[1])
         k, v = (x[:n].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         weights = (torch.einsum("thd,shd->hts", q, k) * (softmax_scale or scale)).softmax(-1)
@@ -266,7 +287,7 @@ def test_varlen_kernels_get_the_end_of_the_keys(kernel, module, name, monkeypatc
     want = list(generate(model, PROMPT, KVCache(2), max_new_tokens=30))
     cache, step, _ = pick_step(model, graph.record)
     with torch.no_grad():
-        next_scores(model, torch.tensor([PROMPT]), cache)               # the prompt by an available kernel
+        next_scores(model, torch.tensor([PROMPT]), cache)  # the prompt by an available kernel
         model.kernel = kernel
         first = want[0]
         got = [first]

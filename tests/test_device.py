@@ -21,15 +21,22 @@ def test_pick_device(monkeypatch):
         device.pick_device()
 
 
-# ---- ROCm, DCU, amdsmi -----------------------------------------------------------------------------------------------
+# ---- ROCm, DCU, amdsmi ---------------------------------------------------------------------------
 
-FAKE_TORCH = {   # the part of torch 2.4 for ROCm that fails
+FAKE_TORCH = {  # the part of torch 2.4 for ROCm that fails
     "__init__.py": "from . import version, cuda\n",
     "version.py": "from typing import Optional\n"
                   "__version__ = '2.4.1'\ncuda: Optional[str] = None\nhip: Optional[str] = '5.7'\n",
     "cuda.py": "_HAS_PYNVML = False\n"
-               "try:\n    import pynvml\n    _HAS_PYNVML = True\nexcept ModuleNotFoundError:\n    pass\n"
-               "def device_count():\n    if not _HAS_PYNVML:\n        return 8\n    return amdsmi.amdsmi_init()\n",
+               "try:\n"
+               "    import pynvml\n"
+               "    _HAS_PYNVML = True\n"
+               "except ModuleNotFoundError:\n"
+               "    pass\n"
+               "def device_count():\n"
+               "    if not _HAS_PYNVML:\n"
+               "        return 8\n"
+               "    return amdsmi.amdsmi_init()\n",
 }
 
 
@@ -41,7 +48,8 @@ def rocm_torch(tmp_path, monkeypatch):
     (tmp_path / "pynvml.py").write_text("")
     for name, text in FAKE_TORCH.items():
         (tmp_path / "torch" / name).write_text(text)
-    real = {name: module for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "pynvml")}
+    real = {name: module
+            for name, module in sys.modules.items() if name.split(".")[0] in ("torch", "pynvml")}
     for name in real:
         del sys.modules[name]
     monkeypatch.syspath_prepend(tmp_path)
@@ -86,7 +94,8 @@ def test_guard_does_not_change_other_builds(monkeypatch):
     assert torch.cuda._HAS_PYNVML                            # a torch that distinguishes the two
 
 
-@pytest.mark.skipif(hasattr(torch.cuda, "_HAS_AMDSMI"), reason="this torch has the fix of its own (torch 2.4 is meant)")
+@pytest.mark.skipif(hasattr(torch.cuda, "_HAS_AMDSMI"),
+                    reason="this torch has the fix of its own (torch 2.4 is meant)")
 def test_guard_on_the_code_of_torch_2_4(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "5.7")
     monkeypatch.setattr(torch.cuda, "_HAS_PYNVML", True)

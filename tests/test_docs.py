@@ -13,7 +13,8 @@ def test_add_a_family(tmp_path, monkeypatch):
     """docs/add_a_family.md from start to end; its last block compares the logits with
     transformers'."""
     pytest.importorskip("transformers")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add_a_family.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```",
+                        (ROOT / "docs/add_a_family.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     monkeypatch.chdir(tmp_path)
     assert "olmoe" not in families.FAMILIES and len(blocks) == 2
@@ -26,9 +27,10 @@ def test_add_a_family(tmp_path, monkeypatch):
 def test_the_family_row_of_the_page_is_needed(tmp_path, monkeypatch):
     """Without qk_norm the tensors do not fit, and the error names them."""
     from families import Family, model_config
-    monkeypatch.setattr(families, "FAMILIES", {**families.FAMILIES, "olmoe": Family(fixed={"clip_qkv": None})})
-    fields = dict(model_type="olmoe", hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                  vocab_size=100)
+    monkeypatch.setattr(families, "FAMILIES",
+                        {**families.FAMILIES, "olmoe": Family(fixed={"clip_qkv": None})})
+    fields = dict(model_type="olmoe", hidden_size=32, intermediate_size=24, num_hidden_layers=2,
+                  num_attention_heads=4, vocab_size=100)
     with pytest.raises(ValueError, match="clip_qkv: 8.0 is not supported, only null"):
         model_config({**fields, "clip_qkv": 8.0})
     with pytest.raises(ValueError, match="'num_experts': 6 may change what the network computes"):
@@ -51,6 +53,7 @@ def test_one_row_prints_what_the_page_shows(monkeypatch):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(code, names)
-        (words, values), (expected_words, expected) = map(numbers_apart, (printed.getvalue(), shown))
+        (words,
+         values), (expected_words, expected) = map(numbers_apart, (printed.getvalue(), shown))
         assert words == expected_words
         assert values == pytest.approx(expected, rel=2e-3, abs=2e-4)

@@ -61,7 +61,7 @@ def results(folder, kind="all"):
     return json.loads((folder / f"{kind}_results.json").read_text())
 
 
-# ---- against LLaMA-Factory --------------------------------------------------------------------
+# ---- against LLaMA-Factory -----------------------------------------------------------------------
 
 
 @needs_shared
@@ -123,7 +123,7 @@ def test_recorded_loss(tmp_path, monkeypatch):
     )
 
 
-# ---- against itself ---------------------------------------------------------------------------
+# ---- against itself ------------------------------------------------------------------------------
 
 
 @needs_shared
@@ -318,7 +318,7 @@ def test_preference_stages_evaluate_as_in_training(
         )
 
 
-# ---- what the yaml means ----------------------------------------------------------------------
+# ---- what the yaml means -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

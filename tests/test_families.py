@@ -24,17 +24,17 @@ from tests.common import GOLDEN, needs_shared
 
 CLOSE = 1e-4            # tolerance of float32 logits, here up to about 10
 TOKENS = 40             # longer than the windows, chunks and some trained lengths below
-SMALL = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=61, max_position_embeddings=64, rms_norm_eps=1e-5)
+SMALL = dict(hidden_size=32, intermediate_size=44, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=61, max_position_embeddings=64, rms_norm_eps=1e-5)
 EXPERTS = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20)
 SHARED_EXPERT = dict(EXPERTS, shared_expert_intermediate_size=28)
-LLAMA4 = dict(num_key_value_heads=2, head_dim=12, intermediate_size_mlp=52, num_local_experts=4, attention_chunk_size=8,
-              floor_scale=4, attn_scale=0.4, num_hidden_layers=4)
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 16}
+LLAMA4 = dict(num_key_value_heads=2, head_dim=12, intermediate_size_mlp=52, num_local_experts=4,
+              attention_chunk_size=8, floor_scale=4, attn_scale=0.4, num_hidden_layers=4)
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-YARN_OPTIONS = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "beta_fast": 16,
-                "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.8}
+YARN_OPTIONS = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256,
+                "beta_fast": 16, "beta_slow": 2, "mscale": 1.0, "mscale_all_dim": 0.8}
 SLIDE, FULL, CHUNK = "sliding_attention", "full_attention", "chunked_attention"
 
 
@@ -48,111 +48,182 @@ def longrope(pairs, **more):
 CASES = {
     "llama": ("llama", {}),
     "llama biases, one key head, wide heads": ("llama", dict(
-        attention_bias=True, mlp_bias=True, num_key_value_heads=1, head_dim=20, hidden_act="gelu")),
+        attention_bias=True, mlp_bias=True, num_key_value_heads=1, head_dim=20, hidden_act="gelu"
+    )),
     "llama a head each, tied, linear": ("llama", dict(
-        num_key_value_heads=4, tie_word_embeddings=True, rope_scaling={"type": "linear", "factor": 4.0})),
+        num_key_value_heads=4, tie_word_embeddings=True,
+        rope_scaling={"type": "linear", "factor": 4.0},
+    )),
     "llama one head, dynamic": ("llama", dict(
         num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=16,
-        rope_scaling={"rope_type": "dynamic", "factor": 2.0})),
-    "llama 3": ("llama", dict(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_attention_heads=6, hidden_size=48)),
-    "llama 3, no blend": ("llama", dict(rope_scaling=dict(LLAMA3_ROPE, high_freq_factor=1.0), rope_theta=100.0)),
+        rope_scaling={"rope_type": "dynamic", "factor": 2.0},
+    )),
+    "llama 3": (
+        "llama",
+        dict(rope_scaling=LLAMA3_ROPE, rope_theta=500000.0, num_attention_heads=6, hidden_size=48),
+    ),
+    "llama 3, no blend": (
+        "llama", dict(rope_scaling=dict(LLAMA3_ROPE, high_freq_factor=1.0), rope_theta=100.0)
+    ),
     "llama yarn": ("llama", dict(rope_scaling=YARN, rope_theta=5000.0)),
     "llama yarn with all options": ("llama", dict(rope_scaling=YARN_OPTIONS, head_dim=32)),
     "llama yarn by hand": ("llama", dict(
-        head_dim=32, rope_scaling=dict(YARN, original_max_position_embeddings=256, attention_factor=0.7,
-                                       truncate=False))),
+        head_dim=32,
+        rope_scaling=dict(YARN, original_max_position_embeddings=256, attention_factor=0.7,
+                          truncate=False),
+    )),
     "llama yarn of a short length": ("llama", dict(
-        rope_scaling=dict(YARN, original_max_position_embeddings=8, beta_slow=2, truncate=False))),
-    "llama longrope": ("llama", dict(rope_scaling=longrope(4, original_max_position_embeddings=16, factor=4.0))),
+        rope_scaling=dict(YARN, original_max_position_embeddings=8, beta_slow=2, truncate=False)
+    )),
+    "llama longrope": (
+        "llama", dict(rope_scaling=longrope(4, original_max_position_embeddings=16, factor=4.0))
+    ),
     "mistral": ("mistral", dict(sliding_window=5)),
     "mistral no window": ("mistral", dict(sliding_window=None, head_dim=20, num_key_value_heads=4)),
-    "mistral sees itself only": ("mistral", dict(sliding_window=1, tie_word_embeddings=True, hidden_act="relu")),
-    "mistral window beyond the text": ("mistral", dict(sliding_window=100, rope_scaling=YARN, head_dim=8)),
+    "mistral sees itself only": (
+        "mistral", dict(sliding_window=1, tie_word_embeddings=True, hidden_act="relu")
+    ),
+    "mistral window beyond the text": ("mistral",
+                                       dict(sliding_window=100, rope_scaling=YARN, head_dim=8)),
     "mixtral": ("mixtral", dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8)),
     "mixtral one expert each, window, tied": ("mixtral", dict(
-        num_local_experts=5, num_experts_per_tok=1, head_dim=12, sliding_window=6, tie_word_embeddings=True)),
-    "qwen2 window off": ("qwen2", dict(use_sliding_window=False, sliding_window=5, max_window_layers=0)),
+        num_local_experts=5, num_experts_per_tok=1, head_dim=12, sliding_window=6,
+        tie_word_embeddings=True,
+    )),
+    "qwen2 window off": ("qwen2",
+                         dict(use_sliding_window=False, sliding_window=5, max_window_layers=0)),
     "qwen2 window in late layers, tied": ("qwen2", dict(
-        use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True)),
+        use_sliding_window=True, sliding_window=6, max_window_layers=1, tie_word_embeddings=True
+    )),
     "qwen2 window by layer_types": ("qwen2", dict(
-        use_sliding_window=True, sliding_window=4, layer_types=[SLIDE, FULL, SLIDE], num_key_value_heads=1)),
+        use_sliding_window=True, sliding_window=4, layer_types=[SLIDE, FULL, SLIDE],
+        num_key_value_heads=1,
+    )),
     "qwen2 yarn": ("qwen2", dict(rope_scaling=YARN, rope_theta=1000000.0, num_key_value_heads=4)),
     "qwen3": ("qwen3", dict(head_dim=12, rms_norm_eps=1e-3)),
     "qwen3 biases, tied, window": ("qwen3", dict(
-        head_dim=20, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True, sliding_window=3,
-        max_window_layers=2)),
+        head_dim=20, attention_bias=True, tie_word_embeddings=True, use_sliding_window=True,
+        sliding_window=3, max_window_layers=2,
+    )),
     "qwen3 dynamic, layer_types": ("qwen3", dict(
-        head_dim=8, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=16, num_key_value_heads=1,
-        use_sliding_window=True, sliding_window=7, layer_types=[FULL, FULL, SLIDE])),
+        head_dim=8, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=16,
+        num_key_value_heads=1, use_sliding_window=True, sliding_window=7,
+        layer_types=[FULL, FULL, SLIDE],
+    )),
     "qwen2_moe": ("qwen2_moe", dict(SHARED_EXPERT, norm_topk_prob=False)),
     "qwen2_moe normed, every second layer": ("qwen2_moe", dict(
-        SHARED_EXPERT, norm_topk_prob=True, decoder_sparse_step=2, num_experts_per_tok=4, qkv_bias=False)),
+        SHARED_EXPERT, norm_topk_prob=True, decoder_sparse_step=2, num_experts_per_tok=4,
+        qkv_bias=False,
+    )),
     "qwen2_moe all experts, first layer dense": ("qwen2_moe", dict(
-        SHARED_EXPERT, num_experts_per_tok=5, mlp_only_layers=[0], tie_word_embeddings=True, hidden_act="gelu")),
+        SHARED_EXPERT, num_experts_per_tok=5, mlp_only_layers=[0], tie_word_embeddings=True,
+        hidden_act="gelu",
+    )),
     "qwen2_moe no layer has experts": ("qwen2_moe", dict(SHARED_EXPERT, mlp_only_layers=[0, 1, 2])),
-    "qwen2_moe window": ("qwen2_moe", dict(
-        SHARED_EXPERT, use_sliding_window=True, sliding_window=5, max_window_layers=2)),
+    "qwen2_moe window": (
+        "qwen2_moe",
+        dict(SHARED_EXPERT, use_sliding_window=True, sliding_window=5, max_window_layers=2),
+    ),
     "qwen3_moe": ("qwen3_moe", dict(EXPERTS, norm_topk_prob=True, head_dim=12, mlp_only_layers=[])),
     "qwen3_moe one expert each": ("qwen3_moe", dict(
-        EXPERTS, norm_topk_prob=False, num_experts_per_tok=1, head_dim=8, attention_bias=True, rope_scaling=YARN)),
+        EXPERTS, norm_topk_prob=False, num_experts_per_tok=1, head_dim=8, attention_bias=True,
+        rope_scaling=YARN,
+    )),
     "qwen3_moe one expert, normed": ("qwen3_moe", dict(
-        EXPERTS, norm_topk_prob=True, num_experts=1, num_experts_per_tok=1, head_dim=8, tie_word_embeddings=True)),
+        EXPERTS, norm_topk_prob=True, num_experts=1, num_experts_per_tok=1, head_dim=8,
+        tie_word_embeddings=True,
+    )),
     "qwen3_moe window, dense layers": ("qwen3_moe", dict(
-        EXPERTS, norm_topk_prob=True, head_dim=12, decoder_sparse_step=2, mlp_only_layers=[0], num_hidden_layers=4,
-        use_sliding_window=True, sliding_window=6, num_key_value_heads=4)),
+        EXPERTS, norm_topk_prob=True, head_dim=12, decoder_sparse_step=2, mlp_only_layers=[0],
+        num_hidden_layers=4, use_sliding_window=True, sliding_window=6, num_key_value_heads=4,
+    )),
     "gemma": ("gemma", dict(head_dim=12, num_key_value_heads=1)),
     "gemma other act, untied, biases": ("gemma", dict(
-        head_dim=16, hidden_act="silu", tie_word_embeddings=False, attention_bias=True, rope_scaling=YARN)),
-    "gemma2": ("gemma2", dict(head_dim=12, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
-                              query_pre_attn_scalar=20)),
+        head_dim=16, hidden_act="silu", tie_word_embeddings=False, attention_bias=True,
+        rope_scaling=YARN,
+    )),
+    "gemma2": ("gemma2", dict(
+        head_dim=12, sliding_window=5, attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+        query_pre_attn_scalar=20,
+    )),
     "gemma2 no caps, untied, biases": ("gemma2", dict(
-        head_dim=16, sliding_window=7, attn_logit_softcapping=None, final_logit_softcapping=None, attention_bias=True,
-        query_pre_attn_scalar=16, tie_word_embeddings=False, num_key_value_heads=1)),
+        head_dim=16, sliding_window=7, attn_logit_softcapping=None, final_logit_softcapping=None,
+        attention_bias=True, query_pre_attn_scalar=16, tie_word_embeddings=False,
+        num_key_value_heads=1,
+    )),
     "gemma2 other act, layer_types": ("gemma2", dict(
         head_dim=8, hidden_activation="silu", sliding_window=4, layer_types=[FULL, SLIDE, SLIDE],
-        final_logit_softcapping=None, query_pre_attn_scalar=224, num_key_value_heads=4)),
+        final_logit_softcapping=None, query_pre_attn_scalar=224, num_key_value_heads=4,
+    )),
     "gemma2 one cap, llama3 rope": ("gemma2", dict(
         head_dim=8, sliding_window=100, attn_logit_softcapping=None, query_pre_attn_scalar=8,
-        rope_scaling=LLAMA3_ROPE)),
+        rope_scaling=LLAMA3_ROPE,
+    )),
     "glm": ("glm", dict(head_dim=16)),
     "glm no biases, quarter turns, tied": ("glm", dict(
         head_dim=16, attention_bias=False, partial_rotary_factor=0.25, tie_word_embeddings=True,
-        num_key_value_heads=1)),
-    "glm all turns, yarn": ("glm", dict(
-        head_dim=12, partial_rotary_factor=1.0, rope_scaling=YARN, num_key_value_heads=4)),
+        num_key_value_heads=1,
+    )),
+    "glm all turns, yarn": (
+        "glm",
+        dict(head_dim=12, partial_rotary_factor=1.0, rope_scaling=YARN, num_key_value_heads=4),
+    ),
     "glm4": ("glm4", dict(head_dim=16, attention_bias=False, partial_rotary_factor=0.5)),
     "glm4 biases, three quarters turn": ("glm4", dict(
         head_dim=16, attention_bias=True, partial_rotary_factor=0.75, rms_norm_eps=1e-3,
-        hidden_act="gelu_pytorch_tanh")),
+        hidden_act="gelu_pytorch_tanh",
+    )),
     "glm4 linear, tied": ("glm4", dict(
-        head_dim=8, rope_scaling={"type": "linear", "factor": 2.0}, tie_word_embeddings=True, num_key_value_heads=1)),
+        head_dim=8, rope_scaling={"type": "linear", "factor": 2.0}, tie_word_embeddings=True,
+        num_key_value_heads=1,
+    )),
     "olmo": ("olmo", dict(clip_qkv=None)),
-    "olmo clipped, biases": ("olmo", dict(clip_qkv=0.5, attention_bias=True, num_key_value_heads=1)),
+    "olmo clipped, biases": ("olmo",
+                             dict(clip_qkv=0.5, attention_bias=True, num_key_value_heads=1)),
     "olmo tied, dynamic": ("olmo", dict(
-        tie_word_embeddings=True, rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=16)),
+        tie_word_embeddings=True, rope_scaling={"type": "dynamic", "factor": 2.0},
+        max_position_embeddings=16,
+    )),
     "olmo2": ("olmo2", dict(rms_norm_eps=1e-6)),
-    "olmo2 biases, one key head": ("olmo2", dict(attention_bias=True, num_key_value_heads=1, hidden_act="gelu")),
+    "olmo2 biases, one key head": (
+        "olmo2", dict(attention_bias=True, num_key_value_heads=1, hidden_act="gelu")
+    ),
     "olmo2 tied, linear": ("olmo2", dict(
-        tie_word_embeddings=True, num_key_value_heads=4, rope_scaling={"type": "linear", "factor": 2.0})),
+        tie_word_embeddings=True, num_key_value_heads=4,
+        rope_scaling={"type": "linear", "factor": 2.0},
+    )),
     "phi3": ("phi3", dict(sliding_window=9)),
-    "phi3 longrope beyond its length": ("phi3", dict(
-        rope_scaling=longrope(4), original_max_position_embeddings=16, sliding_window=None)),
+    "phi3 longrope beyond its length": (
+        "phi3",
+        dict(rope_scaling=longrope(4), original_max_position_embeddings=16, sliding_window=None),
+    ),
     "phi3 longrope within its length, three quarters turn, tied": ("phi3", dict(
-        hidden_size=64, partial_rotary_factor=0.75, rope_scaling=longrope(6), original_max_position_embeddings=48,
-        tie_word_embeddings=True, num_key_value_heads=1)),
+        hidden_size=64, partial_rotary_factor=0.75, rope_scaling=longrope(6),
+        original_max_position_embeddings=48, tie_word_embeddings=True, num_key_value_heads=1,
+    )),
     "llama4_text": ("llama4_text", dict(LLAMA4, no_rope_layers=[1, 0, 1, 0])),
     "llama4_text by intervals": ("llama4_text", dict(
-        LLAMA4, no_rope_layers=[], no_rope_layer_interval=3, interleave_moe_layer_step=2, num_experts_per_tok=2)),
+        LLAMA4, no_rope_layers=[], no_rope_layer_interval=3, interleave_moe_layer_step=2,
+        num_experts_per_tok=2,
+    )),
     "llama4_text no norm, no temperature": ("llama4_text", dict(
-        LLAMA4, use_qk_norm=False, attn_temperature_tuning=False, rope_scaling=LLAMA3_ROPE, moe_layers=[1, 2])),
+        LLAMA4, use_qk_norm=False, attn_temperature_tuning=False, rope_scaling=LLAMA3_ROPE,
+        moe_layers=[1, 2],
+    )),
     "llama4_text wide chunks, tied, no experts": ("llama4_text", dict(
-        LLAMA4, attention_chunk_size=100, tie_word_embeddings=True, moe_layers=[], rope_theta=10000.0)),
+        LLAMA4, attention_chunk_size=100, tie_word_embeddings=True, moe_layers=[],
+        rope_theta=10000.0,
+    )),
     "llama4_text layer_types": ("llama4_text", dict(
-        LLAMA4, layer_types=[CHUNK, CHUNK, FULL, FULL], num_experts_per_tok=3, num_key_value_heads=4)),
+        LLAMA4, layer_types=[CHUNK, CHUNK, FULL, FULL], num_experts_per_tok=3,
+        num_key_value_heads=4,
+    )),
     "llama4 with a part that reads images": ("llama4", dict(
-        text_config=dict(SMALL, **LLAMA4, num_experts_per_tok=2), vision_config=dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-            patch_size=14, projector_input_dim=32, projector_output_dim=32, vision_output_dim=32))),
+        text_config=dict(SMALL, **LLAMA4, num_experts_per_tok=2),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                           num_attention_heads=2, image_size=28, patch_size=14,
+                           projector_input_dim=32, projector_output_dim=32, vision_output_dim=32),
+    )),
 }
 SINCE_5 = {     # what transformers 4.57 reads otherwise
     "llama longrope": "looks for the trained length of longrope elsewhere",
@@ -160,7 +231,7 @@ SINCE_5 = {     # what transformers 4.57 reads otherwise
 }
 
 
-DERIVED = ("layer_types", "no_rope_layers", "moe_layers")            # lists that later versions write
+DERIVED = ("layer_types", "no_rope_layers", "moe_layers")  # lists that later versions write
 INTERVALS = ("no_rope_layer_interval",)                              # and 4.57 then forgets
 
 
@@ -170,8 +241,9 @@ def reference(kind, fields, seed):
     config = transformers.AutoConfig.for_model(kind, **json.loads(json.dumps(fields)))
     for part in (config, getattr(config, "text_config", config)):
         part._attn_implementation = part._experts_implementation = "eager"
-        part.pad_token_id = None                         # some have one outside this small vocabulary
-    auto = transformers.AutoModelForImageTextToText if "text_config" in fields else transformers.AutoModelForCausalLM
+        part.pad_token_id = None  # some have one outside this small vocabulary
+    auto = (transformers.AutoModelForImageTextToText if "text_config" in fields
+            else transformers.AutoModelForCausalLM)
     model = auto.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -208,7 +280,8 @@ def newer(config):
             rope[key] = config.pop(key)
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     text = {"text_config": newer(config["text_config"])} if "text_config" in config else {}
-    return {**config, "rope_parameters": rope, "dtype": config.pop("torch_dtype", "float32"), **text}
+    return {**config, "rope_parameters": rope, "dtype": config.pop("torch_dtype", "float32"),
+            **text}
 
 
 def as_written(config):
@@ -229,7 +302,8 @@ def made(tmp_path_factory):
             kind, changes = CASES[name]
             fields = changes if "text_config" in changes else {**SMALL, **changes}
             model = reference(kind, fields, seed=len(done))
-            ids = torch.randint(0, SMALL["vocab_size"], (2, TOKENS), generator=torch.Generator().manual_seed(len(done)))
+            ids = torch.randint(0, SMALL["vocab_size"], (2, TOKENS),
+                                generator=torch.Generator().manual_seed(len(done)))
             with torch.no_grad():
                 # transformers 5.24 cannot call a Llama 4 with a vision model without an image
                 text = getattr(model, "language_model", model)
@@ -248,16 +322,18 @@ def load(made, name, spelling=as_written, dtype=torch.float32):
     spelled = spelling(config)
     if spelling is not as_written:
         asked = CASES[name][1].get("text_config", CASES[name][1])
-        spelled.get("text_config", spelled).update({key: asked[key] for key in (*DERIVED, *INTERVALS) if key in asked})
+        spelled.get("text_config", spelled).update(
+            {key: asked[key] for key in (*DERIVED, *INTERVALS) if key in asked}
+        )
     (folder / "config.json").write_text(json.dumps(spelled))
     return load_model(folder, dtype), ids, logits
 
 
 def kernels(model):
-    return ["plain"] if model.config.attn_softcap else ["plain", "sdpa-math"]          # SDPA has no softcap
+    return ["plain"] if model.config.attn_softcap else ["plain", "sdpa-math"]  # SDPA has no softcap
 
 
-# ---- the decoder against transformers ------------------------------------------------------------------------
+# ---- the decoder against transformers ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -271,7 +347,8 @@ def test_logits_equal_transformers(made, name):
 
 
 # rope that depends on the longest sequence, so that a split prompt differs from one pass
-STRETCHED = [name for name, (_, fields) in CASES.items() if "beyond" in name or "dynamic" in name or "longrope" in name]
+STRETCHED = [name for name, (_, fields) in CASES.items()
+             if "beyond" in name or "dynamic" in name or "longrope" in name]
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in STRETCHED])
@@ -288,7 +365,9 @@ def test_a_split_prompt_with_rope_by_length(made, name):
     """Cached keys keep their rotation: equal to transformers' cache, not to the uncached pass."""
     transformers = pytest.importorskip("transformers")
     model, ids, _ = load(made, name)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(made(name)[0], attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        made(name)[0], attn_implementation="eager"
+    ).eval()
     cache, past, got, want = KVCache(len(model.model.layers)), None, [], []
     cuts = (0, 12, 16, 17, 18, 30, TOKENS)                           # trained lengths are 16 and 48
     for a, b in zip(cuts, cuts[1:]):
@@ -323,45 +402,51 @@ def test_bfloat16(made, name):
         made(name)[0], torch_dtype=torch.bfloat16, attn_implementation="eager").eval()
     theirs.config._experts_implementation = "eager"
     with torch.no_grad():
-        far = [(logits.float() - exact).abs().median() for logits in (model.logits(model(ids)), theirs(ids).logits)]
+        far = [(logits.float() - exact).abs().median()
+               for logits in (model.logits(model(ids)), theirs(ids).logits)]
     assert far[0] < 1.25 * far[1] and far[0] < 0.05
 
 
-# ---- reading config.json ----------------------------------------------------------------------------------------
+# ---- reading config.json -------------------------------------------------------------------------
 
 
-CHATGLM = dict(model_type="chatglm", num_layers=28, hidden_size=4096, num_attention_heads=32, kv_channels=128,
-               rmsnorm=True, multi_query_attention=True, multi_query_group_num=2, ffn_hidden_size=13696,
-               padded_vocab_size=65024, layernorm_epsilon=1e-5, post_layer_norm=True, add_bias_linear=False,
-               add_qkv_bias=True, seq_length=8192)
-QWEN1 = dict(model_type="qwen", no_bias=True, kv_channels=128, layer_norm_epsilon=1e-6, rotary_emb_base=10000,
-             rotary_pct=1.0, scale_attn_weights=True, seq_length=8192, use_dynamic_ntk=True, use_logn_attn=True)
-SCOUT = dict(model_type="llama4_text", hidden_size=5120, intermediate_size=8192, intermediate_size_mlp=16384,
-             head_dim=128, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8, vocab_size=202048,
-             num_experts_per_tok=1, num_local_experts=16, interleave_moe_layer_step=1, rope_theta=500000.0,
-             attention_chunk_size=8192)
+CHATGLM = dict(model_type="chatglm", num_layers=28, hidden_size=4096, num_attention_heads=32,
+               kv_channels=128, rmsnorm=True, multi_query_attention=True, multi_query_group_num=2,
+               ffn_hidden_size=13696, padded_vocab_size=65024, layernorm_epsilon=1e-5,
+               post_layer_norm=True, add_bias_linear=False, add_qkv_bias=True, seq_length=8192)
+QWEN1 = dict(model_type="qwen", no_bias=True, kv_channels=128, layer_norm_epsilon=1e-6,
+             rotary_emb_base=10000, rotary_pct=1.0, scale_attn_weights=True, seq_length=8192,
+             use_dynamic_ntk=True, use_logn_attn=True)
+SCOUT = dict(model_type="llama4_text", hidden_size=5120, intermediate_size=8192,
+             intermediate_size_mlp=16384, head_dim=128, num_hidden_layers=48,
+             num_attention_heads=40, num_key_value_heads=8, vocab_size=202048,
+             num_experts_per_tok=1, num_local_experts=16, interleave_moe_layer_step=1,
+             rope_theta=500000.0, attention_chunk_size=8192)
 LLAMA4_EYES = 871932416         # parameters of the vision model of Llama 4
 TIED = dict(tie_word_embeddings=True)
 
 
 def sizes(kind, D, F, L, H, K, V, **more):
-    return dict(model_type=kind, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-                num_key_value_heads=K, vocab_size=V, **more)
+    return dict(model_type=kind, hidden_size=D, intermediate_size=F, num_hidden_layers=L,
+                num_attention_heads=H, num_key_value_heads=K, vocab_size=V, **more)
 
 
 def experts(E, k, width, **more):
-    return dict(num_experts=E, num_experts_per_tok=k, moe_intermediate_size=width, decoder_sparse_step=1, **more)
+    return dict(num_experts=E, num_experts_per_tok=k, moe_intermediate_size=width,
+                decoder_sparse_step=1, **more)
 
 
 def baichuan(D, F, L, H, **more):
-    return dict(model_type="baichuan", hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-                vocab_size=125696, model_max_length=4096, z_loss_weight=0, **more)
+    return dict(model_type="baichuan", hidden_size=D, intermediate_size=F, num_hidden_layers=L,
+                num_attention_heads=H, vocab_size=125696, model_max_length=4096, z_loss_weight=0,
+                **more)
 
 
 # the fields that every config.json states, or that differ from size to size
-STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-          "num_key_value_heads", "max_position_embeddings", "sliding_window", "num_experts", "num_local_experts",
-          "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp",
+STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "vocab_size", "num_key_value_heads", "max_position_embeddings",
+          "sliding_window", "num_experts", "num_local_experts", "num_experts_per_tok",
+          "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp",
           "pad_token_id")
 
 
@@ -380,15 +465,22 @@ PUBLISHED = {
     "Llama-2-70b": (68976648192, sizes("llama", 8192, 28672, 80, 64, 8, 32000)),
     "Meta-Llama-3-8B": (8030261248, sizes("llama", 4096, 14336, 32, 32, 8, 128256)),
     "Meta-Llama-3-70B": (70553706496, sizes("llama", 8192, 28672, 80, 64, 8, 128256)),
-    "Llama-3.2-1B": (1235814400, sizes("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, **TIED)),
-    "Llama-3.2-3B": (3212749824, sizes("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128, **TIED)),
+    "Llama-3.2-1B": (1235814400,
+                     sizes("llama", 2048, 8192, 16, 32, 8, 128256, head_dim=64, **TIED)),
+    "Llama-3.2-3B": (3212749824,
+                     sizes("llama", 3072, 8192, 28, 24, 8, 128256, head_dim=128, **TIED)),
     "Yi-6B": (6061035520, sizes("llama", 4096, 11008, 32, 32, 4, 64000)),
     "Yi-34B": (34388917248, sizes("llama", 7168, 20480, 60, 56, 8, 64000)),
-    "Mistral-7B-v0.1": (7241732096, sizes("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=4096)),
-    "Mistral-7B-v0.3": (7248023552, sizes("mistral", 4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
-    "Mixtral-8x7B-v0.1": (46702792704, sizes("mixtral", 4096, 14336, 32, 32, 8, 32000, num_local_experts=8,
-                                              num_experts_per_tok=2, sliding_window=None)),
-    "Mistral-Nemo-Base-2407": (12247782400, sizes("mistral", 5120, 14336, 40, 32, 8, 131072, head_dim=128)),
+    "Mistral-7B-v0.1": (7241732096,
+                        sizes("mistral", 4096, 14336, 32, 32, 8, 32000, sliding_window=4096)),
+    "Mistral-7B-v0.3": (7248023552,
+                        sizes("mistral", 4096, 14336, 32, 32, 8, 32768, sliding_window=None)),
+    "Mixtral-8x7B-v0.1": (46702792704, sizes(
+        "mixtral", 4096, 14336, 32, 32, 8, 32000, num_local_experts=8, num_experts_per_tok=2,
+        sliding_window=None,
+    )),
+    "Mistral-Nemo-Base-2407": (12247782400,
+                               sizes("mistral", 5120, 14336, 40, 32, 8, 131072, head_dim=128)),
     "Qwen-1_8B": (1836828672, {**sizes("qwen", 2048, 11008, 24, 16, 16, 151936), **QWEN1}),
     "Qwen-7B": (7721324544, {**sizes("qwen", 4096, 22016, 32, 32, 32, 151936), **QWEN1}),
     "Qwen-72B": (72287920128, {**sizes("qwen", 8192, 49152, 80, 64, 64, 152064), **QWEN1}),
@@ -398,30 +490,53 @@ PUBLISHED = {
     "Qwen2-0.5B": (494032768, sizes("qwen2", 896, 4864, 24, 14, 2, 151936, **TIED)),
     "Qwen2.5-3B": (3085938688, sizes("qwen2", 2048, 11008, 36, 16, 2, 151936, **TIED)),
     "Qwen2.5-7B": (7615616512, sizes("qwen2", 3584, 18944, 28, 28, 4, 152064)),
-    "QwQ-32B": (32763876352, sizes("qwen2", 5120, 27648, 64, 40, 8, 152064, use_sliding_window=False,
-                                   sliding_window=32768, max_window_layers=64)),
-    "DeepSeek-R1-Distill-Qwen-1.5B": (1777088000, sizes("qwen2", 1536, 8960, 28, 12, 2, 151936, use_mrope=False)),
-    "Qwen1.5-MoE-A2.7B": (14315784192, sizes("qwen2_moe", 2048, 5632, 24, 16, 16, 151936, **experts(60, 4, 1408),
-                                             shared_expert_intermediate_size=5632)),
+    "QwQ-32B": (32763876352, sizes(
+        "qwen2", 5120, 27648, 64, 40, 8, 152064, use_sliding_window=False, sliding_window=32768,
+        max_window_layers=64,
+    )),
+    "DeepSeek-R1-Distill-Qwen-1.5B": (
+        1777088000, sizes("qwen2", 1536, 8960, 28, 12, 2, 151936, use_mrope=False)
+    ),
+    "Qwen1.5-MoE-A2.7B": (14315784192, sizes(
+        "qwen2_moe", 2048, 5632, 24, 16, 16, 151936, **experts(60, 4, 1408),
+        shared_expert_intermediate_size=5632,
+    )),
     "Qwen3-0.6B": (596049920, sizes("qwen3", 1024, 3072, 28, 16, 8, 151936, head_dim=128, **TIED)),
     "Qwen3-8B": (8190735360, sizes("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128)),
     "Qwen3-32B": (32762123264, sizes("qwen3", 5120, 25600, 64, 64, 8, 151936, head_dim=128)),
-    "Qwen3-30B-A3B": (30532122624, sizes("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, mlp_only_layers=[],
-                                         **experts(128, 8, 768, norm_topk_prob=True))),
-    "gemma-2b": (2506172416, sizes("gemma", 2048, 16384, 18, 8, 1, 256000, head_dim=256, hidden_act="gelu")),
-    "gemma-7b": (8537680896, sizes("gemma", 3072, 24576, 28, 16, 16, 256000, head_dim=256, hidden_act="gelu")),
+    "Qwen3-30B-A3B": (30532122624, sizes(
+        "qwen3_moe", 2048, 6144, 48, 32, 4, 151936, head_dim=128, mlp_only_layers=[],
+        **experts(128, 8, 768, norm_topk_prob=True),
+    )),
+    "gemma-2b": (2506172416,
+                 sizes("gemma", 2048, 16384, 18, 8, 1, 256000, head_dim=256, hidden_act="gelu")),
+    "gemma-7b": (8537680896,
+                 sizes("gemma", 3072, 24576, 28, 16, 16, 256000, head_dim=256, hidden_act="gelu")),
     "gemma-2-2b": (2614341888, sizes("gemma2", 2304, 9216, 26, 8, 4, 256000, head_dim=256)),
-    "gemma-2-9b": (9241705984, sizes("gemma2", 3584, 14336, 42, 16, 8, 256000, head_dim=256, sliding_window=4096,
-                                     sliding_window_size=4096, hidden_act="gelu_pytorch_tanh",
-                                     hidden_activation="gelu_pytorch_tanh", cache_implementation="hybrid")),
+    "gemma-2-9b": (9241705984, sizes(
+        "gemma2", 3584, 14336, 42, 16, 8, 256000, head_dim=256, sliding_window=4096,
+        sliding_window_size=4096, hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh", cache_implementation="hybrid",
+    )),
     "gemma-2-27b": (27227128320, sizes("gemma2", 4608, 36864, 46, 32, 16, 256000, head_dim=128)),
-    "glm-4-9b-chat-hf": (9399951360, sizes("glm", 4096, 13696, 40, 32, 2, 151552, head_dim=128, attention_bias=True)),
-    "GLM-4-9B-0414": (9400279040, sizes("glm4", 4096, 13696, 40, 32, 2, 151552, head_dim=128, attention_bias=True)),
-    "GLM-Z1-32B-0414": (32566081536, sizes("glm4", 6144, 23040, 61, 48, 2, 151552, head_dim=128, attention_bias=False)),
-    "chatglm3-6b": (6243584000, dict(CHATGLM, pre_seq_len=None, prefix_projection=False, quantization_bit=0)),
-    "chatglm3-6b-32k": (6243584000, dict(CHATGLM, rope_ratio=50, seq_length=32768, vocab_size=65024)),
-    "glm-4-9b-chat": (9399951360, dict(CHATGLM, num_layers=40, num_hidden_layers=40, padded_vocab_size=151552,
-                                       rope_ratio=500, seq_length=131072, layernorm_epsilon=1.5625e-7)),
+    "glm-4-9b-chat-hf": (
+        9399951360, sizes("glm", 4096, 13696, 40, 32, 2, 151552, head_dim=128, attention_bias=True)
+    ),
+    "GLM-4-9B-0414": (
+        9400279040, sizes("glm4", 4096, 13696, 40, 32, 2, 151552, head_dim=128, attention_bias=True)
+    ),
+    "GLM-Z1-32B-0414": (
+        32566081536,
+        sizes("glm4", 6144, 23040, 61, 48, 2, 151552, head_dim=128, attention_bias=False),
+    ),
+    "chatglm3-6b": (6243584000,
+                    dict(CHATGLM, pre_seq_len=None, prefix_projection=False, quantization_bit=0)),
+    "chatglm3-6b-32k": (6243584000,
+                        dict(CHATGLM, rope_ratio=50, seq_length=32768, vocab_size=65024)),
+    "glm-4-9b-chat": (9399951360, dict(
+        CHATGLM, num_layers=40, num_hidden_layers=40, padded_vocab_size=151552, rope_ratio=500,
+        seq_length=131072, layernorm_epsilon=1.5625e-7,
+    )),
     "Baichuan2-7B-Chat": (7505973248, baichuan(4096, 11008, 32, 32, max_position_embeddings=4096)),
     "Baichuan2-13B-Chat": (13896668160, baichuan(5120, 13696, 40, 40)),
     "OLMo-1B-hf": (1176764416, sizes("olmo", 2048, 8192, 16, 16, 16, 50304, clip_qkv=None, **TIED)),
@@ -429,22 +544,35 @@ PUBLISHED = {
     "OLMo-2-0425-1B": (1484916736, sizes("olmo2", 2048, 8192, 16, 16, 16, 100352)),
     "OLMo-2-1124-7B": (7298617344, sizes("olmo2", 4096, 11008, 32, 32, 32, 100352)),
     "OLMo-2-0325-32B": (32234279936, sizes("olmo2", 5120, 27648, 64, 40, 8, 100352)),
-    "Phi-3-mini-4k-instruct": (3821079552, sizes("phi3", 3072, 8192, 32, 32, 32, 32064, sliding_window=2047)),
-    "Phi-3.5-mini-instruct": (3821079552, sizes("phi3", 3072, 8192, 32, 32, 32, 32064, max_position_embeddings=131072,
-                                                original_max_position_embeddings=4096, rope_scaling=longrope(48))),
+    "Phi-3-mini-4k-instruct": (3821079552,
+                               sizes("phi3", 3072, 8192, 32, 32, 32, 32064, sliding_window=2047)),
+    "Phi-3.5-mini-instruct": (3821079552, sizes(
+        "phi3", 3072, 8192, 32, 32, 32, 32064, max_position_embeddings=131072,
+        original_max_position_embeddings=4096, rope_scaling=longrope(48),
+    )),
     "phi-4": (14659507200, sizes("phi3", 5120, 17920, 40, 40, 10, 100352)),
     "Phi-4-mini-instruct": (3836021760, sizes(
-        "phi3", 3072, 8192, 32, 24, 8, 200064, partial_rotary_factor=0.75, rope_scaling=longrope(48), full_attn_mod=1,
-        max_position_embeddings=131072, original_max_position_embeddings=4096, interpolate_factor=1, lm_head_bias=False,
-        attention_bias=False, mlp_bias=False, **TIED)),
+        "phi3", 3072, 8192, 32, 24, 8, 200064, partial_rotary_factor=0.75,
+        rope_scaling=longrope(48), full_attn_mod=1, max_position_embeddings=131072,
+        original_max_position_embeddings=4096, interpolate_factor=1, lm_head_bias=False,
+        attention_bias=False, mlp_bias=False, **TIED,
+    )),
     "internlm2_5-1_8b": (1889110016, sizes("internlm2", 2048, 8192, 24, 16, 8, 92544, bias=False)),
-    "internlm2_5-7b": (7737708544, sizes("internlm2", 4096, 14336, 32, 32, 8, 92544, bias=False,
-                                         rope_scaling={"type": "dynamic", "factor": 2.0})),
+    "internlm2_5-7b": (7737708544, sizes(
+        "internlm2", 4096, 14336, 32, 32, 8, 92544, bias=False,
+        rope_scaling={"type": "dynamic", "factor": 2.0},
+    )),
     "internlm2-20b": (19861149696, sizes("internlm2", 6144, 16384, 48, 48, 8, 92544, bias=False)),
-    "Llama-4-Scout-17B-16E": (108641793536 - LLAMA4_EYES, dict(model_type="llama4", text_config=dict(
-        SCOUT, for_llm_compressor=False, rope_scaling=dict(LLAMA3_ROPE, factor=16.0, high_freq_factor=1.0)))),
-    "Llama-4-Maverick-17B-128E": (401583781376 - LLAMA4_EYES, dict(model_type="llama4", text_config=dict(
-        SCOUT, num_local_experts=128, interleave_moe_layer_step=2, use_qk_norm=False, rope_scaling=None))),
+    "Llama-4-Scout-17B-16E": (108641793536 - LLAMA4_EYES, dict(
+        model_type="llama4",
+        text_config=dict(SCOUT, for_llm_compressor=False,
+                         rope_scaling=dict(LLAMA3_ROPE, factor=16.0, high_freq_factor=1.0)),
+    )),
+    "Llama-4-Maverick-17B-128E": (401583781376 - LLAMA4_EYES, dict(
+        model_type="llama4",
+        text_config=dict(SCOUT, num_local_experts=128, interleave_moe_layer_step=2,
+                         use_qk_norm=False, rope_scaling=None),
+    )),
 }
 
 
@@ -463,16 +591,20 @@ def test_parameter_counts_of_published_checkpoints(name):
 @needs_shared
 def test_parameter_counts_of_the_published_run():
     log = json.loads((GOLDEN / "published" / "llama_factory_logs.json").read_text())
-    assert count(model_config({**log["llama3_8b_config"], "model_type": "llama"})) == log["base"]["merged_params"]
+    assert (count(model_config({**log["llama3_8b_config"], "model_type": "llama"}))
+            == log["base"]["merged_params"])
 
 
 # a small config.json of each family
 READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
-    "llama": {}, "xverse": {}, "mistral": dict(sliding_window=5), "qwen2": {}, "qwen3": {}, "gemma": {}, "glm": {},
-    "mixtral": dict(num_local_experts=5, num_experts_per_tok=2), "qwen2_moe": SHARED_EXPERT, "qwen3_moe": EXPERTS,
-    "qwen": dict(QWEN1, kv_channels=8, num_key_value_heads=4), "gemma2": dict(sliding_window=5), "glm4": {},
-    "chatglm": dict(CHATGLM, kv_channels=8, num_layers=3), "baichuan": dict(num_key_value_heads=4), "olmo": {},
-    "olmo2": {}, "phi3": {}, "internlm2": {}, "llama4_text": dict(LLAMA4, num_experts_per_tok=1)}.items()}
+    "llama": {}, "xverse": {}, "mistral": dict(sliding_window=5), "qwen2": {}, "qwen3": {},
+    "gemma": {}, "glm": {}, "mixtral": dict(num_local_experts=5, num_experts_per_tok=2),
+    "qwen2_moe": SHARED_EXPERT, "qwen3_moe": EXPERTS,
+    "qwen": dict(QWEN1, kv_channels=8, num_key_value_heads=4), "gemma2": dict(sliding_window=5),
+    "glm4": {}, "chatglm": dict(CHATGLM, kv_channels=8, num_layers=3),
+    "baichuan": dict(num_key_value_heads=4), "olmo": {}, "olmo2": {}, "phi3": {}, "internlm2": {},
+    "llama4_text": dict(LLAMA4, num_experts_per_tok=1),
+}.items()}
 READABLE["llama4"] = {"model_type": "llama4", "text_config": READABLE["llama4_text"]}
 
 
@@ -483,33 +615,40 @@ def test_every_family_has_a_case():
 def changed(kind, change):
     """The small config.json of a family with a change, wherever the family keeps its fields."""
     raw = READABLE[kind]
-    return {**raw, "text_config": {**raw["text_config"], **change}} if "text_config" in raw else {**raw, **change}
+    return {**raw, "text_config": {**raw["text_config"], **change}} if "text_config" in raw else {
+        **raw, **change
+    }
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_unknown_fields_of_each_family(kind):
     model_config(changed(kind, {}))
-    for change in ({"use_bidirectional_attention": True}, {"residual_multiplier": 0.22}, {"num_moe_heads": 4},
-                   {"memory_tokens": [1]}, {"alternation": "odd"}):
-        with pytest.raises(ValueError, match=f"{next(iter(change))}.*may change what the network computes"):
+    for change in ({"use_bidirectional_attention": True}, {"residual_multiplier": 0.22},
+                   {"num_moe_heads": 4}, {"memory_tokens": [1]}, {"alternation": "odd"}):
+        with pytest.raises(ValueError,
+                           match=f"{next(iter(change))}.*may change what the network computes"):
             model_config(changed(kind, change))
-    for change in ({"use_bidirectional_attention": False}, {"residual_multiplier": 1.0}, {"num_moe_heads": 0},
-                   {"memory_tokens": []}, {"alternation": None}):                                  # switched off
+    # switched off
+    for change in ({"use_bidirectional_attention": False}, {"residual_multiplier": 1.0},
+                   {"num_moe_heads": 0}, {"memory_tokens": []}, {"alternation": None}):
         assert model_config(changed(kind, change)) == model_config(changed(kind, {}))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_notes_of_each_family(kind):
-    remarks = {"architectures": ["X"], "torch_dtype": "float16", "transformers_version": "4.44.0", "use_cache": False,
-               "_name_or_path": "somewhere", "bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None,
-               "attention_dropout": 0.0, "auto_map": {"AutoConfig": "x.Y"}, "rope_scaling": None}
+    remarks = {"architectures": ["X"], "torch_dtype": "float16", "transformers_version": "4.44.0",
+               "use_cache": False, "_name_or_path": "somewhere", "bos_token_id": 1,
+               "eos_token_id": [2, 3], "pad_token_id": None, "attention_dropout": 0.0,
+               "auto_map": {"AutoConfig": "x.Y"}, "rope_scaling": None}
     assert model_config(changed(kind, remarks)) == model_config(changed(kind, {}))
 
 
 @pytest.mark.parametrize("fields, words", [
-    ({"attn_logit_softcapping": None}, {"attn_softcap": None}), ({}, {"attn_softcap": 50.0, "final_softcap": 30.0}),
+    ({"attn_logit_softcapping": None}, {"attn_softcap": None}),
+    ({}, {"attn_softcap": 50.0, "final_softcap": 30.0}),
     ({"final_logit_softcapping": None}, {"final_softcap": None, "attn_softcap": 50.0}),
-    ({"sliding_window": None}, {"windows": (None, None, None)}), ({"head_dim": None}, {"head_dim": 8}),
+    ({"sliding_window": None}, {"windows": (None, None, None)}),
+    ({"head_dim": None}, {"head_dim": 8}),
     ({"num_key_value_heads": None}, {"num_key_value_heads": 4}),
 ])
 def test_null_in_config_json(fields, words):
@@ -522,15 +661,23 @@ def test_both_spellings_of_fields_that_have_two():
         return model_config(changed(kind, change))
 
     moe = changed("qwen3_moe", {})
-    renamed = {("num_local_experts" if key == "num_experts" else key): value for key, value in moe.items()}
+    renamed = {("num_local_experts" if key == "num_experts" else key): value
+               for key, value in moe.items()}
     assert model_config(renamed) == model_config(moe) and model_config(moe).num_experts == 5
-    inside = read("glm", rope_parameters={"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25})
-    assert inside == read("glm", rope_theta=5e4, partial_rotary_factor=0.25) and inside.partial_rotary_factor == 0.25
+    inside = read(
+        "glm",
+        rope_parameters={"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.25},
+    )
+    assert inside == read("glm", rope_theta=5e4, partial_rotary_factor=0.25)
+    assert inside.partial_rotary_factor == 0.25
     for kind in ("llama", "qwen2", "gemma2", "llama4_text"):
         new = read(kind, rope_parameters={**LLAMA3_ROPE, "rope_theta": 1234.0}, dtype="bfloat16")
-        assert new == read(kind, rope_theta=1234.0, rope_scaling=LLAMA3_ROPE, torch_dtype="bfloat16")
+        assert new == read(kind, rope_theta=1234.0, rope_scaling=LLAMA3_ROPE,
+                           torch_dtype="bfloat16")
         assert new.rope_theta == 1234.0 and new.rope["factor"] == 8.0
-    assert read("phi3", rope_scaling={**longrope(4), "type": "su"}) == read("phi3", rope_scaling=longrope(4))
+    assert read("phi3", rope_scaling={**longrope(4), "type": "su"}) == read(
+        "phi3", rope_scaling=longrope(4)
+    )
 
 
 @pytest.mark.parametrize("change, words", [
@@ -539,7 +686,8 @@ def test_both_spellings_of_fields_that_have_two():
     ({"rope_scaling": {"type": "longrope", "factor": 2}}, "longrope"),
     ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
     ({"rope_scaling": {"type": "linear", "factor": 2, "twist": 1}}, "twist"),
-    ({"rope_scaling": {"type": "spiral", "factor": 2}}, "'spiral' is not supported; supported are .*yarn"),
+    ({"rope_scaling": {"type": "spiral", "factor": 2}},
+     "'spiral' is not supported; supported are .*yarn"),
     ({"vocab_size": None}, "vocab_size.*missing"),
     ({"num_key_value_heads": 3}, "multiple"),
     ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -552,8 +700,10 @@ def test_both_spellings_of_fields_that_have_two():
     ({"rope_scaling": "linear"}, 'rope_scaling: "linear" is not an object'),
     ({"quantization_config": "gptq"}, "quantization_config.*is not an object"),
     ({"layer_types": [FULL, FULL]}, "layer_types has 2 entries for 3 layers"),
-    ({"layer_types": [FULL, "linear_attention", FULL]}, "'linear_attention'; known are full_attention"),
-    ({"num_local_experts": 8, "num_experts_per_tok": 2}, "num_local_experts"),          # Mixtral's under another name
+    ({"layer_types": [FULL, "linear_attention", FULL]},
+     "'linear_attention'; known are full_attention"),
+    # Mixtral's under another name
+    ({"num_local_experts": 8, "num_experts_per_tok": 2}, "num_local_experts"),
 ])
 def test_config_json_that_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
@@ -590,8 +740,11 @@ def test_a_family_that_differs_in_name_only(kind, new_name):
 
 
 def test_a_family_that_differs_in_more_than_its_name():
-    mamba = dict(model_type="mamba2", hidden_size=64, state_size=16, num_hidden_layers=2, vocab_size=100, conv_kernel=4)
-    with pytest.raises(ValueError, match="'mamba2' is not supported; supported are llama, .*docs/add_a_family.md"):
+    mamba = dict(model_type="mamba2", hidden_size=64, state_size=16, num_hidden_layers=2,
+                 vocab_size=100, conv_kernel=4)
+    with pytest.raises(
+        ValueError, match="'mamba2' is not supported; supported are llama, .*docs/add_a_family.md"
+    ):
         model_config(mamba)
     with pytest.raises(ValueError) as caught:
         model_config({**READABLE["llama"], "model_type": "granite", "residual_multiplier": 0.22})

@@ -1,4 +1,4 @@
-"""checkpoint/files.py: safetensors files, pickles, a hub played by a local server, kills, full disks.
+"""checkpoint/files.py: safetensors, pickles, a hub imitated by a local server, kills, full disks.
 
 Next: test_load.py, for whole models; test_merge.py, for streamed merging.
 """
@@ -40,7 +40,8 @@ def test_a_local_folder_is_taken_as_it_is(tmp_path):
 
 def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="model.safetensors is a file; name the folder that holds"):
+    with pytest.raises(FileNotFoundError,
+                       match="model.safetensors is a file; name the folder that holds"):
         find_checkpoint(str(tmp_path / "model.safetensors"))
 
 
@@ -58,11 +59,11 @@ def test_a_folder_that_does_not_exist_gets_the_nearest_name(tmp_path, monkeypatc
 
 # ---- finding, on the hub ----
 
-FILES = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors": b"weights", "README.md": b"text",
-         "consolidated.safetensors": b"weights again", "original/params.json": b"{}", "pytorch_model.bin": b"pickle",
-         "modeling_tiny.py": b"code"}
-PICKLED = {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"pickle", "training_args.bin": b"arguments",
-           "pytorch_model.bin.index.json": b"{}"}
+FILES = {"config.json": b"{}", "tokenizer.json": b"{ }", "model.safetensors": b"weights",
+         "README.md": b"text", "consolidated.safetensors": b"weights again",
+         "original/params.json": b"{}", "pytorch_model.bin": b"pickle", "modeling_tiny.py": b"code"}
+PICKLED = {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"pickle",
+           "training_args.bin": b"arguments", "pytorch_model.bin.index.json": b"{}"}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -115,7 +116,8 @@ answers = []
 for arguments in json.loads(sys.argv[1]):
     try:
         folder = find_checkpoint(*arguments)
-        answers.append([str(folder), sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())])
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        answers.append([str(folder), sorted(str(p.relative_to(folder)) for p in files)])
     except Exception as error:
         answers.append([type(error).__name__, str(error)])
 print(json.dumps(answers))
@@ -125,11 +127,12 @@ print(json.dumps(answers))
 def ask(home, endpoint, *arguments, **env):
     """What find_checkpoint returns in a process of its own: huggingface_hub reads the environment
     when it is imported."""
-    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", **env}
+    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint,
+           "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+           **env}
     env.pop("HF_TOKEN", None)
-    done = subprocess.run([sys.executable, "-c", ASK, json.dumps(arguments)], cwd=ROOT, env=env, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", ASK, json.dumps(arguments)], cwd=ROOT, env=env,
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -146,19 +149,28 @@ def test_hub(tmp_path):
         server.shutdown()
         server.server_close()
     assert good[0].startswith(str(tmp_path))                            # HF_HOME
-    assert good[1] == ["config.json", "model.safetensors", "modeling_tiny.py", "tokenizer.json"]    # nothing twice
-    weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []    # no file that could not be read
+    # nothing twice
+    assert good[1] == ["config.json", "model.safetensors", "modeling_tiny.py", "tokenizer.json"]
+    # no file that could not be read
+    weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []
     assert pickled[1] == ["config.json", *weights, "pytorch_model.bin.index.json"]
     for error, words in [
-            (gated, "gated: accept its license at https://huggingface.co/acme/gated, then log in with `hf auth login`"),
-            (unknown, "acme/unknown is neither a local folder nor a repository of the hub"),
-            (revision, "acme/tiny has no revision 'nope'"),
-            (name, "acme/a--b does not exist, and no repository of the hub can have that name"),
-            (failing, "acme/failing is no local folder and is not in the cache, and the hub could not be reached")]:
+        (gated,
+         "gated: accept its license at https://huggingface.co/acme/gated, then log in "
+         "with `hf auth login`"),
+        (unknown, "acme/unknown is neither a local folder nor a repository of the hub"),
+        (revision, "acme/tiny has no revision 'nope'"),
+        (name, "acme/a--b does not exist, and no repository of the hub can have that name"),
+        (
+            failing,
+            "acme/failing is no local folder and is not in the cache, and the hub "
+            "could not be reached",
+        )]:
         assert error[0] == "FileNotFoundError" and words in error[1], error
 
     # without the server, downloaded files are found and others have an error
-    cached, also, absent = ask(tmp_path, endpoint, ["acme/tiny"], ["acme/pickled"], ["acme/other"], HF_HUB_OFFLINE="1")
+    cached, also, absent = ask(tmp_path, endpoint, ["acme/tiny"], ["acme/pickled"], ["acme/other"],
+                               HF_HUB_OFFLINE="1")
     assert cached == good and also == pickled
     assert absent[0] == "FileNotFoundError"
     assert "(HF_HUB_OFFLINE is set)" in absent[1] and "hf download acme/other" in absent[1]
@@ -170,9 +182,11 @@ def test_hub(tmp_path):
 def assorted():
     """Tensors of every supported dtype, and of unusual shapes."""
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"t.{code}": (torch.randn(5, 7, generator=generator) * 9).to(dtype) for dtype, code in CODES.items()}
-    return {**tensors, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "turned": torch.randn(6, 3).T,
-            "odd bytes": torch.zeros(3, dtype=torch.uint8), "last": torch.randn(2, 2, 2)}
+    tensors = {f"t.{code}": (torch.randn(5, 7, generator=generator) * 9).to(dtype)
+               for dtype, code in CODES.items()}
+    return {**tensors, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4),
+            "turned": torch.randn(6, 3).T, "odd bytes": torch.zeros(3, dtype=torch.uint8),
+            "last": torch.randn(2, 2, 2)}
 
 
 def write_all(folder, tensors, **more):
@@ -185,22 +199,26 @@ def test_the_safetensors_package_reads_our_files(tmp_path):
     tensors, seen = assorted(), []
     write_all(tmp_path, tensors, progress=seen.append)
     read = load_file(tmp_path / "model.safetensors")
-    assert read.keys() == tensors.keys() and all(same_bytes(read[name], tensors[name]) for name in tensors)
+    assert read.keys() == tensors.keys()
+    assert all(same_bytes(read[name], tensors[name]) for name in tensors)
     assert sum(seen) == sum(t.nbytes for t in tensors.values())
     with safe_open(str(tmp_path / "model.safetensors"), "pt") as file:
-        assert file.metadata() == {"format": "pt"}                      # without it transformers refuses the file
+        assert file.metadata() == {"format": "pt"}  # without it transformers refuses the file
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def test_shards_stay_below_the_limit_and_the_index_names_them(tmp_path):
-    tensors = {f"layers.{i}.weight": torch.randn(50, 10) for i in range(10)} | {"large": torch.randn(3000)}
+    tensors = ({f"layers.{i}.weight": torch.randn(50, 10) for i in range(10)}
+               | {"large": torch.randn(3000)})
     limit = 5000
     write_all(tmp_path, tensors, limit=limit)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     assert list(index["weight_map"]) == list(tensors)
     files = sorted(set(index["weight_map"].values()))
-    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))] and len(files) > 4
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+                     for i in range(len(files))]
+    assert len(files) > 4
     for file in files:
         held = load_file(tmp_path / file)
         assert held.keys() == {name for name, where in index["weight_map"].items() if where == file}
@@ -241,7 +259,8 @@ def test_a_disk_that_is_too_small_is_an_error_before_writing(tmp_path, monkeypat
     usage = files.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     asked = []
-    with pytest.raises(OSError, match="0.01 GB to write, 0.00 GB free. Make room, or choose another folder"):
+    with pytest.raises(OSError,
+                       match="0.01 GB to write, 0.00 GB free. Make room, or choose another folder"):
         write_tensors(tmp_path, {"x": ((2000, 1000), torch.float32)}, asked.append)
     assert not asked and not list(tmp_path.iterdir())
     write_all(tmp_path, {"x": torch.zeros(700, 1000)})                     # 2.8 MB fit
@@ -262,7 +281,9 @@ def test_a_disk_that_fills_up_leaves_no_files(tmp_path, no_file_above_20_kb):
     with pytest.raises(OSError):
         with new_folder(tmp_path / "streamed") as work:
             write_all(work, {"x": torch.zeros(100, 100)})
-    with pytest.raises(OSError, match="adapter_model.safetensors could not be written .*Is there room on the disk"):
+    with pytest.raises(
+        OSError, match="adapter_model.safetensors could not be written .*Is there room on the disk"
+    ):
         with new_folder(tmp_path / "adapter") as work:
             save_adapter(model, work, LoRAConfig(r=64), "base")
     with pytest.raises(OSError):
@@ -274,8 +295,9 @@ def test_a_disk_that_fills_up_leaves_no_files(tmp_path, no_file_above_20_kb):
 # ---- whole models ----
 
 
-@pytest.mark.parametrize("text", ['{"weight_map": {"a": ', "{}", '{"weight_map": ', "[]", '{"weight_map": ["a"]}',
-                                  '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize("text",
+                         ['{"weight_map": {"a": ', "{}", '{"weight_map": ', "[]",
+                          '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
 def test_damaged_index(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(ValueError, match="index.json (is damaged or incomplete|is not valid JSON .*"
@@ -283,17 +305,21 @@ def test_damaged_index(text, tmp_path):
         tensor_files(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\0" * 500])
+@pytest.mark.parametrize(
+    "content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", b"\0" * 500]
+)
 def test_files_that_are_not_safetensors(content, tmp_path):
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="x.safetensors is damaged or incomplete .*; fetch it again"):
+    with pytest.raises(ValueError,
+                       match="x.safetensors is damaged or incomplete .*; fetch it again"):
         with open_tensors(tmp_path / "x.safetensors"):
             pass
 
 
 # ---- pickles ----
 
-needs_safe_pickles = pytest.mark.skipif(not PICKLES_ARE_SAFE, reason=f"torch {torch.__version__} reads no pickles")
+needs_safe_pickles = pytest.mark.skipif(not PICKLES_ARE_SAFE,
+                                        reason=f"torch {torch.__version__} reads no pickles")
 
 
 def pickled(folder, shards=1, **more):
@@ -304,7 +330,8 @@ def pickled(folder, shards=1, **more):
     if shards == 1:
         torch.save(tensors, folder / "pytorch_model.bin")
         return folder
-    where = {name: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin" for i, name in enumerate(tensors)}
+    where = {name: f"pytorch_model-{i % shards + 1:05d}-of-{shards:05d}.bin"
+             for i, name in enumerate(tensors)}
     for file in set(where.values()):
         torch.save({name: t for name, t in tensors.items() if where[name] == file}, folder / file)
     write_json(folder / "pytorch_model.bin.index.json", {"metadata": {}, "weight_map": where})
@@ -314,7 +341,9 @@ def pickled(folder, shards=1, **more):
 @needs_safe_pickles
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_pickled_checkpoint_is_read_like_any_other(shards, tmp_path):
-    folder, want = pickled(tmp_path, shards, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}), tiny()
+    folder = pickled(tmp_path, shards,
+                     **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    want = tiny()
     model = load_model(folder)
     assert all(torch.equal(model.get_parameter(name), p) for name, p in want.named_parameters())
     assert {p.dtype for p in load_model(folder, torch.bfloat16).parameters()} == {torch.bfloat16}
@@ -342,11 +371,15 @@ class Other:
 
 @needs_safe_pickles
 @pytest.mark.parametrize("damage, words", [
-    (lambda file: file.write_bytes(file.read_bytes()[:-200]), "pytorch_model.bin is damaged, incomplete, or older"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-200]),
+     "pytorch_model.bin is damaged, incomplete, or older"),
     (lambda file: file.write_bytes(b""), "pytorch_model.bin is damaged, incomplete, or older"),
-    (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "bin is damaged.* fetch it again"),
-    (lambda file: torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=False), "older than torch 1.6"),
-    (lambda file: torch.save({"a": Other()}, file), "holds objects other than tensors, which are not read"),
+    (lambda file: file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+     "bin is damaged.* fetch it again"),
+    (lambda file: torch.save({"a": torch.ones(1)}, file, _use_new_zipfile_serialization=False),
+     "older than torch 1.6"),
+    (lambda file: torch.save({"a": Other()}, file),
+     "holds objects other than tensors, which are not read"),
     (lambda file: torch.save({"model": {"a": torch.ones(1)}}, file), "is not a dict of tensors"),
     (lambda file: torch.save([torch.ones(1)], file), "is not a dict of tensors"),
     (lambda file: torch.save({"lm_head.weight": torch.ones(1)}, file), "missing: 24"),
@@ -363,35 +396,47 @@ def test_an_index_that_names_missing_tensors(tmp_path):
     folder = pickled(tmp_path, 2)
     file = tensor_files(folder)["lm_head.weight"]
     torch.save({}, file)
-    with pytest.raises(ValueError, match="holds no .*, which the index says it does; fetch both again"):
+    with pytest.raises(ValueError,
+                       match="holds no .*, which the index says it does; fetch both again"):
         load_model(folder)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match="pytorch_model.bin.index.json names 1 file.s. that are not there"):
+    with pytest.raises(FileNotFoundError,
+                       match="pytorch_model.bin.index.json names 1 file.s. that are not there"):
         load_model(folder)
 
 
 def test_pickles_are_refused_before_torch_2_6(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "PICKLES_ARE_SAFE", False)
-    with pytest.raises(ValueError, match="safe to read with torch 2.6 or newer only .CVE-2025-32434.*python merge.py"):
+    with pytest.raises(
+        ValueError,
+        match="safe to read with torch 2.6 or newer only .CVE-2025-32434.*python merge.py",
+    ):
         load_model(pickled(tmp_path))
 
 
 def test_folder_without_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no weights: no model.safetensors or pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError,
+                       match="has no weights: no model.safetensors or pytorch_model.bin"):
         tensor_files(tmp_path)
 
 
 @needs_safe_pickles
-@pytest.mark.skipif(not os.path.isfile("/proc/self/status"), reason="the peak of a process is read from /proc (Linux)")
+@pytest.mark.skipif(not os.path.isfile("/proc/self/status"),
+                    reason="the peak of a process is read from /proc (Linux)")
 def test_a_tensor_of_a_pickle_is_read_without_the_others(tmp_path):
-    torch.save({name: torch.full((20_000_000,), 0.5) for name in "abc"}, tmp_path / "x.bin")      # 240 MB
-    code = ("import sys; from checkpoint import files\n"
-            "peak = lambda: next(int(s.split()[1]) for s in open('/proc/self/status') if s.startswith('VmHWM'))\n"
-            "before = peak()\n"
-            "for start in range(0, 20_000_000, 2_000_000):\n"
-            "    with files.open_tensors(sys.argv[1]) as tensors:\n"
-            "        assert tensors.get_slice('b')[start:start + 2_000_000].sum() == 1_000_000\n"
-            "print((peak() - before) * 1024)")
+    # 240 MB
+    torch.save({name: torch.full((20_000_000,), 0.5) for name in "abc"}, tmp_path / "x.bin")
+    code = (
+        "import sys; from checkpoint import files\n"
+        "def peak():\n"
+        "    lines = [s for s in open('/proc/self/status') if s.startswith('VmHWM')]\n"
+        "    return int(lines[0].split()[1])\n"
+        "before = peak()\n"
+        "for start in range(0, 20_000_000, 2_000_000):\n"
+        "    with files.open_tensors(sys.argv[1]) as tensors:\n"
+        "        assert tensors.get_slice('b')[start:start + 2_000_000].sum() == 1_000_000\n"
+        "print((peak() - before) * 1024)"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "x.bin")]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0, out.stderr
@@ -591,7 +636,9 @@ def test_an_old_folder_survives_a_kill_between_the_renames(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("old")
     subprocess.run([sys.executable, "-c", KILLED_BETWEEN, tmp_path / "out"], cwd=ROOT)
-    assert {p.parent.name: p.read_text() for p in tmp_path.rglob("a")} == {"old": "old", "new": "new"}
+    assert {p.parent.name: p.read_text() for p in tmp_path.rglob("a")} == {
+        "old": "old", "new": "new"
+    }
     with pytest.raises(KeyError):
         with new_folder(tmp_path / "out"):
             assert (tmp_path / "out" / "a").read_text() == "old"
@@ -665,7 +712,8 @@ with new_folder(Path(sys.argv[1])) as work:
 
 def test_a_kill_while_writing_leaves_no_folder(tmp_path):
     target = tmp_path / "out"
-    child = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, "-c", KILLED, str(target)], cwd=ROOT,
+                             stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "writing\n"
     child.send_signal(signal.SIGKILL)
     assert child.wait(30) == -signal.SIGKILL
@@ -688,7 +736,9 @@ def test_files_move_into_an_existing_folder_all_or_none(tmp_path):
     with into_folder(tmp_path) as work:
         (work / "a").write_text("new")
         (work / "b").write_text("new")
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"kept": "old", "a": "new", "b": "new"}
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        "kept": "old", "a": "new", "b": "new"
+    }
 
 
 def test_json_that_cannot_be_written_leaves_no_file(tmp_path):
@@ -702,7 +752,8 @@ def test_json_that_cannot_be_written_leaves_no_file(tmp_path):
 def test_json_is_replaced_atomically(tmp_path, monkeypatch):
     path = tmp_path / "state.json"
     write_json(path, {"name": "小明", "loss": float("nan")})
-    assert "小明" in path.read_text(encoding="utf-8") and json.loads(path.read_text(encoding="utf-8"))["loss"] != 0
+    assert "小明" in path.read_text(encoding="utf-8")
+    assert json.loads(path.read_text(encoding="utf-8"))["loss"] != 0
     with pytest.raises(TypeError):
         write_json(path, {"name": object()})
     assert "小明" in path.read_text(encoding="utf-8")

@@ -23,8 +23,8 @@ def test_rounding_is_to_the_nearest_fp8_number(form, dtype):
     x8, scale = quantize_fp8(x, form)
     assert x8.dtype == form and float(x8.float().abs().max()) == torch.finfo(form).max
     error = (dequantize_fp8(x8, scale, torch.float32) - x.float()).abs()
-    least = float(scale) * 2 ** -9                                     # half the smallest number above zero
-    assert (error <= x.float().abs() / 15 + least).all()             # half of 1/8 of a binade, plus bfloat16
+    least = float(scale) * 2 ** -9  # half the smallest number above zero
+    assert (error <= x.float().abs() / 15 + least).all()  # half of 1/8 of a binade, plus bfloat16
     zeros, scale = quantize_fp8(torch.zeros(3, 3, dtype=dtype), form)
     assert (dequantize_fp8(zeros, scale, dtype) == 0).all()
 
@@ -45,12 +45,14 @@ def test_torch_multiplies_the_same_numbers():
         native = scaled_matmul(*operands, torch.bfloat16)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"torch._scaled_mm on this CPU: {str(error).splitlines()[0]}")
-    assert torch.allclose(native.float(), scaled_matmul_plain(*operands, torch.bfloat16).float(), rtol=0.01, atol=0.02)
+    assert torch.allclose(native.float(), scaled_matmul_plain(*operands, torch.bfloat16).float(),
+                          rtol=0.01, atol=0.02)
 
 
 def test_a_device_without_fp8_matmuls_is_refused(monkeypatch):
-    monkeypatch.setattr(fp8, "fp8_error", lambda how, device, dtype: 1 / 0 if how.fp8_dtype == FORMATS[0] else 0.5)
-    with pytest.raises(ZeroDivisionError):                           # only errors of torch count as a refusal
+    monkeypatch.setattr(fp8, "fp8_error", lambda how, device,
+                        dtype: 1 / 0 if how.fp8_dtype == FORMATS[0] else 0.5)
+    with pytest.raises(ZeroDivisionError):  # only errors of torch count as a refusal
         pick_fp8("cuda", torch.bfloat16)
 
     def refused(how, device, dtype):
@@ -59,7 +61,10 @@ def test_a_device_without_fp8_matmuls_is_refused(monkeypatch):
         return 0.5
 
     monkeypatch.setattr(fp8, "fp8_error", refused)
-    with pytest.raises(ValueError, match="float8_e4m3fn: _scaled_mm needs compute capability 8.9; .*off by 0.5.*Leave"):
+    with pytest.raises(
+        ValueError,
+        match="float8_e4m3fn: _scaled_mm needs compute capability 8.9; .*off by 0.5.*Leave",
+    ):
         pick_fp8("cuda", torch.bfloat16)
     monkeypatch.setattr(fp8, "fp8_error", lambda how, device, dtype: 0.03)
     assert pick_fp8("cuda", torch.bfloat16)[0] == Fp8(FORMATS[0], scaled_matmul)
@@ -69,20 +74,23 @@ def test_gradients_go_through_a_rounded_base():
     """The fused and the plain path agree on an 8-bit layer, and both are close to the layer before
     rounding."""
     torch.manual_seed(0)
-    layers = [adapted_linear(32, 48, 4, dtype=torch.float32), adapted_linear(32, 16, 4, bias=False, dtype=torch.float32)]
+    layers = [adapted_linear(32, 48, 4, dtype=torch.float32),
+              adapted_linear(32, 16, 4, bias=False, dtype=torch.float32)]
     x, results = torch.randn(20, 32, requires_grad=True), []
     for how in ("exact", "torch", "plain"):
         if how == "torch":
             wide = [weakref.ref(layer.weight) for layer in layers]
             to_fp8(layers, PLAIN)
-            assert not any(ref() is not None for ref in wide), "the weights before rounding are still held"
+            assert not any(ref() is not None
+                           for ref in wide), "the weights before rounding are still held"
         x.grad = None
         for layer in layers:
             layer.zero_grad()
         outs = fused_linears(layers, x, matmul=None if how == "plain" else F.linear)
         sum((out ** 2).sum() for out in outs).backward()
-        results.append([*outs, x.grad.clone(), *(p.grad.clone() for layer in layers for p in (layer.lora_A.weight,
-                                                                                             layer.lora_B.weight))])
+        results.append([*outs, x.grad.clone(),
+                        *(p.grad.clone()
+                          for layer in layers for p in (layer.lora_A.weight, layer.lora_B.weight))])
     exact, fast, slow = results
     for a, b, c in zip(exact, fast, slow):
         assert (b - a).norm() < 0.06 * a.norm() and (c - a).norm() < 0.06 * a.norm()

@@ -6,11 +6,13 @@ from methods.freeze import expanded_layers, expanded_targets, unfreeze
 from runtime.load_config import load_config
 from tests.tiny_models import tiny
 
-FREEZE = [      # layers, modules, extra modules: the trained parameters that LLaMA-Factory 0.9.5 chose
+FREEZE = [  # layers, modules, extra modules: the trained parameters that LLaMA-Factory 0.9.5 chose
     (1, ["all"], [], lambda name: ".1." in name),
-    (-1, ["mlp", "input_layernorm"], ["lm_head"], lambda n: ".0.mlp" in n or ".0.input" in n or "head" in n),
+    (-1, ["mlp", "input_layernorm"], ["lm_head"],
+     lambda n: ".0.mlp" in n or ".0.input" in n or "head" in n),
     (5, ["self_attn"], ["embed_tokens"], lambda name: "self_attn" in name or "embed" in name),
-    (-1, ["self_attn"], ["norm"], lambda name: ".0.self_attn" in name or "norm" in name),       # in all layers
+    # in all layers
+    (-1, ["self_attn"], ["norm"], lambda name: ".0.self_attn" in name or "norm" in name),
     (0, ["all"], ["norm"], lambda name: "norm" in name),
 ]
 
@@ -18,12 +20,16 @@ FREEZE = [      # layers, modules, extra modules: the trained parameters that LL
 @pytest.mark.parametrize("layers, modules, extra, trained", FREEZE)
 def test_layers_that_freeze_tuning_trains(layers, modules, extra, trained):
     model = unfreeze(tiny(), layers, modules, extra)
-    assert set(trainable(model)) == {name for name, _ in model.named_parameters() if trained(name)} != set()
+    assert (set(trainable(model)) == {name for name, _ in model.named_parameters() if trained(name)}
+            != set())
 
 
 @pytest.mark.parametrize("modules, extra, words", [
-    (["mpl"], [], r"freeze_trainable_modules: 'mpl' is no .*\(did you mean 'mlp'\?\); it has input_layernorm, mlp,"),
-    (["all"], ["lm_haed"], r"freeze_extra_modules: 'lm_haed' .*'lm_head'\?\); it has embed_tokens, lm_head, norm$"),
+    (["mpl"], [],
+     r"freeze_trainable_modules: 'mpl' is no .*\(did you mean 'mlp'\?\); it has "
+     r"input_layernorm, mlp,"),
+    (["all"], ["lm_haed"],
+     r"freeze_extra_modules: 'lm_haed' .*'lm_head'\?\); it has embed_tokens, lm_head, norm$"),
 ])
 def test_unknown_layers_are_errors(modules, extra, words):
     with pytest.raises(ValueError, match=words):
@@ -37,7 +43,8 @@ def test_expanded_blocks_are_the_last_of_each_group():
     assert list(expanded_layers(40, 8)) == [4, 9, 14, 19, 24, 29, 34, 39]
     assert list(expanded_layers(6, 6)) == [0, 1, 2, 3, 4, 5]
     for inserted in (7, 0, -2):
-        with pytest.raises(ValueError, match=f"freeze_trainable_layers: {inserted} does not divide"):
+        with pytest.raises(ValueError,
+                           match=f"freeze_trainable_layers: {inserted} does not divide"):
             expanded_layers(40, inserted)
 
 

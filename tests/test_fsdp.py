@@ -20,7 +20,9 @@ from tests.common import CURVES, ROOT, SHARED, needs_shared
 from tests.ranks import COMMON, outcomes, small_world, tiny_model, torchrun
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-pytestmark = pytest.mark.skipif(OLD, reason=f"fully_shard without GPUs needs torch 2.13; here: {torch.__version__}")
+pytestmark = pytest.mark.skipif(
+    OLD, reason=f"fully_shard without GPUs needs torch 2.13; here: {torch.__version__}"
+)
 WORKER = '''
 import gc, json, os, sys
 sys.path.insert(0, ROOT)
@@ -35,7 +37,8 @@ def live():
     gc.collect()
     found = [t for t in gc.get_objects() if torch.is_tensor(t) and not t.is_meta]
     found = [t.to_local() if hasattr(t, "to_local") else t for t in found]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+    storages = [t.untyped_storage() for t in found]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 def start(device, timeout):
     joined.extend([] if joined else [start_ranks(device, timeout)])
@@ -45,8 +48,10 @@ def count(model, ranks):
     held[name] = live() - before
     print_shards(model, ranks)
 
-start_ranks, end_ranks, print_shards = train.start_ranks, runtime_run.end_ranks, build.fsdp.print_shards
-train.start_ranks, runtime_run.end_ranks, build.fsdp.print_shards = start, lambda: None, count
+start_ranks, end_ranks = train.start_ranks, runtime_run.end_ranks
+train.start_ranks, runtime_run.end_ranks = start, lambda: None
+print_shards = build.fsdp.print_shards
+build.fsdp.print_shards = count
 
 def main(argv):
     global name, before
@@ -58,26 +63,29 @@ def main(argv):
 
 run_script(main)
 '''
-LLAMA = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, vocab_size=1600, max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=2,
-             pad_token_id=0, initializer_range=0.1, tie_word_embeddings=False)
+LLAMA = dict(model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+             num_attention_heads=4, num_key_value_heads=2, vocab_size=1600,
+             max_position_embeddings=512, rms_norm_eps=1e-6, eos_token_id=2, pad_token_id=0,
+             initializer_range=0.1, tie_word_embeddings=False)
 FULL = dict(finetuning_type="full", learning_rate=5e-4)
-EVALUATION = dict(eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=2, save_steps=2,
-                  per_device_eval_batch_size=3, load_best_model_at_end=True, max_steps=4)
+EVALUATION = dict(eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps",
+                  eval_steps=2, save_steps=2, per_device_eval_batch_size=3,
+                  load_best_model_at_end=True, max_steps=4)
 SAVES = dict(save_strategy="steps", save_steps=2)
-CASES = {           # settings of runs that agree with 0 (one process), 2 and 3 ranks: 27 rows, 12 a step
+CASES = {  # settings of runs that agree with 0 (one process), 2 and 3 ranks: 27 rows, 12 a step
     "lora": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **SAVES),
     "lora, whole modules": dict(lora_target="all,lm_head", additional_target="embed_tokens,norm",
                                 learning_rate=2e-4, **SAVES),
     "dora": dict(use_dora=True, lora_target="q_proj,up_proj,lm_head", max_steps=3),
-    "lora, experts": EVALUATION | dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts"),
+    "lora, experts": EVALUATION
+                     | dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts"),
     "full": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **FULL, **SAVES),
     "lora, pairs": dict(model_name_or_path="llama", stage="dpo", dataset="pairs.jsonl"),
     "full, pairs": dict(model_name_or_path="llama", stage="dpo", dataset="pairs.jsonl", **FULL),
     "full, tied, best": FULL | EVALUATION,
     "full, experts": dict(model_name_or_path="mixture", cutoff_len=24, max_steps=3, **FULL),
 }
-RECORDED = ("sft_llama3", "sft_qwen2_loraplus")         # by LLaMA-Factory; the latter's head is tied
+RECORDED = ("sft_llama3", "sft_qwen2_loraplus")  # by LLaMA-Factory; the latter's head is tied
 WORDS = {2: "full_shard auto_wrap", 3: "full_shard,offload"}
 
 
@@ -88,16 +96,19 @@ def arguments(here, world, name, output, **more) -> list:
     for key in ("model_name_or_path", "dataset", "eval_dataset"):
         if key in settings:
             settings[key] = f"{here}/{settings[key]}"
-    settings |= dict(output_dir=f"{here}/{output}", **more) | ({"fsdp": WORDS[world]} if world else {})
+    settings |= dict(output_dir=f"{here}/{output}", **more) | (
+        {"fsdp": WORDS[world]} if world else {}
+    )
     return [f"{key}={value}" for key, value in settings.items()]
 
 
 def recorded(here, case) -> list:
     """Arguments for two ranks of a case that LLaMA-Factory recorded with one process."""
     folder, kind = CURVES / case, case.split("_")[1]
-    return [f"{folder}/config.yaml", f"model_name_or_path={CURVES}/tiny_{kind}", f"dataset_dir={folder}/data",
-            f"adapter_name_or_path={folder}/adapter_init", f"output_dir={here}/2 {case}",
-            "per_device_train_batch_size=1", "fsdp=full_shard", "even_batches=false", "plot_loss=false", "disable_tqdm=true"]
+    return [f"{folder}/config.yaml", f"model_name_or_path={CURVES}/tiny_{kind}",
+            f"dataset_dir={folder}/data", f"adapter_name_or_path={folder}/adapter_init",
+            f"output_dir={here}/2 {case}", "per_device_train_batch_size=1", "fsdp=full_shard",
+            "even_batches=false", "plot_loss=false", "disable_tqdm=true"]
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +123,9 @@ def here(tmp_path_factory):
     for world in (2, 3):
         todo = [(name, arguments(here, world, name, f"{world} {name}")) for name in CASES]
         for name in ("lora", "lora, whole modules", "full"):
-            todo.append((f"{name} resumed", arguments(here, world, name, f"{world} {name} resumed",
-                                                      resume_from_checkpoint=f"{here}/2 {name}/checkpoint-2")))
+            todo.append((f"{name} resumed",
+                         arguments(here, world, name, f"{world} {name} resumed",
+                                   resume_from_checkpoint=f"{here}/2 {name}/checkpoint-2")))
         if world == 2 and SHARED.is_dir():
             todo += [(case, recorded(here, case)) for case in RECORDED]
         (here / f"runs{world}").write_text(json.dumps(todo))
@@ -126,7 +138,8 @@ def here(tmp_path_factory):
 def history(folder) -> list[dict]:
     """The log of a run without times."""
     rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [{key: row[key] for key in ("step", "loss", "grad_norm", "eval_loss") if key in row} for row in rows]
+    return [{key: row[key] for key in ("step", "loss", "grad_norm", "eval_loss") if key in row}
+            for row in rows]
 
 
 def assert_alike(a, b, bound):
@@ -135,18 +148,21 @@ def assert_alike(a, b, bound):
     assert [row.keys() for row in one] == [row.keys() for row in other] and len(one) > 2
     for x, y in zip(one, other):
         assert x["step"] == y["step"]
-        assert all(abs(x[key] - y[key]) <= bound for key in ("loss", "eval_loss") if key in x), (x, y)
+        assert all(abs(x[key] - y[key]) <= bound
+                   for key in ("loss", "eval_loss") if key in x), (x, y)
         assert abs(x.get("grad_norm", 0) - y.get("grad_norm", 0)) <= bound * 1000
     for file in ("adapter_model.safetensors", "model.safetensors", "optimizer.safetensors"):
         assert (a / file).exists() == (b / file).exists()
         if (a / file).exists():
             one, other = load_file(a / file), load_file(b / file)
-            assert {n: (t.shape, t.dtype) for n, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
+            assert {n: (t.shape, t.dtype) for n, t in one.items()} == {
+                n: (t.shape, t.dtype) for n, t in other.items()
+            }
             worst = max(one, key=lambda n: (one[n] - other[n]).abs().max() if one[n].numel() else 0)
             assert (one[worst] - other[worst]).abs().max() <= bound, (file, worst)
 
 
-# ---- one process, recorded runs, resuming -----------------------------------------------------------------------
+# ---- one process, recorded runs, resuming --------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -155,11 +171,15 @@ def test_sharded_runs_equal_one_process(here, name, world):
     """Also where ranks have fewer micro-batches or evaluation batches than others, and use other
     experts."""
     assert_alike(here / f"0 {name}", here / f"{world} {name}", 1e-4)
-    names = [sorted(p.name for p in (here / f"{ranks} {name}").rglob("*") if p.is_file()) for ranks in (0, world)]
+    names = [sorted(p.name for p in (here / f"{ranks} {name}").rglob("*") if p.is_file())
+             for ranks in (0, world)]
     assert names[0] == names[1]
     if "checkpoint-2" in os.listdir(here / f"0 {name}"):
-        one, other = (load_file(here / f"{ranks} {name}/checkpoint-2/optimizer.safetensors") for ranks in (0, world))
-        assert {n: (t.shape, t.dtype) for n, t in one.items()} == {n: (t.shape, t.dtype) for n, t in other.items()}
+        one, other = (load_file(here / f"{ranks} {name}/checkpoint-2/optimizer.safetensors")
+                      for ranks in (0, world))
+        assert {n: (t.shape, t.dtype) for n, t in one.items()} == {
+            n: (t.shape, t.dtype) for n, t in other.items()
+        }
         assert all(torch.allclose(one[n], other[n], rtol=0, atol=1e-4) for n in one)
 
 
@@ -169,8 +189,10 @@ def test_recorded_runs(here, case):
     """Loss to 1e-4 at each step, the final adapter to 1e-4, against LLaMA-Factory."""
     ours = [row for row in history(here / f"2 {case}") if "loss" in row]
     want = [row for row in history(CURVES / case) if "loss" in row]
-    assert len(ours) == len(want) > 5 and all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(ours, want))
-    one, other = (load_file(p / "adapter_model.safetensors") for p in (here / f"2 {case}", CURVES / case / "final"))
+    assert len(ours) == len(want) > 5
+    assert all(abs(a["loss"] - b["loss"]) < 1e-4 for a, b in zip(ours, want))
+    one, other = (load_file(p / "adapter_model.safetensors")
+                  for p in (here / f"2 {case}", CURVES / case / "final"))
     assert one.keys() == other.keys() and all((one[n] - other[n]).abs().max() < 1e-4 for n in one)
 
 
@@ -181,7 +203,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(here, name):
     assert_alike(here / f"2 {name}", here / f"3 {name} resumed", 1e-5)
 
 
-# ---- memory -----------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["lora", "full"])
@@ -194,7 +216,9 @@ def test_each_rank_holds_its_shard(here, name):
     for world in (2, 3):
         for rank in range(world):
             size = json.loads((here / f"runs{world}.held{rank}").read_text())[name]
-            assert whole / world <= size - adapters < 1.1 * whole / world, (world, rank, size, whole)
+            assert whole / world <= size - adapters < 1.1 * whole / world, (
+                world, rank, size, whole
+            )
     assert "weights held by each rank: " in (here / "screen2").read_text()
 
 
@@ -205,27 +229,33 @@ def test_shards_equal_torch_chunk(length, world):
     parts = list(whole.chunk(world)) + [whole[:0]] * world
     for rank in range(world):
         class Cut:
-            shape, device_mesh = (length,), SimpleNamespace(size=lambda: world, get_local_rank=lambda: rank)
+            shape = (length,)
+            device_mesh = SimpleNamespace(size=lambda: world, get_local_rank=lambda: rank)
             detach, to_local = lambda self: self, lambda self: parts[rank]
         assert torch.equal(whole[local_rows(Cut())], parts[rank])
         seen += parts[rank].tolist()
     assert seen == list(range(length))
 
 
-# ---- what is refused --------------------------------------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["hybrid_shard", "full_shard shard_grad_op", "offload", "full_shard backward_pre"])
+@pytest.mark.parametrize(
+    "words", ["hybrid_shard", "full_shard shard_grad_op", "offload", "full_shard backward_pre"]
+)
 def test_other_values_of_fsdp_are_refused(words, tmp_path):
     with pytest.raises(ValueError, match="fsdp is full_shard, or shard_grad_op"):
-        train.main([f"fsdp={words}", f"output_dir={tmp_path}/x", "model_name_or_path=m", "dataset=d"])
+        train.main([f"fsdp={words}", f"output_dir={tmp_path}/x", "model_name_or_path=m",
+                    "dataset=d"])
 
 
 def test_fsdp_may_be_a_list(tmp_path):
     from runtime.load_config import load_config
     path = tmp_path / "a.yaml"
-    path.write_text("model_name_or_path: m\ndataset: d\noutput_dir: o\nfsdp: [full_shard, auto_wrap]\n"
-                    "fsdp_config: {transformer_layer_cls_to_wrap: LlamaDecoderLayer}\n")
+    path.write_text(
+        "model_name_or_path: m\ndataset: d\noutput_dir: o\nfsdp: [full_shard, auto_wrap]\n"
+        "fsdp_config: {transformer_layer_cls_to_wrap: LlamaDecoderLayer}\n"
+    )
     config = load_config([str(path)], "train")
     assert config.fsdp == ["full_shard", "auto_wrap"] and config.no_effect == ["fsdp_config"]
 

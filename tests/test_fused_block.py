@@ -136,7 +136,9 @@ def test_only_inputs_and_rank_r_activations_are_saved():
     assert kept == sorted([N * D, N * 2 * r])
     kept, _ = saved_elements(lambda: fused_linears([down], gate, up, before=gate_times_up))
     assert kept == sorted([N * width, N * width, N * r])
-    plain, _ = saved_elements(lambda: fused_linears([down], gate, up, before=gate_times_up, matmul=None))
+    plain, _ = saved_elements(
+        lambda: fused_linears([down], gate, up, before=gate_times_up, matmul=None)
+    )
     assert sum(plain) > 1.9 * sum(kept)
 
 

@@ -67,7 +67,7 @@ def cached(model, ids, *args, **kwargs):
     return list(generate(model, ids, KVCache(model.config.num_hidden_layers), *args, **kwargs))
 
 
-# ---- transformers as the judge ----------------------------------------------------------------
+# ---- transformers as the judge -------------------------------------------------------------------
 
 
 def reference(name):
@@ -158,7 +158,7 @@ def test_probabilities_equal_transformers(settings):
         assert torch.allclose(ours, probabilities, atol=1e-6)
 
 
-# ---- identities -------------------------------------------------------------------------------
+# ---- identities ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,8 @@ def test_a_kept_prefix_changes_nothing(tiny):
     lengths = []
     tiny.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
     cache.crop(0)
-    first = list(generate(tiny, PROMPT, cache, max_new_tokens=3))  # the last token is not in the cache yet
+    # the last token is not in the cache yet
+    first = list(generate(tiny, PROMPT, cache, max_new_tokens=3))
     list(generate(tiny, PROMPT + first + [8, 8], cache, max_new_tokens=2))
     assert lengths == [6, 1, 1, 3, 1]  # each pass read only what was new
 
@@ -240,7 +241,7 @@ def test_a_step_waits_for_the_device_once(tiny):
     assert waits.count == len(tokens) + 1
 
 
-# ---- ends and limits --------------------------------------------------------------------------
+# ---- ends and limits -----------------------------------------------------------------------------
 
 
 def test_ends_of_an_answer(tiny):

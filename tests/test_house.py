@@ -1,4 +1,4 @@
-"""The rules of the house, read from the source with ast: who may import whom, docstrings, no path of one machine."""
+"""The rules of the source tree, by ast: imports between folders, docstrings, no machine paths."""
 import ast
 import json
 import re
@@ -18,14 +18,18 @@ RANKS = {}
 for rank, names in enumerate(FOLDERS, 1):
     RANKS |= dict.fromkeys([names] if isinstance(names, str) else names, rank)
 # what a module of requirements.txt is called when it is imported
-PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers", "numpy": "numpy",
-            "tqdm": "tqdm", "huggingface_hub": "huggingface_hub", "PyYAML": "yaml"}
+PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers",
+            "numpy": "numpy", "tqdm": "tqdm", "huggingface_hub": "huggingface_hub",
+            "PyYAML": "yaml"}
 # optional ones are imported in the function that uses them
 OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow"}
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
-MODULES |= {f"{folder}.{path.stem}": path for folder in RANKS for path in sorted((ROOT / folder).glob("*.py"))
+MODULES |= {f"{folder}.{path.stem}": path
+            for folder in RANKS
+            for path in sorted((ROOT / folder).glob("*.py"))
             if path.stem != "__init__"}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)) for name, path in MODULES.items()}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+         for name, path in MODULES.items()}
 
 
 def imports(tree, inside_functions=True):
@@ -42,7 +46,8 @@ def imports(tree, inside_functions=True):
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
             else:
                 found.add(named(node.module))
-        elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        elif (inside_functions
+              or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))):
             todo += ast.iter_child_nodes(node)
     return found
 
@@ -58,7 +63,8 @@ def tracked(*endings):
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listing.returncode:
         pytest.skip("not a git checkout")
-    return [ROOT / name for name in listing.stdout.splitlines() if name.endswith(endings) and (ROOT / name).is_file()]
+    return [ROOT / name for name in listing.stdout.splitlines()
+            if name.endswith(endings) and (ROOT / name).is_file()]
 
 
 def test_every_folder_says_in_one_sentence_what_it_is_and_no_more():
@@ -168,9 +174,12 @@ def test_only_the_entry_files_import_what_can_be_deleted():
 
 
 def test_the_reader_of_imports_sees_all_kinds():
-    tree = ast.parse("import a.b as c\nfrom d.e import f\ntry:\n    import g\nexcept ImportError:\n    pass\n"
-                     "class H:\n    import i\n    def j(self):\n        from k import l\n")
-    assert imports(tree) == {"a", "d", "g", "i", "k"} and imports(tree, inside_functions=False) == {"a", "d", "g", "i"}
+    tree = ast.parse(
+        "import a.b as c\nfrom d.e import f\ntry:\n    import g\nexcept ImportError:\n    pass\n"
+        "class H:\n    import i\n    def j(self):\n        from k import l\n"
+    )
+    assert imports(tree) == {"a", "d", "g", "i", "k"}
+    assert imports(tree, inside_functions=False) == {"a", "d", "g", "i"}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -182,7 +191,8 @@ def test_only_the_packages_of_requirements_txt(name):
 
 def test_requirements_txt_is_that_list_and_nothing_is_left_over():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    wanted = {re.match(r"[\w.-]+", line)[0] for line in lines if line.strip() and not line.startswith("#")}
+    wanted = {re.match(r"[\w.-]+", line)[0]
+              for line in lines if line.strip() and not line.startswith("#")}
     assert wanted == set(PACKAGES)
     used = set().union(*(imports(tree) for tree in TREES.values()))
     assert set(PACKAGES.values()) | OPTIONAL <= used
@@ -194,7 +204,8 @@ def test_docstring_says_what_to_read_and_names_files_that_exist(name):
     assert text and len(text.splitlines()) > 2
     order = r"\bRead (before|first|after|next)\b|^(Requires|Next): "
     assert re.search(order, text, re.M), "what to read before or after this file?"
-    missing = [file for file in re.findall(r"[\w/]+\.(?:py|md)\b", text) if not (ROOT / file).is_file()]
+    missing = [file
+               for file in re.findall(r"[\w/]+\.(?:py|md)\b", text) if not (ROOT / file).is_file()]
     assert not missing, missing
     if name in SCRIPTS:
         assert f"python {name}.py" in text
@@ -207,7 +218,8 @@ def test_the_decoder_knows_no_family():
     from families import FAMILIES
     names = {re.match("[a-z]+", name)[0] for name in FAMILIES} - {"llama"}
     assert len(names) > 8
-    for file in ("model.py", "losses.py", "lora.py", "checkpoint/load.py", "checkpoint/adapters.py", "merge.py"):
+    for file in ("model.py", "losses.py", "lora.py", "checkpoint/load.py", "checkpoint/adapters.py",
+                 "merge.py"):
         text = (ROOT / file).read_text(encoding="utf-8").lower()
         assert not [name for name in names if re.search(rf"\b{name}", text)], file
 
@@ -216,8 +228,10 @@ def test_no_path_of_one_machine():
     pattern = re.compile(r"(?<![\w.}~-])/(root|tmp|work|home|Users)\b")
     files = tracked(".py", ".md", ".yaml", ".yml", ".txt", ".json", ".ini")
     assert ROOT / "train.py" in files
-    found = [f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}" for path in files
-             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if pattern.search(line)]
+    found = [f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}"
+             for path in files
+             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+             if pattern.search(line)]
     assert not found, "\n".join(found)
 
 
@@ -231,5 +245,6 @@ def test_config_knows_nothing_of_torch():
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
 def test_no_test_hides_another_of_its_name(path):
     """Of two functions with one name Python keeps the last: the first would never run."""
-    names = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    names = [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body
+             if isinstance(node, ast.FunctionDef)]
     assert sorted(names) == sorted(set(names))

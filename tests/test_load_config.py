@@ -32,7 +32,7 @@ def write(folder, text, name="x.yaml"):
     return str(folder / name)
 
 
-# ---- keys without effect, and refused ones ------------------------------------------------------
+# ---- keys without effect, and refused ones -------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name, row in UNUSED.items() if row])
@@ -71,12 +71,13 @@ def test_training_keys_are_allowed_in_chat_and_merge():
 
 
 def test_ignored_keys_are_listed():
-    config = load_argv("trust_remote_code=true", "lora_rank=4", "ddp_timeout=180000000", "bf16=true")
+    config = load_argv("trust_remote_code=true", "lora_rank=4", "ddp_timeout=180000000",
+                       "bf16=true")
     assert ignored_keys(config) == ["trust_remote_code"]
     assert ignored_keys(load_argv("finetuning_type=full", "lora_rank=4")) == ["lora_rank"]
 
 
-# ---- the shared files ---------------------------------------------------------------------------
+# ---- the shared files ----------------------------------------------------------------------------
 
 
 @needs_shared
@@ -91,8 +92,10 @@ def test_published_yaml_of_a_lora_run():
         config.resume_from_checkpoint is None and config.bf16 is True and config.warmup_ratio == 0.1
     )
     assert ignored_keys(config) == ["trust_remote_code", "dataloader_num_workers"]
-    assert load_argv(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template == "llama3"
-    merge = load_argv(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out", script="merge")
+    assert (load_argv(str(SHARED / "configs/llama3_lora_sft.yaml"), script="chat").template
+            == "llama3")
+    merge = load_argv(str(SHARED / "configs/llama3_lora_sft.yaml"), "export_dir=out",
+                      script="merge")
     assert merge.output_dir == "saves/llama3-8b/lora/sft"
 
 
@@ -149,7 +152,7 @@ def test_recorded_runs(path):
     assert config.packing is (path.parent.name in ("sft_packing", "pt"))
 
 
-# ---- what was written, and what it means --------------------------------------------------------
+# ---- what was written, and what it means ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -277,13 +280,12 @@ def test_spellings_of_earlier_releases():
     assert load_argv("no_cuda=true").use_cpu is True
 
 
-# ---- what follows from other keys ---------------------------------------------------------------
+# ---- what follows from other keys ----------------------------------------------------------------
 
 
 def test_derived_defaults():
-    assert (
-        load_argv("lora_rank=6").lora_alpha == 12 and load_argv("lora_rank=6", "lora_alpha=6").lora_alpha == 6
-    )
+    assert (load_argv("lora_rank=6").lora_alpha == 12
+            and load_argv("lora_rank=6", "lora_alpha=6").lora_alpha == 6)
     config = load_argv("eval_strategy=steps", "val_size=10", "logging_steps=7")
     assert (config.eval_steps, config.do_eval) == (7, True)
     assert load_argv().packing is False and load_argv("stage=pt").packing is True
@@ -326,7 +328,7 @@ def test_start_page_shows_only_what_differs():
     assert non_default(load_argv("seed=42", "lora_rank=4")) == {"lora_rank": 4, "lora_alpha": 8}
 
 
-# ---- mistakes -----------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 def test_unknown_key_names_the_nearest(tmp_path):
@@ -361,7 +363,8 @@ def test_a_chat_format_is_the_same_after_json(tmp_path):
     }
     again = load_argv(write(tmp_path, json.dumps(as_dict(config)), "again.json"))
     assert again.template == config.template == non_default(config)["template"]
-    assert load_argv(path, "template=qwen").template == "qwen"  # the command line has priority, as for every key
+    # the command line has priority, as for every key
+    assert load_argv(path, "template=qwen").template == "qwen"
     assert "needs quotes" in refusal(write(tmp_path, "template:\n  user: {{content}}\n"))
 
 
@@ -469,7 +472,7 @@ def test_missing_keys_are_named(script):
         )
 
 
-# ---- as a program -------------------------------------------------------------------------------
+# ---- as a program --------------------------------------------------------------------------------
 
 
 def program(*argv):

@@ -32,18 +32,21 @@ def test_fresh_adapter_changes_nothing_and_trains_only_itself():
     assert torch.equal(logits_of(model, IDS), before)
     model.logits(model(IDS)).square().mean().backward()
     trained = trainable(model)
-    assert len(trained) == 2 * 2 * 7 and all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in trained)
+    assert len(trained) == 2 * 2 * 7
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in trained)
     for name, p in model.named_parameters():
         assert (p.grad is not None) == (name in trained), name
-    for name, p in trained.items():                                       # B is zero, so at first only B has a gradient
+    for name, p in trained.items():  # B is zero, so at first only B has a gradient
         assert bool(p.grad.any()) == ("lora_B" in name), name
 
 
 def test_initial_values_are_distributed_as_in_peft():
     peft = pytest.importorskip("peft")
     ours = attach_lora(nn.Sequential(nn.Linear(400, 30)), LoRAConfig(r=64), seed=3)
-    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(400, 30)), peft.LoraConfig(r=64, target_modules=["0"]))
-    weights = [lora_layers(ours)["0"].lora_A.weight, theirs.get_submodule("base_model.model.0.lora_A.default").weight]
+    theirs = peft.get_peft_model(nn.Sequential(nn.Linear(400, 30)),
+                                 peft.LoraConfig(r=64, target_modules=["0"]))
+    weights = [lora_layers(ours)["0"].lora_A.weight,
+               theirs.get_submodule("base_model.model.0.lora_A.default").weight]
     for A in weights:                                                   # uniform in ±1/sqrt(400)
         A = A.detach()
         assert A.shape == (64, 400) and 0.0499 < A.abs().max() <= 0.05
@@ -59,7 +62,9 @@ def test_initial_values_depend_on_the_seed_only():
     torch.manual_seed(0)
     first = A(7)
     torch.manual_seed(1)
-    assert torch.equal(first, A(7)) and torch.equal(first, A(7, ["v_proj"])) and not torch.equal(first, A(8))
+    assert torch.equal(first, A(7))
+    assert torch.equal(first, A(7, ["v_proj"]))
+    assert not torch.equal(first, A(8))
     model = attach_lora(tiny(), LoRAConfig(target_modules=["q_proj"]), 7)
     assert not torch.equal(*(layer.self_attn.q_proj.lora_A.weight for layer in model.model.layers))
 
@@ -77,7 +82,8 @@ def test_dropout_acts_on_the_input_of_A_in_training_only():
     got = layer.train()(x)
     torch.manual_seed(1)
     assert torch.allclose(got, by_hand(F.dropout(x, 0.5)), atol=1e-6)
-    assert torch.allclose(layer.eval()(x), by_hand(x), atol=1e-6) and not torch.allclose(got, layer(x), atol=1e-2)
+    assert torch.allclose(layer.eval()(x), by_hand(x), atol=1e-6)
+    assert not torch.allclose(got, layer(x), atol=1e-2)
 
 
 # ---- which modules ----
@@ -86,10 +92,16 @@ def test_dropout_acts_on_the_input_of_A_in_training_only():
 def test_targets_by_name_path_pattern_and_all():
     model = tiny()
     one, two = "model.layers.0.", "model.layers.1."
-    assert find_targets(model, ["v_proj", "q_proj"]) == [f"{i}self_attn.{n}_proj" for i in (one, two) for n in "qv"]
+    assert find_targets(model, ["v_proj", "q_proj"]) == [
+        f"{i}self_attn.{n}_proj" for i in (one, two) for n in "qv"
+    ]
     assert find_targets(model, ["layers.1.mlp.up_proj"]) == [two + "mlp.up_proj"]
-    assert find_targets(model, ["lm_head", one + "self_attn.o_proj"]) == [one + "self_attn.o_proj", "lm_head"]
-    assert find_targets(model, r".*\.0\..*(gate|up)_proj") == [one + "mlp.gate_proj", one + "mlp.up_proj"]
+    assert find_targets(model, ["lm_head", one + "self_attn.o_proj"]) == [
+        one + "self_attn.o_proj", "lm_head"
+    ]
+    assert find_targets(model, r".*\.0\..*(gate|up)_proj") == [
+        one + "mlp.gate_proj", one + "mlp.up_proj"
+    ]
     assert find_targets(model, [r".*\.1\.self_attn\.(q|k)_proj", "lm_head"]) == [
         two + "self_attn.q_proj", two + "self_attn.k_proj", "lm_head"]
     for every in ("all", "all-linear", ["all"]):
@@ -98,9 +110,12 @@ def test_targets_by_name_path_pattern_and_all():
 
 
 @pytest.mark.parametrize("target, words", [
-    (["q_prj"], r"lora_target: 'q_prj' matches no linear layer .* \(did you mean 'q_proj'\?\); it has down_proj,"),
-    (["proj"], "'proj' matches no linear layer"),                       # a part of a name is not a name
-    (["embed_tokens"], "'embed_tokens' matches no linear layer .*: additional_target: embed_tokens$"),
+    (["q_prj"],
+     r"lora_target: 'q_prj' matches no linear layer .* \(did you mean "
+     r"'q_proj'\?\); it has down_proj,"),
+    (["proj"], "'proj' matches no linear layer"),  # a part of a name is not a name
+    (["embed_tokens"],
+     "'embed_tokens' matches no linear layer .*: additional_target: embed_tokens$"),
     ("q_proj", "pattern 'q_proj' matches no linear layer; names look like 'model.layers.0"),
     ("*q_proj", "is no regular expression"), (["*q_proj"], "is no regular expression"),
     ([".*q_prj"], "pattern '.*q_prj' matches no linear layer"),
@@ -113,15 +128,20 @@ def test_unknown_targets_are_errors(target, words):
 @pytest.mark.parametrize("rslora", [False, True])
 def test_rank_and_alpha_patterns_equal_peft(rslora, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    settings = dict(r=4, lora_alpha=8, use_rslora=rslora, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
-                    rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6, r"layers\.0\..*_proj": 3},
-                    alpha_pattern={"k_proj": 20, r"model.layers.1.self_attn.q_proj": 5, "up": 99})
+    settings = dict(
+        r=4, lora_alpha=8, use_rslora=rslora,
+        target_modules=["q_proj", "k_proj", "up_proj", "down_proj"],
+        rank_pattern={"q_proj": 2, "layers.1.mlp.down_proj": 6, r"layers\.0\..*_proj": 3},
+        alpha_pattern={"k_proj": 20, r"model.layers.1.self_attn.q_proj": 5, "up": 99},
+    )
     ours = attach_lora(tiny(), LoRAConfig(**settings))
     base = transformers.AutoModelForCausalLM.from_pretrained(write_tiny(tmp_path, tiny()))
     theirs = peft.get_peft_model(base, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
     for name, layer in lora_layers(ours).items():
         twin = theirs.base_model.model.get_submodule(name)
-        assert (layer.lora_A.out_features, layer.scale) == (twin.r["default"], twin.scaling["default"]), name
+        assert (layer.lora_A.out_features, layer.scale) == (
+            twin.r["default"], twin.scaling["default"]
+        ), name
     assert len({layer.lora_A.out_features for layer in lora_layers(ours).values()}) == 4
     save_adapter(perturb(ours), tmp_path, LoRAConfig(**settings), str(tmp_path))
     with torch.no_grad():
@@ -135,9 +155,12 @@ def test_rank_and_alpha_patterns_equal_peft(rslora, tmp_path):
 # ---- modules_to_save (additional_target) ----
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "gate_proj", "lm_head"]], ids=["q", "with head"])
-@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"], ["mlp"]],
-                         ids="+".join)
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "gate_proj", "lm_head"]],
+                         ids=["q", "with head"])
+@pytest.mark.parametrize(
+    "whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"], ["norm"], ["mlp"]],
+    ids="+".join,
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_modules_to_save_equal_peft(tied, whole, targets, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -148,13 +171,17 @@ def test_modules_to_save_equal_peft(tied, whole, targets, tmp_path):
     save_adapter(ours, tmp_path / "ours", config, str(base))
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base)
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, target_modules=targets, modules_to_save=whole,
-                                                         task_type="CAUSAL_LM"))
+    theirs = peft.get_peft_model(
+        theirs,
+        peft.LoraConfig(r=3, target_modules=targets, modules_to_save=whole, task_type="CAUSAL_LM"),
+    )
     theirs.save_pretrained(tmp_path / "theirs")
     keys = load_file(tmp_path / "theirs" / "adapter_model.safetensors").keys()
-    assert adapter_tensors(ours).keys() == {key for key in keys if not key.endswith("base_layer.weight")}
-    load_adapter(load_model(base), tmp_path / "theirs")                 # PEFT's copy of the frozen head is skipped
-    load_adapter(load_model(base, skip_weights=True), tmp_path / "theirs")  # also on the meta device, as in merging
+    assert adapter_tensors(ours).keys() == {key for key in keys
+                                            if not key.endswith("base_layer.weight")}
+    load_adapter(load_model(base), tmp_path / "theirs")  # PEFT's copy of the frozen head is skipped
+    # also on the meta device, as in merging
+    load_adapter(load_model(base, skip_weights=True), tmp_path / "theirs")
 
     wanted = logits_of(ours, IDS)
     with torch.no_grad():
@@ -162,12 +189,15 @@ def test_modules_to_save_equal_peft(tied, whole, targets, tmp_path):
     again = load_model(base)
     load_adapter(again, tmp_path / "ours")
     assert torch.equal(logits_of(again, IDS), wanted)
-    if whole == ["lm_head"]:                                            # a tied head is untied; the embedding stays
-        assert torch.equal(ours.model.embed_tokens.weight, tiny(tie_word_embeddings=tied).model.embed_tokens.weight)
+    if whole == ["lm_head"]:  # a tied head is untied; the embedding stays
+        assert torch.equal(ours.model.embed_tokens.weight,
+                           tiny(tie_word_embeddings=tied).model.embed_tokens.weight)
 
 
 def test_unknown_modules_to_save_are_errors():
-    with pytest.raises(ValueError, match=r"additional_target: 'lm_haed' is no module .* \(did you mean 'lm_head'"):
+    with pytest.raises(
+        ValueError, match=r"additional_target: 'lm_haed' is no module .* \(did you mean 'lm_head'"
+    ):
         attach_lora(tiny(), LoRAConfig(modules_to_save=["lm_haed"]))
 
 
@@ -190,7 +220,7 @@ def test_adapted_head_in_the_loss_equals_its_logits():
 
 
 def test_float32_adapter_over_a_bfloat16_base():
-    exact = tiny().to(torch.bfloat16).float()                           # the same numbers, in float32
+    exact = tiny().to(torch.bfloat16).float()  # the same numbers, in float32
     model = tiny().to(torch.bfloat16)
     config = LoRAConfig(r=4, modules_to_save=["lm_head", "embed_tokens"])
     for each in (exact, model):
@@ -226,7 +256,8 @@ def test_counts_of_the_published_runs():
     with torch.device("meta"):
         model = CausalLM(model_config({**log["llama3_8b_config"], "model_type": "llama"}))
     attach_lora(model, LoRAConfig(r=8, target_modules="all"))
-    assert sum(p.numel() for p in trainable(model).values()) == log["base"]["trainable_params"] == 20_971_520
+    assert sum(p.numel()
+               for p in trainable(model).values()) == log["base"]["trainable_params"] == 20_971_520
     assert sum(p.numel() for p in model.parameters()) == log["base"]["all_params"] == 8_051_232_768
 
 
@@ -245,7 +276,8 @@ def test_a_second_adapter_needs_the_first_to_be_merged():
 def test_all_means_the_same_as_in_llama_factory():
     """Counted in release 0.9.5 with transformers 5: neither routers nor routed experts, but shared
     ones."""
-    counts = {"qwen2_moe": 16, "qwen3_moe": 15, "llama4": 28, "llama4_nested": 28, "phi3": 8, "glm": 12, "gemma2": 28}
+    counts = {"qwen2_moe": 16, "qwen3_moe": 15, "llama4": 28, "llama4_nested": 28, "phi3": 8,
+              "glm": 12, "gemma2": 28}
     for name, count in counts.items():
         model = load_model(GOLDEN / "models" / name, skip_weights=True)
         found = find_targets(model, "all", model.config.stored_name)
@@ -255,7 +287,9 @@ def test_all_means_the_same_as_in_llama_factory():
             assert len(both) == count + 2 * sum(model.config.sparse)
     model = load_model(GOLDEN / "models" / "qwen2_moe", skip_weights=True)
     assert {layer.split("mlp.")[1] for layer in find_targets(model, "all") if "mlp." in layer} == {
-        "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj", "shared_expert_gate"}
+        "shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj",
+        "shared_expert_gate",
+    }
 
 
 # ---- stacked experts ----
@@ -263,7 +297,7 @@ def test_all_means_the_same_as_in_llama_factory():
 
 def test_gradients_of_a_stacked_adapter():
     torch.manual_seed(0)
-    base = StackedLinear(4, 6, 5).requires_grad_(False)                                      # (E, in, out)
+    base = StackedLinear(4, 6, 5).requires_grad_(False)  # (E, in, out)
     base.weight.normal_()
     layer = LoRAStacked(base, r=2, scale=1.5, dropout=0.0)
     A, B = (nn.Parameter(part.weight.detach().clone()) for part in (layer.lora_A, layer.lora_B))
@@ -280,12 +314,15 @@ def test_gradients_of_a_stacked_adapter():
 @needs_shared
 def test_experts_in_modules_to_save_over_a_bfloat16_base():
     model = load_model(GOLDEN / "models" / "llama4", torch.bfloat16)
-    wanted, config = logits_of(model, IDS), LoRAConfig(target_modules=["q_proj"], modules_to_save=["experts", "router"])
+    wanted = logits_of(model, IDS)
+    config = LoRAConfig(target_modules=["q_proj"], modules_to_save=["experts", "router"])
     attach_lora(model, config, stored_name=model.config.stored_name)
-    assert (logits_of(model, IDS) - wanted).norm() < 0.02 * wanted.norm()           # later layers differ by rounding
+    # later layers differ by rounding
+    assert (logits_of(model, IDS) - wanted).norm() < 0.02 * wanted.norm()
     model.logits(model(IDS)).float().square().mean().backward()
     whole = {name: p for name, p in trainable(model).items() if ".lora_" not in name}
-    assert len(whole) == 3 * sum(model.config.sparse) and {p.dtype for p in whole.values()} == {torch.float32}
+    assert len(whole) == 3 * sum(model.config.sparse)
+    assert {p.dtype for p in whole.values()} == {torch.float32}
     assert all(p.grad is not None and p.grad.any() for name, p in whole.items())
 
 
@@ -294,8 +331,10 @@ def test_experts_in_modules_to_save_over_a_bfloat16_base():
 
 @needs_shared
 @pytest.mark.parametrize("name, targets, words", [
-    ("chatglm3", ["query_key_vale"], r"did you mean 'query_key_value'\?\); it has dense, dense_4h_to_h"),
-    ("baichuan2_7b", ["qkv_proj"], "'qkv_proj' matches no linear layer .*W_pack"),      # our name is not the vendor's
+    ("chatglm3", ["query_key_vale"],
+     r"did you mean 'query_key_value'\?\); it has dense, dense_4h_to_h"),
+    # our name is not the vendor's
+    ("baichuan2_7b", ["qkv_proj"], "'qkv_proj' matches no linear layer .*W_pack"),
     ("internlm2", "mlp", "pattern 'mlp' .* names look like 'model.layers.0.attention.wqkv'"),
 ])
 def test_errors_use_the_vendors_names(name, targets, words, tmp_path):

@@ -37,7 +37,8 @@ def test_dora_and_its_gradients_equal_pefts(dropout):
     layer = ours[0]
     assert torch.allclose(layer.lora_magnitude_vector, base.weight.norm(dim=1))
     perturb(ours)
-    pairs = [(layer.lora_A.weight, twin.lora_A.default.weight), (layer.lora_B.weight, twin.lora_B.default.weight),
+    pairs = [(layer.lora_A.weight, twin.lora_A.default.weight),
+             (layer.lora_B.weight, twin.lora_B.default.weight),
              (layer.lora_magnitude_vector, twin.lora_magnitude_vector.default.weight)]
     xs = [torch.randn(3, 5, 40).requires_grad_() for _ in range(2)]
     xs[1].data.copy_(xs[0])
@@ -97,7 +98,8 @@ def test_dora_of_stacked_experts_is_refused():
     model = load_model(GOLDEN / "models" / "llama4", skip_weights=True)
     with pytest.raises(ValueError, match="use_dora: .*experts.* is a stack of experts"):
         config = LoRAConfig(target_modules=["experts"], use_dora=True)
-        attach_lora(model, config, stored_name=model.config.stored_name, **variant_arguments(config))
+        attach_lora(model, config, stored_name=model.config.stored_name,
+                    **variant_arguments(config))
 
 
 # ---- PiSSA ----
@@ -122,7 +124,8 @@ def test_pissa_starts_as_pefts(init):
     before = base(x)
     layer = attach_pissa(nn.Sequential(base), init=init)[0][0]
     assert torch.allclose(layer(x), before, atol=1e-5)
-    assert torch.allclose(layer.weight, twin.base_layer.weight, atol=1e-3 if "niter" in init else 1e-5)
+    assert torch.allclose(layer.weight, twin.base_layer.weight,
+                          atol=1e-3 if "niter" in init else 1e-5)
     for ours, peers in ((layer.lora_A.weight, twin.lora_A.default.weight),
                         (layer.lora_B.weight.T, twin.lora_B.default.weight.T)):
         assert torch.allclose(ours.norm(dim=1), peers.norm(dim=1), rtol=1e-3)          # up to signs
@@ -133,8 +136,9 @@ def test_pissa_starts_as_pefts(init):
     assert torch.allclose(layer(x), before, atol=1e-5)
 
 
-@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}, {"use_dora": True},
-                                  {"modules_to_save": ["norm"]}], ids=str)
+@pytest.mark.parametrize("more",
+                         [{}, {"use_rslora": True, "alpha_pattern": {"q_proj": 3}},
+                          {"use_dora": True}, {"modules_to_save": ["norm"]}], ids=str)
 def test_pissa_on_disk(more, tmp_path):
     """Loaded, merged, and converted to a plain adapter that PEFT opens on the original base: the
     same logits."""
@@ -167,8 +171,11 @@ def test_pissa_adapters_of_peft(tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base = write_tiny(tmp_path / "base", tiny())
     for init in ("pissa", "pissa_niter_2"):
-        theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(
-            r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=init, task_type="CAUSAL_LM"))
+        theirs = peft.get_peft_model(
+            transformers.AutoModelForCausalLM.from_pretrained(base),
+            peft.LoraConfig(r=3, target_modules=["q_proj", "up_proj"], init_lora_weights=init,
+                            task_type="CAUSAL_LM"),
+        )
         theirs.peft_config["default"].init_lora_weights = True
         theirs.save_pretrained(tmp_path / init / "pissa_init")
         theirs.peft_config["default"].init_lora_weights = init
@@ -183,13 +190,21 @@ def test_pissa_adapters_of_peft(tmp_path):
         if init == "pissa":
             load_adapter(ours, tmp_path / init)
             assert (logits_of(ours, IDS) - wanted).abs().max() < 1e-3
-            with pytest.raises(ValueError, match="PiSSA adapter without its folder pissa_init, which merging reads"):
+            with pytest.raises(
+                ValueError, match="PiSSA adapter without its folder pissa_init, which merging reads"
+            ):
                 merge_checkpoint(base, [tmp_path / init], tmp_path / "merged")
         else:
-            with pytest.raises(FileNotFoundError, match="initialized with pissa_niter_2, .*put its folder pissa_init into"):
+            with pytest.raises(
+                FileNotFoundError,
+                match="initialized with pissa_niter_2, .*put its folder pissa_init into",
+            ):
                 load_adapter(ours, tmp_path / init)
 
 
 def test_pissa_with_a_rank_that_is_too_large():
-    with pytest.raises(ValueError, match="pissa_init: a matrix of 16 x 32 has no 17 singular components; lower lora_rank"):
+    with pytest.raises(
+        ValueError,
+        match="pissa_init: a matrix of 16 x 32 has no 17 singular components; lower lora_rank",
+    ):
         attach_pissa(tiny(), rank=17)

@@ -243,7 +243,8 @@ def test_activations_of_mixed_recomputation():
             )
 
 
-@pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)), ids=("nf4", "int8"))
+@pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)),
+                         ids=("nf4", "int8"))
 @pytest.mark.parametrize("name", ("llama", "gemma2", "mixtral"))
 def test_activations_over_a_quantized_base(name, form):
     """As over a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
@@ -341,15 +342,14 @@ def test_known_sizes_of_llama_3_8b():
     assert least < kept < 2.5 * least
 
 
-@pytest.mark.parametrize(
-    "form", (QuantFormat("nf4"), QuantFormat("nf4", nested=0), QuantFormat("fp4", 128), QuantFormat("int8", nested=0)), ids=str
-)
+@pytest.mark.parametrize("form",
+                         (QuantFormat("nf4"), QuantFormat("nf4", nested=0), QuantFormat("fp4", 128),
+                          QuantFormat("int8", nested=0)), ids=str)
 def test_quantized_weights_are_counted_to_the_byte(form):
     for name in ("llama", "qwen2", "qwen2_moe", "llama4"):
         model_config = small_config(name)
-        model = attach_lora(
-            in_few_bits(CausalLM(model_config).to(BF16), form), ALL, stored_name=model_config.stored_name
-        )
+        model = attach_lora(in_few_bits(CausalLM(model_config).to(BF16), form), ALL,
+                            stored_name=model_config.stored_name)
         held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.requires_grad)
         plan = planned(
             model_config, ALL, BF16, "plain", True, [[8]], quant_formats=all_in(form, model_config)

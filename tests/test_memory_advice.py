@@ -13,7 +13,7 @@ from tests.tiny_models import small_config
 MEMINFO = "MemTotal:       32000000 kB\nMemFree:         100000 kB\nMemAvailable:   20000000 kB\n"
 
 
-# ---- free memory --------------------------------------------------------------------------------
+# ---- free memory ---------------------------------------------------------------------------------
 
 
 def write(root, files):
@@ -57,7 +57,7 @@ def test_memory_of_this_machine():
     assert found is None or 2**20 < found < 2**50
 
 
-# ---- advice -------------------------------------------------------------------------------------
+# ---- advice --------------------------------------------------------------------------------------
 
 
 def test_no_advice_where_it_fits_or_memory_is_unknown():

@@ -645,8 +645,11 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
     )
     merge.main(["--config", "train.yaml", "export_dir=out"])
     printed = capsys.readouterr().out
-    assert "template  qwen" in printed and "warning: it says it was trained on org/other-name" in printed
-    assert "out: 2 files" in printed and "21 tensors read back" in printed and "trust_remote_code" in printed
+    assert "template  qwen" in printed
+    assert "warning: it says it was trained on org/other-name" in printed
+    assert "out: 2 files" in printed
+    assert "21 tensors read back" in printed
+    assert "trust_remote_code" in printed
     with pytest.raises(
         ValueError,
         match="template: llama3, but saves/run was trained with qwen.*force_template: true",
@@ -666,7 +669,8 @@ def test_the_training_yaml_and_the_stored_template(tmp_path, capsys, monkeypatch
     (adapter / "train_config.json").write_text(
         '{"adapter_name_or_path": ["saves/under"], "create_new_adapter": true}'
     )
-    merge.main(["train.yaml", "export_dir=both"])  # adapters it was trained on top of are added first
+    # adapters it was trained on top of are added first
+    merge.main(["train.yaml", "export_dir=both"])
     merge_checkpoint(base, [under, adapter], "same")
     assert all(
         torch.equal(tensors_in("both")[name], tensor) for name, tensor in tensors_in("same").items()
@@ -942,7 +946,8 @@ def test_a_base_quantized_on_load_is_merged_dequantized_or_original(kind, tmp_pa
 
 def test_a_quantized_checkpoint_is_dequantized_and_has_no_original(tmp_path):
 
-    folder = write_quantized(base_with(tmp_path / "base"), tmp_path / "packed", QuantFormat("fp4", 128))
+    folder = write_quantized(base_with(tmp_path / "base"), tmp_path / "packed",
+                             QuantFormat("fp4", 128))
     merge_checkpoint(folder, [], tmp_path / "plain")
     want, got = load_model(folder), load_model(tmp_path / "plain")
     ids = torch.arange(9)[None]

@@ -110,7 +110,8 @@ def test_layouts_of_the_files(tmp_path):
     folder of folders."""
     texts = {
         "ceval/val/law_val.csv": "id,question,A,B,C,D,answer\n0,谁？,甲,乙,丙,丁,B\n",
-        "ceval/dev/law_dev.csv": "id,question,A,B,C,D,answer,explanation\n0,问,一,二,三,四,C,因为\n",
+        "ceval/dev/law_dev.csv": "id,question,A,B,C,D,answer,explanation\n"
+                                 "0,问,一,二,三,四,C,因为\n",
         "cmmlu/data/test/food.csv": ',Question,A,B,C,D,Answer\n0,"a, b",1,2,3,4,d\n',
         "cmmlu/data/dev/food.csv": ",Question,A,B,C,D,Answer\n0,q,1,2,3,4,A\n",
         "plain/exam.csv": '"one\ntwo",w,x,y,z,A\n\nthree,w,x,y,z,C\n',

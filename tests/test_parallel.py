@@ -50,8 +50,10 @@ def loss_sum(*args):
         exec(failure)
     return compute(*args)
 
-start_ranks, end_ranks, compute = train.start_ranks, parallel.end_ranks, losses.SFTObjective.loss_sum
-train.start_ranks, runtime_run.end_ranks, losses.SFTObjective.loss_sum = start, lambda: None, loss_sum
+start_ranks, end_ranks = train.start_ranks, parallel.end_ranks
+train.start_ranks, runtime_run.end_ranks = start, lambda: None
+compute = losses.SFTObjective.loss_sum
+losses.SFTObjective.loss_sum = loss_sum
 parallel.Bucket.receive = receive
 PATCH
 
@@ -65,51 +67,66 @@ def main(arguments):
         settings["output_dir"] += f"-of-rank-{rank}" if rank else ""
         train.main([f"{key}={value}" for key, value in settings.items()])
         if rank == 0:
-            json.dump(shares, open(argv[0] + ".shares", "w"))   # on how many ranks a weight had a gradient, how often
+            # {number of ranks on which a weight had a gradient: how often} of each run
+            json.dump(shares, open(argv[0] + ".shares", "w"))
     end_ranks()
 
 run_script(main)
 '''
 
 
-# ---- starting and ending processes ------------------------------------------------------------------------------
+# ---- starting and ending processes ---------------------------------------------------------------
 
 
 def two_hosts(*rest) -> list:
     """Two launchers that find each other at an address, one rank each, as on two hosts."""
-    return [["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", f"localhost:{port}", *rest] for port in [free_port()] * 2]
+    return [["-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend",
+             "c10d", "--rdzv-endpoint", f"localhost:{port}", *rest]
+            for port in [free_port()] * 2]
 
 
 def worker(folder, name, runs, patch="") -> list:
     """The script and its list of runs [(bucket bytes, settings), …], as arguments for python or
     torchrun."""
     script, todo = folder / f"worker_{name}.py", folder / f"runs_{name}.json"
-    script.write_text(WORKER.replace("ROOT", repr(str(ROOT))).replace("PATCH", patch), encoding="utf-8")
+    script.write_text(WORKER.replace("ROOT", repr(str(ROOT))).replace("PATCH", patch),
+                      encoding="utf-8")
     todo.write_text(json.dumps(runs))
     return [script, todo]
 
 
-# ---- 1, 2, 3, 4 ranks equal one process -------------------------------------------------------------------------
-SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}       # ranks: rows of a micro-batch, micro-batches of a step
-LARGE = 2**25                                               # bytes of a bucket that holds all gradients
-WHOLE = 12                                                  # rows: a step is one micro-batch over all ranks
+# ---- 1, 2, 3, 4 ranks equal one process ----------------------------------------------------------
+# ranks: rows of a micro-batch, micro-batches of a step
+SHAPES = {1: (4, 3), 2: (2, 3), 3: (2, 2), 4: (1, 3)}
+LARGE = 2**25  # bytes of a bucket that holds all gradients
+WHOLE = 12  # rows: a step is one micro-batch over all ranks
 
-CASES = {       # bytes of a bucket; rows of a micro-batch (a step then has 12 rows over all ranks); settings
-    "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),             # 27 rows: steps of 12, 12 and 3
+# bytes of a bucket; rows of a micro-batch (a step then has 12 rows over all ranks); settings
+CASES = {
+    # 27 rows: steps of 12, 12 and 3
+    "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),
     "packed": (LARGE, 1, dict(packing=True, cutoff_len=128)),
     "nothing to learn": (LARGE, 1, dict(stage="pt", packing=False, dataset="texts.txt")),
-    "experts": (6000, 1, dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts")),
+    "experts": (6000, 1,
+                dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts")),
     "full": (8000, 2, dict(finetuning_type="full", learning_rate=5e-4)),
-    "evaluation": (LARGE, 1, dict(eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=4,
-                                  save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True)),
+    "evaluation": (LARGE, 1, dict(
+        eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=4,
+        save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True,
+    )),
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
     "budget": (LARGE, 1, dict(token_budget=100)),
-    "dora": (LARGE, 1, dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12, adam_epsilon=1e-4)),
-    "freeze": (8000, 2, dict(finetuning_type="freeze", freeze_trainable_layers=1, learning_rate=5e-4, max_samples=12)),
-    "pairs": (LARGE, 1, dict(stage="dpo", dataset="pairs.jsonl", eval_dataset="pairs.jsonl", eval_strategy="epoch")),
-    "judged": (LARGE, WHOLE, dict(stage="kto", dataset="judged.jsonl")),    # 24: steps of 12
-    "few rows": (1, 1, dict(max_samples=3)),                                        # a bucket for each parameter
+    "dora": (LARGE, 1,
+             dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12, adam_epsilon=1e-4)),
+    "freeze": (8000, 2, dict(
+        finetuning_type="freeze", freeze_trainable_layers=1, learning_rate=5e-4, max_samples=12
+    )),
+    "pairs": (
+        LARGE, 1,
+        dict(stage="dpo", dataset="pairs.jsonl", eval_dataset="pairs.jsonl", eval_strategy="epoch"),
+    ),
+    "judged": (LARGE, WHOLE, dict(stage="kto", dataset="judged.jsonl")),  # 24: steps of 12
+    "few rows": (1, 1, dict(max_samples=3)),  # a bucket for each parameter
 }
 FAILURES = {        # ranks: what rank 1 does in the middle of a last run; the output after it
     3: ("raise OSError('the disk of rank 1 is gone')", "error: .*the disk of rank 1 is gone"),
@@ -122,8 +139,11 @@ def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
     """(bytes of a bucket, settings) of a case for `world` ranks: the same rows in every step with
     any number of ranks."""
     bucket, size, own = CASES[name]
-    size, accumulate = (12 // world, 1) if size == WHOLE else (size, 12 // world) if size else SHAPES[world]
-    settings = COMMON | dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate) | own | more
+    size, accumulate = (
+        (12 // world, 1) if size == WHOLE else (size, 12 // world) if size else SHAPES[world]
+    )
+    settings = COMMON | dict(per_device_train_batch_size=size,
+                             gradient_accumulation_steps=accumulate) | own | more
     for key in ("model_name_or_path", "dataset", "eval_dataset"):
         if key in settings:
             settings[key] = f"{here}/{settings[key]}"
@@ -145,11 +165,13 @@ def runs_of(here, world) -> list:
     todo = [settings_of(here, world, name, f"{world} {name}") for name in CASES]
     if world in FIVE:
         dataset, size = FIVE[world]
-        todo.append(settings_of(here, world, "uneven", f"{world} five", dataset=dataset, even_batches=True,
-                                save_strategy="no", disable_shuffling=True, num_train_epochs=1,
-                                per_device_train_batch_size=size, gradient_accumulation_steps=1))
+        todo.append(settings_of(here, world, "uneven", f"{world} five", dataset=dataset,
+                                even_batches=True, save_strategy="no", disable_shuffling=True,
+                                num_train_epochs=1, per_device_train_batch_size=size,
+                                gradient_accumulation_steps=1))
     if world == 3:
-        todo.append(settings_of(here, 3, "uneven", "3 resumed", save_strategy="no", **resumed(here)))
+        todo.append(settings_of(here, 3, "uneven", "3 resumed", save_strategy="no",
+                                **resumed(here)))
     if world in FAILURES:
         todo.append(settings_of(here, world, "uneven", f"{world} failing", save_strategy="no",
                                 failure=FAILURES[world][0]))
@@ -163,7 +185,7 @@ def runs(tmp_path_factory):
     hosts."""
     here, found = tmp_path_factory.mktemp("ranks"), {}
     small_world(here)
-    for together in ((1, 2), (3, 4)):               # two cores; 3 ranks resume from a checkpoint of 2
+    for together in ((1, 2), (3, 4)):  # two cores; 3 ranks resume from a checkpoint of 2
         scripts = {world: worker(here, world, runs_of(here, world)) for world in together}
         launchers = {world: two_hosts(*script) if world == 2 else [torchrun(world, *script)]
                      for world, script in scripts.items()}
@@ -171,7 +193,9 @@ def runs(tmp_path_factory):
         for world in together:
             codes, screens, ended = zip(*(next(ends) for _ in launchers[world]))
             shares = Path(f"{scripts[world][1]}.shares")
-            assert shares.is_file() and (world in FAILURES or not any(codes)), "".join(screens)[-4000:]
+            assert shares.is_file() and (
+                world in FAILURES or not any(codes)
+            ), "".join(screens)[-4000:]
             found[world] = json.loads(shares.read_text()), max(codes), "".join(screens), max(ended)
     return here, found
 
@@ -179,7 +203,8 @@ def runs(tmp_path_factory):
 def curves(folder) -> list:
     """[(step, loss, eval_loss, gradient norm), …] of a run."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    return [[row.get(key, 0.0) for key in ("step", "loss", "eval_loss", "train_loss", "grad_norm")] for row in history]
+    return [[row.get(key, 0.0) for key in ("step", "loss", "eval_loss", "train_loss", "grad_norm")]
+            for row in history]
 
 
 def weights_of(folder) -> dict:
@@ -212,12 +237,18 @@ def test_resuming_with_another_number_of_ranks(runs):
     train_here(*settings_of(here, 1, "uneven", "1 resumed", save_strategy="no", **resumed(here)))
     for folder in (here / "1 resumed", here / "3 resumed"):
         assert_same(folder, here / "1 uneven")
-        assert [row["current_steps"] for row in read_jsonl(folder / "trainer_log.jsonl")] == [3, 4, 5, 6, 6]
+        assert [row["current_steps"] for row in read_jsonl(folder / "trainer_log.jsonl")] == [
+            3, 4, 5, 6, 6
+        ]
 
 
 def test_another_global_batch_is_refused(runs):
-    with pytest.raises(ValueError, match="checkpoint-2 was written with 12 rows a step, and this run takes 15: with 1"):
-        train_here(*settings_of(runs[0], 1, "uneven", "refused", per_device_train_batch_size=5, **resumed(runs[0])))
+    with pytest.raises(
+        ValueError,
+        match="checkpoint-2 was written with 12 rows a step, and this run takes 15: with 1",
+    ):
+        train_here(*settings_of(runs[0], 1, "uneven", "refused", per_device_train_batch_size=5,
+                                **resumed(runs[0])))
     assert [path.name for path in (runs[0] / "refused").iterdir()] == ["tokenised"]
 
 
@@ -226,10 +257,13 @@ def test_the_cases_cover_what_their_names_say(runs):
     prove little."""
     here, found = runs
     for world in (2, 3, 4):
-        shares = {folder.partition(f"/{world} ")[2]: counts for folder, counts in found[world][0].items()}
+        shares = {folder.partition(f"/{world} ")[2]: counts
+                  for folder, counts in found[world][0].items()}
         assert {"0", "1", str(world)} <= shares["experts"].keys(), shares
         assert max(map(int, shares["few rows"])) == min(world, 3), shares
-        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [6, 2, 6, 6, 4, 7, 4, 4, 2, 2, 8, 4, 2]
+        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [
+            6, 2, 6, 6, 4, 7, 4, 4, 2, 2, 8, 4, 2
+        ]
     assert max(row[2] for row in curves(here / "1 evaluation")) > 1
 
 
@@ -249,23 +283,25 @@ def test_by_default_all_ranks_have_full_batches(runs):
     with eight rows."""
     here, found = runs
     assert_same(here / "2 five", here / "1 five")
-    assert "3 rows of an epoch are trained twice" in found[2][2] and "trained twice" not in found[3][2]
+    assert "3 rows of an epoch are trained twice" in found[2][2]
+    assert "trained twice" not in found[3][2]
 
 
-# ---- rows of each rank ------------------------------------------------------------------------------------
+# ---- rows of each rank ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows, size, world, drop_last, wanted", [
-    (8, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]),                 # divides
-    (5, 2, 2, False, [[[0, 1], [4, 0]], [[2, 3], [1, 2]]]),                 # a short batch, and none for rank 1
-    (7, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 0]]]),                 # a short batch
-    (6, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [0, 1]]]),                 # a batch too few
-    (1, 2, 3, False, [[[0, 0]], [[0, 0]], [[0, 0]]]),                       # fewer rows than one round needs
-    (7, 2, 2, True, [[[0, 1]], [[2, 3]]]),                                  # rows 4 to 6 fill no round
+    (8, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]),  # divides
+    (5, 2, 2, False, [[[0, 1], [4, 0]], [[2, 3], [1, 2]]]),  # a short batch, and none for rank 1
+    (7, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [6, 0]]]),  # a short batch
+    (6, 2, 2, False, [[[0, 1], [4, 5]], [[2, 3], [0, 1]]]),  # a batch too few
+    (1, 2, 3, False, [[[0, 0]], [[0, 0]], [[0, 0]]]),  # fewer rows than one round needs
+    (7, 2, 2, True, [[[0, 1]], [[2, 3]]]),  # rows 4 to 6 fill no round
     (3, 2, 2, True, [[], []]),
 ])
 def test_sharding_of_batches_by_hand(rows, size, world, drop_last, wanted):
-    batches = pad_to_world(micro_batches(list(range(rows)), size, drop_last), size, world, drop_last)
+    batches = pad_to_world(micro_batches(list(range(rows)), size, drop_last), size, world,
+                           drop_last)
     assert [batches[rank::world] for rank in range(world)] == wanted
 
 
@@ -283,14 +319,16 @@ def test_sharding_of_batches_equals_accelerate():
                 assert dealt[rank::world] == wanted, (rows, size, world, rank, drop_last)
 
 
-# ---- gradients in buckets, two ranks as threads of this process -------------------------------------------------
+# ---- gradients in buckets, two ranks as threads of this process ----------------------------------
 
 
 class FakeGroup:
     """all_reduce between threads: the k-th call of one meets the k-th call of the other."""
 
     def __init__(self, world):
-        self.here, self.sent, self.ready = threading.local(), [[] for _ in range(world)], threading.Condition()
+        self.here = threading.local()
+        self.sent = [[] for _ in range(world)]
+        self.ready = threading.Condition()
 
     def all_reduce(self, tensor, async_op=False):
         mine = self.sent[self.here.rank]
@@ -302,7 +340,9 @@ class FakeGroup:
         class Work:
             def wait(work):
                 with self.ready:
-                    assert self.ready.wait_for(lambda: all(len(calls) > nth for calls in self.sent), timeout=10)
+                    assert self.ready.wait_for(
+                        lambda: all(len(calls) > nth for calls in self.sent), timeout=10
+                    )
                 tensor.copy_(sum(calls[nth] for calls in self.sent))
         return Work() if async_op else Work().wait()
 
@@ -321,7 +361,8 @@ def two_ranks(monkeypatch, losses, bucket_bytes, early=True):
     def rank(number):
         group.here.rank = number
         weights = four_weights()
-        gradients = Gradients(dict(enumerate(weights)), Ranks(number, 2, number), bucket_bytes, overlap=early)
+        gradients = Gradients(dict(enumerate(weights)), Ranks(number, 2, number), bucket_bytes,
+                              overlap=early)
         try:
             for _ in range(2):                      # the second must not see the first
                 gradients.zero()
@@ -351,10 +392,10 @@ def backwards(a, b, c, d):
 
 @pytest.mark.parametrize("bucket_bytes", (1, 20, LARGE))
 @pytest.mark.parametrize("losses", [
-    ([forwards], [backwards]),                                      # gradients arrive in another order
-    ([forwards, backwards, forwards], [backwards]),                 # three micro-batches and one
-    ([], [forwards, forwards]),                                     # no micro-batches
-    ([lambda a, b, c, d: a.sum()], [lambda a, b, c, d: b.sum()]),   # other weights on each rank
+    ([forwards], [backwards]),  # gradients arrive in another order
+    ([forwards, backwards, forwards], [backwards]),  # three micro-batches and one
+    ([], [forwards, forwards]),  # no micro-batches
+    ([lambda a, b, c, d: a.sum()], [lambda a, b, c, d: b.sum()]),  # other weights on each rank
 ], ids=("order", "accumulated", "idle", "disjoint"))
 def test_buffers_are_summed_in_one_order(losses, bucket_bytes, monkeypatch):
     """Each rank has the gradients of all losses, None where no rank has any; the k-th buffers
@@ -364,15 +405,18 @@ def test_buffers_are_summed_in_one_order(losses, bucket_bytes, monkeypatch):
     found, sent = two_ranks(monkeypatch, losses, bucket_bytes)
     for mine in found:
         assert [g is None for g in mine] == [p.grad is None for p in weights]
-        assert all(torch.allclose(g, p.grad, atol=1e-6) for g, p in zip(mine, weights) if g is not None)
+        assert all(torch.allclose(g, p.grad, atol=1e-6)
+                   for g, p in zip(mine, weights) if g is not None)
     sizes = [[len(buffer) for buffer in buffers] for buffers in sent]
-    assert sizes[0] == sizes[1] == ({1: [2, 4, 1, 3], 20: [2, 5, 3], LARGE: [10]}[bucket_bytes] + [4]) * 2
+    assert (sizes[0] == sizes[1]
+            == ({1: [2, 4, 1, 3], 20: [2, 5, 3], LARGE: [10]}[bucket_bytes] + [4]) * 2)
 
 
 def test_overlapped_communication_changes_nothing(monkeypatch):
     early = two_ranks(monkeypatch, ([forwards, backwards], [backwards]), 1)[0]
     late = two_ranks(monkeypatch, ([forwards, backwards], [backwards]), 1, early=False)[0]
-    assert all(torch.equal(a, b) for x, y in zip(early, late) for a, b in zip(x, y) if a is not None)
+    assert all(torch.equal(a, b)
+               for x, y in zip(early, late) for a, b in zip(x, y) if a is not None)
 
 
 def test_one_rank_sends_nothing(monkeypatch):
@@ -383,15 +427,19 @@ def test_one_rank_sends_nothing(monkeypatch):
         gradients.zero()
         gradients.backward((2 * weight).sum(), last=True)
         gradients.all_reduce()
-    assert weight.grad.tolist() == [2, 2, 2] and not gradients.buckets and Ranks().total(3, 0.5) == [3, 0.5]
+    assert weight.grad.tolist() == [2, 2, 2]
+    assert not gradients.buckets
+    assert Ranks().total(3, 0.5) == [3, 0.5]
 
 
-# ---- what goes wrong --------------------------------------------------------------------------------------------
+# ---- what goes wrong -----------------------------------------------------------------------------
 
 def test_a_wrong_setting_is_reported_once(tmp_path):
-    code, screen, _ = outcomes(torchrun(2, "train.py", "configs/tiny_lora_sft.yaml", "use_cpu=true", "lora_alfa=3",
-                                        f"output_dir={tmp_path}/out"))[0]
-    assert code != 0 and screen.count("error: ") == screen.count("did you mean 'lora_alpha'") == 1, screen[-4000:]
+    code, screen, _ = outcomes(torchrun(2, "train.py", "configs/tiny_lora_sft.yaml", "use_cpu=true",
+                                        "lora_alfa=3", f"output_dir={tmp_path}/out"))[0]
+    assert (
+        code != 0 and screen.count("error: ") == screen.count("did you mean 'lora_alpha'") == 1
+    ), screen[-4000:]
     assert not (tmp_path / "out").exists()
 
 
@@ -409,10 +457,12 @@ def test_a_rank_that_fails_ends_the_others(world, runs):
 def test_a_rank_that_never_starts(tmp_path):
     """The others name the usual causes after START_LIMIT seconds, 2 here."""
     small_world(tmp_path)
-    absent = "parallel.START_LIMIT = 2\nif rank == 1:\n    train.start_ranks = lambda *args: time.sleep(99)"
+    absent = ("parallel.START_LIMIT = 2\nif rank == 1:\n    train.start_ranks = lambda "
+              "*args: time.sleep(99)")
     start = time.time()
     script = worker(tmp_path, 2, [settings_of(tmp_path, 2, "uneven", "out")], absent)
     code, screen, ended = outcomes(torchrun(2, *script))[0]
     assert code != 0 and ended - start < 60 and not (tmp_path / "out").exists()
-    assert "error: rank 0 of 2, on " in screen and "has not heard from all others within 2 s" in screen
+    assert "error: rank 0 of 2, on " in screen
+    assert "has not heard from all others within 2 s" in screen
     assert screen.count(parallel.CAUSES) == 1, screen[-4000:]

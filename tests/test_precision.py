@@ -32,11 +32,13 @@ def test_float16_overflow_is_named(tmp_path, monkeypatch):
     model.model.layers[1].mlp.up_proj.weight.data *= 3e4
     ids = np.arange(8, dtype=np.int32)
     batch = collate([Example(ids, ids, [8])])
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"
+    ):
         check_first_batch(model, SFTObjective(), first_step(batch), precision_of(model))
 
 
-# ---- a base in 4 or 8 bits ------------------------------------------------------------------------------------------
+# ---- a base in 4 or 8 bits -----------------------------------------------------------------------
 
 
 @needs_shared
@@ -44,10 +46,13 @@ def test_float16_overflow_of_a_quantized_layer_is_named(tmp_path):
     import numpy as np
     from checkpoint.load import load_model
     from data import Example, collate
-    model = load_model(CURVES / "tiny_llama3", torch.float16, quant_format=QuantFormat("nf4", nested=0))
+    model = load_model(CURVES / "tiny_llama3", torch.float16,
+                       quant_format=QuantFormat("nf4", nested=0))
     model.model.layers[1].mlp.up_proj.weight.absmax *= 3e4
     batch = collate([Example(np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32), [8])])
-    with pytest.raises(ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1.mlp.up_proj overflows in torch.float16(.|\n)*bf16: true"
+    ):
         check_first_batch(model, SFTObjective(), first_step(batch), precision_of(model))
 
 

@@ -32,13 +32,14 @@ from tests.common import GOLDEN, ROOT, needs_shared
 from tests.tiny_models import adapter_with, base_with, write_quantized
 
 QUANT = GOLDEN / "quant"
-FOLDERS = [path.parent.name for path in sorted(QUANT.glob("*/config.json")) if path.parent.parent == QUANT]
+FOLDERS = [path.parent.name
+           for path in sorted(QUANT.glob("*/config.json")) if path.parent.parent == QUANT]
 ADAPTERS = [path.name for path in sorted(QUANT.glob("lora_*"))]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 BITS = {F32: torch.int32, F16: torch.int16, BF16: torch.int16}
 
 
-# ---- the numbers ----------------------------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 
 @needs_shared
@@ -47,7 +48,8 @@ def test_recorded_vectors_bit_for_bit():
     scale."""
     with safe_open(str(QUANT / "nf4_vectors.safetensors"), framework="pt") as file:
         assert torch.equal(map_of_scales(), file.get_tensor("nested_quant_map"))
-        names, compared = [key.removesuffix(".input") for key in file.keys() if key.endswith(".input")], 0
+        names = [key.removesuffix(".input") for key in file.keys() if key.endswith(".input")]
+        compared = 0
         for name in names:
             x = file.get_tensor(f"{name}.input")
             for kind in VALUES:
@@ -55,17 +57,21 @@ def test_recorded_vectors_bit_for_bit():
                 for block in (64, 128):
                     def want(what):
                         return file.get_tensor(f"{name}.{kind}.b{block}.{what}")
-                    single, double = (quantize(x, QuantFormat(kind, block, nested)) for nested in (0, 256))
+                    single, double = (quantize(x, QuantFormat(kind, block, nested))
+                                      for nested in (0, 256))
                     where, bits = (name, kind, block), BITS[x.dtype]
                     assert torch.equal(single.codes, want("codes").view(-1)), where
                     assert torch.equal(single.absmax, want("single.absmax")), where
                     assert torch.equal(double.codes, single.codes), where
-                    assert torch.equal(single.dequantize().view(bits), want("single.dequant").view(bits)), where
-                    read = QuantizedWeight(double.quant_format, x.shape, codes=single.codes, quant_map=single.quant_map,
-                                     absmax=want("double.absmax"), nested_absmax=want("double.nested_absmax"),
-                                     nested_offset=want("double.offset").view(()),
-                                     nested_quant_map=file.get_tensor("nested_quant_map"))
-                    assert torch.equal(read.dequantize().view(bits), want("double.dequant").view(bits)), where
+                    assert torch.equal(single.dequantize().view(bits),
+                                       want("single.dequant").view(bits)), where
+                    read = QuantizedWeight(double.quant_format, x.shape, codes=single.codes,
+                                           quant_map=single.quant_map, absmax=want("double.absmax"),
+                                           nested_absmax=want("double.nested_absmax"),
+                                           nested_offset=want("double.offset").view(()),
+                                           nested_quant_map=file.get_tensor("nested_quant_map"))
+                    assert torch.equal(read.dequantize().view(bits),
+                                       want("double.dequant").view(bits)), where
                     scale = want("double.nested_absmax").repeat_interleave(256)[:len(read.absmax)]
                     assert ((double.scales() - read.scales()).abs() <= 1e-4 * scale).all(), where
                     compared += 1
@@ -86,20 +92,28 @@ def test_values_are_rounded_to_the_nearest_code_times_absmax(kind, dtype):
         far = (flat[..., None] / largest[..., None] - values_of(kind)).abs()
         best = (values_of(kind)[far.argmin(-1)] * largest).view(-1)[:x.numel()].view(shape)
         got = packed.dequantize(F32)
-        assert got.shape == x.shape and packed.codes.dtype == torch.uint8 and len(packed.codes) == -(-x.numel() // 2)
+        assert got.shape == x.shape
+        assert packed.codes.dtype == torch.uint8
+        assert len(packed.codes) == -(-x.numel() // 2)
         error = ((got - x.float()).abs() - (best - x.float()).abs()).max()
         assert error <= 0.01 * float(x.abs().max()) and (dtype != F32 or error < 1e-6)
 
 
 @pytest.mark.parametrize("piece", [128, 2**17])
-@pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0, BF16), QuantFormat("nf4", 64, 256, F16)], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [QuantFormat("nf4"), QuantFormat("fp4", 128, 0, BF16), QuantFormat("nf4", 64, 256, F16)],
+    ids=str,
+)
 def test_quantizing_in_pieces_equals_quantizing_at_once(form, piece, monkeypatch):
     monkeypatch.setattr(quant, "PIECE", piece)
     x = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
     packed = quantize(x, form)
     for dtype in (F32, BF16, F16):
-        twin = unpack_any(packed.codes, packed.scales(), packed.pairs, x.numel(), form.blocksize, packed.dtype, dtype)
-        assert torch.equal(packed.dequantize(dtype), twin.view(x.shape)) and packed.dequantize(dtype).dtype == dtype
+        twin = unpack_any(packed.codes, packed.scales(), packed.pairs, x.numel(), form.blocksize,
+                          packed.dtype, dtype)
+        assert torch.equal(packed.dequantize(dtype), twin.view(x.shape))
+        assert packed.dequantize(dtype).dtype == dtype
     assert torch.equal(packed.codes, quantize(x.view(1, -1), form).codes)
 
 
@@ -110,18 +124,21 @@ def test_rows_in_8_bits():
     assert packed.codes.dtype == torch.int8 and int(packed.codes.abs().max()) == 127
     assert torch.equal(packed.dequantize()[7], x[7])
     step = x.abs().amax(1, keepdim=True) / 127
-    assert ((packed.dequantize() - x).abs() <= 0.51 * step + 2**-11 * x.abs()).all()             # half a step, and float16's
+    # half a step, and float16's
+    assert ((packed.dequantize() - x).abs() <= 0.51 * step + 2**-11 * x.abs()).all()
 
 
 def test_bits_per_weight_match_the_bytes():
     x = torch.randn(1024, 1024)
-    for form, bits in ((QuantFormat("nf4"), 4.127), (QuantFormat("nf4", nested=0), 4.5), (QuantFormat("int8", nested=0), 8.0)):
+    for form, bits in ((QuantFormat("nf4"), 4.127), (QuantFormat("nf4", nested=0), 4.5),
+                       (QuantFormat("int8", nested=0), 8.0)):
         tables = ("pairs", "nested_quant_map")
         held = sum(t.nbytes for name, t in quantize(x, form).named_buffers() if name not in tables)
-        assert form.bits() == pytest.approx(bits, abs=5e-4) and 8 * held / x.numel() == pytest.approx(bits, rel=0.005)
+        assert form.bits() == pytest.approx(bits, abs=5e-4)
+        assert 8 * held / x.numel() == pytest.approx(bits, rel=0.005)
 
 
-# ---- layers ---------------------------------------------------------------------------------------------------------
+# ---- layers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("int8", nested=0)], ids=str)
@@ -129,14 +146,16 @@ def test_a_layer_equals_its_dequantized_layer(form):
     torch.manual_seed(0)
     packed, bias = quantize(torch.randn(48, 32), form), torch.randn(48, requires_grad=True)
     dense = nn.Linear(32, 48)
-    dense.weight, dense.bias = nn.Parameter(packed.dequantize(), False), nn.Parameter(bias.detach().clone())
+    dense.weight = nn.Parameter(packed.dequantize(), False)
+    dense.bias = nn.Parameter(bias.detach().clone())
     plain, frozen = QuantLinear(packed, bias), QuantLinear(packed)
     for base in (plain, dense):
         base.x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
         (base(base.x) ** 2).sum().backward()
     assert torch.allclose(plain.x.grad, dense.x.grad, atol=1e-4)
     assert torch.allclose(bias.grad, dense.bias.grad, atol=1e-4)
-    assert [p for p in frozen.parameters()] == [] and torch.equal(frozen.effective_weight(), packed.dequantize())
+    assert [p for p in frozen.parameters()] == []
+    assert torch.equal(frozen.effective_weight(), packed.dequantize())
 
 
 @pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("int8", nested=0)], ids=str)
@@ -148,7 +167,8 @@ def test_gradients_of_adapters_on_both_paths(form):
     dense = nn.Linear(32, 48, bias=False)
     dense.weight = nn.Parameter(packed.dequantize(), False)
     A, B, x = torch.randn(4, 32), torch.randn(48, 4), torch.randn(20, 32)
-    for base, matmul in ((QuantLinear(packed), F.linear), (QuantLinear(packed), None), (dense, None)):
+    for base, matmul in ((QuantLinear(packed), F.linear), (QuantLinear(packed), None),
+                         (dense, None)):
         layer, mine = LoRALinear(base, 4, 0.5, 0.0), x.clone().requires_grad_()
         layer.lora_A.weight.data, layer.lora_B.weight.data = A.clone(), B.clone()
         out, frozen = fused_linears([layer, base], mine, matmul=matmul)
@@ -166,7 +186,8 @@ def test_scales_keep_their_dtype_and_adapters_their_seed(tmp_path):
     base, starts = base_with(tmp_path / "base"), []
     for form in (None, QuantFormat("nf4")):
         model = attach_lora(load_model(base, quant_format=form), LoRAConfig(r=2), seed=3)
-        starts.append({name: layer.lora_A.weight.clone() for name, layer in lora_layers(model).items()})
+        starts.append({name: layer.lora_A.weight.clone()
+                       for name, layer in lora_layers(model).items()})
     assert starts[0].keys() == starts[1].keys()
     assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
     weight = quantized_weights(model)["model.layers.0.mlp.up_proj.base_layer.weight"]
@@ -174,17 +195,22 @@ def test_scales_keep_their_dtype_and_adapters_their_seed(tmp_path):
     model.to(BF16)
     assert torch.equal(weight.dequantize(), before) and model.lm_head.weight.dtype == BF16
     with pytest.raises(ValueError, match="in nf4 cannot be trained in full"):
-        attach_lora(load_model(base, quant_format=QuantFormat("nf4")), LoRAConfig(modules_to_save=["q_proj"]))
+        attach_lora(load_model(base, quant_format=QuantFormat("nf4")),
+                    LoRAConfig(modules_to_save=["q_proj"]))
 
 
 def test_the_compiled_kernel_gives_the_same_bits(monkeypatch):
-    model = nn.ModuleList(QuantLinear(quantize(torch.randn(64, 64 * n), QuantFormat("nf4", dtype=BF16))) for n in (1, 2))
+    model = nn.ModuleList(
+        QuantLinear(quantize(torch.randn(64, 64 * n), QuantFormat("nf4", dtype=BF16)))
+        for n in (1, 2)
+    )
     want = [layer.weight.dequantize(F16) for layer in model]
     front_part = partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
     assert compile_dequantize(model) == "4-bit weights: dequantized by one compiled kernel"
     assert all(layer.weight.compiled for layer in model)
-    assert all(torch.equal(layer.weight.dequantize(F16), dense) for layer, dense in zip(model, want))
+    assert all(torch.equal(layer.weight.dequantize(F16), dense)
+               for layer, dense in zip(model, want))
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: 1.1 * f(*args))
     assert "gives other numbers" in compile_dequantize(model) and model[0].weight.compiled is None
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: 1 / 0)
@@ -198,11 +224,11 @@ def test_an_embedding_in_main_memory_gives_the_same_rows():
     outside = EmbeddingOutside(embedding).to(BF16)
     assert torch.equal(outside(ids), embedding(ids)) and not outside.weight.requires_grad
     sent = ids.clone()
-    sent.on_cpu = torch.tensor([[3, 4, 5]])             # with ids on the CPU, nothing is read from the device
+    sent.on_cpu = torch.tensor([[3, 4, 5]])  # with ids on the CPU, nothing is read from the device
     assert torch.equal(outside(sent), embedding(sent.on_cpu))
 
 
-# ---- recorded checkpoints -------------------------------------------------------------------------------------------
+# ---- recorded checkpoints ------------------------------------------------------------------------
 
 
 @needs_shared
@@ -212,31 +238,38 @@ def test_recorded_checkpoints(name):
     of fast/fused_block.py."""
     want, model = load_file(QUANT / name / "expected.safetensors"), load_model(QUANT / name)
     weights, real = quantized_weights(model), want["attention_mask"].bool()
-    dense = {key.removeprefix("dequant."): value for key, value in want.items() if key.startswith("dequant.")}
+    dense = {key.removeprefix("dequant."): value
+             for key, value in want.items() if key.startswith("dequant.")}
     assert weights.keys() == dense.keys() and dense
-    assert all(torch.equal(weights[key].dequantize(value.dtype), value) for key, value in dense.items())
-    in_8_bits = "int8" in name                      # `logits` are of activations that are rounded, too
+    assert all(torch.equal(weights[key].dequantize(value.dtype), value)
+               for key, value in dense.items())
+    in_8_bits = "int8" in name  # `logits` are of activations that are rounded, too
     for how in (None, F.linear):
         fuse_blocks(model, how)
         with torch.no_grad():
             logits = model.logits(model(want["input_ids"])).float()
         bound = {F32: 1e-4, F16: 0.05, BF16: 0.2}[model.model.embed_tokens.weight.dtype]
-        assert (logits - want["logits_dequant" if in_8_bits else "logits"])[real].abs().max() < bound
+        assert ((logits - want["logits_dequant" if in_8_bits else "logits"])[real].abs().max()
+                < bound)
     model = load_model(QUANT / name, F32)
     with torch.no_grad():
         logits = model.logits(model(want["input_ids"]))
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), want["labels"][:, 1:].flatten())
-    assert (logits - want["logits_dequant"])[real].abs().max() < 1e-4 and abs(loss - want["loss_dequant"]) < 1e-5
+    assert (logits - want["logits_dequant"])[real].abs().max() < 1e-4
+    assert abs(loss - want["loss_dequant"]) < 1e-5
 
 
 @needs_shared
-@pytest.mark.parametrize("source, name", [("quant/sources/wide", "wide_nf4"), ("quant/sources/odd", "odd_nf4"),
-                                          ("quant/sources/half", "half_nf4_dq"), ("models/llama3", "llama3_int8"),
-                                          ("models/qwen2", "qwen2_fp4"), ("models/qwen2_tied", "qwen2_tied_nf4")])
+@pytest.mark.parametrize("source, name", [
+    ("quant/sources/wide", "wide_nf4"), ("quant/sources/odd", "odd_nf4"),
+    ("quant/sources/half", "half_nf4_dq"), ("models/llama3", "llama3_int8"),
+    ("models/qwen2", "qwen2_fp4"), ("models/qwen2_tied", "qwen2_tied_nf4")
+])
 def test_quantizing_on_load_gives_the_recorded_checkpoint(source, name):
     want = quantized_weights(load_model(QUANT / name))
     form = next(iter(want.values())).quant_format
-    model = load_model(GOLDEN / source, quant_format=QuantFormat(form.kind, form.blocksize, form.nested))
+    model = load_model(GOLDEN / source,
+                       quant_format=QuantFormat(form.kind, form.blocksize, form.nested))
     got = quantized_weights(model)
     assert got.keys() == want.keys() and "lm_head.weight" not in got
     for key, weight in got.items():
@@ -258,10 +291,13 @@ def test_recorded_adapters_on_4_bit_bases(name):
         for how in (None, F.linear):
             fuse_blocks(model, how)
             with torch.no_grad():
-                assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
+                assert (
+                    model.logits(model(want["input_ids"])).float() - want["logits"]
+                )[real].abs().max() < bound
     merge_adapters(model)
     with torch.no_grad():
-        assert (model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max() < bound
+        assert ((model.logits(model(want["input_ids"])).float() - want["logits"])[real].abs().max()
+                < bound)
     assert not lora_layers(model) and type(model.model.layers[0].self_attn.q_proj) is nn.Linear
 
 
@@ -274,10 +310,14 @@ def test_checkpoints_of_other_families_by_bitsandbytes(name, kind, storage, tmp_
     golden/quant says why."""
     transformers, bnb = pytest.importorskip("transformers"), pytest.importorskip("bitsandbytes")
     source, auto = GOLDEN / "models" / name, transformers.AutoModelForCausalLM
-    how = transformers.BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=kind == "nf4",
-        bnb_4bit_quant_storage=getattr(torch, storage))
-    theirs = auto.from_pretrained(source, quantization_config=how, dtype=F32, device_map={"": "cpu"})
+    how = (transformers.BitsAndBytesConfig(load_in_8bit=True)
+           if kind == "int8"
+           else transformers.BitsAndBytesConfig(
+               load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=kind == "nf4",
+               bnb_4bit_quant_storage=getattr(torch, storage),
+           ))
+    theirs = auto.from_pretrained(source, quantization_config=how, dtype=F32,
+                                  device_map={"": "cpu"})
     theirs.save_pretrained(tmp_path)
     dense, found = auto.from_pretrained(source, dtype=F32, attn_implementation="eager").eval(), 0
     for path, module in theirs.named_modules():
@@ -296,8 +336,11 @@ def dequantized_by_hand(weight, bnb):
     if weight.dtype == torch.int8:
         return weight.data.float() * weight.SCB[:, None] / 127
     state, codes = weight.quant_state, weight.data.view(torch.uint8).view(-1)
-    scales = state.absmax if not state.nested else state.offset + state.state2.code[state.absmax.long()] * (
-        state.state2.absmax.repeat_interleave(state.state2.blocksize)[:len(state.absmax)])
+    scales = (state.absmax
+              if not state.nested
+              else state.offset
+              + state.state2.code[state.absmax.long()]
+              * (state.state2.absmax.repeat_interleave(state.state2.blocksize)[:len(state.absmax)]))
     values = state.code[torch.stack((codes >> 4, codes & 15), 1).view(-1).long()]
     return (values * scales.repeat_interleave(state.blocksize)[:len(values)])[:state.shape.numel()]
 
@@ -320,11 +363,13 @@ def test_two_adapters_over_a_quantized_base(tmp_path):
     assert {name.split(".")[-1] for name in lora_layers(model)} == {"up_proj"}
 
 
-# ---- loading --------------------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
-FAMILIES = {"tied": dict(tie_word_embeddings=True), "experts": dict(model_type="qwen3_moe", num_experts=4, head_dim=8,
-            num_experts_per_tok=2, moe_intermediate_size=24), "fused": dict(model_type="phi3", pad_token_id=0)}
+FAMILIES = {"tied": dict(tie_word_embeddings=True),
+            "experts": dict(model_type="qwen3_moe", num_experts=4, head_dim=8,
+                            num_experts_per_tok=2, moe_intermediate_size=24),
+            "fused": dict(model_type="phi3", pad_token_id=0)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -334,9 +379,13 @@ def test_layers_that_are_quantized_in_each_family(name, tmp_path):
     skeleton = load_model(base, skip_weights=True, quant_format=QuantFormat("nf4"))
     linears = {f"{n}.weight" for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
     got = set(quantized_weights(model))
-    assert got == linears - {"lm_head.weight"} - {n for n in linears if n.endswith("mlp.gate.weight")}
+    assert got == linears - {"lm_head.weight"} - {
+        n for n in linears if n.endswith("mlp.gate.weight")
+    }
     assert got == set(quantized_weights(skeleton)) == set(quantizable_weights(plain))
-    assert count_parameters(model) == count_parameters(skeleton) == sum(p.numel() for p in plain.parameters())
+    assert count_parameters(model) == count_parameters(skeleton) == sum(
+        p.numel() for p in plain.parameters()
+    )
     assert sum(w.nbytes for w in quantized_weights(model).values()) == \
         sum(w.nbytes for w in quantized_weights(skeleton).values())
     ids = torch.arange(12)[None]
@@ -346,27 +395,35 @@ def test_layers_that_are_quantized_in_each_family(name, tmp_path):
     assert torch.allclose(model.logits(model(ids)), dense.logits(dense(ids)), atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0), QuantFormat("int8", nested=0)], ids=str)
+@pytest.mark.parametrize(
+    "form", [QuantFormat("nf4"), QuantFormat("fp4", 128, 0), QuantFormat("int8", nested=0)], ids=str
+)
 def test_stored_and_quantized_on_load_are_equal(form, tmp_path):
     base = base_with(tmp_path / "base", dtype=BF16)
-    made, read = load_model(base, quant_format=form), load_model(write_quantized(base, tmp_path / "packed", form))
+    made = load_model(base, quant_format=form)
+    read = load_model(write_quantized(base, tmp_path / "packed", form))
     ids = torch.arange(20)[None]
     assert torch.equal(made.logits(made(ids)), read.logits(read(ids)))
-    assert load_model(tmp_path / "packed", quant_format=QuantFormat("nf4")).model.layers[0].mlp.up_proj.weight.quant_format.kind == form.kind
+    again = load_model(tmp_path / "packed", quant_format=QuantFormat("nf4"))
+    assert again.model.layers[0].mlp.up_proj.weight.quant_format.kind == form.kind
 
 
-WRONG = {       # damage to the tensors of layer 0's up_proj: words of the message
+WRONG = {  # damage to the tensors of layer 0's up_proj: words of the message
     "no state": (lambda t, p: t.pop(f"{p}.weight.quant_state.bitsandbytes__nf4"),
-                 "up_proj.weight.(absmax|quant_map|nested.*) exists, but .*quant_state.bitsandbytes__nf4.* no file"),
+                 "up_proj.weight.(absmax|quant_map|nested.*) exists, but "
+                 ".*quant_state.bitsandbytes__nf4.* no file"),
     "no scales": (lambda t, p: t.pop(f"{p}.weight.absmax"),
                   "belongs to a weight with the part .*up_proj.weight.absmax, which is in no file"),
     "odd key": (lambda t, p: t.update({f"{p}.weight.zero_points": torch.zeros(3)}),
                 "up_proj.weight.zero_points is an unknown part"),
     "short": (lambda t, p: t.update({f"{p}.weight.absmax": torch.zeros(3).byte()}),
               "absmax has 3 numbers of torch.uint8"),
-    "cut codes": (lambda t, p: t.update({f"{p}.weight": torch.zeros(9, 1).byte()}), "codes has 9 numbers"),
-    "broken state": (lambda t, p: t.update({f"{p}.weight.quant_state.bitsandbytes__nf4": torch.zeros(5).byte()}),
-                     "not the state of a 4-bit weight"),
+    "cut codes": (lambda t, p: t.update({f"{p}.weight": torch.zeros(9, 1).byte()}),
+                  "codes has 9 numbers"),
+    "broken state": (
+        lambda t, p: t.update({f"{p}.weight.quant_state.bitsandbytes__nf4": torch.zeros(5).byte()}),
+        "not the state of a 4-bit weight",
+    ),
     "no weight": (lambda t, p: t.pop(f"{p}.weight"), "missing: 1, such as .*up_proj.weight"),
     "alone": (lambda t, p: [t.pop(name) for name in list(t) if name.startswith(f"{p}.weight.")],
               "up_proj.weight is stored as uint8, without the scales"),
@@ -389,8 +446,11 @@ def test_other_quantization_methods_are_refused():
     for method in ("gptq", "awq", "compressed-tensors"):
         with pytest.raises(ValueError, match=rf"stored quantized \({method}\)"):
             model_config({**fields, "quantization_config": {"quant_method": method}})
-    assert model_config({**fields, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}).notes
-    assert model_config({**fields, "quantization_config": {"load_in_4bit": True}}).notes == model_config(fields).notes
+    assert model_config(
+        {**fields, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    ).notes
+    assert (model_config({**fields, "quantization_config": {"load_in_4bit": True}}).notes
+            == model_config(fields).notes)
 
 
 PEAK = """
@@ -399,15 +459,18 @@ import torch
 from checkpoint.load import load_model
 from methods.quant import QuantFormat
 def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-load_model(sys.argv[2], quant_format=QuantFormat("nf4"))                                  # what loading itself needs
+    lines = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(lines[0].split()[1]) * 1024
+kind = sys.argv[4]
+load_model(sys.argv[2], quant_format=QuantFormat("nf4"))        # memory that loading itself needs
 before = peak()
-load_model(sys.argv[3], quant_format=QuantFormat(sys.argv[4], nested=0 if sys.argv[4] == "int8" else 256))
+load_model(sys.argv[3], quant_format=QuantFormat(kind, nested=0 if kind == "int8" else 256))
 print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the peak is read from Linux's own count")
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(),
+                    reason="the peak is read from Linux's own count")
 @pytest.mark.parametrize("kind, bits", [("nf4", 4.2), ("int8", 8.1)])
 def test_the_16_bit_model_is_never_in_memory(kind, bits, tmp_path):
     """Peak of the process: the quantized weights and a few matrices of the 12 blocks, which take 75

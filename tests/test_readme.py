@@ -38,7 +38,9 @@ def test_every_folder_has_its_line():
 
 
 def test_commands_name_files_that_exist():
-    texts = [README, *(path.read_text(encoding="utf-8") for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/*.md")])]
+    texts = [README,
+             *(path.read_text(encoding="utf-8")
+               for path in [*ROOT.glob("configs/*.yaml"), *ROOT.glob("docs/*.md")])]
     for text in texts:
         for script in re.findall(r"python (\w+\.py)", text):
             assert (ROOT / script).is_file(), script

@@ -69,7 +69,7 @@ BASE = dict(
 TIMES = ("time", "per_second", "throughput")  # parts of the names of values that always differ
 
 
-# ---- runs that can be killed --------------------------------------------------------------------
+# ---- runs that can be killed ---------------------------------------------------------------------
 
 
 class ForkServer:
@@ -182,7 +182,7 @@ def one_rank(rank, world, port, arguments, patch, screen):
     os._exit(code)
 
 
-# ---- patches inside the process of a run --------------------------------------------------
+# ---- patches inside the process of a run ---------------------------------------------------------
 
 MOMENTS = [0]  # how many have passed in this process
 
@@ -334,7 +334,7 @@ def gradient_overflows(rank, number):
     Gradients.all_reduce = summed
 
 
-# ---- what a run leaves behind -------------------------------------------------------------------
+# ---- what a run leaves behind --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -401,7 +401,7 @@ def assert_same_end(folder, other):
             assert mine.read_bytes() == theirs.read_bytes(), file
 
 
-# ---- killed -------------------------------------------------------------------------------------
+# ---- killed --------------------------------------------------------------------------------------
 
 
 def kill_until(fork_server, here, uninterrupted, kills, seed, worlds=(1, 2)) -> list:
@@ -417,7 +417,9 @@ def kill_until(fork_server, here, uninterrupted, kills, seed, worlds=(1, 2)) -> 
             victims = draw.choice([[0], [world - 1], list(range(world))])
             if draw.random() < 0.7:
                 moment = draw.randrange(1, moments)
-                codes, screen = fork_server.run(output, world, [["kill_at_moment", victims, moment]])
+                codes, screen = fork_server.run(
+                    output, world, [["kill_at_moment", victims, moment]]
+                )
             else:
                 moment = f"{draw.uniform(0.1, 3):.2f} s"
                 codes, screen = fork_server.run(
@@ -531,7 +533,7 @@ def test_torchrun_does_not_restart_a_stopped_run(tmp_path):
     assert done.stdout.count("resumed from") == 0
 
 
-# ---- stopped by a signal ------------------------------------------------------------------------------
+# ---- stopped by a signal -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -582,7 +584,7 @@ def test_a_signal_before_the_first_step_just_ends_the_run(name, code, fork_serve
     assert codes == [code] and not (tmp_path / "run").exists() and "Traceback" not in screen
 
 
-# ---- truncated, flipped, emptied and deleted files -------------------------------------------------------
+# ---- truncated, flipped, emptied and deleted files -----------------------------------------------
 
 
 def truncate(path):
@@ -644,7 +646,9 @@ def test_every_flipped_bit_of_the_checksums_is_found(uninterrupted, tmp_path):
         (folder / "checksums.json").write_bytes(before)
 
 
-def test_a_run_with_a_damaged_checkpoint_equals_an_uninterrupted_run(fork_server, uninterrupted, tmp_path):
+def test_a_run_with_a_damaged_checkpoint_equals_an_uninterrupted_run(
+    fork_server, uninterrupted, tmp_path
+):
     """Damaged checkpoints are kept under other names, which save_total_limit does not count."""
     other, _ = uninterrupted(1)
     output = shutil.copytree(other, tmp_path / "run")
@@ -745,7 +749,7 @@ def test_the_last_good_checkpoint_is_never_removed(fork_server, tmp_path):
     assert resume.newest_intact(tmp_path / "run", "true").name == "checkpoint-2"
 
 
-# ---- a full disk --------------------------------------------------------------------------------
+# ---- a full disk ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -755,7 +759,9 @@ def test_the_last_good_checkpoint_is_never_removed(fork_server, tmp_path):
         (["no_room_at_step", 3], "has room for 0.00 GB, and checkpoint-4 takes 0.00 GB"),
     ],
 )
-def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, fork_server, uninterrupted, tmp_path):
+def test_a_full_disk_leaves_the_last_good_checkpoint(
+    patch, words, fork_server, uninterrupted, tmp_path
+):
     other, _ = uninterrupted(1)
     codes, screen = fork_server.run(tmp_path / "run", 1, [patch])
     assert codes == [1] and re.search(words, screen) and "Traceback" not in screen, screen
@@ -765,7 +771,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(patch, words, fork_server, 
     assert_same_end(tmp_path / "run", other)
 
 
-# ---- changed settings and data ------------------------------------------------------------------
+# ---- changed settings and data -------------------------------------------------------------------
 
 
 def test_keys_by_their_class_of_on_resume(uninterrupted):
@@ -801,7 +807,7 @@ def test_a_changed_data_file_is_noticed(fork_server, tmp_path):
     assert fork_server.run(tmp_path / "run", dataset=data, force_resume=True)[0] == [0]
 
 
-# ---- not finite ---------------------------------------------------------------------------------
+# ---- not finite ----------------------------------------------------------------------------------
 
 
 def test_an_infinite_gradient_with_a_finite_loss_is_skipped(fork_server, tmp_path):
@@ -834,7 +840,7 @@ def test_all_ranks_skip_a_step_with_nan_on_one_rank(fork_server, tmp_path):
     ), (codes, screen)
 
 
-# ---- early stopping, saving and evaluating at other times ---------------------------------------
+# ---- early stopping, saving and evaluating at other times ----------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -876,7 +882,7 @@ def test_all_save_strategies_can_be_resumed(own, fork_server, tmp_path):
     ).read_bytes()
 
 
-# ---- two runs in one folder ---------------------------------------------------------------------
+# ---- two runs in one folder ----------------------------------------------------------------------
 
 
 def test_a_second_run_in_the_same_folder_is_refused(fork_server, uninterrupted, tmp_path):
@@ -922,8 +928,9 @@ def adapter_of(output) -> bytes:
 @pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).rates,
                     reason="torch is the only library of matrix products here")
 def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
-    """Killed before its first checkpoint and started again, where the timing favors others: bit for
-    bit the run that was never stopped. So is one with these kernels pinned; another start differs."""
+    """Killed before its first checkpoint and started again where timing favors other kernels: equal
+    to an uninterrupted run bit for bit, as is a run with these kernels pinned; a new run differs.
+    """
     auto = dict(flash_attn="auto")
     assert fork_server.run(tmp_path / "whole", 1, [FIRST], **auto)[0] == [0]
     assert fork_server.run(tmp_path / "other", 1, [LATER], **auto)[0] == [0]
@@ -977,7 +984,8 @@ def test_overwriting_removes_only_what_runs_have_written(fork_server, uninterrup
     kept = {}
     for place in ("final/thesis.txt", "checkpoint-best/model.safetensors", "checkpoint-4.partial/a",
                   "checkpoint-8/notes.txt", "checkpoint-3/photos/one.jpg",
-                  "models/base/config.json", "checkpoint-12.ab.partial/b", "checkpoint-8.old/c", "data.jsonl"):
+                  "models/base/config.json", "checkpoint-12.ab.partial/b", "checkpoint-8.old/c",
+                  "data.jsonl"):
         (output / place).parent.mkdir(parents=True, exist_ok=True)
         (output / place).write_text(f"mine: {place}")
         kept[place] = f"mine: {place}".encode()

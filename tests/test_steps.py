@@ -26,7 +26,7 @@ def plan_of(config, examples, world):
     return steps.StepPlan(config, examples, stage, Ranks(0, world), torch.device("cpu"))
 
 
-# ---- micro-batches within a token budget --------------------------------------------------------
+# ---- micro-batches within a token budget ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", (1, 100, 700, 10**6))
@@ -61,7 +61,9 @@ def test_all_ranks_together_have_every_row_once_an_epoch(world):
 
 
 @needs_shared
-def test_a_resumed_run_with_a_token_budget_equals_an_uninterrupted_run(tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_with_a_token_budget_equals_an_uninterrupted_run(
+    tmp_path, monkeypatch, capsys
+):
     more = [
         "token_budget=150",
         "gradient_accumulation_steps=2",
@@ -75,7 +77,8 @@ def test_a_resumed_run_with_a_token_budget_equals_an_uninterrupted_run(tmp_path,
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"b/checkpoint-{step}")
-    again = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
+    again = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more,
+                         "resume_from_checkpoint=true")
     assert [row["loss"] for row in whole["log_history"] if "loss" in row] == [
         row["loss"] for row in again["log_history"] if "loss" in row
     ]
@@ -95,7 +98,7 @@ def test_a_resumed_run_with_a_token_budget_equals_an_uninterrupted_run(tmp_path,
         )
 
 
-# ---- micro-batches that run as one pass ---------------------------------------------------------
+# ---- micro-batches that run as one pass ----------------------------------------------------------
 
 
 @needs_shared
@@ -149,7 +152,8 @@ def test_a_resumed_run_keeps_its_number_of_passes(tmp_path, monkeypatch):
     whole = run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *more)
     run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more, "max_steps=2")
     monkeypatch.setattr(setup, "ENOUGH_TOKENS", {"cpu": 10_000})
-    again = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more, "resume_from_checkpoint=true")
+    again = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *more,
+                         "resume_from_checkpoint=true")
     run_recorded("sft_llama3", tmp_path / "c", monkeypatch, *more)
     losses = [
         [row["loss"] for row in state["log_history"] if "loss" in row] for state in (whole, again)

@@ -227,7 +227,7 @@ def test_the_profile_lists_the_operations(tmp_path, monkeypatch, capsys):
     assert {"data", "forward", "backward", "optimizer", "aten::mm"} <= names
 
 
-# ---- the start ----------------------------------------------------------------------------------
+# ---- the start -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.__version__ < "2.6", reason="torch 2.4 imports it elsewhere, too")

@@ -17,9 +17,12 @@ from tests.rows import ask, ids_and_labels, make_config, write_dataset
 from text import token_cache
 from text.token_cache import ABOUT, Examples, SplitWriter
 
-ROWS = [ask(f"w{i % 90} w3", " ".join(f"w{(i + k) % 100}" for k in range(1 + i % 7))) for i in range(60)]
-SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20}, "held out": {"val_size": 0.2},
-            "joined": {"packing": True, "neat_packing": False, "cutoff_len": 20}, "some": {"max_samples": 13}}
+ROWS = [ask(f"w{i % 90} w3", " ".join(f"w{(i + k) % 100}" for k in range(1 + i % 7)))
+        for i in range(60)]
+SETTINGS = {"plain": {}, "packed": {"packing": True, "cutoff_len": 20},
+            "held out": {"val_size": 0.2},
+            "joined": {"packing": True, "neat_packing": False, "cutoff_len": 20},
+            "some": {"max_samples": 13}}
 
 
 def load(folder, words, kept="store", keep_unlearnable=False, **settings):
@@ -30,7 +33,8 @@ def load(folder, words, kept="store", keep_unlearnable=False, **settings):
 
 def contents(examples):
     """Ids, labels, lengths and positions of all examples."""
-    return [(*pair, example.lengths, None if example.position_ids is None else example.position_ids.tolist())
+    return [(*pair, example.lengths,
+             None if example.position_ids is None else example.position_ids.tolist())
             for pair, example in zip(ids_and_labels(examples), examples)]
 
 
@@ -44,11 +48,14 @@ def test_a_second_run_reads_the_cache_of_the_first(tmp_path, words, settings, ca
     read = load(tmp_path, words, **settings)
     show_data.print_counts(read[2])
     second = capsys.readouterr().out
-    assert "tokenized rows: made in" in first and f"tokenized rows: read from {tmp_path / 'store'}" in second
+    assert "tokenized rows: made in" in first
+    assert f"tokenized rows: read from {tmp_path / 'store'}" in second
     assert [line for line in first.splitlines() if "tokenized rows" not in line] == [
         line for line in second.splitlines() if "tokenized rows" not in line]
     for one, other in zip(made[:2], read[:2]):
-        assert contents(one) == contents(other) and one.sign == other.sign and one.longest == other.longest
+        assert contents(one) == contents(other)
+        assert one.sign == other.sign
+        assert one.longest == other.longest
         assert one.largest_id == max([0, *(int(example.input_ids.max()) for example in one)])
         assert one.longest == max([0, *(max(example.lengths) for example in one)])
         assert one.sizes.tolist() == [len(example.input_ids) for example in one]
@@ -59,7 +66,8 @@ def test_many_processes_give_the_same_as_one(tmp_path, words, settings):
     write_dataset(tmp_path, ROWS, {})
     one = load(tmp_path, words, None, preprocessing_num_workers=1, **settings)
     two = load(tmp_path, words, None, preprocessing_num_workers=3, **settings)
-    assert list(map(contents, one[:2])) == list(map(contents, two[:2])) and token_cache.report_to_json(one[2]) == token_cache.report_to_json(two[2])
+    assert list(map(contents, one[:2])) == list(map(contents, two[:2]))
+    assert token_cache.report_to_json(one[2]) == token_cache.report_to_json(two[2])
 
 
 def test_the_checksum_covers_all_ids_and_labels_in_order(tmp_path, words):
@@ -73,7 +81,8 @@ def test_the_checksum_covers_all_ids_and_labels_in_order(tmp_path, words):
     assert len(everything) == 61 and contents(everything)[:60] == contents(examples)
 
 
-CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed": {"seed": 7}, "val_size": {"val_size": 0.5},
+CHANGES = {"cutoff_len": {"cutoff_len": 5}, "packing": {"packing": True}, "seed": {"seed": 7},
+           "val_size": {"val_size": 0.5},
            "train_on_prompt": {"train_on_prompt": True}, "default_system": {"default_system": "w5"}}
 
 
@@ -83,7 +92,9 @@ def test_a_changed_setting_is_tokenized_again(tmp_path, words, name):
     load(tmp_path, words)
     again = load(tmp_path, words, **CHANGES[name])
     assert re.search(rf"made in .*changed: .*{name}", again[2].origin)
-    assert list(map(contents, again[:2])) == list(map(contents, load(tmp_path, words, None, **CHANGES[name])[:2]))
+    assert list(map(contents, again[:2])) == list(
+        map(contents, load(tmp_path, words, None, **CHANGES[name])[:2])
+    )
     assert "read from" in load(tmp_path, words, **CHANGES[name])[2].origin
 
 
@@ -103,9 +114,12 @@ def test_a_changed_tokenizer_template_or_program_is_noticed(tmp_path, words, mon
     write_dataset(tmp_path, ROWS, {})
     tokenizer, template = words
     load(tmp_path, words)
-    assert "template" in load(tmp_path, (tokenizer, replace(template, user=("w7", "{{content}}"))))[2].origin
+    assert ("template"
+            in load(tmp_path, (tokenizer, replace(template, user=("w7", "{{content}}"))))[2].origin)
     tokenizer.add_tokens(["w1 w2"])
-    assert "changed: tokenizer, template" in load(tmp_path, words)[2].origin.replace("template, tokenizer", "tokenizer, template")
+    assert "changed: tokenizer, template" in load(tmp_path, words)[2].origin.replace(
+        "template, tokenizer", "tokenizer, template"
+    )
     monkeypatch.setattr(token_cache, "PROGRAM", token_cache.PROGRAM[1:])
     assert "changed: program" in load(tmp_path, words)[2].origin
     assert "read from" in load(tmp_path, words)[2].origin
@@ -120,13 +134,18 @@ def test_overwrite_cache_tokenizes_again(tmp_path, words):
 def test_every_setting_that_changes_rows_is_in_the_key():
     """config.py knows the settings that make a resumed run another one; the others of them do not
     change tokens."""
-    of_the_model = set("""model_name_or_path model_revision adapter_name_or_path create_new_adapter ref_model
-        ref_model_adapters train_from_scratch base_precision quantization_bit quantization_method quantization_type
-        double_quantization finetuning_type lora_rank lora_alpha lora_dropout lora_target additional_target use_rslora
-        use_dora pissa_init pissa_iter use_llama_pro use_adam_mini freeze_trainable_layers freeze_trainable_modules freeze_extra_modules pure_bf16
-        optim use_muon use_galore galore_rank galore_target""".split())
-    of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last", "even_batches"}
-    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}     # see cache_key
+    of_the_model = set("""
+        model_name_or_path model_revision adapter_name_or_path create_new_adapter ref_model
+        ref_model_adapters train_from_scratch base_precision quantization_bit quantization_method
+        quantization_type double_quantization finetuning_type lora_rank lora_alpha lora_dropout
+        lora_target additional_target use_rslora use_dora pissa_init pissa_iter use_llama_pro
+        use_adam_mini freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
+        pure_bf16 optim use_muon use_galore galore_rank galore_target
+    """.split())
+    of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last",
+                    "even_batches"}
+    # see cache_key
+    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}
     other_run = {key for key, spec in KEYS.items() if spec.metadata["on_resume"] in (FIXED, DATA)}
     assert other_run == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 

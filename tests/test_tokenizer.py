@@ -12,18 +12,22 @@ from tests.chats import write_byte_level
 from tests.common import SHARED, needs_shared
 from text.tokenizer import TextStream, load_tokenizer
 
-TEXTS = ["Hello there", "  two  spaces ", "\n\nlines\n", "tab\there", "naïve café", "你好，世界", "🤗 emoji 👩‍👩‍👧 family",
-         "a <|im_end|> b </s> c <|eot_id|>", "<think>\nhm\n</think>\n\nyes", "x" * 50, "ok\r\né", '{"a": [1, 2.5]}']
+TEXTS = ["Hello there", "  two  spaces ", "\n\nlines\n", "tab\there", "naïve café", "你好，世界",
+         "🤗 emoji 👩‍👩‍👧 family", "a <|im_end|> b </s> c <|eot_id|>",
+         "<think>\nhm\n</think>\n\nyes", "x" * 50, "ok\r\né", '{"a": [1, 2.5]}']
 REAL = ["llama2", "llama3", "qwen2.5", "qwen3"]
 
 
 def write_byte_fallback(folder):
     """A small tokenizer as sentencepiece makes them: spaces as ▁, bytes for unknown characters."""
-    vocab = {"<unk>": 0, "▁": 1, "▁hello": 2, "▁there": 3, **{f"<0x{i:02X}>": i + 4 for i in range(256)}}
+    vocab = {"<unk>": 0, "▁": 1, "▁hello": 2, "▁there": 3,
+             **{f"<0x{i:02X}>": i + 4 for i in range(256)}}
     core = Core(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                      decoders.Strip(" ", 1, 0)])
+    core.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                      decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     folder.mkdir(exist_ok=True)
     core.save(str(folder / "tokenizer.json"))
     return folder
@@ -39,7 +43,9 @@ def test_special_tokens_come_from_the_config_as_text_or_as_a_dict(tmp_path):
 
 def test_special_tokens_map_fills_what_the_config_lacks(tmp_path):
     folder = write_byte_level(tmp_path / "a")
-    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "</s>"}, "bos_token": "x"}))
+    (folder / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": {"content": "</s>"}, "bos_token": "x"})
+    )
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.pad_token, tokenizer.bos_token) == ("</s>", "<s>")
 
@@ -67,7 +73,9 @@ def test_stored_truncation_and_padding_are_switched_off(tmp_path):
 @pytest.mark.parametrize("name", REAL)
 def test_ids_equal_transformers(name):
     transformers = pytest.importorskip("transformers")
-    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(SHARED / "tokenizers" / name / "tokenizer.json"))
+    peer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(SHARED / "tokenizers" / name / "tokenizer.json")
+    )
     ours = load_tokenizer(SHARED / "tokenizers" / name)
     for text in TEXTS:
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), text
@@ -78,7 +86,9 @@ def test_ids_equal_transformers(name):
 def test_split_special_tokens_equals_transformers(name):
     transformers = pytest.importorskip("transformers")
     path = SHARED / "tokenizers" / name
-    peer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), split_special_tokens=True)
+    peer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path / "tokenizer.json"), split_special_tokens=True
+    )
     ours, whole = load_tokenizer(path, split_special_tokens=True), load_tokenizer(path)
     for text in TEXTS:
         assert ours.encode(text) == peer.encode(text, add_special_tokens=False), text
@@ -90,9 +100,11 @@ def test_split_special_tokens_equals_transformers(name):
 
 
 def test_saving_keeps_the_files(tmp_path):
-    folder = write_byte_level(tmp_path / "a", chat_template="{{ messages }}", tokenizer_class="PreTrainedTokenizerFast")
+    folder = write_byte_level(tmp_path / "a", chat_template="{{ messages }}",
+                              tokenizer_class="PreTrainedTokenizerFast")
     load_tokenizer(folder).save(tmp_path / "b")
-    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert ((tmp_path / "b" / "tokenizer.json").read_bytes()
+            == (folder / "tokenizer.json").read_bytes())
     assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text()) \
         == json.loads((folder / "tokenizer_config.json").read_text())
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}"
@@ -112,7 +124,8 @@ def test_added_tokens_and_new_roles_are_saved_and_transformers_reads_them(tmp_pa
     transformers = pytest.importorskip("transformers")
     peer = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "b")
     assert (peer.eos_token_id, peer.pad_token, len(peer)) == (size, "<|end|>", size + 1)
-    assert peer.encode("hello<|end|> there", add_special_tokens=False) == again.encode("hello<|end|> there")
+    assert (peer.encode("hello<|end|> there", add_special_tokens=False)
+            == again.encode("hello<|end|> there"))
 
 
 def test_the_chat_template_file_has_priority(tmp_path):
@@ -166,7 +179,8 @@ def test_stream_never_shows_half_a_character(tmp_path, write):
     tokenizer = load_tokenizer(write(tmp_path / "a"))
     for text in TEXTS:
         check_stream(tokenizer, text)
-    check_stream(tokenizer, " hello there 你 hello 🤗好 there" * 40)  # long: decoding restarts in between
+    # long: decoding restarts in between
+    check_stream(tokenizer, " hello there 你 hello 🤗好 there" * 40)
 
 
 @needs_shared

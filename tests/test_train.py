@@ -44,11 +44,14 @@ def test_recorded_curve(case, tmp_path, monkeypatch):
         assert abs(a["grad_norm"] - b["grad_norm"]) < 1e-3
     ours_eval = [row["eval_loss"] for row in ours["log_history"] if "eval_loss" in row]
     want_eval = [row["eval_loss"] for row in want["log_history"] if "eval_loss" in row]
-    assert len(ours_eval) == len(want_eval) and all(abs(a - b) < 1e-4 for a, b in zip(ours_eval, want_eval))
-    assert same_tensors(tmp_path / "out/adapter_model.safetensors", CURVES / case / "final/adapter_model.safetensors", 1e-4)
+    assert len(ours_eval) == len(want_eval)
+    assert all(abs(a - b) < 1e-4 for a, b in zip(ours_eval, want_eval))
+    assert same_tensors(tmp_path / "out/adapter_model.safetensors",
+                        CURVES / case / "final/adapter_model.safetensors", 1e-4)
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     recorded = json.loads((CURVES / case / "all_results.json").read_text())
-    assert recorded.keys() <= results.keys() and abs(results["train_loss"] - recorded["train_loss"]) < 1e-4
+    assert recorded.keys() <= results.keys()
+    assert abs(results["train_loss"] - recorded["train_loss"]) < 1e-4
 
 
 OTHERS = json.loads((ROOT / "tests/llama_factory_runs.json").read_text())["runs"]
@@ -61,10 +64,13 @@ def dora_init(folder):
     base = load_file(CURVES / "tiny_llama3/model.safetensors")
     for name in [name.removesuffix(".lora_A.weight") for name in tensors if "lora_A" in name]:
         lengths = base[name.removeprefix(PREFIX) + ".weight"].norm(dim=1)
-        tensors[f"{name}.lora_magnitude_vector"] = lengths * (1 + 0.1 * torch.sin(torch.arange(len(lengths)).float()))
+        tensors[f"{name}.lora_magnitude_vector"] = lengths * (
+            1 + 0.1 * torch.sin(torch.arange(len(lengths)).float())
+        )
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
-    fields = json.loads((CURVES / "sft_llama3/adapter_init/adapter_config.json").read_text()) | {"use_dora": True}
+    fields = (json.loads((CURVES / "sft_llama3/adapter_init/adapter_config.json").read_text())
+              | {"use_dora": True})
     return folder, fields
 
 
@@ -85,26 +91,33 @@ def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
     recorded, more = OTHERS[case], []
     if case.startswith("dora"):
         folder, fields = dora_init(tmp_path / "init")
-        (folder / "adapter_config.json").write_text(json.dumps(fields | {"use_rslora": case == "dora_plus"}))
+        (folder / "adapter_config.json").write_text(
+            json.dumps(fields | {"use_rslora": case == "dora_plus"})
+        )
         more = [f"adapter_name_or_path={folder}"]
     ours = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, *recorded["settings"], *more)
     rows = [row for row in ours["log_history"] if "loss" in row]
-    assert [row["loss"] for row in rows] == pytest.approx(recorded["loss"], abs=recorded.get("within", 1e-5))
+    assert [row["loss"] for row in rows] == pytest.approx(
+        recorded["loss"], abs=recorded.get("within", 1e-5)
+    )
     if "within" in recorded:
         return
     assert [row["grad_norm"] for row in rows] == pytest.approx(recorded["grad_norm"], abs=1e-4)
     file = next(path for path in (tmp_path / "out").glob("*model.safetensors"))
-    assert {name: mark(t) for name, t in load_file(file).items()} == pytest.approx(recorded["marks"], abs=2e-4)
+    assert {name: mark(t) for name, t in load_file(file).items()} == pytest.approx(
+        recorded["marks"], abs=2e-4
+    )
 
 
 @needs_shared
-@pytest.mark.parametrize("kind, method", [("llama3", ["pure_bf16=true"]), ("llama3", []), ("qwen2", [])])
+@pytest.mark.parametrize("kind, method",
+                         [("llama3", ["pure_bf16=true"]), ("llama3", []), ("qwen2", [])])
 def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, monkeypatch):
     """Also with q/k norms and a tied head; frozen weights are held in 16 bits."""
     case = {"llama3": "sft_llama3", "qwen2": "sft_qwen2_loraplus"}[kind]
     freeze = ["finetuning_type=freeze", "adapter_name_or_path=null", "loraplus_lr_ratio=null",
-              "freeze_trainable_layers=1", "freeze_extra_modules=embed_tokens,norm", "save_strategy=steps",
-              "save_steps=4", "max_steps=8"]
+              "freeze_trainable_layers=1", "freeze_extra_modules=embed_tokens,norm",
+              "save_strategy=steps", "save_steps=4", "max_steps=8"]
     wanted = run_recorded(case, tmp_path / "a", monkeypatch, *freeze)
     half = [*freeze, "bf16=true", *method]
     whole = run_recorded(case, tmp_path / "b", monkeypatch, *half)
@@ -112,14 +125,19 @@ def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, 
     shutil.rmtree(tmp_path / "c/checkpoint-8")
     run_recorded(case, tmp_path / "c", monkeypatch, *half, "resume_from_checkpoint=true")
     assert same_tensors(tmp_path / "b/model.safetensors", tmp_path / "c/model.safetensors", 0)
-    assert same_tensors(*(tmp_path / f"{run}/checkpoint-8/optimizer.safetensors" for run in "bc"), 0)
-    losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (wanted, whole)]
+    assert same_tensors(*(tmp_path / f"{run}/checkpoint-8/optimizer.safetensors" for run in "bc"),
+                        0)
+    losses = [[row["loss"] for row in state["log_history"] if "loss" in row]
+              for state in (wanted, whole)]
     assert losses[1] == pytest.approx(losses[0], abs=0.05) and losses[0][-1] < losses[0][0] - 0.2
     written = load_file(tmp_path / "b/checkpoint-8/model.safetensors")
     dtypes = {name: tensor.dtype for name, tensor in written.items()}
     assert dtypes["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
-    assert dtypes["model.layers.1.mlp.up_proj.weight"] == (torch.bfloat16 if method else torch.float32)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "b/model.safetensors").values()} == {torch.bfloat16}
+    assert dtypes["model.layers.1.mlp.up_proj.weight"] == (
+        torch.bfloat16 if method else torch.float32
+    )
+    assert ({tensor.dtype for tensor in load_file(tmp_path / "b/model.safetensors").values()}
+            == {torch.bfloat16})
     assert json.loads((tmp_path / "b/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
@@ -127,29 +145,39 @@ def test_freeze_in_bfloat16_follows_float32_and_resumes(kind, method, tmp_path, 
 def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
-    run_recorded("sft_eval", out, monkeypatch, "plot_loss=true", "save_strategy=steps", "save_steps=4")
-    expected = set((CURVES / "sft_eval/output_files.txt").read_text().split()) - {"training_args.bin"}
+    run_recorded("sft_eval", out, monkeypatch, "plot_loss=true", "save_strategy=steps",
+                 "save_steps=4")
+    expected = (set((CURVES / "sft_eval/output_files.txt").read_text().split())
+                - {"training_args.bin"})
     assert expected <= {p.name for p in out.iterdir()}
-    assert {"training_loss.png", "training_eval_loss.png", "train_config.json", "checkpoint-4"} <= {p.name for p in out.iterdir()}
-    lines, recorded = read_jsonl(out / "trainer_log.jsonl"), read_jsonl(CURVES / "sft_eval/trainer_log.jsonl")
-    assert len(lines) == len(recorded) and all(a.keys() <= b.keys() for a, b in zip(recorded, lines))
+    assert {"training_loss.png", "training_eval_loss.png", "train_config.json", "checkpoint-4"} <= {
+        p.name for p in out.iterdir()
+    }
+    lines = read_jsonl(out / "trainer_log.jsonl")
+    recorded = read_jsonl(CURVES / "sft_eval/trainer_log.jsonl")
+    assert len(lines) == len(recorded)
+    assert all(a.keys() <= b.keys() for a, b in zip(recorded, lines))
     assert [line["percentage"] for line in lines] == [line["percentage"] for line in recorded]
     assert json.loads((out / "train_config.json").read_text())["template"] == "llama3"
 
 
 @needs_shared
-@pytest.mark.parametrize("case, more", [("sft_shuffled", []), ("sft_qwen2_loraplus", []),
-                                        ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"]),
-                                        *[("sft_shuffled", ["finetuning_type=full", "adapter_name_or_path=null", *more])
-                                          for more in (["optim=adamw_8bit"], ["use_muon=true"], [
-                                              "use_galore=true", "galore_rank=4", "galore_update_interval=3"])],
-                                        ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_rank=4",
-                                                          "pissa_init=true", "pissa_iter=2", "pissa_convert=true"]),
-                                        ("sft_shuffled", ["use_dora=true", "create_new_adapter=true",
-                                                          "lora_dropout=0.2"])])
+@pytest.mark.parametrize("case, more", [
+    ("sft_shuffled", []), ("sft_qwen2_loraplus", []),
+    ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"]),
+    *[("sft_shuffled", ["finetuning_type=full", "adapter_name_or_path=null", *more])
+      for more in (["optim=adamw_8bit"], ["use_muon=true"],
+                   ["use_galore=true", "galore_rank=4", "galore_update_interval=3"])],
+    ("sft_shuffled", [
+        "bf16=true", "create_new_adapter=true", "lora_rank=4", "pissa_init=true", "pissa_iter=2",
+        "pissa_convert=true",
+    ]),
+    ("sft_shuffled", ["use_dora=true", "create_new_adapter=true", "lora_dropout=0.2"])
+])
 def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
-    noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2", "logging_steps=3"]
+    noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2",
+             "logging_steps=3"]
     whole = run_recorded(case, tmp_path / "a", monkeypatch, *noise)
     file = next((tmp_path / "a").glob("*model.safetensors")).name
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -157,8 +185,10 @@ def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeyp
         if int(late.name.split("-")[1]) > 2:
             shutil.rmtree(late)
     resumed = run_recorded(case, tmp_path / "b", monkeypatch, *noise, "resume_from_checkpoint=true")
-    strip = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in whole["log_history"]]
-    again = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in resumed["log_history"]]
+    strip = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+             for row in whole["log_history"]]
+    again = [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+             for row in resumed["log_history"]]
     assert strip == again
     assert same_tensors(tmp_path / "a" / file, tmp_path / "b" / file, 0)
     assert [r["current_steps"] for r in read_jsonl(tmp_path / "b/trainer_log.jsonl")] == \
@@ -172,7 +202,8 @@ def test_resuming_a_finished_run_does_nothing(tmp_path, monkeypatch):
     before = load_file(out / "adapter_model.safetensors")
     results = json.loads((out / "all_results.json").read_text())
     run_recorded("sft_eval", out, monkeypatch, *save, "resume_from_checkpoint=true")
-    assert all(torch.equal(w, before[n]) for n, w in load_file(out / "adapter_model.safetensors").items())
+    assert all(torch.equal(w, before[n])
+               for n, w in load_file(out / "adapter_model.safetensors").items())
     again = json.loads((out / "all_results.json").read_text())
     assert all(again[key] == results[key] for key in ("epoch", "train_loss", "eval_loss"))
 
@@ -180,7 +211,8 @@ def test_resuming_a_finished_run_does_nothing(tmp_path, monkeypatch):
 @needs_shared
 def test_the_split_into_micro_batches_does_not_matter(tmp_path, monkeypatch):
     a = run_recorded("sft_llama3", tmp_path / "a", monkeypatch)
-    b = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "per_device_train_batch_size=8", "gradient_accumulation_steps=1")
+    b = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "per_device_train_batch_size=8",
+                     "gradient_accumulation_steps=1")
     for x, y in zip(a["log_history"], b["log_history"]):
         if "loss" in x:
             assert abs(x["loss"] - y["loss"]) < 1e-5 and abs(x["grad_norm"] - y["grad_norm"]) < 1e-4
@@ -189,7 +221,8 @@ def test_the_split_into_micro_batches_does_not_matter(tmp_path, monkeypatch):
 @needs_shared
 def test_packed_equals_unpacked_in_one_step_over_all_rows(tmp_path, monkeypatch):
     """Packing with separate sequences changes the split, not the loss."""
-    one = ["max_steps=1", "per_device_train_batch_size=64", "gradient_accumulation_steps=1", "cutoff_len=400"]
+    one = ["max_steps=1", "per_device_train_batch_size=64", "gradient_accumulation_steps=1",
+           "cutoff_len=400"]
     a = run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *one)
     b = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *one, "packing=true")
     assert abs(a["log_history"][0]["loss"] - b["log_history"][0]["loss"]) < 1e-5
@@ -199,9 +232,11 @@ def test_packed_equals_unpacked_in_one_step_over_all_rows(tmp_path, monkeypatch)
 @needs_shared
 def test_full_fine_tuning_trains_every_weight(tmp_path, monkeypatch):
     out = tmp_path / "full"
-    state = run_recorded("sft_llama3", out, monkeypatch, "finetuning_type=full", "adapter_name_or_path=null", "max_steps=3",
-                "learning_rate=1e-3", "warmup_ratio=0")
-    before, after = load_file(CURVES / "tiny_llama3/model.safetensors"), load_file(out / "model.safetensors")
+    state = run_recorded("sft_llama3", out, monkeypatch, "finetuning_type=full",
+                         "adapter_name_or_path=null", "max_steps=3", "learning_rate=1e-3",
+                         "warmup_ratio=0")
+    before = load_file(CURVES / "tiny_llama3/model.safetensors")
+    after = load_file(out / "model.safetensors")
     assert before.keys() == after.keys() and all((before[n] != after[n]).any() for n in before)
     assert state["log_history"][0]["loss"] > state["log_history"][2]["loss"]
     transformers = pytest.importorskip("transformers")
@@ -213,19 +248,25 @@ def test_full_fine_tuning_equals_a_plain_loop_of_torch(tmp_path, monkeypatch):
     """One step of full fine-tuning against transformers' model, torch's cross entropy and AdamW."""
     transformers = pytest.importorskip("transformers")
     out = tmp_path / "full"
-    run_recorded("sft_llama3", out, monkeypatch, "finetuning_type=full", "adapter_name_or_path=null", "max_steps=1",
-        "learning_rate=1e-3", "warmup_ratio=0", "lr_scheduler_type=constant", "adam_epsilon=1e-3")
+    run_recorded("sft_llama3", out, monkeypatch, "finetuning_type=full",
+                 "adapter_name_or_path=null", "max_steps=1", "learning_rate=1e-3", "warmup_ratio=0",
+                 "lr_scheduler_type=constant", "adam_epsilon=1e-3")
     base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "base")
     (base / "config.json").chmod(0o644)
-    fields = json.loads((base / "config.json").read_text())               # transformers 4 reads the older key only
-    (base / "config.json").write_text(json.dumps({**fields, "rope_theta": fields["rope_parameters"]["rope_theta"]}))
+    # transformers 4 reads the older key only
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps({**fields, "rope_theta": fields["rope_parameters"]["rope_theta"]})
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-3)      # eps: no sign-like steps where g is 0
+    # eps: no sign-like steps where g is 0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-3)
     rows = read_jsonl(CURVES / "sft_llama3/processed.jsonl")[:8]
     count = sum(label != -100 for row in rows for label in row["labels"])
     for row in rows:
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
-        (torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum") / count).backward()
+        (torch.nn.functional.cross_entropy(logits, torch.tensor(row["labels"][1:]), reduction="sum")
+         / count).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     ours = load_file(out / "model.safetensors")
@@ -246,8 +287,10 @@ def test_bfloat16_base_follows_the_float32_curve(tmp_path, monkeypatch):
 
 @needs_shared
 def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tmp_path, monkeypatch):
-    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "finetuning_type=full", "adapter_name_or_path=null", "bf16=true", "max_steps=2")
-    assert all(w.dtype == torch.float32 for w in load_file(tmp_path / "a/model.safetensors").values())
+    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "finetuning_type=full",
+                 "adapter_name_or_path=null", "bf16=true", "max_steps=2")
+    assert all(w.dtype == torch.float32
+               for w in load_file(tmp_path / "a/model.safetensors").values())
 
 
 # ---- what a user may get wrong ----
@@ -274,7 +317,8 @@ def test_output_dir_that_is_not_empty(tmp_path, monkeypatch):
 def test_clear_errors(overrides, words, tmp_path, monkeypatch):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         run_recorded("sft_llama3", tmp_path / "out", monkeypatch, *overrides)
-    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"tokenised"}        # which the corrected run will find
+    # which the corrected run will find
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"tokenised"}
 
 
 @needs_shared
@@ -290,8 +334,10 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(tmp_path, monkeypatch, cap
 
     monkeypatch.setattr(SFTObjective, "loss_sum", poisoned)
     with pytest.raises(ValueError, match="step 5: loss nan.*3rd time in a row"):
-        run_recorded("sft_llama3", out, monkeypatch, "save_strategy=steps", "save_steps=2", "join_micro_batches=false")
-    assert (out / "checkpoint-2/trainer_state.json").is_file() and not (out / "adapter_model.safetensors").exists()
+        run_recorded("sft_llama3", out, monkeypatch, "save_strategy=steps", "save_steps=2",
+                     "join_micro_batches=false")
+    assert (out / "checkpoint-2/trainer_state.json").is_file()
+    assert not (out / "adapter_model.safetensors").exists()
     losses = [row["loss"] for row in read_jsonl(out / "trainer_log.jsonl")]
     assert all(loss > 1 for loss in losses[:2]) and all(math.isnan(loss) for loss in losses[2:])
     assert "3 skipped: loss nan" in capsys.readouterr().out
@@ -357,13 +403,17 @@ def test_one_nan_is_skipped_and_the_run_continues(tmp_path, monkeypatch, capsys)
 
     def poisoned(objective, model, *args):
         calls.append(1)
-        before.append(float(model.model.layers[0].self_attn.q_proj.lora_B.weight.detach().abs().sum()))
+        before.append(
+            float(model.model.layers[0].self_attn.q_proj.lora_B.weight.detach().abs().sum())
+        )
         loss, *rest = real(objective, model, *args)
         return loss * (math.nan if len(calls) == 10 else 1.0), *rest
 
     monkeypatch.setattr(SFTObjective, "loss_sum", poisoned)
-    state = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4", "join_micro_batches=false")
-    assert before[8] == before[12] != before[4] and "1 steps were skipped" in capsys.readouterr().out
+    state = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=4",
+                         "join_micro_batches=false")
+    assert before[8] == before[12] != before[4]
+    assert "1 steps were skipped" in capsys.readouterr().out
     losses = [row["loss"] for row in state["log_history"] if "loss" in row]
     mean = (losses[0] + losses[1] + losses[3]) / 3
     assert math.isnan(losses[2]) and abs(state["log_history"][-1]["train_loss"] - mean) < 1e-9
@@ -371,13 +421,16 @@ def test_one_nan_is_skipped_and_the_run_continues(tmp_path, monkeypatch, capsys)
 
 @needs_shared
 def test_the_best_checkpoint_is_loaded_and_kept(tmp_path, monkeypatch):
-    out, losses = tmp_path / "out", iter([5.0, 4.0, 1.0, 3.0, 3.5, 3.2, 1.0])       # the last: after loading the best
+    # the last: after loading the best
+    out, losses = tmp_path / "out", iter([5.0, 4.0, 1.0, 3.0, 3.5, 3.2, 1.0])
     monkeypatch.setattr(train, "evaluate", lambda *args: {"eval_loss": next(losses)})
-    run_recorded("sft_eval", out, monkeypatch, "load_best_model_at_end=true", "save_strategy=steps", "eval_steps=1", "save_steps=1",
-        "save_total_limit=2")
+    run_recorded("sft_eval", out, monkeypatch, "load_best_model_at_end=true", "save_strategy=steps",
+                 "eval_steps=1", "save_steps=1", "save_total_limit=2")
     assert {p.name for p in out.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
-    assert same_tensors(out / "adapter_model.safetensors", out / "checkpoint-3/adapter_model.safetensors", 0)
-    assert not same_tensors(out / "adapter_model.safetensors", out / "checkpoint-6/adapter_model.safetensors", 0)
+    assert same_tensors(out / "adapter_model.safetensors",
+                        out / "checkpoint-3/adapter_model.safetensors", 0)
+    assert not same_tensors(out / "adapter_model.safetensors",
+                            out / "checkpoint-6/adapter_model.safetensors", 0)
 
 
 @needs_shared
@@ -385,10 +438,12 @@ def test_the_best_is_searched_among_the_checkpoints(tmp_path, monkeypatch):
     """The lowest loss is at step 3, which is evaluated and not saved."""
     losses = iter([5.0, 4.0, 1.0, 3.0, 3.5, 3.2, 3.0])
     monkeypatch.setattr(train, "evaluate", lambda *args: {"eval_loss": next(losses)})
-    state = run_recorded("sft_eval", tmp_path / "out", monkeypatch, "load_best_model_at_end=true", "save_strategy=steps", "eval_steps=1",
-                "save_steps=2", "early_stopping_steps=9")
+    state = run_recorded("sft_eval", tmp_path / "out", monkeypatch, "load_best_model_at_end=true",
+                         "save_strategy=steps", "eval_steps=1", "save_steps=2",
+                         "early_stopping_steps=9")
     assert [row["eval_loss"] for row in state["log_history"] if "eval_loss" in row][2] == 1.0
-    assert same_tensors(tmp_path / "out/adapter_model.safetensors", tmp_path / "out/checkpoint-4/adapter_model.safetensors", 0)
+    assert same_tensors(tmp_path / "out/adapter_model.safetensors",
+                        tmp_path / "out/checkpoint-4/adapter_model.safetensors", 0)
 
 
 # ---- files in output_dir ----
@@ -404,7 +459,8 @@ def checkpoints(folder):
 def test_the_last_step_is_saved_and_rotation_counts_all_checkpoints(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=3")
     assert checkpoints(tmp_path / "a") == ["checkpoint-2", "checkpoint-3"]
-    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, "save_only_model=true", "save_total_limit=2")
+    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, "save_only_model=true",
+                 "save_total_limit=2")
     assert checkpoints(tmp_path / "b") == ["checkpoint-4", "checkpoint-6"]
 
 
@@ -413,25 +469,36 @@ def test_resuming_a_finished_run_writes_its_results_again(tmp_path, monkeypatch)
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE)
     (tmp_path / "a/adapter_model.safetensors").unlink()
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "resume_from_checkpoint=true")
-    assert same_tensors(tmp_path / "a/adapter_model.safetensors", tmp_path / "a/checkpoint-6/adapter_model.safetensors", 0)
+    assert same_tensors(tmp_path / "a/adapter_model.safetensors",
+                        tmp_path / "a/checkpoint-6/adapter_model.safetensors", 0)
     with pytest.raises(ValueError, match="is at step 6, and this run ends at step 4"):
-        run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=4", "resume_from_checkpoint=true")
+        run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, "max_steps=4",
+                     "resume_from_checkpoint=true")
 
 
 @needs_shared
 def test_settings_that_may_change_when_a_run_is_resumed(tmp_path, monkeypatch, capsys):
     out, resume = tmp_path / "a", "resume_from_checkpoint=true"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE, "max_steps=2")
-    for change, words in (("lora_rank=4", "lora_rank: 8 -> 4 cannot change"), ("stage=pt", "stage: sft -> pt cannot change"),
-                          ("template=default", "was trained with llama3"), ("lora_target=q_proj", "lora_target: .* cannot")):
+    for change, words in (("lora_rank=4", "lora_rank: 8 -> 4 cannot change"),
+                          ("stage=pt", "stage: sft -> pt cannot change"),
+                          ("template=default", "was trained with llama3"),
+                          ("lora_target=q_proj", "lora_target: .* cannot")):
         with pytest.raises(ValueError, match=words):
             run_recorded("sft_llama3", out, monkeypatch, *SAVE, resume, change)
     capsys.readouterr()
-    with pytest.raises(ValueError, match="max_samples: None -> 9; seed: 42 -> 3: this changes the data.*force_resume: true"):
+    with pytest.raises(
+        ValueError,
+        match="max_samples: None -> 9; seed: 42 -> 3: this changes the data.*force_resume: true",
+    ):
         run_recorded("sft_llama3", out, monkeypatch, *SAVE, resume, "seed=3", "max_samples=9")
-    run_recorded("sft_llama3", out, monkeypatch, *SAVE, resume, "learning_rate=1e-5", "max_samples=9", "force_resume=true")
+    run_recorded("sft_llama3", out, monkeypatch, *SAVE, resume, "learning_rate=1e-5",
+                 "max_samples=9", "force_resume=true")
     shown = capsys.readouterr().out
-    assert "0.002 -> 1e-05" in shown and "None -> 9" in shown and "2 -> 6" in shown and "resumed from" in shown
+    assert "0.002 -> 1e-05" in shown
+    assert "None -> 9" in shown
+    assert "2 -> 6" in shown
+    assert "resumed from" in shown
 
 
 @needs_shared
@@ -451,8 +518,10 @@ def test_a_failed_resume_changes_no_file(tmp_path, monkeypatch):
     out = tmp_path / "a"
     run_recorded("sft_llama3", out, monkeypatch, *SAVE)
     (out / "checkpoint-2/optimizer.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="is damaged: optimizer.safetensors is not as it was written"):
-        run_recorded("sft_llama3", out, monkeypatch, *SAVE, f"resume_from_checkpoint={out}/checkpoint-2")
+    with pytest.raises(ValueError,
+                       match="is damaged: optimizer.safetensors is not as it was written"):
+        run_recorded("sft_llama3", out, monkeypatch, *SAVE,
+                     f"resume_from_checkpoint={out}/checkpoint-2")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
@@ -462,18 +531,22 @@ def test_resuming_from_elsewhere_overwrites_nothing(tmp_path, monkeypatch):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/README.md").write_text("mine")
     with pytest.raises(ValueError, match="holds README.md of an earlier run"):
-        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, f"resume_from_checkpoint={tmp_path}/a/checkpoint-2",
-            "overwrite_output_dir=false")
+        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE,
+                     f"resume_from_checkpoint={tmp_path}/a/checkpoint-2",
+                     "overwrite_output_dir=false")
     assert (tmp_path / "b/README.md").read_text() == "mine"
-    with pytest.raises(FileNotFoundError, match=f"no complete checkpoint.*{tmp_path}/a holds checkpoint-2"):
-        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE, f"resume_from_checkpoint={tmp_path}/a")
+    with pytest.raises(FileNotFoundError,
+                       match=f"no complete checkpoint.*{tmp_path}/a holds checkpoint-2"):
+        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *SAVE,
+                     f"resume_from_checkpoint={tmp_path}/a")
 
 
 @needs_shared
 def test_the_adapter_a_run_starts_from_is_not_removed(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE)
     with pytest.raises(ValueError, match="checkpoint-2 lies in output_dir"):
-        run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE, f"adapter_name_or_path={tmp_path}/a/checkpoint-2")
+        run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *SAVE,
+                     f"adapter_name_or_path={tmp_path}/a/checkpoint-2")
     assert checkpoints(tmp_path / "a") == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
@@ -486,7 +559,8 @@ def test_auto_starts_again_after_an_early_kill(tmp_path, monkeypatch):
     (out / "trainer_log.jsonl").write_text('{"current_steps": 1')
     run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
     assert checkpoints(out) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
-    with pytest.raises(ValueError, match="of an earlier run"):       # checkpoints without optimizer state are protected, too
+    # checkpoints without optimizer state are protected, too
+    with pytest.raises(ValueError, match="of an earlier run"):
         run_recorded("sft_llama3", out, monkeypatch, *auto, "save_only_model=true")
 
 
@@ -497,7 +571,9 @@ def test_resuming_with_a_half_written_line_in_the_log(tmp_path, monkeypatch):
     with open(out / "trainer_log.jsonl", "a") as file:
         file.write('{"current_steps": 3, "total_st')
     run_recorded("sft_llama3", out, monkeypatch, *SAVE, "resume_from_checkpoint=true")
-    assert {line["current_steps"] for line in read_jsonl(out / "trainer_log.jsonl")} == {1, 2, 3, 4, 5, 6}
+    assert {line["current_steps"] for line in read_jsonl(out / "trainer_log.jsonl")} == {
+        1, 2, 3, 4, 5, 6
+    }
 
 
 @needs_shared
@@ -515,7 +591,8 @@ def test_a_full_disk_at_the_end_keeps_the_earlier_result(tmp_path, monkeypatch):
             run_recorded("sft_llama3", out, monkeypatch, "max_steps=2")
     after = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     assert before.keys() == after.keys()
-    assert all(before[name] == after[name] for name in before if name not in ("train_config.json", "trainer_log.jsonl"))
+    assert all(before[name] == after[name]
+               for name in before if name not in ("train_config.json", "trainer_log.jsonl"))
 
 
 @needs_shared
@@ -524,9 +601,11 @@ def test_a_disk_that_is_too_small_is_noticed_before_training(tmp_path, monkeypat
     monkeypatch.setattr(resume.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
     with pytest.raises(OSError, match="Make room, or name another folder"):
-        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", "save_strategy=steps")
+        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1",
+                     "save_strategy=steps")
     with pytest.raises(OSError, match="Make room, or name another folder"):
-        run_recorded("sft_llama3", tmp_path / "c", monkeypatch, "max_steps=1", "finetuning_type=full", "adapter_name_or_path=null")
+        run_recorded("sft_llama3", tmp_path / "c", monkeypatch, "max_steps=1",
+                     "finetuning_type=full", "adapter_name_or_path=null")
 
 
 # ---- notes ----
@@ -536,12 +615,17 @@ def test_a_disk_that_is_too_small_is_noticed_before_training(tmp_path, monkeypat
 def test_notes_on_unused_and_unsuitable_settings(tmp_path, monkeypatch, capsys):
     base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "short")
     (base / "config.json").chmod(0o644)
-    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 64}))
-    run_recorded("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=1", "val_size=3", f"model_name_or_path={base}",
-        "lora_dropout=0.5", "use_rslora=true", "lora_target=q_proj", "additional_target=norm")
+    (base / "config.json").write_text(
+        json.dumps(json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 64})
+    )
+    run_recorded("sft_llama3", tmp_path / "out", monkeypatch, "max_steps=1", "val_size=3",
+                 f"model_name_or_path={base}", "lora_dropout=0.5", "use_rslora=true",
+                 "lora_target=q_proj", "additional_target=norm")
     shown = capsys.readouterr().out
-    assert "the 3 rows for evaluation are not used" in shown and "the model was made for 64 (max_position" in shown
-    for key in ("lora_dropout 0.5", "use_rslora True", "lora_target ['q_proj']", "additional_target ['norm']"):
+    assert "the 3 rows for evaluation are not used" in shown
+    assert "the model was made for 64 (max_position" in shown
+    for key in ("lora_dropout 0.5", "use_rslora True", "lora_target ['q_proj']",
+                "additional_target ['norm']"):
         assert f"note: {key} is not used; the adapter has" in shown
     assert f"Next: python chat.py config.yaml output_dir={tmp_path}/out" in shown
 
@@ -552,16 +636,22 @@ def test_a_tokenizer_of_another_model(tmp_path, monkeypatch):
     for file in (SHARED / "tokenizers/llama3").glob("*.json"):
         (base / file.name).unlink(missing_ok=True)
         shutil.copy(file, base)
-    with pytest.raises(ValueError, match=r"token id \d+ \(.*and the model knows ids 0 to 1005: is the tokenizer in .*mixed"):
-        run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", "template=default")
+    with pytest.raises(
+        ValueError,
+        match=r"token id \d+ \(.*and the model knows ids 0 to 1005: is the tokenizer in .*mixed",
+    ):
+        run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}",
+                     "template=default")
 
 
 @needs_shared
 def test_an_adapter_keeps_the_template_of_its_training(tmp_path, monkeypatch):
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=1")
     with pytest.raises(ValueError, match="was trained with llama3"):
-        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", f"adapter_name_or_path={tmp_path}/a", "template=default")
-    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1", f"adapter_name_or_path={tmp_path}/a", "template=null")
+        run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1",
+                     f"adapter_name_or_path={tmp_path}/a", "template=default")
+    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=1",
+                 f"adapter_name_or_path={tmp_path}/a", "template=null")
 
 
 @needs_shared
@@ -572,7 +662,7 @@ def test_the_published_yaml_is_understood():
     assert (config.learning_rate, config.lora_alpha, config.bf16) == (1e-4, 16, True)
 
 
-# ---- a base in 4 or 8 bits ------------------------------------------------------------------------------------------
+# ---- a base in 4 or 8 bits -----------------------------------------------------------------------
 
 
 def small_data(folder):
@@ -583,7 +673,9 @@ def small_data(folder):
     for name in ("identity", "alpaca_en_demo"):
         rows = json.loads((SHARED / "data" / info[name]["file_name"]).read_text())[:12]
         (folder / info[name]["file_name"]).write_text(json.dumps(rows))
-    (folder / "dataset_info.json").write_text(json.dumps({name: info[name] for name in ("identity", "alpaca_en_demo")}))
+    (folder / "dataset_info.json").write_text(
+        json.dumps({name: info[name] for name in ("identity", "alpaca_en_demo")})
+    )
     return folder
 
 
@@ -602,14 +694,18 @@ def test_the_published_4_bit_recipe_runs_unchanged(tmp_path, capsys):
             f"output_dir={tmp_path / 'out'}", f"dataset_dir={small_data(tmp_path / 'data')}"]
     train.main(argv)
     printed = capsys.readouterr().out
-    assert "14 matrices in nf4, 4.127 bits a weight; all else float16" in printed and "slow on a CPU" in printed
-    assert "7.4745%" in printed and len(losses_of(tmp_path / "out")) == 1 and 0 < losses_of(tmp_path / "out")[0] < 8
+    assert "14 matrices in nf4, 4.127 bits a weight; all else float16" in printed
+    assert "slow on a CPU" in printed
+    assert "7.4745%" in printed
+    assert len(losses_of(tmp_path / "out")) == 1
+    assert 0 < losses_of(tmp_path / "out")[0] < 8
     chat.main([*argv, "prompt=hi", "max_new_tokens=3"])
     assert "the adapter is kept apart: merged weights would take 16 bits" in capsys.readouterr().err
 
 
-# losses of LLaMA-Factory 0.9.5 on sft_llama3's config.yaml with quantization_bit, on a CPU: bitsandbytes 0.50.2,
-# transformers 5.6.0, peft 0.18.1, 2026-11-21. Its adapter after 12 steps of 4 bits was within 6e-8 of ours
+# losses of LLaMA-Factory 0.9.5 on sft_llama3's config.yaml with quantization_bit, on a CPU:
+# bitsandbytes 0.50.2, transformers 5.6.0, peft 0.18.1, 2026-11-21. Its adapter after 12 steps of 4
+# bits was within 6e-8 of ours
 PEERS = {4: (7.16692, 7.20822, 7.10941, 7.01916, 6.93106, 6.94641,
           6.75719, 6.44676, 6.71011, 6.79327, 6.60927, 6.25553),
          8: (7.18197, 7.23954, 7.13728, 7.02364, 6.94461, 6.97736,
@@ -621,7 +717,8 @@ PEERS = {4: (7.16692, 7.20822, 7.10941, 7.01916, 6.93106, 6.94641,
 def test_losses_over_a_quantized_base_equal_the_peers(bits, tmp_path, monkeypatch):
     state = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"quantization_bit={bits}")
     ours = [row["loss"] for row in state["log_history"] if "loss" in row]
-    assert len(ours) == len(PEERS[bits]) and max(abs(a - b) for a, b in zip(ours, PEERS[bits])) < 2e-5
+    assert len(ours) == len(PEERS[bits])
+    assert max(abs(a - b) for a, b in zip(ours, PEERS[bits])) < 2e-5
 
 
 @needs_shared
@@ -631,39 +728,52 @@ def test_a_4_bit_base_trains_as_its_dequantized_copy(how, tmp_path, monkeypatch)
     base, dense = CURVES / "tiny_llama3", tmp_path / "dense"
     shutil.copytree(base, dense, copy_function=shutil.copyfile)
     weights = load_file(base / "model.safetensors")
-    packed = {name: quantize(w, QuantFormat("nf4")).dequantize() for name, w in weights.items() if name.endswith("_proj.weight")}
+    packed = {name: quantize(w, QuantFormat("nf4")).dequantize()
+              for name, w in weights.items() if name.endswith("_proj.weight")}
     save_file(weights | packed, str(dense / "model.safetensors"))
     fewer = ["quantization_bit=4"] if how == "made on load" else [
         f"model_name_or_path={write_quantized(base, tmp_path / 'base', QuantFormat('nf4'))}"]
-    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, f"model_name_or_path={dense}", "max_steps=4")
+    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, f"model_name_or_path={dense}",
+                 "max_steps=4")
     run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *fewer, "max_steps=4")
     a, b = (losses_of(tmp_path / name) for name in "ab")
     assert len(a) == 4 and max(abs(x - y) for x, y in zip(a, b)) < 1e-5
-    assert same_tensors(tmp_path / "a/adapter_model.safetensors", tmp_path / "b/adapter_model.safetensors", 1e-5)
+    assert same_tensors(tmp_path / "a/adapter_model.safetensors",
+                        tmp_path / "b/adapter_model.safetensors", 1e-5)
     plain = json.loads((CURVES / "sft_llama3/trainer_state.json").read_text())["log_history"]
     assert abs(plain[0]["loss"] - b[0]) > 1e-3                              # another base
 
 
 @needs_shared
 @pytest.mark.parametrize("bits", ["4", "8"])
-def test_a_resumed_run_over_a_quantized_base_equals_an_uninterrupted_run(bits, tmp_path, monkeypatch):
-    more = [f"quantization_bit={bits}", "save_strategy=steps", "save_steps=3", "max_steps=6", "bf16=true"]
+def test_a_resumed_run_over_a_quantized_base_equals_an_uninterrupted_run(
+    bits, tmp_path, monkeypatch
+):
+    more = [f"quantization_bit={bits}", "save_strategy=steps", "save_steps=3", "max_steps=6",
+            "bf16=true"]
     run_recorded("sft_llama3", tmp_path / "whole", monkeypatch, *more)
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "parts/checkpoint-3")
-    run_recorded("sft_llama3", tmp_path / "parts", monkeypatch, *more, "resume_from_checkpoint=true")
-    assert same_tensors(tmp_path / "whole/adapter_model.safetensors", tmp_path / "parts/adapter_model.safetensors", 0)
+    run_recorded("sft_llama3", tmp_path / "parts", monkeypatch, *more,
+                 "resume_from_checkpoint=true")
+    assert same_tensors(tmp_path / "whole/adapter_model.safetensors",
+                        tmp_path / "parts/adapter_model.safetensors", 0)
 
 
 @needs_shared
 def test_settings_that_a_4_bit_base_excludes(tmp_path, monkeypatch, capsys):
     base = write_quantized(CURVES / "tiny_llama3", tmp_path / "base", QuantFormat("nf4"))
-    for more, words in ((["finetuning_type=full", "adapter_name_or_path="], "only adapters can be trained beside them"),
+    for more, words in ((["finetuning_type=full", "adapter_name_or_path="],
+                         "only adapters can be trained beside them"),
                         (["create_new_adapter=true"], "one adapter can be trained further"),
-                        (["adapter_name_or_path=adapter_init,adapter_init"], "one adapter can be trained further"),
-                        (["base_precision=fp8", "bf16=true"], "only adapters can be trained beside them")):
+                        (["adapter_name_or_path=adapter_init,adapter_init"],
+                         "one adapter can be trained further"),
+                        (["base_precision=fp8", "bf16=true"],
+                         "only adapters can be trained beside them")):
         with pytest.raises(ValueError, match=words):
-            run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", *more)
-    run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}", "quantization_bit=8", "max_steps=1")
+            run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}",
+                         *more)
+    run_recorded("sft_llama3", tmp_path / "out", monkeypatch, f"model_name_or_path={base}",
+                 "quantization_bit=8", "max_steps=1")
     assert "changes nothing, the files are quantized already" in capsys.readouterr().out
     assert setup.quant_formats(Config(quantization_bit=4), GOLDEN / "models/llama4", [])
     assert "stacked experts are not quantized" in capsys.readouterr().out

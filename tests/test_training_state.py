@@ -15,7 +15,8 @@ class Toy:
 
     def __init__(self, seed=0, size=6):
         torch.manual_seed(seed)
-        self.named = {"layer.weight": nn.Parameter(torch.randn(size, 4)), "layer.bias": nn.Parameter(torch.randn(size))}
+        self.named = {"layer.weight": nn.Parameter(torch.randn(size, 4)),
+                      "layer.bias": nn.Parameter(torch.randn(size))}
         self.names = list(self.named)
         weight, bias = self.named.values()
         groups = [{"params": [weight], "weight_decay": 0.1}, {"params": [bias], "lr": 0.02}]
@@ -30,7 +31,8 @@ class Toy:
         return self
 
     def values(self):
-        state = [value for p in self.named.values() for _, value in sorted(self.optimizer.state[p].items())]
+        state = [value for p in self.named.values()
+                 for _, value in sorted(self.optimizer.state[p].items())]
         return [*self.named.values(), *state, torch.get_rng_state()]
 
 
@@ -46,7 +48,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path):
     state = {"step": 4, "log_history": [{"loss": 1.5}], "best": None}
     save_training_state(tmp_path, first.optimizer, first.names, state, generators())
     weights = {name: p.detach().clone() for name, p in first.named.items()}
-    torch.rand(100)                                                     # time passes, another process starts
+    torch.rand(100)  # time passes, another process starts
     second = Toy(seed=99)
     with torch.no_grad():
         for name, p in second.named.items():
@@ -54,7 +56,7 @@ def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path):
     assert load_training_state(tmp_path, second.optimizer, second.names) == state
     assert all(torch.equal(a, b) for a, b in zip(second.train(5).values(), straight))
     files = sorted(p.name for p in tmp_path.iterdir())
-    assert files == ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"]      # no pickle
+    assert files == ["optimizer.safetensors", "rng.safetensors", "trainer_state.json"]  # no pickle
 
 
 def test_a_second_save_may_replace_the_file_that_was_loaded(tmp_path):
@@ -69,7 +71,8 @@ def test_a_second_save_may_replace_the_file_that_was_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("rename, size, words", [
-    ({"layer.weight": "other.weight"}, 6, "holds no optimizer state for other.weight, which this run trains: the"),
+    ({"layer.weight": "other.weight"}, 6,
+     "holds no optimizer state for other.weight, which this run trains: the"),
     ({}, 7, r"optimizer state of shape \[6.*\] for layer..*, which is \[7.*\] here"),
 ])
 def test_state_of_another_run_is_refused(tmp_path, rename, size, words):
@@ -77,14 +80,16 @@ def test_state_of_another_run_is_refused(tmp_path, rename, size, words):
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     other = Toy(size=size)
     with pytest.raises(ValueError, match=words):
-        load_training_state(tmp_path, other.optimizer, [rename.get(name, name) for name in other.names])
+        load_training_state(tmp_path, other.optimizer,
+                            [rename.get(name, name) for name in other.names])
 
 
 def test_state_of_a_run_that_trained_more_is_refused(tmp_path):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     fewer = torch.optim.AdamW([toy.named["layer.weight"]])
-    with pytest.raises(ValueError, match="holds optimizer state for layer.bias, which this run does not train"):
+    with pytest.raises(ValueError,
+                       match="holds optimizer state for layer.bias, which this run does not train"):
         load_training_state(tmp_path, fewer, ["layer.weight"])
 
 
@@ -93,7 +98,8 @@ def test_incomplete_state_is_refused(tmp_path, file):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     (tmp_path / file).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{file} is missing: the run cannot be resumed from here"):
+    with pytest.raises(FileNotFoundError,
+                       match=f"{file} is missing: the run cannot be resumed from here"):
         load_training_state(tmp_path, toy.optimizer, toy.names)
 
 
@@ -101,14 +107,16 @@ def test_truncated_state_is_refused(tmp_path):
     toy = Toy().train(1)
     save_training_state(tmp_path, toy.optimizer, toy.names, {}, generators())
     (tmp_path / "trainer_state.json").write_text('{"step": ')
-    with pytest.raises(ValueError, match="trainer_state.json is not valid JSON.*cannot be resumed from here"):
+    with pytest.raises(ValueError,
+                       match="trainer_state.json is not valid JSON.*cannot be resumed from here"):
         load_training_state(tmp_path, toy.optimizer, toy.names)
 
 
 def test_complete_checkpoints_oldest_first(tmp_path):
-    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x", "checkpoint-5.partial", "other-1"):
+    for name in ("checkpoint-100", "checkpoint-20", "checkpoint-3", "checkpoint-x",
+                 "checkpoint-5.partial", "other-1"):
         (tmp_path / name).mkdir()
-        if name != "checkpoint-3":                                      # stopped before its state was written
+        if name != "checkpoint-3":  # stopped before its state was written
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert [p.name for p in checkpoints_in(tmp_path)] == ["checkpoint-20", "checkpoint-100"]
     every = [p.name for p in checkpoints_in(tmp_path, resumable=False)]

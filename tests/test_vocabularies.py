@@ -22,28 +22,34 @@ from text.tokenizer import TextStream, load_tokenizer
 from text.vocabularies import VENDORS, bytes_to_unicode
 
 PAGE = [
-    "Hello there, world! It's a test, isn't IT'S?", "  two  spaces ", " leading", "trailing  ", "", " ", "    ", "\n",
-    "\n\nlines\n\n\n  more\n", "tab\there\t\t", "naïve café e\u0301", "你好，世界！今天天气很好。", "12345 3.14 一2三",
-    "🤗 emoji 👩‍👩‍👧 family 🇨🇳", "def f(x):\n    return {'a': [1, 2.5]}  # ok\n", "if a == b:\r\n\tprint('x')\r\n",
-    "ｆｕｌｌ ① ㎏ ﬁ", "aaaaaaaaaaa ababababa", "<0x41> <0x0A>", "▁literal ▁▁ x", "\x00 \u200b \ufeff \xa0 x", "한국어 조선말",
-    "<s>a</s> b <unk>c", "a<sep>b", "a <sep> b<sep>", "<sep>x", "x  <sep><user>  y", "philosophy, sop and eop",
-    "zqx zqx zqxz",
-    "[gMASK]sop<|user|>\n hi<|assistant|>", "<|im_start|>user\nhi<|im_end|>\n<|endoftext|><|extra_7|>",
+    "Hello there, world! It's a test, isn't IT'S?", "  two  spaces ", " leading", "trailing  ", "",
+    " ", "    ", "\n", "\n\nlines\n\n\n  more\n", "tab\there\t\t", "naïve café e\u0301",
+    "你好，世界！今天天气很好。", "12345 3.14 一2三", "🤗 emoji 👩‍👩‍👧 family 🇨🇳",
+    "def f(x):\n    return {'a': [1, 2.5]}  # ok\n", "if a == b:\r\n\tprint('x')\r\n",
+    "ｆｕｌｌ ① ㎏ ﬁ", "aaaaaaaaaaa ababababa", "<0x41> <0x0A>", "▁literal ▁▁ x",
+    "\x00 \u200b \ufeff \xa0 x", "한국어 조선말", "<s>a</s> b <unk>c", "a<sep>b", "a <sep> b<sep>",
+    "<sep>x", "x  <sep><user>  y", "philosophy, sop and eop", "zqx zqx zqxz",
+    "[gMASK]sop<|user|>\n hi<|assistant|>",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|><|extra_7|>",
 ]
 PAGE += ["".join(PAGE), "\n".join(PAGE)]
-SENTENCES = [*"\n".join(PAGE[:16] * 5).split("\n"), "The philosophy of this test is to say the same thing twice.",
-             "今天我们去公园，明天我们去学校。", "for i in range(10):  print(i, i + 1)", "    if a == b:"] * 3
+SENTENCES = [*"\n".join(PAGE[:16] * 5).split("\n"),
+             "The philosophy of this test is to say the same thing twice.",
+             "今天我们去公园，明天我们去学校。",
+             "for i in range(10):  print(i, i + 1)", "    if a == b:"] * 3
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
 def split_at_special_tokens(text, special):
     """A text split at its special tokens, which are kept."""
-    return re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")", text)
+    return re.split("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")",
+                    text)
 
 
 def reference(sp, text, special=SPECIAL):
     """Ids of the vendors' slow classes: sentencepiece for each text between two special tokens."""
-    ids = [[sp.piece_to_id(part)] if part in special else sp.encode(part) for part in split_at_special_tokens(text, special)]
+    ids = [[sp.piece_to_id(part)] if part in special else sp.encode(part)
+           for part in split_at_special_tokens(text, special)]
     return [i for part in ids for i in part]
 
 
@@ -66,8 +72,12 @@ def check_saved(ours, folder, page=PAGE):
     assert (again.unk_id, again.vocab_size) == (ours.unk_id, ours.vocab_size)
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert [peer.encode(text, add_special_tokens=False) for text in page] == [ours.encode(text) for text in page]
-    assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (ours.eos_id, ours.pad_id, ours.vocab_size)
+    assert [peer.encode(text, add_special_tokens=False) for text in page] == [
+        ours.encode(text) for text in page
+    ]
+    assert (peer.eos_token_id, peer.pad_token_id, len(peer)) == (
+        ours.eos_id, ours.pad_id, ours.vocab_size
+    )
     return peer
 
 
@@ -78,11 +88,14 @@ def train(folder, kind, byte_fallback=True, prefix=True, squeeze=False, own=(), 
     """A small sentencepiece model in a folder; returns its sentencepiece.SentencePieceProcessor."""
     spm = pytest.importorskip("sentencepiece")
     written = io.BytesIO()
+    # every real vocabulary has them
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=written, vocab_size=620, model_type=kind, minloglevel=2,
-        byte_fallback=byte_fallback, add_dummy_prefix=prefix, remove_extra_whitespaces=squeeze, num_threads=1,
-        user_defined_symbols=list(own), normalization_rule_name=rule, character_coverage=0.98, hard_vocab_limit=False,
-        required_chars="<>/0123456789ABCDEFx")  # every real vocabulary has them
+        sentence_iterator=iter(SENTENCES), model_writer=written, vocab_size=620, model_type=kind,
+        minloglevel=2, byte_fallback=byte_fallback, add_dummy_prefix=prefix,
+        remove_extra_whitespaces=squeeze, num_threads=1, user_defined_symbols=list(own),
+        normalization_rule_name=rule, character_coverage=0.98, hard_vocab_limit=False,
+        required_chars="<>/0123456789ABCDEFx",
+    )
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.model").write_bytes(written.getvalue())
     return spm.SentencePieceProcessor(model_proto=written.getvalue())
@@ -97,11 +110,14 @@ def test_ids_equal_sentencepiece(tmp_path, kind, byte_fallback, prefix, squeeze,
     sp = train(tmp_path / "a", kind, byte_fallback, prefix, squeeze, own)
     ours = load_tokenizer(tmp_path / "a")
     assert ours.vocab_size == sp.get_piece_size()
-    assert (ours.bos_token, ours.eos_token, ours.unk_token, ours.pad_token) == ("<s>", "</s>", "<unk>", None)
+    assert (ours.bos_token, ours.eos_token, ours.unk_token, ours.pad_token) == (
+        "<s>", "</s>", "<unk>", None
+    )
     check_page(ours, lambda text: reference(sp, text))
     for text in PAGE:
         ids = ours.encode(text)
-        if not {0, 1, 2} & set(ids) and "▁" not in text:  # written differently: sentencepiece hides control pieces
+        # written differently: sentencepiece hides control pieces
+        if not {0, 1, 2} & set(ids) and "▁" not in text:
             assert ours.decode(ids) == sp.decode(ids)
 
 
@@ -111,7 +127,8 @@ def test_user_defined_pieces_of_spaces(tmp_path, prefix):
     merged."""
     sp = train(tmp_path / "a", "bpe", prefix=prefix, own=("▁▁", "▁▁▁▁", "\n\n", "\t"))
     ours = load_tokenizer(tmp_path / "a")
-    # a text that is nothing but such a piece is one of the limits that sentencepiece_normalizer names
+    # a text that is nothing but such a piece is one of the limits that sentencepiece_normalizer
+    # names
     page = [text for text in PAGE if text.strip(" ")] + ["a" + " " * n + "b" for n in range(12)]
     check_page(ours, lambda text: reference(sp, text), page)
     assert ours.id_of("▁▁▁▁") in ours.encode("a    b")
@@ -132,16 +149,20 @@ def test_special_tokens_as_text_on_request(tmp_path):
         sp = train(tmp_path / kind, kind)
         ours = load_tokenizer(tmp_path / kind, split_special_tokens=True)
         check_page(ours, sp.encode)
-        assert ours.eos_id not in ours.encode("a</s>b") and ours.split_at_special("a</s>b") == ["a", 2, "b"]
+        assert ours.eos_id not in ours.encode("a</s>b")
+        assert ours.split_at_special("a</s>b") == ["a", 2, "b"]
 
 
 def test_saved_files_are_complete(tmp_path):
     train(tmp_path / "a", "bpe", own=("<sep>", "<user>"))
-    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "BaichuanTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_baichuan.X", None]}}))
+    (tmp_path / "a" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "BaichuanTokenizer",
+                    "auto_map": {"AutoTokenizer": ["tokenization_baichuan.X", None]}})
+    )
     ours = load_tokenizer(tmp_path / "a")
     peer = check_saved(ours, tmp_path / "b")
-    assert peer.encode("hi") == [1, *ours.encode("hi")]  # the class adds bos where the config does not
+    # the class adds bos where the config does not
+    assert peer.encode("hi") == [1, *ours.encode("hi")]
     ours.add_tokens(["<|end|>"])
     ours.set_token("pad_token", "<|end|>")
     assert ours.pad_id == ours.vocab_size - 1
@@ -192,8 +213,10 @@ def write_model(folder, pieces, trainer=(), normalizer=((3, 1), (4, 0)), **confi
 
 def hello_pieces(*more):
     """A vocabulary with hello and the letters of sop."""
-    merged = [("ll", -1.0, 1), ("he", -2.0, 1), ("llo", -3.0, 1), ("hello", -4.0, 1), ("▁hello", -5.0, 1), *more]
-    return [*CONTROL, *BYTES, *merged, *((letter, -99.0, 1) for letter in "▁heloabcdfgijkmnpqrstuvwxyz")]
+    merged = [("ll", -1.0, 1), ("he", -2.0, 1), ("llo", -3.0, 1), ("hello", -4.0, 1),
+              ("▁hello", -5.0, 1), *more]
+    return [*CONTROL, *BYTES, *merged,
+            *((letter, -99.0, 1) for letter in "▁heloabcdfgijkmnpqrstuvwxyz")]
 
 
 @needs_shared
@@ -203,7 +226,8 @@ def test_llama2_from_its_model_file(tmp_path):
     stored = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     scores = {}
     for rank, pair in enumerate(stored["merges"]):
-        scores.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")), -float(rank))
+        scores.setdefault("".join(pair if isinstance(pair, list) else pair.split(" ")),
+                          -float(rank))
     kinds = {0: 2, 1: 3, 2: 3, **dict.fromkeys(range(3, 259), 6)}
     texts = sorted(stored["vocab"], key=stored["vocab"].get)
     pieces = [(text, scores.get(text, -1e6), kinds.get(i, 1)) for i, text in enumerate(texts)]
@@ -226,14 +250,18 @@ def test_chatglm3(tmp_path):
     pieces = hello_pieces()
     write_model(tmp_path / "a", pieces, tokenizer_class="ChatGLMTokenizer")
     ours = load_tokenizer(tmp_path / "a")
-    names = "[MASK] [gMASK] [sMASK] sop eop <|system|> <|user|> <|assistant|> <|observation|>".split()
+    names = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "<|system|>", "<|user|>",
+             "<|assistant|>", "<|observation|>"]
     assert [ours.id_of(name) for name in names] == list(range(len(pieces), len(pieces) + 9))
-    assert (ours.eos_token, ours.pad_token, ours.unk_token) == ("</s>", "<unk>", "<unk>") and not ours.add_bos_token
+    assert (ours.eos_token, ours.pad_token, ours.unk_token) == ("</s>", "<unk>", "<unk>")
+    assert not ours.add_bos_token
     gmask, sop, user = (ours.id_of(name) for name in ("[gMASK]", "sop", "<|user|>"))
     assert ours.encode("[gMASK]sop<|user|>hello") == [gmask, sop, user, ours.id_of("▁hello")]
-    assert sop not in ours.encode("philosophy sophie, 人sop人") and all(ours.is_added(name) for name in names)
+    assert sop not in ours.encode("philosophy sophie, 人sop人")
+    assert all(ours.is_added(name) for name in names)
     peer = check_saved(ours, tmp_path / "b")
-    assert peer.encode("hello") == [gmask, sop, ours.id_of("▁hello")]  # the vendor's class begins every text with it
+    # the vendor's class begins every text with it
+    assert peer.encode("hello") == [gmask, sop, ours.id_of("▁hello")]
 
 
 def test_a_piece_spelled_like_a_special_token_is_renamed(tmp_path):
@@ -247,26 +275,38 @@ def test_a_piece_spelled_like_a_special_token_is_renamed(tmp_path):
 def test_renamed_pieces_and_added_tokens(tmp_path):
     """InternLM 2 renames unused pieces; added_tokens.json and special_tokens_map.json add tokens
     after the last."""
-    pieces = hello_pieces(("[UNUSED_TOKEN_145]", 0.0, 4), ("[UNUSED_TOKEN_146]", 0.0, 1), ("<own>", 0.0, 4))
+    pieces = hello_pieces(("[UNUSED_TOKEN_145]", 0.0, 4), ("[UNUSED_TOKEN_146]", 0.0, 1),
+                          ("<own>", 0.0, 4))
     first = len(CONTROL) + len(BYTES) + 5
-    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": True}
-    decoder = {str(first): {"content": "<|im_end|>", **flags}, str(first + 1): {"content": "<|im_start|>", **flags}}
-    write_model(tmp_path / "a", pieces, tokenizer_class="InternLM2Tokenizer", added_tokens_decoder=decoder)
-    (tmp_path / "a" / "added_tokens.json").write_text(json.dumps({"<tool>": len(pieces), "<pad>": len(pieces) + 1}))
-    (tmp_path / "a" / "special_tokens_map.json").write_text(json.dumps(
-        {"pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>", {"content": "<last>"}, "<own>"]}))
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True,
+             "special": True}
+    decoder = {str(first): {"content": "<|im_end|>", **flags},
+               str(first + 1): {"content": "<|im_start|>", **flags}}
+    write_model(tmp_path / "a", pieces, tokenizer_class="InternLM2Tokenizer",
+                added_tokens_decoder=decoder)
+    (tmp_path / "a" / "added_tokens.json").write_text(
+        json.dumps({"<tool>": len(pieces), "<pad>": len(pieces) + 1})
+    )
+    (tmp_path / "a" / "special_tokens_map.json").write_text(
+        json.dumps({"pad_token": "<pad>",
+                    "additional_special_tokens": ["<|im_end|>", {"content": "<last>"}, "<own>"]})
+    )
     ours = load_tokenizer(tmp_path / "a")
     assert [ours.id_of(token) for token in ("<|im_end|>", "<|im_start|>")] == [first, first + 1]
-    assert [ours.id_of(token) for token in ("<tool>", "<pad>", "<last>")] == [len(pieces) + i for i in range(3)]
+    assert [ours.id_of(token) for token in ("<tool>", "<pad>", "<last>")] == [
+        len(pieces) + i for i in range(3)
+    ]
     ids = ours.encode("<|im_start|>hello<tool>hello<|im_end|><last>")
-    assert ids == [first + 1, ours.id_of("▁hello"), len(pieces), ours.id_of("▁hello"), first, len(pieces) + 2]
+    assert ids == [first + 1, ours.id_of("▁hello"), len(pieces), ours.id_of("▁hello"), first,
+                   len(pieces) + 2]
     special = {i for i, token in ours.core.get_added_tokens_decoder().items() if token.special}
     assert special == {0, 1, 2, first, first + 1, first + 2, len(pieces) + 1, len(pieces) + 2}
     check_saved(ours, tmp_path / "b")
 
 
 def test_add_prefix_space_false(tmp_path):
-    write_model(tmp_path / "a", hello_pieces(), tokenizer_class="LlamaTokenizer", add_prefix_space=False)
+    write_model(tmp_path / "a", hello_pieces(), tokenizer_class="LlamaTokenizer",
+                add_prefix_space=False)
     ours = load_tokenizer(tmp_path / "a")
     assert ours.encode("hello hello") == [ours.id_of("hello"), ours.id_of("▁hello")]
     assert ours.decode(ours.encode(" hello")) == " hello"
@@ -277,9 +317,12 @@ def test_add_prefix_space_false(tmp_path):
 
 def write_ranks(path, ranks, tokenizer_class):
     path.parent.mkdir(exist_ok=True)
-    lines = [f"{base64.b64encode(token).decode()} {ranks[token]}\n" for token in sorted(ranks, key=ranks.get)]
+    lines = [f"{base64.b64encode(token).decode()} {ranks[token]}\n"
+             for token in sorted(ranks, key=ranks.get)]
     path.write_text("".join(lines))
-    (path.parent / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class, "auto_map": {}}))
+    (path.parent / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": tokenizer_class, "auto_map": {}})
+    )
     return load_tokenizer(path.parent)
 
 
@@ -291,7 +334,8 @@ def small_ranks():
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(SENTENCES, trainer)
     ranks = in_bytes(core.get_vocab())
-    return {**ranks, b" zqx": len(ranks)}  # not reached by merging: tiktoken uses it for a complete word
+    # not reached by merging: tiktoken uses it for a complete word
+    return {**ranks, b" zqx": len(ranks)}
 
 
 def in_bytes(vocab):
@@ -300,12 +344,16 @@ def in_bytes(vocab):
     return {bytes(back[letter] for letter in token): i for token, i in vocab.items()}
 
 
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+")
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 GLM4 = QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
-QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
-GLM4_TOKENS = ("<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|> "
-               "<|begin_of_image|> <|end_of_image|> <|begin_of_video|> <|end_of_video|>").split()
+QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>",
+               *(f"<|extra_{i}|>" for i in range(205))]
+GLM4_TOKENS = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>",
+               "<|user|>", "<|assistant|>", "<|observation|>", "<|begin_of_image|>",
+               "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
 
 
 def tiktoken_reference(ranks, regex, tokens, form=None):
@@ -313,7 +361,8 @@ def tiktoken_reference(ranks, regex, tokens, form=None):
     tiktoken = pytest.importorskip("tiktoken")
     special = {token: len(ranks) + i for i, token in enumerate(tokens)}
     peer = tiktoken.Encoding("peer", pat_str=regex, mergeable_ranks=ranks, special_tokens=special)
-    return lambda text: peer.encode(unicodedata.normalize(form, text) if form else text, allowed_special="all")
+    return lambda text: peer.encode(unicodedata.normalize(form, text) if form else text,
+                                    allowed_special="all")
 
 
 def test_the_patterns_equal_those_of_the_table():
@@ -324,10 +373,13 @@ def test_qwen_1_on_a_small_vocabulary(tmp_path):
     ranks = small_ranks()
     ours = write_ranks(tmp_path / "a" / "qwen.tiktoken", ranks, "QWenTokenizer")
     check_page(ours, tiktoken_reference(ranks, QWEN, QWEN_TOKENS, "NFC"))
-    assert (ours.eos_token, ours.pad_token, ours.bos_token) == ("<|endoftext|>", "<|endoftext|>", None)
+    assert (ours.eos_token, ours.pad_token, ours.bos_token) == (
+        "<|endoftext|>", "<|endoftext|>", None
+    )
     assert ours.vocab_size == len(ranks) + 208
     check_saved(ours, tmp_path / "b")
-    (tmp_path / "a" / "tokenizer_config.json").unlink()  # the file's name also identifies the vendor
+    # the file's name also identifies the vendor
+    (tmp_path / "a" / "tokenizer_config.json").unlink()
     assert load_tokenizer(tmp_path / "a").encode(PAGE[-1]) == ours.encode(PAGE[-1])
 
 
@@ -344,11 +396,15 @@ def test_the_original_glm4_on_a_small_vocabulary(tmp_path):
 def test_qwen_1_and_glm4_on_the_real_ranks(tmp_path):
     """Qwen 2.5 kept the 151,643 ranks of Qwen 1."""
     known = load_tokenizer(SHARED / "tokenizers" / "qwen2.5")
-    stored = json.loads((SHARED / "tokenizers" / "qwen2.5" / "tokenizer.json").read_text(encoding="utf-8"))
+    stored = json.loads(
+        (SHARED / "tokenizers" / "qwen2.5" / "tokenizer.json").read_text(encoding="utf-8")
+    )
     ranks = in_bytes(stored["model"]["vocab"])
     qwen = write_ranks(tmp_path / "a" / "qwen.tiktoken", ranks, "QWenTokenizer")
     check_page(qwen, known.encode, [text.replace("<|extra_7|>", "") for text in PAGE])
-    assert (qwen.id_of("<|im_end|>"), qwen.id_of("<|extra_204|>"), qwen.vocab_size) == (151645, 151850, 151851)
+    assert (qwen.id_of("<|im_end|>"), qwen.id_of("<|extra_204|>"), qwen.vocab_size) == (
+        151645, 151850, 151851
+    )
     check_page(qwen, tiktoken_reference(ranks, QWEN, QWEN_TOKENS, "NFC"))
     qwen.save(tmp_path / "b")
     assert load_tokenizer(tmp_path / "b").encode_batch(PAGE) == qwen.encode_batch(PAGE)
@@ -363,33 +419,43 @@ def write_xverse(folder):
     """A tokenizer.json built as XVERSE's: the steps and the older field that newer versions of
     `tokenizers` refuse."""
     metaspace = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": False}
-    vocab = {token: i for i, token in enumerate(["<pad>", "<unk>", "<s>", *(text for text, _, _ in BYTES)])}
+    vocab = {token: i
+             for i, token in enumerate(["<pad>", "<unk>", "<s>", *(text for text, _, _ in BYTES)])}
     for token in [*"▁helotr人2!:", *"he ll llo hello ▁hello th re ere there ▁there".split()]:
         vocab[token] = len(vocab)
     merges = ["t h", "h e", "l l", "ll o", "he llo", "▁ hello", "r e", "e re", "th ere", "▁ there"]
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True}
-    before = [{"type": "Punctuation", "behavior": "Isolated"}, {"type": "Digits", "individual_digits": True}, metaspace]
-    whole = {
-        "version": "1.0", "normalizer": {"type": "NFC"},
-        "added_tokens": [{"id": i, "content": token, **flags} for i, token in enumerate(["<pad>", "<unk>", "<s>"])],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
-        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, metaspace]},
-        "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": vocab, "merges": merges}}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+             "special": True}
+    before = [{"type": "Punctuation", "behavior": "Isolated"},
+              {"type": "Digits", "individual_digits": True}, metaspace]
+    whole = {"version": "1.0", "normalizer": {"type": "NFC"},
+             "added_tokens": [{"id": i, "content": token, **flags}
+                              for i, token in enumerate(["<pad>", "<unk>", "<s>"])],
+             "pre_tokenizer": {"type": "Sequence", "pretokenizers": before},
+             "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, metaspace]},
+             "model": {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": vocab,
+                       "merges": merges}}
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(whole, indent=2, ensure_ascii=False),
+                                           encoding="utf-8")
 
 
 def test_the_xverse_file_is_repaired_with_a_note(tmp_path, capsys):
     write_xverse(tmp_path / "a")
-    with pytest.raises(Exception, match="PyPreTokenizerTypeWrapper|add_prefix_space does not match"):
+    with pytest.raises(Exception,
+                       match="PyPreTokenizerTypeWrapper|add_prefix_space does not match"):
         Core.from_file(str(tmp_path / "a" / "tokenizer.json"))
     ours = load_tokenizer(tmp_path / "a")
     note = capsys.readouterr().out
-    assert note.count("\n") == 1 and "prepend_scheme: never" in note and str(tmp_path / "a" / "tokenizer.json") in note
+    assert note.count("\n") == 1
+    assert "prepend_scheme: never" in note
+    assert str(tmp_path / "a" / "tokenizer.json") in note
     # what tokenizers 0.13.3 and 0.15.2 give, which read the file as it is
     expected = {"hello": ["hello"], "hello<s>hello": ["hello", "<s>", "hello"],
-                "  hello  there": ["▁", "▁hello", "▁", "▁there"], "人: hello22!": ["人", ":", "▁hello", "2", "2", "!"]}
-    assert {text: [ours.core.id_to_token(i) for i in ours.encode(text)] for text in expected} == expected
+                "  hello  there": ["▁", "▁hello", "▁", "▁there"],
+                "人: hello22!": ["人", ":", "▁hello", "2", "2", "!"]}
+    assert ({text: [ours.core.id_to_token(i) for i in ours.encode(text)] for text in expected}
+            == expected)
     assert ours.decode(ours.encode("  hello  there 你")) == "  hello  there 你"
     ours.save(tmp_path / "b")
     assert load_tokenizer(tmp_path / "b").encode(PAGE[-1]) == ours.encode(PAGE[-1])
@@ -402,9 +468,12 @@ def test_the_xverse_file_is_repaired_with_a_note(tmp_path, capsys):
 def test_damaged_files_are_named(tmp_path):
     whole = write_model(tmp_path / "a", hello_pieces())
     model = tmp_path / "a" / "tokenizer.model"
-    for damaged in (b"", b"x", whole[:1000], whole[:-1], b"\n\x00" + whole[:50], b"<html>not found</html>"):
+    for damaged in (b"", b"x", whole[:1000], whole[:-1], b"\n\x00" + whole[:50],
+                    b"<html>not found</html>"):
         model.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"tokenizer.model: not a sentencepiece vocabulary .*fetch it again"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer.model: not a sentencepiece vocabulary .*fetch it again"
+        ):
             load_tokenizer(tmp_path / "a")
     model.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n")
     with pytest.raises(ValueError, match="git lfs pull"):
@@ -429,10 +498,14 @@ def test_unsupported_vocabularies_are_refused(tmp_path, trainer, normalizer, wha
 
 
 def test_unknown_rank_files_and_gaps_in_ids_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="tokenizer_class in tokenizer_config.json.*chatglm4, qwen"):
+    with pytest.raises(ValueError,
+                       match="tokenizer_class in tokenizer_config.json.*chatglm4, qwen"):
         write_ranks(tmp_path / "a" / "other.tiktoken", small_ranks(), "OtherTokenizer")
     pieces = hello_pieces()
     write_model(tmp_path / "b", pieces)
     (tmp_path / "b" / "added_tokens.json").write_text(json.dumps({"<far>": len(pieces) + 5}))
-    with pytest.raises(ValueError, match=f"'<far>' should have the id {len(pieces) + 5}, but would get {len(pieces)}"):
+    with pytest.raises(
+        ValueError,
+        match=f"'<far>' should have the id {len(pieces) + 5}, but would get {len(pieces)}",
+    ):
         load_tokenizer(tmp_path / "b")

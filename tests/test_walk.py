@@ -18,15 +18,16 @@ from model import CausalLM, init_weights
 from tests.common import GOLDEN, SHARED, needs_shared
 
 TOKENIZER = GOLDEN / "curves/tiny_llama3"
-PUBLISHED = {p.name: json.loads((p / "config.json").read_text()) for p in sorted((GOLDEN / "models").glob("*"))} \
-    if GOLDEN.is_dir() else {}
-LLAMA = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=320, max_position_embeddings=256)
+PUBLISHED = {folder.name: json.loads((folder / "config.json").read_text())
+             for folder in sorted((GOLDEN / "models").glob("*"))}
+LLAMA = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=320, max_position_embeddings=256)
 PUBLISHED |= {
     "mixtral": {"model_type": "mixtral", **LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gemma": {"model_type": "gemma", **LLAMA, "head_dim": 16},
     "internlm2": {"model_type": "internlm2", **LLAMA, "bias": False},
-    "qwen": {"model_type": "qwen", **LLAMA, "kv_channels": 16, "seq_length": 64, "layer_norm_epsilon": 1e-6},
+    "qwen": {"model_type": "qwen", **LLAMA, "kv_channels": 16, "seq_length": 64,
+             "layer_norm_epsilon": 1e-6},
 }
 PUBLISHED["qwen"].pop("num_key_value_heads", None)
 ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
@@ -47,7 +48,8 @@ def base_of(name, folder):
     if fields.get("text_config"):
         weights["vision_model.class_embedding"] = torch.randn(8)
     folder.mkdir()
-    write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()}, lambda n: [weights[n]])
+    write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()},
+                  lambda n: [weights[n]])
     (folder / "config.json").write_text(json.dumps(fields))
     for file in TOKENIZER.glob("*token*"):
         shutil.copy(file, folder)
@@ -62,22 +64,29 @@ def test_every_family_has_a_walk():
 @needs_shared
 @pytest.mark.parametrize("kind", ONE_EACH)
 def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
-    base, out, merged = base_of(ONE_EACH[kind], tmp_path / "base"), tmp_path / "out", tmp_path / "merged"
-    rows = [{"instruction": f"Say {word}", "output": f"{word} it is"} for word in ("sky", "tree", "green", "nine")]
+    base = base_of(ONE_EACH[kind], tmp_path / "base")
+    out = tmp_path / "out"
+    merged = tmp_path / "merged"
+    rows = [{"instruction": f"Say {word}", "output": f"{word} it is"}
+            for word in ("sky", "tree", "green", "nine")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     monkeypatch.chdir(tmp_path)
     targets = "all,experts" if any(load_model(base, skip_weights=True).config.sparse) else "all"
-    settings = [f"model_name_or_path={base}", f"output_dir={out}", "template=llama3", "force_template=true",
-                "use_cpu=true"]
-    train.main([*settings, "stage=sft", "do_train=true", "finetuning_type=lora", f"lora_target={targets}",
-                "dataset=rows.json", "max_steps=2", "learning_rate=0.02", "per_device_train_batch_size=2",
-                "report_to=none", "disable_tqdm=true", "warmup_ratio=0", "moe_aux_loss_coef=0.01"])
+    settings = [f"model_name_or_path={base}", f"output_dir={out}", "template=llama3",
+                "force_template=true", "use_cpu=true"]
+    train.main([*settings, "stage=sft", "do_train=true", "finetuning_type=lora",
+                f"lora_target={targets}", "dataset=rows.json", "max_steps=2", "learning_rate=0.02",
+                "per_device_train_batch_size=2", "report_to=none", "disable_tqdm=true",
+                "warmup_ratio=0", "moe_aux_loss_coef=0.01"])
     merge.main([*settings, f"export_dir={merged}"])
     capsys.readouterr()
 
     # files: names, shapes and dtypes of the base; untrained tensors bit for bit
-    before, after = ({n: load_file(f)[n] for n, f in tensor_files(d).items()} for d in (base, merged))
-    assert {n: (t.shape, t.dtype) for n, t in after.items()} == {n: (t.shape, t.dtype) for n, t in before.items()}
+    before, after = ({n: load_file(f)[n] for n, f in tensor_files(d).items()}
+                     for d in (base, merged))
+    assert {n: (t.shape, t.dtype) for n, t in after.items()} == {
+        n: (t.shape, t.dtype) for n, t in before.items()
+    }
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     shape = load_model(base, skip_weights=True).config
     adapted = {shape.stored_name(f"model.layers.0.{part}") for part in ("self_attn.o_proj.weight",)}
@@ -94,8 +103,8 @@ def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
     assert (both - whole).abs().max() < 1e-4 < 1e-2 < (both - bare).abs().max()
 
     # text: the same answer from base + adapter and from the merged folder
-    asked = [*settings[2:], "do_sample=true", "temperature=2", "top_p=1", "top_k=0", "max_new_tokens=6",
-             "skip_special_tokens=false", "--prompt", "Say sky"]
+    asked = [*settings[2:], "do_sample=true", "temperature=2", "top_p=1", "top_k=0",
+             "max_new_tokens=6", "skip_special_tokens=false", "--prompt", "Say sky"]
     answers = []
     for argv in ([*settings[:2], *asked], [f"model_name_or_path={merged}", *asked]):
         monkeypatch.setattr(sys, "stdin", None)

@@ -1,4 +1,4 @@
-"""Small models with random weights, their checkpoints and adapters, for the tests of several modules.
+"""Small models with random weights, their checkpoints and adapters, for tests of several modules.
 
 Next: twins.py, the decoders that random checkpoints are compared with.
 """
