@@ -46,6 +46,7 @@ from runtime.memory_advice import available_bytes
 from runtime.precision import requested_format
 from templates import Settings, Template, encode_prompt
 from text.load_text import eos_ids_of, load_text
+from text.plain_text import check_utf8, why_not_utf8
 from text.tokenizer import TextStream, Tokenizer, read_json
 
 ENDINGS = {         # reason why an answer ended -> remark
@@ -85,6 +86,7 @@ def main(argv):
     config = load_config(argv, "chat")
     if "prompt" in config.given and not (config.prompt or "").strip():
         raise ValueError("--prompt is empty; give it a text, or leave it out to chat")
+    check_utf8(config.prompt or "", f"{config.source}: prompt")
     if ignored := ignored_keys(config):
         say(f"accepted, no effect here: {', '.join(ignored)}")
 
@@ -134,6 +136,8 @@ def main(argv):
 def talk(chat: Chat) -> int:
     """Read turns until `exit` or the end of the input. Returns the number of failed turns."""
     say("`clear` starts afresh, `exit` or Ctrl-D ends the chat, Ctrl-C stops an answer")
+    if hasattr(sys.stdin, "reconfigure"):   # bytes that are not text spoil their line, not the rest
+        sys.stdin.reconfigure(errors="surrogateescape")
     messages = []
     failed = 0
     while (line := read_line()) is not None and line.strip() != "exit":
@@ -141,6 +145,10 @@ def talk(chat: Chat) -> int:
             messages = []
             say("(cleared)")
         if line.strip() in ("", "clear"):
+            continue
+        if reason := why_not_utf8(line, from_bytes=True):
+            say(f"error: this line is left out: {reason}")
+            failed += 1
             continue
 
         messages.append({"role": "user", "content": line})
@@ -160,10 +168,13 @@ def talk(chat: Chat) -> int:
 
 
 def read_line() -> str | None:
-    """Read one line of the user; None at the end of the input. Piped lines are echoed."""
+    """Read one line of the user; None at the end of the input. Piped lines are echoed.
+
+    A byte order mark at the beginning of a piped file is no part of its text.
+    """
     while True:
         try:
-            line = input("User: ")
+            line = input("User: ").removeprefix("\ufeff")
             if not sys.stdin.isatty():
                 print(line)
             return line

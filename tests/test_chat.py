@@ -395,11 +395,17 @@ def test_an_error_is_one_line_and_exit_code_1():
     assert "Traceback" not in err
 
 
-def test_input_that_is_not_utf8():
-    done = start(WITH_ADAPTER, encoding=None)
-    out, err = done.communicate(b"\xff\xfe\n", timeout=60)
-    assert (
-        done.returncode == 1
-        and b"error: standard input is not UTF-8 text" in err
-        and b"Traceback" not in err
-    )
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "POSIX"}])
+def test_a_line_that_is_not_utf8_is_refused_and_the_next_one_answered(locale):
+    """Also without a locale, where Python reads such bytes as surrogates."""
+    environment = {key: value for key, value in os.environ.items()
+                   if key not in ("LANG", "LC_ALL", "LC_CTYPE", "PYTHONIOENCODING", "PYTHONUTF8")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "chat.py"), *map(str, WITH_ADAPTER), "raw=true"],
+        capture_output=True,
+        input=b"\xef\xbb\xbfWhat is 1 + 2?\ncaf\xe9 hello\nclear\nWhat is 1 + 2?\n",
+        env={**environment, **locale, "OMP_NUM_THREADS": "1"}, timeout=60)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert b"error: this line is left out: it holds bytes that are not UTF-8" in done.stderr
+    prompts = re.findall(rb"^ids +(.*)$", done.stderr, re.MULTILINE)
+    assert len(prompts) == 2 and prompts[0] == prompts[1]       # the mark is no part of the text

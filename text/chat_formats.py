@@ -20,12 +20,14 @@ Sources: the vendors' chat templates, as published in their tokenizer_config.jso
 formats and the borders of the slots are those of LLaMA-Factory 0.9.5 (0.9.4: baichuan, baichuan2,
 belle, codegeex4, intern, orion, xverse).
 """
+import json
 import re
 from dataclasses import fields, replace
 
 from errors import unknown_name
 from templates import (BOS, CHATML, EOS, GEMMA, LLAMA3, MISTRAL, QWEN, Template, Token,
                        ToolFormat)
+from text.plain_text import check_utf8
 from text.tokenizer import read_json
 from text.tool_calls import TOOL_FORMATS
 
@@ -53,6 +55,7 @@ def with_overrides(template: Template, tool_format: str | None = None,
         function = ("{{content}}",) if template.efficient_eos else ("{{content}}", EOS)
         template = replace(template, tool_format=ToolFormat(tool_format), function=function)
     if default_system is not None:
+        check_utf8(default_system, "default_system")
         template = replace(template, default_system=default_system)
     return with_tool_functions(template)
 
@@ -463,6 +466,7 @@ def read_format(mapping: dict) -> Template:
 def read_field(key: str, value):
     """Read one value of the mapping as a field of Template."""
     where = f"template: {key}: {value!r}"
+    check_utf8(json.dumps(value, ensure_ascii=False, default=str), f"template: {key}")
     if key in SLOTS:
         if key in ("observation", "function") and value in (None, "null", ""):
             return None

@@ -139,7 +139,7 @@ class DataFile:
         number, start, end = self.places[place].tolist()
         raw = read_at(self.file, start, end - start)
         text = decode_utf8(raw)
-        is_utf8 = not why_not_utf8(text)
+        is_utf8 = not why_not_utf8(text, from_bytes=True)
         return RawRow(self.path, number, self.parse(self, text), source, is_utf8)
 
     def lines(self, start: int, newline: str) -> Iterator[tuple[str, int, int]]:

@@ -19,7 +19,7 @@ def excerpt(value, limit: int = 200) -> str:
     return f"{shown} … ({len(text) - limit} more characters)"
 
 
-def why_not_utf8(text: str, from_bytes: bool = True) -> str:
+def why_not_utf8(text: str, from_bytes: bool) -> str:
     """Why a text cannot be written as UTF-8, and what to do; "" if it can.
 
     Such a text holds a surrogate, half of a pair that makes one character. from_bytes: surrogates
@@ -40,7 +40,7 @@ def why_not_utf8(text: str, from_bytes: bool = True) -> str:
             "such as \\ud83d\\ude00. Write both halves, or neither")
 
 
-def check_utf8(text: str, where: str):
-    """Raise ValueError for a text that cannot be written as UTF-8."""
-    if reason := why_not_utf8(text):
-        raise ValueError(f"{where}: {excerpt(text)!r}: {reason}")
+def check_utf8(text: str, where: str, from_bytes: bool = False):
+    """Raise ValueError for a text that cannot be written as UTF-8; see why_not_utf8."""
+    if reason := why_not_utf8(text, from_bytes):
+        raise ValueError(f"{where}: {reason}: {excerpt(text)}")

@@ -40,7 +40,7 @@ from text.conversations import (ANSWERS, PLACEHOLDER, Conversation, RawRow, conv
                                 fill_placeholders)
 from text.data_files import Rows, find_sources, open_rows, read_at
 from text.parallel_map import num_processes, parallel_map
-from text.plain_text import excerpt
+from text.plain_text import check_utf8, excerpt
 
 ABOUT = "store.json"            # written last: a folder without it is not a complete cache
 TOKENIZED = "tokenised"         # the folder of a run's cache in its output_dir; earlier releases
@@ -394,6 +394,8 @@ def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnabl
         raise ValueError(
             f"{config.source}: train_on_prompt cannot be used with template {template.name}, "
             "which labels the first token of a turn with the end of the answer before it")
+    for name, value in (config.placeholders or {}).items():
+        check_utf8(str(value), f"{config.source}: placeholders: {name}")
     template_used = with_overrides(template, config.tool_format, config.default_system)
     notes = []
     sources = [find_sources(names or [], config, notes)

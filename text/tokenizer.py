@@ -24,6 +24,7 @@ from tokenizers import AddedToken, Tokenizer as Core
 
 from errors import run_script
 from text.fast_bpe import build_word_cache
+from text.plain_text import check_utf8
 from text.vocabularies import (find_vocabulary, load_vocabulary, repair_tokenizer_json,
                                token_fields, token_text)
 
@@ -100,12 +101,17 @@ class Tokenizer:
     # ---- text to ids
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text. Never adds bos or eos."""
+        """The ids of a text. Never adds bos or eos. Raises ValueError for half a character."""
+        check_encodable([text])
         return self.core.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """The ids of many texts: through the word cache as far as possible (text/fast_bpe.py)."""
+        """The ids of many texts: through the word cache as far as possible (text/fast_bpe.py).
+
+        Raises ValueError for a text that cannot be written as UTF-8.
+        """
         texts = list(texts)
+        check_encodable(texts)
         if self.word_cache is NOT_BUILT:
             self.word_cache = self._checked_word_cache(texts[:CHECKED_TEXTS])
         if self.word_cache is None:
@@ -193,6 +199,12 @@ class Tokenizer:
         if self.chat_template:
             path = folder / "chat_template.jinja"
             path.write_text(self.chat_template, encoding="utf-8")
+
+
+def check_encodable(texts: Iterable[str]):
+    """Raise ValueError for a text that cannot be written as UTF-8, by whatever way it came."""
+    for text in texts:
+        check_utf8(text, "a text cannot be tokenized", from_bytes=True)
 
 
 def load_tokenizer(folder: Path, split_special_tokens: bool = False) -> Tokenizer:

@@ -139,7 +139,7 @@ def read_marks(turn: dict) -> bool | None:
     found = {}
     for key in LEARNED:
         if turn.get(key) is not None:
-            found[key] = read_mark(key, turn[key])
+            found[key] = mark_value(key, turn[key])
     for key in MASKED:
         if turn.get(key) is not None:
             if not isinstance(turn[key], bool):     # 1 is "masked" to some tools, "learned" to some
@@ -151,7 +151,7 @@ def read_marks(turn: dict) -> bool | None:
     return next(iter(found.values()), None)
 
 
-def read_mark(key: str, value) -> bool:
+def mark_value(key: str, value) -> bool:
     """A mark as a bool: true and 1 are learned, false and 0 are not."""
     if value in (0, 1):     # also False, True, 0.0 and 1.0
         return bool(value)
