@@ -75,7 +75,7 @@ def key(
 
 @dataclass
 class Config:
-    """The settings of a run, made by load_config. One field per key, and three more at the end."""
+    """The settings of a run, made by load_config. One field per key, and four more at the end."""
 
     model_name_or_path: str | None = key(None, DATA,
         "folder with config.json and weights, or a hub id", group="model")
@@ -156,7 +156,8 @@ class Config:
         "parameters to train outside of the layers: all whose name contains one of these, as "
         "lm_head", only="freeze")
     pure_bf16: bool = key(False, FIXED,
-        "full, freeze: trained weights, gradients and optimizer state in bfloat16")
+        "compute in bfloat16 (as bf16: true); with full and freeze trained weights, gradients and "
+        "optimizer state are bfloat16, too, while adapters stay float32, as PEFT keeps them")
     use_dft_loss: bool = key(False, FREE,
         "DFT: each token's loss is weighted by its probability", only="sft")
     use_eaft_loss: bool = key(False, FREE,
@@ -306,6 +307,9 @@ class Config:
         "GaLore: matrices whose name contains one of these, as mlp,self_attn (all: all but "
         "embedding and head)")
     galore_rank: int = key(16, FIXED, "GaLore: rank of the projection", low=1)
+    galore_layerwise: bool = key(False, FREE,
+        "GaLore: as LLaMA-Factory updates layer by layer, which excludes clipping (max_grad_norm) "
+        "and gradient_accumulation_steps")
     galore_update_interval: int = key(200, FREE,
         "GaLore: steps between updates of the projection", low=1)
     galore_scale: float = key(2.0, FREE, "GaLore: scale of the update", above=0)
@@ -326,6 +330,9 @@ class Config:
     fsdp: Words = key([], FREE,
         "several ranks: full_shard gives each rank a shard of the weights; full_shard offload "
         "keeps the shards in CPU memory")
+    deepspeed: str | None = key(None, FREE,
+        "a DeepSpeed file: ZeRO stages 0 to 2 are data parallelism here, stage 3 is fsdp: "
+        "full_shard; with offload, full_shard offload")
     time_limit: float | None = key(None, IGNORED,
         "minutes after which the run saves and stops (exit code 75)", own=True, above=0)
     profile: bool = key(False, IGNORED,
@@ -339,6 +346,10 @@ class Config:
     use_cpu: bool = key(False, FREE, "run on the CPU even if there is a GPU")
     seed: int = key(42, DATA,
         "seed of shuffling, split, initial weights and dropout", low=0, high=2**32 - 1)
+    full_determinism: bool = key(False, FREE,
+        "deterministic kernels only, chosen without timing: a second run gives the same bits")
+    ignore_data_skip: bool = key(False, FREE,
+        "resume with the first rows of the epoch instead of the row after the last one")
     data_seed: int | None = key(None, DATA,
         "separate seed for the order of the rows", low=0, high=2**32 - 1)
 
@@ -416,6 +427,8 @@ class Config:
     source: str = field(default="command line", repr=False)
     # keys of NO_EFFECT and the like that were set; see ignored_keys in runtime/load_config.py
     no_effect: list[str] = field(default_factory=list, repr=False)
+    # what the start page says about settings that mean something else here
+    notes: list[str] = field(default_factory=list, repr=False)
 
 
 KEYS = {spec.name: spec for spec in fields(Config) if "help" in spec.metadata}
@@ -433,7 +446,8 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         dataloader_persistent_workers dataloader_prefetch_factor remove_unused_columns label_names
         length_column_name sortish_sampler""",
     "changes speed or memory only": """
-        batch_size use_unsloth_gc enable_liger_kernel use_liger_kernel liger_kernel_config
+        batch_size use_unsloth use_unsloth_gc
+        enable_liger_kernel use_liger_kernel liger_kernel_config
         use_reentrant_gc gradient_checkpointing gradient_checkpointing_kwargs use_v1_kernels
         use_kv_cache use_cache torch_compile_backend torch_compile_mode torch_empty_cache_steps
         auto_find_batch_size tf32 jit_mode_eval torchdynamo fp16_backend half_precision_backend
@@ -461,7 +475,8 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         freeze_multi_modal_projector freeze_language_model""",
     "adapters are on linear layers only; additional_target trains an embedding in full":
         "loraplus_lr_embedding",
-    "every block is sharded by itself; the words of fsdp choose the rest": "fsdp_config",
+    "every block is sharded by itself; the words of fsdp choose the rest":
+        "fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params",
     "settings of a feature that is off or refused": """
         init_special_tokens buffer_size interleave_probs eval_num_beams quantization_device_map
         length_penalty module_dropout oft_rank oft_block_size oft_target ppo_buffer_size ppo_epochs
@@ -476,6 +491,8 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         generation_num_beams generation_config hub_token hub_private_repo hub_model_id hub_strategy
         hub_always_push hub_revision ms_hub_token om_hub_token export_quantization_dataset
         export_quantization_nsamples export_quantization_maxlen kt_weight_path
+        kt_config kt_backend kt_non_expert_weight_path kt_expert_weight_format kt_cpu_activation
+        kt_num_threads kt_threadpool_count kt_tp_enabled kt_max_cache_depth kt_weight_lifecycle
         kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
         kt_lora_expert_intermediate_size vllm_maxlen vllm_gpu_util vllm_enforce_eager
         vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size
@@ -489,21 +506,18 @@ NO_EFFECT = {       # why the result is the same without them: the keys
 # rows: the script that refuses (any: all of them); the keys, where key=x accepts the value x and
 # a key alone accepts false, 0 and null; what to do
 REFUSED = (
-    ("train", "deepspeed",
-     "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs (docs/many_gpus.md), and "
-     "fsdp: full_shard shards a model that does not fit on one"),
     ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
      "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs, and fsdp: full_shard "
      "shards a model that does not fit on one"),
-    ("train", "use_unsloth use_kt",
-     "leave it out; flash_attn: auto picks the fastest correct kernel of this machine"),
+    ("train", "use_kt",
+     "KTransformers keeps experts in CPU memory, some in 8 bits; leave it out, or use fsdp: "
+     "full_shard offload or quantization_bit: 4"),
     ("train", "mixture_of_depths shift_attn",
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and "
      "finetuning_type: full are"),
     ("train", "use_apollo use_badam",
      "not in this release; to save optimizer memory use LoRA, optim: adamw_8bit or use_galore"),
-    ("train", "galore_layerwise galore_proj_type=std",
-     "GaLore projects the shorter side (std) after the backward pass; leave it out"),
+    ("train", "galore_proj_type=std", "GaLore projects the shorter side (std); leave it out"),
     ("train", "fp8",
      "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
     ("train", "bf16_full_eval fp16_full_eval",
@@ -535,10 +549,6 @@ REFUSED = (
      "a secret does not belong in a config: run `swanlab login` or set SWANLAB_API_KEY"),
     ("train", "greater_is_better", "the best model is the one with the lowest loss"),
     ("train", "optim_args", "set adam_beta1, adam_beta2, adam_epsilon"),
-    ("train", "ignore_data_skip",
-     "a resumed run continues with the row after the last one; leave it out"),
-    ("train", "full_determinism",
-     "not in this release; seed fixes everything but the order of sums inside GPU kernels"),
     ("train", "accelerator_config",
      "not read here; per_device_train_batch_size and gradient_accumulation_steps are"),
     ("train", "save_safetensors=true", "weights are written as safetensors only"),

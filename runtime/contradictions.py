@@ -187,8 +187,13 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
         "use_muon, use_galore, use_adam_mini and optim: adamw_8bit need full matrices, and fsdp "
         "shards them; use optim: adamw_torch")
 
-    yield c.pure_bf16 and (not c.bf16 or c.finetuning_type == "lora" or c.fsdp), (
-        "pure_bf16 needs bf16: true and finetuning_type: full or freeze, without fsdp")
+    yield c.pure_bf16 and c.fsdp, (
+        "pure_bf16 with finetuning_type: full or freeze goes without fsdp (and without ZeRO-3)")
+
+    layerwise = c.use_galore and c.galore_layerwise
+    yield layerwise and c.gradient_accumulation_steps > 1, (
+        "galore_layerwise updates in the backward pass of each micro-batch: set "
+        "gradient_accumulation_steps: 1, or leave galore_layerwise out")
 
 
 def in_fsdp(c: Config) -> Iterator[tuple]:

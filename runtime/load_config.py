@@ -20,6 +20,7 @@ from typing import Any
 from config import KEYS, UNUSED, Config, as_dict, print_keys
 from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
+from runtime.deepspeed_presets import apply_deepspeed
 
 COMMAND_LINE = "command line"
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # earlier spellings
@@ -102,6 +103,8 @@ def load_config(argv: list[str], script: str) -> Config:
             setattr(config, name, value)
 
     _derive(config)
+    if _applies("train", script):
+        apply_deepspeed(config)
     _check(config, script)
     return config
 
@@ -135,6 +138,16 @@ def _derive(config: Config):
         config.lora_alpha = 2 * config.lora_rank
     if config.max_grad_norm is None:
         config.max_grad_norm = 0.0
+    if config.galore_layerwise and config.use_galore and config.max_grad_norm:
+        config.max_grad_norm = 0.0
+        config.notes.append("galore_layerwise: gradients are not clipped, as in LLaMA-Factory; "
+                            "here the update comes after the backward pass, with the same numbers")
+    if config.pure_bf16:
+        config.bf16 = True
+        if config.finetuning_type == "lora":
+            config.pure_bf16 = False
+            config.notes.append("pure_bf16: computes in bfloat16; the adapters stay float32, as "
+                                "LLaMA-Factory (PEFT) keeps them")
     if config.stage == "sft" and config.packing and "neat_packing" not in config.given:
         config.neat_packing = True
     if config.packing is None:

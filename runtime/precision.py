@@ -13,6 +13,7 @@ Next: train.py.
 Papers: mixed precision and loss scaling, arXiv:1710.03740.
 """
 import math
+import os
 from contextlib import nullcontext
 
 import torch
@@ -33,6 +34,17 @@ def check_dtype(config, device: torch.device):
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             raise ValueError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16; set "
                              "fp16: true instead")
+
+
+def use_deterministic_kernels():
+    """Let torch use deterministic kernels only, as full_determinism of transformers does.
+
+    An operation that has none raises RuntimeError, which names it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")   # read with the first product
+    os.environ["FLASH_ATTENTION_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def half_dtype(config) -> torch.dtype | None:

@@ -39,7 +39,7 @@ from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
 from runtime.load_config import ignored_keys, non_default
-from runtime.precision import check_dtype
+from runtime.precision import check_dtype, use_deterministic_kernels
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
                             trainer_state, versions)
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
@@ -112,6 +112,8 @@ class Run:
 
     def __init__(self, config, device: torch.device, ranks: Ranks):
         check_dtype(config, device)
+        if config.full_determinism:
+            use_deterministic_kernels()
         self.config = config
         self.device = device
         self.ranks = ranks
@@ -171,6 +173,8 @@ class Run:
         ignored = ignored_keys(config)
         if ignored:
             print(f"  accepted, no effect here: {', '.join(ignored)}")
+        for note in config.notes:
+            print(f"  note: {note}")
         if self.resume:
             changed = changed_settings(self.resume, self.settings, config.force_resume)
             if changed:

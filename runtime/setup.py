@@ -253,6 +253,8 @@ def same_kernels(kernels: Kernels, ranks: Ranks, run):
     if unknown := sorted(pinned.keys() - {"attention", "matmul"}):
         parts = ("attention", "matmul")
         raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], parts))
+    if run.config.full_determinism:                 # nothing that timing decides
+        pinned = {"attention": kernels.correct[0], "matmul": "torch", **pinned}
     kernels.attention = same_kernel(
         "attention", kernels.attention, kernels.correct, pinned.get("attention"),
         run.recorded("kernel", ranks.from_main(lambda: kernels.attention)), kernels.lines)

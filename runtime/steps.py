@@ -60,6 +60,7 @@ class StepPlan:
                 "(dataloader_drop_last: true leaves out the incomplete one)")
         by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
         self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
+        self.steps_put_back = 0     # by ignore_data_skip: the rows are those of so many steps ago
         self.max_tokens_per_pass = 0
         self.count_flops: Callable[[Batch], float] = lambda batch: 0.0
         self.prepared: Iterator[Step] = iter(())
@@ -109,12 +110,15 @@ class StepPlan:
 
     def ends_epoch(self, number: int) -> bool:
         """Whether an epoch, or the run, ends with this step."""
-        return number % self.steps_per_epoch == 0 or number == self.total_steps
+        at_end = (number - self.steps_put_back) % self.steps_per_epoch == 0
+        return at_end or number == self.total_steps
 
     # ---- steps
 
     def peek(self, after: int) -> Step | None:
         """Prepare the step that follows step `after`, and return it without consuming it."""
+        if self.config.ignore_data_skip:
+            self.steps_put_back = after % self.steps_per_epoch
         self.prepared = self.make_steps(range(after + 1, self.total_steps + 1))
         self.next_step = next(self.prepared, None)
         return self.next_step
@@ -139,7 +143,7 @@ class StepPlan:
         size = self.config.gradient_accumulation_steps
         epoch_of_batches = None
         for number in numbers:
-            epoch, nth = divmod(number - 1, self.steps_per_epoch)              # both 0-based
+            epoch, nth = divmod(number - 1 - self.steps_put_back, self.steps_per_epoch)
             if epoch != epoch_of_batches:
                 batches = shard_batches(self.config, self.train_set, epoch, self.ranks)
                 epoch_of_batches = epoch

@@ -102,6 +102,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
         moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model
         data_seed freeze_extra_modules quantization_bit resume_from_checkpoint warmup_ratio
         tokenized_path preprocessing_num_workers torch_compile ref_model ref_model_adapters
+        deepspeed
      """),
     (False, """
         disable_gradient_checkpointing train_from_scratch train_on_prompt
@@ -109,7 +110,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
         use_rslora use_dora pissa_init pissa_convert pure_bf16 use_muon use_galore
         disable_shuffling plot_loss bf16 fp16 logging_first_step save_only_model
         load_best_model_at_end use_cpu dataloader_drop_last do_eval overwrite_output_dir
-        overwrite_cache
+        overwrite_cache full_determinism ignore_data_skip galore_layerwise
      """),
     (True, "enable_thinking do_sample skip_special_tokens double_quantization"),
     ("bnb", "quantization_method"),

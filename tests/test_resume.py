@@ -957,6 +957,14 @@ def test_other_settings_choose_their_own_kernels(fork_server, tmp_path):
     assert "with which this run began" not in screen
 
 
+def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
+    for name, favored in (("a", FIRST), ("b", LATER)):
+        codes, screen = fork_server.run(tmp_path / name, 1, [favored], flash_attn="auto",
+                                        full_determinism=True)
+        assert codes == [0], screen
+    assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
+
+
 @pytest.mark.parametrize("pin, words", [
     ("attention=sdpa-mat", "unknown or unsuitable kernel 'sdpa-mat' (did you mean 'sdpa-math'?)"),
     ("matmul=cutlass", "pin_kernels.matmul: unknown or unsuitable kernel 'cutlass'"),

@@ -26,7 +26,33 @@ def plan_of(config, examples, world):
     return steps.StepPlan(config, examples, stage, Ranks(0, world), torch.device("cpu"))
 
 
-# ---- micro-batches within a token budget ---------------------------------------------------------
+def rows_of_steps(config, after):
+    """{step: (epoch, rows)} of the steps after `after`, of 24 rows in 6 steps an epoch."""
+    plan = plan_of(config, Sized(range(24)), 1)
+    plan.make_step = lambda number, epoch, batches: SimpleNamespace(
+        number=number, epoch=epoch, rows=list(chain(*batches)))
+    found = {step.number: (step.epoch, step.rows) for step in plan.steps(after)}
+    ends = [number for number in found if plan.ends_epoch(number)]
+    return found, ends
+
+
+def test_ignore_data_skip_resumes_with_the_first_rows_of_the_epoch():
+    """As transformers: the epoch is that of the checkpoint, its rows begin anew, and the number of
+    steps stays."""
+    settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=18)
+    whole, _ = rows_of_steps(Config(**settings), 0)
+    resumed, ends = rows_of_steps(Config(**settings, ignore_data_skip=True), 8)
+    assert list(resumed) == list(range(9, 19))
+    for step, (epoch, rows) in resumed.items():
+        assert (epoch, rows) == whole[step - 2]         # step 8 is the second of epoch 1
+    assert ends == [14, 18]
+    assert rows_of_steps(Config(**settings), 8) == (
+        {step: whole[step] for step in range(9, 19)}, [12, 18])
+    assert rows_of_steps(Config(**settings, ignore_data_skip=True), 12)[0] == {
+        step: whole[step] for step in range(13, 19)}
+
+
+# ---- micro-batches within a token budget --------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", (1, 100, 700, 10**6))

@@ -293,6 +293,36 @@ def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tmp_path, monkeypatc
                for w in load_file(tmp_path / "a/model.safetensors").values())
 
 
+@needs_shared
+def test_pure_bf16_alone_computes_in_bfloat16(tmp_path, monkeypatch, capsys):
+    """Beside LoRA it is bf16: PEFT keeps the adapters in float32 (peft 0.18, as measured there)."""
+    run_recorded("sft_llama3", tmp_path / "bf16", monkeypatch, "max_steps=2", "bf16=true")
+    run_recorded("sft_llama3", tmp_path / "pure", monkeypatch, "max_steps=2", "pure_bf16=true")
+    assert "pure_bf16: computes in bfloat16; the adapters stay float32" in capsys.readouterr().out
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("bf16", "pure"))
+    assert {tensor.dtype for tensor in b.values()} == {torch.float32}
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    run_recorded("sft_llama3", tmp_path / "full", monkeypatch, "max_steps=1", "pure_bf16=true",
+                 "finetuning_type=full", "adapter_name_or_path=null")
+    full = load_file(tmp_path / "full/model.safetensors")
+    assert {tensor.dtype for tensor in full.values()} == {torch.bfloat16}
+
+
+@needs_shared
+def test_galore_layerwise_is_galore_without_clipping(tmp_path, monkeypatch):
+    """The gradient of a layer does not depend on when another layer is updated."""
+    galore = ["finetuning_type=full", "adapter_name_or_path=null", "use_galore=true",
+              "galore_rank=4", "gradient_accumulation_steps=1", "max_steps=3"]
+    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *galore, "max_grad_norm=0")
+    run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *galore, "galore_layerwise=true",
+                 "max_grad_norm=0.001")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="galore_layerwise updates in the backward pass of each"):
+        run_recorded("sft_llama3", tmp_path / "c", monkeypatch, *galore, "galore_layerwise=true",
+                     "gradient_accumulation_steps=2")
+
+
 # ---- what a user may get wrong ----
 
 

@@ -1,0 +1,102 @@
+"""What a DeepSpeed configuration means here: data parallelism, or fsdp.
+
+ZeRO splits over the ranks what each of them would hold again: optimizer states (stage 1), gradients
+(2), weights (3). The sums of a step are the same; so here stages 0 to 2 are plain data parallelism,
+and stage 3 is fsdp: full_shard. DeepSpeed itself is not needed.
+
+Requires: config.py.
+Next: runtime/load_config.py; docs/many_gpus.md.
+Paper: ZeRO, arXiv:1910.02054.
+"""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from config import Config
+
+# LLaMA-Factory's presets, where a yaml names one that lies in LLaMA-Factory's own checkout
+PRESET = re.compile(r"ds_z([0-3])(_offload)?_config\.json")
+# settings that transformers fills in from the run where they are "auto": (section, key, ours)
+FILLED_IN = (
+    ("", "train_micro_batch_size_per_gpu", "per_device_train_batch_size"),
+    ("", "gradient_accumulation_steps", "gradient_accumulation_steps"),
+    ("", "gradient_clipping", "max_grad_norm"),
+    ("bf16", "enabled", "bf16"),
+    ("fp16", "enabled", "fp16"),
+)
+# sections that would change what is computed
+NOT_HERE = ("optimizer", "scheduler", "tensor_parallel", "sparse_attention", "curriculum_learning",
+            "data_efficiency", "compression_training", "progressive_layer_drop")
+
+
+def apply_deepspeed(config: Config):
+    """Set fsdp as config.deepspeed asks for it, and note what it means.
+
+    Raises ValueError for a file that cannot be read and for settings that would change the result.
+    """
+    if not config.deepspeed:
+        return
+    name = config.deepspeed
+    settings = read_settings(name, config.source)
+    check_settings(config, settings)
+    zero = settings.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{config.source}: deepspeed: {name}: stage {stage!r} of "
+                         "zero_optimization is none of 0, 1, 2, 3")
+    offloads = [key for key in ("offload_optimizer", "offload_param")
+                if (zero.get(key) or {}).get("device", "none") != "none"]
+    if stage < 3:
+        note = (f"deepspeed: {name} (ZeRO stage {stage}) is data parallelism here, with the same "
+                "sums")
+        if stage > 0:
+            note += "; each rank holds all optimizer states"
+        if offloads:
+            note += ", on its device"
+        config.notes.append(note)
+        return
+    words = ["full_shard", "offload"] if offloads else ["full_shard"]
+    if not config.fsdp:
+        config.fsdp = words
+    config.notes.append(f"deepspeed: {name} (ZeRO stage 3) is fsdp: {' '.join(config.fsdp)} here; "
+                        "with one process it changes nothing")
+
+
+def read_settings(name: str, source: str) -> dict:
+    """The content of a DeepSpeed file; of a preset of LLaMA-Factory, by its name, what matters."""
+    path = Path(name)
+    preset = PRESET.fullmatch(path.name)
+    if not path.is_file():
+        if not preset:
+            raise FileNotFoundError(
+                f"{source}: deepspeed: {name}: no such file. Leave it out, or write fsdp: "
+                "full_shard to split a model over several GPUs (docs/many_gpus.md)")
+        offload = {"device": "cpu"} if preset[2] else None
+        return {"zero_optimization": {"stage": int(preset[1]), "offload_optimizer": offload}}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: deepspeed: {name} is not JSON: {error}") from None
+    sections = ("zero_optimization", "bf16", "fp16")
+    if not isinstance(settings, dict) or not all(
+            isinstance(settings.get(section, {}), dict) for section in sections):
+        raise ValueError(f"{source}: deepspeed: {name} is no DeepSpeed configuration")
+    return settings
+
+
+def check_settings(config: Config, settings: dict):
+    """Raises ValueError for settings that are not this run's."""
+    where = f"{config.source}: deepspeed: {config.deepspeed}"
+    for section in NOT_HERE:
+        if settings.get(section):
+            raise ValueError(f"{where}: {section} is not read here and would change the run; "
+                             "leave that section out")
+    for section, key, ours in FILLED_IN:
+        value = (settings.get(section, {}) if section else settings).get(key, "auto")
+        if value == "auto" or value == (getattr(config, ours) or 0):
+            continue
+        name = f"{section}.{key}" if section else key
+        raise ValueError(f"{where}: {name} is {value}, and {ours} of this run is "
+                         f"{getattr(config, ours)}: write \"auto\", or make them equal")
