@@ -826,8 +826,8 @@ def test_two_settings_of_the_rotation_that_would_be_a_trap(fields, words):
 
 
 def test_phi3s_trained_length_outside_of_rope_scaling_has_a_default(made, tmp_path):
-    """As in transformers: 4096, whatever rope_scaling says."""
-    transformers = pytest.importorskip("transformers")
+    """As in transformers 5: 4096, whatever rope_scaling says."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
     scaling = longrope(4, original_max_position_embeddings=16, factor=4.0)
     folder, ids = spelled_anew(made, "phi3", tmp_path, dict(rope_scaling=scaling, rope_theta=500.0))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
