@@ -41,13 +41,17 @@ def test_special_tokens_come_from_the_config_as_text_or_as_a_dict(tmp_path):
     assert tokenizer.id_of("no such token") is None
 
 
-def test_special_tokens_map_fills_what_the_config_lacks(tmp_path):
-    folder = write_byte_level(tmp_path / "a")
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"pad_token": {"content": "</s>"}, "bos_token": "x"})
-    )
-    tokenizer = load_tokenizer(folder)
-    assert (tokenizer.pad_token, tokenizer.bos_token) == ("</s>", "<s>")
+def test_special_tokens_map_counts_as_in_transformers(tmp_path):
+    """It decides, unless tokenizer_config.json has an added_tokens_decoder; then it fills gaps."""
+    older = {"pad_token": {"content": "</s>"}, "bos_token": "x"}
+    for decoder, bos in (({}, "x"), ({"added_tokens_decoder": {}}, "<s>")):
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+        folder = write_byte_level(tmp_path / bos.strip("<>"), **kind, **decoder)
+        (folder / "special_tokens_map.json").write_text(json.dumps(older))
+        tokenizer = load_tokenizer(folder)
+        assert (tokenizer.pad_token, tokenizer.bos_token) == ("</s>", bos)
+        peer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
+        assert (peer.bos_token, peer.bos_token_id) == (bos, tokenizer.bos_id)
 
 
 def test_encode_adds_nothing_and_knows_special_tokens(tmp_path):

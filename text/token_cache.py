@@ -79,6 +79,7 @@ PROGRAM = (
     "text/fit_tokenizer.py",
     "text/tool_calls.py",
     "text/tokenizer.py",
+    "text/declared_tokens.py",
     "text/fast_bpe.py",
     "text/vocabularies.py",
 )

@@ -7,7 +7,8 @@ A checkpoint folder has tokenizer.json (vocabulary and rules, used unchanged thr
 text, end an answer and pad), sometimes special_tokens_map.json (the same, older), and
 chat_template.jinja.
 
-Requires: text/fast_bpe.py (makes encoding fast), text/vocabularies.py (older vocabulary files).
+Requires: text/declared_tokens.py (tokens of tokenizer_config.json), text/fast_bpe.py (makes
+encoding fast), text/vocabularies.py (older vocabulary files).
 Next: templates.py, which encodes conversations.
 
 Sources: byte-level BPE, Radford et al. 2019 (GPT-2), section 2.2; SentencePiece, arXiv:1808.06226.
@@ -23,6 +24,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer as Core
 
 from errors import run_script
+from text.declared_tokens import (CONFIG_FILE, add_declared, check_roles, check_tokenizer_config,
+                                  merge_older)
 from text.fast_bpe import build_word_cache
 from text.plain_text import check_utf8
 from text.vocabularies import (find_vocabulary, load_vocabulary, repair_tokenizer_json,
@@ -219,17 +222,19 @@ def load_tokenizer(folder: Path, split_special_tokens: bool = False) -> Tokenize
         raise FileNotFoundError(explain_missing_tokenizer(folder))
     core, changed = read_tokenizer_json(path) if path.is_file() else (None, True)
 
-    config = read_json(folder / "tokenizer_config.json")
+    path = folder / CONFIG_FILE
+    config = read_json(path)
     older = read_json(folder / "special_tokens_map.json")
-    for role in ROLES:
-        if older.get(role) and not config.get(role):
-            config[role] = older[role]
-
+    added = read_json(folder / "added_tokens.json")
+    check_tokenizer_config(config, path)
+    check_roles(older, folder / "special_tokens_map.json")
+    special = [*(config.get("additional_special_tokens") or []),
+               *(older.get("additional_special_tokens") or [])]
+    config = merge_older(config, older, ROLES)
     if core is None:
-        special = [*(config.get("additional_special_tokens") or []),
-                   *(older.get("additional_special_tokens") or [])]
-        added = read_json(folder / "added_tokens.json")
         core, config = load_vocabulary(vocabulary, config, added, special)
+    else:
+        changed |= add_declared(core, config, added, folder)
     core.no_truncation()  # both may be stored in tokenizer.json, left over from an earlier use
     core.no_padding()
     chat_template = read_chat_template(folder, config)
