@@ -14,8 +14,11 @@ Requires: model.py.
 Next: losses.py, methods/lora_variants.py.
 Papers: LoRA arXiv:2106.09685, rsLoRA arXiv:2312.03732.
 """
+import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -233,14 +236,49 @@ def find_targets(model: nn.Module, target_modules, stored_name: Callable = same_
 
 
 def _matching(pattern: str, layers: dict) -> list[str]:
-    try:
-        found = [name for stored, name in layers.items() if re.fullmatch(pattern, stored)]
-    except re.error as error:
-        raise ValueError(f"lora_target: {pattern!r} is no regular expression ({error})") from None
+    matches = match_patterns([pattern], list(layers), "lora_target")[0]
+    found = [name for name, match in zip(layers.values(), matches) if match]
     if not found:
         raise ValueError(f"lora_target: the pattern {pattern!r} matches no linear layer; names "
                          f"look like {next(iter(layers))!r}")
     return found
+
+
+MATCH_SECONDS = 10
+MATCHER = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+print(json.dumps([[re.fullmatch(p, n) is not None for n in names] for p in patterns]))
+"""
+
+
+def match_patterns(patterns: list[str], names: list[str], where: str) -> list[list[bool]]:
+    """For each regular expression, which of the names it matches in full.
+
+    A pattern that could try ever more ways of matching runs in a process that is ended after
+    MATCH_SECONDS. Raises ValueError, which begins with `where`.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{where}: {pattern[:60]!r} is no regular expression "
+                             f"({error})") from None
+    if all(len(re.findall(r"[*+?{|]", pattern)) < 2 for pattern in patterns):
+        return [[re.fullmatch(p, name) is not None for name in names] for p in patterns]
+    try:
+        done = subprocess.run([sys.executable, "-I", "-S", "-c", MATCHER], capture_output=True,
+                              input=json.dumps([patterns, names]), text=True,
+                              timeout=MATCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{where}: {', '.join(patterns)[:60]!r} takes more than {MATCH_SECONDS} seconds for "
+            f"{len(names)} names. A repetition inside a repetition, as in (a+)+, does that; "
+            "write it without, or list the names") from None
+    if done.returncode:
+        raise ValueError(f"{where}: {', '.join(patterns)[:60]!r} could not be matched "
+                         f"({done.stderr.strip()[-80:]})")
+    return json.loads(done.stdout)
 
 
 def _no_match(target: str, layers: dict, model: nn.Module, stored_name: Callable) -> str:

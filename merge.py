@@ -42,7 +42,8 @@ import runtime.device  # noqa: F401                     # before torch: see guar
 import torch
 from tqdm import tqdm
 
-from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folded
+from checkpoint.adapter_config import read_adapter_config
+from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
                               tensor_files, write_json, write_tensors)
 from checkpoint.load import formats_in_words, packed_weights

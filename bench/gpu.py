@@ -202,7 +202,7 @@ def flops_per_token(config_file: str) -> float:
     import torch
 
     from bench.peer_hf import rows_of
-    from checkpoint.adapters import read_adapter_config
+    from checkpoint.adapter_config import read_adapter_config
     from runtime.load_config import load_config
     from families import model_config, read_config_json
     from lora import attach_lora

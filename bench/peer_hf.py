@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.device import pick_device
-from checkpoint.adapters import read_adapter_config
+from checkpoint.adapter_config import read_adapter_config
 from runtime.load_config import load_config
 from data import IGNORE
 from runtime.build import STAGES

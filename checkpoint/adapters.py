@@ -1,87 +1,32 @@
 """LoRA adapters in PEFT's format: reading, writing, naming.
 
-Requires: lora.py, checkpoint/files.py, checkpoint/load.py.
+Requires: checkpoint/adapter_config.py, checkpoint/peft_targets.py, checkpoint/load.py.
 Next: merge.py.
 """
-import json
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from checkpoint.adapter_config import read_adapter_config, without_excluded
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
-from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, is_quantized,
-                  lora_layers, merge_adapters)
+from checkpoint.peft_targets import peft_fields
+from lora import (LoRAConfig, LoRAStacked, attach_lora, find_targets, is_quantized, lora_layers,
+                  match_patterns, merge_adapters)
 from model import CausalLM
 from text.tokenizer import read_json
 
 PREFIX = "base_model.model."        # PEFT's, in front of every name
 OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-# fields of adapter_config.json that change nothing here
-NEUTRAL = frozenset("""
-    auto_mapping base_model_name_or_path inference_mode loftq_config megatron_config megatron_core
-    peft_type peft_version revision task_type runtime_config qalora_group_size bias
-""".split())
-READ_ELSEWHERE = ("fan_in_fan_out", "target_parameters")
-# init_lora_weights that leave W as it was
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 # ---- reading ------------------------------------------------------------------------------------
-
-
-def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
-    """(LoRAConfig of an adapter folder, all its raw fields).
-
-    Raises FileNotFoundError or ValueError for what is not a supported adapter.
-    """
-    path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: adapter_name_or_path must be a folder with adapter_config.json "
-            "and adapter_model.safetensors")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not the fields of an adapter")
-    check_fields(path, raw)
-
-    known = LoRAConfig.__dataclass_fields__
-    config = LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
-    if raw.get("target_parameters") and raw.get("target_modules") is None:
-        config.target_modules = []
-    if not config.pissa:
-        config.init_lora_weights = True
-    return config, raw
-
-
-def check_fields(path: Path, raw: dict):
-    """Raises ValueError for a field of adapter_config.json that is not supported."""
-    if raw.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{path}: peft_type {raw['peft_type']} is not supported, only LORA")
-    if raw.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
-    init = raw.get("init_lora_weights", True)
-    if init not in PLAIN_STARTS and not re.fullmatch(r"pissa(_niter_\d+)?", str(init)):
-        raise ValueError(
-            f"{path}: init_lora_weights {init!r} changed the base weights before training, so the "
-            "adapter does not fit the base as published. Convert it to a plain LoRA with peft "
-            "(save_pretrained with path_initial_model_for_weight_conversion)")
-    read = (*LoRAConfig.__dataclass_fields__, *NEUTRAL, *READ_ELSEWHERE)
-    unsupported = []
-    for key, value in raw.items():
-        if key not in read and value is not False and value not in (None, "", [], {}):
-            unsupported.append(f"{key}: {value}")
-    if unsupported:
-        raise ValueError(f"{path}: {', '.join(unsupported)} is not supported, and would change "
-                         "what the adapter computes")
 
 
 def pissa_start(folder, config: LoRAConfig) -> Path | None:
@@ -117,6 +62,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=N
         raise FileNotFoundError(f"{path} is missing{hint}")
     start = pissa_start(folder, config) if config.pissa else None
     with open_tensors(path) as tensors:
+        check_rank(path, config, tensors)
         if start:
             load_adapter(model, start, config.lora_dropout, device)
             remove_adapters(model)
@@ -124,6 +70,27 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=N
             attach_like(folder, model, config, raw, tensors.keys(), device)
         copy_adapter(model, tensors, path, config, raw)
     return config
+
+
+def check_rank(path: Path, config: LoRAConfig, tensors):
+    """Raises ValueError for a rank that no matrix of the file has, before memory is taken for it.
+
+    Small ones are compared matrix by matrix, by copy_adapter.
+    """
+    rows = [tensors.get_slice(key).get_shape()[0] for key in tensors.keys()
+            if key.endswith(".lora_A.weight")]
+    r = max([config.r, *config.rank_pattern.values()])
+    if r > max(1024, *rows, 0):
+        raise ValueError(f"{path} holds no adapter of rank {r}, which adapter_config.json states; "
+                         f"its largest lora_A has {max(rows, default=0)} rows. Fetch both again")
+
+
+def reload_adapter(model: CausalLM, folder):
+    """Copy an adapter of the same layers into the model's."""
+    config, raw = read_adapter_config(folder)
+    path = Path(folder) / "adapter_model.safetensors"
+    with open_tensors(path) as tensors:
+        copy_adapter(model, tensors, path, config, raw)
 
 
 def variant_of(config: LoRAConfig) -> dict:
@@ -148,13 +115,28 @@ def attach_like(folder, model: CausalLM, config: LoRAConfig, raw: dict, keys, de
 
     keys: names of its tensors. Raises ValueError for another model.
     """
+    check_patterns(Path(folder) / "adapter_config.json", model, config, raw)
+    stored_name = model.config.stored_name
     try:
-        attach_lora(model, config, stored_name=model.config.stored_name,
-                    targets=targets_of(model, config, raw, keys), device=device,
+        targets = targets_of(model, config, raw, keys)
+        attach_lora(model, config, stored_name=stored_name, targets=targets, device=device,
                     **variant_of(config))
     except ValueError as error:
         base = raw.get("base_model_name_or_path")
         raise ValueError(f"{folder} was made for another model ({base}): {error}") from None
+    if any(raw.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform")):
+        config.target_modules = [stored_name(name) for name in targets]     # what is left of them
+
+
+def check_patterns(path: Path, model: CausalLM, config: LoRAConfig, raw: dict):
+    """Raises ValueError for a regular expression that is none, or takes too long."""
+    names = [model.config.stored_name(name) for name, module in model.named_modules()
+             if isinstance(module, nn.Linear)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        match_patterns(list(getattr(config, key)), names, f"{path}: {key}")
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(raw.get(key), str):
+            match_patterns([raw[key]], names, f"{path}: {key}")
 
 
 @torch.no_grad()
@@ -169,12 +151,9 @@ def copy_adapter(model: CausalLM, tensors, path: Path, config: LoRAConfig, raw: 
         raise ValueError(message.replace("that config.json describes",
                                          "this model and adapter_config.json ask for"))
     swapped = swapped_stacks(model, tensors, raw)
-    if swapped:
-        print(f"note      {path}: A and B of its stacked experts are exchanged (PEFT 0.20 and "
-              "newer); they are put back")
     for name, parameter in expected.items():
         if name in swapped:
-            tensor = swapped_back(tensors, name, swapped[name])
+            tensor = swapped_back(tensors.get_tensor, name, swapped[name])
         else:
             tensor = tensors.get_tensor(name)
         if tensor.shape != parameter.shape:
@@ -195,18 +174,36 @@ def targets_of(model: CausalLM, config: LoRAConfig, raw: dict, keys) -> list[str
     """
     stored_name = model.config.stored_name
     experts_one_by_one = any(re.search(r"\.experts\.\d", key) for key in keys)
-    named_stacks = raw.get("target_parameters") or []
-    if named_stacks and not model.config.stacked_experts:
-        raise ValueError(
-            f"target_parameters {', '.join(named_stacks)} are stacks of experts, and this "
-            "checkpoint has its experts one by one. Merge it with peft, or train one here: "
-            "lora_target: all,experts")
-    targets = find_targets(model, named_stacks, stored_name)
+    targets = []
+    for name in raw.get("target_parameters") or []:
+        targets += layers_of_parameter(model, name, experts_one_by_one)
     for name in find_targets(model, config.target_modules, stored_name):
         is_linear = isinstance(model.get_submodule(name), nn.Linear)
         if ".experts." not in name or (experts_one_by_one and is_linear):
             targets.append(name)
-    return targets
+    by_stored_name = {stored_name(name): name for name in targets}      # each once
+    kept = without_excluded(list(by_stored_name), raw, "adapter_config.json")
+    return [by_stored_name[name] for name in kept]
+
+
+def layers_of_parameter(model: CausalLM, parameter: str, experts_one_by_one: bool) -> list[str]:
+    """Full names of the layers that an entry of target_parameters adapts: stacks, or weights."""
+    stored_name = model.config.stored_name
+    if parameter.endswith(".weight") or model.config.stacked_experts:
+        return find_targets(model, [parameter.removesuffix(".weight")], stored_name)
+    if not experts_one_by_one:
+        raise ValueError(
+            f"target_parameters {parameter} are stacks of experts, and this checkpoint has its "
+            "experts one by one. Merge it with peft, or train one here: lora_target: all,experts")
+    return []                               # target_modules names the experts, too
+
+
+def stored_targets(model: CausalLM, folder) -> list[str]:
+    """Names of the layers that an adapter folder is for, as the checkpoint's files call them."""
+    config, raw = read_adapter_config(folder)
+    with open_tensors(Path(folder) / "adapter_model.safetensors") as tensors:
+        targets = targets_of(model, config, raw, tensors.keys())
+    return [model.config.stored_name(name) for name in targets]
 
 
 def copies_of_base(model: CausalLM, tensors) -> set[str]:
@@ -248,13 +245,16 @@ def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
     return found if all_swapped and (is_newer or not all_plain) else {}
 
 
-def swapped_back(tensors, name: str, experts: int):
-    """A (E*r, in) or B (out, r*E) of a stack, from a file that has the two exchanged."""
+def swapped_back(tensor_of: Callable, name: str, experts: int):
+    """A (E*r, in) or B (out, r*E) of a stack, from a file that has the two exchanged.
+
+    tensor_of(name): a tensor of the file. Called with plain ones, it exchanges them.
+    """
     stem, part = name.removesuffix(".weight").rsplit(".", 1)
     if part == "lora_A":
-        stored = tensors.get_tensor(f"{stem}.lora_B.weight")                    # (in, r*E)
+        stored = tensor_of(f"{stem}.lora_B.weight")                             # (in, r*E)
         return stored.view(len(stored), -1, experts).permute(2, 1, 0).flatten(0, 1)
-    stored = tensors.get_tensor(f"{stem}.lora_A.weight")                        # (E*r, out)
+    stored = tensor_of(f"{stem}.lora_A.weight")                                 # (E*r, out)
     return stored.view(experts, -1, stored.shape[1]).permute(2, 1, 0).flatten(1)
 
 
@@ -306,9 +306,8 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str,
     names.
     """
     folder = Path(folder)
-    save_tensors(folder / "adapter_model.safetensors",
-                 adapter_tensors(model) if tensors is None else tensors)
-    targets, stacks = peft_targets(model, config.target_modules)
+    tensors = adapter_tensors(model) if tensors is None else tensors
+    save_tensors(folder / "adapter_model.safetensors", in_pefts_layout(model, tensors))
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -320,17 +319,22 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str,
         "use_dora": config.use_dora,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        # PEFT opens no adapter of stacks that has dropout
-        "lora_dropout": 0.0 if stacks else config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": targets,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
         "modules_to_save": config.modules_to_save or None,
     }
-    if stacks:
-        fields["target_parameters"] = stacks
-    write_json(folder / "adapter_config.json", fields)
+    write_json(folder / "adapter_config.json", fields | peft_fields(model, config))
+
+
+def in_pefts_layout(model: CausalLM, tensors: dict) -> dict:
+    """The tensors with A and B of every stack exchanged, as PEFT stores them from 0.20 on."""
+    names = peft_names(model)
+    written = dict(tensors)
+    for layer, module in lora_layers(model).items():
+        if isinstance(module, LoRAStacked):
+            for part in ("lora_A", "lora_B"):
+                key = f"{names[layer]}.{part}.weight"
+                written[key] = swapped_back(tensors.__getitem__, key, len(module.weight))
+    return written
 
 
 def save_pissa_start(model: CausalLM, folder, config: LoRAConfig, base: str):
@@ -369,37 +373,6 @@ def save_converted(model: CausalLM, folder, config: LoRAConfig, base: str):
         save_adapter(model, work, config, base, tensors)
 
 
-def peft_targets(model: CausalLM, requested) -> tuple[list | str, list]:
-    """(target_modules, target_parameters) that make PEFT adapt the same layers.
-
-    The user's own where PEFT reads them alike (it knows no blocks, and `all` as all-linear only),
-    else last name parts, else full names.
-    """
-    stored_name = model.config.stored_name
-    layers = lora_layers(model)
-    stacks = [stored_name(f"{name}.weight") for name, layer in layers.items()
-              if isinstance(layer, LoRAStacked)]
-    adapted = {stored_name(name) for name, layer in layers.items() if isinstance(layer, LoRALinear)}
-    if isinstance(requested, list) and adapted == set(requested):               # full names
-        return requested, stacks
-    is_pattern = isinstance(requested, str) and requested not in ("all", "all-linear")
-    if is_pattern and not stacks:
-        return requested, stacks
-
-    linears = [stored_name(name) for name, module in model.named_modules()
-               if isinstance(module, (nn.Linear, LoRALinear))]
-    candidates = []
-    if not model.config.skips:              # else a short name may be that of a vision layer
-        candidates = [requested if isinstance(requested, list) else [],
-                      sorted({name.rsplit(".", 1)[-1] for name in adapted})]
-    for targets in candidates:
-        matches = [{name for name in linears if f".{name}".endswith(f".{target}")}
-                   for target in targets]
-        if all(matches) and adapted == set().union(*matches):
-            return targets, stacks
-    return sorted(adapted), stacks
-
-
 # ---- several adapters, and inference ------------------------------------------------------------
 
 
@@ -408,8 +381,12 @@ def folded_under(adapter) -> list[str]:
 
     Their names are those in the adapter's train_config.json.
     """
-    settings = read_json(Path(adapter) / "train_config.json")
+    path = Path(adapter) / "train_config.json"
+    settings = read_json(path)
     names = settings.get("adapter_name_or_path") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: adapter_name_or_path is {names!r:.60}, not a list of folders. "
+                         "Correct it, or remove the file if no adapter was merged before")
     return names if settings.get("create_new_adapter") else names[:-1]
 
 

@@ -3,7 +3,6 @@
 Requires: checkpoint/files.py.
 Next: runtime/resume.py.
 """
-import json
 import re
 import zlib
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import open_tensors, read_rows, save_tensors, write_json
+from families import read_json_object, shown
 from text.tokenizer import read_json
 
 # the files that resuming needs
@@ -18,6 +18,34 @@ STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
 # fields of an optimizer's state that do not have the parameter's rows
 NO_ROWS = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis",
            "block_avg_sq", "unused")
+
+
+
+def is_count(value) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def is_real(value) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def is_pair(value) -> bool:
+    return type(value) is list and len(value) == 2 and all(map(is_real, value))
+
+
+# the fields of trainer_state.json's "resume": (test, what it must be)
+RESUME_TYPES = {
+    **dict.fromkeys(("rows_per_step", "at_once", "step", "tokens_seen", "skipped", "waited"),
+                    (is_count, "a whole number, 0 or above")),
+    **dict.fromkeys(("rows", "kernel", "product"), (lambda value: type(value) is str, "text")),
+    **dict.fromkeys(("epoch", "loss_total", "lowest"), (is_real, "a number")),
+    **dict.fromkeys(("window", "best"), (is_pair, "a pair of numbers")),
+    "compiled": (lambda value: type(value) is bool, "true or false"),
+    "seen": (lambda value: type(value) is dict and all(map(is_pair, value.values())),
+             "an object with pairs of numbers"),
+    "loss_scale": (lambda value: type(value) is list and all(map(is_real, value)),
+                   "a list of numbers"),
+}
 
 
 def rng_state() -> dict[str, torch.Tensor]:
@@ -75,13 +103,27 @@ def load_training_state(folder, optimizer, names: list[str], rank: int = 0,
                 "with save_only_model: true?). Start from its adapter: adapter_name_or_path")
     read_optimizer(folder, optimizer, names, shards)
     set_rng_state(folder, rank)
-    path = folder / "trainer_state.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): the run cannot be resumed from here. An earlier "
-            "checkpoint may do (resume_from_checkpoint: FOLDER)") from None
+    return read_trainer_state(folder)
+
+
+def read_trainer_state(folder) -> dict:
+    """The content of trainer_state.json. Raises ValueError for what no run has written."""
+    path = Path(folder) / "trainer_state.json"
+    advice = ("the run cannot be resumed from here. An earlier checkpoint may do "
+              "(resume_from_checkpoint: FOLDER)")
+    state = read_json_object(path, advice)
+    history = state.get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise ValueError(f"{path}: log_history is not a list of objects; {advice}")
+    saved = state.get("resume", {})
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: resume: {shown(saved)} is not an object; {advice}")
+    for key, value in saved.items():
+        fits, kind = RESUME_TYPES.get(key, (None, ""))
+        nullable = value is None and key in ("lowest", "best", "loss_scale")
+        if fits and not nullable and not fits(value):
+            raise ValueError(f"{path}: resume: {key}: {shown(value)} is not {kind}; {advice}")
+    return state
 
 
 def read_optimizer(folder: Path, optimizer, names: list[str], shards: dict):

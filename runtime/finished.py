@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.adapters import folded_under, read_adapter_config, warn_of_folded
+from checkpoint.adapter_config import read_adapter_config
+from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import Config

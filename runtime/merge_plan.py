@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import (OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base,
-                                 load_adapter, peft_names, pissa_start, read_adapter_config,
-                                 swapped_stacks)
+                                 load_adapter, peft_names, pissa_start, swapped_stacks)
 from checkpoint.files import open_tensors, stored_as
 from checkpoint.load import load_model, packed_weights, quantized_weights
 from checkpoint.names import find_tensors

@@ -429,8 +429,11 @@ def summary(runs: dict[str, list]) -> str:
 # ---- the model card -----------------------------------------------------------------------------
 
 
-def model_card(config: Config, metrics: dict, template: str) -> str:
-    """README.md of an output folder: base model, data, settings and results."""
+def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str] = ()) -> str:
+    """README.md of an output folder: base model, data, settings and results.
+
+    notes: sentences on what loads it.
+    """
     lora = config.finetuning_type == "lora"
     kind = "LoRA adapter" if lora else "model"
     head = [
@@ -451,6 +454,8 @@ def model_card(config: Config, metrics: dict, template: str) -> str:
         f"(stage {config.stage}, chat format `{template}`).",
         "",
     ]
+    for note in notes:
+        head += [note, ""]
     settings = {key: getattr(config, key) for key in CARD_KEYS
                 if lora or not key.startswith("lora_")}
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())

@@ -26,13 +26,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint.adapters import (adapter_tensors, folded_under, save_adapter, save_converted,
+from checkpoint.adapters import (folded_under, reload_adapter, save_adapter, save_converted,
                                  save_pissa_start)
-from checkpoint.files import into_folder, new_folder, open_tensors, write_json
+from checkpoint.files import into_folder, new_folder, write_json
 from checkpoint.load import load_model, save_model
+from checkpoint.peft_targets import notes_on_peft, why_peft_differs
 from checkpoint.shards import is_sharded, local_rows, local_tensor
-from checkpoint.training_state import (checkpoints_in, load_training_state, rng_state,
-                                       save_training_state, write_checksums)
+from checkpoint.training_state import (checkpoints_in, load_training_state, read_trainer_state,
+                                       rng_state, save_training_state, write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
 from config import IGNORED, as_dict, has_reference, in_steps
 from lora import trainable
@@ -125,7 +126,7 @@ class Run:
         wanted_trackers(config)                         # a missing package ends the run now
         self.saved = {}
         if self.resume:
-            self.saved = read_json(self.resume / "trainer_state.json").get("resume", {})
+            self.saved = read_trainer_state(self.resume).get("resume", {})
         self.begun = ranks.from_main(self.first_start)
         self.skipped_in_a_row = 0
         self.stop_reason = ""
@@ -239,6 +240,9 @@ class Run:
         shapes = {name: (p.shape, local_rows(p)) for name, p in self.weights.items()}
         saved = load_training_state(self.resume, self.optimizer, self.optimizer_names,
                                     self.ranks.rank, shapes)
+        if not saved.get("resume") or "log_history" not in saved:
+            raise ValueError(f"{self.resume / 'trainer_state.json'} lacks the fields resume and "
+                             "log_history: this is no checkpoint of a run of this program")
         check_rows(self.resume, saved["resume"], self.state.rows, self.config.force_resume)
         rows = self.state.rows
         decided = {name: getattr(self.state, name) for name in DECIDED}
@@ -501,9 +505,7 @@ class Run:
     def read_weights(self, folder: Path):
         """Copy the weights of one of this run's checkpoints into the model."""
         if self.config.finetuning_type == "lora":
-            with open_tensors(folder / "adapter_model.safetensors") as tensors:
-                for name, p in adapter_tensors(self.model).items():
-                    p.copy_(tensors.get_tensor(name))
+            reload_adapter(self.model, folder)
         else:
             saved = load_model(folder, torch.float32)
             for p, q in zip(self.model.parameters(), saved.parameters()):
@@ -570,12 +572,20 @@ class Run:
             write_json(self.output / f"{name}_results.json", values)
             print_pairs(f"{name} results", values)
         everything = {**results["train"], **results.get("eval", {})}
-        card = model_card(self.config, everything, self.template)
+        card = model_card(self.config, everything, self.template, self.notes_on_loading())
         (self.output / "README.md").write_text(card, encoding="utf-8")
         if self.config.plot_loss:
             plot_losses(self.output, self.log.history)
         # the last file: it says that the run has come to its end
         write_json(self.output / "all_results.json", everything)
+
+    def notes_on_loading(self) -> list[str]:
+        """What the README of an adapter says about loading it elsewhere; warnings are printed."""
+        if not self.setup.lora:
+            return []
+        if differs := why_peft_differs(self.model, self.setup.lora):
+            print(f"warning   {differs}")
+        return notes_on_peft(self.model, self.setup.lora, converted=self.config.pissa_convert)
 
     def start_predictions(self, argv: list[str]):
         """Replace this process, so that its memory is free, by eval.py."""

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.adapters import read_adapter_config
+from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
+from checkpoint.adapters import stored_targets
 from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
                              packed_weights, quantized_weights)
@@ -114,7 +115,11 @@ def lora_config(config, base: Base, resume) -> LoRAConfig | None:
         return None
     continued = resume or base.continued_adapter(config)
     if continued:
-        return read_adapter_config(continued)[0]
+        known, raw = read_adapter_config(continued)
+        if any(raw.get(key) not in (None, []) for key in READ_FOR_TARGETS):
+            skeleton = load_model(base.folder, skip_weights=True)
+            known.target_modules = stored_targets(skeleton, continued)
+        return known
     init = True
     if config.pissa_init:
         init = f"pissa_niter_{config.pissa_iter}" if config.pissa_iter >= 0 else "pissa"

@@ -167,10 +167,26 @@ A0 = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
     (dict(peft_type="LOHA"), "peft_type LOHA is not supported"),
     (dict(bias="all"), "bias 'all' is not supported"),
     (dict(lora_bias=True), "lora_bias: True is not supported"),
-    (dict(layers_to_transform=0), "layers_to_transform: 0 is not supported"),
+    (dict(layers_to_transform=0), "not used: 4, such as base_model.model.model.layers.1"),
+    (dict(layers_to_transform=0, target_modules=".*q_proj"),
+     "layers_to_transform needs a list as target_modules"),
+    (dict(layers_pattern="layers"), "layers_pattern needs layers_to_transform"),
+    (dict(layers_to_transform=[0], layers_pattern=["l.*"]),
+     "only names such as layers or h are supported"),
+    (dict(exclude_modules=["q_proj"]), "not used: 4, such as .*q_proj"),
+    (dict(layer_replication=[[0, 2]]), r"layer_replication: \[\[0, 2\]\] is not supported"),
+    (dict(alora_invocation_tokens=[1]), "alora_invocation_tokens"),
+    (dict(kasa_config={"a": 1}), "kasa_config"),
     (dict(trainable_token_indices=[3]), r"trainable_token_indices: \[3\] is not supported"),
     (dict(ensure_weight_tying=True), "ensure_weight_tying: True is not supported"),
     (dict(init_lora_weights="olora"), "init_lora_weights 'olora' changed the base weights"),
+    (dict(init_lora_weights="corda"), "init_lora_weights 'corda' changed the base weights"),
+    (dict(init_lora_weights="lora_ga"), "init_lora_weights 'lora_ga' changed the base weights"),
+    (dict(init_lora_weights="loftq"),
+     "'loftq' changed the base .*Merge it with the base that peft has quantized"),
+    (dict(init_lora_weights="svd"),
+     'init_lora_weights "svd" is unknown; known are true, false, gaussian'),
+    (dict(init_lora_weights=1), "init_lora_weights 1 is unknown"),
 ], ids=lambda value: "-".join(value) if isinstance(value, dict) else "")
 def test_adapters_that_do_not_fit_are_refused(damage, words, tmp_path):
     with pytest.raises(ValueError, match=f"(?s){words}"):
@@ -265,7 +281,11 @@ def test_adapters_keep_the_vendors_names(name, targets, tmp_path):
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     if targets != "all" and not {"experts", "mlp", "feed_forward", "shared_expert",
                                  "experts.1"} & set(targets):
-        assert written["target_modules"] == (sorted(layers) if name == "llama4_nested" else targets)
+        router = name == "qwen2_moe" and targets == ["gate"]        # PEFT finds it by its weight
+        if router:
+            assert written["target_parameters"] == [f"{layer}.weight" for layer in sorted(layers)]
+        want = [] if router else sorted(layers) if name == "llama4_nested" else targets
+        assert written["target_modules"] == want
     again = load_model(base, torch.float32)
     load_adapter(again, tmp_path)
     logits, off = logits_and_merge_error(again.eval())
@@ -282,8 +302,7 @@ IN_PEFT = ["gemma2", "glm", "glm4", "olmo", "olmo2", "phi3", "qwen2_moe", "qwen3
 @pytest.mark.parametrize("name", IN_PEFT)
 def test_peft_loads_our_adapters_and_we_load_pefts(name, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    # where experts are stacked, PEFT 0.19 and newer take gate_proj of Qwen 3's dense layers for the
-    # experts'
+    # PEFT's own: where experts are stacked, gate_proj of dense layers is lost
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if name == "qwen3_moe" else "all"
     base, config = GOLDEN / "models" / name, LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
     ours = load_model(base)
@@ -308,8 +327,8 @@ def test_peft_loads_our_adapters_and_we_load_pefts(name, tmp_path):
 
 
 def by_pefts_formula(model, tensors, scale=2.0):
-    """Logits of a Llama 4 whose stacks have PEFT 0.18's sum added: W[e, i, o] + scale * B[o, r, e]
-    A[e, r, i]."""
+    """Logits of a Llama 4 whose stacks have PEFT 0.20's sum added: W[e, i, o] + scale * B[i, r, e]
+    A[e, r, o]."""
     for layer, block in enumerate(model.model.layers):
         if not model.config.sparse[layer]:
             continue
@@ -319,12 +338,12 @@ def by_pefts_formula(model, tensors, scale=2.0):
             A, B = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
             A, B = A.reshape(len(weight), -1, A.shape[-1]), B.reshape(B.shape[0], -1, len(weight))
             with torch.no_grad():
-                weight += scale * torch.einsum("ore,eri->eio", B, A)
+                weight += scale * torch.einsum("ire,ero->eio", B, A)
     return logits_of(model, IDS)
 
 
 @needs_shared
-def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
+def test_stacked_experts_are_written_as_peft_020_writes_them(tmp_path):
     base = GOLDEN / "models" / "llama4"
     config = LoRAConfig(r=3, lora_alpha=6, target_modules=["experts"])
     config.lora_dropout = 0.1
@@ -346,7 +365,7 @@ def test_stacked_experts_are_written_as_peft_018_writes_them(tmp_path):
 @pytest.mark.parametrize("parameters",
                          [["gate_up_proj"], ["down_proj"], ["down_proj", "gate_up_proj"]],
                          ids="+".join)
-def test_stacked_experts_adapted_by_peft(parameters, tmp_path, capsys):
+def test_stacked_experts_adapted_by_peft(parameters, tmp_path):
     """In the layout that the installed version writes; its target_modules never mean a stack,
     whatever their names."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
@@ -360,13 +379,10 @@ def test_stacked_experts_adapted_by_peft(parameters, tmp_path, capsys):
     config = load_adapter(model, tmp_path)
     with torch.no_grad():
         assert (theirs(IDS).logits - logits_of(model.eval(), IDS)).abs().max() < 1e-4
-    newer = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 20)
-    assert ("A and B of its stacked experts are exchanged" in capsys.readouterr().out) == newer
     save_adapter(model, tmp_path, config, str(base))
     again = load_model(base)
     load_adapter(again, tmp_path)
     assert torch.equal(logits_of(again.eval(), IDS), logits_of(model, IDS))
-    assert not capsys.readouterr().out
 
 
 def square_experts():
@@ -394,7 +410,7 @@ def test_square_stacks_are_read_in_the_layout_of_their_peft_version(version, tmp
                  for expert in (0, 1)]
         sums.append(torch.stack([(B @ A).T for A, B in pairs]))
     newer = version in ("0.20.0.dev0", "1.0")           # there, A multiplies the outputs
-    assert torch.allclose(sums[1], sums[0].transpose(1, 2) if newer else sums[0], atol=1e-6)
+    assert torch.allclose(sums[1], sums[0] if newer else sums[0].transpose(1, 2), atol=1e-6)
     assert not torch.allclose(sums[0], sums[0].transpose(1, 2), atol=1e-2)
 
 

@@ -257,7 +257,7 @@ def merged_by_hand(name, weight, tensors):
         )
         A, B = (tensors[f"{module}.lora_{part}.weight"].double() for part in "AB")
         A, B = A.reshape(len(weight), -1, A.shape[-1]), B.reshape(B.shape[0], -1, len(weight))
-        return weight.double() + 2 * torch.einsum("ore,eri->eio", B, A)
+        return weight.double() + 2 * torch.einsum("ire,ero->eio", B, A)
     if f"{module}.lora_A.weight" not in tensors:
         return None
     A, B = (tensors[f"{module}.lora_{part}.weight"].double() for part in "AB")

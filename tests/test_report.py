@@ -10,9 +10,11 @@ import sys
 import pytest
 
 from runtime import report
+from runtime.load_config import load_config
 from runtime.report import (
     eval_metrics,
     format_table,
+    model_card,
     names_of_runs,
     plot_losses,
     plot_runs,
@@ -180,3 +182,10 @@ def test_format_table():
         "  base      2.5",
         "  adapter    10",
     ]
+
+
+def test_the_readme_says_what_loads_the_adapter():
+    config = load_config(["model_name_or_path=base", "output_dir=out", "dataset=rows"], "train")
+    card = model_card(config, {"train_loss": 1.0}, "qwen", ["Take the one in `pissa_converted`."])
+    assert "\n\nTake the one in `pissa_converted`.\n\n| setting" in card
+    assert "pissa" not in model_card(config, {"train_loss": 1.0}, "qwen")

@@ -1,10 +1,12 @@
 """checkpoint/training_state.py: a resumed run equals an uninterrupted run, bit for bit."""
+import json
+
 import pytest
 import torch
 from torch import nn
 
-from checkpoint.training_state import (checkpoints_in, load_training_state, rng_state,
-                                       save_training_state)
+from checkpoint.training_state import (checkpoints_in, load_training_state, read_trainer_state,
+                                       rng_state, save_training_state)
 
 
 # ---- resuming ----
@@ -110,6 +112,41 @@ def test_truncated_state_is_refused(tmp_path):
     with pytest.raises(ValueError,
                        match="trainer_state.json is not valid JSON.*cannot be resumed from here"):
         load_training_state(tmp_path, toy.optimizer, toy.names)
+
+
+@pytest.mark.parametrize("state, words", [
+    ("[" * 100_000, "(is nested too deeply|is not valid JSON)"), ("[1]", "holds a list"),
+    ({"resume": [1]}, r"resume: \[1\] is not an object"),
+    ({"log_history": {"a": 1}}, "log_history is not a list of objects"),
+    ({"log_history": [1]}, "log_history is not a list of objects"),
+    ({"resume": {"step": "7"}}, 'resume: step: "7" is not a whole number'),
+    ({"resume": {"step": -1}}, "resume: step: -1 is not a whole number"),
+    ({"resume": {"step": 10**30}}, "resume: step: 10+ is not a whole number"),
+    ({"resume": {"rows_per_step": 1.5}}, "rows_per_step: 1.5"),
+    ({"resume": {"rows": 3}}, "rows: 3 is not text"),
+    ({"resume": {"epoch": None}}, "epoch: null is not a number"),
+    ({"resume": {"window": [1]}}, r"window: \[1\] is not a pair"),
+    ({"resume": {"window": [1, "2"]}}, "window: .* is not a pair"),
+    ({"resume": {"best": "3"}}, 'best: "3" is not a pair'),
+    ({"resume": {"seen": {"loss": 1}}}, "seen: .* is not an object with pairs"),
+    ({"resume": {"compiled": 1}}, "compiled: 1 is not true or false"),
+    ({"resume": {"loss_scale": {}}}, "loss_scale: {} is not a list"),
+])
+def test_a_hostile_trainer_state_is_named(state, words, tmp_path):
+    path = tmp_path / "trainer_state.json"
+    path.write_text(state if isinstance(state, str) else json.dumps(state))
+    with pytest.raises(ValueError,
+                       match=f"trainer_state.json:? .*{words}.*cannot be resumed from here"):
+        read_trainer_state(tmp_path)
+
+
+def test_numbers_that_runs_do_write_are_read(tmp_path):
+    state = {"resume": {"step": 3, "best": [3, float("nan")], "lowest": None, "loss_scale": None,
+                        "epoch": 1,
+                        "loss_total": float("inf"), "seen": {"a/b": [0.5, 2]}, "new": {}},
+    "log_history": [{}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert json.dumps(read_trainer_state(tmp_path)) == json.dumps(state)
 
 
 def test_complete_checkpoints_oldest_first(tmp_path):
