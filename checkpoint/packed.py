@@ -148,12 +148,14 @@ def format_of_state(packed, where: str) -> tuple[QuantFormat, tuple, float]:
         )
         shape = tuple(map(int, state["shape"]))
         offset = float(state.get("nested_offset", 0.0))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError,
+            RecursionError) as error:
         raise ValueError(
             f"{where}: this is not the state of a 4-bit weight as bitsandbytes writes it "
             f"({type(error).__name__}: {error}); fetch the file again") from None
     kind, blocksize = quant_format.kind, quant_format.blocksize
-    if kind not in VALUES or blocksize < 2 or blocksize % 2 or len(shape) != 2:
+    known = isinstance(kind, str) and kind in VALUES
+    if not known or blocksize < 2 or blocksize % 2 or quant_format.nested < 0 or len(shape) != 2:
         raise ValueError(
             f"{where}: quant_type {kind!r}, blocksize {blocksize}, shape {list(shape)} are not "
             f"supported; known are {', '.join(VALUES)}, even block sizes and matrices")

@@ -8,7 +8,7 @@ Next: chat.py, eval.py.
 """
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -97,8 +97,30 @@ def with_trained_settings(config: Config, folder: Path) -> Config:
 
     A key in this config wins over the training's, which wins over the default.
     """
-    values = {**read_json(folder / "train_config.json"), **config.given}
+    values = {**stored_settings(folder, RENDERING_KEYS), **config.given}
     return replace(config, **{key: values[key] for key in RENDERING_KEYS if key in values})
+
+
+def stored_settings(folder: Path, keys: tuple[str, ...]) -> dict:
+    """The values of keys in a folder's train_config.json; {} without the file.
+
+    Raises ValueError for a value that train.py does not write.
+    """
+    path = folder / "train_config.json"
+    stored = read_json(path)
+    found = {}
+    for spec in fields(Config):
+        if spec.name not in keys or spec.name not in stored:
+            continue
+        value = stored[spec.name]
+        choices = spec.metadata["choices"]
+        if type(value).__name__.replace("NoneType", "None") not in spec.type.split(" | "):
+            raise ValueError(f"{path}: {spec.name}: {value!r:.60} is not {spec.type}. Correct it, "
+                             "or take the folder of an intact run")
+        if choices and value not in choices:
+            raise ValueError(f"{path}: {spec.name}: {value!r:.60} is none of {', '.join(choices)}")
+        found[spec.name] = value
+    return found
 
 
 def as_trained(config: Config, adapters: list[Path]
@@ -107,9 +129,9 @@ def as_trained(config: Config, adapters: list[Path]
 
     From the config, or from train_config.json beside the last adapter.
     """
-    stored = read_json(adapters[-1] / "train_config.json") if adapters else {}
-    keys = [key for key in QUANTIZATION_KEYS if key in stored and key not in config.given]
-    known = replace(config, **{key: stored[key] for key in keys})
+    stored = stored_settings(adapters[-1], QUANTIZATION_KEYS) if adapters else {}
+    known = replace(config, **{key: value for key, value in stored.items()
+                               if key not in config.given})
     half_dtype = None
     if known.bf16:
         half_dtype = torch.bfloat16

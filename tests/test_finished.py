@@ -76,3 +76,24 @@ def test_dtype(monkeypatch):
             ValueError, match=f"{words}.*bfloat16, which Tesla V100 lacks.*infer_dtype"
         ):
             finished.pick_dtype(settings(*pairs), raw, gpu)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"quantization_bit": "4"}, "quantization_bit: '4' is not int . None"),
+    ({"bf16": 1}, "bf16: 1 is not bool"), ({"stage": ["sft"]}, "stage: .* is not str"),
+    ({"stage": "sftt"}, "stage: 'sftt' is none of sft, pt"),
+    ({"double_quantization": None}, "double_quantization: None is not bool"),
+])
+def test_settings_of_other_types_are_named_with_their_file(change, words, tmp_path):
+    (tmp_path / "train_config.json").write_text(json.dumps(change))
+    with pytest.raises(ValueError, match=f"{tmp_path}/train_config.json: {words}"):
+        finished.as_trained(settings(), [tmp_path])
+    (tmp_path / "train_config.json").write_text(json.dumps({"tool_format": 5}))
+    with pytest.raises(ValueError, match="train_config.json: tool_format: 5 is not str . None"):
+        finished.with_trained_settings(settings(), tmp_path)
+
+
+def test_a_train_config_that_is_nested_too_deeply_is_named(tmp_path):
+    (tmp_path / "train_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="train_config.json: not JSON"):
+        finished.as_trained(settings(), [tmp_path])

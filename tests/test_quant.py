@@ -18,6 +18,7 @@ from torch import nn
 
 from checkpoint.adapters import load_adapter, load_with_adapters
 from checkpoint.load import count_parameters, load_model
+from checkpoint.packed import format_of_state
 from families import model_config
 from methods.quant import compile_dequantize
 from fast.fused_block import fuse_blocks, fused_linears
@@ -489,3 +490,17 @@ def test_the_16_bit_model_is_never_in_memory(kind, bits, tmp_path):
     )
     whole = (tmp_path / "large/model.safetensors").stat().st_size
     assert whole > 70e6 and peak < bits / 16 * whole + 12e6
+
+
+STATE = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [32, 32]}
+
+
+@pytest.mark.parametrize("state", [
+    {**STATE, "quant_type": [1]}, {**STATE, "blocksize": float("inf")}, {**STATE, "dtype": [1]},
+    {**STATE, "shape": "x"}, {**STATE, "nested_blocksize": -5}, "[" * 50_000, [1], 3, None,
+])
+def test_states_that_bitsandbytes_does_not_write_are_named(state):
+    text = state if isinstance(state, str) else json.dumps(state)
+    packed = torch.tensor(list(text.encode())).byte()
+    with pytest.raises(ValueError, match="file: key: .*(not the state of a 4-bit|not supported)"):
+        format_of_state(packed, "file: key")

@@ -281,7 +281,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad JSON or bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON or bad UTF-8; too deep
         raise ValueError(f"{path}: not JSON ({error}). "
                          "The file may be truncated: fetch it again") from error
     if not isinstance(content, dict):
