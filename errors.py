@@ -35,6 +35,13 @@ def nearest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> st
     return found[0] if found else None
 
 
+def nearest_names(name: str, names: Iterable[str], count: int = 4) -> list[str]:
+    """The most similar of names, at most `count`, the nearest first."""
+    import difflib
+
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """" (did you mean 'x'?)" for the most similar of names, or "" if none is similar."""
     nearest = nearest_name(name, names)

@@ -9,6 +9,7 @@ import numpy as np
 
 from config import COMPARED
 from data import IGNORE, DatasetCounts, Example
+from errors import printable
 from text.conversations import JUDGED, PAIRS
 from text.token_cache import DataReport
 
@@ -21,10 +22,11 @@ def print_counts(report: DataReport):
     print(f"\n{'data':<{width}}     rows      used        tokens  trained  truncated   length 50%"
           "      95%  longest")
     for (split, dataset), counts in report.datasets.items():
-        print(f"  {split + ' ' + dataset:<{width - 2}}{count_columns(counts)}")
+        name = printable(f"{split} {dataset}")
+        print(f"  {name:<{width - 2}}{count_columns(counts)}")
         if counts.unlearnable:
             print("    skipped, nothing left to train on within cutoff_len: "
-                  f"{counts.unlearnable}, first {counts.first_unlearnable}")
+                  f"{counts.unlearnable}, first {printable(counts.first_unlearnable)}")
         if counts.bad:
             print(f"    left out as bad (skip_bad_rows): {counts.bad}")
     if report.dropped_tail:
@@ -33,9 +35,9 @@ def print_counts(report: DataReport):
     examples = [f"{count:,} ({split})" for split, count in report.examples.items() if count]
     print(f"  examples: {', '.join(examples)}")
     for line in report.bad_rows:
-        print(f"  left out: {line}")
+        print(f"  left out: {printable(line)}")
     for note in report.notes:
-        print(f"  note: {note}")
+        print(f"  note: {printable(note)}")
     if report.origin:
         print(f"  tokenized rows: {report.origin}")
 

@@ -79,7 +79,7 @@ def test_a_template_that_does_not_fit_is_refused_with_advice():
     for name in ("default", "alpaca", "vicuna", "empty"):  # any model can learn these
         assert choose_template(name, qwen, "qwen2")[0].name == name
     with pytest.raises(
-        ValueError, match="unknown template 'lama3'.*did you mean 'llama3'.*Known: "
+        ValueError, match="unknown template 'lama3'.*did you mean 'llama3'.*template_check"
     ):
         choose_template("lama3", llama3, "llama", force=True)
 

@@ -24,7 +24,7 @@ import json
 import re
 from dataclasses import fields, replace
 
-from errors import unknown_name
+from errors import nearest_names, unknown_name
 from templates import (BOS, CHATML, EOS, GEMMA, LLAMA3, MISTRAL, QWEN, Template, Token,
                        ToolFormat)
 from text.plain_text import check_utf8
@@ -392,6 +392,7 @@ KEYS = [field.name for field in fields(Template)]
 SLOTS = ("user", "assistant", "system", "observation", "function", "prefix")
 FLAGS = [field.name for field in fields(Template) if field.type is bool]
 TEXTS = ("default_system", "tool_format", "name")       # the other keys are lists of texts
+LIST_OF_ALL = "`python -m text.template_check` lists them all"
 
 
 def find_template(value: str | dict) -> Template:
@@ -402,8 +403,12 @@ def find_template(value: str | dict) -> Template:
     """
     if isinstance(value, dict):
         return read_format(value)
+    if not isinstance(value, str):
+        raise ValueError(f"template: {value!r} is not the name of a format, as qwen; {LIST_OF_ALL}")
     if value not in TEMPLATES:
-        raise ValueError(unknown_name("template", value, TEMPLATES))
+        near = nearest_names(value, TEMPLATES)
+        hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
+        raise ValueError(f"unknown template {value!r}{hint}; {LIST_OF_ALL}")
     return TEMPLATES[value]
 
 

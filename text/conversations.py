@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from text.json_text import why_not_row
 from text.plain_text import excerpt, why_not_utf8
 from text.turns import ANSWERS, column_text, message_of_turn
 
@@ -116,7 +117,9 @@ def convert(row: RawRow, stage: str = "sft") -> Conversation:
     """
     if not isinstance(row.data, dict):
         is_csv = row.file.suffix == ".csv"
-        raise ValueError("wrong number of fields" if is_csv else "not a JSON object")
+        if is_csv or not isinstance(row.data, str):
+            raise ValueError("wrong number of fields" if is_csv else "not a JSON object")
+        raise ValueError(why_not_row(row.data))
     if row.source.formatting == "alpaca":
         conversation = convert_alpaca(row.data, row.source, stage)
     else:

@@ -25,6 +25,7 @@ import numpy as np
 from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
                                 RawRow, Source, check_stage)
+from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
 from text.plain_text import excerpt, why_not_utf8
 from text.turns import keys_read
 
@@ -77,6 +78,8 @@ COMMA = re.compile(rf"{SPACE},{SPACE}")
 CLOSING = re.compile(rf"{SPACE}\]{SPACE}\Z")
 EMPTY_LIST = re.compile(rf"{SPACE}\[{SPACE}\]{SPACE}\Z")
 BLOCK = 2**20                   # bytes read at once
+LARGEST_OBJECT = 2**24          # bytes in which an object over several lines is looked for
+MOST_DRAWN = 10**8              # rows that num_samples may draw beyond those of a dataset
 
 
 # ---- files and rows ---------------------------------------------------------------------------
@@ -200,6 +203,9 @@ def open_rows(sources: list[Source], config, sampler: np.random.RandomState,
         if source.num_samples is not None:
             picked = sampler.permutation(len(rows))[:source.num_samples]
             missing = source.num_samples - len(rows)
+            if missing > MOST_DRAWN:
+                raise ValueError(f"dataset '{source.name}': num_samples: {source.num_samples} of "
+                                 f"{len(rows)} rows; at most {MOST_DRAWN:,} can be drawn again")
             if missing > 0:
                 picked = np.append(picked, sampler.choice(len(rows), missing))
         picked = picked[:config.max_samples]
@@ -272,7 +278,7 @@ def read_dataset_info(path: Path, name: str) -> dict:
     if not path.is_file():
         return {}
     try:
-        info = json.loads(path.read_text(encoding="utf-8-sig"))
+        info = parse(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(info, dict) or not isinstance(info.get(name, {}), dict):
@@ -376,6 +382,9 @@ def files_at(path: Path) -> tuple[Path, ...]:
             neighbors = [file.name for file in path.parent.iterdir()]
         raise FileNotFoundError(f"data file {path} does not exist"
                                 f"{did_you_mean(path.name, neighbors)}")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is neither a file nor a folder but a pipe or a device, which "
+                         "cannot be read twice; write its content to a file first")
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir()
@@ -445,7 +454,7 @@ def scan_json(file: DataFile, start: int) -> Iterator[tuple]:
         yield from scan_list(file, start)
         return
     if first.lstrip()[:1] == "{" and parse_json(file, first) == first:
-        check_not_one_object(file)
+        check_one_row_a_line(file)
     # lines end only in \n: U+2028 may be inside a text
     for number, (line, first_byte, end_byte) in enumerate(file.lines(start, "\n"), 1):
         if line.strip():
@@ -453,19 +462,15 @@ def scan_json(file: DataFile, start: int) -> Iterator[tuple]:
             yield number, data, first_byte, end_byte - line.endswith("\n")
 
 
-def check_not_one_object(file: DataFile):
-    """Raise ValueError for a file that is a single object over several lines."""
-    try:
-        json.loads(decode_utf8(file.path.read_bytes()).lstrip("\ufeff"))
-    except ValueError:
-        return
-    raise ValueError(f"{file.path} holds one object; make it a list of rows, [{{…}}, {{…}}], or "
-                     "one row a line")
+def check_one_row_a_line(file: DataFile):
+    """Raise ValueError for a file whose first object is spread over several lines."""
+    text = decode_utf8(read_at(file.file, 0, LARGEST_OBJECT)).removeprefix("\ufeff")
+    if reason := why_not_rows(text):
+        raise ValueError(f"{file.path}: {reason}")
 
 
 def scan_list(file: DataFile, start: int) -> Iterator[tuple]:
     """The elements of a JSON list, with one block of the file in memory at a time."""
-    decoder = json.JSONDecoder()
     utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     separator = OPENING             # of the list before its first element, then commas
     number = 0
@@ -479,9 +484,11 @@ def scan_list(file: DataFile, start: int) -> Iterator[tuple]:
         size = 2 * size             # for an element larger than a block
         while match := separator.match(text, position):
             try:
-                data, end = decoder.raw_decode(text, match.end())
-            except ValueError:
+                data, end = parse_first(text, match.end())
+            except json.JSONDecodeError:
                 break
+            except ValueError as error:
+                raise ValueError(f"{file.path} row {number + 1}: {error}") from None
             if end == len(text):    # a number may continue in the next block
                 break
             first_byte = start + num_bytes(text[position:match.end()])
@@ -503,11 +510,15 @@ def check_json(file: DataFile):
     """Raise ValueError with the place of the first error in a JSON file."""
     text = decode_utf8(file.path.read_bytes()).removeprefix("\ufeff")
     try:
-        json.loads(text)
-    except ValueError as error:
-        near = excerpt(text[max(error.pos - 40, 0):error.pos + 40])
+        parse(text)
+    except json.JSONDecodeError as error:
+        near = excerpt(" ".join(text[max(error.pos - 40, 0):error.pos + 40].split()))
+        before = text[:error.pos].rstrip()
+        hint = ""
+        if before.endswith(",") and text[error.pos:error.pos + 1] == "]":
+            hint = ". Remove the comma before ]"
         raise ValueError(f"{file.path}: not valid JSON at line {error.lineno}, column "
-                         f"{error.colno} ({error.msg}), near {near}") from None
+                         f"{error.colno} ({error.msg}), near {near}{hint}") from None
 
 
 def parse_json(file: DataFile, text: str):
@@ -516,7 +527,7 @@ def parse_json(file: DataFile, text: str):
     A byte order mark before a row is left from a file that was appended to another one.
     """
     try:
-        return json.loads(text.removeprefix("\ufeff"))
+        return parse(text.removeprefix("\ufeff"))
     except ValueError:
         return text
 
@@ -598,15 +609,16 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
         # many files of the default layout simply have no `input`
         optional = role == "query" and source.columns == COLUMNS["alpaca"]
         if keys and column not in keys and not optional:
+            hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
             raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role})"
                              f"{did_you_mean(column, keys)}. The rows have {', '.join(keys)}; "
-                             "name the right one under columns in dataset_info.json")
+                             f"name the right one under columns in dataset_info.json{hint}")
 
     roles = ("prompt", "query", "messages") if stage == "pt" else ROLES
     read = [source.columns.get(role) for role in roles]
     unread = [key for key in keys if key not in read]
     if unread:
-        notes.append(f"dataset '{source.name}': columns not used: {', '.join(unread)}")
+        notes.append(f"dataset '{source.name}': columns not used: {names_in_words(unread)}")
     if unread := unread_turn_keys(source, rows):
         notes.append(f"dataset '{source.name}': keys of turns that are not used: "
                      f"{', '.join(unread)}")
@@ -640,8 +652,10 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
     """The layout of a file given by its path, from the names of columns and speakers."""
     where = str(source.files[0])
     if not keys:
+        found = rows[0].data
+        reason = f": {why_not_row(found)}" if isinstance(found, str) else ""
         raise ValueError(f"{where}: no row is an object with columns; row {rows[0].number} is "
-                         f"{excerpt(rows[0].data)}")
+                         f"{excerpt(found)}{reason}")
     found = {}
     for role, names in LIKELY_COLUMNS.items():
         found[role] = next((name for name in names if name in keys), None)
@@ -662,9 +676,10 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
         return replace(source, formatting="alpaca", columns={"prompt": found["text"]})
     has_answer = found["response"] or source.ranking
     if stage == "pt" or not found["prompt"] or not has_answer:
+        hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
         raise ValueError(f"{where}: the names of the columns do not show which ones to read: "
-                         f"{', '.join(keys)}{stage_hint(stage, found)}. Describe them in "
-                         "dataset_info.json")
+                         f"{names_in_words(keys)}{stage_hint(stage, found)}. Describe them in "
+                         f"dataset_info.json{hint}")
 
     if found["query"] == found["prompt"]:
         found["query"] = None
@@ -680,7 +695,9 @@ def recognize_tags(rows: Rows, messages: str, chosen: str | None) -> dict:
     turns = []
     for row in rows:
         if isinstance(row.data, dict):
-            candidates = [*(row.data.get(messages) or []), row.data.get(chosen)]
+            candidates = row.data.get(messages)
+            candidates = candidates if isinstance(candidates, list) else []
+            candidates = [*candidates, row.data.get(chosen)]
             turns += [turn for turn in candidates if isinstance(turn, dict)]
     role_tag = next((tag for tag in LIKELY_TAGS["role_tag"] if any(tag in turn for turn in turns)),
                     "role")
@@ -690,6 +707,16 @@ def recognize_tags(rows: Rows, messages: str, chosen: str | None) -> dict:
     for tag, names in LIKELY_TAGS.items():
         tags[tag] = next((name for name in names if name in words), names[0])
     return tags
+
+
+def names_in_words(keys: list[str]) -> str:
+    """The names of columns for a message; beside a misspelled one its usual spelling."""
+    usual = {name for names in LIKELY_COLUMNS.values() for name in names}
+    words = []
+    for key in keys:
+        hint = "" if key in usual else did_you_mean(key, usual - set(keys))
+        words.append(f"{key}{hint}")
+    return ", ".join(words)
 
 
 def stage_hint(stage: str, found: dict) -> str:

@@ -12,7 +12,10 @@ ESCAPED_BYTES = ("\udc80", "\udcff")    # how Python's surrogateescape reads byt
 
 def excerpt(value, limit: int = 200) -> str:
     """A row, or a value in it, for a message: JSON, shortened, printable whatever bytes it has."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (RecursionError, ValueError):        # too deep, or a number of too many digits
+        text = f"a {type(value).__name__} that is too large to show"
     shown = printable(text[:limit])
     if len(text) <= limit:
         return shown

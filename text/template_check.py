@@ -21,7 +21,7 @@ from pathlib import Path
 
 from errors import run_script
 from templates import Pieces, Template, Token, encode_pieces, render_turns
-from text.chat_formats import TEMPLATES, find_template, stored_template
+from text.chat_formats import LIST_OF_ALL, TEMPLATES, find_template, stored_template
 from text.fit_tokenizer import fit_tokenizer
 from text.jinja_sandbox import render_chats
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
@@ -55,8 +55,10 @@ def choose_template(value: str | dict | None, tokenizer: Tokenizer, model_type: 
     model = f"{tokenizer.name}, model_type {model_type}"
     for template, sign in fitting_templates(tokenizer, model_type):
         return template, f"chosen for {model}: {sign}"
+    usual = [name for name, row in TEMPLATES.items() if model_type in row.families]
+    hint = f" (of {model_type} models: {', '.join(usual)})" if usual else ""
     raise ValueError(f"no template is set, and this checkpoint ({model}) does not show which one "
-                     f"it was made for. Set template: to one of {', '.join(TEMPLATES)}")
+                     f"it was made for. Set template: to the name of one{hint}; {LIST_OF_ALL}")
 
 
 def fitting_templates(tokenizer: Tokenizer, model_type: str | None) -> list[tuple[Template, str]]:

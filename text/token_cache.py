@@ -74,6 +74,7 @@ PROGRAM = (
     "text/conversations.py",
     "text/turns.py",
     "text/plain_text.py",
+    "text/json_text.py",
     "text/token_cache.py",
     "text/chat_formats.py",
     "text/fit_tokenizer.py",
