@@ -108,6 +108,7 @@ class DataFile:
 
         keys = {}
         self.turn_keys = {}
+        self.turn_shapes = set()    # combinations of keys that are noted, to be quick
         places = array("q")
         for number, data, first_byte, end_byte in scan(self, start):
             places.extend((number, first_byte, end_byte))
@@ -125,9 +126,12 @@ class DataFile:
         for column, value in data.items():
             turns = value if isinstance(value, list) else [value]
             for turn in turns:
-                if isinstance(turn, dict):
-                    found = self.turn_keys.setdefault(column, {})
-                    found.update((key, True) for key, item in turn.items() if item is not None)
+                if not isinstance(turn, dict) or (column, *turn) in self.turn_shapes:
+                    continue
+                found = [key for key, item in turn.items() if item is not None]
+                self.turn_keys.setdefault(column, {}).update(dict.fromkeys(found))
+                if len(found) == len(turn):
+                    self.turn_shapes.add((column, *turn))
 
     def skip_byte_order_mark(self) -> int:
         """The first byte of the text; raises ValueError for UTF-16."""
