@@ -26,7 +26,7 @@ from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
                                 RawRow, Source, check_stage)
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
-from text.plain_text import excerpt, why_not_utf8
+from text.plain_text import excerpt
 from text.turns import keys_read
 
 UNSUPPORTED = {"images": "images", "videos": "videos", "audios": "audio"}   # role -> what it holds
@@ -145,8 +145,12 @@ class DataFile:
         """The row at a place, counted from 0."""
         number, start, end = self.places[place].tolist()
         raw = read_at(self.file, start, end - start)
-        text = decode_utf8(raw)
-        is_utf8 = not why_not_utf8(text, from_bytes=True)
+        is_utf8 = True
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            is_utf8 = False
+            text = decode_utf8(raw)
         return RawRow(self.path, number, self.parse(self, text), source, is_utf8)
 
     def lines(self, start: int, newline: str) -> Iterator[tuple[str, int, int]]:
