@@ -121,7 +121,7 @@ class Config:
         "lora: low-rank adapters on frozen weights; full: all weights; freeze: the weights of some "
         "layers", choices=("lora", "full", "freeze"), later=("oft",))
     lora_rank: int = key(8, FIXED,
-        "rank r of the matrices A (r, in) and B (out, r)", only="lora", low=1)
+        "rank r of the matrices A (r, in) and B (out, r)", only="lora", low=1, high=10**6)
     lora_alpha: int | None = key(None, FIXED,
         "the update is scaled by lora_alpha / lora_rank (none: twice the rank)", only="lora", low=1)
     lora_dropout: float = key(0.0, FIXED, "dropout on the input of A", only="lora", low=0, high=1)
@@ -274,7 +274,7 @@ class Config:
     token_budget: int | None = key(None, DATA,
         "form micro-batches from rows of similar length with at most this many tokens, instead of "
         "per_device_train_batch_size rows", own=True, low=1)
-    num_train_epochs: float = key(3.0, FREE, "passes over the data", above=0)
+    num_train_epochs: float = key(3.0, FREE, "passes over the data", above=0, high=10**9)
     max_steps: int = key(-1, FREE,
         "number of optimizer steps; overrides num_train_epochs (-1: off)", low=-1)
     learning_rate: float = key(5e-5, FREE, "peak learning rate", above=0)
@@ -326,7 +326,7 @@ class Config:
     even_batches: bool = key(True, DATA,
         "several ranks: fill up the last batches with rows from the start of the epoch", own=True)
     ddp_timeout: int = key(180_000_000, FREE,
-        "several ranks: seconds to wait for the other ranks", above=0)
+        "several ranks: seconds to wait for the other ranks", above=0, high=10**10)
     fsdp: Words = key([], FREE,
         "several ranks: full_shard gives each rank a shard of the weights; full_shard offload "
         "keeps the shards in CPU memory")
@@ -415,7 +415,7 @@ class Config:
         "bits, or into the original weights",
         own=True, only="merge.py", choices=("dequantised", "original"))
     export_size: float = key(5, IGNORED,
-        "maximum size of a weight file in GB (10^9 bytes)", only="merge.py", above=0)
+        "maximum size of a weight file in GB (10^9 bytes)", only="merge.py", above=0, high=10**9)
     export_device: str = key("cpu", IGNORED,
         "device that computes the merge", only="merge.py", choices=("cpu", "auto", "cuda"))
     overwrite: bool = key(False, IGNORED,
@@ -436,6 +436,7 @@ KEYS = {spec.name: spec for spec in fields(Config) if "help" in spec.metadata}
 
 # ---- keys of LLaMA-Factory without effect here --------------------------------------------------
 
+TEXT_ONLY = "the models read text only"
 NO_EFFECT = {       # why the result is the same without them: the keys
     "no remote code is executed; tokenizers are always the fast ones":
         "trust_remote_code use_fast_tokenizer",
@@ -468,7 +469,7 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         profiler_repeat profiler_record_shapes profiler_profile_memory profiler_with_stack
         profile_modules""",
     "weights are written as safetensors": "export_legacy_format",
-    "the models read text only": """
+    TEXT_ONLY: """
         image_max_pixels image_min_pixels image_do_pan_and_scan crop_to_patches image_resolution
         video_resolution video_max_pixels video_min_pixels video_fps video_maxlen
         use_audio_in_video audio_sampling_rate media_dir freeze_vision_tower
@@ -498,6 +499,9 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size
         sglang_config sglang_lora_backend""",
 }
+
+
+VISION_KEYS = NO_EFFECT[TEXT_ONLY].split()
 
 
 # ---- keys of LLaMA-Factory that would change the result -----------------------------------------

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 # how torch.distributed words the loss of another process
 LOST_RANK_ERRORS = ("DistBackendError", "DistNetworkError")
@@ -54,6 +55,14 @@ def unknown_name(what: str, found: object, known: Iterable[str]) -> str:
     return f"unknown {what} {found!r}{hint}. Known: {', '.join(known)}"
 
 
+def size_in_words(count: float) -> str:
+    """A number of bytes as "1.23 GB", in the largest unit that leaves a number above 1."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
@@ -75,6 +84,33 @@ def printable(text: str) -> str:
 
 
 # ---- starting and failing -----------------------------------------------------------------------
+
+# packages of requirements.txt, by the names that are imported: how each is installed
+PACKAGES = {
+    "torch": "torch", "safetensors": "safetensors", "tokenizers": "tokenizers",
+    "huggingface_hub": "huggingface_hub", "numpy": "numpy", "tqdm": "tqdm", "yaml": "PyYAML",
+}
+
+
+def missing_package(error: BaseException) -> str | None:
+    """The message for a package of requirements.txt that cannot be imported, or None."""
+    if not isinstance(error, ModuleNotFoundError) or error.name not in PACKAGES:
+        return None
+    return (f"the package {PACKAGES[error.name]} is not installed for {sys.executable}. Install "
+            f"what is needed: {Path(sys.executable).name} -m pip install -r requirements.txt (or "
+            f"only {PACKAGES[error.name]})")
+
+
+def print_uncaught(kind, error, traceback):
+    """sys.excepthook: one sentence for a missing package, which scripts import at their top."""
+    message = missing_package(error)
+    if message is None or os.environ.get("POCKET_TRACEBACK") == "1":
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print_error(message)
+
+
+sys.excepthook = print_uncaught
 
 
 def run_script(main: Callable[[list[str]], object]):

@@ -504,6 +504,10 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
+        if any(f"{sense}_config" in raw for sense in ("vision", "audio", "thinker")):
+            raise ValueError(f"{where}: model_type {kind!r} also reads images or sound, which are "
+                             "not supported: name a text model. Supported are "
+                             f"{', '.join(FAMILIES)}")
         raise ValueError(f"{where}: model_type {kind!r} is not supported; supported are "
                          f"{', '.join(FAMILIES)}." + how_to_try(raw))
     return read_fields(raw, kind, FAMILIES[kind], where)

@@ -9,9 +9,11 @@ import re
 import sys
 from dataclasses import fields
 
+# first: a missing package ends in a sentence
+from errors import run_script
+
 import torch
 
-from errors import run_script
 from families import ModelConfig, Switches, model_config, read_config_json
 from model import CausalLM
 

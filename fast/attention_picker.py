@@ -23,11 +23,13 @@ from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
+# first: a missing package ends in a sentence
+from errors import did_you_mean
+
 import torch
 
 from attention import (KERNELS, PackedLayout, SDPA, TORCH, attend, missing_feature, plain_attention,
                        version_numbers)
-from errors import did_you_mean
 
 WANTED = {          # the key flash_attn of LLaMA-Factory -> the kernels it allows
     "auto": KERNELS,

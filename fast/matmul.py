@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 

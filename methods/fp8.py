@@ -17,6 +17,9 @@ Source: FP8 formats arXiv:2209.05433 (sec. 3: one scale for a tensor).
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -22,12 +22,14 @@ import math
 import time
 from dataclasses import dataclass, replace
 
+# first: a missing package ends in a sentence
+from errors import first_line
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from errors import first_line
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

@@ -36,8 +36,9 @@ def in_purpose(c: Config) -> Iterator[tuple]:
 
     only_measures = not c.do_train and (c.do_predict or c.predict_with_generate)
     yield c.do_train is False or only_measures, (
-        "without do_train: true this config evaluates a model: run python eval.py with the same "
-        "file. Add do_train: true to train, and do_predict: true to generate replies afterwards")
+        "without do_train: true this config evaluates a model: python eval.py --config "
+        f"{c.source}. Add do_train: true to train, and do_predict: true to generate replies "
+        "afterwards")
 
     yield _is_same_folder(c.output_dir, c.model_name_or_path), (
         "output_dir is the base model; name another")

@@ -12,12 +12,13 @@ import math
 import operator
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
-from config import KEYS, UNUSED, Config, as_dict, print_keys
+from config import KEYS, UNUSED, VISION_KEYS, Config, as_dict, print_keys
 from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
@@ -28,6 +29,11 @@ ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # ea
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
 NULL = ("", "~", "null", "none")
+
+LONGEST_FILE = 10**6    # characters
+MOST_VALUES = 10**5     # in the value of a key
+DEEPEST = 50            # lists and mappings within each other
+LARGEST = 10**15    # of a count without a bound of its own
 
 NEEDED = {          # the keys that a script cannot do without
     "train": ("model_name_or_path", "dataset", "output_dir"),
@@ -43,6 +49,13 @@ COMMANDS = {        # how a script is started
     "eval": "eval.py",
     "merge": "merge.py",
 }
+PEER_COMMANDS = {"train": "train.py", "chat": "chat.py", "eval": "eval.py", "export": "merge.py"}
+CHAT_KEYS = (       # the settings of a training that chat.py reads, too
+    "model_name_or_path", "adapter_name_or_path", "model_revision", "cache_dir", "output_dir",
+    "finetuning_type", "quantization_bit", "quantization_type", "double_quantization",
+    "infer_dtype", "bf16", "fp16", "flash_attn", "use_cpu", "template", "force_template",
+    "split_special_tokens", "default_system", "enable_thinking", "preserve_thinking",
+    "tool_format", "mask_history")
 USAGE = {
     "train": """Fine-tune a model.
 
@@ -103,6 +116,9 @@ def load_config(argv: list[str], script: str) -> Config:
             setattr(config, name, value)
 
     _derive(config)
+    if vision := [name for name in config.no_effect if name in VISION_KEYS]:
+        config.notes.append(f"{', '.join(vision)}: images, video and sound are not supported; the "
+                            "models here read text only")
     if _applies("train", script):
         apply_deepspeed(config)
     _check(config, script)
@@ -234,6 +250,10 @@ def read_argv(argv: list[str], script: str) -> tuple[Path | None, list[tuple[str
             raise SystemExit(0)
 
         name, equals, text = arg.partition("=")
+        if re.fullmatch(r"-[A-Za-z]\w+", name):
+            given = text if equals else rest[0] if rest else "…"
+            raise ValueError(f"{COMMAND_LINE}: {arg}: settings have two dashes or none: "
+                             f"-{name} {given}, or {name[1:]}={given}")
         if arg.startswith("--"):
             name = name[2:].replace("-", "_")
             if not equals:
@@ -246,6 +266,10 @@ def read_argv(argv: list[str], script: str) -> tuple[Path | None, list[tuple[str
             pairs.append((name, text, COMMAND_LINE))
         elif path is None:
             path = Path(text)
+        elif str(path) in PEER_COMMANDS and not path.exists():
+            raise ValueError(
+                f"{COMMAND_LINE}: '{path}' is a command of llamafactory-cli, and no file: python "
+                f"{PEER_COMMANDS[str(path)]} {text}, or python cli.py {path} {text}")
         else:
             raise ValueError(
                 f"{COMMAND_LINE}: '{text}' is neither key=value nor --key value, and the config "
@@ -264,6 +288,16 @@ def _take_value(name: str, rest: list[str]) -> str:
     if name.partition(".")[0] not in (*KEYS, "config"):     # in UNUSED, or unknown to load_config
         return "true"
     raise ValueError(f"{COMMAND_LINE}: --{name} needs a value")
+
+
+def chat_command(argv: list[str]) -> str:
+    """The command that talks to what `argv` has trained: without the settings chat.py ignores."""
+    path, pairs = read_argv(argv, "train")
+    words = ["python", "chat.py", *([str(path)] if path else [])]
+    for name, text, _ in pairs:
+        if name.partition(".")[0] in CHAT_KEYS:
+            words.append(f"{name}={text}")
+    return shlex.join(words)
 
 
 def print_help(script: str):
@@ -300,12 +334,15 @@ def read_file(path: Path) -> list[tuple[str, Any, str]]:
 def _read_yaml(path: Path | str, text: str) -> list[tuple[str, Any, str]]:
     import yaml     # here, so that --keys and --help need only the standard library
 
+    check_length(path, text)
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for a config") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        problem = str(getattr(error, "problem", None) or error)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
         hint = " (YAML is indented with spaces, not with tabs)" if "'\\t'" in problem else ""
         raise ValueError(f"{path}{line}: not valid YAML: {problem}{hint}") from None
     if not isinstance(root, yaml.MappingNode):
@@ -313,8 +350,21 @@ def _read_yaml(path: Path | str, text: str) -> list[tuple[str, Any, str]]:
     return list(_yaml_rows(path, root))
 
 
+def check_length(path: Path | str, text: str):
+    """Raises ValueError for a text that is too long for a config."""
+    if len(text) > LONGEST_FILE:
+        raise ValueError(f"{path}: {len(text):,} characters are too many for a config; is it a "
+                         "data file?")
+
+
 def _yaml_rows(path: Path | str, mapping) -> Iterator[tuple[str, Any, str]]:
     """(key, value, "file line n") of each row of a mapping node."""
+    for key, node, where in _yaml_nodes(path, mapping):
+        yield key, _yaml_value(path, node), where
+
+
+def _yaml_nodes(path: Path | str, mapping) -> Iterator[tuple[str, Any, str]]:
+    """(key, node of the value, "file line n") of each row of a mapping node."""
     lines = {}      # yaml itself would keep the last of two equal keys
     for key, value in mapping.value:
         line = key.start_mark.line + 1
@@ -324,14 +374,37 @@ def _yaml_rows(path: Path | str, mapping) -> Iterator[tuple[str, Any, str]]:
             raise ValueError(f"{path} line {line}: {key.value} was already set on line "
                              f"{lines[key.value]}")
         lines[key.value] = line
-        yield key.value, _yaml_value(path, value), f"{path} line {line}"
+        yield key.value, value, f"{path} line {line}"
 
 
 def _yaml_value(path: Path | str, node):
+    return _yaml_values(path, node, Budget(path), depth=1)
+
+
+class Budget:
+    """Counts the values of a config: aliases (*a) can multiply, or hold themselves."""
+
+    def __init__(self, path: Path | str):
+        self.path = path
+        self.left = MOST_VALUES
+
+    def take(self, depth: int):
+        self.left -= 1
+        if self.left < 0 or depth > DEEPEST:
+            what = "values" if self.left < 0 else "levels"
+            limit = MOST_VALUES if self.left < 0 else DEEPEST
+            raise ValueError(f"{self.path}: a value has more than {limit:,} {what} (does an alias "
+                             "*name hold itself or many others?): no config needs that")
+
+
+def _yaml_values(path: Path | str, node, budget: Budget, depth: int):
+    """The value of a node: a text, or a list or dict of values."""
+    budget.take(depth)
     if node.id == "mapping":
-        return {key: value for key, value, _ in _yaml_rows(path, node)}
+        return {key: _yaml_values(path, value, budget, depth + 1)
+                for key, value, _ in _yaml_nodes(path, node)}
     if node.id == "sequence":
-        return [_yaml_value(path, item) for item in node.value]
+        return [_yaml_values(path, item, budget, depth + 1) for item in node.value]
     return node.value
 
 
@@ -344,9 +417,12 @@ def _read_json(path: Path, text: str) -> list[tuple[str, Any, str]]:
         return {name: value if isinstance(value, (str, list, dict)) else json.dumps(value)
                 for name, value in pairs}
 
+    check_length(path, text)
     try:
         root = json.loads(text, object_pairs_hook=unique, parse_int=str, parse_float=str,
                           parse_constant=str)
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply for a config") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(root, dict):
@@ -368,6 +444,7 @@ def read_value(spec: Field, value, where: str, script: str):
     row = spec.metadata
     read, expected = KINDS[kind]
     wrong = f"{where}: {spec.name}: {value!r} is"
+    is_count = kind in ("int", "Steps")
 
     if isinstance(value, str):
         value = value.strip()
@@ -383,8 +460,9 @@ def read_value(spec: Field, value, where: str, script: str):
     if row["choices"]:
         return _choice(value, row, wrong, script)
     for bound, words, fits in BOUNDS:
-        if row[bound] is not None and not fits(value, row[bound]):
-            raise ValueError(f"{wrong} out of range: it must be {words} {row[bound]}. "
+        limit = LARGEST if bound == "high" and is_count and row[bound] is None else row[bound]
+        if limit is not None and not fits(value, limit):
+            raise ValueError(f"{wrong} out of range: it must be {words} {limit}. "
                              f"Meaning: {row['help']}")
     return value
 

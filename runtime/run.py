@@ -16,7 +16,6 @@ Next: train.py.
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import dataclass, field, fields
@@ -39,7 +38,7 @@ from config import IGNORED, as_dict, has_reference, in_steps
 from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
-from runtime.load_config import ignored_keys, non_default
+from runtime.load_config import chat_command, ignored_keys, non_default
 from runtime.precision import check_dtype, use_deterministic_kernels
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
                             trainer_state, versions)
@@ -531,8 +530,7 @@ class Run:
         state = trainer_state(self.config, self.log, self.state.step, self.state.epoch)
         write_json(self.output / "trainer_state.json", state)
         self.write_results(results)
-        command = shlex.join(map(str, argv))
-        print(f"\nsaved to {self.output}. Next: python chat.py {command}", flush=True)
+        print(f"\nsaved to {self.output}. Next: {chat_command(argv)}", flush=True)
         if self.config.do_predict:
             self.start_predictions(argv)
 

@@ -23,6 +23,8 @@ from torch.profiler import record_function
 from data import IGNORE, Batch
 from parallel import Ranks
 
+ENOUGH_BATCHES = 1_000_000      # micro-batches whose sizes are looked at one by one
+
 
 @dataclass
 class Step:
@@ -80,9 +82,22 @@ class StepPlan:
         return size * self.config.gradient_accumulation_steps * self.ranks.world
 
     def all_micro_batches(self) -> Iterator[list[int]]:
-        """The micro-batches of the whole run on all ranks, as lists of row numbers."""
+        """The micro-batches of the whole run on all ranks, as lists of row numbers.
+
+        Of a very long run those of its first epochs, and then the longest rows together, which is
+        as large as a micro-batch can be.
+        """
+        seen = 0
         for epoch in range(math.ceil(self.total_steps / self.steps_per_epoch)):
-            yield from shard_batches(self.config, self.train_set, epoch, Ranks())
+            batches = shard_batches(self.config, self.train_set, epoch, Ranks())
+            yield from batches
+            seen += len(batches)
+            if self.config.token_budget or self.config.disable_shuffling:
+                return                              # each epoch has the same ones
+            if seen >= ENOUGH_BATCHES:
+                longest = self.train_set.sizes.argsort()[::-1]
+                yield longest[:self.config.per_device_train_batch_size].tolist()
+                return
 
     def repeated_rows(self) -> int:
         """Rows of an epoch that are trained on twice, over all ranks (even_batches)."""

@@ -28,6 +28,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import nn

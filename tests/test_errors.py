@@ -1,10 +1,15 @@
 """errors.py: a message for a user's mistake, a traceback for a bug."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
 import errors
+from errors import size_in_words
+from tests.common import ROOT
 
 
 def test_did_you_mean_names_the_most_similar_one():
@@ -72,3 +77,58 @@ def test_run_script_shows_the_traceback_of_a_bug_and_on_request(monkeypatch):
     monkeypatch.setenv("POCKET_TRACEBACK", "1")
     with pytest.raises(ValueError):
         errors.run_script(raising(ValueError("wrong")))
+
+
+# ---- packages that are missing ------------------------------------------------------------------
+
+BLOCK = """
+import os, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == os.environ["BLOCKED"]:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+"""
+RUNS = {
+    "train.py": ["configs/tiny_lora_sft.yaml", "dry_run=true", "output_dir=OUT"],
+    "chat.py": ["model_name_or_path=models/tiny", "prompt=hi"],
+    "merge.py": ["model_name_or_path=models/tiny", "export_dir=OUT"],
+    "eval.py": ["configs/tiny_lora_eval.yaml", "output_dir=OUT"],
+    "runtime.preview": ["configs/tiny_lora_sft.yaml"],
+    "checkpoint.show": ["models/tiny"],
+    "text.tokenizer": ["models/tiny", "hi"],
+    "fast.attention_picker": [],
+    "fast.matmul": [],
+    "methods.fp8": [],
+    "methods.quant": [],
+    "runtime.throughput": [],
+}
+MISSING = [("torch", script) for script in RUNS if script != "text.tokenizer"]
+MISSING += [(package, script) for package in ("tqdm", "tokenizers")
+            for script in ("train.py", "chat.py", "merge.py", "eval.py", "runtime.preview")]
+MISSING += [("yaml", "train.py"), ("yaml", "eval.py"), ("tokenizers", "text.tokenizer")]
+
+
+@pytest.mark.parametrize("package, script", MISSING)
+def test_a_missing_package_is_a_sentence_with_the_command(package, script, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(BLOCK)
+    argv = [argument.replace("OUT", str(tmp_path / "out")) for argument in RUNS[script]]
+    command = [script] if script.endswith(".py") else ["-m", script]
+    done = subprocess.run(
+        [sys.executable, *command, *argv], cwd=ROOT, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "BLOCKED": package, "PYTHONPATH": str(tmp_path)})
+    name = {"yaml": "PyYAML"}.get(package, package)
+    assert done.returncode == 1
+    assert f"error: the package {name} is not installed for {sys.executable}. " in done.stderr
+    assert "-m pip install -r requirements.txt" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count, words", [
+    (0, "0 bytes"), (999, "999 bytes"), (123_456, "123.46 kB"), (2e6, "2.00 MB"),
+    (7e10, "70.00 GB"),
+])
+def test_sizes_have_a_unit_that_shows_them(count, words):
+    assert size_in_words(count) == words

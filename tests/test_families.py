@@ -961,3 +961,9 @@ def test_any_config_json_is_a_model_config_or_a_sentence_within_a_second(kind):
                         assert table.isfinite().all(), mutant
             assert time.perf_counter() - start < 1, mutant
     assert accepted
+
+
+@pytest.mark.parametrize("part", ["vision_config", "audio_config", "thinker_config"])
+def test_a_model_that_reads_images_or_sound_says_so(part):
+    with pytest.raises(ValueError, match="'some_vl' also reads images or sound, which"):
+        model_config({"model_type": "some_vl", part: {}, "text_config": {}})

@@ -6,11 +6,12 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 
 from config import UNUSED, Config, as_dict
-from runtime.load_config import COMMANDS, NEEDED, ignored_keys, non_default
+from runtime.load_config import COMMANDS, NEEDED, chat_command, ignored_keys, non_default
 from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
 PEER_OFF = {  # LLaMA-Factory's defaults of unsupported keys: they must be accepted
@@ -554,3 +555,86 @@ def test_output_that_cannot_show_a_character(tmp_path):
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
     )
     assert (done.returncode, done.stdout) == (0, b"default_system: ?\n")
+
+
+# ---- what outsiders typed -----------------------------------------------------------------------
+
+TRAIN = ("model_name_or_path=m", "dataset=d", "output_dir=o")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["train", "x.yaml"], "'train' is a command of llamafactory-cli, and no file: python train.py "
+     "x.yaml, or python cli.py train x.yaml"),
+    (["export", "x.yaml"], "python merge.py x.yaml, or python cli.py export x.yaml"),
+    (["-learning_rate", "1"], "-learning_rate: settings have two dashes or none: --learning_rate "
+     "1, or learning_rate=1"),
+    (["-learning_rate=1"], "settings have two dashes or none: --learning_rate 1, or learning_rate"),
+    ([*TRAIN, "do_predict=true"], "python eval.py --config command line. Add do_train: true"),
+    ([*TRAIN, "max_steps=1e300"], "max_steps: '1e300' is out of range: it must be at most 1000"),
+    ([*TRAIN, "lora_rank=1e18"], "lora_rank: '1e18' is out of range: it must be at most 1000000"),
+    ([*TRAIN, "num_train_epochs=1e308"], "num_train_epochs: '1e308' is out of range"),
+    ([*TRAIN, "save_steps=1e300"], "save_steps: '1e300' is out of range"),
+    (["export_size=1e300"], "export_size: '1e300' is out of range: it must be at most 1000000"),
+])
+def test_what_outsiders_typed(argv, words):
+    assert words in refusal(*argv, script="train")
+
+
+def test_a_negative_value_is_no_setting_with_one_dash():
+    assert load_argv("--max_steps", "-1", "max_steps=-1").max_steps == -1
+
+
+def test_an_evaluation_is_named_with_its_file(tmp_path):
+    (tmp_path / "p.yaml").write_text("do_predict: true\n" + "\n".join(
+        setting.replace("=", ": ") for setting in TRAIN))
+    message = refusal(str(tmp_path / "p.yaml"), script="train")
+    assert f"python eval.py --config {tmp_path}/p.yaml. Add" in message
+
+
+def test_keys_about_images_have_a_note():
+    vision = ["image_max_pixels=262144", "freeze_vision_tower=true"]
+    assert load_argv(*TRAIN, *vision, script="train").notes == [
+        "image_max_pixels, freeze_vision_tower: images, video and sound are not supported; the "
+        "models here read text only"]
+
+
+def test_the_command_for_chat_has_only_what_chat_reads():
+    argv = ["--config", "my run.yaml", "learning_rate=1", "--max_steps", "-1", "--bf16",
+            "template=qwen", "output_dir=o", "lora_rank=2", "plot_loss=false"]
+    assert chat_command(argv) == ("python chat.py 'my run.yaml' bf16=true template=qwen "
+                                  "output_dir=o")
+    config = load_argv(*chat_command(argv).split()[4:], "model_name_or_path=m", script="chat")
+    assert config.bf16 and config.template == "qwen" and config.output_dir == "o"
+
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+HOSTILE = {     # file: (content, words)
+    "bomb.yaml": (BOMB, "a value has more than 100,000 values"),
+    "itself.yaml": ("dataset: &a [*a]\n", "a value has more than 50 levels (does an alias"),
+    "root.yaml": ("&a {dataset: *a}\n", "a value has more than 50 levels"),
+    "mapping.yaml": ("lr_scheduler_kwargs: &a {b: *a}\n", "a value has more than 50 levels"),
+    "deep.yaml": ("dataset: " + "[" * 100_000, "nested too deeply"),
+    "closed.yaml": ("dataset: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "indented.yaml": ("".join(" " * i + "a:\n" for i in range(1300)), "nested too deeply"),
+    "deep.json": ('{"dataset": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+    "long.yaml": ("dataset: " + "x" * 3_000_000, "3,000,009 characters are too many for a config"),
+    "null.yaml": ("dataset: a\0b", "not valid YAML: unacceptable character"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_in_little_memory(name, tmp_path):
+    content, words = HOSTILE[name]
+    (tmp_path / name).write_text(content)
+    tracemalloc.start()
+    message = refusal(str(tmp_path / name))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert f"{tmp_path / name}" in message and words in message and "\n" not in message
+    assert peak < 150e6
+
+
+def test_aliases_that_are_few_are_read(tmp_path):
+    (tmp_path / "a.yaml").write_text("dataset: &names [a, b]\neval_dataset: *names\n")
+    assert load_argv(str(tmp_path / "a.yaml")).eval_dataset == ["a", "b"]

@@ -21,9 +21,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+# first: a missing package ends in a sentence
+from errors import run_script
+
 from tokenizers import AddedToken, Tokenizer as Core
 
-from errors import run_script
 from text.declared_tokens import (CONFIG_FILE, add_declared, check_roles, check_tokenizer_config,
                                   merge_older)
 from text.fast_bpe import build_word_cache
