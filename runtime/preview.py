@@ -17,7 +17,7 @@ import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 from checkpoint.files import find_checkpoint
 from families import read_config_json
 from runtime.build import STAGES
-from runtime.show_data import print_counts, print_example, write_jsonl
+from runtime.show_data import check_rows_file, print_counts, print_example, write_jsonl
 from text.load_text import fit_text
 from text.token_cache import kept_in, load_examples, nothing_to_learn
 from text.tokenizer import load_tokenizer
@@ -26,6 +26,8 @@ from text.tokenizer import load_tokenizer
 def main(argv):
     """Print the first examples; --jsonl FILE also writes all training rows."""
     config = load_config(argv, "data")
+    if config.jsonl:
+        check_rows_file(config.jsonl)
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     tokenizer = load_tokenizer(base, config.split_special_tokens)
     model_type = read_config_json(base).get("model_type")

@@ -4,6 +4,7 @@ Requires: data.py, text/token_cache.py.
 Next: runtime/preview.py, train.py.
 """
 import json
+import os
 
 import numpy as np
 
@@ -83,6 +84,21 @@ def without_middle(text: str, limit: int = 1200) -> str:
         return text
     half = limit // 2
     return f"{text[:half]} … {len(text) - limit} more … {text[-half:]}"
+
+
+def check_rows_file(path: str):
+    """Raises ValueError for a file that write_jsonl would overwrite and has not written."""
+    if not os.path.exists(path) or os.path.isfile(path) and not os.path.getsize(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            keys = json.loads(file.readline()).keys()
+        is_ours = all(key == "kto_tags" or key.endswith(("input_ids", "labels")) for key in keys)
+    except (ValueError, AttributeError, RecursionError):
+        is_ours = False
+    if not is_ours:
+        raise ValueError(f"jsonl: {path} exists and holds no rows that --jsonl has written; it is "
+                         "left as it is. Name another file")
 
 
 def write_jsonl(path: str, examples: list[Example], stage: str = "sft", pad_to: int = 0,
