@@ -410,3 +410,26 @@ def test_train_refuses_what_llama_factory_refuses():
         with pytest.raises(ValueError, match="python eval.py with the same file"):
             load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", *given], "train")
     load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", "do_train=true"], "train")
+
+
+def test_a_second_evaluation_in_the_same_folder_is_refused(tmp_path):
+    """While the first one lives; and no file of another name is removed at the end."""
+    (tmp_path / "generated_predictions.mine.partial").write_text("mine")
+    holder = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys; from pathlib import Path; from runtime.resume import EVAL_LOCK, lock; "
+         "lock(Path(sys.argv[1]), EVAL_LOCK); print('locked', flush=True); sys.stdin.read()",
+         str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    argv = [f"model_name_or_path={ROOT}/models/tiny", f"output_dir={tmp_path}", "use_cpu=true",
+            f"eval_dataset={ROOT}/data/tiny_questions.jsonl", "max_samples=2", "template=chatml",
+            "do_sample=false", "max_new_tokens=2"]
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match=f"another run is using .*process {holder.pid} on"):
+            evaluation.main(argv)
+    finally:
+        holder.kill()
+        holder.wait()
+    evaluation.main(argv)
+    assert (tmp_path / "comparison.json").is_file()
+    assert (tmp_path / "generated_predictions.mine.partial").read_text() == "mine"
