@@ -51,7 +51,7 @@ from losses import Objective
 from methods.preference import JudgedObjective, PairObjective
 from methods.reward_model import RewardObjective, ValueHead
 from runtime.build import STAGES
-from runtime.kernels import choose_kernels, use_kernels
+from runtime.kernels import choose_kernels, keep_kernels, kernels_of_training, use_kernels
 from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
@@ -252,13 +252,15 @@ def quant_format_of(side: Side, config: Config) -> object | None:
 
 
 def load_side(side: Side, config: Config, device) -> tuple:
-    """Load the model of one side, adapters not merged, with the kernels of this machine."""
+    """Load the model of one side, adapters not merged, with the kernels of its training."""
     print(f"\n{side.name}", flush=True)
     dtype = pick_dtype(config, read_config_json(side.base), device)
     quant_format = quant_format_of(side, config)
     model = load_with_adapters(side.base, side.adapters, dtype, device, quant_format=quant_format)
     dtype = model.model.embed_tokens.weight.dtype
     kernels = choose_kernels(config, model.config, device, dtype, training=False)
+    trained = (side.adapters or [side.base])[-1]
+    keep_kernels(kernels, config, kernels_of_training(trained, device))
     use_kernels(model, kernels)
     return model, kernels.matmul
 

@@ -11,14 +11,17 @@ fast/fused_block.py, fast/compile.py, methods/fp8.py.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from checkpoint.load import quantized_weights
+from errors import unknown_name
 from families import ModelConfig
 from lora import LoRALinear, lora_layers
 from model import CausalLM, attention_needs
+from text.tokenizer import read_json
 
 
 @dataclass
@@ -111,6 +114,65 @@ def choose_kernels(config, model_config: ModelConfig, device, dtype: torch.dtype
     for pick in PICKS:
         pick(kernels, config, model_config, device, dtype)
     return kernels
+
+
+def keep_kernels(kernels: Kernels, config, begun: dict):
+    """Take the kernels that are pinned, else those with which a run began, where they work here.
+
+    Two kernels differ in the last bit of their results. begun: {"kernel": …, "matmul": …}; what is
+    missing stays as chosen. Raises ValueError for a pinned kernel that does not work here.
+    """
+    pinned = config.pin_kernels
+    if unknown := sorted(pinned.keys() - {"attention", "matmul"}):
+        parts = ("attention", "matmul")
+        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], parts))
+    if config.full_determinism:                 # nothing that timing decides
+        pinned = {"attention": kernels.correct[0], "matmul": "torch", **pinned}
+    kernels.attention = same_kernel(
+        "attention", kernels.attention, kernels.correct, pinned.get("attention"),
+        begun.get("kernel", kernels.attention), kernels.lines)
+    kernels.matmul_name = same_kernel(
+        "matmul", kernels.matmul_name, tuple(kernels.matmuls), pinned.get("matmul"),
+        begun.get("matmul", kernels.matmul_name), kernels.lines)
+
+
+def same_kernel(part: str, fastest: str, correct: tuple, pinned: str | None, begun: str,
+                lines: list[str]) -> str:
+    """The kernel of a part of the computation: pinned, else `begun`, if it is among `correct`.
+
+    lines: of the start page; the one about this part then names the kernel in use.
+    """
+    if pinned and pinned not in correct:
+        raise ValueError(f"pin_kernels.{part}: "
+                         + unknown_name("or unsuitable kernel", pinned, correct))
+    wanted = pinned or begun
+    if wanted == fastest:
+        return fastest
+    old = [line for line in lines if line.startswith(f"{part}: {fastest}")]
+    for line in old:
+        lines.remove(line)
+    if wanted not in correct:
+        lines.append(f"{part}: {fastest}; {wanted}, with which the run began, does not work here, "
+                     "and the last bits of the results will differ")
+        return fastest
+    why = "as pinned" if pinned else "with which the run began"
+    lines.append(f"{part}: {wanted}, {why} (measured now, the choice would be {fastest})")
+    return wanted
+
+
+def kernels_of_training(folder: Path, device: torch.device) -> dict:
+    """The kernels with which the run that wrote `folder` began, on such a device; {} if unknown."""
+    begun = read_json(folder / "train_config.json").get("kernels")
+    is_same = isinstance(begun, dict) and begun.get("device") == device_name(device)
+    return begun if is_same else {}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"{device} ({torch.get_num_threads()} threads)"
+    return str(device)
 
 
 def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | None = None):

@@ -38,6 +38,7 @@ from config import IGNORED, as_dict, has_reference, in_steps
 from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
+from runtime.kernels import device_name
 from runtime.load_config import chat_command, ignored_keys, non_default
 from runtime.precision import check_dtype, use_deterministic_kernels
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
@@ -45,7 +46,7 @@ from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, p
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
                             on_resume, record_stop, prepare_output, remove_old_checkpoints,
                             check_disk_space, usable_best)
-from runtime.setup import Base, Setup, device_name
+from runtime.setup import Base, Setup
 from runtime.steps import Step, StepPlan
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
                                 speed_results, total_flos)

@@ -26,7 +26,6 @@ from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
                              packed_weights, quantized_weights)
 from config import AS_SIGMOID, has_reference
-from errors import unknown_name
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import LoRAConfig, trainable
@@ -34,7 +33,7 @@ from model import CausalLM
 from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
-from runtime.kernels import Kernels, choose_kernels
+from runtime.kernels import Kernels, choose_kernels, keep_kernels
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
                             memory_plan, plan_lines)
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory
@@ -249,49 +248,13 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
 
 
 def same_kernels(kernels: Kernels, ranks: Ranks, run):
-    """Compute with the kernels that are pinned, else those of the run's first start, on all ranks.
-
-    Two kernels differ in the last bit of their results. Raises ValueError for a pinned kernel that
-    does not work here.
-    """
-    pinned = run.config.pin_kernels
-    if unknown := sorted(pinned.keys() - {"attention", "matmul"}):
-        parts = ("attention", "matmul")
-        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], parts))
-    if run.config.full_determinism:                 # nothing that timing decides
-        pinned = {"attention": kernels.correct[0], "matmul": "torch", **pinned}
-    kernels.attention = same_kernel(
-        "attention", kernels.attention, kernels.correct, pinned.get("attention"),
-        run.recorded("kernel", ranks.from_main(lambda: kernels.attention)), kernels.lines)
-    kernels.matmul_name = same_kernel(
-        "matmul", kernels.matmul_name, tuple(kernels.matmuls), pinned.get("matmul"),
-        run.recorded("matmul", ranks.from_main(lambda: kernels.matmul_name)), kernels.lines)
+    """Take the kernels that are pinned, else those of the run's first start, on all ranks."""
+    keep_kernels(kernels, run.config, {
+        "kernel": run.recorded("kernel", ranks.from_main(lambda: kernels.attention)),
+        "matmul": run.recorded("matmul", ranks.from_main(lambda: kernels.matmul_name)),
+    })
     if not run.recorded("compiled", ranks.from_main(lambda: bool(kernels.compile))):
         kernels.compile = None
-
-
-def same_kernel(part: str, fastest: str, correct: tuple, pinned: str | None, begun: str,
-                lines: list[str]) -> str:
-    """The kernel of a part of the computation: pinned, else `begun`, if it is among `correct`.
-
-    lines: of the start page; the one about this part then names the kernel in use.
-    """
-    if pinned and pinned not in correct:
-        raise ValueError(f"pin_kernels.{part}: "
-                         + unknown_name("or unsuitable kernel", pinned, correct))
-    wanted = pinned or begun
-    if wanted == fastest:
-        return fastest
-    old = [line for line in lines if line.startswith(f"{part}: {fastest}")]
-    for line in old:
-        lines.remove(line)
-    if wanted not in correct:
-        lines.append(f"{part}: {fastest}; {wanted}, with which this run began, does not work here, "
-                     "and the last bits of the results will differ")
-        return fastest
-    why = "as pinned" if pinned else "with which this run began"
-    lines.append(f"{part}: {wanted}, {why} (measured now, the choice would be {fastest})")
-    return wanted
 
 
 def is_run_sharded(config, ranks: Ranks) -> bool:
@@ -382,14 +345,6 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
 
 
 # ---- the start page -----------------------------------------------------------------------------
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    if device.type == "cpu":
-        return f"{device} ({torch.get_num_threads()} threads)"
-    return str(device)
 
 
 def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> dict[str, str]:

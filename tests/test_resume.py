@@ -940,8 +940,8 @@ def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
     assert codes != [0] and not training_state.checkpoints_in(tmp_path / "run")
     codes, screen = fork_server.run(tmp_path / "run", 1, [LATER], **auto)
     assert codes == [0] and adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
-    assert "attention: sdpa-math, with which this run began (measured now, the choice" in screen
-    assert "matmul: onednn, with which this run began" in screen
+    assert "attention: sdpa-math, with which the run began (measured now, the choice" in screen
+    assert "matmul: onednn, with which the run began" in screen
     assert "attention: plain" not in screen and "matmul: torch" not in screen
 
     pins = {"pin_kernels.attention": "sdpa-math", "pin_kernels.matmul": "onednn"}
@@ -954,7 +954,7 @@ def test_other_settings_choose_their_own_kernels(fork_server, tmp_path):
     codes, _ = fork_server.run(tmp_path, 1, [FIRST, ["dies_at_step", 0, 2]], flash_attn="auto")
     assert codes != [0]
     _, screen = fork_server.run(tmp_path, 1, [LATER], flash_attn="auto", learning_rate=1e-3)
-    assert "with which this run began" not in screen
+    assert "with which the run began" not in screen
 
 
 def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):

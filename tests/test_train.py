@@ -18,6 +18,8 @@ from runtime import resume, setup
 from tests.common import CURVES, GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded
 from tests.tiny_models import write_quantized
 
+# kernels for runs that are compared bit for bit
+PINNED = ["pin_kernels.attention=plain", "pin_kernels.matmul=torch"]
 RECORDED = ["sft_llama3", "sft_qwen2_loraplus", "sft_packing", "sft_eval", "sft_shuffled", "pt"]
 
 
@@ -296,8 +298,10 @@ def test_full_fine_tuning_in_bfloat16_keeps_float32_weights(tmp_path, monkeypatc
 @needs_shared
 def test_pure_bf16_alone_computes_in_bfloat16(tmp_path, monkeypatch, capsys):
     """Beside LoRA it is bf16: PEFT keeps the adapters in float32 (peft 0.18, as measured there)."""
-    run_recorded("sft_llama3", tmp_path / "bf16", monkeypatch, "max_steps=2", "bf16=true")
-    run_recorded("sft_llama3", tmp_path / "pure", monkeypatch, "max_steps=2", "pure_bf16=true")
+    run_recorded("sft_llama3", tmp_path / "bf16", monkeypatch, *PINNED, "max_steps=2",
+                 "bf16=true")
+    run_recorded("sft_llama3", tmp_path / "pure", monkeypatch, *PINNED, "max_steps=2",
+                 "pure_bf16=true")
     assert "pure_bf16: computes in bfloat16; the adapters stay float32" in capsys.readouterr().out
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("bf16", "pure"))
     assert {tensor.dtype for tensor in b.values()} == {torch.float32}
@@ -311,7 +315,7 @@ def test_pure_bf16_alone_computes_in_bfloat16(tmp_path, monkeypatch, capsys):
 @needs_shared
 def test_galore_layerwise_is_galore_without_clipping(tmp_path, monkeypatch):
     """The gradient of a layer does not depend on when another layer is updated."""
-    galore = ["finetuning_type=full", "adapter_name_or_path=null", "use_galore=true",
+    galore = [*PINNED, "finetuning_type=full", "adapter_name_or_path=null", "use_galore=true",
               "galore_rank=4", "gradient_accumulation_steps=1", "max_steps=3"]
     run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *galore, "max_grad_norm=0")
     run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *galore, "galore_layerwise=true",
