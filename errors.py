@@ -28,19 +28,20 @@ LOST_RANK_MESSAGES = (
 # ---- spelling mistakes --------------------------------------------------------------------------
 
 
-def nearest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> str | None:
-    """The most similar of names; None if none is at least as similar as `similarity`, 0 to 1."""
+def nearest_names(name: str, names: Iterable[str], count: int = 4,
+                  similarity: float = 0.6) -> list[str]:
+    """The most similar of names, at most `count`, the nearest first.
+
+    similarity: the least that counts, 0 to 1.
+    """
     import difflib      # only after a mistake: a script should answer at once
 
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=similarity)
-    return found[0] if found else None
+    return difflib.get_close_matches(name, list(names), n=count, cutoff=similarity)
 
 
-def nearest_names(name: str, names: Iterable[str], count: int = 4) -> list[str]:
-    """The most similar of names, at most `count`, the nearest first."""
-    import difflib
-
-    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
+def nearest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> str | None:
+    """The most similar of names, or None."""
+    return next(iter(nearest_names(name, names, 1, similarity)), None)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -55,12 +56,13 @@ def unknown_name(what: str, found: object, known: Iterable[str]) -> str:
     return f"unknown {what} {found!r}{hint}. Known: {', '.join(known)}"
 
 
-def size_in_words(count: float) -> str:
-    """A number of bytes as "1.23 GB", in the largest unit that leaves a number above 1."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} bytes"
+def bytes_in_words(count: float) -> str:
+    """2048 -> "2 KiB"."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
 
 
 def first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from checkpoint.work_folder import OLD, files_under, keep_aside, work_folder
-from errors import first_line, nearest_name
+from errors import bytes_in_words, first_line, nearest_name
 from families import read_json_object
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -412,8 +412,8 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9,
     total = sum(sizes.values())
     free = shutil.disk_usage(folder).free
     if total > free:
-        raise OSError(f"{folder}: {total / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free. Make "
-                      "room, or choose another folder")
+        raise OSError(f"{folder}: {bytes_in_words(total)} to write, {bytes_in_words(free)} free. "
+                      "Make room, or choose another folder")
 
     shards = plan_shards(sizes, limit)
     weight_map = {}

@@ -48,7 +48,7 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     if skip_weights:
         return empty_quantized(model, formats)
 
-    for name, (file, stored) in with_bar(weight_files(model, folder)):
+    for name, (file, stored) in with_bar(weight_files(model, folder, packed)):
         shape = model.get_parameter(name).shape
         if part := packed.get(config.stored_name(name)):
             check_shape(part.shape, shape, file, stored)
@@ -68,18 +68,18 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     return model.eval()
 
 
-def weight_files(model: CausalLM, folder) -> dict[str, tuple[Path, str]]:
+def weight_files(model: CausalLM, folder, packed: dict = {}) -> dict[str, tuple[Path, str]]:
     """{name of a parameter: (its file, its name there)} in the files' order.
 
-    Raises as load_model does.
+    packed: packed_weights of the folder. Raises as load_model does.
     """
     config = model.config
     expected = {config.stored_name(name): name          # a tied head appears once
                 for name, _ in model.named_parameters()}
     places = find_tensors(folder, config, expected)
     scales = set()
-    for packed in packed_weights(folder).values():
-        scales.update(packed.parts.values())
+    for weight in packed.values():
+        scales.update(weight.parts.values())
     missing = [name for name in expected if name not in places]
     unused = [name for name, place in places.items() if name not in expected
               and place not in scales and not is_known_extra(name, config, places)]

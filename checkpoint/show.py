@@ -10,7 +10,7 @@ import sys
 from dataclasses import fields
 
 # first: a missing package ends in a sentence
-from errors import run_script
+from errors import bytes_in_words, run_script
 
 import torch
 
@@ -99,7 +99,7 @@ def features(config: ModelConfig) -> dict[str, str]:
         "positions": positions_in_words(config),
         "sees": "; ".join(visible) or "all earlier tokens",
         "differs": ", ".join(differs) or "nothing: this is plain Llama",
-        "as Llama": ", ".join(same),
+        "off": f"{', '.join(same)} (as in Llama)",
     }
 
 
@@ -129,14 +129,6 @@ def is_later_expert(name: str) -> bool:
 def four_digits(value):
     """A float with four significant digits; any other value unchanged."""
     return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def bytes_in_words(count: float) -> str:
-    """2048 -> "2 KiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.4g} {unit}"
-        count /= 1024
 
 
 def ranges(numbers: list[int]) -> str:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import Filled
-from checkpoint.show import bytes_in_words
+from errors import bytes_in_words
 from fast.matmul import CLEARLY, onednn, shortest
 from generate import next_scores
 from model import Attention, CausalLM, KVCache, MLP, NormalizedHead

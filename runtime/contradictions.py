@@ -35,10 +35,10 @@ def in_purpose(c: Config) -> Iterator[tuple]:
         "bf16 and fp16 are both true; keep one (bf16, if the device has it)")
 
     only_measures = not c.do_train and (c.do_predict or c.predict_with_generate)
+    settings = f"--config {c.source}" if os.path.isfile(c.source) else "with these settings"
     yield c.do_train is False or only_measures, (
-        "without do_train: true this config evaluates a model: python eval.py --config "
-        f"{c.source}. Add do_train: true to train, and do_predict: true to generate replies "
-        "afterwards")
+        f"without do_train: true this config evaluates a model: python eval.py {settings}. Add "
+        "do_train: true to train, and do_predict: true to generate replies afterwards")
 
     yield _is_same_folder(c.output_dir, c.model_name_or_path), (
         "output_dir is the base model; name another")

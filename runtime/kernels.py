@@ -1,6 +1,7 @@
 """What computes a run: every file of fast/, and fp8, enters here by one line of PICKS.
 
-    kernels = choose_kernels(config, model_config, device, dtype)     # tried and measured
+    kernels = choose_kernels(config, model_config, device, dtype)   # tried and measured
+    keep_kernels(kernels, config, begun)                            # pinned, or of the first start
     use_kernels(model, kernels, recompute)                          # set on a finished model
 
 The defaults of Kernels are the twins at the root, so a file can be deleted with its line.

@@ -47,8 +47,8 @@ from torch import nn
 from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
 from checkpoint.adapters import variant_of
 from checkpoint.load import empty_quantized, quantizable_weights, quantized_weights
-from checkpoint.show import bytes_in_words
 from config import Config
+from errors import bytes_in_words
 from families import ModelConfig
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable
 from losses import chunk_rows

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.show import bytes_in_words
 from config import Config
-from errors import first_line
+from errors import bytes_in_words, first_line
 from lora import LoRAConfig
 from runtime.memory import USABLE, Plan, all_in, memory_plan
 from runtime.precision import requested_format

@@ -29,7 +29,7 @@ from checkpoint.training_state import STATE_FILES, checkpoints_in, damage
 from checkpoint.work_folder import (files_under, keep_aside, remove_leftovers, unused_name,
                                     work_folder)
 from config import DATA, FIXED, IGNORED, KEYS, Config
-from errors import size_in_words
+from errors import bytes_in_words
 from text.token_cache import TOKENIZED
 from text.tokenizer import read_json
 
@@ -404,8 +404,8 @@ def check_disk_space(output: Path, needed: int, what: str):
     """Raises OSError if the disk of output_dir has fewer than `needed` bytes left."""
     free = shutil.disk_usage(output).free
     if needed > free:
-        raise OSError(f"output_dir: {output} has room for {size_in_words(free)}, and {what} takes "
-                      f"{size_in_words(needed)} at least. Make room, or name another folder")
+        raise OSError(f"output_dir: {output} has room for {bytes_in_words(free)}, and {what} takes "
+                      f"{bytes_in_words(needed)} at least. Make room, or name another folder")
 
 
 def usable_best(output: Path, best: list | None) -> list | None:

@@ -35,6 +35,7 @@ from checkpoint.training_state import (checkpoints_in, load_training_state, read
                                        rng_state, save_training_state, write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
 from config import IGNORED, as_dict, has_reference, in_steps
+from errors import first_line
 from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
@@ -135,8 +136,8 @@ class Run:
     def recorded(self, name: str, default):
         """How this run has computed since its first start, or `default` if it starts now.
 
-        name: a field of RunState. A run that was killed before its first checkpoint, and is
-        started again with the same settings, goes on with the kernels it began with.
+        name: a field of RunState. A run that was killed before its first checkpoint and is started
+        again with the same settings uses the same kernels.
         """
         if not self.resume:
             return self.begun["kernels"].get(name, default) if self.is_same_run() else default
@@ -147,7 +148,8 @@ class Run:
         """The settings that an earlier start left in output_dir, or {}."""
         try:
             return read_json(self.output / "train_config.json")
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            print(f"  note: the kernels of an earlier start are unknown ({first_line(error)})")
             return {}
 
     def is_same_run(self) -> bool:

@@ -34,8 +34,8 @@ from torch.profiler import record_function
 from checkpoint.files import open_tensors, read_rows, stored_as
 from checkpoint.load import assign, check_shape, load_model, weight_files
 from checkpoint.shards import full_tensor, is_sharded, local_rows, local_tensor
-from checkpoint.show import bytes_in_words
 from checkpoint.training_state import NO_ROWS, state_of
+from errors import bytes_in_words
 from model import MoE
 from parallel import Ranks
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import errors
-from errors import size_in_words
+from errors import bytes_in_words
 from tests.common import ROOT
 
 
@@ -127,8 +127,8 @@ def test_a_missing_package_is_a_sentence_with_the_command(package, script, tmp_p
 
 
 @pytest.mark.parametrize("count, words", [
-    (0, "0 bytes"), (999, "999 bytes"), (123_456, "123.46 kB"), (2e6, "2.00 MB"),
-    (7e10, "70.00 GB"),
+    (0, "0 bytes"), (999, "999 bytes"), (123_456, "120.6 KiB"), (2e6, "1.907 MiB"),
+    (7e10, "65.19 GiB"),
 ])
 def test_sizes_have_a_unit_that_shows_them(count, words):
-    assert size_in_words(count) == words
+    assert bytes_in_words(count) == words

@@ -409,7 +409,7 @@ def test_train_then_eval_from_one_yaml(tmp_path):
 
 def test_train_refuses_what_llama_factory_refuses():
     for given in (["do_predict=true"], ["do_train=false"], ["predict_with_generate=true"]):
-        with pytest.raises(ValueError, match="python eval.py --config "):
+        with pytest.raises(ValueError, match="python eval.py with these settings"):
             load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", *given], "train")
     load_config(["model_name_or_path=m", "output_dir=o", "dataset=d", "do_train=true"], "train")
 

@@ -260,7 +260,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_writing(tmp_path, monkeypat
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
     asked = []
     with pytest.raises(OSError,
-                       match="0.01 GB to write, 0.00 GB free. Make room, or choose another folder"):
+                       match="7.629 MiB to write, 2.861 MiB free. Make room, or choose another"):
         write_tensors(tmp_path, {"x": ((2000, 1000), torch.float32)}, asked.append)
     assert not asked and not list(tmp_path.iterdir())
     write_all(tmp_path, {"x": torch.zeros(700, 1000)})                     # 2.8 MB fit

@@ -569,7 +569,7 @@ TRAIN = ("model_name_or_path=m", "dataset=d", "output_dir=o")
     (["-learning_rate", "1"], "-learning_rate: settings have two dashes or none: --learning_rate "
      "1, or learning_rate=1"),
     (["-learning_rate=1"], "settings have two dashes or none: --learning_rate 1, or learning_rate"),
-    ([*TRAIN, "do_predict=true"], "python eval.py --config command line. Add do_train: true"),
+    ([*TRAIN, "do_predict=true"], "python eval.py with these settings. Add do_train: true"),
     ([*TRAIN, "max_steps=1e300"], "max_steps: '1e300' is out of range: it must be at most 1000"),
     ([*TRAIN, "lora_rank=1e18"], "lora_rank: '1e18' is out of range: it must be at most 1000000"),
     ([*TRAIN, "num_train_epochs=1e308"], "num_train_epochs: '1e308' is out of range"),

@@ -756,7 +756,7 @@ def test_the_last_good_checkpoint_is_never_removed(fork_server, tmp_path):
     "patch, words",
     [
         (["full_disk_at_step", 3, 30000], "error: .*(File too large|could not be written)"),
-        (["no_room_at_step", 3], "has room for 1.00 kB, and checkpoint-4 takes [0-9.]+ kB"),
+        (["no_room_at_step", 3], "has room for 1000 bytes, and checkpoint-4 takes [0-9.]+ KiB"),
     ],
 )
 def test_a_full_disk_leaves_the_last_good_checkpoint(
