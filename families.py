@@ -649,10 +649,9 @@ def check_quantization(stored: dict, where: str) -> list[str]:
 
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:
     """The per-layer fields: layer_types, where config.json has them, win over the family's rule."""
-    for name in ("no_rope_layers",):
-        flags = take(name)
-        if flags and len(flags) != layers:
-            raise ValueError(f"{where}: {name} has {len(flags)} entries for {layers} layers")
+    flags = take("no_rope_layers")
+    if flags and len(flags) != layers:
+        raise ValueError(f"{where}: no_rope_layers has {len(flags)} entries for {layers} layers")
     rules = {}
     for name in ("windows", "chunks", "use_rope", "sparse"):
         rule = getattr(family, name)
