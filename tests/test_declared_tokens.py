@@ -59,8 +59,13 @@ def compare(folder):
     return ours
 
 
+NEW_IN_5 = ("extra list", "of the model", "all")        # transformers 4 adds fewer tokens
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_declared_tokens_get_the_ids_of_transformers(tmp_path, name):
+    if name in NEW_IN_5:
+        pytest.importorskip("transformers", minversion="5.0")
     folder = write(tmp_path / "a", **CASES[name](size_of(tmp_path)))
     ours = compare(folder)
     ours.save(tmp_path / "saved")           # what is saved holds them in both files
