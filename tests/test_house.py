@@ -22,7 +22,8 @@ PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "token
             "numpy": "numpy", "tqdm": "tqdm", "huggingface_hub": "huggingface_hub",
             "PyYAML": "yaml"}
 # optional ones are imported in the function that uses them
-OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow"}
+OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow", "pyarrow",
+            "zstandard"}
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 MODULES |= {f"{folder}.{path.stem}": path
             for folder in RANKS

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from text.json_text import why_not_row
+from text.packed_files import unpacked_suffix
 from text.plain_text import excerpt, why_not_utf8
 from text.turns import ANSWERS, column_text, message_of_turn
 
@@ -116,7 +117,7 @@ def convert(row: RawRow, stage: str = "sft") -> Conversation:
     Raises ValueError: what is wrong with the row.
     """
     if not isinstance(row.data, dict):
-        is_csv = row.file.suffix == ".csv"
+        is_csv = unpacked_suffix(row.file) == ".csv"
         if is_csv or not isinstance(row.data, str):
             raise ValueError("wrong number of fields" if is_csv else "not a JSON object")
         raise ValueError(why_not_row(row.data))

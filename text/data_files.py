@@ -1,9 +1,9 @@
-"""Rows of data files: dataset_info.json, JSON, CSV and text files, and which column is what.
+"""Rows of data files: dataset_info.json, files of every kind, and which column is what.
 
     sources = find_sources(["identity"], config, notes)     # entries of dataset_info.json, or files
     rows = open_rows(sources, config, sampler, notes)       # a row is parsed when it is asked for
 
-Requires: text/conversations.py.
+Requires: text/conversations.py, text/packed_files.py.
 Next: text/token_cache.py.
 
 The format of dataset_info.json is LLaMA-Factory's (github.com/hiyouga/LLaMA-Factory, see its folder
@@ -26,6 +26,7 @@ from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
                                 RawRow, Source, check_stage)
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
+from text.packed_files import COMPRESSED, TABLES, file_type, open_packed, unpacked_suffix
 from text.plain_text import excerpt
 from text.turns import keys_read
 
@@ -66,12 +67,6 @@ SPLIT_WORDS = {     # split -> words in the names of its files on the hub
     "validation": {"validation", "valid", "dev", "val"},
     "test": {"test", "testing", "eval", "evaluation"},
 }
-TO_JSONL = {        # file type -> the command that converts it
-    ".parquet": "python -c \"import pandas; pandas.read_parquet('{0}').to_json('{1}.jsonl', "
-                "orient='records', lines=True, force_ascii=False)\"",
-    ".arrow": "python -c \"import datasets; datasets.Dataset.from_file('{0}').to_json("
-              "'{1}.jsonl', force_ascii=False)\"",
-}
 SPACE = r"[ \t\n\r]*"           # JSON's white space
 OPENING = re.compile(rf"{SPACE}\[{SPACE}")
 COMMA = re.compile(rf"{SPACE},{SPACE}")
@@ -89,20 +84,19 @@ class DataFile:
     """One data file; only the positions of its rows are kept in memory.
 
     keys: names of all columns, in order of first appearance. turn_keys: of each column that holds
-    turns, the keys of these, as far as one has a value. Raises ValueError for a file that cannot be
-    read. A row that cannot be parsed counts as a row; `convert` refuses it.
+    turns, the keys of these, as far as one has a value. most_rows: where to stop reading; is_read:
+    whether the end was reached. Raises ValueError for a file that cannot be read. A row that cannot
+    be parsed counts as a row; `convert` refuses it.
     """
 
-    def __init__(self, path: Path):
-        suffix = path.suffix.lower()
-        if suffix not in READERS:
-            command = TO_JSONL.get(suffix, "").format(path, path.with_suffix(""))
-            hint = f". Convert it: {command}" if command else ""
-            raise ValueError(f"{path}: type '{path.suffix}' cannot be read, only "
-                             f"{', '.join(READERS)}{hint}")
-        scan, self.parse = READERS[suffix]
+    def __init__(self, path: Path, most_rows: int | None = None):
+        if unpacked_suffix(path) not in READERS:
+            raise ValueError(f"{path}: type '{file_type(path)}' cannot be read, only "
+                             f"{', '.join((*READERS, *TABLES))}, and the text files also with "
+                             f"{' or '.join(COMPRESSED)} after it")
+        scan, self.parse = READERS[unpacked_suffix(path)]
         self.path = path
-        self.file = open(path, "rb")
+        self.file = open_packed(path)
         self.header = None          # of a CSV file
         start = self.skip_byte_order_mark()
 
@@ -110,7 +104,11 @@ class DataFile:
         self.turn_keys = {}
         self.turn_shapes = set()    # combinations of keys that are noted, to be quick
         places = array("q")
+        self.is_read = True
         for number, data, first_byte, end_byte in scan(self, start):
+            if most_rows and len(places) == 3 * most_rows:
+                self.is_read = False
+                break
             places.extend((number, first_byte, end_byte))
             if isinstance(data, dict):
                 keys.update(dict.fromkeys(map(str, data)))
@@ -201,7 +199,8 @@ def open_rows(sources: list[Source], config, sampler: np.random.RandomState,
     """
     files, file_of, place_of = [], [], []
     for source in sources:
-        rows = all_rows([DataFile(path) for path in source.files], source)
+        needed = config.max_samples if source.num_samples is None else None
+        rows = all_rows(open_files(source, needed), source)
         if not rows:
             names = ", ".join(map(str, source.files))
             raise ValueError(f"dataset '{source.name}' is empty: no rows in {names}")
@@ -221,6 +220,19 @@ def open_rows(sources: list[Source], config, sampler: np.random.RandomState,
         place_of.append(rows.place_of[picked])
         files += [(file, source) for file, _ in rows.files]
     return Rows(files, np.concatenate(file_of), np.concatenate(place_of))
+
+
+def open_files(source: Source, needed: int | None) -> list[DataFile]:
+    """The files of a dataset, read until there are `needed` rows; None: all of them."""
+    files = []
+    missing = needed
+    for path in source.files:
+        files.append(DataFile(path, missing))
+        if needed:
+            missing -= len(files[-1])
+            if not missing:
+                break
+    return files
 
 
 def all_rows(files: list[DataFile], source: Source) -> Rows:
@@ -397,7 +409,7 @@ def files_at(path: Path) -> tuple[Path, ...]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir()
                        if file.is_file() and not file.name.startswith("."))
-    types = sorted({file.suffix for file in files})
+    types = sorted({file_type(file) for file in files})
     if len(types) != 1:
         found = ", ".join(types) or "no files"
         raise ValueError(f"folder {path} must hold data files of one type; it has {found}")
@@ -414,7 +426,8 @@ def hub_files(entry: dict, where: str, config) -> tuple[Path, ...]:
     repo = entry["hf_hub_url"]
     split = entry.get("split", "train")
     folder = entry.get("folder", "")
-    patterns = [f"{folder}/*{suffix}" if folder else f"*{suffix}" for suffix in READERS]
+    known = [*READERS, *TABLES, *COMPRESSED]
+    patterns = [f"{folder}/*{suffix}" if folder else f"*{suffix}" for suffix in known]
     try:
         root = Path(snapshot_download(repo, repo_type="dataset", cache_dir=config.cache_dir,
                                       allow_patterns=patterns))
@@ -427,16 +440,16 @@ def hub_files(entry: dict, where: str, config) -> tuple[Path, ...]:
     files = []
     for path in sorted((root / folder).rglob("*")):
         name = str(path.relative_to(root))
-        if path.suffix in READERS and belongs_to_split(name, split, entry.get("subset") or ""):
+        is_data = unpacked_suffix(path) in READERS
+        if is_data and belongs_to_split(name, split, entry.get("subset") or ""):
             files.append(path)
-    types = sorted({path.suffix for path in files})
+    types = sorted({file_type(path) for path in files})
     if len(types) != 1:
-        found = f"no {', '.join(READERS)} file"
+        found = f"no {', '.join((*READERS, *TABLES))} file"
         if types:
             found = f"files of types {', '.join(types)}"
-        command = TO_JSONL[".parquet"].format("FILE", "FILE")
         raise ValueError(f"{where}: '{repo}' has {found} for split '{split}'. Download it and give "
-                         f"its file_name; parquet can be converted: {command}")
+                         "its file_name")
     return tuple(files)
 
 
@@ -516,7 +529,8 @@ def scan_list(file: DataFile, start: int) -> Iterator[tuple]:
 
 def check_json(file: DataFile):
     """Raise ValueError with the place of the first error in a JSON file."""
-    text = decode_utf8(file.path.read_bytes()).removeprefix("\ufeff")
+    file.file.seek(0)
+    text = decode_utf8(file.file.read()).removeprefix("\ufeff")
     try:
         parse(text)
     except json.JSONDecodeError as error:
@@ -613,9 +627,11 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
                 hint = " (the answer to learn); plain text is for stage: pt"
             raise ValueError(f"dataset '{source.name}': columns in dataset_info.json must name "
                              f"'{role}'{hint}")
+    is_read = all(file.is_read for file, _ in rows.files)
     for role, column in source.columns.items():
-        # many files of the default layout simply have no `input`
+        # many files of the default layout simply have no `input`; a later row may have others
         optional = role == "query" and source.columns == COLUMNS["alpaca"]
+        optional |= not is_read and role not in needed_roles(source, stage)
         if keys and column not in keys and not optional:
             hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
             raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role})"

@@ -71,6 +71,7 @@ PROGRAM = (
     "data.py",
     "templates.py",
     "text/data_files.py",
+    "text/packed_files.py",
     "text/conversations.py",
     "text/turns.py",
     "text/plain_text.py",
