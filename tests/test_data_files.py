@@ -59,43 +59,6 @@ def test_folder_is_read_in_the_order_of_names(tmp_path):
         load_rows(tmp_path)
 
 
-def test_hub_files(tmp_path, monkeypatch):
-    """folder, subset and split select the files of a repository; errors of the hub become one
-    sentence."""
-    import huggingface_hub
-    for name in ("data/en/train-0.jsonl", "data/en/validation.jsonl", "data/zh/train-0.jsonl",
-                 "other/all.jsonl"):
-        (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "repo" / name).write_text(
-            json.dumps({**ALPACA, "output": name}), encoding="utf-8"
-        )
-    asked = {}
-
-    def download(repo, **options):
-        asked.update(options, repo=repo)
-        return str(tmp_path / "repo")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    entry = {"hf_hub_url": "me/it", "folder": "data"}
-    write_info(tmp_path, d={**entry, "subset": "en"}, v={**entry, "split": "validation"},
-               p={**entry, "split": "test"}, w={"hf_hub_url": "me/it", "folder": "other"})
-    assert [row.data["output"] for row in load_rows(tmp_path)] == ["data/en/train-0.jsonl"]
-    assert asked["repo"] == "me/it"
-    assert asked["repo_type"] == "dataset"
-    assert "data/*.jsonl" in asked["allow_patterns"]
-    assert [row.data["output"] for row in load_rows(tmp_path, "v")] == ["data/en/validation.jsonl"]
-    # without a split: training
-    assert [row.data["output"] for row in load_rows(tmp_path, "w")] == ["other/all.jsonl"]
-    with pytest.raises(ValueError,
-                       match="has no .json, .jsonl, .csv, .txt, .*file for split 'test'"):
-        load_rows(tmp_path, "p")
-
-    def offline(repo, **options):
-        raise OSError("no network")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(ValueError, match="'me/it' could not be fetched .*no network"):
-        load_rows(tmp_path)
-
-
 @pytest.mark.parametrize("name, content, sentence", [
     ("d.json", b'[{"instruction": "a",}]', "not valid JSON at line 1, column"),
     ("d.json", b'{\n "instruction": "a"\n}', "holds one object"),

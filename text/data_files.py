@@ -25,6 +25,7 @@ import numpy as np
 from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
                                 RawRow, Source, check_stage)
+from text.hub_files import fetch_rows, hub_files, open_repository
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
 from text.packed_files import COMPRESSED, TABLES, file_type, open_packed, unpacked_suffix
 from text.plain_text import excerpt
@@ -62,11 +63,6 @@ LIKELY_TAGS = {
     "system_tag": ("system",),
 }
 
-SPLIT_WORDS = {     # split -> words in the names of its files on the hub
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "dev", "val"},
-    "test": {"test", "testing", "eval", "evaluation"},
-}
 SPACE = r"[ \t\n\r]*"           # JSON's white space
 OPENING = re.compile(rf"{SPACE}\[{SPACE}")
 COMMA = re.compile(rf"{SPACE},{SPACE}")
@@ -329,7 +325,7 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
                      "as LLaMA-Factory does; formatting: messages reads the same rows without it")
     return Source(
         name=name,
-        files=files_of_entry(entry, info_path, where, config),
+        files=files_of_entry(entry, info_path, where, config, notes),
         formatting=formatting,
         columns=columns,
         tags=tags,
@@ -378,10 +374,11 @@ def check_layout(formatting: str, columns: dict, tags: dict, ranking: bool, wher
                          "default ones")
 
 
-def files_of_entry(entry: dict, info_path: Path, where: str, config) -> tuple[Path, ...]:
+def files_of_entry(entry: dict, info_path: Path, where: str, config,
+                   notes: list[str]) -> tuple[Path, ...]:
     """The files that an entry names, on this machine or on the hub."""
     if entry.get("hf_hub_url"):
-        return hub_files(entry, where, config)
+        return files_on_hub(entry, where, config, notes)
     if not entry.get("file_name"):
         other = [key for key in OTHER_PLACES if key in entry]
         if other:
@@ -416,52 +413,29 @@ def files_at(path: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def hub_files(entry: dict, where: str, config) -> tuple[Path, ...]:
-    """The files of a dataset on the hub, picked by folder, subset and split.
+def files_on_hub(entry: dict, where: str, config, notes: list[str]) -> tuple[Path, ...]:
+    """The files of an entry's split on the hub, as many as max_samples needs.
 
     They are downloaded, or found in the cache.
     """
-    from huggingface_hub import snapshot_download
-
-    repo = entry["hf_hub_url"]
-    split = entry.get("split", "train")
-    folder = entry.get("folder", "")
-    known = [*READERS, *TABLES, *COMPRESSED]
-    patterns = [f"{folder}/*{suffix}" if folder else f"*{suffix}" for suffix in known]
+    needed = None if entry.get("num_samples") else config.max_samples
+    found = []
     try:
-        root = Path(snapshot_download(repo, repo_type="dataset", cache_dir=config.cache_dir,
-                                      allow_patterns=patterns))
-    except (OSError, ValueError) as error:      # offline, gated, misspelled: the hub raises these
-        reason = excerpt(str(error).strip().split("\n")[0])
-        raise ValueError(
-            f"{where}: '{repo}' could not be fetched ({reason}). Is the name right, is there a "
-            "network? A gated dataset needs `hf auth login`") from None
-
-    files = []
-    for path in sorted((root / folder).rglob("*")):
-        name = str(path.relative_to(root))
-        is_data = unpacked_suffix(path) in READERS
-        if is_data and belongs_to_split(name, split, entry.get("subset") or ""):
-            files.append(path)
-    types = sorted({file_type(path) for path in files})
-    if len(types) != 1:
-        found = f"no {', '.join((*READERS, *TABLES))} file"
-        if types:
-            found = f"files of types {', '.join(types)}"
-        raise ValueError(f"{where}: '{repo}' has {found} for split '{split}'. Download it and give "
-                         "its file_name")
-    return tuple(files)
+        repository = open_repository(entry["hf_hub_url"], config.cache_dir)
+        repository, names = hub_files(repository, entry, found)
+        paths = fetch_rows(repository, names, needed, count_rows)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    notes += [f"dataset {note}" for note in found]
+    if len(paths) < len(names):
+        notes.append(f"dataset '{repository.name}': {len(paths)} of {len(names)} files hold the "
+                     f"{needed} rows of max_samples; the others were not fetched")
+    return tuple(paths)
 
 
-def belongs_to_split(name: str, split: str, subset: str) -> bool:
-    """Whether a file of the hub holds this split; a name without a split is training data."""
-    if subset not in name or name.startswith("dataset_info"):
-        return False
-    if split not in SPLIT_WORDS:
-        return split in name
-    words = set(re.split("[^a-z]+", name.lower()))
-    splits = [other for other, split_words in SPLIT_WORDS.items() if split_words & words]
-    return split in splits or split == "train" and not splits
+def count_rows(path: Path, most: int) -> int:
+    """The number of rows in a file; at most `most` are read."""
+    return len(DataFile(path, most))
 
 
 # ---- kinds of files ---------------------------------------------------------------------------

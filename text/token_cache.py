@@ -72,6 +72,7 @@ PROGRAM = (
     "templates.py",
     "text/data_files.py",
     "text/packed_files.py",
+    "text/hub_files.py",
     "text/conversations.py",
     "text/turns.py",
     "text/plain_text.py",
