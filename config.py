@@ -158,6 +158,9 @@ class Config:
     pure_bf16: bool = key(False, FIXED,
         "compute in bfloat16 (as bf16: true); with full and freeze trained weights, gradients and "
         "optimizer state are bfloat16, too, while adapters stay float32, as PEFT keeps them")
+    label_smoothing_factor: float = key(0.0, FREE,
+        "share of each token's loss that asks for all tokens alike", only="sft pt",
+        low=0, below=1)
     use_dft_loss: bool = key(False, FREE,
         "DFT: each token's loss is weighted by its probability", only="sft")
     use_eaft_loss: bool = key(False, FREE,
@@ -170,9 +173,10 @@ class Config:
         "loss of a pair; orpo and simpo need no reference model",
         only="dpo", choices=("sigmoid", "hinge", "ipo", "orpo", "simpo"), later=("kto_pair",))
     paper_losses: bool = key(False, FREE,
-        "pref_loss hinge and ipo, and use_asft_loss, by the equations of their papers (false: as "
-        "LLaMA-Factory 0.9.5 computes them: the sigmoid loss; for ipo, of mean log-probabilities; "
-        "ASFT as a sum of micro-batch means)", own=True, only="dpo sft")
+        "pref_loss hinge and ipo, use_asft_loss and label_smoothing_factor by the equations of "
+        "their papers (false: as LLaMA-Factory 0.9.5 computes them: the sigmoid loss; for ipo, of "
+        "mean log-probabilities; ASFT and smoothed losses as a sum of micro-batch means)",
+        own=True, only="dpo sft pt")
     pref_beta: float = key(0.1, FREE,
         "scale of the log-probability ratios (orpo: weight of the odds ratio)",
         only="dpo kto", above=0)
@@ -242,6 +246,8 @@ class Config:
     resume_from_checkpoint: str | None = key(None, IGNORED,
         "a checkpoint folder, or true / auto: the newest in output_dir")
     logging_steps: Steps = key(500, FREE, "steps between log lines", above=0)
+    logging_strategy: str = key("steps", FREE,
+        "when to write a log line", choices=("no", "steps", "epoch"))
     logging_first_step: bool = key(False, FREE, "log step 1 too")
     plot_loss: bool = key(False, IGNORED, "draw training_loss.png (needs matplotlib)")
     report_to: list[str] = key([], IGNORED,
@@ -260,7 +266,8 @@ class Config:
     swanlab_logdir: str | None = key(None, IGNORED, "folder for swanlab")
     disable_tqdm: bool | None = key(None, IGNORED, "no progress bar")
     save_strategy: str = key("steps", FREE,
-        "when to write checkpoints", choices=("no", "steps", "epoch"), later=("best",))
+        "when to write checkpoints (best: after each evaluation with the lowest loss so far)",
+        choices=("no", "steps", "epoch", "best"))
     save_steps: Steps = key(500, FREE, "steps between checkpoints", above=0)
     save_total_limit: int | None = key(None, FREE, "maximum number of checkpoints to keep", low=1)
     save_only_model: bool = key(False, FREE,
@@ -283,9 +290,9 @@ class Config:
         choices=(
             "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
             "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
-            "cosine_warmup_with_min_lr",
+            "cosine_warmup_with_min_lr", "reduce_lr_on_plateau",
         ),
-        later=("reduce_lr_on_plateau", "greedy"))
+        later=("greedy",))
     lr_scheduler_kwargs: dict = key({}, FREE,
         "further settings of the schedule, as lr_scheduler_kwargs.min_lr=1e-6")
     warmup_ratio: Steps | None = key(None, FREE,
@@ -358,6 +365,14 @@ class Config:
     eval_strategy: str = key("no", FREE, "when to evaluate", choices=("no", "steps", "epoch"))
     eval_steps: Steps | None = key(None, FREE,
         "steps between evaluations (none: logging_steps)", above=0)
+    eval_delay: float = key(0, FREE,
+        "steps (eval_strategy: epoch: epochs) before the first evaluation", low=0)
+    compute_accuracy: bool = key(False, FREE,
+        "evaluation also counts how often a label is the most likely token: eval_accuracy",
+        only="sft")
+    eval_on_start: bool = key(False, FREE, "evaluate before the first step, too")
+    eval_on_each_dataset: bool = key(False, DATA,
+        "evaluate on each dataset of eval_dataset by itself: eval_NAME_loss for each")
     per_device_eval_batch_size: int = key(8, FREE,
         "rows per evaluation batch; replies generated at a time", low=1)
     load_best_model_at_end: bool = key(False, FREE,
@@ -526,7 +541,6 @@ REFUSED = (
      "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
     ("train", "bf16_full_eval fp16_full_eval",
      "evaluation computes as training does; set bf16 or fp16"),
-    ("train", "label_smoothing_factor", "not in this release; plain cross-entropy is"),
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",
      "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the precision "
      "of the base"),
@@ -538,17 +552,10 @@ REFUSED = (
      "data are tokenized at the start and then stay on disk; leave it out"),
     ("train", "mix_strategy=concat",
      "not in this release; datasets are concatenated in the order given"),
-    ("train", "eval_on_each_dataset",
-     "not in this release yet; evaluate on one dataset per run"),
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),
     ("train", "group_by_length train_sampling_strategy=random",
      "rows are shuffled or, with disable_shuffling: true, in their order; no padding is computed "
      "either way"),
-    ("train", "compute_accuracy",
-     "not in this release; eval.py reports loss, perplexity and the scores of generated replies"),
-    ("train", "eval_on_start eval_delay",
-     "not in this release; eval_strategy and eval_steps say when to evaluate"),
-    ("train", "logging_strategy=steps", "set logging_steps"),
     ("train", "swanlab_api_key",
      "a secret does not belong in a config: run `swanlab login` or set SWANLAB_API_KEY"),
     ("train", "greater_is_better", "the best model is the one with the lowest loss"),

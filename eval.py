@@ -193,6 +193,9 @@ def held_out(config: Config, tokenizer, template, vocab_size: int):
 
     Raises ValueError for token ids outside the vocabulary.
     """
+    if config.eval_on_each_dataset and len(config.eval_dataset or []) > 1:
+        print("  note: eval_on_each_dataset is for evaluations in training; here the rows of all "
+              "datasets are measured together, and with eval_dataset=NAME those of one")
     if config.eval_dataset:
         config = replace(config, dataset=config.eval_dataset, eval_dataset=None, val_size=0.0)
     elif not config.val_size:

@@ -88,6 +88,31 @@ def warmup_stable_decay(step, total, warmup, kwargs):
     return max(0.0, decay_factor * (1 - floor) + floor)
 
 
+def plateau_factor(eval_losses: list, kwargs: dict, learning_rate: float) -> float:
+    """Factor of reduce_lr_on_plateau after these evaluations, as torch's ReduceLROnPlateau.
+
+    It is multiplied by `factor` whenever the loss has not improved by `threshold` for more than
+    `patience` evaluations.
+    """
+    sign = -1 if kwargs.get("mode") == "max" else 1
+    threshold = kwargs.get("threshold", 1e-4)
+    lr, best, bad, cooldown = learning_rate, math.inf, 0, 0
+    for loss in eval_losses:
+        loss *= sign
+        margin = threshold if kwargs.get("threshold_mode") == "abs" else threshold * abs(best)
+        if best == math.inf or loss < best - margin:
+            best, bad = loss, 0
+        else:
+            bad += 1
+        if cooldown:
+            cooldown, bad = cooldown - 1, 0
+        if bad > kwargs.get("patience", 10):
+            lower = max(lr * kwargs.get("factor", 0.1), kwargs.get("min_lr", 0))
+            lr = lower if lr - lower > kwargs.get("eps", 1e-8) else lr
+            cooldown, bad = kwargs.get("cooldown", 0), 0
+    return lr / learning_rate
+
+
 SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it knows)
     "linear": (linear, ""),
     "cosine": (cosine, "num_cycles"),
@@ -103,9 +128,16 @@ SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it k
         warmup_stable_decay,
         "num_stable_steps num_decay_steps decay_type min_lr_ratio num_cycles",
     ),
+    "reduce_lr_on_plateau": (
+        constant, "mode factor patience threshold threshold_mode cooldown min_lr eps"),
 }
 
 
+WORDS = {           # lr_scheduler_kwargs that are no numbers
+    "decay_type": ("cosine", "linear", "1-sqrt"),
+    "mode": ("min", "max"),
+    "threshold_mode": ("rel", "abs"),
+}
 WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
 
@@ -122,15 +154,18 @@ def warmup_steps(config, total_steps: int) -> int:
     return int(given) if given >= 1 else math.ceil(total_steps * given)
 
 
-def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
+def lr_schedule(config, total_steps: int, eval_losses=()) -> Callable[[int], float]:
     """factor(step) for step 0 ... total_steps - 1: a linear warmup, then the schedule.
 
-    Raises ValueError that names the key for an invalid argument.
+    eval_losses: of the evaluations so far, a list that grows. Raises ValueError that names the key
+    for an invalid argument.
     """
     kind = config.lr_scheduler_type
     kwargs = dict(config.lr_scheduler_kwargs or {})
     schedule, known = SCHEDULES[kind]
     check_schedule_kwargs(kind, kwargs, known.split())
+    if kind == "reduce_lr_on_plateau":
+        return lambda step: plateau_factor(eval_losses, kwargs, config.learning_rate)
     if kind in WITH_MIN_LR:
         kwargs.setdefault("min_lr_rate", kwargs.get("min_lr", 0) / config.learning_rate)
     kwargs["learning_rate"] = config.learning_rate
@@ -153,14 +188,14 @@ def check_schedule_kwargs(kind: str, kwargs: dict, known: list[str]):
         if name not in known:
             raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
                              f"{did_you_mean(name, known)}; it knows {' '.join(known) or 'none'}")
-        if name != "decay_type" and type(value) not in (int, float):
+        if name in WORDS and value not in WORDS[name]:
+            raise ValueError(f"lr_scheduler_kwargs: {name} {value!r} is none of "
+                             f"{', '.join(WORDS[name])}")
+        if name not in WORDS and type(value) not in (int, float):
             raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
     if kind in WITH_MIN_LR and ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
         raise ValueError(f"lr_scheduler_type: {kind} needs lr_scheduler_kwargs with either min_lr "
                          "(a rate) or min_lr_rate (a share of learning_rate)")
-    if kwargs.get("decay_type", "cosine") not in ("cosine", "linear", "1-sqrt"):
-        raise ValueError(f"lr_scheduler_kwargs: decay_type {kwargs['decay_type']!r} is none of "
-                         "cosine, linear, 1-sqrt")
 
 
 def set_lr(optimizer, factor: float) -> float:

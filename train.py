@@ -13,6 +13,7 @@ Next: data.py (what a batch is), model.py, lora.py, losses.py, optim.py.
 Papers: LoRA arXiv:2106.09685, AdamW arXiv:1711.05101.
 """
 import os
+from functools import partial
 
 from errors import run_script
 from runtime.load_config import load_config
@@ -28,13 +29,12 @@ import torch
 from evals.loss import evaluate
 from losses import MetricSums
 from optim import lr_schedule, set_lr
-from parallel import end_ranks, start_ranks
+from parallel import start_ranks
 from runtime.build import (STAGES, build_gradients, build_model, build_objective,
                            build_optimizer)
 from runtime.precision import Precision, check_first_batch
 from runtime.run import Run
 from runtime.setup import choose_setup, find_base, load_data
-from runtime.show_data import print_example
 from runtime.steps import StepPlan
 from text.load_text import load_text
 
@@ -52,16 +52,14 @@ def main(argv):
     run.print_start(base, text)
     stage = STAGES[config.stage]                    # how rows are encoded, batched and scored
     train_set, eval_set = load_data(config, base, text, stage, ranks)
-    print_example(text.tokenizer, train_set[0], config.stage)
 
     # ---- plan: steps, dtype, kernels and memory, before any weight is loaded
     plan = StepPlan(config, train_set, stage, ranks, device)
-    lr_factor = lr_schedule(config, plan.total_steps)
+    lr_factor = lr_schedule(config, plan.total_steps, run.eval_losses)
     setup = choose_setup(config, base, plan, device, ranks, run)
     print(setup.report(), flush=True)
     if config.dry_run:
-        end_ranks()
-        return print("\ndry_run: nothing was loaded, nothing written")
+        return run.end_dry_run()
 
     with setup.explain_out_of_memory():
         # ---- model: a frozen base and trained adapters; objective and optimizer
@@ -72,6 +70,9 @@ def main(argv):
         precision = Precision(setup.dtype, device, model, adapters_only=setup.lora is not None)
         run.start(base, plan, setup, model, objective, gradients, optimizer, precision)
         check_first_batch(model, objective, plan.peek(run.state.step), precision)
+
+        score = partial(evaluate, model, eval_set, objective, config, precision, ranks)
+        run.eval_on_start(score)
 
         # ---- the loop
         for step in plan.steps(after=run.state.step):
@@ -88,7 +89,7 @@ def main(argv):
                 optimizer.step()
             run.log_step(step, loss, grad_norm, lr, metrics)
             if run.eval_due(step, eval_set):
-                run.log_eval(step, evaluate(model, eval_set, objective, config, precision, ranks))
+                run.log_eval(step, score())
             if run.save_due(step) or stop:
                 run.save_checkpoint(step, resumable=bool(stop))
             if stop:
@@ -96,8 +97,7 @@ def main(argv):
 
         # ---- the end: the best or the last weights, results
         run.end_loop()
-        if eval_set and config.do_eval:
-            run.final_eval = evaluate(model, eval_set, objective, config, precision, ranks)
+        run.final_eval = score() if eval_set and config.do_eval else None
         run.finish(argv)
 
 

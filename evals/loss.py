@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import IGNORE, collate
+from evals.accuracy import final_hidden, row_accuracy
 from losses import Objective, balance_loss, cross_entropy_sum, metric_means
 from parallel import Ranks
 from runtime.build import STAGES
@@ -91,15 +92,17 @@ def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks
 
 
 def score_batch(model, examples: list, *, objective: Objective, stage: str,
-                precision: Precision) -> BatchLoss:
+                precision: Precision, compute_accuracy: bool = False) -> BatchLoss:
     """Loss of a batch by the objective of a stage, as in training."""
     batch = STAGES[stage].collate([examples]).to(precision.device)
     items = batch.num_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
     if items == 0 and not hasattr(model, "reshard"):
         return BatchLoss()
-    with precision.autocast():
+    with precision.autocast(), final_hidden(model) as hidden:
         batch, = objective.with_reference(model, [batch])
         loss, routing, metrics = objective.loss_sum(model, batch)
+        if compute_accuracy:
+            metrics["accuracy"] = row_accuracy(hidden[-1], model, batch, objective.matmul)
     return BatchLoss(sums=[float(loss)], items=items, routing=float(routing), metrics=metrics)
 
 
@@ -132,17 +135,28 @@ def evaluate(model, examples, objective: Objective, config, precision: Precision
              ranks: Ranks = Ranks()) -> dict:
     """Metrics of an evaluation in training, over all ranks.
 
-    eval_loss is LLaMA-Factory's: the mean over batches of each batch's mean. Stages sft and pt add
-    the mean over all tokens and its perplexity, the other stages the metrics of their objective.
+    examples: of one dataset, or {name: examples} with eval_on_each_dataset, whose metrics are
+    eval_NAME_loss and so on. eval_loss is LLaMA-Factory's: the mean over batches of each batch's
+    mean. Stages sft and pt add the mean over all tokens and its perplexity, the other stages the
+    metrics of their objective.
     """
+    if isinstance(examples, dict):
+        metrics = {}
+        for name, rows in examples.items():
+            for key, value in evaluate(model, rows, objective, config, precision, ranks).items():
+                metrics[f"eval_{name}_{key.removeprefix('eval_')}"] = value
+        return metrics
     start_time = time.monotonic()
-    score = partial(score_batch, objective=objective, stage=config.stage, precision=precision)
+    score = partial(score_batch, objective=objective, stage=config.stage, precision=precision,
+                    compute_accuracy=config.compute_accuracy)
     sums = sum_losses(model, examples, score, config.per_device_eval_batch_size, ranks,
                       bool(config.disable_tqdm) or None)
     metrics = reduce_metrics(sums, len(examples), start_time, ranks)
     names = objective.metric_names
     if names:                                           # the loss is per answer, not per token
         del metrics["eval_token_loss"], metrics["eval_perplexity"]
+    if config.compute_accuracy:
+        names = (*names, "accuracy")
     totals = {}
     for name in names:
         pair = sums.metrics.get(name, torch.zeros(2))   # a rank without a batch has none

@@ -1,15 +1,18 @@
-"""Other losses of stage sft: DFT, EAFT and ASFT, which weigh the tokens of an answer.
+"""Other losses of stage sft: DFT, EAFT and ASFT, which weigh the tokens of an answer, and label
+smoothing.
 
     DFT     p(y) * -log p(y), with the factor p(y) held constant: tokens the model finds unlikely
             count little
     EAFT    (entropy of the 20 most likely tokens / 3)**eaft_alpha * -log p(y), the factor held
             constant: tokens the model is sure of count little
     ASFT    DFT + asft_alpha * KL(reference || model), the reference being the model before training
+    smooth  (1 - f) * -log p(y) + f * the mean over the vocabulary of -log p, f being
+            label_smoothing_factor
 
 Requires: losses.py.
 Next: runtime/build.py.
-Papers: DFT arXiv:2508.05629 (eq. 9), EAFT arXiv:2601.02151, ASFT arXiv:2509.23753. Constants and
-means are those of LLaMA-Factory 0.9.5.
+Papers: DFT arXiv:2508.05629 (eq. 9), EAFT arXiv:2601.02151, ASFT arXiv:2509.23753, label smoothing
+arXiv:1512.00567 (sec. 7). Constants and means are those of LLaMA-Factory 0.9.5.
 """
 import torch
 import torch.nn.functional as F
@@ -94,9 +97,54 @@ class ASFTObjective(DFTObjective):
         loss = loss + self.config.asft_alpha * kl
         if self.config.paper_losses:
             return loss, routing_loss, metrics
-        labels = max(int((batch.targets != IGNORE).sum()), 1)
-        ranks = self.ranks.world if model.training else 1       # their gradients are summed
-        return 0.0, loss / (labels * ranks) + routing_loss, metrics
+        return 0.0, micro_batch_mean(loss, model, batch, self.ranks) + routing_loss, metrics
+
+
+def micro_batch_mean(loss, model, batch, ranks: Ranks):
+    """A loss divided by the labels of its micro-batch, whose gradients are averaged over ranks."""
+    labels = max(int((batch.targets != IGNORE).sum()), 1)
+    return loss / (labels * (ranks.world if model.training else 1))
+
+
+class SmoothedObjective(SFTObjective):
+    """label_smoothing_factor: the labels' distribution is 1 - factor at y, plus factor / V at each.
+
+    Means are taken as in ASFTObjective. The plain cross-entropy is logged beside the loss.
+    """
+
+    metric_names = ("cross_entropy",)
+
+    def __init__(self, config, ranks: Ranks = Ranks(), balance: float = 0.0, matmul=F.linear):
+        super().__init__(balance, matmul)
+        self.config = config
+        self.ranks = ranks
+
+    def loss_sum(self, model, batch):
+        hidden, routing_loss = self.hidden_states(model, batch)                         # (N, D)
+        weight, softcap = model.head_weight(), model.config.final_softcap
+        rows, y = supervised(batch.targets, hidden.device)
+        nll = uniform = hidden.new_zeros((), dtype=torch.float32)
+        for chunk in chunks(len(rows), len(weight)):
+            sums = checkpoint(smoothed_chunk, hidden[rows[chunk]], weight, y[chunk], softcap,
+                              use_reentrant=False)
+            nll, uniform = nll + sums[0], uniform + sums[1]
+        factor = self.config.label_smoothing_factor
+        loss = (1 - factor) * nll + factor * uniform
+        metrics = {"cross_entropy": torch.stack((nll.detach(), nll.new_tensor(len(rows))))}
+        if self.config.paper_losses:
+            return loss, routing_loss, metrics
+        return 0.0, micro_batch_mean(loss, model, batch, self.ranks) + routing_loss, metrics
+
+
+def smoothed_chunk(h, weight, y, softcap):
+    """(2,): the sums over some positions of -log p(y), and of the mean of -log p over all tokens.
+
+    h: (c, D), weight: (V, D), y: (c,). The logits are computed again in the backward pass.
+    """
+    logits = capped(F.linear(h, weight.to(h.dtype)).float(), softcap)                   # (c, V)
+    total = logits.logsumexp(-1)
+    at_y = logits.gather(1, y[:, None])[:, 0]
+    return torch.stack(((total - at_y).sum(), (total - logits.mean(-1)).sum()))
 
 
 def kl_sum(hidden, weight, ref_hidden, ref_weight, targets, softcap=None):

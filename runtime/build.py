@@ -50,6 +50,8 @@ def sft_objective(config, base, setup, ranks, resume) -> Objective:
     if config.use_asft_loss:
         reference = build_reference(config, base, setup, ranks)
         return sft_losses.ASFTObjective(config, reference, ranks, setup.balance, matmul)
+    if config.label_smoothing_factor:
+        return sft_losses.SmoothedObjective(config, ranks, setup.balance, matmul)
     return SFTObjective(setup.balance, matmul)
 
 

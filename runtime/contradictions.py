@@ -56,9 +56,9 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
         "replies count; leave them out")
 
-    losses = [name for name in ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
-              if getattr(c, name)]
-    yield len(losses) > 1, f"{' and '.join(losses)} are both true; keep one"
+    losses = [name for name in ("use_dft_loss", "use_eaft_loss", "use_asft_loss",
+                                "label_smoothing_factor") if getattr(c, name)]
+    yield len(losses) > 1, f"{' and '.join(losses)} are both set; keep one"
 
     yield c.dpo_label_smoothing and c.stage == "dpo" and c.pref_loss != "sigmoid", (
         "dpo_label_smoothing is for pref_loss: sigmoid; leave it out")
@@ -127,16 +127,34 @@ def in_base(c: Config) -> Iterator[tuple]:
 def in_checkpoints(c: Config) -> Iterator[tuple]:
     best = c.load_best_model_at_end
 
-    yield best and (c.eval_strategy == "no" or c.eval_strategy != c.save_strategy), (
+    same = c.eval_strategy == c.save_strategy or c.save_strategy == "best"
+    yield best and (c.eval_strategy == "no" or not same), (
         "load_best_model_at_end needs eval_strategy and save_strategy to be the same, steps or "
-        "epoch")
+        "epoch (or save_strategy: best)")
 
-    yield best and c.eval_strategy == "steps" and not _is_multiple(c.save_steps, c.eval_steps), (
+    yield best and c.save_strategy == "steps" and not _is_multiple(c.save_steps, c.eval_steps), (
         "load_best_model_at_end needs save_steps to be a multiple of eval_steps, so that each "
         "checkpoint has a loss")
 
     yield c.early_stopping_steps and c.eval_strategy == "no", (
         "early_stopping_steps needs eval_strategy")
+
+    yield c.save_strategy == "best" and c.eval_strategy == "no", (
+        "save_strategy: best needs eval_strategy")
+
+    plateau = c.lr_scheduler_type == "reduce_lr_on_plateau"
+    yield plateau and c.eval_strategy == "no", (
+        "lr_scheduler_type: reduce_lr_on_plateau lowers the learning rate when eval_loss stops "
+        "falling: it needs eval_strategy")
+
+    one_loss = best or c.early_stopping_steps or plateau or c.save_strategy == "best"
+    yield c.eval_on_each_dataset and one_loss, (
+        "eval_on_each_dataset has a loss for each dataset, and load_best_model_at_end, "
+        "early_stopping_steps, save_strategy: best and reduce_lr_on_plateau need one; leave it "
+        "out")
+
+    yield c.eval_on_each_dataset and not c.eval_dataset, (
+        "eval_on_each_dataset needs eval_dataset, the names to evaluate on")
 
 
 def in_method(c: Config) -> Iterator[tuple]:

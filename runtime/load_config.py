@@ -168,7 +168,7 @@ def _derive(config: Config):
         config.neat_packing = True
     if config.packing is None:
         config.packing = config.neat_packing or config.stage == "pt"
-    if config.eval_strategy != "no":
+    if config.eval_strategy != "no" or config.eval_on_start:
         config.do_eval = True
     if config.eval_strategy == "steps" and config.eval_steps is None:
         config.eval_steps = config.logging_steps

@@ -221,11 +221,11 @@ class RunLog:
     def eval(self, step: int, epoch: float, metrics: dict):
         """Log an evaluation; `metrics` holds eval_loss and others named eval_*."""
         self.remember({"epoch": epoch, **metrics, "step": step})
-        losses = ("eval_loss", "eval_token_loss", "eval_perplexity")
+        figures = ("loss", "token_loss", "perplexity", *SHORT_NAMES)
         shown = [f"{name} {value:.4f}" for name, value in metrics.items()
-                 if name in losses or name.removeprefix("eval_") in SHORT_NAMES]
+                 if name.endswith(tuple(f"_{figure}" for figure in figures))]
         tqdm.write(f"{step:>7} {epoch:>7.2f}  " + ", ".join(shown))
-        self.write(step, epoch, eval_loss=metrics["eval_loss"])
+        self.write(step, epoch, **{name: metrics[name] for name in eval_losses_in(metrics)})
 
     def remember(self, row: dict):
         """Add a row to log_history and send it to the dashboards."""
@@ -335,18 +335,32 @@ def draw_curve(axes, history: list, key: str, color: str, label: str = ""):
     axes.set(xlabel="step", ylabel=key)
 
 
+def eval_losses_in(row: dict) -> list[str]:
+    """The keys of a row's evaluation losses: eval_loss, or eval_NAME_loss of each dataset."""
+    return [name for name in row if name.startswith("eval_") and name.endswith("_loss")
+            and not name.endswith("_token_loss")]
+
+
+def plotted_keys(history: list) -> list[str]:
+    """The keys that get a picture: PLOTTED, and the losses of each evaluation dataset."""
+    keys = dict.fromkeys(PLOTTED)
+    for row in history:
+        keys |= dict.fromkeys(eval_losses_in(row))
+    return list(keys)
+
+
 def is_logged(history: list, key: str) -> bool:
     """Whether any row of a log_history has this key."""
     return any(key in row for row in history)
 
 
-def plot_losses(folder: Path | str, history: list, keys: tuple[str, ...] = PLOTTED) -> list[Path]:
+def plot_losses(folder: Path | str, history: list) -> list[Path]:
     """Write training_loss.png and, for every other key that was logged, training_KEY.png.
 
     Returns the files written. Without matplotlib it prints a hint and writes none.
     """
     written = []
-    for key in [key for key in keys if is_logged(history, key)]:
+    for key in [key for key in plotted_keys(history) if is_logged(history, key)]:
         figure, panels = drawing(1, f"python -m runtime.report {folder}")
         if figure is None:
             return []

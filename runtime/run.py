@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -77,6 +78,7 @@ class RunState:
     window_metrics: dict = field(default_factory=dict)
     lowest_eval_loss: float | None = None
     evals_without_gain: int = 0     # evaluations since the lowest eval_loss
+    eval_losses: list = field(default_factory=list)     # of all evaluations after a step
     best: list | None = None        # [step, eval_loss] of a checkpoint
     loss_scale: list | None = None  # of float16
 
@@ -132,6 +134,8 @@ class Run:
         self.skipped_in_a_row = 0
         self.stop_reason = ""
         self.final_eval = None                          # metrics of the final weights
+        self.eval_losses = []                           # what reduce_lr_on_plateau looks at
+        self.lowest_at = 0                              # step of the lowest eval_loss so far
 
     def recorded(self, name: str, default):
         """How this run has computed since its first start, or `default` if it starts now.
@@ -213,6 +217,8 @@ class Run:
             **{name: getattr(self.state, name) for name in DECIDED}}
         history = self.restore() if self.resume else []
         self.first_step = self.state.step
+        self.eval_losses[:] = self.state.eval_losses
+        self.state.eval_losses = self.eval_losses
         plan.count_flops = self.flops_counter()
         check_same_start(self.ranks, [p for p in self.weights.values() if not is_sharded(p)],
                          self.state.rows)
@@ -287,6 +293,10 @@ class Run:
             reference = frozen
         return partial(flops_of_batch, self.base.model_config, frozen, trained, reference)
 
+    def end_dry_run(self):
+        end_ranks()
+        print("\ndry_run: nothing was loaded, nothing written")
+
     # ---- a step
 
     def early_stop_due(self) -> bool:
@@ -352,8 +362,7 @@ class Run:
             state.skipped += 1
         speed = self.pace.tokens_per_second
         self.log.advance(loss, lr, speed)
-        every = in_steps(self.config.logging_steps, self.plan.total_steps)
-        if number % every == 0 or (number == 1 and self.config.logging_first_step):
+        if self.log_due(number):
             total, steps = state.window
             mean = total / steps if steps else math.nan
             self.log.train(number, step.epoch, mean, lr, grad_norm, speed, state.tokens_seen,
@@ -362,20 +371,37 @@ class Run:
             state.window_metrics = {}
             self.pace.new_window()
 
+    def log_due(self, number: int) -> bool:
+        """Whether a line is logged after this step."""
+        if number == 1 and self.config.logging_first_step:
+            return True
+        if self.config.logging_strategy == "steps":
+            return number % in_steps(self.config.logging_steps, self.plan.total_steps) == 0
+        return self.config.logging_strategy == "epoch" and self.plan.ends_epoch(number)
+
     # ---- evaluation and checkpoints
 
     def eval_due(self, step: Step, eval_set) -> bool:
         """Whether the model is evaluated after this step."""
         if not eval_set:
             return False
+        delay = self.config.eval_delay
         if self.config.eval_strategy == "steps":
             every = in_steps(self.config.eval_steps, self.plan.total_steps)
-            return step.number % every == 0
-        return self.config.eval_strategy == "epoch" and self.plan.ends_epoch(step.number)
+            return step.number % every == 0 and step.number >= delay
+        at_end = self.plan.ends_epoch(step.number) and step.epoch >= delay
+        return self.config.eval_strategy == "epoch" and at_end
+
+    def eval_on_start(self, score: Callable):
+        """Log the metrics of score() before the first step, where the config asks for it."""
+        if self.config.eval_on_start and self.state.step == 0:
+            self.log.eval(0, 0.0, score())
 
     def save_due(self, step: Step) -> bool:
         """Whether a checkpoint is saved after this step."""
         number = step.number
+        if self.config.save_strategy == "best":
+            return self.lowest_at == number
         if self.config.save_strategy == "steps":
             every = in_steps(self.config.save_steps, self.plan.total_steps)
             return number % every == 0 or number == self.plan.total_steps
@@ -385,10 +411,14 @@ class Run:
         """Log an evaluation, and note whether it is the lowest eval_loss so far."""
         state = self.state
         self.log.eval(step.number, step.epoch, metrics)
+        if self.config.eval_on_each_dataset:        # no loss of them all decides anything
+            return
         eval_loss = metrics["eval_loss"]
+        state.eval_losses.append(eval_loss)
         if state.lowest_eval_loss is None or eval_loss < state.lowest_eval_loss:
             state.lowest_eval_loss = eval_loss
             state.evals_without_gain = 0
+            self.lowest_at = step.number
         else:
             state.evals_without_gain += 1
         if self.save_due(step) and (state.best is None or eval_loss < state.best[1]):

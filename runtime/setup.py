@@ -39,7 +39,7 @@ from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
-from runtime.show_data import print_counts
+from runtime.show_data import print_counts, print_example
 from runtime.steps import StepPlan
 from text.token_cache import kept_in, load_examples
 
@@ -145,20 +145,23 @@ def lora_config(config, base: Base, resume) -> LoRAConfig | None:
 def load_data(config, base: Base, text, stage, ranks: Ranks) -> tuple:
     """(training examples, evaluation examples) as token ids; prints what became of the rows.
 
-    text: of text/load_text.py. The first rank of a host tokenizes, the others read what it wrote.
+    With eval_on_each_dataset the second is {name: examples}. text: of text/load_text.py. The first
+    rank of a host tokenizes, the others read what it wrote.
     """
     with ranks.one_per_host_first():
         train_set, eval_set, counts = load_examples(
             config, text.tokenizer, text.template, stage.encode, folder=kept_in(config),
             writes=ranks.local_rank == 0)
     print_counts(counts)
+    eval_sets = list(eval_set.values()) if isinstance(eval_set, dict) else [eval_set]
     if eval_set and not config.do_eval:
-        print(f"  note: the {len(eval_set)} rows for evaluation are not used; eval_strategy: epoch "
-              "would use them")
-    check_examples([train_set, eval_set], base.model_config, text.tokenizer)
+        print(f"  note: the {sum(map(len, eval_sets))} rows for evaluation are not used; "
+              "eval_strategy: epoch would use them")
+    check_examples([train_set, *eval_sets], base.model_config, text.tokenizer)
     if config.stage == "dpo" and config.pref_loss in AS_SIGMOID and not config.paper_losses:
         print(f"  note: pref_loss: {config.pref_loss} is computed as LLaMA-Factory 0.9.5 does, "
               "with the loss of sigmoid; paper_losses: true takes that of its paper")
+    print_example(text.tokenizer, train_set[0], config.stage)
     return train_set, eval_set
 
 
@@ -317,15 +320,17 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
 
     A step is the same sum however it is split (losses.py), but few tokens do not keep a GPU busy.
     0: each micro-batch alone, also where something is computed over a whole micro-batch: the
-    balance of experts, ASFT's mean, or frequencies that follow the longest row. memory: the plan of
-    the largest micro-batch. Passes without recomputation come first, then long ones.
+    balance of experts, the mean of ASFT or of a smoothed loss, or frequencies that follow the
+    longest row. memory: the plan of the largest micro-batch. Passes without recomputation come
+    first, then long ones.
     """
     rows = memory.workload.rows
     alone = sum(map(sum, rows))
     size = config.gradient_accumulation_steps
     candidates = [(0, lightest(memory, free_bytes, config))]
     rope_type = memory.workload.model_config.rope["rope_type"]
-    needs_whole = balance or config.use_asft_loss and not config.paper_losses
+    own_mean = config.use_asft_loss or config.label_smoothing_factor
+    needs_whole = balance or own_mean and not config.paper_losses
     mergeable = config.join_micro_batches and size > 1 and not needs_whole
     if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)

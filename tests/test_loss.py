@@ -17,7 +17,7 @@ from runtime.precision import Precision
 from text.token_cache import Example
 
 CONFIG = SimpleNamespace(stage="sft", per_device_eval_batch_size=2, disable_tqdm=True,
-                         moe_aux_loss_coef=0.0)
+                         moe_aux_loss_coef=0.0, compute_accuracy=False)
 OBJECTIVE = SFTObjective()
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 import losses
 from data import IGNORE
-from methods.sft_losses import ASFTObjective, DFTObjective, EAFTObjective, kl_sum
+from methods.sft_losses import (ASFTObjective, DFTObjective, EAFTObjective, SmoothedObjective,
+                                kl_sum)
 
 N, D, V = 9, 8, 40
 
@@ -107,6 +108,18 @@ def test_asft_adds_the_divergence(decoder, paper):
     else:                                           # the mean of this micro-batch
         assert loss == 0.0
         assert_same(decoder, undivided, expected / len(ROWS))
+
+
+@pytest.mark.parametrize("paper", [True, False])
+def test_a_smoothed_loss_is_that_of_torch(decoder, paper):
+    config = SimpleNamespace(label_smoothing_factor=0.2, paper_losses=paper)
+    sums = SmoothedObjective(config).loss_sum(decoder, batch_of(TARGETS))
+    expected = F.cross_entropy(decoder.logits(ROWS), Y, label_smoothing=0.2, reduction="sum")
+    assert sums[paper] == 0.0
+    assert_same(decoder, sums[not paper], expected if paper else expected / len(ROWS))
+    total, count = sums[2]["cross_entropy"].tolist()
+    nll = F.cross_entropy(decoder.logits(ROWS), Y, reduction="sum")
+    assert count == len(ROWS) and total == pytest.approx(nll.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [

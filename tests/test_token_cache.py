@@ -1,4 +1,5 @@
 """text/token_cache.py: examples read from the cache equal those that were written."""
+import json
 import os
 import re
 import signal
@@ -228,3 +229,18 @@ def test_examples_beyond_two_gigabytes(tmp_path):
     np.savez(tmp_path / "train.npz", sizes=sizes, learnable=np.ones(3, np.int8))
     last = Examples(tmp_path, "train", {"largest_id": 3, "crc": 0}, apart=False)[-1]
     assert (last.input_ids.tolist(), last.labels.tolist()) == ([1, 2, 3], [-100, 2, 3])
+
+
+def test_each_evaluation_dataset_is_a_split(tmp_path, words):
+    for name, rows in (("a", ROWS[:5]), ("b", ROWS[5:8]), ("c", ROWS[8:12])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    write_dataset(tmp_path, ROWS, {})
+    settings = {"dataset": ["a.json"], "eval_dataset": ["b.json", "c.json", "b.json"]}
+    made, read = (load(tmp_path, words, eval_on_each_dataset=True, **settings) for _ in range(2))
+    assert "read from" in read[2].origin
+    for train, evals, report in (made, read):
+        assert len(train) == 5
+        assert {name: len(rows) for name, rows in evals.items()} == {"b.json": 3, "c.json": 4}
+        assert report.examples == {"train": 5, "eval": 7}
+    together = load(tmp_path, words, kept="other", **settings)[1]
+    assert [row for rows in read[1].values() for row in contents(rows)] == contents(together)

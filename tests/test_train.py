@@ -76,6 +76,17 @@ def dora_init(folder):
     return folder, fields
 
 
+def write_odd_rows(folder):
+    """sft_llama3's data, and the dataset odd with every second row of it."""
+    shutil.copytree(CURVES / "sft_llama3/data", folder)
+    info = json.loads((folder / "dataset_info.json").read_text())
+    info["odd"] = info["train"] | {"file_name": "odd.json"}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    rows = json.loads((folder / "rows.json").read_text())
+    (folder / "odd.json").write_text(json.dumps(rows[1::2]))
+    return folder
+
+
 def mark(tensor):
     """A number that identifies a tensor."""
     flat = tensor.double().flatten()
@@ -97,8 +108,15 @@ def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
             json.dumps(fields | {"use_rslora": case == "dora_plus"})
         )
         more = [f"adapter_name_or_path={folder}"]
+    if "eval_dataset=train,odd" in recorded["settings"]:
+        more = [f"dataset_dir={write_odd_rows(tmp_path / 'data')}"]
     ours = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, *recorded["settings"], *more)
     rows = [row for row in ours["log_history"] if "loss" in row]
+    for name, values in recorded.get("evals", {}).items():
+        found = [row[name] for row in ours["log_history"] if name in row]
+        assert found == pytest.approx(values, abs=1e-4), name
+    if "lr" in recorded:
+        assert [row["learning_rate"] for row in rows] == pytest.approx(recorded["lr"], abs=1e-9)
     assert [row["loss"] for row in rows] == pytest.approx(
         recorded["loss"], abs=recorded.get("within", 1e-5)
     )
@@ -174,7 +192,12 @@ def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
         "bf16=true", "create_new_adapter=true", "lora_rank=4", "pissa_init=true", "pissa_iter=2",
         "pissa_convert=true",
     ]),
-    ("sft_shuffled", ["use_dora=true", "create_new_adapter=true", "lora_dropout=0.2"])
+    ("sft_shuffled", ["use_dora=true", "create_new_adapter=true", "lora_dropout=0.2"]),
+    ("sft_eval", [
+        "lr_scheduler_type=reduce_lr_on_plateau", "lr_scheduler_kwargs.patience=0",
+        "lr_scheduler_kwargs.threshold=0.02", "eval_strategy=steps", "eval_steps=1",
+        "eval_on_start=true", "load_best_model_at_end=false",
+    ]),
 ])
 def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
@@ -195,6 +218,23 @@ def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeyp
     assert same_tensors(tmp_path / "a" / file, tmp_path / "b" / file, 0)
     assert [r["current_steps"] for r in read_jsonl(tmp_path / "b/trainer_log.jsonl")] == \
         [r["current_steps"] for r in read_jsonl(tmp_path / "a/trainer_log.jsonl")]
+
+
+@needs_shared
+def test_save_strategy_best_saves_after_each_lowest_loss(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    state = run_recorded("sft_eval", out, monkeypatch, "save_strategy=best", "eval_strategy=steps",
+                         "eval_steps=1", "learning_rate=0.05", "load_best_model_at_end=true")
+    lowest, best = math.inf, []
+    rows = [row for row in state["log_history"] if "eval_loss" in row]
+    for row in rows:
+        if row["eval_loss"] < lowest:
+            lowest = row["eval_loss"]
+            best.append(row["step"])
+    assert 1 < len(best) < len(rows)
+    assert {p.name for p in out.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in best}
+    results = json.loads((out / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(lowest, abs=1e-6)
 
 
 @needs_shared

@@ -2,7 +2,8 @@
 
 A cache is a folder:
 
-    train.tokens, eval.tokens   int32: the ids of each example, then its labels
+    train.tokens, eval.tokens   int32: the ids of each example, then its labels (with
+                                eval_on_each_dataset eval_0.tokens, eval_1.tokens, …)
     train.npz, eval.npz         for each example its size in tokens and whether it has a label; for
                                 packed ones also parts (number of rows) and rows (tokens of each
                                 row); for judged answers (stage kto) also desired
@@ -63,6 +64,7 @@ DATA_KEYS = (
     "split_special_tokens",
     "max_samples",
     "val_size",
+    "eval_on_each_dataset",
     "seed",
     "preprocessing_batch_size",
 )
@@ -385,8 +387,10 @@ def report_from_json(about: dict) -> DataReport:
 
 def load_examples(config, tokenizer, template, encode: Callable, keep_unlearnable: bool = False,
                   folder: Path | None = None,
-                  writes: bool = True) -> tuple[Examples, Examples, DataReport]:
+                  writes: bool = True) -> tuple[Examples, Examples | dict, DataReport]:
     """The examples of `dataset` and of `eval_dataset` or `val_size`: (train, eval, report).
+
+    With eval_on_each_dataset the second is {name: examples}, in the order of eval_dataset.
 
     tokenizer: after fit_tokenizer(template, tokenizer). encode: makes examples of conversations, as
     data.encode_conversations does for stage sft. keep_unlearnable: include the examples in which no
@@ -442,39 +446,66 @@ def read_cache(folder: Path, config, about: dict,
 
 def fill_cache(work: Path, sources: list, config, tokenizer, template, encode: Callable,
                report: DataReport) -> tuple[dict, int]:
-    """Write the examples of both splits into a folder.
+    """Write the examples of all splits into a folder.
 
     -> (what open_splits needs of each split, the most processes that worked at once).
     """
     # one generator for all datasets, as LLaMA-Factory's global one
     sampler = np.random.RandomState(config.seed)
-    rows = {"train": open_rows(sources[0], config, sampler, report.notes), "eval": []}
-    if sources[1]:
+    rows = {"train": open_rows(sources[0], config, sampler, report.notes)}
+    rows |= {split: [] for split in eval_splits(config)}
+    if is_each_apart(config):
+        for split, source in zip(eval_splits(config), sources[1]):
+            rows[split] = open_rows([source], config, sampler, report.notes)
+    elif sources[1]:
         rows["eval"] = open_rows(sources[1], config, sampler, report.notes)
     elif config.val_size:
         rows["train"], rows["eval"] = split_rows(rows["train"], config.val_size, config.seed)
 
     about = {}
     most_processes = 1
-    for split in SPLITS:
+    for split in rows:
         writer = SplitWriter(work, split)
+        shown = split.partition("_")[0]
         has_targets, processes = encode_rows(rows[split], config, tokenizer, template, encode,
-                                             report, split, writer)
+                                             report, shown, writer)
         about[split] = {**writer.close(), "teaches": has_targets, "rows": len(rows[split])}
-        report.examples[split] = sum(writer.learnable)
+        report.examples[shown] = report.examples.get(shown, 0) + sum(writer.learnable)
         most_processes = max(most_processes, processes)
     return about, most_processes
 
 
-def open_splits(folder: Path, config, about: dict, keep_unlearnable: bool) -> list[Examples]:
-    """The examples of both splits in a folder."""
+def is_each_apart(config) -> bool:
+    """Whether each dataset of eval_dataset is a split by itself."""
+    return bool(config.eval_on_each_dataset and config.eval_dataset)
+
+
+def eval_splits(config) -> list[str]:
+    """The splits for evaluation: one, or with eval_on_each_dataset one for each dataset."""
+    if is_each_apart(config):
+        return [f"eval_{number}" for number in range(len(eval_names(config)))]
+    return ["eval"]
+
+
+def eval_names(config) -> list[str]:
+    """The datasets of eval_dataset; one that is named twice is read once."""
+    return list(dict.fromkeys(config.eval_dataset))
+
+
+def open_splits(folder: Path, config, about: dict,
+                keep_unlearnable: bool) -> tuple[Examples, Examples | dict]:
+    """The examples of all splits in a folder, as load_examples returns them."""
     apart = packing_of(config)[0] == "apart"
-    return [Examples(folder, split, about[split], apart, keep_unlearnable) for split in SPLITS]
+    train, *evals = [Examples(folder, split, about[split], apart, keep_unlearnable)
+                     for split in ("train", *eval_splits(config))]
+    if is_each_apart(config):
+        return train, dict(zip(eval_names(config), evals))
+    return train, evals[0]
 
 
 def check_has_targets(config, report: DataReport, about: dict, keep_unlearnable: bool):
     """Raise ValueError for a split in which no token carries loss, unless keep_unlearnable."""
-    for split in SPLITS:
+    for split in ("train", *eval_splits(config)):
         if about[split]["rows"] and not about[split]["teaches"] and not keep_unlearnable:
             raise ValueError(nothing_to_learn(config, report, split, about[split]["rows"]))
 
