@@ -116,7 +116,8 @@ def test_only_what_is_needed_is_fetched_and_the_cache_works_offline(tmp_path):
 def test_a_script_is_not_run(tmp_path):
     """The hub's own parquet files are read in its place."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    pa.parquet.write_table(pa.Table.from_pylist([ALPACA]), tmp_path / "x.parquet")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pa.Table.from_pylist([ALPACA]), tmp_path / "x.parquet")
     table = (tmp_path / "x.parquet").read_bytes()
     write_info(tmp_path, d={"hf_hub_url": "me/it", "subset": "en"})
     script = {"it.py": b"raise SystemExit('was run')", "train.jsonl": PART[0]}

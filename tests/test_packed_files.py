@@ -29,10 +29,10 @@ def compress(path, text):
 def write_table(path, rows, group_size=2):
     """Write rows as .parquet in row groups, or as .arrow: a stream, as `datasets` keeps it."""
     pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    import pyarrow.parquet
+    parquet = pytest.importorskip("pyarrow.parquet")
     table = pa.Table.from_pylist(rows)
     if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(table, path, row_group_size=group_size)
+        parquet.write_table(table, path, row_group_size=group_size)
         return
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table, group_size)
