@@ -456,6 +456,34 @@ DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
     router_jitter_noise
 """.split())
+# {method of quantization_config: its fields}: those that checkpoint/ acts on, and those that say
+# how the checkpoint was made or which kernels another program should use
+QUANTIZATIONS = {
+    "bitsandbytes": frozenset("""
+        quant_method load_in_4bit load_in_8bit _load_in_4bit _load_in_8bit bnb_4bit_compute_dtype
+        bnb_4bit_quant_storage bnb_4bit_quant_type bnb_4bit_use_double_quant
+        llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight llm_int8_skip_modules
+        llm_int8_threshold
+    """.split()),
+    "gptq": frozenset("""
+        quant_method method bits group_size desc_act sym checkpoint_format format is_marlin_format
+        pack_dtype rotation adapter dynamic lm_head act_group_aware backend batch_size
+        block_name_to_quantize cache_block_outputs damp_auto_increment damp_percent dataset
+        disable_exllama exllama_config max_input_length meta model_file_base_name
+        model_name_or_path model_seqlen module_name_preceding_first_block
+        modules_in_block_to_quantize mse pad_token_id quantizer static_groups tokenizer
+        true_sequential use_cuda_fp16 use_exllama pack_impl offload_to_disk offload_to_disk_path
+        fallback failsafe moe gptaq foem hessian gc_mode device mock_quantization
+    """.split()),
+    "awq": frozenset("""
+        quant_method method bits w_bit group_size q_group_size version format zero_point backend
+        modules_to_not_convert do_fuse exllama_config fuse_max_seq_len modules_to_fuse
+    """.split()),
+    "compressed-tensors": frozenset("""
+        quant_method config_groups format ignore kv_cache_scheme sparsity_config transform_config
+        quantization_status global_compression_ratio version
+    """.split()),
+}
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -634,17 +662,24 @@ def head_dim_of(width: int, heads: int, where: str) -> int:
 
 
 def check_quantization(stored: dict, where: str) -> list[str]:
-    """Notes on config.json's quantization_config. Raises ValueError if it isn't bitsandbytes."""
+    """Notes on config.json's quantization_config. Raises ValueError for an unknown method."""
     older = stored.get("load_in_4bit") or stored.get("load_in_8bit")
-    method = stored.get("quant_method") or ("bitsandbytes" if older else "unknown")
-    if method != "bitsandbytes":
-        raise ValueError(f"{where}: the weights are stored quantized ({method}); only bitsandbytes "
-                         "(4 and 8 bits) is supported. Use the 16-bit checkpoint of the same "
+    method = stored.get("quant_method") or stored.get("method")
+    method = method or ("bitsandbytes" if older else "unknown")
+    if method not in tuple(QUANTIZATIONS):
+        raise ValueError(f"{where}: the weights are stored quantized ({method}); supported are "
+                         f"{', '.join(QUANTIZATIONS)}. Use the 16-bit checkpoint of the same "
                          "model, with quantization_bit: 4 if memory is short")
-    if not stored.get("load_in_8bit"):
-        return []
-    return ["its 8-bit weights are multiplied with unrounded activations; bitsandbytes also rounds "
-            "the activations to 8 bits"]
+    notes = []
+    unknown = [field for field, value in stored.items()
+               if field not in QUANTIZATIONS[method] and value not in (None, False, [], {})]
+    if unknown:
+        notes.append(f"quantization_config: {', '.join(map(repr, unknown))} is not known here and "
+                     "not read; the tensors say how each layer is stored")
+    if stored.get("load_in_8bit"):
+        notes.append("its 8-bit weights are multiplied with unrounded activations; bitsandbytes "
+                     "also rounds the activations to 8 bits")
+    return notes
 
 
 def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict:

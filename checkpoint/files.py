@@ -196,13 +196,18 @@ def read_rows(tensors, name, rows: slice):
 def stored_as(file, key) -> tuple[tuple, torch.dtype]:
     """Shape and dtype of a tensor in a file; the tensor itself is not read."""
     with open_tensors(file) as tensors:
-        part = tensors.get_slice(key)
-        if torch.is_tensor(part):
-            shape = tuple(part.shape)
-            code = CODES.get(part.dtype, str(part.dtype))
-        else:
-            shape = tuple(part.get_shape())
-            code = part.get_dtype()
+        return tensor_info(tensors, file, key)
+
+
+def tensor_info(tensors, file, key) -> tuple[tuple, torch.dtype]:
+    """The same for an open file."""
+    part = tensors.get_slice(key)
+    if torch.is_tensor(part):
+        shape = tuple(part.shape)
+        code = CODES.get(part.dtype, str(part.dtype))
+    else:
+        shape = tuple(part.get_shape())
+        code = part.get_dtype()
     if code not in FILE_DTYPES:
         raise ValueError(f"{file}: {key} is stored as {code}; known are {', '.join(FILE_DTYPES)}")
     return shape, FILE_DTYPES[code]

@@ -76,7 +76,7 @@ def weight_files(model: CausalLM, folder, packed: dict = {}) -> dict[str, tuple[
     config = model.config
     expected = {config.stored_name(name): name          # a tied head appears once
                 for name, _ in model.named_parameters()}
-    places = find_tensors(folder, config, expected)
+    places = places_of_weights(folder, config, expected, packed)
     scales = set()
     for weight in packed.values():
         scales.update(weight.parts.values())
@@ -87,6 +87,15 @@ def weight_files(model: CausalLM, folder, packed: dict = {}) -> dict[str, tuple[
         head = config.stored_name("lm_head.weight")
         raise ValueError(mismatch_message(folder, missing, unused, head))
     return {expected[name]: place for name, place in places.items() if name in expected}
+
+
+def places_of_weights(folder, config, expected: Iterable[str],
+                 packed: dict) -> dict[str, tuple[Path, str]]:
+    """find_tensors, with the codes of a quantized weight under the name of that weight."""
+    names = {weight.parts["codes"]: name for name, weight in packed.items()}
+    plain = [name for name in expected if name not in packed]
+    return {names.get(place, name): place
+            for name, place in find_tensors(folder, config, plain).items()}
 
 
 def with_bar(files: dict):
@@ -123,7 +132,7 @@ def is_known_extra(name: str, config, places: dict) -> bool:
     Buffers, parts that read images, and a tied head that equals the embedding. places: those of
     checkpoint.names.find_tensors.
     """
-    if name.startswith(config.skips) or BUFFERS.fullmatch(name):
+    if name.startswith(config.skips) or BUFFERS.fullmatch(name) or is_empty_bias(name, places):
         return True
     head = config.stored_name("lm_head.weight")
     if name != head or not config.tie_word_embeddings:
@@ -134,6 +143,16 @@ def is_known_extra(name: str, config, places: dict) -> bool:
     raise ValueError(
         f"{places[name][0]}: {head} differs from {embedding}, but config.json says they are one "
         "(tie_word_embeddings: true). Set it to false to use both")
+
+
+def is_empty_bias(name: str, places: dict) -> bool:
+    """Whether this is a bias of zeros, which AutoGPTQ stored beside layers that have none."""
+    layer = name.removesuffix(".bias")
+    if layer == name or not any(f"{layer}.{part}" in places for part in ("qzeros", "scales")):
+        return False
+    file, key = places[name]
+    with open_tensors(file) as tensors:
+        return not tensors.get_tensor(key).any()
 
 
 def assign(model: nn.Module, name: str, tensor, requires_grad: bool = False):
@@ -165,19 +184,35 @@ QUANTIZED_NAMES = re.compile(r".+\.(weight\..+|SCB|weight_format)")
 
 
 def packed_weights(folder) -> dict:
-    """{family's name of a weight: checkpoint.packed.Packed} of what is stored quantized.
+    """{family's name of a weight: where it is stored quantized, and how}.
 
-    Raises ValueError with file and key for parts that are missing or unknown.
+    By bitsandbytes a checkpoint.packed.Packed, by GPTQ, AWQ and compressed-tensors a
+    checkpoint.grouped_files.GroupedParts. Raises ValueError with file and key for parts that are
+    missing or unknown.
     """
     try:
         files = tensor_files(folder)
     except FileNotFoundError:                           # a config.json without weights
         return {}
+    if grouped := grouped_weights(folder, files):
+        return grouped
     if not any(map(QUANTIZED_NAMES.fullmatch, files)):
         return {}
     from checkpoint.packed import find_packed           # methods/quant.py may be absent
 
     return find_packed(folder, find_tensors(folder, read_model_config(folder)))
+
+
+def grouped_weights(folder, files: dict) -> dict:
+    """packed_weights of a folder by GPTQ, AWQ or compressed-tensors; {} for others."""
+    named = any(name.endswith((".qweight", ".weight_packed")) for name in files)
+    if not named and not read_config_json(folder).get("quantization_config"):
+        return {}
+    from checkpoint.grouped_files import find_grouped, grouped_settings    # methods/ may be absent
+
+    if not (settings := grouped_settings(folder)):
+        return {}
+    return find_grouped(folder, find_tensors(folder, read_model_config(folder)), settings)
 
 
 def weight_formats(model: CausalLM, packed: dict, requested=None) -> dict:

@@ -14,7 +14,7 @@ A layer with such a matrix has a `QuantizedWeight` as its weight. It is no tenso
 kept. So training beside 4-bit weights (QLoRA) needs the memory of 4 bits, and of one matrix.
 
 Requires: errors.py.
-Next: checkpoint/packed.py (reading such files).
+Next: checkpoint/packed.py (reading such files), methods/grouped.py.
 Papers: QLoRA arXiv:2305.14314 (sec. 3; NF4: appendix E), LLM.int8 arXiv:2208.07339 (sec. 2), the
 8-bit map of scales arXiv:2110.02861 (sec. 2). Layout and rounding: bitsandbytes 0.50.
 """
@@ -91,17 +91,15 @@ class QuantFormat:
         return QuantizedWeight(self, shape, **tensors)
 
 
-class QuantizedWeight(nn.Module):
-    """A frozen matrix (out, in) in 4 or 8 bits; its buffers are the tensors of its format.
+class FrozenWeight(nn.Module):
+    """A frozen matrix (out, in) that is stored as the tensors of its format, its buffers.
 
-    As a layer's `weight` it has a tensor's shape, dtype, device, numel() and nbytes. compiled: see
-    compile_dequantize.
+    As a layer's `weight` it has a tensor's shape, dtype, device, numel() and nbytes.
     """
 
     requires_grad = False
-    compiled = None
 
-    def __init__(self, quant_format: QuantFormat, shape, **tensors):
+    def __init__(self, quant_format, shape, **tensors):
         super().__init__()
         self.quant_format = quant_format
         self.shape = torch.Size(shape)
@@ -109,8 +107,6 @@ class QuantizedWeight(nn.Module):
             tensor = tensors[name]
             assert tensor.shape == size and tensor.dtype == dtype, (name, tensor.shape, size)
             self.register_buffer(name, tensor)
-        if quant_format.kind != "int8":
-            self.register_buffer("pairs", pairs_of(self.quant_map), persistent=False)
 
     dtype = property(lambda self: self.quant_format.dtype)
     device = property(lambda self: self.codes.device)
@@ -130,6 +126,21 @@ class QuantizedWeight(nn.Module):
         for name, buffer in self._buffers.items():      # .to(dtype) does not concern codes, scales
             self._buffers[name] = buffer.to(fn(buffer).device)
         return self
+
+    def as_linear(self, bias=None) -> nn.Linear:
+        """The linear layer with this weight."""
+        return QuantLinear(self, bias)
+
+
+class QuantizedWeight(FrozenWeight):
+    """A frozen matrix (out, in) in bitsandbytes' 4 or 8 bits. compiled: see compile_dequantize."""
+
+    compiled = None
+
+    def __init__(self, quant_format: QuantFormat, shape, **tensors):
+        super().__init__(quant_format, shape, **tensors)
+        if quant_format.kind != "int8":
+            self.register_buffer("pairs", pairs_of(self.quant_map), persistent=False)
 
     def scales(self):
         """The largest number of each block, (blocks,) float32."""
@@ -161,10 +172,6 @@ class QuantizedWeight(nn.Module):
         """Memory that `dequantize` takes: the matrix, and the piece that is unpacked at once."""
         piece = min(self.numel(), piece_size(device, 2))
         return itemsize * self.numel() + 6 * piece
-
-    def as_linear(self, bias=None) -> nn.Linear:
-        """The linear layer with this weight."""
-        return QuantLinear(self, bias)
 
 
 # ---- 4 bits -------------------------------------------------------------------------------------
@@ -388,7 +395,7 @@ class _QuantizedMatmul(torch.autograd.Function):
         return dx, None, d_bias
 
 
-def quantized_matmul(x, weight: QuantizedWeight, bias=None):
+def quantized_matmul(x, weight: FrozenWeight, bias=None):
     """x (..., in) times the matrix (out, in) transposed -> (..., out).
 
     F.linear would keep the matrix for the backward pass; here it is dequantized again.
@@ -397,9 +404,9 @@ def quantized_matmul(x, weight: QuantizedWeight, bias=None):
 
 
 class QuantLinear(nn.Linear):
-    """A frozen linear layer whose weight is a QuantizedWeight."""
+    """A frozen linear layer whose weight is a FrozenWeight."""
 
-    def __init__(self, weight: QuantizedWeight, bias=None):
+    def __init__(self, weight: FrozenWeight, bias=None):
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight

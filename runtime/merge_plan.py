@@ -14,8 +14,8 @@ from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import (OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base,
                                  load_adapter, peft_names, pissa_start, swapped_stacks)
 from checkpoint.files import open_tensors, stored_as
-from checkpoint.load import load_model, packed_weights, quantized_weights
-from checkpoint.names import find_tensors
+from checkpoint.load import (places_of_weights, is_empty_bias, load_model, packed_weights,
+                             quantized_weights)
 from families import ModelConfig
 from lora import lora_layers
 
@@ -39,7 +39,7 @@ class Planned:
     shape: tuple
     dtype: torch.dtype
     changes: list[Change] = field(default_factory=list)
-    packed: object = None               # a checkpoint.packed.Packed, where it is stored quantized
+    packed: object = None               # as in checkpoint.load.packed_weights
     quant_format: object = None         # the QuantFormat that training quantized it to on load
 
 
@@ -90,8 +90,9 @@ def plan_base(base: Path, config: ModelConfig, weights: dict[str, tuple], packed
         scales |= {place for part, place in weight.parts.items() if part != "codes"}
 
     plan = {}
-    for name, (file, key) in find_tensors(base, config, weights).items():
-        if (file, key) in scales:
+    places = places_of_weights(base, config, weights, packed)
+    for name, (file, key) in places.items():
+        if (file, key) in scales or name not in weights and is_empty_bias(name, places):
             continue
         shape, stored_dtype = stored_as(file, key)
         if name in packed:

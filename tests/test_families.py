@@ -695,7 +695,7 @@ def test_both_spellings_of_fields_that_have_two():
      "'spiral' is not supported; supported are .*yarn"),
     ({"vocab_size": None}, "vocab_size.*missing"),
     ({"num_key_value_heads": 3}, "multiple"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+    ({"quantization_config": {"quant_method": "aqlm"}}, "aqlm"),
     ({"model_type": ["llama"]}, r"\['llama'\]"),
     ({"hidden_size": "32"}, 'hidden_size: "32" is not a whole number'),
     ({"num_hidden_layers": 1.5}, "num_hidden_layers: 1.5 is not a whole number"),

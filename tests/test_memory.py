@@ -23,6 +23,7 @@ from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
 from methods.lora_variants import variant_arguments
 from checkpoint.load import count_parameters, quantizable_weights, set_quantized
+from methods.grouped import GroupedFormat, GroupedWeight
 from methods.quant import QuantFormat, quantize
 from model import CausalLM
 from optim import make_optimizer
@@ -462,3 +463,17 @@ def test_the_table_on_the_start_page():
         workload=plan.workload,
     )
     assert "3 GiB" in plan_lines(sizes, None)[1] and "3.001 GiB" in plan_lines(sizes, None)[-1]
+
+
+@pytest.mark.parametrize("size", [(256, 512), (2048, 512)])
+@pytest.mark.parametrize("width, with_columns", [(4, False), (8, False), (4, True)])
+def test_dequantizing_groups_takes_what_is_planned(width, with_columns, size):
+    form = GroupedFormat(kind="", width=width, group_size=128, scale_dtype=torch.float16,
+                         dtype=BF16, with_columns=with_columns)
+    tensors = {name: torch.zeros(shape, dtype=dtype)
+               for name, (shape, dtype) in form.tensors(size).items()}
+    weight = GroupedWeight(form, size, **tensors)
+    with Live(weight.buffers()) as live:
+        weight.dequantize(BF16)
+    planned = weight.dequantize_bytes(torch.device("cpu"), 2)
+    assert 0.85 * planned < live.peak < 1.1 * planned

@@ -217,6 +217,68 @@ def write_quantized(folder, out, form):
     return out
 
 
+def write_grouped(folder, out, method="gptq", bits=4, group_size=32, act=False, **settings):
+    """A copy of a checkpoint with every *_proj quantized as GPTQ or AWQ stores it.
+
+    Packed by the formats' published definitions, with Python's integers and none of our code.
+    act: columns belong to groups in another order. Returns {name: the weight that is stored}.
+    """
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"),
+                    copy_function=shutil.copyfile)
+    draw, stored, dense = torch.Generator().manual_seed(5), {}, {}
+    for name, weight in tensors_in(folder).items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = weight
+            continue
+        size_in, layer = weight.shape[1], name.removesuffix(".weight")
+        size = size_in if group_size == -1 else group_size
+        g_idx = torch.arange(size_in) // size
+        if act:
+            g_idx = g_idx[torch.randperm(size_in, generator=draw)]
+        codes, zeros, scales = in_groups(weight.float(), g_idx, bits)
+        dense[name] = (scales.float()[:, g_idx] * (codes - zeros[:, g_idx])).half()
+        if method == "awq":
+            order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
+            rows = [m.T.reshape(m.shape[1], -1, 8)[..., order].flatten(1) for m in (codes, zeros)]
+            stored[f"{layer}.qweight"], stored[f"{layer}.qzeros"] = (words(r, 4) for r in rows)
+        else:
+            minus = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1
+            stored[f"{layer}.qweight"] = words(codes, bits).T.contiguous()
+            stored[f"{layer}.qzeros"] = words(zeros.T - minus, bits)
+            stored[f"{layer}.g_idx"] = g_idx.int()
+        stored[f"{layer}.scales"] = scales.T.contiguous()
+    save_file(stored, str(out / "model.safetensors"), metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": bits, "desc_act": act,
+                                     "group_size": group_size, **settings}
+    if method == "awq":
+        del config["quantization_config"]["desc_act"]
+    (out / "config.json").write_text(json.dumps(config))
+    return dense
+
+
+def in_groups(weight, g_idx, bits):
+    """(codes, zeros, scales) of a matrix: each group from its least to its largest number."""
+    scales, zeros = [], []
+    for group in range(int(g_idx.max()) + 1):
+        part = weight[:, g_idx == group]
+        low, high = part.amin(1).clamp(max=-1e-3), part.amax(1).clamp(min=1e-3)
+        scales.append(((high - low) / (2**bits - 1)).half())
+        zeros.append((-low / scales[-1].float()).round().clamp(1, 2**bits - 1))
+    scales, zeros = torch.stack(scales, 1), torch.stack(zeros, 1)
+    codes = (weight / scales.float()[:, g_idx]).round() + zeros[:, g_idx]
+    return codes.clamp(0, 2**bits - 1), zeros, scales
+
+
+def words(codes, bits):
+    """Each row's codes as one number, the first in its lowest bits, cut into 32-bit words."""
+    rows = []
+    for row in codes.int().tolist():
+        whole = sum(code << bits * i for i, code in enumerate(row))
+        rows.append([whole >> 32 * i & 2**32 - 1 for i in range(-(-len(row) * bits // 32))])
+    return torch.tensor(rows, dtype=torch.int64).to(torch.int32)
+
+
 # ---- adapters ----
 
 
