@@ -209,6 +209,12 @@ class Config:
         "maximum length of a row in tokens; longer ones are truncated", low=1)
     max_samples: int | None = key(None, DATA,
         "maximum number of rows to read from each dataset", low=1)
+    mix_strategy: str = key("concat", DATA,
+        "several datasets: one after the other, or row by row until one is used up (under) or all "
+        "are (over)", choices=("concat", "interleave_under", "interleave_over"),
+        later=("interleave_once",))
+    interleave_probs: list[float] | None = key(None, DATA,
+        "probability of each dataset to give the next row, as 0.7,0.3 (none: they take turns)")
     val_size: float = key(0.0, DATA,
         "rows held out for evaluation: a share below 1, or a count", low=0)
     packing: bool | None = key(None, DATA,
@@ -494,7 +500,7 @@ NO_EFFECT = {       # why the result is the same without them: the keys
     "every block is sharded by itself; the words of fsdp choose the rest":
         "fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params",
     "settings of a feature that is off or refused": """
-        init_special_tokens buffer_size interleave_probs eval_num_beams quantization_device_map
+        init_special_tokens buffer_size eval_num_beams quantization_device_map
         length_penalty module_dropout oft_rank oft_block_size oft_target ppo_buffer_size ppo_epochs
         ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters
         reward_model_type reward_model_quantization_bit apollo_target apollo_rank
@@ -550,8 +556,6 @@ REFUSED = (
      "not in this release; a rope_scaling in the checkpoint's config.json is applied"),
     ("train", "streaming",
      "data are tokenized at the start and then stay on disk; leave it out"),
-    ("train", "mix_strategy=concat",
-     "not in this release; datasets are concatenated in the order given"),
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),
     ("train", "group_by_length train_sampling_strategy=random",
      "rows are shuffled or, with disable_shuffling: true, in their order; no padding is computed "

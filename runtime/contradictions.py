@@ -83,6 +83,7 @@ def in_data(c: Config) -> Iterator[tuple]:
         "neat_packing: true packs, packing: false does not; keep one")
 
     yield from in_evaluation_rows(c)
+    yield from in_mixture(c)
 
     yield c.val_size >= 1 and (c.val_size == 1 or c.val_size % 1), (
         "val_size must be a share below 1 or a count of rows above 1")
@@ -93,6 +94,25 @@ def in_data(c: Config) -> Iterator[tuple]:
 
     yield c.token_budget and c.dataloader_drop_last, (
         "with token_budget there is no incomplete batch for dataloader_drop_last to drop; keep one")
+
+
+def in_mixture(c: Config) -> Iterator[tuple]:
+    probs = c.interleave_probs
+    yield probs and c.mix_strategy == "concat", (
+        "interleave_probs needs mix_strategy: interleave_under or interleave_over")
+
+    for name in ("dataset", "eval_dataset"):
+        count = len(dict.fromkeys(getattr(c, name) or []))
+        each_apart = name == "eval_dataset" and c.eval_on_each_dataset
+        yield probs and count and len(probs) != count and not each_apart, (
+            f"interleave_probs has {len(probs or [])} numbers for {count} datasets in {name}")
+
+    yield probs and not (min(probs) >= 0 and abs(sum(probs) - 1) < 1e-8), (
+        f"interleave_probs must be at least 0 and add up to 1, not {sum(probs or []):g}")
+
+    zero = bool(probs) and min(probs) == 0
+    yield zero and c.mix_strategy == "interleave_over", (
+        "interleave_probs: with interleave_over a probability of 0 would never use up its dataset")
 
 
 def in_evaluation_rows(c: Config) -> Iterator[tuple]:

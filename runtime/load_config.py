@@ -515,6 +515,11 @@ def _names(value: str | list) -> list[str]:
     return [_str(item.strip().strip("'\"")) for item in items if item.strip()]
 
 
+def _numbers(value: str | list) -> list[float]:
+    items = value if isinstance(value, list) else _names(value)
+    return [_float(str(item)) for item in items]
+
+
 def _words(value: str | list) -> list[str]:
     return [word for name in _names(value) for word in name.split()]
 
@@ -556,6 +561,7 @@ KINDS = {       # declared type: how its text is read, what it is called
     "Format": (_format, "the name of a chat format or a mapping that describes one"),
     "str": (_str, "a text"),
     "list[str]": (_names, "a list of names, as a,b"),
+    "list[float]": (_numbers, "a list of numbers, as 0.7,0.3"),
     "Words": (_words, "words, as full_shard offload"),
     "dict": (_settings, "a mapping, as key.name=value"),
     "dict[str, str]": (_texts, "a mapping, as key.name=text"),

@@ -24,13 +24,15 @@ CASE_KEYS = ("case", "stage", "template", "tokenizer", "tokenizer_backend", "pre
 # ---- raw rows ----
 
 
-def load_rows(folder, names="d", notes=None, seed=42, stage="sft", max_samples=None):
+def load_rows(folder, names="d", notes=None, seed=42, stage="sft", max_samples=None,
+              mix_strategy="concat", interleave_probs=None):
     """The raw rows of datasets in `folder`; notes: a list that what the user
     should know goes to."""
     sampler = np.random.RandomState(seed)
     notes = [] if notes is None else notes
     config = SimpleNamespace(dataset_dir=str(folder), stage=stage, max_samples=max_samples,
-                             cache_dir=None)
+                             cache_dir=None, mix_strategy=mix_strategy, seed=seed,
+                             interleave_probs=interleave_probs)
     return open_rows(find_sources(names.split(","), config, notes), config, sampler, notes)
 
 

@@ -102,7 +102,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
         moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model
         data_seed freeze_extra_modules quantization_bit resume_from_checkpoint warmup_ratio
         tokenized_path preprocessing_num_workers torch_compile ref_model ref_model_adapters
-        deepspeed
+        deepspeed interleave_probs
      """),
     (False, """
         disable_gradient_checkpointing train_from_scratch train_on_prompt
@@ -114,6 +114,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
      """),
     (True, "enable_thinking do_sample skip_special_tokens double_quantization"),
     ("bnb", "quantization_method"),
+    ("concat", "mix_strategy"),
     ("nf4", "quantization_type"),
     ("auto", "flash_attn infer_dtype"),
     ("main", "model_revision"),

@@ -349,8 +349,6 @@ def test_recorded_errors(tmp_path):
     """What LLaMA-Factory refuses is refused here too, by the config, the template or the data."""
     checked = 0
     for line in read_jsonl(GOLDEN / "data" / "errors.jsonl"):
-        if "interleave_probs" in line["settings"]:
-            continue  # listed by name as a key without effect: only concat exists
         write_dataset(tmp_path, line["rows"], line["dataset_info"])
         with pytest.raises(ValueError):
             config = make_config(

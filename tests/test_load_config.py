@@ -16,7 +16,6 @@ from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
 PEER_OFF = {  # LLaMA-Factory's defaults of unsupported keys: they must be accepted
     "infer_backend": "huggingface",
-    "mix_strategy": "concat",
     "ignore_pad_token_for_loss": "true",
     "num_beams": "1",
     "label_smoothing_factor": "0.0",

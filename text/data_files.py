@@ -3,7 +3,7 @@
     sources = find_sources(["identity"], config, notes)     # entries of dataset_info.json, or files
     rows = open_rows(sources, config, sampler, notes)       # a row is parsed when it is asked for
 
-Requires: text/conversations.py, text/packed_files.py.
+Requires: text/conversations.py, text/packed_files.py, text/hub_files.py, text/mix_datasets.py.
 Next: text/token_cache.py.
 
 The format of dataset_info.json is LLaMA-Factory's (github.com/hiyouga/LLaMA-Factory, see its folder
@@ -27,6 +27,7 @@ from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TA
                                 RawRow, Source, check_stage)
 from text.hub_files import fetch_rows, hub_files, open_repository
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
+from text.mix_datasets import mixed_order
 from text.packed_files import COMPRESSED, TABLES, file_type, open_packed, unpacked_suffix
 from text.plain_text import excerpt
 from text.turns import keys_read
@@ -188,34 +189,43 @@ class Rows(Sequence):
 
 def open_rows(sources: list[Source], config, sampler: np.random.RandomState,
               notes: list[str]) -> Rows:
-    """The rows of some datasets, one dataset after the other.
+    """The rows of some datasets, in the order of mix_strategy: usually one after the other.
 
-    num_samples rows of each, drawn by `sampler`, if its entry says so; at most max_samples of each.
-    Adds to `notes` what the user should know. Raises ValueError or FileNotFoundError.
+    sampler: draws the num_samples rows of an entry that has them. Adds to `notes` what the user
+    should know. Raises ValueError or FileNotFoundError.
     """
     files, file_of, place_of = [], [], []
     for source in sources:
-        needed = config.max_samples if source.num_samples is None else None
-        rows = all_rows(open_files(source, needed), source)
-        if not rows:
-            names = ", ".join(map(str, source.files))
-            raise ValueError(f"dataset '{source.name}' is empty: no rows in {names}")
-        source = check_columns(source, rows, config.stage, notes)
+        rows = rows_of_source(source, config, sampler, notes)
+        file_of.append(rows.file_of + len(files))
+        place_of.append(rows.place_of)
+        files += rows.files
+    order = mixed_order(list(map(len, file_of)), config.mix_strategy, config.interleave_probs,
+                        config.seed)
+    return Rows(files, np.concatenate(file_of), np.concatenate(place_of)).take(order)
 
-        picked = np.arange(len(rows))
-        if source.num_samples is not None:
-            picked = sampler.permutation(len(rows))[:source.num_samples]
-            missing = source.num_samples - len(rows)
-            if missing > MOST_DRAWN:
-                raise ValueError(f"dataset '{source.name}': num_samples: {source.num_samples} of "
-                                 f"{len(rows)} rows; at most {MOST_DRAWN:,} can be drawn again")
-            if missing > 0:
-                picked = np.append(picked, sampler.choice(len(rows), missing))
-        picked = picked[:config.max_samples]
-        file_of.append(rows.file_of[picked] + len(files))
-        place_of.append(rows.place_of[picked])
-        files += [(file, source) for file, _ in rows.files]
-    return Rows(files, np.concatenate(file_of), np.concatenate(place_of))
+
+def rows_of_source(source: Source, config, sampler: np.random.RandomState,
+                   notes: list[str]) -> Rows:
+    """The rows of a dataset: num_samples of them, drawn, and at most max_samples."""
+    needed = config.max_samples if source.num_samples is None else None
+    files = open_files(source, needed)
+    rows = all_rows(files, source)
+    if not rows:
+        names = ", ".join(map(str, source.files))
+        raise ValueError(f"dataset '{source.name}' is empty: no rows in {names}")
+    source = check_columns(source, rows, config.stage, notes)
+
+    picked = np.arange(len(rows))
+    if source.num_samples is not None:
+        picked = sampler.permutation(len(rows))[:source.num_samples]
+        missing = source.num_samples - len(rows)
+        if missing > MOST_DRAWN:
+            raise ValueError(f"dataset '{source.name}': num_samples: {source.num_samples} of "
+                             f"{len(rows)} rows; at most {MOST_DRAWN:,} can be drawn again")
+        if missing > 0:
+            picked = np.append(picked, sampler.choice(len(rows), missing))
+    return all_rows(files, source).take(picked[:config.max_samples])
 
 
 def open_files(source: Source, needed: int | None) -> list[DataFile]:
