@@ -89,6 +89,9 @@ class Config:
     base_precision: str | None = key(None, DATA,
         "fp8: keep the frozen base in 8 bits; half the memory, and faster matmuls on Hopper, Ada "
         "and MI300", own=True, choices=("fp8",))
+    fp8: bool = key(False, DATA,
+        "with lora: base_precision: fp8, on devices that multiply in 8 bits; weights that are "
+        "trained are multiplied in 16")
     quantization_bit: int | None = key(None, DATA,
         "4 or 8: quantize the linear layers of the base while loading, and train adapters on them "
         "(QLoRA)")
@@ -543,8 +546,6 @@ REFUSED = (
     ("train", "use_apollo use_badam",
      "not in this release; to save optimizer memory use LoRA, optim: adamw_8bit or use_galore"),
     ("train", "galore_proj_type=std", "GaLore projects the shorter side (std); leave it out"),
-    ("train", "fp8",
-     "not in this release; bf16: true computes in bfloat16 and trains float32 weights"),
     ("train", "bf16_full_eval fp16_full_eval",
      "evaluation computes as training does; set bf16 or fp16"),
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",

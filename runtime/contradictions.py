@@ -123,6 +123,10 @@ def in_evaluation_rows(c: Config) -> Iterator[tuple]:
 def in_base(c: Config) -> Iterator[tuple]:
     lora = c.finetuning_type == "lora"
 
+    yield c.fp8 and c.quantization_bit, (
+        "fp8: true holds the base in 8 bits, quantization_bit in 4 or 8 of another kind (nor do "
+        "they go together in LLaMA-Factory); keep one")
+
     yield c.base_precision and (not lora or not c.bf16 or c.fsdp), (
         "base_precision: fp8 is for the frozen weights of finetuning_type: lora, with bf16: true "
         "and without fsdp")

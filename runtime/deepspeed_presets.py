@@ -17,7 +17,7 @@ from pathlib import Path
 from config import Config
 
 # LLaMA-Factory's presets, where a yaml names one that lies in LLaMA-Factory's own checkout
-PRESET = re.compile(r"ds_z([0-3])(_offload)?_config\.json")
+PRESET = re.compile(r"ds_z([0-3])(_offload|_fp8)?_config\.json")     # fp8: with offload, too
 # settings that transformers fills in from the run where they are "auto": (section, key, ours)
 FILLED_IN = (
     ("", "train_micro_batch_size_per_gpu", "per_device_train_batch_size"),

@@ -88,12 +88,22 @@ def pick_compiled_steps(kernels: Kernels, config, model_config: ModelConfig, dev
 
 
 def pick_fp8_base(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
-    """Frozen weights in 8 bits, multiplied in 8 bits."""
-    if config.base_precision and kernels.training:
-        from methods.fp8 import pick_fp8
+    """Frozen weights in 8 bits, multiplied in 8 bits; for the key fp8 only where that is faster."""
+    if not config.base_precision or not kernels.training:
+        return
+    from methods.fp8 import pick_fp8
 
+    if config.fp8 and torch.device(device).type == "cpu":
+        kernels.lines.append("8-bit base: off, a CPU has no products in 8 bits "
+                             "(base_precision: fp8 without fp8: true tries them, slowly)")
+        return
+    try:
         kernels.fp8, line = pick_fp8(device, dtype)
-        kernels.lines.append(line)
+    except ValueError as refusal:
+        if not config.fp8:
+            raise
+        line = f"8-bit base: off, computed in 16 bits. {refusal}"
+    kernels.lines.append(line)
 
 
 PICKS = (

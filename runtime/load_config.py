@@ -22,6 +22,7 @@ from config import KEYS, UNUSED, VISION_KEYS, Config, as_dict, print_keys
 from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
+from runtime.fp8_keys import apply_fp8
 
 COMMAND_LINE = "command line"
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # earlier spellings
@@ -121,6 +122,7 @@ def load_config(argv: list[str], script: str) -> Config:
                             "models here read text only")
     if _applies("train", script):
         apply_deepspeed(config)
+        apply_fp8(config)
     _check(config, script)
     return config
 

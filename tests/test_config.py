@@ -105,7 +105,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
         deepspeed interleave_probs
      """),
     (False, """
-        disable_gradient_checkpointing train_from_scratch train_on_prompt
+        disable_gradient_checkpointing fp8 train_from_scratch train_on_prompt
         split_special_tokens mask_history neat_packing preserve_thinking create_new_adapter
         use_rslora use_dora pissa_init pissa_convert pure_bf16 use_muon use_galore
         disable_shuffling plot_loss bf16 fp16 logging_first_step save_only_model

@@ -8,7 +8,7 @@ CONTRADICTORY = (
     "quantization_bit=5",
     "quantization_bit=4 finetuning_type=full",
     "quantization_bit=4 fsdp=full_shard",
-    "quantization_bit=8 base_precision=fp8 bf16=1",
+    "quantization_bit=8 base_precision=fp8 bf16=1", "fp8=1 quantization_bit=4 bf16=1",
     "train_on_prompt=1 mask_history=1",
     "stage=pt mask_history=1",
     "stage=pt neat_packing=1",

@@ -24,9 +24,8 @@ def test_presets(preset):
     fsdp, words = MEANING[preset]
     config = load_argv(*TRAIN, f"deepspeed={PRESETS / preset}", script="train")
     assert config.fsdp == fsdp and words in config.notes[0]
-    if "fp8" not in preset:
-        config = load_argv(*TRAIN, f"deepspeed=examples/deepspeed/{preset}", script="train")
-        assert config.fsdp == fsdp and words in config.notes[0]
+    config = load_argv(*TRAIN, f"deepspeed=examples/deepspeed/{preset}", script="train")
+    assert config.fsdp == fsdp and words in config.notes[0]
 
 
 def test_own_words_of_fsdp_stay():

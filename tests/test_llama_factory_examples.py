@@ -23,8 +23,6 @@ SCRIPTS = {"train.py": "train", "chat.py": "chat", "eval.py": "eval", "merge.py"
 STOPS = {
     "extras/apollo/llama3_full_sft.yaml": "use_apollo: true: not in this release",
     "extras/badam/llama3_full_sft.yaml": "use_badam: true: not in this release",
-    "extras/fp8/llama3_fp8_deepspeed_sft.yaml": "fp8: true: not in this release; bf16: true",
-    "extras/fp8/llama3_fp8_fsdp_sft.yaml": "fp8: true: not in this release; bf16: true",
     "extras/mod/llama3_full_sft.yaml": "mixture_of_depths: convert: not in this release",
     "extras/oft/llama3_oft_sft.yaml": "'oft' is not in this release yet; choose from lora",
     "extras/qoft/llama3_oft_sft_awq.yaml": "'oft' is not in this release yet",
