@@ -306,6 +306,7 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
     first_dtype = dtype or next(iter(weights.values())).dtype
     fields = read_config_json(source)
     fields.pop("dtype", None)
+    fields.pop("quantization_config", None)             # of a source that is trained from scratch
     fields["torch_dtype"] = str(first_dtype).removeprefix("torch.")
     write_json(Path(folder) / "config.json", fields)
     generation = Path(source) / "generation_config.json"

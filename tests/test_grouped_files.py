@@ -6,6 +6,7 @@ between the formats gptq and gptq_v2), AutoAWQ (WQLinear_GEMM, 0.2.9), compresse
 and 2025-10 for columns in another order).
 """
 import json
+import random
 import shutil
 
 import pytest
@@ -17,8 +18,10 @@ import chat
 import eval as evaluation
 import merge
 from checkpoint.grouped_files import find_grouped, grouped_settings
-from checkpoint.load import count_parameters, load_model, packed_weights, quantized_weights
+from checkpoint.load import (count_parameters, load_model, packed_weights, quantized_weights,
+                             save_model)
 from families import model_config
+from model import CausalLM
 from runtime.merge_plan import plan_tensors
 from tests.common import CURVES, ROOT, needs_shared, run_recorded
 from tests.tiny_models import base_with, write_grouped
@@ -265,6 +268,47 @@ def test_other_bits_than_stated_and_an_order_that_is_not_stored(packed):
     load_model(edited(packed, no_order, bits=4))            # in order, as desc_act: false says
     with pytest.raises(ValueError, match="g_idx, which is in no file"):
         load_model(edited(packed, desc_act=True))
+
+
+VALUES = (None, True, 0, -1, 3, 8, 1e9, 2**40, "4", "", [4], {"a": 1}, float("inf"), "gptq_v2")
+DAMAGES = (
+    lambda x: x[:-1], lambda x: x.reshape(-1), lambda x: x.float(), lambda x: x.long(),
+    lambda x: x.bool(), lambda x: x[:0], lambda x: -x, lambda x: x.reshape(-1)[0], lambda x: x[None],
+    lambda x: torch.full_like(x, 30_000), lambda x: x.T if x.dim() == 2 else x, lambda x: None)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_damage_of_any_kind_is_an_error_that_says_so_or_none(method, tmp_path):
+    """150 checkpoints with one odd field and one odd tensor: nothing but ValueError."""
+    rng = random.Random(7)
+    sizes = SIZES | {"num_hidden_layers": 1}
+    write_grouped(base_with(tmp_path / "base", **sizes), tmp_path / "good", method)
+    good = load_file(tmp_path / "good/model.safetensors")
+    config = json.loads((tmp_path / "good/config.json").read_text())
+    fields = [*config["quantization_config"], "checkpoint_format", "version", "dynamic", "method"]
+    names, refused = [name for name in good if "_proj" in name], 0
+    for _ in range(150):
+        name, change = rng.choice(names), rng.choice(DAMAGES)
+        tensors = {other: t.clone() for other, t in good.items()}
+        tensors[name] = change(tensors[name])
+        save_file({other: t.contiguous().clone() for other, t in tensors.items() if t is not None},
+                  str(tmp_path / "good/model.safetensors"))
+        odd = {rng.choice(fields): rng.choice(VALUES)} if rng.random() < 0.5 else {}
+        (tmp_path / "good/config.json").write_text(json.dumps(
+            config | {"quantization_config": config["quantization_config"] | odd}))
+        try:
+            load_model(tmp_path / "good")
+        except ValueError as error:
+            assert "good" in str(error)
+            refused += 1
+    assert 90 < refused < 150
+
+
+def test_a_model_from_scratch_is_not_said_to_be_quantized(packed, tmp_path):
+    model = CausalLM(model_config(json.loads((packed / "config.json").read_text())))
+    save_model(model, tmp_path, packed)
+    read = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters()))
 
 
 def test_fields_that_are_not_known_are_named():
