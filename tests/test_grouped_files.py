@@ -274,7 +274,8 @@ VALUES = (None, True, 0, -1, 3, 8, 1e9, 2**40, "4", "", [4], {"a": 1}, float("in
 DAMAGES = (
     lambda x: x[:-1], lambda x: x.reshape(-1), lambda x: x.float(), lambda x: x.long(),
     lambda x: x.bool(), lambda x: x[:0], lambda x: -x, lambda x: x.reshape(-1)[0],
-    lambda x: x[None], lambda x: torch.full_like(x, 30_000), lambda x: x.T if x.dim() == 2 else x, lambda x: None)
+    lambda x: x[None], lambda x: torch.full_like(x, 30_000),
+    lambda x: x.T if x.dim() == 2 else x, lambda x: None)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
