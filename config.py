@@ -329,6 +329,33 @@ class Config:
     galore_update_interval: int = key(200, FREE,
         "GaLore: steps between updates of the projection", low=1)
     galore_scale: float = key(2.0, FREE, "GaLore: scale of the update", above=0)
+    use_apollo: bool = key(False, FIXED,
+        "APOLLO: gradients scaled as AdamW would, judged by a random projection of them; with full "
+        "or freeze")
+    apollo_target: list[str] = key(["all"], FIXED,
+        "APOLLO: matrices whose name contains one of these (all: all but embedding and head)")
+    apollo_rank: int = key(16, FIXED, "APOLLO: rank of the projection", low=1)
+    apollo_update_interval: int = key(200, FREE,
+        "APOLLO: steps between updates of the projection", low=1)
+    apollo_scale: float = key(32.0, FREE, "APOLLO: scale of the update, squared", above=0)
+    apollo_proj: str = key("random", FIXED,
+        "APOLLO: the projection: random, or the gradient's singular directions",
+        choices=("random", "svd"))
+    apollo_scale_type: str = key("channel", FREE,
+        "APOLLO: one factor for each row or column, or for a matrix", choices=("channel", "tensor"))
+    apollo_scale_front: bool = key(False, FREE, "APOLLO: scale before the norm's growth is limited")
+    apollo_layerwise: bool = key(False, FIXED,
+        "APOLLO: as LLaMA-Factory updates layer by layer, see galore_layerwise")
+    use_badam: bool = key(False, FIXED,
+        "BAdam: AdamW on one layer at a time, with the memory of one; with full")
+    badam_mode: str = key("layer", FIXED,
+        "BAdam: what is trained at a time", choices=("layer",), later=("ratio",))
+    badam_start_block: int | None = key(None, FIXED,
+        "BAdam: number of the first layer to train (none: the first, or the last)", low=0)
+    badam_switch_mode: str = key("ascending", FIXED,
+        "BAdam: the order of the layers", choices=("ascending", "descending", "random", "fixed"))
+    badam_switch_interval: int = key(50, FIXED,
+        "BAdam: steps between layers (-1: the first one only)", low=-1)
     weight_decay: float = key(0.0, FREE, "decoupled weight decay (not on biases and norms)", low=0)
     adam_beta1: float = key(0.9, FREE, "AdamW: decay rate of the first moment", low=0, below=1)
     adam_beta2: float = key(0.999, FREE, "AdamW: decay rate of the second moment", low=0, below=1)
@@ -506,10 +533,8 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         init_special_tokens buffer_size eval_num_beams quantization_device_map
         length_penalty module_dropout oft_rank oft_block_size oft_target ppo_buffer_size ppo_epochs
         ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters
-        reward_model_type reward_model_quantization_bit apollo_target apollo_rank
-        apollo_update_interval apollo_scale apollo_proj apollo_proj_type apollo_scale_type
-        apollo_layerwise apollo_scale_front badam_mode badam_start_block badam_switch_mode
-        badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose
+        reward_model_type reward_model_quantization_bit badam_update_ratio badam_mask_mode
+        badam_verbose
         swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id
         trackio_static_space_id hyper_parallel_args fp8_backend
         fp8_enable_fsdp_float8_all_gather optim_target_modules generation_max_length
@@ -543,9 +568,8 @@ REFUSED = (
     ("train", "mixture_of_depths shift_attn",
      "not in this release yet; LoRA (also use_rslora, use_dora, loraplus_lr_ratio) and "
      "finetuning_type: full are"),
-    ("train", "use_apollo use_badam",
-     "not in this release; to save optimizer memory use LoRA, optim: adamw_8bit or use_galore"),
-    ("train", "galore_proj_type=std", "GaLore projects the shorter side (std); leave it out"),
+    ("train", "galore_proj_type=std apollo_proj_type=std",
+     "GaLore and APOLLO project the shorter side (std); leave it out"),
     ("train", "bf16_full_eval fp16_full_eval",
      "evaluation computes as training does; set bf16 or fp16"),
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",

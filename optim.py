@@ -293,7 +293,8 @@ def parameter_groups(parameters: dict, config, rule_of: Callable = always_adamw)
     def key(name, p):
         is_vector = p.dim() == 1 and not name.endswith("lora_magnitude_vector")
         no_decay = is_vector or "norm" in name.lower() or name.endswith("bias")
-        if ratio is not None or config.use_galore:  # so LLaMA-Factory: RMSNorm weights decay
+        # so LLaMA-Factory: RMSNorm weights decay
+        if ratio is not None or config.use_galore or config.use_apollo:
             no_decay = "bias" in name
         if config.use_muon:                         # with Muon everything decays
             no_decay = False
@@ -353,7 +354,7 @@ def make_optimizer(parameters: dict, config, device: torch.device,
     """The optimizer of {name: trained parameter}; AdamW is fused where torch has the kernel.
 
     rules, rule_of, and settings, which every group gets: see methods/optimizers.py. Raises
-    ValueError for a galore_target that selects none of the parameters.
+    ValueError for a galore_target or apollo_target that selects none of the parameters.
     """
     shared = {
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -361,10 +362,12 @@ def make_optimizer(parameters: dict, config, device: torch.device,
         **settings,
     }
     groups = [group | shared for group in parameter_groups(parameters, config, rule_of)]
-    if config.use_galore and not any(group["update"] == "galore" for group in groups):
-        raise ValueError(
-            f"galore_target: {', '.join(config.galore_target)} is in the name of no trained "
-            f"matrix; such names are {', '.join(list(parameters)[:4])}")
+    for used, rule, target in ((config.use_galore, "galore", config.galore_target),
+                               (config.use_apollo, "apollo", config.apollo_target)):
+        if used and not any(group["update"] == rule for group in groups):
+            raise ValueError(
+                f"{rule}_target: {', '.join(target)} is in the name of no trained matrix; such "
+                f"names are {', '.join(list(parameters)[:4])}")
     for group in groups:
         not_fused = device.type not in ("cpu", "cuda") or group.get("eps_first")
         if group["update"] == "adamw" and not_fused:

@@ -66,7 +66,7 @@ def main(argv):
         model = build_model(config, base, setup, ranks, run.resume)
         objective = build_objective(config, base, setup, ranks, run.resume)
         gradients = build_gradients(model, objective, setup, ranks)
-        optimizer = build_optimizer(config, base, gradients)
+        optimizer = build_optimizer(config, base, gradients, run.resume)
         precision = Precision(setup.dtype, device, model, adapters_only=setup.lora is not None)
         run.start(base, plan, setup, model, objective, gradients, optimizer, precision)
         check_first_batch(model, objective, plan.peek(run.state.step), precision)

@@ -17,7 +17,7 @@ from text.tokenizer import read_json
 STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
 # fields of an optimizer's state that do not have the parameter's rows
 NO_ROWS = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis",
-           "block_avg_sq", "unused")
+           "block_avg_sq", "projection", "norm", "seed", "unused")
 
 
 
@@ -40,6 +40,8 @@ RESUME_TYPES = {
     **dict.fromkeys(("rows", "kernel", "product"), (lambda value: type(value) is str, "text")),
     **dict.fromkeys(("epoch", "loss_total", "lowest"), (is_real, "a number")),
     **dict.fromkeys(("window", "best"), (is_pair, "a pair of numbers")),
+    "eval_losses": (lambda value: type(value) is list and all(map(is_real, value)),
+                    "a list of numbers"),
     "compiled": (lambda value: type(value) is bool, "true or false"),
     "seen": (lambda value: type(value) is dict and all(map(is_pair, value.values())),
              "an object with pairs of numbers"),

@@ -18,6 +18,7 @@ from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model
 from checkpoint.shards import full_tensor
+from checkpoint.training_state import read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import has_reference
 from data import collate_rows, encode_conversations, encode_documents
@@ -29,9 +30,9 @@ from methods import preference
 from methods import reward_model
 from methods import sft_losses
 from model import CausalLM, init_weights
-from optim import Optimizer, add_neftune, make_optimizer
+from optim import Optimizer, add_neftune
 from parallel import Gradients, Ranks
-from runtime.kernels import optimizer_rules, use_fp8, use_kernels
+from runtime.kernels import new_optimizer, use_fp8, use_kernels
 from runtime.offload import EmbeddingOutside, embedding_may_stay_outside
 from runtime.precision import half_dtype, requested_format
 from runtime.setup import Base, Setup, needs_second_model
@@ -256,7 +257,11 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     return Gradients(weights, ranks, overlap=not setup.sharded)
 
 
-def build_optimizer(config, base: Base, gradients) -> Optimizer:
+def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
     """The optimizer of the trained weights: AdamW, or what the config asks for."""
-    return make_optimizer(gradients.parameters, config, gradients.device,
-                          **optimizer_rules(config, base.model_config))
+    steps_done = 0
+    if resume:
+        saved = read_trainer_state(resume).get("resume", {})
+        steps_done = saved.get("step", 0) - saved.get("skipped", 0)
+    return new_optimizer(gradients.parameters, config, base.model_config, gradients.device,
+                         steps_done)

@@ -213,30 +213,41 @@ def in_method(c: Config) -> Iterator[tuple]:
 
 def in_optimizer(c: Config) -> Iterator[tuple]:
     eight_bits = "8bit" in c.optim
-    further = c.use_muon + c.use_galore + c.use_adam_mini
+    further = c.use_muon + c.use_galore + c.use_adam_mini + c.use_apollo + c.use_badam
 
     yield c.warmup_ratio and c.warmup_steps, "warmup_ratio and warmup_steps are both set; keep one"
 
     yield further + eight_bits > 1 or further and c.loraplus_lr_ratio is not None, (
-        "use_muon, use_galore, use_adam_mini, an 8-bit optim, and loraplus_lr_ratio: keep one")
+        "use_muon, use_galore, use_adam_mini, use_apollo, use_badam, an 8-bit optim, and "
+        "loraplus_lr_ratio: keep one")
 
     yield c.use_adam_mini and c.finetuning_type == "lora", (
         "use_adam_mini is for finetuning_type: full or freeze; adapters are small already")
 
-    yield c.use_galore and c.finetuning_type == "lora", (
-        "use_galore is for finetuning_type: full or freeze; adapters are small already")
+    yield (c.use_galore or c.use_apollo) and c.finetuning_type == "lora", (
+        "use_galore and use_apollo are for finetuning_type: full or freeze; adapters are small "
+        "already")
+
+    yield c.use_badam and (c.finetuning_type != "full" or c.stage == "rm" or c.fp16), (
+        "use_badam is for finetuning_type: full, without fp16 and stage: rm")
+
+    yield c.use_badam and c.badam_switch_mode == "fixed" and c.badam_start_block is None, (
+        "badam_switch_mode: fixed needs badam_start_block, the layer to train")
+
+    yield c.use_badam and c.badam_switch_interval == 0, (
+        "badam_switch_interval: 0 is no number of steps; -1 trains one layer only")
 
     yield c.fsdp and c.finetuning_type == "full" and (further or eight_bits), (
-        "use_muon, use_galore, use_adam_mini and optim: adamw_8bit need full matrices, and fsdp "
-        "shards them; use optim: adamw_torch")
+        "use_muon, use_galore, use_adam_mini, use_apollo, use_badam and optim: adamw_8bit need "
+        "full matrices, and fsdp shards them; use optim: adamw_torch")
 
     yield c.pure_bf16 and c.fsdp, (
         "pure_bf16 with finetuning_type: full or freeze goes without fsdp (and without ZeRO-3)")
 
-    layerwise = c.use_galore and c.galore_layerwise
+    layerwise = c.use_galore and c.galore_layerwise or c.use_apollo and c.apollo_layerwise
     yield layerwise and c.gradient_accumulation_steps > 1, (
-        "galore_layerwise updates in the backward pass of each micro-batch: set "
-        "gradient_accumulation_steps: 1, or leave galore_layerwise out")
+        "galore_layerwise and apollo_layerwise update in the backward pass of each micro-batch: "
+        "set gradient_accumulation_steps: 1, or leave them out")
 
 
 def in_fsdp(c: Config) -> Iterator[tuple]:

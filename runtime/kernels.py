@@ -22,6 +22,7 @@ from errors import unknown_name
 from families import ModelConfig
 from lora import LoRALinear, lora_layers
 from model import CausalLM, attention_needs
+from optim import Optimizer, make_optimizer
 from text.tokenizer import read_json
 
 
@@ -218,8 +219,25 @@ def use_fp8(model: CausalLM, kernels: Kernels):
 # ---- the optimizer ------------------------------------------------------------------------------
 
 
+def new_optimizer(parameters: dict, config, model_config: ModelConfig, device: torch.device,
+                  steps_done: int = 0) -> Optimizer:
+    """The optimizer of {name: trained parameter}: AdamW, or what the config asks for.
+
+    steps_done: optimizer steps before this start.
+    """
+    if config.use_badam:
+        from methods.badam import BlockOptimizer        # only where it is asked for
+
+        return BlockOptimizer(parameters, config, steps_done)
+    return make_optimizer(parameters, config, device, **optimizer_rules(config, model_config))
+
+
 def optimizer_rules(config, model_config: ModelConfig) -> dict:
     """Further arguments of optim.make_optimizer; {} for AdamW alone."""
+    if config.use_apollo:
+        from methods.apollo import apollo_arguments     # only where it is asked for
+
+        return apollo_arguments(config)
     further = config.use_muon or config.use_galore or config.use_adam_mini
     if not (further or "8bit" in config.optim):
         return {}

@@ -156,9 +156,11 @@ def _derive(config: Config):
         config.lora_alpha = 2 * config.lora_rank
     if config.max_grad_norm is None:
         config.max_grad_norm = 0.0
-    if config.galore_layerwise and config.use_galore and config.max_grad_norm:
+    layerwise = (config.galore_layerwise and config.use_galore
+                 or config.apollo_layerwise and config.use_apollo)
+    if layerwise and config.max_grad_norm:
         config.max_grad_norm = 0.0
-        config.notes.append("galore_layerwise: gradients are not clipped, as in LLaMA-Factory; "
+        config.notes.append("layerwise: gradients are not clipped, as in LLaMA-Factory; "
                             "here the update comes after the backward pass, with the same numbers")
     if config.pure_bf16:
         config.bf16 = True
@@ -166,6 +168,9 @@ def _derive(config: Config):
             config.pure_bf16 = False
             config.notes.append("pure_bf16: computes in bfloat16; the adapters stay float32, as "
                                 "LLaMA-Factory (PEFT) keeps them")
+    if config.use_badam and config.weight_decay != 0.01:
+        config.notes.append("use_badam: weights decay by 0.01 and not by weight_decay, as in the "
+                            "package that LLaMA-Factory uses")
     if config.stage == "sft" and config.packing and "neat_packing" not in config.given:
         config.neat_packing = True
     if config.packing is None:

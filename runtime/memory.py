@@ -53,8 +53,7 @@ from families import ModelConfig
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable
 from losses import chunk_rows
 from model import Attention, Block, CausalLM, LayerNorm, MoE
-from optim import make_optimizer
-from runtime.kernels import optimizer_rules
+from runtime.kernels import new_optimizer
 from runtime.offload import embedding_may_stay_outside
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
@@ -131,9 +130,7 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     workload = completed(config, workload)
     model = workload.model
     frozen, trained = weight_bytes(model, workload.fp8)
-    gradients = trained
-    optimizer = make_optimizer(trainable(model), config, torch.device("cpu"),
-                               **optimizer_rules(config, model.config)).state_bytes()
+    gradients, optimizer = optimizer_bytes(model, config)
     others = workload.other_bytes
     if workload.sharded:
         frozen = frozen // workload.world + gathered_bytes(model, frozen + trained)
@@ -155,6 +152,16 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
         working=working,
         workload=workload,
     )
+
+
+def optimizer_bytes(model: CausalLM, config: Config) -> tuple[int, int]:
+    """(bytes of gradients, bytes of optimizer state)."""
+    parameters = trainable(model)
+    optimizer = new_optimizer(parameters, config, model.config, torch.device("cpu"))
+    gradients = sum(p.nbytes for p in trainable(model).values())
+    for p in parameters.values():           # BAdam leaves gradients to one block alone
+        p.requires_grad_(True)
+    return gradients, optimizer.state_bytes()
 
 
 def completed(config: Config, workload: Workload) -> Workload:

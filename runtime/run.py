@@ -37,7 +37,6 @@ from checkpoint.training_state import (checkpoints_in, load_training_state, read
 from checkpoint.value_head import read_value_head, save_value_head
 from config import IGNORED, as_dict, has_reference, in_steps
 from errors import first_line
-from lora import trainable
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
 from runtime.kernels import device_name
@@ -203,7 +202,7 @@ class Run:
         self.model, self.objective, self.gradients = model, objective, gradients
         self.optimizer, self.precision = optimizer, precision
         self.optimizer_names = optimizer_names(optimizer, gradients.parameters)
-        self.weights = trainable(model) | objective.parameters()
+        self.weights = gradients.parameters
         self.state = RunState(
             rows_per_step=plan.rows_per_step,
             rows=plan.train_set.sign,

@@ -120,9 +120,17 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     ("main", "model_revision"),
     ("cpu", "export_device"),
     ("data", "dataset_dir"),
-    (["all"], "lora_target freeze_trainable_modules galore_target"),
-    (16, "galore_rank pissa_iter"),
-    (200, "galore_update_interval"),
+    (["all"], "lora_target freeze_trainable_modules galore_target apollo_target"),
+    (16, "galore_rank pissa_iter apollo_rank"),
+    (200, "galore_update_interval apollo_update_interval"),
+    (32, "apollo_scale"),
+    ("random", "apollo_proj"),
+    ("channel", "apollo_scale_type"),
+    (False, "use_apollo apollo_scale_front apollo_layerwise use_badam"),
+    ("layer", "badam_mode"),
+    (None, "badam_start_block"),
+    ("ascending", "badam_switch_mode"),
+    (50, "badam_switch_interval"),
     (2, "galore_scale"),
     (2, "freeze_trainable_layers"),
     ("sigmoid", "pref_loss"),
@@ -215,7 +223,7 @@ def test_every_key_is_read_by_some_script():
              and path.parent.name not in ("tests", "bench")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     # all values of each of these mean the same
-    alike = {"metric_for_best_model", "optim", "quantization_method"}
+    alike = {"metric_for_best_model", "optim", "quantization_method", "badam_mode"}
     unread = [name for name in KEYS
               if not re.search(rf"\b(config|c)\.{name}\b|\"{name}\"", text)]
     assert set(unread) <= alike

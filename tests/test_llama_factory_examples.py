@@ -21,8 +21,6 @@ from tests.tiny_models import write_grouped
 EXAMPLES = SHARED / "configs/llama_factory_examples"
 SCRIPTS = {"train.py": "train", "chat.py": "chat", "eval.py": "eval", "merge.py": "merge"}
 STOPS = {
-    "extras/apollo/llama3_full_sft.yaml": "use_apollo: true: not in this release",
-    "extras/badam/llama3_full_sft.yaml": "use_badam: true: not in this release",
     "extras/mod/llama3_full_sft.yaml": "mixture_of_depths: convert: not in this release",
     "extras/oft/llama3_oft_sft.yaml": "'oft' is not in this release yet; choose from lora",
     "extras/qoft/llama3_oft_sft_awq.yaml": "'oft' is not in this release yet",
