@@ -69,6 +69,7 @@ OPENING = re.compile(rf"{SPACE}\[{SPACE}")
 COMMA = re.compile(rf"{SPACE},{SPACE}")
 CLOSING = re.compile(rf"{SPACE}\]{SPACE}\Z")
 EMPTY_LIST = re.compile(rf"{SPACE}\[{SPACE}\]{SPACE}\Z")
+NAMED_SETS = Path(__file__).with_name("named_sets.json")
 BLOCK = 2**20                   # bytes read at once
 LARGEST_OBJECT = 2**24          # bytes in which an object over several lines is looked for
 MOST_DRAWN = 10**8              # rows that num_samples may draw beyond those of a dataset
@@ -290,13 +291,23 @@ def find_source(name: str, config, notes: list[str]) -> Source:
     for path in (Path(name), Path(config.dataset_dir) / name):
         if path.exists():
             return Source(name, files_at(path))
+    if entry := named_sets().get(name):
+        notes.append(f"dataset '{name}' is the one of docs/datasets.md; an entry of that name in "
+                     f"{info_path} would come first")
+        return source_of_entry(name, entry, NAMED_SETS, config, notes)
     if not info_path.is_file():
         raise FileNotFoundError(f"dataset '{name}': neither {info_path} nor a file of that name "
-                                "exists (dataset_dir is the folder of dataset_info.json)")
+                                "exists (dataset_dir is the folder of dataset_info.json)"
+                                f"{did_you_mean(name, named_sets())}")
     known = ", ".join(list(info)[:12])
     more = f" and {len(info) - 12} more" if len(info) > 12 else ""
     raise ValueError(f"{info_path}: no dataset '{name}'{did_you_mean(name, info)}; a data file can "
                      f"also be given by its path. It names {known}{more}")
+
+
+def named_sets() -> dict[str, dict]:
+    """The data sets of docs/datasets.md: name -> entry, as in dataset_info.json."""
+    return json.loads(NAMED_SETS.read_text(encoding="utf-8"))
 
 
 def read_dataset_info(path: Path, name: str) -> dict:
