@@ -156,3 +156,41 @@ def test_a_local_folder_is_read_as_a_repository(tmp_path):
     write_info(tmp_path, d={"hf_hub_url": str(tmp_path / "it"), "split": "test"})
     assert [row.data["output"] for row in load_rows(tmp_path)] == ["test"]
     assert len(open_repository(str(tmp_path / "it"), None).files) == 4
+
+
+# ---- ModelScope, OpenMind ------------------------------------------------------------------------
+
+
+def test_modelscope(tmp_path, monkeypatch):
+    """Where LLaMA-Factory would read it; its package is asked for README.md and data files."""
+    import types
+    asked = []
+
+    def download(name, cache_dir=None, allow_patterns=None):
+        asked.append((name, allow_patterns))
+        (tmp_path / "ms").mkdir(exist_ok=True)
+        (tmp_path / "ms" / "train.jsonl").write_bytes(PART[0])
+        return str(tmp_path / "ms")
+    module = types.ModuleType("modelscope.hub.snapshot_download")
+    module.dataset_snapshot_download = download
+    for name in ("modelscope", "modelscope.hub"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    write_info(tmp_path, only={"ms_hub_url": "a/b"}, both={"ms_hub_url": "a/b",
+                                                           "hf_hub_url": "none/here"})
+    assert len(load_rows(tmp_path, "only")) == 3
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert len(load_rows(tmp_path, "both")) == 3
+    assert asked[0][0] == "a/b"
+    assert {"README.md", "*.jsonl", "*.jsonl.gz"} <= set(asked[0][1])
+
+    monkeypatch.setitem(sys.modules, "modelscope.hub.snapshot_download", None)
+    with pytest.raises(ValueError, match="needs its package: pip install modelscope"):
+        load_rows(tmp_path, "both")
+
+
+def test_openmind_is_not_read(tmp_path, monkeypatch):
+    write_info(tmp_path, d={"om_hub_url": "a/b", "hf_hub_url": "a/b"})
+    monkeypatch.setenv("USE_OPENMIND_HUB", "1")
+    with pytest.raises(ValueError, match="USE_OPENMIND_HUB is set, but OpenMind is not read"):
+        load_rows(tmp_path)

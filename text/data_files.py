@@ -25,7 +25,7 @@ import numpy as np
 from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
                                 RawRow, Source, check_stage)
-from text.hub_files import fetch_rows, hub_files, open_repository
+from text.hub_files import fetch_rows, hub_files, modelscope_repository, open_repository
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
 from text.mix_datasets import mixed_order
 from text.packed_files import COMPRESSED, TABLES, file_type, open_packed, unpacked_suffix
@@ -38,7 +38,7 @@ ENTRY_KEYS = {
     "cloud_file_name": str, "formatting": str, "ranking": bool, "subset": str, "split": str,
     "folder": str, "num_samples": int, "columns": dict, "tags": dict,
 }
-OTHER_PLACES = ("ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")    # not read here
+OTHER_PLACES = ("om_hub_url", "script_url", "cloud_file_name")    # not read here
 
 # How a data file given by its path is recognized: for each role its usual names, likeliest first.
 LIKELY_COLUMNS = {
@@ -398,18 +398,37 @@ def check_layout(formatting: str, columns: dict, tags: dict, ranking: bool, wher
 def files_of_entry(entry: dict, info_path: Path, where: str, config,
                    notes: list[str]) -> tuple[Path, ...]:
     """The files that an entry names, on this machine or on the hub."""
-    if entry.get("hf_hub_url"):
-        return files_on_hub(entry, where, config, notes)
+    hub = hub_of_entry(entry, where)
+    if hub:
+        return files_on_hub(entry, hub, where, config, notes)
     if not entry.get("file_name"):
         other = [key for key in OTHER_PLACES if key in entry]
         if other:
-            raise ValueError(f"{where}: {other[0]} is given, but only file_name and hf_hub_url can "
-                             "be read: download the data and give its file_name")
+            raise ValueError(f"{where}: {other[0]} is given, but only file_name, hf_hub_url and "
+                             "ms_hub_url can be read: download the data and give its file_name")
         raise ValueError(f"{where}: neither file_name nor hf_hub_url is given")
     if entry.get("split", "train") != "train":
         raise ValueError(f"{where}: split '{entry['split']}', but a local file has no splits; "
                          "max_samples takes the first rows")
     return files_at(info_path.parent / entry["file_name"])
+
+
+def hub_of_entry(entry: dict, where: str) -> str:
+    """Which of hf_hub_url and ms_hub_url is read; "": neither is given.
+
+    As in LLaMA-Factory, USE_MODELSCOPE_HUB and USE_OPENMIND_HUB choose if there are several.
+    """
+    if entry.get("ms_hub_url") and (is_on("USE_MODELSCOPE_HUB") or not entry.get("hf_hub_url")):
+        return "ms_hub_url"
+    if entry.get("om_hub_url") and is_on("USE_OPENMIND_HUB"):
+        raise ValueError(f"{where}: USE_OPENMIND_HUB is set, but OpenMind is not read; unset it, "
+                         "or download the data and give its file_name")
+    return "hf_hub_url" if entry.get("hf_hub_url") else ""
+
+
+def is_on(variable: str) -> bool:
+    """Whether a variable of the environment says yes, by LLaMA-Factory's words."""
+    return os.environ.get(variable, "0").lower() in ("true", "y", "1")
 
 
 def files_at(path: Path) -> tuple[Path, ...]:
@@ -434,15 +453,17 @@ def files_at(path: Path) -> tuple[Path, ...]:
     return tuple(files)
 
 
-def files_on_hub(entry: dict, where: str, config, notes: list[str]) -> tuple[Path, ...]:
-    """The files of an entry's split on the hub, as many as max_samples needs.
+def files_on_hub(entry: dict, hub: str, where: str, config,
+                 notes: list[str]) -> tuple[Path, ...]:
+    """The files of an entry's split on a hub, as many as max_samples needs.
 
     They are downloaded, or found in the cache.
     """
     needed = None if entry.get("num_samples") else config.max_samples
     found = []
     try:
-        repository = open_repository(entry["hf_hub_url"], config.cache_dir)
+        opened = modelscope_repository if hub == "ms_hub_url" else open_repository
+        repository = opened(entry[hub], config.cache_dir)
         repository, names = hub_files(repository, entry, found)
         paths = fetch_rows(repository, names, needed, count_rows)
     except ValueError as error:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import yaml
 
 from errors import did_you_mean, first_line
-from text.packed_files import unpacked_suffix
+from text.packed_files import COMPRESSED, unpacked_suffix
 
 CONVERTED = "refs/convert/parquet"      # the hub's own branch of converted files
 LARGEST_CARD = 2**22                    # bytes of a README.md that are read
@@ -80,6 +80,23 @@ def open_branch(name: str, revision: str | None, cache_dir: str | None) -> Repos
             raise ValueError(why_not_fetched(f"{name}: {file}", error)) from None
 
     return Repository(name, files, fetch)
+
+
+def modelscope_repository(name: str, cache_dir: str | None) -> Repository:
+    """A repository of ModelScope, fetched with its own package. Raises ValueError."""
+    try:
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
+    except ModuleNotFoundError:
+        raise ValueError(f"'{name}' is on ModelScope, which needs its package: pip install "
+                         "modelscope (or download it and give its file_name)") from None
+    wanted = [f"*{suffix}{packed}" for suffix in DATA_TYPES for packed in ("", *COMPRESSED)]
+    try:
+        folder = Path(dataset_snapshot_download(name, cache_dir=cache_dir,
+                                                allow_patterns=["README.md", *wanted]))
+    except Exception as error:      # its errors have no common class
+        raise ValueError(f"'{name}' could not be fetched from ModelScope ({first_line(error)}). "
+                         "Is the name right, is there a network?") from None
+    return Repository(name, names_in(folder), lambda file: folder / file)
 
 
 def cached_repository(name: str, cache_dir: str | None, why: Exception) -> Repository:
