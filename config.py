@@ -580,7 +580,8 @@ REFUSED = (
     ("any", "rope_scaling",
      "not in this release; a rope_scaling in the checkpoint's config.json is applied"),
     ("train", "streaming",
-     "data are tokenized at the start and then stay on disk; leave it out"),
+     "data are tokenized at the start and then stay on disk; leave it out and set max_samples: no "
+     "more files of a hub set are fetched than hold so many rows"),
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),
     ("train", "group_by_length train_sampling_strategy=random",
      "rows are shuffled or, with disable_shuffling: true, in their order; no padding is computed "

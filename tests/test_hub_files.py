@@ -158,6 +158,13 @@ def test_a_local_folder_is_read_as_a_repository(tmp_path):
     assert len(open_repository(str(tmp_path / "it"), None).files) == 4
 
 
+def test_online_names_are_repositories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "it").mkdir(parents=True)
+    (tmp_path / "me" / "it" / "train.jsonl").write_bytes(PART[0])
+    assert len(load_rows("ONLINE", "me/it")) == 3
+
+
 # ---- ModelScope, OpenMind ------------------------------------------------------------------------
 
 

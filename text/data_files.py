@@ -283,6 +283,9 @@ def find_sources(names: list[str], config, notes: list[str]) -> list[Source]:
 
 def find_source(name: str, config, notes: list[str]) -> Source:
     """The entry `name` of dataset_info.json, or else the data file (or folder) at that path."""
+    if config.dataset_dir == "ONLINE":      # LLaMA-Factory's word: names are those of repositories
+        hub = "ms_hub_url" if is_on("USE_MODELSCOPE_HUB") else "hf_hub_url"
+        return source_of_entry(name, {hub: name}, Path("dataset_dir: ONLINE"), config, notes)
     info_path = Path(config.dataset_dir) / "dataset_info.json"
     info = read_dataset_info(info_path, name)
     if name in info:
