@@ -23,6 +23,7 @@ PEER_OFF = {  # LLaMA-Factory's defaults of unsupported keys: they must be accep
     "eval_delay": "0",
     "train_sampling_strategy": "random",
     "galore_proj_type": "std",
+    "apollo_proj_type": "std",
     "save_safetensors": "true",
 }
 
