@@ -578,7 +578,10 @@ REFUSED = (
     ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
      "changing the vocabulary is not in this release yet"),
     ("any", "rope_scaling",
-     "not in this release; a rope_scaling in the checkpoint's config.json is applied"),
+     "not in this release as a key; write it into the checkpoint's config.json, where training, "
+     "chat and merging alike apply it, as \"rope_scaling\": {\"rope_type\": \"yarn\", "
+     "\"factor\": 2.0, \"original_max_position_embeddings\": 4096} (linear, dynamic, yarn, "
+     "llama3)"),
     ("train", "streaming",
      "data are tokenized at the start and then stay on disk; leave it out and set max_samples: no "
      "more files of a hub set are fetched than hold so many rows"),
