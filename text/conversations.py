@@ -347,6 +347,9 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
     """
     messages, system = [], None
     for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} is {excerpt(turn)}, not an object with "
+                             f"'{source.tags['role_tag']}' and '{source.tags['content_tag']}'")
         role = role_of(turn, source)
         expected = ANSWERS if len(messages) % 2 else ("user", "observation")
         is_system = role == "system" and number == 1
@@ -398,7 +401,7 @@ def read_answer(data: dict, column: str, source: Source) -> dict:
         raise ValueError(f"'{column}': {error}") from None
 
 
-def role_of(turn, source: Source) -> str | None:
+def role_of(turn: dict, source: Source) -> str | None:
     """system, user, assistant, function or observation; None for a speaker that no tag names."""
     roles = {}
     for role in ("system", "function", "observation", "assistant", "user"):
@@ -408,10 +411,8 @@ def role_of(turn, source: Source) -> str | None:
     return roles.get(speaker_of(turn, source))
 
 
-def speaker_of(turn, source: Source) -> str:
+def speaker_of(turn: dict, source: Source) -> str:
     """The word that the data use for the speaker of a turn."""
-    if not isinstance(turn, dict):
-        return excerpt(turn)
     return str(turn.get(source.tags["role_tag"]))
 
 
