@@ -153,7 +153,8 @@ def print_error(message: str):
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
-    sys.stderr.write(f"error: {printable(message)}\n")
+    shortened = re.sub(r"(\S{500})\S{500,}", r"\1…", message)      # no word fills a screen
+    sys.stderr.write(f"error: {printable(shortened)}\n")
 
 
 def error_message(error: Exception) -> str:

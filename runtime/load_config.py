@@ -222,7 +222,8 @@ def _has_effect_elsewhere(name: str, value, where: str, script: str) -> bool:
     refusal = UNUSED[name]
     if refusal is None:
         return True
-    text = ",".join(value) if isinstance(value, list) else str(value or "").strip().lower()
+    joined = ",".join(map(str, value)) if isinstance(value, list) else str(value or "")
+    text = joined.strip().lower()
     if text in NULL:
         return False
     if refusal.accepted:

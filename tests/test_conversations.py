@@ -86,6 +86,8 @@ def chat(*turns):
     (chat(("human", "a"), ("assistant", "b")), "sharegpt", "turn 2 is by 'assistant', expected"),
     ({"conversations": ["human", "gpt"]}, "sharegpt",
      "turn 1 is human, not an object with 'from' and 'value'"),
+    ({"instruction": "a", "output": [5, {"role": "assistant", "content": "b"}]}, None,
+     "turn 1 is 5, not an object with"),
     ({"conversations": [None]}, "sharegpt", "turn 1 is null, not an object with"),
     (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt",
      "the last turn is not an answer"),

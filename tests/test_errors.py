@@ -132,3 +132,10 @@ def test_a_missing_package_is_a_sentence_with_the_command(package, script, tmp_p
 ])
 def test_sizes_have_a_unit_that_shows_them(count, words):
     assert bytes_in_words(count) == words
+
+
+def test_a_word_that_would_fill_the_screen_is_shortened(capsys):
+    with pytest.raises(SystemExit):
+        errors.run_script(raising(ValueError(f"config.json: the name {'x' * 5000} is unknown")))
+    message = capsys.readouterr().err
+    assert message == f"error: config.json: the name {'x' * 500}… is unknown\n"

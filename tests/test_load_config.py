@@ -638,3 +638,9 @@ def test_hostile_files_are_refused_in_little_memory(name, tmp_path):
 def test_aliases_that_are_few_are_read(tmp_path):
     (tmp_path / "a.yaml").write_text("dataset: &names [a, b]\neval_dataset: *names\n")
     assert load_argv(str(tmp_path / "a.yaml")).eval_dataset == ["a", "b"]
+
+
+def test_a_list_of_lists_for_a_key_without_effect(tmp_path):
+    file = write(tmp_path, "mixture_of_depths: [[1]]")
+    with pytest.raises(ValueError, match="mixture_of_depths: .*not in this release"):
+        load_argv(file)

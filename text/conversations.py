@@ -249,6 +249,7 @@ def convert_turn_lists(data: dict, source: Source, answer_roles: tuple) -> Conve
     read = []
     for role in answer_roles:
         turns = turns_in(data, columns[role], "assistant_tag", source)
+        check_is_object(turns[0], 1, source)
         if role_of(turns[0], source) in ("system", "user"):
             check_begins_with(turns, prompt, columns[role], columns["prompt"], source)
         else:
@@ -347,9 +348,7 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
     """
     messages, system = [], None
     for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise ValueError(f"turn {number} is {excerpt(turn)}, not an object with "
-                             f"'{source.tags['role_tag']}' and '{source.tags['content_tag']}'")
+        check_is_object(turn, number, source)
         role = role_of(turn, source)
         expected = ANSWERS if len(messages) % 2 else ("user", "observation")
         is_system = role == "system" and number == 1
@@ -371,6 +370,12 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
         else:
             messages.append(message)
     return messages, system
+
+
+def check_is_object(turn, number: int, source: Source):
+    if not isinstance(turn, dict):
+        raise ValueError(f"turn {number} is {excerpt(turn)}, not an object with "
+                         f"'{source.tags['role_tag']}' and '{source.tags['content_tag']}'")
 
 
 def check_ends_with_question(messages: list[dict], columns: dict):
