@@ -212,6 +212,8 @@ class Config:
         "maximum length of a row in tokens; longer ones are truncated", low=1)
     max_samples: int | None = key(None, DATA,
         "maximum number of rows to read from each dataset", low=1)
+    streaming: bool = key(False, IGNORED,
+        "accepted: rows are never all in memory here, but tokenized to disk before the first step")
     mix_strategy: str = key("concat", DATA,
         "several datasets: one after the other, or row by row until one is used up (under) or all "
         "are (over)", choices=("concat", "interleave_under", "interleave_over"),
@@ -582,9 +584,6 @@ REFUSED = (
      "chat and merging alike apply it, as \"rope_scaling\": {\"rope_type\": \"yarn\", "
      "\"factor\": 2.0, \"original_max_position_embeddings\": 4096} (linear, dynamic, yarn, "
      "llama3)"),
-    ("train", "streaming",
-     "data are tokenized at the start and then stay on disk; leave it out and set max_samples: no "
-     "more files of a hub set are fetched than hold so many rows"),
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),
     ("train", "group_by_length train_sampling_strategy=random",
      "rows are shuffled or, with disable_shuffling: true, in their order; no padding is computed "

@@ -148,6 +148,9 @@ def load_data(config, base: Base, text, stage, ranks: Ranks) -> tuple:
     With eval_on_each_dataset the second is {name: examples}. text: of text/load_text.py. The first
     rank of a host tokenizes, the others read what it wrote.
     """
+    if config.streaming:
+        print("  note: streaming: rows are tokenized to disk before the first step; max_samples "
+              "reads fewer of them, and of a hub set only the files that hold these")
     with ranks.one_per_host_first():
         train_set, eval_set, counts = load_examples(
             config, text.tokenizer, text.template, stage.encode, folder=kept_in(config),

@@ -12,7 +12,7 @@ from runtime import preview, show_data, steps as runtime_steps
 from runtime.build import STAGES
 from runtime.load_config import load_config
 from templates import encode_prompt
-from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
+from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded
 from tests.rows import (CASE_KEYS, ask, cases_of, ids_and_labels, known, make_config, tokenizer_for,
                         write_dataset)
 from text import template_check, token_cache
@@ -589,3 +589,14 @@ def test_the_preview_command_writes_every_row(tmp_path, capsys):
                       f"model_name_or_path={GOLDEN / 'curves' / 'tiny_llama3'}", "--jsonl",
                       str(out)])
     assert all(row["labels"] == [IGNORE] for row in read_jsonl(out)) and len(read_jsonl(out)) == 27
+
+
+@needs_shared
+def test_streaming_trains_on_the_rows_of_a_run_without_it(tmp_path, monkeypatch, capsys):
+    plain = run_recorded("sft_llama3", tmp_path / "a", monkeypatch, "max_steps=3")
+    streamed = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, "max_steps=3",
+                            "streaming=true", "buffer_size=4", "max_samples=1000")
+    assert "streaming: rows are tokenized to disk before the first step" in capsys.readouterr().out
+    losses = [[row["loss"] for row in state["log_history"] if "loss" in row]
+              for state in (plain, streamed)]
+    assert losses[0] == losses[1]
