@@ -121,8 +121,9 @@ class Config:
         "worse reply; kto: replies marked good or bad; rm: a reward model",
         group="method", choices=("sft", "pt", "rm", "dpo", "kto"), later=("ppo",))
     finetuning_type: str = key("lora", FIXED,
-        "lora: low-rank adapters on frozen weights; full: all weights; freeze: the weights of some "
-        "layers", choices=("lora", "full", "freeze"), later=("oft",))
+        "lora: low-rank adapters on frozen weights; oft: rotations of the inputs of frozen "
+        "weights; full: all weights; freeze: the weights of some layers",
+        choices=("lora", "oft", "full", "freeze"))
     lora_rank: int = key(8, FIXED,
         "rank r of the matrices A (r, in) and B (out, r)", only="lora", low=1, high=10**6)
     lora_alpha: int | None = key(None, FIXED,
@@ -131,9 +132,20 @@ class Config:
     lora_target: list[str] = key(["all"], FIXED,
         "modules that get an adapter, as the checkpoint names them: last name parts "
         "(q_proj,v_proj), blocks (experts), a regular expression for full names, or all: every "
-        "linear layer but head, routers, experts", only="lora")
+        "linear layer but head, routers, experts", only="lora oft")
+    oft_rank: int = key(0, FIXED,
+        "number of blocks of each rotation, with oft_block_size: 0 (0: it follows from the size)",
+        only="oft", low=0, high=10**6)
+    oft_block_size: int = key(32, FIXED,
+        "inputs that each block of a rotation turns among themselves; where it does not divide a "
+        "layer's inputs, the nearest size that does", only="oft", low=0, high=10**6)
+    oft_target: list[str] = key(["all"], FIXED,
+        "modules whose inputs are rotated, as in lora_target", only="oft")
+    module_dropout: float = key(0.0, FIXED,
+        "written into the adapter; PEFT never applies it to linear layers, so it does nothing",
+        only="oft", low=0, high=1)
     additional_target: list[str] | None = key(None, FIXED,
-        "further modules to train in full and save with the adapter", only="lora")
+        "further modules to train in full and save with the adapter", only="lora oft")
     use_rslora: bool = key(False, FIXED, "scale by lora_alpha / sqrt(lora_rank)")
     use_dora: bool = key(False, FIXED,
         "DoRA: train the norm of each matrix row apart from its direction")
@@ -149,10 +161,10 @@ class Config:
     create_new_adapter: bool = key(False, DATA,
         "merge all given adapters into the base and train a new one")
     freeze_trainable_layers: int = key(2, FIXED,
-        "number of last layers to train (negative: of first layers)", only="freeze lora")
+        "number of last layers to train (negative: of first layers)", only="freeze lora oft")
     use_llama_pro: bool = key(False, FIXED,
         "train the freeze_trainable_layers blocks that block expansion has inserted, every n-th, "
-        "with finetuning_type freeze or lora", only="freeze lora")
+        "with finetuning_type freeze, lora or oft", only="freeze lora oft")
     freeze_trainable_modules: list[str] = key(["all"], FIXED,
         "modules to train in these layers, as mlp,self_attn", only="freeze")
     freeze_extra_modules: list[str] | None = key(None, FIXED,
@@ -533,10 +545,9 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         "fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params",
     "settings of a feature that is off or refused": """
         init_special_tokens buffer_size eval_num_beams quantization_device_map
-        length_penalty module_dropout oft_rank oft_block_size oft_target ppo_buffer_size ppo_epochs
-        ppo_score_norm ppo_target ppo_whiten_rewards reward_model reward_model_adapters
-        reward_model_type reward_model_quantization_bit badam_update_ratio badam_mask_mode
-        badam_verbose
+        length_penalty ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
+        reward_model reward_model_adapters reward_model_type reward_model_quantization_bit
+        badam_update_ratio badam_mask_mode badam_verbose
         swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id
         trackio_static_space_id hyper_parallel_args fp8_backend
         fp8_enable_fsdp_float8_all_gather optim_target_modules generation_max_length
@@ -635,6 +646,7 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 
 AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
+ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters
 
 
 def has_reference(config: Config) -> bool:

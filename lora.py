@@ -5,7 +5,7 @@
 Works on any nn.Module made of linear layers, and of stacks of matrices, one per expert. The layer
 beside which an adapter stands becomes its `base_layer` and is only ever called: it may hold its
 weight in 4 or 8 bits. Variants of the layer or of its initial values are passed to attach_lora
-(methods/lora_variants.py).
+(methods/lora_variants.py), and so is another adapter than LoRA (methods/oft.py).
 
 Where a checkpoint uses other module names, `stored_name` maps our names to the checkpoint's; users,
 error messages and PEFT's files use the checkpoint's.
@@ -29,19 +29,51 @@ from torch import nn
 from errors import did_you_mean
 
 
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """Which modules are trained; a subclass adds how."""
+    target_modules: list | str = "all-linear"               # get an adapter, see find_targets
+    modules_to_save: list = field(default_factory=list)     # trained in full, in float32
+
+    finetuning_type = ""            # as a config calls this kind of adapter
+    pissa = False                   # whether the initial adapter was taken out of the base
+
+
 @dataclass
-class LoRAConfig:
+class LoRAConfig(AdapterConfig):
     """What is adapted, and how: the supported fields of PEFT's adapter_config.json."""
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False                                  # train the norms of rows separately
-    target_modules: list | str = "all-linear"               # see find_targets
-    modules_to_save: list = field(default_factory=list)     # trained in full, in float32
     rank_pattern: dict = field(default_factory=dict)        # {pattern of names: another r}
     alpha_pattern: dict = field(default_factory=dict)       # {pattern of names: another alpha}
     init_lora_weights: bool | str = True                    # or "pissa", "pissa_niter_N"
+
+    finetuning_type = "lora"
+
+    def settings(self) -> dict:
+        """{key of a config: value} of what an adapter that is trained further decides."""
+        return {
+            "lora_rank": self.r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "lora_target": self.target_modules,
+            "additional_target": self.modules_to_save,
+        }
+
+    @property
+    def size(self) -> str:
+        """What determines the adapter's shapes, for messages."""
+        return f"r is {self.r}"
+
+    @property
+    def variant(self) -> str:
+        """The key of a config that makes this another adapter than LoRALinear's, or ""."""
+        return "use_dora" if self.use_dora else "pissa_init" if self.pissa else ""
 
     @property
     def pissa(self) -> bool:
@@ -64,22 +96,52 @@ def _first_match(patterns: dict, name: str, default):
 # ---- layers -------------------------------------------------------------------------------------
 
 
-class LoRALinear(nn.Module):
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer, and weights beside it that are trained.
+
+    A subclass offers forward, effective_weight and merged, and is made by `beside`.
+    """
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.enabled = True
+
+    @property
+    def weight(self):
+        """The frozen weight, as base_layer stores it."""
+        return self.base_layer.weight
+
+    def fix(self):
+        """Compute once, for inference, what depends on the trained weights alone."""
+
+    def own_bytes(self, compute: int) -> int:
+        """Bytes kept for the backward pass, whatever the number of tokens.
+
+        compute: bytes per number in a matrix product.
+        """
+        return 0
+
+
+class LoRALinear(AdaptedLinear):
     """A frozen linear layer with an adapter: y = W x + bias + scale * B(A dropout(x))."""
 
     removed = None      # (A, B) taken out of W by an initializer; added back while disabled
 
     def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float = 0.0,
                  device=None):
-        super().__init__()
+        super().__init__(base_layer)
         options = {"bias": False, "dtype": torch.float32,
                    "device": device or base_layer.weight.device}
-        self.base_layer = base_layer
         self.lora_A = nn.Linear(base_layer.in_features, r, **options)
         self.lora_B = nn.Linear(r, base_layer.out_features, **options)
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.scale = scale
-        self.enabled = True
+
+    @classmethod
+    def beside(cls, *where):
+        """See lora_beside."""
+        return lora_beside(cls, *where)
 
     def forward(self, x):
         y = self.base_layer(x)                                                   # (…, out)
@@ -99,11 +161,6 @@ class LoRALinear(nn.Module):
         if self.enabled:
             return self.lora_A.weight, self.lora_B.weight
         return self.removed or (None, None)
-
-    @property
-    def weight(self):
-        """The frozen weight, as base_layer stores it."""
-        return self.base_layer.weight
 
     def effective_weight(self):
         """The matrix (out, in) with the adapter in it; gradients flow to A and B."""
@@ -294,21 +351,22 @@ def _no_match(target: str, layers: dict, model: nn.Module, stored_name: Callable
 # ---- attaching ----------------------------------------------------------------------------------
 
 
-def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
+def attach_lora(model: nn.Module, config: AdapterConfig, seed: int | None = None,
                 stored_name: Callable = same_name, targets: list[str] | None = None, device=None,
-                layer: type[LoRALinear] = LoRALinear, init: Sequence[Callable] = ()) -> nn.Module:
+                layer: type[AdaptedLinear] = LoRALinear,
+                init: Sequence[Callable] = ()) -> nn.Module:
     """Freeze the model, add adapters, and unfreeze what `config` trains. In place.
 
     A starts as kaiming-uniform(a=sqrt 5) and B as zeros, so the model is unchanged at first. Each A
     has a generator of its own, seeded with `seed` and the module's index in the model, so that it
     does not depend on what else is adapted. A target that modules_to_save trains in full gets no
     adapter, as in PEFT. targets: names instead of find_targets's. device: of trained weights,
-    if not the device of the frozen ones. layer, init: see methods/lora_variants.py; each function
-    of `init` is called with the new layer and its generator.
+    if not the device of the frozen ones. layer, init: see methods/lora_variants.py and oft.py; each
+    function of `init` is called with the new layer and its generator.
     """
     assert not lora_layers(model), "merge the adapters of this model before attaching others"
     plain = layer is LoRALinear and not init
-    assert plain != bool(config.use_dora or config.pissa), "layer and init: see lora_variants"
+    assert plain != bool(config.variant), "layer and init: see checkpoint.adapters.variant_of"
     model.requires_grad_(False)
 
     full = {name for wanted in config.modules_to_save
@@ -323,18 +381,15 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
         if name in full:
             continue
         base = model.get_submodule(name)
-        r, scale = config.of_module(stored_name(name))
-        if isinstance(base, nn.Linear):
-            adapted = layer(base, r, scale, config.lora_dropout, device)
-        elif plain:
-            adapted = LoRAStacked(base, r, scale, config.lora_dropout, device)
-        else:
-            key = "use_dora" if config.use_dora else "pissa_init"
-            raise ValueError(f"{key}: {stored_name(name)} is a stack of experts, which neither we "
-                             "nor PEFT support; leave it out of lora_target")
         generator = torch.Generator().manual_seed((seed or 0) * 1_000_003 + index[name])
-        if not adapted.lora_A.weight.is_meta:
-            init_adapter(adapted, generator)
+        if isinstance(base, nn.Linear):
+            adapted = layer.beside(base, config, stored_name(name), generator, device)
+        elif plain:
+            adapted = lora_beside(LoRAStacked, base, config, stored_name(name), generator, device)
+        else:
+            raise ValueError(f"{config.variant}: {stored_name(name)} is a stack of experts, which "
+                             "neither we nor PEFT support; leave it out of lora_target")
+        if init and not adapted.lora_A.weight.is_meta:
             for initializer in init:
                 initializer(adapted, generator)
         _replace(model, name, adapted)
@@ -342,6 +397,16 @@ def attach_lora(model: nn.Module, config: LoRAConfig, seed: int | None = None,
     for name in full:
         _train_in_full(model.get_submodule(name), device)
     return model
+
+
+def lora_beside(layer: type, base: nn.Module, config: LoRAConfig, name: str,
+                generator: torch.Generator, device=None) -> LoRALinear | LoRAStacked:
+    """A new `layer` with the rank and scale of the module that the checkpoint calls `name`."""
+    r, scale = config.of_module(name)
+    adapted = layer(base, r, scale, config.lora_dropout, device)
+    if not adapted.lora_A.weight.is_meta:
+        init_adapter(adapted, generator)
+    return adapted
 
 
 @torch.no_grad()
@@ -398,10 +463,10 @@ def _train_in_full(module: nn.Module, device=None):
 # ---- using and merging --------------------------------------------------------------------------
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAStacked]:
+def lora_layers(model: nn.Module) -> dict[str, AdaptedLinear | LoRAStacked]:
     """The adapted layers by full name."""
     return {name: module for name, module in model.named_modules()
-            if isinstance(module, (LoRALinear, LoRAStacked))}
+            if isinstance(module, (AdaptedLinear, LoRAStacked))}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

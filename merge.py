@@ -288,12 +288,15 @@ def run_ahead(makers: Iterable[Callable]) -> Iterator:
 def block_makers(plan: dict[str, Planned], device) -> Iterator[Callable]:
     """A function for each block of rows of each tensor, in order, which returns the merged rows."""
     for name, tensor in plan.items():
-        # A is needed by all rows of a matrix, B by all rows of a stack; else B is read by rows
+        # A, or OFT's rotation, is needed by all rows of a matrix, B by all rows of a stack; else B
+        # is read by rows
         lora_A = []
         lora_B = []
         for change in tensor.changes:
             A = B = None
-            if change.scale is not None:
+            if change.kind == "oft":
+                A = rotation_of(change, device)
+            elif change.kind == "lora":
                 A = read_tensor(change.file, change.key + ".lora_A.weight", device)
                 if len(tensor.shape) == 3:
                     B = read_tensor(change.file, change.key + ".lora_B.weight", device)
@@ -302,6 +305,12 @@ def block_makers(plan: dict[str, Planned], device) -> Iterator[Callable]:
         matrix = dequantized_base(tensor, device)
         for rows in row_blocks(tensor.shape):
             yield partial(merged_rows, name, tensor, rows, lora_A, lora_B, matrix, device)
+
+
+def rotation_of(change: Change, device) -> torch.Tensor:
+    """The rotation R (blocks, size, size) of an OFT adapter's layer."""
+    numbers = read_tensor(change.file, change.key + ".oft_R.weight", device)
+    return change.rotation.matrices_from(numbers)
 
 
 def dequantized_base(tensor: Planned, device) -> torch.Tensor | None:
@@ -330,15 +339,16 @@ def merged_rows(name: str, tensor: Planned, rows, lora_A: list, lora_B: list,
                 matrix: torch.Tensor | None, device) -> torch.Tensor:
     """Rows of one tensor of the new checkpoint.
 
-    lora_A: (r, in) for each change. lora_B: for each change of a stack of matrices. matrix: the
-    base's, if it is not stored by rows. Raises ValueError for sums that are not finite.
+    lora_A: (r, in), or OFT's rotation, for each change. lora_B: for each change of a stack of
+    matrices. matrix: the base's, if it is not stored by rows. Raises ValueError for sums that are
+    not finite.
     """
     if matrix is None:
         block = read_tensor(tensor.file, tensor.key, device, rows)
     else:
         block = matrix[rows]
     for change, A, B in zip(tensor.changes, lora_A, lora_B):
-        if change.scale is None:
+        if change.kind == "new":
             block = read_tensor(change.file, change.key, device, rows)
             continue
         if change.has_copy:
@@ -346,6 +356,10 @@ def merged_rows(name: str, tensor: Planned, rows, lora_A: list, lora_B: list,
             check_copy(block, copy, name, change.file)
         if B is not None:
             block = merge_expert(block, change, A, B, tensor.shape[0], rows)
+        elif change.kind == "oft":
+            from methods.oft import rotated_weight              # only where it is asked for
+
+            block = rotated_weight(block.float(), A)
         else:
             block = merge_matrix(block, change, A, rows, device)
 

@@ -2,14 +2,14 @@
 
 Requires: lora.py (LoRAConfig, patterns), families.py (reading JSON).
 Next: checkpoint/adapters.py.
-Fields: PEFT 0.21's LoraConfig.
+Fields: PEFT 0.21's LoraConfig and OFTConfig.
 """
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from families import not_within, read_json_object, shown
-from lora import LoRAConfig, match_patterns
+from lora import AdapterConfig, LoRAConfig, match_patterns
 
 # ---- the table ----------------------------------------------------------------------------------
 
@@ -39,7 +39,8 @@ TYPES = {       # field: (test, what it must be)
     **dict.fromkeys(("peft_type", "task_type", "bias", "peft_version", "revision",
                      "base_model_name_or_path"), (is_text, "text")),
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "inference_mode", "lora_bias",
-                     "use_qalora", "ensure_weight_tying"), (is_flag, "true or false")),
+                     "use_qalora", "ensure_weight_tying", "coft", "block_share",
+                     "use_cayley_neumann", "init_weights"), (is_flag, "true or false")),
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"),
                     (is_text_or_list, "text or a list of texts")),
     **dict.fromkeys(("modules_to_save", "target_parameters"),
@@ -49,6 +50,8 @@ TYPES = {       # field: (test, what it must be)
                     (lambda value: type(value) is dict, "an object")),
 }
 BOUNDS_OF_LORA = {"r": (1, 2**20), "lora_alpha": (0.0, 1e9), "lora_dropout": (0.0, 1.0)}
+BOUNDS_OF_OFT = {"r": (0, 2**20), "oft_block_size": (0, 2**20), "module_dropout": (0.0, 1.0),
+                 "num_cayley_neumann_terms": (1, 2**20), "eps": (0.0, 1e9)}
 PATTERN_BOUNDS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
 # fields that change nothing here
@@ -57,6 +60,7 @@ NEUTRAL = frozenset("""
     peft_type peft_version revision task_type runtime_config qalora_group_size bias fan_in_fan_out
     eva_config corda_config lora_ga_config
 """.split())
+NEUTRAL_IN_OFT = ("eps", "init_weights", "num_cayley_neumann_terms")     # what check_oft leaves
 READ_FOR_TARGETS = ("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
 # init_lora_weights that leave W as it was: A and B of the file are all there is to load
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
@@ -66,8 +70,8 @@ CHANGES_BASE = ("olora", "corda", "lora_ga", "loftq")       # and those that do 
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
-    """(LoRAConfig of an adapter folder, all its raw fields).
+def read_adapter_config(folder) -> tuple[AdapterConfig, dict]:
+    """(LoRAConfig or OFTConfig of an adapter folder, all its raw fields).
 
     Raises FileNotFoundError or ValueError for what is not a supported adapter.
     """
@@ -77,19 +81,33 @@ def read_adapter_config(folder) -> tuple[LoRAConfig, dict]:
             f"{path} is missing: adapter_name_or_path must be a folder with adapter_config.json "
             "and adapter_model.safetensors")
     raw = read_json_object(path, "fetch it again, or save the adapter anew")
-    check_adapter_types(path, raw)
-    check_adapter_fields(path, raw)
+    kind = kind_of_adapter(path, raw)
+    check_adapter_types(path, raw, BOUNDS_OF_LORA if kind is LoRAConfig else BOUNDS_OF_OFT)
+    check_adapter_fields(path, raw, kind)
 
-    known = LoRAConfig.__dataclass_fields__
-    config = LoRAConfig(**{key: raw[key] for key in known if raw.get(key) is not None})
+    known = kind.__dataclass_fields__
+    config = kind(**{key: raw[key] for key in known if raw.get(key) is not None})
     if raw.get("target_parameters") and raw.get("target_modules") is None:
         config.target_modules = []
-    if not config.pissa:
+    if kind is LoRAConfig and not config.pissa:
         config.init_lora_weights = True
     return config, raw
 
 
-def check_adapter_types(path: Path, raw: dict):
+def kind_of_adapter(path: Path, raw: dict) -> type[AdapterConfig]:
+    """LoRAConfig or OFTConfig. Raises ValueError for another kind of adapter."""
+    peft_type = raw.get("peft_type")
+    if peft_type in (None, "LORA") or not is_text(peft_type):   # see check_adapter_types
+        return LoRAConfig
+    if peft_type != "OFT":
+        raise ValueError(f"{path}: peft_type {shown(peft_type)} is not supported, only LORA and "
+                         "OFT")
+    from methods.oft import OFTConfig                       # only where it is asked for
+
+    return OFTConfig
+
+
+def check_adapter_types(path: Path, raw: dict, numbers: dict):
     """Raises ValueError for a field of another type, or out of bounds; null means absent."""
     for key, value in raw.items():
         words = ""
@@ -98,8 +116,8 @@ def check_adapter_types(path: Path, raw: dict):
         if key in TYPES:
             fits, kind = TYPES[key]
             words = "" if fits(value) else f"is not {kind}"
-        elif key in BOUNDS_OF_LORA:
-            words = not_within(value, BOUNDS_OF_LORA[key])
+        elif key in numbers:
+            words = not_within(value, numbers[key])
         if key in PATTERN_BOUNDS and not words:
             bounds = BOUNDS_OF_LORA[PATTERN_BOUNDS[key]]
             wrong = [entry for entry in value.values() if not_within(entry, bounds)]
@@ -110,15 +128,16 @@ def check_adapter_types(path: Path, raw: dict):
                              "adapter anew")
 
 
-def check_adapter_fields(path: Path, raw: dict):
+def check_adapter_fields(path: Path, raw: dict, kind: type[AdapterConfig]):
     """Raises ValueError for a field or a value that is not supported."""
-    if raw.get("peft_type") not in (None, "LORA"):
-        raise ValueError(f"{path}: peft_type {raw['peft_type']} is not supported, only LORA")
     if raw.get("bias") not in (None, "none"):
         raise ValueError(f"{path}: bias {raw['bias']!r} is not supported, only 'none'")
-    check_start(path, raw.get("init_lora_weights", True))
-
-    read = (*LoRAConfig.__dataclass_fields__, *NEUTRAL, *READ_FOR_TARGETS)
+    read = (*kind.__dataclass_fields__, *NEUTRAL, *READ_FOR_TARGETS)
+    if kind is LoRAConfig:
+        check_start(path, raw.get("init_lora_weights", True))
+    else:
+        check_oft(path, raw)
+        read += NEUTRAL_IN_OFT
     unsupported = []
     for key, value in raw.items():
         if key not in read and value is not False and value not in (None, "", [], {}):
@@ -127,6 +146,32 @@ def check_adapter_fields(path: Path, raw: dict):
         raise ValueError(f"{path}: {', '.join(unsupported)} is not supported, and would change "
                          "what the adapter computes")
     check_layer_fields(path, raw)
+
+
+def check_oft(path: Path, raw: dict):
+    """Raises ValueError for an OFT adapter that PEFT 0.21 reads otherwise, or not at all."""
+    if raw.get("coft"):
+        raise ValueError(f"{path}: coft: true (rotations held near the identity) is not supported; "
+                         "merge the adapter with peft")
+    if "oft_block_size" not in raw:
+        raise ValueError(f"{path}: an OFT adapter without oft_block_size is from peft before 0.14, "
+                         "whose rotations no newer version reads. Merge it with that one")
+    r, block_size = raw.get("r") or 0, raw["oft_block_size"] or 0
+    if bool(r) == bool(block_size):
+        raise ValueError(f"{path}: r is {r} and oft_block_size is {block_size}: one of the two is "
+                         "0 and follows from the other. Save the adapter anew")
+    if raw.get("use_cayley_neumann") is False:
+        return
+    terms = raw.get("num_cayley_neumann_terms")
+    if terms not in (None, 5):
+        raise ValueError(f"{path}: num_cayley_neumann_terms {terms} is not supported, only 5; "
+                         "merge the adapter with peft")
+    version = re.match(r"(\d+)\.(\d+)", raw.get("peft_version") or "0.0")
+    if version and (int(version[1]), int(version[2])) < (0, 18):
+        raise ValueError(
+            f"{path}: peft {raw.get('peft_version') or 'before 0.18'} has written this OFT "
+            "adapter, and its series (use_cayley_neumann) was another one. Merge it with that "
+            "version")
 
 
 def shown_as_python(value) -> str:

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: reading, writing, naming.
+"""Adapters in PEFT's format: reading, writing, naming.
 
 Requires: checkpoint/adapter_config.py, checkpoint/peft_targets.py, checkpoint/load.py.
 Next: merge.py.
@@ -17,13 +17,13 @@ from checkpoint.adapter_config import read_adapter_config, without_excluded
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
 from checkpoint.peft_targets import peft_fields
-from lora import (LoRAConfig, LoRAStacked, attach_lora, find_targets, is_quantized, lora_layers,
-                  match_patterns, merge_adapters)
+from lora import (AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, attach_lora, find_targets,
+                  is_quantized, lora_layers, match_patterns, merge_adapters)
 from model import CausalLM
 from text.tokenizer import read_json
 
 PREFIX = "base_model.model."        # PEFT's, in front of every name
-OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".oft_R.weight")
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -46,7 +46,8 @@ def pissa_start(folder, config: LoRAConfig) -> Path | None:
         "pissa_converted (pissa_convert: true writes it)")
 
 
-def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=None) -> LoRAConfig:
+def load_adapter(model: CausalLM, folder, dropout: float | None = None,
+                 device=None) -> AdapterConfig:
     """Attach the adapter of a folder to the model, trainable.
 
     Strict: every tensor is used, none is missing. dropout: instead of the adapter's own. device: of
@@ -62,7 +63,8 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None, device=N
         raise FileNotFoundError(f"{path} is missing{hint}")
     start = pissa_start(folder, config) if config.pissa else None
     with open_tensors(path) as tensors:
-        check_rank(path, config, tensors)
+        if isinstance(config, LoRAConfig):
+            check_rank(path, config, tensors)
         if start:
             load_adapter(model, start, config.lora_dropout, device)
             remove_adapters(model)
@@ -93,9 +95,13 @@ def reload_adapter(model: CausalLM, folder):
         copy_adapter(model, tensors, path, config, raw)
 
 
-def variant_of(config: LoRAConfig) -> dict:
+def variant_of(config: AdapterConfig) -> dict:
     """The arguments `layer` and `init` of attach_lora; {} for plain LoRA."""
-    if not (config.use_dora or config.pissa):
+    if config.finetuning_type == "oft":
+        from methods.oft import OFTLinear                   # only where it is asked for
+
+        return {"layer": OFTLinear}
+    if not config.variant:
         return {}
     from methods.lora_variants import variant_arguments     # only where it is asked for
 
@@ -110,7 +116,7 @@ def remove_adapters(model: CausalLM):
         remove_adapter(layer)
 
 
-def attach_like(folder, model: CausalLM, config: LoRAConfig, raw: dict, keys, device):
+def attach_like(folder, model: CausalLM, config: AdapterConfig, raw: dict, keys, device):
     """Attach new adapters to the layers that the adapter of a folder is for.
 
     keys: names of its tensors. Raises ValueError for another model.
@@ -128,19 +134,19 @@ def attach_like(folder, model: CausalLM, config: LoRAConfig, raw: dict, keys, de
         config.target_modules = [stored_name(name) for name in targets]     # what is left of them
 
 
-def check_patterns(path: Path, model: CausalLM, config: LoRAConfig, raw: dict):
+def check_patterns(path: Path, model: CausalLM, config: AdapterConfig, raw: dict):
     """Raises ValueError for a regular expression that is none, or takes too long."""
     names = [model.config.stored_name(name) for name, module in model.named_modules()
              if isinstance(module, nn.Linear)]
     for key in ("rank_pattern", "alpha_pattern"):
-        match_patterns(list(getattr(config, key)), names, f"{path}: {key}")
+        match_patterns(list(getattr(config, key, {})), names, f"{path}: {key}")
     for key in ("target_modules", "exclude_modules"):
         if isinstance(raw.get(key), str):
             match_patterns([raw[key]], names, f"{path}: {key}")
 
 
 @torch.no_grad()
-def copy_adapter(model: CausalLM, tensors, path: Path, config: LoRAConfig, raw: dict):
+def copy_adapter(model: CausalLM, tensors, path: Path, config: AdapterConfig, raw: dict):
     """Copy the tensors of an adapter file into the model's adapters, which must be the same."""
     expected = adapter_tensors(model)
     names = set(tensors.keys()) - copies_of_base(model, tensors)
@@ -160,12 +166,12 @@ def copy_adapter(model: CausalLM, tensors, path: Path, config: LoRAConfig, raw: 
             raise ValueError(
                 f"{path}: {name} has shape {list(tensor.shape)}, the model and "
                 f"adapter_config.json make it {list(parameter.shape)}. Its base is "
-                f"{raw.get('base_model_name_or_path')!r}, r is {config.r}: is this another model, "
+                f"{raw.get('base_model_name_or_path')!r}, {config.size}: is this another model, "
                 "or another rank?")
         parameter.copy_(tensor)
 
 
-def targets_of(model: CausalLM, config: LoRAConfig, raw: dict, keys) -> list[str]:
+def targets_of(model: CausalLM, config: AdapterConfig, raw: dict, keys) -> list[str]:
     """Full names of the layers that an adapter file with these keys is for.
 
     The names in adapter_config.json leave the routed experts open: `gate_proj` means those of all
@@ -287,7 +293,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
     for layer, module in lora_layers(model).items():
         assert not module.weight.requires_grad, layer
         for part, parameter in module.named_parameters():
-            if part.startswith("lora_"):                # A, B and, of DoRA, the magnitudes
+            if part.startswith(("lora_", "oft_")):      # A, B, DoRA's magnitudes; OFT's rotation
                 found[f"{names[layer]}.{part}"] = parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad and not name.endswith(OF_ADAPTERS):
@@ -298,7 +304,7 @@ def adapter_tensors(model: CausalLM) -> dict[str, torch.Tensor]:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str,
+def save_adapter(model: CausalLM, folder, config: AdapterConfig, base: str,
                  tensors: dict | None = None):
     """Write adapter_config.json and adapter_model.safetensors.
 
@@ -309,17 +315,12 @@ def save_adapter(model: CausalLM, folder, config: LoRAConfig, base: str,
     tensors = adapter_tensors(model) if tensors is None else tensors
     save_tensors(folder / "adapter_model.safetensors", in_pefts_layout(model, tensors))
     fields = {
-        "peft_type": "LORA",
+        "peft_type": config.finetuning_type.upper(),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": config.init_lora_weights,
-        "use_dora": config.use_dora,
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "use_rslora": config.use_rslora,
         "modules_to_save": config.modules_to_save or None,
     }
     write_json(folder / "adapter_config.json", fields | peft_fields(model, config))
@@ -420,7 +421,7 @@ def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_la
             merge_adapters(model, quantized=not is_last)
     model_dtype = model.model.embed_tokens.weight.dtype
     for layer in lora_layers(model).values():
-        if hasattr(layer, "fix_gain"):                  # of DoRA, while A and B are float32
-            layer.fix_gain()
+        if isinstance(layer, AdaptedLinear):
+            layer.fix()                                 # while the trained weights are float32
         layer.to(model_dtype if is_quantized(layer.base_layer) else layer.weight.dtype)
     return model.requires_grad_(False).eval()

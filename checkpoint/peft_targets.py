@@ -15,7 +15,7 @@ import re
 
 from torch import nn
 
-from lora import LoRAConfig, LoRALinear, LoRAStacked, lora_layers
+from lora import AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, lora_layers
 from model import CausalLM
 
 # families whose experts are separate in the files and stacks in transformers 5: {model_type: names
@@ -31,7 +31,24 @@ STACKED_GATE_UP = r".*\.experts\.gate_up_proj"
 STACKS_SINCE = "0.21.0"     # the version whose layout of stacks is written
 
 
-def peft_fields(model: CausalLM, config: LoRAConfig) -> dict:
+def peft_fields(model: CausalLM, config: AdapterConfig) -> dict:
+    """The fields of adapter_config.json that differ between adapters."""
+    if config.finetuning_type == "oft":
+        from methods.oft import peft_fields_of_oft          # only where it is asked for
+
+        return {"target_modules": peft_modules(model, config.target_modules),
+                **peft_fields_of_oft(config)}
+    fields = {
+        "init_lora_weights": config.init_lora_weights,
+        "use_dora": config.use_dora,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+    }
+    return fields | layer_fields(model, config)
+
+
+def layer_fields(model: CausalLM, config: LoRAConfig) -> dict:
     """target_modules and all other fields of adapter_config.json that depend on the layers."""
     stored_name = model.config.stored_name
     layers = {stored_name(name): layer for name, layer in lora_layers(model).items()}
@@ -116,7 +133,8 @@ def peft_modules(model: CausalLM, requested) -> list | str:
     """
     stored_name = model.config.stored_name
     layers = lora_layers(model)
-    adapted = {stored_name(name) for name, layer in layers.items() if isinstance(layer, LoRALinear)}
+    adapted = {stored_name(name) for name, layer in layers.items()
+               if isinstance(layer, AdaptedLinear)}
     if isinstance(requested, list) and adapted == set(requested):               # full names
         return requested
     is_pattern = isinstance(requested, str) and requested not in ("all", "all-linear")
@@ -124,7 +142,7 @@ def peft_modules(model: CausalLM, requested) -> list | str:
         return requested
 
     linears = [stored_name(name) for name, module in model.named_modules()
-               if isinstance(module, (nn.Linear, LoRALinear))]
+               if isinstance(module, (nn.Linear, AdaptedLinear))]
     candidates = []
     if not model.config.skips:              # else a short name may be that of a vision layer
         candidates = [requested if isinstance(requested, list) else [],
@@ -137,7 +155,7 @@ def peft_modules(model: CausalLM, requested) -> list | str:
     return sorted(adapted)
 
 
-def notes_on_peft(model: CausalLM, config: LoRAConfig, converted: bool) -> list[str]:
+def notes_on_peft(model: CausalLM, config: AdapterConfig, converted: bool) -> list[str]:
     """Sentences for the adapter's README: with what, and which folder, to load elsewhere.
 
     converted: whether pissa_converted is beside it.
@@ -158,14 +176,14 @@ def notes_on_peft(model: CausalLM, config: LoRAConfig, converted: bool) -> list[
     return notes
 
 
-def why_peft_differs(model: CausalLM, config: LoRAConfig) -> str:
+def why_peft_differs(model: CausalLM, config: AdapterConfig) -> str:
     """One sentence on what PEFT 0.21 with transformers 5 does not load as trained, or ""."""
     stored_name = model.config.stored_name
     layers = {stored_name(name): layer for name, layer in lora_layers(model).items()}
     reason = ""
     if any(name.endswith("feed_forward.router") for name in layers):
         reason = "peft cannot adapt the router of Llama 4"
-    elif model.config.model_type in SEPARATE_EXPERTS:
+    elif config.finetuning_type == "lora" and model.config.model_type in SEPARATE_EXPERTS:
         reason = why_stacks_differ(model, layers, config)
     if not reason:
         return ""

@@ -28,7 +28,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from lora import LoRALinear
+from lora import AdaptedLinear, LoRALinear
 from model import MLP, Attention, Block, CausalLM, ForwardContext, MoE
 
 # what a block recomputes in the backward pass, from fast to small: cheap steps only; the matmuls of
@@ -160,11 +160,12 @@ def fused_linears(layers: list, *xs, before: Callable = IDENTITY, owners: Sequen
 def can_fuse(layer: nn.Module) -> bool:
     """Whether `fused_linears` may compute a layer.
 
-    Not with dropout, whose mask is drawn once, not with DoRA, and not where a hook is registered.
+    Not with dropout, whose mask is drawn once, not with another adapter than LoRALinear's own, and
+    not where a hook is registered.
     """
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    if isinstance(layer, LoRALinear):
+    if isinstance(layer, AdaptedLinear):
         return type(layer) is LoRALinear and isinstance(layer.dropout, nn.Identity)
     return type(layer) is nn.Linear or has_packed_weight(layer)
 

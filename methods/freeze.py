@@ -65,10 +65,10 @@ def expanded_layers(count: int, inserted: int) -> range:
     return range(stride - 1, count, stride)
 
 
-def expanded_targets(model: nn.Module, config) -> list[str]:
-    """Names, as stored, of the layers that lora_target selects in the inserted blocks."""
+def expanded_targets(model: nn.Module, target_modules, inserted: int) -> list[str]:
+    """Names, as stored, of the layers that target_modules selects in the inserted blocks."""
     stored_name = model.config.stored_name
-    chosen = expanded_layers(model.config.num_hidden_layers, config.freeze_trainable_layers)
-    names = find_targets(model, config.lora_target, stored_name)
+    chosen = expanded_layers(model.config.num_hidden_layers, inserted)
+    names = find_targets(model, target_modules, stored_name)
     return [stored_name(name) for name in names
             if (layer := re.match(r"model\.layers\.(\d+)\.", name)) and int(layer[1]) in chosen]

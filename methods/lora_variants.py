@@ -72,7 +72,7 @@ class DoRALinear(LoRALinear):
             return self.fixed_gain
         return self.lora_magnitude_vector / self.norms()
 
-    def fix_gain(self):
+    def fix(self):
         """Compute the gain once, for inference."""
         self.fixed_gain = self.gain().detach()
 

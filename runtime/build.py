@@ -23,7 +23,7 @@ from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import has_reference
 from data import collate_rows, encode_conversations, encode_documents
 from families import read_config_json, read_model_config
-from lora import attach_lora, lora_layers, merge_adapters, trainable
+from lora import AdapterConfig, attach_lora, lora_layers, merge_adapters, trainable
 from losses import Objective, SFTObjective
 from methods import freeze
 from methods import preference
@@ -113,7 +113,8 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     Trained weights are float32. A frozen base has the dtype of bf16 / fp16, or keeps the
     checkpoint's. resume: the checkpoint whose weights to start from, or None.
     """
-    start = {"lora": lora_model, "freeze": partly_frozen_model, "full": full_model}
+    start = {"lora": adapted_model, "oft": adapted_model, "freeze": partly_frozen_model,
+             "full": full_model}
     model = start[config.finetuning_type](config, base, setup, ranks, resume)
     if config.fsdp:
         fsdp.print_shards(model, ranks)
@@ -125,8 +126,8 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     return model.train()
 
 
-def lora_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
-    """finetuning_type: lora. A frozen base, and adapters that are trained."""
+def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
+    """finetuning_type: lora or oft. A frozen base, and adapters that are trained."""
     half = half_dtype(config)
     if setup.sharded:
         model = fsdp.empty_model(base.folder, half)
@@ -155,22 +156,14 @@ def lora_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
                 layer.set_magnitude(full_tensor(layer.weight))
     if has_reference(config):                   # dropout would be a difference from it, too
         for layer in lora_layers(model).values():
-            layer.dropout = nn.Identity()
+            if hasattr(layer, "dropout"):
+                layer.dropout = nn.Identity()
     return model
 
 
-def note_unused_settings(config, lora):
+def note_unused_settings(config, adapter: AdapterConfig):
     """Print the settings that an adapter which is trained further overrules."""
-    used = {
-        "lora_rank": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "lora_target": lora.target_modules,
-        "additional_target": lora.modules_to_save,
-    }
-    for key, value in used.items():
+    for key, value in adapter.settings().items():
         given = config.given.get(key)
         same_list = isinstance(given, list) and set(given) == set(value)
         if given not in (None, value, ["all"]) and not same_list:

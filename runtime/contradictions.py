@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from config import COMPARED, Config, has_reference
+from config import ADAPTERS, COMPARED, Config, has_reference
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
 
@@ -23,7 +23,7 @@ def in_model(c: Config) -> Iterator[tuple]:
         "quantization_bit is 4 or 8, the formats of bitsandbytes; leave it out for a 16-bit base")
 
     yield c.finetuning_type in ("full", "freeze") and c.adapter_name_or_path, (
-        "adapter_name_or_path needs finetuning_type: lora (or a merged model as "
+        "adapter_name_or_path needs finetuning_type: lora or oft (or a merged model as "
         "model_name_or_path)")
 
 
@@ -122,6 +122,7 @@ def in_evaluation_rows(c: Config) -> Iterator[tuple]:
 
 def in_base(c: Config) -> Iterator[tuple]:
     lora = c.finetuning_type == "lora"
+    adapters = c.finetuning_type in ADAPTERS
 
     yield c.fp8 and c.quantization_bit, (
         "fp8: true holds the base in 8 bits, quantization_bit in 4 or 8 of another kind (nor do "
@@ -131,9 +132,9 @@ def in_base(c: Config) -> Iterator[tuple]:
         "base_precision: fp8 is for the frozen weights of finetuning_type: lora, with bf16: true "
         "and without fsdp")
 
-    yield c.quantization_bit and not lora, (
+    yield c.quantization_bit and not adapters, (
         "quantization_bit freezes the base and trains only adapters: it needs finetuning_type: "
-        "lora")
+        "lora or oft")
 
     yield c.quantization_bit and (c.fsdp or c.base_precision), (
         "quantization_bit goes with neither fsdp (4-bit weights are not sharded) nor "
@@ -182,11 +183,15 @@ def in_checkpoints(c: Config) -> Iterator[tuple]:
 
 
 def in_method(c: Config) -> Iterator[tuple]:
-    lora_settings = (c.loraplus_lr_ratio or c.use_rslora or c.use_dora or c.pissa_init
-                     or c.create_new_adapter)
+    lora_settings = c.loraplus_lr_ratio or c.use_rslora or c.use_dora or c.pissa_init
     yield c.finetuning_type != "lora" and lora_settings, (
-        "loraplus_lr_ratio, use_rslora, use_dora, pissa_init and create_new_adapter need "
+        "loraplus_lr_ratio, use_rslora, use_dora and pissa_init are kinds of LoRA and need "
         "finetuning_type: lora")
+
+    yield c.finetuning_type not in ADAPTERS and c.create_new_adapter, (
+        "create_new_adapter needs finetuning_type: lora or oft")
+
+    yield from in_oft(c)
 
     yield c.pissa_init and c.fsdp, (
         "pissa_init takes components out of full weights, and fsdp shards them; leave one of them "
@@ -204,11 +209,29 @@ def in_method(c: Config) -> Iterator[tuple]:
         "create_new_adapter: true merges that one first")
 
     yield c.use_llama_pro and c.finetuning_type == "full", (
-        "use_llama_pro trains inserted blocks alone: it needs finetuning_type: freeze or lora")
+        "use_llama_pro trains inserted blocks alone: it needs finetuning_type: freeze, lora or "
+        "oft")
 
     no_parameters = c.freeze_trainable_layers == 0 and not c.freeze_extra_modules
     yield c.finetuning_type == "freeze" and no_parameters, (
         "freeze_trainable_layers: 0 without freeze_extra_modules leaves nothing to train")
+
+
+def in_oft(c: Config) -> Iterator[tuple]:
+    oft = c.finetuning_type == "oft"
+
+    yield oft and bool(c.oft_rank) == bool(c.oft_block_size), (
+        f"oft_rank is {c.oft_rank} and oft_block_size is {c.oft_block_size}; one of the two "
+        "follows from the other: set oft_rank: 0 for blocks of oft_block_size inputs (32 if it is "
+        "not set), or oft_block_size: 0 for oft_rank blocks")
+
+    yield oft and c.oft_block_size == 1, (
+        "oft_block_size: 1 leaves nothing to rotate; it is 2 or more, usually 32")
+
+    both = [c.given.get(name) for name in ("lora_target", "oft_target")]
+    yield oft and None not in both and both[0] != both[1], (
+        "lora_target and oft_target differ, and LLaMA-Factory 0.9.5 adapts what lora_target names; "
+        "keep one")
 
 
 def in_optimizer(c: Config) -> Iterator[tuple]:
@@ -221,10 +244,10 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
         "use_muon, use_galore, use_adam_mini, use_apollo, use_badam, an 8-bit optim, and "
         "loraplus_lr_ratio: keep one")
 
-    yield c.use_adam_mini and c.finetuning_type == "lora", (
+    yield c.use_adam_mini and c.finetuning_type in ADAPTERS, (
         "use_adam_mini is for finetuning_type: full or freeze; adapters are small already")
 
-    yield (c.use_galore or c.use_apollo) and c.finetuning_type == "lora", (
+    yield (c.use_galore or c.use_apollo) and c.finetuning_type in ADAPTERS, (
         "use_galore and use_apollo are for finetuning_type: full or freeze; adapters are small "
         "already")
 
@@ -258,8 +281,8 @@ def in_fsdp(c: Config) -> Iterator[tuple]:
         "pass), and may add offload and auto_wrap; replicated shards (hybrid_shard) are not in "
         "this release")
 
-    yield c.fsdp and c.finetuning_type == "freeze", (
-        "fsdp is for finetuning_type: lora and full; with freeze leave it out")
+    yield c.fsdp and c.finetuning_type in ("freeze", "oft"), (
+        "fsdp is for finetuning_type: lora and full; with freeze and oft leave it out")
 
 
 # ---- merging ------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
-from config import Config
+from config import ADAPTERS, Config
 from runtime.precision import requested_format
 from text.tokenizer import read_json
 
@@ -34,7 +34,7 @@ def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
 
     Folders named in the config come first, then the finished training in its output_dir.
     """
-    full = config.finetuning_type != "lora"
+    full = config.finetuning_type not in ADAPTERS
     output = Path(config.output_dir or "")
     result_file = "config.json" if full else "adapter_config.json"
     finished = bool(config.output_dir) and (output / result_file).is_file()

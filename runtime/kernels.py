@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from checkpoint.load import quantized_weights
 from errors import unknown_name
 from families import ModelConfig
-from lora import LoRALinear, lora_layers
+from lora import AdaptedLinear, lora_layers
 from model import CausalLM, attention_needs
 from optim import Optimizer, make_optimizer
 from text.tokenizer import read_json
@@ -213,7 +213,7 @@ def use_fp8(model: CausalLM, kernels: Kernels):
 
         fp8 = with_compiled_rounding(kernels.fp8) if kernels.compile else kernels.fp8
         adapted = lora_layers(model).values()
-        to_fp8([layer for layer in adapted if isinstance(layer, LoRALinear)], fp8)
+        to_fp8([layer for layer in adapted if isinstance(layer, AdaptedLinear)], fp8)
 
 
 # ---- the optimizer ------------------------------------------------------------------------------

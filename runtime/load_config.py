@@ -18,7 +18,7 @@ from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
-from config import KEYS, UNUSED, VISION_KEYS, Config, as_dict, print_keys
+from config import ADAPTERS, KEYS, UNUSED, VISION_KEYS, Config, as_dict, print_keys
 from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
@@ -164,13 +164,15 @@ def _derive(config: Config):
                             "here the update comes after the backward pass, with the same numbers")
     if config.pure_bf16:
         config.bf16 = True
-        if config.finetuning_type == "lora":
+        if config.finetuning_type in ADAPTERS:
             config.pure_bf16 = False
             config.notes.append("pure_bf16: computes in bfloat16; the adapters stay float32, as "
                                 "LLaMA-Factory (PEFT) keeps them")
     if config.use_badam and config.weight_decay != 0.01:
         config.notes.append("use_badam: weights decay by 0.01 and not by weight_decay, as in the "
                             "package that LLaMA-Factory uses")
+    if config.finetuning_type == "oft":
+        _derive_oft(config)
     if config.stage == "sft" and config.packing and "neat_packing" not in config.given:
         config.neat_packing = True
     if config.packing is None:
@@ -185,6 +187,20 @@ def _derive(config: Config):
         config.resume_from_checkpoint = "true"
     elif resume in FALSE:
         config.resume_from_checkpoint = None
+
+
+def _derive_oft(config: Config):
+    """What is rotated: LLaMA-Factory 0.9.5 reads lora_target, whatever oft_target says."""
+    if "lora_target" in config.given:
+        config.oft_target = config.lora_target
+    elif config.oft_target != ["all"]:
+        config.notes.append(
+            f"oft_target: {','.join(config.oft_target)} is what is rotated; LLaMA-Factory 0.9.5 "
+            "reads lora_target instead, and would rotate the inputs of all linear layers")
+    if config.module_dropout:
+        config.notes.append(
+            f"module_dropout: {config.module_dropout} is written into the adapter and does "
+            "nothing, as in LLaMA-Factory: PEFT applies it to no linear layer")
 
 
 def _check(config: Config, script: str):

@@ -50,7 +50,7 @@ from checkpoint.load import empty_quantized, quantizable_weights, quantized_weig
 from config import Config
 from errors import bytes_in_words
 from families import ModelConfig
-from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora, trainable
+from lora import AdaptedLinear, AdapterConfig, LoRALinear, LoRAStacked, attach_lora, trainable
 from losses import chunk_rows
 from model import Attention, Block, CausalLM, LayerNorm, MoE
 from runtime.kernels import new_optimizer
@@ -65,7 +65,7 @@ USABLE = 0.9            # share of the memory that a plan may fill; the rest is 
 class Workload:
     """A training step whose memory is to be planned."""
     model_config: ModelConfig
-    lora: LoRAConfig | None         # None: full fine-tuning or freeze
+    lora: AdapterConfig | None      # None: full fine-tuning or freeze
     rows: list[list[int]]           # of the largest micro-batch: the lengths of a row's sequences
     dtype: torch.dtype              # of matrix products and, with LoRA, of frozen weights
     kernel: str                     # a name from attention.py
@@ -214,7 +214,7 @@ def weight_bytes(model: CausalLM, fp8: bool) -> tuple[int, int]:
     total += sum(weight.nbytes for weight in quantized_weights(model).values())
     if fp8:                                         # one byte per number
         for module in model.modules():
-            if isinstance(module, LoRALinear):
+            if isinstance(module, AdaptedLinear):
                 total -= module.weight.numel() * (module.weight.itemsize - 1)
     return total - trained, trained
 
@@ -234,10 +234,10 @@ def all_in(quant_format, model_config: ModelConfig) -> dict:
         return dict.fromkeys(quantizable_weights(CausalLM(model_config)), quant_format)
 
 
-def can_be_fast(lora: LoRAConfig | None, dtype: torch.dtype) -> bool:
-    """Whether fast/fused_block.py applies: not under autocast, with dropout or DoRA."""
+def can_be_fast(lora: AdapterConfig | None, dtype: torch.dtype) -> bool:
+    """Whether fast/fused_block.py applies: not under autocast, with dropout, DoRA or OFT."""
     if lora:
-        return not (lora.lora_dropout or lora.use_dora)
+        return lora.variant in ("", "pissa_init") and not lora.lora_dropout
     return dtype == torch.float32
 
 
@@ -470,7 +470,9 @@ def block_bytes(block: Block, layer: int, model_config: ModelConfig, batch: Micr
         mlp = input_bytes(hidden, input_layers(block.mlp), batch, from_stream=True)
         mlp += mlp_bytes(block.mlp, model_config.intermediate_size, batch)
     attention = attention_bytes(block.self_attn, layer, model_config, batch)
-    return batch.tokens * (norms + mlp) + attention
+    own = sum(module.own_bytes(batch.compute) for module in block.modules()
+              if isinstance(module, AdaptedLinear))
+    return batch.tokens * (norms + mlp) + attention + own
 
 
 def norm_bytes(norm: nn.Module, width: int, size: int) -> int:

@@ -22,13 +22,18 @@ from lora import lora_layers
 
 @dataclass
 class Change:
-    """Change of one tensor by one adapter: + scale * B A, or, with scale None, a new tensor."""
+    """Change of one tensor by one adapter.
+
+    kind lora: + scale * B A; oft: inputs rotated; new: another tensor in its place.
+    """
     file: Path
-    key: str                    # name in the file; of A and B: without .lora_A.weight
-    scale: float | None
+    key: str                    # name in the file; of adapters: without .lora_A.weight and the like
+    kind: str = "lora"
+    scale: float = 1.0
     has_copy: bool = False      # the file holds the base's tensor, too, as of an adapted head
     has_magnitude: bool = False     # the file holds DoRA's lora_magnitude_vector
     swapped: bool = False       # A and B of a stack have traded places in the file
+    rotation: object = None     # oft: the layer's OFTRotation, without its numbers
 
 
 @dataclass
@@ -119,7 +124,7 @@ def pissa_changes(adapter: Path, base: Path) -> list[tuple[str, Change]]:
             "take that in pissa_converted (pissa_convert: true writes it), or merge it with peft")
     changes = []
     for name, change in changes_of(start, base).items():
-        if change.scale is not None:
+        if change.kind == "lora":
             changes.append((name, replace(change, scale=-change.scale, has_magnitude=False)))
     return changes
 
@@ -130,7 +135,7 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
     Attaching it to a model without weights raises ValueError for everything that does not fit.
     """
     skeleton = load_model(base, skip_weights=True)
-    load_adapter(skeleton, adapter)
+    config = load_adapter(skeleton, adapter)
     stored_name = skeleton.config.stored_name
     file = adapter / "adapter_model.safetensors"
     with open_tensors(file) as tensors:
@@ -142,11 +147,13 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
     for name, layer in lora_layers(skeleton).items():
         key = names[name]
         changes[stored_name(f"{name}.weight")] = Change(
-            file=file, key=key, scale=layer.scale,
+            file=file, key=key, kind=config.finetuning_type,
+            scale=getattr(layer, "scale", 1.0),
+            rotation=getattr(layer, "oft_R", None),
             has_copy=f"{key}.base_layer.weight" in copies,
             has_magnitude=getattr(layer, "lora_magnitude_vector", None) is not None,
             swapped=f"{key}.lora_A.weight" in swapped)
     for key in adapter_tensors(skeleton):
         if not key.endswith(OF_ADAPTERS):
-            changes[key.removeprefix(PREFIX)] = Change(file=file, key=key, scale=None)
+            changes[key.removeprefix(PREFIX)] = Change(file=file, key=key, kind="new")
     return changes

@@ -21,8 +21,9 @@ from torch import nn
 
 from checkpoint.files import DTYPES, stored_as
 from checkpoint.names import find_tensors
+from config import ADAPTERS
 from families import read_config_json
-from lora import LoRALinear
+from lora import AdaptedLinear
 
 
 def check_dtype(config, device: torch.device):
@@ -74,7 +75,7 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
     """
     if half_dtype(config):
         return half_dtype(config)
-    if config.finetuning_type != "lora":
+    if config.finetuning_type not in ADAPTERS:
         return torch.float32
     our_name = "model.layers.0.self_attn.o_proj.weight"
     stored_name = base.model_config.stored_name(our_name)
@@ -187,7 +188,7 @@ def check_first_batch(model, objective, step, precision: Precision):
     hooks = []
     for name, module in model.named_modules():
         is_part = name.endswith((".lora_A", ".lora_B", ".base_layer"))
-        if isinstance(module, (nn.Linear, LoRALinear)) and not is_part:
+        if isinstance(module, (nn.Linear, AdaptedLinear)) and not is_part:
             hooks.append(module.register_forward_hook(watch(name)))
     model.eval()                # dropout would draw random numbers, and a resumed run differ
     try:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Config
+from config import ADAPTERS, Config
 from errors import run_script
 from runtime.trackers import Tracker, close_all, log_row
 
@@ -53,6 +53,9 @@ CARD_KEYS = (
     "lora_alpha",
     "lora_dropout",
     "lora_target",
+    "oft_rank",
+    "oft_block_size",
+    "oft_target",
 )
 
 
@@ -448,8 +451,8 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
 
     notes: sentences on what loads it.
     """
-    lora = config.finetuning_type == "lora"
-    kind = "LoRA adapter" if lora else "model"
+    is_adapter = config.finetuning_type in ADAPTERS
+    kind = {"lora": "LoRA adapter", "oft": "OFT adapter"}.get(config.finetuning_type, "model")
     head = [
         "---",
         f"base_model: {config.model_name_or_path}",
@@ -457,7 +460,7 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
         "- pocket-factory",
         f"- {config.finetuning_type}",
     ]
-    if lora:
+    if is_adapter:
         head.append("library_name: peft")
     head += [
         "---",
@@ -470,8 +473,8 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
     ]
     for note in notes:
         head += [note, ""]
-    settings = {key: getattr(config, key) for key in CARD_KEYS
-                if lora or not key.startswith("lora_")}
+    others = tuple(f"{name}_" for name in ADAPTERS if name != config.finetuning_type)
+    settings = {key: getattr(config, key) for key in CARD_KEYS if not key.startswith(others)}
     made_with = ", ".join(f"{name} {number}" for name, number in versions().items())
     return "\n".join([
         *head,

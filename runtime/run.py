@@ -535,7 +535,7 @@ class Run:
 
     def read_weights(self, folder: Path):
         """Copy the weights of one of this run's checkpoints into the model."""
-        if self.config.finetuning_type == "lora":
+        if self.setup.lora:
             reload_adapter(self.model, folder)
         else:
             saved = load_model(folder, torch.float32)

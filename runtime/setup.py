@@ -25,10 +25,10 @@ from checkpoint.adapters import stored_targets
 from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
                              packed_weights, quantized_weights)
-from config import AS_SIGMOID, has_reference
+from config import ADAPTERS, AS_SIGMOID, has_reference
 from families import ModelConfig, read_model_config
 from generate import context_length
-from lora import LoRAConfig, trainable
+from lora import AdapterConfig, LoRAConfig, trainable
 from model import CausalLM
 from optim import warmup_steps
 from parallel import Ranks
@@ -88,10 +88,10 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     formats = {name: weight.quant_format for name, weight in quantized_weights(skeleton).items()}
     if not formats:
         return {}
-    if config.finetuning_type != "lora" or config.fsdp or config.base_precision:
+    if config.finetuning_type not in ADAPTERS or config.fsdp or config.base_precision:
         raise ValueError(
             f"{folder} holds weights in 4 or 8 bits ({formats_in_words(formats.values())}): only "
-            "adapters can be trained beside them (finetuning_type: lora), without fsdp and "
+            "adapters can be trained beside them (finetuning_type: lora or oft), without fsdp and "
             "base_precision")
     if adapters and (len(adapters) > 1 or config.create_new_adapter):
         raise ValueError(
@@ -108,13 +108,18 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     return formats
 
 
-def lora_config(config, base: Base, resume) -> LoRAConfig | None:
+def lora_config(config, base: Base, resume) -> AdapterConfig | None:
     """What is adapted in this run; None for full fine-tuning and freeze."""
-    if config.finetuning_type != "lora":
+    if config.finetuning_type not in ADAPTERS:
         return None
     continued = resume or base.continued_adapter(config)
     if continued:
         known, raw = read_adapter_config(continued)
+        if known.finetuning_type != config.finetuning_type:
+            raise ValueError(
+                f"adapter_name_or_path: {continued} is an adapter of finetuning_type: "
+                f"{known.finetuning_type}, not {config.finetuning_type}. Set that to train it "
+                "further, or create_new_adapter: true to merge it and train a new one")
         if any(raw.get(key) not in (None, []) for key in READ_FOR_TARGETS):
             skeleton = load_model(base.folder, skip_weights=True)
             known.target_modules = stored_targets(skeleton, continued)
@@ -122,11 +127,16 @@ def lora_config(config, base: Base, resume) -> LoRAConfig | None:
     init = True
     if config.pissa_init:
         init = f"pissa_niter_{config.pissa_iter}" if config.pissa_iter >= 0 else "pissa"
-    targets = config.lora_target
+    targets = config.oft_target if config.finetuning_type == "oft" else config.lora_target
     if config.use_llama_pro:
         from methods.freeze import expanded_targets     # only where it is asked for
 
-        targets = expanded_targets(load_model(base.folder, skip_weights=True), config)
+        skeleton = load_model(base.folder, skip_weights=True)
+        targets = expanded_targets(skeleton, targets, config.freeze_trainable_layers)
+    if config.finetuning_type == "oft":
+        from methods.oft import oft_config              # only where it is asked for
+
+        return oft_config(config, targets)
     return LoRAConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -191,7 +201,7 @@ class Setup:
     """How a run computes. Lines are for the start page, each with its reason."""
     config: object
     device: torch.device
-    lora: LoRAConfig | None
+    lora: AdapterConfig | None
     dtype: torch.dtype              # of matrix products
     kernels: Kernels                # what computes attention, matrix products, …
     balance: float                  # coefficient of the experts' balance loss
@@ -268,7 +278,7 @@ def is_run_sharded(config, ranks: Ranks) -> bool:
     return bool(config.fsdp) and ranks.world > 1
 
 
-def plan_memory(config, base: Base, plan: StepPlan, lora: LoRAConfig | None, dtype: torch.dtype,
+def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, dtype: torch.dtype,
                 kernels: Kernels) -> Plan:
     """The memory of a step with the largest micro-batch of the run, each micro-batch alone."""
     return memory_plan(config, Workload(
@@ -293,7 +303,7 @@ def free_on_all(device: torch.device, ranks: Ranks) -> int | None:
     return min(int(other) for other in ranks.gather(torch.tensor([free or 0]))) or None
 
 
-def needs_second_model(config, lora: LoRAConfig | None) -> bool:
+def needs_second_model(config, lora: AdapterConfig | None) -> bool:
     """Whether the reference is a second model.
 
     The trained one serves with its adapters off, if these are all that is trained.
@@ -303,7 +313,7 @@ def needs_second_model(config, lora: LoRAConfig | None) -> bool:
     return bool(config.ref_model or not lora or lora.modules_to_save)
 
 
-def reference_bytes(config, lora: LoRAConfig | None, base: Base, dtype: torch.dtype) -> int:
+def reference_bytes(config, lora: AdapterConfig | None, base: Base, dtype: torch.dtype) -> int:
     """Memory of the second model of stages dpo and kto."""
     if not needs_second_model(config, lora):
         return 0

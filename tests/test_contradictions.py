@@ -34,6 +34,13 @@ CONTRADICTORY = (
     "finetuning_type=full use_rslora=1",
     "finetuning_type=full create_new_adapter=1",
     "finetuning_type=full adapter_name_or_path=a",
+    "oft_rank=8 finetuning_type=oft",
+    "oft_block_size=0 finetuning_type=oft",
+    "oft_block_size=1 finetuning_type=oft",
+    "lora_target=q_proj finetuning_type=oft oft_target=v_proj",
+    *(f"{key} finetuning_type=oft" for key in (
+        "loraplus_lr_ratio=16", "use_rslora=1", "use_dora=1", "pissa_init=1", "use_galore=1",
+        "use_adam_mini=1", "base_precision=fp8 bf16=1", "fsdp=full_shard", "train_from_scratch=1")),
     "model_name_or_path=m output_dir=./m",
 )
 
@@ -62,6 +69,9 @@ def test_contradictions_are_errors(keys):
         "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=0.1 save_steps=0.3",
         "finetuning_type=full train_from_scratch=1",
         "create_new_adapter=1 adapter_name_or_path=a,b",
+        "finetuning_type=oft create_new_adapter=1 adapter_name_or_path=a",
+        "finetuning_type=oft quantization_bit=4 oft_rank=8 oft_block_size=0",
+        "finetuning_type=oft lora_target=q_proj oft_target=q_proj use_llama_pro=1",
     ],
 )
 def test_consistent_settings_pass(keys):

@@ -53,6 +53,7 @@ def test_expanded_blocks_are_trained_or_adapted():
     assert {name.split(".")[2] for name in trainable(model)} == {"1", "3"}
     config = load_config(["model_name_or_path=m", "dataset=d", "template=llama3", "output_dir=o",
                           "lora_target=q_proj,up_proj", "use_llama_pro=true"], "train")
-    assert expanded_targets(tiny(num_hidden_layers=4), config) == [
+    assert expanded_targets(tiny(num_hidden_layers=4), config.lora_target,
+                            config.freeze_trainable_layers) == [
         "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj",
         "model.layers.3.self_attn.q_proj", "model.layers.3.mlp.up_proj"]

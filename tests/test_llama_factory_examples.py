@@ -22,10 +22,6 @@ EXAMPLES = SHARED / "configs/llama_factory_examples"
 SCRIPTS = {"train.py": "train", "chat.py": "chat", "eval.py": "eval", "merge.py": "merge"}
 STOPS = {
     "extras/mod/llama3_full_sft.yaml": "mixture_of_depths: convert: not in this release",
-    "extras/oft/llama3_oft_sft.yaml": "'oft' is not in this release yet; choose from lora",
-    "extras/qoft/llama3_oft_sft_awq.yaml": "'oft' is not in this release yet",
-    "extras/qoft/llama3_oft_sft_bnb_npu.yaml": "'oft' is not in this release yet",
-    "extras/qoft/llama3_oft_sft_gptq.yaml": "'oft' is not in this release yet",
     "ktransformers/train_lora/deepseek_v2_lora_sft_kt.yaml": "use_kt: true: KTransformers keeps",
     "ktransformers/train_lora/deepseek_v3_int8_lora_sft_kt.yaml": "use_kt: true: KTransformers",
     "ktransformers/train_lora/deepseek_v3_lora_sft_kt.yaml": "use_kt: true: KTransformers keeps",

@@ -392,7 +392,7 @@ def test_a_chat_format_is_the_same_after_json(tmp_path):
         ("save_steps: 1.5", "share below 1"),
         ("stage: sftt", "none of sft, pt, rm, dpo, kto (did you mean 'sft'?)"),
         ("stage: ppo", "not in this release yet"),
-        ("finetuning_type: oft", "not in this release yet"),
+        ("finetuning_type: ofd", "none of lora, oft, full, freeze (did you mean 'oft'?)"),
         ("optim: adafactor", "none of adamw_torch_fused"),
         ("seed: 1\nseed: 2", "line 2: seed was already set on line 1"),
         ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),

@@ -21,7 +21,8 @@ from families import model_config
 from fast.fused_block import fuse_blocks
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
-from methods.lora_variants import variant_arguments
+from methods.oft import OFTConfig
+from checkpoint.adapters import variant_of
 from checkpoint.load import count_parameters, quantizable_weights, set_quantized
 from methods.grouped import GroupedFormat, GroupedWeight
 from methods.quant import QuantFormat, quantize
@@ -71,7 +72,7 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
         torch.nn.init.normal_(p.data, 0, 0.02)
     if lora:
         base = in_few_bits(model.to(dtype), form)
-        attach_lora(base, lora, stored_name=model_config.stored_name, **variant_arguments(lora))
+        attach_lora(base, lora, stored_name=model_config.stored_name, **variant_of(lora))
     model.kernel = kernel
     fuse_blocks(model, F.linear if fast else None, recompute)
     model.train()
@@ -199,8 +200,10 @@ def test_activations_with_recomputation(name, lora):
         LoRAConfig(modules_to_save=["embed_tokens", "lm_head"]),
         LoRAConfig(target_modules=r".*layers\.[23]\..*_proj"),
         LoRAConfig(use_dora=True),
+        OFTConfig(oft_block_size=16),
+        OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj", "down_proj"]),
     ),
-    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper", "DoRA"),
+    ids=("q and v", "experts", "dropout", "r 64", "whole", "upper", "DoRA", "OFT", "OFT of two"),
 )
 def test_activations_of_other_adapters(lora):
     name = "mixtral" if "experts" in lora.target_modules else "llama"
