@@ -164,7 +164,7 @@ A0 = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
     (dict(target_modules=["q_proj", "up_proj", "c_attn"]),
      "for another model .acme/tiny.*'c_attn' matches no linear"),
     (dict(modules_to_save=["lm_head"]), "missing: 1, such as base_model.model.lm_head.weight"),
-    (dict(peft_type="LOHA"), "peft_type LOHA is not supported"),
+    (dict(peft_type="LOHA"), 'peft_type "LOHA" is not supported, only LORA and OFT'),
     (dict(bias="all"), "bias 'all' is not supported"),
     (dict(lora_bias=True), "lora_bias: True is not supported"),
     (dict(layers_to_transform=0), "not used: 4, such as base_model.model.model.layers.1"),
