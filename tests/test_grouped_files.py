@@ -322,14 +322,18 @@ def test_fields_that_are_not_known_are_named():
         assert "'twist' is not known here" in notes[len(plain)] and "off" not in notes[-1]
 
 
+OFT = ["finetuning_type=oft", "oft_block_size=16", "adapter_name_or_path=null"]
+
+
 # ---- runs ---------------------------------------------------------------------------------------
 
 
 @needs_shared
+@pytest.mark.parametrize("adapter", ["lora", "oft"])
 @pytest.mark.parametrize("how", [dict(act=True), dict(method="awq", version="gemm")],
                          ids=["gptq", "awq"])
 def test_training_merging_and_use_equal_those_of_the_dequantized_base(
-        how, tmp_path, monkeypatch, capsys):
+        how, adapter, tmp_path, monkeypatch, capsys):
     """Every loss; the merged weights; what is said. The 16-bit losses are LLaMA-Factory's."""
     base, plain = CURVES / "tiny_llama3", tmp_path / "plain"
     dense = write_grouped(base, tmp_path / "packed", **how)
@@ -340,7 +344,8 @@ def test_training_merging_and_use_equal_those_of_the_dequantized_base(
     losses = []
     for name in ("plain", "packed"):
         state = run_recorded("sft_llama3", tmp_path / f"out_{name}", monkeypatch,
-                             f"model_name_or_path={tmp_path / name}", "max_steps=4")
+                             f"model_name_or_path={tmp_path / name}", "max_steps=4",
+                             *(OFT if adapter == "oft" else []))
         losses.append([row["loss"] for row in state["log_history"] if "loss" in row])
     printed = capsys.readouterr().out
     assert f"14 matrices in 4-bit {how.get('method', 'gptq')}, 4.75 bits a weight" in printed
