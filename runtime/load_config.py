@@ -25,6 +25,27 @@ from runtime.deepspeed_presets import apply_deepspeed
 from runtime.fp8_keys import apply_fp8
 
 COMMAND_LINE = "command line"
+OTHER_WORDS = {      # how other programs call a key, for the hint
+    "alpha": "lora_alpha",
+    "base_model": "model_name_or_path",
+    "batch_size_per_gpu": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "gpus": "CUDA_VISIBLE_DEVICES, or torchrun --nproc-per-node",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "max_len": "cutoff_len",
+    "max_seq_len": "cutoff_len",
+    "max_seq_length": "cutoff_len",
+    "micro_batch_size": "per_device_train_batch_size",
+    "model": "model_name_or_path",
+    "num_epochs": "num_train_epochs",
+    "output": "output_dir",
+    "r": "lora_rank",
+    "rank": "lora_rank",
+    "resume": "resume_from_checkpoint",
+    "sequence_len": "cutoff_len",
+    "target_modules": "lora_target",
+}
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # earlier spellings
 
 TRUE = ("true", "yes", "on", "1")
@@ -139,6 +160,8 @@ def collect(entries: list[tuple[str, Any, str]]) -> dict[str, tuple[Any, str]]:
         is_mapping = name in KEYS and "dict" in KEYS[name].type
         if name not in KEYS and name not in UNUSED or dot and not is_mapping:
             hint = did_you_mean(name, [*KEYS, *UNUSED, *ALIASES])
+            if name in OTHER_WORDS:
+                hint = f" (here that is {OTHER_WORDS[name]})"
             raise ValueError(f"{where}: unknown key '{name}{dot}{item}'{hint}. "
                              "All keys: python config.py --keys")
         if dot:

@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from config import UNUSED, Config, as_dict
+from config import KEYS, UNUSED, Config, as_dict
 from runtime.load_config import COMMANDS, NEEDED, chat_command, ignored_keys, non_default
 from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
@@ -644,3 +644,19 @@ def test_a_list_of_lists_for_a_key_without_effect(tmp_path):
     file = write(tmp_path, "mixture_of_depths: [[1]]")
     with pytest.raises(ValueError, match="mixture_of_depths: .*not in this release"):
         load_argv(file)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("resume", "unknown key 'resume' (here that is resume_from_checkpoint)"),
+    ("lr", "(here that is learning_rate)"), ("max_seq_length", "(here that is cutoff_len)"),
+    ("learning_rat", "(did you mean 'learning_rate'?)"),
+])
+def test_words_of_other_programs_for_a_key(name, words):
+    assert words in refusal(f"{name}=1")
+    assert name not in KEYS
+
+
+def test_the_words_of_other_programs_name_keys():
+    from runtime.load_config import OTHER_WORDS
+    assert OTHER_WORDS.keys().isdisjoint([*KEYS, *UNUSED])
+    assert {word for name, word in OTHER_WORDS.items() if name != "gpus"} <= KEYS.keys()
