@@ -164,6 +164,18 @@ def test_notes_on_unused_keys_and_columns(tmp_path):
 # ---- layouts -------------------------------------------------------------------------------------
 
 
+def test_tags_of_an_alpaca_entry_are_named_and_not_read(tmp_path):
+    """Complete or not, also where a column holds turns."""
+    row = {"instruction": [{"role": "user", "content": "a"}], "input": "", "output": "b"}
+    (tmp_path / "d.json").write_text(json.dumps([row]), encoding="utf-8")
+    write_info(tmp_path, d={"file_name": "d.json", "tags": {"user_tag": "u"}})
+    notes = []
+    rows = load_rows(tmp_path, notes=notes)
+    assert "tags are not used: formatting alpaca has no turns" in " ".join(notes)
+    assert [m["content"] for m in conversations.convert(rows[0]).messages] == ["a", "b"]
+
+
+
 @pytest.mark.parametrize("row, layout", [
     (ALPACA, "alpaca"), ({"prompt": "ask", "completion": "answer"}, "alpaca"),
     ({"question": "ask", "answer": "answer"}, "alpaca"),

@@ -344,6 +344,9 @@ def source_of_entry(name: str, entry: dict, info_path: Path, config, notes: list
     tags = entry.get("tags", OPENAI_TAGS if formatting == "messages" else TAGS)
     ranking = bool(entry.get("ranking"))
     check_layout(formatting, columns, tags, ranking, where, config.stage)
+    if formatting == "alpaca" and "tags" in entry:
+        notes.append(f"{where}: tags are not used: formatting alpaca has no turns")
+        tags = TAGS
     if formatting == "openai":
         notes.append(f"{where}: formatting openai adds 'detailed thinking off' to the system text, "
                      "as LLaMA-Factory does; formatting: messages reads the same rows without it")
