@@ -123,7 +123,7 @@ def print_answers(i: int, tuned: Side, base: Side, prompt: Prompt, tokenizer):
     """Print prompt, label and both answers of row i."""
     print(f"\nrow {i + 1}")
     print(f"  {'prompt':8}{one_line(tokenizer.decode(prompt[0]))}")
-    print(f"  {'label':8}{one_line(tokenizer.decode(prompt[1], True))}")
+    print(f"  {'label':8}{one_line(tokenizer.decode(prompt[1], True).rstrip())}")
     for side in (base, tuned):
         mean = sum(side.scores[i].values()) / len(NAMES)
         text = one_line(tokenizer.decode(side.answers[i], True))
