@@ -273,6 +273,8 @@ class Config:
         "when to write a log line", choices=("no", "steps", "epoch"))
     logging_first_step: bool = key(False, FREE, "log step 1 too")
     plot_loss: bool = key(False, IGNORED, "draw training_loss.png (needs matplotlib)")
+    ask: list[str] = key([], FREE,
+        "questions that the model answers before the first step and after the last", own=True)
     report_to: list[str] = key([], IGNORED,
         "dashboards to report to: tensorboard, wandb, swanlab, mlflow, all, none")
     run_name: str | None = key(None, IGNORED, "name of the run in dashboards")

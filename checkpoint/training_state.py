@@ -42,6 +42,8 @@ RESUME_TYPES = {
     **dict.fromkeys(("window", "best"), (is_pair, "a pair of numbers")),
     "eval_losses": (lambda value: type(value) is list and all(map(is_real, value)),
                     "a list of numbers"),
+    "answers": (lambda value: type(value) is list and all(type(text) is str for text in value),
+                "a list of texts"),
     "compiled": (lambda value: type(value) is bool, "true or false"),
     "seen": (lambda value: type(value) is dict and all(map(is_pair, value.values())),
              "an object with pairs of numbers"),

@@ -56,6 +56,10 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
         "replies count; leave them out")
 
+    yield c.ask and (c.stage in ("pt", "rm") or c.fsdp), (
+        "ask puts questions to a chat model whose weights are in one place; leave it out in stages "
+        "pt and rm and with fsdp")
+
     losses = [name for name in ("use_dft_loss", "use_eaft_loss", "use_asft_loss",
                                 "label_smoothing_factor") if getattr(c, name)]
     yield len(losses) > 1, f"{' and '.join(losses)} are both set; keep one"

@@ -378,6 +378,29 @@ def plot_losses(folder: Path | str, history: list) -> list[Path]:
     return written
 
 
+def sketch(values: list[float], width: int = 64, height: int = 6) -> str:
+    """A curve in letters, for where matplotlib is missing; "" for less than two finite values.
+
+    Each column is the mean of a part of the values. The lowest and the highest column are named.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    count = min(width, len(finite))
+    columns = []
+    for i in range(count):
+        part = finite[i * len(finite) // count:(i + 1) * len(finite) // count]
+        columns += [sum(part) / len(part)] * (width // count)
+    low, high = min(columns), max(columns)
+    lines = []
+    for row in reversed(range(height)):
+        name = {height - 1: f"{high:.4f}", 0: f"{low:.4f}"}.get(row, "")
+        least = low + (high - low) * row / height
+        bars = "".join("█" if value >= least else " " for value in columns)
+        lines.append(f"{name:>9} |{bars}".rstrip())
+    return "\n".join(lines)
+
+
 def plot_runs(runs: dict[str, list], path: Path | str) -> Path | None:
     """Draw several runs into one picture, with a panel for each key of PLOTTED that was logged.
 

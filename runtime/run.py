@@ -43,10 +43,11 @@ from runtime.kernels import device_name
 from runtime.load_config import chat_command, ignored_keys, non_default
 from runtime.precision import check_dtype, use_deterministic_kernels
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
-                            trainer_state, versions)
+                            sketch, trainer_state, versions)
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
                             on_resume, record_stop, prepare_output, remove_old_checkpoints,
                             check_disk_space, usable_best)
+from runtime.sample_answers import answers_to, print_before_after
 from runtime.setup import Base, Setup
 from runtime.steps import Step, StepPlan
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
@@ -78,6 +79,7 @@ class RunState:
     lowest_eval_loss: float | None = None
     evals_without_gain: int = 0     # evaluations since the lowest eval_loss
     eval_losses: list = field(default_factory=list)     # of all evaluations after a step
+    answers: list = field(default_factory=list)         # to config.ask before the first step
     best: list | None = None        # [step, eval_loss] of a checkpoint
     loss_scale: list | None = None  # of float16
 
@@ -171,6 +173,7 @@ class Run:
     def print_start(self, base: Base, text):
         """The head of the start page; raises ValueError for settings that cannot be resumed."""
         config = self.config
+        self.text = text
         self.settings = {**as_dict(config), "template": written_template(text.template),
                          "versions": versions()}
         self.template = text.template.name
@@ -238,6 +241,12 @@ class Run:
         self.stop_signals = StopSignals(self.config.time_limit, self.start_time)
         profile_folder = self.output if self.config.profile and self.ranks.main else None
         self.profile = StepProfile(profile_folder, setup.device)
+        if self.asks() and self.state.step == 0:
+            self.state.answers = answers_to(model, self.config, self.text, precision)
+
+    def asks(self) -> bool:
+        """Whether this rank puts the questions of the config; no rank alone has sharded weights."""
+        return bool(self.config.ask) and self.ranks.main and not self.setup.sharded
 
     def restore(self) -> list:
         """Optimizer, random generators and state of the checkpoint; returns its log_history.
@@ -562,6 +571,12 @@ class Run:
         state = trainer_state(self.config, self.log, self.state.step, self.state.epoch)
         write_json(self.output / "trainer_state.json", state)
         self.write_results(results)
+        if self.asks():
+            after = answers_to(self.model, self.config, self.text, self.precision)
+            before = self.state.answers
+            if len(before) != len(after):           # resumed with other questions
+                before = ["(not asked at the start)"] * len(after)
+            print_before_after(self.config.ask, before, after)
         print(f"\nsaved to {self.output}. Next: {chat_command(argv)}", flush=True)
         if self.config.do_predict:
             self.start_predictions(argv)
@@ -605,7 +620,10 @@ class Run:
         card = model_card(self.config, everything, self.template, self.notes_on_loading())
         (self.output / "README.md").write_text(card, encoding="utf-8")
         if self.config.plot_loss:
-            plot_losses(self.output, self.log.history)
+            pictures = plot_losses(self.output, self.log.history)
+            losses = [row["loss"] for row in self.log.history if "loss" in row]
+            if not pictures and (curve := sketch(losses)):
+                print(f"\nloss of the logged steps\n{curve}")
         # the last file: it says that the run has come to its end
         write_json(self.output / "all_results.json", everything)
 

@@ -189,3 +189,13 @@ def test_the_readme_says_what_loads_the_adapter():
     card = model_card(config, {"train_loss": 1.0}, "qwen", ["Take the one in `pissa_converted`."])
     assert "\n\nTake the one in `pissa_converted`.\n\n| setting" in card
     assert "pissa" not in model_card(config, {"train_loss": 1.0}, "qwen")
+
+
+def test_a_sketch_of_the_loss_where_matplotlib_is_missing():
+    lines = report.sketch([4.0, 2.0, math.nan, 1.0, 1.0], width=8, height=3).splitlines()
+    assert lines == ["   4.0000 |██", "          |████", "   1.0000 |████████"]
+    many = report.sketch([5 - i / 1000 for i in range(4000)]).splitlines()
+    assert len(many) == 6 and max(map(len, many)) == 11 + 64
+    assert [len(line) for line in many] == sorted(len(line) for line in many)
+    assert report.sketch([1.0]) == report.sketch([]) == report.sketch([math.nan, 2.0]) == ""
+    assert "1.0000" in report.sketch([1.0, 1.0])
