@@ -417,6 +417,9 @@ class Config:
     eval_strategy: str = key("no", FREE, "when to evaluate", choices=("no", "steps", "epoch"))
     eval_steps: Steps | None = key(None, FREE,
         "steps between evaluations (none: logging_steps)", above=0)
+    bf16_full_eval: bool = key(False, FREE,
+        "evaluate in bfloat16: in train.py as training does with bf16: true, in eval.py alone")
+    fp16_full_eval: bool = key(False, FREE, "the same in float16, with fp16: true")
     eval_delay: float = key(0, FREE,
         "steps (eval_strategy: epoch: epochs) before the first evaluation", low=0)
     compute_accuracy: bool = key(False, FREE,
@@ -585,8 +588,6 @@ REFUSED = (
      "finetuning_type: full are"),
     ("train", "galore_proj_type=std apollo_proj_type=std",
      "GaLore and APOLLO project the shorter side (std); leave it out"),
-    ("train", "bf16_full_eval fp16_full_eval",
-     "evaluation computes as training does; set bf16 or fp16"),
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",
      "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the precision "
      "of the base"),

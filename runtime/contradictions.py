@@ -171,6 +171,10 @@ def in_checkpoints(c: Config) -> Iterator[tuple]:
     yield c.save_strategy == "best" and c.eval_strategy == "no", (
         "save_strategy: best needs eval_strategy")
 
+    yield c.bf16_full_eval and not c.bf16 or c.fp16_full_eval and not c.fp16, (
+        "bf16_full_eval and fp16_full_eval: an evaluation in training computes as the training "
+        "does; set bf16: true (or fp16: true) as well, or leave them out")
+
     plateau = c.lr_scheduler_type == "reduce_lr_on_plateau"
     yield plateau and c.eval_strategy == "no", (
         "lr_scheduler_type: reduce_lr_on_plateau lowers the learning rate when eval_loss stops "

@@ -144,6 +144,9 @@ def load_config(argv: list[str], script: str) -> Config:
     if _applies("train", script):
         apply_deepspeed(config)
         apply_fp8(config)
+    if script == "eval":
+        config.bf16 |= config.bf16_full_eval
+        config.fp16 |= config.fp16_full_eval
     _check(config, script)
     return config
 

@@ -141,7 +141,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     ("linear", "lr_scheduler_type"),
     ("adamw_torch_fused", "optim"),
     ("no", "eval_strategy"),
-    (False, "streaming"),
+    (False, "streaming bf16_full_eval fp16_full_eval"),
     ("steps", "save_strategy logging_strategy"),
     ({}, "lr_scheduler_kwargs"),
     (5, "export_size"),

@@ -29,6 +29,18 @@ CONTRADICTORY = (
     "load_best_model_at_end=1 val_size=9 eval_strategy=epoch",
     "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=3 save_steps=10",
     "load_best_model_at_end=1 val_size=9 eval_strategy=steps eval_steps=0.1 save_steps=10",
+    "eval_on_each_dataset=1 eval_dataset=a early_stopping_steps=2 eval_strategy=epoch",
+    "eval_on_each_dataset=1 val_size=9 eval_strategy=epoch",
+    "save_strategy=best",
+    "lr_scheduler_type=reduce_lr_on_plateau",
+    "eval_on_start=1",
+    "bf16_full_eval=1", "fp16_full_eval=1 bf16=1",
+    "use_apollo=1", "use_badam=1", "use_apollo=1 finetuning_type=full use_galore=1",
+    "badam_switch_mode=fixed use_badam=1 finetuning_type=full",
+    "badam_switch_interval=0 use_badam=1 finetuning_type=full",
+    "use_badam=1 finetuning_type=full fp16=1",
+    "label_smoothing_factor=0.1 use_dft_loss=1",
+    "ask=hello stage=pt",
     "train_from_scratch=1",
     "finetuning_type=full loraplus_lr_ratio=16",
     "finetuning_type=full use_rslora=1",
@@ -76,3 +88,13 @@ def test_contradictions_are_errors(keys):
 )
 def test_consistent_settings_pass(keys):
     load_argv(*keys.split())
+
+
+def test_full_eval_in_half_precision():
+    """train.py evaluates as it trains; eval.py takes the dtype from it."""
+    trained = load_argv("bf16_full_eval=true", "bf16=true", "model_name_or_path=m", "dataset=d",
+                        "output_dir=o", script="train")
+    assert trained.bf16 and not trained.fp16
+    evaluated = load_argv("bf16_full_eval=true", "model_name_or_path=m", "dataset=d",
+                          "output_dir=o", script="eval")
+    assert evaluated.bf16
