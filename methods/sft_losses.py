@@ -102,22 +102,27 @@ class ASFTObjective(DFTObjective):
 
 def micro_batch_mean(loss, model, batch, ranks: Ranks):
     """A loss divided by the labels of its micro-batch, whose gradients are averaged over ranks."""
-    labels = max(int((batch.targets != IGNORE).sum()), 1)
-    return loss / (labels * (ranks.world if model.training else 1))
+    return loss / (label_count(batch) * (ranks.world if model.training else 1))
+
+
+def label_count(batch) -> int:
+    """Labels of a micro-batch; 1 where there are none, so that a sum can be divided by it."""
+    return max(int((batch.targets != IGNORE).sum()), 1)
 
 
 class SmoothedObjective(SFTObjective):
     """label_smoothing_factor: the labels' distribution is 1 - factor at y, plus factor / V at each.
 
-    Means are taken as in ASFTObjective. The plain cross-entropy is logged beside the loss.
+    The mean over each micro-batch's labels is taken, and the sum of these means over micro-batches
+    and ranks: two ranks train as one rank with twice the gradient_accumulation_steps.
+    paper_losses divides by the labels of the step. The plain cross-entropy is logged, too.
     """
 
     metric_names = ("cross_entropy",)
 
-    def __init__(self, config, ranks: Ranks = Ranks(), balance: float = 0.0, matmul=F.linear):
+    def __init__(self, config, balance: float = 0.0, matmul=F.linear):
         super().__init__(balance, matmul)
         self.config = config
-        self.ranks = ranks
 
     def loss_sum(self, model, batch):
         hidden, routing_loss = self.hidden_states(model, batch)                         # (N, D)
@@ -133,7 +138,7 @@ class SmoothedObjective(SFTObjective):
         metrics = {"cross_entropy": torch.stack((nll.detach(), nll.new_tensor(len(rows))))}
         if self.config.paper_losses:
             return loss, routing_loss, metrics
-        return 0.0, micro_batch_mean(loss, model, batch, self.ranks) + routing_loss, metrics
+        return 0.0, loss / label_count(batch) + routing_loss, metrics
 
 
 def smoothed_chunk(h, weight, y, softcap):

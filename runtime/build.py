@@ -52,7 +52,7 @@ def sft_objective(config, base, setup, ranks, resume) -> Objective:
         reference = build_reference(config, base, setup, ranks)
         return sft_losses.ASFTObjective(config, reference, ranks, setup.balance, matmul)
     if config.label_smoothing_factor:
-        return sft_losses.SmoothedObjective(config, ranks, setup.balance, matmul)
+        return sft_losses.SmoothedObjective(config, setup.balance, matmul)
     return SFTObjective(setup.balance, matmul)
 
 

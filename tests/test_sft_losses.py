@@ -12,6 +12,8 @@ import losses
 from data import IGNORE
 from methods.sft_losses import (ASFTObjective, DFTObjective, EAFTObjective, SmoothedObjective,
                                 kl_sum)
+from tests.ranks import COMMON, outcomes, small_world, torchrun
+from tests.test_parallel import curves, weights_of
 
 N, D, V = 9, 8, 40
 
@@ -120,6 +122,28 @@ def test_a_smoothed_loss_is_that_of_torch(decoder, paper):
     total, count = sums[2]["cross_entropy"].tolist()
     nll = F.cross_entropy(decoder.logits(ROWS), Y, reduction="sum")
     assert count == len(ROWS) and total == pytest.approx(nll.item(), rel=1e-5)
+
+
+def test_two_ranks_smooth_as_one_rank_with_twice_the_micro_batches(tmp_path):
+    """LLaMA-Factory 0.9.5 with transformers 5.6 does: its loss is multiplied by the number of
+    processes before gradients are averaged (losses of 28.59 both ways, and equal norms)."""
+    small_world(tmp_path)
+    settings = COMMON | dict(model_name_or_path=tmp_path / "dense", dataset=tmp_path / "rows.jsonl",
+                             label_smoothing_factor=0.1, per_device_train_batch_size=1, max_steps=2)
+    words = [f"{key}={value}" for key, value in settings.items()]
+    launchers = [
+        ["train.py", *words, "gradient_accumulation_steps=4", f"output_dir={tmp_path / 'one'}"],
+        torchrun(2, "train.py", *words, "gradient_accumulation_steps=2",
+                 f"output_dir={tmp_path / 'two'}")]
+    for code, screen, _ in outcomes(*launchers):
+        assert code == 0, screen
+    one, two = curves(tmp_path / "one"), curves(tmp_path / "two")
+    assert len(one) == len(two) == 3 and one[0][1] > 20         # the sum of four means
+    for mine, theirs in zip(one, two):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    trained = weights_of(tmp_path / "two")
+    for name, weight in weights_of(tmp_path / "one").items():
+        assert torch.allclose(weight, trained[name], rtol=0, atol=1e-5), name
 
 
 @pytest.mark.parametrize("objective", [
