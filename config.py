@@ -490,6 +490,15 @@ class Config:
         "device that computes the merge", only="merge.py", choices=("cpu", "auto", "cuda"))
     overwrite: bool = key(False, IGNORED,
         "replace an existing export_dir", own=True, only="merge.py")
+    export_quantization_bit: int | None = key(None, IGNORED,
+        "quantize the model to 2, 3, 4 or 8 bits by GPTQ, in groups of 128 columns (no adapter)",
+        only="merge.py")
+    export_quantization_dataset: str | None = key(None, IGNORED,
+        "its calibration: a file or hub id of rows with `text`", only="merge.py")
+    export_quantization_nsamples: int = key(128, IGNORED,
+        "rows drawn for it, by the seed", only="merge.py", low=1)
+    export_quantization_maxlen: int = key(1024, IGNORED,
+        "tokens of a row; shorter texts are not drawn", only="merge.py", low=1)
 
     # the values that were set explicitly, by key
     given: dict = field(default_factory=dict, repr=False)
@@ -557,8 +566,7 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         trackio_static_space_id hyper_parallel_args fp8_backend
         fp8_enable_fsdp_float8_all_gather optim_target_modules generation_max_length
         generation_num_beams generation_config hub_token hub_private_repo hub_model_id hub_strategy
-        hub_always_push hub_revision ms_hub_token om_hub_token export_quantization_dataset
-        export_quantization_nsamples export_quantization_maxlen kt_weight_path
+        hub_always_push hub_revision ms_hub_token om_hub_token kt_weight_path
         kt_config kt_backend kt_non_expert_weight_path kt_expert_weight_format kt_cpu_activation
         kt_num_threads kt_threadpool_count kt_tp_enabled kt_max_cache_depth kt_weight_lifecycle
         kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
@@ -612,8 +620,6 @@ REFUSED = (
     ("train", "push_to_hub", "upload the finished folder yourself: hf upload NAME FOLDER"),
     ("merge", "export_hub_model_id",
      "upload the finished folder yourself: hf upload NAME FOLDER"),
-    ("merge", "export_quantization_bit",
-     "merge.py writes 16- or 32-bit weights; quantize them with another tool"),
     ("any", "adapter_folder", "write the whole path in adapter_name_or_path"),
     ("any", "hf_hub_token",
      "a secret does not belong in a config: run `hf auth login` or set HF_TOKEN"),

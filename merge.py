@@ -3,18 +3,21 @@
     python merge.py --config configs/tiny_merge.yaml
     python merge.py my_training.yaml export_dir=models/mine             the adapter in output_dir
     python merge.py my_training.yaml export_dir=models/mine merge_base=original
+    python merge.py model_name_or_path=models/mine export_dir=models/mine-4bit \
+        export_quantization_bit=4 export_quantization_dataset=texts.jsonl       by GPTQ, no adapter
 
-No model is built. Tensors are streamed from the base's files into new ones in blocks of rows, so a
-70B checkpoint takes no more memory than a small one. The sum is formed in float32 and rounded once,
-to the base's dtype. While one block is written, threads read and sum the next ones, so that a merge
-takes about as long as copying the files.
+To merge, no model is built. Tensors are streamed from the base's files into new ones in blocks of
+rows, so a 70B checkpoint takes no more memory than a small one. The sum is formed in float32 and
+rounded once, to the base's dtype. While one block is written, threads read and sum the next ones,
+so that a merge takes about as long as copying the files.
 
 An adapter that was trained on a base in 4 or 8 bits is merged into that base, dequantized: this is
 the model that was trained. Such an adapter has learned to compensate for the rounding, so the sum
 with the original weights (merge_base: original) is a different model. If the yaml names a dataset,
 the losses of base, base with adapter, and merged model on some of its rows are printed.
 
-Requires: lora.py (merged_weight), runtime/merge_plan.py, checkpoint/files.py (streaming).
+Requires: lora.py (merged_weight), runtime/merge_plan.py, checkpoint/files.py (streaming),
+runtime/gptq_export.py (export_quantization_bit).
 Next: eval.py.
 
 LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
@@ -52,6 +55,7 @@ from evals.compare import compare_losses
 from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from runtime.finished import as_trained
+from runtime.gptq_export import GPTQExport, open_export
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
 from text.load_text import fit_text
@@ -88,32 +92,36 @@ def main(argv):
     for name in adapter_names(config):
         adapters.append(find_checkpoint(name, cache_dir=config.cache_dir))
     print_sources(config, base, adapters)
+    quantizer = open_export(config, base, adapters, device) if config.export_quantization_bit \
+        else None
     quant_format, description = format_to_merge(config, base, adapters)
 
     # ---- merge, then compare losses
     merge_checkpoint(
         base, adapters, config.export_dir,
-        dtype=DTYPES.get(config.infer_dtype),
+        dtype=DTYPES.get(config.infer_dtype, torch.float16 if quantizer else None),
         shard_bytes=int(config.export_size * 1e9),
         overwrite=config.overwrite,
         template=config.template,
         force_template=config.force_template,
         device=device,
-        quant_format=quant_format)
-    quantized = bool(description)
-    if quantized and adapters and (config.dataset or config.eval_dataset):
+        quant_format=quant_format,
+        quantizer=quantizer)
+    quantized = bool(description and adapters) or quantizer
+    if quantized and (config.dataset or config.eval_dataset):
         compare_losses(config, base, adapters, device)
 
 
 def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,
                      shard_bytes: int = 5 * 10**9, overwrite: bool = False, template=None,
-                     force_template: bool = False, device="cpu", quant_format=None):
+                     force_template: bool = False, device="cpu", quant_format=None,
+                     quantizer: GPTQExport | None = None):
     """Write base + adapters as a checkpoint into export_dir, which appears complete or not at all.
 
     base, adapters: folders; adapters are added in order. dtype: of all weights; None keeps each
     tensor's. shard_bytes: largest weight file. template: as in the config, a name or a mapping;
     None: the one stored with the adapters. device: where sums are formed. quant_format: the
-    QuantFormat that training quantized the base to on load.
+    QuantFormat that training quantized the base to on load. quantizer: rounds the base to few bits.
 
     Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged files, an
     export_dir that is in use; OSError when the disk is too small.
@@ -124,7 +132,10 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
     target = check_target(Path(export_dir), [base, *adapters], overwrite)
     fields = read_config_json(base)
     plan, untied = plan_tensors(base, adapters, dtype, quant_format)
-    total = sum(math.prod(t.shape) * t.dtype.itemsize for t in plan.values())
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}
+    if quantizer:
+        shapes = quantizer.shapes(shapes)
+    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
 
     template, force_template = stored_template(adapters or [base], template, force_template)
     text_source = base
@@ -141,15 +152,19 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
         has_tokenizer = (text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)
         if template and has_tokenizer:
             fit_text_files(text_source, work, template, force_template, fields)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="merging", disable=None) as bar:
-            write_plan(work, plan, device, shard_bytes, bar.update)
-        write_json(work / "config.json", merged_fields(fields, dtype, untied))
-        read_back(work, plan)
+        verb = "quantizing" if quantizer else "merging"
+        with tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=None) as bar:
+            write_plan(work, plan, shapes, device, shard_bytes, bar.update, quantizer)
+        write_json(work / "config.json", merged_fields(fields, dtype, untied, quantizer))
+        read_back(work, shapes)
+        if quantizer:
+            quantizer.check(work)
+            print(f"gptq      {quantizer.report()}")
 
     files = len(list(target.iterdir()))
     seconds = time.monotonic() - start_time
     print(f"{export_dir}: {files} files, {total / 1e9:.3g} GB of weights, {seconds:.1f} s; "
-          f"{len(plan)} tensors read back with the planned names, shapes and dtypes")
+          f"{len(shapes)} tensors read back with the planned names, shapes and dtypes")
 
 
 # ---- sources and target -----------------------------------------------------------------------
@@ -187,7 +202,8 @@ def print_sources(config: Config, base: Path, adapters: list[Path]):
     if warning := warn_of_folded(adapters):
         print(f"warning   {warning}")
     if not adapters:
-        print("adapter   none (adapter_name_or_path is not set): the weights are copied")
+        done = "quantized" if config.export_quantization_bit else "copied"
+        print(f"adapter   none (adapter_name_or_path is not set): the weights are {done}")
 
 
 def other_base(adapter: Path, base: Path, name: str) -> str | None:
@@ -252,13 +268,19 @@ def copied_files(base: Path) -> list[Path]:
 # ---- the work ---------------------------------------------------------------------------------
 
 
-def write_plan(folder: Path, plan: dict[str, Planned], device, shard_bytes: int,
-               progress: Callable[[int], object]):
-    """Write the weight files of a plan, in its order."""
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}
-    blocks = run_ahead(block_makers(plan, device))
+def write_plan(folder: Path, plan: dict[str, Planned], shapes: dict, device, shard_bytes: int,
+               progress: Callable[[int], object], quantizer: GPTQExport | None):
+    """Write the weight files of a plan, in the order of shapes, {name: (shape, dtype)}."""
+    plain = {name: plan[name] for name in shapes if name in plan}
+    makers = block_makers(plain, device)
+    if quantizer:                           # it computes meanwhile, on all cores
+        blocks = (make() for make in makers)
+    else:
+        blocks = run_ahead(makers)
 
     def blocks_of(name):
+        if name not in plan:
+            return [quantizer.tensor(name)]
         return islice(blocks, len(list(row_blocks(plan[name].shape))))
 
     write_tensors(folder, shapes, blocks_of, shard_bytes, progress, metadata=EXPORT_MARK)
@@ -456,14 +478,17 @@ def format_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple:
 # ---- files beside the weights -----------------------------------------------------------------
 
 
-def merged_fields(fields: dict, dtype: torch.dtype | None, untied: bool) -> dict:
-    """config.json of the merged model: not quantized, with its dtype and tying of the head."""
+def merged_fields(fields: dict, dtype: torch.dtype | None, untied: bool,
+                  quantizer: GPTQExport | None) -> dict:
+    """config.json of the merged model: how it is quantized, its dtype, and tying of the head."""
     fields = {key: value for key, value in fields.items() if key != "quantization_config"}
     if untied:
         fields["tie_word_embeddings"] = False
     for key in ("dtype", "torch_dtype"):
         if dtype and key in fields:
             fields[key] = str(dtype).removeprefix("torch.")
+    if quantizer:
+        fields["quantization_config"] = quantizer.settings()
     return fields
 
 
@@ -500,10 +525,10 @@ def fit_text_files(text_source: Path, work: Path, template, force: bool, fields:
         write_json(work / "generation_config.json", {**generation, "eos_token_id": ends + new})
 
 
-def read_back(work: Path, plan: dict[str, Planned]):
+def read_back(work: Path, shapes: dict):
     """Compare names, shapes and dtypes of the written files with the plan. Raises OSError."""
     found = {name: stored_as(file, name) for name, file in tensor_files(work).items()}
-    if found != {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}:
+    if found != shapes:
         raise OSError(f"{work}: the written files differ from the plan. Is the disk damaged?")
 
 

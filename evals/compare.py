@@ -33,7 +33,10 @@ SHOWN_ROWS = 3          # rows printed side by side
 
 
 def compare_losses(config: Config, base: Path, adapters: list[Path], device: str):
-    """Print the mean loss per token of base, base with adapters, and merged model on some rows."""
+    """Print the mean loss per token of base, base with adapters, and merged model on some rows.
+
+    Without adapters, the model in export_dir is the quantized base.
+    """
     weights = Path(config.export_dir).glob("*.safetensors")
     size = sum(file.stat().st_size for file in weights)
     free = available_bytes(device)
@@ -54,6 +57,9 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
                                                    quant_format=quant_format),
         "merged": lambda: load_model(config.export_dir, half_dtype, device),
     }
+    if not adapters:
+        del loaders["with adapter"]
+        loaders["quantized"] = loaders.pop("merged")
     losses = []
     for name, load in loaders.items():                  # one model in memory at a time
         losses.append(f"{name} {mean_loss(load(), rows, device):.4f}")

@@ -303,6 +303,18 @@ def in_merge(c: Config) -> Iterator[tuple]:
     yield c.finetuning_type in ("full", "freeze") and c.output_dir, (
         "finetuning_type: full and freeze need no merging: output_dir is a full model already")
 
+    bits = c.export_quantization_bit
+    yield bits not in (None, 2, 3, 4, 8), (
+        f"export_quantization_bit: {bits}; GPTQ files have 2, 3, 4 or 8 bits (4 is usual)")
+
+    yield bits and not c.export_quantization_dataset, (
+        "export_quantization_bit needs export_quantization_dataset, texts to calibrate on: a file "
+        "of rows with `text`, such as LLaMA-Factory's data/c4_demo.jsonl")
+
+    yield bits and c.quantization_bit, (
+        "export_quantization_bit writes a quantized model, quantization_bit reads one as if it "
+        "were; leave quantization_bit out")
+
 
 def _is_same_folder(a: str | None, b: str | None) -> bool:
     return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)

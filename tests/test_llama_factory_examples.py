@@ -27,7 +27,6 @@ STOPS = {
     "ktransformers/train_lora/deepseek_v3_lora_sft_kt.yaml": "use_kt: true: KTransformers keeps",
     "ktransformers/train_lora/qwen3_5moe_lora_sft_kt.yaml": "use_kt: true: KTransformers keeps",
     "ktransformers/train_lora/qwen3moe_lora_sft_kt.yaml": "use_kt: true: KTransformers keeps",
-    "merge_lora/qwen3_gptq.yaml": "export_quantization_bit: 4: merge.py writes 16- or 32-bit",
 }
 
 

@@ -1,0 +1,155 @@
+"""GPTQ: round a matrix to few bits, column by column, and let later columns make up for each error.
+
+    W      (out, in)    the matrix of a linear layer, y = W x
+    H      (in, in)     the sum of x xᵀ over the layer's inputs on some text
+    error  tr((W - Q) H (W - Q)ᵀ)       the sum of |W x - Q x|² over these inputs
+
+Rounding each number to the nearest one of the grid minimizes |W - Q|², which is another sum: inputs
+are correlated, and an error in one column can be made up for in others. GPTQ goes through the
+columns from left to right. Column j is rounded to the nearest; the best change of all columns after
+it, which are not rounded yet, is known in closed form (eq. 2 of the paper, of the Optimal Brain
+Surgeon). With U, the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U, it is
+
+    e = (w_j - q_j) / U_jj                                      (out,)
+    w_k = w_k - e U_jk      for all k > j
+
+since row j of U is what is needed of the inverse of H without the columns before j. These changes
+are made at once in the columns of one group (128 of them), which share a scale for each row; later
+groups receive them together, as one matmul. A group's scales are set when its turn comes, from the
+columns as they have become.
+
+The grid is symmetric: code c of 2^bits stands for scale * (c - 2^(bits - 1)), and the scale is
+chosen so that the largest number of a row's group fits.
+
+Requires: methods/grouped.py (what codes, zeros and scales mean).
+Next: runtime/gptq_export.py (inputs of the layers, block by block), checkpoint/write_gptq.py.
+Papers: GPTQ arXiv:2210.17323, algorithm 1; Optimal Brain Compression arXiv:2208.11580.
+"""
+from typing import NamedTuple
+
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
+import torch
+
+DAMPING = 0.1           # share of the mean of H's diagonal that is added to the diagonal
+SCALE_DTYPE = torch.float16
+SMALLEST_SCALE = 2.0**-24       # of float16
+
+
+class Rounded(NamedTuple):
+    """A matrix (out, in) in codes; column j belongs to group j // group_size."""
+    codes: torch.Tensor         # (out, in) uint8
+    scales: torch.Tensor        # (out, groups) SCALE_DTYPE
+    zero: int                   # the code of 0
+    group_size: int
+
+    def dequantize(self) -> torch.Tensor:
+        """The matrix, float32: the values that a reader of the file gets."""
+        values = self.codes.float() - self.zero
+        scales = self.scales.float().repeat_interleave(self.group_size, 1)
+        return (values * scales[:, :values.shape[1]]).to(SCALE_DTYPE).float()
+
+
+# ---- the grid -----------------------------------------------------------------------------------
+
+
+def scales_of_group(columns: torch.Tensor, bits: int) -> torch.Tensor:
+    """The scale of each row of a group (out, n), rounded to what a file holds; (out,) float32.
+
+    The range from -largest to largest has 2^bits - 1 steps.
+    """
+    largest = columns.abs().amax(1)
+    largest = torch.where(largest == 0, torch.ones_like(largest), largest)
+    scales = 2 * largest / (2**bits - 1)
+    return scales.clamp(min=SMALLEST_SCALE).to(SCALE_DTYPE).float()
+
+
+def nearest_codes(values: torch.Tensor, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest codes of values, float32; scales broadcast."""
+    zero = 2 ** (bits - 1)
+    return ((values / scales).round() + zero).clamp(0, 2**bits - 1)
+
+
+def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> Rounded:
+    """The plain way, for comparison: each number becomes the nearest of its group's grid."""
+    codes = []
+    scales = []
+    for columns in weight.float().split(group_size, 1):
+        scales.append(scales_of_group(columns, bits))
+        codes.append(nearest_codes(columns, scales[-1][:, None], bits))
+    return rounded_of(codes, scales, bits, group_size)
+
+
+def rounded_of(codes: list, scales: list, bits: int, group_size: int) -> Rounded:
+    """The matrix of some groups of columns."""
+    return Rounded(
+        codes=torch.cat(codes, 1).to(torch.uint8),
+        scales=torch.stack(scales, 1).to(SCALE_DTYPE),
+        zero=2 ** (bits - 1),
+        group_size=group_size,
+    )
+
+
+# ---- GPTQ ---------------------------------------------------------------------------------------
+
+
+def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """U, upper triangular, with Uᵀ U = the inverse of the damped H; (in, in).
+
+    A column whose input was always 0 gets a 1 on the diagonal: it is rounded to the nearest, and
+    changes no other. Raises ValueError for an H that is not finite.
+    """
+    if not hessian.isfinite().all():
+        raise ValueError("the inputs of a layer hold NaN or infinity on this text; are the weights "
+                         "damaged?")
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    unused = diagonal == 0
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        damped.diagonal()[unused] = 1
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed:
+            return factor
+        damping *= 10           # float32 was too coarse: nearer to rounding to the nearest
+
+
+def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int) -> Rounded:
+    """Algorithm 1 of the paper; weight (out, in), factor: inverse_factor of the inputs' H."""
+    rest = weight.float().clone()               # what is not rounded yet, as changed so far
+    codes = []
+    scales = []
+    for start in range(0, rest.shape[1], group_size):
+        group = slice(start, start + group_size)
+        later = slice(start + group_size, None)
+        columns = rest[:, group]
+        scales.append(scales_of_group(columns, bits))
+        group_codes, errors = round_group(columns, factor[group, group], scales[-1], bits)
+        codes.append(group_codes)
+        rest[:, later] -= errors @ factor[group, later]
+    return rounded_of(codes, scales, bits, group_size)
+
+
+def round_group(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, bits: int):
+    """(codes, errors) of the columns (out, n) of a group, which are changed in place."""
+    zero = 2 ** (bits - 1)
+    codes = torch.empty_like(columns)
+    errors = torch.empty_like(columns)
+    for j in range(columns.shape[1]):
+        column = columns[:, j]
+        codes[:, j] = nearest_codes(column, scales, bits)
+        difference = column - (codes[:, j] - zero) * scales
+        errors[:, j] = difference / factor[j, j]
+        columns[:, j + 1:] -= errors[:, j, None] * factor[j, j + 1:]
+    return codes, errors
+
+
+def output_error(weight: torch.Tensor, rounded: Rounded, hessian: torch.Tensor) -> float:
+    """tr((W - Q) H (W - Q)ᵀ): the sum of squared errors of the layer's outputs."""
+    difference = weight.float() - rounded.dequantize()
+    return float(((difference @ hessian) * difference).sum())
