@@ -600,7 +600,9 @@ REFUSED = (
      "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the precision "
      "of the base"),
     ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
-     "changing the vocabulary is not in this release yet"),
+     "changing the vocabulary is not in this release yet; add the tokens to the checkpoint once, "
+     "with transformers (docs/differences.md shows how), and train that, with lora by "
+     "additional_target: embed_tokens,lm_head"),
     ("any", "rope_scaling",
      "not in this release as a key; write it into the checkpoint's config.json, where training, "
      "chat and merging alike apply it, as \"rope_scaling\": {\"rope_type\": \"yarn\", "
