@@ -205,7 +205,9 @@ class Run:
         self.model, self.objective, self.gradients = model, objective, gradients
         self.optimizer, self.precision = optimizer, precision
         self.optimizer_names = optimizer_names(optimizer, gradients.parameters)
-        self.weights = gradients.parameters
+        weights = dict(model.named_parameters()) | objective.parameters()
+        # also those that BAdam does not train at the moment
+        self.weights = {name: weights[name] for name in gradients.parameters}
         self.state = RunState(
             rows_per_step=plan.rows_per_step,
             rows=plan.train_set.sign,
