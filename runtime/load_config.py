@@ -46,6 +46,7 @@ OTHER_WORDS = {      # how other programs call a key, for the hint
     "sequence_len": "cutoff_len",
     "target_modules": "lora_target",
 }
+RECORDED = ("versions", "kernels")      # what train_config.json holds beside the settings
 ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # earlier spellings
 
 TRUE = ("true", "yes", "on", "1")
@@ -144,6 +145,7 @@ def load_config(argv: list[str], script: str) -> Config:
     if _applies("train", script):
         apply_deepspeed(config)
         apply_fp8(config)
+        config.notes.extend(_notes_on_idle_keys(config))
     if script == "eval":
         config.bf16 |= config.bf16_full_eval
         config.fp16 |= config.fp16_full_eval
@@ -165,6 +167,9 @@ def collect(entries: list[tuple[str, Any, str]]) -> dict[str, tuple[Any, str]]:
             hint = did_you_mean(name, [*KEYS, *UNUSED, *ALIASES])
             if name in OTHER_WORDS:
                 hint = f" (here that is {OTHER_WORDS[name]})"
+            elif name in RECORDED:
+                hint = (" (a train_config.json records a run: give the config that started it, or "
+                        f"a copy without {' and '.join(RECORDED)})")
             raise ValueError(f"{where}: unknown key '{name}{dot}{item}'{hint}. "
                              "All keys: python config.py --keys")
         if dot:
@@ -213,6 +218,27 @@ def _derive(config: Config):
         config.resume_from_checkpoint = "true"
     elif resume in FALSE:
         config.resume_from_checkpoint = None
+
+
+def _notes_on_idle_keys(config: Config) -> list[str]:
+    """Sentences on keys of evaluation and logging that do nothing beside the other keys."""
+    notes = []
+    if config.compute_accuracy and not config.do_eval:
+        notes.append("compute_accuracy: nothing is evaluated in this run; set eval_strategy, or "
+                     "do_eval: true, and val_size or eval_dataset")
+    if config.plot_loss and config.logging_strategy == "no":
+        notes.append("plot_loss: with logging_strategy: no there is no loss to draw; set "
+                     "logging_strategy: steps")
+
+    epochs = config.eval_strategy == "epoch"
+    last = config.num_train_epochs if epochs else config.max_steps
+    if config.eval_delay and config.eval_strategy == "no":
+        notes.append("eval_delay: eval_strategy: no evaluates at no step; set eval_strategy")
+    elif config.eval_delay > last > 0 and not (epochs and config.max_steps > 0):
+        limit = "num_train_epochs" if epochs else "max_steps"
+        notes.append(f"eval_delay: {config.eval_delay:g} is after the end ({limit}: {last:g}): "
+                     "nothing is evaluated before it")
+    return notes
 
 
 def _derive_oft(config: Config):

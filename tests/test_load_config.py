@@ -11,7 +11,8 @@ import tracemalloc
 import pytest
 
 from config import KEYS, UNUSED, Config, as_dict
-from runtime.load_config import COMMANDS, NEEDED, chat_command, ignored_keys, non_default
+from runtime.load_config import (COMMANDS, NEEDED, chat_command, ignored_keys, load_config,
+                                 non_default)
 from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
 PEER_OFF = {  # LLaMA-Factory's defaults of unsupported keys: they must be accepted
@@ -660,3 +661,27 @@ def test_the_words_of_other_programs_name_keys():
     from runtime.load_config import OTHER_WORDS
     assert OTHER_WORDS.keys().isdisjoint([*KEYS, *UNUSED])
     assert {word for name, word in OTHER_WORDS.items() if name != "gpus"} <= KEYS.keys()
+
+
+@pytest.mark.parametrize("words, note", [
+    ("compute_accuracy=true", "compute_accuracy: nothing is evaluated"),
+    ("compute_accuracy=true do_eval=true val_size=0.1", ""),
+    ("plot_loss=true logging_strategy=no", "plot_loss: with logging_strategy: no"),
+    ("plot_loss=true logging_strategy=epoch", ""),
+    ("eval_delay=5", "eval_delay: eval_strategy: no"),
+    ("eval_delay=5 eval_strategy=steps val_size=0.1 max_steps=4", "after the end (max_steps: 4)"),
+    ("eval_delay=5 eval_strategy=steps val_size=0.1", ""),
+    ("eval_delay=5 eval_strategy=epoch val_size=0.1", "after the end (num_train_epochs: 3)"),
+    ("eval_delay=5 eval_strategy=epoch val_size=0.1 max_steps=900", ""),
+])
+def test_keys_that_do_nothing_beside_others_are_said(words, note):
+    config = load_config(["model_name_or_path=m", "dataset=d", "output_dir=o", "template=qwen",
+                          *words.split()], "train")
+    assert len(config.notes) == bool(note) and note in "".join(config.notes)
+
+
+def test_a_record_of_a_run_is_no_config(tmp_path):
+    path = tmp_path / "train_config.json"
+    path.write_text('{"lora_rank": 4, "versions": {"torch": "2"}}')
+    with pytest.raises(ValueError, match="'versions' .a train_config.json records a run: give"):
+        load_config([str(path)], "train")
