@@ -28,7 +28,6 @@ from tqdm import tqdm
 from checkpoint.load import load_model, packed_weights
 from checkpoint.write_gptq import gptq_parts, pack_gptq, quantization_fields
 from config import Config
-from fast.attention_picker import pick_kernel
 from model import CausalLM, attention_needs
 from text.calibration import calibration_rows
 from text.tokenizer import load_tokenizer
@@ -191,6 +190,8 @@ class GPTQExport:
 
     def embed_rows(self) -> torch.Tensor:
         """The rows of calibration at the first block, (rows, T, D) float32; picks the kernel."""
+        from fast.attention_picker import pick_kernel       # only where it is asked for
+
         choice = pick_kernel("auto", device=self.device, dtype=torch.float32, training=False,
                              **attention_needs(self.model.config))
         self.model.kernel = choice.kernel

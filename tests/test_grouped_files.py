@@ -21,7 +21,7 @@ from checkpoint.grouped_files import find_grouped, grouped_settings
 from checkpoint.load import (count_parameters, load_model, packed_weights, quantized_weights,
                              save_model)
 from families import model_config
-from model import CausalLM
+from model import CausalLM, init_weights
 from runtime.merge_plan import plan_tensors
 from tests.common import CURVES, ROOT, needs_shared, run_recorded
 from tests.tiny_models import base_with, write_grouped
@@ -307,6 +307,7 @@ def test_damage_of_any_kind_is_an_error_that_says_so_or_none(method, tmp_path):
 
 def test_a_model_from_scratch_is_not_said_to_be_quantized(packed, tmp_path):
     model = CausalLM(model_config(json.loads((packed / "config.json").read_text())))
+    init_weights(model, torch.Generator().manual_seed(0))
     save_model(model, tmp_path, packed)
     read = load_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(read.parameters(), model.parameters()))
