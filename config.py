@@ -655,6 +655,7 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 
 # ---- questions about a Config -------------------------------------------------------------------
 
+BADAM_WEIGHT_DECAY = 0.01           # of all weights: the package badam reads no weight_decay
 AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
 ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters

@@ -12,6 +12,7 @@ Next: eval.py.
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -98,7 +99,8 @@ def score_batch(model, examples: list, *, objective: Objective, stage: str,
     items = batch.num_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
     if items == 0 and not hasattr(model, "reshard"):
         return BatchLoss()
-    with precision.autocast(), final_hidden(model) as hidden:
+    watched = final_hidden(model) if compute_accuracy else nullcontext()
+    with precision.autocast(), watched as hidden:
         batch, = objective.with_reference(model, [batch])
         loss, routing, metrics = objective.loss_sum(model, batch)
         if compute_accuracy:

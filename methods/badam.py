@@ -16,9 +16,8 @@ import re
 
 import torch
 
+from config import BADAM_WEIGHT_DECAY
 from optim import Optimizer, UpdateRule, adamw_plain, parameter_groups
-
-WEIGHT_DECAY = 0.01         # of all weights: the package reads no weight_decay
 
 
 class BlockOptimizer(Optimizer):
@@ -35,7 +34,7 @@ class BlockOptimizer(Optimizer):
             raise ValueError(f"badam_start_block: {config.badam_start_block} is none of the blocks "
                              f"0 to {len(self.blocks) - 1}")
         shared = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon,
-                  "weight_decay": WEIGHT_DECAY, "blocks": len(self.blocks)}
+                  "weight_decay": BADAM_WEIGHT_DECAY, "blocks": len(self.blocks)}
         groups = parameter_groups(parameters, config, lambda name, p, config: "badam")
         rules = {"badam": UpdateRule(block_state, block_adamw, block_state_bytes)}
         super().__init__([group | shared for group in groups], rules)

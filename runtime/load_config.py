@@ -18,7 +18,8 @@ from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
-from config import ADAPTERS, KEYS, UNUSED, VISION_KEYS, Config, as_dict, print_keys
+from config import (ADAPTERS, BADAM_WEIGHT_DECAY, KEYS, UNUSED, VISION_KEYS, Config, as_dict,
+                    print_keys)
 from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
@@ -192,16 +193,17 @@ def _derive(config: Config):
     if layerwise and config.max_grad_norm:
         config.max_grad_norm = 0.0
         config.notes.append("layerwise: gradients are not clipped, as in LLaMA-Factory; "
-                            "here the update comes after the backward pass, with the same numbers")
+                            "here the update comes after the backward pass, and the learning rate "
+                            "follows its schedule")
     if config.pure_bf16:
         config.bf16 = True
         if config.finetuning_type in ADAPTERS:
             config.pure_bf16 = False
             config.notes.append("pure_bf16: computes in bfloat16; the adapters stay float32, as "
                                 "LLaMA-Factory (PEFT) keeps them")
-    if config.use_badam and config.weight_decay != 0.01:
-        config.notes.append("use_badam: weights decay by 0.01 and not by weight_decay, as in the "
-                            "package that LLaMA-Factory uses")
+    if config.use_badam and config.weight_decay != BADAM_WEIGHT_DECAY:
+        config.notes.append(f"use_badam: weights decay by {BADAM_WEIGHT_DECAY} and not by "
+                            "weight_decay, as in the package that LLaMA-Factory uses")
     if config.finetuning_type == "oft":
         _derive_oft(config)
     if config.stage == "sft" and config.packing and "neat_packing" not in config.given:

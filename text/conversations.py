@@ -373,6 +373,7 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
 
 
 def check_is_object(turn, number: int, source: Source):
+    """Raise ValueError for a turn that is text, a number or a list."""
     if not isinstance(turn, dict):
         raise ValueError(f"turn {number} is {excerpt(turn)}, not an object with "
                          f"'{source.tags['role_tag']}' and '{source.tags['content_tag']}'")
