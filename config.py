@@ -315,9 +315,8 @@ class Config:
         choices=(
             "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial",
             "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
-            "cosine_warmup_with_min_lr", "reduce_lr_on_plateau",
-        ),
-        later=("greedy",))
+            "cosine_warmup_with_min_lr", "reduce_lr_on_plateau", "greedy",
+        ))
     lr_scheduler_kwargs: dict = key({}, FREE,
         "further settings of the schedule, as lr_scheduler_kwargs.min_lr=1e-6")
     warmup_ratio: Steps | None = key(None, FREE,

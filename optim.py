@@ -2,8 +2,8 @@
 
 The learning rate of optimizer step `step` (from 0) is learning_rate * lr_schedule(config,
 total_steps)(step); train.py sets it before each step with set_lr. Schedules and groups are those of
-LLaMA-Factory, by its keys. Other optimizers (8-bit AdamW, Muon, GaLore) are passed in, see
-methods/optimizers.py.
+LLaMA-Factory, by its keys; those that follow the evaluations are in methods/eval_schedules.py.
+Other optimizers (8-bit AdamW, Muon, GaLore) are passed in, see methods/optimizers.py.
 
 Requires: lora.py.
 Next: train.py, methods/optimizers.py.
@@ -88,31 +88,6 @@ def warmup_stable_decay(step, total, warmup, kwargs):
     return max(0.0, decay_factor * (1 - floor) + floor)
 
 
-def plateau_factor(eval_losses: list, kwargs: dict, learning_rate: float) -> float:
-    """Factor of reduce_lr_on_plateau after these evaluations, as torch's ReduceLROnPlateau.
-
-    It is multiplied by `factor` whenever the loss has not improved by `threshold` for more than
-    `patience` evaluations.
-    """
-    sign = -1 if kwargs.get("mode") == "max" else 1
-    threshold = kwargs.get("threshold", 1e-4)
-    lr, best, bad, cooldown = learning_rate, math.inf, 0, 0
-    for loss in eval_losses:
-        loss *= sign
-        margin = threshold if kwargs.get("threshold_mode") == "abs" else threshold * abs(best)
-        if best == math.inf or loss < best - margin:
-            best, bad = loss, 0
-        else:
-            bad += 1
-        if cooldown:
-            cooldown, bad = cooldown - 1, 0
-        if bad > kwargs.get("patience", 10):
-            lower = max(lr * kwargs.get("factor", 0.1), kwargs.get("min_lr", 0))
-            lr = lower if lr - lower > kwargs.get("eps", 1e-8) else lr
-            cooldown, bad = kwargs.get("cooldown", 0), 0
-    return lr / learning_rate
-
-
 SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it knows)
     "linear": (linear, ""),
     "cosine": (cosine, "num_cycles"),
@@ -128,8 +103,6 @@ SCHEDULES = {       # lr_scheduler_type: (function, the lr_scheduler_kwargs it k
         warmup_stable_decay,
         "num_stable_steps num_decay_steps decay_type min_lr_ratio num_cycles",
     ),
-    "reduce_lr_on_plateau": (
-        constant, "mode factor patience threshold threshold_mode cooldown min_lr eps"),
 }
 
 
@@ -137,6 +110,8 @@ WORDS = {           # lr_scheduler_kwargs that are no numbers
     "decay_type": ("cosine", "linear", "1-sqrt"),
     "mode": ("min", "max"),
     "threshold_mode": ("rel", "abs"),
+    "smooth": (True, False),
+    "verbose": (True, False),
 }
 WITH_MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
@@ -154,18 +129,15 @@ def warmup_steps(config, total_steps: int) -> int:
     return int(given) if given >= 1 else math.ceil(total_steps * given)
 
 
-def lr_schedule(config, total_steps: int, eval_losses=()) -> Callable[[int], float]:
+def lr_schedule(config, total_steps: int) -> Callable[[int], float]:
     """factor(step) for step 0 ... total_steps - 1: a linear warmup, then the schedule.
 
-    eval_losses: of the evaluations so far, a list that grows. Raises ValueError that names the key
-    for an invalid argument.
+    Raises ValueError that names the key for an invalid argument.
     """
     kind = config.lr_scheduler_type
     kwargs = dict(config.lr_scheduler_kwargs or {})
     schedule, known = SCHEDULES[kind]
     check_schedule_kwargs(kind, kwargs, known.split())
-    if kind == "reduce_lr_on_plateau":
-        return lambda step: plateau_factor(eval_losses, kwargs, config.learning_rate)
     if kind in WITH_MIN_LR:
         kwargs.setdefault("min_lr_rate", kwargs.get("min_lr", 0) / config.learning_rate)
     kwargs["learning_rate"] = config.learning_rate
@@ -189,8 +161,8 @@ def check_schedule_kwargs(kind: str, kwargs: dict, known: list[str]):
             raise ValueError(f"lr_scheduler_kwargs: lr_scheduler_type {kind} has no {name!r}"
                              f"{did_you_mean(name, known)}; it knows {' '.join(known) or 'none'}")
         if name in WORDS and value not in WORDS[name]:
-            raise ValueError(f"lr_scheduler_kwargs: {name} {value!r} is none of "
-                             f"{', '.join(WORDS[name])}")
+            words = ", ".join(str(word) for word in WORDS[name])
+            raise ValueError(f"lr_scheduler_kwargs: {name} {value!r} is none of {words}")
         if name not in WORDS and type(value) not in (int, float):
             raise ValueError(f"lr_scheduler_kwargs: {name}: {value!r} is not a number")
     if kind in WITH_MIN_LR and ("min_lr" in kwargs) == ("min_lr_rate" in kwargs):
@@ -198,10 +170,14 @@ def check_schedule_kwargs(kind: str, kwargs: dict, known: list[str]):
                          "(a rate) or min_lr_rate (a share of learning_rate)")
 
 
-def set_lr(optimizer, factor: float) -> float:
-    """Give every group base_lr * factor; returns the first group's rate, which the logs show."""
+def set_lr(optimizer, factor: float | dict[float, float]) -> float:
+    """Give every group base_lr * factor; returns the first group's rate, which the logs show.
+
+    factor: one for all, or {base_lr: factor}.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        base_lr = group["base_lr"]
+        group["lr"] = base_lr * (factor[base_lr] if isinstance(factor, dict) else factor)
     return optimizer.param_groups[0]["lr"]
 
 

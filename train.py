@@ -28,10 +28,10 @@ import torch
 
 from evals.loss import evaluate
 from losses import MetricSums
-from optim import lr_schedule, set_lr
+from optim import set_lr
 from parallel import start_ranks
 from runtime.build import (STAGES, build_gradients, build_model, build_objective,
-                           build_optimizer)
+                           build_optimizer, build_schedule)
 from runtime.precision import Precision, check_first_batch
 from runtime.run import Run
 from runtime.setup import choose_setup, find_base, load_data
@@ -55,7 +55,7 @@ def main(argv):
 
     # ---- plan: steps, dtype, kernels and memory, before any weight is loaded
     plan = StepPlan(config, train_set, stage, ranks, device)
-    lr_factor = lr_schedule(config, plan.total_steps, run.eval_losses)
+    lr_factor = build_schedule(config, plan.total_steps, run.eval_losses)
     setup = choose_setup(config, base, plan, device, ranks, run)
     print(setup.report(), flush=True)
     if config.dry_run:

@@ -30,7 +30,7 @@ from methods import preference
 from methods import reward_model
 from methods import sft_losses
 from model import CausalLM, init_weights
-from optim import Optimizer, add_neftune
+from optim import Optimizer, add_neftune, lr_schedule
 from parallel import Gradients, Ranks
 from runtime.kernels import new_optimizer, use_fp8, use_kernels
 from runtime.offload import EmbeddingOutside, embedding_may_stay_outside
@@ -258,3 +258,15 @@ def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
         steps_done = saved.get("step", 0) - saved.get("skipped", 0)
     return new_optimizer(gradients.parameters, config, base.model_config, gradients.device,
                          steps_done)
+
+
+def build_schedule(config, total_steps: int, eval_losses: list) -> Callable[[int], float | dict]:
+    """The factor of the learning rate at each step, for optim.set_lr.
+
+    eval_losses: of the evaluations so far, a list that grows.
+    """
+    if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        from methods.eval_schedules import eval_schedule    # only where it is asked for
+
+        return eval_schedule(config, eval_losses)
+    return lr_schedule(config, total_steps)

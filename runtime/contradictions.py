@@ -175,16 +175,16 @@ def in_checkpoints(c: Config) -> Iterator[tuple]:
         "bf16_full_eval and fp16_full_eval: an evaluation in training computes as the training "
         "does; set bf16: true (or fp16: true) as well, or leave them out")
 
-    plateau = c.lr_scheduler_type == "reduce_lr_on_plateau"
-    yield plateau and c.eval_strategy == "no", (
-        "lr_scheduler_type: reduce_lr_on_plateau lowers the learning rate when eval_loss stops "
-        "falling: it needs eval_strategy")
+    follows = c.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+    yield follows and c.eval_strategy == "no", (
+        f"lr_scheduler_type: {c.lr_scheduler_type} changes the learning rate after evaluations, by "
+        "their eval_loss: it needs eval_strategy")
 
-    one_loss = best or c.early_stopping_steps or plateau or c.save_strategy == "best"
+    one_loss = best or c.early_stopping_steps or follows or c.save_strategy == "best"
     yield c.eval_on_each_dataset and one_loss, (
         "eval_on_each_dataset has a loss for each dataset, and load_best_model_at_end, "
-        "early_stopping_steps, save_strategy: best and reduce_lr_on_plateau need one; leave it "
-        "out")
+        "early_stopping_steps, save_strategy: best, reduce_lr_on_plateau and greedy need one; "
+        "leave it out")
 
     yield c.eval_on_each_dataset and not c.eval_dataset, (
         "eval_on_each_dataset needs eval_dataset, the names to evaluate on")

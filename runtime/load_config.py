@@ -74,6 +74,7 @@ COMMANDS = {        # how a script is started
     "merge": "merge.py",
 }
 PEER_COMMANDS = {"train": "train.py", "chat": "chat.py", "eval": "eval.py", "export": "merge.py"}
+WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")     # lr_scheduler_type
 CHAT_KEYS = (       # the settings of a training that chat.py reads, too
     "model_name_or_path", "adapter_name_or_path", "model_revision", "cache_dir", "output_dir",
     "finetuning_type", "quantization_bit", "quantization_type", "double_quantization",
@@ -231,6 +232,11 @@ def _notes_on_idle_keys(config: Config) -> list[str]:
     if config.plot_loss and config.logging_strategy == "no":
         notes.append("plot_loss: with logging_strategy: no there is no loss to draw; set "
                      "logging_strategy: steps")
+
+    kind = config.lr_scheduler_type
+    if (config.warmup_steps or config.warmup_ratio) and kind in WITHOUT_WARMUP:
+        notes.append(f"warmup_steps, warmup_ratio: lr_scheduler_type: {kind} has no warmup, as in "
+                     "LLaMA-Factory")
 
     epochs = config.eval_strategy == "epoch"
     last = config.num_train_epochs if epochs else config.max_steps

@@ -15,6 +15,7 @@ from families import model_config
 from lora import LoRAConfig, attach_lora, trainable
 from methods.optimizers import UPDATES
 from model import CausalLM
+from methods.eval_schedules import EVAL_SCHEDULES
 from optim import (SCHEDULES, Optimizer, add_neftune, lr_schedule, make_optimizer, parameter_groups,
                    set_lr, warmup_steps)
 from tests import twins
@@ -102,29 +103,14 @@ def test_arguments_of_a_schedule_equal_transformers(kind, kwargs, theirs):
     )
 
 
-@pytest.mark.parametrize("kwargs", [
-    {}, {"patience": 2}, {"patience": 0, "factor": 0.5, "threshold": 0.02, "cooldown": 2},
-    {"patience": 1, "threshold": 0.1, "threshold_mode": "abs", "min_lr": 2e-4},
-    {"patience": 1, "mode": "max", "factor": 0.3, "eps": 1e-4},
-])
-def test_plateaus_equal_those_of_torch(kwargs):
-    rate = 1e-3
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, **kwargs)
-    losses = []
-    factor = lr_schedule(Config(learning_rate=rate, lr_scheduler_type="reduce_lr_on_plateau",
-                                lr_scheduler_kwargs=kwargs), 200, losses)
-    noise = torch.rand(40, generator=torch.Generator().manual_seed(3)).tolist()
-    for step, x in enumerate(noise):
-        assert rate * factor(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
-        losses.append(3 / (1 + step / 4) + x / 3)
-        theirs.step(losses[-1])
-    assert factor(40) < 1 or not kwargs
-
-
 def test_every_schedule_of_the_config_is_here():
     offered = next(f for f in fields(Config) if f.name == "lr_scheduler_type").metadata["choices"]
-    assert set(offered) == set(SCHEDULES)
+    assert set(offered) == SCHEDULES.keys() | EVAL_SCHEDULES.keys()
+
+
+def test_every_schedule_of_transformers_is_here():
+    names = pytest.importorskip("transformers.trainer_utils").SchedulerType
+    assert {name.value for name in names} <= SCHEDULES.keys() | EVAL_SCHEDULES.keys()
 
 
 @pytest.mark.parametrize("ratio, steps, total, want", [
@@ -144,7 +130,6 @@ def test_warmup_is_a_fraction_rounded_up_or_a_count(ratio, steps, total, want):
     ("linear", {"min_lr": 1e-6}, "linear has no 'min_lr'; it knows none"),
     ("warmup_stable_decay", {"decay_type": "sqrt"},
      "decay_type 'sqrt' is none of cosine, linear, 1-sqrt"),
-    ("reduce_lr_on_plateau", {"mode": "low"}, "mode 'low' is none of min, max"),
     ("cosine", {"num_cycles": "many"}, "num_cycles: 'many' is not a number"),
     ("polynomial", {"power": None}, "power: None is not a number"),
 ])

@@ -114,6 +114,12 @@ CASES = {
         eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=4,
         save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True,
     )),
+    # the learning rate follows the evaluations
+    "greedy": (LARGE, 1, {
+        "eval_dataset": "eval.jsonl", "eval_strategy": "steps", "eval_steps": 1,
+        "lr_scheduler_type": "greedy", "lr_scheduler_kwargs.patience": 0,
+        "lr_scheduler_kwargs.factor": 0.5, "lr_scheduler_kwargs.threshold": 0.1,
+    }),
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
     "budget": (LARGE, 1, dict(token_budget=100)),
     "dora": (LARGE, 1,

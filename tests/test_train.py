@@ -195,11 +195,12 @@ def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
         "pissa_convert=true",
     ]),
     ("sft_shuffled", ["use_dora=true", "create_new_adapter=true", "lora_dropout=0.2"]),
-    ("sft_eval", [
-        "lr_scheduler_type=reduce_lr_on_plateau", "lr_scheduler_kwargs.patience=0",
-        "lr_scheduler_kwargs.threshold=0.02", "eval_strategy=steps", "eval_steps=1",
-        "eval_on_start=true", "load_best_model_at_end=false",
-    ]),
+    *[("sft_eval", [
+        f"lr_scheduler_type={kind}", "lr_scheduler_kwargs.patience=0",
+        "lr_scheduler_kwargs.threshold=0.02", "lr_scheduler_kwargs.min_lr=0.0001",
+        "eval_strategy=steps", "eval_steps=1", "eval_on_start=true",
+        "load_best_model_at_end=false",
+    ]) for kind in ("reduce_lr_on_plateau", "greedy")],
 ])
 def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
