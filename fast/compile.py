@@ -4,7 +4,9 @@
     if compiled:
         compile_steps(model)
 
-Compiled, each step reads its input once. The functions as they are written remain the twins.
+Compiled, each step reads its input once. The functions as they are written remain the twins. Only
+the token dimension is symbolic (compile_tokens): with a constant hidden size and head_dim the
+kernels store 16 bytes at once and need no divisions to find their place.
 
 Requires: model.py, rope.py.
 Next: fast/attention_picker.py.
@@ -17,30 +19,60 @@ from torch import nn
 
 from errors import first_line
 from families import model_config
-from model import MLP, Attention, CausalLM, RMSNorm, init_weights, rms_norm
+from model import MLP, Attention, CausalLM, RMSNorm, init_weights
 from rope import rotate
 
+VARIANTS = 64       # of a compiled function, by sizes and need of gradients; torch's limit is 8
 # relative, of any gradient
 COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
+def compile_tokens(function: Callable, tensors: int = 1, dim: int = 0) -> Callable:
+    """torch.compile for any number of tokens: dimension `dim` of the first `tensors` arguments.
+
+    All other sizes are constants; a call with others is compiled anew.
+    """
+    limits = torch._dynamo.config
+    limits.cache_size_limit = max(limits.cache_size_limit, VARIANTS)
+    compiled = torch.compile(function, dynamic=False)
+
+    def call(*args):
+        for tensor in args[:tensors]:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return compiled(*args)
+    return call
+
+
 def compile_steps(model: nn.Module):
     """Compute norms, the rotation of q and k, and act(gate) * up as one kernel each, in place."""
-    compiled_norm = torch.compile(rms_norm, dynamic=True)
-    compiled_rotate = torch.compile(rotate, dynamic=True)
-    compiled_gated = torch.compile(gated, dynamic=True)
+    compiled_norm = compile_tokens(norm_rows)
+    compiled_rotate = compile_tokens(rotate, tensors=3, dim=2)
+    compiled_gated = compile_tokens(gated, tensors=2)
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.forward = partial(norm_forward, compiled_norm, module)
         elif isinstance(module, Attention):
             module.rotate = partial(rotate_heads, compiled_rotate, module.config.rotary_pairs)
         elif isinstance(module, MLP):
-            module.gated = partial(compiled_gated, act=module.act)
+            module.gated = partial(gated_rows, compiled_gated, module.act)
+
+
+def norm_rows(x, weight, eps: float, offset: float, wide: bool):
+    """model.rms_norm of rows x (N, D), written out.
+
+    torch 2.4 takes F.rms_norm for a function of one number of rows, and compiles every length anew.
+    """
+    h = x.float()
+    h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    if wide:
+        return ((offset + weight.float()) * h).to(x.dtype)
+    return weight * h.to(x.dtype)
 
 
 def norm_forward(compiled: Callable, norm: RMSNorm, x):
     """RMSNorm.forward."""
-    return compiled(x, norm.weight, norm.eps, norm.offset, norm.wide)
+    rows = x.reshape(-1, x.shape[-1])                                           # (N, D)
+    return compiled(rows, norm.weight, norm.eps, norm.offset, norm.wide).view(x.shape)
 
 
 def rotate_heads(compiled: Callable, pairs: str, x, ctx):
@@ -48,8 +80,14 @@ def rotate_heads(compiled: Callable, pairs: str, x, ctx):
     return compiled(x, *ctx.rope, pairs)
 
 
+def gated_rows(compiled: Callable, act: Callable, gate, up):
+    """MLP.gated."""
+    rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))                     # (N, F)
+    return compiled(*rows, act).view(gate.shape)
+
+
 def gated(gate, up, act: Callable):
-    """MLP.gated as a function."""
+    """MLP.gated of rows (N, F)."""
     return act(gate) * up
 
 

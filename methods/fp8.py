@@ -146,9 +146,9 @@ def to_fp8(layers: Iterable, fp8: Fp8):
         layer.base_layer = Fp8Linear(layer.base_layer, fp8)
 
 
-def with_compiled_rounding(fp8: Fp8) -> Fp8:
-    """The same, with the passes over x that rounding takes fused by torch's compiler."""
-    return replace(fp8, quantize=torch.compile(quantize_fp8, dynamic=True))
+def with_compiled_rounding(fp8: Fp8, compiler: Callable) -> Fp8:
+    """The same, rounding in fewer passes over x; compiler: fast.compile.compile_tokens."""
+    return replace(fp8, quantize=compiler(quantize_fp8))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ Papers: QLoRA arXiv:2305.14314 (sec. 3; NF4: appendix E), LLM.int8 arXiv:2208.07
 """
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 # first: a missing package ends in a sentence
@@ -309,16 +310,16 @@ def unpack_in_pieces(codes, scales, pairs, count: int, blocksize: int, dtype, ou
 
 
 def unpack_at_once(codes, scales, pairs, dtype):
-    """The same as one expression, for torch's compiler. pairs: (256, 2) float32 here."""
-    return (pairs[codes.int()].view(len(scales), -1) * scales[:, None]).to(dtype)
+    """The same as one expression, for a compiler: codes a row for each scale, pairs (256, 2)."""
+    return (pairs[codes.int()].flatten(1) * scales[:, None]).to(dtype)
 
 
 @torch.no_grad()
-def compile_dequantize(model: nn.Module) -> str:
+def compile_dequantize(model: nn.Module, compiler: Callable) -> str:
     """Dequantize the 4-bit weights of a model by one compiled kernel. Returns a line to print.
 
-    It is tried first, and must give the same bits; otherwise nothing changes. "" if the model has
-    no such weights.
+    compiler: fast.compile.compile_tokens. The kernel is tried first, and must give the same bits;
+    otherwise nothing changes. "" if the model has no such weights.
     """
     weights = [module for module in model.modules()
                if isinstance(module, QuantizedWeight) and module.quant_format.kind != "int8"]
@@ -328,10 +329,11 @@ def compile_dequantize(model: nn.Module) -> str:
     tried.compiled = None
     exact = tried.dequantize()
     try:
-        compiled = torch.compile(unpack_at_once, dynamic=True)
+        compiled = compiler(unpack_at_once, tensors=2)
 
         def unpack(codes, scales, pairs, dtype):
-            return compiled(codes, scales, pairs.view(torch.float32).view(256, 2), dtype)
+            rows = codes.view(len(scales), -1)
+            return compiled(rows, scales, pairs.view(torch.float32).view(256, 2), dtype)
 
         tried.compiled = unpack
         same_bits = torch.equal(tried.dequantize(), exact)

@@ -35,6 +35,7 @@ class Kernels:
     matmuls: dict[str, Callable] = field(default_factory=lambda: {"torch": F.linear})
     fuse: Callable | None = None            # fast.fused_block.fuse_blocks
     compile: Callable | None = None         # fast.compile.compile_steps
+    compile_tokens: Callable | None = None  # fast.compile.compile_tokens
     fp8: object = None                      # methods.fp8.Fp8: 8-bit products of frozen weights
     training: bool = True                   # False: evaluation, without compiled steps and fp8
     lines: list[str] = field(default_factory=list)
@@ -80,11 +81,12 @@ def pick_compiled_steps(kernels: Kernels, config, model_config: ModelConfig, dev
     """Compiled elementwise steps, where torch's compiler works and is worth it."""
     if not kernels.training:
         return
-    from fast.compile import compile_steps, pick_compile
+    from fast.compile import compile_steps, compile_tokens, pick_compile
 
     works, line = pick_compile(config.torch_compile, device, dtype, model_config.hidden_act,
                                kernels.fuse)
     kernels.compile = compile_steps if works else None
+    kernels.compile_tokens = compile_tokens if works else None
     kernels.lines.append(line)
 
 
@@ -201,7 +203,7 @@ def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | No
         if on_gpu and quantized_weights(model):
             from methods.quant import compile_dequantize
 
-            line = compile_dequantize(model)
+            line = compile_dequantize(model, kernels.compile_tokens)
             if line:
                 print(line)
 
@@ -211,7 +213,9 @@ def use_fp8(model: CausalLM, kernels: Kernels):
     if kernels.fp8:
         from methods.fp8 import to_fp8, with_compiled_rounding
 
-        fp8 = with_compiled_rounding(kernels.fp8) if kernels.compile else kernels.fp8
+        fp8 = kernels.fp8
+        if kernels.compile:
+            fp8 = with_compiled_rounding(fp8, kernels.compile_tokens)
         adapted = lora_layers(model).values()
         to_fp8([layer for layer in adapted if isinstance(layer, AdaptedLinear)], fp8)
 

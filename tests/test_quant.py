@@ -21,6 +21,7 @@ from checkpoint.load import count_parameters, load_model
 from checkpoint.packed import format_of_state
 from families import model_config
 from methods.quant import compile_dequantize
+from fast.compile import compile_tokens
 from fast.fused_block import fuse_blocks, fused_linears
 from lora import (LoRAConfig, LoRALinear, attach_lora, dequantized_weight, lora_layers,
                   merge_adapters)
@@ -208,15 +209,18 @@ def test_the_compiled_kernel_gives_the_same_bits(monkeypatch):
     want = [layer.weight.dequantize(F16) for layer in model]
     front_part = partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
-    assert compile_dequantize(model) == "4-bit weights: dequantized by one compiled kernel"
+    done = "4-bit weights: dequantized by one compiled kernel"
+    assert compile_dequantize(model, compile_tokens) == done
     assert all(layer.weight.compiled for layer in model)
     assert all(torch.equal(layer.weight.dequantize(F16), dense)
                for layer, dense in zip(model, want))
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: lambda *args: 1.1 * f(*args))
-    assert "gives other numbers" in compile_dequantize(model) and model[0].weight.compiled is None
+    assert "gives other numbers" in compile_dequantize(model, compile_tokens)
+    assert model[0].weight.compiled is None
     monkeypatch.setattr(torch, "compile", lambda f, dynamic: 1 / 0)
-    assert "does not work here (division by zero)" in compile_dequantize(model)
-    assert compile_dequantize(nn.Linear(2, 2)) == ""
+    reason = "does not work here (division by zero)"
+    assert reason in compile_dequantize(model, compile_tokens)
+    assert compile_dequantize(nn.Linear(2, 2), compile_tokens) == ""
 
 
 def test_an_embedding_in_main_memory_gives_the_same_rows():
