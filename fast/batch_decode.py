@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attention import Filled, PackedLayout
+from attention import Filled, PackedLayout, to_device
 from generate import (Sampling, check_finite, check_prompt, generate, next_scores, sample,
                       tokens_seen)
 from model import CausalLM, KVCache
@@ -103,14 +103,18 @@ class RowCache(KVCache):
                 buffer[row, :, :length] = buffer[last, :, :length]
         self.lengths[row] = length
 
+    def send(self, numbers: list) -> torch.Tensor:
+        """Whole numbers on the device, without waiting for it."""
+        return to_device(torch.tensor(numbers), self.device)
+
     def read_prompts(self, model: CausalLM, prompts: list[list[int]]):
         """Add rows. Returns the scores of the token after each prompt, (n, V) float32."""
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         tokens = [token for prompt in prompts for token in prompt]
         places = [place for length in self.prompt_lengths for place in range(length)]
-        ids = torch.tensor([tokens], device=self.device)                            # (1, N)
-        positions = torch.tensor([places], device=self.device)                      # (1, N)
-        ends = torch.tensor(self.prompt_lengths, device=self.device).cumsum(0) - 1
+        ids = self.send([tokens])                                                   # (1, N)
+        positions = self.send([places])                                             # (1, N)
+        ends = self.send(self.prompt_lengths).cumsum(0) - 1
         layout = PackedLayout(self.prompt_lengths, self.device)
         hidden = model(ids, positions, layout, cache=self)[0, ends]                 # (n, D)
         self.lengths = self.lengths + self.prompt_lengths
@@ -119,11 +123,11 @@ class RowCache(KVCache):
 
     def read_tokens(self, model: CausalLM, tokens: list[int]):
         """Add a token to each row. Returns the scores of the one after it, (B, V) float32."""
-        self.positions = torch.tensor(self.lengths, device=self.device)
+        self.positions = self.send(self.lengths)
         slots = torch.arange(max(self.lengths) + 1, device=self.device)
         filled = slots <= self.positions[:, None]
         self.filled = Filled(filled[:, None, None])                                 # (B, 1, 1, S)
-        ids = torch.tensor(tokens, device=self.device)[:, None]                     # (B, 1)
+        ids = self.send(tokens)[:, None]                                            # (B, 1)
         hidden = model(ids, self.positions[:, None], cache=self)[:, 0]              # (B, D)
         self.lengths = [length + 1 for length in self.lengths]
         self.filled = None
