@@ -86,6 +86,19 @@ class Config:
         "folder for downloads (none: the hub's own cache, see HF_HOME)")
     train_from_scratch: bool = key(False, FIXED,
         "start from random weights; only config.json and tokenizer are read")
+    resize_vocab: bool = key(False, FIXED,
+        "more rows in embedding and head for what the tokenizer has beyond them; with adapters "
+        "both are trained in full, unless additional_target says otherwise")
+    add_tokens: list[str] | None = key(None, FIXED,
+        "new words for the tokenizer, which get rows in embedding and head")
+    add_special_tokens: list[str] | None = key(None, FIXED,
+        "the same for special tokens, which are left out of answers")
+    new_special_tokens_config: str | None = key(None, FIXED,
+        "a yaml file of new special tokens, each with a text that says what it means")
+    init_special_tokens: str = key("noise_init", FIXED,
+        "new rows start as the mean of the old ones with noise (noise_init), or as the mean of "
+        "the words in new_special_tokens_config",
+        choices=("noise_init", "desc_init", "desc_init_w_noise"))
     base_precision: str | None = key(None, DATA,
         "fp8: keep the frozen base in 8 bits; half the memory, and faster matmuls on Hopper, Ada "
         "and MI300", own=True, choices=("fp8",))
@@ -557,7 +570,7 @@ NO_EFFECT = {       # why the result is the same without them: the keys
     "every block is sharded by itself; the words of fsdp choose the rest":
         "fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params",
     "settings of a feature that is off or refused": """
-        init_special_tokens buffer_size eval_num_beams quantization_device_map
+        buffer_size eval_num_beams quantization_device_map
         length_penalty ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
         reward_model reward_model_adapters reward_model_type reward_model_quantization_bit
         badam_update_ratio badam_mask_mode badam_verbose
@@ -598,10 +611,6 @@ REFUSED = (
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",
      "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the precision "
      "of the base"),
-    ("any", "resize_vocab add_tokens add_special_tokens new_special_tokens_config",
-     "changing the vocabulary is not in this release yet; add the tokens to the checkpoint once, "
-     "with transformers (docs/differences.md shows how), and train that, with lora by "
-     "additional_target: embed_tokens,lm_head"),
     ("any", "rope_scaling",
      "not in this release as a key; write it into the checkpoint's config.json, where training, "
      "chat and merging alike apply it, as \"rope_scaling\": {\"rope_type\": \"yarn\", "

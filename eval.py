@@ -56,6 +56,7 @@ from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
 from runtime.memory_advice import available_bytes
+from runtime.resize_vocab import resized_in
 from runtime.resume import EVAL_LOCK, lock
 from runtime.show_data import print_counts
 from runtime.report import format_table, print_pairs
@@ -143,6 +144,7 @@ def sides_of(config: Config, base: Path, adapters: list[Path]) -> list[Side]:
     A reward model is measured alone, since its base has no value head.
     """
     original = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    original = base if adapters else resized_in(config.output_dir) or original
     name = "tuned"
     if adapters:
         name = "adapter"

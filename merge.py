@@ -45,7 +45,6 @@ import runtime.device  # noqa: F401                     # before torch: see guar
 import torch
 from tqdm import tqdm
 
-from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
                               tensor_files, write_json, write_tensors)
@@ -56,6 +55,7 @@ from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from runtime.finished import as_trained
 from runtime.gptq_export import GPTQExport, open_export
+from runtime.resize_vocab import resized_beside, trained_on
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
 from text.load_text import fit_text
@@ -91,6 +91,7 @@ def main(argv):
     adapters = []
     for name in adapter_names(config):
         adapters.append(find_checkpoint(name, cache_dir=config.cache_dir))
+    base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
     quantizer = open_export(config, base, adapters, device) if config.export_quantization_bit \
         else None
@@ -196,8 +197,8 @@ def print_sources(config: Config, base: Path, adapters: list[Path]):
     print(f"base      {base}")
     for adapter in adapters:
         print(f"adapter   {adapter}")
-        if trained_on := other_base(adapter, base, config.model_name_or_path):
-            print(f"          warning: it says it was trained on {trained_on}; it is merged "
+        if other := other_base(adapter, base, config.model_name_or_path):
+            print(f"          warning: it says it was trained on {other}; it is merged "
                   "anyway if its shapes fit")
     if warning := warn_of_folded(adapters):
         print(f"warning   {warning}")
@@ -208,11 +209,11 @@ def print_sources(config: Config, base: Path, adapters: list[Path]):
 
 def other_base(adapter: Path, base: Path, name: str) -> str | None:
     """The base an adapter names, if it is another one. No error: a model may have several names."""
-    trained_on = read_adapter_config(adapter)[1].get("base_model_name_or_path")
-    if not trained_on or trained_on in (name, str(base)):
+    original = trained_on(adapter)
+    if not original or original in (name, str(base)):
         return None
-    candidates = (Path(trained_on).resolve(), (adapter / trained_on).resolve())
-    return None if base.resolve() in candidates else trained_on
+    candidates = (Path(original).resolve(), (adapter / original).resolve())
+    return None if base.resolve() in candidates else original
 
 
 def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:

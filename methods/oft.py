@@ -69,14 +69,14 @@ def nearest_divisor(number: int, wanted: int) -> int:
     return min(divisors, key=lambda n: (abs(n - wanted), n))
 
 
-def oft_config(config, targets) -> OFTConfig:
+def oft_config(config, targets, modules_to_save: list[str]) -> OFTConfig:
     """The OFTConfig for the keys of a config. targets: see lora.find_targets."""
     return OFTConfig(
         r=config.oft_rank,
         oft_block_size=config.oft_block_size,
         module_dropout=config.module_dropout,
         target_modules=targets,
-        modules_to_save=config.additional_target or [],
+        modules_to_save=modules_to_save,
     )
 
 

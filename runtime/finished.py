@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import ADAPTERS, Config
 from runtime.precision import requested_format
+from runtime.resize_vocab import resized_beside, trained_on
 from text.tokenizer import read_json
 
 # keys of the config that change how a conversation is rendered
@@ -47,9 +47,9 @@ def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
              for name in config.adapter_name_or_path or []]
     if finished:
         adapters, note = choose_adapters(named, output)
-        return base, adapters, ("", note)
+        return resized_beside(adapters) or base, adapters, ("", note)
     if named or not config.output_dir:
-        return base, named, ("", "")
+        return resized_beside(named) or base, named, ("", "")
 
     note = f" (the base: {output} holds no finished training{checkpoint_hint(output, full)})"
     return base, [], (note, "")
@@ -83,9 +83,9 @@ def other_bases(config: Config, adapters: list[Path]) -> list[str]:
     """
     warnings = []
     for folder in adapters:
-        trained_on = read_adapter_config(folder)[1].get("base_model_name_or_path")
-        if trained_on and Path(trained_on).name != Path(config.model_name_or_path).name:
-            warnings.append(f"{folder} says it was trained on {trained_on}, not on "
+        original = trained_on(folder)
+        if original and Path(original).name != Path(config.model_name_or_path).name:
+            warnings.append(f"{folder} says it was trained on {original}, not on "
                             f"{config.model_name_or_path}")
     if folded := warn_of_folded(adapters):
         warnings.append(folded)

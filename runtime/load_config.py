@@ -207,6 +207,7 @@ def _derive(config: Config):
                             "weight_decay, as in the package that LLaMA-Factory uses")
     if config.finetuning_type == "oft":
         _derive_oft(config)
+    config.notes.extend(_notes_on_new_tokens(config))
     if config.stage == "sft" and config.packing and "neat_packing" not in config.given:
         config.neat_packing = True
     if config.packing is None:
@@ -246,6 +247,23 @@ def _notes_on_idle_keys(config: Config) -> list[str]:
         limit = "num_train_epochs" if epochs else "max_steps"
         notes.append(f"eval_delay: {config.eval_delay:g} is after the end ({limit}: {last:g}): "
                      "nothing is evaluated before it")
+    return notes
+
+
+def _notes_on_new_tokens(config: Config) -> list[str]:
+    """Sentences on keys of new tokens that do not act beside the others."""
+    notes = []
+    described = config.new_special_tokens_config
+    if described and config.add_special_tokens:
+        notes.append("add_special_tokens is not used: new_special_tokens_config names the tokens, "
+                     "as in LLaMA-Factory")
+    if config.init_special_tokens != "noise_init" and not described:
+        notes.append(f"init_special_tokens: {config.init_special_tokens} needs the texts of "
+                     "new_special_tokens_config; new rows start as in noise_init")
+    asked = described or config.add_special_tokens or config.add_tokens or config.resize_vocab
+    if asked and config.finetuning_type == "freeze" and not config.freeze_extra_modules:
+        notes.append("new tokens: with finetuning_type: freeze their rows are not trained; "
+                     "freeze_extra_modules: embed_tokens,lm_head would train them")
     return notes
 
 

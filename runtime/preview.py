@@ -17,6 +17,7 @@ import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 from checkpoint.files import find_checkpoint
 from families import read_config_json
 from runtime.build import STAGES
+from runtime.resize_vocab import add_new_tokens, new_tokens, read_descriptions
 from runtime.show_data import check_rows_file, print_counts, print_example, write_jsonl
 from text.load_text import fit_text
 from text.token_cache import kept_in, load_examples, nothing_to_learn
@@ -30,6 +31,7 @@ def main(argv):
         check_rows_file(config.jsonl)
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
     tokenizer = load_tokenizer(base, config.split_special_tokens)
+    add_new_tokens(tokenizer, new_tokens(config, read_descriptions(config)))
     model_type = read_config_json(base).get("model_type")
     text = fit_text(tokenizer, config.template, config.force_template, model_type)
     train_set, _, report = load_examples(

@@ -231,7 +231,7 @@ class Run:
             write_json(self.output / "train_config.json", self.settings)
             if setup.lora and setup.lora.pissa and not self.resume:
                 save_pissa_start(model, self.output / "pissa_init", setup.lora,
-                                 self.config.model_name_or_path)
+                                 self.base.name)
         trackers = []
         if self.ranks.main:
             trackers = open_trackers(self.config, self.settings, self.first_step)
@@ -469,7 +469,7 @@ class Run:
         dtype: None writes each weight as it is held, which resuming needs.
         """
         if self.setup.lora:
-            save_adapter(self.model, folder, self.setup.lora, self.config.model_name_or_path)
+            save_adapter(self.model, folder, self.setup.lora, self.base.name)
         else:
             save_model(self.model, folder, self.base.folder, dtype)
         if self.objective.parameters():
@@ -610,7 +610,7 @@ class Run:
             self.save_weights(folder, dtype)
         if self.config.pissa_convert:
             converted = self.output / "pissa_converted"
-            save_converted(self.model, converted, self.setup.lora, self.config.model_name_or_path)
+            save_converted(self.model, converted, self.setup.lora, self.base.name)
             write_json(converted / "train_config.json", self.settings)
 
     def write_results(self, results: dict):

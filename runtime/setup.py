@@ -39,6 +39,7 @@ from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows
 from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
+from runtime.resize_vocab import RESIZED_BASE, resized_base, tables_trained_in_full
 from runtime.show_data import print_counts, print_example
 from runtime.steps import StepPlan
 from text.token_cache import kept_in, load_examples
@@ -57,6 +58,7 @@ class Base:
     adapters: list[Path]
     model_config: ModelConfig
     quant_formats: dict             # weights in 4 or 8 bits, {name: format}
+    name: str                       # for the adapter's file
 
     def continued_adapter(self, config) -> Path | None:
         """The adapter that is trained further, if any."""
@@ -74,8 +76,10 @@ def find_base(config, ranks: Ranks) -> Base:
                                  config.cache_dir)
         adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
                     for name in config.adapter_name_or_path or []]
+    folder = resized_base(config, folder, adapters, ranks)
     model_config = read_model_config(folder)
-    return Base(folder, adapters, model_config, quant_formats(config, folder, adapters))
+    name = str(folder) if folder.name == RESIZED_BASE else config.model_name_or_path
+    return Base(folder, adapters, model_config, quant_formats(config, folder, adapters), name)
 
 
 def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
@@ -127,6 +131,7 @@ def lora_config(config, base: Base, resume) -> AdapterConfig | None:
     init = True
     if config.pissa_init:
         init = f"pissa_niter_{config.pissa_iter}" if config.pissa_iter >= 0 else "pissa"
+    modules_to_save = tables_trained_in_full(config, base.model_config)
     targets = config.oft_target if config.finetuning_type == "oft" else config.lora_target
     if config.use_llama_pro:
         from methods.freeze import expanded_targets     # only where it is asked for
@@ -136,7 +141,7 @@ def lora_config(config, base: Base, resume) -> AdapterConfig | None:
     if config.finetuning_type == "oft":
         from methods.oft import oft_config              # only where it is asked for
 
-        return oft_config(config, targets)
+        return oft_config(config, targets, modules_to_save)
     return LoRAConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -144,7 +149,7 @@ def lora_config(config, base: Base, resume) -> AdapterConfig | None:
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         target_modules=targets,
-        modules_to_save=config.additional_target or [],
+        modules_to_save=modules_to_save,
         init_lora_weights=init,
     )
 

@@ -104,8 +104,10 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
         tokenized_path preprocessing_num_workers torch_compile ref_model ref_model_adapters
         deepspeed interleave_probs
      """),
+    (None, "add_tokens add_special_tokens new_special_tokens_config"),
+    ("noise_init", "init_special_tokens"),
     (False, """
-        disable_gradient_checkpointing fp8 train_from_scratch train_on_prompt
+        resize_vocab disable_gradient_checkpointing fp8 train_from_scratch train_on_prompt
         split_special_tokens mask_history neat_packing preserve_thinking create_new_adapter
         use_rslora use_dora pissa_init pissa_convert pure_bf16 use_muon use_galore
         disable_shuffling plot_loss bf16 fp16 logging_first_step save_only_model

@@ -24,9 +24,8 @@ from merge import merge_checkpoint
 from methods.lora_variants import variant_arguments
 from methods.quant import QuantFormat, QuantLinear
 from model import CausalLM
-from text.tokenizer import load_tokenizer
 from tests import twins
-from tests.common import CURVES, GOLDEN, ROOT, needs_shared, run_recorded
+from tests.common import GOLDEN, ROOT, needs_shared, run_recorded
 from tests.tiny_models import (CHECKPOINTS, IDS, TINY_LLAMA, adapter_with, base_with, checkpoint_of,
                                logits_of, perturb, tensors_in, write_quantized)
 
@@ -103,53 +102,6 @@ def in_transformers(folder):
     )
     assert not any(report.values()), report
     return model.eval().requires_grad_(False)
-
-
-def grow_as_documented(base, larger):
-    """Run the lines of docs/differences.md that add two tokens to a checkpoint."""
-    page = (ROOT / "docs/differences.md").read_text()
-    lines = page.split("```python\n")[1].split("```")[0]
-    exec(lines, {"BASE": str(base), "LARGER": str(larger)})
-
-
-@needs_shared
-def test_new_tokens_written_as_documented_train_and_merge(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    peft = pytest.importorskip("peft")
-    base, larger, out = CURVES / "tiny_llama3", tmp_path / "larger", tmp_path / "out"
-    torch.manual_seed(0)
-    grow_as_documented(base, larger)
-    old, new = tensors_in(base), tensors_in(larger)
-    rows = len(old[EMBEDDING])
-    for name in (EMBEDDING, HEAD):
-        assert new[name][:rows].equal(old[name]) and len(new[name]) % 64 == 0
-        noise = (new[name][rows:] - old[name].mean(0)) * new[name].shape[1] ** 0.5
-        assert abs(noise.std() - 1) < 0.1 and abs(noise.mean()) < 0.1
-
-    data = tmp_path / "rows.json"
-    texts = ["<step> one <answer>two", "a<step>b"]
-    data.write_text(json.dumps([{"instruction": text, "output": "<answer>" + text}
-                                for text in texts]))
-    run_recorded("sft_llama3", out, monkeypatch, f"model_name_or_path={larger}",
-                 "adapter_name_or_path=null", "additional_target=embed_tokens,lm_head",
-                 f"dataset={data}", "max_steps=2", "learning_rate=0.01")
-    tokenizer = load_tokenizer(larger)
-    theirs = transformers.AutoTokenizer.from_pretrained(larger)
-    for text in texts:
-        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
-    assert theirs.convert_tokens_to_ids(["<step>", "<answer>"]) == [len(theirs) - 2,
-                                                                  len(theirs) - 1]
-
-    merge_checkpoint(larger, [out], tmp_path / "merged")
-    merged = in_transformers(tmp_path / "merged")
-    assert merged.config.vocab_size == len(new[EMBEDDING])
-    ids = torch.tensor([theirs.encode(texts[0], add_special_tokens=False)])
-    adapted = peft.PeftModel.from_pretrained(in_transformers(larger), out).eval()
-    assert not tensors_in(tmp_path / "merged")[EMBEDDING].equal(new[EMBEDDING])
-    assert (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-5
-    assert load_tokenizer(tmp_path / "merged").encode(texts[0]) == ids[0].tolist()
-    with pytest.raises(RuntimeError, match="size mismatch"):    # as docs/differences.md says
-        peft.PeftModel.from_pretrained(in_transformers(base), out)
 
 
 PEFT_CASES = {  # base, settings of each adapter: as peft attaches them one after the other

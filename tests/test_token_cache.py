@@ -144,7 +144,8 @@ def test_every_setting_that_changes_rows_is_in_the_key():
         pure_bf16 optim use_muon use_galore galore_rank galore_target use_apollo apollo_target
         apollo_rank apollo_proj apollo_layerwise use_badam badam_mode badam_start_block
         badam_switch_mode badam_switch_interval fp8 oft_rank oft_block_size oft_target
-        module_dropout
+        module_dropout resize_vocab add_tokens add_special_tokens new_special_tokens_config
+        init_special_tokens
     """.split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last",
                     "even_batches"}

@@ -110,6 +110,8 @@ def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
         more = [f"adapter_name_or_path={folder}"]
     if "eval_dataset=train,odd" in recorded["settings"]:
         more = [f"dataset_dir={write_odd_rows(tmp_path / 'data')}"]
+    if case == "resize_vocab":
+        more = [f"new_special_tokens_config={ROOT / 'tests/recorded/new_tokens.yaml'}"]
     ours = run_recorded("sft_llama3", tmp_path / "out", monkeypatch, *recorded["settings"], *more)
     rows = [row for row in ours["log_history"] if "loss" in row]
     for name, values in recorded.get("evals", {}).items():

@@ -169,11 +169,14 @@ class Tokenizer:
 
     # ---- changing and saving
 
-    def add_tokens(self, tokens: Iterable[str]):
-        """Make each text a special token; new ones get ids at the end of the vocabulary."""
+    def add_tokens(self, tokens: Iterable[str], special: bool = True):
+        """Make each text a token; new ones get ids at the end of the vocabulary.
+
+        special: left out of decoded text on request, and found before a text is normalized.
+        """
         new = [token for token in tokens if not self.is_added(token)]
-        self.core.add_special_tokens(
-            [AddedToken(token, special=True, normalized=False) for token in new])
+        self.core.add_tokens(
+            [AddedToken(token, special=special, normalized=not special) for token in new])
         self.changed = self.changed or bool(new)
         self.word_cache = NOT_BUILT
         if "added_tokens_decoder" in self.config:
