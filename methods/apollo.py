@@ -66,7 +66,7 @@ def apollo_state(p, group):
     m, n = p.shape
     low = p.new_zeros((m, group["rank"]) if m >= n else (group["rank"], n))
     return {
-        "step": torch.zeros((), device=p.device),
+        "step": torch.zeros(()),                # on the CPU, where reading it does not wait
         "low_avg": low,
         "low_avg_sq": low.clone(),
         "projection": p.new_zeros((group["rank"], n) if m >= n else (m, group["rank"])),
@@ -82,7 +82,9 @@ def apollo(params, states, group):
     """Algorithm 1 of arXiv:2412.05270; the projection is drawn again every `gap` steps."""
     beta1, beta2 = group["betas"]
     for p, state in zip(params, states):
-        G, t = p.grad, int(state["step"])
+        G = p.grad
+        state["step"] = state["step"].cpu()                 # a resumed run has it on the device
+        t = int(state["step"])
         is_tall = G.shape[0] >= G.shape[1]
         if t % group["gap"] == 0:
             state["projection"] = new_projection(G, state, group, is_tall)

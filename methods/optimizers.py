@@ -200,7 +200,7 @@ def galore_state(p, group):
     r = min(group["rank"], m, n)
     low = p.new_zeros((m, r) if m >= n else (r, n))
     return {
-        "step": torch.zeros((), device=p.device),
+        "step": torch.zeros(()),                # on the CPU, where reading it does not wait
         "low_avg": low,
         "low_avg_sq": low.clone(),
         "basis": p.new_zeros((n, r) if m >= n else (m, r)),
@@ -219,6 +219,7 @@ def galore(params, states, group):
     """
     for p, state in zip(params, states):
         is_tall = p.shape[0] >= p.shape[1]                  # the shorter side is projected
+        state["step"] = state["step"].cpu()                 # a resumed run has it on the device
         if int(state["step"]) % group["gap"] == 0:
             U, _, Vh = torch.linalg.svd(p.grad.float(), full_matrices=False)
             directions = Vh.T if is_tall else U
