@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attention import to_device
 from checkpoint.load import quantized_weights
 
 
@@ -27,10 +28,7 @@ class EmbeddingOutside(nn.Embedding):
 
     def forward(self, ids):
         on_cpu = ids.on_cpu if hasattr(ids, "on_cpu") else ids.cpu()
-        rows = F.embedding(on_cpu, self.weight)
-        if ids.is_cuda:
-            return rows.pin_memory().to(ids.device, non_blocking=True)
-        return rows.to(ids.device)
+        return to_device(F.embedding(on_cpu, self.weight), ids.device)
 
 
 def embedding_may_stay_outside(model: nn.Module, device, recompute: list[str]) -> bool:
