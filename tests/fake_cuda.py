@@ -110,8 +110,9 @@ class FakeCuda:
 
     current = None
 
-    def __init__(self, record):
+    def __init__(self, record, free_bytes: int):
         self.record = record
+        self.free_bytes = free_bytes
         self.calls = []
 
     def install(self, stack: ExitStack):
@@ -146,7 +147,7 @@ class FakeCuda:
         constant = {
             "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
             "get_device_name": card.name, "get_device_capability": (9, 0),
-            "get_device_properties": card, "mem_get_info": (79 * GB, 80 * GB),
+            "get_device_properties": card, "mem_get_info": (self.free_bytes, 80 * GB),
             "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0,
             "is_bf16_supported": True, "current_stream": stream, "default_stream": stream,
             "device": nullcontext(), "stream": nullcontext(),

@@ -25,11 +25,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.utils import clip_grad
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from tests.common import ROOT
 
@@ -147,7 +147,7 @@ class GpuTensor(torch.Tensor):
 
 
 def is_gpu(x) -> bool:
-    return isinstance(x, GpuTensor)
+    return type(x) is GpuTensor
 
 
 def is_host(x) -> bool:
@@ -178,16 +178,40 @@ class Transfer(torch.autograd.Function):
 # ---- operations ---------------------------------------------------------------------------------
 
 
+def tensors_in(values) -> list:
+    """The tensors among some values, and in lists of them."""
+    found = []
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, (list, tuple)):
+            found += tensors_in(x)
+    return found
+
+
+def mapped(x, change):
+    """x, or a list or dict, with change(tensor) for each tensor."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)([mapped(item, change) for item in x])
+    if isinstance(x, dict):
+        return {key: mapped(item, change) for key, item in x.items()}
+    return x
+
+
 def run_op(rehearsal, func, args, kwargs):
     """Run an operation on the inner tensors."""
-    flat, spec = tree_flatten((args, kwargs))
-    on_gpu = any(map(is_gpu, flat))
+    inputs = tensors_in((*args, *kwargs.values()))
+    on_gpu = any(map(is_gpu, inputs))
     name = func.overloadpacket.__name__
     if on_gpu:
-        check_op(rehearsal.record, func, name, args, kwargs, flat)
-    outers = {id(x.inner): x for x in flat if is_gpu(x)}
-    values = [x.inner if is_gpu(x) else x for x in flat]
-    inner_args, inner_kwargs = tree_unflatten(values, spec)
+        check_op(rehearsal.record, name, args, kwargs, inputs)
+    elif not inputs and not rehearsal.on_gpu:
+        return func(*args, **kwargs)
+    outers = {id(x.inner): x for x in inputs if is_gpu(x)}
+    inner_args = mapped(args, inner_of)
+    inner_kwargs = mapped(kwargs, inner_of)
     out = func(*inner_args, **inner_kwargs)
     if on_gpu and torch.Tag.inplace_view in func.tags:
         with no_dispatch():                     # the shape of the wrapper, too
@@ -195,22 +219,24 @@ def run_op(rehearsal, func, args, kwargs):
     graph = rehearsal.record.graph
     if graph is not None and on_gpu:
         graph.add(func, inner_args, inner_kwargs, out)
-    makes_gpu = on_gpu or rehearsal.on_gpu and not any(map(is_host, flat))
+    makes_gpu = on_gpu or rehearsal.on_gpu and not any(map(is_host, inputs))
     if not makes_gpu or name == "copy_" and not is_gpu(args[0]):
         return out
-    found, spec = tree_flatten(out)
-    found = [wrapped(x, outers) for x in found]
-    return tree_unflatten(found, spec)
+    return mapped(out, lambda x: wrapped(x, outers))
+
+
+def inner_of(x):
+    return x.inner if is_gpu(x) else x
 
 
 def wrapped(x, outers: dict):
     """The GpuTensor of a result; an operation in place returns the one it was given."""
-    if not isinstance(x, torch.Tensor) or is_gpu(x) or x.device.type == "meta":
+    if is_gpu(x) or x.device.type == "meta":
         return x
     return outers[id(x)] if id(x) in outers else GpuTensor(x)
 
 
-def check_op(record: Record, func, name: str, args, kwargs, flat):
+def check_op(record: Record, name: str, args, kwargs, inputs):
     """Record or refuse what this operation would wait for on a GPU."""
     generator = kwargs.get("generator")
     if generator is not None and not getattr(generator, "on_gpu", False):
@@ -222,7 +248,7 @@ def check_op(record: Record, func, name: str, args, kwargs, flat):
     sized = name == "repeat_interleave" and kwargs.get("output_size") is None
     if name in WAITS or sized and len(args) < 2 or sized and is_gpu(args[1]):
         record.note("wait", name)
-    for x in flat:
+    for x in inputs:
         if is_host(x) and (x.dim() or record.graph is not None):
             record.refuse(f"{name}: a tensor {list(x.shape)} of the CPU beside tensors of the GPU")
 
@@ -337,7 +363,7 @@ class Rehearsal(TorchFunctionMode):
 
     def call(self, func, args, kwargs):
         before = self.on_gpu
-        self.on_gpu = any(map(is_gpu, tree_flatten((args, kwargs))[0]))
+        self.on_gpu = any(map(is_gpu, tensors_in((*args, *kwargs.values()))))
         try:
             return func(*args, **kwargs)
         finally:
@@ -408,8 +434,12 @@ class Rehearsal(TorchFunctionMode):
         before = self.on_gpu
         self.on_gpu = is_gpu(x)
         try:
+            gradient = kwargs.get("gradient")
+            if gradient is None:
+                gradient = torch.ones_like(x)
             with self:              # functions of ours that run within are seen, too
-                torch.autograd.backward(x, kwargs.pop("gradient", None), **kwargs)
+                _engine_run_backward((x,), (gradient,), bool(kwargs.get("retain_graph")), False,
+                                     (), allow_unreachable=True, accumulate_grad=True)
         finally:
             self.on_gpu = before
 
@@ -424,12 +454,12 @@ def grouped(group):
 
 
 @contextmanager
-def rehearse():
-    """Pose as a GPU within the block; yields the Record."""
+def rehearse(free_bytes: int = 79 * 10**9):
+    """Pose as a GPU with so much free memory within the block; yields the Record."""
     from tests.fake_cuda import FakeCuda
 
     rehearsal = Rehearsal()
-    cuda = FakeCuda(rehearsal.record)
+    cuda = FakeCuda(rehearsal.record, free_bytes)
     with ExitStack() as stack:
         stack.enter_context(patch.object(Rehearsal, "current", rehearsal))
         cuda.install(stack)
