@@ -377,13 +377,21 @@ class Config:
     use_badam: bool = key(False, FIXED,
         "BAdam: AdamW on one layer at a time, with the memory of one; with full")
     badam_mode: str = key("layer", FIXED,
-        "BAdam: what is trained at a time", choices=("layer",), later=("ratio",))
+        "BAdam: what is trained at a time: a layer, or a share of the entries of each weight",
+        choices=("layer", "ratio"))
     badam_start_block: int | None = key(None, FIXED,
         "BAdam: number of the first layer to train (none: the first, or the last)", low=0)
     badam_switch_mode: str = key("ascending", FIXED,
         "BAdam: the order of the layers", choices=("ascending", "descending", "random", "fixed"))
     badam_switch_interval: int = key(50, FIXED,
         "BAdam: steps between layers (-1: the first one only)", low=-1)
+    badam_update_ratio: float = key(0.05, FIXED,
+        "BAdam, mode ratio: the share of each weight that is trained", above=1e-6, high=1)
+    badam_mask_mode: str = key("adjacent", FIXED,
+        "BAdam, mode ratio: entries that lie side by side, or at random places",
+        choices=("adjacent", "scatter"))
+    badam_verbose: int = key(0, FREE,
+        "BAdam: print what is trained when it changes (2: with the names)", low=0, high=2)
     weight_decay: float = key(0.0, FREE, "decoupled weight decay (not on biases and norms)", low=0)
     adam_beta1: float = key(0.9, FREE, "AdamW: decay rate of the first moment", low=0, below=1)
     adam_beta2: float = key(0.999, FREE, "AdamW: decay rate of the second moment", low=0, below=1)
@@ -573,7 +581,6 @@ NO_EFFECT = {       # why the result is the same without them: the keys
         buffer_size eval_num_beams quantization_device_map
         length_penalty ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
         reward_model reward_model_adapters reward_model_type reward_model_quantization_bit
-        badam_update_ratio badam_mask_mode badam_verbose
         swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id
         trackio_static_space_id hyper_parallel_args fp8_backend
         fp8_enable_fsdp_float8_all_gather optim_target_modules generation_max_length

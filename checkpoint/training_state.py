@@ -17,7 +17,8 @@ from text.tokenizer import read_json
 STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
 # fields of an optimizer's state that do not have the parameter's rows
 NO_ROWS = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis",
-           "block_avg_sq", "projection", "norm", "seed", "unused")
+           "block_avg_sq", "projection", "norm", "seed", "masked_avg", "masked_avg_sq",
+           "masked_master", "unused")
 
 
 

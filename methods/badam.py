@@ -15,6 +15,7 @@ are those of the package badam 1.4, mode layer.
 import re
 
 import torch
+from tqdm import tqdm
 
 from config import BADAM_WEIGHT_DECAY
 from optim import Optimizer, UpdateRule, adamw_plain, parameter_groups
@@ -68,6 +69,11 @@ class BlockOptimizer(Optimizer):
             p.requires_grad_(name.startswith(self.blocks[number]))
             if not p.requires_grad:
                 p.grad = None
+        if self.config.badam_verbose and p.device.type != "meta":
+            tqdm.write(f"{self.steps:>7} BAdam: trains {self.blocks[number]}*")
+        if self.config.badam_verbose > 1 and p.device.type != "meta":
+            trained = [name for name, p in self.parameters.items() if p.requires_grad]
+            tqdm.write("        " + " ".join(trained))
 
     def step(self):
         super().step()

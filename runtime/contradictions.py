@@ -262,10 +262,11 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
     yield c.use_badam and (c.finetuning_type != "full" or c.stage == "rm" or c.fp16), (
         "use_badam is for finetuning_type: full, without fp16 and stage: rm")
 
-    yield c.use_badam and c.badam_switch_mode == "fixed" and c.badam_start_block is None, (
+    by_layer = c.use_badam and c.badam_mode == "layer"
+    yield by_layer and c.badam_switch_mode == "fixed" and c.badam_start_block is None, (
         "badam_switch_mode: fixed needs badam_start_block, the layer to train")
 
-    yield c.use_badam and c.badam_switch_interval == 0, (
+    yield by_layer and c.badam_switch_interval == 0, (
         "badam_switch_interval: 0 is no number of steps; -1 trains one layer only")
 
     yield c.fsdp and c.finetuning_type == "full" and (further or eight_bits), (

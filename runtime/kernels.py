@@ -229,6 +229,10 @@ def new_optimizer(parameters: dict, config, model_config: ModelConfig, device: t
 
     steps_done: optimizer steps before this start.
     """
+    if config.use_badam and config.badam_mode == "ratio":
+        from methods.badam_ratio import RatioOptimizer  # only where it is asked for
+
+        return RatioOptimizer(parameters, config, steps_done)
     if config.use_badam:
         from methods.badam import BlockOptimizer        # only where it is asked for
 

@@ -74,6 +74,10 @@ COMMANDS = {        # how a script is started
     "merge": "merge.py",
 }
 PEER_COMMANDS = {"train": "train.py", "chat": "chat.py", "eval": "eval.py", "export": "merge.py"}
+BADAM_KEYS = {       # keys that one badam_mode reads
+    "layer": ("badam_start_block", "badam_switch_mode", "badam_switch_interval"),
+    "ratio": ("badam_update_ratio", "badam_mask_mode"),
+}
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")     # lr_scheduler_type
 CHAT_KEYS = (       # the settings of a training that chat.py reads, too
     "model_name_or_path", "adapter_name_or_path", "model_revision", "cache_dir", "output_dir",
@@ -202,9 +206,8 @@ def _derive(config: Config):
             config.pure_bf16 = False
             config.notes.append("pure_bf16: computes in bfloat16; the adapters stay float32, as "
                                 "LLaMA-Factory (PEFT) keeps them")
-    if config.use_badam and config.weight_decay != BADAM_WEIGHT_DECAY:
-        config.notes.append(f"use_badam: weights decay by {BADAM_WEIGHT_DECAY} and not by "
-                            "weight_decay, as in the package that LLaMA-Factory uses")
+    if config.use_badam:
+        _derive_badam(config)
     if config.finetuning_type == "oft":
         _derive_oft(config)
     config.notes.extend(_notes_on_new_tokens(config))
@@ -265,6 +268,25 @@ def _notes_on_new_tokens(config: Config) -> list[str]:
         notes.append("new tokens: with finetuning_type: freeze their rows are not trained; "
                      "freeze_extra_modules: embed_tokens,lm_head would train them")
     return notes
+
+
+def _derive_badam(config: Config):
+    """What the package that LLaMA-Factory uses does not read."""
+    package = "as in the package that LLaMA-Factory uses"
+    by_ratio = config.badam_mode == "ratio"
+    if by_ratio and config.max_grad_norm:
+        config.max_grad_norm = 0.0
+        config.notes.append(f"badam_mode: ratio: gradients are not clipped, {package} (it scales "
+                            "copies of them)")
+    if by_ratio and config.weight_decay:
+        config.notes.append(f"badam_mode: ratio: weight_decay is not read, {package}")
+    if not by_ratio and config.weight_decay != BADAM_WEIGHT_DECAY:
+        config.notes.append(f"use_badam: weights decay by {BADAM_WEIGHT_DECAY} and not by "
+                            f"weight_decay, {package}")
+    idle = [name for name in BADAM_KEYS["layer" if by_ratio else "ratio"] if name in config.given]
+    if idle:
+        config.notes.append(f"{', '.join(idle)}: not read with badam_mode: {config.badam_mode}, "
+                            f"{package}; mode ratio changes its masks every 100 steps")
 
 
 def _derive_oft(config: Config):

@@ -133,6 +133,8 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     (None, "badam_start_block export_quantization_bit export_quantization_dataset"),
     ("ascending", "badam_switch_mode"),
     (50, "badam_switch_interval"),
+    (0.05, "badam_update_ratio"),
+    ("adjacent", "badam_mask_mode"),
     (2, "galore_scale"),
     (2, "freeze_trainable_layers"),
     ("sigmoid", "pref_loss"),
@@ -151,7 +153,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     (1000, "preprocessing_batch_size"),
     (0, "eval_delay label_smoothing_factor val_size lora_dropout pref_ftx dpo_label_smoothing"),
     (0.5, "simpo_gamma"),
-    (0, "weight_decay warmup_steps"),
+    (0, "weight_decay warmup_steps badam_verbose"),
     (8, "lora_rank per_device_train_batch_size per_device_eval_batch_size"),
     (0.95, "temperature"),
     (0.7, "top_p"),
@@ -231,7 +233,7 @@ def test_every_key_is_read_by_some_script():
              and path.parent.name not in ("tests", "bench")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     # all values of each of these mean the same
-    alike = {"metric_for_best_model", "optim", "quantization_method", "badam_mode"}
+    alike = {"metric_for_best_model", "optim", "quantization_method"}
     unread = [name for name in KEYS
               if not re.search(rf"\b(config|c)\.{name}\b|\"{name}\"", text)]
     assert set(unread) <= alike

@@ -143,9 +143,9 @@ def test_every_setting_that_changes_rows_is_in_the_key():
         use_adam_mini freeze_trainable_layers freeze_trainable_modules freeze_extra_modules
         pure_bf16 optim use_muon use_galore galore_rank galore_target use_apollo apollo_target
         apollo_rank apollo_proj apollo_layerwise use_badam badam_mode badam_start_block
-        badam_switch_mode badam_switch_interval fp8 oft_rank oft_block_size oft_target
-        module_dropout resize_vocab add_tokens add_special_tokens new_special_tokens_config
-        init_special_tokens
+        badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode fp8
+        oft_rank oft_block_size oft_target module_dropout resize_vocab add_tokens
+        add_special_tokens new_special_tokens_config init_special_tokens
     """.split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last",
                     "even_batches"}
