@@ -19,6 +19,7 @@ Requires: fake_cuda.py, common.py.
 Next: test_rehearsal.py.
 """
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,9 +77,12 @@ class Record:
 
     @contextmanager
     def strict(self, may_wait=()):
-        """Raise Fault for waits and blocking copies, except in `may_wait`: {(file, function)}."""
+        """Raise Fault for waits and blocking copies, except in `may_wait`: {(file, function)}.
+
+        None: everywhere, again.
+        """
         before = self.may_wait
-        self.may_wait = set(may_wait)
+        self.may_wait = may_wait if may_wait is None else set(may_wait)
         try:
             yield self
         finally:
@@ -238,9 +242,6 @@ def wrapped(x, outers: dict):
 
 def check_op(record: Record, name: str, args, kwargs, inputs):
     """Record or refuse what this operation would wait for on a GPU."""
-    generator = kwargs.get("generator")
-    if generator is not None and not getattr(generator, "on_gpu", False):
-        record.refuse(f"{name}: a generator of the CPU fills a tensor of the GPU")
     if name == "copy_":
         return check_copy(record, args[0], args[1], kwargs.get("non_blocking", args[2:] == (True,)))
     if name in INDEXING:
@@ -335,9 +336,9 @@ class Rehearsal(TorchFunctionMode):
 
     current = None
 
-    def __init__(self):
+    def __init__(self, record: Record):
         super().__init__()
-        self.record = Record()
+        self.record = record
         self.on_gpu = False
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -359,7 +360,13 @@ class Rehearsal(TorchFunctionMode):
             return out
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta":
             return self.make(func, name, args, kwargs)
+        self.check_generator(name, kwargs, is_gpu(first))
         return self.call(func, args, kwargs)
+
+    def check_generator(self, name: str, kwargs, on_gpu: bool):
+        generator = kwargs.get("generator")
+        if generator is not None and on_gpu != getattr(generator, "on_gpu", False):
+            self.record.refuse(f"{name}: the generator is not on the device of the tensor")
 
     def call(self, func, args, kwargs):
         before = self.on_gpu
@@ -372,9 +379,7 @@ class Rehearsal(TorchFunctionMode):
     def make(self, func, name: str, args, kwargs):
         """A new tensor on the device that the call names."""
         to_gpu = wants_gpu(kwargs["device"])
-        if to_gpu and kwargs.get("generator") is not None:
-            if not getattr(kwargs["generator"], "on_gpu", False):
-                self.record.refuse(f"{name}: a generator of the CPU for a tensor of the GPU")
+        self.check_generator(name, kwargs, to_gpu)
         if to_gpu and name in ("tensor", "as_tensor", "asarray"):
             if not (args and is_gpu(args[0])):
                 self.record.note("copy", f"torch.{name} copies to the GPU")
@@ -453,18 +458,31 @@ def grouped(group):
     return by_device
 
 
+def in_threads(submit, record: Record):
+    """ThreadPoolExecutor.submit, with modes of its own for the thread."""
+    def submit_rehearsed(pool, function, *args, **kwargs):
+        def run():
+            rehearsal = Rehearsal(record)
+            with Operations(rehearsal), rehearsal:
+                return function(*args, **kwargs)
+        return submit(pool, run)
+    return submit_rehearsed
+
+
 @contextmanager
 def rehearse(free_bytes: int = 79 * 10**9):
     """Pose as a GPU with so much free memory within the block; yields the Record."""
     from tests.fake_cuda import FakeCuda
 
-    rehearsal = Rehearsal()
+    rehearsal = Rehearsal(Record())
     cuda = FakeCuda(rehearsal.record, free_bytes)
     with ExitStack() as stack:
         stack.enter_context(patch.object(Rehearsal, "current", rehearsal))
         cuda.install(stack)
         name = "_group_tensors_by_device_and_dtype"
         stack.enter_context(patch.object(clip_grad, name, grouped(getattr(clip_grad, name))))
+        submit = in_threads(ThreadPoolExecutor.submit, rehearsal.record)
+        stack.enter_context(patch.object(ThreadPoolExecutor, "submit", submit))
         stack.enter_context(Operations(rehearsal))
         stack.enter_context(rehearsal)
         yield rehearsal.record

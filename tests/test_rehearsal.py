@@ -11,7 +11,12 @@ from types import FunctionType
 from unittest.mock import patch
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import chat
+import eval as evaluation
+import merge
 import train
 from checkpoint.load import load_model
 from fast import attention_picker, decode
@@ -50,8 +55,11 @@ def only_flash(names, problem):
 
 @contextmanager
 def strict_loop(record, meant=None):
-    """In train.py's loop nothing but Ranks.sync may wait. meant: a further place."""
-    begin, end = Run.begin_step, Run.end_loop
+    """In train.py's loop nothing but Ranks.sync may wait, and evaluations, once a batch.
+
+    meant: a further place. Saving may wait anywhere.
+    """
+    begin, end, save, evaluate = Run.begin_step, Run.end_loop, Run.save_checkpoint, train.evaluate
     strict = record.strict(may_wait={ONE_WAIT, meant})
 
     def begin_step(run, step):
@@ -65,7 +73,17 @@ def strict_loop(record, meant=None):
         record.loop = list(record.events)
         end(run)
 
-    with patch.object(Run, "begin_step", begin_step), patch.object(Run, "end_loop", end_loop):
+    def save_checkpoint(*args, **kwargs):
+        with record.strict(may_wait=None):
+            save(*args, **kwargs)
+
+    def evaluate_in_loop(*args, **kwargs):
+        with record.strict(may_wait={("evals/loss.py", "score_batch")}):
+            return evaluate(*args, **kwargs)
+
+    with patch.multiple(Run, begin_step=begin_step, end_loop=end_loop,
+                        save_checkpoint=save_checkpoint), \
+            patch.object(train, "evaluate", evaluate_in_loop):
         yield
 
 
@@ -154,6 +172,11 @@ MEANT = {
 }
 
 
+def test_the_plain_blocks_wait_no_more_than_the_fused_ones(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernels, "PICKS", (kernels.pick_attention,))
+    rehearsed(tmp_path, f"model_name_or_path={world}/dense", "join_micro_batches=true")
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_waits_once_a_step_and_is_the_run_of_the_cpu(name, world, tmp_path):
     settings = settings_of(name, world)
@@ -235,6 +258,79 @@ def test_many_prompts_wait_once_a_step():
             found = list(answer_all(model, prompts, 3, **limit))
         assert sorted(found) == want
         assert waits_by_place(record) == {"answer_all": 10, "check_finite": 3}  # 10 steps
+
+
+def test_evaluation_and_a_resumed_run(world, tmp_path):
+    """An evaluation waits once a batch. A checkpoint holds what the next start needs."""
+    more = [f"model_name_or_path={world}/dense", "lora_dropout=0.1", "optim=adamw_8bit",
+            "eval_dataset=identity", "eval_strategy=steps", "eval_steps=2",
+            "per_device_eval_batch_size=2", "save_strategy=steps", "save_steps=2"]
+    with rehearse() as record, strict_loop(record):
+        whole = trained(tmp_path / "whole", *more)
+    evaluations = [event for event in record.loop if event.place[1] == "score_batch"]
+    assert len(evaluations) == 3
+    shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "resumed/checkpoint-2")
+    with rehearse():
+        rest = trained(tmp_path / "resumed", *more, "resume_from_checkpoint=true")
+    for name in ("loss", "grad_norm"):
+        assert rest[-1][name] == whole[-1][name]
+
+
+# ---- the other programs -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """An adapter of the tiny chat model."""
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(ROOT)
+        train.main([*CONFIG, "use_cpu=true", f"output_dir={folder}"])
+    return folder
+
+
+@pytest.mark.parametrize("sampling", ["do_sample=false", "do_sample=true"])
+def test_chat_with_an_adapter(sampling, adapter, capsys):
+    argv = ["model_name_or_path=models/tiny", f"adapter_name_or_path={adapter}",
+            "template=chatml", "prompt=Who are you?", "max_new_tokens=12", sampling]
+    chat.main([*argv, "use_cpu=true"])
+    plain = capsys.readouterr()
+    with rehearse():
+        chat.main(argv)
+    printed = capsys.readouterr()
+    assert printed.out == plain.out and plain.out.strip()
+    assert "steps     captured as a graph" in printed.err
+
+
+def test_eval_with_an_adapter(adapter, tmp_path):
+    argv = ["model_name_or_path=models/tiny", f"adapter_name_or_path={adapter}",
+            "template=chatml", "eval_dataset=identity", "max_samples=4", "do_eval=true",
+            "do_predict=true", "max_new_tokens=12", "per_device_eval_batch_size=3",
+            "do_sample=false"]
+    evaluation.main([*argv, "use_cpu=true", f"output_dir={tmp_path / 'cpu'}"])
+    with rehearse():
+        evaluation.main([*argv, f"output_dir={tmp_path / 'gpu'}"])
+    answers = [(tmp_path / side / "generated_predictions.jsonl").read_text()
+               for side in ("gpu", "cpu")]
+    assert answers[0] == answers[1]
+    losses = [json.loads((tmp_path / side / "eval_results.json").read_text())["eval_loss"]
+              for side in ("gpu", "cpu")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [[], ["use_dora=true"],
+                                  ["finetuning_type=oft", "oft_block_size=16"]], ids=str)
+def test_merge_on_the_device(kind, world, tmp_path):
+    trained(tmp_path / "adapter", "use_cpu=true", f"model_name_or_path={world}/dense", *kind)
+    merged = []
+    for device in ("auto", "cpu"):
+        with rehearse():
+            merge.main([f"model_name_or_path={world}/dense", "template=chatml",
+                        f"adapter_name_or_path={tmp_path / 'adapter'}",
+                        f"export_dir={tmp_path / device}", f"export_device={device}"])
+        merged.append(load_file(tmp_path / device / "model.safetensors"))
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(merged[0][name], merged[1][name]) for name in merged[0])
 
 
 # ---- planted faults -----------------------------------------------------------------------------
