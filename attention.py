@@ -305,7 +305,9 @@ def alibi_bias(slopes, T: int, S: int) -> torch.Tensor:
 
 def keys_in_window(k, v, T: int, window: int | None):
     """k, v (B, K, S, Dh) without the first keys, which none of the last T positions sees."""
-    count = k.shape[2] if window is None else T + window - 1
+    if window is None or T + window > k.shape[2]:
+        return k, v
+    count = T + window - 1
     return k[:, :, -count:], v[:, :, -count:]
 
 
@@ -321,6 +323,8 @@ def sdpa(q, k, v, kernel, scale, window=None, slopes=None) -> torch.Tensor:
     """torch's SDPA with one backend."""
     k, v = keys_in_window(k, v, q.shape[2], window)
     T, S = q.shape[2], k.shape[2]
+    if S == 1 and kernel == "sdpa-cudnn":
+        kernel = "sdpa-math"                # cuDNN refuses a single key
     if T == 1 and slopes is None:
         return one_query(q, k, v, kernel, scale)
 
@@ -345,9 +349,8 @@ def sdpa_mask(q, S: int, kernel, window, slopes):
     """(mask or None, the backends that may run).
 
     is_causal aligns the first query with the first key, so it is correct only for T == S without a
-    window; one query needs no mask. On a GPU flash takes no mask, so that other backends run in its
-    place, and the picker's mask_note says so. ALiBi is a mask of numbers: the picker refuses a
-    backend that takes none.
+    window; one query needs no mask. ALiBi is a mask of numbers: the picker refuses a backend that
+    takes none.
     """
     T = q.shape[2]
     if slopes is not None:
@@ -358,30 +361,47 @@ def sdpa_mask(q, S: int, kernel, window, slopes):
     if T == 1 or (T == S and window is None):
         return None, [SDPA[kernel]]
     mask = causal_mask(T, S, window, q.device)
-    if kernel == "sdpa-math":
-        return mask, [SDPA[kernel]]
-    return mask, [SDPA[kernel], SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return mask, [SDPA[name] for name in with_mask(kernel)]
+
+
+def takes_mask(kernel: str) -> bool:
+    """Whether a kernel on a GPU takes a mask. cuDNN's was tried in torch 2.11 and 2.14."""
+    since = {"sdpa-cudnn": (2, 11), "sdpa-efficient": (2, 0), "sdpa-math": (2, 0)}
+    return kernel in since and TORCH >= since[kernel]
+
+
+def with_mask(kernel: str) -> list[str]:
+    """The backends that may run for a mask; the picker's mask_note says where others are needed."""
+    if takes_mask(kernel) and kernel != "sdpa-efficient":
+        return [kernel]
+    return [kernel, "sdpa-efficient", "sdpa-math"]
 
 
 def takes_grouped_heads(kernel: str, masked: bool) -> bool:
-    """Whether a backend on a GPU takes K < H; repeating k and v is always right but costs memory.
+    """Whether torch's kernel on a GPU takes K < H; repeating k and v is right, but costs memory.
 
-    torch 2.4 has no `enable_gqa`, and flash on ROCm refuses it before 2.6. With other backends, or
-    with a mask, it leads to MATH.
+    torch 2.4 has no `enable_gqa`, and flash on ROCm refuses it before 2.6. Where a backend refuses
+    it, it leads to MATH. cuDNN's and efficient's were tried in these releases of torch for CUDA.
     """
-    since = (2, 6) if torch.version.hip else (2, 5)
-    return kernel == "sdpa-flash" and not masked and TORCH >= since
+    if torch.version.hip:
+        since = {"sdpa-flash": (2, 6), "torch-varlen": (2, 12)}
+    else:
+        since = {"sdpa-flash": (2, 5), "torch-varlen": (2, 12), "sdpa-cudnn": (2, 11),
+                 "sdpa-efficient": (2, 14)}
+    if masked and not takes_mask(kernel):
+        return False
+    return kernel in since and TORCH >= since[kernel]
 
 
 def sdpa_packed(q, k, v, kernel, scale, layout, window, slopes) -> torch.Tensor:
     """SDPA of a packed row: each group of the layout is one right-padded batch."""
-    q, k, v = (x[0].index_select(1, layout.gather) for x in (q, k, v))  # (H or K, slots, Dh)
+    slots = [n * padded for n, padded in layout.groups]
     outs = []
-    first = 0
-    for n, padded in layout.groups:
-        slots = slice(first, first + n * padded)
-        first += n * padded
-        batch = (x[:, slots].unflatten(1, (n, padded)).transpose(0, 1) for x in (q, k, v))
+    # views whose backward is no tensor of zeros for all slots, as that of x[0] or of a slice is
+    rows = (x.squeeze(0).index_select(1, layout.gather) for x in (q, k, v))
+    groups = zip(*(x.split(slots, dim=1) for x in rows))
+    for (n, padded), group in zip(layout.groups, groups):               # (H or K, slots, Dh)
+        batch = (x.unflatten(1, (n, padded)).transpose(0, 1) for x in group)
         group_window = window if window is not None and window < padded else None
         out = sdpa(*batch, kernel, scale, group_window, slopes)         # (n, H, padded, Dh)
         outs.append(out.transpose(0, 1).flatten(1, 2))                  # (H, n * padded, Dh)
@@ -405,17 +425,22 @@ def flash_attn_2(q, k, v, scale, layout, window, softcap, slopes) -> torch.Tenso
     if layout is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)
     bounds = (layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len)
-    return flash_attn_varlen_func(q[0], k[0], v[0], *bounds, **options)[None].transpose(1, 2)
+    q, k, v = (x.squeeze(0) for x in (q, k, v))
+    return flash_attn_varlen_func(q, k, v, *bounds, **options)[None].transpose(1, 2)
 
 
 def torch_varlen(q, k, v, scale, layout, window) -> torch.Tensor:
-    """torch's own flash kernel with boundaries, with the arguments it has since torch 2.12."""
+    """torch's own flash kernel with boundaries; in torch 2.11 without grouped heads."""
     from torch.nn.attention.varlen import varlen_attn
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                 # (T, H or K, Dh)
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))         # (T, H or K, Dh)
+    grouped = {}
+    if takes_grouped_heads("torch-varlen", masked=False):
+        grouped = {"enable_gqa": q.shape[1] != k.shape[1]}
+    else:
+        k, v = repeat_heads(k, v, q.shape[1])
     bounds = (layout.cu_seqlens, layout.cu_seqlens, layout.max_len, layout.max_len)
     window_size = (-1 if window is None else window - 1, 0)
-    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size,
-                      enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(q, k, v, *bounds, scale=scale, window_size=window_size, **grouped)
     return out.transpose(0, 1)[None]
 
 
@@ -429,6 +454,8 @@ class Filled:
     """
     mask: torch.Tensor                      # (B, 1, 1, S) bool, the filled slots; the query is last
     ends: torch.Tensor | None = None        # (2,) int32, 0 and the count; None for several rows
+    query_ends: torch.Tensor | None = None  # (2,) int32, 0 and H / K, see one_query_varlen
+    bias: torch.Tensor | None = None        # the mask as numbers to add, for SDPA; may be None
 
     def query_position(self) -> torch.Tensor:
         """(B, 1, 1, 1)."""
@@ -459,12 +486,11 @@ def one_query(q, k, v, kernel, scale, softcap=None, filled: Filled | None = None
     mask = None if filled is None else filled.mask
     if kernel == "plain":
         return one_query_plain(q, k, v, scale, softcap, mask)
+    if filled is not None and filled.bias is not None:
+        mask = filled.bias                  # else SDPA makes these numbers in every layer
 
     k, v = (x if x.stride(2) == x.shape[3] else x.contiguous() for x in (k, v))     # see sdpa
-    backends = [kernel]
-    if mask is not None:                    # flash takes no mask on a GPU, see sdpa_mask
-        backends += ["sdpa-efficient", "sdpa-math"]
-    with only_backends(backends):
+    with only_backends([kernel] if mask is None else with_mask(kernel)):
         out = F.scaled_dot_product_attention(rows, k, v, mask, is_causal=False, scale=scale)
     return out.reshape(q.shape)
 
@@ -495,18 +521,21 @@ def one_query_per_row(q, k, v, kernel, scale, filled: Filled, window, chunk, sof
 
 
 def one_query_varlen(q, k, v, kernel, scale, softcap, filled: Filled) -> torch.Tensor:
-    """one_query by a kernel that reads the end of the keys from the device."""
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))                 # (1 or S, H or K, Dh)
-    query_ends = torch.arange(2, dtype=torch.int32, device=q.device)
-    bounds = (query_ends, filled.ends, 1, len(k))
+    """one_query by a kernel that reads the end of the keys from the device.
+
+    The H / K heads that share a key/value head are H / K queries, so that none is repeated.
+    """
+    rows = q.reshape(k.shape[1], -1, q.shape[3])                        # (K, H / K, Dh)
+    q, k, v = (x.transpose(0, 1) for x in (rows, k[0], v[0]))           # (H / K or S, K, Dh)
+    bounds = (filled.query_ends, filled.ends, len(q), len(k))
     if kernel == "flash-attn":
         from flash_attn import flash_attn_varlen_func
         options = {"softcap": softcap} if softcap is not None else {}
         out = flash_attn_varlen_func(q, k, v, *bounds, softmax_scale=scale, causal=False, **options)
     else:
         from torch.nn.attention.varlen import varlen_attn
-        out = varlen_attn(q, k, v, *bounds, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(0, 1)[None]
+        out = varlen_attn(q, k, v, *bounds, scale=scale)
+    return out.transpose(0, 1).reshape(1, -1, 1, out.shape[2])
 
 
 @contextmanager

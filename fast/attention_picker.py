@@ -29,7 +29,7 @@ from errors import did_you_mean
 import torch
 
 from attention import (KERNELS, PackedLayout, SDPA, TORCH, attend, missing_feature, plain_attention,
-                       version_numbers)
+                       takes_mask, version_numbers)
 
 WANTED = {          # the key flash_attn of LLaMA-Factory -> the kernels it allows
     "auto": KERNELS,
@@ -38,7 +38,6 @@ WANTED = {          # the key flash_attn of LLaMA-Factory -> the kernels it allo
     "disabled": ("plain",),
 }
 HALF_ONLY = ("flash-attn", "torch-varlen", "sdpa-flash", "sdpa-cudnn")          # on a GPU
-NO_MASK = ("torch-varlen", "sdpa-flash", "sdpa-cudnn")                          # on a GPU
 GPU_ONLY = ("flash-attn", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
 
 # Lengths of the sequences of a packed row
@@ -166,7 +165,9 @@ def mask_note(kernel: str, problem: Problem) -> list[str]:
         masked.append(f"sequences longer than the window of {problem.window} tokens")
     if not problem.training:
         masked.append("prompts after a cached one")
-    if not masked or not problem.on_gpu or problem.alibi or kernel not in NO_MASK:
+    if not masked or not problem.on_gpu or problem.alibi or takes_mask(kernel):
+        return []
+    if kernel in ("flash-attn", "plain"):
         return []
     return [f"attention: {kernel} may take no mask: {' and '.join(masked)} then run on "
             "sdpa-efficient or sdpa-math"]
@@ -200,8 +201,8 @@ def known_refusal(kernel: str, problem: Problem) -> str | None:
         return "takes only float16 and bfloat16"
     if kernel == "flash-attn":
         return old_flash_attn(problem)
-    if kernel == "torch-varlen" and TORCH < (2, 12):
-        return f"not in torch {torch.__version__}; 2.12 or newer has it"
+    if kernel == "torch-varlen" and TORCH < (2, 11):
+        return f"not in torch {torch.__version__}; 2.11 or newer has it"
     if kernel == "sdpa-cudnn" and torch.version.hip:
         return "no cuDNN on ROCm"
     return None

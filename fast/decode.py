@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import Filled
+from attention import SDPA, Filled
 from errors import bytes_in_words
 from fast.matmul import CLEARLY, onednn, shortest
 from generate import next_scores
@@ -273,6 +273,7 @@ class StaticCache(KVCache):
     def __init__(self, num_layers: int):
         super().__init__(num_layers)
         self.position = None
+        self.generation = 0             # counts the moves of buffers
 
     def update(self, layer: int, k, v):
         """As KVCache.update, but within a captured step all slots are returned.
@@ -285,6 +286,10 @@ class StaticCache(KVCache):
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer.index_copy_(2, self.position, new)
         return tuple(buffer[:, :, :slots] for buffer in self.buffers[layer])
+
+    def grown(self, buffers, like, room: int):
+        self.generation += 1
+        return super().grown(buffers, like, room)
 
     def make_room(self, slots: int):
         """Enlarge buffers with fewer slots. They move; steps captured before must not run again."""
@@ -303,7 +308,7 @@ class CapturedStep:
     def __init__(self, record: Callable):
         self.record = record
         self.recorded = {}              # slots -> (replay, scores)
-        self.address = None               # address of the buffers that the recorded steps use
+        self.recorded_for = None        # (model, cache, its generation) that they read and write
         self.ids = None                 # (1, 1), read by them
 
     def __call__(self, model: CausalLM, ids, cache: StaticCache):
@@ -314,10 +319,10 @@ class CapturedStep:
             cache.position = torch.zeros(1, dtype=torch.int64, device=ids.device)
         slots = max(SMALLEST_CACHE, 1 << cache.length.bit_length())
         cache.make_room(slots)
-        address = cache.buffers[0][0].data_ptr()
-        if address != self.address:
+        # not the address: memory that was freed may come back with another shape
+        if self.recorded_for != (model, cache, cache.generation):
             self.recorded = {}
-            self.address = address
+            self.recorded_for = (model, cache, cache.generation)
 
         self.ids.copy_(ids)
         cache.position.fill_(cache.length)
@@ -332,13 +337,29 @@ class CapturedStep:
 def one_step(model: CausalLM, ids, cache: StaticCache, slots: int):
     """Scores (V,) after the token ids (1, 1) at cache.position; needs no number from the device."""
     position = cache.position
-    filled = torch.arange(slots, device=position.device) <= position
-    ends = F.pad(position + 1, (1, 0)).to(torch.int32)
-    cache.filled = Filled(filled[None, None, None], ends)
+    cache.filled = filled_slots(model, position, slots, cache.buffers[0][0].dtype)
     try:
         return model.logits(model(ids, position[None], cache=cache)[0, -1]).float()
     finally:
         cache.filled = None
+
+
+def filled_slots(model: CausalLM, position, slots: int, dtype: torch.dtype) -> Filled:
+    """The slots up to `position`, in the forms that attention kernels read, once for all layers."""
+    config = model.config
+    mask = torch.arange(slots, device=position.device) <= position
+    mask = mask[None, None, None]                                               # (1, 1, 1, S)
+    group = config.num_attention_heads // config.num_key_value_heads
+    ends = torch.stack((torch.zeros_like(position), position + 1))
+    bias = None
+    if model.kernel in SDPA:
+        bias = mask.to(dtype).log()                             # 0, or -inf for an empty slot
+    return Filled(
+        mask=mask,
+        ends=ends.flatten().to(torch.int32),
+        query_ends=group * torch.arange(2, dtype=torch.int32, device=position.device),
+        bias=bias,
+    )
 
 
 def record_cuda(call: Callable) -> tuple[Callable, torch.Tensor]:

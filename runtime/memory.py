@@ -611,7 +611,9 @@ def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
         groups = [(len(group), lengths[group[0]]) for group in group_by_length(lengths)]
         masked = [(n, T) for n, T in groups if model_config.alibi or window and window < T]
     slots = sum(n * T for n, T in groups)                       # tokens, padding included
-    grouped_heads = varlen or on_gpu and takes_grouped_heads(batch.kernel, bool(masked))
+    grouped_heads = batch.kernel == "flash-attn"
+    if on_gpu and takes_grouped_heads(batch.kernel, bool(masked)):
+        grouped_heads = True
     heads = H + 2 * (K if grouped_heads else H)                 # of q, k and v
 
     if batch.kernel == "sdpa-math":

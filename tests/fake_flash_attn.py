@@ -45,11 +45,13 @@ def fake_flash_attn(spoil=lambda q, k, v, out: out, causal_from_top_left=False, 
     return module
 
 
-def fake_varlen():
-    """A module with `varlen_attn` as torch 2.12 and newer define it."""
+def fake_varlen(grouped_heads=True):
+    """A module with `varlen_attn` as torch 2.12 defines it; without grouped heads, as 2.11 does."""
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size,
-                    enable_gqa):
-        assert enable_gqa == (query.shape[1] != key.shape[1]) and window_size[1] == 0
+                    **more):
+        assert more.keys() == ({"enable_gqa"} if grouped_heads else set())
+        assert more.get("enable_gqa", False) == (query.shape[1] != key.shape[1])
+        assert window_size[1] == 0
         ends = (cu_seq_q, cu_seq_k, max_q, max_k)
         return fake_flash_attn().flash_attn_varlen_func(
             query, key, value, *ends, softmax_scale=scale, causal=True, window_size=window_size

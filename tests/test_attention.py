@@ -183,7 +183,60 @@ def test_kernels_that_take_grouped_heads(monkeypatch, version, hip, expected):
     monkeypatch.setattr(torch.version, "hip", hip)
     assert A.takes_grouped_heads("sdpa-flash", masked=False) is expected
     assert not A.takes_grouped_heads("sdpa-flash", masked=True)
-    assert not A.takes_grouped_heads("sdpa-efficient", masked=False)
+    for kernel, since in (("sdpa-efficient", (2, 14)), ("sdpa-cudnn", (2, 11))):
+        for masked in (False, True):
+            assert not A.takes_grouped_heads(kernel, masked)
+            if hip is None:
+                monkeypatch.setattr(A, "TORCH", since)
+                assert A.takes_grouped_heads(kernel, masked)
+                monkeypatch.setattr(A, "TORCH", version)
+
+
+def test_cudnn_gets_no_single_key_and_its_masks_need_no_other_backend(monkeypatch):
+    """It refuses sequences of one token (torch 2.11, 2.14), which every micro-batch may hold."""
+    asked = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, **options):
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        asked.append((k.shape[2], attn_mask is not None, cudnn))
+        assert torch.backends.cuda.math_sdp_enabled() != cudnn
+        torch.backends.cuda.enable_math_sdp(True)       # a CPU has no cuDNN
+        return real(q, k, v, attn_mask, **options)
+
+    monkeypatch.setattr(A.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(A, "TORCH", (2, 14))
+    layout = A.PackedLayout((40, 1, 1))
+    qkv = random_qkv(1, 4, 2, 42, 42)
+    monkeypatch.setattr(A, "group_by_length", lambda lengths: [[0], [1, 2]])
+    layout = A.PackedLayout((40, 1, 1))
+    assert_close(with_gradients(qkv, kernel="sdpa-cudnn", layout=layout),
+                 with_gradients(qkv, kernel="plain", layout=layout))
+    qkv = random_qkv(1, 4, 2, 1, 1)
+    assert_close([A.attend(*qkv, kernel="sdpa-cudnn")], [attention_by_loops(*qkv)])
+    qkv = random_qkv(1, 4, 2, 3, 9)
+    assert_close([A.attend(*qkv, kernel="sdpa-cudnn")], [attention_by_loops(*qkv)])
+    assert asked == [(40, False, True), (1, False, False), (1, False, False), (9, True, True)]
+
+
+def test_groups_of_a_packed_row_are_no_slices(monkeypatch):
+    """Backward of a slice writes zeros for all slots, once for each group; so does that of x[0]."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    lengths, names = (1, 70, 62, 300, 129, 1), []
+    qkv = random_qkv(1, 4, 2, sum(lengths), sum(lengths))
+    layout = A.PackedLayout(lengths)
+    assert len(layout.groups) > 3
+    leaves = [x.requires_grad_() for x in qkv]
+    out = A.attend(*leaves, kernel="sdpa-flash", layout=layout)
+    with Names():
+        torch.autograd.grad(out.sum(), leaves)
+    assert not {"slice_backward", "select_backward"} & set(names) and len(names) > 10
 
 
 @pytest.mark.parametrize("kernel", SDPA_ON_CPU)
@@ -392,5 +445,9 @@ def test_varlen_kernels_get_the_right_arguments(monkeypatch, kernel, window):
         assert_close([A.attend(q, k, v, kernel=kernel, window=window)],
                      [attention_by_loops(q, k, v, window)])
     qkv, layout = random_qkv(1, 4, 2, 12, 12), A.PackedLayout((1, 4, 6, 1))
-    assert_close(with_gradients(qkv, kernel=kernel, layout=layout, window=window),
-                 with_gradients(qkv, kernel="plain", layout=layout, window=window))
+    want = with_gradients(qkv, kernel="plain", layout=layout, window=window)
+    assert_close(with_gradients(qkv, kernel=kernel, layout=layout, window=window), want)
+    monkeypatch.setattr(A, "TORCH", (2, 11))            # k and v are repeated there
+    older = fake_varlen(grouped_heads=False)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", older)
+    assert_close(with_gradients(qkv, kernel=kernel, layout=layout, window=window), want)

@@ -182,6 +182,40 @@ def test_a_captured_step_reads_filled_slots_only(kernel):
     assert graph.captured == 3 and list(step.recorded) == [1024]
 
 
+def test_a_graph_is_not_replayed_on_buffers_that_moved_and_came_back(monkeypatch):
+    """After two growths the allocator may give the first address again, with other strides."""
+    model, graph = tiny_qwen2(max_position_embeddings=2048), FakeGraph()
+    cache, step, plain = StaticCache(2), CapturedStep(graph.record), KVCache(2)
+    storage = torch.zeros(2, 10**5)
+    grown = StaticCache.grown
+
+    def at_the_same_address(self, buffers, like, room):
+        pair = grown(self, buffers, like, room)
+        new = [one[:each.numel()].view(each.shape) for one, each in zip(storage, pair)]
+        for one, each in zip(new, pair):
+            one.copy_(each)
+        return new
+
+    model.model.layers = model.model.layers[:1]
+    cache.buffers, plain.buffers = [None], [None]
+    monkeypatch.setattr(StaticCache, "grown", at_the_same_address)
+    ids = torch.randint(0, 50, (1, 300), generator=torch.Generator().manual_seed(3))
+    addresses = set()
+    for chunk in (ids[:, :4], ids[:, 4:5], ids[:, 5:290], ids[:, 290:291], ids[:, 291:292]):
+        with torch.no_grad():
+            want, got = next_scores(model, chunk, plain), step(model, chunk, cache)
+        assert (got - want).abs().max() < 1e-4
+        addresses.add(cache.buffers[0][0].data_ptr())
+    assert len(addresses) == 1 and cache.generation > 1 and graph.captured == 2
+    assert list(step.recorded) == [512]
+    other = tiny_qwen2(max_position_embeddings=2048)        # a graph reads one model's weights
+    other.model.layers = other.model.layers[:1]
+    torch.nn.init.ones_(other.model.norm.weight.data).mul_(3)
+    with torch.no_grad():
+        want = next_scores(other, ids[:, 292:293], plain)
+        assert (step(other, ids[:, 292:293], cache) - want).abs().max() < 1e-4
+
+
 def test_turns_on_a_static_cache():
     """A conversation whose prefix is kept, then shortened: equal to a fresh cache each time,
     sampled and with a penalty."""
@@ -273,9 +307,10 @@ def test_varlen_kernels_get_the_end_of_the_keys(kernel, module, name, monkeypatc
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, scale=None, causal=False,
                enable_gqa=True, **more):
-        assert cu_q.tolist() == [0, 1]
-        assert cu_k.dtype == torch.int32
-        assert (max_q, max_k) == (1, len(k))
+        # heads that share a key/value head come as queries: nothing is repeated
+        assert cu_q.tolist() == [0, len(q)] and len(q) > 1 and q.shape[1] == k.shape[1]
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert (max_q, max_k) == (len(q), len(k))
         assert not causal
         n = int(cu_k[1])
         k, v = (x[:n].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

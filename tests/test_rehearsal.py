@@ -360,7 +360,7 @@ def test_a_planted_item_in_the_loop_is_caught(tmp_path):
 
 def test_a_planted_tensor_of_the_cpu_in_decoding_is_caught():
     with rehearse(), planted(
-            decode, "one_step", "torch.arange(slots, device=position.device)",
+            decode, "filled_slots", "torch.arange(slots, device=position.device)",
             "torch.arange(slots)") as place:
         model = chat_model("cuda")
         with pytest.raises(Fault, match=f"^{place}: .e: a tensor .256. of the CPU"):
