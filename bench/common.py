@@ -16,6 +16,7 @@ Next: cpu.py beside this file.
 Sources: getrusage(2), proc_pid_smaps(5). Medians, because a busy machine makes some runs slower and
 none faster.
 """
+import argparse
 import json
 import os
 import platform
@@ -26,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,7 @@ ROOT = BENCH.parent
 SHARED = Path(os.environ.get("POCKET_SHARED", ROOT.parent / "shared"))
 LOOK_SECONDS = 0.005    # between two reads of a child's output: the resolution of all times
 SAMPLE_SECONDS = 0.2    # between two samples of the memory of a child with children
+STUCK_SECONDS = 20      # after a kill: a process that waits for a driver may never end
 ASK_VERSIONS = """import importlib.metadata, json, sys
 found = {"python": ".".join(map(str, sys.version_info[:3]))}
 for name in sys.argv[1:]:
@@ -119,6 +122,15 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
                              stderr=subprocess.STDOUT, cwd=cwd,
                              env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
                              start_new_session=True)
+    try:
+        return follow(child, command, start, limit, must_work, watch)
+    except BaseException:           # Ctrl-C does not reach the child, which has its own session
+        kill_family(child.pid)
+        raise
+
+
+def follow(child, command: list, start: float, limit: float, must_work: bool, watch) -> Child:
+    """Read a child's output to its end, and measure it; see run_child."""
     printed, written, together, sampled = Lines(start), Lines(start), 0, 0.0
     with selectors.DefaultSelector() as ready:
         ready.register(child.stdout, selectors.EVENT_READ)
@@ -133,10 +145,14 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
                     written.add(file.read())
             if time.perf_counter() - sampled > SAMPLE_SECONDS:
                 together, sampled = max(together, memory_of_family(child.pid)), time.perf_counter()
-            if time.perf_counter() - start > limit:
-                os.killpg(child.pid, signal.SIGKILL)
-    _, status, used = os.wait4(child.pid, 0)
-    seconds, child.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+            late = time.perf_counter() - start - limit
+            if late > 0:
+                kill_family(child.pid)
+            if late > STUCK_SECONDS:
+                break
+    ended, status, used = os.wait4(child.pid, os.WNOHANG if late > STUCK_SECONDS else 0)
+    seconds = time.perf_counter() - start
+    child.returncode = os.waitstatus_to_exitcode(status) if ended else -signal.SIGKILL
     child.stdout.close()
     printed.add(b"\n")
     found = Child(seconds, max(used.ru_maxrss * 1024, together), used.ru_utime + used.ru_stime,
@@ -145,6 +161,14 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
         raise RuntimeError(f"{' '.join(command)} ended with {found.code}:\n"
                            + "\n".join(found.text.splitlines()[-25:]))
     return found
+
+
+def kill_family(pid: int):
+    """Kill a child that run_child started, and the processes that it has started."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:      # ended meanwhile
+        pass
 
 
 class Lines:
@@ -281,6 +305,50 @@ def ratios(summary: dict, ours="ours", peer="peer") -> dict:
     """For each figure that both have: the peer's median over ours."""
     return {key: summary[peer][key] / summary[ours][key] for key in summary[ours]
             if summary[ours][key] and key in summary.get(peer, {})}
+
+
+# ---- parts, each in a process of its own ---------------------------------------------------------
+
+RESULT = "RESULT "      # begins a line with the figures of a part, as JSON
+
+
+class NotHere(Exception):
+    """Why a part cannot be run on this machine."""
+
+
+def report_figures(status: str, says: str = "", **figures):
+    """Print figures of a part; the last line about a figure counts, so they may come one by one."""
+    print(RESULT + json.dumps({"status": status, "says": says, **figures}), flush=True)
+
+
+def run_part(parts: dict):
+    """The main of a file with parts, {name: function(asked) -> figures}: run the named one.
+
+    Its figures have "says", what was found in words. A part that raises has failed, one that
+    raises NotHere is skipped, and both say why.
+    """
+    parser = argparse.ArgumentParser(description="One part of bench/gpu.py, in this process.")
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a CPU")
+    parser.add_argument("--kernel", help="of attention; by default the fastest that is right here")
+    parser.add_argument("--seconds", type=float, default=8, help="to measure (default 8)")
+    parser.add_argument("--cards", type=int, default=0, help="that gpu_cards.py uses (0: all)")
+    asked = parser.parse_args()
+    if asked.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        figures = parts[asked.part](asked)
+    except NotHere as why:
+        return report_figures("skipped", str(why))
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        lines = str(error).strip().splitlines() or ["no message"]
+        report_figures("failed", f"{type(error).__name__}: {lines[0][:300]}")
+        raise SystemExit(1) from None
+    report_figures("done", **figures)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os._exit(0)                 # gloo's threads abort a python that ends while they still run
 
 
 # ---- where it ran, and what is kept --------------------------------------------------------------

@@ -1,325 +1,385 @@
-"""LoRA SFT in the shapes of Llama-3-8B, Qwen2.5-7B and 0.5B on one GPU, and with transformers.
+"""Is it right on this card, and how fast? One command, no network, less than 10 minutes.
 
-    python bench/gpu.py --quick                 the main cases, in less than 10 minutes on an H200
-    python bench/gpu.py                         all cases, three rounds
-    python bench/gpu.py --only 8b-16k,8b-peer   some of CASES
-    python bench/gpu.py --device cpu --tiny     tries the benchmark with a tiny model, in a minute
+    python bench/gpu.py --all                       first the proofs, then every measured row
+    python bench/gpu.py --cards                     the second command, for two cards or more
+    python bench/gpu.py --only train-8b,decode-1    some parts; the other results stay
+    python bench/gpu.py --list                      the parts, in their order
+    python bench/gpu.py --all --device cpu --tiny   the rehearsal: tiny shapes, no card needed
 
-Nothing is downloaded: random weights are drawn on the device and kept in memory (/dev/shm, or
---work). The rows are real text: alpaca_en_demo and identity of ../shared/data with the model's own
-tokenizer, or without them data/ and the tokenizer of models/tiny. A case is a run of train.py with
-a yaml in a process of its own; a peer's is a run of peer_hf.py with the same yaml, checkpoint,
-adapter and rows. At the end bench/decode.py is run, too.
+It needs the packages of requirements.txt. Each part runs in a process of its own, with a time
+limit. One that fails, hangs or does not fit into memory is a row of the result that says so, and
+the next part follows. After every part the results are written, bench/results/gpu-<card>.json and
+.md, so a run that is killed leaves what it has found. Parts come in the order of their worth; those
+for which the --budget leaves no time are named, and can be run by --only: a later run replaces the
+parts that it has run.
 
-Tokens are counted without padding; the steps after --warm-up are steady. The share of the matrix
-rate is model FLOPs (runtime/throughput.py: 4 for each frozen weight and token, attention within the
-mask, nothing for recomputation) over the rate of large bfloat16 matmuls on this device, measured
-after the runs.
-
-Requires: cpu.py, random_model.py.
-Next: peer_hf.py, runtime/throughput.py, fast/decode.py.
-Sources: the goals and published figures that README compares with; the shapes' config.json.
+Requires: common.py, docs/gpu.md (what each row means, what to send).
+Next: gpu_proofs.py, gpu_speed.py, gpu_peer.py, gpu_cards.py.
+Sources of goals and published figures: docs/gpu.md.
 """
 import argparse
 import importlib.util
 import json
-import shutil
+import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import yaml
-
-from bench.common import (BENCH, ROOT, SHARED, curves, from_root, in_turn, long_rows, medians,
-                          run_child, save, table, training_figures, versions_of, write_rows)
+from bench.common import (BENCH, RESULT, ROOT, commit, machine, run_child, short_paths, slug,
+                          table)
 from config import KEYS
+from errors import PACKAGES, did_you_mean, run_script
 
-# folder of the tokenizer, template
-TEXT = {"llama": ("llama3", "llama3"), "qwen2": ("qwen2.5", "qwen")}
-ROW = 2048                      # tokens of a packed row
-ROOM = 40 * 10**9               # bytes for the three checkpoints
-CHECKPOINTED = {"disable_gradient_checkpointing": False}
-PACKED = {"packing": True, "cutoff_len": ROW, "gradient_accumulation_steps": 1}
-PADDED = ({"cutoff_len": ROW, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}
-          | CHECKPOINTED)
+BUDGET = 570            # seconds: a lent machine may allow 600 for a command
+AT_ONCE = 3             # proofs: they measure no time, and most of theirs is python's start
+STATUSES = ("done", "failed", "skipped", "not run")
 
 
-def packed(tokens: int) -> dict:
-    """Settings of a micro-batch of `tokens` tokens, in rows of ROW."""
-    return PACKED | {"per_device_train_batch_size": max(1, tokens // ROW)}
+@dataclass(frozen=True)
+class Part:
+    """A row of the result.
 
-
-def without_recomputing(tokens: int) -> dict:
-    return packed(tokens) | {"disable_gradient_checkpointing": True}
-
-
-# name: (who, shape, settings, goal in real tokens/s or None, in --quick); who: ours, or arguments
-# of peer_hf.py
-CASES = {
-    "8b-16k": ("ours", "llama-3-8b", packed(16384), 17000, True),
-    "8b-peer": (["--kernels", "none"], "llama-3-8b", without_recomputing(8192), None, True),
-    "8b-peer-padded": (["--kernels", "none"], "llama-3-8b", PADDED, None, True),
-    "0.5b-32k": ("ours", "qwen2.5-0.5b", packed(32768), 140000, True),
-    "8b-2k-least-memory": ("ours", "llama-3-8b", packed(2048) | CHECKPOINTED, None, True),
-    "8b-fp8-16k": ("ours", "llama-3-8b", packed(16384) | {"base_precision": "fp8"}, 24000, True),
-    "8b-4bit-16k": ("ours", "llama-3-8b", packed(16384) | {"quantization_bit": 4}, None, True),
-    "8b-4bit-2k-least-memory": ("ours", "llama-3-8b",
-                                packed(2048) | CHECKPOINTED | {"quantization_bit": 4}, None, True),
-    "8b-4bit-8k": ("ours", "llama-3-8b", packed(8192) | {"quantization_bit": 4}, None, False),
-    "7b-16k": ("ours", "qwen2.5-7b", packed(16384), 18000, False),
-    "8b-8k": ("ours", "llama-3-8b", packed(8192), None, False),
-    "8b-32k": ("ours", "llama-3-8b", packed(32768), 17000, False),
-    "8b-peer-16k-checkpointed": (["--kernels", "none"], "llama-3-8b", packed(16384) | CHECKPOINTED,
-                                 None, False),
-    "8b-ours-padded-yaml": ("ours", "llama-3-8b", PADDED, None, False),
-    "8b-liger": (["--kernels", "liger"], "llama-3-8b", without_recomputing(8192), None, False),
-    "8b-unsloth": (["--kernels", "unsloth"], "llama-3-8b", packed(8192) | CHECKPOINTED, None,
-                   False),
-    "8b-64k-row": ("ours", "llama-3-8b",
-                   {"cutoff_len": 65536, "per_device_train_batch_size": 1,
-                    "gradient_accumulation_steps": 1, "dataset": "long"}, None, False),
-    "0.5b-peer": (["--kernels", "none"], "qwen2.5-0.5b", without_recomputing(8192), None, False),
-}
-# the same rows in the same steps
-SIDE_BY_SIDE = (("8b-8k", "8b-peer"), ("8b-16k", "8b-peer-16k-checkpointed"))
-AGAINST = (("8b-16k", "8b-peer", 2), ("8b-16k", "8b-peer-padded", 4),
-           ("0.5b-32k", "0.5b-peer", None), ("8b-4bit-16k", "8b-16k", 0.85),
-           ("8b-4bit-8k", "8b-8k", 0.85))
-
-
-# ---- the runs ------------------------------------------------------------------------------------
-
-
-def text_of(kind: str) -> dict:
-    """Settings of rows, template and tokenizer, from the shared folder or this repository."""
-    folder, template = TEXT[kind]
-    if ((SHARED / "data" / "alpaca_en_demo.json").is_file()
-        and (SHARED / "tokenizers" / folder).is_dir()):
-        return {"tokenizer": SHARED / "tokenizers" / folder, "template": template,
-                "dataset_dir": SHARED / "data", "dataset": "identity,alpaca_en_demo"}
-    return {"tokenizer": ROOT / "models" / "tiny", "template": "chatml",
-            "dataset_dir": ROOT / "data", "dataset": "identity,tiny_review"}
-
-
-def make_model(shape: str, tokenizer, asked) -> Path:
-    """The random bfloat16 checkpoint of a shape with an adapter of rank 16; made once."""
-    folder = asked.work / shape
-    if not Path(f"{folder}-adapter", "adapter_model.safetensors").is_file():
-        run_child([sys.executable, BENCH / "random_model.py", folder, "--shape", shape,
-                   "--tokenizer", tokenizer, "--dtype", "bfloat16", "--adapter", 16, "--device",
-                   asked.device])
-    return folder
-
-
-def settings(name: str, asked) -> dict:
-    """The yaml of a case without output_dir; makes its checkpoint and rows."""
-    _, shape, changes, _, _ = CASES[name]
-    text = text_of("llama" if shape.startswith("llama") else "qwen2")
-    if asked.tiny:
-        shape, changes = "tiny", changes | {"cutoff_len": changes["cutoff_len"] // 16}
-    model = make_model(shape, text.pop("tokenizer"), asked)
-    if changes.get("dataset") == "long":
-        write_rows(asked.work / "long", "long", long_rows(4, changes["cutoff_len"]))
-        text["dataset_dir"] = asked.work / "long"
-    fixed = {"model_name_or_path": model, "adapter_name_or_path": f"{model}-adapter",
-             "stage": "sft", "do_train": True, "finetuning_type": "lora", "bf16": True,
-             "logging_steps": 1, "save_strategy": "no", "learning_rate": 1e-4,
-             "lr_scheduler_type": "constant", "max_steps": asked.steps, "seed": 42,
-             "overwrite_output_dir": True, "use_cpu": asked.device == "cpu"} | text | changes
-    is_path = {key: isinstance(value, Path) or key == "adapter_name_or_path"
-               for key, value in fixed.items()}
-    return {key: from_root(value) if is_path[key] else value for key, value in fixed.items()}
-
-
-def runner(name: str, asked):
-    """A function that runs a case once and returns its figures, or {"failed": the last line}."""
-    who = CASES[name][0]
-    command = [ROOT / "train.py", "--config"] if who == "ours" else [BENCH / "peer_hf.py", *who]
-
-    def train():
-        folder = asked.work / "runs" / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        written, out = folder / "config.yaml", folder / "out"
-        written.write_text(yaml.safe_dump(settings(name, asked) | {"output_dir": from_root(out)}))
-        child = run_child([sys.executable, *command, from_root(written)], cwd=ROOT, must_work=False,
-                          limit=asked.limit, env={"HF_HUB_OFFLINE": "1"},
-                          watch=out / "trainer_log.jsonl")
-        if child.code:
-            return {"failed": (child.text.splitlines() or [f"ended with {child.code}"])[-1][:300]}
-        results = {}
-        for file in out.glob("*_results.json"):
-            results |= json.loads(file.read_text())
-        return training_figures(child, asked.warm_up) | {
-            key: results[key] for key in ("peak_memory_gib", "attention") if key in results}
-
-    return train
-
-
-def absent(name: str) -> str:
-    """Why a case cannot be run here, or nothing."""
-    who, _, changes, _, _ = CASES[name]
-    if unknown := sorted(set(changes) - set(KEYS)):
-        return f"train.py has no {', '.join(unknown)}"
-    needed = ["transformers", "peft"] if who != "ours" else []
-    if who != "ours" and who[1] != "none":
-        needed += {"liger": ["liger_kernel"], "unsloth": ["unsloth"]}[who[1]]
-    missing = [module for module in needed if importlib.util.find_spec(module) is None]
-    return f"{', '.join(missing)} not installed" if missing else ""
-
-
-# ---- results -------------------------------------------------------------------------------------
-
-
-def facts(names: list, asked) -> dict:
-    """The device's name and matrix rate, and FLOPs per token of each case.
-
-    A child finds them, so that this program neither imports torch nor uses GPU memory.
+    usual: seconds on one H200, estimated; less time left: it is not begun. limit: seconds after
+    which it is killed. goal: of its tokens per second. shape_of: the part whose attention kernel it
+    takes, where that was picked in the same run; choosing takes some 10 seconds.
     """
-    code = ("import json, sys; from bench.gpu import find_facts; "
-            "print(json.dumps(find_facts(*sys.argv[1:])))")
-    files = [from_root(asked.work / "runs" / name / "config.yaml") for name in names]
-    found = json.loads(
-        run_child([sys.executable, "-c", code, asked.device, *files], cwd=ROOT).lines[-1][1]
-    )
-    return found | {"flops": dict(zip(names, found["flops"]))}
+    file: str
+    what: str
+    usual: int = 30
+    limit: int = 120
+    goal: int = 0
+    published: str = ""
+    shape_of: str = ""
 
 
-def find_facts(device: str, *config_files: str) -> dict:
-    """The figures of `facts`, in a process that imports torch."""
-    import torch
+PROOFS = {
+    "steps": Part("gpu_proofs.py", "a training step = the plain decoder on the CPU", 60, 180),
+    "attention": Part("gpu_proofs.py", "attention kernels = plain attention in float64", 45, 180),
+    "decode": Part("gpu_proofs.py", "captured decoding = uncaptured; many at once = one", 30),
+    "recipe": Part("gpu_proofs.py", "the small recipe's words", 40, 150),
+    "qlora": Part("gpu_proofs.py", "4 and 8 bits = the CPU's, bit for bit"),
+    "fp8": Part("gpu_proofs.py", "8-bit base: the curve of bfloat16", 45, 150),
+    "resume": Part("gpu_proofs.py", "stopped and resumed = never stopped", 45, 150),
+    "waits": Part("gpu_proofs.py", "a step waits for the device once", 30),
+    "peer": Part("gpu_proofs.py", "the curve of transformers + peft", 45, 150),
+}
+SPEED = {
+    "train-8b": Part("gpu_speed.py", "Llama-3-8B, 2 x 4096 a pass, LoRA r 16, bf16", 40, 150, 17000,
+                     "12,473 (NeMo AutoModel, H100)"),
+    "decode-1": Part("gpu_speed.py", "decode 8B bf16, batch 1", 30, 120, 230,
+                     "roofline 320 (H200's memory)"),
+    "train-8b-fp8": Part("gpu_speed.py", "Llama-3-8B, fp8 frozen base", 35, 150, 24000,
+                         "about 22,800 (Megatron-Bridge, 735 TFLOP/s)", "train-8b"),
+    "train-7b": Part("gpu_speed.py", "Qwen2.5-7B, 2 x 4096 a pass", 35, 150, 18500,
+                     "14,110 (NeMo AutoModel, H100)"),
+    "peer-8b": Part("gpu_peer.py", "transformers + peft beside train-8b", 45, 150),
+    "train-8b-4bit": Part("gpu_speed.py", "Llama-3-8B, 4-bit base, 8k tokens a step", 35, 150,
+                          shape_of="train-8b"),
+    "train-8b-short": Part("gpu_speed.py", "Llama-3-8B, short rows without padding", 35, 150,
+                           shape_of="train-8b"),
+    "peer-8b-short": Part("gpu_peer.py", "transformers + peft, the same rows padded", 45, 150),
+    "decode-64": Part("gpu_speed.py", "decode 8B bf16, batch 64", 30, 120, 6000),
+    "train-moe": Part("gpu_speed.py", "Qwen3-30B-A3B, 12 of 48 layers, adapters on experts", 60,
+                      150),
+    "peer-moe": Part("gpu_peer.py", "transformers' loop over experts + peft", 60, 150),
+    "train-0.5b": Part("gpu_speed.py", "Qwen2.5-0.5B, 4 x 4096 a pass", 25, 120),
+    "peer-moe-fast": Part("gpu_peer.py", "transformers' own choice for experts + peft", 60, 150),
+}
+CARDS = {
+    "ranks": Part("gpu_cards.py", "N cards = one card", 60, 200),
+    "nccl": Part("gpu_cards.py", "all-reduce: sums and bandwidth", 30),
+    "fsdp": Part("gpu_cards.py", "sharded over N cards = one card", 60, 200),
+    "scaling": Part("gpu_cards.py", "Llama-3-8B on N cards, each with its own rows", 90, 240,
+                    shape_of="train-8b"),
+}
+FIRST = {"card": Part("gpu_speed.py", "the card and its rate", 15, 90)}
+PARTS = FIRST | PROOFS | SPEED | CARDS
+NEEDED_FOR_LONG = "offload_activations"         # a key of train.py
+LONG = {"long-8gb": ("8B QLoRA, longest row in 8 GB", "≥ 3k", "2,972 (Unsloth)"),
+        "long-24gb": ("8B QLoRA, longest row in 24 GB", "≥ 80k", "78k (Unsloth)"),
+        "long-80gb": ("8B QLoRA, longest row in 80 GB", "≥ 350k", "343k (Unsloth)")}
+# tokens per second of the first over those of the second; the goal, or 0
+RATIOS = (("train-8b", "peer-8b", 2.0), ("train-8b-short", "peer-8b-short", 4.0),
+          ("train-8b-4bit", "train-8b", 0.85), ("train-moe", "peer-moe", 3.0),
+          ("train-moe", "peer-moe-fast", 0))
 
-    from runtime.throughput import matrix_rate
-    name = torch.cuda.get_device_name() if device == "cuda" else ""
-    return {"gpu": name,
-            "matrix_rate": matrix_rate(torch.device(device), torch.bfloat16,
-                                       seconds=3 if name else 0.3),
-            "flops": [flops_per_token(file) for file in config_files]}
+
+# ---- running parts -------------------------------------------------------------------------------
 
 
-def flops_per_token(config_file: str) -> float:
-    """Model FLOPs per token by runtime/throughput.py, the mean over the rows of a yaml."""
-    import torch
-
-    from bench.peer_hf import rows_of
-    from checkpoint.adapter_config import read_adapter_config
-    from runtime.load_config import load_config
-    from families import model_config, read_config_json
-    from lora import attach_lora
-    from model import CausalLM
-    from runtime.throughput import matmul_parameters, training_flops
-    config = load_config(["--config", config_file], "train")
-    with torch.device("meta"):
-        model = CausalLM(model_config(read_config_json(config.model_name_or_path)))
-    attach_lora(model, read_adapter_config(config.adapter_name_or_path[0])[0])
-    lengths = [n for example in rows_of(config) for n in example.lengths]
-    return training_flops(model.config, *matmul_parameters(model), lengths) / sum(lengths)
+def command_of(name: str, asked, kernel: str = "") -> list[str]:
+    """The command of one part, from the repository's root."""
+    command = [f"bench/{PARTS[name].file}", name]
+    if asked.device != "cuda":
+        command += ["--device", asked.device]
+    command += ["--tiny", "--seconds", "0.2"] if asked.tiny else []
+    command += ["--kernel", kernel] if kernel else []
+    return command
 
 
-def results_table(summary: dict, runs: dict, left_out: dict) -> str:
-    """The table: a line for each case, including those that failed or were left out."""
+def run_one(name: str, asked, seconds: float, kernel: str = "") -> dict:
+    """The record of a part, whatever becomes of it; `seconds`: the most it may take."""
+    command = command_of(name, asked, kernel)
+    child = run_child([sys.executable, *command], cwd=ROOT, limit=seconds, must_work=False,
+                      env={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    record = {}
+    for line in child.text.splitlines():
+        if line.startswith(RESULT):
+            record |= json.loads(line.removeprefix(RESULT))
+    if record.get("status") not in STATUSES:
+        last = [line for line in child.text.splitlines() if not line.startswith(RESULT)][-1:]
+        ending = f"ended with {child.code}: {''.join(last)[:200]}"
+        if child.seconds >= seconds:
+            ending = f"killed after {seconds:.0f} s"
+        record |= {"status": "failed", "says": ending}
+    if record["status"] == "failed":
+        record["last_lines"] = child.text.splitlines()[-30:]
+    return record | {"seconds": round(child.seconds, 1), "commit": commit(),
+                     "date": time.strftime("%Y-%m-%d %H:%M %z"),
+                     "command": " ".join(["python", *command])}
+
+
+class Results:
+    """The records of all parts, in a file that is written after each of them."""
+
+    def __init__(self, asked, card: dict):
+        where = slug(machine(card.get("name", "")))
+        name = f"gpu{'-tiny' if asked.tiny else ''}-{where}"
+        self.path = Path(asked.results) / f"{name}.json"
+        self.records = {}
+        self.of_this_run = []
+        if self.path.is_file():
+            self.records = json.loads(self.path.read_text(encoding="utf-8"))["parts"]
+        self.add("card", card)
+
+    def add(self, name: str, record: dict):
+        """Keep a record and write both files. One that was not run replaces none."""
+        self.of_this_run.append(name)
+        if record["status"] == "not run" and name in self.records:
+            return
+        self.records[name] = record
+        order = [name for name in PARTS if name in self.records]
+        order += [name for name in self.records if name not in PARTS]
+        self.records = {name: self.records[name] for name in order}
+        card = self.records["card"]
+        found = {"script": "bench/gpu.py", "date": time.strftime("%Y-%m-%d %H:%M %z"),
+                 "commit": commit(), "machine": machine(card.get("name", "")),
+                 "versions": card.get("versions", {}), "dtype": "bfloat16",
+                 "ratios": ratios(self.records), "parts": self.records}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        replace_file(self.path, short_paths(text))
+        replace_file(self.markdown, short_paths(page(self.records)))
+
+    @property
+    def markdown(self) -> Path:
+        return self.path.with_suffix(".md")
+
+    def kernel_for(self, part: Part) -> str:
+        """The attention kernel that this run has picked for the shape of a part, or ""."""
+        if part.shape_of not in self.of_this_run:
+            return ""
+        return self.records[part.shape_of].get("kernel", "")
+
+
+def replace_file(path: Path, text: str):
+    """Write a file that is never seen half written."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def run_parts(names: list, asked, results: Results, deadline: float, at_once: int):
+    """Run parts in their order, `at_once` at a time, and keep each record before the next part."""
+    one_writes = Lock()
+
+    def run_in_time(name: str):
+        part = PARTS[name]
+        left = deadline - time.perf_counter()
+        if left < (0 if asked.tiny else part.usual):
+            record = {"status": "not run", "says": "no time left", "command": "", "seconds": 0,
+                      "date": time.strftime("%Y-%m-%d %H:%M %z"), "commit": commit()}
+        else:
+            record = run_one(name, asked, min(part.limit, left), results.kernel_for(part))
+        with one_writes:
+            results.add(name, record)
+            print(f"{name:<15} {record['status']:<8} {record['seconds']:>6.1f} s  {record['says']}",
+                  flush=True)
+
+    with ThreadPoolExecutor(at_once) as pool:
+        for future in [pool.submit(run_in_time, name) for name in names]:
+            future.result()
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def ratios(records: dict) -> dict:
+    """{"ours / other": ratio of tokens per second} of the pairs of which both were measured."""
+    speeds = {name: record["tokens_per_second"] for name, record in records.items()
+              if record["status"] == "done" and "tokens_per_second" in record}
+    return {f"{ours} / {other}": speeds[ours] / speeds[other] for ours, other, _ in RATIOS
+            if ours in speeds and other in speeds}
+
+
+def page(records: dict) -> str:
+    """The results as Markdown."""
+    card = records["card"]
+    versions = ", ".join(f"{name} {version}" for name, version in card.get("versions", {}).items())
+    title = card.get("name") or "a rehearsal without a card, whose speeds mean nothing"
+    lines = [f"# bench/gpu.py: {title}", "",
+             card["says"] + ".", "", f"{versions}; {time.strftime('%Y-%m-%d %H:%M %z')}. bfloat16 "
+             "where a row does not say otherwise; docs/gpu.md says what each row means.", "",
+             "## Is it right?", "", proofs_table(records), "", "## How fast is it?", "",
+             speed_table(records), "", ratios_table(records), "", "## Commands", "",
+             commands_table(records), ""]
+    return "\n".join(lines)
+
+
+def proofs_table(records: dict) -> str:
+    names = [*PROOFS, *(name for name in ("ranks", "fsdp", "nccl") if name in records)]
+    words = {"done": "yes", "failed": "NO"}
     rows = []
-    for name in [*runs, *left_out]:
-        goal = CASES[name][3]
-        mark = f"≥ {goal:,}" if goal else ""
-        if name not in summary:
-            rows.append([name, "-", "-", "-", "-", mark,
-                         left_out.get(name) or runs[name][0]["failed"]])
+    for name in names:
+        record = records.get(name, {"status": "not run", "says": ""})
+        rows.append([name, PARTS[name].what, words.get(record["status"], record["status"]),
+                     in_a_cell(record["says"])])
+    return table(["proof", "what must hold", "holds", "found"], rows)
+
+
+def in_a_cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def speed_table(records: dict) -> str:
+    """A row for each measured part, and for those that cannot be measured yet."""
+    rows = []
+    rehearsal = not records["card"].get("name")
+    for name in [*SPEED, *(name for name in ("scaling",) if name in records)]:
+        part = PARTS[name]
+        record = records.get(name, {"status": "not run", "says": ""})
+        goal = f"≥ {part.goal:,}" if part.goal else ""
+        if record["status"] != "done" or "tokens_per_second" not in record:
+            rows.append([name, part.what, "-", "-", "-", "-", goal, "", part.published,
+                         in_a_cell(f"{record['status']}: {record['says']}".removesuffix(": "))])
             continue
-        found = summary[name]
-        rows.append([name, f"{found['tokens_per_second']:,.0f}",
-                     f"{found['share_of_matrix_rate']:.1%}", f"{found['peak_memory_gib']:.2f}",
-                     f"{found['first_step_seconds']:.1f}", mark,
-                     runs[name][0].get("attention", "")])
-    return table(["case", "real tokens/s", "of the matrix rate", "peak GiB", "first step, s",
-                  "goal", "note"], rows)
+        speed = record["tokens_per_second"]
+        met = verdict(speed, 0 if rehearsal else part.goal)
+        rows.append([name, part.what, f"{speed:,.0f}", figure(record, "tflops", ".1f"),
+                     figure(record, "share_of_matrix_rate", ".1%"),
+                     figure(record, "peak_gib", ".1f"), goal, met, part.published,
+                     in_a_cell(record["says"])])
+    for name, (what, goal, published) in LONG.items():
+        why = "not measured by this version" if NEEDED_FOR_LONG in KEYS else "not built"
+        rows.append([name, what, "-", "-", "-", "-", goal, "", published, why])
+    return table(["row", "what", "tokens/s", "TFLOP/s", "of the card's rate", "peak GiB", "goal",
+                  "met", "published", "note"], rows)
 
 
-def compared(summary: dict) -> str:
-    """Ratios of the pairs of AGAINST where both ran."""
-    rows = [[ours, peer,
-             f"{summary[ours]['tokens_per_second'] / summary[peer]['tokens_per_second']:.2f}",
-             f"≥ {goal}" if goal else ""]
-            for ours, peer, goal in AGAINST if ours in summary and peer in summary]
-    if not rows:
-        return "nothing to compare with was measured"
-    return table(["case", "against", "ratio of tokens/s", "goal"], rows)
+def verdict(found: float | None, goal: float) -> str:
+    """Whether a goal is met, in a word; "" where there is none, or nothing was found."""
+    if not goal or found is None:
+        return ""
+    return "yes" if found >= goal else "no"
+
+
+def figure(record: dict, key: str, form: str) -> str:
+    return format(record[key], form) if key in record else "-"
+
+
+def ratios_table(records: dict) -> str:
+    found, rows = ratios(records), []
+    for ours, other, goal in RATIOS:
+        ratio = found.get(f"{ours} / {other}")
+        rows.append([ours, other, f"{ratio:.2f}" if ratio else "-", f"≥ {goal:g}" if goal else "",
+                     verdict(ratio, goal if records["card"].get("name") else 0)])
+    return table(["tokens/s of", "over", "ratio", "goal", "met"], rows)
+
+
+def commands_table(records: dict) -> str:
+    rows = [[name, f"`{record['command']}`" if record["command"] else "", record["seconds"],
+             record["date"], record["commit"]] for name, record in records.items()]
+    return table(["part", "command", "s", "date", "commit"], rows)
+
+
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the main cases, one round")
-    parser.add_argument("--only", help="names of cases, with commas between")
-    parser.add_argument("--times", type=int, default=3, help="rounds (default 3)")
-    parser.add_argument("--steps", type=int, default=16,
-                        help="optimizer steps of a run (default 16)")
-    parser.add_argument("--warm-up", type=int, default=6,
-                        help="steps that are not counted as steady (default 6)")
+    parser.add_argument("--all", action="store_true", help="all proofs, then all rows, on one card")
+    parser.add_argument("--cards", action="store_true", help="the parts for two cards or more")
+    parser.add_argument("--only", help="names of parts, with commas between")
+    parser.add_argument("--list", action="store_true", help="print the parts and end")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and rows of 128 tokens")
-    parser.add_argument("--limit", type=float, default=900,
-                        help="seconds that one run may take (default 900)")
-    parser.add_argument("--no-peer", action="store_true", help="measure this program alone")
-    parser.add_argument("--work", type=Path,
-                        help="where checkpoints are written (default: in memory)")
-    parser.add_argument("--results", type=Path, help="instead of bench/results")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, for --device cpu")
+    parser.add_argument("--budget", type=float, default=BUDGET,
+                        help=f"seconds for all parts together (default {BUDGET})")
+    parser.add_argument("--at-once", type=int, default=0,
+                        help=f"proofs that run at the same time (default {AT_ONCE}, CPU 1)")
+    parser.add_argument("--results", default=BENCH / "results",
+                        help="folder of the JSON and Markdown files (default bench/results)")
     asked = parser.parse_args(argv)
-    memory = Path("/dev/shm")
-    roomy = not asked.tiny and memory.is_dir() and shutil.disk_usage(memory).free > ROOM
-    usual = memory / "pocket-factory-bench" if roomy else BENCH / ".work" / "gpu"
-    asked.work = asked.work or usual
+    if not (asked.all or asked.cards or asked.only or asked.list):
+        parser.error("say what to run: --all, --cards (two cards or more), --only PARTS, or --list")
+    if asked.device == "cpu" and not (asked.tiny or asked.only):
+        parser.error("--device cpu is for the rehearsal: add --tiny")
+    asked.at_once = asked.at_once or (AT_ONCE if asked.device == "cuda" else 1)
     return asked
 
 
 def chosen(asked) -> list[str]:
-    """The names of the cases to run. Raises SystemExit for a name that is none."""
-    usual = [name for name, case in CASES.items() if case[4] or not asked.quick]
-    names = asked.only.split(",") if asked.only else usual
-    if unknown := [name for name in names if name not in CASES]:
-        raise SystemExit(
-            f"--only {', '.join(unknown)}: there is no such case. The cases: {', '.join(CASES)}"
-        )
-    return [name for name in names if CASES[name][0] == "ours" or not asked.no_peer]
+    """The names of the parts to run, in their order. Raises ValueError for an unknown one."""
+    names = set(PROOFS | SPEED) if asked.all else set()
+    names |= set(CARDS) if asked.cards else set()
+    for name in asked.only.split(",") if asked.only else []:
+        if name not in PARTS:
+            raise ValueError(f"--only {name}: there is no such part{did_you_mean(name, PARTS)}. "
+                             f"The parts: {', '.join(PARTS)}")
+        names.add(name)
+    return [name for name in PARTS if name in names and name not in FIRST]
 
 
-def main():
-    asked = parse_arguments()
+def check_packages():
+    """Raises ValueError with one sentence for packages that are not installed."""
+    missing = [package for module, package in PACKAGES.items()
+               if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not installed for {sys.executable}; all that "
+                         "bench/gpu.py needs is in requirements.txt: python -m pip install -r "
+                         "requirements.txt")
+
+
+def measure(asked) -> int:
+    """Run what is asked for; the number of parts that failed."""
     names = chosen(asked)
-    left_out = {name: why for name in names if (why := absent(name))}
-    try:
-        runs = in_turn({name: runner(name, asked) for name in names if name not in left_out},
-                       1 if asked.quick else asked.times)
-        worked = {name: good for name, found in runs.items()
-                  if (good := [run for run in found if "failed" not in run])}
-        known = facts(list(worked), asked)
-    finally:
-        shutil.rmtree(asked.work, ignore_errors=True)       # it may be in memory
-    for name, good in worked.items():
-        for run in good:
-            run["share_of_matrix_rate"] = (
-                run["tokens_per_second"] * known["flops"][name] / known["matrix_rate"]
-            )
-    summary = {name: medians(good) for name, good in worked.items()}
-    print(f"\nmatrix rate {known['matrix_rate'] / 1e12:.4g} TFLOP/s (bfloat16)")
-    print("", results_table(summary, runs, left_out), compared(summary), sep="\n\n")
-    for ours, peer in SIDE_BY_SIDE:
-        if ours in summary and peer in summary:
-            print("", f"{ours} and {peer}:", curves(worked[ours][0], worked[peer][0]), sep="\n")
-    packages = ("torch", "transformers", "peft", "flash_attn", "liger_kernel", "unsloth", "triton")
-    save("gpu", runs, versions={"both": versions_of(sys.executable, *packages)}, dtype="bfloat16",
-         seed=42, gpu=known["gpu"], left_out=left_out, matrix_rate=known["matrix_rate"],
-         flops_per_token=known["flops"],
-         settings={"steps": asked.steps, "warm_up": asked.warm_up,
-                   "cases": {name: CASES[name][2] for name in names}}, folder=asked.results)
-    if not asked.only and not asked.tiny:
-        command = [BENCH / "decode.py", "--device", asked.device, "--shape", "llama-3-8b"]
-        if asked.no_peer:
-            command.append("--no-peer")
-        if asked.results:
-            command += ["--results", asked.results]
-        child = run_child([sys.executable, *command], cwd=ROOT, must_work=False)
-        print("", "decoding:", child.text, sep="\n")
+    check_packages()
+    deadline = time.perf_counter() + asked.budget
+    card = run_one("card", asked, min(FIRST["card"].limit, asked.budget))
+    if card["status"] == "failed" and "name" not in card:
+        raise ValueError(f"the card cannot be asked: {card['says']}")
+    results = Results(asked, card)
+    print(card["says"], flush=True)
+    proofs = [name for name in names if name in PROOFS]
+    run_parts(proofs, asked, results, deadline, asked.at_once)
+    run_parts([name for name in names if name not in PROOFS], asked, results, deadline, 1)
+    print("", page(results.records), f"written to {results.path} and {results.markdown.name}",
+          sep="\n")
+    return sum(results.records[name]["status"] == "failed" for name in results.of_this_run)
+
+
+def main(argv: list[str]):
+    asked = parse_arguments(argv)
+    if asked.list:
+        print(table(["part", "what", "about s", "file"],
+                    [[name, part.what, part.usual, part.file] for name, part in PARTS.items()]))
+    elif measure(asked):
+        sys.exit(1)                 # some part failed; the page says which
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

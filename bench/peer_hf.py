@@ -1,4 +1,4 @@
-"""The peer of gpu.py: the run of a train.py yaml with transformers and peft, in a short plain loop.
+"""A train.py yaml run with transformers and peft, in a short plain loop: train.py's peer.
 
     python bench/peer_hf.py my.yaml                    rows packed or padded as in the yaml
     python bench/peer_hf.py my.yaml --kernels liger    with Liger's kernels, or unsloth's model
@@ -10,7 +10,7 @@ a batch, with a mask that separates the sequences. A yaml without packing gives 
 with an attention mask that most scripts use. Writes trainer_log.jsonl and all_results.json under
 the names that train.py uses.
 
-Requires: gpu.py, which runs it.
+Requires: gpu_proofs.py, which runs it.
 Next: data.py (what an example is).
 Sources: the documentation of transformers (padding-free batches), peft, Liger-Kernel, Unsloth.
 """

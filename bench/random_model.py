@@ -6,7 +6,7 @@ With --adapter, a LoRA adapter of that rank on all linear layers is written to D
 two programs start from the same numbers. Its B is zero.
 
 Requires: common.py beside this file.
-Next: cpu.py and gpu.py.
+Next: cpu.py and gpu_speed.py.
 Sources: the published config.json of the models that the shapes are named after.
 """
 import argparse
@@ -31,6 +31,13 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_si
 QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0,
         "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "bos_token_id": 151643,
         "eos_token_id": 151645}
+QWEN3_MOE = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"],
+             "vocab_size": 151936, "head_dim": 128, "rope_theta": 1000000.0,
+             "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "attention_bias": False,
+             "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768,
+             "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+             "router_aux_loss_coef": 0.001, "output_router_logits": False,
+             "bos_token_id": 151643, "eos_token_id": 151645}
 EVERY = {"hidden_act": "silu", "initializer_range": 0.02, "attention_dropout": 0.0,
          "tie_word_embeddings": False}
 # family, hidden_size, intermediate_size, layers, heads, key/value heads, changes of the family
@@ -42,6 +49,9 @@ SHAPES = {
     "qwen2.5-7b": (QWEN, 3584, 18944, 28, 28, 4, {"vocab_size": 152064}),
     "qwen2.5-0.5b": (QWEN, 896, 4864, 24, 14, 2,
                      {"vocab_size": 151936, "tie_word_embeddings": True}),
+    "qwen3-30b-a3b": (QWEN3_MOE, 2048, 6144, 48, 32, 4, {}),
+    "tiny-moe": (QWEN3_MOE, 64, 128, 2, 4, 2, {"head_dim": 16, "moe_intermediate_size": 32,
+                                               "num_experts": 8, "num_experts_per_tok": 2}),
 }
 
 
