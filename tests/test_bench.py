@@ -201,11 +201,13 @@ def test_rows_that_are_long_enough():
 def test_cpu_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "WORK", tmp_path / "work")
     monkeypatch.setattr(sys, "argv",
-                        ["cpu.py", "--tiny", "--no-peer", "--times", "1", "--steps", "4",
+                        ["cpu.py", "--tiny", "--no-peer", "--busy", "--times", "1", "--steps", "4",
                          "--warm-up", "1", "--results", str(tmp_path), *TEXT])
     cpu.main()
     [path] = tmp_path.glob("cpu-*.json")
-    [run] = json.loads(path.read_text())["runs"]["ours"]
+    runs = json.loads(path.read_text())["runs"]
+    [run], [busy] = runs["ours"], runs["ours, busy"]
+    assert busy["losses"] == run["losses"] and "busy / quiet" in capsys.readouterr().out
     # log 128,256
     assert len(run["losses"]) == 4 and run["losses"][0] == pytest.approx(11.76, abs=0.2)
     assert run["tokens_per_second"] > 0 and run["peak_bytes"] > 100 * MIB

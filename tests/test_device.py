@@ -2,12 +2,15 @@
 
 The guard is tested on the code of torch 2.4 that raises the NameError.
 """
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
 
 from runtime import device
+from tests.common import ROOT
 
 
 def test_pick_device(monkeypatch):
@@ -19,6 +22,58 @@ def test_pick_device(monkeypatch):
     assert device.pick_device(use_cpu=True).type == "cpu"
     with pytest.raises(ValueError, match="requests a GPU.*use_cpu: true"):
         device.pick_device()
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("files, cores", [
+    ({"cpu.max": "150000 100000\n"}, 2), ({"cpu.max": "max 100000\n"}, None),
+    ({"cpu.max": "20000 100000\n"}, 1), ({"cpu.max": "a b c"}, None), ({}, None),
+    ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+])
+def test_cores_of_a_container(files, cores, tmp_path, monkeypatch):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert device.cores_of_container(tmp_path) == cores
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    for name in ("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")        # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    device.share_cores(tmp_path)
+    assert os.environ.get("OMP_NUM_THREADS") == (cores and str(cores))
+    assert os.environ["GOMP_SPINCOUNT"] == device.SPINS
+
+
+def test_what_the_user_set_is_kept(tmp_path, monkeypatch):
+    (tmp_path / "cpu.max").write_text("100000 100000")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    device.share_cores(tmp_path)
+    assert os.environ["OMP_NUM_THREADS"] == "7" and "GOMP_SPINCOUNT" not in os.environ
+
+
+@pytest.mark.parametrize("script", ["train", "chat", "merge", "eval"])
+def test_it_is_set_before_torch_is_imported(script):
+    """libgomp reads it once, when torch loads it."""
+    code = (f"import sys, {script}\n"
+            "import builtins, os\n"
+            "assert os.environ['GOMP_SPINCOUNT'] == '1000'\n")
+    watch = ("import builtins, os\n"
+             "real = builtins.__import__\n"
+             "def watched(name, *rest):\n"
+             "    assert name != 'torch' or 'GOMP_SPINCOUNT' in os.environ, 'too late'\n"
+             "    return real(name, *rest)\n"
+             "builtins.__import__ = watched\n")
+    env = {name: value for name, value in os.environ.items()
+           if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", watch + code], cwd=ROOT, env=env, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- ROCm, DCU, amdsmi ---------------------------------------------------------------------------
