@@ -22,9 +22,11 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 # first: a missing package ends in a sentence
-from errors import did_you_mean
+from errors import did_you_mean, first_line
 
 import torch
 
@@ -44,6 +46,7 @@ GPU_ONLY = ("flash-attn", "torch-varlen", "sdpa-cudnn", "sdpa-efficient")
 CHECKED = (1, 7, 62, 128, 129, 520, 1)      # around the tile sizes of kernels, 64 and 128
 TIMED = (1024, 512, 257, 130, 62, 62, 1)    # 2048 tokens
 TIMED_ON_CPU = (128, 62, 33, 1)
+START_SECONDS = 180     # a child imports torch, perhaps from a slow disk, and opens the card
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Verdict:
     ms: float | None = None         # one layer: forward, and backward when training
     reason: str | None = None
     harmless: bool = True           # False: it ran and failed; try no other kernel in this process
+    tried_here: str | None = None   # why it was tried in the run's own process, on a GPU
 
 
 @dataclass
@@ -130,6 +134,7 @@ def pick_kernel(flash_attn: str = "auto", *, device, dtype: torch.dtype, **shape
     kernel = preferred_kernel(timings, problem)
     others = [f"{name} (ok, {ms:.3g} ms)" for name, ms in timings.items() if name != kernel]
     others += refusals_in_words(refused)
+    lines += own_process_note(verdicts)
     lines += mask_note(kernel, problem)
     why = ""
     if timings[kernel] > min(timings.values()):
@@ -156,6 +161,15 @@ def refusals_in_words(refused: dict[str, str]) -> list[str]:
         refused = {name: reason for name, reason in refused.items() if name not in SDPA}
         refused["sdpa-*"] = reasons.pop()
     return [f"{name} ({reason})" for name, reason in refused.items()]
+
+
+def own_process_note(verdicts: Sequence[Verdict]) -> list[str]:
+    """[a line] if kernels ran in the run's own process, as the card refused another, else []."""
+    reasons = [verdict.tried_here for verdict in verdicts if verdict.tried_here]
+    if not reasons:
+        return []
+    return [f"attention: the card admits no second process ({reasons[0]}): kernels are tried in "
+            "this one, which a faulty kernel would end; flash_attn: sdpa tries torch's own only"]
 
 
 def mask_note(kernel: str, problem: Problem) -> list[str]:
@@ -224,42 +238,86 @@ def old_flash_attn(problem: Problem) -> str | None:
 
 # ---- child processes -----------------------------------------------------------------------------
 
-def try_in_children(kernels: Sequence[str], problem: Problem, limit: int = 60) -> list[Verdict]:
+def try_in_children(kernels: Sequence[str], problem: Problem, limit: float = 60) -> list[Verdict]:
     """Verdicts from processes `python -m fast.attention_picker --probe JSON`.
 
     A child tries kernel after kernel and prints a JSON line for each. Errors of a GPU surface late
     and can come from an earlier kernel, so only the first kernel of a child is blamed. A child that
-    dies, fails or takes `limit` seconds is replaced by a new one, which starts with the kernel in
-    question.
+    dies, fails or takes `limit` seconds for a kernel is replaced by a new one, which starts with
+    the kernel in question. A card that admits one process only (exclusive compute mode) refuses
+    every child: the kernels are then tried in this process.
     """
     verdicts = []
     left = list(kernels)
     while left:
         text, ending = run_child(left, problem, limit)
+        if refusal := no_card(text):
+            tried = [try_here(name, problem) for name in left]
+            return verdicts + [replace(verdict, tried_here=refusal) for verdict in tried]
         found = read_verdicts(text, left) or [Verdict(left[0], reason=ending)]
         verdicts += found
         left = left[len(found):]
     return verdicts
 
 
-def run_child(kernels: list[str], problem: Problem, limit: int) -> tuple[str, str]:
-    """(what a child printed, how it ended)."""
+def run_child(kernels: list[str], problem: Problem, limit: float) -> tuple[str, str]:
+    """(what a child printed, how it ended). limit: seconds for each kernel, after the imports."""
     probe = json.dumps({"kernels": kernels, "problem": asdict(problem)})
     child = subprocess.Popen(
         [sys.executable, "-m", "fast.attention_picker", "--probe", probe],
         cwd=Path(__file__).parent.parent, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    printed, errors = lines_as_they_come(child.stdout), lines_as_they_come(child.stderr)
+    text = ""
+    seconds = START_SECONDS
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            line = printed.get(timeout=max(0, end - time.monotonic()))
+        except Empty:
+            child.kill()    # no wait: a process stuck in a GPU driver may never end
+            return text, f"no answer within {seconds} s"
+        if line is None:
+            return text, how_it_ended(child, errors, limit)
+        text += line
+        if line.startswith("{"):                    # that it is ready, or a verdict
+            seconds = limit
+            end = time.monotonic() + seconds
+
+
+def lines_as_they_come(stream) -> SimpleQueue:
+    """The lines of a pipe as they come, then None, read by a thread: get can time out."""
+    lines = SimpleQueue()
+
+    def read():
+        for line in stream:
+            lines.put(line.decode(errors="replace"))
+        lines.put(None)
+
+    Thread(target=read, daemon=True).start()
+    return lines
+
+
+def how_it_ended(child, errors: SimpleQueue, limit: float) -> str:
+    """Why a child that prints nothing more has not given all verdicts, in words."""
     try:
-        out, err = child.communicate(timeout=limit)
-    except subprocess.TimeoutExpired as late:
-        child.kill()    # no wait: a process stuck in a GPU driver may never end
-        return (late.stdout or b"").decode(errors="replace"), f"no answer within {limit} s"
-    if child.returncode < 0:
-        ending = f"crashed: {signal.strsignal(-child.returncode)}"
-    else:
-        last_line = (err.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
-        ending = f"exit code {child.returncode}: {last_line[:160]}"
-    return out.decode(errors="replace"), ending
+        code = child.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return f"did not end within {limit} s"
+    if code < 0:
+        return f"crashed: {signal.strsignal(-code)}"
+    lines = [line.strip() for line in iter(errors.get, None)]
+    last_line = ([line for line in lines if line] or ["no message"])[-1]
+    return f"exit code {code}: {last_line[:160]}"
+
+
+def no_card(text: str) -> str | None:
+    """The reason why a child could not use the card, from its output; None if it could."""
+    for line in text.splitlines():
+        if line.startswith('{"no_card": '):
+            return json.loads(line)["no_card"]
+    return None
 
 
 def read_verdicts(text: str, expected: list[str]) -> list[Verdict]:
@@ -276,10 +334,22 @@ def read_verdicts(text: str, expected: list[str]) -> list[Verdict]:
 
 
 def answer_probe(probe: str):
-    """In the child: print a verdict per line; end after the first kernel that is not harmless."""
+    """In the child: print that it is ready, then a verdict per line.
+
+    It ends after the first kernel that is not harmless.
+    """
     probe = json.loads(probe)
+    problem = Problem(**probe["problem"])
+    if problem.on_gpu:
+        try:            # Triton starts kernels on the current device, at first cuda:0
+            torch.cuda.set_device(problem.device)
+            torch.zeros(1, device=problem.device)
+        except RuntimeError as error:
+            print(json.dumps({"no_card": first_line(error)}), flush=True)
+            return
+    print(json.dumps({"ready": True}), flush=True)
     for i, kernel in enumerate(probe["kernels"]):
-        verdict = try_here(kernel, Problem(**probe["problem"]))
+        verdict = try_here(kernel, problem)
         if verdict.harmless or i == 0:
             print(json.dumps(asdict(verdict)), flush=True)
         if not verdict.harmless:

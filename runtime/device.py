@@ -90,7 +90,10 @@ def pick_device(use_cpu: bool = False) -> torch.device:
         return torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        growing = use_growing_segments()
         torch.cuda.set_device(device)
+        if growing:
+            try_growing_segments(device)
         return device
     requested = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES")
     if requested not in (None, "", "-1"):
@@ -98,3 +101,45 @@ def pick_device(use_cpu: bool = False) -> torch.device:
             f"…_VISIBLE_DEVICES={requested} requests a GPU, but torch {torch.__version__} finds "
             "none: check the driver and that torch is a CUDA or ROCm build, or set use_cpu: true")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# ---- memory of a GPU ----------------------------------------------------------------------------
+
+# where a user gives torch settings for the memory of a GPU; newer releases read the last name too
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def use_growing_segments() -> bool:
+    """Ask torch for segments that grow, before it is used on a GPU; whether that was done.
+
+    Micro-batches differ in length. In segments of fixed size each length leaves holes that the next
+    one does not fit, and a plan that fills the card runs out of memory. Not on ROCm or Windows,
+    where torch has no such segments, and not where the user has chosen settings.
+    """
+    chosen = any(os.environ.get(name) for name in ALLOCATOR_SETTINGS)
+    if chosen or torch.version.cuda is None or sys.platform != "linux":
+        return False
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return True
+
+
+def try_growing_segments(device: torch.device):
+    """Allocate once; where the driver refuses (some virtual cards), return to fixed segments."""
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:
+        del os.environ["PYTORCH_CUDA_ALLOC_CONF"]
+        torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
+# what libraries say when the memory of a GPU is full; torch raises OutOfMemoryError for its own
+FULL = ("can't allocate memory", "CUDA error: out of memory", "CUDA driver error: out of memory",
+        "HIP error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIPBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether this is an error of torch, a library or the system about too little memory."""
+    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in FULL)

@@ -17,6 +17,7 @@ from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import ADAPTERS, Config
+from runtime.device import out_of_memory
 from runtime.precision import requested_format
 from runtime.resize_vocab import resized_beside, trained_on
 from text.tokenizer import read_json
@@ -173,7 +174,9 @@ def explained_out_of_memory(device: torch.device) -> Iterator[None]:
     """Turn torch's error for a full GPU into a sentence that says what to do."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if device.type != "cuda" or not out_of_memory(error):
+            raise
         free, total = (amount / 2**30 for amount in torch.cuda.mem_get_info(device))
         raise ValueError(
             f"the GPU is out of memory ({free:.1f} of {total:.1f} GiB free): stop other programs "

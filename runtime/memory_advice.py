@@ -284,13 +284,6 @@ CHANGES = (
 # ---- out of memory ------------------------------------------------------------------------------
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether this is an error of torch or the operating system about too little memory."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error)
-
-
 def explain_oom(error: BaseException, plan: Plan, free_bytes: int | None, config: Config) -> str:
     """A message with the error, the plan, and the smallest changes that would probably fit.
 

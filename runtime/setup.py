@@ -36,7 +36,8 @@ from rope import LENGTH_DEPENDENT
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
                             memory_plan, plan_lines)
-from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory
+from runtime.device import out_of_memory
+from runtime.memory_advice import advice, available_bytes, explain_oom
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
 from runtime.resize_vocab import RESIZED_BASE, resized_base, tables_trained_in_full

@@ -5,8 +5,10 @@ GPUs, ROCm, Hygon DCU, and good and bad versions of flash-attn are imitated by f
 import json
 import re
 import sys
+import time
 import types
 import warnings
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -240,9 +242,12 @@ class Child:
         Child.orders.append(json.loads(command[4])["kernels"])
         self.returncode, self.lines = Child.script.pop(0)
 
-    def communicate(self, timeout):
-        error = "Traceback\nOSError: libgalaxyhip.so.5: cannot open shared object file"
-        return "\n".join(self.lines).encode(), error.encode()
+        error = "Traceback\nOSError: libgalaxyhip.so.5: cannot open shared object file\n"
+        self.stdout = [line.encode() + b"\n" for line in self.lines]
+        self.stderr = error.encode().splitlines(True)
+
+    def wait(self, timeout):
+        return self.returncode
 
 
 def test_only_the_kernel_that_ran_is_blamed_for_a_crash(monkeypatch):
@@ -280,9 +285,53 @@ def test_a_child_stops_after_a_kernel_that_may_have_done_harm(monkeypatch, capsy
     )
     attention_picker.answer_probe(json.dumps({"kernels": ["sdpa-flash", "plain"], **order}))
     assert tried == ["sdpa-math", "sdpa-flash", "sdpa-flash"]
-    assert [json.loads(line)["kernel"] for line in capsys.readouterr().out.splitlines()] == [
-        "sdpa-math", "sdpa-flash"
-    ]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed.pop(0) == printed.pop(1) == {"ready": True}
+    assert [verdict["kernel"] for verdict in printed] == ["sdpa-math", "sdpa-flash"]
+
+
+def test_each_kernel_has_the_limit_for_itself(monkeypatch, tmp_path):
+    """Together they take longer than it; what the imports take is not counted."""
+    install(tmp_path, monkeypatch, "import time\ntime.sleep(1.5)\nraise ImportError('late')\n")
+    started = time.monotonic()
+    names = ["flash-attn"] * 3
+    problem = attention_picker.Problem("cpu", "float32", 8, 2, 1)
+    verdicts = attention_picker.try_in_children(names, problem, limit=4)
+    assert [verdict.reason for verdict in verdicts] == ["ImportError: late"] * 3
+    assert time.monotonic() - started > 4.5
+
+
+def test_a_child_uses_the_card_of_its_rank(monkeypatch, capsys):
+    """Triton's kernels run on the current device, which is the first until another is set."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: done.append(device))
+    monkeypatch.setattr(attention_picker, "try_here", lambda kernel, problem:
+                        done.append(kernel) or attention_picker.Verdict(kernel, ms=1.0))
+    problem = attention_picker.Problem("cuda:3", "bfloat16", 64, 4, 2)
+    probe = json.dumps({"kernels": ["plain"], "problem": asdict(problem)})
+    attention_picker.answer_probe(probe)
+    assert done == ["cuda:3", "cuda:3", "plain"]
+    capsys.readouterr()
+
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    attention_picker.answer_probe(probe)
+    refusal = capsys.readouterr().out
+    assert attention_picker.no_card(refusal).endswith("is/are busy or unavailable")
+
+
+def test_a_card_in_exclusive_mode_has_its_kernels_tried_here(monkeypatch):
+    busy = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+    Child.script, Child.orders = [(0, [json.dumps({"no_card": busy})])], []
+    monkeypatch.setattr(attention_picker.subprocess, "Popen", Child)
+    monkeypatch.setattr(attention_picker, "try_here", lambda name, problem:
+                        attention_picker.Verdict(name, ms=1.0 if name == "plain" else 0.1))
+    monkeypatch.setattr(attention_picker, "version_of", lambda package: None)
+    choice = attention_picker.pick_kernel("sdpa", device="cuda:0", dtype=torch.float16, **SHAPE)
+    assert choice.timings[choice.kernel] == 0.1 and len(Child.orders) == 1
+    assert choice.lines[-2].startswith(f"attention: the card admits no second process ({busy})")
 
 
 # ---- pick_kernel ---------------------------------------------------------------------------------

@@ -76,6 +76,53 @@ def test_it_is_set_before_torch_is_imported(script):
     assert done.returncode == 0, done.stderr
 
 
+# ---- memory of a GPU -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A CUDA build of torch that finds a card; the events are its calls."""
+    events = []
+    for name in device.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.version, "cuda", "12.1")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: events.append(
+        ("set_device", os.environ.get("PYTORCH_CUDA_ALLOC_CONF"))))
+    monkeypatch.setattr(torch, "empty", lambda n, device: events.append("empty"))
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", events.append)
+    yield events
+    os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)         # before monkeypatch restores it
+
+
+def test_segments_grow_unless_the_user_has_chosen(card, monkeypatch):
+    """The setting must be there before the first use of the card, which is set_device."""
+    device.pick_device()
+    assert card == [("set_device", "expandable_segments:True"), "empty"]
+    for name in device.ALLOCATOR_SETTINGS:
+        card.clear()
+        os.environ.pop("PYTORCH_CUDA_ALLOC_CONF", None)
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        device.pick_device()
+        assert len(card) == 1 and "expandable" not in str(card)
+        monkeypatch.delenv(name)
+
+
+def test_segments_do_not_grow_on_rocm_or_where_the_driver_refuses(card, monkeypatch):
+    def refused(n, device):
+        raise RuntimeError("CUDA driver error: operation not supported")
+    monkeypatch.setattr(torch, "empty", refused)
+    device.pick_device()
+    assert card[1:] == ["expandable_segments:False"]
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    card.clear()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    device.pick_device()
+    assert card == [("set_device", None)]
+
+
 # ---- ROCm, DCU, amdsmi ---------------------------------------------------------------------------
 
 FAKE_TORCH = {  # the part of torch 2.4 for ROCm that fails

@@ -97,3 +97,16 @@ def test_a_train_config_that_is_nested_too_deeply_is_named(tmp_path):
     (tmp_path / "train_config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="train_config.json: not JSON"):
         finished.as_trained(settings(), [tmp_path])
+
+
+@pytest.mark.parametrize("words", ("CUDA error: out of memory", "CUDA out of memory.",
+                                   "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"))
+def test_a_full_card_is_explained_whoever_says_it(monkeypatch, words):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
+    raised = torch.cuda.OutOfMemoryError if "CUDA out" in words else RuntimeError
+    with pytest.raises(ValueError, match=r"the GPU is out of memory \(1.0 of 80.0 GiB free\)"):
+        with finished.explained_out_of_memory(torch.device("cuda")):
+            raise raised(words)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        with finished.explained_out_of_memory(torch.device("cuda")):
+            raise RuntimeError("shapes differ")

@@ -6,7 +6,8 @@ import torch
 
 from config import Config
 from runtime.memory import USABLE, Workload, memory_plan
-from runtime.memory_advice import advice, available_bytes, explain_oom, out_of_memory, truncate_row
+from runtime.device import out_of_memory
+from runtime.memory_advice import advice, available_bytes, explain_oom, truncate_row
 from tests.test_memory import F32, long_run
 from tests.tiny_models import small_config
 
@@ -132,6 +133,10 @@ def test_the_message_when_memory_runs_out():
     assert out_of_memory(found.value)
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert out_of_memory(MemoryError())
+    for words in ("CUDA error: out of memory\nCUDA kernel errors might be reported later",
+                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                  "HIP error: out of memory"):
+        assert out_of_memory(RuntimeError(words))
     assert not out_of_memory(RuntimeError("shapes differ"))
     plan, config = long_run()
     for available in (None, plan.total // 2, 10 * plan.total):  # also where the plan was too low
