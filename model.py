@@ -254,7 +254,13 @@ class Block(nn.Module):
 
     def forward(self, x, ctx: ForwardContext):
         """(B, T, D) -> (B, T, D)."""
-        x = x + self.after_attention_norm(self.self_attn(self.input_layernorm(x), ctx))
+        x = self.add_attention(x, ctx)
+        return self.add_mlp(x, ctx)
+
+    def add_attention(self, x, ctx: ForwardContext):
+        return x + self.after_attention_norm(self.self_attn(self.input_layernorm(x), ctx))
+
+    def add_mlp(self, x, ctx: ForwardContext):
         return x + self.after_mlp_norm(self.mlp(self.post_attention_layernorm(x), ctx))
 
 

@@ -60,23 +60,29 @@ def unfuse(block: Block):
     """Restore the forward of model.py."""
     for module in block.modules():
         if isinstance(module, (Block, MLP)):
-            module.__dict__.pop("forward", None)
+            for name in ("forward", "add_attention", "add_mlp"):
+                module.__dict__.pop(name, None)
 
 
 def fuse(block: Block, matmul: Callable, level: str):
-    """Replace the forward of a block, and of the MLPs of its experts."""
+    """Replace both halves of a block, and the forward of the MLPs of its experts."""
     recompute = level == "mlp"
-    block.forward = partial(block_forward, block, matmul, recompute)
+    block.add_attention = partial(fused_attention, block, matmul)
+    block.add_mlp = partial(fused_mlp, block, matmul, recompute)
     if isinstance(block.mlp, MoE):
         for module in block.mlp.modules():
             if isinstance(module, MLP):
                 module.forward = partial(mlp_forward, module, matmul, recompute, IDENTITY)
 
 
-def block_forward(block: Block, matmul: Callable, recompute: bool, x, ctx: ForwardContext):
-    """Block.forward; the norms, in front of linear layers, are inside their functions."""
+def fused_attention(block: Block, matmul: Callable, x, ctx: ForwardContext):
+    """Block.add_attention; the norms, in front of linear layers, are inside their functions."""
     h = attention_forward(block.self_attn, matmul, block.input_layernorm, x, ctx)
-    x = x + block.after_attention_norm(h)
+    return x + block.after_attention_norm(h)
+
+
+def fused_mlp(block: Block, matmul: Callable, recompute: bool, x, ctx: ForwardContext):
+    """Block.add_mlp."""
     norm = block.post_attention_layernorm
     if isinstance(block.mlp, MoE):
         h = block.mlp(norm(x), ctx)
