@@ -120,6 +120,10 @@ class Config:
     flash_attn: str = key("auto", FREE,
         "attention kernel (auto: the fastest correct one; disabled: the plain implementation)",
         choices=("auto", "disabled", "sdpa", "fa2"), later=("fa3",))
+    rope_scaling: str | None = key(None, FIXED,
+        "stretch the positions of the base by cutoff_len / max_position_embeddings, rounded up; "
+        "chat, evaluation and merging follow the training (without one: by 2)",
+        choices=("linear", "dynamic", "yarn", "llama3"))
     pin_kernels: dict[str, str] = key({}, FREE,
         "compute with these and not with the fastest at the run's first start: "
         "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch", own=True)
@@ -618,11 +622,6 @@ REFUSED = (
     ("train", "pref_bco_weight ld_alpha ref_model_quantization_bit",
      "not in this release; pref_loss, pref_beta and pref_ftx are, and ref_model in the precision "
      "of the base"),
-    ("any", "rope_scaling",
-     "not in this release as a key; write it into the checkpoint's config.json, where training, "
-     "chat and merging alike apply it, as \"rope_scaling\": {\"rope_type\": \"yarn\", "
-     "\"factor\": 2.0, \"original_max_position_embeddings\": 4096} (linear, dynamic, yarn, "
-     "llama3)"),
     ("train", "ignore_pad_token_for_loss=true", "padding never carries loss here"),
     ("train", "group_by_length train_sampling_strategy=random",
      "rows are shuffled or, with disable_shuffling: true, in their order; no padding is computed "

@@ -488,16 +488,29 @@ QUANTIZATIONS = {
 
 # ---- reading -------------------------------------------------------------------------------------
 
+CHANGES: dict[Path, dict] = {}      # fields that a setting of this process puts over config.json's
+
+
+def change_config_json(folder, fields: dict | None) -> dict:
+    """Let read_config_json give these fields for a folder ({}: the file's); None changes nothing.
+
+    Returns the changes in force. The file stays as it is.
+    """
+    path = Path(folder).resolve()
+    if fields is not None:
+        CHANGES[path] = fields
+    return CHANGES.get(path, {})
+
 
 def read_config_json(folder) -> dict:
-    """The raw config.json of a checkpoint folder.
+    """The raw config.json of a checkpoint folder, with the changes of change_config_json.
 
     Raises FileNotFoundError or ValueError that name the file.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(explain_missing_config(Path(folder), path))
-    return read_json_object(path, "fetch the file again")
+    return read_json_object(path, "fetch the file again") | change_config_json(folder, None)
 
 
 def read_json_object(path: Path, advice: str) -> dict:

@@ -53,7 +53,7 @@ from checkpoint.value_head import VALUE_HEAD
 from evals.compare import compare_losses
 from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
-from runtime.finished import as_trained
+from runtime.finished import as_trained, scale_rope_as_trained
 from runtime.gptq_export import GPTQExport, open_export
 from runtime.resize_vocab import resized_beside, trained_on
 from runtime.merge_plan import Change, Planned, plan_tensors
@@ -93,6 +93,8 @@ def main(argv):
         adapters.append(find_checkpoint(name, cache_dir=config.cache_dir))
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
+    for note in scale_rope_as_trained(config, base, adapters):
+        print(f"note      {note}")
     quantizer = open_export(config, base, adapters, device) if config.export_quantization_bit \
         else None
     quant_format, description = format_to_merge(config, base, adapters)

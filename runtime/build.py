@@ -35,6 +35,7 @@ from parallel import Gradients, Ranks
 from runtime.kernels import new_optimizer, use_fp8, use_kernels
 from runtime.offload import EmbeddingOutside, embedding_may_stay_outside
 from runtime.precision import half_dtype, requested_format
+from runtime.rope_scaling import scale_rope
 from runtime.setup import Base, Setup, needs_second_model
 from scale import fsdp
 
@@ -216,6 +217,7 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
     quant_format = requested_format(config)
     if config.ref_model:
         folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
+        scale_rope(config.rope_scaling, config.cutoff_len, folder)
         adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
                     for name in config.ref_model_adapters or []]
         quant_format = None

@@ -20,6 +20,7 @@ from config import ADAPTERS, Config
 from runtime.device import out_of_memory
 from runtime.precision import requested_format
 from runtime.resize_vocab import resized_beside, trained_on
+from runtime.rope_scaling import scale_rope
 from text.tokenizer import read_json
 
 # keys of the config that change how a conversation is rendered
@@ -30,8 +31,38 @@ QUANTIZATION_KEYS = (
     "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
 
 
+ROPE_KEYS = ("rope_scaling", "cutoff_len")
+
+
 def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
     """Find the base folder and the adapter folders; the two strings are remarks about each of them.
+
+    From then on the base is read with the rope_scaling of the training.
+    """
+    base, adapters, (on_base, on_adapters) = find_folders(config)
+    notes = scale_rope_as_trained(config, base, adapters)
+    return base, adapters, (on_base + "".join(f" ({note})" for note in notes), on_adapters)
+
+
+def scale_rope_as_trained(config: Config, base: Path, adapters: list[Path]) -> list[str]:
+    """Read the base with the rope_scaling of the last adapter's training; returns notes.
+
+    A full model has it in its config.json. Where no training is known, the config's own key counts.
+    """
+    stored = stored_settings(adapters[-1] if adapters else base, ROPE_KEYS)
+    if "rope_scaling" not in stored:
+        return scale_rope(config.rope_scaling, config.given.get("cutoff_len"), base)
+    if not adapters:
+        return scale_rope(None, None, base)
+    notes = scale_rope(stored["rope_scaling"], stored.get("cutoff_len"), base)
+    if config.given.get("rope_scaling", stored["rope_scaling"]) != stored["rope_scaling"]:
+        notes.append(f"rope_scaling: {config.rope_scaling} is not used: the adapter was trained "
+                     f"with {stored['rope_scaling'] or 'none'}")
+    return notes
+
+
+def find_folders(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
+    """The folders of find_weights, and what is to be said of each.
 
     Folders named in the config come first, then the finished training in its output_dir.
     """
@@ -118,7 +149,7 @@ def stored_settings(folder: Path, keys: tuple[str, ...]) -> dict:
         if type(value).__name__.replace("NoneType", "None") not in spec.type.split(" | "):
             raise ValueError(f"{path}: {spec.name}: {value!r:.60} is not {spec.type}. Correct it, "
                              "or take the folder of an intact run")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise ValueError(f"{path}: {spec.name}: {value!r:.60} is none of {', '.join(choices)}")
         found[spec.name] = value
     return found

@@ -47,6 +47,7 @@ from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, p
 from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, find_resume,
                             on_resume, record_stop, prepare_output, remove_old_checkpoints,
                             check_disk_space, usable_best)
+from runtime.rope_scaling import scaled_fields
 from runtime.sample_answers import answers_to, print_before_after
 from runtime.setup import Base, Setup
 from runtime.steps import Step, StepPlan
@@ -635,7 +636,11 @@ class Run:
             return []
         if differs := why_peft_differs(self.model, self.setup.lora):
             print(f"warning   {differs}")
-        return notes_on_peft(self.model, self.setup.lora, converted=self.config.pissa_convert)
+        notes = notes_on_peft(self.model, self.setup.lora, converted=self.config.pissa_convert)
+        if fields := scaled_fields(self.base.folder):
+            notes.append("It was trained with `rope_scaling`: its base needs "
+                         f"`{json.dumps(fields)}` in its config.json (merge.py writes that).")
+        return notes
 
     def start_predictions(self, argv: list[str]):
         """Replace this process, so that its memory is free, by eval.py."""

@@ -41,6 +41,7 @@ from runtime.memory_advice import advice, available_bytes, explain_oom
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
 from runtime.resize_vocab import RESIZED_BASE, resized_base, tables_trained_in_full
+from runtime.rope_scaling import other_scaling, scale_rope
 from runtime.show_data import print_counts, print_example
 from runtime.steps import StepPlan
 from text.token_cache import kept_in, load_examples
@@ -78,6 +79,8 @@ def find_base(config, ranks: Ranks) -> Base:
         adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
                     for name in config.adapter_name_or_path or []]
     folder = resized_base(config, folder, adapters, ranks)
+    config.notes.extend(scale_rope(config.rope_scaling, config.cutoff_len, folder))
+    config.notes.extend(other_scaling(config.rope_scaling, adapters))
     model_config = read_model_config(folder)
     name = str(folder) if folder.name == RESIZED_BASE else config.model_name_or_path
     return Base(folder, adapters, model_config, quant_formats(config, folder, adapters), name)

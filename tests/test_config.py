@@ -130,7 +130,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     ("channel", "apollo_scale_type"),
     (False, "use_apollo apollo_scale_front apollo_layerwise use_badam"),
     ("layer", "badam_mode"),
-    (None, "badam_start_block export_quantization_bit export_quantization_dataset"),
+    (None, "rope_scaling badam_start_block export_quantization_bit export_quantization_dataset"),
     ("ascending", "badam_switch_mode"),
     (50, "badam_switch_interval"),
     (0.05, "badam_update_ratio"),

@@ -146,6 +146,7 @@ def test_every_setting_that_changes_rows_is_in_the_key():
         badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode fp8
         oft_rank oft_block_size oft_target module_dropout resize_vocab add_tokens
         add_special_tokens new_special_tokens_config init_special_tokens
+        rope_scaling
     """.split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last",
                     "even_batches"}
