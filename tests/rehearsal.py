@@ -260,8 +260,13 @@ def check_copy(record: Record, target, source, non_blocking: bool):
         return
     host_side = source if is_gpu(target) else target
     to = "to" if is_gpu(target) else "from"
-    is_planned = non_blocking and getattr(host_side, "in_pinned_memory", False)
+    is_planned = non_blocking and in_pinned_memory(host_side)
     record.note("planned" if is_planned else "copy", f"a copy {to} the GPU")
+
+
+def in_pinned_memory(x) -> bool:
+    """Whether a tensor of the CPU is page-locked, or a view of one that is."""
+    return any(getattr(each, "in_pinned_memory", False) for each in (x, x._base))
 
 
 def check_index(record: Record, name: str, args):
@@ -307,7 +312,7 @@ def move(record: Record, x, device, non_blocking: bool):
     """A copy of a tensor on the other device; x itself if it is there."""
     if device is None or wants_gpu(device) == is_gpu(x) or torch.device(device).type == "meta":
         return x
-    is_planned = non_blocking and not is_gpu(x) and getattr(x, "in_pinned_memory", False)
+    is_planned = non_blocking and not is_gpu(x) and in_pinned_memory(x)
     record.note("planned" if is_planned else "copy",
                 "a copy from the GPU" if is_gpu(x) else "a copy to the GPU")
     if x.requires_grad and torch.is_grad_enabled():
@@ -420,7 +425,7 @@ class Rehearsal(TorchFunctionMode):
         return pinned
 
     def do_is_pinned(self, func, x, args, kwargs):
-        return getattr(x, "in_pinned_memory", False)
+        return in_pinned_memory(x)
 
     def do_get_device(self, func, x, args, kwargs):
         return 0 if is_gpu(x) else -1
