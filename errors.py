@@ -30,13 +30,16 @@ LOST_RANK_MESSAGES = (
 
 def nearest_names(name: str, names: Iterable[str], count: int = 4,
                   similarity: float = 0.6) -> list[str]:
-    """The most similar of names, at most `count`, the nearest first.
+    """The most similar of names, at most `count`, the nearest first; equally near ones as sorted.
 
     similarity: the least that counts, 0 to 1.
     """
     import difflib      # only after a mistake: a script should answer at once
 
-    return difflib.get_close_matches(name, list(names), n=count, cutoff=similarity)
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=max(1, len(names)), cutoff=similarity)
+    ratios = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in near}
+    return sorted(ratios, key=lambda other: (-ratios[other], other))[:count]
 
 
 def nearest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> str | None:

@@ -1,8 +1,8 @@
 """Training losses: a sum over a known count, never an average of averages.
 
-The supervised tokens of a whole optimizer step are counted first (N, over all micro-batches and
-ranks); each micro-batch then adds its loss *sum* / N. The gradient therefore does not depend on how
-the step was split into micro-batches.
+The supervised tokens of a whole optimizer step are counted first (num_items, over all micro-batches
+and ranks); each micro-batch then adds its loss *sum* / num_items. The gradient therefore does not
+depend on how the step was split into micro-batches.
 
 The head is applied to supervised positions only, chunk by chunk, and its gradient is formed in the
 same pass as the loss, so a (tokens x vocabulary) tensor never exists. Each of these functions has a
@@ -90,7 +90,7 @@ class _CrossEntropySum(torch.autograd.Function):
         d_hidden = None
         if dh is not None:
             d_hidden = dh.new_zeros(ctx.shape)
-            # in float32: grad is 1 / N, and rounding it to 16 bits would rescale every gradient
+            # in float32: grad is 1 / num_items, whose rounding would rescale every gradient
             d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
         d_weight = None if dW is None else dW * grad
         return d_hidden, d_weight, None, None, None

@@ -62,20 +62,26 @@ def is_projected(name: str, p, config) -> bool:
     return any(part in name for part in config.apollo_target)
 
 
+def rank_of(p, group) -> int:
+    """Rows of the projection: singular directions are no more than the shorter side has."""
+    return min(group["rank"], *p.shape) if group["proj"] == "svd" else group["rank"]
+
+
 def apollo_state(p, group):
     m, n = p.shape
-    low = p.new_zeros((m, group["rank"]) if m >= n else (group["rank"], n))
+    r = rank_of(p, group)
+    low = p.new_zeros((m, r) if m >= n else (r, n))
     return {
         "step": torch.zeros(()),                # on the CPU, where reading it does not wait
         "low_avg": low,
         "low_avg_sq": low.clone(),
-        "projection": p.new_zeros((group["rank"], n) if m >= n else (m, group["rank"])),
+        "projection": p.new_zeros((r, n) if m >= n else (m, r)),
         "norm": torch.zeros((), device=p.device),
     }
 
 
 def apollo_state_bytes(p, group):
-    return 16 + group["rank"] * (2 * max(p.shape) + min(p.shape)) * p.itemsize
+    return 16 + rank_of(p, group) * (2 * max(p.shape) + min(p.shape)) * p.itemsize
 
 
 def apollo(params, states, group):

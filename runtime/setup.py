@@ -38,6 +38,7 @@ from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows
                             memory_plan, plan_lines)
 from runtime.device import out_of_memory
 from runtime.memory_advice import advice, available_bytes, explain_oom
+from runtime.odd_sizes import check_start_block, notes_on_sizes
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
 from runtime.resize_vocab import RESIZED_BASE, resized_base, tables_trained_in_full
@@ -82,6 +83,7 @@ def find_base(config, ranks: Ranks) -> Base:
     config.notes.extend(scale_rope(config.rope_scaling, config.cutoff_len, folder))
     config.notes.extend(other_scaling(config.rope_scaling, adapters))
     model_config = read_model_config(folder)
+    check_start_block(config, model_config)
     name = str(folder) if folder.name == RESIZED_BASE else config.model_name_or_path
     return Base(folder, adapters, model_config, quant_formats(config, folder, adapters), name)
 
@@ -219,10 +221,13 @@ class Setup:
     free_bytes: int | None          # of the device, the least of all ranks
     max_tokens_per_pass: int        # of merged micro-batches; 0: each alone
     numbers: dict                   # parameters, steps, ...
+    notes: list                     # on sizes that do not fit, see runtime/odd_sizes.py
 
     def report(self) -> str:
         """The plan as a page of text."""
-        page = [format_pairs("plan", self.numbers), *self.kernels.lines, ""]
+        page = [format_pairs("plan", self.numbers)]
+        page += [f"  note: {note}" for note in self.notes]
+        page += [*self.kernels.lines, ""]
         page += plan_lines(self.memory, self.free_bytes)
         for line in advice(self.memory, self.free_bytes, self.config):
             page.append(f"  would fit: {line}")
@@ -269,6 +274,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         free_bytes=free_bytes,
         max_tokens_per_pass=max_tokens,
         numbers=plan_numbers(config, plan, memory, dtype),
+        notes=notes_on_sizes(config, memory.workload.model, lora, plan),
     )
 
 

@@ -41,6 +41,15 @@ def test_moments_have_the_rank_and_the_longer_side():
     assert TINY["intermediate_size"] == 48
 
 
+def test_a_rank_above_the_shorter_side_takes_all_its_directions():
+    model, optimizer = made(apollo_proj="svd", apollo_rank=999)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state[model.model.layers[0].mlp.down_proj.weight]     # (32, 48)
+    assert state["low_avg"].shape == (32, 48) and state["projection"].shape == (32, 32)
+
+
 def test_each_matrix_and_each_interval_has_another_projection():
     model, optimizer = made(apollo_update_interval=2)
     matrices = [model.model.layers[i].mlp.up_proj.weight for i in (0, 1)]

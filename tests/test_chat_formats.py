@@ -169,3 +169,8 @@ def test_a_custom_format_writes_the_chat_template(tmp_path):
     assert why == "as the config says"
     fit_tokenizer(template, tokenizer)
     assert "<u>" in tokenizer.chat_template and check_template(template, tokenizer) == []
+
+
+def test_equally_near_names_come_in_their_order():
+    with pytest.raises(ValueError, match=r"did you mean 'llama2', 'llama3', 'llama4', "):
+        find_template("llama")

@@ -2,7 +2,9 @@
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import zlib
@@ -213,7 +215,7 @@ def test_a_kill_in_the_middle_leaves_no_cache(tmp_path, moment, whole):
     assert done.returncode == (-signal.SIGKILL if moment else 0)
     assert (token_cache.read_about(folder, {"a": "1"})[0] is not None) is whole
     with token_cache.new_cache(folder) as work:
-        assert list(work.iterdir()) == []
+        assert [path.name for path in work.iterdir()] == [token_cache.WORK_MARK]
     assert [path.name for path in folder.parent.iterdir()] == ["tokenised"]
 
 
@@ -249,3 +251,24 @@ def test_each_evaluation_dataset_is_a_split(tmp_path, words):
         assert report.examples == {"train": 5, "eval": 7}
     together = load(tmp_path, words, kept="other", **settings)[1]
     assert [row for rows in read[1].values() for row in contents(rows)] == contents(together)
+
+
+def test_a_partial_folder_of_someone_else_stays(tmp_path, capsys):
+    """Only one with the mark is removed: a killed run has left that."""
+    path = tmp_path / "rows"
+    theirs = tmp_path / f"rows.{socket.gethostname()}.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("mine")
+    with token_cache.new_cache(path) as work:
+        token_cache.write_about(work, {})
+    assert f"{theirs} is left as it is" in capsys.readouterr().out
+    assert (theirs / "thesis.txt").read_text() == "mine"
+    assert [p.name for p in path.iterdir()] == [token_cache.ABOUT]
+    shutil.rmtree(theirs)
+
+    left = token_cache.marked_folder(path)              # and then the power failed
+    assert left == theirs
+    (left / "tokens.bin").write_bytes(b"half")
+    with token_cache.new_cache(path) as work:
+        assert work == left and not (work / "tokens.bin").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["rows"]

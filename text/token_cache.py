@@ -44,6 +44,7 @@ from text.parallel_map import num_processes, parallel_map
 from text.plain_text import check_utf8, excerpt
 
 ABOUT = "store.json"            # written last: a folder without it is not a complete cache
+WORK_MARK = ".pocket_factory_rows"       # in a folder that is being filled
 TOKENIZED = "tokenised"         # the folder of a run's cache in its output_dir; earlier releases
                                 # wrote this name, so its spelling stays
 SPLITS = ("train", "eval")
@@ -249,7 +250,7 @@ def sync_file(file):
 
 @contextmanager
 def new_cache(path: Path | None) -> Iterator[Path]:
-    """An empty folder to fill; it is renamed to `path` when the block ends without an error.
+    """A folder to fill, with a mark alone in it; it is renamed to `path` when the block ends without an error.
 
     None: a temporary folder, deleted after the block.
     """
@@ -263,18 +264,35 @@ def new_cache(path: Path | None) -> Iterator[Path]:
         raise ValueError(f"{path} is not empty and holds no tokenized rows: name another "
                          "tokenized_path")
     parent_existed = path.parent.exists()
-    # hosts that share a disk have one each; it may exist, left behind by a run that was killed
-    work = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work = marked_folder(path)
     try:
         yield work
+        (work / WORK_MARK).unlink()
         move_into_place(work, path)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         if not parent_existed:
             shutil.rmtree(path.parent, ignore_errors=True)
         raise
+
+
+def marked_folder(path: Path) -> Path:
+    """A new folder beside `path`, with a mark; one that a killed run left behind is removed.
+
+    Hosts that share a disk have one each. A folder of this name without the mark is someone's, and
+    stays.
+    """
+    work = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if (work / WORK_MARK).is_file():
+        shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        print(f"  note: {work} is left as it is: it was not made here")
+        work = Path(tempfile.mkdtemp(prefix=f"{path.name[:40]}.", suffix=".partial",
+                                     dir=path.parent))
+    work.mkdir(exist_ok=True)
+    (work / WORK_MARK).write_text(path.name, encoding="utf-8")
+    return work
 
 
 def move_into_place(work: Path, path: Path):
