@@ -250,9 +250,9 @@ def sync_file(file):
 
 @contextmanager
 def new_cache(path: Path | None) -> Iterator[Path]:
-    """A folder to fill, with a mark alone in it; it is renamed to `path` when the block ends without an error.
+    """A folder to fill; it is renamed to `path` when the block ends without an error.
 
-    None: a temporary folder, deleted after the block.
+    It holds a mark alone. None: a temporary folder, deleted after the block.
     """
     if path is None:
         with tempfile.TemporaryDirectory(prefix="pocket-factory-",
