@@ -310,7 +310,7 @@ def pick_kernels(config: Config, model: CausalLM,
     say("\n".join([*choice.lines[:-1], f"kernel    {choice.kernel}"]))
     if not config.fast_chat:
         return KVCache(model.config.num_hidden_layers), next_scores
-    cache, step, line = pick_step(model)
+    cache, step, line = pick_step(model, compiled=config.torch_compile)
     say(line)
     return cache, step
 

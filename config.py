@@ -115,7 +115,7 @@ class Config:
         "quantization format: bitsandbytes' (the package is not needed)",
         choices=("bnb",), later=("gptq", "awq", "aqlm", "quanto", "eetq", "hqq", "mxfp4", "fp8"))
     torch_compile: bool | None = key(None, IGNORED,
-        "fuse norms, rotary embedding and gate * up with torch.compile (none: on GPUs where it "
+        "fuse norms, rotation, gate * up and the loss with torch.compile (none: on GPUs where it "
         "works)")
     flash_attn: str = key("auto", FREE,
         "attention kernel (auto: the fastest correct one; disabled: the plain implementation)",

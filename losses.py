@@ -43,8 +43,23 @@ def capped(logits, softcap):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def losses_and_grad(scores, y, softcap, dtype, needs_grad: bool = True):
+    """-log p(y) of each row, (c, 1) float32, and its gradient for the scores, (c, V) in `dtype`.
+
+    scores: (c, V), of the head, before the softcap; they may be overwritten. Without needs_grad the
+    gradient is None.
+    """
+    logits, tanh = logits_of(scores, softcap)
+    del scores                                  # make room: in 16 bits they are other memory
+    losses, e, s = losses_and_exps(logits, y)
+    if not needs_grad:
+        return losses, None
+    return losses, logits_grad(e, s, tanh, y).to(dtype)
+
+
 @record_function("loss")
-def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear):
+def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear,
+                      chunk_loss=losses_and_grad):
     """Sum of the token losses in nats, a float32 scalar.
 
     hidden: (N, D), the final hidden states.
@@ -53,32 +68,31 @@ def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear):
         positions does not wait for a GPU.
     softcap: c makes the logits c * tanh(logits / c), in float32.
     matmul: (x (n, in), W (out, in)) -> (n, out), see fast/matmul.py.
+    chunk_loss: losses_and_grad, or the same sooner, see fast/compile.py.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()            # evaluation needs no gradient of a trained head
-    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul)
+    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul, chunk_loss)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, matmul):
+    def forward(ctx, hidden, weight, targets, softcap, matmul, chunk_loss):
         rows, y = supervised(targets, hidden.device)                                    # (n,)
         h, W = hidden[rows], weight.to(hidden.dtype)                                    # (n, D)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        needs_grad = dh is not None or dW is not None
         for chunk in chunks(len(rows), len(W)):
-            logits, tanh = head_logits(h[chunk], W, softcap, matmul)                    # (c, V)
-            losses, e, s = losses_and_exps(logits, y[chunk])
+            losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
+                                          needs_grad)                                   # (c, V)
             total += losses.sum()
-            if dh is None and dW is None:
-                continue
-            d_logits = logits_grad(e, s, tanh, y[chunk]).to(h.dtype)
             if dh is not None:
                 dh[chunk] = matmul(d_logits, W.T)
             if dW is not None:
                 dW += (d_logits.T @ h[chunk]).float()
-            del logits, tanh, e, d_logits               # make room for the next chunk's
+            del d_logits                                # make room for the next chunk's
         ctx.save_for_backward(rows, dh, dW)
         ctx.shape = hidden.shape
         return total
@@ -93,7 +107,7 @@ class _CrossEntropySum(torch.autograd.Function):
             # in float32: grad is 1 / num_items, whose rounding would rescale every gradient
             d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
         d_weight = None if dW is None else dW * grad
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 # ---- chunks of logits ---------------------------------------------------------------------------
@@ -120,7 +134,12 @@ def supervised(targets, device):
 
 def head_logits(h, W, softcap, matmul):
     """Logits of some positions, (c, V) float32, and tanh(logits / softcap) or None."""
-    logits = matmul(h, W).float()                                                       # (c, V)
+    return logits_of(matmul(h, W), softcap)
+
+
+def logits_of(scores, softcap):
+    """Scores in float32, and bent by the softcap; beside them tanh(scores / softcap) or None."""
+    logits = scores.float()                                                             # (c, V)
     if softcap is None:
         return logits, None
     tanh = torch.tanh(logits / softcap)
@@ -163,42 +182,44 @@ def answer_logps_plain(hidden, weight, targets, lengths, softcap=None):
 
 
 @record_function("loss")
-def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear):
+def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear,
+                 chunk_loss=losses_and_grad):
     """For each sequence the log-probability of its targets in nats, and their number: (S,) float32.
 
     lengths: tokens of the S sequences that lie end to end in the row; the rest as in
     cross_entropy_sum.
     """
-    losses = token_losses(hidden, weight, targets, softcap, matmul)                     # (n,)
+    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss)         # (n,)
     counts = [int((sequence != IGNORE).sum()) for sequence in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-sequence.sum() for sequence in losses.split(counts)])
     return logps, to_device(torch.tensor(counts, dtype=torch.float32), hidden.device)
 
 
-def token_losses(hidden, weight, targets, softcap=None, matmul=F.linear):
+def token_losses(hidden, weight, targets, softcap=None, matmul=F.linear,
+                 chunk_loss=losses_and_grad):
     """-log p of each supervised target in nats, (n,) float32; arguments as in cross_entropy_sum."""
     if not torch.is_grad_enabled():
         weight = weight.detach()
     rows, y = supervised(targets, hidden.device)
-    return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul)
+    return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul, chunk_loss)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, rows, y, softcap, matmul):
+    def forward(ctx, hidden, weight, rows, y, softcap, matmul, chunk_loss):
         h, W = hidden[rows], weight.to(hidden.dtype)                            # (n, D), (V, D)
         losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         # the gradient of a trained head is a sum weighted by `grad`, which only backward knows
         grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         dh = torch.empty_like(h) if grad_in_forward else None
         for chunk in chunks(len(rows), len(W)):
-            logits, tanh = head_logits(h[chunk], W, softcap, matmul)
-            chunk_losses, e, s = losses_and_exps(logits, y[chunk])
+            chunk_losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
+                                                grad_in_forward)
             losses[chunk] = chunk_losses[:, 0]
             if grad_in_forward:
-                dh[chunk] = matmul(logits_grad(e, s, tanh, y[chunk]).to(h.dtype), W.T)
-            del logits, tanh, e                         # make room for the next chunk's
+                dh[chunk] = matmul(d_logits, W.T)
+            del d_logits                                # make room for the next chunk's
         if grad_in_forward:
             ctx.save_for_backward(rows, dh)
         else:
@@ -219,7 +240,7 @@ class _TokenLosses(torch.autograd.Function):
             dh = (dh.float() * grad[:, None]).to(dh.dtype)
         d_hidden = dh.new_zeros(ctx.shape)
         d_hidden[rows] = dh
-        return d_hidden, dW, None, None, None, None
+        return d_hidden, dW, None, None, None, None, None
 
 
 def token_losses_grad(grad, h, weight, y, softcap, matmul):
@@ -273,6 +294,7 @@ class Objective:
 
     metric_names: tuple[str, ...] = ()
     reference = None                    # a second model that is not trained
+    chunk_loss = staticmethod(losses_and_grad)
 
     def __init__(self, matmul=F.linear):
         self.matmul = matmul
@@ -324,7 +346,7 @@ class SFTObjective(Objective):
     def loss_sum(self, model, batch):
         hidden, routing_loss = self.hidden_states(model, batch)
         loss = cross_entropy_sum(hidden, model.head_weight(), batch.targets,
-                                 model.config.final_softcap, self.matmul)
+                                 model.config.final_softcap, self.matmul, self.chunk_loss)
         return loss, routing_loss, {}
 
     def hidden_states(self, model, batch):

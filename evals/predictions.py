@@ -129,7 +129,7 @@ def generate_answers(config: Config, model, waiting: list[tuple[int, list[int]]]
 
     line = ""
     if config.fast_chat:
-        cache, step, line = pick_step(model)
+        cache, step, line = pick_step(model, compiled=config.torch_compile)
         options |= {"cache": cache, "step": step}
     because = f" ({reason})" if reason else ""
     print(f"  answers   one at a time{because}; {line}")

@@ -1,4 +1,4 @@
-"""Elementwise steps, compiled: norms, rotation, and act(gate) * up.
+"""Elementwise steps, compiled: norms, rotation, act(gate) * up, and the loss of a chunk of logits.
 
     compiled, line = pick_compile(None, device, dtype)
     if compiled:
@@ -8,7 +8,7 @@ Compiled, each step reads its input once. The functions as they are written rema
 the token dimension is symbolic (compile_tokens): with a constant hidden size and head_dim the
 kernels store 16 bytes at once and need no divisions to find their place.
 
-Requires: model.py, rope.py.
+Requires: model.py, rope.py, losses.py.
 Next: fast/attention_picker.py.
 """
 from collections.abc import Callable
@@ -19,10 +19,13 @@ from torch import nn
 
 from errors import first_line
 from families import model_config
+from losses import losses_and_grad
 from model import MLP, Attention, CausalLM, RMSNorm, init_weights
 from rope import rotate
 
 VARIANTS = 64       # of a compiled function, by sizes and need of gradients; torch's limit is 8
+# what compile_steps replaces, by the module it belongs to
+STEPS = {RMSNorm: "forward", Attention: "rotate", MLP: "gated"}
 # relative, of any gradient
 COMPILED_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -91,6 +94,40 @@ def gated(gate, up, act: Callable):
     return act(gate) * up
 
 
+# ---- the loss -----------------------------------------------------------------------------------
+
+
+def compile_loss() -> Callable:
+    """losses.losses_and_grad as one kernel that reads the scores and writes the gradient."""
+    compiled = compile_tokens(loss_in_one, tensors=2)
+
+    def chunk_loss(scores, y, softcap, dtype, needs_grad=True):
+        if not needs_grad:
+            return losses_and_grad(scores, y, softcap, dtype, needs_grad)
+        return compiled(scores, y, softcap, dtype)
+    return chunk_loss
+
+
+def loss_in_one(scores, y, softcap: float | None, dtype: torch.dtype):
+    """losses.losses_and_grad without steps in place, scatter and gather."""
+    logits = scores.float()                                                     # (c, V)
+    if softcap is not None:
+        tanh = torch.tanh(logits / softcap)
+        logits = softcap * tanh
+    is_y = torch.arange(scores.shape[1], device=scores.device) == y[:, None]
+    top = logits.amax(-1, keepdim=True)
+    e = (logits - top).exp()
+    s = e.sum(-1, keepdim=True)
+    at_y = torch.where(is_y, logits, 0).sum(-1, keepdim=True)
+    grad = e / s - is_y.float()
+    if softcap is not None:
+        grad = grad * (1 - tanh.square())
+    return s.log() + top - at_y, grad.to(dtype)
+
+
+# ---- the choice ---------------------------------------------------------------------------------
+
+
 def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu",
                  fuse: Callable | None = None) -> tuple[bool, str]:
     """(whether to compile_steps, a line for the start page).
@@ -110,7 +147,7 @@ def pick_compile(wanted: bool | None, device, dtype, hidden_act: str = "silu",
         return False, f"torch.compile: off (fails here: {first_line(refusal)})"
     if not error < COMPILED_ERROR[dtype]:
         return False, f"torch.compile: off (compiled steps are wrong by {error:.2g})"
-    return True, "torch.compile: on (norms, rotation, gate * up)"
+    return True, "torch.compile: on (norms, rotation, gate * up, loss)"
 
 
 def compile_error(device, dtype, hidden_act: str, fuse: Callable | None = None) -> float:
@@ -129,9 +166,13 @@ def compile_error(device, dtype, hidden_act: str, fuse: Callable | None = None) 
             fuse(model)
         if compiled:
             compile_steps(model)
-        out = model(torch.arange(40, device=device)[None])
+        chunk_loss = compile_loss() if compiled else losses_and_grad
+        ids = torch.arange(40, device=device)
+        out = model(ids[None])
         out.float().square().sum().backward()
+        with torch.no_grad():
+            losses = chunk_loss(model.logits(out[0]), ids, config.final_softcap, dtype)
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append([out.detach(), *grads])
+        results.append([out.detach(), *losses, *grads])
     errors = [(a - b).float().norm() / (a.float().norm() + 1e-12) for a, b in zip(*results)]
     return max(map(float, errors))

@@ -19,12 +19,14 @@ if nothing else takes time:
 
 Training uses none of this. The slow twins are the modules of model.py and generate.next_scores.
 
-Requires: model.py (Attention, MLP), fast/matmul.py (onednn), generate.py (the loop).
+Requires: model.py (Attention, MLP), fast/matmul.py (onednn), fast/lean_step.py, generate.py (the
+loop).
 Next: fast/batch_decode.py, chat.py.
 Sources: oneDNN's documentation of inner product and of memory formats; CUDA graphs in torch's notes
 on CUDA semantics.
 """
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -32,7 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention import SDPA, Filled
-from errors import bytes_in_words
+from errors import bytes_in_words, first_line
+from fast.lean_step import compiled_steps, hidden_of_token
 from fast.matmul import CLEARLY, onednn, shortest
 from generate import next_scores
 from model import Attention, CausalLM, KVCache, MLP, NormalizedHead
@@ -207,27 +210,47 @@ def pick_decode_matmul(dtype, rows: int = 1, shape=(4096, 1024)) -> tuple[str, s
 # ---- captured steps on a GPU --------------------------------------------------------------------
 
 
-def pick_step(model: CausalLM, record: Callable | None = None) -> tuple[KVCache, Callable, str]:
+def pick_step(model: CausalLM, record: Callable | None = None,
+              compiled: bool | None = None) -> tuple[KVCache, Callable, str]:
     """Choose how `generate` decodes with this model: (cache, step, a line for the start page).
 
     record: captures a step, see record_cuda; None: record_cuda on a GPU, no capture elsewhere. A
-    captured step is tried first, and compared with its twin.
+    captured step is tried first, and compared with its twin. compiled: with the elementwise steps
+    compiled (fast/lean_step.py); None: on a GPU, where torch's compiler works.
     """
     num_layers = model.config.num_hidden_layers
-    if record is None and model.lm_head.weight.device.type != "cuda":
+    on_gpu = model.lm_head.weight.device.type == "cuda"
+    if record is None and not on_gpu:
         why = "on a CPU launching a kernel takes no time"
     else:
         why = uncapturable(model)
+    if why:
+        return KVCache(num_layers), next_scores, f"steps     kernel by kernel ({why})"
+
+    line = "steps     captured as a graph: one command a token"
+    if compiled is None:
+        compiled = on_gpu
+    if compiled:
+        cache, step, fault = try_step(model, record or record_cuda, compiled=True)
+        if not fault:
+            return cache, step, f"{line}; norms, rotation and gate * up compiled"
+        line += f"; not compiled ({fault})"
+    cache, step, why = try_step(model, record or record_cuda, compiled=False)
     if not why:
-        cache = StaticCache(num_layers)
-        step = CapturedStep(record or record_cuda)
-        try:
-            why = differs(model, cache, step)
-        except (RuntimeError, ImportError, TypeError) as error:     # of a driver or a kernel
-            why = str(error).strip().partition("\n")[0][:120]
-        if not why:
-            return cache, step, "steps     captured as a graph: one command a token"
+        return cache, step, line
     return KVCache(num_layers), next_scores, f"steps     kernel by kernel ({why})"
+
+
+def try_step(model: CausalLM, record: Callable,
+             compiled: bool) -> tuple["StaticCache", "CapturedStep", str]:
+    """(cache, step, why they cannot be used or "")."""
+    cache = StaticCache(model.config.num_hidden_layers)
+    step = CapturedStep(record, compiled)
+    try:
+        return cache, step, differs(model, cache, step)
+    except (RuntimeError, ImportError, TypeError, AttributeError, OSError) as error:
+        # of a driver, a kernel or a compiler
+        return cache, step, first_line(error)
 
 
 def uncapturable(model: CausalLM) -> str:
@@ -305,8 +328,9 @@ class CapturedStep:
     that are filled. record(call) -> (replay, what call returned).
     """
 
-    def __init__(self, record: Callable):
+    def __init__(self, record: Callable, compiled: bool = False):
         self.record = record
+        self.compiled = compiled        # see fast/lean_step.py
         self.recorded = {}              # slots -> (replay, scores)
         self.recorded_for = None        # (model, cache, its generation) that they read and write
         self.ids = None                 # (1, 1), read by them
@@ -327,19 +351,22 @@ class CapturedStep:
         self.ids.copy_(ids)
         cache.position.fill_(cache.length)
         if slots not in self.recorded:
-            self.recorded[slots] = self.record(lambda: one_step(model, self.ids, cache, slots))
+            self.recorded[slots] = self.record(
+                lambda: one_step(model, self.ids, cache, slots, self.compiled))
         replay, scores = self.recorded[slots]
         replay()
         cache.length += 1
         return scores
 
 
-def one_step(model: CausalLM, ids, cache: StaticCache, slots: int):
+def one_step(model: CausalLM, ids, cache: StaticCache, slots: int, compiled: bool = False):
     """Scores (V,) after the token ids (1, 1) at cache.position; needs no number from the device."""
     position = cache.position
     cache.filled = filled_slots(model, position, slots, cache.buffers[0][0].dtype)
     try:
-        return model.logits(model(ids, position[None], cache=cache)[0, -1]).float()
+        with compiled_steps(model) if compiled else nullcontext() as add_norm:
+            hidden = hidden_of_token(model, ids, position[None], cache, add_norm)
+        return model.logits(hidden[0, -1]).float()
     finally:
         cache.filled = None
 

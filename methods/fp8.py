@@ -32,6 +32,8 @@ TOO_FAR = 0.06
 def quantize_fp8(x, fp8_dtype: torch.dtype):
     """(x8, scale) with x close to scale * x8; scale: () float32, on x's device."""
     largest = torch.finfo(fp8_dtype).max
+    if x.dtype == torch.float16:            # 1e-30, and the scale of a small gradient, are 0 there
+        x = x.float()
     scale = (torch.linalg.vector_norm(x, torch.inf) / largest).to(x.dtype).clamp(min=1e-30)
     return (x / scale).clamp(-largest, largest).to(fp8_dtype), scale.float()
 

@@ -102,7 +102,10 @@ STAGES = {
 
 def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> Objective:
     """The objective of the config's stage, with its reference model or value head."""
-    return STAGES[config.stage].build_objective(config, base, setup, ranks, resume)
+    objective = STAGES[config.stage].build_objective(config, base, setup, ranks, resume)
+    if setup.kernels.compile:
+        objective.chunk_loss = setup.kernels.compile_loss()
+    return objective
 
 
 # ---- the model ----------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Kernels:
     fuse: Callable | None = None            # fast.fused_block.fuse_blocks
     compile: Callable | None = None         # fast.compile.compile_steps
     compile_tokens: Callable | None = None  # fast.compile.compile_tokens
+    compile_loss: Callable | None = None    # fast.compile.compile_loss
     fp8: object = None                      # methods.fp8.Fp8: 8-bit products of frozen weights
     training: bool = True                   # False: evaluation, without compiled steps and fp8
     lines: list[str] = field(default_factory=list)
@@ -81,12 +82,13 @@ def pick_compiled_steps(kernels: Kernels, config, model_config: ModelConfig, dev
     """Compiled elementwise steps, where torch's compiler works and is worth it."""
     if not kernels.training:
         return
-    from fast.compile import compile_steps, compile_tokens, pick_compile
+    from fast.compile import compile_loss, compile_steps, compile_tokens, pick_compile
 
     works, line = pick_compile(config.torch_compile, device, dtype, model_config.hidden_act,
                                kernels.fuse)
     kernels.compile = compile_steps if works else None
     kernels.compile_tokens = compile_tokens if works else None
+    kernels.compile_loss = compile_loss if works else None
     kernels.lines.append(line)
 
 

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from families import model_config
-from fast.compile import compile_steps, compile_tokens, pick_compile
+from fast.compile import (compile_loss, compile_steps, compile_tokens, loss_in_one,
+                          pick_compile)
+from losses import answer_logps, cross_entropy_sum, losses_and_grad
 from methods.fp8 import pick_fp8, quantize_fp8, with_compiled_rounding
 from methods.quant import unpack_at_once
 from model import ACTIVATIONS, CausalLM, init_weights
@@ -28,14 +30,19 @@ def test_compiled_steps_are_tried_before_use(monkeypatch):
     for act in ACTIVATIONS:
         seen.clear()
         assert pick_compile(True, "cpu", torch.float32, act)[0] is True
-    assert sorted(seen) == ["gated", "norm_rows", "rotate"]
+    assert sorted(seen) == ["gated", "loss_in_one", "norm_rows", "rotate"]
 
     def wrong(function, dynamic):
-        return lambda *args, **kwargs: 1.01 * function(*args, **kwargs)
+        if function.__name__ != spoiled:
+            return function
+        if function is loss_in_one:
+            return lambda *args: (function(*args)[0], 1.01 * function(*args)[1])
+        return lambda *args: 1.01 * function(*args)
 
     monkeypatch.setattr(torch, "compile", wrong)
-    taken, line = pick_compile(True, "cpu", torch.float32)
-    assert taken is False and "(compiled steps are wrong by" in line
+    for spoiled in ("gated", "loss_in_one", "norm_rows", "rotate"):
+        taken, line = pick_compile(True, "cpu", torch.float32)
+        assert taken is False and "(compiled steps are wrong by" in line, spoiled
 
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: 1 / 0)
     taken, line = pick_compile(True, "cpu", torch.float32)
@@ -128,3 +135,48 @@ def test_rounding_and_unpacking_are_compiled_for_any_number_of_rows(monkeypatch)
         args = (codes, scales, pairs, torch.bfloat16)
         assert torch.equal(unpack(*args), unpack_at_once(*args))
     assert compiler.graphs == [[("s", 64)], [("s", 32), ("s",), (256, 2)]]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_in_one_expression_equals_its_twin(softcap, dtype):
+    scores = (8 * torch.randn(20, 333, generator=torch.Generator().manual_seed(1))).to(dtype)
+    y = torch.arange(20) * 7
+    found = loss_in_one(scores, y, softcap, dtype)
+    want = losses_and_grad(scores.clone(), y, softcap, dtype)
+    for x, right in zip(found, want):
+        assert x.dtype == right.dtype and x.shape == right.shape
+        torch.testing.assert_close(x, right, rtol=2e-6 if dtype == torch.float32 else 0.01,
+                                   atol=1e-6)
+
+
+def test_losses_with_the_compiled_passes_equal_those_without(monkeypatch):
+    """Losses, and gradients of hidden states and head; one graph for chunks of any length."""
+    torch._dynamo.reset()
+    compiler = RecordingCompiler(monkeypatch)
+    monkeypatch.setattr("losses.chunk_rows", lambda rows, vocab_size: 11)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(97, 16, generator=generator)
+    chunk_loss = compile_loss()
+    for length in (40, 61):
+        targets = torch.randint(0, 97, (length,), generator=generator)
+        targets[::5] = -100
+        hidden = torch.randn(length, 16, generator=generator)
+        for trained in ((hidden,), (hidden, weight)):
+            results = []
+            for options in ({}, {"chunk_loss": chunk_loss}):
+                leaves = [x.detach().clone().requires_grad_(any(x is t for t in trained))
+                          for x in (hidden, weight)]
+                loss = cross_entropy_sum(*leaves, targets, **options)
+                logps, _ = answer_logps(*leaves, targets, (length // 2, length - length // 2),
+                                        **options)
+                (loss + (logps * torch.tensor([1.0, 3.0])).sum()).backward()
+                results.append([loss.detach(), logps.detach(),
+                                *(x.grad for x in leaves if x.requires_grad)])
+            for plain, fast in zip(*results):
+                torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy_sum(hidden, weight, targets, chunk_loss=chunk_loss),
+                           cross_entropy_sum(hidden, weight, targets))
+    assert {tuple(graph) for graph in compiler.graphs} == {(("s", 97), ("s",))}
+    assert len(compiler.graphs) == 1

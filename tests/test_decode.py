@@ -1,4 +1,6 @@
 """fast/decode.py: fused matrices and fast matmuls give the answers of the modules of model.py."""
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -6,11 +8,12 @@ from torch import nn
 from fast import decode
 from fast.decode import (DECODE_MATMULS, CapturedStep, OneDNNLinear, StaticCache, fuse_matrices,
                          pick_decode_matmul, pick_step, prepare)
+from fast.lean_step import compiled_steps, hidden_of_token
 from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
 from lora import LoRAConfig, attach_lora, lora_layers
-from model import KVCache
+from model import CausalLM, KVCache, init_weights
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
-from tests.tiny_models import perturb, tiny_qwen2
+from tests.tiny_models import SMALL_FAMILIES, perturb, small_config, tiny_qwen2
 
 PROMPT = [3, 14, 15, 9, 26, 5]
 
@@ -229,6 +232,48 @@ def test_turns_on_a_static_cache():
                    for c, s in ((cache, step), (KVCache(2), next_scores))]
         assert answers[0] == answers[1]
         held = prompt + answers[0]
+
+
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
+def test_a_token_in_few_kernels_equals_the_plain_model(name, monkeypatch):
+    """As it is written bit by bit; compiled, by the compiler's front end, within rounding."""
+    model = CausalLM(small_config(name))
+    init_weights(model, torch.Generator().manual_seed(0))
+    before = [set(vars(module)) for module in model.modules()]
+    front_part = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
+    ids = torch.arange(1, 10)[None]
+    caches = [KVCache(model.config.num_hidden_layers) for _ in range(3)]
+    with torch.no_grad():
+        for cache in caches:
+            next_scores(model, ids, cache)
+        for token in (3, 5):
+            at = torch.tensor([[caches[0].length]])
+            one = torch.tensor([[token]])
+            want = model(one, at, cache=caches[0])
+            assert torch.equal(hidden_of_token(model, one, at, caches[1]), want)
+            with compiled_steps(model) as add_norm:
+                got = hidden_of_token(model, one, at, caches[2], add_norm)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_compiled_steps_are_captured_or_the_reason_is_said(monkeypatch):
+    model, graph = tiny_qwen2(), FakeGraph()
+    front_part = partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: front_part(f, dynamic=dynamic))
+    cache, step, line = pick_step(model, graph.record, compiled=True)
+    assert line.endswith("one command a token; norms, rotation and gate * up compiled")
+    want = list(generate(model, PROMPT, KVCache(2), max_new_tokens=20))
+    assert list(generate(model, PROMPT, cache, max_new_tokens=20, step=step)) == want
+
+    def broken(f, dynamic):
+        raise RuntimeError("no Triton here\nmore")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    cache, step, line = pick_step(model, graph.record, compiled=True)
+    assert line.endswith("one command a token; not compiled (no Triton here)")
+    assert list(generate(model, PROMPT, cache, max_new_tokens=20, step=step)) == want
 
 
 def test_a_failed_or_wrong_capture_is_not_used():
