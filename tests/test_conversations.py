@@ -131,3 +131,69 @@ def test_real_datasets_have_no_bad_row(name):
     found = load_rows(SHARED / "data", name)
     assert len(found) > 90
     assert all(len(conversations.convert(row).messages) % 2 == 0 for row in found)
+
+
+# ---- pairs that are whole conversations ----------------------------------------------------------
+
+BEFORE = [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+
+
+def turns_of(*pairs, names=("role", "content"), words={}):
+    return [{names[0]: words.get(role, role), names[1]: text} for role, text in pairs]
+
+
+PAIR = {"ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+
+
+@pytest.mark.parametrize("entry, form", [
+    (PAIR, {}), (PAIR | {"formatting": "messages"}, {}),
+    (PAIR | {"columns": PAIR["columns"] | {"prompt": "prompt"}}, {}),
+    (PAIR | {"formatting": "sharegpt"},
+     {"names": ("from", "value"), "words": {"user": "human", "assistant": "gpt"}}),
+])
+def test_the_prompt_of_a_pair_is_what_both_answers_begin_with(entry, form, tmp_path):
+    """As TRL's extract_prompt takes it; equal to a row whose prompt has a column."""
+    row = {"chosen": turns_of(*BEFORE, ("assistant", "good"), **form),
+           "rejected": turns_of(*BEFORE, ("assistant", "bad"), **form)}
+    found = convert_row(tmp_path, row, entry, stage="dpo")
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    explicit = {"prompt": turns_of(*BEFORE), "chosen": turns_of(("assistant", "good")),
+                "rejected": turns_of(("assistant", "bad"))}
+    wanted = convert_row(tmp_path, explicit, {"ranking": True, "columns": columns}, stage="dpo")
+    assert roles_and_texts(found) == roles_and_texts(wanted)
+    assert found.system == wanted.system == "s"
+    assert found.rejected["content"] == wanted.rejected["content"] == "bad"
+
+
+def test_pairs_without_a_prompt_are_recognized_by_their_path(tmp_path):
+    row = {"chosen": turns_of(*BEFORE, ("assistant", "good")),
+           "rejected": turns_of(*BEFORE, ("assistant", "bad")), "score": 1}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row))
+    notes = []
+    rows = load_rows(tmp_path, str(tmp_path / "pairs.jsonl"), notes, stage="rm")
+    found = conversations.convert(rows[0], "rm")
+    assert found.messages[-1]["content"] == "good" and found.rejected["content"] == "bad"
+    assert any("no column holds the prompt: it is what chosen and rejected" in n for n in notes)
+    with pytest.raises(ValueError, match="pairs of chosen and rejected are for stages rm and dpo"):
+        load_rows(tmp_path, str(tmp_path / "pairs.jsonl"))
+
+
+@pytest.mark.parametrize("chosen, rejected, words", [
+    ([("user", "a"), ("assistant", "b")], [("user", "x"), ("assistant", "c")],
+     "'chosen' and 'rejected' differ before their last answers"),
+    ([("user", "a"), ("assistant", "b")],
+     [("user", "a"), ("assistant", "c"), ("user", "d"), ("assistant", "e")], "differ before"),
+    ([("system", "s"), *BEFORE[1:], ("assistant", "b")], [*BEFORE[1:], ("assistant", "c")],
+     "differ before"),
+    ([("assistant", "b")], [("assistant", "c")], "turn 1 is by 'assistant'"),
+    (BEFORE, BEFORE, "'chosen' must end with an answer: without a column of the prompt"),
+])
+def test_pairs_whose_prompt_is_not_clear(chosen, rejected, words, tmp_path):
+    row = {"chosen": turns_of(*chosen), "rejected": turns_of(*rejected)}
+    with pytest.raises(ValueError, match=words):
+        convert_row(tmp_path, row, PAIR, stage="dpo")
+
+
+def test_texts_without_a_prompt_have_none(tmp_path):
+    with pytest.raises(ValueError, match="columns in dataset_info.json must name 'prompt'"):
+        convert_row(tmp_path, {"chosen": "a", "rejected": "b"}, PAIR, stage="dpo")

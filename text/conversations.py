@@ -121,7 +121,9 @@ def convert(row: RawRow, stage: str = "sft") -> Conversation:
         if is_csv or not isinstance(row.data, str):
             raise ValueError("wrong number of fields" if is_csv else "not a JSON object")
         raise ValueError(why_not_row(row.data))
-    if row.source.formatting == "alpaca":
+    if row.source.ranking and not {"prompt", "messages"} & row.source.columns.keys():
+        conversation = convert_whole_pair(row.data, row.source)
+    elif row.source.formatting == "alpaca":
         conversation = convert_alpaca(row.data, row.source, stage)
     else:
         conversation = convert_messages(row.data, row.source)
@@ -272,6 +274,27 @@ def convert_turn_lists(data: dict, source: Source, answer_roles: tuple) -> Conve
         system = column_text(data, columns.get("system"))
     return Conversation(messages, system, column_tools(data, columns), rejected,
                         column_desired(data, columns))
+
+
+def convert_whole_pair(data: dict, source: Source) -> Conversation:
+    """A pair of two whole conversations: what both begin with is the prompt, as in TRL."""
+    columns = source.columns
+    read = [read_turns(turns_in(data, columns[role], "assistant_tag", source), source)
+            for role in ("chosen", "rejected")]
+    for role, (messages, _) in zip(("chosen", "rejected"), read):
+        if not messages or len(messages) % 2:
+            raise ValueError(f"'{columns[role]}' must end with an answer: without a column of the "
+                             "prompt it holds the whole conversation")
+    (messages, system), (others, other_system) = read
+    if messages[:-1] != others[:-1] or system != other_system:
+        raise ValueError(f"'{columns['chosen']}' and '{columns['rejected']}' differ before their "
+                         "last answers; a pair has one prompt, and one answer to it in each")
+    if system is None:
+        system = column_text(data, columns.get("system"))
+    tools = column_tools(data, columns)
+    if source.formatting == "openai":
+        system = openai_system(system, tools)
+    return Conversation(messages, system, tools, others[-1], column_desired(data, columns))
 
 
 def is_list_of_turns(value) -> bool:

@@ -642,7 +642,13 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
         found = ", ".join(f"{role} = {column}" for role, column in source.columns.items())
         notes.append(f"dataset '{source.name}' was recognized as {source.formatting}: {found}")
 
-    for role in needed_roles(source, stage):
+    source = without_prompt(source, rows, keys)
+    needed = needed_roles(source, stage)
+    if source.ranking and needed[0] not in source.columns and are_turns(source, rows):
+        needed = needed[1:]
+        notes.append(f"dataset '{source.name}': no column holds the prompt: it is what chosen and "
+                     "rejected begin with, as in TRL")
+    for role in needed:
         if role not in source.columns:
             hint = ""
             if role == "response":
@@ -653,7 +659,7 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
     for role, column in source.columns.items():
         # many files of the default layout simply have no `input`; a later row may have others
         optional = role == "query" and source.columns == COLUMNS["alpaca"]
-        optional |= not is_read and role not in needed_roles(source, stage)
+        optional |= not is_read and role not in needed
         if keys and column not in keys and not optional:
             hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
             raise ValueError(f"dataset '{source.name}': no row has the column '{column}' ({role})"
@@ -684,9 +690,35 @@ def unread_turn_keys(source: Source, rows: Rows) -> list[str]:
     return list(unread)
 
 
+def question_role(source: Source) -> str:
+    return "prompt" if source.formatting == "alpaca" else "messages"
+
+
+def without_prompt(source: Source, rows: Rows, keys: list[str]) -> Source:
+    """The source; of pairs that are whole conversations without the column of a prompt.
+
+    A column of the layout that no row has is then left out.
+    """
+    question = question_role(source)
+    if not source.ranking or source.columns.get(question) in keys or not are_turns(source, rows):
+        return source
+    columns = {role: column for role, column in source.columns.items()
+               if role not in ("prompt", "messages", "query", "response")}
+    if source.formatting == "alpaca":
+        tags = recognize_tags(rows, columns["chosen"], None)
+        return replace(source, formatting="messages", columns=columns, tags=tags)
+    return replace(source, columns=columns)
+
+
+def are_turns(source: Source, rows: Rows) -> bool:
+    """Whether the columns of both answers hold lists of turns."""
+    turns = {column for file, _ in rows.files for column in file.turn_keys}
+    return {source.columns.get(role) for role in ("chosen", "rejected")} <= turns
+
+
 def needed_roles(source: Source, stage: str) -> tuple[str, ...]:
     """The roles for which a source must name a column."""
-    question = "prompt" if source.formatting == "alpaca" else "messages"
+    question = question_role(source)
     if source.ranking:
         return question, "chosen", "rejected"
     if source.formatting == "alpaca" and stage != "pt":
@@ -720,6 +752,10 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
         return replace(source, formatting="messages", columns=columns, tags=tags)
     if stage == "pt" and found["text"]:
         return replace(source, formatting="alpaca", columns={"prompt": found["text"]})
+    if source.ranking and not found["prompt"]:
+        pairs = replace(source, formatting="alpaca", columns=extras)
+        if are_turns(pairs, rows):
+            return without_prompt(pairs, rows, keys)
     has_answer = found["response"] or source.ranking
     if stage == "pt" or not found["prompt"] or not has_answer:
         hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
@@ -769,4 +805,6 @@ def stage_hint(stage: str, found: dict) -> str:
     """A hint for the error message that the stage may be wrong."""
     if stage == "pt":
         return " (stage: pt reads one column of text; questions and answers are for stage: sft)"
+    if found["chosen"] and found["rejected"] and stage not in PAIRS:
+        return f" (pairs of chosen and rejected are for stages {' and '.join(PAIRS)})"
     return " (plain text is for stage: pt)" if found["text"] else ""
