@@ -47,8 +47,9 @@ def scaled_matmul(x8, x_scale, W8, scale, dtype: torch.dtype):
     """x (N, in) times W (out, in) transposed -> (N, out), in 16 bits. W8 may be transposed."""
     if W8.T.is_contiguous():                    # the second operand must be column-major
         W8 = W8.contiguous()
-    return torch._scaled_mm(x8, W8.T, scale_a=x_scale, scale_b=scale, out_dtype=dtype,
-                            use_fast_accum=True)
+    out = torch._scaled_mm(x8, W8.T, scale_a=x_scale, scale_b=scale, out_dtype=dtype,
+                           use_fast_accum=True)
+    return out[0] if isinstance(out, tuple) else out        # torch 2.4: with its largest number
 
 
 def scaled_matmul_plain(x8, x_scale, W8, scale, dtype: torch.dtype):
