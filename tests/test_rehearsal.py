@@ -3,7 +3,11 @@
 Requires: rehearsal.py.
 """
 import json
+import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +29,7 @@ from generate import generate, next_scores
 from model import KVCache
 from runtime import kernels, throughput
 from runtime.run import Run
-from tests.common import ROOT
+from tests.common import ROOT, SHARED
 from tests.rehearsal import Fault, rehearse
 from tests.tiny_models import tiny, write_tiny
 
@@ -110,8 +114,11 @@ EXPERTS = dict(model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2,
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with two small checkpoints, dense and experts, and judged answers."""
-    here = tmp_path_factory.mktemp("world")
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(here):
+    """Fill a folder with two small checkpoints, dense and experts, and judged answers."""
     for name, fields in (("dense", SMALL), ("experts", SMALL | EXPERTS)):
         write_tiny(here / name, tiny(**fields), **fields)
         for file in (ROOT / "models/tiny").glob("tokenizer*"):
@@ -379,3 +386,37 @@ def test_a_planted_fault_in_a_captured_step_is_caught(fault, message):
         model = chat_model("cuda")
         with pytest.raises(Fault, match=f"^{place}: {message}"):
             decode.pick_step(model)
+
+
+# ---- a CUDA build of torch on a paper GPU --------------------------------------------------------
+
+PAPER = SHARED / "paper_gpu"
+needs_paper_gpu = pytest.mark.skipif(
+    not (torch.version.cuda and shutil.which("gcc") and PAPER.is_dir()),
+    reason="needs a CUDA build of torch, gcc and ../shared/paper_gpu")
+
+
+@pytest.fixture(scope="session")
+def paper_gpu(tmp_path_factory):
+    """The environment of a process that believes in a card."""
+    here = tmp_path_factory.mktemp("paper")
+    site = Path(sysconfig.get_paths()["purelib"])
+    header = next(path for path in sorted(site.glob("**/cuda_runtime_api.h"))
+                  if (path.parent / "crt/host_defines.h").is_file())
+    gcc = ["gcc", "-shared", "-fPIC", "-w", f"-I{header.parent}"]
+    more = ROOT / "tests/paper_gpu/more.c"
+    subprocess.run([*gcc, "-o", here / "libpaper_cudart.so", PAPER / "cudart.c", more], check=True)
+    subprocess.run([*gcc, "-Wl,-soname,libcuda.so.1", "-o", here / "libcuda.so.1",
+                    PAPER / "cuda.c"], check=True)
+    return {**os.environ, "LD_PRELOAD": str(here / "libpaper_cudart.so"),
+            "LD_LIBRARY_PATH": str(here), "OMP_NUM_THREADS": "1"}
+
+
+@needs_paper_gpu
+def test_steps_of_fake_tensors_on_a_paper_gpu(paper_gpu, tmp_path):
+    """Real operators of CUDA find no wrong device, no wait, and a gradient for every weight."""
+    run = subprocess.run([sys.executable, "-m", "tests.paper_steps", str(tmp_path)], cwd=ROOT,
+                         env=paper_gpu, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    failures = json.loads(run.stdout.splitlines()[-1])
+    assert len(failures) > 15 and not any(failures.values()), failures
