@@ -460,12 +460,12 @@ def peer(asked) -> dict:
         (folder / "adapter").mkdir()
         save_adapter(attach_lora(model, lora, 1), folder / "adapter", lora, str(TINY_MODEL))
         found = {}
-        for name, script in (("ours", "train.py"), ("peer", "bench/peer_hf.py")):
+        for name, script, *more in (("ours", "train.py"),
+                                    ("peer", "bench/peer_hf.py", "--attention", "sdpa")):
             here = settings | {"adapter_name_or_path": str(folder / "adapter"),
                                "output_dir": str(folder / name)}
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(here))
-            command = [sys.executable, script, *(["--config"] if name == "ours" else []),
-                       str(folder / f"{name}.yaml")]
+            command = [sys.executable, script, str(folder / f"{name}.yaml"), *more]
             child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             require(child.returncode == 0, f"{script}: {child.stderr[-300:]}")
             found[name] = logged(folder / name)
