@@ -14,7 +14,7 @@ for which the --budget leaves no time are named, and can be run by --only: a lat
 parts that it has run.
 
 Requires: common.py, docs/gpu.md (what each row means, what to send).
-Next: gpu_proofs.py, gpu_speed.py, gpu_peer.py, gpu_cards.py.
+Next: gpu_proofs.py, gpu_speed.py, gpu_peer.py, gpu_long.py, gpu_cards.py.
 Sources of goals and published figures: docs/gpu.md.
 """
 import argparse
@@ -31,7 +31,6 @@ from threading import Lock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import (BENCH, RESULT, ROOT, commit, machine, run_child, short_paths, slug,
                           table)
-from config import KEYS
 from errors import PACKAGES, did_you_mean, run_script
 
 BUDGET = 570            # seconds: a lent machine may allow 600 for a command
@@ -44,8 +43,9 @@ class Part:
     """A row of the result.
 
     usual: seconds on one H200, estimated; less time left: it is not begun. limit: seconds after
-    which it is killed. goal: of its tokens per second. shape_of: the part whose attention kernel it
-    takes, where that was picked in the same run; choosing takes some 10 seconds.
+    which it is killed. goal: of its tokens per second, or of its longest row. shape_of: the part
+    whose attention kernel it takes, where that was picked in the same run; choosing takes some 10
+    seconds.
     """
     file: str
     what: str
@@ -89,6 +89,14 @@ SPEED = {
     "train-0.5b": Part("gpu_speed.py", "Qwen2.5-0.5B, 4 x 4096 a pass", 25, 120),
     "peer-moe-fast": Part("gpu_peer.py", "transformers' own choice for experts + peft", 60, 150),
 }
+LONG = {
+    "long-8gb": Part("gpu_long.py", "8B QLoRA, the longest row in 8 GB", 40, 150, 3_000,
+                     "2,972 (Unsloth)", "train-8b"),
+    "long-24gb": Part("gpu_long.py", "8B QLoRA, the longest row in 24 GB", 100, 240, 80_000,
+                      "78k (Unsloth)", "train-8b"),
+    "long-80gb": Part("gpu_long.py", "8B QLoRA, the longest row in 80 GB", 430, 1200, 350_000,
+                      "343k (Unsloth)", "train-8b"),
+}
 CARDS = {
     "ranks": Part("gpu_cards.py", "N cards = one card", 60, 200),
     "nccl": Part("gpu_cards.py", "all-reduce: sums and bandwidth", 30),
@@ -97,11 +105,7 @@ CARDS = {
                     shape_of="train-8b"),
 }
 FIRST = {"card": Part("gpu_speed.py", "the card and its rate", 15, 90)}
-PARTS = FIRST | PROOFS | SPEED | CARDS
-NEEDED_FOR_LONG = "offload_activations"         # a key of train.py
-LONG = {"long-8gb": ("8B QLoRA, longest row in 8 GB", "≥ 3k", "2,972 (Unsloth)"),
-        "long-24gb": ("8B QLoRA, longest row in 24 GB", "≥ 80k", "78k (Unsloth)"),
-        "long-80gb": ("8B QLoRA, longest row in 80 GB", "≥ 350k", "343k (Unsloth)")}
+PARTS = FIRST | PROOFS | SPEED | LONG | CARDS
 # tokens per second of the first over those of the second; the goal, or 0
 RATIOS = (("train-8b", "peer-8b", 2.0), ("train-8b-short", "peer-8b-short", 4.0),
           ("train-8b-4bit", "train-8b", 0.85), ("train-moe", "peer-moe", 3.0),
@@ -235,7 +239,8 @@ def page(records: dict) -> str:
              card["says"] + ".", "", f"{versions}; {time.strftime('%Y-%m-%d %H:%M %z')}. bfloat16 "
              "where a row does not say otherwise; docs/gpu.md says what each row means.", "",
              "## Is it right?", "", proofs_table(records), "", "## How fast is it?", "",
-             speed_table(records), "", ratios_table(records), "", "## Commands", "",
+             speed_table(records), "", ratios_table(records), "", "## How long may a row be?", "",
+             long_table(records), "", "## Commands", "",
              commands_table(records), ""]
     return "\n".join(lines)
 
@@ -273,9 +278,6 @@ def speed_table(records: dict) -> str:
                      figure(record, "share_of_matrix_rate", ".1%"),
                      figure(record, "peak_gib", ".1f"), goal, met, part.published,
                      in_a_cell(record["says"])])
-    for name, (what, goal, published) in LONG.items():
-        why = "not measured by this version" if NEEDED_FOR_LONG in KEYS else "not built"
-        rows.append([name, what, "-", "-", "-", "-", goal, "", published, why])
     return table(["row", "what", "tokens/s", "TFLOP/s", "of the card's rate", "peak GiB", "goal",
                   "met", "published", "note"], rows)
 
@@ -289,6 +291,21 @@ def verdict(found: float | None, goal: float) -> str:
 
 def figure(record: dict, key: str, form: str) -> str:
     return format(record[key], form) if key in record else "-"
+
+
+def long_table(records: dict) -> str:
+    """The longest rows that train in a part of the card's memory."""
+    rows = []
+    for name, part in LONG.items():
+        record = records.get(name, {"status": "not run", "says": ""})
+        found = record.get("longest_row")           # known of a part that was killed, too
+        goal = part.goal if records["card"].get("name") else 0
+        note = record["says"] if record["status"] == "done" else \
+            f"{record['status']}: {record['says']}".removesuffix(": ")
+        rows.append([name, part.what, f"{found:,}" if found is not None else "-",
+                     figure(record, "peak_gib", ".1f"), f"≥ {part.goal:,}", verdict(found, goal),
+                     part.published, in_a_cell(note)])
+    return table(["row", "what", "tokens", "peak GiB", "goal", "met", "published", "note"], rows)
 
 
 def ratios_table(records: dict) -> str:
@@ -334,7 +351,7 @@ def parse_arguments(argv=None):
 
 def chosen(asked) -> list[str]:
     """The names of the parts to run, in their order. Raises ValueError for an unknown one."""
-    names = set(PROOFS | SPEED) if asked.all else set()
+    names = set(PROOFS | SPEED | LONG) if asked.all else set()
     names |= set(CARDS) if asked.cards else set()
     for name in asked.only.split(",") if asked.only else []:
         if name not in PARTS:

@@ -34,8 +34,9 @@ import torch
 
 from bench.common import NotHere, report_figures, run_part, versions_of
 from bench.random_model import random_model, raw_config
-from checkpoint.load import quantizable_weights, set_quantized
+from checkpoint.load import assign, quantizable_weights, set_quantized
 from data import Example, collate_rows
+from families import model_config
 from fast.attention_picker import card_name, pick_kernel
 from fast.batch_decode import answer_all
 from fast.decode import pick_step, prepare
@@ -43,7 +44,7 @@ from generate import generate
 from lora import LoRAConfig, attach_lora, trainable
 from losses import SFTObjective
 from methods.quant import QuantFormat, quantize
-from model import attention_needs
+from model import CausalLM, attention_needs
 from optim import make_optimizer
 from parallel import Gradients, Ranks, start_ranks
 from runtime.kernels import PICKS, Kernels, pick_attention, use_fp8, use_kernels
@@ -107,11 +108,20 @@ def examples_of(lengths: list[int], vocab_size: int, seed: int) -> list[Example]
 
 def base_model(raw: dict, device, base: str = "bf16"):
     """The frozen random base in bfloat16; nf4: its linear layers in 4 bits, double quantized."""
-    model = random_model(raw, torch.bfloat16, device).requires_grad_(False)
-    if base == "nf4":
-        for name in quantizable_weights(model):
-            weight = model.get_parameter(name)
+    if base != "nf4":
+        return random_model(raw, torch.bfloat16, device).requires_grad_(False)
+    with torch.device("meta"):
+        model = CausalLM(model_config(raw))
+    generator = torch.Generator(device).manual_seed(1)
+    quantized = set(quantizable_weights(model))
+    for name, p in list(model.named_parameters()):          # one by one: 16 bits need not fit
+        weight = torch.ones(p.shape, dtype=torch.bfloat16, device=device)
+        if p.dim() > 1:
+            weight.normal_(0.0, 0.02, generator=generator)
+        if name in quantized:
             set_quantized(model, name, quantize(weight, QuantFormat("nf4")))
+        else:
+            assign(model, name, weight)
     return model
 
 
@@ -154,8 +164,8 @@ class Run:
         return loss, stops > 0, step
 
 
-def start(case: Case, asked) -> Run:
-    """Build a case's model, adapters, kernels and optimizer."""
+def start(case: Case, asked, recompute: str = "none") -> Run:
+    """Build a case's model, adapters, kernels and optimizer. recompute: of every block."""
     device = pick_device(asked.device == "cpu")
     ranks = start_ranks(device, 600)
     fp8 = ["base_precision=fp8"] if case.base == "fp8" else []
@@ -169,7 +179,7 @@ def start(case: Case, asked) -> Run:
         if case.base != "fp8":
             raise
         raise NotHere(str(refusal)) from None
-    use_kernels(model.train(), kernels)
+    use_kernels(model.train(), kernels, [recompute] * len(model.model.layers))
     use_fp8(model, kernels)
     weights = trainable(model)
     return Run(model=model, kernels=kernels, gradients=Gradients(weights, ranks),

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import common, gpu, gpu_cards, gpu_peer, gpu_proofs, gpu_speed
+from bench import common, gpu, gpu_cards, gpu_long, gpu_peer, gpu_proofs, gpu_speed
 from bench.common import NotHere, run_child
-from config import KEYS
 from tests.common import ROOT
 
 ASKED = SimpleNamespace(device="cpu", tiny=True, kernel=None, seconds=0.05, cards=0)
 FILES = {"gpu_proofs.py": gpu_proofs, "gpu_speed.py": gpu_speed, "gpu_peer.py": gpu_peer,
-         "gpu_cards.py": gpu_cards}
+         "gpu_long.py": gpu_long, "gpu_cards.py": gpu_cards}
 
 
 # ---- every part ----------------------------------------------------------------------------------
@@ -47,6 +46,40 @@ def test_every_speed_is_measured_on_a_cpu(name):
     if "tflops" in found:
         assert 0 < found["share_of_matrix_rate"] < 1
         assert found["first_loss"] == pytest.approx(7.6, abs=2)             # log 2048
+
+
+def test_the_longest_row():
+    """Steps with all that saves memory run; and the search, with an imitated card."""
+    found = gpu_long.PARTS["long-8gb"](ASKED)
+    assert found["longest_row"] >= 64 and found["too_long"] is None
+
+    def search(room, goal, seconds=60.0):
+        tried = []
+        row, too_long = gpu_long.longest_row(lambda n: tried.append(n) or n <= room, goal, seconds)
+        assert row == max([n for n in tried if n <= room], default=0)
+        assert too_long is None or too_long > room
+        return row
+
+    assert 1150 <= search(1300, 1000) <= 1300
+    assert 800 >= search(790, 1000) >= 600
+    assert search(100, 1000) == 0
+    assert search(10**9, 1000, seconds=0.0) == 1000
+
+
+def test_a_row_that_does_not_fit_is_followed_by_a_shorter_one(monkeypatch):
+    """Out of memory in a step, as torch says it, leaves nothing that the next step meets."""
+    step, raised = gpu_long.Run.step, []
+
+    def step_of_a_small_card(run, step_, following, over=False):
+        if step_.tokens > 60:
+            raised.append(step_.tokens)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return step(run, step_, following, over)
+
+    monkeypatch.setattr(gpu_long.Run, "step", step_of_a_small_card)
+    monkeypatch.setattr(gpu_long, "SHORTEST", 8)
+    found = gpu_long.PARTS["long-8gb"](ASKED)
+    assert raised == [64] and found["longest_row"] == 51 and found["too_long"] == 64
 
 
 @pytest.mark.parametrize("name", ["fsdp", "nccl", "scaling"])
@@ -108,18 +141,11 @@ def test_goals_are_those_of_docs():
         assert not part.goal or f"{part.goal:,}" in text, name
     for ours, other, goal in gpu.RATIOS:
         assert not goal or f"{goal:g} ×" in text or f"{goal:.0%}" in text.replace(" %", "%")
-    for name in gpu.LONG:
-        assert f"`{name}`" in text
     assert "docs/gpu.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_long_context_says_what_is_missing():
-    why = "not built" if gpu.NEEDED_FOR_LONG not in KEYS else "not measured by this version"
-    assert gpu.speed_table({"card": {"name": ""}}).count(why) == 3
-
-
 def test_the_command_line():
-    assert gpu.chosen(gpu.parse_arguments(["--all"])) == [*gpu.PROOFS, *gpu.SPEED]
+    assert gpu.chosen(gpu.parse_arguments(["--all"])) == [*gpu.PROOFS, *gpu.SPEED, *gpu.LONG]
     assert gpu.chosen(gpu.parse_arguments(["--cards"])) == list(gpu.CARDS)
     assert gpu.chosen(gpu.parse_arguments(["--only", "decode-1,steps"])) == ["steps", "decode-1"]
     with pytest.raises(ValueError, match="no such part .did you mean 'train-8b'"):
@@ -151,7 +177,7 @@ PROGRAMS = {
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
     """Small programs in the place of parts: {name: its code}, which a test may change."""
-    for table in ("PARTS", "PROOFS", "SPEED"):
+    for table in ("PARTS", "PROOFS", "SPEED", "LONG"):
         monkeypatch.setattr(gpu, table, {})
 
     def write(name, code):
