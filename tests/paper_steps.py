@@ -39,7 +39,8 @@ from tests.common import ROOT
 
 KERNELS = ("sdpa-flash", "sdpa-efficient", *(("torch-varlen",) if TORCH >= (2, 12) else ()))
 # runs that start no other operators on the device than the rest, and one that waits for its router
-ALIKE = {"DFT", "EAFT", "label smoothing", "orpo", "little memory", "Muon", "Adam-mini", "experts"}
+ALIKE = {"compiled steps", "DFT", "EAFT", "label smoothing", "orpo", "little memory", "Muon",
+         "Adam-mini", "experts"}
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
