@@ -61,6 +61,7 @@ class ToolFormat:
     name: str
     describe: Callable = field(default=no_tools, compare=False, repr=False)  # tools -> text
     call: Callable = field(default=no_tools, compare=False, repr=False)  # JSON, Template -> text
+    after_lead: str = field(default="\n", compare=False, repr=False)     # before the call
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,9 @@ def check_lead(template: Template, lead: str, call: str):
     """Raise ValueError for a text before a tool call, where the format has no room for it."""
     if lead and template.function and not template.function[0].startswith("{{content}}"):
         raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, "
-                         f"so no text can stand before it: {lead[:60]!r}, before {call[:60]!r}")
+                         f"so no text can stand before it: {lead[:60]!r}, before {call[:60]!r}. "
+                         "Leave the text out of the row, or make it an answer and the call a turn "
+                         "after the next question")
 
 
 def turn_slots(template: Template, role: str) -> tuple[Slot, ...]:
@@ -320,7 +323,7 @@ def settle_thought(template: Template, answer: dict, is_last: bool, only_last: b
     if template.reasoning and (drop_all or drop_history and not is_last):
         text = (before + after).lstrip("\n")
     if "lead" in answer and after:
-        text += "\n"
+        text += template.tool_format.after_lead
 
     # an answer that mentions the marks gets no empty thought, as in LLaMA-Factory
     written = text + answer["content"] if "lead" in answer else text

@@ -92,3 +92,20 @@ def test_text_before_a_call_is_refused_by_formats_without_a_place_for_it():
     with pytest.raises(ValueError, match="no text can stand before"):
         text_of("mistral", call("<think>\nx\n</think>\n\n" + CALL))
     assert text_of("mistral", call(CALL))[0][1].startswith("[TOOL_CALLS] [{")
+
+
+@pytest.mark.parametrize("template", ["mistral_small", "ministral3"])
+def test_text_before_a_call_of_newer_mistral_models(template):
+    """As mistral-common encodes it from version 7 on: the text, then what opens the calls.
+
+    LLaMA-Factory writes the text behind [TOOL_CALLS]; versions before 7 refuse it.
+    """
+    written = '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}}]</s>'
+    assert text_of(template, call(CALL))[0][1] == written
+    assert text_of(template, call(f"hm <tool_call>{CALL}</tool_call>"))[0][1] == "hm " + written
+    turns = [{"role": "user", "content": "a"},
+             {"role": "function", "content": CALL, "lead": "Let me look."}]
+    assert text_of(template, turns)[0][1] == "Let me look." + written
+    for older in ("mistral", "ministral"):
+        with pytest.raises(ValueError, match="Leave the text out of the row"):
+            text_of(older, turns)

@@ -77,6 +77,10 @@ MINISTRAL = replace(
     says=("[INST]",),
 )
 
+# from version 7 of the tokenizer on, a text may stand before the calls
+MISTRAL_V7 = replace(MINISTRAL, function=("{{content}}", EOS),
+                     tool_format=ToolFormat("mistral_small"))
+
 LLAMA2 = Template(
     user=(BOS, "[INST] {{content}} [/INST]"),
     system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",),
@@ -148,11 +152,11 @@ TEMPLATES = {
         families=("qwen2",), says=("<|im_start|>", "Sailor")),
     "mistral": MISTRAL,
     "mistral_small": replace(
-        MINISTRAL,
+        MISTRAL_V7,
         system=("[SYSTEM_PROMPT]{{content}}[/SYSTEM_PROMPT]",), system_in_user=False,
         says=("[SYSTEM_PROMPT]",)),
     "ministral": MINISTRAL,  # Ministral 8B, Nemo
-    "ministral3": MINISTRAL,
+    "ministral3": MISTRAL_V7,
     "llama2": LLAMA2,
     "llama2_zh": replace(
         LLAMA2, default_system="You are a helpful assistant. 你是一个乐于助人的助手。"),

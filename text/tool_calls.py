@@ -170,6 +170,11 @@ def write_mistral(calls: list[Call]) -> str:
     return f"[{', '.join(map(write_json_call, calls))}]"
 
 
+def write_mistral_small(calls: list[Call]) -> str:
+    """With what opens the calls: a text stands before it, from version 7 of the tokenizer on."""
+    return f"[TOOL_CALLS]{write_mistral(calls)}"
+
+
 def write_json_call(call: Call, key: str = "arguments") -> str:
     name, arguments = call
     return f'{{"name": {to_json(name)}, "{key}": {arguments}}}'
@@ -221,15 +226,17 @@ def describe_phi4_mini(tools) -> str:
 
 
 def tool_format(name: str, describe: Callable[[list[dict]], str],
-                write_calls: Callable[[list[Call]], str]) -> ToolFormat:
+                write_calls: Callable[[list[Call]], str], after_lead: str = "\n") -> ToolFormat:
     """A row of the table, from two of the functions above."""
-    return ToolFormat(name, partial(describe_tools, describe), partial(render_call, write_calls))
+    return ToolFormat(name, partial(describe_tools, describe), partial(render_call, write_calls),
+                      after_lead)
 
 
 TOOL_FORMATS = {row.name: row for row in (
     tool_format("default", describe_default, write_default),
     tool_format("llama3", describe_llama3, write_llama3),
     tool_format("mistral", describe_mistral, write_mistral),
+    tool_format("mistral_small", describe_mistral, write_mistral_small, after_lead=""),
     tool_format("qwen", describe_qwen, write_qwen),
     tool_format("glm4", describe_glm4, write_glm4),
     ToolFormat("phi4_mini", describe_phi4_mini, partial(render_call, write_default)),
