@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from checkpoint.work_folder import OLD, files_under, keep_aside, work_folder
 from errors import bytes_in_words, first_line, nearest_name
 from families import read_json_object
+from text.hub_files import is_on
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FILE_DTYPES = {
@@ -42,6 +43,9 @@ SHARDS = {
     "model.safetensors": "model-[0-9]*-of-[0-9]*.safetensors",
     "pytorch_model.bin": "pytorch_model-[0-9]*-of-[0-9]*.bin",
 }
+# what is downloaded, and the same weights in the vendor's own layout
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+DUPLICATES = ["consolidated*", "original/*"]
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 # A pickle can run any code. torch's restricted loader makes nothing but tensors, but could be
 # circumvented before torch 2.6 (CVE-2025-32434).
@@ -52,9 +56,10 @@ def find_checkpoint(name_or_path: str, revision: str | None = None,
                     cache_dir: str | None = None) -> Path:
     """The folder of a checkpoint: a local one, or a repository of the hub, downloaded or cached.
 
-    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE act as huggingface_hub defines them. Raises
-    FileNotFoundError that says what to do: for a folder that does not exist, a repository that the
-    hub does not know, a gated one, no network.
+    HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE act as huggingface_hub defines them; with
+    USE_MODELSCOPE_HUB=1 the repository is one of ModelScope. Raises FileNotFoundError that says
+    what to do: for a folder that does not exist, a repository that the hub does not know, a gated
+    one, no network.
     """
     if "\0" in name_or_path:
         raise ValueError(f"{name_or_path!r} holds a null character, which no file name has; name "
@@ -67,6 +72,8 @@ def find_checkpoint(name_or_path: str, revision: str | None = None,
                                 "checkpoint")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith("."):
         raise FileNotFoundError(f"{name_or_path} does not exist" + _near(path))
+    if is_on("USE_MODELSCOPE_HUB"):
+        return download_from_modelscope(name_or_path, revision, cache_dir)
     from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, HFValidationError
     try:
         return download(name_or_path, revision, cache_dir)
@@ -78,13 +85,34 @@ def download(repository: str, revision: str | None, cache_dir: str | None) -> Pa
     """Download weights, JSON, tokenizer and code of a repository; the code is never run."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py"]
-    duplicates = ["consolidated*", "original/*"]    # the same weights in the vendor's own layout
     options = {"revision": revision, "cache_dir": cache_dir}
-    folder = Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=duplicates,
+    folder = Path(snapshot_download(repository, allow_patterns=WANTED, ignore_patterns=DUPLICATES,
                                     **options))
     if PICKLES_ARE_SAFE and not any(folder.glob("*.safetensors")):
         snapshot_download(repository, allow_patterns=["pytorch_model*.bin"], **options)
+    return folder
+
+
+def download_from_modelscope(repository: str, revision: str | None,
+                             cache_dir: str | None) -> Path:
+    """The same from ModelScope, with its own package, whose main branch is called master."""
+    try:
+        from modelscope import snapshot_download
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f"{repository} is no local folder, and USE_MODELSCOPE_HUB=1 asks for it on ModelScope, "
+            "which needs its package: pip install modelscope (or unset the variable)") from None
+    options = {"revision": None if revision == "main" else revision, "cache_dir": cache_dir}
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=WANTED,
+                                        ignore_patterns=DUPLICATES, **options))
+        if PICKLES_ARE_SAFE and not any(folder.glob("*.safetensors")):
+            snapshot_download(repository, allow_patterns=["pytorch_model*.bin"], **options)
+    except Exception as error:                      # its errors have no common class
+        raise FileNotFoundError(
+            f"{repository} could not be fetched from ModelScope ({first_line(error)}). Is the name "
+            "right, is there a network? Without USE_MODELSCOPE_HUB=1 it is looked for on the "
+            "Hugging Face hub") from None
     return folder
 
 

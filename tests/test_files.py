@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -135,6 +136,34 @@ def ask(home, endpoint, *arguments, **env):
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_a_model_of_modelscope(tmp_path, monkeypatch):
+    """Its package is asked for the same files; a folder is a folder all the same."""
+    asked = []
+
+    def snapshot_download(name, revision=None, cache_dir=None, allow_patterns=None,
+                          ignore_patterns=None):
+        if name == "a/missing":
+            raise RuntimeError("no such model\nmore")
+        asked.append((name, revision, cache_dir, allow_patterns))
+        return str(tmp_path)
+
+    module = types.ModuleType("modelscope")
+    module.snapshot_download = snapshot_download
+    monkeypatch.setitem(sys.modules, "modelscope", module)
+    monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+    assert find_checkpoint("a/b", "main", "cache") == tmp_path
+    assert asked[0][:3] == ("a/b", None, "cache") and "*.safetensors" in asked[0][3]
+    assert asked[1:] == [("a/b", None, "cache", ["pytorch_model*.bin"])] * PICKLES_ARE_SAFE
+    (tmp_path / "model.safetensors").touch()
+    assert find_checkpoint("a/b", "v2") == tmp_path and asked[-1][1] == "v2"
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"from ModelScope \(no such model\)"):
+        find_checkpoint("a/missing")
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(FileNotFoundError, match="pip install modelscope"):
+        find_checkpoint("a/b")
 
 
 def test_hub(tmp_path):

@@ -25,7 +25,8 @@ import numpy as np
 from errors import did_you_mean
 from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
                                 RawRow, Source, check_stage)
-from text.hub_files import fetch_rows, hub_files, modelscope_repository, open_repository
+from text.hub_files import (fetch_rows, hub_files, is_on, modelscope_repository,
+                            open_repository)
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
 from text.mix_datasets import mixed_order
 from text.packed_files import COMPRESSED, TABLES, file_type, open_packed, unpacked_suffix
@@ -430,11 +431,6 @@ def hub_of_entry(entry: dict, where: str) -> str:
         raise ValueError(f"{where}: USE_OPENMIND_HUB is set, but OpenMind is not read; unset it, "
                          "or download the data and give its file_name")
     return "hf_hub_url" if entry.get("hf_hub_url") else ""
-
-
-def is_on(variable: str) -> bool:
-    """Whether a variable of the environment says yes, by LLaMA-Factory's words."""
-    return os.environ.get(variable, "0").lower() in ("true", "y", "1")
 
 
 def files_at(path: Path) -> tuple[Path, ...]:

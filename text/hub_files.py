@@ -12,6 +12,7 @@ Next: text/data_files.py.
 
 Rules: huggingface.co/docs/hub/datasets-manual-configuration and datasets-file-names-and-splits.
 """
+import os
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -80,6 +81,11 @@ def open_branch(name: str, revision: str | None, cache_dir: str | None) -> Repos
             raise ValueError(why_not_fetched(f"{name}: {file}", error)) from None
 
     return Repository(name, files, fetch)
+
+
+def is_on(variable: str) -> bool:
+    """Whether a variable of the environment says yes, by LLaMA-Factory's words."""
+    return os.environ.get(variable, "0").lower() in ("true", "y", "1")
 
 
 def modelscope_repository(name: str, cache_dir: str | None) -> Repository:
