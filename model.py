@@ -17,7 +17,7 @@ arXiv:2101.03961.
 Letters for shapes, the same in every file:
 
     B batch   T query length   S key length   D hidden_size   H query heads   K key/value heads
-    Dh head_dim   R rotated features of a head   F ffn width   V vocabulary   E experts
+    Dh head_dim   R rotated features of a head   I ffn width   V vocabulary   E experts
     k experts per token   r LoRA rank   N = B*T tokens
 
 Parameters have the names of a Llama checkpoint (`model.layers.0.self_attn.q_proj.weight`). Where a
@@ -221,7 +221,7 @@ class MLP(nn.Module):
     def forward(self, x, ctx: ForwardContext | None = None):
         """(…, D) -> (…, D)."""
         if self.fused:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)        # (…, F)
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)        # (…, I)
         else:
             gate = self.gate_proj(x)
             up = self.up_proj(x)

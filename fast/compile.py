@@ -85,12 +85,12 @@ def rotate_heads(compiled: Callable, pairs: str, x, ctx):
 
 def gated_rows(compiled: Callable, act: Callable, gate, up):
     """MLP.gated."""
-    rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))                     # (N, F)
+    rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))                     # (N, I)
     return compiled(*rows, act).view(gate.shape)
 
 
 def gated(gate, up, act: Callable):
-    """MLP.gated of rows (N, F)."""
+    """MLP.gated of rows (N, I)."""
     return act(gate) * up
 
 

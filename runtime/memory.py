@@ -532,7 +532,7 @@ def uses_dora(module: nn.Module) -> bool:
 def mlp_bytes(mlp: nn.Module, width: int, batch: MicroBatch) -> int:
     """For each token, apart from the MLP's input: gate, act(gate), up, and their product.
 
-    On the fast path gate and up alone. width: F, of the MLP or of an expert.
+    On the fast path gate and up alone. width: I, of the MLP or of an expert.
     """
     if batch.fast:
         return (2 * width + low_rank_numbers([mlp.down_proj])) * batch.compute
