@@ -18,6 +18,7 @@ import torch.nn.functional as F
 ROW_BLOCK = 128         # rows of one call of oneDNN
 ROW_STEP = 32           # the last block is padded to a multiple of this
 CLEARLY = 1.1           # how many times faster than torch's own a library must be to be picked
+TRIED = 2**27           # multiplications of one product of the trial, at most: a millisecond
 
 
 # ---- the libraries ------------------------------------------------------------------------------
@@ -58,12 +59,32 @@ class MatmulChoice:
     lines: list = field(default_factory=list)       # for the start page
 
 
-@torch.no_grad()
-def pick_matmul(device, dtype: torch.dtype) -> MatmulChoice:
-    """The fastest correct library on this machine, measured in a few milliseconds.
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of a model: rows (tokens) at once, inputs, outputs, how often in a pass."""
+    rows: int
+    inputs: int
+    outputs: int
+    times: int = 1
 
-    There is a choice only in float32 on CPUs. Correct: no further from float64 than four times
-    torch's own error.
+
+SMALL_MODEL = (Product(256, 512, 1024),)
+
+
+def products_of(config) -> tuple[Product, ...]:
+    """Those that decide: gate, up and down of the blocks, and the head. config: a ModelConfig."""
+    width = config.intermediate_size or 4 * config.hidden_size
+    return (Product(256, config.hidden_size, width, 3 * config.num_hidden_layers),
+            Product(128, config.hidden_size, config.vocab_size))
+
+
+@torch.no_grad()
+def pick_matmul(device, dtype: torch.dtype,
+                products: tuple[Product, ...] = SMALL_MODEL) -> MatmulChoice:
+    """The fastest correct library for a model's products, forward and backward, on this machine.
+
+    There is a choice only in float32 on CPUs, measured in a tenth of a second. Correct: no further
+    from float64 than four times torch's own error.
     """
     device = torch.device(device)
     if device.type != "cpu" or dtype != torch.float32:
@@ -84,13 +105,27 @@ def pick_matmul(device, dtype: torch.dtype) -> MatmulChoice:
         if not error <= allowed:
             refused[name] = f"wrong by {error:.2g}"
             continue
-        seconds = shortest(lambda: matmul(x, W))
-        rates[name] = 2 * x.numel() * len(W) / seconds / 1e9
+        rates[name] = rate_of(matmul, products)
 
     picked = max(rates, key=rates.get)
     if rates[picked] <= CLEARLY * rates["torch"]:
         picked = "torch"
     return MatmulChoice(picked, rates, [matmul_line(picked, rates, refused)])
+
+
+def rate_of(matmul: Callable, products: tuple[Product, ...]) -> float:
+    """GFLOP/s over all products of a model; each is measured on some of its outputs."""
+    operations = total_seconds = 0.0
+    for product in products:
+        outputs = max(64, min(product.outputs, TRIED // (product.rows * product.inputs)))
+        W = torch.ones(outputs, product.inputs)
+        for x, layout in ((torch.ones(product.rows, product.inputs), W),
+                          (torch.ones(product.rows, outputs), W.T)):
+            seconds = shortest(lambda: matmul(x, layout))
+            share = product.times * product.outputs / outputs
+            operations += 2 * x.numel() * len(layout) * share
+            total_seconds += seconds * share
+    return operations / total_seconds / 1e9
 
 
 def matmul_line(picked: str, rates: dict[str, float], refused: dict[str, str]) -> str:

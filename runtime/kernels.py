@@ -62,10 +62,10 @@ def pick_attention(kernels: Kernels, config, model_config: ModelConfig, device, 
 
 
 def pick_matrix_product(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
-    """The fastest correct library of matrix products on a CPU."""
-    from fast.matmul import MATMULS, pick_matmul
+    """The fastest correct library for this model's matrix products on a CPU."""
+    from fast.matmul import MATMULS, pick_matmul, products_of
 
-    choice = pick_matmul(device, dtype)
+    choice = pick_matmul(device, dtype, products_of(model_config))
     kernels.matmul_name = choice.picked
     kernels.matmuls = {name: MATMULS[name] for name in choice.rates}
     kernels.lines += choice.lines

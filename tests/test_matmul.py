@@ -1,8 +1,10 @@
 """fast/matmul.py: all functions agree; wrong, failing or hardly faster ones are not picked."""
+import pytest
 import torch
 
 from fast import matmul
-from fast.matmul import MATMULS, pick_matmul
+from fast.matmul import MATMULS, TRIED, Product, pick_matmul, products_of, rate_of
+from tests.tiny_models import tiny
 
 
 def test_matmuls_agree_for_both_layouts():
@@ -37,6 +39,23 @@ def test_the_fastest_is_picked_if_clearly_faster(monkeypatch):
     times["onednn"] = 0.95
     assert pick_matmul("cpu", torch.float32).picked == "torch"
     assert pick_matmul("cpu", torch.bfloat16).picked == "torch"
+
+
+def test_the_models_own_products_decide(monkeypatch):
+    """Forward and backward, of blocks and head, each as often as it is computed."""
+    blocks, head = products_of(tiny().config)
+    assert (blocks.inputs, blocks.outputs, blocks.times) == (32, 48, 6)
+    assert (head.inputs, head.outputs) == (32, 50)
+    wide = Product(100, 1000, 10**6, times=1)           # measured on some of its outputs
+    seconds = iter([1.0, 3.0])
+    monkeypatch.setattr(matmul, "shortest", lambda call: next(seconds))
+    outputs = TRIED // 100_000
+    rate = rate_of(MATMULS["torch"], (wide,))
+    assert rate == pytest.approx(2 * 2 * 100 * 1000 * outputs / 4 / 1e9)
+    seconds = iter([1.0, 1.0, 9.0, 9.0])                # ten of one and one of the other
+    many = Product(64, 64, 64, times=10)
+    rate = rate_of(MATMULS["torch"], (many, Product(64, 64, 64)))
+    assert rate == pytest.approx(22 * 2 * 64**3 / (20 + 18) / 1e9)
 
 
 def _name_of(call, products):
