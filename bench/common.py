@@ -107,12 +107,14 @@ class Child:
         return "\n".join(line for _, line in self.lines)
 
 
-def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=None) -> Child:
+def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=None,
+              running: set | None = None) -> Child:
     """Run a command to its end and measure it; output is read as it comes, with the lines' times.
 
     env: added to this program's environment.
     limit: seconds after which it is killed with all its children.
     watch: a file that it will write line by line.
+    running: holds its number while it runs; for kill_family, where this is called in a thread.
     Raises RuntimeError with the last lines if it fails, unless must_work is False.
     """
     if watch:
@@ -122,11 +124,15 @@ def run_child(command, env=None, cwd=None, limit=3600, must_work=True, watch=Non
                              stderr=subprocess.STDOUT, cwd=cwd,
                              env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
                              start_new_session=True)
+    running = set() if running is None else running
+    running.add(child.pid)
     try:
         return follow(child, command, start, limit, must_work, watch)
-    except BaseException:           # Ctrl-C does not reach the child, which has its own session
+    except KeyboardInterrupt:       # it does not reach the child, which has its own session
         kill_family(child.pid)
         raise
+    finally:
+        running.discard(child.pid)
 
 
 def follow(child, command: list, start: float, limit: float, must_work: bool, watch) -> Child:
@@ -318,7 +324,8 @@ class NotHere(Exception):
 
 def report_figures(status: str, says: str = "", **figures):
     """Print figures of a part; the last line about a figure counts, so they may come one by one."""
-    print(RESULT + json.dumps({"status": status, "says": says, **figures}), flush=True)
+    line = RESULT + json.dumps({"status": status, "says": says, **figures})
+    print("\n" + line, flush=True)          # a progress bar may have left its line open
 
 
 def run_part(parts: dict):
@@ -381,7 +388,10 @@ def commit() -> str:
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
 
-    head = git("rev-parse", "--short", "HEAD")
+    try:
+        head = git("rev-parse", "--short", "HEAD")
+    except OSError:             # git is not installed
+        return "unknown"
     if head.returncode:
         return "unknown"
     changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()

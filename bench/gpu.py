@@ -21,6 +21,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,8 @@ from pathlib import Path
 from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.common import (BENCH, RESULT, ROOT, commit, machine, run_child, short_paths, slug,
-                          table)
+from bench.common import (BENCH, RESULT, ROOT, commit, kill_family, machine, run_child,
+                          short_paths, slug, table)
 from errors import PACKAGES, did_you_mean, run_script
 
 BUDGET = 570            # seconds: a lent machine may allow 600 for a command
@@ -125,10 +126,11 @@ def command_of(name: str, asked, kernel: str = "") -> list[str]:
     return command
 
 
-def run_one(name: str, asked, seconds: float, kernel: str = "") -> dict:
+def run_one(name: str, asked, seconds: float, kernel: str = "", running=None) -> dict:
     """The record of a part, whatever becomes of it; `seconds`: the most it may take."""
     command = command_of(name, asked, kernel)
     child = run_child([sys.executable, *command], cwd=ROOT, limit=seconds, must_work=False,
+                      running=running,
                       env={"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     record = {}
     for line in child.text.splitlines():
@@ -199,7 +201,7 @@ def replace_file(path: Path, text: str):
 
 def run_parts(names: list, asked, results: Results, deadline: float, at_once: int):
     """Run parts in their order, `at_once` at a time, and keep each record before the next part."""
-    one_writes = Lock()
+    one_writes, running = Lock(), set()
 
     def run_in_time(name: str):
         part = PARTS[name]
@@ -208,15 +210,21 @@ def run_parts(names: list, asked, results: Results, deadline: float, at_once: in
             record = {"status": "not run", "says": "no time left", "command": "", "seconds": 0,
                       "date": time.strftime("%Y-%m-%d %H:%M %z"), "commit": commit()}
         else:
-            record = run_one(name, asked, min(part.limit, left), results.kernel_for(part))
+            record = run_one(name, asked, min(part.limit, left), results.kernel_for(part), running)
         with one_writes:
             results.add(name, record)
             print(f"{name:<15} {record['status']:<8} {record['seconds']:>6.1f} s  {record['says']}",
                   flush=True)
 
     with ThreadPoolExecutor(at_once) as pool:
-        for future in [pool.submit(run_in_time, name) for name in names]:
-            future.result()
+        try:
+            for future in [pool.submit(run_in_time, name) for name in names]:
+                future.result()
+        except BaseException:               # Ctrl-C, or a fault of this file: nothing runs on
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in tuple(running):
+                kill_family(child)
+            raise
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -391,6 +399,7 @@ def measure(asked) -> int:
 
 def main(argv: list[str]):
     asked = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # of `timeout`, as Ctrl-C
     if asked.list:
         print(table(["part", "what", "about s", "file"],
                     [[name, part.what, part.usual, part.file] for name, part in PARTS.items()]))

@@ -459,16 +459,16 @@ def peer(asked) -> dict:
         lora = LoRAConfig(8, 16, target_modules="all")
         (folder / "adapter").mkdir()
         save_adapter(attach_lora(model, lora, 1), folder / "adapter", lora, str(TINY_MODEL))
-        found = {}
-        for name, script, *more in (("ours", "train.py"),
-                                    ("peer", "bench/peer_hf.py", "--attention", "sdpa")):
-            here = settings | {"adapter_name_or_path": str(folder / "adapter"),
-                               "output_dir": str(folder / name)}
+        settings["adapter_name_or_path"] = str(folder / "adapter")
+        for name in ("ours", "peer"):
+            here = settings | {"output_dir": str(folder / name)}
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(here))
-            command = [sys.executable, script, str(folder / f"{name}.yaml"), *more]
-            child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            require(child.returncode == 0, f"{script}: {child.stderr[-300:]}")
-            found[name] = logged(folder / name)
+        run_train(folder / "ours", asked, config=str(folder / "ours.yaml"))
+        child = subprocess.run(
+            [sys.executable, "bench/peer_hf.py", str(folder / "peer.yaml"), "--attention", "sdpa"],
+            cwd=ROOT, capture_output=True, text=True)
+        require(child.returncode == 0, f"bench/peer_hf.py: {child.stderr[-300:]}")
+        found = {name: logged(folder / name) for name in ("ours", "peer")}
     print(curves(found["ours"], found["peer"]))
     worst = max(abs(a - b) for a, b in zip(found["ours"]["losses"], found["peer"]["losses"]))
     require(worst < 2e-3, f"the losses differ by {worst:.2g}")

@@ -124,6 +124,12 @@ def test_results_have_the_common_fields(tmp_path):
     assert slug({"cpu": "Some CPU (R) @ 2.0GHz", "cores": 2}) == "some-cpu-r-2-0ghz-2-cores"
 
 
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    assert re.fullmatch(r"[0-9a-f]+\+?|unknown", common.commit())
+    monkeypatch.setenv("PATH", "")
+    assert common.commit() == "unknown"
+
+
 def test_tables_are_aligned():
     lines = table(["what", "figure"], [["8b-8k", "1,234"], ["share", "≥ 5%"]]).splitlines()
     assert lines == ["| what  | figure |", "|-------|-------:|", "| 8b-8k |  1,234 |",

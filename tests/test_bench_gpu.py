@@ -1,8 +1,10 @@
 """bench/gpu.py: each of its parts on tiny shapes on a CPU, and what becomes of parts that fail."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -244,6 +246,46 @@ def test_results_are_written_after_each_part(programs, tmp_path):
     assert parts["hangs"]["says"] == "read: well"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_ended_leaves_no_child_behind(tmp_path, number):
+    """Ctrl-C, or `timeout`, during a part: the parts that wait are not begun."""
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'begun')!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "time.sleep(60)\n")
+    slow = os.path.relpath(tmp_path / "slow.py", common.BENCH)
+    code = ("import sys; from bench import gpu; from errors import run_script\n"
+            f"slow = gpu.Part({slow!r}, '')\n"
+            "gpu.PARTS.update(dict.fromkeys(['steps', 'decode', 'recipe'], slow))\n"
+            "gpu.run_one, run = lambda name, *rest: ({'status': 'done', 'says': '', 'name': 'A',\n"
+            "    'seconds': 0, 'command': '', 'date': '', 'commit': ''} if name == 'card' else\n"
+            "    run(name, *rest)), gpu.run_one\n"
+            "run_script(gpu.main)\n")
+    command = [sys.executable, "-c", code, "--only", "steps,decode,recipe", "--at-once", "2",
+               "--results", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        children = wait_for_lines(tmp_path / "begun", 2)
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert len((tmp_path / "begun").read_text().split()) == 2
+    time.sleep(0.2)
+    for child in children:
+        assert not os.path.exists(f"/proc/{child}"), child
+
+
+def wait_for_lines(path, count):
+    """The lines of a file once it has so many."""
+    end = time.time() + 30
+    while time.time() < end:
+        lines = path.read_text().split() if path.is_file() else []
+        if len(lines) == count:
+            return lines
+        time.sleep(0.05)
+    raise AssertionError(f"{path} was not written")
+
+
 def test_a_machine_without_a_card_is_told_so(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
@@ -275,14 +317,14 @@ def test_the_command_needs_only_the_packages_of_requirements(tmp_path):
              "sys.meta_path.insert(0, Block())\n")
     (tmp_path / "sitecustomize.py").write_text(block)
     done = subprocess.run(
-        [sys.executable, "bench/gpu.py", "--only", "qlora,waits,train-0.5b", "--device", "cpu",
+        [sys.executable, "bench/gpu.py", "--only", "waits,train-0.5b", "--device", "cpu",
          "--tiny", "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "POCKET_SHARED": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr
     path, = tmp_path.glob("gpu-tiny-*.json")
     parts = json.loads(path.read_text())["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {
-        "card": "done", "qlora": "done", "waits": "skipped", "train-0.5b": "done"}
+        "card": "done", "waits": "skipped", "train-0.5b": "done"}
     page = path.with_suffix(".md").read_text()
     assert "CUDA only" in page and "a rehearsal without a card" in page
     assert "python bench/gpu_speed.py train-0.5b --device cpu --tiny" in page
