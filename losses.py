@@ -275,7 +275,9 @@ def balance_loss(routers, num_experts_per_tok: int):
     probability = logits.softmax(-1)
     chosen = probability.topk(num_experts_per_tok).indices.flatten()
     experts = logits.shape[1]
-    share = chosen.bincount(minlength=experts).float() / len(logits)            # (E,), sums to k
+    counts = chosen.new_zeros(experts)      # not bincount, which waits for the device
+    counts.scatter_add_(0, chosen, torch.ones_like(chosen))
+    share = counts.float() / len(logits)                                        # (E,), sums to k
     return experts * (share * probability.float().mean(0)).sum()
 
 

@@ -325,14 +325,19 @@ class MoE(nn.Module):
         if ctx.routers is not None:
             ctx.routers.append(scores)
         chosen, weights = self.route(scores)
-        y = grouped(rows, chosen, weights, self.expert, config.num_experts, config.scale_input,
-                    self.visited)
+        y = self.mix(rows, chosen, weights)                         # (N, D)
         if config.shared_expert_intermediate_size:
             shared = self.shared_expert(rows)
             if config.shared_expert_gate:
                 shared = self.shared_expert_gate(rows).sigmoid() * shared
             y = y + shared
         return y.view_as(x)
+
+    def mix(self, rows, chosen, weights):
+        """The weighted sum of each row's chosen experts, (N, D)."""
+        config = self.config
+        return grouped(rows, chosen, weights, self.expert, config.num_experts, config.scale_input,
+                       self.visited)
 
     def route(self, scores):
         """Router logits (N, E) -> the chosen experts and their weights, both (N, k)."""

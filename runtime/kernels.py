@@ -8,7 +8,7 @@ The defaults of Kernels are the twins at the root, so a file can be deleted with
 
 Requires: model.py, lora.py.
 Next: runtime/setup.py, runtime/build.py; fast/attention_picker.py, fast/matmul.py,
-fast/fused_block.py, fast/compile.py, methods/fp8.py.
+fast/fused_block.py, fast/compile.py, fast/grouped_experts.py, methods/fp8.py.
 """
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ class Kernels:
     compile: Callable | None = None         # fast.compile.compile_steps
     compile_tokens: Callable | None = None  # fast.compile.compile_tokens
     compile_loss: Callable | None = None    # fast.compile.compile_loss
+    group_experts: Callable | None = None   # fast.grouped_experts.group_experts
     fp8: object = None                      # methods.fp8.Fp8: 8-bit products of frozen weights
     training: bool = True                   # False: evaluation, without compiled steps and fp8
     lines: list[str] = field(default_factory=list)
@@ -92,6 +93,17 @@ def pick_compiled_steps(kernels: Kernels, config, model_config: ModelConfig, dev
     kernels.lines.append(line)
 
 
+def pick_grouped_experts(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """The experts of a layer in one product, where torch has it and it is right."""
+    if not any(model_config.sparse) or torch.device(device).type != "cuda":
+        return
+    from fast.grouped_experts import group_experts, pick_grouped
+
+    works, line = pick_grouped(device, dtype, model_config.hidden_act)
+    kernels.group_experts = group_experts if works else None
+    kernels.lines.append(line)
+
+
 def pick_fp8_base(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
     """Frozen weights in 8 bits, multiplied in 8 bits; for the key fp8 only where that is faster."""
     if not config.base_precision or not kernels.training:
@@ -116,6 +128,7 @@ PICKS = (
     pick_matrix_product,        # fast/matmul.py
     pick_fused_blocks,          # fast/fused_block.py
     pick_compiled_steps,        # fast/compile.py
+    pick_grouped_experts,       # fast/grouped_experts.py
     pick_fp8_base,              # methods/fp8.py
 )
 
@@ -199,6 +212,8 @@ def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | No
     model.kernel = kernels.attention
     if kernels.fuse:
         kernels.fuse(model, kernels.matmul, recompute)
+    if kernels.group_experts and not kernels.fp8:
+        kernels.group_experts(model, recompute)
     if kernels.compile:
         kernels.compile(model)
         on_gpu = model.lm_head.weight.device.type == "cuda"     # on a CPU it is slower than without

@@ -280,6 +280,7 @@ ABLE = [(kernel, name)
 @pytest.fixture
 def imitated_packages(monkeypatch):
     """flash-attn and torch's varlen attention, imitated."""
+    monkeypatch.setattr(A, "TORCH", (2, 12))
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen())
 
@@ -440,6 +441,7 @@ def test_layout_refuses_empty_sequences():
 def test_varlen_kernels_get_the_right_arguments(monkeypatch, kernel, window):
     monkeypatch.setitem(sys.modules, "flash_attn", fake_flash_attn())
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", fake_varlen())
+    monkeypatch.setattr(A, "TORCH", (2, 12))
     for T, S in ((6, 6), (3, 6), (1, 6)):
         q, k, v = random_qkv(2, 4, 2, T, S)
         assert_close([A.attend(q, k, v, kernel=kernel, window=window)],

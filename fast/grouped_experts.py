@@ -1,0 +1,260 @@
+"""All experts of a layer in one product: torch's grouped matmul in place of a loop over experts.
+
+    group_experts(model, ["none", "mlp", "block"])      sets it on finished MoE layers, in place
+
+The loop of model.py needs to know how many tokens each expert has, and waits for the device in each
+layer. Here the rows are sorted by expert, and the ends of each expert's rows stay on the device,
+where torch._grouped_mm reads them. The matrices of all experts lie in one tensor (E, out, in): each
+expert's weight becomes a view of it. Their adapters are stacked for each pass; gradients reach each
+expert's own. What is kept for the backward pass is what fast/fused_block.py keeps of one expert.
+
+The slow twins are model.grouped and model.one_by_one.
+
+Requires: model.py, lora.py, fast/fused_block.py.
+Next: runtime/kernels.py, which picks it.
+"""
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from errors import first_line
+from families import model_config
+from fast.fused_block import IDENTITY, can_fuse, gradients, operands
+from lora import LoRAConfig, LoRALinear, attach_lora
+from model import MLP, CausalLM, MoE, init_weights
+
+ALIGNED = 8             # numbers of 16 bits: torch._grouped_mm wants strides of 16 bytes
+ERROR = 0.05            # relative, of outputs and gradients in bfloat16
+
+
+class Stack(NamedTuple):
+    """One linear layer of all experts."""
+    W: torch.Tensor                     # (E, out, in), frozen
+    A: torch.Tensor | None              # (E, r, in); None: no adapter, or a disabled one
+    B: torch.Tensor | None              # (E, out, r)
+    scale: float
+    layers: list                        # of the experts, where A and B come from
+
+
+# ---- set on a model -----------------------------------------------------------------------------
+
+
+def group_experts(model: CausalLM, recompute: Sequence[str] | None = None):
+    """Compute the experts of each MoE layer together where that is possible, in place.
+
+    recompute: the level of each block, see fast/fused_block.py; gate and up are recomputed for mlp.
+    """
+    levels = recompute or ["none"] * len(model.model.layers)
+    for block, level in zip(model.model.layers, levels, strict=True):
+        if isinstance(block.mlp, MoE) and can_group(block.mlp):
+            stacks = [stack_weights(layers) for layers in layers_of(block.mlp)]
+            block.mlp.mix = partial(mix_together, block.mlp, stacks, level == "mlp")
+
+
+def layers_of(moe: MoE) -> list[list[nn.Module]]:
+    """The linear layers of the experts, [gate or gate and up, …, down], each a list of E."""
+    names = ("gate_up_proj", "down_proj") if moe.experts[0].fused else (
+        "gate_proj", "up_proj", "down_proj")
+    return [[getattr(expert, name) for expert in moe.experts] for name in names]
+
+
+def can_group(moe: MoE) -> bool:
+    """Whether the experts are frozen matrices of 16-byte rows, with adapters all alike or none."""
+    if moe.visited is not None or not isinstance(moe.experts, nn.ModuleList):
+        return False                            # shards, see scale/fsdp.py; or stacked already
+    return all(map(alike, layers_of(moe)))
+
+
+def alike(layers: list[nn.Module]) -> bool:
+    """Whether the layers of all experts can be stacked."""
+    first = operands(layers[0]) if can_fuse(layers[0]) else None
+    if first is None or first.W is None or first.fp8 is not None:
+        return False
+    kinds = {(type(layer), operands(layer).scale, operands(layer).W.requires_grad,
+              operands(layer).bias is None, can_fuse(layer)) for layer in layers}
+    ranks = {layer.lora_A.out_features for layer in layers if isinstance(layer, LoRALinear)}
+    sizes = {*first.W.shape, *ranks}
+    _, _, trained, no_bias, can = next(iter(kinds))
+    one_kind = len(kinds) == 1 and len(ranks) <= 1
+    return one_kind and can and no_bias and not trained and not any(n % ALIGNED for n in sizes)
+
+
+@torch.no_grad()
+def stack_weights(layers: list[nn.Module]) -> tuple[torch.Tensor, list[nn.Module]]:
+    """(the matrices of the layers in one tensor (E, out, in), the layers, now with views of it)."""
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    stack = torch.stack([base.weight.detach() for base in bases])
+    for base, matrix in zip(bases, stack):
+        base.weight.data = matrix
+    return stack, layers
+
+
+def with_adapters(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
+    """The stack with the adapters as they are now, (E, r, in) and (E, out, r), in its dtype."""
+    if not isinstance(layers[0], LoRALinear):
+        return Stack(stack, None, None, 1.0, layers)
+    pairs = [layer.adapter() for layer in layers]
+    if pairs[0][0] is None:
+        return Stack(stack, None, None, 1.0, layers)
+    A, B = (torch.stack(matrices).to(stack.dtype) for matrices in zip(*pairs))
+    return Stack(stack, A, B, layers[0].scale, layers)
+
+
+# ---- the experts' sum ---------------------------------------------------------------------------
+
+
+def mix_together(moe: MoE, stacks: list, recompute: bool, x, chosen, weights):
+    """MoE.mix: the weighted sum of the chosen experts, (N, D). x (N, D); chosen, weights (N, k)."""
+    config = moe.config
+    if torch.is_autocast_enabled(x.device.type) or x.dtype != stacks[0][0].dtype:
+        return MoE.mix(moe, x, chosen, weights)
+    slots = chosen.flatten()                                        # (N*k,)
+    order = slots.argsort(stable=True)                              # slots by expert
+    experts = torch.arange(config.num_experts, device=x.device)
+    ends = torch.searchsorted(slots[order], experts, right=True, out_int32=True)        # (E,)
+    rows = x[order // chosen.shape[1]]
+    factor = weights.flatten()[order][:, None]
+    if config.scale_input:
+        rows = rows * factor
+
+    layers = [with_adapters(*stack) for stack in stacks]
+    run = partial(run_experts, moe.experts[0], layers, ends)
+    if recompute and torch.is_grad_enabled():
+        out = checkpoint(run, rows, use_reentrant=False)
+    else:
+        out = run(rows)
+    if not config.scale_input:
+        out = out * factor
+    return out[order.argsort()].view(*chosen.shape, -1).sum(1)      # in the order of slots again
+
+
+def run_experts(expert: MLP, layers: list[Stack], ends, rows):
+    """MLP.forward of rows (n, D) that are sorted by expert. expert: any one, for its activation."""
+    *first, down = layers
+
+    def gated(gate, up=None):
+        if up is None:                  # side by side
+            gate, up = gate.chunk(2, dim=-1)
+        return expert.gated(gate, up)
+
+    gate_and_up = grouped_linears(first, ends, rows)
+    return grouped_linears([down], ends, *gate_and_up, before=gated)[0]
+
+
+def grouped_matmul(x, W, ends):
+    """x (n, in), sorted by expert, times W (E, out, in) transposed -> (n, out)."""
+    return torch._grouped_mm(x, W.transpose(1, 2), offs=ends)
+
+
+def grouped_linears(layers: list[Stack], ends, *xs, before: Callable = IDENTITY):
+    """Each layer of before(*xs), as fast.fused_block.fused_linears does for one expert."""
+    adapters = [tensor for layer in layers for tensor in (layer.A, layer.B)]
+    frozen = [layer._replace(A=None, B=None) for layer in layers]
+    return GroupedLinears.apply(before, ends, frozen, len(xs), *xs, *adapters)
+
+
+class GroupedLinears(torch.autograd.Function):
+    """The layers of before(*xs), which is computed again in the backward pass.
+
+    So are the stacks of adapters, which in many layers would take as much as the adapters.
+    """
+
+    @staticmethod
+    def forward(ctx, before, ends, layers, num_inputs, *tensors):
+        xs, A_and_B = tensors[:num_inputs], tensors[num_inputs:]
+        h = before(*xs)                                                         # (n, in)
+        ys = []
+        low_rank = []
+        for i, (W, _, _, scale, _) in enumerate(layers):
+            A, B = A_and_B[2 * i:2 * i + 2]
+            y = grouped_matmul(h, W, ends)                                      # (n, out)
+            low_rank.append(None if A is None else grouped_matmul(h, A, ends))  # (n, r)
+            if A is not None:
+                y.add_(grouped_matmul(low_rank[-1], B, ends), alpha=scale)
+            ys.append(y)
+        ctx.before = before
+        ctx.layers = layers
+        ctx.save_for_backward(ends, *low_rank, *xs)
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        ends, *saved = ctx.saved_tensors
+        low_rank, xs = saved[:len(ctx.layers)], saved[len(ctx.layers):]
+        with torch.enable_grad():
+            needs = ctx.needs_input_grad[4:]
+            xs = [x.detach().requires_grad_(need) for x, need in zip(xs, needs)]
+            h = ctx.before(*xs)
+        rows = h.detach()
+        dh = None
+        grads = []
+        for layer, dy, Ax in zip(ctx.layers, dys, low_rank):
+            W, A, B, scale, _ = with_adapters(layer.W, layer.layers)
+            dy = dy.contiguous()
+            terms = [(dy, W)]
+            dA = dB = None
+            if A is not None:
+                dAx = torch._grouped_mm(dy, B, offs=ends).mul_(scale)           # (n, r)
+                dB = torch._grouped_mm(dy.T, Ax, offs=ends).mul_(scale)         # (E, out, r)
+                dA = torch._grouped_mm(dAx.T, rows, offs=ends)                  # (E, r, in)
+                terms.append((dAx, A))
+            grads += [dA, dB]
+            for left, right in terms if h.requires_grad else ():
+                more = torch._grouped_mm(left, right, offs=ends)                # (n, in)
+                dh = more if dh is None else dh.add_(more)
+        d_xs = gradients(h, dh, xs) if h.requires_grad else [None] * len(xs)
+        return None, None, None, None, *d_xs, *grads
+
+
+# ---- the choice ---------------------------------------------------------------------------------
+
+
+def pick_grouped(device, dtype: torch.dtype, hidden_act: str = "silu") -> tuple[bool, str]:
+    """(whether to group_experts, a line for the start page); tried on a small layer.
+
+    On GPUs in bfloat16, where this torch has the product.
+    """
+    if torch.device(device).type != "cuda" or dtype != torch.bfloat16:
+        return False, "experts: one by one (their grouped product is for bfloat16 on a GPU)"
+    try:
+        error = grouped_error(device, dtype, hidden_act)
+    except Exception as refusal:        # of many kinds, and none must end a training
+        return False, f"experts: one by one (grouped product fails: {first_line(refusal)})"
+    if not error < ERROR:
+        return False, f"experts: one by one (grouped product is wrong by {error:.2g})"
+    return True, "experts: grouped in one product, where they are frozen matrices in 16 bits"
+
+
+def grouped_error(device, dtype: torch.dtype, hidden_act: str = "silu") -> float:
+    """The largest relative error of the output and the gradients of a small model with experts."""
+    config = model_config({
+        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128, "num_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "head_dim": 16,
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": hidden_act})
+    results = []
+    for together in (False, True):
+        model = CausalLM(config)
+        init_weights(model, torch.Generator().manual_seed(0))
+        model.to(device, dtype)
+        attach_lora(model, LoRAConfig(8, 16, target_modules=["all", "experts"]), 1, device=device)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.constant_(weight, 0.02)
+        if together:
+            group_experts(model)
+            if "mix" not in vars(model.model.layers[0].mlp):
+                raise RuntimeError("the experts of the trial cannot be grouped")
+        out = model(torch.arange(40, device=device)[None])
+        # not the sum of squares: behind a norm it is constant, and its gradients are rounding
+        (out.float() * torch.linspace(-1, 1, out.shape[-1], device=device)).sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([out.detach(), *grads])
+    errors = [(a - b).float().norm() / (a.float().norm() + 1e-6) for a, b in zip(*results)]
+    return max(map(float, errors))

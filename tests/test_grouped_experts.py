@@ -1,0 +1,156 @@
+"""fast/grouped_experts.py: experts in one product equal the loop over experts, gradients too."""
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from fast import grouped_experts
+from fast.compile import compile_steps
+from fast.fused_block import fuse_blocks
+from fast.grouped_experts import can_group, group_experts, grouped_error, pick_grouped
+from lora import LoRAConfig, attach_lora, lora_layers, set_adapters
+from model import CausalLM, init_weights
+from tests.rehearsal import rehearse
+from tests.tiny_models import small_config
+
+pytestmark = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"),
+                                reason="this torch has no grouped product")
+FAMILIES = ("mixtral", "qwen2_moe")
+
+
+def with_experts(name="mixtral", targets=("all", "experts"), dtype=torch.float32, **changes):
+    model = CausalLM(small_config(name, **changes))
+    init_weights(model, torch.Generator().manual_seed(0))
+    model.to(dtype)
+    attach_lora(model, LoRAConfig(8, 16, target_modules=list(targets)), 1)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B.weight, std=0.1, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def results(model, length=23):
+    """The hidden states, and {name: gradient}; zeros where there is none."""
+    model.zero_grad()
+    out = model(torch.arange(length)[None])
+    # not the sum of squares: behind a norm it is constant, and its gradients are rounding
+    (out.float() * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+    return out.detach(), {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+                          for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal_within(found, want, rtol):
+    for x, right in ((found[0], want[0]), *((found[1][name], want[1][name]) for name in want[1])):
+        assert (x - right).float().norm() <= rtol * right.float().norm() + 1e-6
+
+
+@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("targets", (("all", "experts"), ("q_proj",),
+                                     ("down_proj", "experts.0.up_proj")))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_together_equal_the_loop(name, targets, fused):
+    twin = with_experts(name, targets)
+    model = with_experts(name, targets)
+    if fused:
+        fuse_blocks(model)
+    group_experts(model)
+    is_grouped = ["mix" in vars(block.mlp) for block in model.model.layers]
+    assert all(is_grouped) == (len(targets) < 2 or "all" in targets)   # one expert differs
+    assert_equal_within(results(model), results(twin), 1e-5)
+    set_adapters(model, False)
+    set_adapters(twin, False)
+    with torch.no_grad():
+        ids = torch.arange(9)[None]
+        torch.testing.assert_close(model(ids), twin(ids), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", ("none", "mlp", "block"))
+def test_experts_without_tokens_and_recomputation(level):
+    """3 tokens visit at most 6 of 16 experts; the others' adapters get zeros."""
+    changes = {"num_local_experts": 16}
+    twin, model = with_experts(**changes), with_experts(**changes)
+    levels = [level] * len(model.model.layers)
+    fuse_blocks(model, recompute=levels)
+    group_experts(model, levels)
+    assert_equal_within(results(model, 3), results(twin, 3), 1e-5)
+
+
+def test_in_bfloat16_with_compiled_steps(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    twin, model = (with_experts(dtype=torch.bfloat16, num_hidden_layers=1) for _ in range(2))
+    group_experts(model)
+    compile_steps(model)
+    assert_equal_within(results(model), results(twin), 0.03)
+
+
+def test_weights_are_views_of_one_tensor_and_are_found_under_their_names():
+    model = with_experts()
+    before = deepcopy(model.state_dict())
+    group_experts(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    experts = model.model.layers[0].mlp.experts
+    places = {expert.gate_proj.base_layer.weight.untyped_storage().data_ptr()
+              for expert in experts}
+    assert len(places) == 1
+
+
+def test_what_cannot_be_grouped_stays_as_it_is():
+    full = with_experts(targets=["q_proj"]).requires_grad_(True)
+    odd_rank = CausalLM(small_config("mixtral"))
+    attach_lora(odd_rank, LoRAConfig(4, 16, target_modules=["all", "experts"]), 1)
+    dropout = CausalLM(small_config("mixtral"))
+    attach_lora(dropout, LoRAConfig(8, 16, lora_dropout=0.1, target_modules=["all", "experts"]), 1)
+    sharded = with_experts()
+    for block in sharded.model.layers:
+        block.mlp.visited = set()
+    stacked = CausalLM(small_config("llama4")).requires_grad_(False)
+    for model in (full, odd_rank, dropout, sharded, stacked):
+        moe = next(block.mlp for block in model.model.layers if hasattr(block.mlp, "experts"))
+        assert not can_group(moe)
+
+
+def test_the_device_is_not_waited_for():
+    """In forward and backward; the loop waits once in each layer."""
+    with rehearse() as record:
+        model = with_experts(dtype=torch.bfloat16).to("cuda")
+        ids = torch.arange(9).pin_memory().to("cuda", non_blocking=True)[None]
+        for grouped in (False, True):
+            if grouped:
+                group_experts(model)
+            before = len(record.waits)
+            model(ids).float().sum().backward()
+            waits = [event.place for event in record.waits[before:]]
+            layers = len(model.model.layers)
+            assert waits.count(("model.py", "grouped")) == (0 if grouped else 2 * layers), waits
+            assert not grouped or not waits, waits
+
+
+def test_nothing_in_it_needs_a_number_of_the_device():
+    """Shapes alone, on the meta device: a wait would be an error."""
+    model = with_experts(dtype=torch.bfloat16)
+    group_experts(model)
+    moe = model.model.layers[0].mlp
+    stacks = moe.mix.args[1]
+    meta = []
+    for stack, layers in stacks:
+        W, A, B, scale, _ = grouped_experts.with_adapters(stack, layers)
+        meta.append(grouped_experts.Stack(W.to("meta"), A.to("meta"), B.to("meta"), scale, layers))
+    rows = torch.empty(12, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
+    ends = torch.empty(len(moe.experts), dtype=torch.int32, device="meta")
+    out = grouped_experts.run_experts(moe.experts[0], meta, ends, rows)
+    assert out.shape == rows.shape and out.is_meta
+
+
+def test_it_is_tried_before_use(monkeypatch):
+    assert pick_grouped("cpu", torch.bfloat16)[0] is False
+    assert grouped_error("cpu", torch.bfloat16) < 0.02
+    monkeypatch.setattr(grouped_experts, "grouped_error", lambda *args: 1.0)
+    works, line = pick_grouped("cuda", torch.bfloat16)
+    assert not works and "is wrong by 1" in line
+    monkeypatch.setattr(grouped_experts, "grouped_error", lambda *args: 1 / 0)
+    assert "fails: division by zero" in pick_grouped("cuda", torch.bfloat16)[1]
+    monkeypatch.setattr(grouped_experts, "grouped_error", lambda *args: 0.01)
+    assert pick_grouped("cuda", torch.bfloat16)[0] is True
+    assert pick_grouped("cuda", torch.float32)[0] is False
