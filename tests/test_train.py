@@ -193,7 +193,8 @@ def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
                    ["use_apollo=true", "apollo_rank=4", "apollo_update_interval=3"],
                    ["use_badam=true", "badam_switch_interval=3", "pure_bf16=true"],
                    ["use_badam=true", "badam_mode=ratio", "badam_mask_mode=scatter"],
-                   ["use_badam=true", "badam_mode=ratio", "pure_bf16=true"])],
+                   ["use_badam=true", "badam_mode=ratio", "pure_bf16=true"],
+                   ["rope_scaling=linear", "cutoff_len=4096"])],
     ("sft_shuffled", [
         "bf16=true", "create_new_adapter=true", "lora_rank=4", "pissa_init=true", "pissa_iter=2",
         "pissa_convert=true",
