@@ -22,6 +22,7 @@ import chat
 import eval as evaluation
 import merge
 import train
+from attention import TORCH
 from checkpoint.load import load_model
 from fast import attention_picker, decode
 from fast.batch_decode import answer_all, answer_each
@@ -427,3 +428,20 @@ def test_steps_of_fake_tensors_on_a_paper_gpu(paper_gpu, tmp_path):
     assert run.returncode == 0, run.stderr[-2000:]
     failures = json.loads(run.stdout.splitlines()[-1])
     assert len(failures) > 15 and not any(failures.values()), failures
+
+
+@needs_paper_gpu
+@pytest.mark.skipif(TORCH < (2, 11), reason="reads the kernels of newer versions of Inductor")
+def test_compiled_steps_become_machine_code_for_three_cards(paper_gpu, tmp_path):
+    """What torch's compiler generates for norms, rotation, gate * up, the loss, fp8 and 4-bit."""
+    pytest.importorskip("triton")
+    caches = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    caches = {name: str(tmp_path / name) for name in caches}
+    run = subprocess.run([sys.executable, "-m", "tests.triton_targets", str(tmp_path)], cwd=ROOT,
+                         env=paper_gpu | caches, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == 8 and all(found.values())
+    sizes = [size for step in found.values() for kernel in step.values()
+             for size in kernel.values()]
+    assert len(sizes) >= 30 and all(isinstance(size, int) for size in sizes), found
