@@ -190,6 +190,7 @@ class Operands(NamedTuple):
     scale: float                        # of the adapter
     fp8_scale: torch.Tensor | None      # of a W in 8 bits, see methods/fp8.py
     fp8: object                         # methods.fp8.Fp8, or None
+    fp8_transposed: torch.Tensor | None     # a copy (in, out) of a W in 8 bits, if one is held
     packed: object                      # a quantized weight instead of W (methods/quant.py)
 
     def dequantize(self, dtype: torch.dtype):
@@ -217,6 +218,7 @@ def operands(layer: nn.Module) -> Operands:
         scale=scale,
         fp8_scale=getattr(base, "scale", None),
         fp8=getattr(base, "fp8", None),
+        fp8_transposed=getattr(base, "transposed", None),
         packed=base.weight if packed else None,
     )
 
@@ -342,8 +344,8 @@ def input_grad(layers: list[Operands], dys: list, matmul: Callable):
     total = None
     for layer, dy in zip(layers, dys):
         if layer.fp8:
-            more = layer.fp8.matmul(*to_fp8_rows(dy, [layer]), layer.W.T, layer.fp8_scale,
-                                      dy.dtype)
+            turned = layer.W.T if layer.fp8_transposed is None else layer.fp8_transposed
+            more = layer.fp8.matmul(*to_fp8_rows(dy, [layer]), turned, layer.fp8_scale, dy.dtype)
         elif total is not None and matmul is F.linear:
             total.addmm_(dy, layer.dequantize(dy.dtype))
             continue

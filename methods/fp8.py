@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 # first: a missing package ends in a sentence
-from errors import print_error  # noqa: F401
+from errors import bytes_in_words
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,7 @@ class Fp8Linear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("transposed", None, persistent=False)      # see hold_transposed
         self.fp8 = fp8
 
     def forward(self, x):
@@ -147,6 +148,22 @@ def to_fp8(layers: Iterable, fp8: Fp8):
     """Round the frozen weights beside these adapters (lora.LoRALinear), in place."""
     for layer in layers:
         layer.base_layer = Fp8Linear(layer.base_layer, fp8)
+
+
+@torch.no_grad()
+def hold_transposed(model: nn.Module, room: int) -> str:
+    """Keep each 8-bit weight transposed beside it, where that takes at most `room` bytes.
+
+    The product of the backward pass reads W along the other dimension, and would copy it each time.
+    Returns a line to print, or "" if nothing is held.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    size = sum(layer.weight.nbytes for layer in layers)
+    if not 0 < size <= room:
+        return ""
+    for layer in layers:
+        layer.register_buffer("transposed", layer.weight.T.contiguous(), persistent=False)
+    return f"8-bit base: held transposed as well, {bytes_in_words(size)} more: there is room"
 
 
 def with_compiled_rounding(fp8: Fp8, compiler: Callable) -> Fp8:

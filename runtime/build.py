@@ -126,7 +126,8 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     if config.neftune_noise_alpha:
         add_neftune(model, config.neftune_noise_alpha)
     use_kernels(model, setup.kernels, setup.memory.workload.recompute)
-    use_fp8(model, setup.kernels)
+    on_gpu = setup.device.type == "cuda" and setup.free_bytes is not None
+    use_fp8(model, setup.kernels, room=setup.memory.room(setup.free_bytes) if on_gpu else 0)
     return model.train()
 
 

@@ -225,16 +225,22 @@ def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | No
                 print(line)
 
 
-def use_fp8(model: CausalLM, kernels: Kernels):
-    """Round the frozen weights beside adapters to 8 bits, where the config asks for it."""
+def use_fp8(model: CausalLM, kernels: Kernels, room: int = 0):
+    """Round the frozen weights beside adapters to 8 bits, where the config asks for it.
+
+    room: bytes of a GPU that the memory plan leaves free.
+    """
     if kernels.fp8:
-        from methods.fp8 import to_fp8, with_compiled_rounding
+        from methods.fp8 import hold_transposed, to_fp8, with_compiled_rounding
 
         fp8 = kernels.fp8
         if kernels.compile:
             fp8 = with_compiled_rounding(fp8, kernels.compile_tokens)
         adapted = lora_layers(model).values()
         to_fp8([layer for layer in adapted if isinstance(layer, AdaptedLinear)], fp8)
+        line = hold_transposed(model, room)
+        if line:
+            print(line)
 
 
 # ---- the optimizer ------------------------------------------------------------------------------

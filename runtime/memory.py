@@ -99,7 +99,11 @@ class Plan:
 
     def fits(self, free_bytes: int) -> bool:
         """Whether this many bytes are enough, with some to spare."""
-        return self.total <= USABLE * free_bytes
+        return self.room(free_bytes) >= 0
+
+    def room(self, free_bytes: int) -> int:
+        """Bytes that a plan may still fill beside this one."""
+        return int(USABLE * free_bytes) - self.total
 
 
 @dataclass

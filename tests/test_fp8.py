@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fast.fused_block import fused_linears
 from methods import fp8
-from methods.fp8 import (FORMATS, Fp8, dequantize_fp8, fp8_error, pick_fp8, quantize_fp8,
-                         scaled_matmul, scaled_matmul_plain, to_fp8)
+from methods.fp8 import (FORMATS, Fp8, dequantize_fp8, fp8_error, hold_transposed, pick_fp8,
+                         quantize_fp8, scaled_matmul, scaled_matmul_plain, to_fp8)
 from tests.common import needs_shared, run_recorded
 from tests.tiny_models import adapted_linear
 
@@ -124,3 +124,27 @@ def test_the_matmul_of_torch_2_4_returns_the_largest_number_too(monkeypatch):
     product = torch.ones(2, 3)
     monkeypatch.setattr(torch, "_scaled_mm", lambda *args, **kwargs: (product, product.max()))
     assert fp8.scaled_matmul(torch.ones(2, 4), None, torch.ones(3, 4), None, None) is product
+
+
+def test_a_weight_held_transposed_is_not_copied_in_backward():
+    """And the gradients are the same bits. Without room nothing is held."""
+    copied = []
+
+    def watched(x8, x_scale, W8, scale, dtype):
+        copied.append(W8.T.is_contiguous())         # then scaled_matmul makes a copy
+        return scaled_matmul_plain(x8, x_scale, W8, scale, dtype)
+
+    layer = adapted_linear(32, 48, 4, dtype=torch.float32)
+    to_fp8([layer], Fp8(FORMATS[0], watched))
+    size = 32 * 48
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    grads = []
+    for room in (0, size - 1, size):
+        line = hold_transposed(layer, room)
+        assert bool(line) == (room == size)
+        copied.clear()
+        out, = fused_linears([layer], x, matmul=F.linear)
+        grads += torch.autograd.grad(out.square().sum(), x)
+        assert copied == [False, room < size]
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    assert "transposed" not in str(layer.state_dict().keys())
