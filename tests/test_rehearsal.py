@@ -172,6 +172,7 @@ RUNS = {
     "kto": ["stage=kto", "dataset=judged", "dataset_dir=WORLD"],
     "rm": ["stage=rm", "dataset=tiny_pairs"],
     "experts": ["model_name_or_path=WORLD/experts"],
+    "experts in one product": ["model_name_or_path=WORLD/experts", "bf16=true"],
 }
 
 
