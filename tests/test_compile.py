@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from families import model_config
-from fast.compile import (compile_loss, compile_steps, compile_tokens, loss_in_one,
+from fast.compile import (compile_error, compile_loss, compile_steps, compile_tokens, loss_in_one,
                           pick_compile)
+from fast.fused_block import fuse_blocks
 from losses import answer_logps, cross_entropy_sum, losses_and_grad
 from methods.fp8 import pick_fp8, quantize_fp8, with_compiled_rounding
 from methods.quant import unpack_at_once
@@ -180,3 +181,19 @@ def test_losses_with_the_compiled_passes_equal_those_without(monkeypatch):
                            cross_entropy_sum(hidden, weight, targets))
     assert {tuple(graph) for graph in compiler.graphs} == {(("s", 97), ("s",))}
     assert len(compiler.graphs) == 1
+
+
+def test_the_trial_forgives_what_a_compiler_rounds_otherwise(monkeypatch):
+    """It computes a step in float32 and rounds once: far below the error that is refused."""
+    def wide(function, dynamic):
+        def call(*args):
+            args = [x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+                    for x in args]
+            out = function(*args)
+            if isinstance(out, tuple):
+                return out
+            return out.to(torch.bfloat16)
+        return call
+
+    monkeypatch.setattr(torch, "compile", wide)
+    assert 1e-4 < compile_error("cpu", torch.bfloat16, "silu", fuse_blocks) < 0.015
