@@ -377,13 +377,12 @@ def filled_slots(model: CausalLM, position, slots: int, dtype: torch.dtype) -> F
     mask = torch.arange(slots, device=position.device) <= position
     mask = mask[None, None, None]                                               # (1, 1, 1, S)
     group = config.num_attention_heads // config.num_key_value_heads
-    ends = torch.stack((torch.zeros_like(position), position + 1))
     bias = None
     if model.kernel in SDPA:
         bias = mask.to(dtype).log()                             # 0, or -inf for an empty slot
     return Filled(
         mask=mask,
-        ends=ends.flatten().to(torch.int32),
+        ends=F.pad(position + 1, (1, 0)).to(torch.int32),       # (2,), from 0
         query_ends=group * torch.arange(2, dtype=torch.int32, device=position.device),
         bias=bias,
     )

@@ -106,14 +106,13 @@ class Generator(torch.Generator):
 
 
 class FakeCuda:
-    """The functions of torch.cuda; `calls` are the names of those that were called."""
+    """The functions of torch.cuda; record.cuda_calls: (name, arguments) of those called."""
 
     current = None
 
     def __init__(self, record, free_bytes: int):
         self.record = record
         self.free_bytes = free_bytes
-        self.calls = []
 
     def install(self, stack: ExitStack):
         """Replace torch.cuda, and what else asks for a real device, until the stack is left."""
@@ -132,7 +131,7 @@ class FakeCuda:
 
     def counted(self, name: str, value):
         def call(*args, **kwargs):
-            self.calls.append(name)
+            self.record.cuda_calls.append((name, args))
             return value(*args, **kwargs)
         return call
 

@@ -41,6 +41,9 @@ WAITS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "nonzero_numpy
          "_unique2", "unique_dim", "unique_consecutive", "bincount", "multinomial",
          "_linalg_svd", "_linalg_eigh"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+# memory made by hand, which in a captured graph lies in the graph's own pool
+FRESH = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones",
+         "new_full"}
 # functions of a tensor that read its values on the host
 READS = {"tolist", "numpy", "__array__", "__repr__", "__format__", "data_ptr", "untyped_storage"}
 SILENT_READS = {"data_ptr", "untyped_storage"}         # addresses: no value is read
@@ -63,6 +66,7 @@ class Event:
 class Record:
     """What happened in a rehearsal."""
     events: list[Event] = field(default_factory=list)
+    cuda_calls: list = field(default_factory=list)      # (name, arguments), of torch.cuda
     may_wait: set | None = None     # places that may wait or copy; None: everywhere
     graph: object = None            # the graph that is being captured, see tests/fake_cuda.py
 
@@ -242,6 +246,8 @@ def wrapped(x, outers: dict):
 
 def check_op(record: Record, name: str, args, kwargs, inputs):
     """Record or refuse what this operation would wait for on a GPU."""
+    if name in FRESH and record.graph is not None:
+        record.refuse(f"{name}: memory is allocated in a captured graph")
     if name == "copy_":
         return check_copy(record, args[0], args[1], kwargs.get("non_blocking", args[2:] == (True,)))
     if name in INDEXING:

@@ -4,6 +4,7 @@ Requires: rehearsal.py.
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,13 +23,15 @@ import chat
 import eval as evaluation
 import merge
 import train
-from attention import TORCH
+from attention import TORCH, to_device
 from checkpoint.load import load_model
 from fast import attention_picker, decode
 from fast.batch_decode import answer_all, answer_each
 from generate import generate, next_scores
 from model import KVCache
 from runtime import kernels, throughput
+from runtime.device import pick_device
+from runtime.memory_advice import available_bytes
 from runtime.run import Run
 from tests.common import ROOT, SHARED
 from tests.rehearsal import Fault, rehearse
@@ -367,10 +370,21 @@ def planted(module, name: str, line: str, fault: str):
         yield f"{Path(module.__file__).relative_to(ROOT)}:{number}"
 
 
-def test_a_planted_item_in_the_loop_is_caught(tmp_path):
-    with planted(train, "train_step", "total += loss.detach()",
-                 "total += loss.detach().item()") as place:
-        with pytest.raises(Fault, match=f"^{place}: _local_scalar_dense waits for the device"):
+@pytest.mark.parametrize("name, line, fault, message", [
+    ("train_step", "total += loss.detach()", "total += loss.item()", "_local_scalar_dense"),
+    ("train_step", "metrics += batch_metrics", "metrics += batch_metrics; loss.cpu()",
+     "a copy from the GPU"),
+    ("train_step", "gradients.all_reduce()", "gradients.all_reduce(); bool(total > 0)",
+     "_local_scalar_dense"),
+    ("main", "plan.prefetch()  ", "print(f'{loss:.3f}'); plan.prefetch()", ".__format__()"),
+    ("main", "optimizer.step()", "optimizer.step(); torch.cuda.synchronize()",
+     "torch.cuda.synchronize"),
+    ("main", "run.begin_step(step)", "run.begin_step(step); torch.tensor([1], device=device)",
+     "torch.tensor copies to the GPU"),
+])
+def test_a_planted_wait_in_the_loop_is_caught(name, line, fault, message, tmp_path):
+    with planted(train, name, line, fault) as place:
+        with pytest.raises(Fault, match=f"^{place}: {re.escape(message)} waits for the device"):
             rehearsed(tmp_path)
 
 
@@ -386,6 +400,10 @@ def test_a_planted_tensor_of_the_cpu_in_decoding_is_caught():
 @pytest.mark.parametrize("fault, message", [
     ("position = cache.position + torch.zeros(1, device=cache.position.device).long()",
      "zeros: memory is allocated in a captured graph"),
+    ("position = cache.position; torch.zeros_like(position)",
+     "zeros_like: memory is allocated in a captured graph"),
+    ("position = cache.position; cache.make_room(cache.buffers[0][0].shape[2] + 1)",
+     "new_zeros: memory is allocated in a captured graph"),
     ("position = cache.position; cache.position.item()", "_local_scalar_dense in a captured graph"),
     ("position = cache.position; torch.zeros(3).pin_memory()", "pin_memory in a captured graph"),
     ("position = cache.position + torch.tensor(0)", "add: a tensor .. of the CPU"),
@@ -393,8 +411,43 @@ def test_a_planted_tensor_of_the_cpu_in_decoding_is_caught():
 def test_a_planted_fault_in_a_captured_step_is_caught(fault, message):
     with rehearse(), planted(decode, "one_step", "position = cache.position", fault) as place:
         model = chat_model("cuda")
+        if "make_room" in fault:                        # in what it calls
+            place = "model.py:[0-9]+"
         with pytest.raises(Fault, match=f"^{place}: {message}"):
             decode.pick_step(model)
+
+
+# ---- the double of torch.cuda -------------------------------------------------------------------
+
+
+def test_the_device_is_that_of_the_local_rank(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with rehearse() as record:
+        assert pick_device() == torch.device("cuda", 3)
+        assert ("set_device", (torch.device("cuda", 3),)) in record.cuda_calls
+        assert available_bytes(torch.device("cuda", 3)) == 79 * 10**9
+        assert ("mem_get_info", (torch.device("cuda", 3),)) in record.cuda_calls
+
+
+def test_pinned_copies_are_planned_and_others_wait():
+    with rehearse() as record:
+        x = torch.arange(4)
+        sent = to_device(x, "cuda")
+        back = torch.empty(4, dtype=torch.int64, pin_memory=True)
+        back.copy_(sent, non_blocking=True)
+        assert [event.kind for event in record.events] == ["planned", "planned"]
+        for blocking in (lambda: x.to("cuda"), lambda: x.to("cuda", non_blocking=True),
+                         lambda: x.cuda(), lambda: sent.cpu(), lambda: sent[sent > 1],
+                         lambda: sent.nonzero(), lambda: float(sent[0]), lambda: sent.numpy(),
+                         lambda: torch.as_tensor([1], device="cuda"), lambda: sent[x],
+                         lambda: torch.empty(4).copy_(sent), lambda: sent.copy_(x)):
+            with record.strict(), pytest.raises(Fault, match="waits for the device"):
+                blocking()
+        for mixed in (lambda: sent + x, lambda: x[sent], lambda: torch.cat([sent, x]),
+                      lambda: sent.float().normal_(generator=torch.Generator())):
+            with pytest.raises(Fault, match="of the CPU|on the device"):
+                mixed()
+        assert (sent + torch.tensor(1)).tolist() == [1, 2, 3, 4]       # a scalar of the CPU
 
 
 # ---- a CUDA build of torch on a paper GPU --------------------------------------------------------
