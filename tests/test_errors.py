@@ -104,7 +104,8 @@ RUNS = {
     "runtime.report": ["saves/none"],
     "runtime.throughput": [],
 }
-MISSING = [("torch", script) for script in RUNS if script not in ("text.tokenizer", "runtime.report")]
+MISSING = [("torch", script) for script in RUNS
+           if script not in ("text.tokenizer", "runtime.report")]
 MISSING += [(package, script) for package in ("tqdm", "tokenizers")
             for script in ("train.py", "chat.py", "merge.py", "eval.py", "runtime.preview")]
 MISSING += [("yaml", "train.py"), ("yaml", "eval.py"), ("tokenizers", "text.tokenizer"),
