@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch._dynamo.device_interface  # noqa: F401     it checks the classes of the real torch.cuda
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 GB = 10**9
