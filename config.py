@@ -129,6 +129,12 @@ class Config:
         "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch", own=True)
     disable_gradient_checkpointing: bool = key(False, FREE,
         "keep all activations: faster, more memory")
+    offload_activations: bool | None = key(None, FREE,
+        "keep the inputs of checkpointed blocks in main memory (none: beside a GPU, where its "
+        "memory needs it)", own=True)
+    mlp_tile: int | None = key(None, FREE,
+        "compute MLPs in tiles of so many tokens (none: where memory needs it; 0: never)",
+        own=True, low=0)
     infer_dtype: str = key("auto", IGNORED,
         "dtype of the base in chat and of the merged weights (auto: the checkpoint's)",
         choices=("auto", "float16", "bfloat16", "float32"))

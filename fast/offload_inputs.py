@@ -58,9 +58,10 @@ class Offloaded:
     """An input in main memory, and on the device before it has left or after it came back."""
 
     def __init__(self, x, free: list):
-        self.x = x.detach()
+        self.x = x.detach().contiguous()
+        self.shape = x.shape
+        self.dtype = x.dtype
         self.device = x.device
-        self.like = torch.empty_like(x, device="meta")
         self.free = free                # pieces go back there at the end
         self.pieces = []
         self.copied = None              # event: the copy that began last is done
@@ -115,7 +116,7 @@ class HostStore:
 
     def fetch(self, kept: Offloaded):
         """Begin to copy an input back to the device."""
-        kept.x = torch.empty_like(kept.like, device=kept.device)
+        kept.x = torch.empty(kept.shape, dtype=kept.dtype, device=kept.device)
         self.copy(kept, out=False)
 
     def piece(self, device: torch.device):

@@ -2,7 +2,7 @@
 
     tile_mlps(model, 4096)      sets it on finished blocks, in place, after fuse_blocks
 
-gate, up and their gradients are the largest tensors of a block, F numbers a token each. Every token
+gate, up and their gradients are the largest tensors of a block, I numbers a token each. Every token
 passes the MLP alone, so a tile of tokens at a time gives the same numbers: the forward pass keeps
 the MLP's input, and the backward pass computes each tile again and takes its gradients before the
 next one. The twin is Block.add_mlp, which runs within a tile, as it stands in model.py or as

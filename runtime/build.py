@@ -32,7 +32,7 @@ from methods import sft_losses
 from model import CausalLM, init_weights
 from optim import Optimizer, add_neftune, lr_schedule
 from parallel import Gradients, Ranks
-from runtime.kernels import new_optimizer, use_fp8, use_kernels
+from runtime.kernels import new_optimizer, use_fp8, use_kernels, use_long_rows
 from runtime.offload import EmbeddingOutside, embedding_may_stay_outside
 from runtime.precision import half_dtype, requested_format
 from runtime.rope_scaling import scale_rope
@@ -126,6 +126,7 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     if config.neftune_noise_alpha:
         add_neftune(model, config.neftune_noise_alpha)
     use_kernels(model, setup.kernels, setup.memory.workload.recompute)
+    use_long_rows(model, setup.kernels, setup.memory.workload)
     on_gpu = setup.device.type == "cuda" and setup.free_bytes is not None
     use_fp8(model, setup.kernels, room=setup.memory.room(setup.free_bytes) if on_gpu else 0)
     return model.train()

@@ -74,6 +74,14 @@ def in_stage(c: Config) -> Iterator[tuple]:
     yield c.ref_model_adapters and not c.ref_model, (
         "ref_model_adapters needs ref_model, their base")
 
+    yield c.offload_activations and c.disable_gradient_checkpointing, (
+        "offload_activations moves the inputs of checkpointed blocks, and "
+        "disable_gradient_checkpointing: true leaves none; keep one")
+
+    yield c.fsdp and (c.offload_activations or c.mlp_tile), (
+        "offload_activations and mlp_tile are for one card or whole copies of the model; leave "
+        "them out with fsdp")
+
     yield c.stage == "rm" and c.finetuning_type == "full" and c.fsdp, (
         "fsdp does not shard a value head; in stage: rm use finetuning_type: lora with it, or "
         "leave it out")

@@ -70,10 +70,8 @@ def guard_amdsmi():
 
 def is_rocm_build() -> bool:
     """Whether the installed torch is built for ROCm: see its version.py, without importing it."""
-    torch_package = importlib.util.find_spec("torch")
-    if torch_package is None:
-        return False                        # the import that follows says what is missing
-    version = Path(torch_package.origin).with_name("version.py").read_text(encoding="utf-8")
+    folder = Path(importlib.util.find_spec("torch").origin).parent
+    version = (folder / "version.py").read_text(encoding="utf-8")
     return re.search(r"^hip\b[^=\n]*=\s*['\"]", version, re.MULTILINE) is not None
 
 

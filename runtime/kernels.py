@@ -225,6 +225,18 @@ def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | No
                 print(line)
 
 
+def use_long_rows(model: CausalLM, kernels: Kernels, workload):
+    """Inputs in main memory and MLPs in tiles, as runtime/memory.py plans; after use_kernels."""
+    if workload.mlp_tile:
+        from fast.tiled_mlp import tile_mlps            # only where memory needs it
+
+        tile_mlps(model, workload.mlp_tile)
+    if workload.offloaded and kernels.fuse:             # which sets activation checkpointing
+        from fast.offload_inputs import offload_inputs  # only where memory needs it
+
+        offload_inputs(model, workload.offloaded)
+
+
 def use_fp8(model: CausalLM, kernels: Kernels, room: int = 0):
     """Round the frozen weights beside adapters to 8 bits, where the config asks for it.
 

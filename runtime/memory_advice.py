@@ -20,7 +20,7 @@ import torch
 from config import Config
 from errors import bytes_in_words, first_line
 from lora import LoRAConfig
-from runtime.memory import USABLE, Plan, all_in, memory_plan
+from runtime.memory import TILES, USABLE, Plan, all_in, memory_plan, most_offloaded
 from runtime.precision import requested_format
 
 WORTH_IT = 0.98         # in a combination, each change must shrink the plan to less than this share
@@ -165,6 +165,29 @@ def checkpoint_all_blocks(plan: Plan, config: Config) -> list[SettingsChange]:
     return [SettingsChange(f"{key}: false", {key: False}, {"recompute": all_blocks})]
 
 
+def move_inputs(plan: Plan, config: Config) -> list[SettingsChange]:
+    """Activation checkpointing with the blocks' inputs in main memory."""
+    workload = plan.workload
+    on_gpu = torch.device(workload.device).type == "cuda"
+    if workload.offloaded or workload.sharded or not on_gpu:
+        return []
+    count = most_offloaded(workload)
+    settings = {"offload_activations": True, "disable_gradient_checkpointing": False}
+    moved = {"recompute": ["block"] * len(workload.recompute), "offloaded": count}
+    return [SettingsChange("offload_activations: true", settings, moved)] if count else []
+
+
+def tile_the_mlps(plan: Plan, config: Config) -> list[SettingsChange]:
+    """MLPs in tiles, where all blocks recompute them anyway."""
+    workload = plan.workload
+    all_recompute = set(workload.recompute) == {"block"}
+    if workload.mlp_tile or workload.sharded or not all_recompute or all(
+            workload.model_config.sparse):
+        return []
+    return [SettingsChange(f"mlp_tile: {tile}", {"mlp_tile": tile}, {"mlp_tile": tile})
+            for tile in TILES]
+
+
 def use_sdpa(plan: Plan, config: Config) -> list[SettingsChange]:
     """A kernel that does not hold all attention scores."""
     if config.flash_attn != "disabled" or plan.workload.model_config.attn_softcap:
@@ -271,6 +294,8 @@ def use_4_bits(plan: Plan, config: Config) -> list[SettingsChange]:
 
 CHANGES = (
     checkpoint_all_blocks,
+    move_inputs,
+    tile_the_mlps,
     use_sdpa,
     split_joined,
     smaller_batch,

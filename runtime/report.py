@@ -20,12 +20,10 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
 
-# first: a missing package ends in a sentence
-from errors import run_script
-
 from tqdm import tqdm
 
 from config import ADAPTERS, Config
+from errors import run_script
 from runtime.trackers import Tracker, close_all, log_row
 
 # the metrics that are plotted; in file names _ stands for /

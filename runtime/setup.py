@@ -296,6 +296,7 @@ def is_run_sharded(config, ranks: Ranks) -> bool:
 def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, dtype: torch.dtype,
                 kernels: Kernels) -> Plan:
     """The memory of a step with the largest micro-batch of the run, each micro-batch alone."""
+    on_gpu = plan.device.type == "cuda"
     return memory_plan(config, Workload(
         model_config=base.model_config,
         lora=lora,
@@ -309,6 +310,7 @@ def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, 
         fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
         other_bytes=reference_bytes(config, lora, base, dtype),
+        host_bytes=free_on_all(torch.device("cpu"), plan.ranks) if on_gpu else None,
     ))
 
 
@@ -350,7 +352,7 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
     0: each micro-batch alone, also where something is computed over a whole micro-batch: the
     balance of experts, the mean of ASFT or of a smoothed loss, or frequencies that follow the
     longest row. memory: the plan of the largest micro-batch. Passes without recomputation come
-    first, then long ones.
+    first, then those without inputs in main memory and tiles, then long ones.
     """
     rows = memory.workload.rows
     alone = sum(map(sum, rows))
@@ -372,7 +374,9 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
 
     def preference(candidate):
         limit, plan = candidate
-        return set(plan.workload.recompute) == {"none"}, limit
+        workload = plan.workload
+        is_short = bool(workload.offloaded or workload.mlp_tile)
+        return set(workload.recompute) == {"none"}, not is_short, limit
 
     return max(candidates, key=preference)
 
@@ -402,7 +406,7 @@ def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> di
                             "(join_micro_batches: false: each alone)"
     if plan.ranks.world > 1:
         numbers["ranks"] = ranks_text(plan)
-    numbers["activation checkpointing"] = checkpointing_in_words(memory.workload.recompute)
+    numbers["activation checkpointing"] = checkpointing_in_words(memory.workload)
     return numbers
 
 

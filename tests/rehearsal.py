@@ -357,6 +357,8 @@ class Rehearsal(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and func != torch.Tensor.data.__get__:
             return func(*args, **kwargs)
+        if func is torch.autograd.grad:
+            return self.grad_of(*args, **kwargs)
         special = getattr(self, f"do_{name.strip('_')}", None)
         first = args[0] if args else None
         if special and isinstance(first, torch.Tensor):
@@ -447,15 +449,27 @@ class Rehearsal(TorchFunctionMode):
         return func(x, *args, **kwargs)
 
     def do_backward(self, func, x, args, kwargs):
+        self.run_backward(x, kwargs.get("gradient"), (), accumulate_grad=True,
+                          keep=bool(kwargs.get("retain_graph")))
+
+    def grad_of(self, outputs: tuple, inputs: tuple, grad_outputs=None, allow_unused=False, **_):
+        """torch.autograd.grad"""
+        out, = outputs
+        gradient = grad_outputs[0] if isinstance(grad_outputs, tuple) else grad_outputs
+        return self.run_backward(out, gradient, inputs, accumulate_grad=False,
+                                 allow_unreachable=bool(allow_unused))
+
+    def run_backward(self, x, gradient, inputs: tuple, accumulate_grad: bool, keep: bool = False,
+                     allow_unreachable: bool = True):
         before = self.on_gpu
         self.on_gpu = is_gpu(x)
         try:
-            gradient = kwargs.get("gradient")
             if gradient is None:
                 gradient = torch.ones_like(x)
             with self:              # functions of ours that run within are seen, too
-                _engine_run_backward((x,), (gradient,), bool(kwargs.get("retain_graph")), False,
-                                     (), allow_unreachable=True, accumulate_grad=True)
+                return _engine_run_backward(
+                    (x,), (gradient,), keep, False, inputs, allow_unreachable=allow_unreachable,
+                    accumulate_grad=accumulate_grad)
         finally:
             self.on_gpu = before
 

@@ -40,6 +40,8 @@ CONTRADICTORY = (
     "badam_switch_interval=0 use_badam=1 finetuning_type=full",
     "use_badam=1 finetuning_type=full fp16=1",
     "label_smoothing_factor=0.1 use_dft_loss=1",
+    "offload_activations=1 disable_gradient_checkpointing=1",
+    "fsdp=full_shard mlp_tile=64", "fsdp=full_shard offload_activations=1",
     "ask=hello stage=pt",
     "train_from_scratch=1",
     "finetuning_type=full loraplus_lr_ratio=16",
@@ -70,6 +72,8 @@ def test_contradictions_are_errors(keys):
     "keys",
     [
         "warmup_ratio=0.1 warmup_steps=0",
+        "offload_activations=0 disable_gradient_checkpointing=1 mlp_tile=0 fsdp=full_shard",
+        "offload_activations=1 mlp_tile=64",
         "val_size=0.1 eval_strategy=steps",
         "bf16=1 use_cpu=1",
         "eval_dataset=a do_eval=1",

@@ -42,6 +42,7 @@ CONFIG = ["--config", "configs/tiny_lora_sft.yaml", "max_samples=6", "max_steps=
           "logging_steps=1", "save_strategy=no", "plot_loss=false", "disable_tqdm=true",
           "torch_compile=false", "ask=[]", "pin_kernels.attention=sdpa-flash",
           "pin_kernels.matmul=torch", "join_micro_batches=false"]
+INPUTS = ("fast/offload_inputs.py", "copy")             # of blocks, to main memory and back
 ONE_WAIT = ("parallel.py", "sync")      # the loss, the norm and the metrics of a step, at once
 
 
@@ -143,6 +144,7 @@ def make_world(here):
     return here
 
 
+OFFLOADED = ["disable_gradient_checkpointing=false", "offload_activations=true"]
 RUNS = {
     "lora": [],
     "lora in bfloat16": ["bf16=true"],
@@ -169,6 +171,10 @@ RUNS = {
     "PiSSA": ["pissa_init=true"],
     "little memory": ["disable_gradient_checkpointing=false"],
     "nf4 and little memory": ["quantization_bit=4", "disable_gradient_checkpointing=false"],
+    "inputs in main memory": [*OFFLOADED, "lora_dropout=0.1"],
+    "nf4, inputs in main memory, tiles": [*OFFLOADED, "quantization_bit=4", "bf16=true",
+                                          "mlp_tile=16"],
+    "full with tiles": [*OFFLOADED, "finetuning_type=full", "mlp_tile=16"],
     "dpo": ["stage=dpo", "dataset=tiny_pairs"],
     "dpo with a reference": ["stage=dpo", "dataset=tiny_pairs", "finetuning_type=full"],
     "orpo": ["stage=dpo", "dataset=tiny_pairs", "pref_loss=orpo"],
@@ -221,7 +227,8 @@ def test_a_run_waits_once_a_step_and_is_the_run_of_the_cpu(name, world, tmp_path
     assert places.pop(ONE_WAIT) == 3
     assert list(places) == [meant] * bool(meant)
     sent = {event.place for event in record.loop if event.kind == "planned"}
-    assert sent == {("attention.py", "to_device")}
+    offloaded = "memory" in name or "tiles" in name     # little memory: the plan decides so
+    assert sent == {("attention.py", "to_device")} | ({INPUTS} if offloaded else set())
     plain = trained(tmp_path / "cpu", "use_cpu=true", *settings)
     # in 16 bits the gradients of heads that share a key are summed in another order
     bound = 1e-3 if any(setting[2:] == "16=true" for setting in settings) else 1e-6
