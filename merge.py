@@ -55,7 +55,7 @@ from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from runtime.finished import as_trained, scale_rope_as_trained
 from runtime.gptq_export import GPTQExport, open_export
-from runtime.resize_vocab import resized_beside, trained_on
+from runtime.resize_vocab import MARK, resized_beside, trained_on
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
 from text.load_text import fit_text
@@ -77,7 +77,8 @@ COPIED = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
     "USE_POLICY*")
 SKIPPED = (
-    "config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", *TEXT_FILES)
+    "config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", MARK,
+    *TEXT_FILES)
 
 
 def main(argv):

@@ -284,6 +284,11 @@ def _indexed_shards(index: Path) -> dict[str, Path]:
     files = {name: index.parent / file for name, file in weight_map.items()}
     missing = sorted({file.name for file in files.values() if not file.is_file()})
     if missing:
+        link = index.parent / missing[0]
+        if link.is_symlink():
+            raise FileNotFoundError(
+                f"{link} is a link to {os.readlink(link)}, which is not there. Put that back, or "
+                "link it anew (ln -sf WHERE_IT_IS_NOW LINK); in the hub's cache, fetch it again")
         raise FileNotFoundError(
             f"{index} names {len(missing)} file(s) that are not there: {', '.join(missing[:4])}. "
             "The download is incomplete; fetch them again")

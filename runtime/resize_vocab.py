@@ -40,6 +40,9 @@ MULTIPLE = 64                           # rows, as LLaMA-Factory pads them
 INDEX = "model.safetensors.index.json"
 NOT_COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "chat_template.jinja", "train_config.json", MARK)
+# keys of a training, of which one is set where it started from a resized base
+STARTED_FROM = ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config",
+                "adapter_name_or_path")
 VOCAB_SIZE = ("vocab_size", "padded_vocab_size")
 
 
@@ -149,6 +152,7 @@ def write_resized(config, folder: Path, adapters: list[Path], target: Path):
     fields = read_config_json(folder)
     sizes = model_config(fields, str(folder / "config.json"))
     rows = rows_needed(tokenizer, sizes.vocab_size)
+    check_tables_of(adapters, sizes, rows)
     with new_folder(target) as work:
         link_files(folder, work)
         tokenizer.save(work)
@@ -178,6 +182,37 @@ def rows_needed(tokenizer: Tokenizer, rows: int) -> int:
     """Rows for all ids of the tokenizer; `rows`, those of the model, where they are enough."""
     needed = 1 + max(tokenizer.core.get_vocab(with_added_tokens=True).values())
     return rows if needed <= rows else -(-needed // MULTIPLE) * MULTIPLE
+
+
+def check_tables_of(adapters: list[Path], sizes: ModelConfig, rows: int):
+    """Raises ValueError for an adapter that holds an embedding or head with fewer rows.
+
+    sizes: of the base, before new tokens. rows: after them.
+    """
+    if rows == sizes.vocab_size:
+        return
+    tables = tuple(sizes.stored_name(f"{module}.weight")
+                   for module in ("model.embed_tokens", "lm_head"))
+    for adapter in adapters:
+        file = adapter / "adapter_model.safetensors"
+        if not file.is_file():                          # an error elsewhere
+            continue
+        with open_tensors(file) as tensors:
+            held = [name for name in tensors.keys() if name.endswith(tables)]
+        if held:
+            raise ValueError(
+                f"{adapter} holds an embedding or head of its own, for {sizes.vocab_size:,} rows, "
+                f"and the new tokens need {rows:,}. Merge it into its base first (python merge.py, "
+                "with export_dir), and set model_name_or_path to the merged model")
+
+
+def notes_on_rows(config, adapter: Path | None) -> list[str]:
+    """A note if the adapter that is trained further leaves the rows of new tokens as they start."""
+    if adapter is None or not resizes(config) or read_adapter_config(adapter)[1].get(
+            "modules_to_save"):
+        return []
+    return [f"new tokens: {adapter} trains neither embedding nor head, so that their rows stay as "
+            "they start; create_new_adapter: true merges it and trains both"]
 
 
 def link_files(folder: Path, work: Path):
@@ -316,9 +351,14 @@ def resized_beside(adapters: list[Path]) -> Path | None:
 
 
 def resized_in(output_dir: str) -> Path | None:
-    """The resized base that a run has written into its output_dir, if any."""
+    """The resized base of the full model in output_dir, if any.
+
+    A run without new tokens may have overwritten one that had them: train_config.json tells.
+    """
     folder = Path(output_dir, RESIZED_BASE)
-    return folder if (folder / MARK).is_file() else None
+    stored = read_json(Path(output_dir, "train_config.json"))
+    began_with_more = any(stored.get(key) for key in STARTED_FROM) or not stored
+    return folder if began_with_more and (folder / MARK).is_file() else None
 
 
 def trained_on(adapter: Path) -> str | None:

@@ -41,7 +41,8 @@ from runtime.memory_advice import advice, available_bytes, explain_oom
 from runtime.odd_sizes import check_start_block, notes_on_sizes
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
-from runtime.resize_vocab import RESIZED_BASE, resized_base, tables_trained_in_full
+from runtime.resize_vocab import (RESIZED_BASE, notes_on_rows, resized_base,
+                                  tables_trained_in_full)
 from runtime.rope_scaling import other_scaling, scale_rope
 from runtime.show_data import print_counts, print_example
 from runtime.steps import StepPlan
@@ -85,7 +86,10 @@ def find_base(config, ranks: Ranks) -> Base:
     model_config = read_model_config(folder)
     check_start_block(config, model_config)
     name = str(folder) if folder.name == RESIZED_BASE else config.model_name_or_path
-    return Base(folder, adapters, model_config, quant_formats(config, folder, adapters), name)
+    base = Base(folder, adapters, model_config, quant_formats(config, folder, adapters), name)
+    if config.finetuning_type in ADAPTERS:
+        config.notes.extend(notes_on_rows(config, base.continued_adapter(config)))
+    return base
 
 
 def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
@@ -182,6 +186,7 @@ def load_data(config, base: Base, text, stage, ranks: Ranks) -> tuple:
         print(f"  note: the {sum(map(len, eval_sets))} rows for evaluation are not used; "
               "eval_strategy: epoch would use them")
     check_examples([train_set, *eval_sets], base.model_config, text.tokenizer)
+    check_reference([train_set, *eval_sets], config, text.tokenizer)
     if config.stage == "dpo" and config.pref_loss in AS_SIGMOID and not config.paper_losses:
         print(f"  note: pref_loss: {config.pref_loss} is computed as LLaMA-Factory 0.9.5 does, "
               "with the loss of sigmoid; paper_losses: true takes that of its paper")
@@ -202,6 +207,21 @@ def check_examples(splits: list, model_config: ModelConfig, tokenizer):
     if longest > context:
         print(f"  note: rows have up to {longest:,} tokens, and the model was made for "
               f"{context:,} (max_position_embeddings)")
+
+
+def check_reference(splits: list, config, tokenizer):
+    """Raises ValueError for a token id that ref_model lacks, as it may lack new tokens."""
+    if not config.ref_model:
+        return
+    rows = read_model_config(find_checkpoint(config.ref_model,
+                                             cache_dir=config.cache_dir)).vocab_size
+    largest = max(examples.largest_id for examples in splits)
+    if largest >= rows:
+        raise ValueError(
+            f"ref_model: {config.ref_model} knows ids 0 to {rows - 1}, and the data hold token id "
+            f"{largest} ({tokenizer.decode([largest])!r}). The reference needs every token of the "
+            "trained model: leave ref_model out, so that it is the model that training starts "
+            "from, or name one with these tokens")
 
 
 # ---- the setup ----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """runtime/resize_vocab.py: new tokens, the rows they get, and who finds them again."""
 import json
+import re
 import shutil
 
 import pytest
@@ -249,6 +250,7 @@ def test_a_run_and_what_reads_it(method, tmp_path, monkeypatch, capsys):
     merge.main([*arguments, f"export_dir={merged}"])
     assert "warning" not in capsys.readouterr().out
     assert tensors_in(merged)["lm_head.weight"].shape[0] == 1024
+    assert not (merged / MARK).exists()                 # it is a base like any other
     assert load_tokenizer(merged).id_of("created") == 1008
     assert not [path for path in merged.iterdir() if path.is_symlink()]
 
@@ -321,6 +323,70 @@ def test_a_further_stage_starts_from_the_resized_base(tmp_path, monkeypatch):
     shutil.rmtree(second / RESIZED_BASE)
     with pytest.raises(FileNotFoundError, match="a base with new tokens, which is not there"):
         resized_beside([second])
+
+
+@needs_shared
+def test_a_further_stage_with_further_tokens(tmp_path, monkeypatch, capsys):
+    """Those that have rows train on; those that have none are said before anything is written."""
+    first, second, plain = (tmp_path / name for name in ("first", "second", "plain"))
+    run_recorded("sft_llama3", first, monkeypatch, *TOKENS, *SHORT)
+    further = [*TOKENS[1:], *SHORT, f"adapter_name_or_path={first}"]
+    run_recorded("sft_llama3", second, monkeypatch, *further, "add_tokens=other")
+    many = ",".join(f"<{i}>" for i in range(20))
+    with pytest.raises(ValueError, match="for 1,024 rows, and the new tokens need 1,088. Merge it"):
+        run_recorded("sft_llama3", tmp_path / "third", monkeypatch, *further, f"add_tokens={many}")
+    assert not (tmp_path / "third" / RESIZED_BASE).exists()
+    assert "trains neither" not in capsys.readouterr().out
+
+    run_recorded("sft_llama3", plain, monkeypatch, TOKENS[0], *SHORT)
+    on_plain = [*TOKENS[1:], *SHORT, f"adapter_name_or_path={plain}"]
+    run_recorded("sft_llama3", tmp_path / "fourth", monkeypatch, *on_plain)
+    assert f"new tokens: {plain} trains neither embedding nor head" in capsys.readouterr().out
+    run_recorded("sft_llama3", tmp_path / "fifth", monkeypatch, *on_plain,
+                 "create_new_adapter=true")
+    assert "trains neither" not in capsys.readouterr().out
+
+
+@needs_shared
+def test_a_reference_without_the_new_tokens(tmp_path, monkeypatch):
+    """Ids beyond its rows are found before a model is loaded."""
+    base = CURVES / "tiny_llama3"
+    rows = [{"instruction": "Hi", "chosen": "yes <step>", "rejected": "no"}] * 4
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    about = {"pairs": {"file_name": "rows.json", "ranking": True,
+                       "columns": {"prompt": "instruction", "chosen": "chosen",
+                                   "rejected": "rejected"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(about))
+    keys = ["adapter_name_or_path=null", "stage=dpo", "dataset=pairs", f"dataset_dir={tmp_path}",
+            "add_special_tokens=<step>", *SHORT]
+    with pytest.raises(ValueError, match="knows ids 0 to 1005, and the data hold token id 1006"):
+        run_recorded("sft_llama3", tmp_path / "out", monkeypatch, *keys, f"ref_model={base}")
+    resized = tmp_path / "out" / RESIZED_BASE
+    run_recorded("sft_llama3", tmp_path / "other", monkeypatch, *keys, f"ref_model={resized}")
+
+
+@needs_shared
+def test_a_base_that_was_moved(tmp_path):
+    """The link is named, and where it points."""
+    base = shutil.copytree(CURVES / "tiny_llama3", tmp_path / "base")
+    folder = resize(base, tmp_path / "out", *TOKENS[1:])
+    base.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="is a link to .*base/model.safetensors, which is"):
+        load_model(folder)
+
+
+@needs_shared
+def test_a_full_run_that_overwrites_one_with_new_tokens(tmp_path, monkeypatch, capsys):
+    """It is compared with the base that it started from."""
+    full = ["finetuning_type=full", "adapter_name_or_path=null", *SHORT]
+    arguments = ["config.yaml", f"output_dir={tmp_path}", *full[:2], "do_eval=true",
+                 "eval_dataset=train", "compare=true"]
+    run_recorded("sft_llama3", tmp_path, monkeypatch, *full, *TOKENS[1:])
+    eval_script.main(arguments)
+    assert re.search(f"base +{tmp_path / RESIZED_BASE}", capsys.readouterr().out)
+    run_recorded("sft_llama3", tmp_path, monkeypatch, *full)
+    eval_script.main(arguments)
+    assert re.search(r"base +../tiny_llama3\n", capsys.readouterr().out)
 
 
 @needs_shared
