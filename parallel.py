@@ -89,7 +89,7 @@ class Ranks:
         return box[0]
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all ranks, in order. On the CPU, of one shape everywhere."""
+        """The tensors of all ranks, in order; they have one shape."""
         if self.world == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.world)]

@@ -68,19 +68,24 @@ class Product:
     times: int = 1
 
 
-SMALL_MODEL = (Product(256, 512, 1024),)
+SMALLEST = Product(256, 512, 1024)      # the time of smaller ones is that of the call
 
 
 def products_of(config) -> tuple[Product, ...]:
-    """Those that decide: gate, up and down of the blocks, and the head. config: a ModelConfig."""
-    width = config.intermediate_size or 4 * config.hidden_size
-    return (Product(256, config.hidden_size, width, 3 * config.num_hidden_layers),
-            Product(128, config.hidden_size, config.vocab_size))
+    """Those that decide: gate, up and down of the blocks, and the head. config: a ModelConfig.
+
+    In a model with smaller ones they decide nothing, and chance would choose.
+    """
+    hidden, width = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+    if hidden < SMALLEST.inputs or width < SMALLEST.outputs:
+        return (SMALLEST,)
+    return (Product(256, hidden, width, 3 * config.num_hidden_layers),
+            Product(128, hidden, config.vocab_size))
 
 
 @torch.no_grad()
 def pick_matmul(device, dtype: torch.dtype,
-                products: tuple[Product, ...] = SMALL_MODEL) -> MatmulChoice:
+                products: tuple[Product, ...] = (SMALLEST,)) -> MatmulChoice:
     """The fastest correct library for a model's products, forward and backward, on this machine.
 
     There is a choice only in float32 on CPUs, measured in a tenth of a second. Correct: no further

@@ -215,7 +215,8 @@ class JudgedObjective(PreferenceObjective):
                 estimates += [group.mean() for group in ratios.split(batch.batch_sizes)]
         ranks = self.ranks if model.training else Ranks()
         if ranks.world > 1:
-            estimates = mean_over_ranks(estimates, self.config.gradient_accumulation_steps, ranks)
+            estimates = mean_over_ranks(estimates, self.config.gradient_accumulation_steps, ranks,
+                                        ref_logps[0].device)
         estimates = iter(estimates)
         found = []
         for batch, logps in zip(batches, ref_logps):
@@ -249,13 +250,13 @@ class JudgedObjective(PreferenceObjective):
         return (losses * batch.row_weights).sum(), 0.0, metrics
 
 
-def mean_over_ranks(values: list, most: int, ranks: Ranks) -> list:
+def mean_over_ranks(values: list, most: int, ranks: Ranks, device) -> list:
     """At most `most` scalars, each the mean over the ranks that have one at its index."""
-    ours = torch.full((most,), math.nan)
+    ours = torch.full((most,), math.nan, device=device)
     if values:
-        ours[:len(values)] = torch.stack(values).cpu()
+        ours[:len(values)] = torch.stack(values)
     mean = torch.stack(ranks.gather(ours)).nanmean(0)
-    return [mean[i].to(value.device) for i, value in enumerate(values)]
+    return [mean[i] for i in range(len(values))]
 
 
 # ---- rows -> ids and labels -> batches ----------------------------------------------------------

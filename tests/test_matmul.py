@@ -1,9 +1,11 @@
 """fast/matmul.py: all functions agree; wrong, failing or hardly faster ones are not picked."""
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fast import matmul
-from fast.matmul import MATMULS, TRIED, Product, pick_matmul, products_of, rate_of
+from fast.matmul import MATMULS, SMALLEST, TRIED, Product, pick_matmul, products_of, rate_of
 from tests.tiny_models import tiny
 
 
@@ -43,9 +45,10 @@ def test_the_fastest_is_picked_if_clearly_faster(monkeypatch):
 
 def test_the_models_own_products_decide(monkeypatch):
     """Forward and backward, of blocks and head, each as often as it is computed."""
-    blocks, head = products_of(tiny().config)
-    assert (blocks.inputs, blocks.outputs, blocks.times) == (32, 48, 6)
-    assert (head.inputs, head.outputs) == (32, 50)
+    blocks, head = products_of(replace(tiny().config, hidden_size=512, intermediate_size=1408))
+    assert (blocks.inputs, blocks.outputs, blocks.times) == (512, 1408, 6)
+    assert (head.inputs, head.outputs) == (512, 50)
+    assert products_of(tiny().config) == (SMALLEST,)    # too small for a measurement
     wide = Product(100, 1000, 10**6, times=1)           # measured on some of its outputs
     seconds = iter([1.0, 3.0])
     monkeypatch.setattr(matmul, "shortest", lambda call: next(seconds))
