@@ -69,6 +69,7 @@ class RunState:
     matmul: str = "torch"
     compiled: bool = False
     max_tokens_per_pass: int = 0
+    mlp_tile: int = 0
     step: int = 0
     epoch: float = 0.0
     loss_total: float = 0.0
@@ -98,7 +99,7 @@ class RunState:
 
 
 # fields that say how a run computes, which a resumed run keeps
-DECIDED = ("kernel", "matmul", "compiled", "max_tokens_per_pass")
+DECIDED = ("kernel", "matmul", "compiled", "max_tokens_per_pass", "mlp_tile")
 # fields whose name in trainer_state.json is that of the first release
 LEGACY_NAMES = {
     "matmul": "product",
@@ -216,6 +217,7 @@ class Run:
             matmul=setup.kernels.matmul_name,
             compiled=bool(setup.kernels.compile),
             max_tokens_per_pass=setup.max_tokens_per_pass,
+            mlp_tile=setup.memory.workload.mlp_tile,
         )
         self.settings["kernels"] = {
             "device": device_name(self.device),

@@ -277,6 +277,8 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     balance = 0.0
     if config.stage in ("sft", "pt"):
         balance = config.moe_aux_loss_coef or model_config.router_aux_loss_coef
+    if config.mlp_tile is None:                 # None again for a run that starts now
+        config = replace(config, mlp_tile=run.recorded("mlp_tile", None))
     memory = plan_memory(config, base, plan, lora, dtype, kernels)
     free_bytes = free_on_all(device, ranks)
     max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)

@@ -1,9 +1,11 @@
 """runtime/long_rows.py: plans with inputs in main memory and tiles, against the bytes of a step."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 import torch.nn.functional as F
 
 from attention import PackedLayout
@@ -275,3 +277,20 @@ def test_a_run_with_inputs_in_main_memory_and_tiles_learns_the_same(tmp_path, mo
         state = json.loads((tmp_path / str(len(losses)) / "trainer_state.json").read_text())
         losses.append([row["loss"] for row in state["log_history"] if "loss" in row])
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@needs_shared
+def test_a_resumed_run_keeps_its_tile(tmp_path, monkeypatch):
+    """Whatever the plan would choose now: bit for bit, with the masks of dropout."""
+    settings = ["adapter_name_or_path=null", "lora_dropout=0.1", "max_steps=4",
+                "save_strategy=steps", "save_steps=2"]
+    run_recorded("sft_llama3", tmp_path / "a", monkeypatch, *settings, "mlp_tile=8")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/checkpoint-4")
+    state = run_recorded("sft_llama3", tmp_path / "b", monkeypatch, *settings,
+                         "resume_from_checkpoint=true")
+    a, b = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert state["log_history"][-1]["step"] == 4
+    saved = json.loads((tmp_path / "b/checkpoint-4/trainer_state.json").read_text())["resume"]
+    assert saved["mlp_tile"] == 8
