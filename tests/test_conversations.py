@@ -88,6 +88,8 @@ def chat(*turns):
      "turn 1 is human, not an object with 'from' and 'value'"),
     ({"instruction": "a", "output": [5, {"role": "assistant", "content": "b"}]}, None,
      "turn 1 is 5, not an object with"),
+    ({"conversations": [{"role": "user", "content": "a"}]}, "sharegpt",
+     "turn 1 has no 'from' .keys: role, content; role_tag and content_tag under tags"),
     ({"conversations": [None]}, "sharegpt", "turn 1 is null, not an object with"),
     (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt",
      "the last turn is not an answer"),

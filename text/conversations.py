@@ -378,7 +378,7 @@ def read_turns(turns: list, source: Source) -> tuple[list[dict], str | None]:
         is_more_results = (role == "observation" and source.formatting != "sharegpt"
                            and bool(messages) and messages[-1]["role"] == "observation")
         if not (is_system or role in expected or is_more_results):
-            raise ValueError(f"turn {number} is by '{speaker_of(turn, source)}', expected "
+            raise ValueError(f"turn {number} {speaker_in_words(turn, source)}, expected "
                              f"{role_words(expected, source)}")
         try:
             message = message_of(turn, role, source)
@@ -422,7 +422,7 @@ def read_answer(data: dict, column: str, source: Source) -> dict:
                          f"conversation, not {excerpt(turn)}")
     role = role_of(turn, source)
     if role not in ANSWERS:
-        raise ValueError(f"'{column}' is by '{speaker_of(turn, source)}', expected "
+        raise ValueError(f"'{column}' {speaker_in_words(turn, source)}, expected "
                          f"{role_words(ANSWERS, source)}")
     try:
         return message_of(turn, role, source)
@@ -443,6 +443,15 @@ def role_of(turn: dict, source: Source) -> str | None:
 def speaker_of(turn: dict, source: Source) -> str:
     """The word that the data use for the speaker of a turn."""
     return str(turn.get(source.tags["role_tag"]))
+
+
+def speaker_in_words(turn: dict, source: Source) -> str:
+    """Who speaks in a turn, or that it does not say so by the key role_tag, for a message."""
+    role_tag = source.tags["role_tag"]
+    if role_tag in turn:
+        return f"is by '{speaker_of(turn, source)}'"
+    return (f"has no '{role_tag}' (keys: {excerpt(', '.join(map(str, turn)))}; role_tag and "
+            "content_tag under tags in dataset_info.json name the keys of a turn)")
 
 
 def role_words(roles: tuple[str, ...], source: Source) -> str:
