@@ -43,8 +43,10 @@ def nearest_names(name: str, names: Iterable[str], count: int = 4,
 
 
 def nearest_name(name: str, names: Iterable[str], similarity: float = 0.6) -> str | None:
-    """The most similar of names, or None."""
-    return next(iter(nearest_names(name, names, 1, similarity)), None)
+    """The most similar of names, or None; of equally near ones the last as sorted, the newest."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(names), 1, similarity)), None)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
