@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-SPINS = "1000"      # how often a waiting thread of OpenMP looks before it sleeps: microseconds
+SPINS = "2000"      # how often a waiting thread of OpenMP looks before it sleeps: microseconds
 
 
 def share_cores(cgroup: Path = Path("/sys/fs/cgroup")):

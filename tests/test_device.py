@@ -62,7 +62,7 @@ def test_it_is_set_before_torch_is_imported(script):
     """libgomp reads it once, when torch loads it."""
     code = (f"import sys, {script}\n"
             "import builtins, os\n"
-            "assert os.environ['GOMP_SPINCOUNT'] == '1000'\n")
+            "assert os.environ['GOMP_SPINCOUNT'] == '2000'\n")
     watch = ("import builtins, os\n"
              "real = builtins.__import__\n"
              "def watched(name, *rest):\n"
