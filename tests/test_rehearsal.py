@@ -493,7 +493,9 @@ def paper_gpu(tmp_path_factory):
     subprocess.run([*gcc, "-Wl,-soname,libcuda.so.1", "-o", here / "libcuda.so.1",
                     PAPER / "cuda.c"], check=True)
     return {**os.environ, "LD_PRELOAD": str(here / "libpaper_cudart.so"),
-            "LD_LIBRARY_PATH": str(here), "OMP_NUM_THREADS": "1"}
+            "LD_LIBRARY_PATH": str(here), "OMP_NUM_THREADS": "1",
+            # its driver has no virtual addresses, which segments that grow need
+            "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}
 
 
 @needs_paper_gpu
