@@ -681,6 +681,12 @@ COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies ma
 ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters
 
 
+def resizes_vocab(config) -> bool:
+    """Whether a config asks for new tokens, or for rows for those that the tokenizer has."""
+    return bool(config.resize_vocab or config.add_tokens or config.add_special_tokens
+                or config.new_special_tokens_config)
+
+
 def has_reference(config: Config) -> bool:
     """Whether the run compares its model with a frozen reference model."""
     if config.stage == "kto":

@@ -5,8 +5,8 @@
 gate, up and their gradients are the largest tensors of a block, I numbers a token each. Every token
 passes the MLP alone, so a tile of tokens at a time gives the same numbers: the forward pass keeps
 the MLP's input, and the backward pass computes each tile again and takes its gradients before the
-next one. The twin is Block.add_mlp, which runs within a tile, as it stands in model.py or as
-fast/fused_block.py has set it.
+next one. A tile is computed by the block's own add_mlp: the plain one of model.py, or the one of
+fast/fused_block.py. Without tiles it is the twin.
 
 Experts are not tiled: their tokens are sorted first.
 

@@ -20,8 +20,8 @@ def share_cores(cgroup: Path = Path("/sys/fs/cgroup")):
 
     At the end of each product threads wait for one another. They spin for a millisecond, by
     default, and take the core from the very thread that they wait for where another program needs
-    a core, too: training was 3 to 9 times slower. And a container that may use 2 of 64 cores gets
-    64 threads.
+    a core, too: training was many times slower (bench/NOTES.md). And a container that may use 2 of
+    64 cores gets 64 threads.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

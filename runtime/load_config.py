@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from config import (ADAPTERS, BADAM_WEIGHT_DECAY, KEYS, UNUSED, VISION_KEYS, Config, as_dict,
-                    print_keys)
+                    print_keys, resizes_vocab)
 from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
@@ -263,8 +263,8 @@ def _notes_on_new_tokens(config: Config) -> list[str]:
     if config.init_special_tokens != "noise_init" and not described:
         notes.append(f"init_special_tokens: {config.init_special_tokens} needs the texts of "
                      "new_special_tokens_config; new rows start as in noise_init")
-    asked = described or config.add_special_tokens or config.add_tokens or config.resize_vocab
-    if asked and config.finetuning_type == "freeze" and not config.freeze_extra_modules:
+    frozen = config.finetuning_type == "freeze" and not config.freeze_extra_modules
+    if resizes_vocab(config) and frozen:
         notes.append("new tokens: with finetuning_type: freeze their rows are not trained; "
                      "freeze_extra_modules: embed_tokens,lm_head would train them")
     return notes

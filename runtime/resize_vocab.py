@@ -26,6 +26,7 @@ from checkpoint.files import new_folder, open_tensors, save_tensors, tensor_file
 from checkpoint.load import check_plain
 from checkpoint.names import find_tensors
 from checkpoint.value_head import VALUE_HEAD
+from config import resizes_vocab
 from errors import first_line
 from families import ModelConfig, model_config, read_config_json
 from parallel import Ranks
@@ -87,10 +88,9 @@ def add_new_tokens(tokenizer: Tokenizer, tokens: dict[str, bool]):
         tokenizer.add_tokens([token], special)
 
 
-def resizes(config) -> bool:
-    """Whether the config asks for a larger vocabulary."""
-    return bool(config.resize_vocab or config.add_tokens or config.add_special_tokens
-                or config.new_special_tokens_config)
+def table_names(sizes: ModelConfig) -> list[str]:
+    """The weights of embedding and head, as the checkpoint calls them."""
+    return [sizes.stored_name(f"{module}.weight") for module in ("model.embed_tokens", "lm_head")]
 
 
 def tables_trained_in_full(config, sizes: ModelConfig) -> list[str]:
@@ -98,10 +98,9 @@ def tables_trained_in_full(config, sizes: ModelConfig) -> list[str]:
 
     sizes: of the base. Names are those of the checkpoint.
     """
-    if config.additional_target is not None or not resizes(config):
+    if config.additional_target is not None or not resizes_vocab(config):
         return config.additional_target or []
-    return [sizes.stored_name(f"{module}.weight").split(".")[-2]
-            for module in ("model.embed_tokens", "lm_head")]
+    return [name.split(".")[-2] for name in table_names(sizes)]
 
 
 # ---- the checkpoint -----------------------------------------------------------------------------
@@ -113,7 +112,7 @@ def resized_base(config, folder: Path, adapters: list[Path], ranks: Ranks) -> Pa
     Raises ValueError if the run that is resumed has resized its vocabulary otherwise.
     """
     folder = resized_beside(adapters) or folder
-    if not resizes(config) and not (folder / MARK).is_file():
+    if not resizes_vocab(config) and not (folder / MARK).is_file():
         return folder
     target = Path(config.output_dir, RESIZED_BASE)
     if config.dry_run:                      # writes nothing into output_dir
@@ -173,7 +172,7 @@ def write_resized(config, folder: Path, adapters: list[Path], target: Path):
 def missing_stop_words(config, adapters: list[Path], tokenizer: Tokenizer) -> dict[str, bool]:
     """The stop words of the config's chat template that the vocabulary lacks, as new tokens."""
     template, _ = stored_template(adapters, config.template, config.force_template)
-    if template is None or not resizes(config):
+    if template is None or not resizes_vocab(config):
         return {}
     return {stop: True for stop in find_template(template).stop if tokenizer.id_of(stop) is None}
 
@@ -191,8 +190,7 @@ def check_tables_of(adapters: list[Path], sizes: ModelConfig, rows: int):
     """
     if rows == sizes.vocab_size:
         return
-    tables = tuple(sizes.stored_name(f"{module}.weight")
-                   for module in ("model.embed_tokens", "lm_head"))
+    tables = tuple(table_names(sizes))
     for adapter in adapters:
         file = adapter / "adapter_model.safetensors"
         if not file.is_file():                          # an error elsewhere
@@ -208,7 +206,7 @@ def check_tables_of(adapters: list[Path], sizes: ModelConfig, rows: int):
 
 def notes_on_rows(config, adapter: Path | None) -> list[str]:
     """A note if the adapter that is trained further leaves the rows of new tokens as they start."""
-    if adapter is None or not resizes(config) or read_adapter_config(adapter)[1].get(
+    if adapter is None or not resizes_vocab(config) or read_adapter_config(adapter)[1].get(
             "modules_to_save"):
         return []
     return [f"new tokens: {adapter} trains neither embedding nor head, so that their rows stay as "
@@ -276,12 +274,11 @@ def write_tables(folder: Path, work: Path, config, sizes: ModelConfig, rows: int
     tokens whose rows start from them; {}: all new rows start with noise.
     """
     places = find_tensors(folder, sizes)
-    names = [sizes.stored_name(f"{module}.weight") for module in ("model.embed_tokens", "lm_head")]
     generator = torch.Generator().manual_seed(config.seed)
     described = described_rows(descriptions, tokenizer, sizes.vocab_size)
     tables = {}
     embedding = None
-    for name in names:
+    for name in table_names(sizes):
         if name not in places:                          # a tied head
             continue
         file, stored = places[name]
