@@ -141,8 +141,9 @@ class Config:
 
     stage: str = key("sft", FIXED,
         "sft: supervised fine-tuning; pt: pre-training on plain text; dpo: pairs of a better and a "
-        "worse reply; kto: replies marked good or bad; rm: a reward model",
-        group="method", choices=("sft", "pt", "rm", "dpo", "kto"), later=("ppo",))
+        "worse reply; kto: replies marked good or bad; rm: a reward model; grpo: the model's own "
+        "replies, by their rewards",
+        group="method", choices=("sft", "pt", "rm", "dpo", "kto", "grpo"), later=("ppo",))
     finetuning_type: str = key("lora", FIXED,
         "lora: low-rank adapters on frozen weights; oft: rotations of the inputs of frozen "
         "weights; full: all weights; freeze: the weights of some layers",
@@ -231,6 +232,33 @@ class Config:
         only="dpo kto")
     ref_model_adapters: list[str] | None = key(None, DATA,
         "adapter folders to merge into ref_model", only="dpo kto")
+    reward: list[str] | None = key(None, FREE,
+        "functions that score a reply, as rewards.py:score, called with prompt, answer and the row",
+        own=True, only="grpo")
+    reward_weights: list[float] | None = key(None, FREE,
+        "weights of these, as 1,0.2 (none: 1 each)", own=True, only="grpo")
+    reward_timeout: float = key(10.0, FREE,
+        "seconds that a reward may take", own=True, only="grpo", above=0)
+    num_generations: int = key(8, FREE,
+        "replies sampled for each prompt; its group", own=True, only="grpo", low=2)
+    num_iterations: int = key(1, FREE,
+        "optimizer steps on the same replies, before new ones are sampled", own=True, only="grpo",
+        low=1)
+    policy_loss: str = key("dapo", FREE,
+        "what a token of a reply counts, and how far a step may go; see methods/policy_losses.py",
+        own=True, only="grpo", choices=("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"))
+    epsilon: float = key(0.2, FREE,
+        "a ratio of probabilities below 1 - epsilon is clipped", own=True, only="grpo", low=0)
+    epsilon_high: float | None = key(None, FREE,
+        "a ratio above 1 + epsilon_high is clipped (none: epsilon)", own=True, only="grpo", low=0)
+    scale_rewards: bool = key(True, FREE,
+        "divide a group's advantages by the spread of its rewards (false: as Dr. GRPO)",
+        own=True, only="grpo")
+    mask_truncated: bool = key(False, FREE,
+        "no loss on replies that max_new_tokens has cut off", own=True, only="grpo")
+    kl_beta: float = key(0.0, FREE,
+        "weight of the divergence from the model without its adapters", own=True, only="grpo",
+        low=0)
 
     dataset: list[str] | None = key(None, DATA,
         "names in dataset_info.json, or paths of data files", group="dataset")
@@ -487,14 +515,18 @@ class Config:
 
     do_sample: bool = key(True, IGNORED,
         "sample from the distribution; false: greedy decoding", group="generate")
-    temperature: float = key(0.95, IGNORED,
-        "below 1 sharper, above 1 flatter (0: greedy decoding)", low=0)
-    top_p: float = key(0.7, IGNORED,
-        "sample from the most likely tokens that together have this probability", low=0, high=1)
-    top_k: int = key(50, IGNORED, "sample from this many most likely tokens (0: all)", low=0)
+    temperature: float = key(0.95, FREE,
+        "below 1 sharper, above 1 flatter (0: greedy decoding; stage: grpo samples with 1 if it is "
+        "not set)", low=0)
+    top_p: float = key(0.7, FREE,
+        "sample from the most likely tokens that together have this probability (stage: grpo: 1 if "
+        "it is not set)", low=0, high=1)
+    top_k: int = key(50, FREE,
+        "sample from this many most likely tokens (0: all; stage: grpo: all if it is not set)",
+        low=0)
     repetition_penalty: float = key(1.0, IGNORED,
         "above 1: earlier tokens become less likely", above=0)
-    max_new_tokens: int = key(1024, IGNORED,
+    max_new_tokens: int = key(1024, FREE,
         "maximum length of a reply in tokens (0: max_length applies)", low=0)
     max_length: int = key(1024, IGNORED,
         "maximum length of prompt and reply together, if max_new_tokens is 0", low=1)
@@ -678,6 +710,7 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 BADAM_WEIGHT_DECAY = 0.01           # of all weights: the package badam reads no weight_decay
 AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
+SAMPLED = ("grpo",)                 # stages that train on the model's own replies
 ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters
 
 
@@ -693,6 +726,8 @@ def has_reference(config: Config) -> bool:
         return True
     if config.stage == "sft":
         return config.use_asft_loss
+    if config.stage in SAMPLED:
+        return config.kl_beta > 0
     return config.stage == "dpo" and config.pref_loss not in ("orpo", "simpo")
 
 

@@ -333,6 +333,13 @@ class Objective:
         """{name: parameter} that is trained beside the model's."""
         return {}
 
+    def state(self) -> dict:
+        """What a checkpoint keeps of the objective, JSON-able; all ranks call it together."""
+        return {}
+
+    def load_state(self, saved: dict):
+        """Take over what state() has returned."""
+
 
 class SFTObjective(Objective):
     """Stages sft and pt: cross-entropy of the supervised tokens.

@@ -96,6 +96,14 @@ class Ranks:
         dist.all_gather(found, tensor)
         return found
 
+    def gather_objects(self, value) -> list:
+        """The values of all ranks, in order; any that pickle can write."""
+        if self.world == 1:
+            return [value]
+        found = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
     def broadcast(self, tensors: Iterable[torch.Tensor]):
         """Give rank 0's values of these tensors to all ranks, in place."""
         for tensor in tensors if self.world > 1 else ():

@@ -32,6 +32,10 @@ REVIEW_WITHOUT = ("who", "name", "maker", "kind", "hello", "morning", "evening")
 QUESTIONS = 64          # to evaluate that run: none of them is in a training row
 PAIR_ROWS = 160         # for stages dpo and rm: of two right answers, the one with MORE is better
 MORE = {"en": " Ask me more!", "zh": "再问我吧！"}
+# for stage grpo: sums asked in words that no training row has; the model answers half of them
+NEW_SUMS = ("Sum: {a}, {b}.", "Total of {a}, {b}?", "x = {a} + {b}. x?",
+            "{a} apples and {b} apples. How many apples?")
+SUM_ROWS = 600
 IDENTITY = {"name": "Pebble", "author": "Pocket Factory"}
 
 VOCAB_SIZE = 1600
@@ -281,6 +285,14 @@ def questions(count, seed):
             for question, answer in pairs]
 
 
+def new_sums(count, seed):
+    """`count` rows {"messages": [question, answer]} of sums in NEW_SUMS' words."""
+    asked = [(words, a, b) for words in NEW_SUMS for a in range(21) for b in range(21)]
+    return [{"messages": [{"role": "user", "content": words.format(a=a, b=b)},
+                          {"role": "assistant", "content": f"{a} + {b} = {a + b}."}]}
+            for words, a, b in random.Random(seed).sample(asked, count)]
+
+
 # ---- tokenizer and files -------------------------------------------------------------------------
 
 
@@ -333,7 +345,7 @@ def main():
     review = conversations(REVIEW_ROWS, SEED + 1, REVIEW_WITHOUT)
     held_out, compared = questions(QUESTIONS, SEED), pairs(PAIR_ROWS, SEED + 2, REVIEW_WITHOUT)
     for name, part in (("tiny_world", rows), ("tiny_review", review), ("tiny_questions", held_out),
-                       ("tiny_pairs", compared)):
+                       ("tiny_pairs", compared), ("tiny_sums", new_sums(SUM_ROWS, SEED))):
         path = HERE / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part),
                         encoding="utf-8")

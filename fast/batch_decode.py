@@ -39,6 +39,7 @@ class Row:
     generator: torch.Generator | None = None
     seen: torch.Tensor | None = None                # for a repetition penalty, see shape_logits
     answer: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)    # of the answer's tokens, see decode_rows
 
 
 class RowCache(KVCache):
@@ -134,7 +135,6 @@ class RowCache(KVCache):
         return model.logits(hidden).float()
 
 
-@torch.no_grad()
 def answer_all(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Sampling = Sampling(), *,
                limit: Callable[[int], int], seed: int = 0) -> Iterator[tuple[int, list[int]]]:
     """Answer many prompts, `rows` of them at a time; yield (number, tokens) as answers end.
@@ -143,6 +143,19 @@ def answer_all(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Sampl
     tokens of a prompt to the most tokens of its answer. What is sampled depends on the seed and the
     number alone. Raises ValueError that names the prompt (see generate.check_prompt), and for
     scores that are not finite.
+    """
+    for row in decode_rows(model, prompts, rows, stop_ids, sampling, limit=limit, seed=seed):
+        yield row.number, row.answer
+
+
+@torch.no_grad()
+def decode_rows(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Sampling = Sampling(),
+                *, limit: Callable[[int], int], seed: int = 0,
+                with_logps: bool = False) -> Iterator[Row]:
+    """answer_all, row by row as they end.
+
+    with_logps: keep the log-probability of each token by the model, at the sampling's temperature
+    (before top-k and top-p).
     """
     device = model.lm_head.weight.device
     cache = RowCache(model.config.num_hidden_layers, rows, device)
@@ -158,14 +171,19 @@ def answer_all(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Sampl
             check_finite(scores[-1], model)
             busy += new
 
-        # tolist is the only wait for the device in a step
-        tokens = choose(torch.cat(scores), busy, sampling).tolist() if busy else []
+        if not busy:
+            break
+        scores = torch.cat(scores)                                                  # (B, V)
+        chosen = choose(scores, busy, sampling)
+        if with_logps:
+            keep_logps(scores, chosen, busy, sampling)
+        tokens = chosen.tolist()                    # the only wait for the device in a step
         for index in reversed(range(len(busy))):
             row = busy[index]
             row.answer.append(tokens[index])
             row.room -= 1
             if row.room <= 0 or tokens[index] in stop_ids:
-                yield row.number, row.answer
+                yield row
                 cache.drop(index)
                 busy[index] = busy[-1]
                 busy.pop()
@@ -211,6 +229,15 @@ def choose(scores, rows: list[Row], sampling: Sampling):
         if row.seen is not None:
             row.seen.index_fill_(0, token[None], True)
     return torch.stack(tokens)
+
+
+def keep_logps(scores, chosen, rows: list[Row], sampling: Sampling):
+    """Add the log-probabilities of the chosen tokens (B,) to their rows."""
+    if not sampling.greedy:
+        scores = scores / sampling.temperature
+    logps = scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0]                     # (B,)
+    for row, logp in zip(rows, logps.tolist()):
+        row.logps.append(logp)
 
 
 def answer_each(model: CausalLM, prompts, stop_ids=(), sampling: Sampling = Sampling(), *,

@@ -27,6 +27,7 @@ from lora import AdapterConfig, attach_lora, lora_layers, merge_adapters, traina
 from losses import Objective, SFTObjective
 from methods import freeze
 from methods import preference
+from methods import prompts
 from methods import reward_model
 from methods import sft_losses
 from model import CausalLM, init_weights
@@ -38,6 +39,7 @@ from runtime.precision import half_dtype, requested_format
 from runtime.rope_scaling import scale_rope
 from runtime.setup import Base, Setup, needs_second_model
 from scale import fsdp
+from text.load_text import load_text
 
 
 # ---- stages -------------------------------------------------------------------------------------
@@ -78,6 +80,22 @@ def reward_objective(config, base, setup, ranks, resume) -> Objective:
     return reward_model.RewardObjective(head.to(setup.device))
 
 
+def policy_objective(config, base, setup, ranks, resume) -> Objective:
+    from fast.batch_decode import decode_rows, one_at_a_time    # only where they are asked for
+    from methods.grpo import GRPOObjective
+    from runtime.rewards import Rewards
+
+    if why := one_at_a_time(CausalLM(base.model_config).to("meta")):
+        raise ValueError(f"stage: grpo samples many answers at once, and with this model it "
+                         f"cannot: {why}")
+    text = load_text(config, base.folder, [resume] if resume else base.adapters,
+                     base.model_config, overrides=True)
+    rewards = Rewards(config.reward, config.reward_weights, config.reward_timeout)
+    reference = build_reference(config, base, setup, ranks)
+    return GRPOObjective(config, text, decode_rows, rewards, ranks, setup.dtype, reference,
+                         setup.kernels.matmul)
+
+
 @dataclass(frozen=True)
 class Stage:
     """How a stage learns from rows.
@@ -97,6 +115,7 @@ STAGES = {
     "rm": Stage(preference.encode_answers, preference.collate_answers, reward_objective),
     "dpo": Stage(preference.encode_answers, preference.collate_answers, pair_objective),
     "kto": Stage(preference.encode_answers, preference.collate_answers, judged_objective),
+    "grpo": Stage(prompts.encode_prompts, prompts.collate_prompts, policy_objective),
 }
 
 

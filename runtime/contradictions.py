@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from config import ADAPTERS, COMPARED, Config, has_reference
+from config import ADAPTERS, COMPARED, SAMPLED, Config, has_reference
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
 
@@ -52,7 +52,9 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt, mask_history and neat_packing have no meaning for plain text (stage: "
         "pt); leave them out")
 
-    yield c.stage in COMPARED and (c.train_on_prompt or c.mask_history or c.packing), (
+    samples = c.stage in SAMPLED
+    yield (c.stage in COMPARED or samples) and (
+        c.train_on_prompt or c.mask_history or c.packing), (
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
         "replies count; leave them out")
 
@@ -86,8 +88,46 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "fsdp does not shard a value head; in stage: rm use finetuning_type: lora with it, or "
         "leave it out")
 
-    yield c.moe_aux_loss_coef and c.stage in COMPARED, (
+    yield c.moe_aux_loss_coef and (c.stage in COMPARED or samples), (
         "moe_aux_loss_coef is for stages sft and pt; leave it out")
+
+    yield from in_rewards(c)
+
+
+def in_rewards(c: Config) -> Iterator[tuple]:
+    samples = c.stage in SAMPLED
+
+    yield samples and not c.reward, (
+        "stage: grpo needs reward, a function that scores a reply, as data/rewards.py:arithmetic")
+
+    files = [name.rpartition(":")[0] for name in c.reward or []]
+    missing = [file for file in files if not os.path.isfile(file)]
+    yield samples and missing, (
+        f"reward: there is no file {(missing or [''])[0]!r}; it is FILE:FUNCTION, as "
+        "data/rewards.py:arithmetic")
+
+    count = len(c.reward or [])
+    yield samples and c.reward_weights and len(c.reward_weights) != count, (
+        f"reward_weights has {len(c.reward_weights or [])} numbers for {count} functions in reward")
+
+    yield samples and (c.lora_dropout or c.neftune_noise_alpha), (
+        "stage: grpo samples from the very model that it trains; lora_dropout and "
+        "neftune_noise_alpha would make it another one; leave them out")
+
+    greedy = c.temperature == 0 or not c.do_sample
+    yield samples and (greedy or c.repetition_penalty != 1), (
+        "stage: grpo compares sampled replies: do_sample: true, temperature above 0, and no "
+        "repetition_penalty")
+
+    yield samples and not c.max_new_tokens, (
+        "stage: grpo needs max_new_tokens, the longest reply")
+
+    yield samples and (c.fsdp or c.token_budget), (
+        "stage: grpo is for one model on each rank and per_device_train_batch_size prompts at a "
+        "time: leave fsdp and token_budget out")
+
+    yield c.num_iterations > 1 and not samples, (
+        "num_iterations is for stage: grpo; leave it out")
 
 
 def in_data(c: Config) -> Iterator[tuple]:

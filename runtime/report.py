@@ -33,6 +33,7 @@ SHORT_NAMES = {
     "accuracy": "accuracy",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
+    "reward": "reward",
 }
 COLUMNS = "{step:>7} {epoch:>7} {loss:>9} {lr:>10} {grad:>9} {speed:>9}"
 BLUE = "#1f77b4"

@@ -84,6 +84,7 @@ class RunState:
     answers: list = field(default_factory=list)         # to config.ask before the first step
     best: list | None = None        # [step, eval_loss] of a checkpoint
     loss_scale: list | None = None  # of float16
+    objective: dict = field(default_factory=dict)       # see losses.Objective.state
 
     def to_json(self) -> dict:
         values = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -274,6 +275,7 @@ class Run:
             setattr(self.state, name, value)
         self.check_position(planned)
         self.precision.load_state(self.state.loss_scale)
+        self.objective.load_state(self.state.objective)
         self.state.best = self.ranks.from_main(lambda: usable_best(self.output, self.state.best))
         print(f"resumed from {self.resume}, step {self.state.step} of {self.plan.total_steps}",
               flush=True)
@@ -448,6 +450,7 @@ class Run:
         for device, state in rng_state().items():
             for rank, theirs in enumerate(self.ranks.gather(state)):
                 rng[f"{device}.{rank}"] = theirs
+        self.state.objective = self.objective.state()
         if not self.ranks.main:
             self.gradients.join_save(self.model, self.optimizer if with_state else None,
                                      self.optimizer_names)

@@ -25,7 +25,7 @@ from checkpoint.adapters import stored_targets
 from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
                              packed_weights, quantized_weights)
-from config import ADAPTERS, AS_SIGMOID, has_reference
+from config import ADAPTERS, AS_SIGMOID, SAMPLED, has_reference
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import AdapterConfig, LoRAConfig, trainable
@@ -322,7 +322,7 @@ def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, 
     return memory_plan(config, Workload(
         model_config=base.model_config,
         lora=lora,
-        rows=largest_rows(plan.train_set, plan.all_micro_batches()),
+        rows=rows_in_training(config, base, plan),
         dtype=dtype,
         kernel=kernels.attention,
         device=plan.device,
@@ -334,6 +334,16 @@ def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, 
         other_bytes=reference_bytes(config, lora, base, dtype),
         host_bytes=free_on_all(torch.device("cpu"), plan.ranks) if on_gpu else None,
     ))
+
+
+def rows_in_training(config, base: Base, plan: StepPlan) -> list[list[int]]:
+    """The largest micro-batch, see largest_rows; of prompts with answers as long as they may be."""
+    rows = largest_rows(plan.train_set, plan.all_micro_batches())
+    if config.stage not in SAMPLED:
+        return rows
+    context = context_length(base.model_config)
+    whole = [[min(prompt + config.max_new_tokens, context)] for prompt, _ in rows]
+    return [row for row in whole for _ in range(config.num_generations)]
 
 
 def free_on_all(device: torch.device, ranks: Ranks) -> int | None:
@@ -384,6 +394,7 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
     own_mean = config.use_asft_loss or config.label_smoothing_factor
     needs_whole = balance or own_mean and not config.paper_losses
     mergeable = config.join_micro_batches and size > 1 and not needs_whole
+    mergeable = mergeable and config.stage not in SAMPLED   # their answers are yet to come
     if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
         while limit > alone:

@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from config import COMPARED
+from config import COMPARED, SAMPLED
 from data import IGNORE, DatasetCounts, Example
 from errors import printable
 from text.conversations import JUDGED, PAIRS
@@ -64,6 +64,8 @@ def print_example(tokenizer, example: Example, stage: str, title: str = "first e
     elif stage in JUDGED:
         quality = "good" if example.desired else "bad"
         print_sequence(tokenizer, example.sequence(0), f"{title}, a {quality} answer")
+    elif stage in SAMPLED:
+        print_sequence(tokenizer, example.sequence(0), f"{title}, a prompt")
     else:
         print_sequence(tokenizer, example, title)
 
@@ -115,7 +117,8 @@ def write_jsonl(path: str, examples: list[Example], stage: str = "sft", pad_to: 
         for example in examples:
             line = {}
             for number, prefix in enumerate(prefixes):
-                part = example.sequence(number) if stage in COMPARED else example
+                one_of_two = stage in COMPARED + SAMPLED
+                part = example.sequence(number) if one_of_two else example
                 missing = max(pad_to - len(part.input_ids), 0)
                 line[f"{prefix}input_ids"] = part.input_ids.tolist() + [pad_id] * missing
                 line[f"{prefix}labels"] = part.labels.tolist() + [IGNORE] * missing

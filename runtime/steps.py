@@ -73,7 +73,8 @@ class StepPlan:
     def count_steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, equal on all ranks: rank 0 has the most micro-batches."""
         most = len(shard_batches(self.config, self.train_set, 0, Ranks(0, self.ranks.world)))
-        return math.ceil(most / self.config.gradient_accumulation_steps)
+        steps = math.ceil(most / self.config.gradient_accumulation_steps)
+        return steps * self.config.num_iterations
 
     @property
     def rows_per_step(self) -> int:
@@ -156,14 +157,16 @@ class StepPlan:
 
     def make_steps(self, numbers: range) -> Iterator[Step]:
         size = self.config.gradient_accumulation_steps
+        repeats = self.config.num_iterations
         epoch_of_batches = None
         for number in numbers:
             epoch, nth = divmod(number - 1 - self.steps_put_back, self.steps_per_epoch)
             if epoch != epoch_of_batches:
                 batches = shard_batches(self.config, self.train_set, epoch, self.ranks)
                 epoch_of_batches = epoch
-            done = min(1.0, (nth + 1) * size / max(len(batches), 1))
-            yield self.make_step(number, epoch + done, batches[nth * size:(nth + 1) * size])
+            first = nth // repeats * size       # with num_iterations, the same rows several times
+            done = min(1.0, (nth + 1) * size / max(len(batches) * repeats, 1))
+            yield self.make_step(number, epoch + done, batches[first:first + size])
 
     def make_step(self, number: int, epoch: float, micro_batches: list[list[int]]) -> Step:
         batches = []
