@@ -34,6 +34,7 @@ from methods.policy_losses import (clipped_share, group_advantages, kl_estimates
 from methods.prompts import Prompt
 
 ROWS_AT_ONCE = 256          # answers that are decoded together
+MAX_UNSCORED = 3            # rollouts in a row without a reward that end the run
 SAMPLES = "samples.jsonl"   # in output_dir: every answer with its reward, a line each
 # the most that sampler and trainer may differ in the mean log-probability of a token
 GAP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
@@ -96,6 +97,7 @@ class GRPOObjective(Objective):
         self.uses_left = 0                      # steps for which the last one still serves
         self.groups: dict[str, Group] = {}      # of the last one, by the text of the prompt
         self.gap = 0.0                          # the largest of the last one
+        self.unscored = 0                       # rollouts in a row without any reward
         self.metric_names = ("reward", "reward_std", *(f"reward/{name}" for name in rewards.names),
                              "unscored", "length", "ended", "entropy", "clip_share", "kl",
                              "sampler_gap")
@@ -129,6 +131,7 @@ class GRPOObjective(Objective):
         self.rollout += 1
         self.groups = self.sample_groups(model, prompts)
         self.score(self.groups)
+        self.check_scored()
         self.measure(model, batches)
         self.uses_left = self.config.num_iterations
         self.write_samples()
@@ -167,7 +170,7 @@ class GRPOObjective(Objective):
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
 
     def score(self, groups: dict[str, Group]):
-        """Give each answer its rewards. Raises ValueError if none in the whole step has any."""
+        """Give each answer its rewards, and print what has failed."""
         failed = 0
         for group in groups.values():
             row = Prompt([], group.text).row
@@ -177,9 +180,16 @@ class GRPOObjective(Objective):
                 group.rewards.append(self.rewards.total(parts))
                 failed += math.isnan(group.rewards[-1])
         self.rewards.report(failed)
-        scored = sum(len(group.answers) for group in groups.values()) - failed
-        if self.uses_left == 0 and failed and not scored:
-            raise ValueError(f"no answer of a rollout could be scored: {self.rewards.last_problem}")
+
+    def check_scored(self):
+        """Raise ValueError, on all ranks, after MAX_UNSCORED rollouts in a row without a reward."""
+        rewards = [reward for group in self.groups.values() for reward in group.rewards]
+        scored, = self.ranks.total(sum(not math.isnan(reward) for reward in rewards))
+        self.unscored = 0 if scored else self.unscored + 1
+        if self.unscored >= MAX_UNSCORED:
+            raise ValueError(
+                f"{MAX_UNSCORED} rollouts in a row without a reward: "
+                f"{self.rewards.last_problem or 'the reason is on another rank'}")
 
     def decoded(self, answer: list[int]) -> str:
         return self.text.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -177,7 +177,7 @@ def test_a_reward_that_fails_now_and_then_does_not_end_the_run(tmp_path, capsys)
 
 def test_a_reward_that_never_works_ends_the_run(tmp_path):
     (tmp_path / "scores.py").write_text("def score(prompt, answer, row):\n    return None\n")
-    with pytest.raises(ValueError, match="no answer of a rollout could be scored.*returned None"):
+    with pytest.raises(ValueError, match="3 rollouts in a row without a reward: .*returned None"):
         run(tmp_path / "out", reward=f"{tmp_path / 'scores.py'}:score")
 
 
