@@ -1,6 +1,6 @@
 """Call the reward functions of stage grpo, in a process of their own.
 
-    rewards = Rewards(["rewards.py:score"], weights=None, timeout=10)
+    rewards = Rewards(["data/rewards.py:arithmetic"], weights=None, timeout=10)
     parts = rewards.score({"prompt": …, "row": …, "where": …}, answer)      # a number of each
 
 A reward function is Python that a user writes: `score(prompt, answer, row) -> number`. prompt is
@@ -8,7 +8,7 @@ the last question, row the row of the dataset as it was read, with its own answe
 returns no finite number, hangs or ends its process gives NaN for that answer and a sentence with
 the row; the run goes on.
 
-    python runtime/rewards.py rewards.py:score      the process: a JSON line in, a JSON line out
+    python runtime/rewards.py data/rewards.py:arithmetic    the process: JSON lines in and out
 
 Requires: nothing, so that the process starts fast.
 Next: methods/grpo.py. Examples: data/rewards.py.

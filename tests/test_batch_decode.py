@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from attention import Filled, attend
-from fast.batch_decode import RowCache, answer_all, answer_each, one_at_a_time
+from fast.batch_decode import RowCache, answer_all, answer_each, decode_rows, one_at_a_time
 from generate import Sampling, generate_uncached
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
 from tests.tiny_models import tiny_qwen2
@@ -36,6 +36,20 @@ def test_batched_answers_equal_single_ones(kernel, sampling):
     for rows in (1, 3, 8, 20):
         assert (dict(answer_all(model, prompts, rows, {7, 9}, sampling, limit=twenty, seed=3))
                 == want), rows
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_log_probabilities_are_those_of_a_forward_pass(temperature):
+    """At the temperature, and before top-k and top-p take tokens away."""
+    model, prompts = tiny_qwen2(), random_prompts(7)
+    sampling = Sampling(do_sample=True, temperature=temperature, top_p=0.9, top_k=30)
+    for row in decode_rows(model, prompts, 3, {7, 9}, sampling, limit=twenty, with_logps=True):
+        ids = torch.tensor([row.prompt + row.answer])
+        with torch.no_grad():
+            scores = model.logits(model(ids)[0]).float() / temperature
+        logps = scores.log_softmax(-1)[len(row.prompt) - 1:-1]
+        want = logps.gather(1, torch.tensor(row.answer)[:, None])[:, 0]
+        assert (torch.tensor(row.logps) - want).abs().max() < 1e-5
 
 
 def test_batched_answers_equal_uncached_ones():

@@ -124,6 +124,8 @@ def test_the_same_seed_makes_the_shipped_rows():
     assert review == read_jsonl(ROOT / "data/tiny_review.jsonl")
     pairs = world.pairs(world.PAIR_ROWS, world.SEED + 2, world.REVIEW_WITHOUT)
     assert pairs == read_jsonl(ROOT / "data/tiny_pairs.jsonl")
+    sums = world.new_sums(world.SUM_ROWS, world.SEED)
+    assert sums == read_jsonl(ROOT / "data/tiny_sums.jsonl")
 
 
 def test_the_same_rows_make_the_shipped_tokenizer():
