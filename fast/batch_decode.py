@@ -174,15 +174,18 @@ def decode_rows(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Samp
         if not busy:
             break
         scores = torch.cat(scores)                                                  # (B, V)
-        chosen = choose(scores, busy, sampling)
+        chosen = choose(scores, busy, sampling)                                     # (B,)
+        parts = [chosen.float()]                    # exact: ids are below 2^24
         if with_logps:
-            keep_logps(scores, chosen, busy, sampling)
-        tokens = chosen.tolist()                    # the only wait for the device in a step
+            parts.append(logps_of(scores, chosen, sampling))
+        found = torch.stack(parts, 1).tolist()      # the only wait for the device in a step
         for index in reversed(range(len(busy))):
             row = busy[index]
-            row.answer.append(tokens[index])
+            token, *logp = found[index]
+            row.answer.append(int(token))
+            row.logps += logp
             row.room -= 1
-            if row.room <= 0 or tokens[index] in stop_ids:
+            if row.room <= 0 or row.answer[-1] in stop_ids:
                 yield row
                 cache.drop(index)
                 busy[index] = busy[-1]
@@ -231,13 +234,11 @@ def choose(scores, rows: list[Row], sampling: Sampling):
     return torch.stack(tokens)
 
 
-def keep_logps(scores, chosen, rows: list[Row], sampling: Sampling):
-    """Add the log-probabilities of the chosen tokens (B,) to their rows."""
+def logps_of(scores, chosen, sampling: Sampling):
+    """The log-probabilities of the chosen tokens, (B,), at the sampling's temperature."""
     if not sampling.greedy:
         scores = scores / sampling.temperature
-    logps = scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0]                     # (B,)
-    for row, logp in zip(rows, logps.tolist()):
-        row.logps.append(logp)
+    return scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
 
 
 def answer_each(model: CausalLM, prompts, stop_ids=(), sampling: Sampling = Sampling(), *,

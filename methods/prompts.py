@@ -6,7 +6,7 @@ lies beside the ids in the token cache and is never taken for tokens. The row's 
 part of the prompt; a reward may compare with it.
 
 Requires: data.py (Batch), templates.py.
-Next: methods/grpo.py, runtime/build.py (STAGES).
+Next: methods/rollouts.py, runtime/build.py (STAGES).
 """
 import json
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data import IGNORE, Batch, EncodedRows, Example, collate, settings_of
+from generate import context_length
 from templates import encode_pieces, render_turns
 
 
@@ -42,6 +43,16 @@ class Prompt:
     def row(self) -> dict:
         """{"where": for messages, "prompt": the last question, "row": the row of the dataset}."""
         return json.loads(self.text)
+
+
+def check_room(model, prompt: Prompt):
+    """Raise ValueError for a prompt that leaves no room for an answer."""
+    context = context_length(model.config)
+    if len(prompt.input_ids) >= context:
+        raise ValueError(
+            f"{prompt.row['where']}: its prompt has {len(prompt.input_ids):,} tokens, and the "
+            f"model reads at most {context:,}, the answer included. Set cutoff_len: {context - 1} "
+            "and skip_bad_rows: true to leave such rows out")
 
 
 @dataclass

@@ -11,7 +11,7 @@ the row; the run goes on.
     python runtime/rewards.py data/rewards.py:arithmetic    the process: JSON lines in and out
 
 Requires: nothing, so that the process starts fast.
-Next: methods/grpo.py. Examples: data/rewards.py.
+Next: methods/rollouts.py. Examples: data/rewards.py.
 """
 import importlib.util
 import json

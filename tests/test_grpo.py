@@ -203,7 +203,7 @@ def test_the_recipe_learns_new_words_for_sums(tmp_path, monkeypatch):
 
 
 def test_the_defaults_sample_from_the_whole_distribution():
-    from methods.grpo import rollout_sampling
+    from methods.rollouts import rollout_sampling
     from tests.common import load_argv
     assert rollout_sampling(load_argv()) == Sampling(do_sample=True)
     given = load_argv("temperature=0.7", "top_p=0.7", "top_k=50")

@@ -1,0 +1,351 @@
+"""Rollouts: answers that the model samples while it is trained, and what is known of them.
+
+    1. the model that is trained answers each prompt num_generations times      sample_groups
+    2. reward functions score the answers                                       score
+    3. the training forward pass computes the log-probabilities of the sampled tokens; they must
+       be the ones they were sampled with, or the run ends                      measure
+
+The loop of train.py sees none of this: its batches are prompts, and with_reference returns the
+batches of answers. With num_iterations the same answers serve several steps.
+
+Requires: losses.py (Objective), methods/prompts.py, fast/batch_decode.py.
+Next: methods/grpo.py (what a stage does with them), runtime/rewards.py.
+"""
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import record_function
+
+from config import has_reference
+from data import IGNORE, Batch, Example, collate
+from generate import Sampling
+from losses import Objective, token_losses
+from methods.prompts import Prompt, check_room
+
+ROWS_AT_ONCE = 256          # answers that are decoded together
+MAX_UNSCORED = 3            # rollouts in a row without a reward that end the run
+SAMPLES = "samples.jsonl"   # in output_dir: every answer with its reward, a line each
+# the most that sampler and trainer may differ in the mean log-probability of a token
+GAP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
+
+
+@dataclass
+class Group:
+    """The sampled answers to one prompt. Lists have an entry for each answer."""
+    text: str                   # of its Prompt
+    answers: list[list[int]]    # token ids, with the id that ends an answer
+    ended: list[bool]           # False: cut off by max_new_tokens
+    sampled_logps: list[list[float]]
+    rewards: list[float] = field(default_factory=list)          # NaN: it could not be scored
+    parts: list[list[float]] = field(default_factory=list)      # of each reward function
+    old_logps: list[list[float]] = field(default_factory=list)  # by the trainer, when sampled
+    ref_logps: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class AnswerBatch(Batch):
+    """Answers behind their prompts. (N,): for each token of an answer; (S,): for each answer."""
+    counts: list[int] = field(default_factory=list)             # tokens of each answer
+    advantages: torch.Tensor | None = None                      # (N,)
+    old_logps: torch.Tensor | None = None                       # (N,)
+    answer_ref_logps: torch.Tensor | None = None                # (N,)
+    weights: torch.Tensor | None = None                         # (N,) shares of the step's loss
+    groups: list[Group] = field(default_factory=list)
+
+
+def rollout_sampling(config) -> Sampling:
+    """How answers are sampled: from the whole distribution, unless the config says otherwise."""
+    return Sampling(
+        do_sample=True,
+        temperature=config.temperature if "temperature" in config.given else 1.0,
+        top_p=config.top_p if "top_p" in config.given else 1.0,
+        top_k=config.top_k if "top_k" in config.given else 0,
+    )
+
+
+class RolloutObjective(Objective):
+    """What the stages share that learn from answers of the model itself: see the top of this file.
+
+    A stage defines batches_of (what a step learns from them) and loss_sum.
+
+    text: of text/load_text.py. decode: fast.batch_decode.decode_rows. rewards: score(row, answer)
+    -> a number of each reward, NaN where one failed; see runtime/rewards.py. dtype: of matrix
+    products.
+    """
+
+    def __init__(self, config, text, decode, rewards, ranks, dtype: torch.dtype, reference=None,
+                 matmul=torch.nn.functional.linear):
+        super().__init__(matmul)
+        self.config = config
+        self.text = text
+        self.decode = decode
+        self.rewards = rewards
+        self.ranks = ranks
+        self.gap_limit = GAP_LIMITS[dtype]
+        self.reference = reference
+        self.sampling = rollout_sampling(config)
+        self.rollout = 0                        # rollouts so far
+        self.uses_left = 0                      # steps for which the last one still serves
+        self.groups: dict[str, Group] = {}      # of the last one, by the text of the prompt
+        self.gap = 0.0                          # the largest of the last one
+        self.unscored = 0                       # rollouts in a row without any reward
+        self.writes_samples = False
+
+    # ---- prompts -> batches of answers
+
+    @torch.no_grad()
+    def with_reference(self, model, batches: list) -> list:
+        """For each batch of prompts a batch of their answers; new ones are sampled where due."""
+        prompts = [prompt for batch in batches for prompt in batch.prompts]
+        if not model.training:                  # an evaluation: the likeliest answer to each
+            groups = self.sample_groups(model, prompts, greedy=True)
+            self.score(groups)
+            return [answer_batch(batch, groups) for batch in batches]
+        known = all(prompt.text in self.groups for prompt in prompts)
+        if not self.uses_left or not known:
+            self.roll_out(model, batches, prompts)
+        self.uses_left -= 1
+        return self.batches_of(batches)
+
+    def batches_of(self, batches: list) -> list[AnswerBatch]:
+        """The batches of answers, with what loss_sum needs."""
+        raise NotImplementedError
+
+    @record_function("rollout")
+    def roll_out(self, model, batches: list, prompts: list[Prompt]):
+        """Sample and score a group of answers for each prompt, with the weights as they are."""
+        self.rollout += 1
+        self.groups = self.sample_groups(model, prompts)
+        self.score(self.groups)
+        self.check_scored()
+        self.measure(model, batches)
+        self.uses_left = self.config.num_iterations
+        self.write_samples()
+
+    def sample_groups(self, model, prompts: list[Prompt], greedy: bool = False) -> dict:
+        """{text of a prompt: its Group}, by the very model that is trained, adapters and all."""
+        sampling = Sampling() if greedy else self.sampling
+        size = 1 if greedy else self.config.num_generations
+        seeds = {}                              # of the answers to each prompt
+        asked = []
+        for prompt in {prompt.text: prompt for prompt in prompts}.values():
+            check_room(model, prompt)
+            seeds[prompt.text] = [self.seed_of(prompt, index) for index in range(size)]
+            asked += [(seed, prompt.input_ids) for seed in seeds[prompt.text]]
+        was_training = model.training
+        model.eval()
+        rows = self.decode(model, asked, min(len(asked), ROWS_AT_ONCE), self.text.stop_ids,
+                           sampling, limit=lambda length: self.config.max_new_tokens,
+                           with_logps=True)
+        found = {row.number: row for row in rows}
+        model.train(was_training)
+        groups = {}
+        for text, numbers in seeds.items():
+            ours = [found[number] for number in numbers]
+            groups[text] = Group(
+                text=text,
+                answers=[row.answer for row in ours],
+                ended=[row.answer[-1] in self.text.stop_ids for row in ours],
+                sampled_logps=[row.logps for row in ours],
+            )
+        return groups
+
+    def seed_of(self, prompt: Prompt, index: int) -> int:
+        """The seed of an answer: the same on any number of ranks, and after resuming."""
+        words = f"{self.config.seed} {self.rollout} {index} {prompt.text}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
+
+    def score(self, groups: dict[str, Group]):
+        """Give each answer its rewards, and print what has failed."""
+        failed = 0
+        for group in groups.values():
+            row = Prompt([], group.text).row
+            for answer in group.answers:
+                parts = self.rewards.score(row, self.decoded(answer))
+                group.parts.append(parts)
+                group.rewards.append(self.rewards.total(parts))
+                failed += math.isnan(group.rewards[-1])
+        self.rewards.report(failed)
+
+    def check_scored(self):
+        """Raise ValueError, on all ranks, after MAX_UNSCORED rollouts in a row without a reward."""
+        rewards = [reward for group in self.groups.values() for reward in group.rewards]
+        scored, = self.ranks.total(sum(not math.isnan(reward) for reward in rewards))
+        self.unscored = 0 if scored else self.unscored + 1
+        if self.unscored >= MAX_UNSCORED:
+            raise ValueError(
+                f"{MAX_UNSCORED} rollouts in a row without a reward: "
+                f"{self.rewards.last_problem or 'the reason is on another rank'}")
+
+    def decoded(self, answer: list[int]) -> str:
+        return self.text.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    # ---- log-probabilities by the trainer
+
+    def token_logps(self, model, batch):
+        """log p of each token of the answers, (N,), at the temperature of sampling."""
+        heat = self.sampling.temperature
+        hidden = model(batch.input_ids, batch.position_ids, batch.layout)[0]            # (N, D)
+        softcap = model.config.final_softcap
+        if heat != 1:                           # (c / T) tanh(x / T / (c / T)) = c tanh(x / c) / T
+            hidden = hidden / heat
+            softcap = softcap and softcap / heat
+        return -token_losses(hidden, model.head_weight(), batch.targets, softcap, self.matmul,
+                             self.chunk_loss)
+
+    def measure(self, model, batches: list):
+        """The log-probabilities of all answers by the trainer; and by the reference, if asked for.
+
+        Raises ValueError if the sampler's are others: it would not sample the model that is
+        trained.
+        """
+        gaps = [0.0]
+        for batch in batches:
+            answers = answer_batch(batch, self.groups)
+            logps = self.token_logps(model, answers)
+            self.keep(answers, "old_logps", logps)
+            sampled = flat(answers.groups, "sampled_logps", logps.device)
+            gaps += (logps - sampled).abs().tolist()
+            if has_reference(self.config):
+                with self.reference_model(model) as reference:
+                    self.keep(answers, "ref_logps", self.token_logps(reference, answers))
+        largest = self.ranks.gather(torch.tensor([max(gaps)], dtype=torch.float64))
+        self.gap = max(map(float, largest))
+        total, count = self.ranks.total(math.fsum(gaps), len(gaps))
+        if not total / count <= self.gap_limit:
+            raise ValueError(
+                f"rollout {self.rollout}: the log-probabilities of the sampled tokens are not "
+                f"those of the trained model: they differ by {total / count:.2g} in the mean and "
+                f"{self.gap:.2g} at most. It would learn from another model's answers")
+
+    @staticmethod
+    def keep(batch: AnswerBatch, name: str, logps):
+        """Store (N,) values in the groups of a batch, answer by answer."""
+        parts = iter(logps.split(batch.counts))
+        for group in batch.groups:
+            setattr(group, name, [next(parts).tolist() for _ in group.answers])
+
+    # ---- what is logged
+
+    def eval_loss(self, batch: AnswerBatch):
+        """What loss_sum returns in an evaluation: minus the rewards of the likeliest answers."""
+        rewards = [group.rewards[0] for group in batch.groups]
+        return -torch.tensor(rewards).nansum(), 0.0, self.reward_metrics(batch)
+
+    def reward_metrics(self, batch: AnswerBatch) -> dict:
+        """Means over the answers; reward_std is a mean over the groups."""
+        device = batch.input_ids.device
+        rewards = np.array([group.rewards for group in batch.groups])                   # (P, G)
+        values = {
+            "reward": rewards,
+            "unscored": np.isnan(rewards),
+            "length": np.array(batch.counts),
+            "ended": np.array([group.ended for group in batch.groups]),
+        }
+        parts = np.array([group.parts for group in batch.groups])                       # (P, G, R)
+        for number, name in enumerate(self.rewards.names):
+            values[f"reward/{name}"] = parts[:, :, number]
+        if rewards.shape[1] > 1:
+            values["reward_std"] = [np.std(group[~np.isnan(group)], ddof=1) for group in rewards
+                                    if (~np.isnan(group)).sum() > 1]
+        return {name: known_sum(value).to(device) for name, value in values.items()}
+
+    # ---- what is kept
+
+    def state(self) -> dict:
+        """The number of rollouts, and the answers that still serve, of all ranks."""
+        ours = {}
+        if self.uses_left:
+            ours = {text: asdict(group) for text, group in self.groups.items()}
+        groups = {}
+        for theirs in self.ranks.gather_objects(ours):
+            groups |= theirs
+        return {
+            "rollout": self.rollout,
+            "uses_left": self.uses_left,
+            "gap": self.gap,
+            "unscored": self.unscored,
+            "groups": groups,
+        }
+
+    def load_state(self, saved: dict):
+        if not saved:
+            return
+        self.rollout = saved["rollout"]
+        self.uses_left = saved["uses_left"]
+        self.gap = saved["gap"]
+        self.unscored = saved["unscored"]
+        self.groups = {text: Group(**group) for text, group in saved["groups"].items()}
+
+    def write_samples(self):
+        """Append this rollout's answers to samples.jsonl; a resumed run drops what came later."""
+        name = SAMPLES if self.ranks.main else f"{self.ranks.rank}.{SAMPLES}"
+        path = Path(self.config.output_dir) / name
+        if not self.writes_samples:             # the first rollout of this process
+            self.writes_samples = True
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            earlier = [line for line in lines
+                       if line.endswith("}") and json.loads(line)["rollout"] < self.rollout]
+            path.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
+        with open(path, "a", encoding="utf-8") as file:
+            for group in self.groups.values():
+                for sample in self.samples_of(group):
+                    file.write(json.dumps(sample) + "\n")
+
+    def samples_of(self, group: Group) -> list[dict]:
+        """A line of samples.jsonl for each answer of a group."""
+        row = Prompt([], group.text).row
+        return [{
+            "rollout": self.rollout,
+            "where": row["where"],
+            "prompt": row["prompt"],
+            "answer": self.decoded(answer),
+            "reward": none_if_nan(reward),
+            "rewards": dict(zip(self.rewards.names, map(none_if_nan, parts))),
+            "ended": ended,
+        } for answer, ended, reward, parts in zip(group.answers, group.ended, group.rewards,
+                                                  group.parts)]
+
+
+# ---- parts --------------------------------------------------------------------------------------
+
+
+def answer_batch(prompts, groups: dict[str, Group]) -> AnswerBatch:
+    """The answers to a batch of prompts, each behind its prompt; they alone carry targets."""
+    ours = [groups[prompt.text] for prompt in prompts.prompts]
+    examples = []
+    for prompt, group in zip(prompts.prompts, ours):
+        for answer in group.answers:
+            ids = np.array(prompt.input_ids + answer, np.int32)
+            labels = np.array([IGNORE] * len(prompt.input_ids) + answer, np.int32)
+            examples.append(Example(ids, labels, [len(ids)]))
+    fields = vars(collate(examples)) | {
+        "num_items": prompts.num_items,
+        "batch_sizes": prompts.batch_sizes,
+    }
+    batch = AnswerBatch(**fields, groups=ours)
+    batch.counts = [len(answer) for group in ours for answer in group.answers]
+    return batch.to(prompts.input_ids.device)
+
+
+def flat(groups: list[Group], name: str, device) -> torch.Tensor:
+    """The values of all tokens of these groups, end to end, (N,) float32."""
+    values = [value for group in groups for answer in getattr(group, name) for value in answer]
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def known_sum(values) -> torch.Tensor:
+    """(2,): the sum of the values that are not NaN, and their number."""
+    values = np.asarray(values, np.float64)
+    known = values[~np.isnan(values)]
+    return torch.tensor([known.sum(), known.size], dtype=torch.float32)
+
+
+def none_if_nan(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
