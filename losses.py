@@ -296,6 +296,7 @@ class Objective:
 
     metric_names: tuple[str, ...] = ()
     reference = None                    # a second model that is not trained
+    step_tokens: float | None = None    # of the last step on all ranks, where rows do not tell
     chunk_loss = staticmethod(losses_and_grad)
 
     def __init__(self, matmul=F.linear):

@@ -37,7 +37,7 @@ GAP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 @dataclass
 class Group:
     """The sampled answers to one prompt. Lists have an entry for each answer."""
-    text: str                   # of its Prompt
+    text: str                   # of its Prompt: the row as JSON
     answers: list[list[int]]    # token ids, with the id that ends an answer
     ended: list[bool]           # False: cut off by max_new_tokens
     sampled_logps: list[list[float]]
@@ -110,7 +110,9 @@ class RolloutObjective(Objective):
         if not self.uses_left or not known:
             self.roll_out(model, batches, prompts)
         self.uses_left -= 1
-        return self.batches_of(batches)
+        found = self.batches_of(batches)
+        self.step_tokens, = self.ranks.total(sum(len(batch.targets) for batch in found))
+        return found
 
     def batches_of(self, batches: list) -> list[AnswerBatch]:
         """The batches of answers, with what loss_sum needs."""
@@ -164,7 +166,7 @@ class RolloutObjective(Objective):
         """Give each answer its rewards, and print what has failed."""
         failed = 0
         for group in groups.values():
-            row = Prompt([], group.text).row
+            row = json.loads(group.text)
             for answer in group.answers:
                 parts = self.rewards.score(row, self.decoded(answer))
                 group.parts.append(parts)
@@ -299,7 +301,7 @@ class RolloutObjective(Objective):
 
     def samples_of(self, group: Group) -> list[dict]:
         """A line of samples.jsonl for each answer of a group."""
-        row = Prompt([], group.text).row
+        row = json.loads(group.text)
         return [{
             "rollout": self.rollout,
             "where": row["where"],

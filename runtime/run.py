@@ -363,10 +363,13 @@ class Run:
     def log_step(self, step: Step, loss: float, grad_norm: float, lr: float, metrics: dict):
         """Count the step, and log a line where it is due."""
         state, number = self.state, step.number
-        self.pace.end(step.tokens, step.flops)
+        tokens, flops = step.tokens, step.flops
+        if self.objective.step_tokens is not None:      # sampled answers: their FLOPs are unknown
+            tokens, flops = self.objective.step_tokens, math.nan
+        self.pace.end(tokens, flops)
         state.step = number
         state.epoch = step.epoch
-        state.tokens_seen += int(step.tokens)
+        state.tokens_seen += int(tokens)
         if self.step_is_finite:
             state.loss_total += loss
             state.window = [state.window[0] + loss, state.window[1] + 1]

@@ -21,6 +21,7 @@ Papers: 6 N per token arXiv:2001.08361 (sec. 2.1), model FLOPs utilization arXiv
 (appendix B).
 """
 import bisect
+import math
 import sys
 import time
 from collections import Counter
@@ -225,9 +226,11 @@ def speed_results(pace: Pace, device: torch.device, dtype: torch.dtype, world: i
     seconds = pace.steady_seconds
     if seconds < LEAST_SECONDS:
         return found
+    found["tokens_per_second"] = round(pace.steady_tokens / seconds, 1)
+    if math.isnan(pace.steady_flops):
+        return found
     rate = matrix_rate(device, dtype, matmul)
     return found | {
-        "tokens_per_second": round(pace.steady_tokens / seconds, 1),
         "model_tflops_per_second": round(pace.steady_flops / seconds / world / 1e12, 4),
         "matrix_tflops_per_second": round(rate / 1e12, 4),
         "model_flops_utilization": round(pace.steady_flops / seconds / world / rate, 4),

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 import train
 from fast import batch_decode
@@ -116,6 +117,17 @@ def test_every_loss_takes_several_steps_on_the_same_answers(kind, tmp_path):
         assert logged[first]["clip_share"] == 0
     assert any(row["clip_share"] > 0 for row in logged)
     assert [row["epoch"] for row in logged] == pytest.approx([n / 60 for n in range(1, 7)])
+
+
+def test_the_tokens_of_a_step_are_those_of_prompts_and_answers(tmp_path):
+    logged = steps(run(tmp_path / "out", max_steps=1))
+    tokenizer = Tokenizer.from_file(str(ROOT / "models/tiny/tokenizer.json"))
+    prompts = [f"<|im_start|>user\n{sample['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+               for sample in read_jsonl(tmp_path / "out/samples.jsonl")]
+    assert len(prompts) == 2 * 4
+    asked = sum(len(tokenizer.encode(prompt, add_special_tokens=False).ids) for prompt in prompts)
+    tokens = asked + logged[0]["length"] * len(prompts)
+    assert logged[0]["num_input_tokens_seen"] == pytest.approx(tokens)
 
 
 # ---- resumed = never stopped, two ranks = one ----------------------------------------------------
