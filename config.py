@@ -447,9 +447,12 @@ class Config:
     fsdp: Words = key([], FREE,
         "several ranks: full_shard gives each rank a shard of the weights; full_shard offload "
         "keeps the shards in CPU memory")
+    zero_stage: int = key(0, FREE,
+        "several ranks: 1 shards the optimizer state over the ranks, 2 the gradients, too (ZeRO); "
+        "weights stay whole", own=True, low=0, high=3)
     deepspeed: str | None = key(None, FREE,
-        "a DeepSpeed file: ZeRO stages 0 to 2 are data parallelism here, stage 3 is fsdp: "
-        "full_shard; with offload, full_shard offload")
+        "a DeepSpeed file: ZeRO stages 1 and 2 are zero_stage here, stage 3 is fsdp: full_shard; "
+        "with offload, full_shard offload")
     time_limit: float | None = key(None, IGNORED,
         "minutes after which the run saves and stops (exit code 75)", own=True, above=0)
     profile: bool = key(False, IGNORED,
@@ -718,6 +721,12 @@ def resizes_vocab(config) -> bool:
     """Whether a config asks for new tokens, or for rows for those that the tokenizer has."""
     return bool(config.resize_vocab or config.add_tokens or config.add_special_tokens
                 or config.new_special_tokens_config)
+
+
+def needs_whole_matrices(config: Config) -> bool:
+    """Whether the optimizer updates matrices or blocks of numbers, unlike AdamW."""
+    return (config.use_muon or config.use_galore or config.use_adam_mini or config.use_apollo
+            or config.use_badam or "8bit" in config.optim)
 
 
 def has_reference(config: Config) -> bool:

@@ -318,6 +318,10 @@ class Optimizer:
             if params:
                 rule.update(params, [self.state[p] for p in params], group)
 
+    def put(self, p: nn.Parameter, field: str, value: torch.Tensor):
+        """Set a tensor of a parameter's state, as it was saved."""
+        self.state[p][field] = value.to(p.device)
+
     def state_bytes(self) -> int:
         """Bytes of the state of all parameters, which may be on the meta device."""
         return sum(self.rules[group["update"]].state_bytes(p, group)

@@ -16,7 +16,7 @@ Nothing is sent for frozen weights. With one process all of this does nothing, a
 the same.
 
 Requires: losses.py (why sums over a known count).
-Next: train.py (the loop), scale/fsdp.py.
+Next: train.py (the loop), scale/zero.py, scale/fsdp.py.
 Papers: data-parallel training in buckets, arXiv:2006.15704.
 """
 import math
@@ -243,10 +243,11 @@ class Gradients:
 
     parameters: {name: parameter}. During the last backward pass each buffer is sent while the next
     one is filled (`overlap`). Ranks may have different numbers of batches, even none. scale/fsdp.py
-    has the same interface for sharded weights.
+    has the same interface for sharded weights, scale/zero.py for sharded optimizer state.
     """
 
     sharded = False
+    make_bucket = Bucket
 
     def __init__(self, parameters: dict, ranks: Ranks, bucket_bytes: int = BUCKET_BYTES,
                  overlap: bool = True):
@@ -258,7 +259,7 @@ class Gradients:
         self.buckets = []
         self.sent = 0                                   # buckets whose all-reduce has started
         for group in split_by_bytes(self.weights if ranks.world > 1 else [], bucket_bytes):
-            bucket = Bucket(group)
+            bucket = self.make_bucket(group)
             self.buckets.append(bucket)
             for i, p in enumerate(group):
                 p.register_post_accumulate_grad_hook(partial(self.arrive, bucket, i))
@@ -288,14 +289,18 @@ class Gradients:
         if bucket.awaited is not None:
             bucket.awaited.discard(index)
             while self.sent < len(self.buckets) and self.buckets[self.sent].awaited == set():
-                self.buckets[self.sent].send()
-                self.sent += 1
+                self.send_next()
+
+    def send_next(self):
+        """Start to sum the next bucket."""
+        self.buckets[self.sent].send()
+        self.sent += 1
 
     @record_function("communication")
     def all_reduce(self):
         """Sum over the ranks: afterwards `.grad` is the same on all of them."""
-        for bucket in self.buckets[self.sent:]:
-            bucket.send()
+        while self.sent < len(self.buckets):
+            self.send_next()
         # from CPU to CPU: the device need not have finished the backward pass
         used = [index in bucket.used
                 for bucket in self.buckets for index in range(len(bucket.params))]
@@ -312,8 +317,28 @@ class Gradients:
         """All rows of a tensor of the optimizer state: here every rank has them."""
         return tensor
 
+    def state_parts(self) -> dict:
+        """The inverse of full_tensor, for load_training_state of checkpoint/training_state.py."""
+        return {}
+
     def join_save(self, model, optimizer, names: list[str]):
         """What the other ranks do while rank 0 saves: here nothing."""
+
+
+def clip_shards(shards: Iterable[torch.Tensor], max_norm: float, ranks: Ranks) -> torch.Tensor:
+    """Clip gradients of which each rank holds a shard; returns the norm over all ranks.
+
+    shards: parameters. max_norm: 0 never clips.
+    """
+    shards = list(shards)
+    square = torch.nn.utils.clip_grad_norm_(shards, math.inf).double() ** 2
+    if ranks.world > 1:
+        dist.all_reduce(square)
+    norm = square.sqrt()
+    for p in shards:
+        if p.grad is not None:
+            p.grad *= ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
+    return norm.float()
 
 
 def split_by_bytes(weights: list, bucket_bytes: int) -> list[list]:

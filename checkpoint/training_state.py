@@ -73,6 +73,16 @@ def state_of(optimizer, names: list[str]):
         yield name, {key: torch.as_tensor(value) for key, value in fields.items()}
 
 
+def gather_state(optimizer, names: list[str], full_tensor):
+    """Yield ("parameter|field", whole tensor) of the optimizer's state; all ranks do so together.
+
+    names: see state_of. full_tensor(name, tensor): gathers a tensor of which a rank holds a shard.
+    """
+    for name, fields in state_of(optimizer, names):
+        for key, tensor in fields.items():
+            yield f"{name}|{key}", tensor if key in NO_ROWS else full_tensor(name, tensor)
+
+
 def save_training_state(folder, optimizer, names: list[str], state: dict,
                         rng: dict[str, torch.Tensor],
                         full_tensor=lambda name, tensor: tensor):
@@ -82,23 +92,20 @@ def save_training_state(folder, optimizer, names: list[str], state: dict,
     cpu.0, cpu.1, …. full_tensor(name, tensor): gathers a tensor of which each rank holds a shard.
     """
     folder = Path(folder)
-    tensors = {}
-    for name, fields in state_of(optimizer, names):
-        for key, tensor in fields.items():
-            full = tensor if key in NO_ROWS else full_tensor(name, tensor)
-            tensors[f"{name}|{key}"] = full.cpu()
+    tensors = {key: full.cpu() for key, full in gather_state(optimizer, names, full_tensor)}
     save_tensors(folder / "optimizer.safetensors", tensors)
     save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)
 
 
 def load_training_state(folder, optimizer, names: list[str], rank: int = 0,
-                        shards: dict = {}) -> dict:
+                        parts: dict = {}, put=None) -> dict:
     """Restore what save_training_state wrote; return the JSON part.
 
-    A rank that did not exist when the state was written keeps its generators. shards: {name: (shape
-    of the full tensor, this rank's rows)} of sharded parameters. Raises ValueError if the
-    parameters differ, FileNotFoundError if a file is missing.
+    A rank that did not exist when the state was written keeps its generators. parts: {name: (shape
+    of the full tensor, the rows to read, which of their numbers are this rank's)} of sharded
+    parameters. put(p, field, tensor): keeps a tensor; None: beside the parameter. Raises ValueError
+    if the parameters differ, FileNotFoundError if a file is missing.
     """
     folder = Path(folder)
     for file in STATE_FILES:
@@ -106,7 +113,7 @@ def load_training_state(folder, optimizer, names: list[str], rank: int = 0,
             raise FileNotFoundError(
                 f"{folder / file} is missing: the run cannot be resumed from here (was it saved "
                 "with save_only_model: true?). Start from its adapter: adapter_name_or_path")
-    read_optimizer(folder, optimizer, names, shards)
+    read_optimizer(folder, optimizer, names, parts, put)
     set_rng_state(folder, rank)
     return read_trainer_state(folder)
 
@@ -131,7 +138,7 @@ def read_trainer_state(folder) -> dict:
     return state
 
 
-def read_optimizer(folder: Path, optimizer, names: list[str], shards: dict):
+def read_optimizer(folder: Path, optimizer, names: list[str], parts: dict, put=None):
     """Read optimizer.safetensors into the optimizer's state."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     by_name = dict(zip(names, params, strict=True))
@@ -150,13 +157,19 @@ def read_optimizer(folder: Path, optimizer, names: list[str], shards: dict):
             if field == "unused":
                 continue
             p = by_name[name]
-            shape, rows = shards.get(name, (p.shape, slice(None)))
+            shape, rows, part = parts.get(name, (p.shape, slice(None), slice(None)))
             stored = tuple(tensors.get_slice(key).get_shape())
             if field not in NO_ROWS and stored != tuple(shape):
                 raise ValueError(f"{folder} holds optimizer state of shape {list(stored)} for "
                                  f"{name}, which is {list(shape)} here: {changed}")
-            value = tensors.get_tensor(key) if field in NO_ROWS else read_rows(tensors, key, rows)
-            optimizer.state[p][field] = value.to(p.device)
+            if field in NO_ROWS:
+                value = tensors.get_tensor(key)
+            else:
+                value = read_rows(tensors, key, rows).flatten()[part].view(p.shape)
+            if put:
+                put(p, field, value)
+            else:
+                optimizer.state[p][field] = value.to(p.device)
 
 
 def set_rng_state(folder: Path, rank: int):

@@ -39,6 +39,7 @@ from runtime.precision import half_dtype, requested_format
 from runtime.rope_scaling import scale_rope
 from runtime.setup import Base, Setup, needs_second_model
 from scale import fsdp
+from scale import zero
 from text.load_text import load_text
 
 
@@ -272,6 +273,8 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     weights = trainable(model) | objective.parameters()
     if setup.sharded and not setup.lora:
         return fsdp.ShardedGradients(model, weights, ranks)
+    if setup.config.zero_stage and ranks.world > 1:
+        return zero.ZeroGradients(weights, ranks, setup.config.zero_stage)
     # gathering sharded weights must not come between the sends: all ranks need one order
     return Gradients(weights, ranks, overlap=not setup.sharded)
 
@@ -282,8 +285,11 @@ def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
     if resume:
         saved = read_trainer_state(resume).get("resume", {})
         steps_done = saved.get("step", 0) - saved.get("skipped", 0)
-    return new_optimizer(gradients.parameters, config, base.model_config, gradients.device,
-                         steps_done)
+    optimizer = new_optimizer(gradients.parameters, config, base.model_config, gradients.device,
+                              steps_done)
+    if config.zero_stage and gradients.ranks.world > 1:
+        optimizer = zero.ZeroOptimizer(optimizer, gradients)
+    return optimizer
 
 
 def build_schedule(config, total_steps: int, eval_losses: list) -> Callable[[int], float | dict]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from config import ADAPTERS, COMPARED, SAMPLED, Config, has_reference
+from config import (ADAPTERS, COMPARED, SAMPLED, Config, has_reference,
+                    needs_whole_matrices)
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
 
@@ -317,7 +318,7 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
     yield by_layer and c.badam_switch_interval == 0, (
         "badam_switch_interval: 0 is no number of steps; -1 trains one layer only")
 
-    yield c.fsdp and c.finetuning_type == "full" and (further or eight_bits), (
+    yield c.fsdp and c.finetuning_type == "full" and needs_whole_matrices(c), (
         "use_muon, use_galore, use_adam_mini, use_apollo, use_badam and optim: adamw_8bit need "
         "full matrices, and fsdp shards them; use optim: adamw_torch")
 
@@ -328,6 +329,25 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
     yield layerwise and c.gradient_accumulation_steps > 1, (
         "galore_layerwise and apollo_layerwise update in the backward pass of each micro-batch: "
         "set gradient_accumulation_steps: 1, or leave them out")
+
+
+def in_zero(c: Config) -> Iterator[tuple]:
+    yield c.zero_stage == 3, (
+        "zero_stage: 3, which shards the weights, is fsdp: full_shard here; zero_stage is 0, 1 or "
+        "2")
+
+    yield c.zero_stage and c.fsdp, (
+        "zero_stage and fsdp are both set, and fsdp shards optimizer state and gradients of "
+        "sharded weights, too; keep one")
+
+    yield c.zero_stage == 2 and c.stage in SAMPLED, (
+        "zero_stage: 2 sums gradients in each pass, and the ranks of stage: grpo have different "
+        "numbers of passes; use zero_stage: 1")
+
+    yield c.zero_stage and needs_whole_matrices(c), (
+        "use_muon, use_galore, use_adam_mini, use_apollo, use_badam and optim: adamw_8bit need "
+        "whole matrices, and zero_stage cuts their state anywhere; use optim: adamw_torch, or "
+        "leave zero_stage out, so that each rank holds the whole state")
 
 
 def in_fsdp(c: Config) -> Iterator[tuple]:
@@ -378,7 +398,7 @@ def _is_multiple(a: float, b: float) -> bool:
 CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
-              in_fsdp),
+              in_zero, in_fsdp),
     "eval": (in_evaluation_rows,),
     "merge": (in_merge,),
 }

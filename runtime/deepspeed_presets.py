@@ -1,8 +1,8 @@
-"""What a DeepSpeed configuration means here: data parallelism, or fsdp.
+"""What a DeepSpeed configuration means here: zero_stage, or fsdp.
 
-ZeRO splits over the ranks what each of them would hold again: optimizer states (stage 1), gradients
-(2), weights (3). The sums of a step are the same; so here stages 0 to 2 are plain data parallelism,
-and stage 3 is fsdp: full_shard. DeepSpeed itself is not needed.
+ZeRO shards over the ranks what each of them would hold again: optimizer state (stage 1), gradients
+(2), weights (3). The sums of a step are the same. Stages 1 and 2 are zero_stage here, stage 3 is
+fsdp: full_shard. DeepSpeed itself is not needed.
 
 Requires: config.py.
 Next: runtime/load_config.py; docs/many_gpus.md.
@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from config import Config
+from config import ADAPTERS, Config, needs_whole_matrices, resizes_vocab
 
 # LLaMA-Factory's presets, where a yaml names one that lies in LLaMA-Factory's own checkout
 PRESET = re.compile(r"ds_z([0-3])(_offload|_fp8)?_config\.json")     # fp8: with offload, too
@@ -32,7 +32,7 @@ NOT_HERE = ("optimizer", "scheduler", "tensor_parallel", "sparse_attention", "cu
 
 
 def apply_deepspeed(config: Config):
-    """Set fsdp as config.deepspeed asks for it, and note what it means.
+    """Set zero_stage or fsdp as config.deepspeed asks for it, and note what it means.
 
     Raises ValueError for a file that cannot be read and for settings that would change the result.
     """
@@ -49,19 +49,33 @@ def apply_deepspeed(config: Config):
     offloads = [key for key in ("offload_optimizer", "offload_param")
                 if (zero.get(key) or {}).get("device", "none") != "none"]
     if stage < 3:
-        note = (f"deepspeed: {name} (ZeRO stage {stage}) is data parallelism here, with the same "
-                "sums")
-        if stage > 0:
-            note += "; each rank holds all optimizer states"
-        if offloads:
-            note += ", on its device"
-        config.notes.append(note)
+        config.notes.append(f"deepspeed: {name} (ZeRO stage {stage}) is "
+                            + apply_low_stage(config, stage, offloads))
         return
     words = ["full_shard", "offload"] if offloads else ["full_shard"]
     if not config.fsdp:
         config.fsdp = words
     config.notes.append(f"deepspeed: {name} (ZeRO stage 3) is fsdp: {' '.join(config.fsdp)} here; "
                         "with one process it changes nothing")
+
+
+def apply_low_stage(config: Config, stage: int, offloads: list[str]) -> str:
+    """Set zero_stage for stages 0 to 2; returns what they are here."""
+    plain = "data parallelism here, with the same sums"
+    where = ", on its device" if offloads else ""
+    if stage == 0:
+        return plain
+    if needs_whole_matrices(config):
+        return f"{plain}; this optimizer needs whole matrices, and each rank holds all its " \
+               f"state{where}"
+    adapters_only = config.finetuning_type in ADAPTERS and not (
+        config.additional_target or resizes_vocab(config))
+    if adapters_only and "zero_stage" not in config.given:
+        return f"{plain}; adapters are small, and each rank holds all their optimizer " \
+               f"state{where} (zero_stage: {stage} would shard it)"
+    if "zero_stage" not in config.given:
+        config.zero_stage = stage
+    return f"zero_stage: {config.zero_stage} here; with one process it changes nothing"
 
 
 def read_settings(name: str, source: str) -> dict:

@@ -27,6 +27,7 @@ from errors import bytes_in_words
 from families import ModelConfig
 from lora import AdaptedLinear, AdapterConfig, attach_lora, trainable
 from model import CausalLM
+from parallel import BUCKET_BYTES, split_by_bytes
 from runtime.activations import MicroBatch, activation_bytes
 from runtime.kernels import new_optimizer
 from runtime.long_rows import long_row_bytes
@@ -111,6 +112,10 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
             trained //= workload.world
             gradients //= workload.world
             optimizer //= workload.world
+    if workload.world > 1 and config.zero_stage:
+        optimizer = -(-optimizer // workload.world)
+        if config.zero_stage == 2:
+            gradients = gradients // workload.world + buffers_in_flight(model)
     if embedding_may_stay_outside(model, workload.device, workload.recompute):
         frozen -= model.model.embed_tokens.weight.nbytes
 
@@ -141,6 +146,12 @@ def optimizer_bytes(model: CausalLM, config: Config) -> tuple[int, int]:
     for p in parameters.values():           # BAdam leaves gradients to one block alone
         p.requires_grad_(True)
     return gradients, optimizer.state_bytes()
+
+
+def buffers_in_flight(model: CausalLM) -> int:
+    """Bytes of the two largest buffers of gradients, which scale/zero.py has at a time."""
+    buffers = split_by_bytes(list(trainable(model).values()), BUCKET_BYTES)
+    return sum(sorted(sum(p.nbytes for p in group) for group in buffers)[-2:])
 
 
 def completed(config: Config, workload: Workload) -> Workload:

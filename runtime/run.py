@@ -31,7 +31,7 @@ from checkpoint.adapters import (folded_under, reload_adapter, save_adapter, sav
 from checkpoint.files import into_folder, new_folder, write_json
 from checkpoint.load import load_model, save_model
 from checkpoint.peft_targets import notes_on_peft, why_peft_differs
-from checkpoint.shards import is_sharded, local_rows, local_tensor
+from checkpoint.shards import is_sharded, local_tensor
 from checkpoint.training_state import (checkpoints_in, load_training_state, read_trainer_state,
                                        rng_state, save_training_state, write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
@@ -259,9 +259,9 @@ class Run:
 
         Raises ValueError if this run has other rows or other steps, or ended before.
         """
-        shapes = {name: (p.shape, local_rows(p)) for name, p in self.weights.items()}
         saved = load_training_state(self.resume, self.optimizer, self.optimizer_names,
-                                    self.ranks.rank, shapes)
+                                    self.ranks.rank, self.gradients.state_parts(),
+                                    self.optimizer.put)
         if not saved.get("resume") or "log_history" not in saved:
             raise ValueError(f"{self.resume / 'trainer_state.json'} lacks the fields resume and "
                              "log_history: this is no checkpoint of a run of this program")

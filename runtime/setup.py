@@ -438,7 +438,7 @@ def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> di
                             f"{tokens:,.0f} tokens, at most {plan.max_tokens_per_pass:,} " \
                             "(join_micro_batches: false: each alone)"
     if plan.ranks.world > 1:
-        numbers["ranks"] = ranks_text(plan)
+        numbers["ranks"] = ranks_text(config, plan)
     numbers["activation checkpointing"] = checkpointing_in_words(memory.workload)
     return numbers
 
@@ -455,8 +455,15 @@ def step_size(config, plan: StepPlan) -> str:
            f"ranks), about {tokens:,.0f} tokens"
 
 
-def ranks_text(plan: StepPlan) -> str:
-    text = f"{plan.ranks.world}, gradients summed once a step"
+def ranks_text(config, plan: StepPlan) -> str:
+    """What the ranks share, for the start page."""
+    world = plan.ranks.world
+    text = {
+        0: f"{world}, gradients summed once a step",
+        1: f"{world}, each with 1/{world} of the optimizer state (zero_stage: 1)",
+        2: f"{world}, each with 1/{world} of optimizer state and gradients (zero_stage: 2), which "
+           "are summed in each pass",
+    }[config.zero_stage]
     repeated = plan.repeated_rows()
     if repeated:
         text += f"; {repeated} rows of an epoch are trained twice, so that all ranks have full " \

@@ -178,7 +178,8 @@ class StepPlan:
             sum(len(batch.targets) for batch in batches),
             sum(self.count_flops(batch) for batch in batches),
         )
-        if self.config.fsdp and self.ranks.world > 1:
+        communicates = self.config.fsdp or self.config.zero_stage == 2      # in each pass
+        if communicates and self.ranks.world > 1:
             example = self.collate([[self.train_set[0]]])
             batches = filler_batches(len(batches), example, self.ranks) + batches
         return Step(

@@ -21,7 +21,6 @@ Requires: parallel.py.
 Next: train.py.
 Papers: FSDP arXiv:2304.11277, ZeRO arXiv:1910.02054.
 """
-import math
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +33,10 @@ from torch.profiler import record_function
 from checkpoint.files import open_tensors, read_rows, stored_as
 from checkpoint.load import assign, check_shape, load_model, weight_files
 from checkpoint.shards import full_tensor, is_sharded, local_rows, local_tensor
-from checkpoint.training_state import NO_ROWS, state_of
+from checkpoint.training_state import gather_state
 from errors import bytes_in_words
 from model import MoE
-from parallel import Ranks
+from parallel import Ranks, clip_shards
 
 CPU_SINCE = (2, 6)              # the first torch whose fully_shard works without a GPU
 
@@ -205,15 +204,7 @@ class ShardedGradients:
     @record_function("optimizer")
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients down to max_norm (0: never); returns their norm, on the device."""
-        shards = self.parameters.values()
-        square = torch.nn.utils.clip_grad_norm_(shards, math.inf).double() ** 2
-        if self.ranks.world > 1:
-            dist.all_reduce(square)
-        norm = square.sqrt()
-        for p in shards:
-            if p.grad is not None:
-                p.grad *= ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
-        return norm.float()
+        return clip_shards(self.parameters.values(), max_norm, self.ranks)
 
     def full_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """All rows of a tensor of the optimizer state; every rank must ask for it."""
@@ -222,6 +213,10 @@ class ShardedGradients:
                                      shape=p.shape, stride=p.stride())
         return sharded.full_tensor()
 
+    def state_parts(self) -> dict:
+        """{name: (shape, this rank's rows, all of them)}, see load_training_state."""
+        return {name: (p.shape, local_rows(p), slice(None)) for name, p in self.weights.items()}
+
     def join_save(self, model, optimizer, names: list[str]):
         """What the other ranks do while rank 0 saves: ask for the same tensors, in its order.
 
@@ -229,10 +224,8 @@ class ShardedGradients:
         """
         for p in model.parameters():
             full_tensor(p)
-        for name, fields in state_of(optimizer, names) if optimizer else ():
-            for key, tensor in fields.items():
-                if key not in NO_ROWS:
-                    self.full_tensor(name, tensor)
+        for _ in gather_state(optimizer, names, self.full_tensor) if optimizer else ():
+            pass
 
 
 def print_shards(model, ranks: Ranks):

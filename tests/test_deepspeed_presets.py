@@ -6,26 +6,42 @@ import pytest
 from tests.common import SHARED, load_argv, needs_shared, refusal
 
 PRESETS = SHARED / "configs/llama_factory_examples/deepspeed"
-MEANING = {     # file: fsdp, words of the note
-    "ds_z0_config.json": ([], "(ZeRO stage 0) is data parallelism here, with the same sums"),
-    "ds_z2_config.json": ([], "stage 2) is data parallelism here, with the same sums; each rank"),
-    "ds_z2_offload_config.json": ([], "each rank holds all optimizer states, on its device"),
-    "ds_z3_config.json": (["full_shard"], "(ZeRO stage 3) is fsdp: full_shard here"),
-    "ds_z3_offload_config.json": (["full_shard", "offload"], "is fsdp: full_shard offload here"),
-    "ds_z3_fp8_config.json": (["full_shard", "offload"], "is fsdp: full_shard offload here"),
-}
+FULL = ["finetuning_type=full"]
+WHOLE = "data parallelism here, with the same sums; "
+MEANING = [     # file, settings of a run, the keys that the file sets, words of the note
+    ("ds_z0_config.json", FULL, {}, "(ZeRO stage 0) is data parallelism here, with the same sums"),
+    ("ds_z2_config.json", FULL, {"zero_stage": 2}, "stage 2) is zero_stage: 2 here"),
+    ("ds_z2_config.json", ["finetuning_type=freeze"], {"zero_stage": 2}, "is zero_stage: 2 here"),
+    ("ds_z2_config.json", [], {}, f"{WHOLE}adapters are small, and each rank holds all their "
+                                  "optimizer state (zero_stage: 2 would shard it)"),
+    ("ds_z2_config.json", ["zero_stage=1"], {"zero_stage": 1}, "is zero_stage: 1 here"),
+    ("ds_z2_config.json", ["additional_target=embed_tokens"], {"zero_stage": 2}, "zero_stage: 2"),
+    ("ds_z2_config.json", [*FULL, "use_muon=true"], {}, f"{WHOLE}this optimizer needs whole"),
+    ("ds_z2_offload_config.json", [], {}, "each rank holds all their optimizer state, on its"),
+    ("ds_z3_config.json", [], {"fsdp": ["full_shard"]}, "(ZeRO stage 3) is fsdp: full_shard here"),
+    ("ds_z3_offload_config.json", [], {"fsdp": ["full_shard", "offload"]},
+     "is fsdp: full_shard offload here"),
+    ("ds_z3_fp8_config.json", [], {"fsdp": ["full_shard", "offload"]},
+     "is fsdp: full_shard offload here"),
+]
 TRAIN = ["model_name_or_path=m", "dataset=d", "output_dir=o"]
 
 
 @needs_shared
-@pytest.mark.parametrize("preset", MEANING)
-def test_presets(preset):
+@pytest.mark.parametrize("preset, settings, set_keys, words", MEANING)
+def test_presets(preset, settings, set_keys, words):
     """The file itself, and its name where a yaml is copied without it."""
-    fsdp, words = MEANING[preset]
-    config = load_argv(*TRAIN, f"deepspeed={PRESETS / preset}", script="train")
-    assert config.fsdp == fsdp and words in config.notes[0]
-    config = load_argv(*TRAIN, f"deepspeed=examples/deepspeed/{preset}", script="train")
-    assert config.fsdp == fsdp and words in config.notes[0]
+    for name in (PRESETS / preset, f"examples/deepspeed/{preset}"):
+        config = load_argv(*TRAIN, *settings, f"deepspeed={name}", script="train")
+        meant = {key: getattr(config, key) for key in ("fsdp", "zero_stage")}
+        assert meant == {"fsdp": [], "zero_stage": 0} | set_keys
+        assert any(words in note for note in config.notes), config.notes
+
+
+def test_stage_1_of_a_file(tmp_path):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    config = load_argv(*TRAIN, *FULL, f"deepspeed={tmp_path}/ds.json", script="train")
+    assert config.zero_stage == 1 and "is zero_stage: 1 here" in config.notes[0]
 
 
 def test_own_words_of_fsdp_stay():

@@ -1,0 +1,259 @@
+"""scale/zero.py: runs with sharded optimizer state and gradients equal data parallelism.
+
+torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument lists,
+one after the other; it counts what the collectives are given and what optimizer and gradients hold.
+"""
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train
+from parallel import Ranks
+from scale.zero import FlatBucket
+from tests.common import ROOT, refusal
+from tests.ranks import COMMON, outcomes, small_world, torchrun
+
+WORKER = '''
+import json, os, sys
+sys.path.insert(0, ROOT)
+from tests.common import leave_with_parent
+leave_with_parent()
+import torch, train
+import torch.distributed as dist
+from errors import run_script
+from runtime import run as runtime_run
+joined, found, rank = [], {}, os.environ["RANK"]
+
+def start(device, timeout):
+    joined.extend([] if joined else [start_ranks(device, timeout)])
+    return joined[0]
+
+def counted(name, argument):
+    call = getattr(dist, name)
+    def wrapped(*args, **kwargs):
+        tensor = args[argument]
+        if tensor.dtype == torch.float32:       # the counts of a step are float64
+            sent[name] = sent.get(name, 0) + tensor.nbytes
+        return call(*args, **kwargs)
+    setattr(dist, name, wrapped)
+
+def nbytes(tensors):
+    return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
+
+def finish(run, argv):
+    held = run.gradients.buckets
+    flats = [b.flat for b in held if b.flat is not None]
+    found[name] = sent | {
+        "state": sum(t.nbytes for fields in run.optimizer.state.values() for t in fields.values()),
+        "gradients": nbytes(flats + [b.part for b in held if getattr(b, "stage", 0) == 2]),
+        "steps": run.state.step,
+        "plan": [run.setup.memory.optimizer, run.setup.memory.gradients],
+        "trained": sum(p.nbytes for p in run.weights.values()),
+    }
+    end(run, argv)
+
+start_ranks, train.start_ranks = train.start_ranks, start
+end_ranks, runtime_run.end_ranks = runtime_run.end_ranks, lambda: None
+end, train.Run.finish = train.Run.finish, finish
+for call, argument in (("all_reduce", 0), ("reduce_scatter_tensor", 1),
+                       ("all_gather_into_tensor", 0)):
+    counted(call, argument)
+
+def main(argv):
+    global name, sent
+    for name, arguments in json.load(open(argv[0])):
+        sent = {}
+        train.main(arguments)
+    json.dump(found, open(argv[0] + ".found" + rank, "w"))
+    end_ranks()
+
+run_script(main)
+'''
+FULL = dict(finetuning_type="full", learning_rate=5e-4)
+SAVES = dict(save_strategy="steps", save_steps=2)
+CASES = {       # 27 rows, 12 a step; the ranks have different numbers of micro-batches
+    "full": dict(**FULL, **SAVES, weight_decay=0.1),
+    "not clipped": dict(**FULL, max_grad_norm=0, max_steps=3),
+    "experts": dict(**FULL, model_name_or_path="mixture", cutoff_len=24, max_steps=3,
+                    adam_epsilon=1e-5),
+    "lora": dict(loraplus_lr_ratio=4, use_dora=True, lora_target="q_proj,up_proj",
+                 additional_target="embed_tokens", adam_epsilon=1e-4, max_steps=3),
+    "reward": dict(**FULL, stage="rm", dataset="pairs.jsonl", max_steps=2),
+    "best": dict(**FULL, eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps",
+                 eval_steps=2, save_steps=2, load_best_model_at_end=True, max_steps=4),
+}
+STAGES = (0, 1, 2)
+RUNS = {2: ("full", "lora", "not clipped"), 3: tuple(CASES)}    # ranks: the cases they run
+WORLDS = tuple(RUNS)
+
+
+def arguments(here, world, name, output, **more) -> list:
+    """Arguments of train.py for a case: the same rows in each step with any number of ranks."""
+    settings = COMMON | CASES[name]
+    settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=6 // world)
+    for key in ("model_name_or_path", "dataset", "eval_dataset"):
+        if key in settings:
+            settings[key] = f"{here}/{settings[key]}"
+    settings |= dict(output_dir=f"{here}/{output}", **more)
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The folder of all runs: `1-0 full` by one process, `3-2 full` by 3 ranks in stage 2, …"""
+    here = tmp_path_factory.mktemp("zero")
+    small_world(here)
+    (here / "worker.py").write_text(WORKER.replace("ROOT", repr(str(ROOT))), encoding="utf-8")
+    for name in CASES:
+        train.main(arguments(here, 1, name, f"1-0 {name}"))
+    for world in WORLDS:
+        todo = []
+        for stage in STAGES:
+            todo += [(f"{stage} {name}",
+                      arguments(here, world, name, f"{world}-{stage} {name}", zero_stage=stage))
+                     for name in RUNS[world]]
+        checkpoint = dict(resume_from_checkpoint=f"{here}/2-1 full/checkpoint-2")
+        todo += [(f"{stage} resumed", arguments(here, world, "full", f"{world}-{stage} resumed",
+                                                zero_stage=stage, **checkpoint))
+                 for stage in STAGES]
+        (here / f"runs{world}").write_text(json.dumps(todo))
+        (code, screen, _), = outcomes(torchrun(world, here / "worker.py", here / f"runs{world}"),
+                                      seconds=240)
+        assert code == 0, screen[-6000:]
+        (here / f"screen{world}").write_text(screen)
+    return here
+
+
+def curves(folder) -> list[list]:
+    """[step, loss, eval_loss, gradient norm] of the log of a run."""
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [[row.get(key, 0.0) for key in ("step", "loss", "eval_loss", "grad_norm")]
+            for row in rows]
+
+
+def tensors_of(folder) -> dict:
+    """All tensors that a run or a checkpoint has written, but the states of the generators."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name != "rng.safetensors":
+            found |= {f"{path.name} {name}": t for name, t in load_file(path).items()}
+    return found
+
+
+def difference(a, b) -> float:
+    """The largest difference of two folders' tensors, whose names and shapes are the same."""
+    one, other = tensors_of(a), tensors_of(b)
+    assert {n: (t.shape, t.dtype) for n, t in one.items()} == {
+        n: (t.shape, t.dtype) for n, t in other.items()} and one
+    return max(float((one[n] - other[n]).abs().max()) for n in one if one[n].numel())
+
+
+def found_by(here, world) -> list[dict]:
+    return [json.loads((here / f"runs{world}.found{rank}").read_text()) for rank in range(world)]
+
+
+# ---- the same numbers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+@pytest.mark.parametrize("world, name", [(world, name) for world in RUNS for name in RUNS[world]])
+def test_sharded_state_equals_data_parallelism_and_one_process(here, name, stage, world):
+    folder = here / f"{world}-{stage} {name}"
+    plain, alone = here / f"{world}-0 {name}", here / f"1-0 {name}"
+    bounds = {plain: 1e-6, alone: 1e-5}
+    if name == "reward":                # the value head's dropout draws differently on each rank
+        del bounds[alone]
+    for other, bound in bounds.items():
+        assert difference(folder, other) <= bound
+        for mine, theirs in zip(curves(folder), curves(other), strict=True):
+            assert mine == pytest.approx(theirs, rel=10 * bound, abs=10 * bound)
+    for checkpoint in plain.glob("checkpoint-*"):
+        assert difference(folder / checkpoint.name, checkpoint) <= 1e-6
+        assert difference(folder / checkpoint.name, alone / checkpoint.name) <= 1e-5
+        names = [sorted(path.name for path in (other / checkpoint.name).iterdir())
+                 for other in (folder, alone)]
+        assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_without_clipping_stage_1_is_data_parallelism_bit_for_bit(here, world):
+    """The norm, which clipping divides by, is summed in another order; nothing else is."""
+    assert difference(here / f"{world}-1 not clipped", here / f"{world}-0 not clipped") == 0
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_of_two_ranks_continues_anywhere(here, stage, world):
+    """Two ranks in stage 1 wrote it; more ranks, other stages and one process resume from it."""
+    assert difference(here / f"{world}-{stage} resumed", here / "1-0 full") <= 1e-5
+
+
+def test_one_process_resumes_a_sharded_run(here):
+    train.main(arguments(here, 1, "full", "1-0 resumed", zero_stage=2,
+                         resume_from_checkpoint=f"{here}/3-2 full/checkpoint-2"))
+    assert difference(here / "1-0 resumed", here / "1-0 full") <= 1e-5
+
+
+# ---- what each rank holds ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_holds_its_part_as_planned(here, world):
+    """Of the moments, and in stage 2 of the gradients; 4 bytes count the steps of a parameter."""
+    for found in found_by(here, world):
+        trained, steps = found["0 full"]["trained"], 4 * 25
+        for stage in (1, 2):
+            held = found[f"{stage} full"]
+            planned_state, planned_gradients = held["plan"]
+            assert held["state"] == pytest.approx(2 * trained / world + steps, abs=8 * world)
+            assert held["state"] == pytest.approx(planned_state, abs=steps)
+            gradients = trained if stage == 1 else trained / world
+            assert held["gradients"] == pytest.approx(gradients, abs=4 * world)
+            buffer = trained if stage == 2 else 0       # there is one, and it comes and goes
+            assert planned_gradients == pytest.approx(gradients + buffer, abs=4 * world)
+
+
+def test_the_start_page_says_what_is_sharded(here):
+    screen = (here / "screen3").read_text()
+    for words in ("3, each with 1/3 of the optimizer state (zero_stage: 1)",
+                  "3, each with 1/3 of optimizer state and gradients (zero_stage: 2)"):
+        assert words in screen
+
+
+@pytest.mark.parametrize("world", (1, 2, 3, 6, 7))
+def test_pieces_of_all_ranks_are_the_parameters(world):
+    """Also where a part begins within a row, and where ranks have nothing."""
+    sizes = [(5, 3), (2,), (2, 2, 3), (1,)]
+    whole = [torch.randn(size) for size in sizes]
+    pieces = [[] for _ in sizes]
+    for rank in range(world):
+        bucket = FlatBucket([nn.Parameter(w.clone()) for w in whole], Ranks(rank, world), stage=2)
+        assert len(bucket.part) == -(-30 // world)
+        for index, (piece, weight) in enumerate(zip(bucket.pieces, whole)):
+            assert piece.dim() == weight.dim()
+            start, stop = bucket.span(index, rank)
+            assert torch.equal(piece.flatten(), weight.flatten()[start:stop])
+            pieces[index].append(piece.detach().flatten().clone())
+        bucket.weights.zero_()                          # the parameters are views
+        assert not any(p.any() for p in (*bucket.params, *bucket.pieces))
+    assert all(torch.equal(torch.cat(parts), w.flatten()) for parts, w in zip(pieces, whole))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings, words", [
+    ("zero_stage=3", "is fsdp: full_shard here; zero_stage is 0, 1 or 2"),
+    ("zero_stage=4", "zero_stage"),
+    ("zero_stage=1 fsdp=full_shard", "zero_stage and fsdp are both set"),
+    ("zero_stage=1 use_muon=true", "use optim: adamw_torch, or leave zero_stage out"),
+    ("zero_stage=2 optim=adamw_8bit", "use optim: adamw_torch, or leave zero_stage out"),
+    ("zero_stage=2 finetuning_type=full use_galore=true", "use optim: adamw_torch, or leave"),
+    ("zero_stage=2 stage=grpo reward=data/rewards.py:arithmetic", "use zero_stage: 1"),
+])
+def test_what_zero_stage_does_not_go_with(settings, words):
+    assert words in refusal("model_name_or_path=m", "dataset=d", "output_dir=o",
+                            *settings.split(), script="train")
