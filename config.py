@@ -450,9 +450,12 @@ class Config:
     zero_stage: int = key(0, FREE,
         "several ranks: 1 shards the optimizer state over the ranks, 2 the gradients, too (ZeRO); "
         "weights stay whole", own=True, low=0, high=3)
+    offload_optimizer: str | None = key(None, FREE,
+        "keep the optimizer state in main memory (cpu), or in a file in output_dir (nvme)",
+        own=True, choices=("cpu", "nvme"))
     deepspeed: str | None = key(None, FREE,
         "a DeepSpeed file: ZeRO stages 1 and 2 are zero_stage here, stage 3 is fsdp: full_shard; "
-        "with offload, full_shard offload")
+        "with offload, offload_optimizer or full_shard offload")
     time_limit: float | None = key(None, IGNORED,
         "minutes after which the run saves and stops (exit code 75)", own=True, above=0)
     profile: bool = key(False, IGNORED,

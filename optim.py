@@ -322,6 +322,9 @@ class Optimizer:
         """Set a tensor of a parameter's state, as it was saved."""
         self.state[p][field] = value.to(p.device)
 
+    def close(self):
+        """Remove what the optimizer keeps on the disk: nothing here, see scale/offload_state.py."""
+
     def state_bytes(self) -> int:
         """Bytes of the state of all parameters, which may be on the meta device."""
         return sum(self.rules[group["update"]].state_bytes(p, group)

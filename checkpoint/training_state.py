@@ -15,6 +15,7 @@ from text.tokenizer import read_json
 
 # the files that resuming needs
 STATE_FILES = ("optimizer.safetensors", "rng.safetensors", "trainer_state.json")
+STATE_FOLDER = "optimizer_state"        # in output_dir during a run: see scale/offload_state.py
 # fields of an optimizer's state that do not have the parameter's rows
 NO_ROWS = ("step", "exp_avg_unit", "exp_avg_sq_unit", "low_avg", "low_avg_sq", "basis",
            "block_avg_sq", "projection", "norm", "seed", "masked_avg", "masked_avg_sq",
@@ -71,6 +72,12 @@ def state_of(optimizer, names: list[str]):
         # an expert that no token has been routed to has no state yet
         fields = optimizer.state.get(p) or {"unused": torch.zeros(0)}
         yield name, {key: torch.as_tensor(value) for key, value in fields.items()}
+
+
+def optimizer_names(optimizer, weights: dict) -> list[str]:
+    """Names of the trained parameters in the optimizer's order."""
+    names = {id(p): name for name, p in weights.items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def gather_state(optimizer, names: list[str], full_tensor):

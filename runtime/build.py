@@ -10,6 +10,7 @@ Next: train.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model
 from checkpoint.shards import full_tensor
-from checkpoint.training_state import read_trainer_state
+from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import has_reference
 from data import collate_rows, encode_conversations, encode_documents
@@ -280,7 +281,10 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
 
 
 def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
-    """The optimizer of the trained weights: AdamW, or what the config asks for."""
+    """The optimizer of the trained weights: AdamW, or what the config asks for.
+
+    Its state is where zero_stage and offload_optimizer have it.
+    """
     steps_done = 0
     if resume:
         saved = read_trainer_state(resume).get("resume", {})
@@ -289,6 +293,14 @@ def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
                               steps_done)
     if config.zero_stage and gradients.ranks.world > 1:
         optimizer = zero.ZeroOptimizer(optimizer, gradients)
+    if config.offload_optimizer:
+        from scale.offload_state import offload_state       # only where it is asked for
+
+        file = None
+        if config.offload_optimizer == "nvme":
+            file = Path(config.output_dir, STATE_FOLDER, f"rank-{gradients.ranks.rank}.safetensors")
+        names = optimizer_names(optimizer, gradients.parameters)
+        offload_state(optimizer, names, gradients.device, file)
     return optimizer
 
 

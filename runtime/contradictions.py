@@ -340,6 +340,10 @@ def in_zero(c: Config) -> Iterator[tuple]:
         "zero_stage and fsdp are both set, and fsdp shards optimizer state and gradients of "
         "sharded weights, too; keep one")
 
+    yield c.offload_optimizer and c.use_badam, (
+        "use_badam has little optimizer state, and makes it anew with each block: leave "
+        "offload_optimizer out")
+
     yield c.zero_stage == 2 and c.stage in SAMPLED, (
         "zero_stage: 2 sums gradients in each pass, and the ranks of stage: grpo have different "
         "numbers of passes; use zero_stage: 1")

@@ -46,23 +46,39 @@ def apply_deepspeed(config: Config):
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"{config.source}: deepspeed: {name}: stage {stage!r} of "
                          "zero_optimization is none of 0, 1, 2, 3")
-    offloads = [key for key in ("offload_optimizer", "offload_param")
-                if (zero.get(key) or {}).get("device", "none") != "none"]
+    state_to, weights_to = (offload_device(config, zero, key)
+                            for key in ("offload_optimizer", "offload_param"))
     if stage < 3:
         config.notes.append(f"deepspeed: {name} (ZeRO stage {stage}) is "
-                            + apply_low_stage(config, stage, offloads))
+                            + apply_low_stage(config, stage, state_to))
         return
-    words = ["full_shard", "offload"] if offloads else ["full_shard"]
+    words = ["full_shard", "offload"] if state_to or weights_to else ["full_shard"]
     if not config.fsdp:
         config.fsdp = words
-    config.notes.append(f"deepspeed: {name} (ZeRO stage 3) is fsdp: {' '.join(config.fsdp)} here; "
-                        "with one process it changes nothing")
+    meaning = f"fsdp: {' '.join(config.fsdp)}"
+    if state_to == "nvme":
+        config.offload_optimizer = "nvme"
+        meaning += " and offload_optimizer: nvme (in output_dir)"
+    if weights_to == "nvme":
+        meaning += ", with the weights in main memory"
+    config.notes.append(f"deepspeed: {name} (ZeRO stage 3) is {meaning} here; with one process "
+                        "fsdp changes nothing")
 
 
-def apply_low_stage(config: Config, stage: int, offloads: list[str]) -> str:
-    """Set zero_stage for stages 0 to 2; returns what they are here."""
+def offload_device(config: Config, zero: dict, key: str) -> str | None:
+    """cpu, nvme or None: where a section of zero_optimization has its tensors."""
+    section = zero.get(key) or {}
+    device = section.get("device", "none") if isinstance(section, dict) else section
+    if device not in ("none", None, "cpu", "nvme"):
+        raise ValueError(f"{config.source}: deepspeed: {config.deepspeed}: device {device!r} of "
+                         f"{key} is none of none, cpu, nvme")
+    return None if device == "none" else device
+
+
+def apply_low_stage(config: Config, stage: int, state_to: str | None) -> str:
+    """Set zero_stage and offload_optimizer for stages 0 to 2; returns what they are here."""
     plain = "data parallelism here, with the same sums"
-    where = ", on its device" if offloads else ""
+    where = ", on its device" if state_to else ""
     if stage == 0:
         return plain
     if needs_whole_matrices(config):
@@ -75,7 +91,12 @@ def apply_low_stage(config: Config, stage: int, offloads: list[str]) -> str:
                f"state{where} (zero_stage: {stage} would shard it)"
     if "zero_stage" not in config.given:
         config.zero_stage = stage
-    return f"zero_stage: {config.zero_stage} here; with one process it changes nothing"
+    meaning = f"zero_stage: {config.zero_stage}"
+    if state_to and "offload_optimizer" not in config.given:
+        config.offload_optimizer = state_to
+        meaning += f" and offload_optimizer: {state_to}"
+        meaning += " (in output_dir)" if state_to == "nvme" else ""
+    return f"{meaning} here; with one process zero_stage changes nothing"
 
 
 def read_settings(name: str, source: str) -> dict:

@@ -71,18 +71,25 @@ class Plan:
     working: int                    # the larger of the loss and the block in the backward pass
     workload: Workload = field(repr=False)
     offloaded: int = 0              # block inputs in main memory, page-locked beside a GPU
+    state_outside: int = 0          # optimizer state in main memory or on the disk
+    state_on_disk: bool = False
 
     @property
     def total(self) -> int:
         """Bytes of everything on the device."""
         lasting = self.weights + self.trained + self.gradients + self.optimizer
         on_cpu = torch.device(self.workload.device).type == "cpu"
-        return lasting + self.activations + self.working + (self.offloaded if on_cpu else 0)
+        return lasting + self.activations + self.working + (self.in_host_memory if on_cpu else 0)
+
+    @property
+    def in_host_memory(self) -> int:
+        """Bytes in main memory beside a GPU, page-locked."""
+        return self.offloaded + (0 if self.state_on_disk else self.state_outside)
 
     def fits(self, free_bytes: int) -> bool:
         """Whether this many bytes are enough, with some to spare."""
         host_bytes = self.workload.host_bytes
-        enough_beside = host_bytes is None or self.offloaded <= PAGE_LOCKED * host_bytes
+        enough_beside = host_bytes is None or self.in_host_memory <= PAGE_LOCKED * host_bytes
         return enough_beside and self.room(free_bytes) >= 0
 
     def room(self, free_bytes: int) -> int:
@@ -103,7 +110,7 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     workload = completed(config, workload)
     model = workload.model
     frozen, trained = weight_bytes(model, workload.fp8)
-    gradients, optimizer = optimizer_bytes(model, config)
+    gradients, optimizer, largest_state = optimizer_bytes(model, config)
     others = workload.other_bytes
     if workload.sharded:
         frozen = frozen // workload.world + gathered_bytes(model, frozen + trained)
@@ -116,6 +123,10 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
         optimizer = -(-optimizer // workload.world)
         if config.zero_stage == 2:
             gradients = gradients // workload.world + buffers_in_flight(model)
+    outside = 0
+    if config.offload_optimizer:
+        on_gpu = torch.device(workload.device).type == "cuda"
+        outside, optimizer = optimizer, state_window(optimizer, largest_state) if on_gpu else 0
     if embedding_may_stay_outside(model, workload.device, workload.recompute):
         frozen -= model.model.embed_tokens.weight.nbytes
 
@@ -135,17 +146,28 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
         working=working,
         workload=workload,
         offloaded=offloaded,
+        state_outside=outside,
+        state_on_disk=config.offload_optimizer == "nvme",
     )
 
 
-def optimizer_bytes(model: CausalLM, config: Config) -> tuple[int, int]:
-    """(bytes of gradients, bytes of optimizer state)."""
+def state_window(state: int, largest: int) -> int:
+    """Bytes of offloaded optimizer state on a GPU during a step."""
+    from scale.offload_state import WINDOW              # only where it is asked for
+
+    return min(state, max(WINDOW, largest))
+
+
+def optimizer_bytes(model: CausalLM, config: Config) -> tuple[int, int, int]:
+    """Bytes of gradients, of optimizer state, and of the state of the largest parameter."""
     parameters = trainable(model)
     optimizer = new_optimizer(parameters, config, model.config, torch.device("cpu"))
     gradients = sum(p.nbytes for p in trainable(model).values())
     for p in parameters.values():           # BAdam leaves gradients to one block alone
         p.requires_grad_(True)
-    return gradients, optimizer.state_bytes()
+    largest = max(optimizer.rules[group["update"]].state_bytes(p, group)
+                  for group in optimizer.param_groups for p in group["params"])
+    return gradients, optimizer.state_bytes(), largest
 
 
 def buffers_in_flight(model: CausalLM) -> int:
@@ -340,6 +362,8 @@ def plan_lines(plan: Plan, free_bytes: int | None) -> list[str]:
             lines.append(f"  {label:15} {bytes_in_words(size):>11}  {note}".rstrip())
     if plan.offloaded:
         lines.append(offloaded_in_words(plan))
+    if plan.state_outside:
+        lines.append(state_in_words(plan))
     total = f"  {'total':15} {bytes_in_words(plan.total):>11}"
     if free_bytes is None:
         return [*lines, total]
@@ -358,6 +382,17 @@ def offloaded_in_words(plan: Plan) -> str:
         if plan.workload.host_bytes is not None:
             note += f" ({bytes_in_words(plan.workload.host_bytes)} free there)"
     return f"  {'block inputs':15} {bytes_in_words(plan.offloaded):>11}  {note}"
+
+
+def state_in_words(plan: Plan) -> str:
+    """The line of the start page about offloaded optimizer state."""
+    note = "in a file in output_dir, not in the total"
+    if not plan.state_on_disk:
+        on_gpu = torch.device(plan.workload.device).type == "cuda"
+        note = "in main memory, page-locked, not in the total" if on_gpu else \
+               "in main memory, which is the same here"
+    label = "optimizer state"
+    return f"  {label:15} {bytes_in_words(plan.state_outside):>11}  {note}"
 
 
 def checkpointing_in_words(workload: Workload) -> str:

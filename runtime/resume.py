@@ -25,7 +25,7 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-from checkpoint.training_state import STATE_FILES, checkpoints_in, damage
+from checkpoint.training_state import STATE_FILES, STATE_FOLDER, checkpoints_in, damage
 from checkpoint.work_folder import (files_under, keep_aside, remove_leftovers, unused_name,
                                     work_folder)
 from config import DATA, FIXED, IGNORED, KEYS, Config
@@ -37,13 +37,15 @@ STOPPED = 75                    # exit code of a run that was asked to stop and 
 LOCK = ".lock"                  # file in output_dir, locked during a run; names its process
 EVAL_LOCK = ".eval.lock"        # the same of eval.py
 # files that a run without a finished checkpoint leaves behind; nothing is lost with them
-DISPOSABLE = (LOCK, EVAL_LOCK, TOKENIZED, "pissa_init", "train_config.json", "trainer_log.jsonl")
+DISPOSABLE = (LOCK, EVAL_LOCK, TOKENIZED, STATE_FOLDER, "pissa_init", "train_config.json",
+              "trainer_log.jsonl")
 # what a run writes into output_dir
 RESULTS = (
     "adapter_*", "*_results.json", "chat_template.jinja", "config.json", "generation_config.json",
     "model*.safetensors*", "README.md", "special_tokens_map.json", "tokenizer*",
     "train_config.json", "trainer_log.jsonl", "trainer_state.json", "training_*.png",
-    "value_head.safetensors", "pissa_init", "pissa_converted", "runs", TOKENIZED)
+    "value_head.safetensors", "pissa_init", "pissa_converted", "runs", TOKENIZED,
+    STATE_FOLDER)
 # what a checkpoint of a release without checksums.json holds
 CHECKPOINT_FILES = (*RESULTS, *STATE_FILES)
 

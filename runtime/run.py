@@ -32,8 +32,9 @@ from checkpoint.files import into_folder, new_folder, write_json
 from checkpoint.load import load_model, save_model
 from checkpoint.peft_targets import notes_on_peft, why_peft_differs
 from checkpoint.shards import is_sharded, local_tensor
-from checkpoint.training_state import (checkpoints_in, load_training_state, read_trainer_state,
-                                       rng_state, save_training_state, write_checksums)
+from checkpoint.training_state import (checkpoints_in, load_training_state, optimizer_names,
+                                       read_trainer_state, rng_state, save_training_state,
+                                       write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
 from config import IGNORED, as_dict, has_reference, in_steps
 from errors import first_line
@@ -492,6 +493,7 @@ class Run:
         if self.ranks.main:
             record_stop(self.output, reason)
         self.log.close()
+        self.optimizer.close()
         end_ranks()
         print(f"\nstopped by {reason} after step {step.number} of {self.plan.total_steps}, which "
               "is saved. To continue: resume_from_checkpoint: true",
@@ -503,6 +505,7 @@ class Run:
     def end_loop(self):
         """Close the log, and load the best weights where load_best_model_at_end asks for it."""
         self.stop_signals.restore()
+        self.optimizer.close()
         self.profile.finish()
         self.seconds = time.monotonic() - self.loop_start
         self.log.write(self.state.step, self.state.epoch)
@@ -664,9 +667,3 @@ def is_finite(weight: torch.Tensor) -> bool:
     """Whether all of this rank's numbers of a weight are finite."""
     local = local_tensor(weight)
     return not local.is_floating_point() or bool(torch.isfinite(local).all())
-
-
-def optimizer_names(optimizer, weights: dict) -> list[str]:
-    """Names of the trained parameters in the optimizer's order."""
-    names = {id(p): name for name, p in weights.items()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -15,7 +15,7 @@ holds its part and two buffers. A part may end within a matrix, so the update mu
 by itself, as AdamW does. Checkpoints are those of one process.
 
 Requires: parallel.py.
-Next: scale/fsdp.py (stage 3), runtime/build.py.
+Next: scale/fsdp.py (stage 3), scale/offload_state.py, runtime/build.py.
 Paper: ZeRO arXiv:1910.02054 (sec. 5).
 """
 from functools import partial

@@ -119,6 +119,9 @@ def here(tmp_path_factory):
         todo += [(f"{stage} resumed", arguments(here, world, "full", f"{world}-{stage} resumed",
                                                 zero_stage=stage, **checkpoint))
                  for stage in STAGES]
+        todo += [(f"{stage} {place}", arguments(here, world, "full", f"{world}-{stage} {place}",
+                                                zero_stage=stage, offload_optimizer=place))
+                 for stage, place in ((1, "nvme"), (2, "cpu")) if world == 3]
         (here / f"runs{world}").write_text(json.dumps(todo))
         (code, screen, _), = outcomes(torchrun(world, here / "worker.py", here / f"runs{world}"),
                                       seconds=240)
@@ -189,6 +192,14 @@ def test_without_clipping_stage_1_is_data_parallelism_bit_for_bit(here, world):
 def test_a_checkpoint_of_two_ranks_continues_anywhere(here, stage, world):
     """Two ranks in stage 1 wrote it; more ranks, other stages and one process resume from it."""
     assert difference(here / f"{world}-{stage} resumed", here / "1-0 full") <= 1e-5
+
+
+@pytest.mark.parametrize("stage, place", [(1, "nvme"), (2, "cpu")])
+def test_sharded_state_elsewhere_is_the_same_bit_for_bit(here, stage, place):
+    folder, other = here / f"3-{stage} {place}", here / f"3-{stage} full"
+    assert difference(folder, other) == 0
+    assert difference(folder / "checkpoint-2", other / "checkpoint-2") == 0
+    assert not (folder / "optimizer_state").exists()
 
 
 def test_one_process_resumes_a_sharded_run(here):
