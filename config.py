@@ -462,6 +462,17 @@ class Config:
         "show where the time of a few steps goes, and write a trace of them", own=True)
     dry_run: bool = key(False, IGNORED,
         "show data, steps and the memory needed, then stop; weights are not read", own=True)
+    cards: int | None = key(None, IGNORED,
+        "dry_run: say which layout to take on so many cards (zero_stage, fsdp, …), and why",
+        own=True, low=1, high=10**6)
+    card_memory: float | None = key(None, IGNORED,
+        "dry_run: GiB of each card", own=True, above=0)
+    card_speed: float | None = key(None, IGNORED,
+        "dry_run: TFLOP/s of a card's matrix products, for the seconds of a step "
+        "(python -m runtime.throughput measures them)", own=True, above=0)
+    link_speed: list[float] = key([], IGNORED,
+        "dry_run: GB/s that a card sends over the slowest link; several for several columns",
+        own=True)
     force_resume: bool = key(False, IGNORED,
         "resume although data, template or seed have changed", own=True)
     bf16: bool = key(False, FREE, "compute in bfloat16")

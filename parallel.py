@@ -325,6 +325,18 @@ class Gradients:
         """What the other ranks do while rank 0 saves: here nothing."""
 
 
+def reduce_scatter(part: torch.Tensor, whole: torch.Tensor, **more):
+    """torch's reduce_scatter_tensor, which torch 2.13 has renamed."""
+    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return call(part, whole, **more)
+
+
+def all_gather(whole: torch.Tensor, part: torch.Tensor):
+    """torch's all_gather_into_tensor, which torch 2.13 has renamed."""
+    call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    call(whole, part)
+
+
 def clip_shards(shards: Iterable[torch.Tensor], max_norm: float, ranks: Ranks) -> torch.Tensor:
     """Clip gradients of which each rank holds a shard; returns the norm over all ranks.
 

@@ -331,6 +331,21 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
         "set gradient_accumulation_steps: 1, or leave them out")
 
 
+def in_cards(c: Config) -> Iterator[tuple]:
+    yield (c.cards or c.card_memory or c.card_speed or c.link_speed) and not c.dry_run, (
+        "cards, card_memory, card_speed and link_speed are for the advice of dry_run: true; set "
+        "it, or leave them out (torchrun --nproc-per-node N starts N ranks)")
+
+    yield bool(c.cards) != bool(c.card_memory), (
+        "cards and card_memory (GiB of each) belong together; set both for advice on a layout")
+
+    yield (c.card_speed or c.link_speed) and not c.cards, (
+        "card_speed and link_speed are for the advice on a layout; set cards and card_memory, too")
+
+    yield bool(c.link_speed) and min(c.link_speed) <= 0, (
+        f"link_speed is in GB/s, above 0, not {min(c.link_speed or [0]):g}")
+
+
 def in_zero(c: Config) -> Iterator[tuple]:
     yield c.zero_stage == 3, (
         "zero_stage: 3, which shards the weights, is fsdp: full_shard here; zero_stage is 0, 1 or "
@@ -402,7 +417,7 @@ def _is_multiple(a: float, b: float) -> bool:
 CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
-              in_zero, in_fsdp),
+              in_cards, in_zero, in_fsdp),
     "eval": (in_evaluation_rows,),
     "merge": (in_merge,),
 }

@@ -16,6 +16,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
+from runtime.layout_advice import layout_lines
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
                             memory_plan, plan_lines)
 from runtime.device import out_of_memory
@@ -242,6 +244,7 @@ class Setup:
     max_tokens_per_pass: int        # of merged micro-batches; 0: each alone
     numbers: dict                   # parameters, steps, ...
     notes: list                     # on sizes that do not fit, see runtime/odd_sizes.py
+    layouts: list                   # advice on several cards, see runtime/layout_advice.py
 
     def report(self) -> str:
         """The plan as a page of text."""
@@ -251,6 +254,7 @@ class Setup:
         page += plan_lines(self.memory, self.free_bytes)
         for line in advice(self.memory, self.free_bytes, self.config):
             page.append(f"  would fit: {line}")
+        page += self.layouts
         return "\n".join(page)
 
     @contextmanager
@@ -280,6 +284,9 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     if config.mlp_tile is None:                 # None again for a run that starts now
         config = replace(config, mlp_tile=run.recorded("mlp_tile", None))
     memory = plan_memory(config, base, plan, lora, dtype, kernels)
+    layouts = []
+    if config.cards:
+        layouts = layout_lines(config, memory, plan, partial(choose_pass_size, balance=balance))
     free_bytes = free_on_all(device, ranks)
     max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)
     max_tokens = min(max_tokens, run.recorded("max_tokens_per_pass", max_tokens))
@@ -297,6 +304,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         max_tokens_per_pass=max_tokens,
         numbers=plan_numbers(config, plan, memory, dtype),
         notes=notes_on_sizes(config, memory.workload.model, lora, plan),
+        layouts=layouts,
     )
 
 

@@ -36,7 +36,7 @@ from checkpoint.shards import full_tensor, is_sharded, local_rows, local_tensor
 from checkpoint.training_state import gather_state
 from errors import bytes_in_words
 from model import MoE
-from parallel import Ranks, clip_shards
+from parallel import Ranks, clip_shards, reduce_scatter
 
 CPU_SINCE = (2, 6)              # the first torch whose fully_shard works without a GPU
 
@@ -118,7 +118,7 @@ def check_torch(ranks: Ranks, device: torch.device):
     mean = torch.zeros(1, device=device)
     if device.type != "cpu" or version >= CPU_SINCE:
         ones = torch.ones(ranks.world, device=device)
-        dist.reduce_scatter_tensor(mean, ones, op=dist.ReduceOp.AVG)
+        reduce_scatter(mean, ones, op=dist.ReduceOp.AVG)
     if mean != 1:
         raise ValueError(f"fsdp on {device.type} does not work with torch {torch.__version__}: "
                          "without GPUs, take 2.13 or newer, or leave it out")

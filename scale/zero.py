@@ -27,7 +27,7 @@ from torch.profiler import record_function
 
 from checkpoint.training_state import gather_state
 from optim import Optimizer
-from parallel import BUCKET_BYTES, Gradients, Ranks, clip_shards
+from parallel import Gradients, Ranks, all_gather, clip_shards, reduce_scatter
 
 
 class FlatBucket:
@@ -97,7 +97,7 @@ class FlatBucket:
     def send(self):
         """Start to sum the buffer, of which each rank receives its part."""
         flat = self.buffer()
-        self.work = dist.reduce_scatter_tensor(self.my_part(flat), flat, async_op=True)
+        self.work = reduce_scatter(self.my_part(flat), flat, async_op=True)
 
     def collect(self):
         """Wait for this rank's part; in stage 2 add it to those of earlier passes."""
@@ -118,10 +118,10 @@ class FlatBucket:
 class ZeroGradients(Gradients):
     """The interface of parallel.Gradients; `parameters` are this rank's pieces, by name."""
 
-    def __init__(self, weights: dict, ranks: Ranks, stage: int, bucket_bytes: int = BUCKET_BYTES):
+    def __init__(self, weights: dict, ranks: Ranks, stage: int):
         self.stage = stage
         self.make_bucket = partial(FlatBucket, ranks=ranks, stage=stage)
-        super().__init__(weights, ranks, bucket_bytes)
+        super().__init__(weights, ranks)
         places = {p: (bucket, index) for bucket in self.buckets
                   for index, p in enumerate(bucket.params)}
         self.places = {name: places[p] for name, p in weights.items()}
@@ -157,7 +157,7 @@ class ZeroGradients(Gradients):
     def gather_weights(self):
         """Give all ranks the weights that each has changed."""
         for bucket in self.buckets:
-            dist.all_gather_into_tensor(bucket.weights, bucket.my_part(bucket.weights))
+            all_gather(bucket.weights, bucket.my_part(bucket.weights))
 
     def full_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The pieces of all ranks, of a tensor of the optimizer state, as one tensor."""

@@ -1,7 +1,7 @@
 """scale/zero.py: runs with sharded optimizer state and gradients equal data parallelism.
 
 torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument lists,
-one after the other; it counts what the collectives are given and what optimizer and gradients hold.
+one after the other, and counts what optimizer and gradients hold.
 """
 import json
 
@@ -21,8 +21,7 @@ import json, os, sys
 sys.path.insert(0, ROOT)
 from tests.common import leave_with_parent
 leave_with_parent()
-import torch, train
-import torch.distributed as dist
+import train
 from errors import run_script
 from runtime import run as runtime_run
 joined, found, rank = [], {}, os.environ["RANK"]
@@ -31,25 +30,15 @@ def start(device, timeout):
     joined.extend([] if joined else [start_ranks(device, timeout)])
     return joined[0]
 
-def counted(name, argument):
-    call = getattr(dist, name)
-    def wrapped(*args, **kwargs):
-        tensor = args[argument]
-        if tensor.dtype == torch.float32:       # the counts of a step are float64
-            sent[name] = sent.get(name, 0) + tensor.nbytes
-        return call(*args, **kwargs)
-    setattr(dist, name, wrapped)
-
 def nbytes(tensors):
     return sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
 
 def finish(run, argv):
     held = run.gradients.buckets
     flats = [b.flat for b in held if b.flat is not None]
-    found[name] = sent | {
+    found[name] = {
         "state": sum(t.nbytes for fields in run.optimizer.state.values() for t in fields.values()),
         "gradients": nbytes(flats + [b.part for b in held if getattr(b, "stage", 0) == 2]),
-        "steps": run.state.step,
         "plan": [run.setup.memory.optimizer, run.setup.memory.gradients],
         "trained": sum(p.nbytes for p in run.weights.values()),
     }
@@ -58,14 +47,10 @@ def finish(run, argv):
 start_ranks, train.start_ranks = train.start_ranks, start
 end_ranks, runtime_run.end_ranks = runtime_run.end_ranks, lambda: None
 end, train.Run.finish = train.Run.finish, finish
-for call, argument in (("all_reduce", 0), ("reduce_scatter_tensor", 1),
-                       ("all_gather_into_tensor", 0)):
-    counted(call, argument)
 
 def main(argv):
-    global name, sent
+    global name
     for name, arguments in json.load(open(argv[0])):
-        sent = {}
         train.main(arguments)
     json.dump(found, open(argv[0] + ".found" + rank, "w"))
     end_ranks()
