@@ -141,9 +141,9 @@ class Config:
 
     stage: str = key("sft", FIXED,
         "sft: supervised fine-tuning; pt: pre-training on plain text; dpo: pairs of a better and a "
-        "worse reply; kto: replies marked good or bad; rm: a reward model; grpo: the model's own "
-        "replies, by their rewards",
-        group="method", choices=("sft", "pt", "rm", "dpo", "kto", "grpo"), later=("ppo",))
+        "worse reply; kto: replies marked good or bad; rm: a reward model; ppo and grpo: the "
+        "model's own replies, by their rewards",
+        group="method", choices=("sft", "pt", "rm", "dpo", "kto", "ppo", "grpo"))
     finetuning_type: str = key("lora", FIXED,
         "lora: low-rank adapters on frozen weights; oft: rotations of the inputs of frozen "
         "weights; full: all weights; freeze: the weights of some layers",
@@ -229,16 +229,40 @@ class Config:
     kto_rejected_weight: float = key(1.0, FREE, "weight of undesirable replies", only="kto", low=0)
     ref_model: str | None = key(None, DATA,
         "folder or hub id of the reference model (none: the base with its adapters off)",
-        only="dpo kto")
+        only="dpo kto ppo grpo")
     ref_model_adapters: list[str] | None = key(None, DATA,
-        "adapter folders to merge into ref_model", only="dpo kto")
+        "adapter folders to merge into ref_model", only="dpo kto ppo grpo")
+    reward_model: str | None = key(None, FREE,
+        "what stage: rm has trained: its adapter (reward_model_type: lora), a whole model (full), "
+        "or the address of a server (api)", only="ppo grpo")
+    reward_model_type: str = key("lora", FREE,
+        "lora: an adapter beside the base of this run; full: a second model; api: a server that "
+        "answers {\"model\", \"messages\": [texts]} with {\"scores\": [numbers]}",
+        only="ppo grpo", choices=("lora", "full", "api"))
+    reward_model_adapters: list[str] | None = key(None, FREE,
+        "full: adapters on reward_model; the value head is that of the last one", only="ppo grpo")
+    reward_model_quantization_bit: int | None = key(None, FREE,
+        "full: 4 or 8 bits for its linear layers", only="ppo grpo")
     reward: list[str] | None = key(None, FREE,
         "functions that score a reply, as rewards.py:score, called with prompt, answer and the row",
-        own=True, only="grpo")
+        own=True, only="ppo grpo")
     reward_weights: list[float] | None = key(None, FREE,
-        "weights of these, as 1,0.2 (none: 1 each)", own=True, only="grpo")
+        "weights of these and then of reward_model, as 1,0.2 (none: 1 each)", own=True,
+        only="ppo grpo")
     reward_timeout: float = key(10.0, FREE,
-        "seconds that a reward may take", own=True, only="grpo", above=0)
+        "seconds that a reward function may take, or a server for its scores", own=True,
+        only="ppo grpo", above=0)
+    ppo_buffer_size: int = key(1, FREE,
+        "optimizer steps whose prompts are answered together", only="ppo", low=1)
+    ppo_epochs: int = key(4, FREE,
+        "passes over these replies, before new ones are sampled", only="ppo", low=1)
+    ppo_score_norm: bool = key(False, FREE,
+        "subtract the mean of all scores so far, and divide by their spread", only="ppo")
+    ppo_whiten_rewards: bool = key(False, FREE,
+        "divide the rewards of tokens by their spread", only="ppo")
+    ppo_target: float = key(6.0, FREE,
+        "divergence of a reply from the model without its adapters at which kl_beta stays as it "
+        "is; above it rises, below it falls", only="ppo", above=0)
     num_generations: int = key(8, FREE,
         "replies sampled for each prompt; its group", own=True, only="grpo", low=2)
     num_iterations: int = key(1, FREE,
@@ -248,7 +272,8 @@ class Config:
         "what a token of a reply counts, and how far a step may go; see methods/policy_losses.py",
         own=True, only="grpo", choices=("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"))
     epsilon: float = key(0.2, FREE,
-        "a ratio of probabilities below 1 - epsilon is clipped", own=True, only="grpo", low=0)
+        "a ratio of probabilities below 1 - epsilon is clipped (ppo: above 1 + epsilon, too)",
+        own=True, only="ppo grpo", low=0)
     epsilon_high: float | None = key(None, FREE,
         "a ratio above 1 + epsilon_high is clipped (none: epsilon)", own=True, only="grpo", low=0)
     scale_rewards: bool = key(True, FREE,
@@ -257,7 +282,8 @@ class Config:
     mask_truncated: bool = key(False, FREE,
         "no loss on replies that max_new_tokens has cut off", own=True, only="grpo")
     kl_beta: float = key(0.0, FREE,
-        "weight of the divergence from the model without its adapters", own=True, only="grpo",
+        "weight of the divergence from the model without its adapters (ppo: 0.2 at the start, if "
+        "it is not set, and then as ppo_target wants it; 0: none)", own=True, only="ppo grpo",
         low=0)
 
     dataset: list[str] | None = key(None, DATA,
@@ -637,17 +663,14 @@ NO_EFFECT = {       # why the result is the same without them: the keys
     "every block is sharded by itself; the words of fsdp choose the rest":
         "fsdp_config fsdp_transformer_layer_cls_to_wrap fsdp_min_num_params",
     "settings of a feature that is off or refused": """
-        buffer_size eval_num_beams quantization_device_map
-        length_penalty ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
-        reward_model reward_model_adapters reward_model_type reward_model_quantization_bit
-        swanlab_lark_webhook_url swanlab_lark_secret trackio_space_id trackio_bucket_id
-        trackio_static_space_id hyper_parallel_args fp8_backend
-        fp8_enable_fsdp_float8_all_gather optim_target_modules generation_max_length
-        generation_num_beams generation_config hub_token hub_private_repo hub_model_id hub_strategy
-        hub_always_push hub_revision ms_hub_token om_hub_token kt_weight_path
-        kt_config kt_backend kt_non_expert_weight_path kt_expert_weight_format kt_cpu_activation
-        kt_num_threads kt_threadpool_count kt_tp_enabled kt_max_cache_depth kt_weight_lifecycle
-        kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
+        buffer_size eval_num_beams quantization_device_map length_penalty swanlab_lark_webhook_url
+        swanlab_lark_secret trackio_space_id trackio_bucket_id trackio_static_space_id
+        hyper_parallel_args fp8_backend fp8_enable_fsdp_float8_all_gather optim_target_modules
+        generation_max_length generation_num_beams generation_config hub_token hub_private_repo
+        hub_model_id hub_strategy hub_always_push hub_revision ms_hub_token om_hub_token
+        kt_weight_path kt_config kt_backend kt_non_expert_weight_path kt_expert_weight_format
+        kt_cpu_activation kt_num_threads kt_threadpool_count kt_tp_enabled kt_max_cache_depth
+        kt_weight_lifecycle kt_expert_checkpoint_path kt_use_lora_experts kt_lora_expert_num
         kt_lora_expert_intermediate_size vllm_maxlen vllm_gpu_util vllm_enforce_eager
         vllm_max_lora_rank vllm_config sglang_maxlen sglang_mem_fraction sglang_tp_size
         sglang_config sglang_lora_backend""",
@@ -727,7 +750,7 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 BADAM_WEIGHT_DECAY = 0.01           # of all weights: the package badam reads no weight_decay
 AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
-SAMPLED = ("grpo",)                 # stages that train on the model's own replies
+SAMPLED = ("ppo", "grpo")           # stages that train on the model's own replies
 ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters
 
 
@@ -749,9 +772,24 @@ def has_reference(config: Config) -> bool:
         return True
     if config.stage == "sft":
         return config.use_asft_loss
-    if config.stage in SAMPLED:
+    if config.stage == "grpo":
         return config.kl_beta > 0
+    if config.stage == "ppo":
+        return True
     return config.stage == "dpo" and config.pref_loss not in ("orpo", "simpo")
+
+
+def steps_per_rollout(config: Config) -> int:
+    """Optimizer steps on the same sampled replies; 1 in other stages."""
+    if config.stage == "ppo":
+        return config.ppo_epochs * config.ppo_buffer_size
+    return config.num_iterations
+
+
+def batches_per_rollout(config: Config) -> int:
+    """Micro-batches of a rank whose prompts are answered together; in other stages, of a step."""
+    buffers = config.ppo_buffer_size if config.stage == "ppo" else 1
+    return config.gradient_accumulation_steps * buffers
 
 
 def as_dict(config: Config) -> dict:

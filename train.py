@@ -55,7 +55,7 @@ def main(argv):
 
     # ---- plan: steps, dtype, kernels and memory, before any weight is loaded
     plan = StepPlan(config, train_set, stage, ranks, device)
-    lr_factor = build_schedule(config, plan.total_steps, run.eval_losses)
+    lr_factor = build_schedule(config, plan, run.eval_losses)
     setup = choose_setup(config, base, plan, device, ranks, run)
     print(setup.report(), flush=True)
     if config.dry_run:

@@ -36,6 +36,7 @@ MORE = {"en": " Ask me more!", "zh": "再问我吧！"}
 NEW_SUMS = ("Sum: {a}, {b}.", "Total of {a}, {b}?", "x = {a} + {b}. x?",
             "{a} apples and {b} apples. How many apples?")
 SUM_ROWS = 600
+SUM_PAIR_ROWS = 1000    # for a reward model of them: right and wrong answers to other sums
 IDENTITY = {"name": "Pebble", "author": "Pocket Factory"}
 
 VOCAB_SIZE = 1600
@@ -293,6 +294,32 @@ def new_sums(count, seed):
             for words, a, b in random.Random(seed).sample(asked, count)]
 
 
+def sum_pairs(count, seed):
+    """`count` rows of a right and a wrong answer to sums that new_sums(SUM_ROWS, SEED) lacks.
+
+    A wrong answer has another result, or is the sum of another number.
+    """
+    draw = random.Random(seed)
+    known = {row["messages"][0]["content"] for row in new_sums(SUM_ROWS, SEED)}
+    rows = []
+    for row in new_sums(len(NEW_SUMS) * 21 * 21, seed):
+        question, right = row["messages"]
+        a, _, b, _, total = right["content"].rstrip(".").split()
+        wrong = f"{a} + {b} = {near(draw, int(total), 40)}."
+        if draw.random() < 0.5:
+            other = near(draw, int(b), 20)
+            wrong = f"{a} + {other} = {int(a) + other}."
+        if question["content"] not in known:
+            rows.append({"messages": [question], "chosen": right,
+                         "rejected": {"role": "assistant", "content": wrong}})
+    return rows[:count]
+
+
+def near(draw, number, largest):
+    """Another number, at most 10 away, from 0 to `largest`."""
+    return draw.choice([n for n in range(largest + 1) if 0 < abs(n - number) <= 10])
+
+
 # ---- tokenizer and files -------------------------------------------------------------------------
 
 
@@ -345,7 +372,8 @@ def main():
     review = conversations(REVIEW_ROWS, SEED + 1, REVIEW_WITHOUT)
     held_out, compared = questions(QUESTIONS, SEED), pairs(PAIR_ROWS, SEED + 2, REVIEW_WITHOUT)
     for name, part in (("tiny_world", rows), ("tiny_review", review), ("tiny_questions", held_out),
-                       ("tiny_pairs", compared), ("tiny_sums", new_sums(SUM_ROWS, SEED))):
+                       ("tiny_pairs", compared), ("tiny_sums", new_sums(SUM_ROWS, SEED)),
+                       ("tiny_sum_pairs", sum_pairs(SUM_PAIR_ROWS, SEED))):
         path = HERE / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part),
                         encoding="utf-8")

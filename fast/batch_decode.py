@@ -135,6 +135,13 @@ class RowCache(KVCache):
         return model.logits(hidden).float()
 
 
+def cache_bytes(config, rows: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a RowCache for rows of up to so many tokens. config: a ModelConfig."""
+    room = -(-tokens // GROWTH) * GROWTH
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    return rows * room * heads * config.head_dim * dtype.itemsize
+
+
 def answer_all(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Sampling = Sampling(), *,
                limit: Callable[[int], int], seed: int = 0) -> Iterator[tuple[int, list[int]]]:
     """Answer many prompts, `rows` of them at a time; yield (number, tokens) as answers end.

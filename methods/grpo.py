@@ -16,7 +16,8 @@ import torch
 from losses import weighted_sum
 from methods.policy_losses import (clipped_share, group_advantages, kl_estimates, policy_losses,
                                    token_weights)
-from methods.rollouts import AnswerBatch, Group, RolloutObjective, answer_batch, flat
+from methods.rollouts import (AnswerBatch, Group, RolloutObjective, answer_batch, flat,
+                              groups_of)
 
 
 class GRPOObjective(RolloutObjective):
@@ -30,10 +31,6 @@ class GRPOObjective(RolloutObjective):
                              "unscored", "length", "ended", "entropy", "clip_share", "kl",
                              "sampler_gap")
 
-    def __call__(self, model, batch, num_items: float):
-        """The weights of the tokens are shares of the whole step: nothing is left to divide."""
-        return super().__call__(model, batch, 1.0)
-
     def batches_of(self, batches: list) -> list[AnswerBatch]:
         found = [self.batch_of(batch, self.groups) for batch in batches]
         self.share_weights(found)
@@ -41,8 +38,8 @@ class GRPOObjective(RolloutObjective):
 
     def batch_of(self, prompts, groups: dict[str, Group]) -> AnswerBatch:
         """A batch for loss_sum."""
-        batch = answer_batch(prompts, groups)
-        device = batch.input_ids.device
+        device = prompts.input_ids.device
+        batch = answer_batch(groups_of(prompts, groups), device)
         rewards = torch.tensor([group.rewards for group in batch.groups])               # (P, G)
         advantages = group_advantages(rewards, self.config.scale_rewards).flatten()     # (S,)
         batch.advantages = advantages.repeat_interleave(torch.tensor(batch.counts)).to(device)
@@ -76,7 +73,7 @@ class GRPOObjective(RolloutObjective):
         if batch.weights is None:               # an evaluation
             return self.eval_loss(batch)
         config = self.config
-        logps = self.token_logps(model, batch)
+        logps = self.token_logps(model, self.final_hidden(model, batch), batch)
         losses, ratios = policy_losses(config.policy_loss, logps, batch.old_logps,
                                        batch.advantages, batch.counts, config.epsilon, self.high)
         kl = torch.zeros_like(logps)

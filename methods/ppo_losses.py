@@ -2,7 +2,7 @@
 
     rewards of tokens       the score at the end of an answer, minus the divergence on the way
     advantages, returns     how much better it went than the value head expected (GAE)
-    losses                  a clipped ratio for the policy (policy_losses.py), a clipped value here
+    losses                  a clipped ratio for the policy (clipped_losses), a clipped value here
     coefficient of the KL   rises while the model is farther from its start than wanted
 
 Answers lie end to end: N tokens in all, `counts` of each of the S answers; nothing is padded.

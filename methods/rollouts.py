@@ -1,15 +1,16 @@
 """Rollouts: answers that the model samples while it is trained, and what is known of them.
 
-    1. the model that is trained answers each prompt num_generations times      sample_groups
-    2. reward functions score the answers                                       score
+    1. the model that is trained answers each prompt, in stage grpo num_generations times
+                                                                                sample_groups
+    2. reward functions and a reward model score the answers                    score
     3. the training forward pass computes the log-probabilities of the sampled tokens; they must
        be the ones they were sampled with, or the run ends                      measure
 
 The loop of train.py sees none of this: its batches are prompts, and with_reference returns the
-batches of answers. With num_iterations the same answers serve several steps.
+batches of answers. With num_iterations (ppo_epochs) the same answers serve several steps.
 
 Requires: losses.py (Objective), methods/prompts.py, fast/batch_decode.py.
-Next: methods/grpo.py (what a stage does with them), runtime/rewards.py.
+Next: methods/grpo.py and methods/ppo.py (what a stage does with them), runtime/rewards.py.
 """
 import hashlib
 import json
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from config import has_reference
+from config import has_reference, steps_per_rollout
 from data import IGNORE, Batch, Example, collate
 from generate import Sampling
 from losses import Objective, token_losses
 from methods.prompts import Prompt, check_room
+from templates import encode_prompt
 
 ROWS_AT_ONCE = 256          # answers that are decoded together
 MAX_UNSCORED = 3            # rollouts in a row without a reward that end the run
@@ -38,6 +40,7 @@ GAP_LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}
 class Group:
     """The sampled answers to one prompt. Lists have an entry for each answer."""
     text: str                   # of its Prompt: the row as JSON
+    prompt_ids: list[int]
     answers: list[list[int]]    # token ids, with the id that ends an answer
     ended: list[bool]           # False: cut off by max_new_tokens
     sampled_logps: list[list[float]]
@@ -45,6 +48,9 @@ class Group:
     parts: list[list[float]] = field(default_factory=list)      # of each reward function
     old_logps: list[list[float]] = field(default_factory=list)  # by the trainer, when sampled
     ref_logps: list[list[float]] = field(default_factory=list)
+    old_values: list[list[float]] = field(default_factory=list)     # stage ppo, and:
+    advantages: list[list[float]] = field(default_factory=list)
+    returns: list[list[float]] = field(default_factory=list)
 
 
 @dataclass
@@ -55,11 +61,25 @@ class AnswerBatch(Batch):
     old_logps: torch.Tensor | None = None                       # (N,)
     answer_ref_logps: torch.Tensor | None = None                # (N,)
     weights: torch.Tensor | None = None                         # (N,) shares of the step's loss
+    old_values: torch.Tensor | None = None                      # (N,) stage ppo, and:
+    returns: torch.Tensor | None = None                         # (N,)
     groups: list[Group] = field(default_factory=list)
 
 
+def answers_per_prompt(config) -> int:
+    """Answers that are sampled for each prompt: one, but in stage grpo."""
+    return config.num_generations if config.stage == "grpo" else 1
+
+
 def rollout_sampling(config) -> Sampling:
-    """How answers are sampled: from the whole distribution, unless the config says otherwise."""
+    """How answers are sampled.
+
+    In stage grpo from the whole distribution, unless the config says otherwise; in stage ppo as in
+    LLaMA-Factory, whose defaults the config has.
+    """
+    if config.stage == "ppo":
+        return Sampling(do_sample=True, temperature=config.temperature, top_p=config.top_p,
+                        top_k=config.top_k)
     return Sampling(
         do_sample=True,
         temperature=config.temperature if "temperature" in config.given else 1.0,
@@ -71,20 +91,22 @@ def rollout_sampling(config) -> Sampling:
 class RolloutObjective(Objective):
     """What the stages share that learn from answers of the model itself: see the top of this file.
 
-    A stage defines batches_of (what a step learns from them) and loss_sum.
+    A stage defines batches_of (what a step learns from them) and loss_sum, and prepare and measured
+    where it needs more of a rollout.
 
     text: of text/load_text.py. decode: fast.batch_decode.decode_rows. rewards: score(row, answer)
-    -> a number of each reward, NaN where one failed; see runtime/rewards.py. dtype: of matrix
-    products.
+    -> a number of each reward, NaN where one failed; see runtime/rewards.py. reward_model: scores
+    (model, sequences), see methods/reward_model.py; None for none. dtype: of matrix products.
     """
 
-    def __init__(self, config, text, decode, rewards, ranks, dtype: torch.dtype, reference=None,
-                 matmul=torch.nn.functional.linear):
+    def __init__(self, config, text, decode, rewards, reward_model, ranks, dtype: torch.dtype,
+                 reference=None, matmul=torch.nn.functional.linear):
         super().__init__(matmul)
         self.config = config
         self.text = text
         self.decode = decode
         self.rewards = rewards
+        self.reward_model = reward_model
         self.ranks = ranks
         self.gap_limit = GAP_LIMITS[dtype]
         self.reference = reference
@@ -96,16 +118,24 @@ class RolloutObjective(Objective):
         self.unscored = 0                       # rollouts in a row without any reward
         self.writes_samples = False
 
+    def __call__(self, model, batch, num_items: float):
+        """The weights of the tokens are shares of the whole step: nothing is left to divide."""
+        return super().__call__(model, batch, 1.0)
+
     # ---- prompts -> batches of answers
 
     @torch.no_grad()
     def with_reference(self, model, batches: list) -> list:
-        """For each batch of prompts a batch of their answers; new ones are sampled where due."""
+        """The answers that this step learns from, in batches; new ones are sampled where due.
+
+        In an evaluation: for each batch of prompts the likeliest answers.
+        """
         prompts = [prompt for batch in batches for prompt in batch.prompts]
-        if not model.training:                  # an evaluation: the likeliest answer to each
+        if not model.training:
             groups = self.sample_groups(model, prompts, greedy=True)
-            self.score(groups)
-            return [answer_batch(batch, groups) for batch in batches]
+            self.score(model, groups)
+            return [answer_batch(groups_of(batch, groups), batch.input_ids.device)
+                    for batch in batches]
         known = all(prompt.text in self.groups for prompt in prompts)
         if not self.uses_left or not known:
             self.roll_out(model, batches, prompts)
@@ -123,21 +153,26 @@ class RolloutObjective(Objective):
         """Sample and score a group of answers for each prompt, with the weights as they are."""
         self.rollout += 1
         self.groups = self.sample_groups(model, prompts)
-        self.score(self.groups)
+        self.score(model, self.groups)
         self.check_scored()
         self.measure(model, batches)
-        self.uses_left = self.config.num_iterations
+        self.uses_left = steps_per_rollout(self.config)
         self.write_samples()
+        self.prepare(batches)
+
+    def prepare(self, batches: list):
+        """Compute what all steps of a rollout need."""
 
     def sample_groups(self, model, prompts: list[Prompt], greedy: bool = False) -> dict:
         """{text of a prompt: its Group}, by the very model that is trained, adapters and all."""
         sampling = Sampling() if greedy else self.sampling
-        size = 1 if greedy else self.config.num_generations
+        size = 1 if greedy else answers_per_prompt(self.config)
         seeds = {}                              # of the answers to each prompt
         asked = []
-        for prompt in {prompt.text: prompt for prompt in prompts}.values():
+        prompts = {prompt.text: prompt for prompt in prompts}       # each once
+        for prompt in prompts.values():
             check_room(model, prompt)
-            seeds[prompt.text] = [self.seed_of(prompt, index) for index in range(size)]
+            seeds[prompt.text] = [self.seed_of(prompt.text, index) for index in range(size)]
             asked += [(seed, prompt.input_ids) for seed in seeds[prompt.text]]
         was_training = model.training
         model.eval()
@@ -151,28 +186,47 @@ class RolloutObjective(Objective):
             ours = [found[number] for number in numbers]
             groups[text] = Group(
                 text=text,
+                prompt_ids=prompts[text].input_ids,
                 answers=[row.answer for row in ours],
                 ended=[row.answer[-1] in self.text.stop_ids for row in ours],
                 sampled_logps=[row.logps for row in ours],
             )
         return groups
 
-    def seed_of(self, prompt: Prompt, index: int) -> int:
-        """The seed of an answer: the same on any number of ranks, and after resuming."""
-        words = f"{self.config.seed} {self.rollout} {index} {prompt.text}"
+    def seed_of(self, text: str, index: int) -> int:
+        """The seed of an answer to the prompt with this text.
+
+        It is the same on any number of ranks, and after resuming.
+        """
+        words = f"{self.config.seed} {self.rollout} {index} {text}"
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
 
-    def score(self, groups: dict[str, Group]):
+    def score(self, model, groups: dict[str, Group]):
         """Give each answer its rewards, and print what has failed."""
-        failed = 0
         for group in groups.values():
             row = json.loads(group.text)
-            for answer in group.answers:
-                parts = self.rewards.score(row, self.decoded(answer))
-                group.parts.append(parts)
-                group.rewards.append(self.rewards.total(parts))
-                failed += math.isnan(group.rewards[-1])
+            group.parts = [self.rewards.score(row, self.decoded(answer))
+                           for answer in group.answers]
+        if self.reward_model and groups:
+            self.add_scores(model, groups)
+        failed = 0
+        for group in groups.values():
+            group.rewards = [self.rewards.total(parts) for parts in group.parts]
+            failed += sum(map(math.isnan, group.rewards))
         self.rewards.report(failed)
+
+    def add_scores(self, model, groups: dict[str, Group]):
+        """Append the reward model's score of each answer to its parts; NaN where there is none."""
+        parts = [parts for group in groups.values() for parts in group.parts]
+        behind = after_stop(self.text)
+        sequences = [group.prompt_ids + answer + (behind if ended else [])
+                     for group in groups.values()
+                     for answer, ended in zip(group.answers, group.ended)]
+        scores, problem = self.reward_model.scores(model, sequences)
+        if problem:
+            self.rewards.problems.append(f"reward_model: {problem}")
+        for answer_parts, score in zip(parts, scores):
+            answer_parts.append(score)
 
     def check_scored(self):
         """Raise ValueError, on all ranks, after MAX_UNSCORED rollouts in a row without a reward."""
@@ -189,10 +243,13 @@ class RolloutObjective(Objective):
 
     # ---- log-probabilities by the trainer
 
-    def token_logps(self, model, batch):
+    def final_hidden(self, model, batch):
+        """The final hidden states of a batch, (N, D)."""
+        return model(batch.input_ids, batch.position_ids, batch.layout)[0]
+
+    def token_logps(self, model, hidden, batch):
         """log p of each token of the answers, (N,), at the temperature of sampling."""
         heat = self.sampling.temperature
-        hidden = model(batch.input_ids, batch.position_ids, batch.layout)[0]            # (N, D)
         softcap = model.config.final_softcap
         if heat != 1:                           # (c / T) tanh(x / T / (c / T)) = c tanh(x / c) / T
             hidden = hidden / heat
@@ -208,14 +265,17 @@ class RolloutObjective(Objective):
         """
         gaps = [0.0]
         for batch in batches:
-            answers = answer_batch(batch, self.groups)
-            logps = self.token_logps(model, answers)
+            answers = answer_batch(groups_of(batch, self.groups), batch.input_ids.device)
+            hidden = self.final_hidden(model, answers)
+            logps = self.token_logps(model, hidden, answers)
             self.keep(answers, "old_logps", logps)
+            self.measured(answers, hidden)
             sampled = flat(answers.groups, "sampled_logps", logps.device)
             gaps += (logps - sampled).abs().tolist()
             if has_reference(self.config):
                 with self.reference_model(model) as reference:
-                    self.keep(answers, "ref_logps", self.token_logps(reference, answers))
+                    hidden = self.final_hidden(reference, answers)
+                    self.keep(answers, "ref_logps", self.token_logps(reference, hidden, answers))
         largest = self.ranks.gather(torch.tensor([max(gaps)], dtype=torch.float64))
         self.gap = max(map(float, largest))
         total, count = self.ranks.total(math.fsum(gaps), len(gaps))
@@ -224,6 +284,9 @@ class RolloutObjective(Objective):
                 f"rollout {self.rollout}: the log-probabilities of the sampled tokens are not "
                 f"those of the trained model: they differ by {total / count:.2g} in the mean and "
                 f"{self.gap:.2g} at most. It would learn from another model's answers")
+
+    def measured(self, answers: AnswerBatch, hidden):
+        """Keep what else a stage needs of this forward pass; hidden: (N, D)."""
 
     @staticmethod
     def keep(batch: AnswerBatch, name: str, logps):
@@ -317,22 +380,34 @@ class RolloutObjective(Objective):
 # ---- parts --------------------------------------------------------------------------------------
 
 
-def answer_batch(prompts, groups: dict[str, Group]) -> AnswerBatch:
-    """The answers to a batch of prompts, each behind its prompt; they alone carry targets."""
-    ours = [groups[prompt.text] for prompt in prompts.prompts]
+def after_stop(text) -> list[int]:
+    """What the template writes behind the id that ends an answer, as chatml its line break.
+
+    A reward model is trained to score a text at its last token, which this is (stage rm).
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+    _, answer = encode_prompt(text.template, text.tokenizer, turns)
+    stops = [place for place, token in enumerate(answer) if token in text.stop_ids]
+    return answer[stops[-1] + 1:] if stops else []
+
+
+def groups_of(batch, groups: dict[str, Group]) -> list[Group]:
+    """The groups of a batch of prompts, in its order."""
+    return [groups[prompt.text] for prompt in batch.prompts]
+
+
+def answer_batch(groups: list[Group], device) -> AnswerBatch:
+    """All answers of these groups, each behind its prompt; they alone carry targets."""
     examples = []
-    for prompt, group in zip(prompts.prompts, ours):
+    for group in groups:
         for answer in group.answers:
-            ids = np.array(prompt.input_ids + answer, np.int32)
-            labels = np.array([IGNORE] * len(prompt.input_ids) + answer, np.int32)
+            ids = np.array(group.prompt_ids + answer, np.int32)
+            labels = np.array([IGNORE] * len(group.prompt_ids) + answer, np.int32)
             examples.append(Example(ids, labels, [len(ids)]))
-    fields = vars(collate(examples)) | {
-        "num_items": prompts.num_items,
-        "batch_sizes": prompts.batch_sizes,
-    }
-    batch = AnswerBatch(**fields, groups=ours)
-    batch.counts = [len(answer) for group in ours for answer in group.answers]
-    return batch.to(prompts.input_ids.device)
+    fields = vars(collate(examples)) | {"num_items": len(groups), "batch_sizes": (len(groups),)}
+    batch = AnswerBatch(**fields, groups=groups)
+    batch.counts = [len(answer) for group in groups for answer in group.answers]
+    return batch.to(device)
 
 
 def flat(groups: list[Group], name: str, device) -> torch.Tensor:

@@ -72,30 +72,51 @@ def judged_objective(config, base, setup, ranks, resume) -> Objective:
 
 
 def reward_objective(config, base, setup, ranks, resume) -> Objective:
-    """The value head is that of the checkpoint, else of the last adapter or the base, else new."""
+    return reward_model.RewardObjective(value_head(config, base, setup, resume))
+
+
+def value_head(config, base, setup, resume):
+    """The value head of the checkpoint, else of the last adapter or the base, else a new one."""
     dropout = read_config_json(base.folder).get("summary_dropout_prob", 0.1)    # 0.1: TRL's
     head = reward_model.ValueHead(base.model_config.hidden_size, dropout, config.seed)
     folder = resume or (base.adapters[-1] if base.adapters else base.folder)
     found = read_value_head(folder, head.weights())
     if resume and not found:
-        raise FileNotFoundError(f"{resume} has no {VALUE_HEAD}, and cannot be resumed in stage: rm")
-    return reward_model.RewardObjective(head.to(setup.device))
+        raise FileNotFoundError(f"{resume} has no {VALUE_HEAD}, and cannot be resumed in stage: "
+                                f"{config.stage}")
+    return head.to(setup.device)
 
 
-def policy_objective(config, base, setup, ranks, resume) -> Objective:
+def group_objective(config, base, setup, ranks, resume) -> Objective:
+    from methods.grpo import GRPOObjective              # only where it is asked for
+
+    return GRPOObjective(*rollout_parts(config, base, setup, ranks, resume))
+
+
+def ppo_objective(config, base, setup, ranks, resume) -> Objective:
+    from methods.ppo import PPOObjective                # only where it is asked for
+
+    return PPOObjective(*rollout_parts(config, base, setup, ranks, resume),
+                        head=value_head(config, base, setup, resume))
+
+
+def rollout_parts(config, base, setup, ranks, resume) -> tuple:
+    """The arguments of methods.rollouts.RolloutObjective."""
     from fast.batch_decode import decode_rows, one_at_a_time    # only where they are asked for
-    from methods.grpo import GRPOObjective
+    from runtime.reward_sources import build_reward_model
     from runtime.rewards import Rewards
 
     if why := one_at_a_time(CausalLM(base.model_config).to("meta")):
-        raise ValueError(f"stage: grpo samples many answers at once, and with this model it "
-                         f"cannot: {why}")
+        raise ValueError(f"stage: {config.stage} samples many answers at once, and with this model "
+                         f"it cannot: {why}")
     text = load_text(config, base.folder, [resume] if resume else base.adapters,
                      base.model_config, overrides=True)
-    rewards = Rewards(config.reward, config.reward_weights, config.reward_timeout)
+    judge = build_reward_model(config, base, setup, text.tokenizer)
+    rewards = Rewards(config.reward or [], config.reward_weights, config.reward_timeout,
+                      more=["reward_model"] if judge else [])
     reference = build_reference(config, base, setup, ranks)
-    return GRPOObjective(config, text, decode_rows, rewards, ranks, setup.dtype, reference,
-                         setup.kernels.matmul)
+    return (config, text, decode_rows, rewards, judge, ranks, setup.dtype, reference,
+            setup.kernels.matmul)
 
 
 @dataclass(frozen=True)
@@ -117,7 +138,8 @@ STAGES = {
     "rm": Stage(preference.encode_answers, preference.collate_answers, reward_objective),
     "dpo": Stage(preference.encode_answers, preference.collate_answers, pair_objective),
     "kto": Stage(preference.encode_answers, preference.collate_answers, judged_objective),
-    "grpo": Stage(prompts.encode_prompts, prompts.collate_prompts, policy_objective),
+    "ppo": Stage(prompts.encode_prompts, prompts.collate_prompts, ppo_objective),
+    "grpo": Stage(prompts.encode_prompts, prompts.collate_prompts, group_objective),
 }
 
 
@@ -236,7 +258,7 @@ def keep_embedding_outside(model: CausalLM, setup: Setup):
 
 
 def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM | None:
-    """The second, frozen model of dpo, kto and ASFT; None where the trained one serves."""
+    """The second, frozen model that a loss compares with; None where the trained one serves."""
     if not needs_second_model(config, setup.lora):
         return None
     folder, adapters = base.folder, base.merged_adapters(config) if setup.lora else []
@@ -304,13 +326,15 @@ def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
     return optimizer
 
 
-def build_schedule(config, total_steps: int, eval_losses: list) -> Callable[[int], float | dict]:
+def build_schedule(config, plan, eval_losses: list) -> Callable[[int], float | dict]:
     """The factor of the learning rate at each step, for optim.set_lr.
 
-    eval_losses: of the evaluations so far, a list that grows.
+    In stage ppo it is the same for all steps of a rollout. eval_losses: of the evaluations so far,
+    a list that grows.
     """
     if config.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         from methods.eval_schedules import eval_schedule    # only where it is asked for
 
         return eval_schedule(config, eval_losses)
-    return lr_schedule(config, total_steps)
+    factor = lr_schedule(config, plan.total_steps // plan.unit)
+    return lambda step: factor(step // plan.unit)

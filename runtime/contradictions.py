@@ -96,39 +96,84 @@ def in_stage(c: Config) -> Iterator[tuple]:
 
 
 def in_rewards(c: Config) -> Iterator[tuple]:
-    samples = c.stage in SAMPLED
+    if c.stage not in SAMPLED:
+        yield c.num_iterations > 1, "num_iterations is for stage: grpo; leave it out"
+        return
 
-    yield samples and not c.reward, (
-        "stage: grpo needs reward, a function that scores a reply, as data/rewards.py:arithmetic")
+    yield not c.reward and not c.reward_model, (
+        f"stage: {c.stage} needs reward_model, what stage: rm has trained, or reward, a function "
+        "that scores a reply, as data/rewards.py:arithmetic")
 
     files = [name.rpartition(":")[0] for name in c.reward or []]
     missing = [file for file in files if not os.path.isfile(file)]
-    yield samples and missing, (
+    yield missing, (
         f"reward: there is no file {(missing or [''])[0]!r}; it is FILE:FUNCTION, as "
         "data/rewards.py:arithmetic")
 
-    count = len(c.reward or [])
-    yield samples and c.reward_weights and len(c.reward_weights) != count, (
-        f"reward_weights has {len(c.reward_weights or [])} numbers for {count} functions in reward")
+    count = len(c.reward or []) + bool(c.reward_model)
+    yield c.reward_weights and len(c.reward_weights) != count, (
+        f"reward_weights has {len(c.reward_weights or [])} numbers for {count} rewards, the "
+        "functions in reward and then reward_model")
 
-    yield samples and (c.lora_dropout or c.neftune_noise_alpha), (
+    yield c.stage == "grpo" and (c.lora_dropout or c.neftune_noise_alpha), (
         "stage: grpo samples from the very model that it trains; lora_dropout and "
         "neftune_noise_alpha would make it another one; leave them out")
 
+    yield c.neftune_noise_alpha, (
+        "stage: ppo samples from the very model that it trains; neftune_noise_alpha would make it "
+        "another one; leave it out")
+
     greedy = c.temperature == 0 or not c.do_sample
-    yield samples and (greedy or c.repetition_penalty != 1), (
-        "stage: grpo compares sampled replies: do_sample: true, temperature above 0, and no "
+    yield greedy or c.repetition_penalty != 1, (
+        f"stage: {c.stage} compares sampled replies: do_sample: true, temperature above 0, and no "
         "repetition_penalty")
 
-    yield samples and not c.max_new_tokens, (
-        "stage: grpo needs max_new_tokens, the longest reply")
+    yield not c.max_new_tokens, (
+        f"stage: {c.stage} needs max_new_tokens, the longest reply")
 
-    yield samples and (c.fsdp or c.token_budget), (
-        "stage: grpo is for one model on each rank and per_device_train_batch_size prompts at a "
-        "time: leave fsdp and token_budget out")
+    yield c.fsdp or c.token_budget, (
+        f"stage: {c.stage} is for one model on each rank and per_device_train_batch_size prompts "
+        "at a time: leave fsdp and token_budget out")
 
-    yield c.num_iterations > 1 and not samples, (
-        "num_iterations is for stage: grpo; leave it out")
+    yield c.stage == "ppo" and c.num_iterations > 1, (
+        "num_iterations is for stage: grpo; in stage: ppo it is ppo_epochs")
+
+    yield c.stage == "ppo" and c.pissa_init, (
+        "pissa_init changes the base, from which stage: ppo measures how far the model has gone "
+        "(nor do they go together in LLaMA-Factory); leave it out")
+
+    yield from in_reward_model(c)
+
+
+def in_reward_model(c: Config) -> Iterator[tuple]:
+    kind = c.reward_model_type
+    is_address = str(c.reward_model).startswith(("http://", "https://"))
+
+    yield c.reward_model and kind == "lora" and c.finetuning_type not in ADAPTERS, (
+        "reward_model_type: lora is an adapter beside the frozen base of finetuning_type: lora or "
+        f"oft; with {c.finetuning_type} set reward_model_type: full and name a whole model")
+
+    yield c.reward_model and kind == "lora" and c.pissa_init, (
+        "pissa_init changes the base, and the adapter of reward_model was trained on the base as "
+        "it was; leave it out, or set reward_model_type: full")
+
+    yield kind == "api" and c.reward_model and not is_address, (
+        f"reward_model_type: api needs an address as reward_model, as http://localhost:8000, not "
+        f"{c.reward_model!r}")
+
+    yield kind != "api" and is_address, (
+        f"reward_model: {c.reward_model} is an address; set reward_model_type: api")
+
+    yield c.reward_model_adapters and not (c.reward_model and kind == "full"), (
+        "reward_model_adapters needs reward_model, their base, and reward_model_type: full")
+
+    bits = c.reward_model_quantization_bit
+    yield bits not in (None, 4, 8), (
+        f"reward_model_quantization_bit is 4 or 8, not {bits}; leave it out for 16 bits")
+
+    yield bits and kind != "full", (
+        "reward_model_quantization_bit is for reward_model_type: full; with lora the reward model "
+        "reads the base of this run, which quantization_bit quantizes")
 
 
 def in_data(c: Config) -> Iterator[tuple]:
@@ -308,8 +353,8 @@ def in_optimizer(c: Config) -> Iterator[tuple]:
         "use_galore and use_apollo are for finetuning_type: full or freeze; adapters are small "
         "already")
 
-    yield c.use_badam and (c.finetuning_type != "full" or c.stage == "rm" or c.fp16), (
-        "use_badam is for finetuning_type: full, without fp16 and stage: rm")
+    yield c.use_badam and (c.finetuning_type != "full" or c.stage in ("rm", "ppo") or c.fp16), (
+        "use_badam is for finetuning_type: full, without fp16 and stages rm and ppo")
 
     by_layer = c.use_badam and c.badam_mode == "layer"
     yield by_layer and c.badam_switch_mode == "fixed" and c.badam_start_block is None, (

@@ -237,6 +237,10 @@ def _notes_on_idle_keys(config: Config) -> list[str]:
         notes.append("plot_loss: with logging_strategy: no there is no loss to draw; set "
                      "logging_strategy: steps")
 
+    if config.stage == "ppo" and config.lora_dropout:
+        notes.append("lora_dropout: off in stage ppo, which samples from the very model that it "
+                     "trains")
+
     kind = config.lr_scheduler_type
     if (config.warmup_steps or config.warmup_ratio) and kind in WITHOUT_WARMUP:
         notes.append(f"warmup_steps, warmup_ratio: lr_scheduler_type: {kind} has no warmup, as in "

@@ -53,7 +53,8 @@ class Workload:
     recompute: list[str] | None = None      # a level of fused_block.RECOMPUTE for each block
     fp8: bool = False               # frozen weights are held in 8 bits (methods/fp8.py)
     quant_formats: dict | None = None       # of weights in 4 or 8 bits, by name
-    other_bytes: int = 0            # of another model, which is not trained
+    other_bytes: int = 0            # of other models, which are not trained
+    rollout_bytes: int = 0          # of the cache while answers are sampled, before the step
     model: CausalLM | None = None   # the model to be trained, without storage
     offloaded: int = 0              # first blocks whose inputs are in main memory
     mlp_tile: int = 0               # tokens of a tile of the MLPs; 0: not tiled
@@ -73,13 +74,16 @@ class Plan:
     offloaded: int = 0              # block inputs in main memory, page-locked beside a GPU
     state_outside: int = 0          # optimizer state in main memory or on the disk
     state_on_disk: bool = False
+    rollout: int = 0                # keys and values while answers are sampled
 
     @property
     def total(self) -> int:
         """Bytes of everything on the device."""
         lasting = self.weights + self.trained + self.gradients + self.optimizer
         on_cpu = torch.device(self.workload.device).type == "cpu"
-        return lasting + self.activations + self.working + (self.in_host_memory if on_cpu else 0)
+        outside = self.in_host_memory if on_cpu else 0
+        sampling = self.rollout - self.activations - self.working   # before these are there
+        return lasting + self.activations + self.working + outside + max(sampling, 0)
 
     @property
     def in_host_memory(self) -> int:
@@ -148,6 +152,7 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
         offloaded=offloaded,
         state_outside=outside,
         state_on_disk=config.offload_optimizer == "nvme",
+        rollout=workload.rollout_bytes,
     )
 
 
@@ -357,6 +362,7 @@ def plan_lines(plan: Plan, free_bytes: int | None) -> list[str]:
         ("optimizer state", plan.optimizer, ""),
         ("activations", plan.activations, "kept for the backward pass"),
         ("working memory", plan.working, "the loss, or one block in the backward pass"),
+        ("rollout cache", plan.rollout, "while answers are sampled, before these two"),
     ):
         if size:
             lines.append(f"  {label:15} {bytes_in_words(size):>11}  {note}".rstrip())

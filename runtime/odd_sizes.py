@@ -9,7 +9,6 @@ Next: runtime/setup.py.
 """
 import torch
 
-from config import in_steps
 from families import ModelConfig
 from lora import AdapterConfig, lora_layers, trainable
 from model import CausalLM
@@ -78,9 +77,9 @@ def notes_on_evaluations(config, plan: StepPlan) -> list[str]:
     ) if waits]
     last = plan.total_steps
     if config.eval_strategy == "steps":
-        every = in_steps(config.eval_steps, last)
+        every = plan.in_steps(config.eval_steps)
         evaluated = last // every * every
-        if evaluated and evaluated >= config.eval_delay:
+        if evaluated and evaluated >= config.eval_delay * plan.unit:
             return []
         why = f"eval_steps: {config.eval_steps:g}, eval_delay: {config.eval_delay:g}"
     elif config.eval_strategy == "epoch" and last / plan.steps_per_epoch < config.eval_delay:

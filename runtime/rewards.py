@@ -1,4 +1,4 @@
-"""Call the reward functions of stage grpo, in a process of their own.
+"""Call the reward functions of stages ppo and grpo, in a process of their own.
 
     rewards = Rewards(["data/rewards.py:arithmetic"], weights=None, timeout=10)
     parts = rewards.score({"prompt": …, "row": …, "where": …}, answer)      # a number of each
@@ -31,21 +31,25 @@ START_SECONDS = 120     # a file of rewards may import large packages
 class Rewards:
     """Reward functions, given as FILE:FUNCTION. names: theirs; weights: None for 1 each.
 
-    Raises ValueError or FileNotFoundError if one is not there or its file cannot be imported.
+    more: names of rewards that are computed elsewhere; they come last. Raises ValueError or
+    FileNotFoundError if a function is not there or its file cannot be imported.
     """
 
-    def __init__(self, functions: list[str], weights: list[float] | None, timeout: float):
+    def __init__(self, functions: list[str], weights: list[float] | None, timeout: float,
+                 more: list[str] = []):
         self.functions = [absolute(name) for name in functions]
         self.names = [name.rpartition(":")[2] for name in functions]
         if len(set(self.names)) < len(self.names):
             self.names = list(functions)
-        self.weights = weights or [1.0] * len(functions)
+        self.names += more
+        self.weights = weights or [1.0] * len(self.names)
         self.timeout = timeout
         self.process = None
         self.unread = b""
         self.problems: list[str] = []
         self.last_problem = ""
-        self.start()
+        if functions:
+            self.start()
 
     def total(self, parts: list[float]) -> float:
         """The weighted sum of the rewards; NaN if one is."""
@@ -54,7 +58,7 @@ class Rewards:
     def score(self, row: dict, answer: str) -> list[float]:
         """The reward of each function for an answer, NaN where it has failed."""
         parts = []
-        for number, name in enumerate(self.names):
+        for number, name in enumerate(self.names[:len(self.functions)]):
             value, problem = self.call(number, row["prompt"], answer, row["row"])
             if problem:
                 self.problems.append(f"reward {name}, {row['where']}: {problem}; the answer was "

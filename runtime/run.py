@@ -36,7 +36,7 @@ from checkpoint.training_state import (checkpoints_in, load_training_state, opti
                                        read_trainer_state, rng_state, save_training_state,
                                        write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
-from config import IGNORED, as_dict, has_reference, in_steps
+from config import IGNORED, as_dict, has_reference
 from errors import first_line
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
@@ -395,7 +395,7 @@ class Run:
         if number == 1 and self.config.logging_first_step:
             return True
         if self.config.logging_strategy == "steps":
-            return number % in_steps(self.config.logging_steps, self.plan.total_steps) == 0
+            return number % self.plan.in_steps(self.config.logging_steps) == 0
         return self.config.logging_strategy == "epoch" and self.plan.ends_epoch(number)
 
     # ---- evaluation and checkpoints
@@ -406,8 +406,8 @@ class Run:
             return False
         delay = self.config.eval_delay
         if self.config.eval_strategy == "steps":
-            every = in_steps(self.config.eval_steps, self.plan.total_steps)
-            return step.number % every == 0 and step.number >= delay
+            every = self.plan.in_steps(self.config.eval_steps)
+            return step.number % every == 0 and step.number >= delay * self.plan.unit
         at_end = self.plan.ends_epoch(step.number) and step.epoch >= delay
         return self.config.eval_strategy == "epoch" and at_end
 
@@ -422,7 +422,7 @@ class Run:
         if self.config.save_strategy == "best":
             return self.lowest_at == number
         if self.config.save_strategy == "steps":
-            every = in_steps(self.config.save_steps, self.plan.total_steps)
+            every = self.plan.in_steps(self.config.save_steps)
             return number % every == 0 or number == self.plan.total_steps
         return self.config.save_strategy == "epoch" and self.plan.ends_epoch(number)
 

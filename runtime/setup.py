@@ -26,7 +26,7 @@ from checkpoint.adapters import stored_targets
 from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
                              packed_weights, quantized_weights)
-from config import ADAPTERS, AS_SIGMOID, SAMPLED, has_reference
+from config import ADAPTERS, AS_SIGMOID, SAMPLED, batches_per_rollout, has_reference
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import AdapterConfig, LoRAConfig, trainable
@@ -339,7 +339,8 @@ def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, 
         fast=bool(kernels.fuse),
         fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
-        other_bytes=reference_bytes(config, lora, base, dtype),
+        other_bytes=reference_bytes(config, lora, base, dtype) + judge_bytes(config, dtype),
+        rollout_bytes=rollout_bytes(config, base, plan, dtype),
         host_bytes=free_on_all(torch.device("cpu"), plan.ranks) if on_gpu else None,
     ))
 
@@ -349,9 +350,23 @@ def rows_in_training(config, base: Base, plan: StepPlan) -> list[list[int]]:
     rows = largest_rows(plan.train_set, plan.all_micro_batches())
     if config.stage not in SAMPLED:
         return rows
+    from methods.rollouts import answers_per_prompt     # only where it is asked for
+
     context = context_length(base.model_config)
     whole = [[min(prompt + config.max_new_tokens, context)] for prompt, _ in rows]
-    return [row for row in whole for _ in range(config.num_generations)]
+    return [row for row in whole for _ in range(answers_per_prompt(config))]
+
+
+def rollout_bytes(config, base: Base, plan: StepPlan, dtype: torch.dtype) -> int:
+    """Keys and values of the answers that are decoded together, each as long as it may be."""
+    if config.stage not in SAMPLED:
+        return 0
+    from fast.batch_decode import cache_bytes           # only where it is asked for
+    from methods.rollouts import ROWS_AT_ONCE
+
+    rows = rows_in_training(config, base, plan)
+    answers = min(ROWS_AT_ONCE, len(rows) * batches_per_rollout(config))
+    return cache_bytes(base.model_config, answers, max(map(sum, rows)), dtype)
 
 
 def free_on_all(device: torch.device, ranks: Ranks) -> int | None:
@@ -371,7 +386,7 @@ def needs_second_model(config, lora: AdapterConfig | None) -> bool:
 
 
 def reference_bytes(config, lora: AdapterConfig | None, base: Base, dtype: torch.dtype) -> int:
-    """Memory of the second model of stages dpo and kto."""
+    """Memory of the second model that a loss compares with."""
     if not needs_second_model(config, lora):
         return 0
     model_config, formats = base.model_config, base.quant_formats
@@ -382,6 +397,15 @@ def reference_bytes(config, lora: AdapterConfig | None, base: Base, dtype: torch
         model = empty_quantized(CausalLM(model_config), formats)
     plain = sum(p.numel() * dtype.itemsize for p in model.parameters())
     return plain + sum(weight.nbytes for weight in quantized_weights(model).values())
+
+
+def judge_bytes(config, dtype: torch.dtype) -> int:
+    """Memory of the reward model of stages ppo and grpo."""
+    if config.stage not in SAMPLED:
+        return 0
+    from runtime.reward_sources import reward_model_bytes   # only where it is asked for
+
+    return reward_model_bytes(config, dtype)
 
 
 def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch.device,
@@ -437,8 +461,11 @@ def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> di
     if formats:
         numbers["base"] = f"{formats_in_words(formats)}; all else {weights}"
     numbers["dtype"] = f"weights {weights}, trained ones float32, matmul {matmul_dtype}"
-    numbers["steps"] = f"{plan.total_steps}, {plan.steps_per_epoch} an epoch, " \
-                       f"{warmup_steps(config, plan.total_steps)} of warmup"
+    warmup = warmup_steps(config, plan.total_steps // plan.unit) * plan.unit
+    numbers["steps"] = f"{plan.total_steps}, {plan.steps_per_epoch} an epoch, {warmup} of warmup"
+    if plan.unit > 1:
+        numbers["rollouts"] = f"{plan.total_steps // plan.unit} of {plan.unit} steps each: max_" \
+                              "steps, save_steps, logging_steps and the like count rollouts"
     numbers["a step"] = step_size(config, plan)
     micro_batches, tokens = plan.pass_sizes(plan.max_tokens_per_pass)
     if micro_batches > 1:
@@ -459,8 +486,11 @@ def step_size(config, plan: StepPlan) -> str:
         rows = round(len(plan.train_set) / plan.steps_per_epoch)
         size = f"as many as have {config.token_budget:,} tokens"
     tokens = int(plan.train_set.sizes.sum()) / len(plan.train_set) * rows
-    return f"{rows} rows ({size} x {config.gradient_accumulation_steps} x {plan.ranks.world} " \
-           f"ranks), about {tokens:,.0f} tokens"
+    batches = f"{config.gradient_accumulation_steps}"
+    if config.stage == "ppo":
+        batches += f" x {config.ppo_buffer_size} steps of a rollout"
+    return f"{rows} rows ({size} x {batches} x {plan.ranks.world} ranks), about " \
+           f"{tokens:,.0f} tokens"
 
 
 def ranks_text(config, plan: StepPlan) -> str:

@@ -20,6 +20,7 @@ from itertools import chain, islice
 import torch
 from torch.profiler import record_function
 
+from config import batches_per_rollout, in_steps, steps_per_rollout
 from data import IGNORE, Batch
 from parallel import Ranks
 
@@ -60,8 +61,10 @@ class StepPlan:
             raise ValueError(
                 f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
                 "(dataloader_drop_last: true leaves out the incomplete one)")
-        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch)
-        self.total_steps = config.max_steps if config.max_steps > 0 else by_epochs
+        # optimizer steps of what max_steps, save_steps and the like count: in stage ppo a rollout
+        self.unit = steps_per_rollout(config) if config.stage == "ppo" else 1
+        by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch / self.unit)
+        self.total_steps = (config.max_steps if config.max_steps > 0 else by_epochs) * self.unit
         self.steps_put_back = 0     # by ignore_data_skip: the rows are those of so many steps ago
         self.max_tokens_per_pass = 0
         self.count_flops: Callable[[Batch], float] = lambda batch: 0.0
@@ -73,14 +76,21 @@ class StepPlan:
     def count_steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, equal on all ranks: rank 0 has the most micro-batches."""
         most = len(shard_batches(self.config, self.train_set, 0, Ranks(0, self.ranks.world)))
-        steps = math.ceil(most / self.config.gradient_accumulation_steps)
-        return steps * self.config.num_iterations
+        steps = math.ceil(most / batches_per_rollout(self.config))
+        return steps * steps_per_rollout(self.config)
+
+    def in_steps(self, value: float) -> int:
+        """A key's count (or below 1 a share) as a number of optimizer steps."""
+        return in_steps(value, self.total_steps) * (self.unit if value >= 1 else 1)
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a step over all ranks; with token_budget, the most tokens of a step."""
+        """Rows of a step over all ranks; with token_budget, the most tokens of a step.
+
+        In stage ppo those of a rollout, which its steps share.
+        """
         size = self.config.token_budget or self.config.per_device_train_batch_size
-        return size * self.config.gradient_accumulation_steps * self.ranks.world
+        return size * batches_per_rollout(self.config) * self.ranks.world
 
     def all_micro_batches(self) -> Iterator[list[int]]:
         """The micro-batches of the whole run on all ranks, as lists of row numbers.
@@ -156,15 +166,15 @@ class StepPlan:
         self.next_step = next(self.prepared, None)
 
     def make_steps(self, numbers: range) -> Iterator[Step]:
-        size = self.config.gradient_accumulation_steps
-        repeats = self.config.num_iterations
+        size = batches_per_rollout(self.config)
+        repeats = steps_per_rollout(self.config)
         epoch_of_batches = None
         for number in numbers:
             epoch, nth = divmod(number - 1 - self.steps_put_back, self.steps_per_epoch)
             if epoch != epoch_of_batches:
                 batches = shard_batches(self.config, self.train_set, epoch, self.ranks)
                 epoch_of_batches = epoch
-            first = nth // repeats * size       # with num_iterations, the same rows several times
+            first = nth // repeats * size       # a rollout's steps have the same rows
             done = min(1.0, (nth + 1) * size / max(len(batches) * repeats, 1))
             yield self.make_step(number, epoch + done, batches[first:first + size])
 

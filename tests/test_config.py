@@ -181,6 +181,12 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     (None, "do_train"),
     ([], "report_to"),
     (None, "run_name logging_dir swanlab_workspace swanlab_run_name swanlab_logdir"),
+    (None, "reward_model reward_model_adapters reward_model_quantization_bit"),
+    ("lora", "reward_model_type"),
+    (1, "ppo_buffer_size"),
+    (4, "ppo_epochs"),
+    (6.0, "ppo_target"),
+    (False, "ppo_score_norm ppo_whiten_rewards"),
     (None, "task save_dir"),
     ("evaluation", "task_dir"),
     ("en", "lang"),
@@ -257,6 +263,6 @@ def test_keys_prints_every_key_quickly_and_without_torch():
     for name in [*KEYS, *UNUSED]:
         assert re.search(rf"(?m)(^|[\s,]){name}\b", done.stdout), name
     assert "learning_rate: 5e-05    (float)" in done.stdout
-    assert "stage: sft    (sft|pt|rm|dpo|kto|grpo)" in done.stdout
+    assert "stage: sft    (sft|pt|rm|dpo|kto|ppo|grpo)" in done.stdout
     assert "lora_rank: 8    (int)    only lora" in done.stdout
     assert all(spec.metadata["help"] in re.sub(r"\s+", " ", done.stdout) for spec in KEYS.values())

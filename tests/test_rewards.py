@@ -82,7 +82,7 @@ def test_a_function_that_is_not_there(file, name, words, monkeypatch):
 
 @pytest.mark.parametrize("settings, words", [
     ((), "stage: grpo needs reward"),
-    (("reward=data/rewards.py:exact_match", "reward_weights=1,2"), "2 numbers for 1 functions"),
+    (("reward=data/rewards.py:exact_match", "reward_weights=1,2"), "2 numbers for 1 rewards"),
     (("reward=data/rewads.py:exact_match",), "there is no file 'data/rewads.py'"),
     (("reward=data/rewards.py:exact_match", "lora_dropout=0.1"), "lora_dropout"),
     (("reward=data/rewards.py:exact_match", "temperature=0"), "temperature above 0"),

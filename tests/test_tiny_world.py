@@ -126,6 +126,11 @@ def test_the_same_seed_makes_the_shipped_rows():
     assert pairs == read_jsonl(ROOT / "data/tiny_pairs.jsonl")
     sums = world.new_sums(world.SUM_ROWS, world.SEED)
     assert sums == read_jsonl(ROOT / "data/tiny_sums.jsonl")
+    sum_pairs = world.sum_pairs(world.SUM_PAIR_ROWS, world.SEED)
+    assert sum_pairs == read_jsonl(ROOT / "data/tiny_sum_pairs.jsonl")
+    assert len({json.dumps(row) for row in sum_pairs}) == world.SUM_PAIR_ROWS
+    asked = [row["messages"][0] for row in sums]
+    assert not [row for row in sum_pairs if row["messages"][0] in asked]
 
 
 def test_the_same_rows_make_the_shipped_tokenizer():
