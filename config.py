@@ -252,9 +252,9 @@ class Config:
     reward_timeout: float = key(10.0, FREE,
         "seconds that a reward function may take, or a server for its scores", own=True,
         only="ppo grpo", above=0)
-    ppo_buffer_size: int = key(1, FREE,
+    ppo_buffer_size: int = key(1, DATA,
         "optimizer steps whose prompts are answered together", only="ppo", low=1)
-    ppo_epochs: int = key(4, FREE,
+    ppo_epochs: int = key(4, DATA,
         "passes over these replies, before new ones are sampled", only="ppo", low=1)
     ppo_score_norm: bool = key(False, FREE,
         "subtract the mean of all scores so far, and divide by their spread", only="ppo")
@@ -265,7 +265,7 @@ class Config:
         "is; above it rises, below it falls", only="ppo", above=0)
     num_generations: int = key(8, FREE,
         "replies sampled for each prompt; its group", own=True, only="grpo", low=2)
-    num_iterations: int = key(1, FREE,
+    num_iterations: int = key(1, DATA,
         "optimizer steps on the same replies, before new ones are sampled", own=True, only="grpo",
         low=1)
     policy_loss: str = key("dapo", FREE,

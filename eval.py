@@ -33,7 +33,7 @@ from runtime.device import pick_device              # before torch: see guard_am
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import find_checkpoint, write_json
 from checkpoint.value_head import VALUE_HEAD, read_value_head
-from config import Config, has_reference
+from config import SAMPLED, Config, has_reference
 from data import settings_of
 from evals.bleu_rouge import NAMES, means, pick_words, score
 from evals.compare import print_changed_most
@@ -77,7 +77,7 @@ REWARD_COLUMNS = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
 def main(argv):
     if os.environ.get("RANK", "0") != "0":              # under torchrun one process does the work
         return
-    config = load_config(argv, "eval")
+    config = with_answers_of_rows(load_config(argv, "eval"))
     check_rows_and_output(config)
 
     # ---- models
@@ -122,6 +122,15 @@ def main(argv):
     for side in sides:                                  # finished: the next run starts anew
         (output / progress_name(side.name)).unlink(missing_ok=True)
     print(f"\nwritten to {output}: {', '.join(files_of(bool(prompts)))}, comparison.json")
+
+
+def with_answers_of_rows(config: Config) -> Config:
+    """The config, with stage sft in the place of those that train on sampled answers."""
+    if config.stage not in SAMPLED:
+        return config
+    print(f"stage: {config.stage} measures rewards in training (eval_strategy); here the loss is "
+          "that of the rows' own answers, as in stage: sft")
+    return replace(config, stage="sft")
 
 
 def check_rows_and_output(config: Config):

@@ -28,7 +28,7 @@ class GRPOObjective(RolloutObjective):
         self.high = config.epsilon if config.epsilon_high is None else config.epsilon_high
         self.metric_names = ("reward", "reward_std",
                              *(f"reward/{name}" for name in self.rewards.names),
-                             "unscored", "length", "ended", "entropy", "clip_share", "kl",
+                             "unscored", "length", "ended", "entropy", "clip_share", "ref_kl",
                              "sampler_gap")
 
     def batches_of(self, batches: list) -> list[AnswerBatch]:
@@ -84,7 +84,7 @@ class GRPOObjective(RolloutObjective):
         clipped = clipped_share(ratios, batch.advantages, config.epsilon, self.high)
         metrics = self.reward_metrics(batch) | {
             "clip_share": weighted_sum(clipped, ones),
-            "kl": weighted_sum(kl.detach(), ones),
+            "ref_kl": weighted_sum(kl.detach(), ones),
             "entropy": weighted_sum(-batch.old_logps, ones),
             "sampler_gap": weighted_sum(self.gap * ones[:1], ones[:1]),
         }

@@ -172,7 +172,8 @@ class RolloutObjective(Objective):
         prompts = {prompt.text: prompt for prompt in prompts}       # each once
         for prompt in prompts.values():
             check_room(model, prompt)
-            seeds[prompt.text] = [self.seed_of(prompt.text, index) for index in range(size)]
+            row = json.dumps(prompt.row["row"])
+            seeds[prompt.text] = [self.seed_of(row, index) for index in range(size)]
             asked += [(seed, prompt.input_ids) for seed in seeds[prompt.text]]
         was_training = model.training
         model.eval()
@@ -193,12 +194,12 @@ class RolloutObjective(Objective):
             )
         return groups
 
-    def seed_of(self, text: str, index: int) -> int:
-        """The seed of an answer to the prompt with this text.
+    def seed_of(self, words: str, index: int) -> int:
+        """The seed of an answer to a prompt, given its row as text.
 
-        It is the same on any number of ranks, and after resuming.
+        It is the same on any number of ranks, after resuming, and wherever the dataset lies.
         """
-        words = f"{self.config.seed} {self.rollout} {index} {text}"
+        words = f"{self.config.seed} {self.rollout} {index} {words}"
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
 
     def score(self, model, groups: dict[str, Group]):

@@ -112,6 +112,58 @@ def test_an_example_trains(file, tmp_path):
     assert 0 < results["train_loss"] < 30           # of DFT tiny: weighted by the probabilities
 
 
+PPO = """
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+reward_model: saves/llama3-8b/lora/reward
+stage: ppo
+do_train: true
+finetuning_type: lora
+lora_target: all
+dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+output_dir: saves/llama3-8b/lora/ppo
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-5
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+max_new_tokens: 512
+top_k: 0
+top_p: 0.9
+"""         # the keys of its examples/train_lora/llama3_lora_ppo.yaml
+
+
+@needs_shared
+def test_the_ppo_example_learns_from_a_reward_model_of_ours(tmp_path):
+    """The reward model is the one that the reward example trains here, on the same base."""
+    reward = paths("train_lora/qwen3_lora_reward.yaml", tmp_path)
+    base = base_for("llama3", tmp_path)
+    train.main([*reward, f"model_name_or_path={base}", "template=llama3",
+                f"output_dir={tmp_path}/reward"])
+    (tmp_path / "ppo.yaml").write_text(PPO)
+    train.main([
+        str(tmp_path / "ppo.yaml"), f"model_name_or_path={base}",
+        f"reward_model={tmp_path}/reward", f"dataset_dir={SHARED}/data",
+        f"output_dir={tmp_path}/ppo", "use_cpu=true", "disable_tqdm=true", "max_samples=4",
+        "max_steps=2", "logging_steps=1", "max_new_tokens=6", "preprocessing_num_workers=1",
+        "plot_loss=false", "placeholders.name=A", "placeholders.author=B"])
+    history = json.loads((tmp_path / "ppo/trainer_state.json").read_text())["log_history"]
+    logged = [row for row in history if "reward" in row]
+    assert [row["step"] for row in logged] == [4, 8]        # two rollouts of four steps
+    assert (tmp_path / "ppo/value_head.safetensors").is_file()
+
+
 @needs_shared
 def test_an_adapter_goes_from_example_to_example(tmp_path):
     argv = paths("train_lora/qwen3_lora_sft.yaml", tmp_path)

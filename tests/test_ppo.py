@@ -2,6 +2,8 @@
 
 Formulas: tests/test_ppo_losses.py; reward models as rewards: tests/test_reward_sources.py.
 """
+import importlib
+import json
 import math
 import shutil
 
@@ -111,15 +113,39 @@ def test_a_shorter_last_rollout_is_trained_on_too(reward_adapter, tmp_path):
 
 @pytest.mark.parametrize("more", [
     {"ppo_score_norm": True, "ppo_whiten_rewards": True},
+    {"quantization_bit": 4, "lora_dropout": 0.1},
+    {"use_dora": True, "finetuning_type": "lora"},
     {"finetuning_type": "full", "learning_rate": 1e-4, "lora_rank": None},
 ], ids=str)
 def test_options_run(more, reward_adapter, tmp_path):
-    if "finetuning_type" in more:
+    if more.get("finetuning_type") == "full":
         more = {**more, "reward": f"{ROOT / 'data/rewards.py'}:arithmetic"}
     else:
         more = {**more, "reward_model": reward_adapter}
     logged = steps(run(tmp_path / "out", **more))
     assert all(math.isfinite(row["loss"]) and row["sampler_gap"] < 1e-4 for row in logged)
+
+
+def test_what_is_sampled_does_not_depend_on_where_the_dataset_lies(reward_adapter, tmp_path):
+    shutil.copy(SMALL["dataset"], tmp_path / "sums.jsonl")
+    for name, dataset in (("here", SMALL["dataset"]), ("there", tmp_path / "sums.jsonl")):
+        run(tmp_path / name, reward_model=reward_adapter, max_steps=1, dataset=dataset)
+    here, there = ([sample["answer"] for sample in read_jsonl(tmp_path / name / "samples.jsonl")]
+                   for name in ("here", "there"))
+    assert here == there
+
+
+def test_eval_measures_the_rows_own_answers(tmp_path, capsys):
+    """Rewards are measured in training; a yaml of stage ppo is read all the same."""
+    evaluation = importlib.import_module("eval")
+    found = {}
+    for stage in ("ppo", "sft"):
+        evaluation.main(settings(tmp_path / stage, stage=stage, max_samples=8, compare="false",
+                                 do_eval="true", eval_dataset=SMALL["dataset"],
+                                 adapter_name_or_path=None, reward_model="gone"))
+        found[stage] = json.loads((tmp_path / stage / "eval_results.json").read_text())["eval_loss"]
+    assert found["ppo"] == found["sft"]
+    assert "as in stage: sft" in capsys.readouterr().out
 
 
 # ---- resumed = never stopped, two ranks = one ----------------------------------------------------
@@ -149,9 +175,17 @@ def test_resumed_within_a_rollout_equals_never_stopped(start, reward_adapter, tm
 def test_two_ranks_equal_one(reward_adapter, tmp_path):
     more = dict(reward_model=reward_adapter, ppo_score_norm=True, ppo_whiten_rewards=True)
     one = run(tmp_path / "one", gradient_accumulation_steps=2, **more)
-    script = [ROOT / "train.py", *settings(tmp_path / "two", **more)]
+    saved = dict(save_strategy="steps", save_steps=3 / 8)       # within the first rollout
+    script = [ROOT / "train.py", *settings(tmp_path / "two", **more, **saved)]
     (code, text, _), = outcomes(torchrun(2, *script))
     assert code == 0, text
+    resumed = tmp_path / "resumed"              # by one rank, which finds the answers of both
+    shutil.copytree(tmp_path / "two/checkpoint-3", resumed / "checkpoint-3")
+    again = steps(run(resumed, gradient_accumulation_steps=2, **more, **saved,
+                      resume_from_checkpoint=resumed / "checkpoint-3"))
+    for ours, theirs in zip(steps(one)[3:], again[3:], strict=True):
+        assert theirs["reward"] == pytest.approx(ours["reward"], abs=1e-5)
+        assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
     for ours, theirs in zip(steps(one), steps(history(tmp_path / "two")), strict=True):
         assert theirs["reward"] == pytest.approx(ours["reward"], abs=1e-5)
         assert theirs["length"] == ours["length"]

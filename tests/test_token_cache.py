@@ -151,7 +151,7 @@ def test_every_setting_that_changes_rows_is_in_the_key():
         rope_scaling
     """.split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last",
-                    "even_batches"}
+                    "even_batches", "num_iterations", "ppo_epochs", "ppo_buffer_size"}
     # see cache_key
     otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}
     other_run = {key for key, spec in KEYS.items() if spec.metadata["on_resume"] in (FIXED, DATA)}
