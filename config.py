@@ -470,6 +470,10 @@ class Config:
         "several ranks: fill up the last batches with rows from the start of the epoch", own=True)
     ddp_timeout: int = key(180_000_000, FREE,
         "several ranks: seconds to wait for the other ranks", above=0, high=10**10)
+    tensor_parallel_size: int = key(1, FREE,
+        "cut every matrix of the model over so many processes, which train on the same rows (lora "
+        "and full; pipeline, context and expert parallelism are not in this release)",
+        own=True, low=1, high=4096)
     fsdp: Words = key([], FREE,
         "several ranks: full_shard gives each rank a shard of the weights; full_shard offload "
         "keeps the shards in CPU memory")
@@ -687,8 +691,13 @@ VISION_KEYS = NO_EFFECT[TEXT_ONLY].split()
 # a key alone accepts false, 0 and null; what to do
 REFUSED = (
     ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
-     "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs, and fsdp: full_shard "
-     "shards a model that does not fit on one"),
+     "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs; fsdp: full_shard shards a "
+     "model that does not fit on one, and tensor_parallel_size: N (tp_size, "
+     "tensor_model_parallel_size) cuts its matrices"),
+    ("train", "pipeline_parallel_size=1 pipeline_model_parallel_size=1 context_parallel_size=1 "
+     "expert_parallel_size=1 expert_model_parallel_size=1",
+     "not in this release; tensor_parallel_size cuts a model over processes, fsdp: full_shard "
+     "shards it, and all other processes are data parallel"),
     ("train", "use_kt",
      "KTransformers keeps experts in CPU memory, some in 8 bits; leave it out, or use fsdp: "
      "full_shard offload or quantization_bit: 4"),

@@ -28,7 +28,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 
@@ -49,23 +49,47 @@ CAUSES = """  - hosts that cannot reach each other: a firewall, or the wrong net
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process (rank) among `world`; local_rank counts within its host."""
+    """Whose rows this process trains on: those of data-parallel rank `rank` among `world`.
+
+    local_rank: number of this process within its host. A rank is one process, unless scale/mesh.py
+    has laid out further axes: then `partners` processes train on the rows of a rank together, each
+    with its part of the model. This one is number `partner` among them; `group` holds the processes
+    of that number, one of each rank (None: all processes), and axes {name: scale.mesh.Axis}.
+    """
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    partners: int = 1
+    partner: int = 0
+    group: object = None
+    axes: dict = field(default_factory=dict)
 
     @property
     def main(self) -> bool:
-        """Whether this rank prints and writes."""
-        return self.rank == 0
+        """Whether this process prints and writes."""
+        return self.rank == self.partner == 0
+
+    @property
+    def process(self) -> int:
+        """The number of this process among all."""
+        return self.rank * self.partners + self.partner
+
+    @property
+    def processes(self) -> int:
+        """All processes of the run."""
+        return self.world * self.partners
 
     def total(self, *numbers: float) -> list[float]:
-        """Each number summed over the ranks: the same floats everywhere, so all decide alike."""
-        if self.world == 1:
+        """Each number summed over the ranks: the same floats everywhere, so all decide alike.
+
+        Partners hand in the same numbers, so the sum over all processes counts each of them
+        `partners` times.
+        """
+        if self.processes == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
-        return sums.tolist()
+        return (sums / self.partners).tolist()
 
     @record_function("waiting")
     def sync(self, loss: torch.Tensor, grad_norm: torch.Tensor, metrics: dict,
@@ -84,17 +108,17 @@ class Ranks:
     def from_main(self, make: Callable):
         """What make() returns on rank 0, on every rank: for decisions that must agree."""
         box = [make() if self.main else None]
-        if self.world > 1:
+        if self.processes > 1:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all ranks, in order; they have one shape."""
-        if self.world == 1:
+    def gather(self, tensor: torch.Tensor, everyone: bool = False) -> list[torch.Tensor]:
+        """The tensors of all ranks, in order; they have one shape. everyone: of all processes."""
+        if self.processes == 1:
             return [tensor]
-        found = [torch.empty_like(tensor) for _ in range(self.world)]
+        found = [torch.empty_like(tensor) for _ in range(self.processes)]
         dist.all_gather(found, tensor)
-        return found
+        return found if everyone else found[::self.partners]
 
     def gather_objects(self, value) -> list:
         """The values of all ranks, in order; any that pickle can write."""
@@ -105,20 +129,20 @@ class Ranks:
         return found
 
     def broadcast(self, tensors: Iterable[torch.Tensor]):
-        """Give rank 0's values of these tensors to all ranks, in place."""
-        for tensor in tensors if self.world > 1 else ():
+        """Give rank 0's values of these tensors to all processes, in place."""
+        for tensor in tensors if self.processes > 1 else ():
             dist.broadcast(tensor.data, 0)
 
     @contextmanager
     def one_per_host_first(self):
-        """Run the block on the first rank of each host, then on the others.
+        """Run the block in the first process of each host, then in the others.
 
         These then find what the first one has downloaded or written.
         """
-        if self.world > 1 and self.local_rank > 0:
+        if self.processes > 1 and self.local_rank > 0:
             dist.barrier()
         yield
-        if self.world > 1 and self.local_rank == 0:
+        if self.processes > 1 and self.local_rank == 0:
             dist.barrier()
 
 
@@ -180,13 +204,13 @@ def end_ranks():
 def check_same_start(ranks: Ranks, weights: Iterable[torch.Tensor], rows: str):
     """Raises ValueError if ranks start from different weights or rows, as hosts may.
 
-    weights: the ones that every rank holds in full. rows: a checksum of the training rows.
+    weights: the ones that every process holds in full. rows: a checksum of the training rows.
     """
-    if ranks.world == 1:
+    if ranks.processes == 1:
         return
     total = float(sum(p.double().abs().sum() for p in weights))
     ours = torch.tensor([total, zlib.crc32(rows.encode())], dtype=torch.float64)
-    found = [other.tolist() for other in ranks.gather(ours)]
+    found = [other.tolist() for other in ranks.gather(ours, everyone=True)]
     for what, values in zip(("trained weights", "training rows"), zip(*found)):
         if len(set(values)) > 1:
             raise ValueError(
@@ -198,10 +222,11 @@ def check_same_start(ranks: Ranks, weights: Iterable[torch.Tensor], rows: str):
 
 
 class Bucket:
-    """Gradients of some parameters in one flat buffer."""
+    """Gradients of some parameters in one flat buffer. group: the processes that sum it."""
 
-    def __init__(self, params: list):
+    def __init__(self, params: list, group=None):
         self.params = params
+        self.group = group
         self.sizes = [p.numel() for p in params]
         self.flat = torch.zeros(sum(self.sizes), dtype=params[0].dtype, device=params[0].device)
         self.used = set()           # parameters with a gradient in this step, by index
@@ -219,7 +244,7 @@ class Bucket:
 
     def send(self):
         """Start to sum the buffer over the ranks."""
-        self.work = dist.all_reduce(self.flat, async_op=True)
+        self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def receive(self, users: list[float]):
         """Wait for the sum. A parameter that no rank used has no gradient, as in one process.
@@ -301,6 +326,8 @@ class Gradients:
         """Sum over the ranks: afterwards `.grad` is the same on all of them."""
         while self.sent < len(self.buckets):
             self.send_next()
+        if not self.buckets:                            # one rank
+            return
         # from CPU to CPU: the device need not have finished the backward pass
         used = [index in bucket.used
                 for bucket in self.buckets for index in range(len(bucket.params))]

@@ -30,7 +30,7 @@ from evals.loss import evaluate
 from losses import MetricSums
 from optim import set_lr
 from parallel import start_ranks
-from runtime.build import (STAGES, build_gradients, build_model, build_objective,
+from runtime.build import (STAGES, arrange, build_gradients, build_model, build_objective,
                            build_optimizer, build_schedule)
 from runtime.precision import Precision, check_first_batch
 from runtime.run import Run
@@ -42,7 +42,7 @@ from text.load_text import load_text
 def main(argv):
     config = load_config(argv, "train")
     device = pick_device(config.use_cpu)
-    ranks = start_ranks(device, config.ddp_timeout)
+    ranks = arrange(start_ranks(device, config.ddp_timeout), config, device)
     run = Run(config, device, ranks)                # output_dir, and where to resume
     torch.manual_seed(config.seed + ranks.rank)     # of dropout; all else has its own
 

@@ -17,6 +17,7 @@ from checkpoint.adapter_config import read_adapter_config, without_excluded
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
 from checkpoint.peft_targets import peft_fields
+from checkpoint.shards import full_shape, full_tensor, own_part
 from lora import (AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, attach_lora, find_targets,
                   is_quantized, lora_layers, match_patterns, merge_adapters)
 from model import CausalLM
@@ -162,13 +163,13 @@ def copy_adapter(model: CausalLM, tensors, path: Path, config: AdapterConfig, ra
             tensor = swapped_back(tensors.get_tensor, name, swapped[name])
         else:
             tensor = tensors.get_tensor(name)
-        if tensor.shape != parameter.shape:
+        if tensor.shape != full_shape(parameter):
             raise ValueError(
                 f"{path}: {name} has shape {list(tensor.shape)}, the model and "
-                f"adapter_config.json make it {list(parameter.shape)}. Its base is "
+                f"adapter_config.json make it {list(full_shape(parameter))}. Its base is "
                 f"{raw.get('base_model_name_or_path')!r}, {config.size}: is this another model, "
                 "or another rank?")
-        parameter.copy_(tensor)
+        parameter.copy_(own_part(tensor, parameter))
 
 
 def targets_of(model: CausalLM, config: AdapterConfig, raw: dict, keys) -> list[str]:
@@ -243,9 +244,9 @@ def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
             continue
         keys = [f"{names[layer]}.{part}.weight" for part in ("lora_A", "lora_B")]
         shapes = [tuple(tensors.get_slice(key).get_shape()) for key in keys]
-        A, B = module.lora_A.weight, module.lora_B.weight
-        all_plain = all_plain and shapes == [A.shape, B.shape]
-        all_swapped = all_swapped and shapes == [B.T.shape, A.T.shape]
+        A, B = full_shape(module.lora_A.weight), full_shape(module.lora_B.weight)
+        all_plain = all_plain and shapes == [A, B]
+        all_swapped = all_swapped and shapes == [B[::-1], A[::-1]]
         found.update(dict.fromkeys(keys, len(module.weight)))
     is_newer = re.match(r"0\.[2-9]\d|[1-9]", raw.get("peft_version") or "")
     return found if all_swapped and (is_newer or not all_plain) else {}
@@ -312,7 +313,8 @@ def save_adapter(model: CausalLM, folder, config: AdapterConfig, base: str,
     names.
     """
     folder = Path(folder)
-    tensors = adapter_tensors(model) if tensors is None else tensors
+    if tensors is None:
+        tensors = {name: full_tensor(p) for name, p in adapter_tensors(model).items()}
     save_tensors(folder / "adapter_model.safetensors", in_pefts_layout(model, tensors))
     fields = {
         "peft_type": config.finetuning_type.upper(),

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from checkpoint.files import open_tensors, stored_as, tensor_files, write_json, write_tensors
 from checkpoint.names import equal_tensors, find_tensors
-from checkpoint.shards import full_tensor
+from checkpoint.shards import full_shape, full_size, full_tensor, local_tensor, read_own
 from errors import nearest_name
 from families import model_config, read_config_json, read_model_config
 from model import CausalLM
@@ -66,6 +66,31 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.eval()
+
+
+def empty_model(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
+    """The decoder of a checkpoint on the meta device, with the dtypes load_model would give it."""
+    model = load_model(folder, skip_weights=True)
+    for name, (file, stored) in weight_files(model, folder).items():
+        shape, stored_dtype = stored_as(file, stored)
+        check_shape(shape, model.get_parameter(name).shape, file, stored)
+        assign(model, name, torch.empty(shape, dtype=dtype or stored_dtype, device="meta"))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@torch.no_grad()
+def fill_model(model: CausalLM, folder: Path, trained: bool = True):
+    """Read this process's part of every weight of a checkpoint. trained: also of trained ones."""
+    files = weight_files(load_model(folder, skip_weights=True), folder)
+    files.setdefault("lm_head.weight", files["model.embed_tokens.weight"])  # a head tied no more
+    for name, p in model.named_parameters():
+        name = name.replace(".base_layer.", ".")                # of a layer beside an adapter
+        if name in files and (trained or not p.requires_grad):
+            file, stored = files[name]
+            with open_tensors(file) as tensors:
+                local_tensor(p).copy_(read_own(tensors, stored, p))
 
 
 def weight_files(model: CausalLM, folder, packed: dict = {}) -> dict[str, tuple[Path, str]]:
@@ -261,7 +286,7 @@ def quantized_weights(model: nn.Module) -> dict[str, nn.Module]:
 def count_parameters(model: nn.Module) -> int:
     """Parameters of a model; for quantized matrices the numbers they stand for."""
     weights = (*model.parameters(), *quantized_weights(model).values())
-    return sum(p.numel() for p in weights)
+    return sum(map(full_size, weights))
 
 
 def formats_in_words(formats: Iterable) -> str:
@@ -298,7 +323,7 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
         with open_tensors(file) as tensors:
             return [tensors.get_tensor(key)]
 
-    shapes = {name: (tuple(p.shape), dtype or p.dtype) for name, p in weights.items()}
+    shapes = {name: (full_shape(p), dtype or p.dtype) for name, p in weights.items()}
     for name, place in others.items():
         shapes[name] = stored_as(*place)
     write_tensors(folder, shapes, read)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.files import open_tensors, read_rows, save_tensors, write_json
+from checkpoint.files import open_tensors, save_tensors, write_json
 from families import read_json_object, shown
 from text.tokenizer import read_json
 
@@ -110,7 +110,7 @@ def load_training_state(folder, optimizer, names: list[str], rank: int = 0,
     """Restore what save_training_state wrote; return the JSON part.
 
     A rank that did not exist when the state was written keeps its generators. parts: {name: (shape
-    of the full tensor, the rows to read, which of their numbers are this rank's)} of sharded
+    of the full tensor, read(tensors, key): this process's part of it in an open file)} of split
     parameters. put(p, field, tensor): keeps a tensor; None: beside the parameter. Raises ValueError
     if the parameters differ, FileNotFoundError if a file is missing.
     """
@@ -164,19 +164,24 @@ def read_optimizer(folder: Path, optimizer, names: list[str], parts: dict, put=N
             if field == "unused":
                 continue
             p = by_name[name]
-            shape, rows, part = parts.get(name, (p.shape, slice(None), slice(None)))
+            shape, read = parts.get(name, (p.shape, read_whole))
             stored = tuple(tensors.get_slice(key).get_shape())
             if field not in NO_ROWS and stored != tuple(shape):
                 raise ValueError(f"{folder} holds optimizer state of shape {list(stored)} for "
                                  f"{name}, which is {list(shape)} here: {changed}")
             if field in NO_ROWS:
-                value = tensors.get_tensor(key)
+                value = read_whole(tensors, key)
             else:
-                value = read_rows(tensors, key, rows).flatten()[part].view(p.shape)
+                value = read(tensors, key).view(p.shape)
             if put:
                 put(p, field, value)
             else:
                 optimizer.state[p][field] = value.to(p.device)
+
+
+def read_whole(tensors, key: str) -> torch.Tensor:
+    """A tensor of an open file."""
+    return tensors.get_tensor(key)
 
 
 def set_rng_state(folder: Path, rank: int):

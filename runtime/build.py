@@ -10,6 +10,7 @@ Next: train.py.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.files import find_checkpoint
-from checkpoint.load import load_model
+from checkpoint.load import empty_model, fill_model, load_model
 from checkpoint.shards import full_tensor
 from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
@@ -42,6 +43,18 @@ from runtime.setup import Base, Setup, needs_second_model
 from scale import fsdp
 from scale import zero
 from text.load_text import load_text
+
+
+def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
+    """The ranks of data parallelism: each is one process, or several that share a model.
+
+    ranks: as torchrun started them. See scale/mesh.py.
+    """
+    if config.tensor_parallel_size == 1:
+        return ranks
+    from scale.mesh import lay_out                          # only where it is asked for
+
+    return lay_out(ranks, config, device)
 
 
 # ---- stages -------------------------------------------------------------------------------------
@@ -146,7 +159,12 @@ STAGES = {
 def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> Objective:
     """The objective of the config's stage, with its reference model or value head."""
     objective = STAGES[config.stage].build_objective(config, base, setup, ranks, resume)
-    if setup.kernels.compile:
+    if setup.cuts_vocabulary:
+        from scale.cut_vocabulary import vocabulary_loss    # only where it is asked for
+
+        objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"],
+                                       base.model_config.vocab_size)
+    elif setup.kernels.compile:
         objective.chunk_loss = setup.kernels.compile_loss()
     return objective
 
@@ -178,16 +196,18 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
 def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: lora or oft. A frozen base, and adapters that are trained."""
     half = half_dtype(config)
-    if setup.sharded:
-        model = fsdp.empty_model(base.folder, half)
+    split = setup.sharded or ranks.axes     # over processes, each of which reads its part
+    if split:
+        model = empty_model(base.folder, half)
     else:
         model = load_model(base.folder, half, setup.device,
                            quant_format=requested_format(config))
     for adapter in base.merged_adapters(config):
-        if setup.sharded:
-            raise ValueError(f"fsdp: {adapter} would have to be merged into weights that are "
-                             "sharded; merge it first: python merge.py, then take the merged "
-                             "model as model_name_or_path")
+        if split:
+            raise ValueError(f"adapter_name_or_path: {adapter} would have to be merged into "
+                             "weights that are split over processes (fsdp, tensor_parallel_size); "
+                             "merge it first: python merge.py, then take the merged model as "
+                             "model_name_or_path")
         load_adapter(model, adapter)
         merge_adapters(model)
     continued = resume or base.continued_adapter(config)
@@ -197,9 +217,9 @@ def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Cau
     else:
         attach_lora(model, setup.lora, config.seed, stored_name=model.config.stored_name,
                     device=setup.device, **variant_of(setup.lora))
-    if setup.sharded:
-        fsdp.shard_model(model, config.fsdp, ranks, setup.device)
-        fsdp.fill(model, base.folder, trained=not continued)    # the adapter's file has the others
+    if split:
+        split_model(model, config, setup, ranks)
+        fill_model(model, base.folder, trained=not continued)    # the adapter's file has the others
         if setup.lora.use_dora and not continued:
             for layer in lora_layers(model).values():
                 layer.set_magnitude(full_tensor(layer.weight))
@@ -222,10 +242,10 @@ def note_unused_settings(config, adapter: AdapterConfig):
 def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: full. All weights are trained."""
     folder = resume or base.folder
-    if setup.sharded:
-        model = fsdp.empty_model(folder, torch.float32).requires_grad_(True)
-        fsdp.shard_model(model, config.fsdp, ranks, setup.device)
-        fsdp.fill(model, folder)
+    if setup.sharded or ranks.axes:
+        model = empty_model(folder, torch.float32).requires_grad_(True)
+        split_model(model, config, setup, ranks)
+        fill_model(model, folder)
     elif config.train_from_scratch and not resume:
         model = CausalLM(read_model_config(folder))
         init_weights(model, torch.Generator().manual_seed(config.seed))
@@ -237,6 +257,19 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
     if config.stage == "rm" and model.lm_head.weight is not model.model.embed_tokens.weight:
         model.lm_head.requires_grad_(False)     # nothing is scored over the vocabulary
     return model
+
+
+def split_model(model: CausalLM, config, setup: Setup, ranks: Ranks):
+    """Give this process its part of a model on the meta device, uninitialized.
+
+    By rows of every weight (fsdp), or by the columns and rows of tensor_parallel_size.
+    """
+    if setup.sharded:
+        fsdp.shard_model(model, config.fsdp, ranks, setup.device)
+        return
+    from scale.tensor_parallel import cut_model             # only where it is asked for
+
+    cut_model(model, ranks.axes["tensor"], setup.device, setup.cuts_vocabulary)
 
 
 def partly_frozen_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
@@ -274,14 +307,15 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
         dtype = torch.bfloat16
     elif not dtype and not setup.lora:
         dtype = torch.float32
-    if setup.sharded and adapters:
-        raise ValueError("fsdp: the reference model's adapters would have to be merged into "
-                         "weights that are sharded; merge them first: python merge.py, then take "
-                         "the merged model as ref_model")
-    if setup.sharded:
-        reference = fsdp.empty_model(folder, dtype).requires_grad_(False)
-        fsdp.shard_model(reference, config.fsdp, ranks, setup.device)
-        fsdp.fill(reference, folder)
+    split = setup.sharded or ranks.axes
+    if split and adapters:
+        raise ValueError("ref_model_adapters would have to be merged into weights that are split "
+                         "over processes (fsdp, tensor_parallel_size); merge them first: python "
+                         "merge.py, then take the merged model as ref_model")
+    if split:
+        reference = empty_model(folder, dtype).requires_grad_(False)
+        split_model(reference, config, setup, ranks)
+        fill_model(reference, folder)
     else:
         reference = load_model(folder, dtype, setup.device, quant_format=quant_format)
         for adapter in adapters:
@@ -294,6 +328,10 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
 def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     """The gradients of all trained weights, of the model and of the objective's own."""
     weights = trainable(model) | objective.parameters()
+    if ranks.axes:
+        from scale.cut_gradients import PartGradients       # only where it is asked for
+
+        return PartGradients(weights, ranks)
     if setup.sharded and not setup.lora:
         return fsdp.ShardedGradients(model, weights, ranks)
     if setup.config.zero_stage and ranks.world > 1:
@@ -320,7 +358,8 @@ def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:
 
         file = None
         if config.offload_optimizer == "nvme":
-            file = Path(config.output_dir, STATE_FOLDER, f"rank-{gradients.ranks.rank}.safetensors")
+            name = f"rank-{gradients.ranks.process}.safetensors"
+            file = Path(config.output_dir, STATE_FOLDER, name)
         names = optimizer_names(optimizer, gradients.parameters)
         offload_state(optimizer, names, gradients.device, file)
     return optimizer

@@ -426,6 +426,40 @@ def in_fsdp(c: Config) -> Iterator[tuple]:
         "fsdp is for finetuning_type: lora and full; with freeze and oft leave it out")
 
 
+def in_tensor_parallel(c: Config) -> Iterator[tuple]:
+    cut = c.tensor_parallel_size > 1
+    yield cut and c.fsdp, (
+        "tensor_parallel_size cuts matrices, fsdp (and deepspeed stage 3) shards them; keep one")
+
+    yield cut and c.zero_stage, (
+        "tensor_parallel_size cuts the optimizer state with the weights, zero_stage over "
+        "data-parallel ranks; keep one")
+
+    yield cut and c.finetuning_type in ("freeze", "oft"), (
+        "tensor_parallel_size is for finetuning_type: lora and full")
+
+    yield cut and (c.use_dora or c.pissa_init), (
+        "tensor_parallel_size cuts the matrices that use_dora and pissa_init look at as a whole; "
+        "plain LoRA, also with use_rslora or loraplus_lr_ratio, works")
+
+    yield cut and (c.quantization_bit or c.base_precision or c.fp8), (
+        "tensor_parallel_size takes a base in 16 or 32 bits (bf16: true), of which each process "
+        "holds a part; leave quantization_bit, base_precision and fp8 out")
+
+    further = (c.use_muon or c.use_galore or c.use_adam_mini or c.use_apollo or c.use_badam
+               or "8bit" in c.optim)
+    yield cut and further, (
+        "tensor_parallel_size: use_muon, use_galore, use_adam_mini, use_apollo, use_badam and "
+        "8-bit optimizers need whole matrices; use optim: adamw_torch")
+
+    yield cut and c.ask, (
+        "ask puts questions to a model in one place; leave it out with tensor_parallel_size, and "
+        "ask the adapter in chat.py")
+
+    yield cut and c.finetuning_type == "full" and c.train_from_scratch, (
+        "train_from_scratch draws whole matrices; leave tensor_parallel_size out")
+
+
 # ---- merging ------------------------------------------------------------------------------------
 
 
@@ -462,7 +496,7 @@ def _is_multiple(a: float, b: float) -> bool:
 CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
-              in_cards, in_zero, in_fsdp),
+              in_cards, in_zero, in_fsdp, in_tensor_parallel),
     "eval": (in_evaluation_rows,),
     "merge": (in_merge,),
 }

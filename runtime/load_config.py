@@ -48,7 +48,10 @@ OTHER_WORDS = {      # how other programs call a key, for the hint
     "target_modules": "lora_target",
 }
 RECORDED = ("versions", "kernels")      # what train_config.json holds beside the settings
-ALIASES = {"evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu"}    # earlier spellings
+ALIASES = {         # earlier spellings, and Megatron's
+    "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
+    "tensor_model_parallel_size": "tensor_parallel_size",
+}
 
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")

@@ -545,9 +545,7 @@ class Run:
         folder = self.output / f"checkpoint-{best[0]}"
         if self.gradients.sharded:
             self.ranks.total(0)                         # rank 0 has written it by now
-            from scale.fsdp import fill                 # only where it is asked for
-
-            fill(self.model, folder)
+            self.gradients.reload(self.model, folder)
         elif self.ranks.main:
             self.read_weights(folder)
         if self.ranks.main:
@@ -581,7 +579,7 @@ class Run:
         self.save_final()
         end_ranks()
         results["speed"] = speed_results(self.pace, self.setup.device, self.setup.dtype,
-                                         self.ranks.world, self.setup.kernels.matmul)
+                                         self.ranks.processes, self.setup.kernels.matmul)
         state = trainer_state(self.config, self.log, self.state.step, self.state.epoch)
         write_json(self.output / "trainer_state.json", state)
         self.write_results(results)

@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from rope import LENGTH_DEPENDENT
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
 from runtime.layout_advice import layout_lines
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
-                            memory_plan, plan_lines)
+                            memory_plan, model_without_storage, plan_lines)
 from runtime.device import out_of_memory
 from runtime.memory_advice import advice, available_bytes, explain_oom
 from runtime.odd_sizes import check_start_block, notes_on_sizes
@@ -104,11 +104,12 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     formats = {name: weight.quant_format for name, weight in quantized_weights(skeleton).items()}
     if not formats:
         return {}
-    if config.finetuning_type not in ADAPTERS or config.fsdp or config.base_precision:
+    split = config.fsdp or config.tensor_parallel_size > 1
+    if config.finetuning_type not in ADAPTERS or split or config.base_precision:
         raise ValueError(
             f"{folder} holds weights in 4 or 8 bits ({formats_in_words(formats.values())}): only "
-            "adapters can be trained beside them (finetuning_type: lora or oft), without fsdp and "
-            "base_precision")
+            "adapters can be trained beside them (finetuning_type: lora or oft), without fsdp, "
+            "tensor_parallel_size and base_precision")
     if adapters and (len(adapters) > 1 or config.create_new_adapter):
         raise ValueError(
             "adapter_name_or_path: beside a base in 4 or 8 bits one adapter can be trained "
@@ -243,12 +244,15 @@ class Setup:
     free_bytes: int | None          # of the device, the least of all ranks
     max_tokens_per_pass: int        # of merged micro-batches; 0: each alone
     numbers: dict                   # parameters, steps, ...
+    mesh: list                      # lines of the start page: which process holds what
+    cuts_vocabulary: bool           # embedding and head are cut, too (scale/cut_vocabulary.py)
     notes: list                     # on sizes that do not fit, see runtime/odd_sizes.py
     layouts: list                   # advice on several cards, see runtime/layout_advice.py
 
     def report(self) -> str:
         """The plan as a page of text."""
         page = [format_pairs("plan", self.numbers)]
+        page += self.mesh
         page += [f"  note: {note}" for note in self.notes]
         page += [*self.kernels.lines, ""]
         page += plan_lines(self.memory, self.free_bytes)
@@ -275,7 +279,8 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     model_config = base.model_config
     lora = lora_config(config, base, run.resume)
     dtype = compute_dtype(config, base, base.quant_formats)
-    kernels = choose_kernels(config, model_config, device, dtype)
+    part = own_sizes(config, base, plan, lora, dtype)
+    kernels = choose_kernels(config, part.model_config, device, dtype)
     same_kernels(kernels, ranks, run)
 
     balance = 0.0
@@ -283,7 +288,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         balance = config.moe_aux_loss_coef or model_config.router_aux_loss_coef
     if config.mlp_tile is None:                 # None again for a run that starts now
         config = replace(config, mlp_tile=run.recorded("mlp_tile", None))
-    memory = plan_memory(config, base, plan, lora, dtype, kernels)
+    memory = plan_memory(config, base, part.model_config, plan, lora, dtype, kernels)
     layouts = []
     if config.cards:
         layouts = layout_lines(config, memory, plan, partial(choose_pass_size, balance=balance))
@@ -302,7 +307,9 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         memory=memory,
         free_bytes=free_bytes,
         max_tokens_per_pass=max_tokens,
-        numbers=plan_numbers(config, plan, memory, dtype),
+        numbers=plan_numbers(config, plan, memory, dtype, part.whole),
+        mesh=part.lines,
+        cuts_vocabulary=part.cuts_vocabulary,
         notes=notes_on_sizes(config, memory.workload.model, lora, plan),
         layouts=layouts,
     )
@@ -323,12 +330,49 @@ def is_run_sharded(config, ranks: Ranks) -> bool:
     return bool(config.fsdp) and ranks.world > 1
 
 
-def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, dtype: torch.dtype,
-                kernels: Kernels) -> Plan:
-    """The memory of a step with the largest micro-batch of the run, each micro-batch alone."""
+@dataclass(frozen=True)
+class OwnSizes:
+    """What this process computes with, of a model that several processes share."""
+    model_config: ModelConfig               # its sizes
+    whole: CausalLM | None = None           # the model of all of them, without storage
+    cuts_vocabulary: bool = False
+    lines: list = field(default_factory=list)       # of the start page
+
+
+def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
+             dtype: torch.dtype) -> OwnSizes:
+    """The sizes of this process, which without further axes of the mesh are the model's.
+
+    Raises ValueError for sizes that tensor_parallel_size does not divide.
+    """
+    axis = plan.ranks.axes.get("tensor")
+    if not axis:
+        return OwnSizes(base.model_config)
+    from scale.cut_vocabulary import why_whole          # only where it is asked for
+    from scale.mesh import mesh_lines
+    from scale.tensor_parallel import part_config
+
+    part_config(base.model_config, axis.size, False)
+    whole = model_without_storage(config, Workload(
+        model_config=base.model_config, lora=lora, rows=[], dtype=dtype, kernel="plain",
+        device=plan.device))
+    reason = why_whole(config, whole, axis.size)
+    lines = mesh_lines(plan.ranks, base.model_config, not reason)
+    if reason:
+        lines.append(f"  embedding and head are whole on every process: {reason}")
+    sizes = part_config(base.model_config, axis.size, not reason)
+    return OwnSizes(sizes, whole, not reason, lines)
+
+
+def plan_memory(config, base: Base, sizes: ModelConfig, plan: StepPlan, lora: AdapterConfig | None,
+                dtype: torch.dtype, kernels: Kernels) -> Plan:
+    """The memory of a step with the largest micro-batch of the run, each micro-batch alone.
+
+    sizes: of what this process computes with.
+    """
     on_gpu = plan.device.type == "cuda"
     return memory_plan(config, Workload(
-        model_config=base.model_config,
+        model_config=sizes,
         lora=lora,
         rows=rows_in_training(config, base, plan),
         dtype=dtype,
@@ -339,7 +383,8 @@ def plan_memory(config, base: Base, plan: StepPlan, lora: AdapterConfig | None, 
         fast=bool(kernels.fuse),
         fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
-        other_bytes=reference_bytes(config, lora, base, dtype) + judge_bytes(config, dtype),
+        other_bytes=reference_bytes(config, lora, base, dtype) // plan.ranks.partners
+        + judge_bytes(config, dtype),
         rollout_bytes=rollout_bytes(config, base, plan, dtype),
         host_bytes=free_on_all(torch.device("cpu"), plan.ranks) if on_gpu else None,
     ))
@@ -370,9 +415,10 @@ def rollout_bytes(config, base: Base, plan: StepPlan, dtype: torch.dtype) -> int
 
 
 def free_on_all(device: torch.device, ranks: Ranks) -> int | None:
-    """Free bytes of the rank that has the least; None if unknown. All plan alike."""
+    """Free bytes of the process that has the least; None if unknown. All plan alike."""
     free = available_bytes(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return min(int(other) for other in ranks.gather(torch.tensor([free or 0]))) or None
+    found = ranks.gather(torch.tensor([free or 0]), everyone=True)
+    return min(map(int, found)) or None
 
 
 def needs_second_model(config, lora: AdapterConfig | None) -> bool:
@@ -449,9 +495,10 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
 # ---- the start page -----------------------------------------------------------------------------
 
 
-def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype) -> dict[str, str]:
-    """Parameters, steps and passes for the start page."""
-    model = memory.workload.model
+def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype,
+                 whole: CausalLM | None = None) -> dict[str, str]:
+    """Parameters, steps and passes for the start page. whole: the model, if the plan has a part."""
+    model = whole or memory.workload.model
     trained = sum(p.numel() for p in trainable(model).values())
     total = count_parameters(model)
     weights = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint.load import count_parameters, quantized_weights
+from checkpoint.shards import full_size
 from families import ModelConfig
 
 WARM_STEPS = 3                  # first steps of a run: kernels are chosen, caches filled
@@ -64,9 +65,9 @@ def matmul_parameters(model: nn.Module) -> tuple[float, float]:
         if ".experts." in name:
             used = model_config.num_experts_per_tok / model_config.num_experts
         if p.requires_grad:
-            trained += p.numel() * used
+            trained += full_size(p) * used
         else:
-            frozen += p.numel() * used
+            frozen += full_size(p) * used
     return frozen, trained
 
 
@@ -127,7 +128,7 @@ def flops_of_batch(model_config: ModelConfig, frozen: float, trained: float, ref
 
 def total_flos(model: nn.Module, tokens: int) -> float:
     """6 x parameters (without the embedding) x tokens, as LLaMA-Factory's results count it."""
-    return 6.0 * (count_parameters(model) - model.model.embed_tokens.weight.numel()) * tokens
+    return 6.0 * (count_parameters(model) - full_size(model.model.embed_tokens.weight)) * tokens
 
 
 # ---- measurements -------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ Next: train.py.
 Papers: FSDP arXiv:2304.11277, ZeRO arXiv:1910.02054.
 """
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,9 +31,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
 
-from checkpoint.files import open_tensors, read_rows, stored_as
-from checkpoint.load import assign, check_shape, load_model, weight_files
-from checkpoint.shards import full_tensor, is_sharded, local_rows, local_tensor
+from checkpoint.load import assign, fill_model
+from checkpoint.shards import full_tensor, is_sharded, local_tensor, read_own
 from checkpoint.training_state import gather_state
 from errors import bytes_in_words
 from model import MoE
@@ -42,18 +42,6 @@ CPU_SINCE = (2, 6)              # the first torch whose fully_shard works withou
 
 
 # ---- the sharded model --------------------------------------------------------------------------
-
-
-def empty_model(folder: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """The decoder of a checkpoint on the meta device, with the dtypes load_model would give it."""
-    model = load_model(folder, skip_weights=True)
-    for name, (file, stored) in weight_files(model, folder).items():
-        shape, stored_dtype = stored_as(file, stored)
-        check_shape(shape, model.get_parameter(name).shape, file, stored)
-        assign(model, name, torch.empty(shape, dtype=dtype or stored_dtype, device="meta"))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
 
 
 def shard_model(model, words: list[str], ranks: Ranks, device: torch.device):
@@ -134,19 +122,6 @@ def removed(parameters: list[tuple]):
         setattr(module, name, p)
 
 
-@torch.no_grad()
-def fill(model, folder: Path, trained: bool = True):
-    """Read this rank's rows of every weight of a checkpoint. trained: also of trained weights."""
-    files = weight_files(load_model(folder, skip_weights=True), folder)
-    files.setdefault("lm_head.weight", files["model.embed_tokens.weight"])  # a head tied no more
-    for name, p in model.named_parameters():
-        name = name.replace(".base_layer.", ".")                # of a layer beside an adapter
-        if name in files and (trained or not p.requires_grad):
-            file, stored = files[name]
-            with open_tensors(file) as tensors:
-                local_tensor(p).copy_(read_rows(tensors, stored, local_rows(p)))
-
-
 # ---- gradients of sharded weights ---------------------------------------------------------------
 
 
@@ -214,8 +189,12 @@ class ShardedGradients:
         return sharded.full_tensor()
 
     def state_parts(self) -> dict:
-        """{name: (shape, this rank's rows, all of them)}, see load_training_state."""
-        return {name: (p.shape, local_rows(p), slice(None)) for name, p in self.weights.items()}
+        """{name: (shape, how to read this rank's rows)}, see load_training_state."""
+        return {name: (p.shape, partial(read_own, p=p)) for name, p in self.weights.items()}
+
+    def reload(self, model, folder: Path):
+        """Put the weights of a checkpoint of this run back; every rank reads its rows."""
+        fill_model(model, folder)
 
     def join_save(self, model, optimizer, names: list[str]):
         """What the other ranks do while rank 0 saves: ask for the same tensors, in its order.

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.profiler import record_function
 
+from checkpoint.files import read_rows
 from checkpoint.training_state import gather_state
 from optim import Optimizer
 from parallel import Gradients, Ranks, all_gather, clip_shards, reduce_scatter
@@ -172,7 +173,7 @@ class ZeroGradients(Gradients):
         return full.view_as(bucket.params[index])
 
     def state_parts(self) -> dict:
-        """{name: (shape, rows that hold this rank's piece, the piece among their numbers)}."""
+        """{name: (shape, how to read this rank's piece)}, see load_training_state."""
         parts = {}
         for name, (bucket, index) in self.places.items():
             shape = bucket.params[index].shape
@@ -180,13 +181,19 @@ class ZeroGradients(Gradients):
             start, stop = bucket.span(index, self.ranks.rank)
             rows = slice(start // width, -(-stop // width))
             before = rows.start * width
-            parts[name] = shape, rows, slice(start - before, stop - before)
+            numbers = slice(start - before, stop - before)
+            parts[name] = shape, partial(read_piece, rows=rows, numbers=numbers)
         return parts
 
     def join_save(self, model, optimizer, names: list[str]):
         """What the other ranks do while rank 0 saves: send their pieces."""
         for _ in gather_state(optimizer, names, self.full_tensor) if optimizer else ():
             pass
+
+
+def read_piece(tensors, key: str, rows: slice, numbers: slice) -> torch.Tensor:
+    """Some of the numbers of some rows of a tensor in an open file, (n,)."""
+    return read_rows(tensors, key, rows).flatten()[numbers]
 
 
 class ZeroOptimizer(Optimizer):

@@ -336,7 +336,7 @@ class FakeGroup:
         self.sent = [[] for _ in range(world)]
         self.ready = threading.Condition()
 
-    def all_reduce(self, tensor, async_op=False):
+    def all_reduce(self, tensor, group=None, async_op=False):
         mine = self.sent[self.here.rank]
         with self.ready:
             mine.append(tensor.clone())

@@ -1,0 +1,117 @@
+"""Lay out the processes: which of them share rows, and which share a model.
+
+    ranks = lay_out(start_ranks(device, timeout), config, device)
+
+With tensor_parallel_size: 2, six processes are
+
+    process   0  1  2  3  4  5      as torchrun numbers them, host by host
+    data      0  0  1  1  2  2      outermost: sends once a step, so it may cross hosts
+    tensor    0  1  0  1  0  1      innermost: sends in every block, so it stays within a host
+
+parallel.Ranks then means the data-parallel ranks, 0 to 2 here: batches are dealt over them, their
+gradients are summed, and the two processes of a rank (partners) see the same rows and draw the same
+random numbers. Where nothing is laid out, a rank is a process, and this file is not read.
+
+A further axis (pipeline, context, expert) takes four steps:
+
+    1. its row of AXES, which stands from the outermost to the innermost, and its key in config.py
+    2. its file in scale/, which reads ranks.axes["its name"]: size, rank and group
+    3. its line of runtime/build.py, where that file changes the finished model
+    4. its words in `holdings`, for the start page
+
+What the rest of the program relies on: partners hand Ranks.total and Ranks.sync the same numbers
+(so a pipeline gives its loss to all stages first); a process that writes files is Ranks.main; what
+only some partners hold is marked by a Cut (checkpoint/shards.py), and saved whole.
+
+Requires: parallel.py.
+Next: scale/tensor_parallel.py.
+Papers: the layout by what is sent how often, arXiv:2104.04473 (sec. 3).
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+
+from families import ModelConfig
+from parallel import LEFT, Ranks
+
+# {axis: the key of its size}, from the outermost, which sends least often, to the innermost
+AXES = {"tensor": "tensor_parallel_size"}
+MOST_LINES = 16                 # processes that the start page lists
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of the mesh: this process is number `rank` of the `size` in `group`."""
+    rank: int
+    size: int
+    group: object
+
+
+def lay_out(ranks: Ranks, config, device: torch.device) -> Ranks:
+    """The ranks of data parallelism, with the axes that the config asks for.
+
+    ranks: as torchrun started them, a rank for each process. Raises ValueError where the number of
+    processes is not a multiple of the axes' product.
+    """
+    sizes = {name: getattr(config, key) for name, key in AXES.items() if getattr(config, key) > 1}
+    partners = math.prod(sizes.values())
+    if partners == 1:
+        return ranks
+    check_world(ranks.world, partners, sizes)
+    shape = (ranks.world // partners, *sizes.values())
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", *sizes))
+    axes = {name: Axis(mesh.get_local_rank(name), size, mesh.get_group(name))
+            for name, size in sizes.items()}
+    group = mesh.get_group("data")
+    LEFT.extend([group, *(axis.group for axis in axes.values())])   # see parallel.end_ranks
+    return replace(ranks, rank=ranks.rank // partners, world=shape[0], partners=partners,
+                   partner=ranks.rank % partners, group=group, axes=axes)
+
+
+def check_world(world: int, partners: int, sizes: dict[str, int]):
+    """Raises ValueError unless `partners`, the product of the sizes, divides the processes."""
+    if world % partners == 0:
+        return
+    keys = " x ".join(f"{AXES[name]}: {size}" for name, size in sizes.items())
+    if world == 1:
+        raise ValueError(f"{keys} takes {partners} processes or a multiple of them, and this is "
+                         f"one: torchrun --standalone --nproc-per-node {partners} train.py …")
+    fitting = [n for n in range(1, world + 1) if world % n == 0]
+    raise ValueError(f"{keys} does not divide the {world} processes that torchrun started. Start a "
+                     f"multiple of {partners}; {world} processes can be cut into "
+                     f"{' or '.join(map(str, fitting))}")
+
+
+# ---- what each process holds --------------------------------------------------------------------
+
+
+def mesh_lines(ranks: Ranks, config: ModelConfig, vocabulary: bool) -> list[str]:
+    """The mesh as a page of text: which process trains on which rows, with which part of the model.
+
+    config: of the whole model. vocabulary: whether embedding and head are cut, too.
+    """
+    shape = " x ".join([f"{ranks.world} data", *(f"{axis.size} {name}"
+                                                 for name, axis in ranks.axes.items())])
+    page = [f"mesh: {ranks.processes} processes = {shape}"]
+    for process in range(min(ranks.processes, MOST_LINES)):
+        rank, partner = divmod(process, ranks.partners)
+        page.append(f"  process {process:<3} rows of rank {rank} of {ranks.world}; "
+                    + holdings(partner, ranks.partners, config, vocabulary))
+    if ranks.processes > MOST_LINES:
+        page.append(f"  and so on, {ranks.processes - MOST_LINES} more")
+    return page
+
+
+def holdings(part: int, parts: int, config: ModelConfig, vocabulary: bool) -> str:
+    """What a process holds of the model, in words."""
+    def numbers(whole: int) -> str:
+        start, end = part * whole // parts, (part + 1) * whole // parts
+        return f"{start}-{end - 1}" if end > start + 1 else f"{start}"
+
+    words = [f"query heads {numbers(config.num_attention_heads)}",
+             f"key/value heads {numbers(config.num_key_value_heads)}",
+             f"MLP columns {numbers(config.intermediate_size)}"]
+    words.append(f"token ids {numbers(config.vocab_size)}" if vocabulary else "all token ids")
+    return ", ".join(words)
