@@ -162,8 +162,7 @@ def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None)
     if setup.cuts_vocabulary:
         from scale.cut_vocabulary import vocabulary_loss    # only where it is asked for
 
-        objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"],
-                                       base.model_config.vocab_size)
+        objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"])
     elif setup.kernels.compile:
         objective.chunk_loss = setup.kernels.compile_loss()
     return objective

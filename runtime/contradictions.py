@@ -446,11 +446,13 @@ def in_tensor_parallel(c: Config) -> Iterator[tuple]:
         "tensor_parallel_size takes a base in 16 or 32 bits (bf16: true), of which each process "
         "holds a part; leave quantization_bit, base_precision and fp8 out")
 
-    further = (c.use_muon or c.use_galore or c.use_adam_mini or c.use_apollo or c.use_badam
-               or "8bit" in c.optim)
-    yield cut and further, (
+    yield cut and needs_whole_matrices(c), (
         "tensor_parallel_size: use_muon, use_galore, use_adam_mini, use_apollo, use_badam and "
         "8-bit optimizers need whole matrices; use optim: adamw_torch")
+
+    yield cut and c.stage in SAMPLED, (
+        f"stage: {c.stage} samples replies from a whole model on each rank; leave "
+        "tensor_parallel_size out, or take stage: dpo with replies that another run has sampled")
 
     yield cut and c.ask, (
         "ask puts questions to a model in one place; leave it out with tensor_parallel_size, and "

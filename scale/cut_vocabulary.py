@@ -64,15 +64,13 @@ def embed_own(embedding, start: int, axis: Axis, ids):
     return leave(x * own[..., None], axis)
 
 
-def vocabulary_loss(axis: Axis, vocab_size: int, scores, y, softcap, dtype,
-                    needs_grad: bool = True):
+def vocabulary_loss(axis: Axis, scores, y, softcap, dtype, needs_grad: bool = True):
     """losses.losses_and_grad where this process has the scores (c, V / size) of its token ids.
 
     Sent for each position: its largest score, then its sum of exponentials and the target's score.
     """
-    start = axis.rank * (vocab_size // axis.size)
     logits, tanh = logits_of(scores, softcap)
-    local = y - start
+    local = y - axis.rank * logits.shape[1]                                     # (c,)
     own = (local >= 0) & (local < logits.shape[1])
     index = torch.where(own, local, 0)[:, None]
     at_y = logits.gather(1, index) * own[:, None]                               # (c, 1)

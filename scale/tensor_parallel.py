@@ -54,6 +54,7 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
     names += ["intermediate_size"] if not all(config.sparse) else []
     names += ["moe_intermediate_size"] if any(config.sparse) else []
     names += ["shared_expert_intermediate_size"] if any(config.sparse) else []
+    names += ["vocab_size"] if vocabulary else []
     sizes = {}
     for name in names:
         size = getattr(config, name)
@@ -65,8 +66,6 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
                 f"Take {' or '.join(map(str, fitting))}, and the other processes for data "
                 "parallelism; or fsdp: full_shard, which shards every model")
         sizes[name] = size // parts
-    if vocabulary:
-        sizes["vocab_size"] = config.vocab_size // parts
     return replace(config, **sizes)
 
 
@@ -76,8 +75,9 @@ def cut_model(model, axis: Axis, device: torch.device, vocabulary: bool):
     """Give this process its part of a model whose adapters are attached, in place.
 
     Weights on the meta device are left uninitialized (checkpoint.load.fill_model reads them).
-    vocabulary: cut embedding and head, too, by token id.
+    vocabulary: cut embedding and head, too, by token id. Raises ValueError as part_config does.
     """
+    part_config(model.config, axis.size, vocabulary)
     for name, module in list(model.named_modules()):
         kind = name.rpartition(".")[2]
         if kind in COLUMNS + ROWS:

@@ -182,7 +182,7 @@ class ZeroGradients(Gradients):
             rows = slice(start // width, -(-stop // width))
             before = rows.start * width
             numbers = slice(start - before, stop - before)
-            parts[name] = shape, partial(read_piece, rows=rows, numbers=numbers)
+            parts[name] = shape, partial(read_numbers, rows=rows, numbers=numbers)
         return parts
 
     def join_save(self, model, optimizer, names: list[str]):
@@ -191,7 +191,7 @@ class ZeroGradients(Gradients):
             pass
 
 
-def read_piece(tensors, key: str, rows: slice, numbers: slice) -> torch.Tensor:
+def read_numbers(tensors, key: str, rows: slice, numbers: slice) -> torch.Tensor:
     """Some of the numbers of some rows of a tensor in an open file, (n,)."""
     return read_rows(tensors, key, rows).flatten()[numbers]
 
