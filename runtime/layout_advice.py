@@ -4,7 +4,7 @@
 
 One process plans for `cards` cards; nothing is loaded. LAYOUTS is the table, from what sends least
 to what holds least; the first that fits is advised. A new layout joins by a row. MISSING names what
-would help where none fits, and is not in this release.
+would help where none fits.
 
 Bytes are exact: what a rank gives to each collective in an optimizer step, without the counts of
 tokens and losses. A ring sends 2 (N - 1) / N of them in an all-reduce and (N - 1) / N in the
@@ -149,8 +149,9 @@ def rows_are_too_long(plan: Plan, card_bytes: int) -> bool:
 
 
 MISSING = (         # where no layout fits: whether this is why, and what would help
-    (block_is_too_large, "two blocks, embedding and head do not fit one card: to cut matrices is "
-                         "tensor parallelism, which this release has not"),
+    (block_is_too_large, "two blocks, embedding and head do not fit one card: "
+                         "tensor_parallel_size, which this table does not plan, cuts every matrix "
+                         "(docs/many_gpus.md)"),
     (rows_are_too_long, "most of it is activations: to cut a row over the cards is context "
                         "parallelism, which this release has not"),
 )
