@@ -7,6 +7,7 @@ holds in full, the part is the whole.
 Requires: checkpoint/files.py.
 Next: checkpoint/load.py, scale/fsdp.py, scale/tensor_parallel.py.
 """
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,11 @@ def full_size(p) -> int:
     """Numbers in the whole parameter."""
     cut = cut_of(p)
     return p.numel() // p.shape[cut.dim] * sum(cut.sections) if cut else p.numel()
+
+
+def full_bytes(parameters: Iterable) -> int:
+    """Bytes of whole parameters, as a checkpoint holds them."""
+    return sum(full_size(p) * p.element_size() for p in parameters)
 
 
 def full_tensor(p) -> torch.Tensor:

@@ -195,7 +195,7 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
 def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: lora or oft. A frozen base, and adapters that are trained."""
     half = half_dtype(config)
-    split = setup.sharded or ranks.axes     # over processes, each of which reads its part
+    split = is_split(setup, ranks)          # each process reads its part
     if split:
         model = empty_model(base.folder, half)
     else:
@@ -241,7 +241,7 @@ def note_unused_settings(config, adapter: AdapterConfig):
 def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: full. All weights are trained."""
     folder = resume or base.folder
-    if setup.sharded or ranks.axes:
+    if is_split(setup, ranks):
         model = empty_model(folder, torch.float32).requires_grad_(True)
         split_model(model, config, setup, ranks)
         fill_model(model, folder)
@@ -256,6 +256,11 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
     if config.stage == "rm" and model.lm_head.weight is not model.model.embed_tokens.weight:
         model.lm_head.requires_grad_(False)     # nothing is scored over the vocabulary
     return model
+
+
+def is_split(setup: Setup, ranks: Ranks) -> bool:
+    """Whether every process holds a part of each matrix."""
+    return setup.sharded or "tensor" in ranks.axes
 
 
 def split_model(model: CausalLM, config, setup: Setup, ranks: Ranks):
@@ -306,7 +311,7 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
         dtype = torch.bfloat16
     elif not dtype and not setup.lora:
         dtype = torch.float32
-    split = setup.sharded or ranks.axes
+    split = is_split(setup, ranks)
     if split and adapters:
         raise ValueError("ref_model_adapters would have to be merged into weights that are split "
                          "over processes (fsdp, tensor_parallel_size); merge them first: python "
@@ -327,7 +332,7 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
 def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     """The gradients of all trained weights, of the model and of the objective's own."""
     weights = trainable(model) | objective.parameters()
-    if ranks.axes:
+    if "tensor" in ranks.axes:
         from scale.cut_gradients import PartGradients       # only where it is asked for
 
         return PartGradients(weights, ranks)

@@ -25,6 +25,7 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
+from checkpoint.shards import full_bytes
 from checkpoint.training_state import STATE_FILES, STATE_FOLDER, checkpoints_in, damage
 from checkpoint.work_folder import (files_under, keep_aside, remove_leftovers, unused_name,
                                     work_folder)
@@ -399,7 +400,7 @@ def prepare_output(config: Config, resume: Path | None, weights: dict):
     remove_leftovers(output)
     # a checkpoint also holds AdamW's two moments of each weight
     copies = 1 if config.save_strategy == "no" else 4
-    check_disk_space(output, sum(p.nbytes for p in weights.values()) * copies, "this run")
+    check_disk_space(output, full_bytes(weights.values()) * copies, "this run")
 
 
 def check_disk_space(output: Path, needed: int, what: str):

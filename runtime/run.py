@@ -31,7 +31,7 @@ from checkpoint.adapters import (folded_under, reload_adapter, save_adapter, sav
 from checkpoint.files import into_folder, new_folder, write_json
 from checkpoint.load import load_model, save_model
 from checkpoint.peft_targets import notes_on_peft, why_peft_differs
-from checkpoint.shards import is_sharded, local_tensor
+from checkpoint.shards import full_bytes, is_sharded, local_tensor
 from checkpoint.training_state import (checkpoints_in, load_training_state, optimizer_names,
                                        read_trainer_state, rng_state, save_training_state,
                                        write_checksums)
@@ -460,7 +460,7 @@ class Run:
                                      self.optimizer_names)
             return
         name = f"checkpoint-{step.number}"
-        needed = sum(p.nbytes for p in self.weights.values()) * (3 if with_state else 1)
+        needed = full_bytes(self.weights.values()) * (3 if with_state else 1)
         check_disk_space(self.output, needed, name)
         self.state.loss_scale = self.precision.state()
         with new_folder(self.output / name) as folder:

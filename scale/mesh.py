@@ -14,9 +14,10 @@ random numbers. Where nothing is laid out, a rank is a process, and this file is
 
 A further axis (pipeline, context, expert) takes four steps:
 
-    1. its row of AXES, which stands from the outermost to the innermost, and its key in config.py
+    1. its row of AXES, which stands from the outermost to the innermost, and its key in config.py,
+       which `arrange` of runtime/build.py looks at, too
     2. its file in scale/, which reads ranks.axes["its name"]: size, rank and group
-    3. its line of runtime/build.py, where that file changes the finished model
+    3. its line of runtime/build.py, where that file changes the finished model, and its gradients
     4. its words in `holdings`, for the start page
 
 What the rest of the program relies on: partners hand Ranks.total and Ranks.sync the same numbers
@@ -98,14 +99,25 @@ def mesh_lines(ranks: Ranks, config: ModelConfig, vocabulary: bool) -> list[str]
     for process in range(min(ranks.processes, MOST_LINES)):
         rank, partner = divmod(process, ranks.partners)
         page.append(f"  process {process:<3} rows of rank {rank} of {ranks.world}; "
-                    + holdings(partner, ranks.partners, config, vocabulary))
+                    + holdings(places_of(partner, ranks.axes), config, vocabulary))
     if ranks.processes > MOST_LINES:
         page.append(f"  and so on, {ranks.processes - MOST_LINES} more")
     return page
 
 
-def holdings(part: int, parts: int, config: ModelConfig, vocabulary: bool) -> str:
-    """What a process holds of the model, in words."""
+def places_of(partner: int, axes: dict[str, Axis]) -> dict[str, tuple[int, int]]:
+    """{axis: (number, size)} of a partner; the last axis is the innermost."""
+    places = {}
+    for name, axis in reversed(axes.items()):
+        partner, number = divmod(partner, axis.size)
+        places[name] = number, axis.size
+    return places
+
+
+def holdings(places: dict, config: ModelConfig, vocabulary: bool) -> str:
+    """What a process holds of the model, in words. places: of places_of."""
+    part, parts = places["tensor"]
+
     def numbers(whole: int) -> str:
         start, end = part * whole // parts, (part + 1) * whole // parts
         return f"{start}-{end - 1}" if end > start + 1 else f"{start}"

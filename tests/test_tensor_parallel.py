@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
-from checkpoint.shards import Cut
+from checkpoint.shards import Cut, cut_parameter, full_bytes
 from config import Config
 from families import model_config
 from parallel import Ranks
 from runtime.load_config import load_config
-from scale.mesh import Axis, check_world, lay_out
+from scale.mesh import Axis, check_world, lay_out, places_of
 from scale.tensor_parallel import part_config
 from tests.common import ROOT
 from tests.ranks import COMMON, DENSE, MIXTURE, SMALL, outcomes, small_world, tiny_model, torchrun
@@ -242,6 +242,20 @@ def test_sections_are_cut_each_by_itself(rank, wanted):
     rows = [*range(2 * start, 2 * end), 6 + start, 9 + start]
     assert cut.part(whole).flatten().tolist() == rows
     assert cut.shape(cut.part(whole)) == (12, 1)
+
+
+def test_the_disk_must_have_room_for_the_whole():
+    layer = torch.nn.Linear(6, 12, bias=False)
+    cut_parameter(layer, "weight", Cut(0, (8, 4), Axis(1, 2, None)))
+    assert layer.weight.shape == (layer.out_features, layer.in_features) == (6, 6)
+    assert full_bytes([layer.weight]) == 12 * 6 * 4
+
+
+def test_the_last_axis_is_the_innermost():
+    """Processes 0 to 5 of a rank, on two axes."""
+    axes = {"pipeline": Axis(0, 2, None), "tensor": Axis(0, 3, None)}
+    assert [places_of(partner, axes) for partner in range(6)] == [
+        {"pipeline": (stage, 2), "tensor": (part, 3)} for stage in (0, 1) for part in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("world, size, message", [
