@@ -340,6 +340,8 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
         return fsdp.ShardedGradients(model, weights, ranks)
     if setup.config.zero_stage and ranks.world > 1:
         return zero.ZeroGradients(weights, ranks, setup.config.zero_stage)
+    if setup.config.zero_stage:
+        print("note: zero_stage changes nothing with one rank; torchrun starts several")
     # gathering sharded weights must not come between the sends: all ranks need one order
     return Gradients(weights, ranks, overlap=not setup.sharded)
 

@@ -391,6 +391,15 @@ def in_cards(c: Config) -> Iterator[tuple]:
         f"link_speed is in GB/s, above 0, not {min(c.link_speed or [0]):g}")
 
 
+def in_step(c: Config) -> Iterator[tuple]:
+    yield c.rows_per_step and "gradient_accumulation_steps" in c.given, (
+        "gradient_accumulation_steps follows from rows_per_step, per_device_train_batch_size and "
+        "the number of ranks; keep one of the two")
+
+    yield c.rows_per_step and c.token_budget, (
+        "token_budget makes micro-batches by tokens, and rows_per_step counts rows; keep one")
+
+
 def in_zero(c: Config) -> Iterator[tuple]:
     yield c.zero_stage == 3, (
         "zero_stage: 3, which shards the weights, is fsdp: full_shard here; zero_stage is 0, 1 or "
@@ -498,7 +507,7 @@ def _is_multiple(a: float, b: float) -> bool:
 CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
-              in_cards, in_zero, in_fsdp, in_tensor_parallel),
+              in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel),
     "eval": (in_evaluation_rows,),
     "merge": (in_merge,),
 }

@@ -31,7 +31,7 @@ from runtime.load_config import COMMAND_LINE
 from runtime.memory import (USABLE, Plan, checkpointing_in_words, gathered_bytes,
                             memory_plan)
 from runtime.memory_advice import advice
-from runtime.steps import StepPlan, merge_micro_batches, shard_batches
+from runtime.steps import StepPlan, accumulation_for, merge_micro_batches, shard_batches
 from runtime.throughput import matmul_parameters, training_flops
 
 GIB = 2**30
@@ -227,7 +227,7 @@ def compute_seconds(config: Config, memory: Plan, plan: StepPlan) -> float:
     lengths = [length for i in looked_at for length in examples[i].lengths]
     frozen, trained = matmul_parameters(memory.workload.model)
     flops = training_flops(memory.workload.model_config, frozen, trained, lengths)
-    rows = plan.rows_per_step / plan.ranks.world
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if config.token_budget:
         rows = len(examples) / plan.steps_per_epoch / plan.ranks.world
     return flops / len(looked_at) * rows / (config.card_speed * 1e12)
@@ -238,6 +238,7 @@ def compute_seconds(config: Config, memory: Plan, plan: StepPlan) -> float:
 
 def layout_lines(config: Config, memory: Plan, plan: StepPlan, pass_size: Callable) -> list[str]:
     """The table and the advice, for the start page of a dry run with `cards`."""
+    config = replace(config, gradient_accumulation_steps=accumulation_for(config, config.cards))
     found = candidates(config, memory, plan, pass_size)
     card_bytes = int(config.card_memory * GIB)
     head = f"layouts for {config.cards} card(s) with {config.card_memory:g} GiB, each with the " \
@@ -290,7 +291,7 @@ def notes_on_step(best: Candidate, config: Config, memory: Plan, plan: StepPlan)
     """Whether the rows of a step change, and whether a link is too slow."""
     notes = []
     cards, ranks = config.cards, plan.ranks.world
-    if cards != ranks:
+    if cards != ranks and not config.rows_per_step:
         notes.append(f"  a step has {plan.rows_per_step // ranks * cards} "
                      f"{'tokens' if config.token_budget else 'rows'} then and not "
                      f"{plan.rows_per_step}, unless gradient_accumulation_steps changes")

@@ -141,7 +141,7 @@ def record_stop(output: Path, why: str):
     """Record that this run was asked to stop: torchrun --max-restarts would start it again."""
     if (output / LOCK).exists():
         handle = os.open(output / LOCK, os.O_RDWR)
-        write_owner(handle, stopped=why)
+        write_owner(handle, stopped=why, restarts=restarts_of_torchrun())
         os.close(handle)
 
 
@@ -153,18 +153,24 @@ def read_owner(output: Path, name: str = LOCK) -> dict:
         return {}
 
 
+def restarts_of_torchrun() -> str:
+    """How often torchrun has started the ranks again after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
 def restarted(output: Path) -> bool:
     """Whether torchrun started this process to replace one that worked in output_dir.
 
-    Exits if that process had been asked to stop.
+    Exits if that process had been asked to stop, but not by torchrun, which stops the ranks when a
+    host joins, and does not count that as a restart.
     """
     owner = read_owner(output)
-    is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    is_restart = restarts_of_torchrun() != "0"
     same_launcher = owner.get("launcher") == os.getppid()
     same_host = owner.get("host") == socket.gethostname()
     if not (is_restart and same_launcher and same_host):
         return False
-    if owner.get("stopped"):
+    if owner.get("stopped") and owner.get("restarts") != restarts_of_torchrun():
         print(f"stopped by {owner['stopped']} before torchrun started it again: nothing to do",
               file=sys.stderr, flush=True)
         raise SystemExit(STOPPED)

@@ -51,7 +51,7 @@ from runtime.resume import (STOPPED, StopSignals, changed_settings, check_rows, 
 from runtime.rope_scaling import scaled_fields
 from runtime.sample_answers import answers_to, print_before_after
 from runtime.setup import Base, Setup
-from runtime.steps import Step, StepPlan
+from runtime.steps import Step, StepPlan, accumulation_for
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
                                 speed_results, total_flos)
 from runtime.trackers import open_trackers, wanted_trackers
@@ -123,6 +123,7 @@ class Run:
         check_dtype(config, device)
         if config.full_determinism:
             use_deterministic_kernels()
+        config.gradient_accumulation_steps = accumulation_for(config, ranks.world)
         self.config = config
         self.device = device
         self.ranks = ranks
@@ -141,6 +142,7 @@ class Run:
         self.final_eval = None                          # metrics of the final weights
         self.eval_losses = []                           # what reduce_lr_on_plateau looks at
         self.lowest_at = 0                              # step of the lowest eval_loss so far
+        self.heartbeat = None                           # of several ranks, from start on
 
     def recorded(self, name: str, default):
         """How this run has computed since its first start, or `default` if it starts now.
@@ -243,6 +245,10 @@ class Run:
         self.log = RunLog(self.output, plan.total_steps, self.first_step, history,
                           disabled=bool(self.config.disable_tqdm), writes=self.ranks.main,
                           trackers=trackers)
+        if self.ranks.processes > 1:
+            from scale.heartbeat import Heartbeat       # only where there are others
+
+            self.heartbeat = Heartbeat(self.ranks)
         self.loop_start = time.monotonic()
         self.pace = Pace()
         self.stop_signals = StopSignals(self.config.time_limit, self.start_time)
@@ -308,6 +314,12 @@ class Run:
         elif has_reference(self.config):
             reference = frozen
         return partial(flops_of_batch, self.base.model_config, frozen, trained, reference)
+
+    def leave_ranks(self):
+        """Leave the process group when all ranks do; then the others need no beats of this one."""
+        end_ranks()
+        if self.heartbeat:
+            self.heartbeat.stop()
 
     def end_dry_run(self):
         end_ranks()
@@ -494,7 +506,7 @@ class Run:
             record_stop(self.output, reason)
         self.log.close()
         self.optimizer.close()
-        end_ranks()
+        self.leave_ranks()
         print(f"\nstopped by {reason} after step {step.number} of {self.plan.total_steps}, which "
               "is saved. To continue: resume_from_checkpoint: true",
               file=sys.stderr if self.ranks.main else sys.stdout, flush=True)
@@ -570,14 +582,14 @@ class Run:
         if self.final_eval:
             results["eval"] = {"epoch": self.state.epoch, **self.final_eval}
         if not self.gradients.sharded:
-            end_ranks()                                 # the others have nothing left to do
+            self.leave_ranks()                          # the others have nothing left to do
         elif not self.ranks.main:
             self.gradients.join_save(self.model, None, [])
         if not self.ranks.main:
-            end_ranks()
+            self.leave_ranks()
             return
         self.save_final()
-        end_ranks()
+        self.leave_ranks()
         results["speed"] = speed_results(self.pace, self.setup.device, self.setup.dtype,
                                          self.ranks.processes, self.setup.kernels.matmul)
         state = trainer_state(self.config, self.log, self.state.step, self.state.epoch)

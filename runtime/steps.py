@@ -204,6 +204,22 @@ class StepPlan:
         )
 
 
+def accumulation_for(config, world: int) -> int:
+    """gradient_accumulation_steps; with rows_per_step it follows from the number of ranks.
+
+    Raises ValueError if rows_per_step cannot be shared equally.
+    """
+    if not config.rows_per_step:
+        return config.gradient_accumulation_steps
+    at_once = config.per_device_train_batch_size * world
+    if config.rows_per_step % at_once:
+        raise ValueError(
+            f"rows_per_step: {config.rows_per_step} is no multiple of the {at_once} rows that "
+            f"{world} rank(s) take at a time (per_device_train_batch_size: "
+            f"{config.per_device_train_batch_size}); make it one, or change that size")
+    return config.rows_per_step // at_once
+
+
 # ---- order and micro-batches --------------------------------------------------------------------
 
 

@@ -187,10 +187,11 @@ def test_sharded_state_elsewhere_is_the_same_bit_for_bit(here, stage, place):
     assert not (folder / "optimizer_state").exists()
 
 
-def test_one_process_resumes_a_sharded_run(here):
+def test_one_process_resumes_a_sharded_run(here, capsys):
     train.main(arguments(here, 1, "full", "1-0 resumed", zero_stage=2,
                          resume_from_checkpoint=f"{here}/3-2 full/checkpoint-2"))
     assert difference(here / "1-0 resumed", here / "1-0 full") <= 1e-5
+    assert "note: zero_stage changes nothing with one rank" in capsys.readouterr().out
 
 
 # ---- what each rank holds ------------------------------------------------------------------------
