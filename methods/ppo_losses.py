@@ -10,7 +10,7 @@ Answers lie end to end: N tokens in all, `counts` of each of the S answers; noth
 Requires: methods/policy_losses.py.
 Next: methods/ppo.py.
 Papers: GAE arXiv:1506.02438, PPO arXiv:1707.06347; rewards and the KL coefficient arXiv:1909.08593
-(sec. 2.2), also used in arXiv:2009.01325; clipped values arXiv:2005.12729 (sec. 3).
+(sec. 2.2), also used in arXiv:2009.01325; clipped values arXiv:2005.12729.
 """
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -58,9 +58,9 @@ def gae(rewards, values, counts: list[int], gamma: float = 1.0, lam: float = 0.9
 
 
 def value_losses(values, old_values, returns, clip: float):
-    """-> (half the larger squared error of V and of V clipped to V_old +- clip, where that is V's).
+    """(Half the larger squared error, of V or of V clipped to V_old +- clip; where it is clipped).
 
-    Each (N,) (arXiv:2005.12729, sec. 3, without the half).
+    Each (N,) (arXiv:2005.12729, "value function clipping", without the half).
     """
     clipped = torch.clamp(values, old_values - clip, old_values + clip)
     plain_errors = (values - returns).square()
