@@ -414,8 +414,8 @@ def in_zero(c: Config) -> Iterator[tuple]:
         "offload_optimizer out")
 
     yield c.zero_stage == 2 and c.stage in SAMPLED, (
-        "zero_stage: 2 sums gradients in each pass, and the ranks of stage: grpo have different "
-        "numbers of passes; use zero_stage: 1")
+        f"zero_stage: 2 sums gradients in each pass, and the ranks of stage: {c.stage} have "
+        "different numbers of passes; use zero_stage: 1")
 
     yield c.zero_stage and needs_whole_matrices(c), (
         "use_muon, use_galore, use_adam_mini, use_apollo, use_badam and optim: adamw_8bit need "

@@ -248,8 +248,8 @@ def test_the_recipe_raises_the_score_of_its_reward_model(tmp_path, monkeypatch):
     """8 rollouts, with a third of the reward model's training."""
     monkeypatch.chdir(ROOT)
     argv = ["use_cpu=true", "disable_tqdm=true"]
-    train.main(["configs/tiny_rm.yaml", *argv, "max_steps=150", "max_samples=600", "eval_strategy=no",
-                f"output_dir={tmp_path / 'rm'}"])
+    train.main(["configs/tiny_rm.yaml", *argv, "max_steps=150", "max_samples=600",
+                "eval_strategy=no", f"output_dir={tmp_path / 'rm'}"])
     train.main(["configs/tiny_ppo.yaml", *argv, "max_steps=8", "eval_steps=8", "warmup_ratio=0",
                 "lr_scheduler_type=constant",
                 f"reward_model={tmp_path / 'rm'}", f"output_dir={tmp_path / 'out'}"])
