@@ -404,9 +404,20 @@ def prepare_output(config: Config, resume: Path | None, weights: dict):
         elif is_checkpoint(old) and remove_checkpoint(old):
             print(f"overwrite_output_dir: removed {old} of an earlier run")
     remove_leftovers(output)
+    if config.offload_optimizer != "nvme":
+        remove_state_files(output)
     # a checkpoint also holds AdamW's two moments of each weight
     copies = 1 if config.save_strategy == "no" else 4
     check_disk_space(output, full_bytes(weights.values()) * copies, "this run")
+
+
+def remove_state_files(output: Path):
+    """Remove what a killed run with offload_optimizer: nvme has left: it serves no other run."""
+    folder = output / STATE_FOLDER
+    for file in folder.glob("rank-*.safetensors"):
+        file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def check_disk_space(output: Path, needed: int, what: str):
