@@ -285,22 +285,24 @@ def plain_block(q, k, v, scale, window, softcap, slopes, wide_scores) -> torch.T
         return scores.softmax(-1).to(v.dtype) @ v
 
 
-def key_distance(T: int, S: int, device) -> torch.Tensor:
-    """Key position minus query position, (T, S) int: 0 for a query's own key, else negative."""
-    return torch.arange(S, device=device) - torch.arange(S - T, S, device=device)[:, None]
-
-
 def causal_mask(T: int, S: int, window: int | None, device) -> torch.Tensor:
-    """True where a query sees a key, (T, S) bool."""
-    distance = key_distance(T, S, device)
-    if window is None:
-        return distance <= 0
-    return (distance <= 0) & (distance > -window)
+    """True where a query sees a key, (T, S) bool.
+
+    Positions are compared, not subtracted: differences would take 8 bytes for each pair.
+    """
+    keys = torch.arange(S, device=device)
+    queries = torch.arange(S - T, S, device=device)[:, None]
+    visible = keys <= queries
+    if window is not None:
+        visible &= keys > queries - window
+    return visible
 
 
 def alibi_bias(slopes, T: int, S: int) -> torch.Tensor:
     """The ALiBi term of the scores, (H, T, S): slope times distance (arXiv:2108.12409, sec. 3)."""
-    return slopes[:, None, None] * key_distance(T, S, slopes.device)
+    keys = torch.arange(S, device=slopes.device, dtype=slopes.dtype)    # exact below 2**24
+    queries = torch.arange(S - T, S, device=slopes.device, dtype=slopes.dtype)[:, None]
+    return slopes[:, None, None] * (keys - queries)
 
 
 def keys_in_window(k, v, T: int, window: int | None):

@@ -8,6 +8,8 @@ in all linear layers, a block keeps for each token
     q, k, v       c (H + 2 K) Dh        with H for K where the kernel has no grouped heads
     attention     c H Dh + 4 H          its output, the input of o_proj, and a float32 per head
                   + (4 + c) H T         the plain kernel alone: all scores, float32 and rounded
+                  + 4 H T               SDPA's MATH backend: the softmax of all scores
+                  + c T                 SDPA where a window is shorter than the row: a mask
     MLP           2 c I                 gate and up
     LoRA          c r for each layer    A x
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
@@ -31,6 +33,7 @@ Papers: activations arXiv:2205.05198 (sec. 4).
 """
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,6 +47,7 @@ from model import Attention, Block, CausalLM, LayerNorm, MoE
 
 HEAD_CHUNKS = 1.5       # float32 copies of a chunk's logits that the loss holds at once
 SOFTCAP_CHUNKS = 4      # the same where the logits are capped
+VARLEN = ("flash-attn", "torch-varlen")     # kernels that take sequences of any lengths
 
 
 @dataclass
@@ -75,20 +79,22 @@ def activation_bytes(model: CausalLM, batch: MicroBatch, recompute: list[str]) -
     levels = recompute[first:]
     copies = rounded_weight_bytes(model, batch)         # of a block
     kept = []                                           # by each block
-    recomputed = []                                     # while the backward pass is in the block
+    at_work = []                                        # beside it, in the block's backward pass
+    gradients = block_gradient_bytes(model, batch, first)
     for layer, level in enumerate(levels, first):
         block = model.model.layers[layer]
         everything = block_bytes(block, layer, model.config, batch, "none")
         if level == "block":
             kept.append(batch.tokens * model.config.hidden_size * batch.stream)
-            recomputed.append(everything + copies)
+            own = -copies
         else:
-            kept.append(block_bytes(block, layer, model.config, batch, level))
-            recomputed.append(everything - kept[-1])
+            own = block_bytes(block, layer, model.config, batch, level)
+            kept.append(own)
+        in_attention = attention_peak_bytes(block, layer, model.config, batch)
+        at_work.append(max(everything + gradients[layer - first], in_attention) - own)
 
     # in the backward pass, the blocks after the current one have freed what they kept
-    at_work = block_gradient_bytes(model, batch, first)
-    peak = max(map(sum, zip(accumulate(kept), recomputed, at_work)), default=0)
+    peak = max(map(sum, zip(accumulate(kept), at_work)), default=0)
     working = peak - sum(kept) + dequantized_bytes(model, batch)
     with_copies = sum(level != "block" for level in levels)
     kept_beside = batch.tokens * bytes_beside_blocks(model, batch)
@@ -150,23 +156,25 @@ def dora_bytes(part: nn.Module) -> int:
 
 
 def backward_bytes(model_config: ModelConfig, batch: MicroBatch, sparse: bool) -> int:
-    """Bytes of the gradients within a block: of its MLP or experts, and of all attention scores."""
+    """Bytes of the gradients within a block's MLP or experts."""
     width = model_config.intermediate_size
     if sparse:
         width = model_config.moe_intermediate_size * model_config.num_experts_per_tok
     # fast: gate, up, their activation and product, and the gradients of these
-    fast = batch.fast and not sparse
-    mlp = batch.tokens * width * batch.compute * (5 if fast else 1)
-    scores = score_gradient_bytes(model_config, batch)
-    return max(mlp, scores) if fast else mlp + scores
+    return batch.tokens * width * batch.compute * (5 if batch.fast and not sparse else 1)
 
 
-def score_gradient_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:
-    """Bytes of the gradients of all scores of a block of queries, in the plain kernel."""
-    if batch.kernel != "plain":
-        return 0
-    largest = max(queries * keys for queries, keys in query_blocks(batch.lengths))
-    return 2 * 4 * model_config.num_attention_heads * largest
+def attention_peak_bytes(block: Block, layer: int, model_config: ModelConfig,
+                         batch: MicroBatch) -> int:
+    """For all tokens: a block whose attention is computed, or is in its backward pass.
+
+    What its MLP keeps is not there yet, or no more.
+    """
+    hidden = model_config.hidden_size
+    norm = 0 if batch.fast else norm_bytes(block.input_layernorm, hidden, batch.stream)
+    beside = batch.tokens * (norm + hidden * batch.stream)          # with a gradient of the stream
+    peaks = score_peaks(layer, model_config, batch)
+    return attention_bytes(block.self_attn, layer, model_config, batch) + beside + max(peaks)
 
 
 def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
@@ -336,72 +344,174 @@ def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
 # ---- activations of an attention kernel ---------------------------------------------------------
 
 
+class Scores(NamedTuple):
+    """Bytes of the scores or masks of one call of a kernel: kept, and at two peaks beside them."""
+    kept: int
+    forward: int = 0
+    backward: int = 0
+
+
 def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
                  batch: MicroBatch) -> int:
     """For all tokens: q, k, v, and the output with a number per head, or all scores."""
-    window = model_config.windows[layer]
-    chunk = model_config.chunks[layer] or max(batch.lengths)
-    lengths = [min(chunk, length - start) for length in batch.lengths
-               for start in range(0, length, chunk)]
+    scores = sum(call.kept for call in score_bytes(layer, model_config, batch))
     if batch.kernel == "plain":
-        return plain_kernel_bytes(lengths, window, model_config, batch)
+        return plain_input_bytes(layer, model_config, batch) + scores
 
     H = model_config.num_attention_heads
     K = model_config.num_key_value_heads
     Dh = model_config.head_dim
     on_gpu = batch.device.type == "cuda"
-    varlen = batch.kernel in ("flash-attn", "torch-varlen")     # they take sequences of any lengths
-    if varlen:
-        groups = [(1, length) for length in lengths]
-        masked = []
-    else:                                                       # others take padded batches
-        groups = [(len(group), lengths[group[0]]) for group in group_by_length(lengths)]
-        masked = [(n, T) for n, T in groups if model_config.alibi or window and window < T]
-    slots = sum(n * T for n, T in groups)                       # tokens, padding included
+    groups = padded_groups(layer, model_config, batch)
+    slots = sum(n * T for n, T, _ in groups)                    # tokens, padding included
     grouped_heads = batch.kernel == "flash-attn"
-    if on_gpu and takes_grouped_heads(batch.kernel, bool(masked)):
+    if on_gpu and takes_grouped_heads(batch.kernel, any(masked for *_, masked in groups)):
         grouped_heads = True
     heads = H + 2 * (K if grouped_heads else H)                 # of q, k and v
 
     if batch.kernel == "sdpa-math":
-        size = 4 if TORCH >= (2, 5) else batch.compute          # since 2.5 it computes in float32
-        return size * (slots * heads * Dh + sum(n * H * T * T for n, T in groups))
-    if model_config.alibi:
-        mask = sum(n * H * T * T for n, T in masked)
-    else:
-        mask = sum(T * T for _, T in masked)
+        return math_size(batch) * slots * heads * Dh + scores
     # the output may be the very tensor that o_proj keeps as its input
-    is_input = varlen or on_gpu and len(lengths) == 1
+    is_input = batch.kernel in VARLEN or on_gpu and len(groups) == groups[0][0] == 1
     counted = is_input and input_bytes(1, [attention.o_proj], batch)
     output = 0 if counted else H * Dh * batch.compute
-    return slots * (heads * Dh * batch.compute + output + 4 * H) + mask * batch.compute
+    return slots * (heads * Dh * batch.compute + output + 4 * H) + scores
 
 
-def plain_kernel_bytes(lengths: list[int], window: int | None, model_config: ModelConfig,
-                       batch: MicroBatch) -> int:
-    """For all tokens of the plain kernel: q, k and v in float32, all scores, and their mask."""
+def padded_groups(layer: int, model_config: ModelConfig,
+                  batch: MicroBatch) -> list[tuple[int, int, bool]]:
+    """(sequences, padded length, whether with a mask) of each call of a kernel."""
+    lengths = chunked_lengths(layer, model_config, batch)
+    if batch.kernel in VARLEN:
+        return [(1, length, False) for length in lengths]
+    window = model_config.windows[layer]
+    groups = [(len(group), lengths[group[0]]) for group in group_by_length(lengths)]
+    return [(n, T, bool(model_config.alibi or window and window < T)) for n, T in groups]
+
+
+def chunked_lengths(layer: int, model_config: ModelConfig, batch: MicroBatch) -> list[int]:
+    """The lengths of the sequences, split where a layer attends within chunks."""
+    chunk = model_config.chunks[layer] or max(batch.lengths)
+    return [min(chunk, length - start) for length in batch.lengths
+            for start in range(0, length, chunk)]
+
+
+def score_peaks(layer: int, model_config: ModelConfig, batch: MicroBatch) -> tuple[int, int]:
+    """Bytes at the peak of a kernel's forward and backward pass, beside all that it keeps.
+
+    The calls of the backward pass come in reverse order: either way, the scores of later calls are
+    not there.
+    """
+    calls = score_bytes(layer, model_config, batch)
+    kept = list(accumulate(call.kept for call in calls))
+    gathered, returned = packing_bytes(layer, model_config, batch)
+    forward = max(k + call.forward for k, call in zip(kept, calls)) - kept[-1]
+    backward = max(k + call.backward for k, call in zip(kept, calls)) - kept[-1]
+    return gathered + max(forward, returned), backward
+
+
+def packing_bytes(layer: int, model_config: ModelConfig, batch: MicroBatch) -> tuple[int, int]:
+    """For all tokens: q, k, v in the order of SDPA's groups; outputs on their way back from it."""
+    if batch.kernel == "plain" or batch.kernel in VARLEN:
+        return 0, 0
+    groups = padded_groups(layer, model_config, batch)
+    if len(groups) == groups[0][0] == 1:
+        return 0, 0
+    H, K = model_config.num_attention_heads, model_config.num_key_value_heads
+    per_head = sum(n * T for n, T, _ in groups) * model_config.head_dim * batch.compute
+    return (H + 2 * K) * per_head, 2 * H * per_head
+
+
+def score_bytes(layer: int, model_config: ModelConfig, batch: MicroBatch) -> list[Scores]:
+    """The scores or masks of each call of a kernel, in the order of the forward pass."""
+    if batch.kernel == "plain":
+        return [plain_scores(queries * keys, model_config, batch)
+                for queries, keys in plain_blocks(layer, model_config, batch)]
+    calls = []
+    for n, T, masked in padded_groups(layer, model_config, batch):
+        if batch.kernel == "sdpa-math":
+            calls.append(math_scores(n, T * T, masked, model_config, batch))
+        elif masked and model_config.alibi:
+            calls.append(alibi_mask(T * T, model_config, batch))
+        else:
+            calls.append(window_mask(T, batch) if masked else Scores(0))
+    return calls
+
+
+def math_size(batch: MicroBatch) -> int:
+    """Bytes per number in SDPA's MATH backend: since torch 2.5 it computes in float32."""
+    return 4 if TORCH >= (2, 5) else batch.compute
+
+
+def math_scores(n: int, pairs: int, masked: bool, model_config: ModelConfig,
+                batch: MicroBatch) -> Scores:
+    """Of n sequences in SDPA's MATH backend, which keeps the softmax. pairs: of query and key.
+
+    Beside it, forward: the scores, where they are -inf (torch >= 2.5), and the mask as numbers;
+    backward: the gradients of softmax and scores.
+    """
+    size = math_size(batch)
+    matrices = n * model_config.num_attention_heads * pairs
+    mask = pairs * (size + (1 if masked else 0))
+    if model_config.alibi:
+        mask = model_config.num_attention_heads * pairs * batch.compute
+    forward = matrices * (size + (1 if TORCH >= (2, 5) else 0)) + mask
+    return Scores(matrices * size, forward, 2 * matrices * size)
+
+
+def window_mask(T: int, batch: MicroBatch) -> Scores:
+    """SDPA keeps a mask as numbers; beside it, it is there as bools, before torch 2.6 twice.
+
+    The kernel of a GPU wants rows of 8 numbers, and copies the mask to padded ones.
+    """
+    padded = batch.compute if batch.device.type == "cuda" and T % 8 else 0
+    bools = 1 if TORCH >= (2, 6) else 2
+    return Scores(T * T * batch.compute, T * T * (bools + padded))
+
+
+def alibi_mask(pairs: int, model_config: ModelConfig, batch: MicroBatch) -> Scores:
+    """ALiBi in SDPA: a mask for each head; made in float32, beside it the distances or a bool."""
+    H = model_config.num_attention_heads
+    kept = H * pairs * batch.compute
+    made = 4 * H * pairs
+    rounded = kept if batch.compute < 4 else 0
+    return Scores(kept, max(made + 4 * pairs, made + 2 * pairs + rounded) - kept)
+
+
+# ---- the plain kernel ---------------------------------------------------------------------------
+
+
+def plain_scores(pairs: int, model_config: ModelConfig, batch: MicroBatch) -> Scores:
+    """Scores of a block of queries in the plain kernel: float32, and rounded; and the mask.
+
+    At the peak of the backward pass two gradients in float32 are there, the rounded scores no more.
+    """
     H = model_config.num_attention_heads
     rounded = batch.compute if batch.compute < 4 else 0
     score = 4 + rounded + (4 if model_config.attn_softcap else 0)
-    pairs = 0
-    all_keys = 0
-    for queries, keys in query_blocks(lengths):
-        if window:
-            keys = min(keys, queries + window - 1)
-        pairs += queries * keys
-        all_keys += keys
-    inputs = 4 * sum(lengths) + (4 + batch.compute) * all_keys
-    return H * model_config.head_dim * inputs + pairs * (H * score + 1)
+    return Scores(pairs * (H * score + 1), pairs * (H * (4 - rounded) + 1),
+                  pairs * H * (2 * 4 - rounded))
 
 
-def query_blocks(lengths: list[int]) -> list[tuple[int, int]]:
+def plain_input_bytes(layer: int, model_config: ModelConfig, batch: MicroBatch) -> int:
+    """For all tokens of the plain kernel: q, k and v in float32, k and v for each block."""
+    all_keys = sum(keys for _, keys in plain_blocks(layer, model_config, batch))
+    inputs = 4 * sum(batch.lengths) + (4 + batch.compute) * all_keys
+    return model_config.num_attention_heads * model_config.head_dim * inputs
+
+
+def plain_blocks(layer: int, model_config: ModelConfig,
+                 batch: MicroBatch) -> list[tuple[int, int]]:
     """(queries, keys) of each block of queries in the plain kernel.
 
-    A block has its own score matrix, with the keys up to its last query.
+    A block has its own score matrix, with the keys up to its last query, from the first that its
+    first query sees.
     """
+    window = model_config.windows[layer]
     blocks = []
-    for length in lengths:
+    for length in chunked_lengths(layer, model_config, batch):
         for start in range(0, length, PLAIN_QUERIES):
             end = min(start + PLAIN_QUERIES, length)
-            blocks.append((end - start, end))
+            keys = min(end, end - start + window - 1) if window else end
+            blocks.append((end - start, keys))
     return blocks

@@ -4,7 +4,8 @@ Where fast/offload_inputs.py or fast/tiled_mlp.py is needed the plan must be clo
 sought within a block, beside the inputs on the device: where its attention is computed again, and
 in the backward passes of its MLP, of its attention, and of its first norm.
 
-    again       attention's tensors, q, k, v before rotation, o_proj's output and its adapter's
+    again       attention's tensors, q, k, v before rotation, o_proj's output and its adapter's;
+                before that, the scores and masks that its kernel makes
     MLP         attention's tensors, the MLP's own ones, its output's gradient; in tiles its own
                 ones for a tile alone, but its input, its input's gradient, and sums of the trained
                 weights' gradients
@@ -25,7 +26,7 @@ from runtime.activations import (MicroBatch, attention_bytes, backward_bytes, bl
                                  bytes_beside_blocks, dequantized_bytes, dora_bytes,
                                  first_block_with_gradient, input_bytes, input_layers, loss_bytes,
                                  low_rank_numbers, mlp_bytes, norm_bytes, rope_bytes,
-                                 rounded_weight_bytes, score_gradient_bytes, uses_dora)
+                                 rounded_weight_bytes, score_peaks, uses_dora)
 
 
 def long_row_bytes(model: CausalLM, batch: MicroBatch, recompute: list[str],
@@ -85,7 +86,9 @@ def peak_in_block(block: Block, layer: int, model_config: ModelConfig, batch: Mi
         + dora_bytes(block.self_attn),
         attention + mlp_peak_bytes(block, model_config, batch) + dequantized,
         attention + 2 * hidden * batch.stream + dora_bytes(block),      # where it takes the norm
-        attention + attention_gradient_bytes(model_config, batch),
+        attention + attention_gradient_bytes(layer, model_config, batch),
+        # with x, and a gradient of the stream
+        attention + 2 * hidden * batch.stream + score_peaks(layer, model_config, batch)[0],
         attention + after_gradients,
         norm_gradient_bytes(block, model_config, batch),
     )
@@ -148,7 +151,7 @@ def mlp_half(block: Block) -> tuple:
     return block.post_attention_layernorm, block.mlp, block.after_mlp_norm
 
 
-def attention_gradient_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:
+def attention_gradient_bytes(layer: int, model_config: ModelConfig, batch: MicroBatch) -> int:
     """In the backward pass of attention: the gradients of q, k, v and of the residual stream.
 
     The output's gradient has taken the place of o_proj's input, which on a GPU is the output.
@@ -159,7 +162,7 @@ def attention_gradient_bytes(model_config: ModelConfig, batch: MicroBatch) -> in
     if on_gpu:
         heads += H * (batch.compute + 4)            # the kernels sum dq in float32
     per_token = heads * model_config.head_dim + model_config.hidden_size * batch.stream
-    return batch.tokens * per_token + score_gradient_bytes(model_config, batch)
+    return batch.tokens * per_token + score_peaks(layer, model_config, batch)[1]
 
 
 def norm_gradient_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -> int:

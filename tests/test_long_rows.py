@@ -149,9 +149,9 @@ def test_plans_of_several_sequences_and_of_the_plain_kernel():
         check(plan_of(wide(), ALL, F32, tile=tile, rows=(600,), kernel="plain"))
 
 
-@pytest.mark.parametrize("name", [name for name in SMALL_FAMILIES if name != "mistral"])
+@pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_plans_of_every_kind_of_block(name):
-    """As close as the plans of other modes; mistral's windows are masks of T x T here."""
+    """As close as the plans of other modes."""
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
     for lora, dtype in ((ALL, BF16), (None, F32)):
         plan = plan_of(small_config(name), lora, dtype, offloaded=4, tile=64, kernel=kernel,
