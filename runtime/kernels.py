@@ -212,6 +212,9 @@ def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | No
     model.kernel = kernels.attention
     if kernels.fuse:
         kernels.fuse(model, kernels.matmul, recompute)
+    elif set(recompute or ()) - {"none"}:
+        print("  note: no activation checkpointing, and more memory than planned: "
+              "fast/fused_block.py, which sets it, is not among the PICKS of runtime/kernels.py")
     if kernels.group_experts and not kernels.fp8:
         kernels.group_experts(model, recompute)
     if kernels.compile:
@@ -231,10 +234,16 @@ def use_long_rows(model: CausalLM, kernels: Kernels, workload):
         from fast.tiled_mlp import tile_mlps            # only where memory needs it
 
         tile_mlps(model, workload.mlp_tile)
-    if workload.offloaded and kernels.fuse:             # which sets activation checkpointing
-        from fast.offload_inputs import offload_inputs  # only where memory needs it
+    if not workload.offloaded:
+        return
+    if not kernels.fuse:
+        print(f"  note: the inputs of {workload.offloaded} blocks stay on the device: only "
+              "checkpointed blocks hand them out, and fast/fused_block.py, which checkpoints them, "
+              "is not among the PICKS of runtime/kernels.py")
+        return
+    from fast.offload_inputs import offload_inputs      # only where memory needs it
 
-        offload_inputs(model, workload.offloaded)
+    offload_inputs(model, workload.offloaded)
 
 
 def use_fp8(model: CausalLM, kernels: Kernels, room: int = 0):

@@ -21,7 +21,7 @@ from losses import cross_entropy_sum
 from methods.oft import OFTConfig
 from methods.quant import QuantFormat
 from model import CausalLM
-from runtime.kernels import Kernels, use_long_rows
+from runtime.kernels import Kernels, use_kernels, use_long_rows
 from runtime.memory import (PAGE_LOCKED, TILES, Workload, all_in, checkpointing_in_words, lightest,
                             memory_plan, plan_ladder, plan_lines)
 from runtime.memory_advice import advice
@@ -264,6 +264,19 @@ def test_the_table_of_planned_lengths(capsys, monkeypatch):
     assert len(rows) == 2 and "24 GB" in rows[1]
     for row in rows:
         assert " ".join(row.split()) in " ".join(written.split()), row
+
+
+def test_without_fused_blocks_it_is_said_that_nothing_is_moved(capsys):
+    """fast/fused_block.py sets activation checkpointing; its line may be deleted."""
+    plan = plan_of(wide(), ALL, F32, offloaded=2)
+    model = CausalLM(wide())
+    use_kernels(model, Kernels(), plan.workload.recompute)
+    use_long_rows(model, Kernels(), plan.workload)
+    page = capsys.readouterr().out
+    assert "no activation checkpointing" in page and "more memory than planned" in page
+    assert "inputs of 2 blocks stay on the device" in page
+    use_kernels(model, Kernels(), ["none"] * 6)
+    assert not capsys.readouterr().out
 
 
 @needs_shared
