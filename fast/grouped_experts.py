@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint.load import quantized_weights
 from errors import first_line
 from families import model_config
 from fast.fused_block import IDENTITY, can_fuse, gradients, operands
@@ -44,16 +45,29 @@ class Stack(NamedTuple):
 # ---- set on a model -----------------------------------------------------------------------------
 
 
-def group_experts(model: CausalLM, recompute: Sequence[str] | None = None):
+def group_experts(model: CausalLM, recompute: Sequence[str] | None = None,
+                  fp8: bool = False) -> str:
     """Compute the experts of each MoE layer together where that is possible, in place.
 
     recompute: the level of each block, see fast/fused_block.py; gate and up are recomputed for mlp.
+    fp8: the frozen weights will be held in 8 bits. Returns a line about layers whose experts still
+    run one by one, with the reason, or "".
     """
     levels = recompute or ["none"] * len(model.model.layers)
+    reasons = []
     for block, level in zip(model.model.layers, levels, strict=True):
-        if isinstance(block.mlp, MoE) and can_group(block.mlp):
+        if not isinstance(block.mlp, MoE):
+            continue
+        reason = "their frozen weights are held in 8 bits" if fp8 else one_by_one_for(block.mlp)
+        reasons.append(reason)
+        if reason is None:
             stacks = [stack_weights(layers) for layers in layers_of(block.mlp)]
             block.mlp.mix = partial(mix_together, block.mlp, stacks, level == "mlp")
+    refused = [reason for reason in reasons if reason]
+    if not refused:
+        return ""
+    return (f"  note: experts one by one in {len(refused)} of {len(reasons)} layers, which is "
+            f"slower: {'; '.join(dict.fromkeys(refused))}")
 
 
 def layers_of(moe: MoE) -> list[list[nn.Module]]:
@@ -63,11 +77,21 @@ def layers_of(moe: MoE) -> list[list[nn.Module]]:
     return [[getattr(expert, name) for expert in moe.experts] for name in names]
 
 
-def can_group(moe: MoE) -> bool:
-    """Whether the experts are frozen matrices of 16-byte rows, with adapters all alike or none."""
-    if moe.visited is not None or not isinstance(moe.experts, nn.ModuleList):
-        return False                            # shards, see scale/fsdp.py; or stacked already
-    return all(map(alike, layers_of(moe)))
+def one_by_one_for(moe: MoE) -> str | None:
+    """Why the experts of a layer are not grouped; None: they are.
+
+    They must be frozen matrices of 16-byte rows, with adapters all alike or none.
+    """
+    if moe.visited is not None:
+        return "they are shards of several ranks (fsdp), which are gathered expert by expert"
+    if not isinstance(moe.experts, nn.ModuleList):
+        return "the checkpoint stacks them as (in, out)"
+    if quantized_weights(moe.experts):
+        return "they are in few bits, and one matrix is dequantized at a time"
+    if not all(map(alike, layers_of(moe))):
+        return ("they are trained, or with biases, sizes that are no multiples of 8, dropout, or "
+                "adapters that are not all alike")
+    return None
 
 
 def alike(layers: list[nn.Module]) -> bool:

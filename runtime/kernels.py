@@ -95,7 +95,7 @@ def pick_compiled_steps(kernels: Kernels, config, model_config: ModelConfig, dev
 
 def pick_grouped_experts(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
     """The experts of a layer in one product, where torch has it and it is right."""
-    if not any(model_config.sparse) or torch.device(device).type != "cuda":
+    if not any(model_config.sparse):
         return
     from fast.grouped_experts import group_experts, pick_grouped
 
@@ -215,8 +215,10 @@ def use_kernels(model: CausalLM, kernels: Kernels, recompute: Sequence[str] | No
     elif set(recompute or ()) - {"none"}:
         print("  note: no activation checkpointing, and more memory than planned: "
               "fast/fused_block.py, which sets it, is not among the PICKS of runtime/kernels.py")
-    if kernels.group_experts and not kernels.fp8:
-        kernels.group_experts(model, recompute)
+    if kernels.group_experts:
+        line = kernels.group_experts(model, recompute, fp8=bool(kernels.fp8))
+        if line:
+            print(line)
     if kernels.compile:
         kernels.compile(model)
         on_gpu = model.lm_head.weight.device.type == "cuda"     # on a CPU it is slower than without

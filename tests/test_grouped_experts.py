@@ -5,11 +5,13 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoint.load import quantizable_weights, set_quantized
 from fast import grouped_experts
 from fast.compile import compile_steps
 from fast.fused_block import fuse_blocks
-from fast.grouped_experts import can_group, group_experts, grouped_error, pick_grouped
+from fast.grouped_experts import group_experts, grouped_error, one_by_one_for, pick_grouped
 from lora import LoRAConfig, attach_lora, lora_layers, set_adapters
+from methods.quant import QuantFormat, quantize
 from model import CausalLM, init_weights
 from tests.rehearsal import rehearse
 from tests.tiny_models import small_config
@@ -108,7 +110,31 @@ def test_what_cannot_be_grouped_stays_as_it_is():
     stacked = CausalLM(small_config("llama4")).requires_grad_(False)
     for model in (full, odd_rank, dropout, sharded, stacked):
         moe = next(block.mlp for block in model.model.layers if hasattr(block.mlp, "experts"))
-        assert not can_group(moe)
+        assert one_by_one_for(moe)
+        group_experts(model)
+        assert "mix" not in vars(moe)
+
+
+def in_4_bits():
+    model = with_experts(targets=["q_proj"])
+    for name in quantizable_weights(model):
+        if ".experts." in name:
+            set_quantized(model, name, quantize(model.get_parameter(name).data, QuantFormat("nf4")))
+    return model
+
+
+def test_experts_one_by_one_are_said_with_the_reason():
+    layers = small_config("mixtral").num_hidden_layers
+    assert group_experts(with_experts()) == ""
+    assert group_experts(CausalLM(small_config("llama"))) == ""
+    sharded = with_experts()
+    for block in sharded.model.layers:
+        block.mlp.visited = set()
+    for model, options, reason in ((sharded, {}, "shards"), (in_4_bits(), {}, "few bits"),
+                                   (with_experts(), {"fp8": True}, "8 bits")):
+        line = group_experts(model, **options)
+        assert f"one by one in {layers} of {layers} layers" in line and reason in line
+        assert not any("mix" in vars(block.mlp) for block in model.model.layers)
 
 
 def test_the_device_is_not_waited_for():
