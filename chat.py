@@ -92,13 +92,14 @@ def main(argv):
 
     # ---- weights: base and adapters
     base, adapters, remarks = find_weights(config)
+    on_base, on_adapters = (f" ({remark})" if remark else "" for remark in remarks)
     model_config = read_model_config(base)
     device = pick_device(config.use_cpu)
     dtype = pick_dtype(config, read_config_json(base), device)
-    say(f"model     {base}{remarks[0]}")
+    say(f"model     {base}{on_base}")
     for note in model_config.notes:
         say(f"          note: {note}")
-    say(f"adapter   {' + '.join(map(str, adapters)) or 'none'}{remarks[1]}")
+    say(f"adapter   {' + '.join(map(str, adapters)) or 'none'}{on_adapters}")
     for warning in other_bases(config, adapters):
         say(f"warning   {warning}")
 

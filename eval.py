@@ -85,7 +85,7 @@ def main(argv):
     model_config = read_model_config(base)
     device = pick_device(config.use_cpu)
     sides = sides_of(config, base, adapters)
-    notes = [*model_config.notes, *(remark.strip() for remark in remarks if remark)]
+    notes = [*model_config.notes, *filter(None, remarks)]
     print_models(config, sides, notes + other_bases(config, adapters))
 
     # ---- chat template, rows

@@ -35,13 +35,13 @@ ROPE_KEYS = ("rope_scaling", "cutoff_len")
 
 
 def find_weights(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
-    """Find the base folder and the adapter folders; the two strings are remarks about each of them.
+    """Find the base folder and the adapter folders; the two strings are remarks about each, or "".
 
     From then on the base is read with the rope_scaling of the training.
     """
     base, adapters, (on_base, on_adapters) = find_folders(config)
     notes = scale_rope_as_trained(config, base, adapters)
-    return base, adapters, (on_base + "".join(f" ({note})" for note in notes), on_adapters)
+    return base, adapters, ("; ".join([on_base, *notes] if on_base else notes), on_adapters)
 
 
 def scale_rope_as_trained(config: Config, base: Path, adapters: list[Path]) -> list[str]:
@@ -71,7 +71,7 @@ def find_folders(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
     result_file = "config.json" if full else "adapter_config.json"
     finished = bool(config.output_dir) and (output / result_file).is_file()
     if full and finished:
-        note = f" (finetuning_type: {config.finetuning_type}; the output_dir of this config)"
+        note = f"finetuning_type: {config.finetuning_type}; the output_dir of this config"
         return output, [], (note, "")
 
     base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
@@ -83,7 +83,7 @@ def find_folders(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
     if named or not config.output_dir:
         return resized_beside(named) or base, named, ("", "")
 
-    note = f" (the base: {output} holds no finished training{checkpoint_hint(output, full)})"
+    note = f"the base: {output} holds no finished training{checkpoint_hint(output, full)}"
     return base, [], (note, "")
 
 
@@ -91,11 +91,11 @@ def choose_adapters(named: list[Path], output: Path) -> tuple[list[Path], str]:
     """The adapters to load, and a remark, where output_dir holds a finished adapter."""
     trained = [*folded_under(output), str(output)]
     if not named:
-        return [find_checkpoint(name) for name in trained], " (the output_dir of this config)"
+        return [find_checkpoint(name) for name in trained], "the output_dir of this config"
     if output.resolve() in [folder.resolve() for folder in named]:
         return named, ""
     other = ",".join(trained)
-    note = f" (as named; output_dir holds another adapter: adapter_name_or_path={other})"
+    note = f"as named; output_dir holds another adapter: adapter_name_or_path={other}"
     return named, note
 
 

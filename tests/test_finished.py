@@ -37,7 +37,8 @@ def test_weights_of_the_training_yaml(tmp_path):
     )
     assert adapters == [OTHER] and f"adapter_name_or_path={output}" in remarks[1]
     full = settings(f"output_dir={BASE}", "finetuning_type=full")
-    assert finished.find_weights(full)[:2] == (BASE, [])
+    assert finished.find_weights(full) == (
+        BASE, [], ("finetuning_type: full; the output_dir of this config", ""))
 
 
 @pytest.mark.parametrize(
