@@ -68,7 +68,7 @@ def host(here, number, address, endpoint, elastic=False, inside=()):
                f"is_host={int(number == 0)},last_call_timeout=2,join_timeout=60",
                str(here / "worker.py"), *(f"{key}={value}" for key, value in settings.items())]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-           "POCKET_TRACEBACK": "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+           "POCKET_TRACEBACK": "0", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int(elastic))}
     with open(here / f"screen{number}", "w") as screen:
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=screen,
                                    stderr=subprocess.STDOUT)
@@ -163,7 +163,7 @@ def test_a_cut_network_ends_both_hosts_with_the_cause(world):
             name, device, address = hosts[number]
             inside = ["ip", "netns", "exec", name, "unshare", "-u", "env",
                       f"GLOO_SOCKET_IFNAME={device}", "sh", "-c",
-                      f'hostname host{number}; exec "$@"', "sh"]
+                      f'hostname {address}; exec "$@"', "sh"]     # a name that resolves
             return host(world, number, address, f"{hosts[0][2]}:29500", inside=inside)
 
         with start(0) as first, start(1) as second:
@@ -174,8 +174,8 @@ def test_a_cut_network_ends_both_hosts_with_the_cause(world):
             assert time.monotonic() - begin < 40
             wait_for(world, "error: ", [1], seconds=30)
             second.kill()
-    for number, missed in ((0, "rank 1 of 2, on host1,"), (1, "the first host, 10.77.0.1,")):
-        words = f"rank {number}, on host{number}, has not heard from {missed} for 6 s"
+    for number, missed in ((0, "rank 1 of 2, on 10.77.0.2,"), (1, "the first host, 10.77.0.1,")):
+        words = f"rank {number}, on 10.77.0.{number + 1}, has not heard from {missed} for 6 s"
         assert words in screen_of(world, number), screen_of(world, number)[-3000:]
 
 
