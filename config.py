@@ -142,8 +142,8 @@ class Config:
     stage: str = key("sft", FIXED,
         "sft: supervised fine-tuning; pt: pre-training on plain text; dpo: pairs of a better and a "
         "worse reply; kto: replies marked good or bad; rm: a reward model; ppo and grpo: the "
-        "model's own replies, by their rewards",
-        group="method", choices=("sft", "pt", "rm", "dpo", "kto", "ppo", "grpo"))
+        "model's own replies, by their rewards; distill: the probabilities of a teacher",
+        group="method", choices=("sft", "pt", "rm", "dpo", "kto", "ppo", "grpo", "distill"))
     finetuning_type: str = key("lora", FIXED,
         "lora: low-rank adapters on frozen weights; oft: rotations of the inputs of frozen "
         "weights; full: all weights; freeze: the weights of some layers",
@@ -266,8 +266,8 @@ class Config:
     num_generations: int = key(8, FREE,
         "replies sampled for each prompt; its group", own=True, only="grpo", low=2)
     num_iterations: int = key(1, DATA,
-        "optimizer steps on the same replies, before new ones are sampled", own=True, only="grpo",
-        low=1)
+        "optimizer steps on the same replies, before new ones are sampled", own=True,
+        only="grpo distill", low=1)
     policy_loss: str = key("dapo", FREE,
         "what a token of a reply counts, and how far a step may go; see methods/policy_losses.py",
         own=True, only="grpo", choices=("dapo", "grpo", "dr_grpo", "bnpo", "gspo", "cispo"))
@@ -285,6 +285,23 @@ class Config:
         "weight of the divergence from the model without its adapters (ppo: 0.2 at the start, if "
         "it is not set, and then as ppo_target wants it; 0: none)", own=True, only="ppo grpo",
         low=0)
+    teacher_model: str | None = key(None, DATA,
+        "folder or hub id of the model to learn from, with the tokenizer of the trained one (none: "
+        "the base, with teacher_adapters)", own=True, only="distill")
+    teacher_adapters: list[str] | None = key(None, DATA,
+        "adapter folders of the teacher", own=True, only="distill")
+    teacher_quantization_bit: int | None = key(None, DATA,
+        "4 or 8: quantize the teacher while loading (none: quantization_bit if the teacher is the "
+        "base, else not)", own=True, only="distill")
+    distill_beta: float = key(0.5, FREE,
+        "0: the divergence KL(teacher || student); 1: KL(student || teacher); between: the "
+        "generalized Jensen-Shannon divergence", own=True, only="distill", low=0, high=1)
+    distill_temperature: float = key(1.0, FREE,
+        "divides the logits of teacher and student in the divergence", own=True, only="distill",
+        above=0)
+    distill_lambda: float = key(0.5, DATA,
+        "share of rows whose reply the trained model samples anew (0: learn on the rows as they "
+        "are; 1: on its own replies alone)", own=True, only="distill", low=0, high=1)
 
     dataset: list[str] | None = key(None, DATA,
         "names in dataset_info.json, or paths of data files", group="dataset")
@@ -566,14 +583,14 @@ class Config:
     do_sample: bool = key(True, IGNORED,
         "sample from the distribution; false: greedy decoding", group="generate")
     temperature: float = key(0.95, FREE,
-        "below 1 sharper, above 1 flatter (0: greedy decoding; stage: grpo samples with 1 if it is "
-        "not set)", low=0)
+        "below 1 sharper, above 1 flatter (0: greedy decoding; stages grpo and distill sample with "
+        "1 if it is not set)", low=0)
     top_p: float = key(0.7, FREE,
-        "sample from the most likely tokens that together have this probability (stage: grpo: 1 if "
-        "it is not set)", low=0, high=1)
+        "sample from the most likely tokens that together have this probability (stages grpo and "
+        "distill: 1 if it is not set)", low=0, high=1)
     top_k: int = key(50, FREE,
-        "sample from this many most likely tokens (0: all; stage: grpo: all if it is not set)",
-        low=0)
+        "sample from this many most likely tokens (0: all; stages grpo and distill: all if it is "
+        "not set)", low=0)
     repetition_penalty: float = key(1.0, IGNORED,
         "above 1: earlier tokens become less likely", above=0)
     max_new_tokens: int = key(1024, FREE,
@@ -762,7 +779,7 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 BADAM_WEIGHT_DECAY = 0.01           # of all weights: the package badam reads no weight_decay
 AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
-SAMPLED = ("ppo", "grpo")           # stages that train on the model's own replies
+SAMPLED = ("ppo", "grpo", "distill")    # stages that train on the model's own replies
 ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters
 
 
@@ -776,6 +793,11 @@ def needs_whole_matrices(config: Config) -> bool:
     """Whether the optimizer updates matrices or blocks of numbers, unlike AdamW."""
     return (config.use_muon or config.use_galore or config.use_adam_mini or config.use_apollo
             or config.use_badam or "8bit" in config.optim)
+
+
+def samples_replies(config: Config) -> bool:
+    """Whether the run trains on replies that its model samples."""
+    return config.stage in SAMPLED and (config.stage != "distill" or config.distill_lambda > 0)
 
 
 def has_reference(config: Config) -> bool:

@@ -128,8 +128,9 @@ def with_answers_of_rows(config: Config) -> Config:
     """The config, with stage sft in the place of those that train on sampled answers."""
     if config.stage not in SAMPLED:
         return config
-    print(f"stage: {config.stage} measures rewards in training (eval_strategy); here the loss is "
-          "that of the rows' own answers, as in stage: sft")
+    measured = "the divergence" if config.stage == "distill" else "rewards"
+    print(f"stage: {config.stage} measures {measured} in training (eval_strategy); here the loss "
+          "is that of the rows' own answers, as in stage: sft")
     return replace(config, stage="sft")
 
 

@@ -111,6 +111,7 @@ class RolloutObjective(Objective):
         self.gap_limit = GAP_LIMITS[dtype]
         self.reference = reference
         self.sampling = rollout_sampling(config)
+        self.group_size = config.num_generations
         self.rollout = 0                        # rollouts so far
         self.uses_left = 0                      # steps for which the last one still serves
         self.groups: dict[str, Group] = {}      # of the last one, by the text of the prompt
@@ -172,8 +173,7 @@ class RolloutObjective(Objective):
         prompts = {prompt.text: prompt for prompt in prompts}       # each once
         for prompt in prompts.values():
             check_room(model, prompt)
-            row = json.dumps(prompt.row["row"])
-            seeds[prompt.text] = [self.seed_of(row, index) for index in range(size)]
+            seeds[prompt.text] = [self.seed_of(prompt.words, index) for index in range(size)]
             asked += [(seed, prompt.input_ids) for seed in seeds[prompt.text]]
         was_training = model.training
         model.eval()
@@ -195,7 +195,7 @@ class RolloutObjective(Objective):
         return groups
 
     def seed_of(self, words: str, index: int) -> int:
-        """The seed of an answer to a prompt, given its row as text.
+        """The seed of an answer to a prompt, given its words.
 
         It is the same on any number of ranks, after resuming, and wherever the dataset lies.
         """
@@ -397,14 +397,18 @@ def groups_of(batch, groups: dict[str, Group]) -> list[Group]:
     return [groups[prompt.text] for prompt in batch.prompts]
 
 
+def answered(prompt: list[int], answer: list[int]) -> Example:
+    """A prompt with an answer, which alone carries labels."""
+    ids = np.array(prompt + answer, np.int32)
+    labels = np.array([IGNORE] * len(prompt) + answer, np.int32)
+    return Example(ids, labels, [len(ids)])
+
+
 def answer_batch(groups: list[Group], device) -> AnswerBatch:
     """All answers of these groups, each behind its prompt; they alone carry targets."""
     examples = []
     for group in groups:
-        for answer in group.answers:
-            ids = np.array(group.prompt_ids + answer, np.int32)
-            labels = np.array([IGNORE] * len(group.prompt_ids) + answer, np.int32)
-            examples.append(Example(ids, labels, [len(ids)]))
+        examples += [answered(group.prompt_ids, answer) for answer in group.answers]
     fields = vars(collate(examples)) | {"num_items": len(groups), "batch_sizes": (len(groups),)}
     batch = AnswerBatch(**fields, groups=groups)
     batch.counts = [len(answer) for group in groups for answer in group.answers]

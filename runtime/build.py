@@ -17,12 +17,11 @@ import torch
 from torch import nn
 
 from checkpoint.adapters import load_adapter, variant_of
-from checkpoint.files import find_checkpoint
 from checkpoint.load import empty_model, fill_model, load_model
 from checkpoint.shards import full_tensor
 from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
-from config import has_reference
+from config import has_reference, samples_replies
 from data import collate_rows, encode_conversations, encode_documents
 from families import read_config_json, read_model_config
 from lora import AdapterConfig, attach_lora, lora_layers, merge_adapters, trainable
@@ -39,7 +38,8 @@ from runtime.kernels import new_optimizer, use_fp8, use_kernels, use_long_rows
 from runtime.offload import EmbeddingOutside, embedding_may_stay_outside
 from runtime.precision import half_dtype, requested_format
 from runtime.rope_scaling import scale_rope
-from runtime.setup import Base, Setup, needs_second_model
+from runtime.second_model import second_model
+from runtime.setup import Base, Setup
 from scale import fsdp
 from scale import zero
 from text.load_text import load_text
@@ -113,23 +113,41 @@ def ppo_objective(config, base, setup, ranks, resume) -> Objective:
                         head=value_head(config, base, setup, resume))
 
 
-def rollout_parts(config, base, setup, ranks, resume) -> tuple:
-    """The arguments of methods.rollouts.RolloutObjective."""
+def sampler(config, base, resume) -> tuple:
+    """(text/load_text.py's Text, fast.batch_decode.decode_rows), to sample answers in training."""
     from fast.batch_decode import decode_rows, one_at_a_time    # only where they are asked for
-    from runtime.reward_sources import build_reward_model
-    from runtime.rewards import Rewards
 
-    if why := one_at_a_time(CausalLM(base.model_config).to("meta")):
+    with torch.device("meta"):
+        model = CausalLM(base.model_config)
+    if why := one_at_a_time(model):
         raise ValueError(f"stage: {config.stage} samples many answers at once, and with this model "
                          f"it cannot: {why}")
     text = load_text(config, base.folder, [resume] if resume else base.adapters,
                      base.model_config, overrides=True)
+    return text, decode_rows
+
+
+def rollout_parts(config, base, setup, ranks, resume) -> tuple:
+    """The arguments of methods.rollouts.RolloutObjective."""
+    from runtime.reward_sources import build_reward_model       # only where they are asked for
+    from runtime.rewards import Rewards
+
+    text, decode_rows = sampler(config, base, resume)
     judge = build_reward_model(config, base, setup, text.tokenizer)
     rewards = Rewards(config.reward or [], config.reward_weights, config.reward_timeout,
                       more=["reward_model"] if judge else [])
     reference = build_reference(config, base, setup, ranks)
     return (config, text, decode_rows, rewards, judge, ranks, setup.dtype, reference,
             setup.kernels.matmul)
+
+
+def teacher_objective(config, base, setup, ranks, resume) -> Objective:
+    from methods.distill import DistillObjective        # only where it is asked for
+
+    text, decode_rows = sampler(config, base, resume) if samples_replies(config) else (None, None)
+    teacher = build_reference(config, base, setup, ranks)
+    return DistillObjective(config, text, decode_rows, teacher, ranks, setup.dtype,
+                            setup.kernels.matmul)
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,7 @@ STAGES = {
     "kto": Stage(preference.encode_answers, preference.collate_answers, judged_objective),
     "ppo": Stage(prompts.encode_prompts, prompts.collate_prompts, ppo_objective),
     "grpo": Stage(prompts.encode_prompts, prompts.collate_prompts, group_objective),
+    "distill": Stage(prompts.encode_answered, prompts.collate_answered, teacher_objective),
 }
 
 
@@ -295,36 +314,34 @@ def keep_embedding_outside(model: CausalLM, setup: Setup):
 
 
 def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM | None:
-    """The second, frozen model that a loss compares with; None where the trained one serves."""
-    if not needs_second_model(config, setup.lora):
+    """The second, frozen model: a teacher, or the reference where the trained one cannot serve."""
+    second = second_model(config, base, setup.lora)
+    if second is None:
         return None
-    folder, adapters = base.folder, base.merged_adapters(config) if setup.lora else []
-    quant_format = requested_format(config)
-    if config.ref_model:
-        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
-        scale_rope(config.rope_scaling, config.cutoff_len, folder)
-        adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
-                    for name in config.ref_model_adapters or []]
-        quant_format = None
+    if second.key == "ref_model":
+        scale_rope(config.rope_scaling, config.cutoff_len, second.folder)
     dtype = half_dtype(config)
     if not dtype and config.pure_bf16:
         dtype = torch.bfloat16
     elif not dtype and not setup.lora:
         dtype = torch.float32
     split = is_split(setup, ranks)
-    if split and adapters:
-        raise ValueError("ref_model_adapters would have to be merged into weights that are split "
-                         "over processes (fsdp, tensor_parallel_size); merge them first: python "
-                         "merge.py, then take the merged model as ref_model")
+    if split and second.adapters:
+        raise ValueError("the adapters of a second model would have to be merged into weights that "
+                         "are split over processes (fsdp, tensor_parallel_size); merge them first: "
+                         "python merge.py, then take the merged model as "
+                         f"{second.key or 'ref_model'}")
     if split:
-        reference = empty_model(folder, dtype).requires_grad_(False)
+        reference = empty_model(second.folder, dtype).requires_grad_(False)
         split_model(reference, config, setup, ranks)
-        fill_model(reference, folder)
+        fill_model(reference, second.folder)
     else:
-        reference = load_model(folder, dtype, setup.device, quant_format=quant_format)
-        for adapter in adapters:
-            load_adapter(reference, adapter)
-            merge_adapters(reference)
+        reference = load_model(second.folder, dtype, setup.device,
+                               quant_format=second.quant_format)
+        for number, adapter in enumerate(second.adapters, 1):
+            load_adapter(reference, adapter, dropout=0.0)
+            # beside weights in 4 or 8 bits the last one stays what it is: merging would round it
+            merge_adapters(reference, quantized=number < len(second.adapters))
     use_kernels(reference, setup.kernels)
     return reference.requires_grad_(False)
 

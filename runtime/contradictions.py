@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from config import (ADAPTERS, COMPARED, SAMPLED, Config, has_reference,
-                    needs_whole_matrices)
+from config import (ADAPTERS, COMPARED, Config, has_reference, needs_whole_matrices,
+                    samples_replies)
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
 
@@ -53,11 +53,13 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt, mask_history and neat_packing have no meaning for plain text (stage: "
         "pt); leave them out")
 
-    samples = c.stage in SAMPLED
-    yield (c.stage in COMPARED or samples) and (
-        c.train_on_prompt or c.mask_history or c.packing), (
+    last_only = c.stage in COMPARED or c.stage in ("ppo", "grpo")
+    yield last_only and (c.train_on_prompt or c.mask_history or c.packing), (
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
         "replies count; leave them out")
+
+    yield samples_replies(c) and c.train_on_prompt, (
+        f"train_on_prompt: stage: {c.stage} learns from the replies; leave it out")
 
     yield c.ask and (c.stage in ("pt", "rm") or c.fsdp), (
         "ask puts questions to a chat model whose weights are in one place; leave it out in stages "
@@ -89,15 +91,16 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "fsdp does not shard a value head; in stage: rm use finetuning_type: lora with it, or "
         "leave it out")
 
-    yield c.moe_aux_loss_coef and (c.stage in COMPARED or samples), (
+    yield c.moe_aux_loss_coef and c.stage not in ("sft", "pt"), (
         "moe_aux_loss_coef is for stages sft and pt; leave it out")
 
     yield from in_rewards(c)
+    yield from in_sampling(c)
+    yield from in_distillation(c)
 
 
 def in_rewards(c: Config) -> Iterator[tuple]:
-    if c.stage not in SAMPLED:
-        yield c.num_iterations > 1, "num_iterations is for stage: grpo; leave it out"
+    if c.stage not in ("ppo", "grpo"):
         return
 
     yield not c.reward and not c.reward_model, (
@@ -115,26 +118,6 @@ def in_rewards(c: Config) -> Iterator[tuple]:
         f"reward_weights has {len(c.reward_weights or [])} numbers for {count} rewards, the "
         "functions in reward and then reward_model")
 
-    yield c.stage == "grpo" and (c.lora_dropout or c.neftune_noise_alpha), (
-        "stage: grpo samples from the very model that it trains; lora_dropout and "
-        "neftune_noise_alpha would make it another one; leave them out")
-
-    yield c.neftune_noise_alpha, (
-        "stage: ppo samples from the very model that it trains; neftune_noise_alpha would make it "
-        "another one; leave it out")
-
-    greedy = c.temperature == 0 or not c.do_sample
-    yield greedy or c.repetition_penalty != 1, (
-        f"stage: {c.stage} compares sampled replies: do_sample: true, temperature above 0, and no "
-        "repetition_penalty")
-
-    yield not c.max_new_tokens, (
-        f"stage: {c.stage} needs max_new_tokens, the longest reply")
-
-    yield c.fsdp or c.token_budget, (
-        f"stage: {c.stage} is for one model on each rank and per_device_train_batch_size prompts "
-        "at a time: leave fsdp and token_budget out")
-
     yield c.stage == "ppo" and c.num_iterations > 1, (
         "num_iterations is for stage: grpo; in stage: ppo it is ppo_epochs")
 
@@ -143,6 +126,34 @@ def in_rewards(c: Config) -> Iterator[tuple]:
         "(nor do they go together in LLaMA-Factory); leave it out")
 
     yield from in_reward_model(c)
+
+
+def in_sampling(c: Config) -> Iterator[tuple]:
+    if not samples_replies(c):
+        yield c.num_iterations > 1, (
+            "num_iterations is for stages that sample replies, grpo and distill; leave it out")
+        return
+    instead = " (or distill_lambda: 0, to sample nothing)" if c.stage == "distill" else ""
+
+    yield c.stage != "ppo" and (c.lora_dropout or c.neftune_noise_alpha), (
+        f"stage: {c.stage} samples from the very model that it trains; lora_dropout and "
+        f"neftune_noise_alpha would make it another one; leave them out{instead}")
+
+    yield c.neftune_noise_alpha, (
+        "stage: ppo samples from the very model that it trains; neftune_noise_alpha would make it "
+        "another one; leave it out")
+
+    greedy = c.temperature == 0 or not c.do_sample
+    yield greedy or c.repetition_penalty != 1, (
+        f"stage: {c.stage} learns from sampled replies: do_sample: true, temperature above 0, and "
+        f"no repetition_penalty{instead}")
+
+    yield not c.max_new_tokens, (
+        f"stage: {c.stage} needs max_new_tokens, the longest reply{instead}")
+
+    yield c.fsdp or c.token_budget, (
+        f"stage: {c.stage} is for one model on each rank and per_device_train_batch_size prompts "
+        f"at a time: leave fsdp and token_budget out{instead}")
 
 
 def in_reward_model(c: Config) -> Iterator[tuple]:
@@ -174,6 +185,25 @@ def in_reward_model(c: Config) -> Iterator[tuple]:
     yield bits and kind != "full", (
         "reward_model_quantization_bit is for reward_model_type: full; with lora the reward model "
         "reads the base of this run, which quantization_bit quantizes")
+
+
+def in_distillation(c: Config) -> Iterator[tuple]:
+    distills = c.stage == "distill"
+
+    yield distills and not c.teacher_model and not c.teacher_adapters, (
+        "stage: distill needs teacher_model, the folder or hub id of the model to learn from, or "
+        "teacher_adapters, adapters that make a teacher of the base")
+
+    yield distills and c.teacher_quantization_bit not in (None, 4, 8), (
+        "teacher_quantization_bit is 4 or 8, the formats of bitsandbytes; leave it out for a "
+        "16-bit teacher")
+
+    yield distills and c.fsdp and c.teacher_quantization_bit, (
+        "teacher_quantization_bit: weights in 4 bits are not sharded; leave it or fsdp out")
+
+    yield distills and (c.packing or c.neat_packing), (
+        "packing is for stages sft and pt; stage: distill computes no padding either way; leave "
+        "it out")
 
 
 def in_data(c: Config) -> Iterator[tuple]:
@@ -413,7 +443,7 @@ def in_zero(c: Config) -> Iterator[tuple]:
         "use_badam has little optimizer state, and makes it anew with each block: leave "
         "offload_optimizer out")
 
-    yield c.zero_stage == 2 and c.stage in SAMPLED, (
+    yield c.zero_stage == 2 and samples_replies(c), (
         f"zero_stage: 2 sums gradients in each pass, and the ranks of stage: {c.stage} have "
         "different numbers of passes; use zero_stage: 1")
 
@@ -459,7 +489,11 @@ def in_tensor_parallel(c: Config) -> Iterator[tuple]:
         "tensor_parallel_size: use_muon, use_galore, use_adam_mini, use_apollo, use_badam and "
         "8-bit optimizers need whole matrices; use optim: adamw_torch")
 
-    yield cut and c.stage in SAMPLED, (
+    yield cut and c.stage == "distill", (
+        "tensor_parallel_size: stage: distill compares whole vocabularies; leave it out, or take "
+        "fsdp: full_shard with distill_lambda: 0")
+
+    yield cut and samples_replies(c), (
         f"stage: {c.stage} samples replies from a whole model on each rank; leave "
         "tensor_parallel_size out, or take stage: dpo with replies that another run has sampled")
 

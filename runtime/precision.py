@@ -57,11 +57,16 @@ def half_dtype(config) -> torch.dtype | None:
 
 def requested_format(config):
     """The QuantFormat that quantization_bit and its companions ask for, or None."""
-    if not config.quantization_bit:
+    return quant_format_of_bits(config, config.quantization_bit)
+
+
+def quant_format_of_bits(config, bits: int | None):
+    """The QuantFormat of 4 or 8 bits with the config's quantization_type; None for None."""
+    if not bits:
         return None
     from methods.quant import QuantFormat               # only where it is asked for
 
-    if config.quantization_bit == 8:
+    if bits == 8:
         return QuantFormat("int8", nested=0)
     nested = 256 if config.double_quantization else 0
     return QuantFormat(config.quantization_type, nested=nested)

@@ -24,9 +24,9 @@ import torch
 from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
 from checkpoint.adapters import stored_targets
 from checkpoint.files import find_checkpoint
-from checkpoint.load import (count_parameters, empty_quantized, formats_in_words, load_model,
-                             packed_weights, quantized_weights)
-from config import ADAPTERS, AS_SIGMOID, SAMPLED, batches_per_rollout, has_reference
+from checkpoint.load import (count_parameters, formats_in_words, load_model, packed_weights,
+                             quantized_weights)
+from config import ADAPTERS, AS_SIGMOID, batches_per_rollout, samples_replies
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import AdapterConfig, LoRAConfig, trainable
@@ -46,6 +46,7 @@ from runtime.report import format_pairs
 from runtime.resize_vocab import (RESIZED_BASE, notes_on_rows, resized_base,
                                   tables_trained_in_full)
 from runtime.rope_scaling import other_scaling, scale_rope
+from runtime.second_model import check_second_model, second_model, second_model_bytes
 from runtime.show_data import print_counts, print_example
 from runtime.steps import StepPlan
 from text.token_cache import kept_in, load_examples
@@ -189,7 +190,7 @@ def load_data(config, base: Base, text, stage, ranks: Ranks) -> tuple:
         print(f"  note: the {sum(map(len, eval_sets))} rows for evaluation are not used; "
               "eval_strategy: epoch would use them")
     check_examples([train_set, *eval_sets], base.model_config, text.tokenizer)
-    check_reference([train_set, *eval_sets], config, text.tokenizer)
+    check_second_model([train_set, *eval_sets], config, text.tokenizer)
     if config.stage == "dpo" and config.pref_loss in AS_SIGMOID and not config.paper_losses:
         print(f"  note: pref_loss: {config.pref_loss} is computed as LLaMA-Factory 0.9.5 does, "
               "with the loss of sigmoid; paper_losses: true takes that of its paper")
@@ -210,21 +211,6 @@ def check_examples(splits: list, model_config: ModelConfig, tokenizer):
     if longest > context:
         print(f"  note: rows have up to {longest:,} tokens, and the model was made for "
               f"{context:,} (max_position_embeddings)")
-
-
-def check_reference(splits: list, config, tokenizer):
-    """Raises ValueError for a token id that ref_model lacks, as it may lack new tokens."""
-    if not config.ref_model:
-        return
-    rows = read_model_config(find_checkpoint(config.ref_model,
-                                             cache_dir=config.cache_dir)).vocab_size
-    largest = max(examples.largest_id for examples in splits)
-    if largest >= rows:
-        raise ValueError(
-            f"ref_model: {config.ref_model} knows ids 0 to {rows - 1}, and the data hold token id "
-            f"{largest} ({tokenizer.decode([largest])!r}). The reference needs every token of the "
-            "trained model: leave ref_model out, so that it is the model that training starts "
-            "from, or name one with these tokens")
 
 
 # ---- the setup ----------------------------------------------------------------------------------
@@ -383,7 +369,8 @@ def plan_memory(config, base: Base, sizes: ModelConfig, plan: StepPlan, lora: Ad
         fast=bool(kernels.fuse),
         fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
-        other_bytes=reference_bytes(config, lora, base, dtype) // plan.ranks.partners
+        other_bytes=second_model_bytes(second_model(config, base, lora), dtype)
+        // plan.ranks.partners
         + judge_bytes(config, dtype),
         rollout_bytes=rollout_bytes(config, base, plan, dtype),
         host_bytes=free_on_all(torch.device("cpu"), plan.ranks) if on_gpu else None,
@@ -393,18 +380,24 @@ def plan_memory(config, base: Base, sizes: ModelConfig, plan: StepPlan, lora: Ad
 def rows_in_training(config, base: Base, plan: StepPlan) -> list[list[int]]:
     """The largest micro-batch, see largest_rows; of prompts with answers as long as they may be."""
     rows = largest_rows(plan.train_set, plan.all_micro_batches())
-    if config.stage not in SAMPLED:
+    if not samples_replies(config):
         return rows
     from methods.rollouts import answers_per_prompt     # only where it is asked for
 
     context = context_length(base.model_config)
-    whole = [[min(prompt + config.max_new_tokens, context)] for prompt, _ in rows]
+
+    def answered(prompt: int) -> int:
+        return min(prompt + config.max_new_tokens, context)
+
+    if config.stage == "distill":       # the row, or the model's own answer in its place
+        return [[max(row, answered(prompt))] for row, prompt in rows]
+    whole = [[answered(prompt)] for prompt, _ in rows]
     return [row for row in whole for _ in range(answers_per_prompt(config))]
 
 
 def rollout_bytes(config, base: Base, plan: StepPlan, dtype: torch.dtype) -> int:
     """Keys and values of the answers that are decoded together, each as long as it may be."""
-    if config.stage not in SAMPLED:
+    if not samples_replies(config):
         return 0
     from fast.batch_decode import cache_bytes           # only where it is asked for
     from methods.rollouts import ROWS_AT_ONCE
@@ -421,33 +414,9 @@ def free_on_all(device: torch.device, ranks: Ranks) -> int | None:
     return min(map(int, found)) or None
 
 
-def needs_second_model(config, lora: AdapterConfig | None) -> bool:
-    """Whether the reference is a second model.
-
-    The trained one serves with its adapters off, if these are all that is trained.
-    """
-    if not has_reference(config):
-        return False
-    return bool(config.ref_model or not lora or lora.modules_to_save)
-
-
-def reference_bytes(config, lora: AdapterConfig | None, base: Base, dtype: torch.dtype) -> int:
-    """Memory of the second model that a loss compares with."""
-    if not needs_second_model(config, lora):
-        return 0
-    model_config, formats = base.model_config, base.quant_formats
-    if config.ref_model:
-        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
-        model_config, formats = read_model_config(folder), {}
-    with torch.device("meta"):
-        model = empty_quantized(CausalLM(model_config), formats)
-    plain = sum(p.numel() * dtype.itemsize for p in model.parameters())
-    return plain + sum(weight.nbytes for weight in quantized_weights(model).values())
-
-
 def judge_bytes(config, dtype: torch.dtype) -> int:
     """Memory of the reward model of stages ppo and grpo."""
-    if config.stage not in SAMPLED:
+    if config.stage not in ("ppo", "grpo"):
         return 0
     from runtime.reward_sources import reward_model_bytes   # only where it is asked for
 
@@ -472,7 +441,7 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
     own_mean = config.use_asft_loss or config.label_smoothing_factor
     needs_whole = balance or own_mean and not config.paper_losses
     mergeable = config.join_micro_batches and size > 1 and not needs_whole
-    mergeable = mergeable and config.stage not in SAMPLED   # their answers are yet to come
+    mergeable = mergeable and not samples_replies(config)   # the answers are yet to come
     if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
         while limit > alone:
@@ -536,8 +505,10 @@ def step_size(config, plan: StepPlan) -> str:
     batches = f"{config.gradient_accumulation_steps}"
     if config.stage == "ppo":
         batches += f" x {config.ppo_buffer_size} steps of a rollout"
-    return f"{rows} rows ({size} x {batches} x {plan.ranks.world} ranks), about " \
-           f"{tokens:,.0f} tokens"
+    length = f"about {tokens:,.0f} tokens"
+    if samples_replies(config):
+        length = f"replies of at most {config.max_new_tokens:,} tokens"
+    return f"{rows} rows ({size} x {batches} x {plan.ranks.world} ranks), {length}"
 
 
 def ranks_text(config, plan: StepPlan) -> str:

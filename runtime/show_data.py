@@ -65,7 +65,8 @@ def print_example(tokenizer, example: Example, stage: str, title: str = "first e
         quality = "good" if example.desired else "bad"
         print_sequence(tokenizer, example.sequence(0), f"{title}, a {quality} answer")
     elif stage in SAMPLED:
-        print_sequence(tokenizer, example.sequence(0), f"{title}, a prompt")
+        print_sequence(tokenizer, example.sequence(0),
+                       title if stage == "distill" else f"{title}, a prompt")
     else:
         print_sequence(tokenizer, example, title)
 

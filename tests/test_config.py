@@ -263,6 +263,6 @@ def test_keys_prints_every_key_quickly_and_without_torch():
     for name in [*KEYS, *UNUSED]:
         assert re.search(rf"(?m)(^|[\s,]){name}\b", done.stdout), name
     assert "learning_rate: 5e-05    (float)" in done.stdout
-    assert "stage: sft    (sft|pt|rm|dpo|kto|ppo|grpo)" in done.stdout
+    assert "stage: sft    (sft|pt|rm|dpo|kto|ppo|grpo|distill)" in done.stdout
     assert "lora_rank: 8    (int)    only lora" in done.stdout
     assert all(spec.metadata["help"] in re.sub(r"\s+", " ", done.stdout) for spec in KEYS.values())

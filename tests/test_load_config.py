@@ -395,7 +395,7 @@ def test_a_chat_format_is_the_same_after_json(tmp_path):
         ("dataset: {a: b}", "not a list of names"),
         ("placeholders: Max", "not a mapping"),
         ("save_steps: 1.5", "share below 1"),
-        ("stage: sftt", "none of sft, pt, rm, dpo, kto, ppo, grpo (did you mean 'sft'?)"),
+        ("stage: sftt", "none of sft, pt, rm, dpo, kto, ppo, grpo, distill (did you mean 'sft'?)"),
         ("quantization_method: awq", "not in this release yet"),
         ("finetuning_type: ofd", "none of lora, oft, full, freeze (did you mean 'oft'?)"),
         ("optim: adafactor", "none of adamw_torch_fused"),

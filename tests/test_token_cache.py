@@ -148,12 +148,13 @@ def test_every_setting_that_changes_rows_is_in_the_key():
         badam_switch_mode badam_switch_interval badam_update_ratio badam_mask_mode fp8
         oft_rank oft_block_size oft_target module_dropout resize_vocab add_tokens
         add_special_tokens new_special_tokens_config init_special_tokens
-        rope_scaling
+        rope_scaling teacher_model teacher_adapters teacher_quantization_bit
     """.split())
     of_the_order = {"token_budget", "disable_shuffling", "data_seed", "dataloader_drop_last",
                     "even_batches", "num_iterations", "ppo_epochs", "ppo_buffer_size"}
-    # see cache_key
-    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir"}
+    # see cache_key; distill_lambda by packing_of
+    otherwise = {"template", "packing", "neat_packing", "dataset", "eval_dataset", "dataset_dir",
+                 "distill_lambda"}
     other_run = {key for key, spec in KEYS.items() if spec.metadata["on_resume"] in (FIXED, DATA)}
     assert other_run == set(token_cache.DATA_KEYS) | of_the_model | of_the_order | otherwise
 
