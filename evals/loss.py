@@ -102,6 +102,7 @@ def score_batch(model, examples: list, *, objective: Objective, stage: str,
     watched = final_hidden(model) if compute_accuracy else nullcontext()
     with precision.autocast(), watched as hidden:
         batch, = objective.with_reference(model, [batch])
+        items = batch.num_items if batch.batch_sizes else items     # answers with a reward
         loss, routing, metrics = objective.loss_sum(model, batch)
         if compute_accuracy:
             metrics["accuracy"] = row_accuracy(hidden[-1], model, batch, objective.matmul)

@@ -135,8 +135,11 @@ class RolloutObjective(Objective):
         if not model.training:
             groups = self.sample_groups(model, prompts, greedy=True)
             self.score(model, groups)
-            return [answer_batch(groups_of(batch, groups), batch.input_ids.device)
-                    for batch in batches]
+            found = [answer_batch(groups_of(batch, groups), batch.input_ids.device)
+                     for batch in batches]
+            for batch in found:                 # a mean counts what has a reward, see eval_loss
+                batch.num_items = sum(not math.isnan(group.rewards[0]) for group in batch.groups)
+            return found
         known = all(prompt.text in self.groups for prompt in prompts)
         if not self.uses_left or not known:
             self.roll_out(model, batches, prompts)

@@ -187,6 +187,18 @@ def test_a_reward_that_fails_now_and_then_does_not_end_the_run(tmp_path, capsys)
     assert unscored and all(sample["advantage"] == 0 for sample in unscored)
 
 
+def test_an_evaluation_counts_only_answers_with_a_reward(tmp_path):
+    (tmp_path / "scores.py").write_text(
+        "def score(prompt, answer, row):\n"
+        "    return None if 'apples' in prompt else 2.0\n")
+    logged = run(tmp_path / "out", reward=f"{tmp_path / 'scores.py'}:score", max_steps=1,
+                 val_size=20, eval_on_start=True, eval_strategy="steps", eval_steps=1,
+                 per_device_eval_batch_size=4)
+    found = [row for row in logged if "eval_loss" in row]
+    assert found and 0 < found[0]["eval_unscored"] < 1
+    assert all(row["eval_loss"] == -2.0 and row["eval_reward"] == 2.0 for row in found)
+
+
 def test_a_reward_that_never_works_ends_the_run(tmp_path):
     (tmp_path / "scores.py").write_text("def score(prompt, answer, row):\n    return None\n")
     with pytest.raises(ValueError, match="3 rollouts in a row without a reward: .*returned None"):
