@@ -15,6 +15,7 @@ Next: methods/grpo.py and methods/ppo.py (what a stage does with them), runtime/
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -357,10 +358,7 @@ class RolloutObjective(Objective):
         path = Path(self.config.output_dir) / name
         if not self.writes_samples:             # the first rollout of this process
             self.writes_samples = True
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            earlier = [line for line in lines
-                       if line.endswith("}") and json.loads(line)["rollout"] < self.rollout]
-            path.write_text("".join(f"{line}\n" for line in earlier), encoding="utf-8")
+            keep_earlier(path, self.rollout)
         with open(path, "a", encoding="utf-8") as file:
             for group in self.groups.values():
                 for sample in self.samples_of(group):
@@ -429,6 +427,18 @@ def known_sum(values) -> torch.Tensor:
     values = np.asarray(values, np.float64)
     known = values[~np.isnan(values)]
     return torch.tensor([known.sum(), known.size], dtype=torch.float32)
+
+
+def keep_earlier(path: Path, rollout: int):
+    """Drop the lines of this rollout and later ones, and one that a killed run left unfinished."""
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    earlier = [line for line in lines
+               if line.endswith("\n") and json.loads(line)["rollout"] < rollout]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(earlier), encoding="utf-8")
+    os.replace(partial, path)                   # at any moment the file is complete
 
 
 def none_if_nan(value: float) -> float | None:

@@ -396,6 +396,7 @@ def assert_same_end(folder, other):
             assert without_times(read_jsonl(mine)) == without_times(read_jsonl(theirs))
         elif file.suffix == ".safetensors" or file.name in (
             "adapter_config.json",
+            "samples.jsonl",
             "tokenizer.json",
         ):
             assert mine.read_bytes() == theirs.read_bytes(), file
@@ -465,6 +466,41 @@ def test_killed_while_writing_the_result_without_checkpoints(fork_server, uninte
     # a finished run is not lost either
     assert codes == [1]
     assert "of an earlier run" in screen
+
+
+ROLLOUTS = dict(
+    stage="grpo",
+    dataset=ROOT / "data/tiny_sums.jsonl",
+    reward=f"{ROOT / 'data/rewards.py'}:arithmetic",
+    num_generations=6,
+    num_iterations=4,               # rollouts before steps 1 and 5
+    max_new_tokens=12,
+    temperature=1.5,
+    lora_dropout=None,
+    neftune_noise_alpha=None,
+    load_best_model_at_end=None,
+    eval_strategy="no",
+    val_size=None,
+)
+
+
+def test_killed_in_the_middle_of_a_rollout(fork_server, tmp_path):
+    """Killed in steps 3, 6 and 7: it goes on within a rollout, before one, and within one again."""
+    codes, screen = fork_server.run(tmp_path / "whole", **ROLLOUTS)
+    assert codes == [0], screen
+    for step, resumed in ((3, None), (4, 2), (3, 4)):       # step: of this process
+        codes, screen = fork_server.run(
+            tmp_path / "run", 1, [["dies_at_step", 0, step]], **ROLLOUTS)
+        assert codes == [-9], screen
+        assert resumed is None or f", step {resumed} of 8" in screen
+        if resumed == 2:                        # as if killed while it wrote the second rollout
+            samples = tmp_path / "run/samples.jsonl"
+            samples.write_bytes(samples.read_bytes()[:-9])
+    codes, screen = fork_server.run(tmp_path / "run", **ROLLOUTS)
+    assert codes == [0] and ", step 6 of 8" in screen, screen
+    log = json.loads((tmp_path / "run/trainer_state.json").read_text())["log_history"]
+    assert any(row.get("grad_norm") for row in log)
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
 
 
 def torchrun(output, folder, patch, *options, **settings) -> subprocess.CompletedProcess:
