@@ -10,8 +10,10 @@ import re
 
 def arithmetic(prompt: str, answer: str, row: dict) -> float:
     """1 if the last number of the answer is the last number of the row's own answer."""
-    numbers = numbers_in(answer)
-    return float(bool(numbers) and numbers[-1] == numbers_in(own_answer(row))[-1])
+    right = numbers_in(own_answer(row))
+    if not right:
+        raise ValueError("the row's own answer has no number to compare with")
+    return float(numbers_in(answer)[-1:] == right[-1:])
 
 
 def exact_match(prompt: str, answer: str, row: dict) -> float:
@@ -35,9 +37,14 @@ def numbers_in(text: str) -> list[float]:
 
 
 def own_answer(row: dict) -> str:
-    """The answer in a row of the chat or the alpaca layout."""
-    if "messages" in row:
-        return row["messages"][-1]["content"]
-    if "conversations" in row:
-        return row["conversations"][-1]["value"]
-    return row.get("output", "")
+    """The answer in a row of the chat or the alpaca layout. Raises ValueError where none is."""
+    answer = row.get("output")
+    for turns, speaker, content in (("messages", "role", "content"),
+                                    ("conversations", "from", "value")):
+        if turns in row:
+            last = row[turns][-1]
+            answer = None if last.get(speaker) in ("user", "human") else last.get(content)
+    if not answer:
+        raise ValueError("the row has no answer of its own, 'output' or a last turn; for another "
+                         "column change own_answer")
+    return answer

@@ -28,6 +28,37 @@ def test_alpaca(tmp_path):
     ) == [("user", "a")]
 
 
+PROMPTS_ALONE = {
+    "no column": ({"instruction": "a"}, {}),
+    "a declared prompt": ({"prompt": "a"}, {"columns": {"prompt": "prompt"}}),
+    "an empty answer": ({"instruction": "a", "output": ""}, {}),
+    "null": ({"instruction": "a", "output": None}, {}),
+    "turns": ({"conversations": [{"from": "human", "value": "a"}]}, {"formatting": "sharegpt"}),
+    "TRL's turns": ({"prompt": [{"role": "user", "content": "a"}]},
+                    {"columns": {"prompt": "prompt"}}),
+}
+
+
+@pytest.mark.parametrize("stage", ["ppo", "grpo"])
+@pytest.mark.parametrize("name", PROMPTS_ALONE)
+def test_where_the_model_answers_a_row_needs_no_answer(tmp_path, name, stage):
+    row, entry = PROMPTS_ALONE[name]
+    found = convert_row(tmp_path, row, entry, stage)
+    assert roles_and_texts(found) == [("user", "a"), ("assistant", "")]
+    with pytest.raises(ValueError, match="output|answer"):
+        convert_row(tmp_path, row, entry)
+
+
+def test_earlier_answers_and_misspelled_columns_are_still_errors_where_the_model_answers(tmp_path):
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        convert_row(tmp_path, {"conversations": [
+            {"from": "human", "value": "a"}, {"from": "gpt", "value": ""},
+            {"from": "human", "value": "b"}]}, {"formatting": "sharegpt"}, "grpo")
+    with pytest.raises(ValueError, match="no row has the column 'anwser'"):
+        convert_row(tmp_path, {"q": "a", "answer": "b"},
+                    {"columns": {"prompt": "q", "response": "anwser"}}, "grpo")
+
+
 def test_sharegpt(tmp_path):
     turns = chat(("system", "s"), ("human", "a"), ("function_call", "{}"), ("observation", "o"),
                  ("gpt", "b"))

@@ -196,6 +196,15 @@ def test_the_layout_of_a_file_is_recognized(tmp_path, row, layout):
     assert any(f"recognized as {layout}" in note for note in notes)
 
 
+def test_a_file_of_prompts_alone_is_recognized_where_the_model_answers(tmp_path):
+    file, notes = tmp_path / "d.jsonl", []
+    file.write_text(json.dumps({"prompt": "a"}))
+    row = load_rows(tmp_path, str(file), notes, stage="grpo")[0]
+    assert row.source.columns == {"prompt": "prompt"}
+    with pytest.raises(ValueError, match="do not show which ones to read"):
+        load_rows(tmp_path, str(file))
+
+
 def test_a_layout_that_is_not_recognized(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
     with pytest.raises(ValueError,

@@ -102,6 +102,14 @@ def test_the_examples():
             ] == [1, 1, 0, 0, 1]
     assert arithmetic("", "1234.50", alpaca) == 1
     assert [exact_match("", answer, row) for answer in (" 3 + 4 = 7.\n", "7")] == [1, 0]
+    for without in ({"instruction": "Add."}, {"output": ""}, {"output": None},
+                    {"messages": [{"role": "user", "content": "3 + 4 = 7."}]},
+                    {"conversations": [{"from": "human", "value": "7"}]}):
+        for function in (arithmetic, exact_match):
+            with pytest.raises(ValueError, match="no answer of its own"):
+                function("", "7", without)
+    with pytest.raises(ValueError, match="no number"):
+        arithmetic("", "7", {"output": "seven"})
     assert [boxed("", answer, row) for answer in (r"\boxed{7}", "7", r"\boxed{7} \boxed{8}")
             ] == [1, 0, 0]
     assert [short_answer("", "x" * length, row) for length in (0, 40, 140, 900)] == [1, 1, 0.5, 0]

@@ -53,6 +53,7 @@ ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools"
          "rejected", "kto_tag")         # what a column can be
 PAIRS = ("rm", "dpo")                   # stages that compare two answers
 JUDGED = ("kto",)                       # stages that know good answers from bad ones
+SAMPLED = ("ppo", "grpo")               # stages whose answers are the model's: a row needs none
 MESSAGE_TEXTS = ("content", "thought", "lead")      # the keys of a message that hold its texts
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
@@ -126,7 +127,7 @@ def convert(row: RawRow, stage: str = "sft") -> Conversation:
     elif row.source.formatting == "alpaca":
         conversation = convert_alpaca(row.data, row.source, stage)
     else:
-        conversation = convert_messages(row.data, row.source)
+        conversation = convert_messages(row.data, row.source, stage)
     check_characters(conversation, row)
     if stage == "pt":
         return Conversation(conversation.messages[:1])
@@ -137,7 +138,8 @@ def convert(row: RawRow, stage: str = "sft") -> Conversation:
 def check_answers(conversation: Conversation, source: Source, stage: str):
     """Raise ValueError for an answer with nothing to learn."""
     messages = conversation.messages
-    for number, message in enumerate(messages, 1):
+    trained = messages[:-1] if stage in SAMPLED else messages
+    for number, message in enumerate(trained, 1):
         if message["role"] in ANSWERS and is_empty(message) and message.get("train") is not False:
             raise ValueError(f"answer {(number + 1) // 2} is empty, there is nothing to learn")
     rejected = conversation.rejected
@@ -148,6 +150,13 @@ def check_answers(conversation: Conversation, source: Source, stage: str):
         if stage in (*PAIRS, *JUDGED) and message.get("train") is False:
             raise ValueError(f"an answer is marked as not to be learned, but stage: {stage} trains "
                              "on it; leave the row out, or the mark")
+
+
+def with_answer(messages: list[dict], stage: str) -> list[dict]:
+    """The messages; where the model itself answers, a last question gets an empty answer."""
+    if stage in SAMPLED and len(messages) % 2:
+        return [*messages, {"role": "assistant", "content": ""}]
+    return messages
 
 
 def is_empty(message: dict) -> bool:
@@ -209,9 +218,11 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
         answer_roles = ()
     elif source.ranking:
         answer_roles = ("chosen", "rejected")
+    elif stage in SAMPLED and columns.get("response") not in data:
+        answer_roles = ()
     values = [data.get(columns[role]) for role in ("prompt", *answer_roles)]
     if stage != "pt" and any(is_list_of_turns(value) for value in values):
-        return convert_turn_lists(data, source, answer_roles)
+        return convert_turn_lists(data, source, answer_roles, stage)
     messages = history_messages(data, columns.get("history"))
     for role in ("prompt", *answer_roles):
         if columns[role] not in data:
@@ -223,7 +234,7 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
     for role in answer_roles:
         answers.append({"role": "assistant", "content": column_text(data, columns[role])})
     return Conversation(
-        messages=messages + answers[:1],
+        messages=with_answer(messages + answers[:1], stage),
         system=column_text(data, columns.get("system")),
         tools=column_tools(data, columns),
         rejected=answers[1] if source.ranking else None,
@@ -231,7 +242,8 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
     )
 
 
-def convert_turn_lists(data: dict, source: Source, answer_roles: tuple) -> Conversation:
+def convert_turn_lists(data: dict, source: Source, answer_roles: tuple,
+                       stage: str) -> Conversation:
     """A row whose columns hold lists of turns, such as TRL's conversational prompt and completion.
 
     The prompt is context, as in TRL: its answers carry no loss. An answer's column may also hold
@@ -258,7 +270,8 @@ def convert_turn_lists(data: dict, source: Source, answer_roles: tuple) -> Conve
             turns = prompt + turns
         read.append(read_turns(turns, source))
 
-    messages, system = read[0]
+    messages, system = read[0] if read else read_turns(prompt, source)
+    messages = with_answer(messages, stage)
     if len(messages) % 2:
         raise ValueError("the last turn is not an answer")
     rejected = None
@@ -339,7 +352,7 @@ def history_messages(data: dict, column: str | None) -> list[dict]:
 # ---- sharegpt, openai, messages: a list of turns ----------------------------------------------
 
 
-def convert_messages(data: dict, source: Source) -> Conversation:
+def convert_messages(data: dict, source: Source, stage: str) -> Conversation:
     """A row with a list of turns and, of a pair, its two answers, each a turn."""
     columns = source.columns
     turns = data.get(columns["messages"])
@@ -353,7 +366,9 @@ def convert_messages(data: dict, source: Source) -> Conversation:
         chosen = read_answer(data, columns["chosen"], source)
         rejected = read_answer(data, columns["rejected"], source)
         messages.append(chosen)
-    elif not messages or len(messages) % 2:
+    else:
+        messages = with_answer(messages, stage)
+    if not messages or len(messages) % 2:
         raise ValueError("the last turn is not an answer")
 
     tools = column_tools(data, columns)

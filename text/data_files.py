@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import did_you_mean
-from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, TAGS,
-                                RawRow, Source, check_stage)
+from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, SAMPLED,
+                                TAGS, RawRow, Source, check_stage)
 from text.hub_files import (fetch_rows, hub_files, is_on, modelscope_repository,
                             open_repository)
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
@@ -654,7 +654,8 @@ def check_columns(source: Source, rows: Rows, stage: str, notes: list[str]) -> S
     is_read = all(file.is_read for file, _ in rows.files)
     for role, column in source.columns.items():
         # many files of the default layout simply have no `input`; a later row may have others
-        optional = role == "query" and source.columns == COLUMNS["alpaca"]
+        by_default = ("query", "response") if stage in SAMPLED else ("query",)
+        optional = role in by_default and source.columns == COLUMNS["alpaca"]
         optional |= not is_read and role not in needed
         if keys and column not in keys and not optional:
             hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
@@ -717,7 +718,7 @@ def needed_roles(source: Source, stage: str) -> tuple[str, ...]:
     question = question_role(source)
     if source.ranking:
         return question, "chosen", "rejected"
-    if source.formatting == "alpaca" and stage != "pt":
+    if source.formatting == "alpaca" and stage != "pt" and stage not in SAMPLED:
         return question, "response"
     return (question,)
 
@@ -752,7 +753,7 @@ def recognize_layout(source: Source, rows: Rows, keys: list[str], stage: str) ->
         pairs = replace(source, formatting="alpaca", columns=extras)
         if are_turns(pairs, rows):
             return without_prompt(pairs, rows, keys)
-    has_answer = found["response"] or source.ranking
+    has_answer = found["response"] or source.ranking or stage in SAMPLED
     if stage == "pt" or not found["prompt"] or not has_answer:
         hint = wrapped_hint(rows[0].data) if len(rows) == 1 else ""
         raise ValueError(f"{where}: the names of the columns do not show which ones to read: "
