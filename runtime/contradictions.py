@@ -114,9 +114,10 @@ def in_rewards(c: Config) -> Iterator[tuple]:
         "data/rewards.py:arithmetic")
 
     count = len(c.reward or []) + bool(c.reward_model)
+    absent = "" if c.reward_model else ", which is not set"
     yield c.reward_weights and len(c.reward_weights) != count, (
-        f"reward_weights has {len(c.reward_weights or [])} numbers for {count} rewards, the "
-        "functions in reward and then reward_model")
+        f"reward_weights has {len(c.reward_weights or [])} numbers for {count} rewards: one for "
+        f"each function in reward, and then one for reward_model{absent}")
 
     yield c.stage == "ppo" and c.num_iterations > 1, (
         "num_iterations is for stage: grpo; in stage: ppo it is ppo_epochs")

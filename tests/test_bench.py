@@ -232,6 +232,17 @@ def test_scaling_from_end_to_end(tmp_path, monkeypatch):
     assert "| lora_rank |" in scaling.axis_table("lora_rank", [found, found | {"size": 16}])
 
 
+def test_rollouts_from_end_to_end(tmp_path):
+    command = [sys.executable, ROOT / "bench/grpo.py", "--no-peer", "--times", "1", "--steps", "5",
+               "--prompts", "2", "--answers", "2", "--tokens", "6", "--results", tmp_path]
+    found = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    result, = (json.loads(path.read_text()) for path in tmp_path.glob("grpo-*.json"))
+    run, = result["runs"]["ours"]
+    assert run["samples_per_second"] == pytest.approx(4 / run["step_seconds"])
+    assert 1 <= run["length"] <= 6 and 0 <= run["reward"] <= 1
+
+
 # ---- the files -----------------------------------------------------------------------------------
 
 
