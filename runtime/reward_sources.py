@@ -28,6 +28,7 @@ from families import read_model_config
 from lora import lora_layers, trainable
 from runtime.kernels import use_kernels
 from runtime.precision import half_dtype, requested_format
+from text.tokenizer import read_json
 
 
 def build_reward_model(config, base, setup, tokenizer):
@@ -84,13 +85,19 @@ def reward_adapter(config, base, setup, folder: Path):
 
 
 def stored_head(folder: Path, hidden_size: int):
-    """The value head of a folder. Raises FileNotFoundError if it has none."""
+    """The value head of a folder that stage rm has written.
+
+    Raises FileNotFoundError if it has none, ValueError for the head of stage ppo.
+    """
     from methods.reward_model import ValueHead          # only where it is asked for
 
     head = ValueHead(hidden_size, dropout=0.0, seed=0).requires_grad_(False)
     if not read_value_head(folder, head.weights()):
         raise FileNotFoundError(f"reward_model: {folder} has no {VALUE_HEAD}: it is no reward "
                                 "model. stage: rm trains one")
+    if read_json(folder / "train_config.json").get("stage") == "ppo":
+        raise ValueError(f"reward_model: {folder} was written by stage: ppo, whose value head says "
+                         "what to expect and scores no answer. Name what stage: rm has trained")
     return head
 
 

@@ -127,6 +127,7 @@ def test_memory_of_a_reward_model(reward_adapter):                              
     ("lora", "no head", "has no value_head.safetensors: it is no reward model. stage: rm"),
     ("lora", "no adapter", "holds no adapter"),
     ("full", "adapter", "is an adapter; set reward_model_type: lora"),
+    ("lora", "ppo", "was written by stage: ppo, whose value head"),
 ], ids=str)
 def test_a_folder_that_is_no_reward_model(kind, change, words, reward_adapter,      # noqa: F811
                                           tmp_path):
@@ -134,6 +135,8 @@ def test_a_folder_that_is_no_reward_model(kind, change, words, reward_adapter,  
         (tmp_path / name).write_bytes((reward_adapter / name).read_bytes())
     if change == "no head":
         (tmp_path / "value_head.safetensors").unlink()
+    if change == "ppo":
+        (tmp_path / "train_config.json").write_text('{"stage": "ppo"}')
     if change == "no adapter":
         (tmp_path / "adapter_config.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=words):
