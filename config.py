@@ -395,8 +395,8 @@ class Config:
     per_device_train_batch_size: int = key(8, FREE, "rows per micro-batch", group="train", low=1)
     gradient_accumulation_steps: int = key(1, FREE, "micro-batches per optimizer step", low=1)
     rows_per_step: int | None = key(None, FREE,
-        "rows of an optimizer step over all ranks; gradient_accumulation_steps follows from it, so "
-        "that a run goes on with another number of ranks", own=True, low=1)
+        "rows of an optimizer step over all ranks; gradient_accumulation_steps follows from it, "
+        "and a run can be resumed with another number of ranks", own=True, low=1)
     join_micro_batches: bool = key(True, FREE,
         "merge small micro-batches of a step where memory allows: the same sum, a busier GPU",
         own=True)

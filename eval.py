@@ -125,7 +125,7 @@ def main(argv):
 
 
 def with_answers_of_rows(config: Config) -> Config:
-    """The config, with stage sft in the place of those that train on sampled answers."""
+    """The config; a stage that trains on sampled answers is replaced by sft."""
     if config.stage not in SAMPLED:
         return config
     measured = "the divergence" if config.stage == "distill" else "rewards"

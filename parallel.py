@@ -122,11 +122,11 @@ class Ranks:
 
     def gather_objects(self, value) -> list:
         """The values of all ranks, in order; any that pickle can write."""
-        if self.world == 1:
+        if self.processes == 1:
             return [value]
-        found = [None] * self.world
+        found = [None] * self.processes
         dist.all_gather_object(found, value)
-        return found
+        return found[::self.partners]
 
     def broadcast(self, tensors: Iterable[torch.Tensor]):
         """Give rank 0's values of these tensors to all processes, in place."""

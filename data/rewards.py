@@ -1,4 +1,4 @@
-"""Reward functions for stage grpo: examples to use, and to start from.
+"""Reward functions for stages ppo and grpo: examples to use, and to start from.
 
     reward: data/rewards.py:arithmetic,data/rewards.py:short_answer
     reward_weights: 1,0.1
@@ -7,6 +7,7 @@ A function is called with the last question, the answer of the model, and the ro
 and returns a number; more is better.
 """
 import re
+
 
 def arithmetic(prompt: str, answer: str, row: dict) -> float:
     """1 if the last number of the answer is the last number of the row's own answer."""

@@ -21,7 +21,6 @@ import torch
 from torch.profiler import record_function
 
 from data import IGNORE, Batch, collate
-from generate import context_length
 from losses import Objective
 from methods.distill_losses import Distance, Head, distill_sums
 from methods.prompts import Prompt, RowBatch
@@ -65,8 +64,6 @@ class DistillObjective(RolloutObjective):
     def sample_groups(self, model, prompts: list[Prompt], greedy: bool = False) -> dict:
         """{text of a prompt: its Group}, without an answer where the row keeps its own."""
         own = [prompt for prompt in prompts if self.answers_itself(prompt)]
-        for prompt in own:
-            self.check_context(model, prompt)
         groups = {prompt.text: Group(prompt.text, prompt.input_ids, [], [], [])
                   for prompt in prompts}
         return groups | super().sample_groups(model, own, greedy)
@@ -75,15 +72,8 @@ class DistillObjective(RolloutObjective):
         """Whether the model answers in this rollout: drawn, the same on any number of ranks."""
         return self.seed_of(prompt.words, -1) < self.config.distill_lambda * 2**63
 
-    def check_context(self, model, prompt: Prompt):
-        """Raise ValueError for a prompt that leaves no room for an answer."""
-        context = context_length(model.config)
-        end = self.asked(prompt.input_ids)[-80:]
-        if len(prompt.input_ids) >= context:
-            raise ValueError(
-                f"a prompt has {len(prompt.input_ids):,} tokens, and the model reads at most "
-                f"{context:,}, the answer included. It ends {end!r}. Set cutoff_len: "
-                f"{context - 1} and skip_bad_rows: true to leave such rows out")
+    def named(self, prompt: Prompt) -> str:
+        return f"the prompt that ends {self.asked(prompt.input_ids)[-80:]!r}"
 
     def asked(self, prompt: list[int]) -> str:
         return self.text.tokenizer.decode(prompt)

@@ -1,8 +1,8 @@
 """Prompts that the model itself answers: rows become prompts, and batches of them.
 
-Stage grpo: a row's example has two sequences: the ids of the prompt, and the row itself as JSON
-text, which a reward function is given. The text is kept in negative numbers, three bytes in each,
-so that it lies beside the ids in the token cache and is never taken for tokens. The row's own
+Stages ppo and grpo: a row's example has two sequences, the ids of the prompt, and the row itself as
+JSON text, which a reward function is given. The text is kept in negative numbers, three bytes in
+each, so that it lies beside the ids in the token cache and is never taken for tokens. The row's own
 answer is not part of the prompt; a reward may compare with it.
 
 Stage distill: the row as in stage sft, and where the model answers itself, the ids of its prompt.
@@ -55,14 +55,14 @@ class Prompt:
         return json.dumps(self.row["row"])
 
 
-def check_room(model, prompt: Prompt):
-    """Raise ValueError for a prompt that leaves no room for an answer."""
+def check_room(model, prompt: Prompt, name: str):
+    """Raise ValueError for a prompt, called `name`, that leaves no room for an answer."""
     context = context_length(model.config)
     if len(prompt.input_ids) >= context:
         raise ValueError(
-            f"{prompt.row['where']}: its prompt has {len(prompt.input_ids):,} tokens, and the "
-            f"model reads at most {context:,}, the answer included. Set cutoff_len: {context - 1} "
-            "and skip_bad_rows: true to leave such rows out")
+            f"{name} has {len(prompt.input_ids):,} tokens, and the model reads at most "
+            f"{context:,}, the answer included. Set cutoff_len: {context - 1} and skip_bad_rows: "
+            "true to leave such rows out")
 
 
 @dataclass

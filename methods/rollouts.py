@@ -112,7 +112,6 @@ class RolloutObjective(Objective):
         self.gap_limit = GAP_LIMITS[dtype]
         self.reference = reference
         self.sampling = rollout_sampling(config)
-        self.group_size = config.num_generations
         self.rollout = 0                        # rollouts so far
         self.uses_left = 0                      # steps for which the last one still serves
         self.groups: dict[str, Group] = {}      # of the last one, by the text of the prompt
@@ -176,7 +175,7 @@ class RolloutObjective(Objective):
         asked = []
         prompts = {prompt.text: prompt for prompt in prompts}       # each once
         for prompt in prompts.values():
-            check_room(model, prompt)
+            check_room(model, prompt, self.named(prompt))
             seeds[prompt.text] = [self.seed_of(prompt.words, index) for index in range(size)]
             asked += [(seed, prompt.input_ids) for seed in seeds[prompt.text]]
         was_training = model.training
@@ -197,6 +196,10 @@ class RolloutObjective(Objective):
                 sampled_logps=[row.logps for row in ours],
             )
         return groups
+
+    def named(self, prompt: Prompt) -> str:
+        """How an error names a prompt."""
+        return f"{prompt.row['where']}: its prompt"
 
     def seed_of(self, words: str, index: int) -> int:
         """The seed of an answer to a prompt, given its words.

@@ -21,6 +21,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -36,7 +37,7 @@ class Rewards:
     """
 
     def __init__(self, functions: list[str], weights: list[float] | None, timeout: float,
-                 more: list[str] = []):
+                 more: Sequence[str] = ()):
         self.functions = [absolute(name) for name in functions]
         self.names = [name.rpartition(":")[2] for name in functions]
         if len(set(self.names)) < len(self.names):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import eval as evaluation
-import train
 from checkpoint.load import load_model
 from data import IGNORE, label_turns, settings_of
 from templates import encode_pieces, render_turns
 from tests.common import ROOT, load_argv, read_jsonl, refusal
 from tests.ranks import DENSE, outcomes, tiny_model, torchrun
+from tests.rollout_runs import arguments, history, logged_by, steps
 from text.load_text import load_text
 
 TINY = ROOT / "models/tiny"
@@ -50,22 +50,11 @@ def student(tmp_path_factory):
 
 
 def settings(output, **more):
-    given = {**SMALL, "output_dir": output, **more}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return arguments(output, SMALL | more)
 
 
 def run(output, **more):
-    """Run train.py here -> the logged rows."""
-    train.main(settings(output, **more))
-    return history(output)
-
-
-def history(output):
-    return json.loads((output / "trainer_state.json").read_text())["log_history"]
-
-
-def steps(rows):
-    return [row for row in rows if "grad_norm" in row]
+    return logged_by(output, SMALL | more)
 
 
 # ---- identities ----------------------------------------------------------------------------------
@@ -196,7 +185,7 @@ def test_a_share_of_the_rows_gets_own_answers(student, tmp_path):
 
 def test_a_prompt_that_fills_the_context_is_named(tmp_path):
     tiny_model(tmp_path / "short", {**DENSE, "max_position_embeddings": 40})
-    with pytest.raises(ValueError, match="a prompt has .* tokens, and the model reads at most 40"):
+    with pytest.raises(ValueError, match="the prompt that ends .* the model reads at most 40"):
         run(tmp_path / "out", model_name_or_path=tmp_path / "short", distill_lambda=1)
 
 

@@ -2,7 +2,6 @@
 
 Formulas: tests/test_policy_losses.py; reward functions: tests/test_rewards.py.
 """
-import json
 import shutil
 
 import pytest
@@ -16,6 +15,7 @@ from generate import Sampling
 from lora import set_adapters
 from tests.common import ROOT, read_jsonl
 from tests.ranks import outcomes, torchrun
+from tests.rollout_runs import NO_FRUIT, arguments, history, logged_by, sampled, steps
 
 SMALL = dict(
     stage="grpo",
@@ -42,23 +42,11 @@ SMALL = dict(
 
 
 def settings(output, **more):
-    given = {**SMALL, "output_dir": output, **more}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return arguments(output, SMALL | more)
 
 
 def run(output, **more):
-    """Run train.py here -> its log_history."""
-    train.main(settings(output, **more))
-    return history(output)
-
-
-def history(output):
-    return json.loads((output / "trainer_state.json").read_text())["log_history"]
-
-
-def steps(rows):
-    """The logged steps, without times."""
-    return [{name: value for name, value in row.items()} for row in rows if "grad_norm" in row]
+    return logged_by(output, SMALL | more)
 
 
 # ---- the sampler is the trainer ------------------------------------------------------------------
@@ -163,21 +151,14 @@ def test_two_ranks_equal_one(kind, tmp_path):
         assert theirs["reward"] == ours["reward"] and theirs["length"] == ours["length"]
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-5)
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
-    found = [read_jsonl(tmp_path / "two" / name) for name in ("samples.jsonl", "1.samples.jsonl")]
-    texts = {(sample["rollout"], sample["where"], sample["answer"])
-             for samples in found for sample in samples}
-    assert texts == {(sample["rollout"], sample["where"], sample["answer"])
-                     for sample in read_jsonl(tmp_path / "one/samples.jsonl")}
+    assert sampled(tmp_path / "two", ranks=2) == sampled(tmp_path / "one")
 
 
 # ---- rewards that fail ---------------------------------------------------------------------------
 
 
 def test_a_reward_that_fails_now_and_then_does_not_end_the_run(tmp_path, capsys):
-    (tmp_path / "scores.py").write_text(
-        "def score(prompt, answer, row):\n"
-        "    assert 'apples' not in prompt, 'no fruit'\n"
-        "    return len(answer)\n")
+    (tmp_path / "scores.py").write_text(NO_FRUIT)
     logged = steps(run(tmp_path / "out", reward=f"{tmp_path / 'scores.py'}:score", max_steps=8))
     assert 0 < sum(row["unscored"] for row in logged) / 8 < 1
     said = capsys.readouterr().err

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import train
 from tests.common import ROOT, read_jsonl, refusal
 from tests.ranks import outcomes, torchrun
-from tests.test_grpo import history, steps
+from tests.rollout_runs import NO_FRUIT, arguments, history, logged_by, sampled, steps
 
 SMALL = dict(
     stage="ppo",
@@ -43,14 +43,11 @@ SMALL = dict(
 
 
 def settings(output, **more):
-    given = {**SMALL, "output_dir": output, **more}
-    return [f"{key}={value}" for key, value in given.items() if value is not None]
+    return arguments(output, SMALL | more)
 
 
 def run(output, **more):
-    """Run train.py here -> its log_history."""
-    train.main(settings(output, **more))
-    return history(output)
+    return logged_by(output, SMALL | more)
 
 
 @pytest.fixture(scope="module")
@@ -191,21 +188,14 @@ def test_two_ranks_equal_one(reward_adapter, tmp_path):
         assert theirs["length"] == ours["length"]
         assert theirs["loss"] == pytest.approx(ours["loss"], abs=1e-4)
         assert theirs["ref_kl"] == pytest.approx(ours["ref_kl"], abs=1e-3)
-    found = [read_jsonl(tmp_path / "two" / name) for name in ("samples.jsonl", "1.samples.jsonl")]
-    texts = {(sample["rollout"], sample["where"], sample["answer"])
-             for samples in found for sample in samples}
-    assert texts == {(sample["rollout"], sample["where"], sample["answer"])
-                     for sample in read_jsonl(tmp_path / "one/samples.jsonl")}
+    assert sampled(tmp_path / "two", ranks=2) == sampled(tmp_path / "one")
 
 
 # ---- rewards that fail ---------------------------------------------------------------------------
 
 
 def test_an_answer_without_a_score_is_not_trained_on(tmp_path, capsys):
-    (tmp_path / "scores.py").write_text(
-        "def score(prompt, answer, row):\n"
-        "    assert 'apples' not in prompt, 'no fruit'\n"
-        "    return len(answer)\n")
+    (tmp_path / "scores.py").write_text(NO_FRUIT)
     logged = steps(run(tmp_path / "out", reward=f"{tmp_path / 'scores.py'}:score", max_steps=4))
     assert 0 < sum(row["unscored"] for row in logged) / len(logged) < 1
     assert all(math.isfinite(row["loss"]) for row in logged)

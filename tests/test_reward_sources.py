@@ -19,9 +19,9 @@ from lora import LoRAConfig, attach_lora, lora_layers, trainable
 from methods.rollouts import after_stop
 from runtime.reward_sources import build_reward_model, reward_model_bytes
 from tests.common import ROOT, load_argv, read_jsonl
+from tests.rollout_runs import history, steps
 from tests.test_grpo import SMALL as GRPO
-from tests.test_grpo import steps
-from tests.test_ppo import history, reward_adapter, run, settings     # noqa: F401
+from tests.test_ppo import reward_adapter, run, settings     # noqa: F401
 from text.load_text import load_text
 
 TINY = ROOT / "models/tiny"
