@@ -101,7 +101,8 @@ def main(argv):
     if wants_answers(config):
         rows = read_prompt_rows(config)
         prompts = prompts_of(rows, config, text.tokenizer, text.template)
-    sampling = Sampling(*(getattr(config, name) for name in asdict(Sampling())))
+    sampling = Sampling(**{name: value for name, value in vars(config).items()
+                           if name in asdict(Sampling())})
     words, words_name = pick_words()
     print_measured(config, text, examples, prompts, sampling, words_name)
 
@@ -254,7 +255,8 @@ def describe_sampling(sampling: Sampling, config: Config) -> str:
         length = f"at most {config.max_new_tokens} tokens"
     if sampling.greedy:
         return f"greedy, {length}"
-    values = [f"{name} {value}" for name, value in asdict(sampling).items() if name != "do_sample"]
+    values = [f"{name} {value}" for name, value in asdict(sampling).items()
+              if name in vars(config) and name != "do_sample"]
     return f"sampled ({', '.join(values)}; seed {config.seed}), {length}"
 
 

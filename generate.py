@@ -13,11 +13,13 @@ them.
 Requires: model.py (KVCache).
 Next: chat.py.
 
-Repetition penalty arXiv:1909.05858 (sec. 4.1), top-k arXiv:1805.04833, top-p arXiv:1904.09751, in
-the order of transformers' generate. Drawing by exponential noise: Efraimidis & Spirakis 2006.
+Repetition penalty arXiv:1909.05858 (sec. 4.1), top-k arXiv:1805.04833, top-p arXiv:1904.09751,
+min-p arXiv:2407.01082, in the order of transformers' generate; frequency and presence penalties as
+in OpenAI's API reference. Drawing by exponential noise: Efraimidis & Spirakis 2006.
 """
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import log
 
 import torch
 
@@ -29,7 +31,10 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0                        # 0: all tokens
     top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = 1.0       # of tokens in prompt and answer, by a factor
+    min_p: float = 0.0                    # least probability, as a share of the likeliest token's
+    frequency_penalty: float = 0.0        # of tokens in the answer, for each time they occur
+    presence_penalty: float = 0.0         # of tokens in the answer, once
 
     def __post_init__(self):
         ranges = (
@@ -37,6 +42,9 @@ class Sampling:
             ("top_k", self.top_k >= 0, "0 or more"),
             ("top_p", 0 <= self.top_p <= 1, "between 0 and 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
         )
         for name, valid, words in ranges:
             if not valid:
@@ -47,24 +55,45 @@ class Sampling:
     def greedy(self) -> bool:
         return not self.do_sample or self.temperature == 0
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        return bool(self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty)
+
+
+@dataclass
+class TokenCounts:
+    """Which tokens a penalty is for; tensors (V,) on the model's device."""
+    seen: torch.Tensor          # bool: in prompt or answer
+    answered: torch.Tensor      # float32: how often in the answer
+
+    def add(self, token: torch.Tensor):
+        """Count a token () int64 of the answer, without waiting for the device."""
+        self.seen.index_fill_(0, token[None], True)
+        self.answered.index_add_(0, token[None], self.answered.new_ones(1))
+
 
 # ---- choosing one token -----------------------------------------------------------------------
 
 
 def shape_logits(logits: torch.Tensor, sampling: Sampling,
-                 seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits to draw from: penalty, temperature, top-k, then top-p; excluded tokens become -inf.
+                 counts: TokenCounts | None = None) -> torch.Tensor:
+    """Logits to draw from: penalties, temperature, top-k, top-p, min-p; excluded tokens are -inf.
 
-    logits: (V,) float32. seen: (V,) bool, true for tokens of prompt and answer so far; may be None
-    without a penalty.
+    logits: (V,) float32. counts: of the tokens so far; may be None without a penalty.
     """
-    if seen is not None and sampling.repetition_penalty != 1:
+    if counts is not None:
         penalty = sampling.repetition_penalty       # towards less likely, on either side of zero
         penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
-        logits = torch.where(seen, penalized, logits)
+        logits = torch.where(counts.seen, penalized, logits)
+        logits = logits - sampling.frequency_penalty * counts.answered
+        logits = logits - sampling.presence_penalty * (counts.answered > 0)
     if sampling.greedy:
         return logits
-    return keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    logits = keep_likely(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    if sampling.min_p:
+        logits = logits.masked_fill(logits < logits.max() + log(sampling.min_p), -torch.inf)
+    return logits
 
 
 def keep_likely(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -85,19 +114,23 @@ def keep_likely(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits.masked_fill(logits < lowest, -torch.inf)
 
 
-def sample(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None,
+def sample(logits: torch.Tensor, sampling: Sampling, counts: TokenCounts | None = None,
            generator: torch.Generator | None = None) -> torch.Tensor:
-    """Next token, a () int64 tensor on the device of logits (V,) float32. `seen`: see shape_logits.
+    """Next token, a () int64 tensor on the device of logits (V,) float32.
+
+    counts: see shape_logits; the token is added to them.
 
     Drawing is argmax(p / noise) with exponential noise, which picks token i with probability p[i].
     torch.multinomial does the same, but first waits for the device to check p.
     """
-    scores = shape_logits(logits, sampling, seen)
-    if sampling.greedy:
-        return scores.argmax(-1)
-    p = scores.softmax(-1)
-    noise = torch.empty_like(p).exponential_(generator=generator)
-    return (p / noise).argmax(-1)
+    scores = shape_logits(logits, sampling, counts)
+    if not sampling.greedy:
+        scores = scores.softmax(-1)                                                 # p
+        scores = scores / torch.empty_like(scores).exponential_(generator=generator)
+    token = scores.argmax(-1)
+    if counts is not None:
+        counts.add(token)
+    return token
 
 
 # ---- the two loops ----------------------------------------------------------------------------
@@ -129,17 +162,13 @@ def generate(model, input_ids: list[int], cache, stop_ids: Collection[int] = (),
         cache.crop(0)                           # the length of such a prompt changes its keys
 
     device = model.lm_head.weight.device
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = tokens_seen(model, input_ids)
+    counts = count_tokens(model, input_ids) if sampling.penalizes else None
     ids = torch.tensor([input_ids[cache.length:]], device=device)                       # (1, T)
     for count in range(limit):
         logits = step(model, ids, cache)                                                # (V,)
         if count == 0:
             check_finite(logits, model)
-        chosen = sample(logits, sampling, seen, generator)
-        if seen is not None:
-            seen.index_fill_(0, chosen[None], True)
+        chosen = sample(logits, sampling, counts, generator)
         ids = chosen[None, None]                # stays on the device for the next pass
         token = int(chosen)                     # the only wait of a step
         yield token
@@ -158,17 +187,21 @@ def generate_uncached(model, input_ids: list[int], stop_ids: Collection[int] = (
         hidden = model(torch.tensor([ids], device=device))                              # (1, T, D)
         logits = model.logits(hidden[0, -1]).float()                                    # (V,)
         check_finite(logits, model)
-        ids.append(int(sample(logits, sampling, tokens_seen(model, ids), generator)))
+        counts = count_tokens(model, ids, len(input_ids)) if sampling.penalizes else None
+        ids.append(int(sample(logits, sampling, counts, generator)))
         yield ids[-1]
         if ids[-1] in stop_ids:
             return
 
 
-def tokens_seen(model, ids: list[int]) -> torch.Tensor:
-    """Mask of the tokens that occur in ids, (V,) bool on the model's device."""
+def count_tokens(model, ids: list[int], prompt: int | None = None) -> TokenCounts:
+    """The counts of ids, whose first `prompt` (None: all) are the prompt."""
     device = model.lm_head.weight.device
-    seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=device)
-    return seen.index_fill_(0, torch.tensor(ids, device=device), True)
+    size = model.config.vocab_size
+    seen = torch.zeros(size, dtype=torch.bool, device=device)
+    seen.index_fill_(0, torch.tensor(ids, device=device), True)
+    answer = torch.tensor([] if prompt is None else ids[prompt:], dtype=torch.int64, device=device)
+    return TokenCounts(seen, answer.bincount(minlength=size).float())
 
 
 # ---- limits -----------------------------------------------------------------------------------
@@ -204,16 +237,21 @@ def check_prompt(model, input_ids: list[int], max_new_tokens: int | None) -> int
 
 
 def check_finite(logits: torch.Tensor, model):
-    """Raise ValueError for NaN or infinity.
+    """Raise ValueError for NaN or infinity."""
+    if not logits.isfinite().all():
+        raise not_finite(model)
+
+
+def not_finite(model) -> ValueError:
+    """The error for logits that are NaN or infinite.
 
     float16 ends at 65,504. Past it the logits are NaN, and the answer would be a row of `!` (token
     0).
     """
-    if not logits.isfinite().all():
-        dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-        raise ValueError(
-            f"the model's scores are not finite in {dtype} (float16 ends at 65,504): set "
-            "infer_dtype: bfloat16 or float32; if that does not help, the weights are damaged")
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    return ValueError(
+        f"the model's scores are not finite in {dtype} (float16 ends at 65,504): set "
+        "infer_dtype: bfloat16 or float32; if that does not help, the weights are damaged")
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

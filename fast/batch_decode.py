@@ -10,19 +10,22 @@ row, and attention sees the filled slots of that row. When an answer ends, the n
 row. Answers do not depend on how many are decoded at once: greedy answers equal the ones of
 generate(), and sampled ones use a generator for each prompt.
 
+`RunningBatch` is one step of this, for callers whose prompts arrive while it runs, each with
+sampling and an adapter of its own.
+
 Requires: generate.py (one prompt), attention.py (Filled).
-Next: eval.py.
+Next: eval.py, fast/many_adapters.py.
 Source: rows that join and leave a running batch: Orca, Yu et al., OSDI 2022 (sec. 3.1).
 """
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from attention import Filled, PackedLayout, to_device
-from generate import (Sampling, check_finite, check_prompt, generate, next_scores, sample,
-                      tokens_seen)
+from generate import (Sampling, TokenCounts, check_prompt, count_tokens, generate, next_scores,
+                      not_finite, sample)
 from model import CausalLM, KVCache
 from rope import LENGTH_DEPENDENT
 
@@ -36,10 +39,16 @@ class Row:
     number: int
     prompt: list[int]
     room: int                                       # tokens that may still be added
+    stop_ids: Collection[int] = ()
+    sampling: Sampling = Sampling()
     generator: torch.Generator | None = None
-    seen: torch.Tensor | None = None                # for a repetition penalty, see shape_logits
+    counts: TokenCounts | None = None               # for penalties, see shape_logits
+    adapter: str | None = None                      # of fast/many_adapters.py
     answer: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)    # of the answer's tokens, see decode_rows
+    top: int = 0                # how many likeliest tokens to keep in top_logps
+    top_logps: list[list[tuple[int, float]]] = field(default_factory=list)  # of unchanged logits
+    error: Exception | None = None                  # why it ended without an answer
 
 
 class RowCache(KVCache):
@@ -104,6 +113,11 @@ class RowCache(KVCache):
                 buffer[row, :, :length] = buffer[last, :, :length]
         self.lengths[row] = length
 
+    def forget_after(self, rows: int):
+        """Keep the first `rows` rows, after a pass that failed."""
+        self.lengths = self.lengths[:rows]
+        self.prompt_lengths = []
+
     def send(self, numbers: list) -> torch.Tensor:
         """Whole numbers on the device, without waiting for it."""
         return to_device(torch.tensor(numbers), self.device)
@@ -164,43 +178,99 @@ def decode_rows(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Samp
     with_logps: keep the log-probability of each token by the model, at the sampling's temperature
     (before top-k and top-p).
     """
-    device = model.lm_head.weight.device
-    cache = RowCache(model.config.num_hidden_layers, rows, device)
+    batch = RunningBatch(model, rows, with_logps)
     waiting = deque(prompts)
-    busy = []                                               # in the order of the cache's rows
-    while waiting or busy:
+    while waiting or batch.rows:
+        new = take(model, waiting, batch.free, stop_ids, sampling, limit, seed)
+        for row in batch.step(new):
+            if row.error:
+                raise row.error
+            yield row
+
+
+class RunningBatch:
+    """Rows that are decoded together. They join and leave between two steps.
+
+    adapters: of fast/many_adapters.py, None where the rows have none of their own. with_logps: see
+    decode_rows.
+    """
+
+    def __init__(self, model: CausalLM, size: int, with_logps: bool = False, adapters=None):
+        self.model = model
+        self.size = size
+        self.with_logps = with_logps
+        self.adapters = adapters
+        device = model.lm_head.weight.device
+        self.cache = RowCache(model.config.num_hidden_layers, size, device)
+        self.rows = []                                      # in the order of the cache's rows
+
+    @property
+    def free(self) -> int:
+        """How many rows may join."""
+        return self.size - len(self.rows)
+
+    @torch.no_grad()
+    def step(self, new: list[Row]) -> list[Row]:
+        """Read the prompts of new rows and the last token of the others; add a token to each row.
+
+        Returns the rows that have ended. A row with an `error` has ended without a token: its
+        prompt could not be read, or its scores are not finite. The other rows do not notice.
+        """
         scores = []
-        if busy:
-            scores.append(cache.read_tokens(model, [row.answer[-1] for row in busy]))
-        new = take(model, waiting, rows - len(busy), sampling, limit, seed)
+        if self.rows:
+            self.for_rows(self.rows, [1] * len(self.rows))
+            tokens = [row.answer[-1] for row in self.rows]
+            scores.append(self.cache.read_tokens(self.model, tokens))
+        ended = []
         if new:
-            scores.append(cache.read_prompts(model, [row.prompt for row in new]))
-            check_finite(scores[-1], model)
-            busy += new
+            self.for_rows(new, [len(row.prompt) for row in new])
+            try:
+                scores.append(self.cache.read_prompts(self.model, [row.prompt for row in new]))
+                self.rows = self.rows + new
+            except RuntimeError as error:                   # of a device without memory
+                self.cache.forget_after(len(self.rows))
+                for row in new:
+                    row.error = error
+                ended += new
+        return ended + (self.add_tokens(torch.cat(scores)) if self.rows else [])
 
-        if not busy:
-            break
-        scores = torch.cat(scores)                                                  # (B, V)
-        chosen = choose(scores, busy, sampling)                                     # (B,)
-        parts = [chosen.float()]                    # exact: ids are below 2^24
-        if with_logps:
-            parts.append(logps_of(scores, chosen, sampling))
+    def for_rows(self, rows: list[Row], counts: list[int]):
+        """Tell the adapters which tokens of the next pass are whose."""
+        if self.adapters is not None:
+            self.adapters.assign([row.adapter for row in rows], counts)
+
+    def add_tokens(self, scores) -> list[Row]:
+        """Choose each row's next token by its scores, (B, V); returns the rows that have ended."""
+        chosen = choose(scores, self.rows)                                          # (B,)
+        parts = [chosen.float(), scores.isfinite().all(-1)]     # exact: ids are below 2^24
+        if self.with_logps:
+            parts.append(logps_of(scores, chosen, self.rows))
+        keep_likeliest(scores, chosen, self.rows)
         found = torch.stack(parts, 1).tolist()      # the only wait for the device in a step
-        for index in reversed(range(len(busy))):
-            row = busy[index]
-            token, *logp = found[index]
-            row.answer.append(int(token))
-            row.logps += logp
-            row.room -= 1
-            if row.room <= 0 or row.answer[-1] in stop_ids:
-                yield row
-                cache.drop(index)
-                busy[index] = busy[-1]
-                busy.pop()
+        ended = []
+        for index in reversed(range(len(self.rows))):
+            row = self.rows[index]
+            token, finite, *logp = found[index]
+            if not finite and not row.answer:
+                row.error = not_finite(self.model)
+            else:
+                row.answer.append(int(token))
+                row.logps += logp
+                row.room -= 1
+            if row.error or row.room <= 0 or row.answer[-1] in row.stop_ids:
+                ended.append(row)
+                self.drop(index)
+        return ended
+
+    def drop(self, index: int):
+        """Remove a row; the last one takes its place."""
+        self.cache.drop(index)
+        self.rows[index] = self.rows[-1]
+        self.rows.pop()
 
 
-def take(model: CausalLM, waiting: deque, free: int, sampling: Sampling, limit: Callable,
-         seed: int) -> list[Row]:
+def take(model: CausalLM, waiting: deque, free: int, stop_ids: Collection[int],
+         sampling: Sampling, limit: Callable, seed: int) -> list[Row]:
     """Rows for the next prompts: at most `free`, and at most AT_ONCE tokens unless it is one."""
     rows = []
     tokens = 0
@@ -209,43 +279,60 @@ def take(model: CausalLM, waiting: deque, free: int, sampling: Sampling, limit: 
         if rows and tokens + len(prompt) > AT_ONCE:
             break
         waiting.popleft()
-        rows.append(new_row(model, number, prompt, sampling, limit, seed))
+        rows.append(new_row(model, number, prompt, stop_ids, sampling, limit, seed))
         tokens += len(prompt)
     return rows
 
 
-def new_row(model: CausalLM, number: int, prompt: list[int], sampling: Sampling, limit: Callable,
-            seed: int) -> Row:
+def new_row(model: CausalLM, number: int, prompt: list[int], stop_ids: Collection[int],
+            sampling: Sampling, limit: Callable, seed: int) -> Row:
     """A row with a generator of its own. Raises ValueError that names the row."""
     try:
         room = check_prompt(model, prompt, max(1, limit(len(prompt))))
     except ValueError as error:
         raise ValueError(f"row {number + 1}: {error}") from None
-    generator = None
-    if not sampling.greedy:
-        device = model.lm_head.weight.device
-        generator = torch.Generator(device).manual_seed(2**20 * seed + number)
-    seen = tokens_seen(model, prompt) if sampling.repetition_penalty != 1 else None
-    return Row(number=number, prompt=prompt, room=room, generator=generator, seen=seen)
+    row = Row(number=number, prompt=prompt, room=room, stop_ids=stop_ids, sampling=sampling)
+    start_sampling(row, model, 2**20 * seed + number)
+    return row
 
 
-def choose(scores, rows: list[Row], sampling: Sampling):
+def start_sampling(row: Row, model: CausalLM, seed: int):
+    """Give a row its generator and, for penalties, its counts."""
+    if not row.sampling.greedy:
+        row.generator = torch.Generator(model.lm_head.weight.device).manual_seed(seed)
+    if row.sampling.penalizes:
+        row.counts = count_tokens(model, row.prompt)
+
+
+def choose(scores, rows: list[Row]):
     """The next token of each row, (B,) int64, from scores (B, V)."""
-    if sampling.greedy and sampling.repetition_penalty == 1:
+    if all(row.sampling.greedy and row.counts is None for row in rows):
         return scores.argmax(-1)
-    tokens = [sample(row_scores, sampling, row.seen, row.generator)
+    tokens = [sample(row_scores, row.sampling, row.counts, row.generator)
               for row_scores, row in zip(scores, rows)]
-    for row, token in zip(rows, tokens):
-        if row.seen is not None:
-            row.seen.index_fill_(0, token[None], True)
     return torch.stack(tokens)
 
 
-def logps_of(scores, chosen, sampling: Sampling):
-    """The log-probabilities of the chosen tokens, (B,), at the sampling's temperature."""
-    if not sampling.greedy:
-        scores = scores / sampling.temperature
+def logps_of(scores, chosen, rows: list[Row]):
+    """The log-probabilities of the chosen tokens, (B,), at the temperature of each row."""
+    heat = [1.0 if row.sampling.greedy else row.sampling.temperature for row in rows]
+    if set(heat) != {1.0}:
+        scores = scores / to_device(torch.tensor(heat), scores.device)[:, None]
     return scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+
+
+def keep_likeliest(scores, chosen, rows: list[Row]):
+    """Append to top_logps, for rows that ask for it: the chosen token and the likeliest ones.
+
+    Their log-probabilities are the model's own, before penalties, temperature and filters.
+    """
+    for index, row in enumerate(rows):
+        if row.top:
+            logps = scores[index].log_softmax(-1)                                   # (V,)
+            best, ids = logps.topk(row.top)
+            pairs = zip([int(chosen[index]), *ids.tolist()],
+                        [float(logps[chosen[index]]), *best.tolist()])
+            row.top_logps.append(list(pairs))
 
 
 def answer_each(model: CausalLM, prompts, stop_ids=(), sampling: Sampling = Sampling(), *,
@@ -257,7 +344,7 @@ def answer_each(model: CausalLM, prompts, stop_ids=(), sampling: Sampling = Samp
     """
     cache = cache or KVCache(model.config.num_hidden_layers)
     for number, prompt in prompts:
-        row = new_row(model, number, prompt, sampling, limit, seed)
+        row = new_row(model, number, prompt, stop_ids, sampling, limit, seed)
         cache.crop(0)
         tokens = generate(model, prompt, cache, stop_ids, sampling, max_new_tokens=row.room,
                           generator=row.generator, step=step)

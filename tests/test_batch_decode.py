@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from attention import Filled, attend
-from fast.batch_decode import RowCache, answer_all, answer_each, decode_rows, one_at_a_time
+from fast.batch_decode import (Row, RowCache, RunningBatch, answer_all, answer_each, decode_rows,
+                               one_at_a_time, start_sampling)
 from generate import Sampling, generate_uncached
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
 from tests.tiny_models import tiny_qwen2
@@ -143,3 +144,101 @@ def test_rope_that_depends_on_the_length_is_found():
     assert not one_at_a_time(tiny_qwen2())
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert "dynamic" in one_at_a_time(tiny_qwen2(rope_scaling=rope))
+
+
+# ---- rows that join and leave while others run ---------------------------------------------------
+
+
+def request(model, number, prompt, room=15, top=0):
+    """A row with sampling of its own, which depends on its number."""
+    sampling = [Sampling(), Sampling(do_sample=True, temperature=1.4, min_p=0.02),
+                Sampling(frequency_penalty=0.7), Sampling(do_sample=True, top_k=9, top_p=0.8,
+                                                          presence_penalty=0.5)][number % 4]
+    row = Row(number=number, prompt=prompt, room=room, stop_ids={7, 9}, sampling=sampling, top=top)
+    start_sampling(row, model, seed=number)
+    return row
+
+
+def alone(model, number, prompt):
+    """The row of a batch of one; its answer is compared with generate's elsewhere."""
+    batch = RunningBatch(model, 1)
+    new = [request(model, number, prompt)]
+    while not (ended := batch.step(new)):
+        new = []
+    return ended[0].answer
+
+
+def test_rows_with_sampling_of_their_own_join_and_leave_at_any_step():
+    """Requests that come at random, some of which are given up, answer as each does alone."""
+    model, prompts, draw = tiny_qwen2(), random_prompts(24), random.Random(4)
+    batch, waiting, answers, dropped = RunningBatch(model, 6), list(prompts), {}, set()
+    while waiting or batch.rows:
+        count = draw.randint(0, batch.free)
+        new = [request(model, *waiting.pop(0)) for _ in range(min(count, len(waiting)))]
+        answers |= {row.number: row.answer for row in batch.step(new)} if new or batch.rows else {}
+        if len(batch.rows) > 3 and draw.random() < 0.1:
+            dropped.add(batch.rows[1].number)
+            batch.drop(1)
+    assert len(dropped) > 1 and dropped | set(answers) == set(range(24))
+    for number, tokens in answers.items():
+        assert tokens == alone(model, *prompts[number]), number
+
+
+def test_a_sampled_row_alone_is_generate():
+    """The twin at the root, with the same generator."""
+    model, (_, prompt) = tiny_qwen2(), random_prompts(1)[0]
+    row = request(model, 3, prompt)
+    want = list(generate_uncached(model, prompt, {7, 9}, row.sampling, max_new_tokens=15,
+                                  generator=torch.Generator().manual_seed(3)))
+    assert alone(model, 3, prompt) == want
+
+
+def test_a_row_without_finite_scores_ends_alone():
+    model, prompts = tiny_qwen2(), random_prompts(3)
+    model.model.embed_tokens.weight.data[49] = float("nan")
+    prompts = [(number, [token for token in prompt if token != 49] or [3])
+               for number, prompt in prompts]
+    batch = RunningBatch(model, 4)
+    rows = [request(model, *pair) for pair in [*prompts, (3, [5, 49, 6])]]
+    ended = batch.step(rows)
+    assert [row.number for row in ended if row.error] == [3] and not rows[3].answer
+    assert "not finite" in str(rows[3].error)
+    while batch.rows:
+        batch.step([])
+    for number, prompt in prompts:
+        assert rows[number].answer == alone(model, number, prompt)
+
+
+def test_a_prompt_that_the_device_cannot_hold_ends_alone(monkeypatch):
+    model, prompts = tiny_qwen2(), random_prompts(2)
+    batch = RunningBatch(model, 4)
+    first = request(model, *prompts[0])
+    batch.step([first])
+    honest = batch.cache.read_prompts
+    monkeypatch.setattr(batch.cache, "read_prompts",
+                        lambda *args: (honest(*args), 1 / torch.empty(0).view(1))[0])
+    second = request(model, *prompts[1])
+    assert second in batch.step([second]) and isinstance(second.error, RuntimeError)
+    monkeypatch.undo()
+    third = request(model, *prompts[1])
+    batch.step([third])
+    while batch.rows:
+        batch.step([])
+    assert first.answer == alone(model, *prompts[0])
+    assert third.answer == alone(model, *prompts[1])
+
+
+def test_log_probabilities_of_the_likeliest_tokens():
+    """Of the model itself, whatever the sampling; the chosen token comes first."""
+    model, (_, prompt) = tiny_qwen2(), random_prompts(1)[0]
+    batch, row = RunningBatch(model, 1), request(model, 3, prompt, room=6, top=4)
+    new = [row]
+    while not batch.step(new):
+        new = []
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([row.prompt + row.answer]))[0]).float()
+    logps = logits.log_softmax(-1)[len(prompt) - 1:-1]
+    for place, ((chosen, logp), *best) in enumerate(row.top_logps):
+        assert chosen == row.answer[place]
+        assert abs(logp - float(logps[place, chosen])) < 1e-5
+        assert [token for token, _ in best] == logps[place].topk(4).indices.tolist()

@@ -9,6 +9,7 @@ from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from generate import (
     Sampling,
+    TokenCounts,
     common_prefix,
     context_length,
     generate,
@@ -48,6 +49,8 @@ WARPERS = [
     dict(top_k=500, top_p=0.999),
     dict(repetition_penalty=1.7),
     dict(repetition_penalty=0.6, top_k=1),
+    dict(min_p=0.1),
+    dict(temperature=1.5, top_k=30, top_p=0.95, min_p=0.05),
     MIXED,
 ]
 
@@ -149,13 +152,24 @@ def test_probabilities_equal_transformers(settings):
         chain.append(transformers.TopKLogitsWarper(settings["top_k"]))
     if "top_p" in settings:
         chain.append(transformers.TopPLogitsWarper(settings["top_p"]))
+    if "min_p" in settings:
+        chain.append(transformers.MinPLogitsWarper(settings["min_p"]))
     want = chain(ids, logits.clone()).softmax(-1)
     sampling = Sampling(**{**settings, "do_sample": True})
     for row, row_ids, probabilities in zip(logits, ids, want):
         seen = torch.zeros(300, dtype=torch.bool).index_fill_(0, row_ids, True)
-        ours = shape_logits(row, sampling, seen).softmax(-1)
+        counts = TokenCounts(seen, torch.zeros(300)) if sampling.penalizes else None
+        ours = shape_logits(row, sampling, counts).softmax(-1)
         assert torch.equal(ours > 0, probabilities > 0)
         assert torch.allclose(ours, probabilities, atol=1e-6)
+
+
+def test_penalties_of_openai():
+    """logits - count * frequency_penalty - (count > 0) * presence_penalty, of the answer alone."""
+    counts = TokenCounts(torch.ones(4, dtype=torch.bool), torch.tensor([0.0, 1.0, 3.0, 0.0]))
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=2.0)
+    found = shape_logits(torch.zeros(4), sampling, counts)
+    assert found.tolist() == [0, -2.5, -3.5, 0]
 
 
 # ---- identities ----------------------------------------------------------------------------------
@@ -163,8 +177,10 @@ def test_probabilities_equal_transformers(settings):
 
 @pytest.mark.parametrize(
     "sampling",
-    [Sampling(), Sampling(repetition_penalty=1.5), Sampling(**MIXED)],
-    ids=["greedy", "penalty", "mixed"],
+    [Sampling(), Sampling(repetition_penalty=1.5), Sampling(**MIXED),
+     Sampling(frequency_penalty=0.3, presence_penalty=-0.2),
+     Sampling(**MIXED, min_p=0.02, frequency_penalty=0.5)],
+    ids=["greedy", "penalty", "mixed", "of the answer", "all"],
 )
 @pytest.mark.parametrize("window", [None, 5])
 def test_cached_equals_uncached(sampling, window):
@@ -288,7 +304,8 @@ def test_overflow_has_a_clear_message(tiny):
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(temperature=-1), dict(top_p=1.5), dict(top_k=-2), dict(repetition_penalty=0)]
+    "wrong", [dict(temperature=-1), dict(top_p=1.5), dict(top_k=-2), dict(repetition_penalty=0),
+              dict(min_p=2), dict(frequency_penalty=3), dict(presence_penalty=-2.5)]
 )
 def test_sampling_values_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong)) + ".*must be"):
