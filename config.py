@@ -492,8 +492,11 @@ class Config:
         "several ranks: seconds to wait for the other ranks", above=0, high=10**10)
     tensor_parallel_size: int = key(1, FREE,
         "cut every matrix of the model over so many processes, which train on the same rows (lora "
-        "and full; pipeline, context and expert parallelism are not in this release)",
+        "and full; pipeline and context parallelism are not in this release)",
         own=True, low=1, high=4096)
+    expert_parallel_size: int = key(1, FREE,
+        "deal the experts of each layer out to so many processes, which train on rows of their own "
+        "(lora and full)", own=True, low=1, high=4096)
     fsdp: Words = key([], FREE,
         "several ranks: full_shard gives each rank a shard of the weights; full_shard offload "
         "keeps the shards in CPU memory")
@@ -714,8 +717,7 @@ REFUSED = (
      "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs; fsdp: full_shard shards a "
      "model that does not fit on one, and tensor_parallel_size: N (tp_size, "
      "tensor_model_parallel_size) cuts its matrices"),
-    ("train", "pipeline_parallel_size=1 pipeline_model_parallel_size=1 context_parallel_size=1 "
-     "expert_parallel_size=1 expert_model_parallel_size=1",
+    ("train", "pipeline_parallel_size=1 pipeline_model_parallel_size=1 context_parallel_size=1",
      "not in this release; tensor_parallel_size cuts a model over processes, fsdp: full_shard "
      "shards it, and all other processes are data parallel"),
     ("train", "use_kt",

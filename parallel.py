@@ -283,11 +283,15 @@ class Gradients:
         self.overlap = overlap
         self.buckets = []
         self.sent = 0                                   # buckets whose all-reduce has started
-        for group in split_by_bytes(self.weights if ranks.world > 1 else [], bucket_bytes):
+        for group in self.grouped(bucket_bytes) if ranks.world > 1 else ():
             bucket = self.make_bucket(group)
             self.buckets.append(bucket)
             for i, p in enumerate(group):
                 p.register_post_accumulate_grad_hook(partial(self.arrive, bucket, i))
+
+    def grouped(self, bucket_bytes: int) -> list[list]:
+        """The weights of each bucket."""
+        return split_by_bytes(self.weights, bucket_bytes)
 
     def zero(self):
         """Forget the gradients of the previous step."""

@@ -247,7 +247,7 @@ def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
         A, B = full_shape(module.lora_A.weight), full_shape(module.lora_B.weight)
         all_plain = all_plain and shapes == [A, B]
         all_swapped = all_swapped and shapes == [B[::-1], A[::-1]]
-        found.update(dict.fromkeys(keys, len(module.weight)))
+        found.update(dict.fromkeys(keys, full_shape(module.weight)[0]))
     is_newer = re.match(r"0\.[2-9]\d|[1-9]", raw.get("peft_version") or "")
     return found if all_swapped and (is_newer or not all_plain) else {}
 
@@ -336,7 +336,8 @@ def in_pefts_layout(model: CausalLM, tensors: dict) -> dict:
         if isinstance(module, LoRAStacked):
             for part in ("lora_A", "lora_B"):
                 key = f"{names[layer]}.{part}.weight"
-                written[key] = swapped_back(tensors.__getitem__, key, len(module.weight))
+                experts = full_shape(module.weight)[0]
+                written[key] = swapped_back(tensors.__getitem__, key, experts)
     return written
 
 

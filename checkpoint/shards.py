@@ -1,12 +1,13 @@
 """A parameter that is split over processes: this process's part, and all of it.
 
 scale/fsdp.py gives each rank some rows (torch's DTensor); scale/tensor_parallel.py cuts matrices
-along rows or columns, and marks such a parameter with a Cut. For a parameter that every process
-holds in full, the part is the whole.
+along rows or columns, scale/expert_parallel.py gives each process some experts, and both mark such
+a parameter with a Cut. For a parameter that every process holds in full, the part is the whole.
 
 Requires: checkpoint/files.py.
-Next: checkpoint/load.py, scale/fsdp.py, scale/tensor_parallel.py.
+Next: checkpoint/load.py, scale/fsdp.py, scale/tensor_parallel.py, scale/expert_parallel.py.
 """
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -86,6 +87,21 @@ def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor, requires_g
     setattr(module, name, p)
 
 
+def materialize(model: nn.Module, device: torch.device, tied: bool):
+    """Give every parameter on the meta device storage, uninitialized.
+
+    tied: the head is the embedding.
+    """
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if p.is_meta:
+                empty = torch.empty_like(p, device=device)
+                set_parameter(module, name, empty, p.requires_grad, cut_of(p))
+    if tied:
+        head = getattr(model.lm_head, "base_layer", model.lm_head)
+        head.weight = model.model.embed_tokens.weight
+
+
 def is_sharded(p) -> bool:
     """Whether this process holds only a part of the parameter."""
     return hasattr(p, "to_local") or cut_of(p) is not None
@@ -127,7 +143,7 @@ def full_shape(p) -> tuple:
 def full_size(p) -> int:
     """Numbers in the whole parameter."""
     cut = cut_of(p)
-    return p.numel() // p.shape[cut.dim] * sum(cut.sections) if cut else p.numel()
+    return math.prod(cut.shape(p)) if cut else p.numel()
 
 
 def full_bytes(parameters: Iterable) -> int:

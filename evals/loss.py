@@ -77,8 +77,7 @@ def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks
     sums = EvalSums()
     batches = math.ceil(len(examples) / size)
     passes = batches
-    sharded = hasattr(model, "reshard")
-    if sharded:             # all ranks gather weights together, so all must run equally many passes
+    if runs_together(model):
         passes = math.ceil(batches / ranks.world) * ranks.world
     for number in tqdm(range(ranks.rank, passes, ranks.world), desc="evaluating", leave=False,
                        disable=disable_tqdm):
@@ -87,9 +86,14 @@ def sum_losses(model, examples, score: Callable, size: int, ranks: Ranks = Ranks
         if number < batches:
             sums.add(loss)
     model.train(was_training)
-    if sharded:             # free the weights that the last forward pass has gathered
+    if hasattr(model, "reshard"):       # free the weights that the last forward pass has gathered
         model.reshard()
     return sums
+
+
+def runs_together(model) -> bool:
+    """Whether a pass needs all ranks, who then run equally many: scale/ has split the weights."""
+    return getattr(model, "runs_together", False)
 
 
 def score_batch(model, examples: list, *, objective: Objective, stage: str,
@@ -97,7 +101,7 @@ def score_batch(model, examples: list, *, objective: Objective, stage: str,
     """Loss of a batch by the objective of a stage, as in training."""
     batch = STAGES[stage].collate([examples]).to(precision.device)
     items = batch.num_items if batch.batch_sizes else int((batch.targets != IGNORE).sum())
-    if items == 0 and not hasattr(model, "reshard"):
+    if items == 0 and not runs_together(model):
         return BatchLoss()
     watched = final_hidden(model) if compute_accuracy else nullcontext()
     with precision.autocast(), watched as hidden:

@@ -44,13 +44,15 @@ from scale import fsdp
 from scale import zero
 from text.load_text import load_text
 
+SPLITTING = "fsdp, tensor_parallel_size, expert_parallel_size"      # keys, for messages
+
 
 def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
     """The ranks of data parallelism: each is one process, or several that share a model.
 
     ranks: as torchrun started them. See scale/mesh.py.
     """
-    if config.tensor_parallel_size == 1:
+    if config.tensor_parallel_size == config.expert_parallel_size == 1:
         return ranks
     from scale.mesh import lay_out                          # only where it is asked for
 
@@ -205,6 +207,7 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     if config.neftune_noise_alpha:
         add_neftune(model, config.neftune_noise_alpha)
     use_kernels(model, setup.kernels, setup.memory.workload.recompute)
+    compute_together(model, ranks)
     use_long_rows(model, setup.kernels, setup.memory.workload)
     on_gpu = setup.device.type == "cuda" and setup.free_bytes is not None
     use_fp8(model, setup.kernels, room=setup.memory.room(setup.free_bytes) if on_gpu else 0)
@@ -223,8 +226,8 @@ def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Cau
     for adapter in base.merged_adapters(config):
         if split:
             raise ValueError(f"adapter_name_or_path: {adapter} would have to be merged into "
-                             "weights that are split over processes (fsdp, tensor_parallel_size); "
-                             "merge it first: python merge.py, then take the merged model as "
+                             f"weights that are split over processes ({SPLITTING}); merge it "
+                             "first: python merge.py, then take the merged model as "
                              "model_name_or_path")
         load_adapter(model, adapter)
         merge_adapters(model)
@@ -278,21 +281,33 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
 
 
 def is_split(setup: Setup, ranks: Ranks) -> bool:
-    """Whether every process holds a part of each matrix."""
-    return setup.sharded or "tensor" in ranks.axes
+    """Whether no process holds the whole model."""
+    return setup.sharded or bool(ranks.axes)
 
 
 def split_model(model: CausalLM, config, setup: Setup, ranks: Ranks):
     """Give this process its part of a model on the meta device, uninitialized.
 
-    By rows of every weight (fsdp), or by the columns and rows of tensor_parallel_size.
+    By rows of every weight (fsdp), by the columns and rows of tensor_parallel_size, or by experts.
     """
     if setup.sharded:
         fsdp.shard_model(model, config.fsdp, ranks, setup.device)
-        return
-    from scale.tensor_parallel import cut_model             # only where it is asked for
+    elif "expert" in ranks.axes:
+        from scale.expert_parallel import cut_experts       # only where it is asked for
 
-    cut_model(model, ranks.axes["tensor"], setup.device, setup.cuts_vocabulary)
+        cut_experts(model, ranks.axes["expert"], setup.device)
+    else:
+        from scale.tensor_parallel import cut_model         # only where it is asked for
+
+        cut_model(model, ranks.axes["tensor"], setup.device, setup.cuts_vocabulary)
+
+
+def compute_together(model: CausalLM, ranks: Ranks):
+    """Let the processes that share a model with its kernels compute it together."""
+    if "expert" in ranks.axes:
+        from scale.expert_parallel import exchange_tokens   # only where it is asked for
+
+        exchange_tokens(model, ranks.axes["expert"])
 
 
 def partly_frozen_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
@@ -328,7 +343,7 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
     split = is_split(setup, ranks)
     if split and second.adapters:
         raise ValueError("the adapters of a second model would have to be merged into weights that "
-                         "are split over processes (fsdp, tensor_parallel_size); merge them first: "
+                         f"are split over processes ({SPLITTING}); merge them first: "
                          "python merge.py, then take the merged model as "
                          f"{second.key or 'ref_model'}")
     if split:
@@ -343,12 +358,17 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
             # beside weights in 4 or 8 bits the last one stays what it is: merging would round it
             merge_adapters(reference, quantized=number < len(second.adapters))
     use_kernels(reference, setup.kernels)
+    compute_together(reference, ranks)
     return reference.requires_grad_(False)
 
 
 def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
     """The gradients of all trained weights, of the model and of the objective's own."""
     weights = trainable(model) | objective.parameters()
+    if "expert" in ranks.axes:
+        from scale.expert_gradients import ExpertGradients  # only where it is asked for
+
+        return ExpertGradients(model, weights, ranks)
     if "tensor" in ranks.axes:
         from scale.cut_gradients import PartGradients       # only where it is asked for
 

@@ -506,6 +506,43 @@ def in_tensor_parallel(c: Config) -> Iterator[tuple]:
         "train_from_scratch draws whole matrices; leave tensor_parallel_size out")
 
 
+def in_expert_parallel(c: Config) -> Iterator[tuple]:
+    dealt = c.expert_parallel_size > 1
+    yield dealt and (c.fsdp or c.zero_stage or c.tensor_parallel_size > 1), (
+        "expert_parallel_size deals experts out, and goes with data parallelism alone; leave fsdp, "
+        "zero_stage (and deepspeed) and tensor_parallel_size out, or expert_parallel_size")
+
+    yield dealt and c.finetuning_type in ("freeze", "oft"), (
+        "expert_parallel_size is for finetuning_type: lora and full")
+
+    yield dealt and (c.use_dora or c.pissa_init), (
+        "expert_parallel_size: use_dora and pissa_init look at the matrices of all experts; plain "
+        "LoRA, also with use_rslora or loraplus_lr_ratio, works")
+
+    yield dealt and (c.quantization_bit or c.base_precision or c.fp8), (
+        "expert_parallel_size takes a base in 16 or 32 bits (bf16: true), of which each process "
+        "reads its experts; leave quantization_bit, base_precision and fp8 out")
+
+    yield dealt and c.teacher_quantization_bit, (
+        "teacher_quantization_bit: weights in 4 bits are not dealt out; leave it or "
+        "expert_parallel_size out")
+
+    yield dealt and needs_whole_matrices(c), (
+        "expert_parallel_size: use_muon, use_galore, use_adam_mini, use_apollo, use_badam and "
+        "8-bit optimizers need the matrices of all experts; use optim: adamw_torch")
+
+    yield dealt and samples_replies(c), (
+        f"stage: {c.stage} samples replies from a whole model on each rank; leave "
+        "expert_parallel_size out, or take stage: dpo with replies that another run has sampled")
+
+    yield dealt and c.ask, (
+        "ask puts questions to a model in one place; leave it out with expert_parallel_size, and "
+        "ask the adapter in chat.py")
+
+    yield dealt and c.finetuning_type == "full" and c.train_from_scratch, (
+        "train_from_scratch draws the matrices of all experts; leave expert_parallel_size out")
+
+
 # ---- merging ------------------------------------------------------------------------------------
 
 
@@ -542,7 +579,8 @@ def _is_multiple(a: float, b: float) -> bool:
 CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
-              in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel),
+              in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel,
+              in_expert_parallel),
     "eval": (in_evaluation_rows,),
     "merge": (in_merge,),
 }

@@ -105,12 +105,12 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     formats = {name: weight.quant_format for name, weight in quantized_weights(skeleton).items()}
     if not formats:
         return {}
-    split = config.fsdp or config.tensor_parallel_size > 1
+    split = config.fsdp or config.tensor_parallel_size > 1 or config.expert_parallel_size > 1
     if config.finetuning_type not in ADAPTERS or split or config.base_precision:
         raise ValueError(
             f"{folder} holds weights in 4 or 8 bits ({formats_in_words(formats.values())}): only "
             "adapters can be trained beside them (finetuning_type: lora or oft), without fsdp, "
-            "tensor_parallel_size and base_precision")
+            "tensor_parallel_size, expert_parallel_size and base_precision")
     if adapters and (len(adapters) > 1 or config.create_new_adapter):
         raise ValueError(
             "adapter_name_or_path: beside a base in 4 or 8 bits one adapter can be trained "
@@ -329,19 +329,26 @@ def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
              dtype: torch.dtype) -> OwnSizes:
     """The sizes of this process, which without further axes of the mesh are the model's.
 
-    Raises ValueError for sizes that tensor_parallel_size does not divide.
+    Raises ValueError for sizes that tensor_parallel_size or expert_parallel_size does not divide.
     """
-    axis = plan.ranks.axes.get("tensor")
-    if not axis:
+    axes = plan.ranks.axes
+    if not axes:
         return OwnSizes(base.model_config)
-    from scale.cut_vocabulary import why_whole          # only where it is asked for
-    from scale.mesh import mesh_lines
-    from scale.tensor_parallel import part_config
+    from scale.mesh import mesh_lines                   # only where it is asked for
 
-    part_config(base.model_config, axis.size, False)
     whole = model_without_storage(config, Workload(
         model_config=base.model_config, lora=lora, rows=[], dtype=dtype, kernel="plain",
         device=plan.device))
+    if "expert" in axes:
+        from scale.expert_parallel import own_config
+
+        sizes = own_config(base.model_config, axes["expert"].size)
+        return OwnSizes(sizes, whole, lines=mesh_lines(plan.ranks, base.model_config, False))
+    from scale.cut_vocabulary import why_whole
+    from scale.tensor_parallel import part_config
+
+    axis = axes["tensor"]
+    part_config(base.model_config, axis.size, False)
     reason = why_whole(config, whole, axis.size)
     lines = mesh_lines(plan.ranks, base.model_config, not reason)
     if reason:

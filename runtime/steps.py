@@ -188,8 +188,7 @@ class StepPlan:
             sum(len(batch.targets) for batch in batches),
             sum(self.count_flops(batch) for batch in batches),
         )
-        communicates = self.config.fsdp or self.config.zero_stage == 2      # in each pass
-        if communicates and self.ranks.world > 1:
+        if communicates_in_each_pass(self.config) and self.ranks.world > 1:
             example = self.collate([[self.train_set[0]]])
             batches = filler_batches(len(batches), example, self.ranks) + batches
         return Step(
@@ -202,6 +201,11 @@ class StepPlan:
             tokens=tokens,
             flops=flops,
         )
+
+
+def communicates_in_each_pass(config) -> bool:
+    """Whether all ranks must run equally many passes."""
+    return bool(config.fsdp) or config.zero_stage == 2 or config.expert_parallel_size > 1
 
 
 def accumulation_for(config, world: int) -> int:

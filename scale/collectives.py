@@ -1,4 +1,4 @@
-"""Sums over the processes of an axis of the mesh, and what their gradients are.
+"""What the processes of an axis of the mesh send each other, and the gradients of that.
 
 Between `enter` and `leave` every process computes with its part of the weights:
 
@@ -6,8 +6,10 @@ Between `enter` and `leave` every process computes with its part of the weights:
          forward: x                    forward: all-reduce
          backward: all-reduce          backward: the gradient as it is
 
+`exchange` sends rows to the processes that compute with them; its gradient is sent back.
+
 Requires: scale/mesh.py.
-Next: scale/tensor_parallel.py.
+Next: scale/tensor_parallel.py, scale/expert_parallel.py.
 Papers: Megatron-LM arXiv:1909.08053 (sec. 3, the operators f and g).
 """
 import torch
@@ -49,6 +51,38 @@ class Leave(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         return grad, None
+
+
+class Exchange(torch.autograd.Function):
+    """Rows to other processes and from them; gradients of the rows take the way back."""
+
+    @staticmethod
+    def forward(ctx, rows, sent, received, axis):
+        ctx.sent = sent
+        ctx.received = received
+        ctx.axis = axis
+        return all_to_all(rows, sent, received, axis)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return all_to_all(grad, ctx.received, ctx.sent, ctx.axis), None, None, None
+
+
+def all_to_all(rows: torch.Tensor, sent: list[int], received: list[int],
+               axis: Axis) -> torch.Tensor:
+    """The rows of all processes for this one, (sum of received, D), in the processes' order.
+
+    rows: (sum of sent, D), the first sent[0] of them for process 0 of the axis.
+    """
+    found = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(found, rows.contiguous(), received, sent, group=axis.group)
+    return found
+
+
+def exchange(rows, sent: list[int], received: list[int], axis: Axis):
+    """all_to_all, through which gradients flow."""
+    return Exchange.apply(rows, sent, received, axis)
 
 
 def enter(x, axis: Axis):

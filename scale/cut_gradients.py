@@ -26,13 +26,16 @@ class PartGradients(Gradients):
     """Gradients of weights of which some are parts; summed over ranks, then over the axis."""
 
     sharded = True                      # saving takes all processes
+    axis_name = "tensor"
 
     def __init__(self, parameters: dict, ranks: Ranks):
-        self.make_bucket = partial(Bucket, group=ranks.group)
+        self.axis = ranks.axes[self.axis_name]
         super().__init__(parameters, ranks, overlap=False)     # one order of all collectives
-        self.axis = ranks.axes["tensor"]
         self.partial = [p for name, p in parameters.items() if cut_of(p) is None
                         and (".self_attn." in name or ".mlp." in name)]
+
+    def make_bucket(self, params: list) -> Bucket:
+        return Bucket(params, self.ranks.group)
 
     @record_function("communication")
     def all_reduce(self):

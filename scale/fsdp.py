@@ -59,6 +59,7 @@ def shard_model(model, words: list[str], ranks: Ranks, device: torch.device):
             module.visited = set()      # ranks need gradients of the same weights; tokens choose
     whole_weights = [(module, name, p) for module in model.modules()
                      for name, p in module.named_parameters(recurse=False) if not p.is_meta]
+    model.runs_together = True          # see evals/loss.py
     with removed(whole_weights):
         for unit in (*model.model.layers, model):
             for name, p in list(unit.named_parameters()):

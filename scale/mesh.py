@@ -12,10 +12,13 @@ parallel.Ranks then means the data-parallel ranks, 0 to 2 here: batches are deal
 gradients are summed, and the two processes of a rank (partners) see the same rows and draw the same
 random numbers. Where nothing is laid out, a rank is a process, and this file is not read.
 
-A further axis (pipeline, context, expert) takes four steps:
+The expert axis lies within data parallelism: each of its processes is a rank with rows of its own.
+
+A further axis takes four steps:
 
     1. its row of AXES, which stands from the outermost to the innermost, and its key in config.py,
-       which `arrange` of runtime/build.py looks at, too
+       which `arrange` of runtime/build.py looks at, too; in OWN_ROWS, if its processes see
+       different rows
     2. its file in scale/, which reads ranks.axes["its name"]: size, rank and group
     3. its line of runtime/build.py, where that file changes the finished model, and its gradients
     4. its words in `holdings`, for the start page
@@ -25,7 +28,7 @@ What the rest of the program relies on: partners hand Ranks.total and Ranks.sync
 only some partners hold is marked by a Cut (checkpoint/shards.py), and saved whole.
 
 Requires: parallel.py.
-Next: scale/tensor_parallel.py.
+Next: scale/tensor_parallel.py, scale/expert_parallel.py.
 Papers: the layout by what is sent how often, arXiv:2104.04473 (sec. 3).
 """
 import math
@@ -38,16 +41,21 @@ from families import ModelConfig
 from parallel import LEFT, Ranks
 
 # {axis: the key of its size}, from the outermost, which sends least often, to the innermost
-AXES = {"tensor": "tensor_parallel_size"}
+AXES = {"expert": "expert_parallel_size", "tensor": "tensor_parallel_size"}
+OWN_ROWS = ("expert",)          # axes whose processes are ranks of data parallelism
 MOST_LINES = 16                 # processes that the start page lists
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of the mesh: this process is number `rank` of the `size` in `group`."""
+    """One direction of the mesh: this process is number `rank` of the `size` in `group`.
+
+    copies: the group of the processes that hold the same part as this one.
+    """
     rank: int
     size: int
     group: object
+    copies: object = None
 
 
 def lay_out(ranks: Ranks, config, device: torch.device) -> Ranks:
@@ -57,31 +65,33 @@ def lay_out(ranks: Ranks, config, device: torch.device) -> Ranks:
     processes is not a multiple of the axes' product.
     """
     sizes = {name: getattr(config, key) for name, key in AXES.items() if getattr(config, key) > 1}
-    partners = math.prod(sizes.values())
-    if partners == 1:
+    if not sizes:
         return ranks
-    check_world(ranks.world, partners, sizes)
-    shape = (ranks.world // partners, *sizes.values())
+    members = math.prod(sizes.values())
+    check_world(ranks.world, members, sizes)
+    shape = (ranks.world // members, *sizes.values())
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", *sizes))
-    axes = {name: Axis(mesh.get_local_rank(name), size, mesh.get_group(name))
+    data = mesh.get_group("data")
+    axes = {name: Axis(mesh.get_local_rank(name), size, mesh.get_group(name), data)
             for name, size in sizes.items()}
-    group = mesh.get_group("data")
-    LEFT.extend([group, *(axis.group for axis in axes.values())])   # see parallel.end_ranks
-    return replace(ranks, rank=ranks.rank // partners, world=shape[0], partners=partners,
-                   partner=ranks.rank % partners, group=group, axes=axes)
+    LEFT.extend([data, *(axis.group for axis in axes.values())])    # see parallel.end_ranks
+    partners = math.prod(size for name, size in sizes.items() if name not in OWN_ROWS)
+    return replace(ranks, rank=ranks.rank // partners, world=ranks.world // partners,
+                   partners=partners, partner=ranks.rank % partners,
+                   group=None if partners == 1 else data, axes=axes)
 
 
-def check_world(world: int, partners: int, sizes: dict[str, int]):
-    """Raises ValueError unless `partners`, the product of the sizes, divides the processes."""
-    if world % partners == 0:
+def check_world(world: int, members: int, sizes: dict[str, int]):
+    """Raises ValueError unless `members`, the product of the sizes, divides the processes."""
+    if world % members == 0:
         return
     keys = " x ".join(f"{AXES[name]}: {size}" for name, size in sizes.items())
     if world == 1:
-        raise ValueError(f"{keys} takes {partners} processes or a multiple of them, and this is "
-                         f"one: torchrun --standalone --nproc-per-node {partners} train.py …")
+        raise ValueError(f"{keys} takes {members} processes or a multiple of them, and this is "
+                         f"one: torchrun --standalone --nproc-per-node {members} train.py …")
     fitting = [n for n in range(1, world + 1) if world % n == 0]
     raise ValueError(f"{keys} does not divide the {world} processes that torchrun started. Start a "
-                     f"multiple of {partners}; {world} processes can be cut into "
+                     f"multiple of {members}; {world} processes can be cut into "
                      f"{' or '.join(map(str, fitting))}")
 
 
@@ -93,37 +103,45 @@ def mesh_lines(ranks: Ranks, config: ModelConfig, vocabulary: bool) -> list[str]
 
     config: of the whole model. vocabulary: whether embedding and head are cut, too.
     """
-    shape = " x ".join([f"{ranks.world} data", *(f"{axis.size} {name}"
-                                                 for name, axis in ranks.axes.items())])
+    sizes = {name: axis.size for name, axis in ranks.axes.items()}
+    data = ranks.processes // math.prod(sizes.values())
+    shape = " x ".join([f"{data} data", *(f"{size} {name}" for name, size in sizes.items())])
     page = [f"mesh: {ranks.processes} processes = {shape}"]
     for process in range(min(ranks.processes, MOST_LINES)):
-        rank, partner = divmod(process, ranks.partners)
-        page.append(f"  process {process:<3} rows of rank {rank} of {ranks.world}; "
-                    + holdings(places_of(partner, ranks.axes), config, vocabulary))
+        page.append(f"  process {process:<3} rows of rank {process // ranks.partners} of "
+                    f"{ranks.world}; "
+                    + holdings(places_of(process, ranks.axes), config, vocabulary))
     if ranks.processes > MOST_LINES:
         page.append(f"  and so on, {ranks.processes - MOST_LINES} more")
     return page
 
 
-def places_of(partner: int, axes: dict[str, Axis]) -> dict[str, tuple[int, int]]:
-    """{axis: (number, size)} of a partner; the last axis is the innermost."""
+def places_of(process: int, axes: dict[str, Axis]) -> dict[str, tuple[int, int]]:
+    """{axis: (number, size)} of a process; the last axis is the innermost."""
     places = {}
     for name, axis in reversed(axes.items()):
-        partner, number = divmod(partner, axis.size)
+        process, number = divmod(process, axis.size)
         places[name] = number, axis.size
     return places
 
 
 def holdings(places: dict, config: ModelConfig, vocabulary: bool) -> str:
     """What a process holds of the model, in words. places: of places_of."""
-    part, parts = places["tensor"]
-
-    def numbers(whole: int) -> str:
-        start, end = part * whole // parts, (part + 1) * whole // parts
-        return f"{start}-{end - 1}" if end > start + 1 else f"{start}"
-
-    words = [f"query heads {numbers(config.num_attention_heads)}",
-             f"key/value heads {numbers(config.num_key_value_heads)}",
-             f"MLP columns {numbers(config.intermediate_size)}"]
-    words.append(f"token ids {numbers(config.vocab_size)}" if vocabulary else "all token ids")
+    words = []
+    if "expert" in places:
+        words.append(f"experts {numbers(*places['expert'], config.num_experts)} of each layer, and "
+                     "all else")
+    if "tensor" in places:
+        place = places["tensor"]
+        words += [f"query heads {numbers(*place, config.num_attention_heads)}",
+                  f"key/value heads {numbers(*place, config.num_key_value_heads)}",
+                  f"MLP columns {numbers(*place, config.intermediate_size)}",
+                  f"token ids {numbers(*place, config.vocab_size)}" if vocabulary
+                  else "all token ids"]
     return ", ".join(words)
+
+
+def numbers(part: int, parts: int, whole: int) -> str:
+    """The numbers below `whole` that a part has, as 4-7, or 4."""
+    start, end = part * whole // parts, (part + 1) * whole // parts
+    return f"{start}-{end - 1}" if end > start + 1 else f"{start}"

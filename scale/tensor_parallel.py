@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint.shards import Cut, cut_of, cut_parameter, set_parameter
+from checkpoint.shards import Cut, cut_parameter, materialize
 from families import ModelConfig
 from model import Attention, MoE, StackedLinear
 from scale.collectives import enter, leave
@@ -89,14 +89,7 @@ def cut_model(model, axis: Axis, device: torch.device, vocabulary: bool):
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     if vocabulary:
         cut_vocabulary(model, axis)
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            if p.is_meta:
-                empty = torch.empty_like(p, device=device)
-                set_parameter(module, name, empty, p.requires_grad, cut_of(p))
-    if tied:
-        head = getattr(model.lm_head, "base_layer", model.lm_head)
-        head.weight = model.model.embed_tokens.weight
+    materialize(model, device, tied)
     set_collectives(model, axis)
 
 
