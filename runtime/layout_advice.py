@@ -3,39 +3,46 @@
     python train.py my.yaml dry_run=true cards=8 card_memory=24 link_speed=300,25 card_speed=150
 
 One process plans for `cards` cards; nothing is loaded. LAYOUTS is the table, from what sends least
-to what holds least; the first that fits is advised. A new layout joins by a row. MISSING names what
-would help where none fits.
+to what holds least; the first that fits is advised. A new layout joins by a row: its settings, what
+it sends, when to take it, and where a key has a size (tensor_parallel_size) what one of so many
+processes computes with. MISSING names what would help where none fits.
 
 Bytes are exact: what a rank gives to each collective in an optimizer step, without the counts of
-tokens and losses. A ring sends 2 (N - 1) / N of them in an all-reduce and (N - 1) / N in the
-others. Seconds are these bytes over the speed of the slowest link; computing overlaps with some of
-them.
+tokens and losses. Of N processes, a ring sends 2 (N - 1) / N of them in an all-reduce and
+(N - 1) / N in the others; of an all-to-all so much stays where experts are chosen equally often.
+Seconds are these bytes over the speed of the slowest link; computing overlaps with some of them.
 
 Requires: runtime/memory.py, runtime/contradictions.py, runtime/steps.py.
-Next: runtime/setup.py, which prints it; scale/zero.py, scale/fsdp.py; docs/many_gpus.md.
+Next: runtime/setup.py, which prints it; scale/zero.py, scale/fsdp.py, scale/tensor_parallel.py,
+scale/expert_parallel.py; docs/many_gpus.md.
 Papers: ZeRO arXiv:1910.02054 (sec. 7, the volume of each stage), FSDP arXiv:2304.11277, rings
 arXiv:1802.05799.
 """
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
+from checkpoint.shards import cut_of
 from config import Config, has_reference
+from data import IGNORE
 from errors import bytes_in_words
+from families import ModelConfig
 from lora import trainable
-from model import CausalLM
+from model import CausalLM, MoE
 from parallel import BUCKET_BYTES, Ranks, split_by_bytes
 from runtime.contradictions import CONTRADICTIONS
 from runtime.load_config import COMMAND_LINE
-from runtime.memory import (USABLE, Plan, checkpointing_in_words, gathered_bytes,
-                            memory_plan)
+from runtime.memory import (USABLE, Plan, Workload, checkpointing_in_words, gathered_bytes,
+                            memory_plan, model_without_storage)
 from runtime.memory_advice import advice
 from runtime.steps import StepPlan, accumulation_for, merge_micro_batches, shard_batches
 from runtime.throughput import matmul_parameters, training_flops
 
 GIB = 2**30
-SENT_BY_RING = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1}      # times (N - 1) / N
+# times (N - 1) / N
+SENT_BY_RING = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 1}
 ROWS_LOOKED_AT = 1000           # for the arithmetic of a step
 
 
@@ -43,39 +50,117 @@ ROWS_LOOKED_AT = 1000           # for the arithmetic of a step
 
 
 @dataclass(frozen=True)
+class PartOfStep:
+    """What a rank computes in an optimizer step; of the rank with the most passes."""
+    passes: int = 1             # forward and backward
+    tokens: int = 0
+    labels: int = 0
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What decides how much is sent."""
-    model: CausalLM             # without storage
+    model: CausalLM             # of one process, without storage
     adapters: bool              # frozen base beside adapters
-    world: int
-    passes: int                 # forward and backward passes of a step, on the rank with the most
+    world: int                  # data-parallel ranks
+    step: PartOfStep
+    size: int = 1               # processes of the axis that the layout has
+    number_bytes: int = 4       # of a number between two blocks
+    recompute: list = field(default_factory=list)   # a level of fused_block.RECOMPUTE a block
 
 
-def data_parallel_bytes(t: Traffic) -> dict[str, int]:
-    """{collective: bytes} of a step: parallel.py sums the gradients once."""
-    return {"all_reduce": sum(p.nbytes for p in trainable(t.model).values())}
+# {(collective, processes that take part): bytes that a rank gives to it in a step}
+Sent = dict[tuple[str, int], int]
 
 
-def zero_1_bytes(t: Traffic) -> dict[str, int]:
+def data_parallel_bytes(t: Traffic) -> Sent:
+    """parallel.py sums the gradients once."""
+    return {("all_reduce", t.world): bytes_of(trainable(t.model).values())}
+
+
+def zero_1_bytes(t: Traffic) -> Sent:
     flat = flat_bytes(t.model, t.world)
-    return {"reduce_scatter": flat, "all_gather": flat}
+    return {("reduce_scatter", t.world): flat, ("all_gather", t.world): flat}
 
 
-def zero_2_bytes(t: Traffic) -> dict[str, int]:
+def zero_2_bytes(t: Traffic) -> Sent:
     flat = flat_bytes(t.model, t.world)
-    return {"reduce_scatter": flat * t.passes, "all_gather": flat}
+    return {("reduce_scatter", t.world): flat * t.step.passes, ("all_gather", t.world): flat}
 
 
-def fsdp_bytes(t: Traffic) -> dict[str, int]:
+def fsdp_bytes(t: Traffic) -> Sent:
     """A pass gathers blocks twice and the rest once, and reduces gradients of trained shards."""
     in_blocks = {p for block in t.model.model.layers for p in block.parameters()}
     shards = [p for p in t.model.parameters() if not (t.adapters and p.requires_grad)]
     blocks = sharded_bytes((p for p in shards if p in in_blocks), t.world)
     rest = sharded_bytes((p for p in shards if p not in in_blocks), t.world)
-    sent = {"all_gather": (2 * blocks + rest) * t.passes}
+    sent = {("all_gather", t.world): (2 * blocks + rest) * t.step.passes}
     if t.adapters:                              # which each rank has whole
         return sent | data_parallel_bytes(t)
-    return sent | {"reduce_scatter": (blocks + rest) * t.passes}
+    return sent | {("reduce_scatter", t.world): (blocks + rest) * t.step.passes}
+
+
+def tensor_parallel_bytes(t: Traffic) -> Sent:
+    """All-reduces of activations, two a block forward and backward; gradients once.
+
+    A block that is computed again in the backward pass sums its attention again. With embedding and
+    head cut by token id, embeddings, their loss and its gradient are summed, too.
+    """
+    vocabulary = cut_of(t.model.lm_head.weight) is not None
+    sums = 2 if vocabulary else 0
+    for level, reached in zip(t.recompute, reached_by_gradients(t.model)):
+        sums += 2 + reached.attention + reached.mlp + (reached.block and level == "block")
+    activations = sums * t.step.tokens * t.model.config.hidden_size * t.number_bytes
+    loss = 3 * 4 * t.step.labels if vocabulary else 0
+    whole = bytes_of(p for name, p in trainable(t.model).items() if cut_of(p) is None
+                     and (".self_attn." in name or ".mlp." in name))
+    sent = data_parallel_bytes(t) if t.world > 1 else {}
+    return sent | {("all_reduce", t.size): activations + loss + whole}
+
+
+def expert_parallel_bytes(t: Traffic) -> Sent:
+    """Tokens to their experts and back, forward and backward; gradients once."""
+    ways = 0                                    # of all tokens in all layers
+    for block, level, reached in zip(t.model.model.layers, t.recompute,
+                                     reached_by_gradients(t.model)):
+        if isinstance(block.mlp, MoE):
+            experts = any(p.requires_grad for p in block.mlp.experts.parameters())
+            ways += 2 + 2 * (reached.mlp or experts) + 2 * (reached.block and level == "block")
+    config = t.model.config
+    rows = t.step.tokens * config.num_experts_per_tok
+    experts = [p for p in trainable(t.model).values() if cut_of(p)]
+    others = [p for p in trainable(t.model).values() if not cut_of(p)]
+    sent = {("all_reduce", t.world): bytes_of(others)}
+    copies = ("all_reduce", t.world // t.size)
+    return sent | {copies: sent.get(copies, 0) + bytes_of(experts),
+                   ("all_to_all", t.size): ways * rows * config.hidden_size * t.number_bytes}
+
+
+class Reached(NamedTuple):
+    """Of a block, what the backward pass reaches."""
+    attention: bool             # the input of its attention
+    mlp: bool                   # the input of its MLP
+    block: bool                 # anything at all
+
+
+def reached_by_gradients(model: CausalLM) -> list[Reached]:
+    """For each block; nothing trained lies below the first one that is reached."""
+    def trained(*modules) -> bool:
+        return any(p.requires_grad for module in modules for p in module.parameters())
+
+    found = []
+    reached = trained(model.model.embed_tokens)
+    for block in model.model.layers:
+        attention = reached or trained(block.input_layernorm)
+        mlp = attention or trained(block.self_attn, block.after_attention_norm,
+                                   block.post_attention_layernorm)
+        reached = mlp or trained(block)
+        found.append(Reached(attention, mlp, reached))
+    return found
+
+
+def bytes_of(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(p.nbytes for p in parameters)
 
 
 def flat_bytes(model: CausalLM, world: int) -> int:
@@ -92,9 +177,36 @@ def sharded_bytes(parameters: Iterable[torch.Tensor], world: int) -> int:
     return sum(-(-len(p) // world) * world * p[:1].numel() * p.itemsize for p in parameters)
 
 
-def ring_bytes(sent: dict[str, int], world: int) -> int:
+def ring_bytes(sent: Sent) -> int:
     """Bytes that leave a rank in a step, where the collectives are rings."""
-    return sum(SENT_BY_RING[name] * (world - 1) * n // world for name, n in sent.items())
+    return sum(SENT_BY_RING[name] * (size - 1) * n // size for (name, size), n in sent.items())
+
+
+# ---- what one of several processes computes with ------------------------------------------------
+
+
+def tensor_workload(config: Config, workload: Workload, size: int) -> Workload:
+    """Raises ValueError for sizes that cannot be cut."""
+    from scale.cut_vocabulary import why_whole          # only where it is planned
+    from scale.mesh import Axis
+    from scale.tensor_parallel import cut_model, part_config
+
+    vocabulary = not why_whole(config, workload.model, size)
+    sizes = part_config(workload.model_config, size, vocabulary)
+    model = model_without_storage(config, replace(workload, model=None))
+    cut_model(model, Axis(0, size, None), torch.device("meta"), vocabulary)
+    return replace(workload, model=model, model_config=sizes, world=workload.world // size,
+                   other_bytes=workload.other_bytes // size)
+
+
+def expert_workload(config: Config, workload: Workload, size: int) -> Workload:
+    """Raises ValueError for a number of experts that cannot be dealt out."""
+    from scale.expert_parallel import cut_experts       # only where it is planned
+    from scale.mesh import Axis
+
+    model = model_without_storage(config, replace(workload, model=None))
+    cut_experts(model, Axis(0, size, None), torch.device("meta"))
+    return replace(workload, model=model)
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -102,11 +214,22 @@ def ring_bytes(sent: dict[str, int], world: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """A row of the table: settings that ask for it, its traffic, and when to take it."""
+    """A row of the table: settings that ask for it, its traffic, and when to take it.
+
+    size_key: a key whose sizes are tried, all above 1 that divide the cards; own(config, workload,
+    size) is then the workload of one process. for_mixtures: it is for models with experts.
+    """
     settings: dict
-    sent: Callable[[Traffic], dict[str, int]]
+    sent: Callable[[Traffic], Sent]
     why: str
     name: str = ""              # of settings that are the defaults
+    size_key: str = ""
+    own: Callable[[Config, Workload, int], Workload] | None = None
+    for_mixtures: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.settings.get(self.size_key, 1)
 
     def in_words(self) -> str:
         return self.name or " ".join(
@@ -122,6 +245,10 @@ LAYOUTS = (
         "state")),
     Layout({"zero_stage": 2}, zero_2_bytes, why=(
         "whole weights fit one card, but not whole gradients and optimizer state beside them")),
+    Layout({}, expert_parallel_bytes, size_key="expert_parallel_size", own=expert_workload,
+           for_mixtures=True, why=(
+        "the experts of all layers do not fit one card, and tokens that travel to them are fewer "
+        "bytes than the experts")),
     Layout({"fsdp": ["full_shard"]}, fsdp_bytes, why=(
         "whole weights do not fit one card beside the rest, and two blocks of them do")),
     Layout({"offload_optimizer": "cpu"}, data_parallel_bytes, why=(
@@ -130,12 +257,32 @@ LAYOUTS = (
         "it fits with the optimizer state in main memory, which each step sends there and back")),
     Layout({"fsdp": ["full_shard"], "offload_optimizer": "cpu"}, fsdp_bytes, why=(
         "two blocks fit one card with the optimizer state in main memory")),
+    Layout({}, tensor_parallel_bytes, size_key="tensor_parallel_size", own=tensor_workload, why=(
+        "two blocks beside the rest do not fit one card; every matrix is cut, which sends the most "
+        "and belongs within a host")),
 )
 SENT_ONCE = (data_parallel_bytes, zero_1_bytes)     # in a step, whatever its passes
 SLOW_LINK = "a larger gradient_accumulation_steps sends less often"
 SLOW_LINK_IN_EACH_PASS = ("larger micro-batches send less often; pipeline parallelism, which sends "
                           "activations alone, is not in this release")
-SET_BY_LAYOUTS = {"zero_stage": 0, "fsdp": [], "offload_optimizer": None}
+SET_BY_LAYOUTS = {"zero_stage": 0, "fsdp": [], "offload_optimizer": None,
+                  "tensor_parallel_size": 1, "expert_parallel_size": 1}
+
+
+def layouts_for(cards: int, model_config: ModelConfig) -> list[Layout]:
+    """The rows of the table for so many cards, each size of a size_key as a row."""
+    found = []
+    for layout in LAYOUTS:
+        if layout.for_mixtures and not any(model_config.sparse):
+            continue
+        if not layout.size_key:
+            found.append(layout)
+            continue
+        for size in range(2, cards + 1):
+            if cards % size == 0:
+                settings = layout.settings | {layout.size_key: size}
+                found.append(replace(layout, settings=settings))
+    return found
 
 
 def block_is_too_large(plan: Plan, card_bytes: int) -> bool:
@@ -150,7 +297,7 @@ def rows_are_too_long(plan: Plan, card_bytes: int) -> bool:
 
 MISSING = (         # where no layout fits: whether this is why, and what would help
     (block_is_too_large, "two blocks, embedding and head do not fit one card: "
-                         "tensor_parallel_size, which this table does not plan, cuts every matrix "
+                         "tensor_parallel_size over more cards cuts every matrix further "
                          "(docs/many_gpus.md)"),
     (rows_are_too_long, "most of it is activations: to cut a row over the cards is context "
                         "parallelism, which this release has not"),
@@ -168,6 +315,11 @@ class Candidate:
     sent: int = 0               # bytes of a rank in a step, by rings
     refusal: str = ""
 
+    @property
+    def ranks(self) -> int:
+        """Ranks of data parallelism."""
+        return self.plan.workload.world
+
 
 def candidates(config: Config, memory: Plan, plan: StepPlan,
                pass_size: Callable) -> list[Candidate]:
@@ -183,7 +335,7 @@ def candidates(config: Config, memory: Plan, plan: StepPlan,
             and not memory.workload.model_config.attn_softcap:
         kernel = "sdpa-flash"                   # what a card has instead of the CPU's choice
     found = []
-    for layout in LAYOUTS:
+    for layout in layouts_for(world, memory.workload.model_config):
         changed = replace(config, **(SET_BY_LAYOUTS | layout.settings))
         if world == 1 and layout.settings.keys() & {"zero_stage", "fsdp"}:
             continue
@@ -193,12 +345,36 @@ def candidates(config: Config, memory: Plan, plan: StepPlan,
         workload = replace(
             memory.workload, device=device, world=world, sharded=bool(changed.fsdp),
             kernel=kernel, recompute=None, offloaded=0, mlp_tile=0, host_bytes=None)
+        try:
+            workload = own_workload(layout, changed, workload)
+        except ValueError as refusal:
+            found.append(Candidate(layout, refusal=str(refusal)))
+            continue
+        accumulation = accumulation_for(config, workload.world)
+        changed = replace(changed, gradient_accumulation_steps=accumulation)
         tokens, planned = pass_size(changed, memory_plan(changed, workload),
                                     int(config.card_memory * GIB), device)
-        traffic = Traffic(model=workload.model, adapters=workload.lora is not None, world=world,
-                          passes=passes_of_a_step(changed, plan, world, tokens))
-        found.append(Candidate(layout, planned, ring_bytes(layout.sent(traffic), world)))
+        step = part_of_step(changed, plan, workload.world, tokens)
+        traffic = traffic_of(planned.workload, layout.size, step)
+        found.append(Candidate(layout, planned, ring_bytes(layout.sent(traffic))))
     return found
+
+
+def own_workload(layout: Layout, config: Config, workload: Workload) -> Workload:
+    """What one process computes with. Raises ValueError for a model that cannot be cut so."""
+    if not layout.own:
+        return workload
+    if workload.quant_formats:
+        raise ValueError("weights in 4 or 8 bits are not cut over processes")
+    return layout.own(config, workload, layout.size)
+
+
+def traffic_of(workload: Workload, size: int, step: PartOfStep) -> Traffic:
+    """What decides how much a process sends. workload: its own, with levels of recomputation."""
+    embedding = workload.model.model.embed_tokens.weight
+    stream = workload.dtype.itemsize if workload.lora else embedding.itemsize
+    return Traffic(model=workload.model, adapters=workload.lora is not None, world=workload.world,
+                   step=step, size=size, number_bytes=stream, recompute=workload.recompute)
 
 
 def first_contradiction(config: Config) -> str:
@@ -210,14 +386,22 @@ def first_contradiction(config: Config) -> str:
     return ""
 
 
-def passes_of_a_step(config: Config, plan: StepPlan, world: int, max_tokens: int) -> int:
-    """Passes of the first step, on the rank with the most."""
-    most = 1
+def part_of_step(config: Config, plan: StepPlan, world: int, max_tokens: int) -> PartOfStep:
+    """The first step of the rank with the most passes; of several such ranks, the most tokens."""
+    most, busiest = (0, 0), []
     for rank in range(world):
         batches = shard_batches(config, plan.train_set, 0, Ranks(rank, world))
         step = batches[:config.gradient_accumulation_steps]
-        most = max(most, len(merge_micro_batches(step, plan.tokens_of, max_tokens)))
-    return most
+        passes = len(merge_micro_batches(step, plan.tokens_of, max_tokens))
+        amount = passes, sum(plan.tokens_of(row) for batch in step for row in batch)
+        if amount > most:
+            most, busiest = amount, step
+    passes, tokens = most
+    labels = 0
+    for rows in busiest:
+        batch = plan.collate([[plan.train_set[row] for row in rows]])
+        labels += int((batch.targets != IGNORE).sum())
+    return PartOfStep(max(passes, 1), tokens, labels)
 
 
 def compute_seconds(config: Config, memory: Plan, plan: StepPlan) -> float:
@@ -290,14 +474,15 @@ def advised(found: list[Candidate], config: Config, memory: Plan, plan: StepPlan
 def notes_on_step(best: Candidate, config: Config, memory: Plan, plan: StepPlan) -> list[str]:
     """Whether the rows of a step change, and whether a link is too slow."""
     notes = []
-    cards, ranks = config.cards, plan.ranks.world
-    if cards != ranks and not config.rows_per_step:
-        notes.append(f"  a step has {plan.rows_per_step // ranks * cards} "
+    planned, ranks = best.ranks, plan.ranks.world
+    if planned != ranks and not config.rows_per_step:
+        notes.append(f"  a step has {plan.rows_per_step // ranks * planned} "
                      f"{'tokens' if config.token_budget else 'rows'} then and not "
                      f"{plan.rows_per_step}, unless gradient_accumulation_steps changes")
     if config.card_speed and config.link_speed:
         seconds = best.sent / min(config.link_speed) / 1e9
-        if seconds > compute_seconds(config, memory, plan):
+        computing = compute_seconds(config, memory, plan) * best.ranks / config.cards
+        if seconds > computing:
             remedy = SLOW_LINK if best.layout.sent in SENT_ONCE else SLOW_LINK_IN_EACH_PASS
             notes.append(f"  at {min(config.link_speed):g} GB/s a step sends for longer than it "
                          f"computes: {remedy}")

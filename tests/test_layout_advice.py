@@ -4,6 +4,8 @@ torchrun starts three ranks on the CPU (gloo), which count the bytes of their co
 """
 import json
 import re
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ import train
 from config import Config
 from families import read_model_config
 from lora import LoRAConfig
-from runtime.layout_advice import LAYOUTS, Traffic, ring_bytes
+from runtime import layout_advice
+from runtime.layout_advice import (LAYOUTS, PartOfStep, layouts_for, own_workload, ring_bytes,
+                                   traffic_of)
 from runtime.memory import Workload, model_without_storage
 from tests.common import ROOT, refusal
-from tests.ranks import COMMON, outcomes, small_world, torchrun
+from tests.ranks import COMMON, DENSE, outcomes, small_world, tiny_model, torchrun
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)      # see tests/test_fsdp.py
 WORLD = 3
@@ -40,7 +44,8 @@ def counted(kind, name, argument, keyword):
     call = getattr(dist, name, None)
     def wrapped(*args, **kwargs):
         tensor = args[argument] if len(args) > argument else kwargs[keyword]
-        if counting[0] and tensor.dtype != torch.float64:       # counts and losses are float64
+        counts = (torch.float64, torch.int64)                   # losses, and numbers of tokens
+        if counting[0] and tensor.dtype not in counts:
             sent[kind] = sent.get(kind, 0) + tensor.nbytes
         return call(*args, **kwargs)
     if call:                                    # torch 2.13 has other names
@@ -50,6 +55,10 @@ def switched(name, on):
     call = getattr(train.Run, name)
     def wrapped(*args):
         counting[0] = on
+        if on:
+            targets = [batch.targets for batch in args[1].batches]
+            parts.append([len(targets), sum(map(len, targets)), sum(int((t >= 0).sum())
+                                                                    for t in targets)])
         return call(*args)
     setattr(train.Run, name, wrapped)
 
@@ -58,31 +67,38 @@ end_ranks, runtime_run.end_ranks = runtime_run.end_ranks, lambda: None
 switched("begin_step", True)
 switched("log_step", False)
 counted("all_reduce", "all_reduce", 0, "tensor")
+counted("all_to_all", "all_to_all_single", 1, "input")
 for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
     counted("reduce_scatter", name, 1, "input")
 for name in ("all_gather_into_tensor", "all_gather_single"):
     counted("all_gather", name, 0, "output_tensor")
 
 def main(argv):
-    global sent
+    global sent, parts
     for name, arguments in json.load(open(argv[0])):
-        sent = found[name] = {}
+        sent, parts = found[name] = {}, []
         train.main(arguments)
-    if rank == "1":
-        json.dump(found, open(argv[0] + ".found", "w"))
+    json.dump(found, open(argv[0] + ".found" + rank, "w"))
     end_ranks()
 
 run_script(main)
 '''
 TYPES = ("full", "lora")
-MEASURED = [layout for layout in LAYOUTS if "offload_optimizer" not in layout.settings]
+# heads and token ids that three processes can share
+THIRDS = DENSE | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, vocab_size=1602)
+MEASURED = [replace(layout, settings=layout.settings | {layout.size_key: WORLD})
+            if layout.size_key else layout
+            for layout in LAYOUTS if "offload_optimizer" not in layout.settings]
+MODELS = {"tensor_parallel_size": "thirds", "expert_parallel_size": "mixture"}     # else dense
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    """The folder with runs.found: {"full zero_stage=1": {collective: bytes of STEPS steps}, …}"""
+    """The folder with runs.found0 to 2: {"full zero_stage=1": [{collective: bytes of STEPS steps},
+    [(passes, tokens, labels) of a step, …]], …}"""
     here = tmp_path_factory.mktemp("layouts")
     small_world(here)
+    tiny_model(here / "thirds", THIRDS)
     (here / "worker.py").write_text(WORKER.replace("ROOT", repr(str(ROOT))), encoding="utf-8")
     todo = []
     for kind in TYPES:
@@ -91,10 +107,14 @@ def here(tmp_path_factory):
                 continue
             name = f"{kind} {layout.in_words()}"
             settings = COMMON | dict(
-                model_name_or_path=f"{here}/dense", dataset=f"{here}/rows.jsonl",
-                output_dir=f"{here}/{name}", finetuning_type=kind, max_steps=STEPS,
-                per_device_train_batch_size=1, gradient_accumulation_steps=PASSES,
+                model_name_or_path=f"{here}/{MODELS.get(layout.size_key, 'dense')}",
+                dataset=f"{here}/rows.jsonl", output_dir=f"{here}/{name}", finetuning_type=kind,
+                max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=PASSES,
                 join_micro_batches=False)
+            if layout.size_key and kind == "lora":      # blocks computed again, and their sums
+                settings |= dict(disable_gradient_checkpointing=False, lora_target="all,experts")
+            if layout.size_key == "tensor_parallel_size":
+                settings.pop("lora_target", None)
             words = [] if layout.name else [layout.in_words()]
             todo.append((name, [f"{key}={value}" for key, value in settings.items()] + words))
     (here / "runs").write_text(json.dumps(todo))
@@ -106,22 +126,33 @@ def here(tmp_path_factory):
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("layout", MEASURED, ids=lambda layout: layout.in_words())
 def test_bytes_are_those_that_the_collectives_were_given(here, kind, layout):
-    """Exactly, for gradients and weights; 1,600 rows and others are no multiple of three ranks."""
+    """Exactly, on all ranks together; 1,600 rows and others are no multiple of three ranks."""
     if "fsdp" in layout.settings and OLD:
         pytest.skip("fully_shard without GPUs needs torch 2.13")
-    lora = LoRAConfig(r=4, lora_alpha=8) if kind == "lora" else None
-    workload = Workload(read_model_config(here / "dense"), lora, [[1]], torch.float32, "plain",
-                        "cpu")
-    model = model_without_storage(Config(finetuning_type=kind), workload)
-    planned = layout.sent(Traffic(model, lora is not None, WORLD, PASSES))
-    measured = json.loads((here / "runs.found").read_text())[f"{kind} {layout.in_words()}"]
-    assert {name: n // STEPS for name, n in measured.items()} == planned
+    model = MODELS.get(layout.size_key, "dense")
+    targets = ["all", "experts"] if model == "mixture" else "all"
+    lora = LoRAConfig(r=4, lora_alpha=8, target_modules=targets) if kind == "lora" else None
+    config = Config(finetuning_type=kind)
+    workload = Workload(read_model_config(here / model), lora, [[1]], torch.float32, "plain",
+                        "cpu", world=WORLD, recompute=["block" if lora else "none"] * 2)
+    workload = replace(workload, model=model_without_storage(config, workload))
+    workload = own_workload(layout, config, workload)
+    measured, planned = Counter(), Counter()
+    for rank in range(WORLD):
+        found = json.loads((here / f"runs.found{rank}").read_text())
+        sent, steps = found[f"{kind} {layout.in_words()}"]
+        measured.update(sent)
+        for step in steps:
+            traffic = traffic_of(workload, layout.size, PartOfStep(*step))
+            for (name, _), n in layout.sent(traffic).items():
+                planned[name] += n
+    assert measured == planned and measured.total() > 0
 
 
 def test_bytes_of_a_ring():
-    assert ring_bytes({"all_reduce": 100}, 4) == 150
-    assert ring_bytes({"reduce_scatter": 100, "all_gather": 100}, 4) == 150
-    assert ring_bytes({"all_reduce": 100}, 1) == 0
+    assert ring_bytes({("all_reduce", 4): 100}) == 150
+    assert ring_bytes({("reduce_scatter", 4): 100, ("all_gather", 4): 100}) == 150
+    assert ring_bytes({("all_reduce", 1): 100, ("all_to_all", 2): 10}) == 5
 
 
 # ---- the advice ----------------------------------------------------------------------------------
@@ -155,8 +186,11 @@ def test_the_first_layout_that_fits_is_advised(world, capsys):
     held = kib_held(page)
     assert "take data parallelism: all of it fits one card" in page
     assert "a step has 4 rows then and not 1" in page
-    names = [layout.in_words() for layout in LAYOUTS]
-    assert list(held) == names
+    names = list(held)
+    tried = layouts_for(4, read_model_config(world / "dense"))
+    assert names == [layout.in_words() for layout in tried if layout.size < 4]
+    assert "not with these settings: tensor_parallel_size=4 (tensor_parallel_size: 4 does not " \
+        "divide num_key_value_heads: 2" in page
     largest = max(held.values()) + 1
     for name in names:
         if held[name] < largest and name != "zero_stage=2":     # whose buffers are a whole here
@@ -168,10 +202,36 @@ def test_the_first_layout_that_fits_is_advised(world, capsys):
             assert f"--nproc-per-node 4 train.py{words}\n" in page
 
 
+def test_experts_are_dealt_out_where_they_are_too_many(world, capsys):
+    """For a model with experts, before its weights are sharded; not for others."""
+    mixture = (f"model_name_or_path={world}/mixture", "finetuning_type=lora")
+    held = kib_held(dry_run(world, capsys, *mixture, "card_memory=1"))
+    assert [name for name in held if "expert" in name] == [
+        f"expert_parallel_size={size}" for size in (2, 4)]
+    for size in (2, 4):
+        gib = held[f"expert_parallel_size={size}"] / 0.9 / 2**20 * 1.001
+        page = dry_run(world, capsys, *mixture, f"card_memory={gib}")
+        assert f"take expert_parallel_size={size}: the experts of all layers do not fit" in page
+    page = dry_run(world, capsys, *mixture, "card_memory=1", "cards=3")
+    assert "expert_parallel_size=3 " in page and "tensor_parallel_size=3 (" in page
+
+
+def test_the_step_of_the_busiest_rank_is_planned(here, capsys, monkeypatch):
+    """Its passes, tokens and labels are those that the ranks had in their first step."""
+    found = []
+    part_of_step = layout_advice.part_of_step
+    monkeypatch.setattr(layout_advice, "part_of_step",
+                        lambda *args: found.append(part_of_step(*args)) or found[-1])
+    dry_run(here, capsys, "cards=3", "card_memory=1", f"gradient_accumulation_steps={PASSES}")
+    steps = [json.loads((here / f"runs.found{rank}").read_text())["full zero_stage=1"][1][0]
+             for rank in range(WORLD)]
+    assert found[0] == PartOfStep(*max(steps))
+
+
 def test_what_would_help_where_nothing_fits(world, capsys):
     page = dry_run(world, capsys, "card_memory=0.0001")
     assert "no layout fits" in page
-    assert "tensor_parallel_size, which this table does not plan" in page
+    assert "tensor_parallel_size over more cards cuts every matrix further" in page
     page = dry_run(world, capsys, "card_memory=0.001", "disable_gradient_checkpointing=true",
                    "per_device_train_batch_size=16")
     assert "context parallelism, which this release has not" in page
