@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import Config
-from errors import run_script
+from errors import run_script, say
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
@@ -41,7 +41,7 @@ from fast.decode import pick_step, prepare
 from generate import Sampling, common_prefix, context_length, generate, next_scores
 from model import CausalLM, KVCache, attention_needs
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
-                              with_trained_settings)
+                              sampling_values, with_trained_settings)
 from runtime.memory_advice import available_bytes
 from runtime.precision import requested_format
 from templates import Settings, Template, encode_prompt
@@ -56,8 +56,6 @@ ENDINGS = {         # reason why an answer ended -> remark
     "max_length": "(truncated after {new} tokens: max_length)",
     "context": "(the context of {cached:,} tokens is full)",
 }
-SAMPLING_KEYS = (
-    "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
 
 
 @dataclass
@@ -75,11 +73,6 @@ class Chat:
     cache: KVCache
     step: Callable                  # next_scores, or its fast twin from fast/decode.py
     cached_ids: list[int] = field(default_factory=list)     # last prompt and answer
-
-
-def say(*words):
-    """Print to standard error: everything but the conversation, so that answers can be piped."""
-    print(*words, file=sys.stderr, flush=True)
 
 
 def main(argv):
@@ -252,29 +245,6 @@ def pick_sampling(config: Config, base: Path) -> tuple[Sampling, int]:
     greedy = "greedy; " if sampling.greedy else ""
     say(f"sampling  {greedy}{description}; seed {config.seed}")
     return sampling, max_new_tokens
-
-
-def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict, str]:
-    """({key: value}, description with the source of each value).
-
-    Sources in order of precedence: the config, generation_config.json, LLaMA-Factory's defaults.
-    """
-    sources = {
-        "config": config.given,
-        "generation_config.json": generation,
-        "default": vars(config),
-    }
-    values, words = {}, {}
-    for name in SAMPLING_KEYS:
-        source = next(key for key, table in sources.items() if table.get(name) is not None)
-        values[name] = sources[source][name]
-        if not isinstance(values[name], (int, float)):
-            raise ValueError(
-                f"{base}/generation_config.json: {name}: {values[name]!r} is not a number; correct "
-                f"the file, or set {name} in the config")
-        words.setdefault(source, []).append(f"{name} {values[name]}".lower())
-    described = [f"{', '.join(pairs)} ({source})" for source, pairs in words.items()]
-    return values, "; ".join(described)
 
 
 # ---- model ------------------------------------------------------------------------------------

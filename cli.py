@@ -1,12 +1,12 @@
 """LLaMA-Factory's command line: `llamafactory-cli train my.yaml` is `python cli.py train my.yaml`.
 
-    python cli.py train|chat|export|eval  my.yaml key=value ...
+    python cli.py train|chat|api|export|eval  my.yaml key=value ...
     python cli.py env                           versions and devices, for a bug report
     python cli.py version
 
-It starts train.py, chat.py, merge.py or eval.py with the same arguments. With several GPUs, or with
-FORCE_TORCHRUN=1, train starts one process for each, as LLaMA-Factory does, which NNODES, NODE_RANK,
-NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT extend to several hosts.
+It starts train.py, chat.py, serve.py, merge.py or eval.py with the same arguments. With several
+GPUs, or with FORCE_TORCHRUN=1, train starts one process for each, as LLaMA-Factory does, which
+NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT extend to several hosts.
 
 Requires: errors.py.
 Next: train.py.
@@ -18,9 +18,9 @@ from pathlib import Path
 from errors import did_you_mean, run_script
 
 ROOT = Path(__file__).resolve().parent
-SCRIPTS = {"train": "train.py", "chat": "chat.py", "export": "merge.py", "eval": "eval.py"}
+SCRIPTS = {"train": "train.py", "chat": "chat.py", "api": "serve.py", "export": "merge.py",
+           "eval": "eval.py"}
 NOT_HERE = {
-    "api": "a server is not in this release; chat.py answers at the terminal",
     "webui": "there is no web interface in this release; write a yaml file and use train",
     "webchat": "there is no web interface in this release; use chat",
 }

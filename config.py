@@ -608,6 +608,17 @@ class Config:
     raw: bool = key(False, IGNORED,
         "show the rendered prompt as ids and text", own=True, only="chat.py")
 
+    host: str = key("127.0.0.1", IGNORED,
+        "address that the server listens at; another one than this machine's own needs API_KEY",
+        group="serve", own=True, only="serve.py")
+    port: int = key(8000, IGNORED,
+        "its port (0: any free one)", own=True, only="serve.py", low=0, high=65535)
+    max_num_seqs: int = key(16, IGNORED,
+        "answers that are decoded together", own=True, only="serve.py", low=1, high=4096)
+    max_queued_requests: int = key(128, IGNORED,
+        "answers that may wait for a place; further ones get status 429", own=True,
+        only="serve.py", low=0)
+
     jsonl: str | None = key(None, IGNORED,
         "write all processed rows to this file", group="show", own=True, only="runtime.preview")
 

@@ -90,6 +90,11 @@ def printable(text: str) -> str:
     return NOT_PRINTABLE.sub(escape, text)
 
 
+def say(*words):
+    """Print to standard error: everything but the answers, so that these can be piped."""
+    print(*words, file=sys.stderr, flush=True)
+
+
 # ---- starting and failing -----------------------------------------------------------------------
 
 # packages of requirements.txt, by the names that are imported: how each is installed

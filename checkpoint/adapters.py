@@ -19,7 +19,7 @@ from checkpoint.load import load_model, mismatch_message
 from checkpoint.peft_targets import peft_fields
 from checkpoint.shards import full_shape, full_tensor, own_part
 from lora import (AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, attach_lora, find_targets,
-                  is_quantized, lora_layers, match_patterns, merge_adapters)
+                  is_quantized, lora_layers, match_patterns, merge_adapters, trainable)
 from model import CausalLM
 from text.tokenizer import read_json
 
@@ -404,6 +404,19 @@ def warn_of_folded(adapters: list) -> str:
                     "Unless this base has it already: "
                     f"adapter_name_or_path={','.join([*missing, str(adapter)])}")
     return ""
+
+
+def layers_of_adapter(base, folder, device, quant_format=None) -> tuple[dict, list[str]]:
+    """({full name: adapted layer}, names of the weights trained whole) of an adapter folder.
+
+    The layers stand on a base without weights: their base_layer is to be set before use.
+    """
+    skeleton = load_model(base, skip_weights=True, quant_format=quant_format)
+    load_adapter(skeleton, folder, dropout=0.0, device=device)
+    layers = lora_layers(skeleton)
+    whole = [name for name in trainable(skeleton) if name.startswith("model.embed_tokens")
+             or not any(name.startswith(f"{layer}.") for layer in layers)]
+    return layers, whole
 
 
 def load_with_adapters(folder, adapters: list, dtype=None, device="cpu", fold_last: bool = False,

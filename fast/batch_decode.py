@@ -33,7 +33,7 @@ AT_ONCE = 8192          # tokens of new prompts in one pass
 GROWTH = 256            # tokens by which the cache grows
 
 
-@dataclass
+@dataclass(eq=False)        # a row is itself, whatever it holds
 class Row:
     """An answer that is being decoded."""
     number: int
@@ -267,6 +267,40 @@ class RunningBatch:
         self.cache.drop(index)
         self.rows[index] = self.rows[-1]
         self.rows.pop()
+
+
+class OneRow(RunningBatch):
+    """The slow twin of RunningBatch: one row at a time, by generate(), without log-probabilities.
+
+    Models that need it use it, too (see one_at_a_time).
+    """
+
+    def __init__(self, model: CausalLM, size: int = 1, adapters=None):
+        super().__init__(model, 1, adapters=adapters)
+        self.tokens = None              # of the row, as they are made
+
+    def step(self, new: list[Row]) -> list[Row]:
+        """As RunningBatch.step."""
+        for row in new:
+            cache = KVCache(self.model.config.num_hidden_layers)
+            self.rows = [row]
+            self.tokens = generate(self.model, row.prompt, cache, (), row.sampling,
+                                   max_new_tokens=row.room, generator=row.generator)
+        row = self.rows[0]
+        self.for_rows(self.rows, [1 if row.answer else len(row.prompt)])
+        try:
+            row.answer.append(next(self.tokens))
+        except (ValueError, RuntimeError) as error:
+            row.error = error
+        row.room -= 1
+        if row.error or row.room <= 0 or row.answer[-1] in row.stop_ids:
+            self.drop(0)
+            return [row]
+        return []
+
+    def drop(self, index: int):
+        """Remove the row."""
+        self.rows = []
 
 
 def take(model: CausalLM, waiting: deque, free: int, stop_ids: Collection[int],

@@ -30,7 +30,9 @@ RENDERING_KEYS = ("enable_thinking", "preserve_thinking", "mask_history", "tool_
 QUANTIZATION_KEYS = (
     "quantization_bit", "quantization_type", "double_quantization", "bf16", "fp16", "stage")
 
-
+# keys of the config that decide how answers are generated
+SAMPLING_KEYS = (
+    "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
 ROPE_KEYS = ("rope_scaling", "cutoff_len")
 
 
@@ -198,6 +200,29 @@ def requested_dtype(config: Config) -> str | None:
     if config.bf16:
         return "bfloat16"
     return "float16" if config.fp16 else None
+
+
+def sampling_values(config: Config, generation: dict, base: Path) -> tuple[dict, str]:
+    """({key: value}, description with the source of each value).
+
+    Sources in order of precedence: the config, generation_config.json, LLaMA-Factory's defaults.
+    """
+    sources = {
+        "config": config.given,
+        "generation_config.json": generation,
+        "default": vars(config),
+    }
+    values, words = {}, {}
+    for name in SAMPLING_KEYS:
+        source = next(key for key, table in sources.items() if table.get(name) is not None)
+        values[name] = sources[source][name]
+        if not isinstance(values[name], (int, float)):
+            raise ValueError(
+                f"{base}/generation_config.json: {name}: {values[name]!r} is not a number; correct "
+                f"the file, or set {name} in the config")
+        words.setdefault(source, []).append(f"{name} {values[name]}".lower())
+    described = [f"{', '.join(pairs)} ({source})" for source, pairs in words.items()]
+    return values, "; ".join(described)
 
 
 @contextmanager

@@ -69,6 +69,7 @@ NEEDED = {          # the keys that a script cannot do without
     "chat": ("model_name_or_path",),
     "eval": ("model_name_or_path",),
     "merge": ("model_name_or_path", "export_dir"),
+    "serve": ("model_name_or_path",),
 }
 COMMANDS = {        # how a script is started
     "train": "train.py",
@@ -76,8 +77,10 @@ COMMANDS = {        # how a script is started
     "chat": "chat.py",
     "eval": "eval.py",
     "merge": "merge.py",
+    "serve": "serve.py",
 }
-PEER_COMMANDS = {"train": "train.py", "chat": "chat.py", "eval": "eval.py", "export": "merge.py"}
+PEER_COMMANDS = {"train": "train.py", "chat": "chat.py", "eval": "eval.py", "export": "merge.py",
+                 "api": "serve.py"}
 BADAM_KEYS = {       # keys that one badam_mode reads
     "layer": ("badam_start_block", "badam_switch_mode", "badam_switch_interval"),
     "ratio": ("badam_update_ratio", "badam_mask_mode"),
@@ -120,6 +123,12 @@ USAGE = {
     python merge.py --config configs/tiny_merge.yaml
     python merge.py my.yaml export_dir=models/merged overwrite=true
 """,
+    "serve": """Serve a model and its adapters over HTTP, as OpenAI's API.
+
+    python serve.py --config configs/tiny_lora_sft.yaml         http://127.0.0.1:8000/v1
+    python serve.py my.yaml adapter_name_or_path=saves/a,saves/b    `model` chooses one of them
+    API_KEY=secret python serve.py my.yaml host=0.0.0.0 port=8080
+""",
     "config": """Show the settings that differ from the defaults.
 
     python -m runtime.load_config my.yaml lora_rank=4
@@ -130,8 +139,9 @@ USAGE = {
 def load_config(argv: list[str], script: str) -> Config:
     """The settings of a run, from a config file and key=value, --key value, --key=value, --switch.
 
-    script: train, data, chat, eval, merge, or config, which only shows them. It decides which keys
-    are needed, and which refusals and contradictions apply. `--help` prints the usage and exits.
+    script: train, data, chat, eval, merge, serve, or config, which only shows them. It decides
+    which keys are needed, and which refusals and contradictions apply. `--help` prints the usage
+    and exits.
     Raises ValueError and FileNotFoundError that name file, line, key and value.
     """
     path, overrides = read_argv(argv, script)
@@ -331,11 +341,11 @@ def _check(config: Config, script: str):
 def _applies(scope: str, script: str) -> bool:
     """Whether a script checks a row of REFUSED or CONTRADICTIONS.
 
-    chat, eval and merge accept the yaml of any training. chat and eval both generate.
+    chat, serve, eval and merge accept the yaml of any training. chat, serve and eval generate.
     """
     if scope == "train":
-        return script not in ("chat", "eval", "merge")
-    return scope in ("any", script) or scope == "chat" and script == "eval"
+        return script not in ("chat", "serve", "eval", "merge")
+    return scope in ("any", script) or scope == "chat" and script in ("serve", "eval")
 
 
 def _has_effect_elsewhere(name: str, value, where: str, script: str) -> bool:

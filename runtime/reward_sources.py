@@ -20,12 +20,11 @@ from pathlib import Path
 import torch
 
 from checkpoint.adapter_config import read_adapter_config
-from checkpoint.adapters import load_adapter, load_with_adapters
+from checkpoint.adapters import layers_of_adapter, load_with_adapters
 from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model, quantized_weights
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from families import read_model_config
-from lora import lora_layers, trainable
 from runtime.kernels import use_kernels
 from runtime.precision import half_dtype, requested_format
 from text.tokenizer import read_json
@@ -71,11 +70,8 @@ def reward_adapter(config, base, setup, folder: Path):
                          "base; train it with pissa_convert: true and name the pissa_converted "
                          "folder, or merge it and set reward_model_type: full")
     head = stored_head(folder, base.model_config.hidden_size)
-    skeleton = load_model(base.folder, skip_weights=True, quant_format=requested_format(config))
-    load_adapter(skeleton, folder, dropout=0.0, device=setup.device)
-    layers = lora_layers(skeleton)
-    in_full = [name for name in trainable(skeleton) if name.startswith("model.embed_tokens")
-               or not any(name.startswith(f"{layer}.") for layer in layers)]
+    layers, in_full = layers_of_adapter(base.folder, folder, setup.device,
+                                        requested_format(config))
     if in_full:
         raise ValueError(f"reward_model: {folder} trained {in_full[0]} in full, and this run has "
                          "its own; merge it (python merge.py) and set reward_model_type: full")

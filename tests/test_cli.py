@@ -49,7 +49,7 @@ def test_train_starts_a_process_for_each_gpu(started, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["trian"], "no command (did you mean 'train'?); the commands are train, chat, export"),
+    (["trian"], "no command (did you mean 'train'?); the commands are train, chat, api"),
     (["webui"], "no web interface in this release"),
 ])
 def test_other_commands_are_sentences(arguments, words):

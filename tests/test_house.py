@@ -10,10 +10,10 @@ import pytest
 
 from tests.common import ROOT
 
-SCRIPTS = ("train", "chat", "eval", "merge", "cli")
+SCRIPTS = ("train", "chat", "serve", "eval", "merge", "cli")
 # a folder imports the root and folders that stand before it; scripts import whatever they like, and
 # nobody imports them
-FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "runtime", "evals")
+FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "runtime", ("evals", "serving"))
 RANKS = {}
 for rank, names in enumerate(FOLDERS, 1):
     RANKS |= dict.fromkeys([names] if isinstance(names, str) else names, rank)
@@ -163,7 +163,7 @@ def test_a_file_is_deleted_with_its_lines_and_a_plain_run_is_the_same(
 
 def test_only_the_entry_files_import_what_can_be_deleted():
     """Other files of the core import it inside a function, where a setting asks for it."""
-    above = ("evals.", *(f"{folder}." for folder in ("methods", "fast", "scale")))
+    above = ("evals.", "serving.", *(f"{folder}." for folder in ("methods", "fast", "scale")))
     for name, tree in TREES.items():
         readers = ("checkpoint.packed", "checkpoint.grouped_files")
         if name in SCRIPTS or name.startswith(above) or name in readers:

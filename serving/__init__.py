@@ -1,0 +1,1 @@
+"""A model behind HTTP: OpenAI's requests in, answers out."""

@@ -1,0 +1,156 @@
+"""Read an answer: the thought, the text, and the tool calls that a model has written.
+
+    thought, text = split_answer("<think>\\nHm.\\n</think>\\n\\nYes.", template.thought)
+    text, calls = find_calls(text, template.tool_format.name, {"get_weather"})
+
+The inverse of text/tool_calls.py: a row of READERS for each row of TOOL_FORMATS.
+
+Requires: templates.py, text/tool_calls.py.
+Next: serving/answers.py.
+Sources: as text/tool_calls.py.
+"""
+import json
+import re
+
+from text.json_text import parse, parse_first
+from text.tool_calls import Call, to_json
+
+
+class ThoughtSplitter:
+    """Splits a growing answer into its thought and its text.
+
+    push returns [("thought" | "text", piece), …]; the pieces of each kind, joined, are the thought
+    without its marks and the text after it. A thought is at the beginning of an answer; anywhere
+    else the marks are words. One that never closes is all thought.
+    """
+
+    def __init__(self, marks: tuple[str, str]):
+        self.opens, self.closes = (mark.strip() for mark in marks)
+        self.state = "start" if self.opens else "text"
+        self.held = ""              # not yet returned
+
+    def push(self, piece: str) -> list[tuple[str, str]]:
+        """Add text; returns what is now certain."""
+        self.held += piece
+        found = []
+        if self.state == "start":
+            begin = self.held.lstrip()
+            if begin.startswith(self.opens):
+                self.held = begin[len(self.opens):]
+                self.state = "opened"
+            elif not self.opens.startswith(begin):
+                self.state = "text"
+        if self.state == "opened" and (rest := self.held.lstrip("\n")):
+            self.held = rest
+            self.state = "thought"
+        if self.state == "thought":
+            thought, mark, rest = self.held.partition(self.closes)
+            if not mark:            # white space before the mark belongs to the mark
+                sure = self.held[:len(self.held) - begun(self.held, self.closes)].rstrip("\n")
+                self.held = self.held[len(sure):]
+                return [("thought", sure)] if sure else []
+            found.append(("thought", thought.rstrip("\n")))
+            self.held = rest
+            self.state = "closed"
+        if self.state == "closed" and (rest := self.held.lstrip("\n")):
+            self.held = rest
+            self.state = "text"
+        if self.state == "text":
+            found.append(("text", self.held))
+            self.held = ""
+        return [(kind, text) for kind, text in found if text]
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What is left at the end of the answer."""
+        rest = self.held if self.state in ("start", "thought") else ""
+        self.held = ""
+        return [("thought" if self.state == "thought" else "text", rest)] if rest else []
+
+
+def begun(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that a mark may begin with."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if mark.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def split_answer(text: str, marks: tuple[str, str]) -> tuple[str, str]:
+    """(thought, text) of a whole answer."""
+    splitter = ThoughtSplitter(marks)
+    pieces = splitter.push(text) + splitter.flush()
+    return tuple("".join(piece for kind, piece in pieces if kind == wanted)
+                 for wanted in ("thought", "text"))
+
+
+# ---- tool calls ---------------------------------------------------------------------------------
+
+
+def find_calls(text: str, format_name: str, names: set[str]) -> tuple[str, list[Call]]:
+    """(the text before the calls, the calls) of an answer; (text, []) if it calls no tool.
+
+    names: of the tools that were offered. Anything that is not a well-formed call of one of them
+    is text, which the user can read.
+    """
+    try:
+        before, calls = READERS[format_name](text)
+    except (ValueError, KeyError, TypeError):
+        return text, []
+    if not calls or any(name not in names for name, _ in calls):
+        return text, []
+    return before.strip(), calls
+
+
+def call_of(value: dict, key: str = "arguments") -> Call:
+    """A call from its JSON; raises KeyError or TypeError for what is none."""
+    if not isinstance(value["name"], str) or not isinstance(value[key], dict):
+        raise TypeError
+    return value["name"], to_json(value[key])
+
+
+def calls_of(value, key: str = "arguments") -> list[Call]:
+    """The calls of a JSON object, or of a list of them."""
+    return [call_of(item, key) for item in (value if isinstance(value, list) else [value])]
+
+
+def read_default(text: str) -> tuple[str, list[Call]]:
+    """Action: name, Action Input: JSON."""
+    calls = []
+    found = list(re.finditer(r"Action:[ \t]*(\S+)\s*Action Input:\s*", text))
+    for match in found:
+        value, _ = parse_first(text, match.end())
+        calls.append(call_of({"name": match[1], "arguments": value}))
+    return text[:found[0].start()] if found else text, calls
+
+
+def read_llama3(text: str) -> tuple[str, list[Call]]:
+    return "", calls_of(parse(text.removeprefix("<|python_tag|>")), "parameters")
+
+
+def read_mistral(text: str) -> tuple[str, list[Call]]:
+    before, mark, calls = text.rpartition("[TOOL_CALLS]")
+    return before, calls_of(parse(calls))
+
+
+def read_qwen(text: str) -> tuple[str, list[Call]]:
+    before, *bodies = re.split(r"<tool_call>", text)
+    calls = []
+    for body in bodies:
+        calls += calls_of(parse(body.partition("</tool_call>")[0]))
+    return before, calls
+
+
+def read_glm4(text: str) -> tuple[str, list[Call]]:
+    name, _, arguments = text.strip().partition("\n")
+    return "", [call_of({"name": name, "arguments": json.loads(arguments)})]
+
+
+READERS = {         # by the names of TOOL_FORMATS
+    "default": read_default,
+    "llama3": read_llama3,
+    "mistral": read_mistral,
+    "mistral_small": read_mistral,
+    "qwen": read_qwen,
+    "glm4": read_glm4,
+    "phi4_mini": read_default,
+}
