@@ -492,8 +492,10 @@ class Config:
         "several ranks: seconds to wait for the other ranks", above=0, high=10**10)
     tensor_parallel_size: int = key(1, FREE,
         "cut every matrix of the model over so many processes, which train on the same rows (lora "
-        "and full; pipeline and context parallelism are not in this release)",
-        own=True, low=1, high=4096)
+        "and full; context parallelism is not in this release)", own=True, low=1, high=4096)
+    pipeline_parallel_size: int = key(1, FREE,
+        "share the layers of the model out to so many processes, which pass micro-batches on (lora "
+        "and full)", own=True, low=1, high=4096)
     expert_parallel_size: int = key(1, FREE,
         "deal the experts of each layer out to so many processes, which train on rows of their own "
         "(lora and full)", own=True, low=1, high=4096)
@@ -726,11 +728,13 @@ VISION_KEYS = NO_EFFECT[TEXT_ONLY].split()
 REFUSED = (
     ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
      "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs; fsdp: full_shard shards a "
-     "model that does not fit on one, and tensor_parallel_size: N (tp_size, "
-     "tensor_model_parallel_size) cuts its matrices"),
-    ("train", "pipeline_parallel_size=1 pipeline_model_parallel_size=1 context_parallel_size=1",
-     "not in this release; tensor_parallel_size cuts a model over processes, fsdp: full_shard "
-     "shards it, and all other processes are data parallel"),
+     "model that does not fit on one, tensor_parallel_size: N (tp_size, "
+     "tensor_model_parallel_size) cuts its matrices, and pipeline_parallel_size: N shares out its "
+     "layers"),
+    ("train", "context_parallel_size=1",
+     "not in this release; tensor_parallel_size cuts a model over processes, "
+     "pipeline_parallel_size shares out its layers, fsdp: full_shard shards it, and all other "
+     "processes are data parallel"),
     ("train", "use_kt",
      "KTransformers keeps experts in CPU memory, some in 8 bits; leave it out, or use fsdp: "
      "full_shard offload or quantization_bit: 4"),

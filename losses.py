@@ -271,14 +271,23 @@ def balance_loss(routers, num_experts_per_tok: int):
     that LLaMA-Factory's models use for moe_aux_loss_coef). routers: the router logits (N, E) of
     each layer with experts; the shares are counted over all of them together.
     """
+    return balance_of_sums(*routing_sums(routers, num_experts_per_tok), num_experts_per_tok)
+
+
+def routing_sums(routers, num_experts_per_tok: int):
+    """For each expert (tokens routed to it, sum of its probabilities), both (E,) float32."""
     logits = torch.cat(routers)                                                 # (layers * N, E)
     probability = logits.softmax(-1)
     chosen = probability.topk(num_experts_per_tok).indices.flatten()
-    experts = logits.shape[1]
-    counts = chosen.new_zeros(experts)      # not bincount, which waits for the device
+    counts = chosen.new_zeros(logits.shape[1])      # not bincount, which waits for the device
     counts.scatter_add_(0, chosen, torch.ones_like(chosen))
-    share = counts.float() / len(logits)                                        # (E,), sums to k
-    return experts * (share * probability.float().mean(0)).sum()
+    return counts.float(), probability.float().sum(0)
+
+
+def balance_of_sums(counts, probabilities, num_experts_per_tok: int):
+    """balance_loss of what routing_sums returns, or of its sum over several stages."""
+    rows = counts.sum() / num_experts_per_tok                                   # layers * N
+    return len(counts) * (counts / rows * (probabilities / rows)).sum()
 
 
 # ---- objectives ---------------------------------------------------------------------------------
@@ -363,10 +372,13 @@ class SFTObjective(Objective):
         """(final hidden states (N, D), the experts' balance loss or 0.0)."""
         routers = [] if self.balance and not batch.filler else None
         hidden = model(batch.input_ids, batch.position_ids, batch.layout, routers=routers)[0]
-        if not routers:
+        if routers is None:
             return hidden, 0.0
-        top_k = model.config.num_experts_per_tok
-        return hidden, self.balance * balance_loss(routers, top_k)
+        return hidden, self.balance * self.balance_of(model, routers)
+
+    def balance_of(self, model, routers: list):
+        """The balance loss of all layers; 0.0 where none has experts."""
+        return balance_loss(routers, model.config.num_experts_per_tok) if routers else 0.0
 
 
 # ---- metrics ------------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ class Ranks:
     has laid out further axes: then `partners` processes train on the rows of a rank together, each
     with its part of the model. This one is number `partner` among them; `group` holds the processes
     of that number, one of each rank (None: all processes), and axes {name: scale.mesh.Axis}.
+    Of the partners `scorers` have the loss, this one among them if `scores`: in a pipeline the last
+    stage has it.
     """
     rank: int = 0
     world: int = 1
@@ -63,6 +65,8 @@ class Ranks:
     partner: int = 0
     group: object = None
     axes: dict = field(default_factory=dict)
+    scores: bool = True
+    scorers: int = 1
 
     @property
     def main(self) -> bool:
@@ -91,6 +95,14 @@ class Ranks:
         dist.all_reduce(sums)
         return (sums / self.partners).tolist()
 
+    def total_scores(self, *numbers: float) -> list[float]:
+        """Losses and metrics summed over the ranks: of the partners, those that have them count."""
+        return self.total(*self.shares(numbers))
+
+    def shares(self, numbers: Iterable[float]) -> list[float]:
+        """What this process hands to `total` of losses and metrics."""
+        return [n * self.partners / self.scorers if self.scores else 0.0 for n in numbers]
+
     @record_function("waiting")
     def sync(self, loss: torch.Tensor, grad_norm: torch.Tensor, metrics: dict,
              stop: bool) -> tuple[float, float, dict, float]:
@@ -101,6 +113,7 @@ class Ranks:
         """
         scalars = [loss[None], grad_norm.to(loss.device)[None], *metrics.values()]
         loss, grad_norm, *values = torch.cat(scalars).tolist()
+        loss, *values = self.shares([loss, *values])
         loss, stops, *values = self.total(loss, stop, *values)
         pairs = zip(values[::2], values[1::2])
         return loss, grad_norm, {name: list(pair) for name, pair in zip(metrics, pairs)}, stops
@@ -278,7 +291,7 @@ class Gradients:
                  overlap: bool = True):
         self.parameters = parameters
         self.weights = list(parameters.values())
-        self.device = self.weights[0].device
+        self.device = self.weights[0].device if self.weights else torch.device("cpu")
         self.ranks = ranks
         self.overlap = overlap
         self.buckets = []
@@ -333,9 +346,10 @@ class Gradients:
         if not self.buckets:                            # one rank
             return
         # from CPU to CPU: the device need not have finished the backward pass
-        used = [index in bucket.used
-                for bucket in self.buckets for index in range(len(bucket.params))]
-        users = iter(self.ranks.total(*used))
+        used = torch.tensor([float(index in bucket.used) for bucket in self.buckets
+                             for index in range(len(bucket.params))], dtype=torch.float64)
+        dist.all_reduce(used, group=self.ranks.group)
+        users = iter(used.tolist())
         for bucket in self.buckets:
             bucket.receive([next(users) for _ in bucket.params])
 
@@ -347,6 +361,10 @@ class Gradients:
     def full_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """All rows of a tensor of the optimizer state: here every rank has them."""
         return tensor
+
+    def state_fields(self, name: str, fields: dict) -> dict:
+        """The optimizer state of a weight, {field: tensor}: here every rank has it."""
+        return fields
 
     def state_parts(self) -> dict:
         """The inverse of full_tensor, for load_training_state of checkpoint/training_state.py."""

@@ -87,7 +87,7 @@ def fill_model(model: CausalLM, folder: Path, trained: bool = True):
     files.setdefault("lm_head.weight", files["model.embed_tokens.weight"])  # a head tied no more
     for name, p in model.named_parameters():
         name = name.replace(".base_layer.", ".")                # of a layer beside an adapter
-        if name in files and (trained or not p.requires_grad):
+        if name in files and not p.is_meta and (trained or not p.requires_grad):
             file, stored = files[name]
             with open_tensors(file) as tensors:
                 local_tensor(p).copy_(read_own(tensors, stored, p))

@@ -2,10 +2,12 @@
 
 scale/fsdp.py gives each rank some rows (torch's DTensor); scale/tensor_parallel.py cuts matrices
 along rows or columns, scale/expert_parallel.py gives each process some experts, and both mark such
-a parameter with a Cut. For a parameter that every process holds in full, the part is the whole.
+a parameter with a Cut; scale/pipeline_parallel.py leaves some parameters to other processes, and
+marks each with a Held. For a parameter that every process holds in full, the part is the whole.
 
 Requires: checkpoint/files.py.
-Next: checkpoint/load.py, scale/fsdp.py, scale/tensor_parallel.py, scale/expert_parallel.py.
+Next: checkpoint/load.py, scale/fsdp.py, scale/tensor_parallel.py, scale/pipeline_parallel.py,
+scale/expert_parallel.py.
 """
 import math
 from collections.abc import Iterable
@@ -65,6 +67,43 @@ class Cut:
         return whole
 
 
+@dataclass(frozen=True)
+class Held:
+    """Which processes of an axis hold a tensor; on the others it has no storage (device meta).
+
+    owners: their numbers in the axis, with equal values. device: of this process.
+    """
+    owners: tuple[int, ...]
+    axis: object
+    device: torch.device
+
+    @property
+    def here(self) -> bool:
+        """Whether this process holds it."""
+        return self.axis.rank in self.owners
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first owner's tensor, for which all processes of the axis must ask.
+
+        tensor: the own one, or one of its shape and dtype without storage.
+        """
+        sends = self.axis.rank == self.owners[0]
+        found = tensor.detach().contiguous() if sends else torch.empty_like(tensor,
+                                                                            device=self.device)
+        dist.broadcast(found, self.source, group=self.axis.group)
+        return found
+
+    @property
+    def source(self) -> int:
+        """The first owner's number among all processes."""
+        return dist.get_global_rank(self.axis.group, self.owners[0])
+
+
+def held_of(p) -> Held | None:
+    """The Held of a parameter that not all processes hold; None for others."""
+    return getattr(p, "held", None)
+
+
 def cut_of(p) -> Cut | None:
     """The Cut of a parameter that is a part; None for others."""
     return getattr(p, "cut", None)
@@ -87,24 +126,37 @@ def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor, requires_g
     setattr(module, name, p)
 
 
-def materialize(model: nn.Module, device: torch.device, tied: bool):
-    """Give every parameter on the meta device storage, uninitialized.
+def parameter_like(p: nn.Parameter, device) -> nn.Parameter:
+    """A parameter without values in the place of p, with its marks."""
+    new = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+    for mark in ("cut", "held"):
+        if hasattr(p, mark):
+            setattr(new, mark, getattr(p, mark))
+    return new
 
-    tied: the head is the embedding.
-    """
+
+def replace_parameters(model: nn.Module, replace):
+    """Put replace(p) in the place of every parameter p; what is tied stays tied."""
+    new = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            if p.is_meta:
-                empty = torch.empty_like(p, device=device)
-                set_parameter(module, name, empty, p.requires_grad, cut_of(p))
-    if tied:
-        head = getattr(model.lm_head, "base_layer", model.lm_head)
-        head.weight = model.model.embed_tokens.weight
+            if p not in new:
+                new[p] = replace(p)
+            setattr(module, name, new[p])
+
+
+def materialize(model: nn.Module, device: torch.device):
+    """Give storage, uninitialized, to the parameters on the meta device that this process holds."""
+    def with_storage(p):
+        held = held_of(p)
+        return parameter_like(p, device) if p.is_meta and (not held or held.here) else p
+
+    replace_parameters(model, with_storage)
 
 
 def is_sharded(p) -> bool:
-    """Whether this process holds only a part of the parameter."""
-    return hasattr(p, "to_local") or cut_of(p) is not None
+    """Whether this process holds only a part of the parameter, or nothing of it."""
+    return hasattr(p, "to_local") or cut_of(p) is not None or held_of(p) is not None
 
 
 def local_tensor(p) -> torch.Tensor:
@@ -153,6 +205,8 @@ def full_bytes(parameters: Iterable) -> int:
 
 def full_tensor(p) -> torch.Tensor:
     """All of a parameter; of a split one all processes must ask for it."""
-    if cut := cut_of(p):
-        return cut.whole(p.detach())
+    held, cut = held_of(p), cut_of(p)
+    if held or cut:
+        part = held.fetch(p) if held else p.detach()
+        return cut.whole(part) if cut else part
     return p.detach().full_tensor() if hasattr(p, "to_local") else p.data

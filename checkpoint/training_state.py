@@ -80,26 +80,33 @@ def optimizer_names(optimizer, weights: dict) -> list[str]:
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def gather_state(optimizer, names: list[str], full_tensor):
+def as_it_is(name: str, value):
+    """What a process keeps for a parameter, where it keeps all of it."""
+    return value
+
+
+def gather_state(optimizer, names: list[str], full_tensor=as_it_is, state_fields=as_it_is):
     """Yield ("parameter|field", whole tensor) of the optimizer's state; all ranks do so together.
 
     names: see state_of. full_tensor(name, tensor): gathers a tensor of which a rank holds a shard.
+    state_fields(name, {field: tensor}): the state of a parameter that another process holds.
     """
     for name, fields in state_of(optimizer, names):
-        for key, tensor in fields.items():
+        for key, tensor in state_fields(name, fields).items():
             yield f"{name}|{key}", tensor if key in NO_ROWS else full_tensor(name, tensor)
 
 
 def save_training_state(folder, optimizer, names: list[str], state: dict,
                         rng: dict[str, torch.Tensor],
-                        full_tensor=lambda name, tensor: tensor):
+                        full_tensor=as_it_is, state_fields=as_it_is):
     """Write optimizer.safetensors, rng.safetensors and trainer_state.json into a checkpoint folder.
 
     names: see state_of. state: the JSON part (step, log, …). rng: the generators of all ranks, as
-    cpu.0, cpu.1, …. full_tensor(name, tensor): gathers a tensor of which each rank holds a shard.
+    cpu.0, cpu.1, …. full_tensor, state_fields: see gather_state.
     """
     folder = Path(folder)
-    tensors = {key: full.cpu() for key, full in gather_state(optimizer, names, full_tensor)}
+    tensors = {key: full.cpu()
+               for key, full in gather_state(optimizer, names, full_tensor, state_fields)}
     save_tensors(folder / "optimizer.safetensors", tensors)
     save_tensors(folder / "rng.safetensors", rng)
     write_json(folder / "trainer_state.json", state)

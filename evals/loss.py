@@ -167,7 +167,7 @@ def evaluate(model, examples, objective: Objective, config, precision: Precision
     totals = {}
     for name in names:
         pair = sums.metrics.get(name, torch.zeros(2))   # a rank without a batch has none
-        totals[name] = ranks.total(*pair.tolist())
+        totals[name] = ranks.total_scores(*pair.tolist())
     for name, value in metric_means(totals).items():
         metrics[f"eval_{name}"] = value
     return metrics
@@ -187,7 +187,7 @@ def evaluate_examples(config, model, examples, device,
 
 def reduce_metrics(sums: EvalSums, examples: int, start_time: float, ranks: Ranks) -> dict:
     """Metrics of the sums of all ranks; reports batches that were left out."""
-    mean, batches, total, items, empty = ranks.total(
+    mean, batches, total, items, empty = ranks.total_scores(
         math.fsum(sums.batch_means), len(sums.batch_means), sums.total, sums.items, sums.empty)
     if empty:
         tqdm.write(f"evaluation: {empty:.0f} batches without a supervised token were left out")

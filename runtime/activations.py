@@ -188,6 +188,8 @@ def loss_bytes(model: CausalLM, batch: MicroBatch) -> int:
     head = model.lm_head
     weight = head.weight
     vocab_size = weight.shape[0]
+    if not vocab_size:                      # of another stage of a pipeline
+        return 0
     rows = min(chunk_rows(batch.tokens, vocab_size), batch.tokens)
     if model.config.final_softcap:
         chunks = SOFTCAP_CHUNKS

@@ -18,7 +18,7 @@ from torch import nn
 
 from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.load import empty_model, fill_model, load_model
-from checkpoint.shards import full_tensor
+from checkpoint.shards import full_tensor, materialize
 from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import has_reference, samples_replies
@@ -44,7 +44,8 @@ from scale import fsdp
 from scale import zero
 from text.load_text import load_text
 
-SPLITTING = "fsdp, tensor_parallel_size, expert_parallel_size"      # keys, for messages
+SPLITTING = ("fsdp, tensor_parallel_size, pipeline_parallel_size, "
+             "expert_parallel_size")                    # keys, for messages
 
 
 def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
@@ -52,7 +53,9 @@ def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
 
     ranks: as torchrun started them. See scale/mesh.py.
     """
-    if config.tensor_parallel_size == config.expert_parallel_size == 1:
+    sizes = (config.tensor_parallel_size, config.pipeline_parallel_size,
+             config.expert_parallel_size)
+    if max(sizes) == 1:
         return ranks
     from scale.mesh import lay_out                          # only where it is asked for
 
@@ -186,7 +189,12 @@ def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None)
         objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"])
     elif setup.kernels.compile:
         objective.chunk_loss = setup.kernels.compile_loss()
-    return objective
+    if not setup.stages:
+        return objective
+    from scale.pipeline_parallel import StageObjective, balance_of_stages   # where it is asked for
+
+    objective.balance_of = balance_of_stages
+    return objective if ranks.scores else StageObjective(objective, config)
 
 
 # ---- the model ----------------------------------------------------------------------------------
@@ -206,12 +214,22 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     keep_embedding_outside(model, setup)
     if config.neftune_noise_alpha:
         add_neftune(model, config.neftune_noise_alpha)
-    use_kernels(model, setup.kernels, setup.memory.workload.recompute)
+    use_kernels(model, setup.kernels, levels_of_all_blocks(setup, ranks))
     compute_together(model, ranks)
     use_long_rows(model, setup.kernels, setup.memory.workload)
     on_gpu = setup.device.type == "cuda" and setup.free_bytes is not None
     use_fp8(model, setup.kernels, room=setup.memory.room(setup.free_bytes) if on_gpu else 0)
     return model.train()
+
+
+def levels_of_all_blocks(setup: Setup, ranks: Ranks) -> list[str]:
+    """The level of activation checkpointing of every block; "none" for those of other stages."""
+    levels = setup.memory.workload.recompute
+    if not setup.stages:
+        return levels
+    own = setup.stages[ranks.axes["pipeline"].rank]
+    others = ["none"] * (setup.stages[-1].stop - own.stop)
+    return ["none"] * own.start + levels + others
 
 
 def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
@@ -238,16 +256,16 @@ def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Cau
     else:
         attach_lora(model, setup.lora, config.seed, stored_name=model.config.stored_name,
                     device=setup.device, **variant_of(setup.lora))
+    if has_reference(config):                   # dropout would be a difference from it, too
+        for layer in lora_layers(model).values():
+            if hasattr(layer, "dropout"):
+                layer.dropout = nn.Identity()
     if split:
         split_model(model, config, setup, ranks)
         fill_model(model, base.folder, trained=not continued)    # the adapter's file has the others
         if setup.lora.use_dora and not continued:
             for layer in lora_layers(model).values():
                 layer.set_magnitude(full_tensor(layer.weight))
-    if has_reference(config):                   # dropout would be a difference from it, too
-        for layer in lora_layers(model).values():
-            if hasattr(layer, "dropout"):
-                layer.dropout = nn.Identity()
     return model
 
 
@@ -288,18 +306,27 @@ def is_split(setup: Setup, ranks: Ranks) -> bool:
 def split_model(model: CausalLM, config, setup: Setup, ranks: Ranks):
     """Give this process its part of a model on the meta device, uninitialized.
 
-    By rows of every weight (fsdp), by the columns and rows of tensor_parallel_size, or by experts.
+    By rows of every weight (fsdp), by experts, or by the columns and rows of tensor_parallel_size
+    and the layers of pipeline_parallel_size.
     """
     if setup.sharded:
         fsdp.shard_model(model, config.fsdp, ranks, setup.device)
-    elif "expert" in ranks.axes:
+        return
+    if "expert" in ranks.axes:
         from scale.expert_parallel import cut_experts       # only where it is asked for
 
-        cut_experts(model, ranks.axes["expert"], setup.device)
-    else:
+        cut_experts(model, ranks.axes["expert"])
+    if "tensor" in ranks.axes:
         from scale.tensor_parallel import cut_model         # only where it is asked for
 
-        cut_model(model, ranks.axes["tensor"], setup.device, setup.cuts_vocabulary)
+        cut_model(model, ranks.axes["tensor"], setup.cuts_vocabulary)
+    if setup.stages:
+        from scale.pipeline_parallel import keep_stage      # only where it is asked for
+
+        stream = setup.dtype if setup.lora else model.model.embed_tokens.weight.dtype
+        keep_stage(model, ranks.axes["pipeline"], setup.stages, stream, setup.device,
+                   neftune=bool(config.neftune_noise_alpha))
+    materialize(model, setup.device)
 
 
 def compute_together(model: CausalLM, ranks: Ranks):
@@ -369,6 +396,10 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
         from scale.expert_gradients import ExpertGradients  # only where it is asked for
 
         return ExpertGradients(model, weights, ranks)
+    if setup.stages:
+        from scale.stage_gradients import StageGradients    # only where it is asked for
+
+        return StageGradients(weights, ranks, model.stage)
     if "tensor" in ranks.axes:
         from scale.cut_gradients import PartGradients       # only where it is asked for
 

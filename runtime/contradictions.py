@@ -506,6 +506,60 @@ def in_tensor_parallel(c: Config) -> Iterator[tuple]:
         "train_from_scratch draws whole matrices; leave tensor_parallel_size out")
 
 
+def in_pipeline(c: Config) -> Iterator[tuple]:
+    staged = c.pipeline_parallel_size > 1
+    yield staged and c.fsdp, (
+        "pipeline_parallel_size shares out whole layers, fsdp (and deepspeed stage 3) shards every "
+        "weight; keep one")
+
+    yield staged and c.expert_parallel_size > 1, (
+        "pipeline_parallel_size deals out layers and expert_parallel_size their experts; keep one, "
+        "or take tensor_parallel_size beside pipeline_parallel_size")
+
+    yield staged and (c.zero_stage or c.offload_optimizer), (
+        "pipeline_parallel_size: each process holds the optimizer state of its own layers; leave "
+        "zero_stage and offload_optimizer out, or take more stages")
+
+    yield staged and c.finetuning_type in ("freeze", "oft"), (
+        "pipeline_parallel_size is for finetuning_type: lora and full")
+
+    yield staged and (c.use_dora or c.pissa_init), (
+        "pipeline_parallel_size: use_dora and pissa_init look at weights before a stage reads its "
+        "own; plain LoRA, also with use_rslora or loraplus_lr_ratio, works")
+
+    yield staged and (c.quantization_bit or c.base_precision or c.fp8), (
+        "pipeline_parallel_size takes a base in 16 or 32 bits (bf16: true), of which each process "
+        "reads its layers; leave quantization_bit, base_precision and fp8 out")
+
+    yield staged and needs_whole_matrices(c), (
+        "pipeline_parallel_size: use_muon, use_galore, use_adam_mini, use_apollo, use_badam and "
+        "8-bit optimizers look at all weights together; use optim: adamw_torch")
+
+    yield staged and c.stage not in ("sft", "pt", "dpo"), (
+        f"stage: {c.stage} needs more of the model than its last layers have, or several passes; "
+        "pipeline_parallel_size is for stages sft, pt and dpo. Take tensor_parallel_size for kto "
+        "and rm, fsdp: full_shard for distill")
+
+    yield staged and c.use_asft_loss, (
+        "use_asft_loss compares with the probabilities of a second model; leave it out with "
+        "pipeline_parallel_size, or take fsdp: full_shard")
+
+    yield staged and c.compute_accuracy, (
+        "compute_accuracy looks at scores, which only the last stage of a pipeline has; leave it "
+        "out with pipeline_parallel_size, and take eval.py with the adapter")
+
+    yield staged and c.offload_activations, (
+        "offload_activations keeps the inputs of one micro-batch, and a pipeline has several in "
+        "flight; leave it out with pipeline_parallel_size")
+
+    yield staged and c.ask, (
+        "ask puts questions to a model in one place; leave it out with pipeline_parallel_size, and "
+        "ask the adapter in chat.py")
+
+    yield staged and c.finetuning_type == "full" and c.train_from_scratch, (
+        "train_from_scratch draws all weights in one place; leave pipeline_parallel_size out")
+
+
 def in_expert_parallel(c: Config) -> Iterator[tuple]:
     dealt = c.expert_parallel_size > 1
     yield dealt and (c.fsdp or c.zero_stage or c.tensor_parallel_size > 1), (
@@ -579,7 +633,7 @@ def _is_multiple(a: float, b: float) -> bool:
 CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
-              in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel,
+              in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel, in_pipeline,
               in_expert_parallel),
     "eval": (in_evaluation_rows,),
     "merge": (in_merge,),

@@ -194,7 +194,7 @@ def tensor_workload(config: Config, workload: Workload, size: int) -> Workload:
     vocabulary = not why_whole(config, workload.model, size)
     sizes = part_config(workload.model_config, size, vocabulary)
     model = model_without_storage(config, replace(workload, model=None))
-    cut_model(model, Axis(0, size, None), torch.device("meta"), vocabulary)
+    cut_model(model, Axis(0, size, None), vocabulary)
     return replace(workload, model=model, model_config=sizes, world=workload.world // size,
                    other_bytes=workload.other_bytes // size)
 
@@ -205,7 +205,7 @@ def expert_workload(config: Config, workload: Workload, size: int) -> Workload:
     from scale.mesh import Axis
 
     model = model_without_storage(config, replace(workload, model=None))
-    cut_experts(model, Axis(0, size, None), torch.device("meta"))
+    cut_experts(model, Axis(0, size, None))
     return replace(workload, model=model)
 
 

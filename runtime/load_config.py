@@ -51,6 +51,7 @@ RECORDED = ("versions", "kernels")      # what train_config.json holds beside th
 ALIASES = {         # earlier spellings, and Megatron's
     "evaluation_strategy": "eval_strategy", "no_cuda": "use_cpu",
     "tensor_model_parallel_size": "tensor_parallel_size",
+    "pipeline_model_parallel_size": "pipeline_parallel_size",
     "expert_model_parallel_size": "expert_parallel_size",
 }
 

@@ -59,6 +59,7 @@ class Workload:
     offloaded: int = 0              # first blocks whose inputs are in main memory
     mlp_tile: int = 0               # tokens of a tile of the MLPs; 0: not tiled
     host_bytes: int | None = None   # free main memory beside a GPU; None: not known
+    in_flight: int = 1              # micro-batches whose activations are kept (runtime/stages.py)
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Plan:
     trained: int
     gradients: int
     optimizer: int                  # its state
-    activations: int                # of the largest micro-batch, kept for the backward pass
+    activations: int                # of the micro-batches in flight, kept for the backward pass
     working: int                    # the larger of the loss and the block in the backward pass
     workload: Workload = field(repr=False)
     offloaded: int = 0              # block inputs in main memory, page-locked beside a GPU
@@ -146,7 +147,7 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
         trained=trained,
         gradients=gradients,
         optimizer=optimizer,
-        activations=kept,
+        activations=kept * workload.in_flight,
         working=working,
         workload=workload,
         offloaded=offloaded,
@@ -170,8 +171,8 @@ def optimizer_bytes(model: CausalLM, config: Config) -> tuple[int, int, int]:
     gradients = sum(p.nbytes for p in trainable(model).values())
     for p in parameters.values():           # BAdam leaves gradients to one block alone
         p.requires_grad_(True)
-    largest = max(optimizer.rules[group["update"]].state_bytes(p, group)
-                  for group in optimizer.param_groups for p in group["params"])
+    largest = max((optimizer.rules[group["update"]].state_bytes(p, group)
+                   for group in optimizer.param_groups for p in group["params"]), default=0)
     return gradients, optimizer.state_bytes(), largest
 
 
@@ -355,12 +356,15 @@ def plan_lines(plan: Plan, free_bytes: int | None) -> list[str]:
     rows = plan.workload.rows
     lines = [f"memory of a rank, largest micro-batch: {sum(map(sum, rows)):,} tokens "
              f"(rows: {len(rows)})"]
+    kept = "kept for the backward pass"
+    if plan.workload.in_flight > 1:
+        kept += f", of {plan.workload.in_flight} micro-batches in flight"
     for label, size, note in (
         ("frozen weights", plan.weights, ""),
         ("trained weights", plan.trained, ""),
         ("gradients", plan.gradients, ""),
         ("optimizer state", plan.optimizer, ""),
-        ("activations", plan.activations, "kept for the backward pass"),
+        ("activations", plan.activations, kept),
         ("working memory", plan.working, "the loss, or one block in the backward pass"),
         ("rollout cache", plan.rollout, "while answers are sampled, before these two"),
     ):

@@ -481,7 +481,7 @@ class Run:
                 state = trainer_state(self.config, self.log, step.number, step.epoch,
                                       resume=self.state.to_json())
                 save_training_state(folder, self.optimizer, self.optimizer_names, state, rng,
-                                    self.gradients.full_tensor)
+                                    self.gradients.full_tensor, self.gradients.state_fields)
             write_checksums(folder)
         remove_old_checkpoints(self.config, self.output, self.state.best)
 
@@ -676,4 +676,6 @@ class Run:
 def is_finite(weight: torch.Tensor) -> bool:
     """Whether all of this rank's numbers of a weight are finite."""
     local = local_tensor(weight)
+    if local.is_meta:                                   # another process holds it
+        return True
     return not local.is_floating_point() or bool(torch.isfinite(local).all())

@@ -48,6 +48,7 @@ from runtime.resize_vocab import (RESIZED_BASE, notes_on_rows, resized_base,
 from runtime.rope_scaling import other_scaling, scale_rope
 from runtime.second_model import check_second_model, second_model, second_model_bytes
 from runtime.show_data import print_counts, print_example
+from runtime.stages import in_flight, model_of_stage, share_layers
 from runtime.steps import StepPlan
 from text.token_cache import kept_in, load_examples
 
@@ -105,12 +106,13 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     formats = {name: weight.quant_format for name, weight in quantized_weights(skeleton).items()}
     if not formats:
         return {}
-    split = config.fsdp or config.tensor_parallel_size > 1 or config.expert_parallel_size > 1
+    split = config.fsdp or max(config.tensor_parallel_size, config.pipeline_parallel_size,
+                               config.expert_parallel_size) > 1
     if config.finetuning_type not in ADAPTERS or split or config.base_precision:
         raise ValueError(
             f"{folder} holds weights in 4 or 8 bits ({formats_in_words(formats.values())}): only "
             "adapters can be trained beside them (finetuning_type: lora or oft), without fsdp, "
-            "tensor_parallel_size, expert_parallel_size and base_precision")
+            "tensor_parallel_size, pipeline_parallel_size, expert_parallel_size and base_precision")
     if adapters and (len(adapters) > 1 or config.create_new_adapter):
         raise ValueError(
             "adapter_name_or_path: beside a base in 4 or 8 bits one adapter can be trained "
@@ -232,6 +234,7 @@ class Setup:
     numbers: dict                   # parameters, steps, ...
     mesh: list                      # lines of the start page: which process holds what
     cuts_vocabulary: bool           # embedding and head are cut, too (scale/cut_vocabulary.py)
+    stages: list                    # of a pipeline, the layers of each (runtime/stages.py)
     notes: list                     # on sizes that do not fit, see runtime/odd_sizes.py
     layouts: list                   # advice on several cards, see runtime/layout_advice.py
 
@@ -274,7 +277,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         balance = config.moe_aux_loss_coef or model_config.router_aux_loss_coef
     if config.mlp_tile is None:                 # None again for a run that starts now
         config = replace(config, mlp_tile=run.recorded("mlp_tile", None))
-    memory = plan_memory(config, base, part.model_config, plan, lora, dtype, kernels)
+    memory = plan_memory(config, base, part, plan, lora, dtype, kernels)
     layouts = []
     if config.cards:
         layouts = layout_lines(config, memory, plan, partial(choose_pass_size, balance=balance))
@@ -296,6 +299,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         numbers=plan_numbers(config, plan, memory, dtype, part.whole),
         mesh=part.lines,
         cuts_vocabulary=part.cuts_vocabulary,
+        stages=part.stages,
         notes=notes_on_sizes(config, memory.workload.model, lora, plan),
         layouts=layouts,
     )
@@ -321,6 +325,9 @@ class OwnSizes:
     """What this process computes with, of a model that several processes share."""
     model_config: ModelConfig               # its sizes
     whole: CausalLM | None = None           # the model of all of them, without storage
+    model: CausalLM | None = None           # what this one holds of it, where it has fewer layers
+    stages: list = field(default_factory=list)      # of a pipeline, the layers of each
+    in_flight: int = 1                      # micro-batches whose activations it keeps
     cuts_vocabulary: bool = False
     lines: list = field(default_factory=list)       # of the start page
 
@@ -329,43 +336,62 @@ def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
              dtype: torch.dtype) -> OwnSizes:
     """The sizes of this process, which without further axes of the mesh are the model's.
 
-    Raises ValueError for sizes that tensor_parallel_size or expert_parallel_size does not divide.
+    Raises ValueError for sizes that tensor_parallel_size or expert_parallel_size does not divide,
+    and for more stages than layers.
     """
     axes = plan.ranks.axes
     if not axes:
         return OwnSizes(base.model_config)
     from scale.mesh import mesh_lines                   # only where it is asked for
 
-    whole = model_without_storage(config, Workload(
-        model_config=base.model_config, lora=lora, rows=[], dtype=dtype, kernel="plain",
-        device=plan.device))
+    sizes, reason, stages = base.model_config, "", []
+    if "tensor" in axes:
+        from scale.tensor_parallel import part_config   # only where it is asked for
+
+        part_config(sizes, axes["tensor"].size, False)
+    whole = empty_like_run(config, sizes, lora, dtype, plan)
     if "expert" in axes:
-        from scale.expert_parallel import own_config
+        from scale.expert_parallel import own_config    # only where it is asked for
 
-        sizes = own_config(base.model_config, axes["expert"].size)
-        return OwnSizes(sizes, whole, lines=mesh_lines(plan.ranks, base.model_config, False))
-    from scale.cut_vocabulary import why_whole
-    from scale.tensor_parallel import part_config
+        sizes = own_config(sizes, axes["expert"].size)
+    if "tensor" in axes:
+        from scale.cut_vocabulary import why_whole      # only where it is asked for
 
-    axis = axes["tensor"]
-    part_config(base.model_config, axis.size, False)
-    reason = why_whole(config, whole, axis.size)
-    lines = mesh_lines(plan.ranks, base.model_config, not reason)
+        reason = why_whole(config, whole, axes["tensor"].size)
+        sizes = part_config(sizes, axes["tensor"].size, not reason)
+    if "pipeline" in axes:
+        lengths = [n for row in rows_in_training(config, base, plan) for n in row]
+        stages = share_layers(whole, lengths, axes["pipeline"].size)
+    cut = "tensor" in axes and not reason
+    lines = mesh_lines(plan.ranks, base.model_config, cut, stages)
     if reason:
         lines.append(f"  embedding and head are whole on every process: {reason}")
-    sizes = part_config(base.model_config, axis.size, not reason)
-    return OwnSizes(sizes, whole, not reason, lines)
+    if not stages:
+        return OwnSizes(sizes, whole, cuts_vocabulary=cut, lines=lines)
+    stage = axes["pipeline"].rank
+    model = model_of_stage(empty_like_run(config, sizes, lora, dtype, plan), stages, stage)
+    kept = in_flight(len(stages), stage, config.gradient_accumulation_steps)
+    return OwnSizes(model.config, whole, model, stages, kept, cut, lines)
 
 
-def plan_memory(config, base: Base, sizes: ModelConfig, plan: StepPlan, lora: AdapterConfig | None,
+def empty_like_run(config, sizes: ModelConfig, lora: AdapterConfig | None, dtype: torch.dtype,
+                   plan: StepPlan) -> CausalLM:
+    """The model to be trained with these sizes, without storage."""
+    return model_without_storage(config, Workload(
+        model_config=sizes, lora=lora, rows=[], dtype=dtype, kernel="plain", device=plan.device))
+
+
+def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: AdapterConfig | None,
                 dtype: torch.dtype, kernels: Kernels) -> Plan:
     """The memory of a step with the largest micro-batch of the run, each micro-batch alone.
 
-    sizes: of what this process computes with.
+    part: what this process computes with.
     """
     on_gpu = plan.device.type == "cuda"
     return memory_plan(config, Workload(
-        model_config=sizes,
+        model_config=part.model_config,
+        model=part.model,
+        in_flight=part.in_flight,
         lora=lora,
         rows=rows_in_training(config, base, plan),
         dtype=dtype,
@@ -449,6 +475,7 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
     needs_whole = balance or own_mean and not config.paper_losses
     mergeable = config.join_micro_batches and size > 1 and not needs_whole
     mergeable = mergeable and not samples_replies(config)   # the answers are yet to come
+    mergeable = mergeable and config.pipeline_parallel_size == 1    # which micro-batches keep busy
     if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
         while limit > alone:

@@ -48,18 +48,18 @@ MATRIX = {"cuda": 8192, "mps": 4096, "cpu": 1024}       # rows and columns of th
 # ---- arithmetic ---------------------------------------------------------------------------------
 
 
-def matmul_parameters(model: nn.Module) -> tuple[float, float]:
+def matmul_parameters(model: nn.Module, part: str = "") -> tuple[float, float]:
     """(frozen, trained) numbers of weights that a token is multiplied with.
 
     These are the matrices without the embedding, with the head even if it is tied, and of a mixture
-    only the experts that a token is routed to.
+    only the experts that a token is routed to. part: the beginning of the names of those to count.
     """
     model_config = model.config
     frozen = 0.0
     trained = 0.0
     parameters = model.named_parameters(remove_duplicate=False)
     for name, p in (*parameters, *quantized_weights(model).items()):
-        if p.dim() < 2 or name.startswith("model.embed_tokens."):
+        if p.dim() < 2 or name.startswith("model.embed_tokens.") or not name.startswith(part):
             continue
         used = 1
         if ".experts." in name:

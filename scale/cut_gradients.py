@@ -1,11 +1,11 @@
-"""Gradients of weights of which each process of an axis has a part (scale/tensor_parallel.py).
+"""Gradients of weights of which each process has a part (scale/tensor_parallel.py).
 
 A cut weight has its own gradient on each process. What is whole between enter and leave, such as A
 before columns, has a gradient from each part: they are summed over the axis, once a step. All
 other gradients are the same on all processes. The norm for clipping counts each weight once.
 
 Requires: parallel.py (whose Gradients is the twin), scale/collectives.py.
-Next: runtime/build.py.
+Next: scale/stage_gradients.py, runtime/build.py.
 """
 import math
 from functools import partial
@@ -29,9 +29,9 @@ class PartGradients(Gradients):
     axis_name = "tensor"
 
     def __init__(self, parameters: dict, ranks: Ranks):
-        self.axis = ranks.axes[self.axis_name]
+        self.axis = ranks.axes.get(self.axis_name)
         super().__init__(parameters, ranks, overlap=False)     # one order of all collectives
-        self.partial = [p for name, p in parameters.items() if cut_of(p) is None
+        self.partial = [p for name, p in parameters.items() if self.axis and cut_of(p) is None
                         and (".self_attn." in name or ".mlp." in name)]
 
     def make_bucket(self, params: list) -> Bucket:
@@ -50,14 +50,21 @@ class PartGradients(Gradients):
     @record_function("optimizer")
     def clip(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients down to max_norm (0: never); the norm counts each weight once."""
-        grads = [p.grad for p in self.weights if cut_of(p) is not None and p.grad is not None]
-        others = [p.grad for p in self.weights if cut_of(p) is None and p.grad is not None]
-        square = sum_over(self.axis, sum_of_squares(grads, self.device))
-        norm = (square + sum_of_squares(others, self.device)).sqrt()
+        norm = self.square(self.weights).sqrt()
         factor = ((max_norm or math.inf) / (norm + 1e-6)).clamp(max=1)
-        for grad in (*grads, *others):
-            grad.mul_(factor.to(grad.dtype))
+        for p in self.weights:
+            if p.grad is not None:
+                p.grad.mul_(factor.to(p.grad.dtype))
         return norm.float()
+
+    def square(self, weights: list) -> torch.Tensor:
+        """The sum of the squares of their gradients, float64, each number once."""
+        grads = [p.grad for p in weights if cut_of(p) is not None and p.grad is not None]
+        others = [p.grad for p in weights if cut_of(p) is None and p.grad is not None]
+        square = sum_of_squares(grads, self.device)
+        if self.axis:
+            square = sum_over(self.axis, square)
+        return square + sum_of_squares(others, self.device)
 
     def full_tensor(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """All of a tensor of the optimizer state; every process of the axis must ask for it."""
@@ -81,8 +88,9 @@ class PartGradients(Gradients):
         saved = adapter_tensors(model).values() if lora_layers(model) else model.parameters()
         for p in saved:
             full_tensor(p)
-        for _ in gather_state(optimizer, names, self.full_tensor) if optimizer else ():
-            pass
+        if optimizer:
+            for _ in gather_state(optimizer, names, self.full_tensor, self.state_fields):
+                pass
 
 
 def sum_of_squares(grads: list, device) -> torch.Tensor:

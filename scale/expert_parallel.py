@@ -28,7 +28,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from checkpoint.shards import Cut, cut_parameter, materialize
+from checkpoint.shards import Cut, cut_parameter
 from families import ModelConfig
 from lora import LoRAStacked
 from model import MoE, StackedLinear
@@ -86,11 +86,11 @@ class OwnExperts(nn.ModuleList):
         return self.own[number]
 
 
-def cut_experts(model, axis: Axis, device: torch.device):
+def cut_experts(model, axis: Axis):
     """Leave this process its experts, of a model whose adapters are attached, in place.
 
-    Weights on the meta device are left uninitialized (checkpoint.load.fill_model reads them).
-    Raises ValueError for uneven parts.
+    Weights on the meta device stay there (see checkpoint.shards.materialize). Raises ValueError for
+    uneven parts.
     """
     for moe in mixtures(model):
         moe.config = own_config(moe.config, axis.size)
@@ -104,7 +104,6 @@ def cut_experts(model, axis: Axis, device: torch.device):
                     owner = number // moe.config.num_experts
                     cut_parameter(module, name, OneOwner(0, (len(p),), axis, owner))
         moe.experts = OwnExperts(moe.experts, axis)
-    materialize(model, device, model.lm_head.weight is model.model.embed_tokens.weight)
 
 
 def cut_stack(layer: StackedLinear | LoRAStacked, axis: Axis):

@@ -2,15 +2,16 @@
 
     ranks = lay_out(start_ranks(device, timeout), config, device)
 
-With tensor_parallel_size: 2, six processes are
+With pipeline_parallel_size: 2 and tensor_parallel_size: 2, eight processes are
 
-    process   0  1  2  3  4  5      as torchrun numbers them, host by host
-    data      0  0  1  1  2  2      outermost: sends once a step, so it may cross hosts
-    tensor    0  1  0  1  0  1      innermost: sends in every block, so it stays within a host
+    process   0  1  2  3  4  5  6  7    as torchrun numbers them, host by host
+    data      0  0  0  0  1  1  1  1    outermost: sends once a step, so it may cross hosts
+    pipeline  0  0  1  1  0  0  1  1    sends one row of activations from stage to stage
+    tensor    0  1  0  1  0  1  0  1    innermost: sends in every block, so it stays within a host
 
-parallel.Ranks then means the data-parallel ranks, 0 to 2 here: batches are dealt over them, their
-gradients are summed, and the two processes of a rank (partners) see the same rows and draw the same
-random numbers. Where nothing is laid out, a rank is a process, and this file is not read.
+parallel.Ranks then means the data-parallel ranks, 0 and 1 here: batches are dealt over them, their
+gradients are summed, and the four processes of a rank (partners) see the same rows and draw the
+same random numbers. Where nothing is laid out, a rank is a process, and this file is not read.
 
 The expert axis lies within data parallelism: each of its processes is a rank with rows of its own.
 
@@ -23,12 +24,12 @@ A further axis takes four steps:
     3. its line of runtime/build.py, where that file changes the finished model, and its gradients
     4. its words in `holdings`, for the start page
 
-What the rest of the program relies on: partners hand Ranks.total and Ranks.sync the same numbers
-(so a pipeline gives its loss to all stages first); a process that writes files is Ranks.main; what
-only some partners hold is marked by a Cut (checkpoint/shards.py), and saved whole.
+What the rest of the program relies on: partners hand Ranks.total the same numbers, but for losses
+and metrics, which only some have (Ranks.scores); a process that writes files is Ranks.main; what
+only some partners hold is marked by a Cut or a Held (checkpoint/shards.py), and saved whole.
 
 Requires: parallel.py.
-Next: scale/tensor_parallel.py, scale/expert_parallel.py.
+Next: scale/tensor_parallel.py, scale/pipeline_parallel.py, scale/expert_parallel.py.
 Papers: the layout by what is sent how often, arXiv:2104.04473 (sec. 3).
 """
 import math
@@ -41,7 +42,8 @@ from families import ModelConfig
 from parallel import LEFT, Ranks
 
 # {axis: the key of its size}, from the outermost, which sends least often, to the innermost
-AXES = {"expert": "expert_parallel_size", "tensor": "tensor_parallel_size"}
+AXES = {"expert": "expert_parallel_size", "pipeline": "pipeline_parallel_size",
+        "tensor": "tensor_parallel_size"}
 OWN_ROWS = ("expert",)          # axes whose processes are ranks of data parallelism
 MOST_LINES = 16                 # processes that the start page lists
 
@@ -76,9 +78,11 @@ def lay_out(ranks: Ranks, config, device: torch.device) -> Ranks:
             for name, size in sizes.items()}
     LEFT.extend([data, *(axis.group for axis in axes.values())])    # see parallel.end_ranks
     partners = math.prod(size for name, size in sizes.items() if name not in OWN_ROWS)
+    stages = axes.get("pipeline", Axis(0, 1, None))
     return replace(ranks, rank=ranks.rank // partners, world=ranks.world // partners,
                    partners=partners, partner=ranks.rank % partners,
-                   group=None if partners == 1 else data, axes=axes)
+                   group=None if partners == 1 else data, axes=axes,
+                   scores=stages.rank == stages.size - 1, scorers=partners // stages.size)
 
 
 def check_world(world: int, members: int, sizes: dict[str, int]):
@@ -98,10 +102,12 @@ def check_world(world: int, members: int, sizes: dict[str, int]):
 # ---- what each process holds --------------------------------------------------------------------
 
 
-def mesh_lines(ranks: Ranks, config: ModelConfig, vocabulary: bool) -> list[str]:
+def mesh_lines(ranks: Ranks, config: ModelConfig, vocabulary: bool,
+               stages: list[range]) -> list[str]:
     """The mesh as a page of text: which process trains on which rows, with which part of the model.
 
-    config: of the whole model. vocabulary: whether embedding and head are cut, too.
+    config: of the whole model. vocabulary: whether embedding and head are cut, too. stages: the
+    layers of each stage of a pipeline.
     """
     sizes = {name: axis.size for name, axis in ranks.axes.items()}
     data = ranks.processes // math.prod(sizes.values())
@@ -110,7 +116,7 @@ def mesh_lines(ranks: Ranks, config: ModelConfig, vocabulary: bool) -> list[str]
     for process in range(min(ranks.processes, MOST_LINES)):
         page.append(f"  process {process:<3} rows of rank {process // ranks.partners} of "
                     f"{ranks.world}; "
-                    + holdings(places_of(process, ranks.axes), config, vocabulary))
+                    + holdings(places_of(process, ranks.axes), config, vocabulary, stages))
     if ranks.processes > MOST_LINES:
         page.append(f"  and so on, {ranks.processes - MOST_LINES} more")
     return page
@@ -125,12 +131,14 @@ def places_of(process: int, axes: dict[str, Axis]) -> dict[str, tuple[int, int]]
     return places
 
 
-def holdings(places: dict, config: ModelConfig, vocabulary: bool) -> str:
+def holdings(places: dict, config: ModelConfig, vocabulary: bool, stages: list[range]) -> str:
     """What a process holds of the model, in words. places: of places_of."""
     words = []
     if "expert" in places:
         words.append(f"experts {numbers(*places['expert'], config.num_experts)} of each layer, and "
                      "all else")
+    if "pipeline" in places:
+        words += layers_in_words(places["pipeline"][0], stages)
     if "tensor" in places:
         place = places["tensor"]
         words += [f"query heads {numbers(*place, config.num_attention_heads)}",
@@ -145,3 +153,14 @@ def numbers(part: int, parts: int, whole: int) -> str:
     """The numbers below `whole` that a part has, as 4-7, or 4."""
     start, end = part * whole // parts, (part + 1) * whole // parts
     return f"{start}-{end - 1}" if end > start + 1 else f"{start}"
+
+
+def layers_in_words(stage: int, stages: list[range]) -> list[str]:
+    """What a stage of a pipeline holds."""
+    layers = stages[stage]
+    words = [f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"]
+    if stage == 0:
+        words.insert(0, "embedding")
+    if stage == len(stages) - 1:
+        words.append("norm and head")
+    return words

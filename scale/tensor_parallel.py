@@ -22,11 +22,10 @@ Papers: Megatron-LM arXiv:1909.08053 (sec. 3).
 """
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint.shards import Cut, cut_parameter, materialize
+from checkpoint.shards import Cut, cut_parameter
 from families import ModelConfig
 from model import Attention, MoE, StackedLinear
 from scale.collectives import enter, leave
@@ -71,11 +70,11 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
 
 # ---- cutting ------------------------------------------------------------------------------------
 
-def cut_model(model, axis: Axis, device: torch.device, vocabulary: bool):
+def cut_model(model, axis: Axis, vocabulary: bool):
     """Give this process its part of a model whose adapters are attached, in place.
 
-    Weights on the meta device are left uninitialized (checkpoint.load.fill_model reads them).
-    vocabulary: cut embedding and head, too, by token id. Raises ValueError as part_config does.
+    Weights on the meta device stay there (see checkpoint.shards.materialize). vocabulary: cut
+    embedding and head, too, by token id. Raises ValueError as part_config does.
     """
     part_config(model.config, axis.size, vocabulary)
     for name, module in list(model.named_modules()):
@@ -89,7 +88,9 @@ def cut_model(model, axis: Axis, device: torch.device, vocabulary: bool):
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     if vocabulary:
         cut_vocabulary(model, axis)
-    materialize(model, device, tied)
+    if tied:
+        head = getattr(model.lm_head, "base_layer", model.lm_head)
+        head.weight = model.model.embed_tokens.weight
     set_collectives(model, axis)
 
 

@@ -20,9 +20,8 @@ PEER_OFF = {  # LLaMA-Factory's defaults of unsupported keys: they must be accep
     "ignore_pad_token_for_loss": "true",
     "num_beams": "1",
     # mcore_adapter's, with USE_MCA=1, and ours
-    **dict.fromkeys(("pipeline_parallel_size", "pipeline_model_parallel_size",
-                     "context_parallel_size", "expert_parallel_size",
-                     "expert_model_parallel_size"), "1"),
+    **dict.fromkeys(("pipeline_model_parallel_size", "context_parallel_size",
+                     "expert_parallel_size", "expert_model_parallel_size"), "1"),
     "label_smoothing_factor": "0.0",
     "logging_strategy": "steps",
     "eval_delay": "0",

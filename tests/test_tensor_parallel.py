@@ -26,7 +26,7 @@ import json, os, sys
 sys.path.insert(0, ROOT)
 from tests.common import leave_with_parent
 leave_with_parent()
-import train
+import torch, train
 from errors import run_script
 from runtime import build, run as runtime_run
 joined = []
@@ -37,18 +37,25 @@ build_model = train.build_model
 
 def watched(*args):
     model = build_model(*args)
-    held.append(sum(p.nbytes for p in model.parameters() if not p.requires_grad))
+    held.append(sum(p.nbytes for p in model.parameters() if not (p.requires_grad or p.is_meta)))
+    sent.append(0)
     return model
 
+def counted(tensor, *args):
+    sent[-1] += tensor.nbytes
+    return isend(tensor, *args)
+
 train.build_model = watched
+isend, torch.distributed.isend = torch.distributed.isend, counted
 
 def main(argv):
-    global held
-    held = []
+    global held, sent
+    held, sent = [], []
     joined.append(start_ranks(train.torch.device("cpu"), 60))
     for arguments in json.load(open(argv[0])):
         train.main(arguments)
-    json.dump(held, open(f"{argv[0]}.held{os.environ['RANK']}", "w"))
+    for name, numbers in (("held", held), ("sent", sent)):
+        json.dump(numbers, open(f"{argv[0]}.{name}{os.environ['RANK']}", "w"))
     end_ranks()
 
 run_script(main)
@@ -292,7 +299,7 @@ def test_sizes_that_cannot_be_cut(fields, parts, message):
     (dict(finetuning_type="oft"), "is for finetuning_type: lora and full"),
     (dict(optim="adamw_8bit"), "use optim: adamw_torch"),
     (dict(ask="Who are you?"), "ask the adapter in chat.py"),
-    (dict(pipeline_parallel_size=2), "not in this release; tensor_parallel_size cuts a model"),
+    (dict(context_parallel_size=2), "not in this release; tensor_parallel_size cuts a model"),
 ])
 def test_what_does_not_go_together_is_said(settings, message, tmp_path):
     settings = dict(model_name_or_path="m", dataset="d", output_dir=tmp_path / "o",
