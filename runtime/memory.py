@@ -22,6 +22,7 @@ import torch
 
 from checkpoint.adapters import variant_of
 from checkpoint.load import empty_quantized, quantizable_weights, quantized_weights
+from checkpoint.peft_targets import is_expert
 from config import Config
 from errors import bytes_in_words
 from families import ModelConfig
@@ -177,9 +178,15 @@ def optimizer_bytes(model: CausalLM, config: Config) -> tuple[int, int, int]:
 
 
 def buffers_in_flight(model: CausalLM) -> int:
-    """Bytes of the two largest buffers of gradients, which scale/zero.py has at a time."""
-    buffers = split_by_bytes(list(trainable(model).values()), BUCKET_BYTES)
-    return sum(sorted(sum(p.nbytes for p in group) for group in buffers)[-2:])
+    """Bytes of the two largest buffers of gradients, which scale/zero.py has at a time.
+
+    Of experts one by one up to all buffers: one without a token holds back its buffer, and those
+    after it, until the backward pass ends.
+    """
+    weights = trainable(model)
+    buffers = split_by_bytes(list(weights.values()), BUCKET_BYTES)
+    sizes = sorted(sum(p.nbytes for p in group) for group in buffers)
+    return sum(sizes if any(map(is_expert, weights)) else sizes[-2:])
 
 
 def completed(config: Config, workload: Workload) -> Workload:

@@ -18,6 +18,7 @@ Requires: parallel.py.
 Next: scale/fsdp.py (stage 3), scale/offload_state.py, runtime/build.py.
 Paper: ZeRO arXiv:1910.02054 (sec. 5).
 """
+import math
 from functools import partial
 
 import torch
@@ -36,7 +37,7 @@ class FlatBucket:
 
     pieces: what lies in this rank's part of each parameter, maybe nothing, in the same memory. They
     have as many dimensions as the whole, by which optim.py chooses the weight decay. `used`,
-    `awaited`: as in parallel.Bucket.
+    `awaited`: as in parallel.Bucket. part: this rank's part of the summed gradients.
     """
 
     def __init__(self, params: list, ranks: Ranks, stage: int):
@@ -51,7 +52,6 @@ class FlatBucket:
             p.data = view
         self.pieces = [nn.Parameter(piece) for piece in self.pieces_of(self.my_part(self.weights))]
         self.flat = torch.zeros_like(self.weights) if stage == 1 else None
-        # this rank's part of the summed gradients
         self.part = self.my_part(self.flat) if stage == 1 else self.weights.new_zeros(self.length)
         self.work = None
 
@@ -84,11 +84,6 @@ class FlatBucket:
             self.flat.zero_()
             for p, grad in zip(self.params, self.views(self.flat)):
                 p.grad = grad
-
-    def take(self, index: int, parameter: nn.Parameter):
-        """Stage 2: copy a gradient of this backward pass into the buffer, and free it."""
-        self.views(self.buffer())[index].copy_(parameter.grad)
-        parameter.grad = None
 
     def buffer(self) -> torch.Tensor:
         if self.flat is None:
@@ -140,8 +135,9 @@ class ZeroGradients(Gradients):
         self.buckets[-1].collect()
 
     def arrive(self, bucket: FlatBucket, index: int, parameter: nn.Parameter):
-        if self.stage == 2:
-            bucket.take(index, parameter)
+        if self.stage == 2:         # copy the gradient of this backward pass, and free it
+            bucket.views(bucket.buffer())[index].copy_(parameter.grad)
+            parameter.grad = None
         super().arrive(bucket, index, parameter)
 
     def send_next(self):
@@ -174,16 +170,9 @@ class ZeroGradients(Gradients):
 
     def state_parts(self) -> dict:
         """{name: (shape, how to read this rank's piece)}, see load_training_state."""
-        parts = {}
-        for name, (bucket, index) in self.places.items():
-            shape = bucket.params[index].shape
-            width = shape[1:].numel()           # numbers of a row
-            start, stop = bucket.span(index, self.ranks.rank)
-            rows = slice(start // width, -(-stop // width))
-            before = rows.start * width
-            numbers = slice(start - before, stop - before)
-            parts[name] = shape, partial(read_numbers, rows=rows, numbers=numbers)
-        return parts
+        return {name: (bucket.params[index].shape,
+                       partial(read_numbers, span=bucket.span(index, self.ranks.rank)))
+                for name, (bucket, index) in self.places.items()}
 
     def join_save(self, model, optimizer, names: list[str]):
         """What the other ranks do while rank 0 saves: send their pieces."""
@@ -191,9 +180,12 @@ class ZeroGradients(Gradients):
             pass
 
 
-def read_numbers(tensors, key: str, rows: slice, numbers: slice) -> torch.Tensor:
-    """Some of the numbers of some rows of a tensor in an open file, (n,)."""
-    return read_rows(tensors, key, rows).flatten()[numbers]
+def read_numbers(tensors, key: str, span: tuple[int, int]) -> torch.Tensor:
+    """The numbers of a tensor in an open file from span[0] to span[1]; reads only their rows."""
+    width = math.prod(tensors.get_slice(key).get_shape()[1:])       # numbers of a row
+    first = span[0] // width
+    rows = read_rows(tensors, key, slice(first, -(-span[1] // width)))
+    return rows.flatten()[span[0] - first * width:span[1] - first * width]
 
 
 class ZeroOptimizer(Optimizer):

@@ -2,9 +2,7 @@
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import zlib
@@ -254,22 +252,33 @@ def test_each_evaluation_dataset_is_a_split(tmp_path, words):
     assert [row for rows in read[1].values() for row in contents(rows)] == contents(together)
 
 
-def test_a_partial_folder_of_someone_else_stays(tmp_path, capsys):
+def test_a_partial_folder_of_someone_else_stays(tmp_path):
     """Only one with the mark is removed: a killed run has left that."""
     path = tmp_path / "rows"
-    theirs = tmp_path / f"rows.{socket.gethostname()}.partial"
+    theirs = tmp_path / "rows.host.partial"
     theirs.mkdir()
     (theirs / "thesis.txt").write_text("mine")
+    left = tmp_path / "rows.left.partial"               # and then the power failed
+    left.mkdir()
+    (left / token_cache.WORK_MARK).write_text("rows")
     with token_cache.new_cache(path) as work:
         token_cache.write_about(work, {})
-    assert f"{theirs} is left as it is" in capsys.readouterr().out
     assert (theirs / "thesis.txt").read_text() == "mine"
     assert [p.name for p in path.iterdir()] == [token_cache.ABOUT]
-    shutil.rmtree(theirs)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["rows", "rows.host.partial"]
 
-    left = token_cache.marked_folder(path)              # and then the power failed
-    assert left == theirs
-    (left / "tokens.bin").write_bytes(b"half")
-    with token_cache.new_cache(path) as work:
-        assert work == left and not (work / "tokens.bin").exists()
+
+def test_two_hosts_of_one_name_do_not_meet(tmp_path):
+    """Each has a folder of its own, and neither takes the other's for that of a killed run."""
+    path = tmp_path / "rows"
+    with token_cache.new_cache(path) as ours:
+        (ours / "tokens.bin").write_bytes(b"ours")
+        code = ("import sys; from pathlib import Path; from text import token_cache\n"
+                "with token_cache.new_cache(Path(sys.argv[1])) as work:\n"
+                "    token_cache.write_about(work, {'key': 'theirs'})")
+        subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, check=True)
+        assert (ours / "tokens.bin").read_bytes() == b"ours"
+        assert "theirs" in (path / token_cache.ABOUT).read_text()
+        token_cache.write_about(ours, {"key": "ours"})
+    assert "ours" in (path / token_cache.ABOUT).read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["rows"]

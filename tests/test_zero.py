@@ -4,17 +4,24 @@ torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on sev
 one after the other, and counts what optimizer and gradients hold.
 """
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import parallel
 import train
+from families import model_config
+from lora import trainable
+from model import CausalLM, init_weights
 from parallel import Ranks
+from runtime import memory
+from scale import zero
 from scale.zero import FlatBucket
 from tests.common import ROOT, refusal
-from tests.ranks import COMMON, outcomes, small_world, torchrun
+from tests.ranks import COMMON, DENSE, MIXTURE, outcomes, small_world, torchrun
 
 WORKER = '''
 import json, os, sys
@@ -237,6 +244,33 @@ def test_pieces_of_all_ranks_are_the_parameters(world):
         bucket.weights.zero_()                          # the parameters are views
         assert not any(p.any() for p in (*bucket.params, *bucket.pieces))
     assert all(torch.equal(torch.cat(parts), w.flatten()) for parts, w in zip(pieces, whole))
+
+
+@pytest.mark.parametrize("fields", (DENSE, MIXTURE), ids=("dense", "experts one by one"))
+def test_buffers_of_stage_2_are_planned(fields, monkeypatch):
+    """Bytes that are alive at once in a backward pass: two buffers, but after an expert without
+    tokens all (the head's is filled and sent before)."""
+    for module in (parallel, memory):
+        split = module.split_by_bytes
+        monkeypatch.setattr(module, "split_by_bytes", lambda weights, _, s=split: s(weights, 20000))
+    sent = SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(zero, "reduce_scatter", lambda *args, **more: sent)
+    model = CausalLM(model_config(fields))
+    init_weights(model, torch.Generator().manual_seed(0))
+    gradients = zero.ZeroGradients(trainable(model), Ranks(0, 2), stage=2)
+    alive = []
+    buffer = FlatBucket.buffer
+
+    def watched(bucket):
+        found = buffer(bucket)
+        alive.append(sum(b.flat.nbytes for b in gradients.buckets if b.flat is not None))
+        return found
+
+    monkeypatch.setattr(FlatBucket, "buffer", watched)
+    gradients.zero()
+    gradients.backward(model(torch.arange(3)[None]).square().sum())
+    planned = memory.buffers_in_flight(model)
+    assert 0.7 * planned <= max(alive) <= planned + 4 * len(gradients.buckets)
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -16,14 +16,15 @@ folder appears under its final name only when it is complete.
 Requires: data.py, text/data_files.py, text/tokenizer.py.
 Next: runtime/setup.py (load_data), train.py.
 """
+import glob
 import hashlib
 import inspect
 import json
 import os
 import shutil
-import socket
 import tempfile
 import time
+import uuid
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -264,9 +265,13 @@ def new_cache(path: Path | None) -> Iterator[Path]:
         raise ValueError(f"{path} is not empty and holds no tokenized rows: name another "
                          "tokenized_path")
     parent_existed = path.parent.exists()
-    work = marked_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers_of(path)
+    work = path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex[:8]}.partial")
+    work.mkdir()
     try:
-        yield work
+        with locked_mark(work, path):
+            yield work
         (work / WORK_MARK).unlink()
         move_into_place(work, path)
     except BaseException:
@@ -276,23 +281,42 @@ def new_cache(path: Path | None) -> Iterator[Path]:
         raise
 
 
-def marked_folder(path: Path) -> Path:
-    """A new folder beside `path`, with a mark; one that a killed run left behind is removed.
+@contextmanager
+def locked_mark(work: Path, path: Path) -> Iterator[None]:
+    """Mark a folder that is to become `path`, and lock the mark within the block.
 
-    Hosts that share a disk have one each. A folder of this name without the mark is someone's, and
-    stays.
+    So other hosts that share the disk see that someone is at work in it, whatever their names; a
+    mark without a lock is that of a process that was killed.
     """
-    work = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (work / WORK_MARK).is_file():
-        shutil.rmtree(work, ignore_errors=True)
-    if work.exists():
-        print(f"  note: {work} is left as it is: it was not made here")
-        work = Path(tempfile.mkdtemp(prefix=f"{path.name[:40]}.", suffix=".partial",
-                                     dir=path.parent))
-    work.mkdir(exist_ok=True)
-    (work / WORK_MARK).write_text(path.name, encoding="utf-8")
-    return work
+    with open(work / "mark", "w", encoding="utf-8") as mark:
+        lock_file(mark)
+        mark.write(path.name)
+        mark.flush()
+        os.replace(work / "mark", work / WORK_MARK)     # which never appears without a lock
+        yield
+
+
+def remove_leftovers_of(path: Path):
+    """Remove the folders that killed processes have left: marked for `path`, and not locked."""
+    for work in path.parent.glob(f"{glob.escape(path.name[:40])}.*.partial"):
+        try:
+            with open(work / WORK_MARK, "r+", encoding="utf-8") as mark:
+                is_left = mark.read() == path.name and lock_file(mark)
+        except OSError:                         # no mark: it is someone's, or not ready yet
+            continue
+        if is_left:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def lock_file(file) -> bool:
+    """Lock an open file until it is closed. False: another process has, or locks do not work."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):              # Windows; some network file systems
+        return False
+    return True
 
 
 def move_into_place(work: Path, path: Path):
