@@ -31,7 +31,7 @@ if __name__ == "__main__":
 from runtime.device import pick_device              # before torch: see guard_amdsmi there
 
 from checkpoint.adapters import load_with_adapters
-from checkpoint.files import find_checkpoint, write_json
+from checkpoint.files import write_json
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import SAMPLED, Config, has_reference
 from data import settings_of
@@ -56,6 +56,7 @@ from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
 from runtime.memory_advice import available_bytes
+from runtime.named_folders import named_folder, named_folders
 from runtime.resize_vocab import resized_in
 from runtime.resume import EVAL_LOCK, lock
 from runtime.show_data import print_counts
@@ -154,7 +155,7 @@ def sides_of(config: Config, base: Path, adapters: list[Path]) -> list[Side]:
 
     A reward model is measured alone, since its base has no value head.
     """
-    original = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    original = named_folder(config, "model_name_or_path")
     original = base if adapters else resized_in(config.output_dir) or original
     name = "tuned"
     if adapters:
@@ -172,9 +173,8 @@ def sides_of(config: Config, base: Path, adapters: list[Path]) -> list[Side]:
             sides.append(Side("merged", Path(config.export_dir), []))
     for side in sides:
         if config.ref_model:
-            folders = [find_checkpoint(folder, cache_dir=config.cache_dir)
-                       for folder in (config.ref_model, *(config.ref_model_adapters or []))]
-            side.reference = (folders[0], folders[1:])
+            side.reference = (named_folder(config, "ref_model"),
+                              named_folders(config, "ref_model_adapters"))
         elif not side.adapters and side.name != "base":
             side.reference = (original, [])
     return sides

@@ -55,6 +55,7 @@ from families import model_config, read_config_json
 from lora import expert_matrices, merged_weight
 from runtime.finished import as_trained, scale_rope_as_trained
 from runtime.gptq_export import GPTQExport, open_export
+from runtime.named_folders import named_folder, named_folders
 from runtime.resize_vocab import MARK, resized_beside, trained_on
 from runtime.merge_plan import Change, Planned, plan_tensors
 from text.chat_formats import name_of, stored_template
@@ -88,10 +89,8 @@ def main(argv):
     device = pick_merge_device(config.export_device)
 
     # ---- base and adapters
-    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    adapters = []
-    for name in adapter_names(config):
-        adapters.append(find_checkpoint(name, cache_dir=config.cache_dir))
+    base = named_folder(config, "model_name_or_path")
+    adapters = adapter_folders(config)
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
     for note in scale_rope_as_trained(config, base, adapters):
@@ -184,15 +183,16 @@ def pick_merge_device(export_device: str) -> str:
     return "cpu"
 
 
-def adapter_names(config: Config) -> list[str]:
+def adapter_folders(config: Config) -> list[Path]:
     """adapter_name_or_path, else the adapter in output_dir after those merged before it, or []."""
     if config.adapter_name_or_path or not config.output_dir:
-        return config.adapter_name_or_path or []
+        return named_folders(config, "adapter_name_or_path")
     if not (Path(config.output_dir) / "adapter_config.json").is_file():
         raise FileNotFoundError(
             f"output_dir {config.output_dir} holds no adapter (adapter_config.json); train first, "
             "or name the adapter's folder as adapter_name_or_path")
-    return [*folded_under(config.output_dir), config.output_dir]
+    return [find_checkpoint(name, cache_dir=config.cache_dir)
+            for name in (*folded_under(config.output_dir), config.output_dir)]
 
 
 def print_sources(config: Config, base: Path, adapters: list[Path]):

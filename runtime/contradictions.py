@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from config import (ADAPTERS, COMPARED, Config, has_reference, needs_whole_matrices,
                     samples_replies)
+from runtime.rewards import missing_function
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
 
@@ -113,11 +114,14 @@ def in_rewards(c: Config) -> Iterator[tuple]:
         f"reward: there is no file {(missing or [''])[0]!r}; it is FILE:FUNCTION, as "
         "data/rewards.py:arithmetic")
 
+    absent = [] if missing else list(filter(None, map(missing_function, c.reward or [])))
+    yield absent, f"reward: {(absent or [''])[0]}"
+
     count = len(c.reward or []) + bool(c.reward_model)
-    absent = "" if c.reward_model else ", which is not set"
+    unset = "" if c.reward_model else ", which is not set"
     yield c.reward_weights and len(c.reward_weights) != count, (
         f"reward_weights has {len(c.reward_weights or [])} numbers for {count} rewards: one for "
-        f"each function in reward, and then one for reward_model{absent}")
+        f"each function in reward, and then one for reward_model{unset}")
 
     yield c.stage == "ppo" and c.num_iterations > 1, (
         "num_iterations is for stage: grpo; in stage: ppo it is ppo_epochs")

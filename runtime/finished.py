@@ -18,6 +18,7 @@ from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
 from config import ADAPTERS, Config
 from runtime.device import out_of_memory
+from runtime.named_folders import named_folder, named_folders
 from runtime.precision import requested_format
 from runtime.resize_vocab import resized_beside, trained_on
 from runtime.rope_scaling import scale_rope
@@ -76,9 +77,8 @@ def find_folders(config: Config) -> tuple[Path, list[Path], tuple[str, str]]:
         note = f"finetuning_type: {config.finetuning_type}; the output_dir of this config"
         return output, [], (note, "")
 
-    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
-    named = [find_checkpoint(name, cache_dir=config.cache_dir)
-             for name in config.adapter_name_or_path or []]
+    base = named_folder(config, "model_name_or_path")
+    named = named_folders(config, "adapter_name_or_path")
     if finished:
         adapters, note = choose_adapters(named, output)
         return resized_beside(adapters) or base, adapters, ("", note)

@@ -14,9 +14,9 @@ if __name__ == "__main__":
 
 import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 
-from checkpoint.files import find_checkpoint
 from families import read_config_json
 from runtime.build import STAGES
+from runtime.named_folders import named_folder
 from runtime.resize_vocab import add_new_tokens, new_tokens, read_descriptions
 from runtime.show_data import check_rows_file, print_counts, print_example, write_jsonl
 from text.load_text import fit_text
@@ -29,7 +29,7 @@ def main(argv):
     config = load_config(argv, "data")
     if config.jsonl:
         check_rows_file(config.jsonl)
-    base = find_checkpoint(config.model_name_or_path, config.model_revision, config.cache_dir)
+    base = named_folder(config, "model_name_or_path")
     tokenizer = load_tokenizer(base, config.split_special_tokens)
     add_new_tokens(tokenizer, new_tokens(config, read_descriptions(config)))
     model_type = read_config_json(base).get("model_type")

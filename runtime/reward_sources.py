@@ -21,12 +21,13 @@ import torch
 
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import layers_of_adapter, load_with_adapters
-from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model, quantized_weights
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from families import read_model_config
 from runtime.kernels import use_kernels
+from runtime.named_folders import named_folder, named_folders
 from runtime.precision import half_dtype, requested_format
+from runtime.resize_vocab import trained_on
 from text.tokenizer import read_json
 
 
@@ -41,11 +42,10 @@ def build_reward_model(config, base, setup, tokenizer):
         return None
     if config.reward_model_type == "api":
         return RewardServer(config.reward_model, config.reward_timeout, tokenizer)
-    folder = find_checkpoint(config.reward_model, cache_dir=config.cache_dir)
+    folder = named_folder(config, "reward_model")
     if config.reward_model_type == "lora":
         return reward_adapter(config, base, setup, folder)
-    adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
-                for name in config.reward_model_adapters or []]
+    adapters = named_folders(config, "reward_model_adapters")
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"reward_model: {folder} is an adapter; set reward_model_type: lora, or "
                          "name its base and put it into reward_model_adapters")
@@ -69,6 +69,11 @@ def reward_adapter(config, base, setup, folder: Path):
         raise ValueError(f"reward_model: {folder} was trained with pissa_init, which changed its "
                          "base; train it with pissa_convert: true and name the pissa_converted "
                          "folder, or merge it and set reward_model_type: full")
+    trained_beside = trained_on(folder)
+    if trained_beside and Path(trained_beside).name != Path(base.name).name:
+        print(f"note: the adapter of reward_model was trained on {trained_beside}, and this run "
+              f"starts from {base.name}. If these are other weights, its scores mean nothing: "
+              "merge it (python merge.py) and set reward_model_type: full")
     head = stored_head(folder, base.model_config.hidden_size)
     layers, in_full = layers_of_adapter(base.folder, folder, setup.device,
                                         requested_format(config))
@@ -117,9 +122,8 @@ def reward_model_bytes(config, dtype: torch.dtype) -> int:
     """Memory of a second reward model, or of the adapter of one."""
     if not config.reward_model or config.reward_model_type == "api":
         return 0
-    folder = find_checkpoint(config.reward_model, cache_dir=config.cache_dir)
-    adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
-                for name in config.reward_model_adapters or []]
+    folder = named_folder(config, "reward_model")
+    adapters = named_folders(config, "reward_model_adapters")
     if config.reward_model_type == "lora":
         adapters = [folder]
     size = sum(path.stat().st_size for adapter in adapters

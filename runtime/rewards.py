@@ -13,6 +13,7 @@ the row; the run goes on.
 Requires: nothing, so that the process starts fast.
 Next: methods/rollouts.py. Examples: data/rewards.py.
 """
+import ast
 import importlib.util
 import json
 import math
@@ -143,6 +144,36 @@ def absolute(name: str) -> str:
     return f"{os.path.abspath(file)}:{function}"
 
 
+def missing_function(name: str) -> str:
+    """Why FILE:FUNCTION names no function, by reading the file without running it; "" if it may.
+
+    A file that imports everything of another one may have any function.
+    """
+    file, _, function = name.rpartition(":")
+    try:
+        tree = ast.parse(Path(file).read_bytes(), file)
+    except (SyntaxError, ValueError) as error:
+        return f"{file} cannot be read as Python: {error}"
+    defined, imported = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id)
+        elif isinstance(node, ast.alias):
+            imported.add((node.asname or node.name).partition(".")[0])
+    if function in defined | imported or "*" in imported:
+        return ""
+    return without_function(file, function, defined)
+
+
+def without_function(file: str, function: str, names) -> str:
+    """The sentence for a file without a function. names: those that it has."""
+    near = get_close_matches(function, [name for name in names if name[0] != "_"], 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"{file} has no function {function}{hint}"
+
+
 def shortened(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -162,9 +193,7 @@ def load_function(name: str):
         raise ValueError(f"{file} cannot be imported: {described(error)}") from None
     found = getattr(module, function, None)
     if not callable(found):
-        near = get_close_matches(function, [key for key in vars(module) if key[0] != "_"], 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{file} has no function {function}{hint}")
+        raise ValueError(without_function(file, function, vars(module)))
     return found
 
 

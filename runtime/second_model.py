@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.files import find_checkpoint
 from checkpoint.load import load_model, quantized_weights
 from config import has_reference
 from families import read_model_config
 from lora import AdapterConfig
 from model import CausalLM
+from runtime.named_folders import named_folder, named_folders
 from runtime.precision import quant_format_of_bits, requested_format
 from text.tokenizer import load_tokenizer
 
@@ -52,18 +52,16 @@ def second_model(config, base, lora: AdapterConfig | None) -> SecondModel | None
     if not needs_second_model(config, lora):
         return None
 
-    def found(names) -> list[Path]:
-        return [find_checkpoint(name, cache_dir=config.cache_dir) for name in names or []]
-
     if config.stage == "distill":
         own = quant_format_of_bits(config, config.teacher_quantization_bit)
-        adapters = found(config.teacher_adapters)
+        adapters = named_folders(config, "teacher_adapters")
         if config.teacher_model:
-            return SecondModel(*found([config.teacher_model]), adapters, own, "teacher_model")
+            return SecondModel(named_folder(config, "teacher_model"), adapters, own,
+                               "teacher_model")
         return SecondModel(base.folder, adapters, own or requested_format(config))
     if config.ref_model:
-        return SecondModel(*found([config.ref_model]), found(config.ref_model_adapters), None,
-                           "ref_model")
+        return SecondModel(named_folder(config, "ref_model"),
+                           named_folders(config, "ref_model_adapters"), None, "ref_model")
     adapters = base.merged_adapters(config) if lora else []
     return SecondModel(base.folder, adapters, requested_format(config))
 
@@ -80,13 +78,13 @@ def second_model_bytes(second: SecondModel | None, dtype: torch.dtype) -> int:
 def check_second_model(splits: list, config, tokenizer):
     """Raises ValueError for a second model that does not know the tokens of the trained one."""
     if config.stage == "distill" and config.teacher_model:
-        folder = find_checkpoint(config.teacher_model, cache_dir=config.cache_dir)
+        folder = named_folder(config, "teacher_model")
         check_teacher_tokens(folder, tokenizer)
         check_rows_of(folder, "teacher_model", config.teacher_model, splits, tokenizer,
                       "A teacher needs every token of the trained model: name one with these "
                       "tokens")
     elif config.ref_model:
-        folder = find_checkpoint(config.ref_model, cache_dir=config.cache_dir)
+        folder = named_folder(config, "ref_model")
         check_rows_of(folder, "ref_model", config.ref_model, splits, tokenizer,
                       "The reference needs every token of the trained model: leave ref_model out, "
                       "so that it is the model that training starts from, or name one with these "

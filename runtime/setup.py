@@ -23,7 +23,6 @@ import torch
 
 from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
 from checkpoint.adapters import stored_targets
-from checkpoint.files import find_checkpoint
 from checkpoint.load import (count_parameters, formats_in_words, load_model, packed_weights,
                              quantized_weights)
 from config import ADAPTERS, AS_SIGMOID, batches_per_rollout, samples_replies
@@ -41,6 +40,7 @@ from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows
 from runtime.device import out_of_memory
 from runtime.memory_advice import advice, available_bytes, explain_oom
 from runtime.odd_sizes import check_start_block, notes_on_sizes
+from runtime.named_folders import named_folder, named_folders
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
 from runtime.resize_vocab import (RESIZED_BASE, notes_on_rows, resized_base,
@@ -80,10 +80,8 @@ class Base:
 def find_base(config, ranks: Ranks) -> Base:
     """The base of a run, downloaded if need be; no weight is read."""
     with ranks.one_per_host_first():
-        folder = find_checkpoint(config.model_name_or_path, config.model_revision,
-                                 config.cache_dir)
-        adapters = [find_checkpoint(name, cache_dir=config.cache_dir)
-                    for name in config.adapter_name_or_path or []]
+        folder = named_folder(config, "model_name_or_path")
+        adapters = named_folders(config, "adapter_name_or_path")
     folder = resized_base(config, folder, adapters, ranks)
     config.notes.extend(scale_rope(config.rope_scaling, config.cutoff_len, folder))
     config.notes.extend(other_scaling(config.rope_scaling, adapters))

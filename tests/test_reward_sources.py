@@ -35,8 +35,8 @@ def config_of(*argv):
 def judge_of(*argv, adapters=()):
     """The reward model of a config, beside models/tiny."""
     config = config_of(*argv)
-    base = SimpleNamespace(folder=TINY, model_config=load_model(TINY, skip_weights=True).config,
-                           adapters=list(adapters))
+    base = SimpleNamespace(folder=TINY, name=str(TINY), adapters=list(adapters),
+                           model_config=load_model(TINY, skip_weights=True).config)
     kernels = SimpleNamespace(attention="plain", fuse=None, group_experts=None, compile=None,
                               fp8=None, matmul=torch.nn.functional.linear)
     setup = SimpleNamespace(device=torch.device("cpu"), kernels=kernels)
@@ -141,6 +141,22 @@ def test_a_folder_that_is_no_reward_model(kind, change, words, reward_adapter,  
         (tmp_path / "adapter_config.json").unlink()
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         judge_of(f"reward_model={tmp_path}", f"reward_model_type={kind}")
+
+
+def test_an_error_names_the_key_and_an_adapter_of_another_base_is_said(
+        reward_adapter, tmp_path, capsys):                                          # noqa: F811
+    with pytest.raises(FileNotFoundError, match="^reward_model: /no/where does not exist"):
+        judge_of("reward_model=/no/where")
+    judge_of(f"reward_model={reward_adapter}")
+    assert "was trained on" not in capsys.readouterr().out
+    for name in ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"):
+        (tmp_path / name).write_bytes((reward_adapter / name).read_bytes())
+    described = json.loads((tmp_path / "adapter_config.json").read_text())
+    described["base_model_name_or_path"] = "models/other"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    judge_of(f"reward_model={tmp_path}")
+    said = capsys.readouterr().out
+    assert "reward_model was trained on models/other, and this run starts from" in said
 
 
 def test_a_score_that_is_not_finite_is_no_score(reward_adapter, tmp_path):          # noqa: F811

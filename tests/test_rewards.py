@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from runtime.rewards import Rewards, load_function
+from runtime.rewards import Rewards, load_function, missing_function
 from tests.common import ROOT, refusal
 
 ROW = {"where": "rows.jsonl row 7", "prompt": "What is 3 + 4?",
@@ -80,10 +80,28 @@ def test_a_function_that_is_not_there(file, name, words, monkeypatch):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("text, function, found", [
+    ("def score(): pass", "score", True),
+    ("from other import score", "score", True),
+    ("import other as score", "score", True),
+    ("score = make()", "score", True),
+    ("if fast:\n    def score(): pass", "score", True),
+    ("from other import *", "anything", True),
+    ("def scores(): pass", "score", False),
+    ("def score(:", "score", False),
+])
+def test_a_function_is_looked_for_without_running_its_file(text, function, found, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(text + "\nraise SystemExit\n")
+    assert (missing_function(f"{file}:{function}") == "") == found
+
+
 @pytest.mark.parametrize("settings, words", [
     ((), "stage: grpo needs reward"),
     (("reward=data/rewards.py:exact_match", "reward_weights=1,2"), "2 numbers for 1 rewards"),
     (("reward=data/rewads.py:exact_match",), "there is no file 'data/rewads.py'"),
+    (("reward=data/rewards.py:exact_mach",), "data/rewards.py has no function exact_mach (did "
+                                             "you mean exact_match?)"),
     (("reward=data/rewards.py:exact_match", "lora_dropout=0.1"), "lora_dropout"),
     (("reward=data/rewards.py:exact_match", "temperature=0"), "temperature above 0"),
 ])
