@@ -8,13 +8,14 @@ it sends, when to take it, and where a key has a size (tensor_parallel_size) wha
 processes computes with. MISSING names what would help where none fits.
 
 Bytes are exact: what a rank gives to each collective in an optimizer step, without the counts of
-tokens and losses. Of N processes, a ring sends 2 (N - 1) / N of them in an all-reduce and
+tokens (also of experts) and losses; the stages of a pipeline differ, and its row is that of the one
+which holds the most. Of N processes, a ring sends 2 (N - 1) / N of them in an all-reduce and
 (N - 1) / N in the others; of an all-to-all so much stays where experts are chosen equally often.
 Seconds are these bytes over the speed of the slowest link; computing overlaps with some of them.
 
 Requires: runtime/memory.py, runtime/contradictions.py, runtime/steps.py.
 Next: runtime/setup.py, which prints it; scale/zero.py, scale/fsdp.py, scale/tensor_parallel.py,
-scale/expert_parallel.py; docs/many_gpus.md.
+scale/expert_parallel.py, runtime/stages.py; docs/many_gpus.md.
 Papers: ZeRO arXiv:1910.02054 (sec. 7, the volume of each stage), FSDP arXiv:2304.11277, rings
 arXiv:1802.05799.
 """
@@ -37,11 +38,12 @@ from runtime.load_config import COMMAND_LINE
 from runtime.memory import (USABLE, Plan, Workload, checkpointing_in_words, gathered_bytes,
                             memory_plan, model_without_storage)
 from runtime.memory_advice import advice
+from runtime.stages import in_flight, model_of_stage, share_layers
 from runtime.steps import StepPlan, accumulation_for, merge_micro_batches, shard_batches
 from runtime.throughput import matmul_parameters, training_flops
 
 GIB = 2**30
-# times (N - 1) / N
+# times (N - 1) / N; a message to a neighbor is sent as it is
 SENT_BY_RING = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "all_to_all": 1}
 ROWS_LOOKED_AT = 1000           # for the arithmetic of a step
 
@@ -136,6 +138,23 @@ def expert_parallel_bytes(t: Traffic) -> Sent:
                    ("all_to_all", t.size): ways * rows * config.hidden_size * t.number_bytes}
 
 
+def pipeline_bytes(t: Traffic) -> Sent:
+    """Activations to the next stage, their gradients to the one before; gradients once.
+
+    t.model: of a stage, see runtime/stages.py. Gradients of a tied head and of the embedding are
+    exchanged.
+    """
+    embedding, head = t.model.model.embed_tokens.weight, t.model.lm_head.weight
+    forward, back = not len(head), not len(embedding) and embedding.requires_grad
+    row = t.model.config.hidden_size * t.number_bytes
+    messages = (forward + back) * t.step.tokens * row
+    for table in (embedding, head):
+        if t.model.config.tie_word_embeddings and len(table) and table.requires_grad:
+            messages += table.nbytes
+    sent = data_parallel_bytes(t) if t.world > 1 else {}
+    return sent | {("send", t.size): messages}
+
+
 class Reached(NamedTuple):
     """Of a block, what the backward pass reaches."""
     attention: bool             # the input of its attention
@@ -179,7 +198,8 @@ def sharded_bytes(parameters: Iterable[torch.Tensor], world: int) -> int:
 
 def ring_bytes(sent: Sent) -> int:
     """Bytes that leave a rank in a step, where the collectives are rings."""
-    return sum(SENT_BY_RING[name] * (size - 1) * n // size for (name, size), n in sent.items())
+    return sum(n if name == "send" else SENT_BY_RING[name] * (size - 1) * n // size
+               for (name, size), n in sent.items())
 
 
 # ---- what one of several processes computes with ------------------------------------------------
@@ -207,6 +227,27 @@ def expert_workload(config: Config, workload: Workload, size: int) -> Workload:
     model = model_without_storage(config, replace(workload, model=None))
     cut_experts(model, Axis(0, size, None))
     return replace(workload, model=model)
+
+
+def pipeline_workload(config: Config, workload: Workload, size: int) -> Workload:
+    """That of the stage which holds the most. Raises ValueError for more stages than layers."""
+    return max(stage_workloads(config, workload, size),
+               key=lambda stage: memory_plan(config, stage).total)
+
+
+def stage_workloads(config: Config, workload: Workload, size: int) -> list[Workload]:
+    """What each stage of a pipeline computes with."""
+    lengths = [length for row in workload.rows for length in row]
+    stages = share_layers(workload.model, lengths, size)
+    found = []
+    for number in range(size):
+        whole = model_without_storage(config, replace(workload, model=None))
+        model = model_of_stage(whole, stages, number)
+        found.append(replace(
+            workload, model=model, model_config=model.config, world=workload.world // size,
+            other_bytes=workload.other_bytes // size,
+            in_flight=in_flight(size, number, config.gradient_accumulation_steps)))
+    return found
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -257,16 +298,21 @@ LAYOUTS = (
         "it fits with the optimizer state in main memory, which each step sends there and back")),
     Layout({"fsdp": ["full_shard"], "offload_optimizer": "cpu"}, fsdp_bytes, why=(
         "two blocks fit one card with the optimizer state in main memory")),
+    Layout({}, pipeline_bytes, size_key="pipeline_parallel_size", own=pipeline_workload, why=(
+        "each card holds its own layers, and gathered ones do not fit; activations alone are sent, "
+        "so it may cross hosts")),
     Layout({}, tensor_parallel_bytes, size_key="tensor_parallel_size", own=tensor_workload, why=(
         "two blocks beside the rest do not fit one card; every matrix is cut, which sends the most "
         "and belongs within a host")),
 )
 SENT_ONCE = (data_parallel_bytes, zero_1_bytes)     # in a step, whatever its passes
 SLOW_LINK = "a larger gradient_accumulation_steps sends less often"
-SLOW_LINK_IN_EACH_PASS = ("larger micro-batches send less often; pipeline parallelism, which sends "
-                          "activations alone, is not in this release")
+SLOW_LINK_IN_EACH_PASS = ("larger micro-batches send less often, and pipeline_parallel_size sends "
+                          "activations alone")
+SLOW_LINK_OF_STAGES = "what stages send grows with their tokens; only a faster link helps"
 SET_BY_LAYOUTS = {"zero_stage": 0, "fsdp": [], "offload_optimizer": None,
-                  "tensor_parallel_size": 1, "expert_parallel_size": 1}
+                  "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+                  "expert_parallel_size": 1}
 
 
 def layouts_for(cards: int, model_config: ModelConfig) -> list[Layout]:
@@ -313,6 +359,7 @@ class Candidate:
     layout: Layout
     plan: Plan | None = None
     sent: int = 0               # bytes of a rank in a step, by rings
+    bubble: float = 0.0         # share of a step in which a stage of a pipeline waits
     refusal: str = ""
 
     @property
@@ -356,7 +403,9 @@ def candidates(config: Config, memory: Plan, plan: StepPlan,
                                     int(config.card_memory * GIB), device)
         step = part_of_step(changed, plan, workload.world, tokens)
         traffic = traffic_of(planned.workload, layout.size, step)
-        found.append(Candidate(layout, planned, ring_bytes(layout.sent(traffic))))
+        waits = layout.size - 1 if layout.sent is pipeline_bytes else 0
+        found.append(Candidate(layout, planned, ring_bytes(layout.sent(traffic)),
+                               bubble=waits / (step.passes + waits)))
     return found
 
 
@@ -437,6 +486,11 @@ def layout_lines(config: Config, memory: Plan, plan: StepPlan, pass_size: Callab
         seconds = compute_seconds(config, memory, plan)
         lines.append(f"  computing takes {seconds:.3g} s of a step at {config.card_speed:g} "
                      "TFLOP/s, recomputation not counted")
+        for one in found:
+            if one.bubble and one.plan.fits(card_bytes):
+                own = seconds / one.layout.size / (1 - one.bubble)
+                lines.append(f"  with {one.layout.in_words()} it takes {own:.3g} s, the bubble "
+                             f"included: {one.bubble:.0%} of the step")
     if has_reference(config):
         lines.append("  passes of the reference model are not counted in what is sent")
     return [*lines, *advised(found, config, memory, plan, card_bytes)]
@@ -446,6 +500,8 @@ def row_in_words(one: Candidate, config: Config, card_bytes: int) -> str:
     """A line of the table."""
     seconds = "".join(f"{f'{one.sent / speed / 1e9:.3g} s':>12}" for speed in config.link_speed)
     verdict = "fits" if one.plan.fits(card_bytes) else "does not fit"
+    if one.bubble:
+        verdict += f", bubble {one.bubble:.0%}"
     return f"  {one.layout.in_words():38} {bytes_in_words(one.plan.total):>12} " \
            f"{bytes_in_words(one.sent):>12}{seconds}  {verdict}"
 
@@ -484,6 +540,8 @@ def notes_on_step(best: Candidate, config: Config, memory: Plan, plan: StepPlan)
         computing = compute_seconds(config, memory, plan) * best.ranks / config.cards
         if seconds > computing:
             remedy = SLOW_LINK if best.layout.sent in SENT_ONCE else SLOW_LINK_IN_EACH_PASS
+            if best.layout.sent is pipeline_bytes:
+                remedy = SLOW_LINK_OF_STAGES
             notes.append(f"  at {min(config.link_speed):g} GB/s a step sends for longer than it "
                          f"computes: {remedy}")
     return notes

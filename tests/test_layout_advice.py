@@ -16,7 +16,7 @@ from families import read_model_config
 from lora import LoRAConfig
 from runtime import layout_advice
 from runtime.layout_advice import (LAYOUTS, PartOfStep, layouts_for, own_workload, ring_bytes,
-                                   traffic_of)
+                                   stage_workloads, traffic_of)
 from runtime.memory import Workload, model_without_storage
 from tests.common import ROOT, refusal
 from tests.ranks import COMMON, DENSE, outcomes, small_world, tiny_model, torchrun
@@ -68,6 +68,7 @@ switched("begin_step", True)
 switched("log_step", False)
 counted("all_reduce", "all_reduce", 0, "tensor")
 counted("all_to_all", "all_to_all_single", 1, "input")
+counted("send", "isend", 0, "tensor")
 for name in ("reduce_scatter_tensor", "reduce_scatter_single"):
     counted("reduce_scatter", name, 1, "input")
 for name in ("all_gather_into_tensor", "all_gather_single"):
@@ -89,7 +90,8 @@ THIRDS = DENSE | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads
 MEASURED = [replace(layout, settings=layout.settings | {layout.size_key: WORLD})
             if layout.size_key else layout
             for layout in LAYOUTS if "offload_optimizer" not in layout.settings]
-MODELS = {"tensor_parallel_size": "thirds", "expert_parallel_size": "mixture"}     # else dense
+MODELS = {"tensor_parallel_size": "thirds", "expert_parallel_size": "mixture",     # else dense
+          "pipeline_parallel_size": "deep"}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,7 @@ def here(tmp_path_factory):
     here = tmp_path_factory.mktemp("layouts")
     small_world(here)
     tiny_model(here / "thirds", THIRDS)
+    tiny_model(here / "deep", DENSE | dict(num_hidden_layers=3))
     (here / "worker.py").write_text(WORKER.replace("ROOT", repr(str(ROOT))), encoding="utf-8")
     todo = []
     for kind in TYPES:
@@ -113,7 +116,7 @@ def here(tmp_path_factory):
                 join_micro_batches=False)
             if layout.size_key and kind == "lora":      # blocks computed again, and their sums
                 settings |= dict(disable_gradient_checkpointing=False, lora_target="all,experts")
-            if layout.size_key == "tensor_parallel_size":
+            if layout.size_key in ("tensor_parallel_size", "pipeline_parallel_size"):
                 settings.pop("lora_target", None)
             words = [] if layout.name else [layout.in_words()]
             todo.append((name, [f"{key}={value}" for key, value in settings.items()] + words))
@@ -136,14 +139,17 @@ def test_bytes_are_those_that_the_collectives_were_given(here, kind, layout):
     workload = Workload(read_model_config(here / model), lora, [[1]], torch.float32, "plain",
                         "cpu", world=WORLD, recompute=["block" if lora else "none"] * 2)
     workload = replace(workload, model=model_without_storage(config, workload))
-    workload = own_workload(layout, config, workload)
+    if layout.size_key == "pipeline_parallel_size":
+        own = stage_workloads(config, workload, WORLD)
+    else:
+        own = [own_workload(layout, config, workload)] * WORLD
     measured, planned = Counter(), Counter()
     for rank in range(WORLD):
         found = json.loads((here / f"runs.found{rank}").read_text())
         sent, steps = found[f"{kind} {layout.in_words()}"]
         measured.update(sent)
         for step in steps:
-            traffic = traffic_of(workload, layout.size, PartOfStep(*step))
+            traffic = traffic_of(own[rank], layout.size, PartOfStep(*step))
             for (name, _), n in layout.sent(traffic).items():
                 planned[name] += n
     assert measured == planned and measured.total() > 0
@@ -153,6 +159,7 @@ def test_bytes_of_a_ring():
     assert ring_bytes({("all_reduce", 4): 100}) == 150
     assert ring_bytes({("reduce_scatter", 4): 100, ("all_gather", 4): 100}) == 150
     assert ring_bytes({("all_reduce", 1): 100, ("all_to_all", 2): 10}) == 5
+    assert ring_bytes({("send", 2): 100}) == 100
 
 
 # ---- the advice ----------------------------------------------------------------------------------
@@ -235,6 +242,18 @@ def test_what_would_help_where_nothing_fits(world, capsys):
     page = dry_run(world, capsys, "card_memory=0.001", "disable_gradient_checkpointing=true",
                    "per_device_train_batch_size=16")
     assert "context parallelism, which this release has not" in page
+
+
+def test_a_pipeline_is_advised_with_its_bubble(world, capsys):
+    """(p - 1) / (m + p - 1) for 2 stages and 3 micro-batches is in the row and in the time."""
+    more = ("gradient_accumulation_steps=3", "card_speed=0.001", "finetuning_type=lora",
+            "cards=2")
+    page = dry_run(world, capsys, "card_memory=1", *more)
+    assert re.search(r"\n  pipeline_parallel_size=2 .* fits, bubble 25%\n", page)
+    seconds = float(re.search(r"computing takes ([\d.e-]+) s", page)[1])
+    own = float(re.search(r"with pipeline_parallel_size=2 it takes ([\d.e-]+) s, the bubble "
+                          r"included: 25% of the step", page)[1])
+    assert own == pytest.approx(seconds / 2 * 4 / 3, rel=0.01)
 
 
 def test_a_slow_link_is_said(world, capsys):
