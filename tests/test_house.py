@@ -130,8 +130,8 @@ def checkout(tmp_path_factory):
 def train_loss(checkout, output) -> tuple[float, set[str]]:
     """(the loss of a plain run of two steps in this checkout, the modules that it imported)."""
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", "train.py", "--config", "configs/tiny_lora_sft.yaml", "max_steps=2",
-         "max_samples=40", f"output_dir={output}"],
+        [sys.executable, "-X", "importtime", "train.py", "--config",
+         "configs/tiny_lora_sft.yaml", "max_steps=2", "max_samples=40", f"output_dir={output}"],
         cwd=checkout, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     loss = json.loads((output / "all_results.json").read_text())["train_loss"]
