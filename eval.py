@@ -322,7 +322,7 @@ def objective_of_side(config: Config, side: Side, model, device, matmul) -> Obje
     """Objective of stages dpo, kto and rm for a model, with its reference or value head."""
     if config.stage == "rm":
         folder = (side.adapters or [side.base])[-1]
-        head = ValueHead(model.config.hidden_size, 0.0, config.seed)
+        head = ValueHead(model.config.hidden_size, 0.0, config.seed, model.config.logit_scale)
         if not read_value_head(folder, head.weights()):
             raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
         return RewardObjective(head.to(device))

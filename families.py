@@ -14,7 +14,7 @@ checkpoints.
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from errors import first_line, nearest_name
@@ -40,6 +40,7 @@ class Switches:
     norm: str = "rms"               # a row of model.NORMS
     norm_place: str = "before"      # "before" attention and MLP, "after" them, or "both"
     qk_norm: str = ""               # "head": RMSNorm over each head of q and k;
+                                    # "head rotated": the same, after the rotation;
                                     # "width": RMSNorm over all heads at once;
                                     # "unit": unit RMS per head, no weight, after the rotation
 
@@ -47,10 +48,13 @@ class Switches:
     rotary_pairs: str = "halves"            # rotated pairs: features i and i + R/2,
                                             # or "neighbors" 2i and 2i + 1
     partial_rotary_factor: float = 1.0      # share of each head's features that are rotated
+    window_rope_theta: float | None = None  # base of the rotation in layers with a window, where
+                                            # no scaling applies; None: rotated as all layers are
     alibi: bool = False                     # no rotation, but a linear bias by distance
                                             # (arXiv:2108.12409)
     attn_temperature: tuple = ()            # queries are scaled by position:
                                             # ("log1p", scale, floor tokens), layers without rope;
+                                            # ("log1p all", scale, floor tokens), all layers;
                                             # ("log", trained tokens), outside of training only
 
     # attention scores, MLP
@@ -58,8 +62,11 @@ class Switches:
     attn_scale: float | None = None         # scores are q.k times this; None: head_dim ** -0.5
     hidden_act: str = "silu"                # a row of model.ACTIVATIONS
 
-    # embedding and head
-    embed_scale: bool = False               # embeddings are multiplied by sqrt(hidden_size)
+    # block, embedding and head
+    parallel_mlp: bool = False              # attention and MLP read one norm, and both are added
+    residual_scale: float = 1.0             # what attention and MLP add is multiplied by this
+    embed_scale: float = 1.0                # embeddings are multiplied by this
+    logit_scale: float = 1.0                # logits are multiplied by this
     normalized_head: bool = False           # rows of the head have length 1
     final_softcap: float | None = None      # logits become cap * tanh(logits / cap)
     tie_word_embeddings: bool = False       # the head is the embedding matrix
@@ -152,12 +159,14 @@ class Family(Switches):
     sparse: Callable = lambda take, layer: False
     rope_theta: Callable = said("rope_theta", 10000.0)
     rope_scaling: Callable = said("rope_scaling")
+    rope_alpha: bool = False                      # "dynamic" with alpha: a fixed, larger base
     tie_word_embeddings: Callable = said("tie_word_embeddings", False)
     hidden_act: Callable = said("hidden_act", "silu")
     halved_ffn: bool = False                      # intermediate_size counts gate and up together
     names: dict = field(default_factory=dict)     # {part of a parameter's name: that in the files}
     prefix: str = ""                              # prefix of every name in the files
     text_field: str = ""                          # field of config.json with the decoder's fields
+    text_types: tuple = ()                        # rows that these may be read by, else this one
     skips: tuple = ()                             # prefixes of tensors outside the decoder
 
 
@@ -184,6 +193,45 @@ def window_of_qwen3_moe(take, layer):
 
 def window_of_gemma2(take, layer):
     return take("sliding_window", 4096, null=True) if layer % 2 == 0 else None
+
+
+def is_sliding(take, layer, period=4):
+    """Whether a layer has a window: by layer_types, or all but every `period`-th.
+
+    sliding_window_pattern is the period, or letters that repeat: L for a window.
+    """
+    if kinds := take("layer_types"):
+        return kinds[layer] == "sliding_attention"
+    pattern = take("sliding_window_pattern") or period
+    if isinstance(pattern, str):
+        return pattern[layer % len(pattern)] == "L"
+    return (layer + 1) % pattern != 0
+
+
+def window_but_every(period):
+    """A window in all layers but every `period`-th, see is_sliding."""
+    def window(take, layer):
+        return take("sliding_window", null=True) if is_sliding(take, layer, period) else None
+    return window
+
+
+def rope_where_window(take, layer):
+    """Layers with a window are rotated; the others are not, unless no layer has one."""
+    return not take("sliding_window", null=True) or is_sliding(take, layer)
+
+
+def window_without_rope(take, layer):
+    """With use_sliding_window: the layers that are not rotated have a window."""
+    slides = take("use_sliding_window") and not rope_unless_listed(take, layer)
+    return take("sliding_window") if slides else None
+
+
+def window_theta(name: str, default=None) -> Callable:
+    """The base of layers with a window: of their own rope_parameters, or of a field."""
+    def read(take):
+        of_kinds = (take("rope_parameters") or {}).get("sliding_attention") or {}
+        return of_kinds.get("rope_theta") or take(name, default)
+    return read
 
 
 def sparse_by_step(take, layer):
@@ -223,6 +271,12 @@ def temperature_by_log(take):
     return temperature if take("use_logn_attn", True) else ()
 
 
+def temperature_by_beta(take):
+    rope = take("rope_parameters") or take("rope_scaling") or {}
+    beta = rope.get("llama_4_scaling_beta")
+    return ("log1p all", beta, rope["original_max_position_embeddings"]) if beta else ()
+
+
 def ntk_by_steps(take):
     length = take("seq_length", needed=True)
     rope = {"rope_type": "ntk_steps", "original_max_position_embeddings": length}
@@ -250,7 +304,7 @@ BIASED = dict(qkv_bias=said("attention_bias", False), o_bias=said("attention_bia
 SPARSE = dict(norm_topk_prob=said("norm_topk_prob", False), sparse=sparse_by_step)
 
 GEMMA = dict(
-    norm="rms+1", embed_scale=True,
+    norm="rms+1", embed_scale=lambda take: take("hidden_size") ** 0.5,
     absent={"tie_word_embeddings": True, "head_dim": 256},
     **BIASED)
 
@@ -276,6 +330,22 @@ LLAMA4 = dict(                                      # the Llama 4 model card; on
            "mlp.gate": "feed_forward.router",
            "gate_up_proj.weight": "gate_up_proj",
            "experts.down_proj.weight": "experts.down_proj"})
+
+NORM_AFTER = dict(                                  # attention and MLP, and before neither
+    norm_place="after",
+    names={"after_attention_norm": "post_attention_layernorm",
+           "after_mlp_norm": "post_feedforward_layernorm"})
+
+OLMO2 = dict(                                       # arXiv:2501.00656
+    **BIASED, **NORM_AFTER, norm="rms wide", qk_norm="width")
+
+GEMMA_NORMS = {"after_attention_norm": "post_attention_layernorm",
+               "after_mlp_norm": "post_feedforward_layernorm",
+               "post_attention_layernorm": "pre_feedforward_layernorm"}
+
+IMAGES = dict(                                      # the decoder of a model that reads images
+    text_field="text_config", prefix="language_model.",
+    skips=("vision_tower.", "multi_modal_projector."))
 
 FAMILIES = {
     "llama": Family(                                # arXiv:2302.13971; 1 to 3.3, Yi, R1 distills
@@ -317,9 +387,22 @@ FAMILIES = {
         attn_softcap=unless_null("attn_logit_softcapping", 50.0),
         final_softcap=unless_null("final_logit_softcapping", 30.0),
         windows=window_of_gemma2,
-        names={"after_attention_norm": "post_attention_layernorm",
-               "after_mlp_norm": "post_feedforward_layernorm",
-               "post_attention_layernorm": "pre_feedforward_layernorm"}),
+        names=GEMMA_NORMS),
+    "gemma3_text": Family(                          # arXiv:2503.19786; 270M and 1B
+        norm="rms+1", norm_place="both", qk_norm="head", **BIASED,
+        embed_scale=lambda take: take("hidden_size", needed=True) ** 0.5,
+        hidden_act=said("hidden_activation", "gelu_pytorch_tanh"),
+        attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
+        attn_softcap=said("attn_logit_softcapping"),
+        final_softcap=said("final_logit_softcapping"),
+        windows=window_but_every(6), window_rope_theta=window_theta("rope_local_base_freq"),
+        absent={"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+                "vocab_size": 262208, "max_position_embeddings": 131072,
+                "sliding_window": 4096, "tie_word_embeddings": True,
+                "rope_theta": 1e6, "rope_local_base_freq": 10000.0},
+        names=GEMMA_NORMS),
+    "gemma3": Family(**IMAGES, text_types=("gemma3_text",)),        # 4B, 12B and 27B
     "glm": Family(**GLM),                           # GLM-4, arXiv:2406.12793
     "glm4": Family(                                 # GLM-4-0414, GLM-Z1
         **GLM, norm_place="both",
@@ -353,11 +436,10 @@ FAMILIES = {
         # Baichuan 1 has 64,000 tokens and a plain head
         normalized_head=lambda take: take("vocab_size") != 64000),
     "olmo": Family(**BIASED, norm="layer", clip_qkv=said("clip_qkv")),      # arXiv:2402.00838
-    "olmo2": Family(                                # arXiv:2501.00656
-        **BIASED, norm="rms wide", norm_place="after", qk_norm="width",
-        absent={"rms_norm_eps": 1e-5},
-        names={"after_attention_norm": "post_attention_layernorm",
-               "after_mlp_norm": "post_feedforward_layernorm"}),
+    "olmo2": Family(**OLMO2, absent={"rms_norm_eps": 1e-5}),
+    "olmo3": Family(                                # arXiv:2512.13961
+        **OLMO2, windows=window_but_every(4), window_rope_theta=window_theta("rope_theta"),
+        absent={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "sliding_window": 4096}),
     "phi3": Family(                                 # arXiv:2404.14219; Phi-4, Phi-4-mini
         fused_qkv="blocks", fused_gate_up=True,
         partial_rotary_factor=said("partial_rotary_factor", 1.0),
@@ -369,6 +451,49 @@ FAMILIES = {
                "self_attn": "attention", "qkv_proj": "wqkv", "o_proj": "wo",
                "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2",
                "input_layernorm": "attention_norm", "post_attention_layernorm": "ffn_norm"}),
+    "internlm3": Family(                            # its vendor's modeling_internlm3.py
+        qkv_bias=said("qkv_bias", False), o_bias=said("bias", False), mlp_bias=said("bias", False)),
+    "smollm3": Family(                              # SmolLM3-3B, every fourth layer without rope
+        **BIASED, mlp_bias=said("mlp_bias", False),
+        use_rope=rope_unless_listed, windows=window_without_rope,
+        absent={"tie_word_embeddings": True, "rope_theta": 2e6}),
+    "seed_oss": Family(                             # Seed-OSS-36B
+        qkv_bias=said("attention_bias", True), o_bias=said("attention_out_bias", False),
+        mlp_bias=said("mlp_bias", False), absent={"head_dim": 128}),
+    "ernie4_5": Family(                             # the ERNIE 4.5 technical report; dense models
+        rotary_pairs="neighbors",
+        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), said("use_bias", False)),
+        absent={"tie_word_embeddings": True, "rope_theta": 500000.0, "head_dim": 128,
+                "rms_norm_eps": 1e-5}),
+    "exaone4": Family(                              # arXiv:2507.11407
+        **NORM_AFTER, norm="rms wide", qk_norm="head",
+        windows=window_but_every(4), use_rope=rope_where_window,
+        absent={"rms_norm_eps": 1e-5, "sliding_window": 4096}),
+    "granite": Family(                              # Granite 3
+        **BIASED, mlp_bias=said("mlp_bias", False),
+        embed_scale=said("embedding_multiplier", 1.0),
+        attn_scale=said("attention_multiplier", 1.0),
+        residual_scale=said("residual_multiplier", 1.0),
+        logit_scale=lambda take: 1 / take("logits_scaling", 1.0)),
+    "hunyuan_v1_dense": Family(                     # the Hunyuan models of 0.5B to 7B
+        **BIASED, qk_norm=lambda take: "head rotated" if take("use_qk_norm", True) else "",
+        rope_alpha=True, fixed={"use_cla": False, "norm_type": "rms", "mlp_bias": False},
+        absent={"rms_norm_eps": 1e-5},
+        names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"}),
+    "cohere2": Family(                              # Command R7B and A, arXiv:2504.00698
+        **BIASED, norm="layer weight", parallel_mlp=True, rotary_pairs="neighbors",
+        windows=window_but_every(4), use_rope=rope_where_window,
+        logit_scale=said("logit_scale", 0.0625),
+        fixed={"use_parallel_block": True, "use_gated_activation": True, "rotary_pct": 1.0,
+               "position_embedding_type": "rope_gptj", "layer_switch": 4,
+               "order_of_interleaved_layers": "local_attn_first"},
+        called={"rms_norm_eps": "layer_norm_eps"},
+        absent={"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "sliding_window": 4096}),
+    "ministral3": Family(                           # Ministral 3, of 2512
+        windows=window_everywhere, attn_temperature=temperature_by_beta,
+        absent={"rms_norm_eps": 1e-5}),
+    "mistral3": Family(                             # Mistral Small 3.1 and later, Ministral 3
+        **IMAGES, text_types=("mistral", "ministral3")),
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
         **LLAMA4, prefix="language_model.", text_field="text_config",
@@ -381,6 +506,8 @@ ROPE_FIELDS = {      # rope_type: (required fields, optional fields)
     "default": ((), ()),
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "ntk_alpha": (("alpha",), ("factor", "original_max_position_embeddings", "beta_fast",
+                               "beta_slow", "mscale", "mscale_all_dim")),
     "yarn": (("factor",), ("original_max_position_embeddings", "attention_factor", "beta_fast",
                            "beta_slow", "mscale", "mscale_all_dim", "truncate", "finetuned")),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"),
@@ -412,7 +539,9 @@ BOUNDS = {
     "pad_token_id": (-2**31, 2**31),
     **dict.fromkeys(("rms_norm_eps", "initializer_range", "router_aux_loss_coef"), (0.0, 1e6)),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1e-3, 1.0)),
-    "rope_theta": (1.5, 1e30),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1.5, 1e30)),
+    **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier",
+                     "logits_scaling", "logit_scale"), POSITIVE),
     **dict.fromkeys(("rope_ratio", "query_pre_attn_scalar", "attn_logit_softcapping", "floor_scale",
                      "final_logit_softcapping", "clip_qkv"), POSITIVE),
     "attn_scale": (0.0, 1e30),
@@ -420,7 +549,8 @@ BOUNDS = {
 FLAGS = frozenset("""
     tie_word_embeddings norm_topk_prob attention_bias mlp_bias bias add_bias_linear add_qkv_bias
     qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
-    use_dynamic_ntk output_router_logits
+    use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
+    use_gated_activation
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
 TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
@@ -431,8 +561,9 @@ ROPE_BOUNDS = {     # of rope_scaling and rope_parameters
     "rope_theta": BOUNDS["rope_theta"],
     "partial_rotary_factor": BOUNDS["partial_rotary_factor"],
     "original_max_position_embeddings": (2, 2**31),
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
-                    (1e-3, 1e6)),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+                     "alpha"), (1e-3, 1e6)),
+    "llama_4_scaling_beta": (0.0, 1e6),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), (0.0, 1e6)),
 }
 ROPE_LISTS = {"short_factor": (1e-6, 1e9), "long_factor": (1e-6, 1e9)}
@@ -451,10 +582,11 @@ HARMLESS = frozenset("""
     use_flash_attn fp32_residual_connection original_rope onnx_safe bf16 fp16 fp32
     use_cache_kernel use_cache_quantization output_router_logits router_aux_loss_coef
     for_llm_compressor sliding_window_size is_llama_config transformers.js_config
+    use_embedding_sharing eod_token_id org_vocab_size cla_share_factor
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
-    router_jitter_noise
+    router_jitter_noise residual_dropout
 """.split())
 # {method of quantization_config: its fields}: those that checkpoint/ acts on, and those that say
 # how the checkpoint was made or which kernels another program should use
@@ -585,7 +717,7 @@ class FieldReader:
         for n in names:
             if self.raw.get(n) is not None or (null and n in self.raw):
                 return self.raw[n]
-        if needed:
+        if needed and name not in self.family.absent:
             raise ValueError(f"{self.where}: the field {names[0]!r} is missing; a {self.kind} "
                              "checkpoint states it")
         return self.family.absent.get(name, default)
@@ -603,7 +735,7 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
         if not isinstance(raw.get(family.text_field), dict):
             raise ValueError(f"{where}: {family.text_field} is missing; a {kind} checkpoint has "
                              "the decoder's fields there")
-        raw = raw[family.text_field]
+        family, raw = text_part(family, raw, where)
         notes.append(f"only the language part of this {kind} checkpoint is used, not the part that "
                      "reads images")
     raw = {key: value for key, value in raw.items() if not key.startswith("_")}
@@ -623,6 +755,22 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
                          "and is not supported. If it has no effect, take it out of config.json.")
     check_sizes(config, where)
     return config
+
+
+def text_part(family: Family, raw: dict, where: str) -> tuple[Family, dict]:
+    """The row and the fields of the decoder in a model that also reads images."""
+    fields = dict(raw[family.text_field])
+    if "tie_word_embeddings" in raw:
+        fields.setdefault("tie_word_embeddings", raw["tie_word_embeddings"])
+    if not family.text_types:
+        return family, fields
+    kind = fields.get("model_type", family.text_types[0])
+    if kind not in family.text_types:
+        raise ValueError(f"{where}: {family.text_field}: model_type {shown(kind)} is not "
+                         f"supported; supported are {', '.join(family.text_types)}")
+    own = FAMILIES[kind]
+    return replace(own, prefix=family.prefix, names=own.names | family.names,
+                   skips=family.skips), fields
 
 
 def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig:
@@ -700,25 +848,34 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
     flags = take("no_rope_layers")
     if flags and len(flags) != layers:
         raise ValueError(f"{where}: no_rope_layers has {len(flags)} entries for {layers} layers")
-    rules = {}
-    for name in ("windows", "chunks", "use_rope", "sparse"):
-        rule = getattr(family, name)
-        rules[name] = tuple(rule(take, layer) for layer in range(layers))
     types = take("layer_types")
-    if not types:
-        return rules
-
-    window = take("sliding_window") if take("use_sliding_window", True) else None
+    window = take("sliding_window", null=True) if take("use_sliding_window", True) else None
     sizes = {                       # layer type: (window, chunk)
         "full_attention": (None, None),
         "chunked_attention": (None, take("attention_chunk_size")),
         "sliding_attention": (window, None)}
-    if unknown := [kind for kind in types if kind not in sizes]:
+    if unknown := [kind for kind in types or () if kind not in sizes]:
         raise ValueError(f"{where}: layer_types holds {unknown[0]!r}; known are {', '.join(sizes)}")
-    if len(types) != layers:
+    if types and len(types) != layers:
         raise ValueError(f"{where}: layer_types has {len(types)} entries for {layers} layers")
-    windows, chunks = zip(*(sizes[kind] for kind in types))
-    return rules | {"windows": windows, "chunks": chunks}
+    check_pattern(take("sliding_window_pattern"), where)
+
+    rules = {}
+    for name in ("windows", "chunks", "use_rope", "sparse"):
+        rule = getattr(family, name)
+        rules[name] = tuple(rule(take, layer) for layer in range(layers))
+    if types:
+        rules["windows"], rules["chunks"] = zip(*(sizes[kind] for kind in types))
+    return rules
+
+
+def check_pattern(pattern, where: str):
+    """Raise ValueError for a sliding_window_pattern that is neither a period nor letters."""
+    is_period = type(pattern) is int and 0 <= pattern < 2**31   # 0: of a model without windows
+    is_letters = type(pattern) is str and re.fullmatch("[LG]{1,2000}", pattern)
+    if pattern is not None and not is_period and not is_letters:
+        raise ValueError(f"{where}: sliding_window_pattern: {shown(pattern)} is neither a number "
+                         "of layers nor letters such as LLLG")
 
 
 def read_rope(family: Family, take: Callable, positions: int,
@@ -729,7 +886,7 @@ def read_rope(family: Family, take: Callable, positions: int,
     rope_theta outside of it counts, as in transformers 5.
     """
     stored = {"rope_scaling": family.rope_scaling(take),
-              "rope_parameters": take("rope_parameters")}
+              "rope_parameters": of_full_layers(family, take("rope_parameters"), where)}
     for key, settings in stored.items():
         check_rope_types(settings or {}, key, where)
     theta = family.rope_theta(take)
@@ -748,6 +905,25 @@ def read_rope(family: Family, take: Callable, positions: int,
     elif rope.get("original_max_position_embeddings") is None:
         rope["original_max_position_embeddings"] = positions
     return float(theta), {"rope_type": kind, **rope}, notes + more_notes
+
+
+def of_full_layers(family: Family, rope: dict | None, where: str) -> dict | None:
+    """rope_parameters; of those for each kind of layer, the ones of layers without a window.
+
+    Raises ValueError for settings of layers with a window that are more than another base.
+    """
+    kinds = ("full_attention", "sliding_attention")
+    if not rope or not rope.keys() <= set(kinds) or family.window_rope_theta is None:
+        return rope
+    full, sliding = (rope.get(kind) or {} for kind in kinds)
+    if type(full) is not dict or type(sliding) is not dict:
+        raise ValueError(f"{where}: rope_parameters: the settings of a kind of layer are no object")
+    check_rope_types(sliding, "rope_parameters: sliding_attention", where)
+    if sliding.keys() - {"rope_theta", "rope_type"} or sliding.get("rope_type", "default") != (
+            "default"):
+        raise ValueError(f"{where}: rope_parameters: sliding_attention: only another rope_theta is "
+                         f"supported, not {fields_in_words(sliding)}")
+    return full
 
 
 def check_two_sources(stored: dict, theta: float, where: str) -> list[str]:
@@ -778,6 +954,8 @@ def rope_kind(family: Family, rope: dict, where: str) -> tuple[str, dict, list[s
         notes.append(f"the rotation has type {older!r} and rope_type {kind!r}: rope_type is used, "
                      "as in transformers")
     kind = ROPE_ALIASES.get(kind, kind)
+    if kind == "dynamic" and family.rope_alpha and rope.get("alpha"):
+        kind = "ntk_alpha"
     if kind not in ROPE_FIELDS:
         raise ValueError(f"{where}: rope type {kind!r} is not supported; supported are "
                          f"{', '.join(ROPE_FIELDS)}")
@@ -785,6 +963,8 @@ def rope_kind(family: Family, rope: dict, where: str) -> tuple[str, dict, list[s
     needed, optional = ROPE_FIELDS[kind]
     if rope.get("partial_rotary_factor") == 1.0 or callable(family.partial_rotary_factor):
         optional += ("partial_rotary_factor",)
+    if family.attn_temperature is temperature_by_beta:
+        optional += ("llama_4_scaling_beta", "max_position_embeddings")
     if missing := [name for name in needed if rope.get(name) is None]:
         raise ValueError(f"{where}: rope type {kind!r} lacks {', '.join(missing)}")
     extra = {name: value for name, value in rope.items()

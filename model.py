@@ -32,7 +32,8 @@ from torch import nn
 
 from attention import PackedLayout, attend
 from families import ModelConfig
-from rope import alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate
+from rope import (alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate,
+                  window_rope_table)
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -47,6 +48,7 @@ ACTIVATIONS = {
 class ForwardContext:
     """What is the same for all layers of a forward pass."""
     rope: tuple | None                      # cos and sin, (B, 1, T, R)
+    window_rope: tuple | None               # of layers with a window, where they have their own
     slopes: torch.Tensor | None             # ALiBi, (H,)
     temperature: torch.Tensor | None        # factor of queries, (B, 1, T, 1)
     layout: PackedLayout | None                   # sequence boundaries in a packed row
@@ -95,9 +97,24 @@ class LayerNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.size = size
+        self.eps = 1e-5
 
     def forward(self, x):
-        return F.layer_norm(x.float(), (self.size,), eps=1e-5).to(x.dtype)
+        return F.layer_norm(x.float(), (self.size,), eps=self.eps).to(x.dtype)
+
+
+class WeightedLayerNorm(LayerNorm):
+    """(x - mean) / std * weight (arXiv:1607.06450), multiplied in float32."""
+
+    wide = True
+
+    def __init__(self, size: int, eps: float):
+        super().__init__(size, eps)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), (self.size,), self.weight.float(), eps=self.eps).to(x.dtype)
 
 
 NORMS = {
@@ -105,6 +122,7 @@ NORMS = {
     "rms wide": partial(RMSNorm, wide=True),
     "rms+1": partial(RMSNorm, offset=1.0, wide=True),
     "layer": LayerNorm,
+    "layer weight": WeightedLayerNorm,
 }
 
 
@@ -128,7 +146,7 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
             self.v_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * Dh, D, bias=config.o_bias)
-        if config.qk_norm == "head":
+        if config.qk_norm.startswith("head"):
             self.q_norm = NORMS[config.norm](Dh, config.rms_norm_eps)
             self.k_norm = NORMS[config.norm](Dh, config.rms_norm_eps)
         elif config.qk_norm == "width":                             # all heads together
@@ -164,6 +182,9 @@ class Attention(nn.Module):
             if config.qk_norm == "unit":
                 q = normalize_rms(q.float(), config.rms_norm_eps).to(q.dtype)
                 k = normalize_rms(k.float(), config.rms_norm_eps).to(k.dtype)
+        if config.qk_norm == "head rotated":
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         unrotated_only = config.attn_temperature and config.attn_temperature[0] == "log1p"
         if ctx.temperature is not None and not (self.use_rope and unrotated_only):
             q = (q * ctx.temperature).to(q.dtype)
@@ -197,7 +218,12 @@ class Attention(nn.Module):
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def rotate(self, x, ctx: ForwardContext):
-        return rotate(x, *ctx.rope, self.config.rotary_pairs)
+        return rotate(x, *self.rope_of(ctx), self.config.rotary_pairs)
+
+    def rope_of(self, ctx: ForwardContext):
+        """cos and sin of this layer."""
+        has_own = ctx.window_rope is not None and self.config.windows[self.layer]
+        return ctx.window_rope if has_own else ctx.rope
 
 
 # ---- MLP and block ------------------------------------------------------------------------------
@@ -242,10 +268,13 @@ class Block(nn.Module):
                 return nn.Identity()
             return NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
 
+        self.config = config
         self.input_layernorm = norm("before")
         self.self_attn = Attention(config, layer)
         self.after_attention_norm = norm("after")
         self.post_attention_layernorm = norm("before")      # Llama's name: it is before the MLP
+        if config.parallel_mlp:
+            self.post_attention_layernorm = nn.Identity()
         if config.sparse[layer]:
             self.mlp = MoE(config)
         else:
@@ -254,14 +283,28 @@ class Block(nn.Module):
 
     def forward(self, x, ctx: ForwardContext):
         """(B, T, D) -> (B, T, D)."""
-        x = self.add_attention(x, ctx)
-        return self.add_mlp(x, ctx)
+        h = self.attention_branch(x, ctx)
+        if self.config.parallel_mlp:
+            return self.add_mlp(x, ctx) + h
+        return self.add_mlp(x + h, ctx)
 
-    def add_attention(self, x, ctx: ForwardContext):
-        return x + self.after_attention_norm(self.self_attn(self.input_layernorm(x), ctx))
+    def attention_branch(self, x, ctx: ForwardContext):
+        """What attention adds to x."""
+        return self.scaled(self.after_attention_norm(self.self_attn(self.input_layernorm(x), ctx)))
 
     def add_mlp(self, x, ctx: ForwardContext):
-        return x + self.after_mlp_norm(self.mlp(self.post_attention_layernorm(x), ctx))
+        h = self.mlp(self.mlp_norm(x), ctx)
+        return x + self.scaled(self.after_mlp_norm(h))
+
+    @property
+    def mlp_norm(self):
+        """The norm in front of the MLP."""
+        one_norm = self.config.parallel_mlp
+        return self.input_layernorm if one_norm else self.post_attention_layernorm
+
+    def scaled(self, branch):
+        scale = self.config.residual_scale
+        return branch if scale == 1 else branch * scale
 
 
 # ---- mixture of experts -------------------------------------------------------------------------
@@ -447,7 +490,7 @@ class CausalLM(nn.Module):
 
     def forward(self, input_ids, position_ids=None, layout: PackedLayout | None = None,
                 cache: "KVCache | None" = None, routers: list | None = None):
-        """Hidden states after the final norm, (B, T, D).
+        """Hidden states after the final norm, as the head reads them, (B, T, D).
 
         input_ids, position_ids: (B, T) int64; without positions, they continue the cache or start
         at 0. layout: sequence boundaries in a row that holds several (B is 1 then). routers: a list
@@ -461,14 +504,19 @@ class CausalLM(nn.Module):
         ctx = self.context(position_ids, x, layout, cache, routers)
         for block in self.model.layers:
             x = block(x, ctx)
-        return self.model.norm(x)
+        return self.for_head(self.model.norm(x))
+
+    def for_head(self, x):
+        """Normalized hidden states, times the factor of the logits."""
+        scale = self.config.logit_scale
+        return x if scale == 1 else x * scale
 
     def embed(self, input_ids):
         """(B, T) -> (B, T, D)."""
         embedding = self.model.embed_tokens
         x = embedding(input_ids)
-        if self.config.embed_scale:     # rounded to the weights' dtype, as such models were trained
-            scale = torch.tensor(self.config.hidden_size ** 0.5, dtype=embedding.weight.dtype)
+        if self.config.embed_scale != 1:    # rounded to the weights' dtype, as in training
+            scale = torch.tensor(self.config.embed_scale, dtype=embedding.weight.dtype)
             x = x * scale.item()
         return x
 
@@ -478,13 +526,15 @@ class CausalLM(nn.Module):
         length = length_for_rope(config, position_ids, cache, self.training)
         if cache is not None and not cache.length:
             cache.first_length = length
-        rope, slopes = None, None
+        rope, window_rope, slopes = None, None, None
         if config.alibi:
             slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=x.device)
         else:
             rope = rope_table(config, position_ids, x.dtype, length)
+            window_rope = window_rope_table(config, position_ids, x.dtype)
         return ForwardContext(
             rope=rope,
+            window_rope=window_rope,
             slopes=slopes,
             temperature=attn_temperature(config, position_ids, self.training),
             layout=layout,

@@ -7,6 +7,7 @@ LongRoPE arXiv:2402.13753, ALiBi arXiv:2108.12409, Qwen arXiv:2309.16609 (sec. 2
 softmax arXiv:2501.19399.
 """
 import math
+from dataclasses import replace
 
 import torch
 
@@ -22,9 +23,9 @@ def rope_frequencies(config: ModelConfig, length: int, device=None) -> tuple[tor
     """inv_freq, radians per token of each feature pair, (R/2,) float32; a factor for cos and sin.
 
     length: the longest sequence of this forward pass in tokens, for the kinds of LENGTH_DEPENDENT.
-    Kinds: default, linear (arXiv:2306.15595), dynamic (NTK, by changing the base), yarn
-    (arXiv:2309.00071), llama3 (the Llama 3.1 model card), longrope (arXiv:2402.13753), ntk_steps
-    (arXiv:2309.16609, sec. 2.4).
+    Kinds: default, linear (arXiv:2306.15595), dynamic (NTK, by changing the base), ntk_alpha (the
+    same for every length), yarn (arXiv:2309.00071), llama3 (the Llama 3.1 model card), longrope
+    (arXiv:2402.13753), ntk_steps (arXiv:2309.16609, sec. 2.4).
     """
     rope = config.rope
     kind = rope["rope_type"]
@@ -36,6 +37,8 @@ def rope_frequencies(config: ModelConfig, length: int, device=None) -> tuple[tor
         trained = config.max_position_embeddings
         stretch = factor * max(length, trained) / trained - (factor - 1)
         base *= stretch ** (dim / (dim - 2))
+    elif kind == "ntk_alpha":
+        base *= rope["alpha"] ** (dim / (dim - 2))
     elif kind == "ntk_steps" and length > trained:
         stretch = 2 ** math.ceil(math.log2(length / trained) + 1) - 1
         base *= stretch ** (dim / (dim - 2))
@@ -135,6 +138,14 @@ def rope_table(config: ModelConfig, position_ids, dtype: torch.dtype, length: in
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def window_rope_table(config: ModelConfig, position_ids, dtype: torch.dtype):
+    """rope_table of the layers with a window, or None where they are rotated as all layers are."""
+    if config.window_rope_theta is None or not any(config.windows):
+        return None
+    plain = replace(config, rope={"rope_type": "default"}, rope_theta=config.window_rope_theta)
+    return rope_table(plain, position_ids, dtype)
+
+
 def rotate(x, cos, sin, pairs: str = "halves"):
     """Rotate feature pairs of x (B, H, T, Dh) by their angles (arXiv:2104.09864, eq. 34).
 
@@ -170,7 +181,9 @@ def attn_temperature(config: ModelConfig, position_ids, training: bool):
     if not config.attn_temperature or (training and config.attn_temperature[0] == "log"):
         return None
     kind, *numbers = config.attn_temperature
-    position = position_ids[:, None, :, None].float() + 1
+    position = position_ids[:, None, :, None].float()
+    if kind != "log1p all":                                     # it counts from 0
+        position = position + 1
     if kind == "log":                                           # arXiv:2309.16609, sec. 2.4
         return (position.log() / math.log(numbers[0])).clamp(min=1)
     scale, floor = numbers                                      # arXiv:2501.19399

@@ -169,7 +169,7 @@ def reward_service(config: Config, base: Path, adapters: list[Path], text: Text,
     """A service that scores texts by a model of stage rm."""
     folder = (adapters or [base])[-1]
     model = load_with_adapters(base, adapters, dtype, device, quant_format=requested_format(config))
-    head = stored_head(folder, model.config.hidden_size).to(device)
+    head = stored_head(folder, model.config).to(device)
     set_attention_kernel(config, model, device)
     say("scores    texts at /v1/score/evaluation; a reward model answers no conversation")
     return Service(engine=None, model=model, text=text, settings=settings_of(config),

@@ -55,7 +55,7 @@ def compile_steps(model: nn.Module):
         if isinstance(module, RMSNorm):
             module.forward = partial(norm_forward, compiled_norm, module)
         elif isinstance(module, Attention):
-            module.rotate = partial(rotate_heads, compiled_rotate, module.config.rotary_pairs)
+            module.rotate = partial(rotate_heads, compiled_rotate, module)
         elif isinstance(module, MLP):
             module.gated = partial(gated_rows, compiled_gated, module.act)
 
@@ -78,9 +78,9 @@ def norm_forward(compiled: Callable, norm: RMSNorm, x):
     return compiled(rows, norm.weight, norm.eps, norm.offset, norm.wide).view(x.shape)
 
 
-def rotate_heads(compiled: Callable, pairs: str, x, ctx):
+def rotate_heads(compiled: Callable, attention: Attention, x, ctx):
     """Attention.rotate."""
-    return compiled(x, *ctx.rope, pairs)
+    return compiled(x, *attention.rope_of(ctx), attention.config.rotary_pairs)
 
 
 def gated_rows(compiled: Callable, act: Callable, gate, up):

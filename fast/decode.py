@@ -265,6 +265,8 @@ def uncapturable(model: CausalLM) -> str:
         return "sliding windows or chunks"
     if config.alibi:
         return "ALiBi"
+    if config.parallel_mlp:
+        return "attention and MLP read one norm"
     if any(config.sparse):
         return "the router decides which experts run"
     return ""

@@ -60,14 +60,14 @@ def unfuse(block: Block):
     """Restore the forward of model.py."""
     for module in block.modules():
         if isinstance(module, (Block, MLP)):
-            for name in ("forward", "add_attention", "add_mlp"):
+            for name in ("forward", "attention_branch", "add_mlp"):
                 module.__dict__.pop(name, None)
 
 
 def fuse(block: Block, matmul: Callable, level: str):
     """Replace both halves of a block, and the forward of the MLPs of its experts."""
     recompute = level == "mlp"
-    block.add_attention = partial(fused_attention, block, matmul)
+    block.attention_branch = partial(fused_attention, block, matmul)
     block.add_mlp = partial(fused_mlp, block, matmul, recompute)
     if isinstance(block.mlp, MoE):
         for module in block.mlp.modules():
@@ -76,19 +76,19 @@ def fuse(block: Block, matmul: Callable, level: str):
 
 
 def fused_attention(block: Block, matmul: Callable, x, ctx: ForwardContext):
-    """Block.add_attention; the norms, in front of linear layers, are inside their functions."""
+    """Block.attention_branch; norms in front of linear layers are inside their functions."""
     h = attention_forward(block.self_attn, matmul, block.input_layernorm, x, ctx)
-    return x + block.after_attention_norm(h)
+    return block.scaled(block.after_attention_norm(h))
 
 
 def fused_mlp(block: Block, matmul: Callable, recompute: bool, x, ctx: ForwardContext):
     """Block.add_mlp."""
-    norm = block.post_attention_layernorm
+    norm = block.mlp_norm
     if isinstance(block.mlp, MoE):
         h = block.mlp(norm(x), ctx)
     else:
         h = mlp_forward(block.mlp, matmul, recompute, norm, x)
-    return x + block.after_mlp_norm(h)
+    return x + block.scaled(block.after_mlp_norm(h))
 
 
 def attention_forward(attn: Attention, matmul: Callable, norm: nn.Module, x, ctx: ForwardContext):

@@ -30,10 +30,10 @@ def hidden_of_token(model: CausalLM, ids, position_ids, cache: KVCache,
     h = None                                                    # not yet added to x
     for block in model.model.layers:
         x, normed = sum_and_norm(block.input_layernorm, x, h, add_norm)
-        h = block.after_attention_norm(block.self_attn(normed, ctx))
+        h = block.scaled(block.after_attention_norm(block.self_attn(normed, ctx)))
         x, normed = sum_and_norm(block.post_attention_layernorm, x, h, add_norm)
-        h = block.after_mlp_norm(block.mlp(normed, ctx))
-    return sum_and_norm(model.model.norm, x, h, add_norm)[1]
+        h = block.scaled(block.after_mlp_norm(block.mlp(normed, ctx)))
+    return model.for_head(sum_and_norm(model.model.norm, x, h, add_norm)[1])
 
 
 def sum_and_norm(norm: nn.Module, x, h, add_norm: Callable | None):

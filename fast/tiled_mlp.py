@@ -38,7 +38,7 @@ def tiled_add_mlp(block: Block, add_mlp: Callable, tile: int, x, ctx: ForwardCon
         return add_mlp(x, ctx)
     if not torch.is_grad_enabled():
         return in_tiles(partial(add_mlp, ctx=ctx), x, tile)
-    parts = (block.post_attention_layernorm, block.mlp, block.after_mlp_norm)
+    parts = (block.mlp_norm, block.mlp, block.after_mlp_norm)
     trained = [p for part in parts for p in part.parameters() if p.requires_grad]
     surroundings = Surroundings(x.device, parts)
     return TiledMLP.apply(partial(add_mlp, ctx=ctx), tile, surroundings, x, *trained)

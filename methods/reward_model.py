@@ -28,11 +28,13 @@ class ValueHead(nn.Module):
     """Score a text by the hidden state (..., D) of its last token -> (...,).
 
     dropout: of the hidden state in training; TRL's is 0.1 where config.json has no
-    summary_dropout_prob.
+    summary_dropout_prob. logit_scale: a factor that the decoder's head expects in the hidden state
+    and that a value head does not.
     """
 
-    def __init__(self, hidden_size: int, dropout: float, seed: int):
+    def __init__(self, hidden_size: int, dropout: float, seed: int, logit_scale: float = 1.0):
         super().__init__()
+        self.logit_scale = logit_scale
         self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
         self.dropout = dropout
         bound = 1 / math.sqrt(hidden_size)
@@ -41,7 +43,7 @@ class ValueHead(nn.Module):
             p.data.uniform_(-bound, bound, generator=generator)
 
     def forward(self, hidden, training: bool = False):
-        hidden = F.dropout(hidden, self.dropout, training).float()
+        hidden = F.dropout(hidden, self.dropout, training).float() / self.logit_scale
         # a sum of products, not F.linear, which autocast would compute in 16 bits
         return (hidden * self.summary.weight[0]).sum(-1) + self.summary.bias
 

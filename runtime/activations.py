@@ -135,7 +135,9 @@ def rope_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:
     """For each token: cos and sin of the rotary embedding."""
     if model_config.alibi:
         return 0
-    return 2 * int(model_config.head_dim * model_config.partial_rotary_factor) * batch.stream
+    features = int(model_config.head_dim * model_config.partial_rotary_factor)
+    tables = 1 if model_config.window_rope_theta is None else 2
+    return 2 * tables * features * batch.stream
 
 
 def block_gradient_bytes(model: CausalLM, batch: MicroBatch, first: int) -> list[int]:
@@ -218,7 +220,7 @@ def block_bytes(block: Block, layer: int, model_config: ModelConfig, batch: Micr
     if not batch.fast:
         norms += norm_bytes(block.input_layernorm, hidden, batch.stream)
     if not batch.fast or sparse:
-        norms += norm_bytes(block.post_attention_layernorm, hidden, batch.stream)
+        norms += norm_bytes(block.mlp_norm, hidden, batch.stream)
     if sparse:
         mlp = moe_bytes(block.mlp, model_config, batch)
     elif level == "mlp":

@@ -96,7 +96,8 @@ def reward_objective(config, base, setup, ranks, resume) -> Objective:
 def value_head(config, base, setup, resume):
     """The value head of the checkpoint, else of the last adapter or the base, else a new one."""
     dropout = read_config_json(base.folder).get("summary_dropout_prob", 0.1)    # 0.1: TRL's
-    head = reward_model.ValueHead(base.model_config.hidden_size, dropout, config.seed)
+    head = reward_model.ValueHead(base.model_config.hidden_size, dropout, config.seed,
+                                  base.model_config.logit_scale)
     folder = resume or (base.adapters[-1] if base.adapters else base.folder)
     found = read_value_head(folder, head.weights())
     if resume and not found:

@@ -133,7 +133,7 @@ def mlp_peak_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -
     per_token += gradients * width * batch.compute
     per_token += norm_bytes(block.after_mlp_norm, hidden, batch.compute)
     if not batch.fast:
-        per_token += norm_bytes(block.post_attention_layernorm, hidden, batch.stream)
+        per_token += norm_bytes(block.mlp_norm, hidden, batch.stream)
     if not batch.tile:
         return batch.tokens * per_token + stream                    # the output's gradient
     per_token += 3 * hidden * batch.stream                          # x, output and gradient of both
@@ -148,7 +148,7 @@ def summed_gradient_bytes(block: Block) -> int:
 
 
 def mlp_half(block: Block) -> tuple:
-    return block.post_attention_layernorm, block.mlp, block.after_mlp_norm
+    return block.mlp_norm, block.mlp, block.after_mlp_norm
 
 
 def attention_gradient_bytes(layer: int, model_config: ModelConfig, batch: MicroBatch) -> int:

@@ -49,7 +49,7 @@ def build_reward_model(config, base, setup, tokenizer):
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"reward_model: {folder} is an adapter; set reward_model_type: lora, or "
                          "name its base and put it into reward_model_adapters")
-    head = stored_head((adapters or [folder])[-1], read_model_config(folder).hidden_size)
+    head = stored_head((adapters or [folder])[-1], read_model_config(folder))
     check_vocabulary(folder, base)
     model = load_with_adapters(folder, adapters, half_dtype(config), setup.device,
                                quant_format=reward_format(config))
@@ -74,7 +74,7 @@ def reward_adapter(config, base, setup, folder: Path):
         print(f"note: the adapter of reward_model was trained on {trained_beside}, and this run "
               f"starts from {base.name}. If these are other weights, its scores mean nothing: "
               "merge it (python merge.py) and set reward_model_type: full")
-    head = stored_head(folder, base.model_config.hidden_size)
+    head = stored_head(folder, base.model_config)
     layers, in_full = layers_of_adapter(base.folder, folder, setup.device,
                                         requested_format(config))
     if in_full:
@@ -85,14 +85,15 @@ def reward_adapter(config, base, setup, folder: Path):
     return RewardAdapter(layers, head.to(setup.device))
 
 
-def stored_head(folder: Path, hidden_size: int):
+def stored_head(folder: Path, model_config):
     """The value head of a folder that stage rm has written.
 
     Raises FileNotFoundError if it has none, ValueError for the head of stage ppo.
     """
     from methods.reward_model import ValueHead          # only where it is asked for
 
-    head = ValueHead(hidden_size, dropout=0.0, seed=0).requires_grad_(False)
+    head = ValueHead(model_config.hidden_size, dropout=0.0, seed=0,
+                     logit_scale=model_config.logit_scale).requires_grad_(False)
     if not read_value_head(folder, head.weights()):
         raise FileNotFoundError(f"reward_model: {folder} has no {VALUE_HEAD}: it is no reward "
                                 "model. stage: rm trains one")

@@ -49,6 +49,11 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
         raise ValueError(
             f"tensor_parallel_size: {parts}: {config.model_type} has a bias for each head (ALiBi), "
             "which is not cut. Take fsdp: full_shard, which shards every model")
+    if config.parallel_mlp:
+        raise ValueError(
+            f"tensor_parallel_size: {parts}: attention and MLP of {config.model_type} read one "
+            "norm, where their gradients are not summed apart. Take fsdp: full_shard, which shards "
+            "every model")
     names = ["num_attention_heads", "num_key_value_heads"]
     names += ["intermediate_size"] if not all(config.sparse) else []
     names += ["moe_intermediate_size"] if any(config.sparse) else []

@@ -16,10 +16,12 @@ from checkpoint.load import load_model
 from families import FAMILIES, model_config
 from model import CausalLM, init_weights
 from tests.common import GOLDEN, SHARED, needs_shared
+from tests.test_families_2026 import FOLDERS, NAMES
 
 TOKENIZER = GOLDEN / "curves/tiny_llama3"
 PUBLISHED = {folder.name: json.loads((folder / "config.json").read_text())
              for folder in sorted((GOLDEN / "models").glob("*"))}
+PUBLISHED |= {name: json.loads((FOLDERS / name / "config.json").read_text()) for name in NAMES}
 LLAMA = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=320, max_position_embeddings=256)
 PUBLISHED |= {
@@ -30,6 +32,7 @@ PUBLISHED |= {
              "layer_norm_epsilon": 1e-6},
 }
 PUBLISHED["qwen"].pop("num_key_value_heads", None)
+PUBLISHED["internlm3"] = {"model_type": "internlm3", **LLAMA, "qkv_bias": True, "bias": True}
 ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
     "13B": "baichuan2_13b"} if SHARED.is_dir() else {}
 
@@ -45,8 +48,8 @@ def base_of(name, folder):
     model = CausalLM(model_config(fields))
     init_weights(model, torch.Generator().manual_seed(0))
     weights = {model.config.stored_name(n): p.data for n, p in model.named_parameters()}
-    if fields.get("text_config"):
-        weights["vision_model.class_embedding"] = torch.randn(8)
+    beside = [f"{prefix}class_embedding" for prefix in model.config.skips]
+    weights |= {name: torch.randn(8) for name in beside}
     folder.mkdir()
     write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()},
                   lambda n: [weights[n]])
@@ -91,7 +94,7 @@ def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
     shape = load_model(base, skip_weights=True).config
     adapted = {shape.stored_name(f"model.layers.0.{part}") for part in ("self_attn.o_proj.weight",)}
     assert adapted <= changed and shape.stored_name("model.embed_tokens.weight") not in changed
-    assert not any(n.startswith("vision_model") or "norm" in n for n in changed)
+    assert not any(n.startswith(shape.skips) or "norm" in n for n in changed)
     if any(shape.sparse):
         assert any("expert" in n for n in changed)
 
