@@ -156,7 +156,9 @@ class LossScale:
 
     def unscale(self, parameters):
         """Divide the gradients by the scale, in place."""
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], self.value)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if grads:                           # a stage of a pipeline may train nothing
+            torch._foreach_div_(grads, self.value)
 
     def update(self, finite: bool) -> bool:
         """Adapt the scale after a step. finite: whether the gradients were; returned."""

@@ -63,6 +63,7 @@ def test_loss_scale_backs_off_and_recovers():
     scale, p = LossScale(2.0 ** 10), nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([1024.0, 2048.0, -512.0])
     scale.unscale([p, nn.Parameter(torch.ones(1))])                        # one has no gradient
+    scale.unscale([nn.Parameter(torch.ones(1))])            # a stage of a pipeline may have none
     assert torch.equal(p.grad, torch.tensor([1.0, 2.0, -0.5])) and scale.update(True)
     assert not scale.update(False) and scale.value == 2.0 ** 9
     assert all(scale.update(True) for _ in range(1999)) and scale.value == 2.0 ** 9
