@@ -18,7 +18,7 @@ from torch import nn
 
 from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.load import empty_model, fill_model, load_model
-from checkpoint.shards import full_tensor, materialize
+from checkpoint.shards import full_tensor, materialize, own_part
 from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from config import has_reference, samples_replies
@@ -266,7 +266,8 @@ def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Cau
         fill_model(model, base.folder, trained=not continued)    # the adapter's file has the others
         if setup.lora.use_dora and not continued:
             for layer in lora_layers(model).values():
-                layer.set_magnitude(full_tensor(layer.weight))
+                rows = own_part(full_tensor(layer.weight), layer.lora_magnitude_vector)
+                layer.set_magnitude(rows)
     return model
 
 
@@ -282,8 +283,9 @@ def note_unused_settings(config, adapter: AdapterConfig):
 def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
     """finetuning_type: full. All weights are trained."""
     folder = resume or base.folder
+    dtype = torch.bfloat16 if config.pure_bf16 else torch.float32
     if is_split(setup, ranks):
-        model = empty_model(folder, torch.float32).requires_grad_(True)
+        model = empty_model(folder, dtype).requires_grad_(True)
         split_model(model, config, setup, ranks)
         fill_model(model, folder)
     elif config.train_from_scratch and not resume:
@@ -291,7 +293,6 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
         init_weights(model, torch.Generator().manual_seed(config.seed))
         model.to(setup.device)
     else:
-        dtype = torch.bfloat16 if config.pure_bf16 else torch.float32
         model = load_model(folder, dtype, setup.device)
     model.requires_grad_(True)
     if config.stage == "rm" and model.lm_head.weight is not model.model.embed_tokens.weight:

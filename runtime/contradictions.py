@@ -573,9 +573,9 @@ def in_expert_parallel(c: Config) -> Iterator[tuple]:
     yield dealt and c.finetuning_type in ("freeze", "oft"), (
         "expert_parallel_size is for finetuning_type: lora and full")
 
-    yield dealt and (c.use_dora or c.pissa_init), (
-        "expert_parallel_size: use_dora and pissa_init look at the matrices of all experts; plain "
-        "LoRA, also with use_rslora or loraplus_lr_ratio, works")
+    yield dealt and c.pissa_init, (
+        "expert_parallel_size: pissa_init takes the matrices of all experts apart; LoRA without "
+        "it, also with use_dora, use_rslora or loraplus_lr_ratio, works")
 
     yield dealt and (c.quantization_bit or c.base_precision or c.fp8), (
         "expert_parallel_size takes a base in 16 or 32 bits (bf16: true), of which each process "

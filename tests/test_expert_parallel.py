@@ -54,11 +54,14 @@ CASES = {   # settings of runs that agree with one process
     "grouped": dict(EXPERTS, model_name_or_path="qwen2_moe", lora_rank=8,
                     disable_gradient_checkpointing=False),
     "attention alone": dict(EXPERTS, lora_target="q_proj"),
+    "dora": dict(EXPERTS, use_dora=True),
     "pairs": dict(EXPERTS, stage="dpo", dataset="pairs.jsonl"),
     "rewards": dict(EXPERTS, stage="rm", dataset="pairs.jsonl"),
     "full, pairs": EXPERTS | FULL | dict(stage="dpo", dataset="pairs.jsonl"),
 }
+HALF = EXPERTS | FULL | dict(pure_bf16=True)        # whose sums are rounded in another order
 JUDGED = dict(EXPERTS, stage="kto", dataset="judged.jsonl")     # with a divergence of all ranks
+FURTHER = {"judged": JUDGED, "half": HALF}
 WORLDS = {      # processes: (experts' axis, cases)
     2: (2, list(CASES)),
     3: (3, ["small experts"]),
@@ -69,7 +72,7 @@ RESUMED = ("small experts", "stacked", "full")      # from step 2, of a run with
 
 def arguments(here, processes, name, output, **more) -> list:
     """Arguments of train.py for a case: the same rows in each step with any number of processes."""
-    settings = COMMON | dict(model_name_or_path="mixtral") | CASES.get(name, JUDGED)
+    settings = COMMON | dict(model_name_or_path="mixtral") | (CASES | FURTHER)[name]
     rows = 12 if "save_steps" in settings else 4
     settings |= dict(per_device_train_batch_size=1, gradient_accumulation_steps=rows // processes,
                      max_samples=rows + 2,      # so each second step has 2 rows: some ranks none
@@ -93,12 +96,12 @@ def here(tmp_path_factory):
     worker = WORKER.replace("joined = []", GROUPING + "joined = []")
     worker = worker.replace("ROOT", repr(str(ROOT))).replace("GROUPED", str(HAS_GROUPED))
     (here / "worker.py").write_text(worker, encoding="utf-8")
-    for name in CASES:
+    for name in (*CASES, "half"):
         train.main(arguments(here, 1, name, f"1 {name}"))
     for processes, (_, names) in WORLDS.items():
         todo = [arguments(here, processes, name, f"{processes} {name}") for name in names]
         if processes == 2:
-            todo += [arguments(here, 2, "judged", "2 judged"),
+            todo += [arguments(here, 2, "half", "2 half"), arguments(here, 2, "judged", "2 judged"),
                      arguments(here, 2, "judged", "1 judged", expert_parallel_size=1)]
             todo += [arguments(here, 2, name, f"2 {name} resumed",
                                resume_from_checkpoint=f"{here}/1 {name}/checkpoint-2")
@@ -130,6 +133,14 @@ def test_own_experts_are_grouped_where_the_product_is_picked(here):
 def test_stage_kto_equals_data_parallelism(here):
     """Its divergence is a mean over the ranks, so one process computes another."""
     assert_alike(here / "1 judged", here / "2 judged")
+
+
+def test_weights_in_16_bits_stay_so(here):
+    """pure_bf16, with full fine-tuning: losses are those of one process but for rounding."""
+    losses = [[row.get("loss", 0) for row in history(here / f"{n} half")] for n in (1, 2)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3) and any(losses[0])
+    saved = load_file(here / "2 half/model.safetensors")
+    assert {weight.dtype for weight in saved.values()} == {torch.bfloat16}
 
 
 def test_an_expert_without_tokens_stays_as_it_is(here):
@@ -211,7 +222,7 @@ def test_experts_that_cannot_be_dealt_out(fields, parts, message):
     (dict(fsdp="full_shard"), "goes with data parallelism alone"),
     (dict(tensor_parallel_size=2), "goes with data parallelism alone"),
     (dict(zero_stage=1, finetuning_type="full"), "goes with data parallelism alone"),
-    (dict(use_dora=True), "plain LoRA, also with use_rslora"),
+    (dict(pissa_init=True), "LoRA without it, also with use_dora"),
     (dict(quantization_bit=4), "takes a base in 16 or 32 bits"),
     (dict(finetuning_type="oft"), "is for finetuning_type: lora and full"),
     (dict(optim="adamw_8bit"), "use optim: adamw_torch"),
