@@ -4,6 +4,7 @@
     python chat.py my.yaml --prompt "Who are you?"          one answer, alone on standard output
     python chat.py my.yaml --raw                            shows every prompt as ids and text
     python chat.py my.yaml < questions.txt                  every line is a turn
+    python chat.py my.yaml --input prompts.jsonl --output answers.jsonl
 
 config → weights → chat template → sampling → model → turns. The chat template is the one stored
 with the adapter. From turn to turn the KV cache keeps the unchanged beginning of the conversation.
@@ -15,7 +16,7 @@ The prompts, the two commands and the sampling defaults are those of `llamafacto
 """
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config import Config
@@ -35,6 +36,8 @@ import torch
 from checkpoint.adapters import load_with_adapters
 from checkpoint.load import formats_in_words, quantized_weights
 from data import settings_of
+from evals.answer_file import answer_file
+from evals.predictions import Side
 from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import pick_step, prepare
@@ -109,13 +112,16 @@ def main(argv):
     with explained_out_of_memory(device):
         model = load_model_to_chat(config, base, adapters, dtype, device)
     cache, step = pick_kernels(config, model, device)
+    stop_ids = text.stop_ids | eos_ids_of(base)
+    if config.input:
+        config = replace(config, max_new_tokens=max_new_tokens)
+        return answer_file(config, Side("answers", base, adapters), model, text, stop_ids, sampling)
 
     # ---- turns
     generator = torch.Generator(device).manual_seed(config.seed)
     chat = Chat(config=config, model=model, tokenizer=text.tokenizer, template=text.template,
-                settings=settings_of(config), stop_ids=text.stop_ids | eos_ids_of(base),
-                sampling=sampling, max_new_tokens=max_new_tokens, generator=generator,
-                cache=cache, step=step)
+                settings=settings_of(config), stop_ids=stop_ids, sampling=sampling,
+                max_new_tokens=max_new_tokens, generator=generator, cache=cache, step=step)
     if config.prompt:
         _, ending = answer(chat, [{"role": "user", "content": config.prompt}])
         if ending == "interrupted":

@@ -135,6 +135,10 @@ class Config:
     mlp_tile: int | None = key(None, FREE,
         "compute MLPs in tiles of so many tokens (none: where memory needs it; 0: never)",
         own=True, low=0)
+    infer_backend: str = key("huggingface", IGNORED,
+        "what generates the answers of eval.py: the program itself (LLaMA-Factory's name for that "
+        "is huggingface), or vLLM, where it is installed",
+        choices=("huggingface", "vllm"))
     infer_dtype: str = key("auto", IGNORED,
         "dtype of the base in chat and of the merged weights (auto: the checkpoint's)",
         choices=("auto", "float16", "bfloat16", "float32"))
@@ -610,6 +614,11 @@ class Config:
     raw: bool = key(False, IGNORED,
         "show the rendered prompt as ids and text", own=True, only="chat.py")
 
+    input: str | None = key(None, IGNORED,
+        "answer the rows of this file (prompt or messages), and exit", own=True, only="chat.py")
+    output: str | None = key(None, IGNORED,
+        "the file for these answers; those it holds already are kept", own=True, only="chat.py")
+
     host: str = key("127.0.0.1", IGNORED,
         "address that the server listens at; another one than this machine's own needs API_KEY",
         group="serve", own=True, only="serve.py")
@@ -763,8 +772,6 @@ REFUSED = (
     ("any", "adapter_folder", "write the whole path in adapter_name_or_path"),
     ("any", "hf_hub_token",
      "a secret does not belong in a config: run `hf auth login` or set HF_TOKEN"),
-    ("chat", "infer_backend=huggingface",
-     "chat.py and eval.py generate by themselves; leave it out"),
     ("chat", "num_beams=1", "beam search is not in this release; leave it out"),
 )
 

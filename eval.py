@@ -18,6 +18,7 @@ predict_results.json, eval_results.json.
 """
 import math
 import os
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -40,8 +41,9 @@ from evals.compare import print_changed_most
 from evals.loss import evaluate, evaluate_examples
 from evals.multiple_choice import (accuracies, answer_subjects, find_subjects, print_task,
                                    write_choices)
-from evals.predictions import (Prompt, Side, predict, progress_name, prompts_of, read_prompt_rows,
-                               run_key, write_predictions)
+from evals.predictions import (Prompt, Side, predict, process_share, progress_name, prompts_of,
+                               read_prompt_rows, remove_progress, run_key, write_predictions)
+from evals.vllm_answers import answers_of_vllm, check_vllm
 from families import read_config_json, read_model_config
 from fast.decode import prepare
 from fast.fused_block import fuse_blocks
@@ -76,10 +78,15 @@ REWARD_COLUMNS = {"loss": "eval_loss", "accuracy": "eval_accuracy"}
 
 
 def main(argv):
-    if os.environ.get("RANK", "0") != "0":              # under torchrun one process does the work
-        return
+    rank, _ = process_share()
+    if rank:                            # under torchrun the processes share the answers alone
+        sys.stdout = open(os.devnull, "w")
     config = with_answers_of_rows(load_config(argv, "eval"))
     check_rows_and_output(config)
+    if rank and (config.task or not wants_answers(config)):
+        return
+    if config.infer_backend == "vllm":
+        check_vllm(config)
 
     # ---- models
     base, adapters, remarks = find_weights(config)
@@ -110,19 +117,24 @@ def main(argv):
     # ---- measure
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    lock(output, EVAL_LOCK)
+    if not rank:
+        lock(output, EVAL_LOCK)
     for side in sides:
         measure(side, config, examples, prompts, text.stop_ids | eos_ids_of(base), sampling, device)
+        if rank:
+            continue
         if prompts:
             score_answers(side, prompts, text.tokenizer, words, words_name)
         write_files(output, side, config, text.tokenizer, prompts, first=side is sides[0])
 
     # ---- the table
+    if rank:
+        return
     write_json(output / "comparison.json", {side.name: side.results for side in sides})
     print_metrics(config, sides, bool(prompts))
     print_changed_most(sides, examples, prompts, text.tokenizer)
     for side in sides:                                  # finished: the next run starts anew
-        (output / progress_name(side.name)).unlink(missing_ok=True)
+        remove_progress(output / progress_name(side.name))
     print(f"\nwritten to {output}: {', '.join(files_of(bool(prompts)))}, comparison.json")
 
 
@@ -289,7 +301,10 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
         start_time = time.monotonic()
         model, matmul = load_side(side, config, device)
         load_seconds = time.monotonic() - start_time
-        if config.stage in ("sft", "pt"):
+        metrics = {}
+        if process_share()[0]:
+            pass                                    # the first process measures the loss
+        elif config.stage in ("sft", "pt"):
             metrics, side.losses = evaluate_examples(config, model, examples, device,
                                                      matmul)
         else:
@@ -303,13 +318,22 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
             return
 
         start_time = time.monotonic()
-        prepare_answers(config, model, device)
+        generate_rows = None
+        if config.infer_backend == "vllm":
+            generate_rows = answers_of_vllm(side)
+        else:
+            prepare_answers(config, model, device)
         load_seconds += time.monotonic() - start_time
         key = run_key(side, config, prompts, stop_ids, sampling,
                       model.model.embed_tokens.weight.dtype)
         if quant_format := quant_format_of(side, config):
             key["form"] = str(quant_format)
-        side.answers, seconds = predict(side, config, model, prompts, stop_ids, sampling, key)
+        if generate_rows:
+            key["infer_backend"] = config.infer_backend
+            model = None                            # its memory is vLLM's from here on
+        path = Path(config.output_dir) / progress_name(side.name)
+        side.answers, seconds = predict(path, config, model, prompts, stop_ids, sampling, key,
+                                        generate_rows)
 
     steps = math.ceil(len(prompts) / config.per_device_eval_batch_size)
     side.results["predict_model_preparation_time"] = round(load_seconds, 4)

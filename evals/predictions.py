@@ -10,9 +10,10 @@ Next: evals/bleu_rouge.py.
 Rows, names and files are those of LLaMA-Factory's do_predict.
 """
 import json
+import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -83,33 +84,82 @@ def prompts_of(rows, config: Config, tokenizer, template) -> list[Prompt]:
 # ---- answers ----------------------------------------------------------------------------------
 
 
-def predict(side: Side, config: Config, model, prompts: list[Prompt], stop_ids: set[int],
-            sampling: Sampling, key: dict) -> tuple[list[list[int]], float]:
+def predict(path: Path, config: Config, model, prompts: list[Prompt], stop_ids: set[int],
+            sampling: Sampling, key: dict, generate_rows: Callable | None = None
+            ) -> tuple[list[list[int]], float]:
     """Generate the answers: (ids of all answers, seconds spent, earlier runs included).
 
-    Answers of a killed run with the same key are kept.
+    path: of the file of finished answers; those of a killed run with the same key are kept. Of
+    several processes (RANK, WORLD_SIZE) each answers its share of the rows into a file of its own,
+    and gets the answers of all. generate_rows: instead of generate_answers.
     """
-    path = Path(config.output_dir) / progress_name(side.name)
-    answers, seconds_before = read_progress(path, key)
+    rank, world = process_share()
+    answers, seconds_before = read_progress(rank_path(path, rank), key)
+    for other in path.parent.glob(f"{path.name}*"):     # of an earlier run, maybe of more processes
+        answers = finished_in(other, key) | answers
     if answers:
         print(f"  {len(answers):,} of {len(prompts):,} answers are kept from an earlier run; "
               "continuing")
-    waiting = [(number, ids) for number, (ids, _) in enumerate(prompts) if number not in answers]
+    waiting = [(number, ids) for number, (ids, _) in enumerate(prompts)
+               if number not in answers and number % world == rank]
 
     start_time = time.monotonic()
-    new_answers = generate_answers(config, model, waiting, stop_ids, sampling)
-    bar = tqdm(total=len(prompts), initial=len(answers), desc="answers", unit="row",
+    new_answers = (generate_rows or generate_answers)(config, model, waiting, stop_ids, sampling)
+    made = 0
+    bar = tqdm(total=len(waiting), desc="answers", unit="row",
                disable=bool(config.disable_tqdm) or None)
-    with open(path, "a", encoding="utf-8") as file, bar:
+    with open(rank_path(path, rank), "a", encoding="utf-8") as file, bar:
         for number, tokens in new_answers:
             answers[number] = tokens
-            seconds = seconds_before + time.monotonic() - start_time
-            line = {"row": number, "tokens": tokens, "seconds": seconds}
+            made += len(tokens)
+            spent = time.monotonic() - start_time
+            line = {"row": number, "tokens": tokens, "seconds": seconds_before + spent}
             file.write(json.dumps(line) + "\n")
             file.flush()
+            bar.set_postfix_str(f"{made / spent:,.0f} tokens/s", refresh=False)
             bar.update()
-    seconds = seconds_before + time.monotonic() - start_time
-    return [answers[number] for number in range(len(prompts))], max(seconds, 1e-9)
+    spent = time.monotonic() - start_time
+    if waiting:
+        print(f"  {made:,} tokens in {spent:.1f} s: {made / spent:,.0f} tokens/s")
+    wait_for_others(path, key, answers, len(prompts))
+    return [answers[number] for number in range(len(prompts))], max(seconds_before + spent, 1e-9)
+
+
+def process_share() -> tuple[int, int]:
+    """(number of this process, number of processes) that answer rows together."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank_path(path: Path, rank: int) -> Path:
+    """The file of finished answers of one process."""
+    return path.with_name(f"{path.name}.{rank}") if rank else path
+
+
+def wait_for_others(path: Path, key: dict, answers: dict[int, list[int]], count: int):
+    """Add the answers of the other processes as they appear, until all `count` are there.
+
+    If one of them dies, torchrun ends the others.
+    """
+    while len(answers) < count:
+        time.sleep(0.2)
+        for other in path.parent.glob(f"{path.name}*"):
+            answers |= finished_in(other, key)
+
+
+def finished_in(path: Path, key: dict) -> dict[int, list[int]]:
+    """{row: ids} of a file of finished answers; {} if it has another key."""
+    text = path.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+    if not lines or json.loads(lines[0]) != {"key": key}:
+        return {}
+    found = map(json.loads, lines[1:])
+    return {line["row"]: line["tokens"] for line in found}
+
+
+def remove_progress(path: Path):
+    """Remove the files of finished answers of all processes."""
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink(missing_ok=True)
 
 
 def generate_answers(config: Config, model, waiting: list[tuple[int, list[int]]],

@@ -33,6 +33,10 @@ def in_model(c: Config) -> Iterator[tuple]:
 
 
 def in_purpose(c: Config) -> Iterator[tuple]:
+    yield c.output and not c.input, (
+        "output is chat.py's file of answers to the rows of input; the folder of a run is "
+        "output_dir")
+
     yield c.bf16 and c.fp16, (
         "bf16 and fp16 are both true; keep one (bf16, if the device has it)")
 
@@ -601,6 +605,20 @@ def in_expert_parallel(c: Config) -> Iterator[tuple]:
         "train_from_scratch draws the matrices of all experts; leave expert_parallel_size out")
 
 
+# ---- chat.py and serve.py ----------------------------------------------------------------------
+
+
+def in_answers(c: Config) -> Iterator[tuple]:
+    yield c.infer_backend != "huggingface", (
+        f"infer_backend: {c.infer_backend} is for the answers of eval.py; chat.py and serve.py "
+        "generate by themselves. Leave it out (docs/serving.md: vLLM's own server)")
+
+    yield c.input and not c.output, (
+        "input and output go together: --input prompts.jsonl --output answers.jsonl")
+
+    yield c.input and c.prompt, "input and prompt: give the one or the other"
+
+
 # ---- merging ------------------------------------------------------------------------------------
 
 
@@ -640,5 +658,6 @@ CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
               in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel, in_pipeline,
               in_expert_parallel),
     "eval": (in_evaluation_rows,),
+    "answers": (in_answers,),
     "merge": (in_merge,),
 }

@@ -40,7 +40,6 @@ OTHER_WORDS = {      # how other programs call a key, for the hint
     "micro_batch_size": "per_device_train_batch_size",
     "model": "model_name_or_path",
     "num_epochs": "num_train_epochs",
-    "output": "output_dir",
     "r": "lora_rank",
     "rank": "lora_rank",
     "resume": "resume_from_checkpoint",
@@ -110,6 +109,7 @@ USAGE = {
     python chat.py --config configs/tiny_lora_sft.yaml          `clear` starts anew, `exit` ends
     python chat.py my.yaml --prompt "Who are you?"              one reply
     python chat.py my.yaml --raw                                the rendered prompt, ids and text
+    python chat.py my.yaml --input prompts.jsonl --output answers.jsonl     one row after the other
     python chat.py model_name_or_path=FOLDER temperature=0.2    without a file
 """,
     "eval": """Evaluate a tuned model beside its base: loss, perplexity, replies and their scores.
@@ -346,7 +346,8 @@ def _applies(scope: str, script: str) -> bool:
     """
     if scope == "train":
         return script not in ("chat", "serve", "eval", "merge")
-    return scope in ("any", script) or scope == "chat" and script in ("serve", "eval")
+    readers = {"chat": ("serve", "eval"), "answers": ("chat", "serve")}
+    return scope in ("any", script) or script in readers.get(scope, ())
 
 
 def _has_effect_elsewhere(name: str, value, where: str, script: str) -> bool:

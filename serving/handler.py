@@ -134,7 +134,8 @@ class Handler(BaseHTTPRequestHandler):
         finally:
             with self.server.counting:
                 self.server.answering -= 1
-            self.say(f"{self.command} {self.path}  {1000 * (time.monotonic() - start):.0f} ms")
+            milliseconds = 1000 * (time.monotonic() - start)
+            self.say(f"{self.command} {self.path[:200]}  {milliseconds:.0f} ms")
 
     def dispatch(self, paths: tuple[str, ...]):
         """Check who asks, read the body, answer."""

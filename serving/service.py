@@ -11,7 +11,6 @@ Requires: serving/engine.py, serving/answers.py, serving/schema.py.
 Next: serving/handler.py.
 Source: the shapes are those of OpenAI's API reference; score.evaluation is LLaMA-Factory's.
 """
-import json
 import secrets
 import threading
 import time
@@ -27,13 +26,11 @@ from methods.reward_model import last_token_scores
 from serving.answers import Choice
 from serving.engine import Engine, Job
 from serving.schema import CHAT, COMPLETION, SCORE, BadRequest, check
-from templates import Settings, encode_prompt
-from text.conversations import OPENAI_TAGS, read_turns
-from text.data_files import Source
+from templates import Settings
 from text.load_text import Text
+from text.openai_messages import prompt_of_messages
 from text.tokenizer import check_encodable
 
-TURNS = Source("messages", (), formatting="messages", tags=OPENAI_TAGS)
 LOOK = 0.25         # seconds between two looks at whether the client is still there
 
 
@@ -93,8 +90,8 @@ class Service:
         stop = stop_texts(body)
         template = self.text.template
         choices = [Choice(self.text.tokenizer, stop, template.thought, template.tool_format.name,
-                          names) for _ in range(body.get("n") or 1)]
-        top = (body.get("top_logprobs") or 0) if body.get("logprobs") else None
+                          names) for _ in range(int(body.get("n") or 1))]
+        top = int(body.get("top_logprobs") or 0) if body.get("logprobs") else None
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = Reply(self.engine, "chat.completion", f"chatcmpl-{uuid.uuid4().hex}", model,
                       choices, top, one_call=body.get("parallel_tool_calls") is False)
@@ -109,14 +106,14 @@ class Service:
         self.check_logprobs(body)
         model = self.find_model(body)
         prompts = body["prompt"]
-        if isinstance(prompts, str) or isinstance(prompts[0], int):
+        if isinstance(prompts, str) or not isinstance(prompts[0], (str, list)):
             prompts = [prompts]
         ids = [self.encode_text(prompt) if isinstance(prompt, str) else list(map(int, prompt))
                for prompt in prompts]
-        count = len(ids) * (body.get("n") or 1)
+        count = len(ids) * int(body.get("n") or 1)
         choices = [Choice(self.text.tokenizer, stop_texts(body)) for _ in range(count)]
         reply = Reply(self.engine, "text_completion", f"cmpl-{uuid.uuid4().hex}", model, choices,
-                      body.get("logprobs"))
+                      None if body.get("logprobs") is None else int(body["logprobs"]))
         self.add_jobs(reply, body, ids, body.get("max_tokens"))
         return reply
 
@@ -146,19 +143,10 @@ class Service:
         settings = self.settings
         if body.get("enable_thinking") is not None:
             settings = replace(settings, enable_thinking=body["enable_thinking"])
-        turns = [{**turn, "role": "system"} if turn["role"] == "developer" else turn
-                 for turn in body["messages"]]
         try:
-            messages, system = read_turns(turns, TURNS)
-            if len(messages) % 2 == 0:
-                raise ValueError("the last message must be a user's or a tool's: it is answered")
-            messages.append({"role": "assistant", "content": ""})
-            prompt, _ = encode_prompt(self.text.template, self.text.tokenizer, messages, system,
-                                      json.dumps(tools, ensure_ascii=False) if tools else None,
-                                      settings)
+            return prompt_of_messages(body["messages"], tools, self.text, settings)
         except ValueError as error:
             raise BadRequest(f"messages: {error}", "messages") from None
-        return prompt
 
     def add_jobs(self, reply: "Reply", body: dict, prompts: list[list[int]], limit: int | None):
         """Add a job to the reply for each prompt and choice."""

@@ -191,7 +191,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     ("evaluation", "task_dir"),
     ("en", "lang"),
     (5, "n_shot"),
-    ("huggingface", "project"),
+    ("huggingface", "project infer_backend"),
     ("llamafactory", "swanlab_project"),
     ("cloud", "swanlab_mode"),
 )

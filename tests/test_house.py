@@ -23,7 +23,7 @@ PACKAGES = {"torch": "torch", "safetensors": "safetensors", "tokenizers": "token
             "PyYAML": "yaml"}
 # optional ones are imported in the function that uses them
 OPTIONAL = {"flash_attn", "matplotlib", "jinja2", "jieba", "wandb", "swanlab", "mlflow", "pyarrow",
-            "zstandard", "modelscope"}
+            "zstandard", "modelscope", "vllm"}
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 MODULES |= {f"{folder}.{path.stem}": path
             for folder in RANKS

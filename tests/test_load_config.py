@@ -67,10 +67,7 @@ def test_training_keys_are_allowed_in_chat_and_merge():
         "infer_backend=vllm",
     ]
     config = load_argv(*argv, "export_dir=e", "adapter_name_or_path=a", script="merge")
-    assert config.stage == "dpo" and ignored_keys(config) == [
-        "mixture_of_depths",
-        "infer_backend",
-    ]
+    assert config.stage == "dpo" and ignored_keys(config) == ["mixture_of_depths"]
     assert "infer_backend" in refusal(*argv, script="chat")
     argv.remove("finetuning_type=oft")
     assert "mixture_of_depths" in refusal(*argv, script="train")

@@ -19,12 +19,15 @@ import pytest
 import torch
 
 import serve
-from checkpoint.adapters import save_adapter
+from checkpoint.adapters import load_with_adapters, save_adapter
 from checkpoint.load import load_model
+from checkpoint.value_head import save_value_head
+from fast.batch_decode import OneRow, RunningBatch, start_sampling
+from generate import Sampling
 from lora import LoRAConfig, attach_lora, lora_layers
 from serving import handler
 from serving.answers import Choice
-from serving.engine import Busy, Engine
+from serving.engine import Busy, Engine, Job
 from serving.schema import BadRequest, check, openapi
 from tests.common import ROOT, load_argv
 from text.load_text import load_text
@@ -145,6 +148,27 @@ def request_bytes(body, *headers, host="localhost", path="/v1/chat/completions")
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def test_models_that_answer_one_at_a_time_give_the_same_tokens():
+    """OneRow, the slow twin of RunningBatch, behind the same engine."""
+    def answers(kind):
+        engine = Engine(model, 3, 10)
+        engine.batch = kind(model, 3)
+        jobs = []
+        for number in range(3):
+            sampling = Sampling(do_sample=True, temperature=1.2, presence_penalty=0.3)
+            job = Job(number=number, prompt=[5, 6 + number], room=8, stop_ids={7},
+                      sampling=sampling)
+            start_sampling(job, model, seed=number)
+            jobs.append(job)
+        engine.submit(jobs)
+        engine.start()
+        engine.close(20)
+        return [job.answer for job in jobs]
+
+    model = load_model(TINY).eval()
+    assert answers(OneRow) == answers(RunningBatch)
+
+
 def test_the_client_that_leaves_frees_its_place(server):
     engine = server.service.engine
     for stream in (False, True):
@@ -223,6 +247,16 @@ def test_a_stop_text_ends_the_answer_before_it(server):
     short = chat(server, model="tiny", temperature=0, max_completion_tokens=3)
     assert short["choices"][0]["finish_reason"] == "length"
     assert short["usage"]["completion_tokens"] == 3
+
+
+def test_whole_numbers_may_be_written_as_floats(server):
+    """1.0 is an integer in JSON schema; schemathesis found a 500 here."""
+    body = {"n": 2.0, "max_tokens": 3.0, "seed": 4.0, "top_k": 5.0, "temperature": 1}
+    found = chat(server, **body, logprobs=True, top_logprobs=2.0)
+    assert len(found["choices"]) == 2
+    status, answer = post(server, "/v1/completions", {**body, "prompt": [3.0, 4.0],
+                                                      "logprobs": 1.0})
+    assert status == 200 and len(answer["choices"]) == 2
 
 
 def test_completions_continue_texts_and_ids(server):
@@ -428,6 +462,37 @@ def test_a_request_that_fails_takes_no_other_with_it(server, monkeypatch):
         status, answer = post(server, "/v1/completions", {"prompt": "a " * 700})
         assert status == 500 and "out of memory, say" in answer["error"]["message"]
         assert good.result()["choices"] == want
+
+
+# ---- reward models -------------------------------------------------------------------------------
+
+
+def test_a_reward_model_scores_texts_and_answers_no_conversation(adapters, tmp_path):
+    """The value head on the last token's hidden state, computed by hand."""
+    folder = shutil.copytree(adapters[0], tmp_path / "judge")
+    draw = torch.Generator().manual_seed(3)
+    base = load_model(TINY, skip_weights=True)
+    weight = torch.randn(1, base.config.hidden_size, generator=draw)
+    save_value_head(folder, {"v_head.summary.weight": weight,
+                             "v_head.summary.bias": torch.tensor([0.5])})
+    (folder / "train_config.json").write_text(json.dumps({"stage": "rm"}))
+    config = load_argv(f"model_name_or_path={TINY}", f"adapter_name_or_path={folder}",
+                       script="serve")
+    text = serve.text_of_all(config, TINY, [folder])
+    assert serve.as_trained(config, [folder])[2] == "rm"
+    service = serve.reward_service(config, TINY, [folder], text, None, torch.device("cpu"))
+    texts = ["The sky is blue.", "Two", "的"]
+    found = service.score({"model": "model", "messages": texts, "max_length": 3})
+    assert found["object"] == "score.evaluation" and found["model"] == "model"
+    model = load_with_adapters(TINY, [folder])
+    for one, score in zip(texts, found["scores"]):
+        ids = text.tokenizer.encode(one)[:3]
+        with torch.no_grad():
+            hidden = model(torch.tensor([ids]))[0, -1]
+        assert score == pytest.approx(float(weight[0] @ hidden + 0.5), abs=1e-4)
+    with pytest.raises(BadRequest, match="reward model, which scores") as error:
+        service.chat({"messages": HELLO})
+    assert error.value.status == 405
 
 
 # ---- the description -----------------------------------------------------------------------------
