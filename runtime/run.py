@@ -670,6 +670,8 @@ class Run:
         if self.setup.lora and self.config.adapter_name_or_path:
             result = ",".join([*folded_under(self.output), str(self.output)])
             command.append(f"adapter_name_or_path={result}")
+        for name in ("RANK", "WORLD_SIZE"):     # the other ranks have ended: none shares the rows
+            os.environ.pop(name, None)
         os.execv(sys.executable, command)
 
 

@@ -12,6 +12,7 @@ import chat
 import eval
 from evals import predictions, vllm_answers
 from generate import Sampling
+from runtime.run import Run
 from tests.common import ROOT, load_argv, read_jsonl, refusal
 
 TINY = f"model_name_or_path={ROOT / 'models/tiny'}"
@@ -78,6 +79,17 @@ def test_a_killed_run_and_several_processes_write_the_same_file(
     assert other.wait(timeout=300) == 0
     assert "3 of 7 answers are kept" in capsys.readouterr().out
     assert found == want and not list(tmp_path.glob("*.partial*"))
+
+
+def test_the_evaluation_after_a_training_of_several_ranks_waits_for_none(tmp_path, monkeypatch):
+    """The other ranks have ended when eval.py takes the place of the first."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shares = []
+    monkeypatch.setattr(os, "execv", lambda *command: shares.append(predictions.process_share()))
+    run = types.SimpleNamespace(setup=types.SimpleNamespace(lora=None), output=tmp_path)
+    Run.start_predictions(run, ["my.yaml"])
+    assert shares == [(0, 1)]
 
 
 @pytest.mark.parametrize("line, words", [
