@@ -189,6 +189,10 @@ class ShardedGradients:
                                      shape=p.shape, stride=p.stride())
         return sharded.full_tensor()
 
+    def state_fields(self, name: str, fields: dict) -> dict:
+        """The optimizer state of a weight, {field: tensor}: every rank has rows of all fields."""
+        return fields
+
     def state_parts(self) -> dict:
         """{name: (shape, how to read this rank's rows)}, see load_training_state."""
         return {name: (p.shape, partial(read_own, p=p)) for name, p in self.weights.items()}
