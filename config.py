@@ -33,6 +33,7 @@ from errors import run_script
 Steps = float       # optimizer steps: a count, or below 1 a share of all steps; see in_steps
 Words = list        # words separated by blanks or commas
 Format = object     # a chat format: its name, or a mapping that text/chat_formats.py reads
+JsonFile = object   # a JSON file, or the mapping itself
 
 # ---- on_resume: what happens if a run is resumed with another value of a key
 
@@ -496,10 +497,13 @@ class Config:
         "several ranks: seconds to wait for the other ranks", above=0, high=10**10)
     tensor_parallel_size: int = key(1, FREE,
         "cut every matrix of the model over so many processes, which train on the same rows (lora "
-        "and full; context parallelism is not in this release)", own=True, low=1, high=4096)
+        "and full)", own=True, low=1, high=4096)
     pipeline_parallel_size: int = key(1, FREE,
         "share the layers of the model out to so many processes, which pass micro-batches on (lora "
         "and full)", own=True, low=1, high=4096)
+    context_parallel_size: int = key(1, FREE,
+        "cut every row over so many processes, which exchange tokens for heads in attention: for "
+        "rows that are too long for one card", own=True, low=1, high=4096)
     expert_parallel_size: int = key(1, FREE,
         "deal the experts of each layer out to so many processes, which train on rows of their own "
         "(lora and full)", own=True, low=1, high=4096)
@@ -515,6 +519,10 @@ class Config:
     deepspeed: str | None = key(None, FREE,
         "a DeepSpeed file: ZeRO stages 1 and 2 are zero_stage here, stage 3 is fsdp: full_shard; "
         "with offload, offload_optimizer or full_shard offload")
+    use_hyper_parallel: bool = key(False, FREE,
+        "LLaMA-Factory's other way to fsdp: full_shard, with the sizes of hyper_parallel_args")
+    hyper_parallel_args: JsonFile | None = key(None, FREE,
+        "a JSON file or a mapping: cp_size is context_parallel_size, tp_size tensor_parallel_size")
     time_limit: float | None = key(None, IGNORED,
         "minutes after which the run saves and stops (exit code 75)", own=True, above=0)
     profile: bool = key(False, IGNORED,
@@ -714,7 +722,7 @@ NO_EFFECT = {       # why the result is the same without them: the keys
     "settings of a feature that is off or refused": """
         buffer_size eval_num_beams quantization_device_map length_penalty swanlab_lark_webhook_url
         swanlab_lark_secret trackio_space_id trackio_bucket_id trackio_static_space_id
-        hyper_parallel_args fp8_backend fp8_enable_fsdp_float8_all_gather optim_target_modules
+        fp8_backend fp8_enable_fsdp_float8_all_gather optim_target_modules
         generation_max_length generation_num_beams generation_config hub_token hub_private_repo
         hub_model_id hub_strategy hub_always_push hub_revision ms_hub_token om_hub_token
         kt_weight_path kt_config kt_backend kt_non_expert_weight_path kt_expert_weight_format
@@ -735,15 +743,11 @@ VISION_KEYS = NO_EFFECT[TEXT_ONLY].split()
 # rows: the script that refuses (any: all of them); the keys, where key=x accepts the value x and
 # a key alone accepts false, 0 and null; what to do
 REFUSED = (
-    ("train", "parallelism_config use_hyper_parallel use_mca use_ray",
+    ("train", "parallelism_config use_mca use_ray",
      "leave it out: torchrun --nproc-per-node N train.py runs on N GPUs; fsdp: full_shard shards a "
      "model that does not fit on one, tensor_parallel_size: N (tp_size, "
-     "tensor_model_parallel_size) cuts its matrices, and pipeline_parallel_size: N shares out its "
-     "layers"),
-    ("train", "context_parallel_size=1",
-     "not in this release; tensor_parallel_size cuts a model over processes, "
-     "pipeline_parallel_size shares out its layers, fsdp: full_shard shards it, and all other "
-     "processes are data parallel"),
+     "tensor_model_parallel_size) cuts its matrices, pipeline_parallel_size: N shares out its "
+     "layers, and context_parallel_size: N (cp_size) cuts its rows"),
     ("train", "use_kt",
      "KTransformers keeps experts in CPU memory, some in 8 bits; leave it out, or use fsdp: "
      "full_shard offload or quantization_bit: 4"),

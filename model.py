@@ -6,7 +6,7 @@ It is a Llama with switches (families.py): each `if config.…` below is a diffe
 makes, and none of them asks for a family's name. With all switches off it is Llama.
 
 It computes the plain way, and knows nothing else: fast/fused_block.py sets on finished blocks what
-saves memory and time, and fast/compile.py replaces elementwise steps.
+saves memory and time, fast/compile.py replaces elementwise steps, and scale/ cuts a finished model.
 
 Requires: families.py, rope.py, attention.py.
 Next: lora.py, losses.py.
@@ -132,6 +132,8 @@ NORMS = {
 class Attention(nn.Module):
     """Grouped-query self-attention: H query heads share K key/value heads."""
 
+    attend = staticmethod(attend)       # scale/context_parallel.py sets another on a finished model
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         D, Dh = config.hidden_size, config.head_dim
@@ -190,7 +192,7 @@ class Attention(nn.Module):
             q = (q * ctx.temperature).to(q.dtype)
         if ctx.cache is not None:
             k, v = ctx.cache.update(self.layer, k, v)               # (B, K, S, Dh)
-        out = attend(
+        out = self.attend(
             q, k, v,
             kernel=ctx.kernel,
             layout=ctx.layout,
@@ -211,7 +213,8 @@ class Attention(nn.Module):
         if config.qk_norm == "width":
             q = self.q_norm(q)
             k = self.k_norm(k)
-        q, k, v = (t.reshape(*t.shape[:2], -1, config.head_dim) for t in (q, k, v))
+        Dh = config.head_dim            # k and v may be (B, T, K, Dh) already
+        q, k, v = (t.unflatten(-1, (-1, Dh)).flatten(2, -2) for t in (q, k, v))
         if config.qk_norm == "head":
             q = self.q_norm(q)
             k = self.k_norm(k)
@@ -424,10 +427,11 @@ def grouped(x, chosen, weights, expert, num_experts: int, scale_input: bool,
     for number, group in enumerate(rows.split(counts)):
         if len(group) or visited is not None:
             outs.append(expert(group, number))
-    out = torch.cat(outs)
+    out = torch.cat(outs) if outs else rows                         # no tokens, no experts
     if not scale_input:
         out = out * factor
-    return out[order.argsort()].view(*chosen.shape, -1).sum(1)      # in the order of slots again
+    out = out[order.argsort()]                                      # in the order of slots again
+    return out.view(*chosen.shape, x.shape[1]).sum(1)
 
 
 def one_by_one(x, chosen, weights, expert, num_experts: int, scale_input: bool):

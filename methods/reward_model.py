@@ -64,12 +64,16 @@ class RewardObjective(Objective):
     def parameters(self) -> dict:
         return self.head.weights()
 
-    def loss_sum(self, model, batch):
+    def last_states(self, model, batch):
+        """The final hidden state of the last token of each answer, (2n, D)."""
         hidden = model(batch.input_ids, batch.position_ids, batch.layout)[0]            # (N, D)
-        last = batch.layout.cu_seqlens[1:].long() - 1               # last token of each answer
+        return hidden[batch.layout.cu_seqlens[1:].long() - 1]
+
+    def loss_sum(self, model, batch):
+        hidden = self.last_states(model, batch)
         # one call each: the gradients of the bias, which no comparison sees, then cancel exactly
-        chosen, rejected = (self.head(hidden[rows], model.training)
-                            for rows in last.split(len(batch.row_weights)))             # (n,)
+        chosen, rejected = (self.head(answers, model.training)
+                            for answers in hidden.split(len(batch.row_weights)))        # (n,)
         losses = -F.logsigmoid(chosen - rejected)
         counted = (batch.row_weights > 0).float()
         metrics = {"accuracy": weighted_sum((chosen > rejected).float(), counted)}

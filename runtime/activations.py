@@ -31,7 +31,8 @@ Next: runtime/long_rows.py (inputs in main memory, tiles), runtime/memory.py, wh
 
 Papers: activations arXiv:2205.05198 (sec. 4).
 """
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -60,11 +61,12 @@ class MicroBatch:
     device: torch.device
     fast: bool                      # fast/fused_block.py: keeps inputs, recomputes outputs
     tile: int = 0                   # tokens of a tile of the MLP; 0: all at once
+    parts: int = 1                  # processes that share the row (scale/context_parallel.py)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all sequences."""
-        return sum(self.lengths)
+        """Tokens of a process: of all sequences, or of its part of the row."""
+        return -(-sum(self.lengths) // self.parts)
 
 
 # ---- activations of the model -------------------------------------------------------------------
@@ -175,6 +177,7 @@ def attention_peak_bytes(block: Block, layer: int, model_config: ModelConfig,
     hidden = model_config.hidden_size
     norm = 0 if batch.fast else norm_bytes(block.input_layernorm, hidden, batch.stream)
     beside = batch.tokens * (norm + hidden * batch.stream)          # with a gradient of the stream
+    beside += exchanged_bytes(model_config, batch)
     peaks = score_peaks(layer, model_config, batch)
     return attention_bytes(block.self_attn, layer, model_config, batch) + beside + max(peaks)
 
@@ -345,6 +348,24 @@ def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
     return batch.tokens * per_token + kernel_bytes(attention, layer, model_config, batch)
 
 
+def exchanged_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:
+    """q, k, v of own tokens that are sent, and those of own heads that come (context parallel)."""
+    if batch.parts == 1:
+        return 0
+    own = heads_of_process(model_config, batch)
+    heads = batch.parts * (own.num_attention_heads + 2 * own.num_key_value_heads)
+    return 2 * batch.tokens * heads * model_config.head_dim * batch.compute
+
+
+def heads_of_process(model_config: ModelConfig, batch: MicroBatch) -> ModelConfig:
+    """The heads of which a kernel has all tokens, where processes share a row."""
+    if batch.parts == 1:
+        return model_config
+    kv_heads = math.lcm(model_config.num_key_value_heads, batch.parts)
+    return replace(model_config, num_key_value_heads=kv_heads // batch.parts,
+                   num_attention_heads=model_config.num_attention_heads // batch.parts)
+
+
 # ---- activations of an attention kernel ---------------------------------------------------------
 
 
@@ -358,6 +379,7 @@ class Scores(NamedTuple):
 def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
                  batch: MicroBatch) -> int:
     """For all tokens: q, k, v, and the output with a number per head, or all scores."""
+    model_config = heads_of_process(model_config, batch)
     scores = sum(call.kept for call in score_bytes(layer, model_config, batch))
     if batch.kernel == "plain":
         return plain_input_bytes(layer, model_config, batch) + scores
@@ -406,6 +428,7 @@ def score_peaks(layer: int, model_config: ModelConfig, batch: MicroBatch) -> tup
     The calls of the backward pass come in reverse order: either way, the scores of later calls are
     not there.
     """
+    model_config = heads_of_process(model_config, batch)
     calls = score_bytes(layer, model_config, batch)
     kept = list(accumulate(call.kept for call in calls))
     gathered, returned = packing_bytes(layer, model_config, batch)

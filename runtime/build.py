@@ -54,7 +54,7 @@ def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
     ranks: as torchrun started them. See scale/mesh.py.
     """
     sizes = (config.tensor_parallel_size, config.pipeline_parallel_size,
-             config.expert_parallel_size)
+             config.context_parallel_size, config.expert_parallel_size)
     if max(sizes) == 1:
         return ranks
     from scale.mesh import lay_out                          # only where it is asked for
@@ -190,6 +190,10 @@ def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None)
         objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"])
     elif setup.kernels.compile:
         objective.chunk_loss = setup.kernels.compile_loss()
+    if "context" in ranks.axes:
+        from scale.cut_losses import share_objective        # only where it is asked for
+
+        share_objective(objective, ranks.axes["context"])
     if not setup.stages:
         return objective
     from scale.pipeline_parallel import StageObjective, balance_of_stages   # where it is asked for
@@ -211,7 +215,7 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
              "full": full_model}
     model = start[config.finetuning_type](config, base, setup, ranks, resume)
     if config.fsdp:
-        fsdp.print_shards(model, ranks)
+        fsdp.print_shards(model, gradient_ranks(ranks))
     keep_embedding_outside(model, setup)
     if config.neftune_noise_alpha:
         add_neftune(model, config.neftune_noise_alpha)
@@ -220,6 +224,7 @@ def build_model(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> 
     use_long_rows(model, setup.kernels, setup.memory.workload)
     on_gpu = setup.device.type == "cuda" and setup.free_bytes is not None
     use_fp8(model, setup.kernels, room=setup.memory.room(setup.free_bytes) if on_gpu else 0)
+    share_rows(model, ranks, noise=bool(config.neftune_noise_alpha))
     return model.train()
 
 
@@ -231,6 +236,14 @@ def levels_of_all_blocks(setup: Setup, ranks: Ranks) -> list[str]:
     own = setup.stages[ranks.axes["pipeline"].rank]
     others = ["none"] * (setup.stages[-1].stop - own.stop)
     return ["none"] * own.start + levels + others
+
+
+def share_rows(model: CausalLM, ranks: Ranks, noise: bool = False):
+    """Have the processes of context_parallel_size compute a part of each row. See cut_rows."""
+    if "context" in ranks.axes:
+        from scale.context_parallel import cut_rows         # only where it is asked for
+
+        cut_rows(model, ranks.axes["context"], noise)
 
 
 def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> CausalLM:
@@ -302,7 +315,7 @@ def full_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Causal
 
 def is_split(setup: Setup, ranks: Ranks) -> bool:
     """Whether no process holds the whole model."""
-    return setup.sharded or bool(ranks.axes)
+    return setup.sharded or bool(ranks.axes.keys() - {"context"})
 
 
 def split_model(model: CausalLM, config, setup: Setup, ranks: Ranks):
@@ -312,7 +325,7 @@ def split_model(model: CausalLM, config, setup: Setup, ranks: Ranks):
     and the layers of pipeline_parallel_size.
     """
     if setup.sharded:
-        fsdp.shard_model(model, config.fsdp, ranks, setup.device)
+        fsdp.shard_model(model, config.fsdp, gradient_ranks(ranks), setup.device)
         return
     if "expert" in ranks.axes:
         from scale.expert_parallel import cut_experts       # only where it is asked for
@@ -388,6 +401,7 @@ def build_reference(config, base: Base, setup: Setup, ranks: Ranks) -> CausalLM 
             merge_adapters(reference, quantized=number < len(second.adapters))
     use_kernels(reference, setup.kernels)
     compute_together(reference, ranks)
+    share_rows(reference, ranks)
     return reference.requires_grad_(False)
 
 
@@ -402,6 +416,8 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
         from scale.stage_gradients import StageGradients    # only where it is asked for
 
         return StageGradients(weights, ranks, model.stage)
+    shared_rows = "context" in ranks.axes
+    ranks = gradient_ranks(ranks)
     if "tensor" in ranks.axes:
         from scale.cut_gradients import PartGradients       # only where it is asked for
 
@@ -412,8 +428,18 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
         return zero.ZeroGradients(weights, ranks, setup.config.zero_stage)
     if setup.config.zero_stage:
         print("note: zero_stage changes nothing with one rank; torchrun starts several")
-    # gathering sharded weights must not come between the sends: all ranks need one order
-    return Gradients(weights, ranks, overlap=not setup.sharded)
+    # gathering sharded weights, or exchanging heads, must not come between the sends: all ranks
+    # need one order
+    return Gradients(weights, ranks, overlap=not (setup.sharded or shared_rows))
+
+
+def gradient_ranks(ranks: Ranks) -> Ranks:
+    """The ranks over which gradients are summed, and weights sharded: those with other tokens."""
+    if "context" not in ranks.axes:
+        return ranks
+    from scale.mesh import ranks_of_parts                   # only where it is asked for
+
+    return ranks_of_parts(ranks)
 
 
 def build_optimizer(config, base: Base, gradients, resume=None) -> Optimizer:

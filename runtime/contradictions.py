@@ -574,6 +574,10 @@ def in_expert_parallel(c: Config) -> Iterator[tuple]:
         "expert_parallel_size deals experts out, and goes with data parallelism alone; leave fsdp, "
         "zero_stage (and deepspeed) and tensor_parallel_size out, or expert_parallel_size")
 
+    yield dealt and c.context_parallel_size > 1, (
+        "expert_parallel_size gives each process rows of its own, and context_parallel_size cuts "
+        "rows; keep one (with fsdp: full_shard beside it, if experts do not fit)")
+
     yield dealt and c.finetuning_type in ("freeze", "oft"), (
         "expert_parallel_size is for finetuning_type: lora and full")
 
@@ -603,6 +607,31 @@ def in_expert_parallel(c: Config) -> Iterator[tuple]:
 
     yield dealt and c.finetuning_type == "full" and c.train_from_scratch, (
         "train_from_scratch draws the matrices of all experts; leave expert_parallel_size out")
+
+
+def in_context_parallel(c: Config) -> Iterator[tuple]:
+    cut = c.context_parallel_size > 1
+    yield cut and samples_replies(c), (
+        f"stage: {c.stage} samples replies, one token after the other, on each rank; leave "
+        "context_parallel_size out, or take stage: sft or dpo with replies that another run has "
+        "sampled")
+
+    yield cut and c.stage == "distill", (
+        "context_parallel_size: stage: distill compares whole rows; leave it out")
+
+    yield cut and c.pipeline_parallel_size > 1, (
+        "pipeline_parallel_size passes whole rows from stage to stage, and context_parallel_size "
+        "cuts rows; keep one (with tensor_parallel_size beside it, if the model does not fit)")
+
+    own_mean = c.use_asft_loss or c.label_smoothing_factor
+    yield cut and own_mean and not c.paper_losses, (
+        "context_parallel_size: use_asft_loss and label_smoothing_factor divide by the labels of a "
+        "micro-batch, of which each process has a part; set paper_losses: true, which divides by "
+        "those of the step")
+
+    yield cut and c.compute_accuracy, (
+        "compute_accuracy counts whole rows, and context_parallel_size cuts them; leave it out, "
+        "and measure the adapter with eval.py")
 
 
 # ---- chat.py and serve.py ----------------------------------------------------------------------
@@ -656,7 +685,7 @@ CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
               in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel, in_pipeline,
-              in_expert_parallel),
+              in_context_parallel, in_expert_parallel),
     "eval": (in_evaluation_rows,),
     "answers": (in_answers,),
     "merge": (in_merge,),

@@ -24,6 +24,7 @@ from errors import did_you_mean, run_script
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
 from runtime.fp8_keys import apply_fp8
+from runtime.hyper_parallel import apply_hyper_parallel
 
 COMMAND_LINE = "command line"
 OTHER_WORDS = {      # how other programs call a key, for the hint
@@ -165,6 +166,7 @@ def load_config(argv: list[str], script: str) -> Config:
                             "models here read text only")
     if _applies("train", script):
         apply_deepspeed(config)
+        apply_hyper_parallel(config)
         apply_fp8(config)
         config.notes.extend(_notes_on_idle_keys(config))
     if script == "eval":
@@ -691,7 +693,7 @@ def _number_or_text(text: str):
         return text
 
 
-def _format(value: str | dict) -> str | dict:
+def _name_or_mapping(value: str | dict) -> str | dict:
     if isinstance(value, str) and value.startswith("{"):    # as on a command line
         value = _mapping(value)
     return value if isinstance(value, dict) else _str(value)
@@ -702,7 +704,8 @@ KINDS = {       # declared type: how its text is read, what it is called
     "int": (_int, "a whole number"),
     "float": (_float, "a number"),
     "Steps": (_steps, "a count of steps or a share below 1"),
-    "Format": (_format, "the name of a chat format or a mapping that describes one"),
+    "Format": (_name_or_mapping, "the name of a chat format or a mapping that describes one"),
+    "JsonFile": (_name_or_mapping, "a JSON file or a mapping"),
     "str": (_str, "a text"),
     "list[str]": (_names, "a list of names, as a,b"),
     "list[float]": (_numbers, "a list of numbers, as 0.7,0.3"),

@@ -48,7 +48,8 @@ class Workload:
     dtype: torch.dtype              # of matrix products and, with LoRA, of frozen weights
     kernel: str                     # a name from attention.py
     device: torch.device | str
-    world: int = 1                  # ranks
+    world: int = 1                  # processes over which weights are sharded, or the state
+    parts: int = 1                  # processes that share a row (scale/context_parallel.py)
     sharded: bool = False           # weights are split over the ranks
     fast: bool = False              # fast/fused_block.py is used
     recompute: list[str] | None = None      # a level of fused_block.RECOMPUTE for each block
@@ -215,7 +216,8 @@ def largest_batch(workload: Workload) -> MicroBatch:
         kernel=workload.kernel,
         device=torch.device(workload.device),
         fast=workload.fast and can_be_fast(workload.lora, workload.dtype),
-        tile=workload.mlp_tile if workload.mlp_tile < sum(lengths) else 0,
+        tile=workload.mlp_tile if workload.mlp_tile < -(-sum(lengths) // workload.parts) else 0,
+        parts=workload.parts,
     )
 
 
@@ -361,8 +363,10 @@ def largest_rows(examples, batches: Iterable[list[int]]) -> list[list[int]]:
 def plan_lines(plan: Plan, free_bytes: int | None) -> list[str]:
     """The plan as a table for the start page."""
     rows = plan.workload.rows
-    lines = [f"memory of a rank, largest micro-batch: {sum(map(sum, rows)):,} tokens "
-             f"(rows: {len(rows)})"]
+    tokens, parts = sum(map(sum, rows)), plan.workload.parts
+    lines = [f"memory of a rank, largest micro-batch: {tokens:,} tokens (rows: {len(rows)})"]
+    if parts > 1:
+        lines[0] += f", of which a process has {-(-tokens // parts):,}"
     kept = "kept for the backward pass"
     if plan.workload.in_flight > 1:
         kept += f", of {plan.workload.in_flight} micro-batches in flight"

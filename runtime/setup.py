@@ -315,7 +315,7 @@ def same_kernels(kernels: Kernels, ranks: Ranks, run):
 
 def is_run_sharded(config, ranks: Ranks) -> bool:
     """Whether weights are split over the ranks."""
-    return bool(config.fsdp) and ranks.world > 1
+    return bool(config.fsdp) and ranks.processes > 1
 
 
 @dataclass(frozen=True)
@@ -334,8 +334,8 @@ def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
              dtype: torch.dtype) -> OwnSizes:
     """The sizes of this process, which without further axes of the mesh are the model's.
 
-    Raises ValueError for sizes that tensor_parallel_size or expert_parallel_size does not divide,
-    and for more stages than layers.
+    Raises ValueError for sizes that the axes of the mesh do not divide, and for more stages than
+    layers.
     """
     axes = plan.ranks.axes
     if not axes:
@@ -347,7 +347,7 @@ def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
         from scale.tensor_parallel import part_config   # only where it is asked for
 
         part_config(sizes, axes["tensor"].size, False)
-    whole = empty_like_run(config, sizes, lora, dtype, plan)
+    whole = empty_like_run(config, sizes, lora, dtype, plan, base.quant_formats)
     if "expert" in axes:
         from scale.expert_parallel import own_config    # only where it is asked for
 
@@ -357,6 +357,10 @@ def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
 
         reason = why_whole(config, whole, axes["tensor"].size)
         sizes = part_config(sizes, axes["tensor"].size, not reason)
+    if "context" in axes:
+        from scale.context_parallel import check_shares     # only where it is asked for
+
+        check_shares(whole, sizes, axes["context"].size)
     if "pipeline" in axes:
         lengths = [n for row in rows_in_training(config, base, plan) for n in row]
         stages = share_layers(whole, lengths, axes["pipeline"].size)
@@ -373,10 +377,11 @@ def own_sizes(config, base: Base, plan: StepPlan, lora: AdapterConfig | None,
 
 
 def empty_like_run(config, sizes: ModelConfig, lora: AdapterConfig | None, dtype: torch.dtype,
-                   plan: StepPlan) -> CausalLM:
+                   plan: StepPlan, quant_formats: dict | None = None) -> CausalLM:
     """The model to be trained with these sizes, without storage."""
     return model_without_storage(config, Workload(
-        model_config=sizes, lora=lora, rows=[], dtype=dtype, kernel="plain", device=plan.device))
+        model_config=sizes, lora=lora, rows=[], dtype=dtype, kernel="plain", device=plan.device,
+        quant_formats=quant_formats))
 
 
 def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: AdapterConfig | None,
@@ -386,6 +391,7 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
     part: what this process computes with.
     """
     on_gpu = plan.device.type == "cuda"
+    parts = plan.ranks.axes["context"].size if "context" in plan.ranks.axes else 1
     return memory_plan(config, Workload(
         model_config=part.model_config,
         model=part.model,
@@ -395,13 +401,14 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
         dtype=dtype,
         kernel=kernels.attention,
         device=plan.device,
-        world=plan.ranks.world,
+        world=plan.ranks.world * parts,
+        parts=parts,
         sharded=is_run_sharded(config, plan.ranks),
         fast=bool(kernels.fuse),
         fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
         other_bytes=second_model_bytes(second_model(config, base, lora), dtype)
-        // plan.ranks.partners
+        // (plan.ranks.partners // parts)
         + judge_bytes(config, dtype),
         rollout_bytes=rollout_bytes(config, base, plan, dtype),
         host_bytes=free_on_all(torch.device("cpu"), plan.ranks) if on_gpu else None,

@@ -14,6 +14,7 @@ gradients are summed, and the four processes of a rank (partners) see the same r
 same random numbers. Where nothing is laid out, a rank is a process, and this file is not read.
 
 The expert axis lies within data parallelism: each of its processes is a rank with rows of its own.
+Those of the context axis share a rank's rows, each with tokens of its own (ranks_of_parts).
 
 A further axis takes four steps:
 
@@ -29,13 +30,15 @@ and metrics, which only some have (Ranks.scores); a process that writes files is
 only some partners hold is marked by a Cut or a Held (checkpoint/shards.py), and saved whole.
 
 Requires: parallel.py.
-Next: scale/tensor_parallel.py, scale/pipeline_parallel.py, scale/expert_parallel.py.
+Next: scale/tensor_parallel.py, scale/pipeline_parallel.py, scale/context_parallel.py,
+scale/expert_parallel.py.
 Papers: the layout by what is sent how often, arXiv:2104.04473 (sec. 3).
 """
 import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from families import ModelConfig
@@ -43,7 +46,7 @@ from parallel import LEFT, Ranks
 
 # {axis: the key of its size}, from the outermost, which sends least often, to the innermost
 AXES = {"expert": "expert_parallel_size", "pipeline": "pipeline_parallel_size",
-        "tensor": "tensor_parallel_size"}
+        "context": "context_parallel_size", "tensor": "tensor_parallel_size"}
 OWN_ROWS = ("expert",)          # axes whose processes are ranks of data parallelism
 MOST_LINES = 16                 # processes that the start page lists
 
@@ -99,6 +102,24 @@ def check_world(world: int, members: int, sizes: dict[str, int]):
                      f"{' or '.join(map(str, fitting))}")
 
 
+def ranks_of_parts(ranks: Ranks) -> Ranks:
+    """The ranks for gradients: each process of the context axis is one, with tokens of its own."""
+    parts = ranks.axes["context"]
+    others = {name: axis for name, axis in ranks.axes.items() if name != "context"}
+    found = replace(ranks, rank=ranks.rank * parts.size + parts.rank,
+                    world=ranks.world * parts.size, partners=ranks.partners // parts.size,
+                    partner=0, group=None, axes=others)
+    if not others:
+        return found
+    dim = 1 + list(ranks.axes).index("context")
+    mesh = torch.arange(ranks.processes).view(-1, *(axis.size for axis in ranks.axes.values()))
+    alike = mesh.movedim((0, dim), (-2, -1)).reshape(-1, found.world)
+    group, _ = dist.new_subgroups_by_enumeration(alike.tolist())
+    LEFT.append(group)                                  # see parallel.end_ranks
+    column = (alike == ranks.process).any(1).nonzero().item()
+    return replace(found, group=group, partner=column)
+
+
 # ---- what each process holds --------------------------------------------------------------------
 
 
@@ -132,8 +153,13 @@ def places_of(process: int, axes: dict[str, Axis]) -> dict[str, tuple[int, int]]
 
 
 def holdings(places: dict, config: ModelConfig, vocabulary: bool, stages: list[range]) -> str:
-    """What a process holds of the model, in words. places: of places_of."""
+    """What a process has of each row and holds of the model, in words. places: of places_of."""
     words = []
+    if "context" in places:
+        part, parts = places["context"]
+        words.append(f"part {part + 1} of {parts} of each row")
+    if places.keys() == {"context"}:
+        words.append("the whole model")
     if "expert" in places:
         words.append(f"experts {numbers(*places['expert'], config.num_experts)} of each layer, and "
                      "all else")

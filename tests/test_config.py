@@ -102,7 +102,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
         moe_aux_loss_coef disable_tqdm eval_steps save_total_limit metric_for_best_model
         data_seed freeze_extra_modules quantization_bit resume_from_checkpoint warmup_ratio
         tokenized_path preprocessing_num_workers torch_compile ref_model ref_model_adapters
-        deepspeed interleave_probs
+        deepspeed interleave_probs hyper_parallel_args
      """),
     (None, "add_tokens add_special_tokens new_special_tokens_config"),
     ("noise_init", "init_special_tokens"),
@@ -128,7 +128,7 @@ PEER_DEFAULTS = (       # (default in LLaMA-Factory 0.9.5, keys with this defaul
     (32, "apollo_scale"),
     ("random", "apollo_proj"),
     ("channel", "apollo_scale_type"),
-    (False, "use_apollo apollo_scale_front apollo_layerwise use_badam"),
+    (False, "use_hyper_parallel use_apollo apollo_scale_front apollo_layerwise use_badam"),
     ("layer", "badam_mode"),
     (None, "rope_scaling badam_start_block export_quantization_bit export_quantization_dataset"),
     ("ascending", "badam_switch_mode"),

@@ -299,7 +299,6 @@ def test_sizes_that_cannot_be_cut(fields, parts, message):
     (dict(finetuning_type="oft"), "is for finetuning_type: lora and full"),
     (dict(optim="adamw_8bit"), "use optim: adamw_torch"),
     (dict(ask="Who are you?"), "ask the adapter in chat.py"),
-    (dict(context_parallel_size=2), "not in this release; tensor_parallel_size cuts a model"),
 ])
 def test_what_does_not_go_together_is_said(settings, message, tmp_path):
     settings = dict(model_name_or_path="m", dataset="d", output_dir=tmp_path / "o",
