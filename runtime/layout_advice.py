@@ -15,10 +15,11 @@ Seconds are these bytes over the speed of the slowest link; computing overlaps w
 
 Requires: runtime/memory.py, runtime/contradictions.py, runtime/steps.py.
 Next: runtime/setup.py, which prints it; scale/zero.py, scale/fsdp.py, scale/tensor_parallel.py,
-scale/expert_parallel.py, runtime/stages.py; docs/many_gpus.md.
+scale/context_parallel.py, scale/expert_parallel.py, runtime/stages.py; docs/many_gpus.md.
 Papers: ZeRO arXiv:1910.02054 (sec. 7, the volume of each stage), FSDP arXiv:2304.11277, rings
 arXiv:1802.05799.
 """
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -64,10 +65,11 @@ class Traffic:
     """What decides how much is sent."""
     model: CausalLM             # of one process, without storage
     adapters: bool              # frozen base beside adapters
-    world: int                  # data-parallel ranks
+    world: int                  # processes with gradients of their own tokens
     step: PartOfStep
     size: int = 1               # processes of the axis that the layout has
     number_bytes: int = 4       # of a number between two blocks
+    compute_bytes: int = 4      # of a number in a matrix product
     recompute: list = field(default_factory=list)   # a level of fused_block.RECOMPUTE a block
 
 
@@ -153,6 +155,36 @@ def pipeline_bytes(t: Traffic) -> Sent:
             messages += table.nbytes
     sent = data_parallel_bytes(t) if t.world > 1 else {}
     return sent | {("send", t.size): messages}
+
+
+def context_parallel_bytes(t: Traffic) -> Sent:
+    """Tokens for heads in each block and back, and the loss of each pass; gradients once."""
+    return with_exchange(t, data_parallel_bytes(t))
+
+
+def sharded_context_bytes(t: Traffic) -> Sent:
+    return with_exchange(t, fsdp_bytes(t))
+
+
+def with_exchange(t: Traffic, sent: Sent) -> Sent:
+    """And q, k, v and the outputs of all blocks, their gradients, and the loss of each pass.
+
+    Of a process with a mean part of the rows: parts differ by a token. Key/value heads are repeated
+    until the processes divide them.
+    """
+    ways = 0
+    for block, level, reached in zip(t.model.model.layers, t.recompute,
+                                     reached_by_gradients(t.model)):
+        trained = any(p.requires_grad for name, p in block.self_attn.named_parameters()
+                      if not name.startswith("o_proj"))
+        ways += 1 + (reached.attention or trained) + (reached.block and level == "block")
+    config = t.model.config
+    kv_heads = math.lcm(config.num_key_value_heads, t.size)
+    heads = 2 * (config.num_attention_heads + kv_heads) // t.size
+    numbers = ways * t.step.tokens * heads * config.head_dim
+    losses = ("all_reduce", t.size)
+    return sent | {("all_to_all", t.size): numbers * t.compute_bytes,
+                   losses: sent.get(losses, 0) + 4 * t.step.passes}
 
 
 class Reached(NamedTuple):
@@ -250,6 +282,14 @@ def stage_workloads(config: Config, workload: Workload, size: int) -> list[Workl
     return found
 
 
+def context_workload(config: Config, workload: Workload, size: int) -> Workload:
+    """Raises ValueError for heads that cannot be dealt out, and for dropout in experts."""
+    from scale.context_parallel import check_shares     # only where it is planned
+
+    check_shares(workload.model, workload.model_config, size)
+    return replace(workload, parts=size)
+
+
 # ---- the table ----------------------------------------------------------------------------------
 
 
@@ -292,6 +332,12 @@ LAYOUTS = (
         "bytes than the experts")),
     Layout({"fsdp": ["full_shard"]}, fsdp_bytes, why=(
         "whole weights do not fit one card beside the rest, and two blocks of them do")),
+    Layout({}, context_parallel_bytes, size_key="context_parallel_size", own=context_workload, why=(
+        "the activations of a row do not fit one card beside the weights, and those of its part "
+        "do")),
+    Layout({"fsdp": ["full_shard"]}, sharded_context_bytes, size_key="context_parallel_size",
+           own=context_workload, why=(
+        "neither whole weights nor the activations of a whole row fit one card")),
     Layout({"offload_optimizer": "cpu"}, data_parallel_bytes, why=(
         "it fits with the optimizer state in main memory, which each step sends there and back")),
     Layout({"zero_stage": 2, "offload_optimizer": "cpu"}, zero_2_bytes, why=(
@@ -312,7 +358,7 @@ SLOW_LINK_IN_EACH_PASS = ("larger micro-batches send less often, and pipeline_pa
 SLOW_LINK_OF_STAGES = "what stages send grows with their tokens; only a faster link helps"
 SET_BY_LAYOUTS = {"zero_stage": 0, "fsdp": [], "offload_optimizer": None,
                   "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
-                  "expert_parallel_size": 1}
+                  "context_parallel_size": 1, "expert_parallel_size": 1}
 
 
 def layouts_for(cards: int, model_config: ModelConfig) -> list[Layout]:
@@ -345,8 +391,8 @@ MISSING = (         # where no layout fits: whether this is why, and what would 
     (block_is_too_large, "two blocks, embedding and head do not fit one card: "
                          "tensor_parallel_size over more cards cuts every matrix further "
                          "(docs/many_gpus.md)"),
-    (rows_are_too_long, "most of it is activations: to cut a row over the cards is context "
-                        "parallelism, which this release has not"),
+    (rows_are_too_long, "most of it is activations: a smaller cutoff_len shortens rows, and "
+                        "context_parallel_size cuts them over more cards"),
 )
 
 
@@ -365,7 +411,7 @@ class Candidate:
     @property
     def ranks(self) -> int:
         """Ranks of data parallelism."""
-        return self.plan.workload.world
+        return data_ranks(self.plan.workload)
 
 
 def candidates(config: Config, memory: Plan, plan: StepPlan,
@@ -397,11 +443,11 @@ def candidates(config: Config, memory: Plan, plan: StepPlan,
         except ValueError as refusal:
             found.append(Candidate(layout, refusal=str(refusal)))
             continue
-        accumulation = accumulation_for(config, workload.world)
+        accumulation = accumulation_for(config, data_ranks(workload))
         changed = replace(changed, gradient_accumulation_steps=accumulation)
         tokens, planned = pass_size(changed, memory_plan(changed, workload),
                                     int(config.card_memory * GIB), device)
-        step = part_of_step(changed, plan, workload.world, tokens)
+        step = part_of_step(changed, plan, data_ranks(workload), tokens)
         traffic = traffic_of(planned.workload, layout.size, step)
         waits = layout.size - 1 if layout.sent is pipeline_bytes else 0
         found.append(Candidate(layout, planned, ring_bytes(layout.sent(traffic)),
@@ -409,11 +455,16 @@ def candidates(config: Config, memory: Plan, plan: StepPlan,
     return found
 
 
+def data_ranks(workload: Workload) -> int:
+    """Ranks of data parallelism: the processes that share rows are one."""
+    return workload.world // workload.parts
+
+
 def own_workload(layout: Layout, config: Config, workload: Workload) -> Workload:
     """What one process computes with. Raises ValueError for a model that cannot be cut so."""
     if not layout.own:
         return workload
-    if workload.quant_formats:
+    if workload.quant_formats and layout.size_key != "context_parallel_size":
         raise ValueError("weights in 4 or 8 bits are not cut over processes")
     return layout.own(config, workload, layout.size)
 
@@ -423,7 +474,8 @@ def traffic_of(workload: Workload, size: int, step: PartOfStep) -> Traffic:
     embedding = workload.model.model.embed_tokens.weight
     stream = workload.dtype.itemsize if workload.lora else embedding.itemsize
     return Traffic(model=workload.model, adapters=workload.lora is not None, world=workload.world,
-                   step=step, size=size, number_bytes=stream, recompute=workload.recompute)
+                   step=step, size=size, number_bytes=stream,
+                   compute_bytes=workload.dtype.itemsize, recompute=workload.recompute)
 
 
 def first_contradiction(config: Config) -> str:

@@ -90,8 +90,8 @@ THIRDS = DENSE | dict(hidden_size=48, num_attention_heads=6, num_key_value_heads
 MEASURED = [replace(layout, settings=layout.settings | {layout.size_key: WORLD})
             if layout.size_key else layout
             for layout in LAYOUTS if "offload_optimizer" not in layout.settings]
-MODELS = {"tensor_parallel_size": "thirds", "expert_parallel_size": "mixture",     # else dense
-          "pipeline_parallel_size": "deep"}
+MODELS = {"tensor_parallel_size": "thirds", "context_parallel_size": "thirds",
+          "expert_parallel_size": "mixture", "pipeline_parallel_size": "deep"}     # else dense
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def here(tmp_path_factory):
                 join_micro_batches=False)
             if layout.size_key and kind == "lora":      # blocks computed again, and their sums
                 settings |= dict(disable_gradient_checkpointing=False, lora_target="all,experts")
-            if layout.size_key in ("tensor_parallel_size", "pipeline_parallel_size"):
+            if layout.size_key != "expert_parallel_size":
                 settings.pop("lora_target", None)
-            words = [] if layout.name else [layout.in_words()]
+            words = [] if layout.name else layout.in_words().split()
             todo.append((name, [f"{key}={value}" for key, value in settings.items()] + words))
     (here / "runs").write_text(json.dumps(todo))
     (code, screen, _), = outcomes(torchrun(WORLD, here / "worker.py", here / "runs"))
@@ -195,7 +195,8 @@ def test_the_first_layout_that_fits_is_advised(world, capsys):
     assert "a step has 4 rows then and not 1" in page
     names = list(held)
     tried = layouts_for(4, read_model_config(world / "dense"))
-    assert names == [layout.in_words() for layout in tried if layout.size < 4]
+    assert names == [layout.in_words() for layout in tried
+                     if layout.size < 4 or layout.size_key == "context_parallel_size"]
     assert "not with these settings: tensor_parallel_size=4 (tensor_parallel_size: 4 does not " \
         "divide num_key_value_heads: 2" in page
     largest = max(held.values()) + 1
@@ -241,7 +242,7 @@ def test_what_would_help_where_nothing_fits(world, capsys):
     assert "tensor_parallel_size over more cards cuts every matrix further" in page
     page = dry_run(world, capsys, "card_memory=0.001", "disable_gradient_checkpointing=true",
                    "per_device_train_batch_size=16")
-    assert "context parallelism, which this release has not" in page
+    assert "context_parallel_size cuts them over more cards" in page
 
 
 def test_a_pipeline_is_advised_with_its_bubble(world, capsys):
