@@ -652,6 +652,16 @@ class Config:
         "device that computes the merge", only="merge.py", choices=("cpu", "auto", "cuda"))
     overwrite: bool = key(False, IGNORED,
         "replace an existing export_dir", own=True, only="merge.py")
+    export_format: str | None = key(None, IGNORED,
+        "write the merged model in another format: gguf: a file for llama.cpp", own=True,
+        only="merge.py", choices=("gguf",))
+    gguf_type: str | None = key(None, IGNORED,
+        "numbers of its matrices (none: f16, or bf16 as the base); smaller ones: llama-quantize",
+        own=True, only="merge.py", choices=("f32", "f16", "bf16", "q8_0", "q4_0"))
+    gguf_pretokenizer: str | None = key(None, IGNORED,
+        "how llama.cpp splits texts into words (none: it is recognized)", own=True,
+        only="merge.py",
+        choices=("llama-bpe", "dbrx", "qwen2", "gpt-2", "smollm", "tekken"))
     export_quantization_bit: int | None = key(None, IGNORED,
         "quantize the model to 2, 3, 4 or 8 bits by GPTQ, in groups of 128 columns (no adapter)",
         only="merge.py")

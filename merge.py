@@ -24,12 +24,10 @@ LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
 """
 import math
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from fnmatch import fnmatch
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -46,40 +44,23 @@ import torch
 from tqdm import tqdm
 
 from checkpoint.adapters import folded_under, warn_of_folded
-from checkpoint.files import (DTYPES, find_checkpoint, new_folder, open_tensors, stored_as,
-                              tensor_files, write_json, write_tensors)
+from checkpoint.files import DTYPES, find_checkpoint, new_folder, open_tensors
 from checkpoint.load import formats_in_words, packed_weights
-from checkpoint.value_head import VALUE_HEAD
 from evals.compare import compare_losses
-from families import model_config, read_config_json
+from families import read_config_json
 from lora import expert_matrices, merged_weight
+from runtime.export import Export
+from runtime.export_formats import open_export
 from runtime.finished import as_trained, scale_rope_as_trained
-from runtime.gptq_export import GPTQExport, open_export
-from runtime.named_folders import named_folder, named_folders
-from runtime.resize_vocab import MARK, resized_beside, trained_on
+from runtime.merge_folder import check_target, copy_files, fit_text_files
 from runtime.merge_plan import Change, Planned, plan_tensors
+from runtime.named_folders import named_folder, named_folders
+from runtime.resize_vocab import resized_beside, trained_on
 from text.chat_formats import name_of, stored_template
-from text.load_text import fit_text
-from text.tokenizer import load_tokenizer, read_json
 from text.vocabularies import find_vocabulary
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
 MAX_THREADS = 4                 # more would idle: one writes while the others sum
-
-# Files that define how text is read and rendered. Training settles them together, so all of them
-# come from one folder.
-TEXT_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "train_config.json")
-# In the header of weight files: overwrite: true replaces only such.
-EXPORT_MARK = {"written_by": "merge.py of Pocket Factory"}
-# Other files to copy from the base's folder, unless they match SKIPPED.
-COPIED = (
-    "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*",
-    "USE_POLICY*")
-SKIPPED = (
-    "config.json", "*.index.json", "adapter_*", "trainer_state.json", "*_results.json", MARK,
-    *TEXT_FILES)
 
 
 def main(argv):
@@ -95,22 +76,21 @@ def main(argv):
     print_sources(config, base, adapters)
     for note in scale_rope_as_trained(config, base, adapters):
         print(f"note      {note}")
-    quantizer = open_export(config, base, adapters, device) if config.export_quantization_bit \
-        else None
+    export = open_export(config, base, adapters, device)
     quant_format, description = format_to_merge(config, base, adapters)
 
     # ---- merge, then compare losses
     merge_checkpoint(
         base, adapters, config.export_dir,
-        dtype=DTYPES.get(config.infer_dtype, torch.float16 if quantizer else None),
+        dtype=DTYPES.get(config.infer_dtype),
         shard_bytes=int(config.export_size * 1e9),
         overwrite=config.overwrite,
         template=config.template,
         force_template=config.force_template,
         device=device,
         quant_format=quant_format,
-        quantizer=quantizer)
-    quantized = bool(description and adapters) or quantizer
+        export=export)
+    quantized = bool(description and adapters) or config.export_quantization_bit
     if quantized and (config.dataset or config.eval_dataset):
         compare_losses(config, base, adapters, device)
 
@@ -118,13 +98,13 @@ def main(argv):
 def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,
                      shard_bytes: int = 5 * 10**9, overwrite: bool = False, template=None,
                      force_template: bool = False, device="cpu", quant_format=None,
-                     quantizer: GPTQExport | None = None):
+                     export: Export | None = None):
     """Write base + adapters as a checkpoint into export_dir, which appears complete or not at all.
 
     base, adapters: folders; adapters are added in order. dtype: of all weights; None keeps each
     tensor's. shard_bytes: largest weight file. template: as in the config, a name or a mapping;
     None: the one stored with the adapters. device: where sums are formed. quant_format: the
-    QuantFormat that training quantized the base to on load. quantizer: rounds the base to few bits.
+    QuantFormat that training quantized the base to on load. export: writes another format.
 
     Raises ValueError or FileNotFoundError for an adapter that does not fit, damaged files, an
     export_dir that is in use; OSError when the disk is too small.
@@ -134,11 +114,9 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
     adapters = [Path(adapter) for adapter in adapters]
     target = check_target(Path(export_dir), [base, *adapters], overwrite)
     fields = read_config_json(base)
-    plan, untied = plan_tensors(base, adapters, dtype, quant_format)
-    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in plan.items()}
-    if quantizer:
-        shapes = quantizer.shapes(shapes)
-    total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+    export = export or Export()
+    dtype = dtype or export.default_dtype
+    export.set_plan(*plan_tensors(base, adapters, dtype, quant_format), dtype)
 
     template, force_template = stored_template(adapters or [base], template, force_template)
     text_source = base
@@ -155,19 +133,17 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
         has_tokenizer = (text_source / "tokenizer.json").is_file() or find_vocabulary(text_source)
         if template and has_tokenizer:
             fit_text_files(text_source, work, template, force_template, fields)
-        verb = "quantizing" if quantizer else "merging"
-        with tqdm(total=total, unit="B", unit_scale=True, desc=verb, disable=None) as bar:
-            write_plan(work, plan, shapes, device, shard_bytes, bar.update, quantizer)
-        write_json(work / "config.json", merged_fields(fields, dtype, untied, quantizer))
-        read_back(work, shapes)
-        if quantizer:
-            quantizer.check(work)
-            print(f"gptq      {quantizer.report()}")
+        total = export.nbytes()
+        with tqdm(total=total, unit="B", unit_scale=True, desc=export.verb, disable=None) as bar:
+            write_export(work, export, device, shard_bytes, bar.update)
+        export.finish(work, fields)
+        if report := export.report():
+            print(report)
 
     files = len(list(target.iterdir()))
     seconds = time.monotonic() - start_time
     print(f"{export_dir}: {files} files, {total / 1e9:.3g} GB of weights, {seconds:.1f} s; "
-          f"{len(shapes)} tensors read back with the planned names, shapes and dtypes")
+          f"{len(export.tensors)} tensors read back with the planned names, shapes and dtypes")
 
 
 # ---- sources and target -----------------------------------------------------------------------
@@ -219,75 +195,19 @@ def other_base(adapter: Path, base: Path, name: str) -> str | None:
     return None if base.resolve() in candidates else original
 
 
-def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
-    """Absolute path to write to. Raises ValueError if that could destroy files of the user."""
-    target = path.resolve()
-    for source in sources:
-        if target in (source.resolve(), *source.resolve().parents):
-            relation = "is" if target == source.resolve() else "holds"
-            raise ValueError(f"export_dir: {path} {relation} {source}, which is read here and "
-                             "stays unchanged. Name another folder")
-    if target.is_file():
-        raise ValueError(f"export_dir: {path} is a file. Name a folder")
-
-    items = sorted(target.iterdir()) if target.is_dir() else []
-    if items and not overwrite:
-        raise ValueError(f"export_dir: {path} is not empty (it holds {items[0].name}). Name "
-                         "another folder, or set overwrite: true")
-    others = [item.name for item in items if not is_of_export(item, sources[0])]
-    if others:
-        raise ValueError(
-            f"export_dir: {path} holds {others[0]}, which no earlier export of this base has "
-            "written, and overwrite: true removes nothing else. Name another folder, or remove "
-            "it yourself")
-    return target
-
-
-def is_of_export(path: Path, base: Path) -> bool:
-    """Whether merge.py has written this file: weights by their mark, other files by their names.
-
-    Exports of earlier releases have no mark.
-    """
-    if not path.is_file():
-        return False
-    if path.suffix == ".safetensors" and path.name != VALUE_HEAD:
-        with open_tensors(path) as tensors:
-            return (tensors.metadata() or {}).items() >= EXPORT_MARK.items()
-    names = {"config.json", "generation_config.json", "model.safetensors.index.json", VALUE_HEAD,
-             *TEXT_FILES, *(file.name for file in copied_files(base))}
-    return path.name in names
-
-
-def copied_files(base: Path) -> list[Path]:
-    """The files of the base that its merged model gets unchanged."""
-    found = []
-    for file in base.iterdir():
-        copied = any(fnmatch(file.name, pattern) for pattern in COPIED)
-        skipped = any(fnmatch(file.name, pattern) for pattern in SKIPPED)
-        if file.is_file() and copied and not skipped:
-            found.append(file)
-    return found
-
-
 # ---- the work ---------------------------------------------------------------------------------
 
 
-def write_plan(folder: Path, plan: dict[str, Planned], shapes: dict, device, shard_bytes: int,
-               progress: Callable[[int], object], quantizer: GPTQExport | None):
-    """Write the weight files of a plan, in the order of shapes, {name: (shape, dtype)}."""
-    plain = {name: plan[name] for name in shapes if name in plan}
-    makers = block_makers(plain, device)
-    if quantizer:                           # it computes meanwhile, on all cores
-        blocks = (make() for make in makers)
-    else:
-        blocks = run_ahead(makers)
+def write_export(folder: Path, export: Export, device, shard_bytes: int,
+                 progress: Callable[[int], object]):
+    """Write the weight files of an export, from the merged rows of its sources."""
+    makers = block_makers(((name, export.plan[name]) for name in export.sources()), device)
+    blocks = (make() for make in makers) if export.computes else run_ahead(makers)
 
-    def blocks_of(name):
-        if name not in plan:
-            return [quantizer.tensor(name)]
-        return islice(blocks, len(list(row_blocks(plan[name].shape))))
+    def read(name):
+        return islice(blocks, len(list(row_blocks(export.plan[name].shape))))
 
-    write_tensors(folder, shapes, blocks_of, shard_bytes, progress, metadata=EXPORT_MARK)
+    export.write(folder, read, shard_bytes, progress)
 
 
 def run_ahead(makers: Iterable[Callable]) -> Iterator:
@@ -311,9 +231,9 @@ def run_ahead(makers: Iterable[Callable]) -> Iterator:
         torch.set_num_threads(threads_before)
 
 
-def block_makers(plan: dict[str, Planned], device) -> Iterator[Callable]:
+def block_makers(tensors: Iterable[tuple[str, Planned]], device) -> Iterator[Callable]:
     """A function for each block of rows of each tensor, in order, which returns the merged rows."""
-    for name, tensor in plan.items():
+    for name, tensor in tensors:
         # A, or OFT's rotation, is needed by all rows of a matrix, B by all rows of a stack; else B
         # is read by rows
         lora_A = []
@@ -477,63 +397,6 @@ def format_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple:
     print(f"base      rounded to {quant_format.kind} and dequantized, as in training (merge_base: "
           "original skips this)")
     return quant_format, quant_format.kind
-
-
-# ---- files beside the weights -----------------------------------------------------------------
-
-
-def merged_fields(fields: dict, dtype: torch.dtype | None, untied: bool,
-                  quantizer: GPTQExport | None) -> dict:
-    """config.json of the merged model: how it is quantized, its dtype, and tying of the head."""
-    fields = {key: value for key, value in fields.items() if key != "quantization_config"}
-    if untied:
-        fields["tie_word_embeddings"] = False
-    for key in ("dtype", "torch_dtype"):
-        if dtype and key in fields:
-            fields[key] = str(dtype).removeprefix("torch.")
-    if quantizer:
-        fields["quantization_config"] = quantizer.settings()
-    return fields
-
-
-def copy_files(base: Path, text_source: Path, work: Path):
-    """Copy license, generation settings etc. of the base, and the text files of text_source.
-
-    The value head of a reward model comes from text_source, too.
-    """
-    for file in copied_files(base):
-        shutil.copyfile(file, work / file.name)
-    for name in (*TEXT_FILES, VALUE_HEAD):
-        if (text_source / name).is_file():
-            shutil.copyfile(text_source / name, work / name)
-
-
-def fit_text_files(text_source: Path, work: Path, template, force: bool, fields: dict):
-    """Make the tokenizer and generation_config.json end replies as the chat template does.
-
-    Without that, generate() of transformers continues after the reply if the base used another end.
-    """
-    base_config = model_config(fields)
-    tokenizer = load_tokenizer(text_source)
-    text = fit_text(tokenizer, template, force, base_config.model_type, base_config.vocab_size)
-    text.tokenizer.save(work)
-    (work / "special_tokens_map.json").unlink(missing_ok=True)  # older format, might contradict
-
-    generation = read_json(work / "generation_config.json")
-    ends = generation.get("eos_token_id", fields.get("eos_token_id"))
-    if not isinstance(ends, list):
-        ends = [] if ends is None else [ends]
-    stops = sorted(stop for stop in text.stop_ids if stop < base_config.vocab_size)
-    new = [stop for stop in stops if stop not in ends]
-    if new:
-        write_json(work / "generation_config.json", {**generation, "eos_token_id": ends + new})
-
-
-def read_back(work: Path, shapes: dict):
-    """Compare names, shapes and dtypes of the written files with the plan. Raises OSError."""
-    found = {name: stored_as(file, name) for name, file in tensor_files(work).items()}
-    if found != shapes:
-        raise OSError(f"{work}: the written files differ from the plan. Is the disk damaged?")
 
 
 if __name__ == "__main__":

@@ -448,10 +448,7 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9,
     sizes = {name: dtype.itemsize * torch.Size(shape).numel()
              for name, (shape, dtype) in shapes.items()}
     total = sum(sizes.values())
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise OSError(f"{folder}: {bytes_in_words(total)} to write, {bytes_in_words(free)} free. "
-                      "Make room, or choose another folder")
+    check_disk(folder, total)
 
     shards = plan_shards(sizes, limit)
     weight_map = {}
@@ -465,6 +462,14 @@ def write_tensors(folder, shapes: dict, rows_of, limit: int = 5 * 10**9,
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def check_disk(folder: Path, total: int):
+    """Raises OSError if the disk of a folder has less room than this many bytes."""
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise OSError(f"{folder}: {bytes_in_words(total)} to write, {bytes_in_words(free)} free. "
+                      "Make room, or choose another folder")
 
 
 def write_shard(path: Path, shapes: dict, rows_of, progress, metadata: dict[str, str]):

@@ -670,6 +670,18 @@ def in_merge(c: Config) -> Iterator[tuple]:
         "export_quantization_bit writes a quantized model, quantization_bit reads one as if it "
         "were; leave quantization_bit out")
 
+    yield bits and c.export_format, (
+        f"export_quantization_bit writes a GPTQ checkpoint, export_format a {c.export_format} one; "
+        "leave one of them out")
+
+    yield c.export_format == "gguf" and c.infer_dtype != "auto", (
+        "infer_dtype is the dtype of safetensors; for a GGUF file set gguf_type: "
+        f"{c.infer_dtype.replace('float', 'f')}")
+
+    for name in ("gguf_type", "gguf_pretokenizer"):
+        yield getattr(c, name) and c.export_format != "gguf", (
+            f"{name} describes a GGUF file; set export_format: gguf, too, or leave {name} out")
+
 
 def _is_same_folder(a: str | None, b: str | None) -> bool:
     return bool(a and b) and os.path.realpath(a) == os.path.realpath(b)

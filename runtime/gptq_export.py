@@ -15,7 +15,7 @@ Paper: GPTQ arXiv:2210.17323.
 """
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # first: a missing package ends in a sentence
@@ -29,6 +29,7 @@ from checkpoint.load import load_model, packed_weights
 from checkpoint.write_gptq import gptq_parts, pack_gptq, quantization_fields
 from config import Config
 from model import CausalLM, attention_needs
+from runtime.export import Export
 from text.calibration import calibration_rows
 from text.tokenizer import load_tokenizer
 
@@ -47,11 +48,15 @@ class InputReached(Exception):
     """Ends a forward pass whose only purpose was the inputs of a layer."""
 
 
-class GPTQExport:
+class GPTQExport(Export):
     """Quantizes a model block by block, in the order in which the file is written.
 
     layers: {name in the files: (block, name in the block)} of the matrices that are quantized.
     """
+
+    verb = "quantizing"
+    computes = True
+    default_dtype = torch.float16
 
     def __init__(self, base: Path, rows: torch.Tensor, bits: int, device: str):
         self.model = load_model(base)
@@ -69,7 +74,7 @@ class GPTQExport:
 
     # ---- what is written
 
-    def shapes(self, shapes: dict) -> dict:
+    def tensors_of(self, shapes: dict) -> dict:
         """{name: (shape, dtype)} of the quantized checkpoint, block by block, of the plain one."""
         order = {self.model.config.stored_name(name): number
                  for number, (name, _) in enumerate(self.model.named_parameters())}
@@ -83,11 +88,13 @@ class GPTQExport:
                 found[f"{name.removesuffix('weight')}{part}"] = info
         return found
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the quantized checkpoint; they are asked for in the order of shapes."""
+    def rows_of(self, name: str, read: Callable) -> Iterable[torch.Tensor]:
+        """A tensor of the quantized checkpoint; they are asked for in the order of tensors_of."""
+        if name in self.plan:
+            return read(name)
         while name not in self.ready:
             self.quantize_next()
-        return self.ready.pop(name)
+        return [self.ready.pop(name)]
 
     def settings(self) -> dict:
         """quantization_config of config.json."""
@@ -98,8 +105,9 @@ class GPTQExport:
             layers=sorted({name_in_block(name) for name in self.layers}),
             skipped=sorted({name_in_block(name) for name in self.skipped}))
 
-    def check(self, folder: Path):
-        """Read the matrices of the written files and compare them. Raises OSError."""
+    def finish(self, folder: Path, fields: dict):
+        """Also read the matrices of the written files and compare them. Raises OSError."""
+        super().finish(folder, fields)
         found = packed_weights(folder)
         for name, checksum in self.checksums.items():
             written = found[name].read("cpu").dequantize(torch.float16) if name in found else None
@@ -108,10 +116,11 @@ class GPTQExport:
                               "damaged?")
 
     def report(self) -> str:
-        """What was done, for the last line."""
+        """What was done."""
         ours, nearest = (sum(column) / len(self.errors) for column in zip(*self.errors))
-        text = (f"{len(self.checksums)} matrices in {self.bits} bits, groups of {GROUP_SIZE}; "
-                f"error of their outputs {ours:.3%}, {nearest:.3%} if rounded to the nearest")
+        text = (f"gptq      {len(self.checksums)} matrices in {self.bits} bits, groups of "
+                f"{GROUP_SIZE}; error of their outputs {ours:.3%}, {nearest:.3%} if rounded to the "
+                "nearest")
         if self.unseen:
             text += (f"; {self.unseen} matrices of experts that no calibration token has reached "
                      "are rounded to the nearest (export_quantization_nsamples draws more)")
@@ -286,7 +295,7 @@ def name_in_block(name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", name).removesuffix(".weight")
 
 
-def open_export(config: Config, base: Path, adapters: list[Path], device: str) -> GPTQExport:
+def open_gptq(config: Config, base: Path, adapters: list[Path], device: str) -> GPTQExport:
     """The quantizer that the settings ask for.
 
     Raises ValueError for adapters, and for a base that is quantized already.

@@ -182,7 +182,7 @@ def test_every_family_is_quantized_or_refused(name, tmp_path):
             GPTQExport(base, rows, 4, "cpu")
         return
     quantizer = GPTQExport(base, rows, 8, "cpu")
-    merge_checkpoint(base, [], tmp_path / "out", dtype=torch.float16, quantizer=quantizer)
+    merge_checkpoint(base, [], tmp_path / "out", dtype=torch.float16, export=quantizer)
     model = load_model(tmp_path / "out", torch.float32)
     assert len(quantized_weights(model)) == len(quantizer.layers) > 1
     want = logits_of(load_model(base, torch.float32), rows)
@@ -196,7 +196,7 @@ def test_experts_without_a_token_are_rounded_to_the_nearest(tmp_path):
                      num_experts_per_tok=1, moe_intermediate_size=32, norm_topk_prob=True,
                      decoder_sparse_step=1, mlp_only_layers=[], **SIZES)
     quantizer = GPTQExport(base, torch.tensor([[3, 3]]), 4, "cpu")
-    merge_checkpoint(base, [], tmp_path / "out", dtype=torch.float16, quantizer=quantizer)
+    merge_checkpoint(base, [], tmp_path / "out", dtype=torch.float16, export=quantizer)
     assert quantizer.unseen >= 2 * 6 * 3 and "no calibration token has reached" in \
         quantizer.report()
     assert all("mlp.gate." in name for name in quantizer.skipped)

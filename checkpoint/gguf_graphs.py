@@ -1,0 +1,217 @@
+"""A decoder as llama.cpp computes it: the graph that fits, its tensors and its metadata.
+
+llama.cpp computes each architecture by a graph of its own, which its file names. The row of GRAPHS
+is chosen by the decoder's switches (families.py): a graph fits if it computes just that. Many
+families are Llama with other names, with q, k, v or gate and up in one matrix, or with other pairs
+of features that are rotated; checkpoint/gguf_tensors.py cuts their matrices and reorders their rows
+to Llama's, so that a graph fits that every version of llama.cpp has.
+
+Requires: families.py, rope.py.
+Next: checkpoint/gguf_tensors.py.
+Source: the graphs of llama.cpp in llama-cpp-python 0.3.36.
+"""
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
+import torch
+
+from families import ModelConfig, Switches
+from rope import rope_frequencies
+
+ANY = ()                    # a graph computes all values of a switch
+BIASES = {"qkv_bias": ANY, "o_bias": ANY, "mlp_bias": ANY}
+# families differ in these, and the file is written so that the graph need not know
+WRITTEN_OUT = {"fused_qkv": ANY, "fused_gate_up": ANY, "normalized_head": ANY, "rotary_pairs": ANY,
+               "tie_word_embeddings": ANY, "attn_scale": ANY}
+NO_EXPERTS = {"norm_topk_prob": ANY, "router": ANY, "shared_expert_gate": ANY}     # not looked at
+RMS = ("rms", "rms wide", "rms+1")      # the offset 1 is added to the stored weights
+TANH = ("gelu_pytorch_tanh",)
+# dynamic and ntk_steps scale the rotation beyond the trained length only: see length_computed
+ROPE_TYPES = ("default", "linear", "yarn", "dynamic", "ntk_steps")
+
+
+@dataclass(frozen=True)
+class Graph:
+    """One graph. allows: the values of switches beside Llama's that it computes."""
+    arch: str
+    families: tuple = ()                # their own graph: looked at first
+    allows: dict = field(default_factory=dict)
+    rotary_pairs: str = "halves"
+    rope_types: tuple = ROPE_TYPES
+    experts: bool = False
+    windows: bool = False               # a window in every second layer, from the first on
+    square: bool = False                # heads together are as wide as the model
+    tied: bool | None = None            # None: with or without a head of its own
+    fused_gate_up: bool = False         # gate and up are one tensor, ffn_up
+
+
+LLAMA = {**BIASES, "norm": RMS}
+GEMMA = {"norm": RMS, "embed_scale": (True,), "hidden_act": TANH}
+GRAPHS = (
+    Graph("qwen2", families=("qwen2",), allows={"qkv_bias": (True,)}, square=True),
+    Graph("llama", allows=LLAMA, rotary_pairs="neighbors", rope_types=(*ROPE_TYPES, "llama3")),
+    Graph("llama", allows={**LLAMA, "norm_topk_prob": (True,)}, experts=True,
+          rotary_pairs="neighbors", rope_types=(*ROPE_TYPES, "llama3")),
+    Graph("qwen2moe", allows={"qkv_bias": (True,), "shared_expert_gate": (True,)}, experts=True,
+          square=True, tied=False),
+    Graph("qwen3", allows={"qk_norm": ("head",)}),
+    Graph("qwen3moe", allows={"qk_norm": ("head",), "norm_topk_prob": (True,)}, experts=True,
+          tied=False),
+    Graph("gemma", allows=GEMMA, tied=True),
+    Graph("gemma2", windows=True, tied=True,
+          allows={**GEMMA, "norm_place": ("both",), "attn_softcap": ANY, "final_softcap": ANY}),
+    Graph("chatglm", rotary_pairs="neighbors", fused_gate_up=True,
+          allows={"qkv_bias": ANY, "partial_rotary_factor": ANY}),
+    Graph("glm4", rotary_pairs="neighbors", fused_gate_up=True,
+          allows={"norm_place": ("both",), "qkv_bias": ANY, "partial_rotary_factor": ANY}),
+    Graph("olmo2", square=True, tied=False,
+          allows={"norm": RMS, "norm_place": ("after",), "qk_norm": ("width",)}),
+    Graph("olmo", rotary_pairs="neighbors", square=True,
+          allows={"norm": ("layer",), "clip_qkv": ANY}),
+)
+
+
+# ---- the graph that fits ------------------------------------------------------------------------
+
+
+def find_graph(config: ModelConfig) -> Graph:
+    """The graph that computes this decoder. Raises ValueError that says what none computes."""
+    ordered = sorted(GRAPHS, key=lambda graph: config.model_type not in graph.families)
+    misfits = []
+    for graph in ordered:
+        if graph.families and config.model_type not in graph.families:
+            continue
+        found = list(differences(graph, config))
+        if not found:
+            return graph
+        other_kind = graph.experts != any(config.sparse)
+        misfits.append((other_kind, len(found), graph.arch, found))
+    _, _, nearest, found = min(misfits)
+    raise ValueError(
+        f"export_format: no graph of llama.cpp computes this {config.model_type} model: the "
+        f"nearest, {nearest}, lacks {', '.join(found)}. Leave export_format out")
+
+
+def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
+    """What the graph does not compute of a decoder, in words."""
+    allowed = {**WRITTEN_OUT, **({} if graph.experts else NO_EXPERTS), **graph.allows}
+    for switch in fields(Switches):
+        value = getattr(config, switch.name)
+        values = allowed.get(switch.name, (switch.default,))
+        if switch.name == "attn_temperature" and value[:1] == ("log",):
+            continue                                    # 1 up to length_computed
+        if values is not ANY and value not in values:
+            yield f"{switch.name}: {value}"
+    if graph.windows and None in (config.attn_softcap, config.final_softcap):
+        yield "scores and logits without a soft cap"
+    rope = config.rope
+    if rope["rope_type"] not in graph.rope_types:
+        yield f"rope type {rope['rope_type']}"
+    if unread := rope.keys() & {"attention_factor", "mscale", "mscale_all_dim", "truncate"}:
+        yield f"rope setting {min(unread)}"
+    if any(config.chunks) or not all(config.use_rope):
+        yield "layers without rotation or with chunks"
+    every_second = windows_of(config) and config.windows == windows_of(config)
+    if graph.windows and not every_second:
+        yield "windows in other layers than every second"
+    if graph.experts != any(config.sparse) or graph.experts != all(config.sparse):
+        yield "layers without experts" if graph.experts else "experts"
+    if graph.square and config.num_attention_heads * config.head_dim != config.hidden_size:
+        yield "heads that are together not as wide as the model"
+    if graph.tied and not config.tie_word_embeddings:
+        yield "a head of its own"
+    if config.shared_expert_intermediate_size and graph.arch != "qwen2moe" and graph.experts:
+        yield "a shared expert"
+
+
+def query_factor(graph: Graph, config: ModelConfig) -> float:
+    """What queries are multiplied by, so that the graph's own scale of scores is the decoder's."""
+    if config.attn_scale is None:
+        return 1.0
+    width = config.head_dim
+    if graph.arch == "gemma2" and config.num_hidden_layers == 46:       # the model of 27B
+        width = config.hidden_size // config.num_attention_heads
+    return config.attn_scale * width ** 0.5
+
+
+def windows_of(config: ModelConfig) -> tuple:
+    """The windows of a decoder whose layers 0, 2, 4 ... have the window of its layer 0."""
+    return tuple(config.windows[0] if layer % 2 == 0 else None
+                 for layer in range(config.num_hidden_layers))
+
+
+# ---- metadata -----------------------------------------------------------------------------------
+
+
+def graph_metadata(graph: Graph, config: ModelConfig) -> dict:
+    """The sizes of a decoder, as its graph reads them."""
+    experts_width = config.moe_intermediate_size
+    narrow = graph.arch == "llama" and graph.experts
+    values = {
+        "block_count": config.num_hidden_layers,
+        "context_length": length_computed(graph, config),
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": experts_width if narrow else config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": int(config.head_dim * config.partial_rotary_factor),
+        "rope.freq_base": config.rope_theta,
+    }
+    if graph.experts:
+        values |= {"expert_count": config.num_experts,
+                   "expert_used_count": config.num_experts_per_tok,
+                   "expert_feed_forward_length": experts_width}
+    if config.shared_expert_intermediate_size and graph.experts:
+        values["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
+    if graph.windows:
+        values |= {"attention.sliding_window": config.windows[0],
+                   "attn_logit_softcapping": float(config.attn_softcap),
+                   "final_logit_softcapping": float(config.final_softcap)}
+    if config.norm == "layer":
+        values["attention.layer_norm_epsilon"] = 1e-5
+    if config.clip_qkv:
+        values["attention.clamp_kqv"] = float(config.clip_qkv)
+    values |= rope_metadata(config.rope)
+    return {f"{graph.arch}.{name}": value for name, value in values.items()}
+
+
+def length_computed(graph: Graph, config: ModelConfig) -> int:
+    """Tokens up to which the graph computes the decoder: beyond, it has no window, no scaling."""
+    lengths = [config.max_position_embeddings]
+    if not graph.windows:
+        lengths += [size for size in config.windows if size]
+    if config.rope["rope_type"] in ("dynamic", "ntk_steps"):
+        lengths.append(config.rope["original_max_position_embeddings"])
+    if config.attn_temperature:
+        lengths.append(config.attn_temperature[1])
+    return min(lengths)
+
+
+def rope_metadata(rope: dict) -> dict:
+    """The settings of a scaled rotation."""
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return {}
+    values = {"rope.scaling.type": rope["rope_type"],
+              "rope.scaling.factor": float(rope["factor"])}
+    if rope["rope_type"] == "yarn":
+        values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        for name in ("beta_fast", "beta_slow"):
+            if name in rope:
+                values[f"rope.scaling.yarn_{name}"] = float(rope[name])
+    return values
+
+
+def llama3_divisors(config: ModelConfig) -> torch.Tensor | None:
+    """What the frequencies of a Llama 3.1 rotation are divided by, (R/2,); None for others."""
+    if config.rope["rope_type"] != "llama3":
+        return None
+    plain = replace(config, rope={"rope_type": "default"})
+    length = config.max_position_embeddings
+    return rope_frequencies(plain, length)[0] / rope_frequencies(config, length)[0]

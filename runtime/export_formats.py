@@ -1,0 +1,22 @@
+"""The export that the settings ask for: export_quantization_bit and export_format.
+
+Requires: runtime/export.py.
+Next: runtime/gguf_export.py, runtime/gptq_export.py, merge.py.
+"""
+from pathlib import Path
+
+from config import Config
+from runtime.export import Export
+
+
+def open_export(config: Config, base: Path, adapters: list[Path], device: str) -> Export:
+    """The export of the settings. Raises ValueError for a model that the format cannot hold."""
+    if config.export_quantization_bit:
+        from runtime.gptq_export import open_gptq           # only what is asked for
+
+        return open_gptq(config, base, adapters, device)
+    if config.export_format == "gguf":
+        from runtime.gguf_export import GGUFExport
+
+        return GGUFExport(config, base)
+    return Export()

@@ -1,0 +1,333 @@
+"""merge.py with export_format: gguf: the package gguf reads it, llama.cpp computes the same.
+
+tests/recorded/llama_cpp.json holds what llama-cpp-python 0.3.36 computed with files of these very
+tensors (cache in float32): `python -m tests.test_gguf_export` records it again, where that is
+installed.
+"""
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import merge
+from checkpoint.gguf_graphs import find_graph
+from checkpoint.gguf_tensors import graph_tensors
+from checkpoint.gguf_tokenizer import tokenizer_metadata
+from checkpoint.load import load_model
+from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
+from families import FAMILIES, model_config
+from text.tokenizer import load_tokenizer
+from tests.common import GOLDEN, ROOT, needs_shared
+from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter_with, base_with,
+                               checkpoint_of, tensors_in)
+
+gguf = pytest.importorskip("gguf")
+RECORDED = ROOT / "tests/recorded/llama_cpp.json"
+TINY_BASE = ROOT / "models/tiny"
+TOKENIZERS = ROOT.parent / "shared/tokenizers"
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+REFUSED = {"baichuan2_13b": "alibi: True", "llama4": "stacked_experts: True",
+           "llama4_nested": "stacked_experts: True", "qwen3_moe": "layers without experts"}
+COMPUTED = ("rope_freqs.weight",)           # not a copy: may differ in the last bit elsewhere
+QUESTIONS = ("What is 3 plus 4?", "Hello!", "What is the capital of Velmora?", "你好")
+PAGE = [
+    "Hello world! It's 3 o'clock, 12345678 things.",
+    "  leading and   inner    spaces \t tabs\n\n\nnew lines \r\n end  ", "\n", " ", "'", " \n \n x",
+    "中文字符和English混合，１２３。", "日本語テキスト カタカナ", "emoji 👩‍👩‍👧‍👦 🇩🇪 ok 😀😀",
+    "Ünïcödé café naïve ß ſ ﬁ", "русский текст И ЗАГЛАВНЫЕ", "العربية ١٢٣ ، نص",
+    "def f(x):\n    return x**2  # comment\n\tif x != 3: pass", "I'LL we'Ve don'T  'S",
+    "URLs: https://a.b/c?d=e&f=g#h foo@bar.com", "a\u00a0b\u2003c\u200bd\ufeff",
+    "<|im_start|>user\nhi<|im_end|>\n<|begin_of_text|>a", "x" * 50 + " " * 40 + "y",
+    "ไทย ภาษาไทย हिन्दी नमस्ते", "$100.50 €5 50% 1,000,000", "AbcDEFghi JSONData", "1½ ² ³ Ⅷ",
+]
+
+
+def export(base, out, number_type="f32", *more):
+    """The GGUF file of a checkpoint."""
+    merge.main([f"model_name_or_path={base}", f"export_dir={out}", "export_format=gguf",
+                f"gguf_type={number_type}", *more])
+    [file] = out.glob("*.gguf")
+    return file
+
+
+def message_of(function, *arguments):
+    """The message of the ValueError that a call ends with."""
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def values(file):
+    """{name: tensor float32} of a file, by the package gguf."""
+    found = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        found[tensor.name] = torch.from_numpy(numbers.astype("float32"))
+    return found
+
+
+def model_of(file, base, number_type):
+    """The checkpoint's decoder with the numbers of the file in place of its own."""
+    model = load_model(base, torch.float32)
+    stored = values(file)
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    made = graph_tensors(find_graph(model.config), model.config, parameters, number_type)
+    for name, tensor in made.items():
+        numbers = (stored[name] - tensor.offset) / tensor.factor
+        for i, source in enumerate(tensor.sources):
+            part = numbers[i] if len(tensor.sources) > 1 else numbers
+            weight = model.get_parameter(source).data
+            if tensor.rows is None:
+                weight.copy_(part.view(weight.shape))
+            else:
+                weight[tensor.rows] = part
+    return model
+
+
+@torch.no_grad()
+def greedy(model, prompt, count):
+    """The `count` most likely next tokens, one after the other."""
+    ids = torch.tensor([prompt])
+    for _ in range(count):
+        ids = torch.cat([ids, model.logits(model(ids))[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt):].tolist()
+
+
+def digest(file):
+    """Of names, types and bytes of the tensors that are copies."""
+    total = hashlib.sha256()
+    for tensor in sorted(gguf.GGUFReader(file).tensors, key=lambda tensor: tensor.name):
+        if tensor.name not in COMPUTED:
+            total.update(f"{tensor.name} {tensor.tensor_type} {tensor.shape.tolist()}".encode())
+            total.update(tensor.data.tobytes())
+    return total.hexdigest()[:16]
+
+
+def prompt_of(name, config):
+    """Some ids, as many as every graph's context holds, and how many are generated."""
+    room = min([*(size for size in config.windows if size), config.max_position_embeddings, 24])
+    room = min(room, *config.attn_temperature[1:], config.rope["original_max_position_embeddings"])
+    draw = torch.Generator().manual_seed(len(name))
+    return torch.randint(3, config.vocab_size, (room // 2,), generator=draw).tolist(), room // 2 - 1
+
+
+def questions():
+    """QUESTIONS as ids of the tiny world's chat format."""
+    tokenizer = load_tokenizer(TINY_BASE)
+    return [tokenizer.encode(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+            for text in QUESTIONS]
+
+
+# ---- the file ----
+
+
+@pytest.mark.parametrize("number_type", TYPES)
+def test_numbers_are_encoded_as_the_reference_does(number_type):
+    rows = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * 3
+    rows[0] = 0
+    rows[1, :32] = torch.arange(32) / 4 - 4             # halves, ties
+    rows[2] = rows[2].abs()
+    rows[3] *= 1e-6
+    kind = gguf.GGMLQuantizationType[number_type.upper()]
+    want = gguf.quants.quantize(rows.numpy(), kind).tobytes()
+    assert encode_numbers(rows, number_type).numpy().tobytes() == want
+    assert kind.value == NUMBER_TYPES[number_type].code
+    assert gguf.GGML_QUANT_SIZES[kind] == NUMBER_TYPES[number_type][1:3]
+
+
+def test_numbers_beyond_float16_are_refused():
+    with pytest.raises(ValueError, match="7e.04 are beyond what f16 holds.*gguf_type: bf16"):
+        encode_numbers(torch.tensor([[7e4] * 32]), "f16")
+
+
+def test_the_package_reads_the_metadata(tmp_path):
+    metadata = {"general.architecture": "llama", "a": 7, "b": 0.5, "c": True, "d": "é",
+                "e": ["x", "", "中"], "f": [1, -2], "g": [0.5, -1.5]}
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header_bytes(metadata, {}))
+    read = gguf.GGUFReader(path)
+    assert {name: read.get_field(name).contents() for name in metadata} == metadata
+
+
+def test_an_adapter_is_merged_into_the_file(tmp_path):
+    base = base_with(tmp_path / "base", torch.bfloat16, hidden_size=64, intermediate_size=96)
+    adapter = adapter_with(tmp_path / "adapter", base)
+    file = export(base, tmp_path / "out", "f32", f"adapter_name_or_path={adapter}")
+    merge.main([f"model_name_or_path={base}", f"adapter_name_or_path={adapter}",
+                f"export_dir={tmp_path / 'plain'}", "infer_dtype=float32"])
+    want = tensors_in(tmp_path / "plain")
+    got = model_of(file, tmp_path / "plain", "f32")
+    assert all(torch.equal(p, want[name]) for name, p in got.named_parameters())
+    assert export(base, tmp_path / "auto", "bf16").name == "auto-BF16.gguf"
+    merge.main([f"model_name_or_path={base}", f"export_dir={tmp_path / 'none'}",
+                "export_format=gguf"])
+    assert (tmp_path / "none/none-BF16.gguf").is_file()         # the base's dtype
+
+
+def test_many_blocks_give_the_same_bytes(tmp_path, monkeypatch):
+    want = export(TINY_BASE, tmp_path / "a", "q4_0", "gguf_pretokenizer=qwen2").read_bytes()
+    monkeypatch.setattr(merge, "BLOCK", 3000)
+    shutil.rmtree(tmp_path / "a")
+    got = export(TINY_BASE, tmp_path / "a", "q4_0", "gguf_pretokenizer=qwen2").read_bytes()
+    assert got == want
+
+
+# ---- llama.cpp ----
+
+
+@pytest.mark.parametrize("number_type", ["f32", "q8_0", "q4_0"])
+def test_the_tiny_model_answers_as_in_llama_cpp(number_type, tmp_path, capsys):
+    file = export(TINY_BASE, tmp_path / "tiny", number_type, "gguf_pretokenizer=qwen2")
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[f"tiny {number_type}"]
+    assert digest(file) == recorded["digest"]
+    model = model_of(file, TINY_BASE, number_type)
+    assert [greedy(model, ids, 12) for ids in questions()] == recorded["greedy"]
+    printed = capsys.readouterr().out
+    assert ("llama-quantize tiny-F32.gguf tiny-Q4_K_M.gguf Q4_K_M" in printed) == (
+        number_type == "f32")
+
+
+@needs_shared
+@pytest.mark.parametrize("name", sorted({*RECORDED_MODELS} - {*REFUSED}))
+def test_every_family_computes_the_same_in_llama_cpp(name, tmp_path):
+    base = GOLDEN / "models" / name
+    file = export(base, tmp_path / name)
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[name]
+    assert digest(file) == recorded["digest"]
+    model = load_model(base, torch.float32)
+    prompt, count = prompt_of(name, model.config)
+    assert greedy(model, prompt, count) == recorded["greedy"][0]
+    assert recorded["logits_off"] < (5e-3 if "gelu" in model.config.hidden_act else 1e-4)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3"])
+def test_ids_of_mixed_texts_are_llama_cpps(name):
+    tokenizer = load_tokenizer(TOKENIZERS / name)
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[f"tokenizer {name}"]
+    section = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 5, set())
+    assert hashlib.sha256(repr(section).encode()).hexdigest()[:16] == recorded["digest"]
+    assert [tokenizer.encode(text) for text in PAGE] == recorded["ids"]
+
+
+# ---- refusals ----
+
+
+@needs_shared
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_computes_is_refused_by_name(name, tmp_path):
+    base = GOLDEN / "models" / name
+    kind = json.loads((base / "config.json").read_text())["model_type"]
+    message = message_of(export, base, tmp_path / "out")
+    assert f"no graph of llama.cpp computes this {kind} model" in message
+    assert REFUSED[name] in message and not (tmp_path / "out").exists()
+
+
+def test_every_family_is_written_or_refused_in_words(tmp_path):
+    graphs = {}
+    for name in CHECKPOINTS:
+        if (GOLDEN / "models" / name).exists() or name in ("qwen", "internlm2", "baichuan1_7b"):
+            config = load_model(checkpoint_of(name, tmp_path / name), skip_weights=True).config
+            try:
+                graphs[config.model_type] = find_graph(config).arch
+            except ValueError as error:
+                graphs[config.model_type] = str(error)
+    assert graphs["qwen"] == graphs["internlm2"] == "llama" and graphs.keys() <= FAMILIES.keys()
+    unusual = model_config({**TINY_LLAMA, "model_type": "llama", "rope_scaling": {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}})
+    assert "rope type longrope" in message_of(find_graph, unusual)
+
+
+def test_an_unknown_pretokenizer_is_refused_by_name(tmp_path):
+    message = message_of(export, TINY_BASE, tmp_path / "out")
+    assert "no tokenizer like tiny's and would split texts into other ids: it splits" in message
+    assert "name the nearest (gguf_pretokenizer: dbrx, qwen2, gpt-2, smollm)" in message
+    assert not any(tmp_path.iterdir())                  # nothing half-written
+
+
+def test_an_older_file_is_replaced_on_demand_and_a_stranger_is_kept(tmp_path):
+    base = base_with(tmp_path / "base")
+    export(base, tmp_path / "out", "f16")
+    assert "is not empty" in message_of(export, base, tmp_path / "out")
+    file = export(base, tmp_path / "out", "f32", "overwrite=true")
+    assert [item.name for item in (tmp_path / "out").iterdir()] == ["out-F32.gguf"]
+    file.write_bytes(b"GGUF of somebody else")
+    assert "which no earlier export" in message_of(export, base, tmp_path / "out", "f32",
+                                                "overwrite=true")
+
+
+def test_contradictions_are_named(tmp_path):
+    base = base_with(tmp_path / "base")
+    assert "set gguf_type: bf16" in message_of(export, base, tmp_path / "out", "q8_0",
+                                            "infer_dtype=bfloat16")
+    assert "set export_format: gguf, too" in message_of(
+        merge.main, [f"model_name_or_path={base}", f"export_dir={tmp_path / 'out'}",
+                     "gguf_type=q8_0"])
+
+
+# ---- python -m tests.test_gguf_export: record what llama.cpp computes ----
+
+
+def record(folder: Path):
+    """Write RECORDED, with files in this folder."""
+    found = {}
+    for number_type in ("f32", "q8_0", "q4_0"):
+        file = export(TINY_BASE, folder / f"tiny_{number_type}", number_type,
+                      "gguf_pretokenizer=qwen2")
+        found[f"tiny {number_type}"] = judged(file, questions(), 12)[0]
+    for name in sorted({*RECORDED_MODELS} - {*REFUSED}):
+        base = GOLDEN / "models" / name
+        file = export(base, folder / name)
+        model = load_model(base, torch.float32)
+        prompt, count = prompt_of(name, model.config)
+        found[name], logits = judged(file, [prompt], count)
+        ours = model.logits(model(torch.tensor([prompt])))[0]
+        found[name]["logits_off"] = float((ours - logits).abs().max())
+    for name in ("llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3"):
+        tokenizer = load_tokenizer(TOKENIZERS / name)
+        rows = tokenizer.vocab_size + 5
+        base = base_with(folder / f"base_{name}", vocab_size=rows)
+        for file in (TOKENIZERS / name).glob("*token*.json"):
+            shutil.copyfile(file, base / file.name)
+        file = export(base, folder / f"text_{name}", "f16")
+        section = tokenizer_metadata(load_tokenizer(base), rows, set())
+        found[f"tokenizer {name}"] = {
+            "digest": hashlib.sha256(repr(section).encode()).hexdigest()[:16],
+            "ids": opened(file).tokenize_all(PAGE)}
+    RECORDED.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def opened(file):
+    """A file in llama.cpp, with its cache in float32."""
+    from llama_cpp import Llama
+
+    class Judge(Llama):
+        def tokenize_all(self, texts):
+            return [self.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+
+    return Judge(str(file), n_ctx=256, n_threads=1, verbose=False, logits_all=True, type_k=0,
+                 type_v=0)
+
+
+def judged(file, prompts, count):
+    """({digest, greedy}, logits of the last prompt) by llama.cpp."""
+    program = opened(file)
+    answers = []
+    for prompt in prompts:
+        program.reset()
+        program.eval(prompt)
+        logits = torch.tensor(program.scores[:len(prompt)].copy())
+        answers.append([])
+        for _ in range(count):
+            answers[-1].append(int(program.scores[program.n_tokens - 1].argmax()))
+            program.eval(answers[-1][-1:])
+    return {"digest": digest(file), "greedy": answers}, logits
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        record(Path(sys.argv[1]))
