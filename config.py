@@ -653,8 +653,10 @@ class Config:
     overwrite: bool = key(False, IGNORED,
         "replace an existing export_dir", own=True, only="merge.py")
     export_format: str | None = key(None, IGNORED,
-        "write the merged model in another format: gguf: a file for llama.cpp", own=True,
-        only="merge.py", choices=("gguf",))
+        "write the merged model in another format: gguf: a file for llama.cpp; gguf-lora: its "
+        "adapter alone; fp8, w4a16: 8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by "
+        "bitsandbytes", own=True, only="merge.py",
+        choices=("gguf", "gguf-lora", "fp8", "w4a16", "bnb-nf4"))
     gguf_type: str | None = key(None, IGNORED,
         "numbers of its matrices (none: f16, or bf16 as the base); smaller ones: llama-quantize",
         own=True, only="merge.py", choices=("f32", "f16", "bf16", "q8_0", "q4_0"))

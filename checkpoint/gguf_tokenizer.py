@@ -77,8 +77,9 @@ def tokenizer_metadata(tokenizer: Tokenizer, vocab_size: int, stop_ids: set[int]
 
 
 def refused(tokenizer: Tokenizer, why: str) -> ValueError:
-    return ValueError(f"export_format: gguf: llama.cpp has no tokenizer like {tokenizer.name}'s and "
-                      f"would split texts into other ids: {why}")
+    """The error for a tokenizer that llama.cpp does not have."""
+    return ValueError("export_format: gguf: llama.cpp has no tokenizer like "
+                      f"{tokenizer.name}'s and would split texts into other ids: {why}")
 
 
 # ---- byte-level BPE -----------------------------------------------------------------------------

@@ -212,8 +212,8 @@ def packed_weights(folder) -> dict:
     """{family's name of a weight: where it is stored quantized, and how}.
 
     By bitsandbytes a checkpoint.packed.Packed, by GPTQ, AWQ and compressed-tensors a
-    checkpoint.grouped_files.GroupedParts. Raises ValueError with file and key for parts that are
-    missing or unknown.
+    checkpoint.grouped_files.GroupedParts or checkpoint.fp8_files.Fp8Parts. Raises ValueError
+    with file and key for parts that are missing or unknown.
     """
     try:
         files = tensor_files(folder)
@@ -231,8 +231,13 @@ def packed_weights(folder) -> dict:
 def grouped_weights(folder, files: dict) -> dict:
     """packed_weights of a folder by GPTQ, AWQ or compressed-tensors; {} for others."""
     named = any(name.endswith((".qweight", ".weight_packed")) for name in files)
-    if not named and not read_config_json(folder).get("quantization_config"):
+    stored = read_config_json(folder).get("quantization_config")
+    if not named and not stored:
         return {}
+    if isinstance(stored, dict) and stored.get("format") == "float-quantized":
+        from checkpoint.fp8_files import find_fp8                           # methods/ may be absent
+
+        return find_fp8(folder, find_tensors(folder, read_model_config(folder)))
     from checkpoint.grouped_files import find_grouped, grouped_settings    # methods/ may be absent
 
     if not (settings := grouped_settings(folder)):

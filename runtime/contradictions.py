@@ -674,12 +674,12 @@ def in_merge(c: Config) -> Iterator[tuple]:
         f"export_quantization_bit writes a GPTQ checkpoint, export_format a {c.export_format} one; "
         "leave one of them out")
 
-    yield c.export_format == "gguf" and c.infer_dtype != "auto", (
+    yield c.export_format in ("gguf", "gguf-lora") and c.infer_dtype != "auto", (
         "infer_dtype is the dtype of safetensors; for a GGUF file set gguf_type: "
         f"{c.infer_dtype.replace('float', 'f')}")
 
     for name in ("gguf_type", "gguf_pretokenizer"):
-        yield getattr(c, name) and c.export_format != "gguf", (
+        yield getattr(c, name) and c.export_format not in ("gguf", "gguf-lora"), (
             f"{name} describes a GGUF file; set export_format: gguf, too, or leave {name} out")
 
 

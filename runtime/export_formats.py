@@ -19,4 +19,12 @@ def open_export(config: Config, base: Path, adapters: list[Path], device: str) -
         from runtime.gguf_export import GGUFExport
 
         return GGUFExport(config, base)
+    if config.export_format == "gguf-lora":
+        from runtime.gguf_lora import GGUFLoRAExport
+
+        return GGUFLoRAExport(config, base, adapters)
+    if config.export_format:
+        from runtime.packed_export import PackedExport
+
+        return PackedExport(config.export_format, base)
     return Export()

@@ -113,12 +113,17 @@ class GGUFExport(Export):
         self.metadata = {
             "general.architecture": self.graph.arch,
             "general.name": self.name,
+            **self.further_metadata(folder)}
+        write_gguf(self.path, self.metadata, self.tensors, lambda name: self.rows_of(name, read),
+                   progress)
+
+    def further_metadata(self, folder: Path) -> dict:
+        """What is specific to a model."""
+        return {
             "general.file_type": NUMBER_TYPES[self.number_type].file_code,
             "general.quantization_version": 2,
             **graph_metadata(self.graph, self.model.config),
             **self.text_metadata(folder)}
-        write_gguf(self.path, self.metadata, self.tensors, lambda name: self.rows_of(name, read),
-                   progress)
 
     def text_metadata(self, folder: Path) -> dict:
         """The tokenizer section, of the tokenizer in the new folder."""

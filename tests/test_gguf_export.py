@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import merge
 from checkpoint.gguf_graphs import find_graph
@@ -166,6 +167,59 @@ def test_an_adapter_is_merged_into_the_file(tmp_path):
     merge.main([f"model_name_or_path={base}", f"export_dir={tmp_path / 'none'}",
                 "export_format=gguf"])
     assert (tmp_path / "none/none-BF16.gguf").is_file()         # the base's dtype
+
+
+@needs_shared
+@pytest.mark.parametrize("name, targets", [
+    ("llama3", ("q_proj", "k_proj", "down_proj")), ("gemma2", ("q_proj", "o_proj")),
+    ("chatglm3", ("query_key_value", "dense_h_to_4h")), ("mixtral", ("q_proj", "w1", "w2"))])
+def test_an_adapter_alone_added_to_the_bases_file_is_the_merged_file(name, targets, tmp_path):
+    """W + alpha / r B A, as llama.cpp adds it, matrix by matrix; rows in the file's order."""
+    base = GOLDEN / "models" / name
+    if name == "mixtral":
+        base = mixtral_in(tmp_path / "base")
+    adapter = adapter_with(tmp_path / "adapter", base, targets=targets)
+    named = f"adapter_name_or_path={adapter}"
+    plain, merged = values(export(base, tmp_path / "plain")), values(
+        export(base, tmp_path / "merged", "f32", named))
+    merge.main([f"model_name_or_path={base}", f"export_dir={tmp_path / 'lora'}", named,
+                "export_format=gguf-lora"])
+    file = tmp_path / "lora/lora-LORA-F32.gguf"
+    pairs = values(file)
+    fields = {field: gguf.GGUFReader(file).get_field(field).contents()
+              for field in ("general.type", "adapter.type", "adapter.lora.alpha")}
+    assert fields == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}
+    for matrix, weight in plain.items():
+        if f"{matrix}.lora_a" in pairs:
+            A, B = pairs.pop(f"{matrix}.lora_a"), pairs.pop(f"{matrix}.lora_b")
+            weight = weight + 8 / A.shape[-2] * (B @ A)
+        assert torch.allclose(weight, merged[matrix], atol=1e-6, rtol=1e-5), matrix
+    assert not pairs
+
+
+def mixtral_in(folder):
+    """A random Mixtral."""
+    base_with(folder, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2,
+              sliding_window=None)
+    tensors = tensors_in(folder)
+    config = model_config(json.loads((folder / "config.json").read_text()))
+    save_file({config.stored_name(name): p for name, p in tensors.items()},
+              folder / "model.safetensors")
+    return folder
+
+
+def test_adapters_that_llama_cpp_cannot_add_are_refused(tmp_path):
+    base = base_with(tmp_path / "base")
+    head = ("base_model.model.lm_head.weight", torch.randn(50, 32))
+    whole = adapter_with(tmp_path / "whole", base, modules_to_save=["lm_head"], add=[head])
+    out = tmp_path / "out"
+    arguments = [f"model_name_or_path={base}", f"export_dir={out}", "export_format=gguf-lora"]
+    assert "changes lm_head.weight in another way" in message_of(
+        merge.main, [*arguments, f"adapter_name_or_path={whole}"])
+    assert "writes one adapter, and 0 are named" in message_of(merge.main, arguments)
+    assert "has f32, f16 or bf16" in message_of(
+        merge.main, [*arguments, f"adapter_name_or_path={whole}", "gguf_type=q4_0"])
+    assert not out.exists()
 
 
 def test_many_blocks_give_the_same_bytes(tmp_path, monkeypatch):

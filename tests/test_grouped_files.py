@@ -198,7 +198,8 @@ OTHERS = {      # settings: words of the message
     "gemv": ({**GPTQ, "quant_method": "awq", "version": "GEMV"}, "version is 'gemv'; .* gemm"),
     "llm-awq": ({**GPTQ, "quant_method": "awq", "backend": "llm-awq"}, "version is 'llm-awq'"),
     "awq in 8 bits": ({**GPTQ, "quant_method": "awq", "bits": 8}, "bits is 8"),
-    "fp8": ({**W4A16, "format": "float-quantized"}, "format is 'float-quantized'"),
+    "other codes": ({**W4A16, "format": "int-quantized"}, "format is 'int-quantized'"),
+    "fp8 in 4 bits": ({**W4A16, "format": "float-quantized"}, "num_bits is 4; this reads 8"),
     "no groups": ({**W4A16, "config_groups": None}, "config_groups is None"),
     "activations": ({**W4A16, "config_groups": {"group_0": {**SCHEME, "input_activations":
                                                             {"num_bits": 8}}}},

@@ -173,8 +173,9 @@ def test_only_the_entry_files_import_what_can_be_deleted():
     """Other files of the core import it inside a function, where a setting asks for it."""
     above = ("evals.", "serving.", *(f"{folder}." for folder in ("methods", "fast", "scale")))
     for name, tree in TREES.items():
-        readers = ("checkpoint.packed", "checkpoint.grouped_files")
-        if name in SCRIPTS or name.startswith(above) or name in readers:
+        of_formats = ("checkpoint.packed", "checkpoint.grouped_files", "checkpoint.fp8_files",
+                      "checkpoint.write_bnb")
+        if name in SCRIPTS or name.startswith(above) or name in of_formats:
             continue
         found = imports(tree, inside_functions=False) & set(DELETABLE)
         assert not found or f"{name.replace('.', '/')}.py" in ENTRIES, (name, found)

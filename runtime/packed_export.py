@@ -1,0 +1,167 @@
+"""A checkpoint in 8 or 4 bits, rounded to the nearest: export_format fp8, w4a16 and bnb-nf4.
+
+Each matrix is merged, rounded and written before the next one is read. The sum of base and adapter
+is float32, so that it is rounded once.
+
+Requires: runtime/export.py, checkpoint/write_compressed.py, checkpoint/write_bnb.py.
+Next: runtime/export_formats.py.
+"""
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
+import torch
+
+from checkpoint.files import open_tensors, stored_as
+from checkpoint.fp8_files import Fp8Parts
+from checkpoint.load import formats_in_words, load_model, packed_weights, quantizable_weights
+from checkpoint.write_bnb import NF4, bnb_fields, bnb_parts, pack_bnb
+from checkpoint.write_compressed import GROUP_SIZE, compress, compressed_fields, compressed_parts
+from families import read_config_json
+from runtime.export import Export
+
+
+CODES = {"fp8": "weight", "w4a16": "weight_packed", "bnb-nf4": "weight"}    # of a layer's tensors
+
+
+class PackedExport(Export):
+    """Rounds the linear layers; of a base in the same format, those that it holds so.
+
+    layers: {name in the plan of a matrix that is rounded: dtype it is stored for}. copied: {name of
+    a tensor: (file, its name there)} of such matrices that no adapter changes.
+    """
+
+    verb = "quantizing"
+
+    def __init__(self, kind: str, base: Path):
+        self.kind = kind
+        self.base = base
+        self.model = load_model(base, skip_weights=True)
+        self.stored = packed_weights(base)
+        self.ready = {}                 # {name in the new files: tensor} of the matrix just read
+        check_same_format(kind, base, self.stored)
+
+    def set_plan(self, plan, untied, dtype):
+        stored_name = self.model.config.stored_name
+        wanted = self.stored or {stored_name(name) for name in quantizable_weights(self.model)}
+        self.layers = {name: plan[name].dtype for name in plan if name in wanted and (
+            self.stored or self.kind != "w4a16" or not plan[name].shape[1] % GROUP_SIZE)}
+        self.skipped = sorted(set(wanted) - self.layers.keys())
+        if not self.layers:
+            raise ValueError(
+                f"export_format: {self.kind}: no linear layer has inputs in groups of "
+                f"{GROUP_SIZE}; take bnb-nf4 or fp8")
+        for name in self.layers:
+            plan[name].dtype = torch.float32
+        super().set_plan(plan, untied, dtype)
+
+    def tensors_of(self, shapes: dict) -> dict:
+        """The parts of each matrix in its place; also sets self.matrix_of, {part: name}."""
+        found = {}
+        self.matrix_of = {}
+        self.copied = {}
+        for name, info in shapes.items():
+            stem = name.removesuffix("weight")
+            if name not in self.layers:
+                found[name] = info
+            elif name in self.stored and not self.plan[name].changes:
+                parts = self.stored[name].parts
+                layer = parts["codes"][1].removesuffix(CODES[self.kind])    # in the base's files
+                for file, key in parts.values():
+                    part = stem + key.removeprefix(layer)
+                    found[part] = stored_as(file, key)
+                    self.copied[part] = file, key
+            else:
+                for part, part_info in self.parts(info[0], self.layers[name]).items():
+                    found[stem + part] = part_info
+                    self.matrix_of[stem + part] = name
+        return found
+
+    def parts(self, shape: tuple, dtype: torch.dtype) -> dict:
+        """{name after the layer's: (shape, dtype)} of the tensors that hold a matrix."""
+        if self.kind == "bnb-nf4":
+            return bnb_parts(shape, dtype)
+        return compressed_parts(self.kind, shape, dtype)
+
+    def sources(self) -> Iterable[str]:
+        return dict.fromkeys(self.matrix_of.get(name, name) for name in self.tensors
+                             if name not in self.copied)
+
+    def rows_of(self, name: str, read: Callable) -> Iterable[torch.Tensor]:
+        if name in self.copied:
+            file, key = self.copied[name]
+            with open_tensors(file) as tensors:
+                return [tensors.get_tensor(key)]
+        if name not in self.matrix_of:
+            return read(name)
+        if name not in self.ready:
+            matrix_name = self.matrix_of[name]
+            matrix = torch.cat(list(read(matrix_name)))                     # (out, in) float32
+            dtype = self.layers[matrix_name]
+            parts = pack_bnb(matrix, dtype) if self.kind == "bnb-nf4" else \
+                compress(self.kind, matrix, dtype)
+            stem = matrix_name.removesuffix("weight")
+            self.ready = {stem + part: tensor for part, tensor in parts.items()}
+        return [self.ready.pop(name)]
+
+    def settings(self) -> dict:
+        if self.stored:
+            return read_config_json(self.base)["quantization_config"]
+        head = self.model.config.stored_name("lm_head")
+        skipped = sorted({in_any_block(name.removesuffix(".weight")) for name in self.skipped})
+        routers = {in_any_block(self.model.config.stored_name(name.removesuffix(".weight")))
+                   for name, _ in self.model.named_parameters()
+                   if name.endswith(".mlp.gate.weight")}
+        if self.kind == "bnb-nf4":
+            return bnb_fields(next(iter(self.layers.values())), [head])
+        return compressed_fields(self.kind, [head, *skipped, *sorted(routers)])
+
+    def finish(self, folder: Path, fields: dict):
+        """Also read the matrices with our own reader. Raises OSError."""
+        super().finish(folder, fields)
+        found = packed_weights(folder)
+        if found.keys() != self.layers.keys():
+            raise OSError(f"{folder}: {len(found)} matrices are read as quantized, "
+                          f"{len(self.layers)} were written. Is the disk damaged?")
+
+    def report(self) -> str:
+        rounded = len(set(self.matrix_of.values()))
+        text = f"{self.kind:10}{rounded} matrices, rounded to the nearest"
+        if self.copied:
+            text += (f"; {len(self.layers) - rounded} that no adapter changes are copied, bit for "
+                     "bit")
+        if self.skipped:
+            text += (f"; {len(self.skipped)} linear layers whose inputs are not in groups of "
+                     f"{GROUP_SIZE} stay as they are, such as {self.skipped[0]}")
+        return text
+
+
+def check_same_format(kind: str, base: Path, stored: dict):
+    """Raises ValueError for a base that is quantized in another format than the export."""
+    if not stored:
+        return
+    words = formats_in_words(weight.quant_format for weight in stored.values())
+    formats = {weight.quant_format for weight in stored.values()}
+    same = {
+        "fp8": all(isinstance(weight, Fp8Parts) for weight in stored.values()),
+        "w4a16": all(form.kind == "4-bit compressed-tensors" and form.group_size == GROUP_SIZE
+                     and not form.with_columns for form in formats),
+        "bnb-nf4": all(form.kind == NF4.kind and form.blocksize == NF4.blocksize
+                       and form.nested == NF4.nested for form in formats),
+    }
+    if not same[kind]:
+        fitting = [name for name, fits in same.items() if fits]
+        advice = f"take export_format: {fitting[0]}" if fitting else "leave export_format out"
+        raise ValueError(f"export_format: {kind}, but {base} is stored in another format ({words}):"
+                         f" {advice}, which merges into it dequantized, or name the 16-bit "
+                         "checkpoint it was made from")
+
+
+def in_any_block(name: str) -> str:
+    """A pattern for this layer of every block; a name outside of blocks is itself."""
+    if not re.search(r"\.\d+\.", name):
+        return name
+    return "re:" + re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(name)) + "$"
