@@ -652,6 +652,9 @@ class Config:
         "device that computes the merge", only="merge.py", choices=("cpu", "auto", "cuda"))
     overwrite: bool = key(False, IGNORED,
         "replace an existing export_dir", own=True, only="merge.py")
+    check: str | None = key(None, IGNORED,
+        "write nothing; compare the losses of this exported folder with the base's and adapter's",
+        own=True, only="merge.py")
     export_format: str | None = key(None, IGNORED,
         "write the merged model in another format: gguf: a file for llama.cpp; gguf-lora: its "
         "adapter alone; fp8, w4a16: 8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by "

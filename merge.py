@@ -74,6 +74,8 @@ def main(argv):
     adapters = adapter_folders(config)
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
+    if config.check:
+        return check_folder(config, base, adapters, device)
     for note in scale_rope_as_trained(config, base, adapters):
         print(f"note      {note}")
     export = open_export(config, base, adapters, device)
@@ -90,9 +92,17 @@ def main(argv):
         device=device,
         quant_format=quant_format,
         export=export)
-    quantized = bool(description and adapters) or config.export_quantization_bit
-    if quantized and (config.dataset or config.eval_dataset):
-        compare_losses(config, base, adapters, device)
+    rounded = bool(description and adapters) or type(export) is not Export
+    if rounded and (config.dataset or config.eval_dataset):
+        compare_losses(config, base, adapters, device, config.export_dir)
+
+
+def check_folder(config: Config, base: Path, adapters: list[Path], device: str):
+    """--check DIR: the losses of an exported folder beside those of its base and adapters."""
+    if not (config.dataset or config.eval_dataset):
+        raise ValueError("check: no rows to compare on; name some as eval_dataset or dataset")
+    find_checkpoint(config.check)
+    compare_losses(config, base, adapters, device, config.check)
 
 
 def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,

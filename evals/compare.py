@@ -32,38 +32,76 @@ SHOWN_ROWS = 3          # rows printed side by side
 # ---- base, base with adapter, merged model ----------------------------------------------------
 
 
-def compare_losses(config: Config, base: Path, adapters: list[Path], device: str):
-    """Print the mean loss per token of base, base with adapters, and merged model on some rows.
+def compare_losses(config: Config, base: Path, adapters: list[Path], device: str, folder: str):
+    """Print a table of base, base with adapters, and exported model (in folder) on some rows.
 
-    Without adapters, the model in export_dir is the quantized base.
+    loss: mean per token. same token: how often the likeliest next token is that of the base with
+    its adapters (without adapters: of the base).
     """
-    weights = Path(config.export_dir).glob("*.safetensors")
-    size = sum(file.stat().st_size for file in weights)
+    files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.gguf")]
+    size = sum(file.stat().st_size for file in files)
     free = available_bytes(device)
     if free and size > 0.9 * free:
-        print(f"losses    not compared: the merged model is larger than the free memory ({device})")
+        print(f"losses    not compared: the exported model is larger than the free memory "
+              f"({device})")
         return
     quant_format, half_dtype, stage = as_trained(config, adapters)
     if stage not in ("sft", "pt"):
         print(f"losses    not compared: stage {stage} has no loss per token")
         return
 
-    text = load_text(config, config.export_dir, adapters, read_model_config(base))
+    text_folder = folder if (Path(folder) / "tokenizer.json").is_file() else base
+    text = load_text(config, text_folder, adapters, read_model_config(base))
     rows, description = some_rows(replace(config, stage=stage), text.tokenizer, text.template)
 
     loaders = {
         "base": lambda: load_model(base, half_dtype, device, quant_format=quant_format),
-        "with adapter": lambda: load_with_adapters(base, adapters, half_dtype, device,
-                                                   quant_format=quant_format),
-        "merged": lambda: load_model(config.export_dir, half_dtype, device),
+        "adapter": lambda: load_with_adapters(base, adapters, half_dtype, device,
+                                              quant_format=quant_format),
+        "exported": lambda: load_exported(folder, base, half_dtype, device),
     }
     if not adapters:
-        del loaders["with adapter"]
-        loaders["quantized"] = loaders.pop("merged")
-    losses = []
+        del loaders["adapter"]
+    table = {}
     for name, load in loaders.items():                  # one model in memory at a time
-        losses.append(f"{name} {mean_loss(load(), rows, device):.4f}")
-    print(f"losses    {', '.join(losses)} (per token, over {len(rows)} {description})")
+        model = load()
+        table[name] = mean_loss(model, rows, device), likeliest_tokens(model, rows, device)
+        del model
+    print_losses(table, "adapter" if adapters else "base", f"{len(rows)} {description}")
+
+
+def load_exported(folder, base: Path, dtype, device: str):
+    """The model in a folder that merge.py has written."""
+    files = list(Path(folder).glob("*.gguf"))
+    if not files:
+        return load_model(folder, dtype, device)
+    from checkpoint.read_gguf import load_gguf              # only where it is asked for
+
+    return load_gguf(files[0], base, device)
+
+
+def print_losses(table: dict[str, tuple], reference: str, rows: str):
+    """table: {model: (loss, likeliest tokens)}."""
+    tokens = table[reference][1]
+    print(f"losses    per token, over {rows}; same token: how often the likeliest next token is "
+          f"that of the {reference}")
+    print(f"          {'':10}{'loss':>8}{'same token':>13}")
+    for name, (loss, found) in table.items():
+        same = float((found == tokens).float().mean())
+        print(f"          {name:10}{loss:8.4f}{same:13.1%}")
+
+
+@torch.no_grad()
+def likeliest_tokens(model, examples, device) -> torch.Tensor:
+    """The likeliest token at each label, (labels,) int64."""
+    found = []
+    for example in examples:
+        labels = torch.tensor(example.labels != IGNORE)[1:]
+        if labels.any():
+            ids = torch.tensor(example.input_ids, dtype=torch.int64, device=device)[None]
+            hidden = model(ids)[0, :-1][labels.to(device)]
+            found.append(model.logits(hidden).argmax(-1).cpu())
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 
 def mean_loss(model, examples, device) -> float:
@@ -84,6 +122,10 @@ def some_rows(config: Config, tokenizer, template):
     if config.eval_dataset or not config.val_size:      # else the split is made of all rows
         limit = min(config.max_samples or LOSS_ROWS, LOSS_ROWS)
         config = replace(config, max_samples=limit)
+    if not config.dataset:                              # nothing is trained, all rows are held out
+        config = replace(config, dataset=config.eval_dataset, eval_dataset=None, val_size=0)
+        rows, _ = some_rows(config, tokenizer, template)
+        return rows, "rows held out"
     folder = kept_in(config) if config.output_dir or config.tokenized_path else None
     train_set, eval_set, _ = load_examples(config, tokenizer, template, STAGES[config.stage].encode,
                                            folder=folder, writes=False)

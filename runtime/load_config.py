@@ -124,6 +124,8 @@ USAGE = {
 
     python merge.py --config configs/tiny_merge.yaml
     python merge.py my.yaml export_dir=models/merged overwrite=true
+    python merge.py my.yaml export_dir=models/mine export_format=gguf gguf_type=q8_0
+    python merge.py my.yaml --check models/mine                 losses beside the base's
 """,
     "serve": """Serve a model and its adapters over HTTP, as OpenAI's API.
 
@@ -326,7 +328,7 @@ def _derive_oft(config: Config):
 
 def _check(config: Config, script: str):
     for name in NEEDED.get(script, ()):
-        if not getattr(config, name):
+        if not getattr(config, name) and not (name == "export_dir" and config.check):
             meaning = KEYS[name].metadata["help"]
             command = COMMANDS[script]
             raise ValueError(

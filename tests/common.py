@@ -52,6 +52,15 @@ def refusal(*argv, script="config"):
     return str(caught.value)
 
 
+def losses_in(printed):
+    """{model: (loss, share of tokens)} of the table that merge.py prints, and its title."""
+    lines = printed.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("losses"))
+    rows = [line.split() for line in lines[first + 2:first + 5] if line.startswith(" " * 10)]
+    table = {name: (float(loss), float(same.rstrip("%")) / 100) for name, loss, same in rows}
+    return table, lines[first]
+
+
 def run_recorded(case, output, monkeypatch, *overrides):
     """Run train.py on a recorded case's own config.yaml; returns trainer_state.json."""
     import train

@@ -19,10 +19,11 @@ from checkpoint.gguf_graphs import find_graph
 from checkpoint.gguf_tensors import graph_tensors
 from checkpoint.gguf_tokenizer import tokenizer_metadata
 from checkpoint.load import load_model
+from checkpoint.read_gguf import load_gguf
 from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
 from families import FAMILIES, model_config
 from text.tokenizer import load_tokenizer
-from tests.common import GOLDEN, ROOT, needs_shared
+from tests.common import GOLDEN, ROOT, losses_in, needs_shared
 from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter_with, base_with,
                                checkpoint_of, tensors_in)
 
@@ -266,6 +267,37 @@ def test_ids_of_mixed_texts_are_llama_cpps(name):
     section = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 5, set())
     assert hashlib.sha256(repr(section).encode()).hexdigest()[:16] == recorded["digest"]
     assert [tokenizer.encode(text) for text in PAGE] == recorded["ids"]
+
+
+# ---- losses ----
+
+
+def test_losses_of_an_exported_folder_are_compared(tmp_path, capsys):
+    """--check reads the file's own numbers: those that the package gguf reads."""
+    file = export(TINY_BASE, tmp_path / "out", "q4_0", "gguf_pretokenizer=qwen2")
+    judge = model_of(file, TINY_BASE, "q4_0")
+    ours = load_gguf(file, TINY_BASE)
+    assert all(torch.equal(p, judge.get_parameter(name)) for name, p in ours.named_parameters())
+    capsys.readouterr()
+    merge.main([f"model_name_or_path={TINY_BASE}", "--check", str(tmp_path / "out"),
+                "eval_dataset=tiny_review", "template=chatml", f"dataset_dir={ROOT / 'data'}"])
+    table, title = losses_in(capsys.readouterr().out)
+    assert "32 rows held out" in title and table["base"][1] == 1
+    assert table["exported"][0] == pytest.approx(table["base"][0], abs=0.01)
+    assert 0.98 < table["exported"][1] <= 1
+    assert "no rows to compare on" in message_of(
+        merge.main, [f"model_name_or_path={TINY_BASE}", "--check", str(tmp_path / "out")])
+    other = base_with(tmp_path / "other", num_hidden_layers=7)
+    assert "has no tensor blk." in message_of(load_gguf, file, other)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["chatglm3", "gemma2", "llama3", "qwen2_moe"])
+def test_a_file_is_read_back_as_the_decoder_it_was_made_of(name, tmp_path):
+    base = GOLDEN / "models" / name
+    model, read = load_model(base, torch.float32), load_gguf(export(base, tmp_path / name), base)
+    for parameter, p in model.named_parameters():
+        assert torch.allclose(read.get_parameter(parameter), p, atol=1e-6), parameter
 
 
 # ---- refusals ----

@@ -16,7 +16,7 @@ from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest
 from runtime.gptq_export import GPTQExport, quantized_layers
 from runtime.load_config import load_config
-from tests.common import ROOT, needs_shared, refusal
+from tests.common import ROOT, losses_in, needs_shared, refusal
 from tests.tiny_models import CHECKPOINTS, adapter_with, base_with, checkpoint_of, logits_of
 from text.load_text import load_text
 
@@ -158,8 +158,8 @@ def test_chat_and_the_losses_of_a_dataset(tmp_path, capsys):
     texts(tmp_path / "texts.jsonl")
     merge.main(arguments(tmp_path, dataset="tiny_review", dataset_dir=ROOT / "data",
                          template="chatml", placeholders="{name: Pip, author: Us}"))
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("losses"))
-    assert "base " in line and ", quantized " in line and "adapter" not in line
+    table, _ = losses_in(capsys.readouterr().out)
+    assert table.keys() == {"base", "exported"} and 0.95 < table["exported"][1] < 1
     chat.main([f"model_name_or_path={tmp_path / 'out'}", "template=chatml", "do_sample=false",
                "prompt=What color is the sky?", "max_new_tokens=8", "use_cpu=true",
                "infer_dtype=float32"])

@@ -25,7 +25,7 @@ from methods.lora_variants import variant_arguments
 from methods.quant import QuantFormat, QuantLinear
 from model import CausalLM
 from tests import twins
-from tests.common import GOLDEN, ROOT, needs_shared, run_recorded
+from tests.common import GOLDEN, ROOT, losses_in, needs_shared, run_recorded
 from tests.tiny_models import (CHECKPOINTS, IDS, TINY_LLAMA, adapter_with, base_with, checkpoint_of,
                                logits_of, perturb, tensors_in, write_quantized)
 
@@ -985,7 +985,8 @@ def test_losses_of_base_adapter_and_merged_are_shown(tmp_path, monkeypatch, caps
             f"export_dir={tmp_path / 'merged'}",
         ]
     )
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("losses")]
-    base, adapted, merged = (float(part.split()[-1]) for part in line.partition("(")[0].split(","))
-    assert "rows held out" in line and adapted == pytest.approx(trained, abs=2e-4)
+    table, title = losses_in(capsys.readouterr().out)
+    base, adapted, merged = (table[name][0] for name in ("base", "adapter", "exported"))
+    assert "rows held out" in title and adapted == pytest.approx(trained, abs=2e-4)
     assert merged == pytest.approx(adapted, abs=1e-3) and base > adapted + 0.05
+    assert table["base"][1] < 0.9 < table["exported"][1] and table["adapter"][1] == 1

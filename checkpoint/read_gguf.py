@@ -1,0 +1,110 @@
+"""Read back a GGUF file that merge.py has written, as the decoder of its base: to compare losses.
+
+Requires: checkpoint/write_gguf.py, checkpoint/gguf_tensors.py, checkpoint/load.py.
+Next: evals/compare.py.
+Layout: see checkpoint/write_gguf.py.
+"""
+import struct
+from pathlib import Path
+
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
+import torch
+
+from checkpoint.gguf_graphs import find_graph
+from checkpoint.gguf_tensors import graph_tensors
+from checkpoint.load import assign, load_model
+from checkpoint.write_gguf import BLOCK_NUMBERS, NUMBER_TYPES, PLAIN, padded, tensor_bytes
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}   # of values, bytes
+TEXT, ARRAY = 8, 9
+TYPE_NAMES = {kind.code: name for name, kind in NUMBER_TYPES.items()}
+
+
+@torch.no_grad()
+def load_gguf(path: Path, base: Path, device="cpu"):
+    """The base's decoder with the numbers of a file, float32. Raises ValueError for another model.
+
+    base: the checkpoint folder that says what the decoder is.
+    """
+    model = load_model(base, skip_weights=True)
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored, start = read_tensor_list(path)
+    made = graph_tensors(find_graph(model.config), model.config, parameters, "f32")
+    missing = made.keys() - stored.keys()
+    if missing:
+        raise ValueError(f"{path} has no tensor {min(missing)}; is it a model of {base}?")
+    for name, shape in parameters.items():
+        assign(model, name, torch.empty(shape, device=device))
+    for name, tensor in made.items():
+        numbers = read_numbers(path, start, *stored[name]).to(device)
+        numbers = (numbers.view(tensor.shape) - tensor.offset) / tensor.factor
+        for i, source in enumerate(tensor.sources):
+            weight = model.get_parameter(source)
+            part = numbers[i] if len(tensor.sources) > 1 else numbers
+            if tensor.rows is None:
+                weight.copy_(part.view(weight.shape))
+            else:
+                weight[tensor.rows.to(device)] = part
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model.eval()
+
+
+def read_tensor_list(path: Path) -> tuple[dict, int]:
+    """({name: (shape, number type, offset)}, where the tensors' bytes begin)."""
+    with open(path, "rb") as file:
+        def number(form):
+            return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))[0]
+
+        def text():
+            return file.read(number("Q")).decode("utf-8")
+
+        def skip(kind):
+            if kind == TEXT:
+                text()
+            elif kind == ARRAY:
+                inner, count = number("I"), number("Q")
+                for _ in range(count):
+                    skip(inner)
+            else:
+                file.read(SIZES[kind])
+
+        magic, _ = file.read(4), number("I")
+        if magic != b"GGUF":
+            raise ValueError(f"{path} is no GGUF file")
+        tensors, metadata = number("Q"), number("Q")
+        for _ in range(metadata):
+            text()
+            skip(number("I"))
+        found = {}
+        for _ in range(tensors):
+            name = text()
+            shape = tuple(number("Q") for _ in range(number("I")))[::-1]
+            code, offset = number("I"), number("Q")
+            if code not in TYPE_NAMES:
+                raise ValueError(f"{path}: {name} has numbers of ggml's type {code}; read are "
+                                 f"{', '.join(NUMBER_TYPES)}")
+            found[name] = shape, TYPE_NAMES[code], offset
+        return found, padded(file.tell())
+
+
+def read_numbers(path: Path, start: int, shape: tuple, number_type: str,
+                 offset: int) -> torch.Tensor:
+    """A tensor of the file, float32."""
+    with open(path, "rb") as file:
+        file.seek(start + offset)
+        stored = torch.frombuffer(bytearray(file.read(tensor_bytes(shape, number_type))),
+                                  dtype=torch.uint8)
+    if number_type in PLAIN:
+        return stored.view(PLAIN[number_type]).float().view(shape)
+    blocks = stored.view(-1, NUMBER_TYPES[number_type].nbytes)
+    scales = blocks[:, :2].contiguous().view(torch.float16).float()             # (blocks, 1)
+    codes = blocks[:, 2:]
+    if number_type == "q4_0":
+        codes = torch.cat([codes & 15, codes >> 4], 1).float() - 8
+    else:
+        codes = codes.contiguous().view(torch.int8).float()
+    assert codes.shape[1] == BLOCK_NUMBERS
+    return (codes * scales).view(shape)
