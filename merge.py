@@ -74,10 +74,10 @@ def main(argv):
     adapters = adapter_folders(config)
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
-    if config.check:
-        return check_folder(config, base, adapters, device)
     for note in scale_rope_as_trained(config, base, adapters):
         print(f"note      {note}")
+    if config.check:
+        return check_folder(config, base, adapters, device)
     export = open_export(config, base, adapters, device)
     quant_format, description = format_to_merge(config, base, adapters)
 
@@ -193,6 +193,10 @@ def print_sources(config: Config, base: Path, adapters: list[Path]):
         print(f"warning   {warning}")
     if not adapters:
         done = "quantized" if config.export_quantization_bit else "copied"
+        if config.check:
+            done = "compared"
+        elif config.export_format:
+            done = f"written as {config.export_format}"
         print(f"adapter   none (adapter_name_or_path is not set): the weights are {done}")
 
 

@@ -68,6 +68,12 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     return model.eval()
 
 
+def dense_skeleton(folder) -> CausalLM:
+    """The decoder of a checkpoint on the meta device, unquantized however its files store it."""
+    with torch.device("meta"):
+        return CausalLM(read_model_config(folder)).eval()
+
+
 def empty_model(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
     """The decoder of a checkpoint on the meta device, with the dtypes load_model would give it."""
     model = load_model(folder, skip_weights=True)

@@ -14,7 +14,7 @@ import torch
 
 from checkpoint.gguf_graphs import find_graph
 from checkpoint.gguf_tensors import graph_tensors
-from checkpoint.load import assign, load_model
+from checkpoint.load import assign, dense_skeleton
 from checkpoint.write_gguf import BLOCK_NUMBERS, NUMBER_TYPES, PLAIN, padded, tensor_bytes
 
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}   # of values, bytes
@@ -28,7 +28,7 @@ def load_gguf(path: Path, base: Path, device="cpu"):
 
     base: the checkpoint folder that says what the decoder is.
     """
-    model = load_model(base, skip_weights=True)
+    model = dense_skeleton(base)
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     stored, start = read_tensor_list(path)
     made = graph_tensors(find_graph(model.config), model.config, parameters, "f32")
@@ -38,7 +38,7 @@ def load_gguf(path: Path, base: Path, device="cpu"):
     for name, shape in parameters.items():
         assign(model, name, torch.empty(shape, device=device))
     for name, tensor in made.items():
-        numbers = read_numbers(path, start, *stored[name]).to(device)
+        numbers = numbers_in_file(path, start, *stored[name]).to(device)
         numbers = (numbers.view(tensor.shape) - tensor.offset) / tensor.factor
         for i, source in enumerate(tensor.sources):
             weight = model.get_parameter(source)
@@ -90,7 +90,7 @@ def read_tensor_list(path: Path) -> tuple[dict, int]:
         return found, padded(file.tell())
 
 
-def read_numbers(path: Path, start: int, shape: tuple, number_type: str,
+def numbers_in_file(path: Path, start: int, shape: tuple, number_type: str,
                  offset: int) -> torch.Tensor:
     """A tensor of the file, float32."""
     with open(path, "rb") as file:

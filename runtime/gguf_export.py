@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from checkpoint.gguf_graphs import find_graph, graph_metadata, llama3_divisors
 from checkpoint.gguf_tensors import graph_tensors
 from checkpoint.gguf_tokenizer import tokenizer_metadata
-from checkpoint.load import load_model
+from checkpoint.load import dense_skeleton
 from checkpoint.value_head import VALUE_HEAD
 from checkpoint.write_gguf import NUMBER_TYPES, check_gguf, tensor_bytes, write_gguf
 from config import Config
@@ -37,7 +37,7 @@ class GGUFExport(Export):
     verb = "writing"
 
     def __init__(self, config: Config, base: Path):
-        self.model = load_model(base, skip_weights=True)
+        self.model = dense_skeleton(base)
         find_graph(self.model.config)                       # before anything is read
         self.base = base
         self.name = Path(config.export_dir).resolve().name

@@ -52,6 +52,13 @@ def refusal(*argv, script="config"):
     return str(caught.value)
 
 
+def message_of(function, *arguments):
+    """The message of the ValueError that a call ends with."""
+    with pytest.raises(ValueError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
 def losses_in(printed):
     """{model: (loss, share of tokens)} of the table that merge.py prints, and its title."""
     lines = printed.splitlines()

@@ -23,7 +23,7 @@ from checkpoint.read_gguf import load_gguf
 from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
 from families import FAMILIES, model_config
 from text.tokenizer import load_tokenizer
-from tests.common import GOLDEN, ROOT, losses_in, needs_shared
+from tests.common import GOLDEN, ROOT, losses_in, message_of, needs_shared
 from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter_with, base_with,
                                checkpoint_of, tensors_in)
 
@@ -54,13 +54,6 @@ def export(base, out, number_type="f32", *more):
                 f"gguf_type={number_type}", *more])
     [file] = out.glob("*.gguf")
     return file
-
-
-def message_of(function, *arguments):
-    """The message of the ValueError that a call ends with."""
-    with pytest.raises(ValueError) as caught:
-        function(*arguments)
-    return str(caught.value)
 
 
 def values(file):
@@ -221,6 +214,19 @@ def test_adapters_that_llama_cpp_cannot_add_are_refused(tmp_path):
     assert "has f32, f16 or bf16" in message_of(
         merge.main, [*arguments, f"adapter_name_or_path={whole}", "gguf_type=q4_0"])
     assert not out.exists()
+
+
+def test_a_base_in_4_bits_is_written_dequantized(tmp_path):
+    """All its matrices, with the numbers that were trained with."""
+    base = base_with(tmp_path / "base", hidden_size=64, intermediate_size=96)
+    merge.main([f"model_name_or_path={base}", f"export_dir={tmp_path / 'nf4'}",
+                "export_format=bnb-nf4"])
+    merge.main([f"model_name_or_path={tmp_path / 'nf4'}", f"export_dir={tmp_path / 'dense'}"])
+    file = export(tmp_path / "nf4", tmp_path / "out")
+    assert digest(file) == digest(export(tmp_path / "dense", tmp_path / "again"))
+    read = load_gguf(file, tmp_path / "nf4")
+    want = tensors_in(tmp_path / "dense")
+    assert all(torch.equal(p, want[name]) for name, p in read.named_parameters())
 
 
 def test_many_blocks_give_the_same_bytes(tmp_path, monkeypatch):

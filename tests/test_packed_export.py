@@ -10,8 +10,8 @@ import torch
 
 import merge
 from checkpoint.load import load_model, packed_weights, quantized_weights
+from tests.common import message_of
 from tests.tiny_models import adapter_with, base_with, same_bytes, tensors_in
-from tests.test_gguf_export import message_of
 
 KINDS = ("fp8", "w4a16", "bnb-nf4")
 PACKAGES = {"fp8": "compressed_tensors", "w4a16": "compressed_tensors", "bnb-nf4": "bitsandbytes"}
