@@ -49,7 +49,7 @@ class Graph:
 
 
 LLAMA = {**BIASES, "norm": RMS}
-GEMMA = {"norm": RMS, "embed_scale": (True,), "hidden_act": TANH}
+GEMMA = {"norm": RMS, "embed_scale": ANY, "hidden_act": TANH}
 GRAPHS = (
     Graph("qwen2", families=("qwen2",), allows={"qkv_bias": (True,)}, square=True),
     Graph("llama", allows=LLAMA, rotary_pairs="neighbors", rope_types=(*ROPE_TYPES, "llama3")),
@@ -105,6 +105,8 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
             continue                                    # 1 up to length_computed
         if values is not ANY and value not in values:
             yield f"{switch.name}: {value}"
+    if "embed_scale" in graph.allows and config.embed_scale != config.hidden_size ** 0.5:
+        yield f"embed_scale: {config.embed_scale}"
     if graph.windows and None in (config.attn_softcap, config.final_softcap):
         yield "scores and logits without a soft cap"
     rope = config.rope

@@ -1,7 +1,6 @@
 """Write GGUF files, which llama.cpp and its descendants read, with one block of a tensor in memory.
 
-    "GGUF", version 3, counts of tensors and of metadata
-    metadata: name, type of the value, value
+    "GGUF", version 3, counts; metadata: name, type of the value, value
     tensors: name, sizes (the innermost first), type of the numbers, offset
     the tensors' bytes, each from a multiple of 32 bytes on
 
@@ -195,10 +194,7 @@ def pack_value(value) -> bytes:
         return struct.pack("<If", 6, value)
     if isinstance(value, str):
         return struct.pack("<I", 8) + pack_string(value)
-    code, packed = 8, b""
     if isinstance(value[0], str):
-        packed = b"".join(map(pack_string, value))
-    else:
-        code = 5 if isinstance(value[0], int) else 6
-        packed = struct.pack(f"<{len(value)}{'i' if code == 5 else 'f'}", *value)
-    return struct.pack("<IIQ", 9, code, len(value)) + packed
+        return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(pack_string, value))
+    code, form = (5, "i") if isinstance(value[0], int) else (6, "f")
+    return struct.pack(f"<IIQ{len(value)}{form}", 9, code, len(value), *value)

@@ -159,7 +159,7 @@ def test_chat_and_the_losses_of_a_dataset(tmp_path, capsys):
     merge.main(arguments(tmp_path, dataset="tiny_review", dataset_dir=ROOT / "data",
                          template="chatml", placeholders="{name: Pip, author: Us}"))
     table, _ = losses_in(capsys.readouterr().out)
-    assert table.keys() == {"base", "exported"} and 0.95 < table["exported"][1] < 1
+    assert table.keys() == {"base", "exported"} and 0.95 < table["exported"][1] <= 1
     chat.main([f"model_name_or_path={tmp_path / 'out'}", "template=chatml", "do_sample=false",
                "prompt=What color is the sky?", "max_new_tokens=8", "use_cpu=true",
                "infer_dtype=float32"])
