@@ -10,7 +10,7 @@ holds p - 1 - s backward passes back, so that with four micro-batches on three s
 and p - s micro-batches are in flight, however many a step has. Each stage waits p - 1 times for the
 pass of another one: (p - 1) / (m + p - 1) of a step of m micro-batches is the bubble.
 
-Requires: scale/cut_gradients.py, scale/pipeline_parallel.py (whose messages order the stages).
+Requires: scale/cut_gradients.py, scale/stage_messages.py (which order the stages).
 Next: runtime/build.py.
 Papers: 1F1B arXiv:2006.09503 (sec. 2.2), and with flushes arXiv:2104.04473 (sec. 2.2).
 """
@@ -24,7 +24,7 @@ from checkpoint.shards import full_shape, held_of
 from parallel import Ranks
 from scale.collectives import sum_over
 from scale.cut_gradients import PartGradients
-from scale.pipeline_parallel import PipelineStage
+from scale.stage_messages import PipelineStage
 
 
 class StageGradients(PartGradients):

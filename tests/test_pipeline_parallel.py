@@ -18,7 +18,7 @@ from runtime import stages
 from runtime.load_config import load_config
 from runtime.memory import Workload, memory_plan, model_without_storage, plan_lines
 from runtime.stages import flops_of_parts, model_of_stage, share_layers
-from scale.pipeline_parallel import masks_of
+from scale.stage_messages import masks_of
 from tests.common import ROOT
 from tests.ranks import COMMON, SMALL, outcomes, small_world, tiny_model, torchrun
 from tests.test_tensor_parallel import WORKER, assert_alike, history
