@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 
 from errors import did_you_mean
 from fast.batch_decode import one_at_a_time, start_sampling
-from generate import Sampling, check_prompt
+from generate import Sampling, check_prompt, context_length
 from methods.reward_model import last_token_scores
 from serving.answers import Choice
 from serving.engine import Engine, Job
@@ -160,7 +160,9 @@ class Service:
                 most = limit or self.max_new_tokens or max(1, self.max_length - len(prompt))
                 room = check_prompt(self.model, prompt, int(most))
             except ValueError as error:
-                raise BadRequest(str(error), code="context_length_exceeded") from None
+                too_long = len(prompt) >= context_length(self.model.config)
+                raise BadRequest(str(error), code="context_length_exceeded" if too_long else
+                                 "invalid_prompt") from None
             if len(prompt) >= self.max_tokens:
                 raise BadRequest(
                     f"the prompt has {len(prompt):,} tokens, and the cache has room for "

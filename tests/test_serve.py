@@ -268,6 +268,8 @@ def test_completions_continue_texts_and_ids(server):
     first = answer["choices"][0]["logprobs"]
     assert "".join(first["tokens"]) == answer["choices"][0]["text"]
     assert len(first["top_logprobs"][0]) == 2
+    status, wrong = post(server, "/v1/completions", {"prompt": [2**30]})
+    assert status == 400 and wrong["error"]["code"] == "invalid_prompt"
     ids = load_tokenizer(TINY).encode("The sky is")
     _, by_ids = post(server, "/v1/completions", {"model": "tiny", "prompt": ids, "max_tokens": 6,
                                                  "temperature": 0})
