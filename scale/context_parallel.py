@@ -156,7 +156,6 @@ def own_context(row: OwnTokens, context, position_ids, x, layout, cache, routers
     return replace(ctx, temperature=temperature, **tables)
 
 
-
 # ---- attention ----------------------------------------------------------------------------------
 
 
