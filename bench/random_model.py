@@ -52,6 +52,9 @@ SHAPES = {
     "qwen3-30b-a3b": (QWEN3_MOE, 2048, 6144, 48, 32, 4, {}),
     "tiny-moe": (QWEN3_MOE, 64, 128, 2, 4, 2, {"head_dim": 16, "moe_intermediate_size": 32,
                                                "num_experts": 8, "num_experts_per_tok": 2}),
+    "small-moe": (QWEN3_MOE, 160, 448, 4, 6, 2, {      # as models/tiny, with experts
+        "head_dim": 32, "moe_intermediate_size": 224, "num_experts": 8, "num_experts_per_tok": 2,
+        "vocab_size": 1600, "bos_token_id": None, "eos_token_id": 2}),
 }
 
 

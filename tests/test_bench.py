@@ -243,6 +243,23 @@ def test_rollouts_from_end_to_end(tmp_path):
     assert 1 <= run["length"] <= 6 and 0 <= run["reward"] <= 1
 
 
+def test_what_processes_hold_and_send(tmp_path):
+    """Of data parallelism: the gradients, once; a block's spans follow each other."""
+    command = [sys.executable, ROOT / "bench/parallelism.py", "--only", "dp", "--results", tmp_path,
+               "--pictures", tmp_path / "pictures"]
+    found = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    result, = (json.loads(path.read_text()) for path in tmp_path.glob("parallelism-*.json"))
+    first, second = result["runs"]["dp"]
+    assert first["loss"] == second["loss"] and first["collectives"] == 1
+    assert first["handed in MiB"] == first["gradients MiB"] == first["trained weights MiB"]
+    assert first["optimizer state MiB"] == pytest.approx(2 * first["gradients MiB"], abs=0.02)
+    spans = json.loads((ROOT / "bench/.work/parallelism/dp/process-0.json").read_text())["spans"]
+    blocks = [span["label"] for span in spans if span["kind"] in ("forward", "backward")]
+    assert blocks[:5] == ["block 0", "block 1", "block 2", "block 3", "head"]
+    assert blocks[5:10] == ["head", "block 3", "block 2", "block 1", "block 0"]
+
+
 # ---- the files -----------------------------------------------------------------------------------
 
 
@@ -250,7 +267,7 @@ def test_rollouts_from_end_to_end(tmp_path):
 def test_every_file_names_its_command_and_what_to_read(path):
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10)))
     assert re.search(r"^Next: ", text, re.MULTILINE)
-    if path.name != "common.py":
+    if path.name not in ("common.py", "parallelism_worker.py"):     # not typed
         assert f"python bench/{path.name}" in text
     named = re.findall(r"[\w./]+\.(?:py|md)\b", text)
     missing = [name for name in named
@@ -261,6 +278,6 @@ def test_every_file_names_its_command_and_what_to_read(path):
 def test_the_page_on_speed_names_every_benchmark():
     text = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
     scripts = {path.name for path in (ROOT / "bench").glob("*.py")} - {
-        "common.py", "random_model.py", "peer_hf.py"
+        "common.py", "random_model.py", "peer_hf.py", "parallelism_worker.py"
     }
     assert scripts <= set(re.findall(r"bench/(\w+\.py)", text))
