@@ -12,6 +12,7 @@ Sources, beside the rows: the technical reports; the fields and tensor names of 
 checkpoints.
 """
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -50,6 +51,7 @@ class Switches:
     partial_rotary_factor: float = 1.0      # share of each head's features that are rotated
     window_rope_theta: float | None = None  # base of the rotation in layers with a window, where
                                             # no scaling applies; None: rotated as all layers are
+    rotary_dim: int = 0                     # the number of those features; 0: by that share
     alibi: bool = False                     # no rotation, but a linear bias by distance
                                             # (arXiv:2108.12409)
     attn_temperature: tuple = ()            # queries are scaled by position:
@@ -73,7 +75,15 @@ class Switches:
 
     # mixture of experts
     router: str = "softmax"                 # expert scores: "softmax" over all, or "sigmoid" each
+    router_float32: bool = False            # the router's matrix product is in float32
+    selection_bias: bool = False            # a constant per expert, added for the choice only
+    expert_groups: int = 1                  # a token's experts come from the best of this many
+                                            # groups of experts (arXiv:2405.04434, sec. 2.2.2)
+    top_groups: int = 1                     # the number of groups they come from
+    group_score: str = "best"               # a group is judged by its "best" expert, or by the
+                                            # sum of its "two best"
     norm_topk_prob: bool = False            # scores of the chosen experts are scaled to sum to 1
+    routed_scale: float = 1.0               # the chosen experts' weights are multiplied by this
     scale_input: bool = False               # scores multiply the expert's input, not its output
     shared_expert_gate: bool = False        # the shared expert's output is gated by a sigmoid
     stacked_experts: bool = False           # one (E, in, out) tensor, gate and up fused
@@ -98,6 +108,10 @@ class ModelConfig(Switches):
     rms_norm_eps: float
     rope_theta: float
     rope: dict = field(default_factory=lambda: {"rope_type": "default"})
+    kv_lora_rank: int = 0                   # latent attention: numbers that keys and values are
+                                            # made of; 0: projected keys and values
+    q_lora_rank: int = 0                    # the same of queries; 0: projected queries
+    v_head_dim: int = 0                     # features of a value
     initializer_range: float = 0.02         # std of new weights (train_from_scratch)
     pad_token_id: int | None = None         # padding_idx of the embedding, as in transformers
 
@@ -119,6 +133,11 @@ class ModelConfig(Switches):
     prefix: str = ""
     skips: tuple = ()
     notes: tuple = ()                       # printed for the user
+
+    @property
+    def rotated_features(self) -> int:
+        """R, the features of each head that are rotated."""
+        return self.rotary_dim or int(self.head_dim * self.partial_rotary_factor)
 
     def stored_name(self, name: str) -> str:
         """The name of a parameter or module in the checkpoint's files."""
@@ -162,12 +181,14 @@ class Family(Switches):
     rope_alpha: bool = False                      # "dynamic" with alpha: a fixed, larger base
     tie_word_embeddings: Callable = said("tie_word_embeddings", False)
     hidden_act: Callable = said("hidden_act", "silu")
+    latent: bool = False                          # multi-head latent attention
     halved_ffn: bool = False                      # intermediate_size counts gate and up together
     names: dict = field(default_factory=dict)     # {part of a parameter's name: that in the files}
     prefix: str = ""                              # prefix of every name in the files
     text_field: str = ""                          # field of config.json with the decoder's fields
     text_types: tuple = ()                        # rows that these may be read by, else this one
-    skips: tuple = ()                             # prefixes of tensors outside the decoder
+    skips: tuple = ()                             # prefixes of tensors outside the decoder; or
+                                                  # a function of take
 
 
 def window_everywhere(take, layer):
@@ -249,6 +270,42 @@ def sparse_by_interval(take, layer):
     return (layer + 1) % step == 0 if moe_layers is None else layer in moe_layers
 
 
+def sparse_after_dense(take, layer):
+    """Experts from layer first_k_dense_replace on."""
+    return layer >= take("first_k_dense_replace", 1)
+
+
+def layers_that_predict_ahead(take):
+    """Prefixes of the layers for multi-token prediction, which come after the decoder's own."""
+    count = take("num_hidden_layers", needed=True)
+    return tuple(f"model.layers.{count + n}." for n in range(take("num_nextn_predict_layers", 0)))
+
+
+def rotary_dim_of_minimax(take):
+    """rotary_dim; 0 where only newer tools' partial_rotary_factor says it."""
+    newer = (take("rope_parameters") or {}).get("partial_rotary_factor")
+    return take("rotary_dim") or (0 if newer else 64)
+
+
+def groups_if_limited(take):
+    methods = {"greedy": 1, "group_limited_greedy": take("n_group", 1)}
+    method = take("topk_method", "greedy")
+    if method not in methods:
+        raise ValueError(f"{take.where}: topk_method {shown(method)} is not supported; supported "
+                         f"are {', '.join(methods)}")
+    return methods[method]
+
+
+def scale_with_yarn(take):
+    """head_dim ** -0.5, and the temperature of yarn as a factor of both q and k."""
+    width = take("qk_nope_head_dim", needed=True) + take("qk_rope_head_dim", needed=True)
+    rope = take("rope_scaling") or take("rope_parameters") or {}
+    weight, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1
+    if not weight or factor <= 1:
+        return width ** -0.5
+    return width ** -0.5 * (0.1 * weight * math.log(factor) + 1) ** 2
+
+
 def rope_unless_listed(take, layer):
     """False where no_rope_layers holds a 0, or for every no_rope_layer_interval-th layer."""
     flags = take("no_rope_layers")
@@ -314,6 +371,28 @@ GLM = dict(
     fused_gate_up=True,
     qkv_bias=said("attention_bias", True),
     absent={"rms_norm_eps": 1.5625e-7, "head_dim": 128})
+
+# experts chosen with a bias that balances them without a loss (arXiv:2412.19437, sec. 2.1.2)
+BALANCED_BY_BIAS = dict(
+    router="sigmoid", router_float32=True, selection_bias=True,
+    expert_groups=said("n_group", 1), top_groups=said("topk_group", 1), group_score="two best",
+    norm_topk_prob=said("norm_topk_prob", True),
+    routed_scale=said("routed_scaling_factor", 1.0))
+
+SHARED_EXPERTS = dict(                              # dense layers, then experts with shared ones
+    sparse=sparse_after_dense,
+    skips=layers_that_predict_ahead,
+    called={"num_experts": "n_routed_experts"},
+    names={"mlp.shared_expert": "mlp.shared_experts",
+           "mlp.selection_bias": "mlp.gate.e_score_correction_bias"})
+
+LATENT = dict(
+    **BIASED, latent=True, attn_scale=scale_with_yarn,
+    rotary_pairs=lambda take: "neighbors" if take("rope_interleave", True) else "halves")
+
+DEEPSEEK3 = dict(
+    **LATENT, **BALANCED_BY_BIAS, **SHARED_EXPERTS,
+    fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1})
 
 LLAMA4 = dict(                                      # the Llama 4 model card; only its text part
     **BIASED,
@@ -494,6 +573,28 @@ FAMILIES = {
         absent={"rms_norm_eps": 1e-5}),
     "mistral3": Family(                             # Mistral Small 3.1 and later, Ministral 3
         **IMAGES, text_types=("mistral", "ministral3")),
+    "glm4_moe": Family(                             # GLM-4.5 to 4.7, arXiv:2508.06471
+        qkv_bias=said("attention_bias", False),
+        qk_norm=lambda take: "head" if take("use_qk_norm", False) else "",
+        partial_rotary_factor=said("partial_rotary_factor", 0.5),
+        **BALANCED_BY_BIAS, **SHARED_EXPERTS, absent={"rms_norm_eps": 1e-5}),
+    "minimax_m2": Family(
+        qk_norm="width", rotary_dim=rotary_dim_of_minimax,
+        partial_rotary_factor=said("partial_rotary_factor", 1.0),
+        router="sigmoid", selection_bias=True, norm_topk_prob=True,
+        sparse=lambda take, layer: True,
+        fixed={"use_qk_norm": True, "qk_norm_type": "per_layer", "use_routing_bias": True,
+               "scoring_func": "sigmoid", "shared_intermediate_size": 0},
+        absent={"head_dim": 128, "rope_theta": 5e6},
+        names={"mlp": "block_sparse_moe", "mlp.selection_bias":
+               "block_sparse_moe.e_score_correction_bias",
+               "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+    "deepseek_v2": Family(                          # arXiv:2405.04434
+        **LATENT, **SHARED_EXPERTS, router_float32=True, expert_groups=groups_if_limited,
+        top_groups=said("topk_group", 1), routed_scale=said("routed_scaling_factor", 1.0),
+        fixed={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}),
+    "deepseek_v3": Family(**DEEPSEEK3),             # V3 to V3.1, R1, Moonlight; arXiv:2412.19437
+    "kimi_k2": Family(**DEEPSEEK3),                 # arXiv:2507.20534
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
         **LLAMA4, prefix="language_model.", text_field="text_config",
@@ -531,7 +632,15 @@ BOUNDS = {
     **dict.fromkeys(("max_position_embeddings", "seq_length",
                      "original_max_position_embeddings"), SIZE),
     "model_max_length": (1, 10**31),        # transformers writes 10**30 for "no limit"
-    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok"), (0, 2**14)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok",
+                     "n_routed_experts"), (0, 2**14)),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"),
+                    (0, 2000)),
+    **dict.fromkeys(("n_group", "topk_group"), (1, 2**14)),
+    "rotary_dim": (2, 2**24),
+    **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+                    (1, 2**16)),
+    "q_lora_rank": (0, 2**16),
     **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step",
                      "no_rope_layer_interval"), SIZE),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "max_window_layers"), (0, 2**31)),
@@ -541,7 +650,7 @@ BOUNDS = {
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), (1e-3, 1.0)),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1.5, 1e30)),
     **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier",
-                     "logits_scaling", "logit_scale"), POSITIVE),
+                     "logits_scaling", "logit_scale", "routed_scaling_factor"), POSITIVE),
     **dict.fromkeys(("rope_ratio", "query_pre_attn_scalar", "attn_logit_softcapping", "floor_scale",
                      "final_logit_softcapping", "clip_qkv"), POSITIVE),
     "attn_scale": (0.0, 1e30),
@@ -550,7 +659,7 @@ FLAGS = frozenset("""
     tie_word_embeddings norm_topk_prob attention_bias mlp_bias bias add_bias_linear add_qkv_bias
     qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
     use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
-    use_gated_activation
+    use_gated_activation use_routing_bias rope_interleave
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
 TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
@@ -582,6 +691,7 @@ HARMLESS = frozenset("""
     use_flash_attn fp32_residual_connection original_rope onnx_safe bf16 fp16 fp32
     use_cache_kernel use_cache_quantization output_router_logits router_aux_loss_coef
     for_llm_compressor sliding_window_size is_llama_config transformers.js_config
+    aux_loss_alpha seq_aux ep_size attn_type_list use_mtp num_mtp_modules mtp_transformer_layers
     use_embedding_sharing eod_token_id org_vocab_size cla_share_factor
 """.split())
 DROPOUTS = frozenset("""
@@ -790,7 +900,7 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         switches["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     experts = read_experts(take) if family.sparse is not Family.sparse else {}
 
-    return ModelConfig(
+    sizes = dict(
         model_type=take.kind,
         hidden_size=width,
         num_hidden_layers=layers,
@@ -798,7 +908,8 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
         vocab_size=take("vocab_size", needed=True),
         num_key_value_heads=take("num_key_value_heads", heads),
-        head_dim=take("head_dim", null=True) or head_dim_of(width, heads, take.where),
+        head_dim=0 if family.latent else
+        take("head_dim", null=True) or head_dim_of(width, heads, take.where),
         max_position_embeddings=positions,
         rms_norm_eps=take("rms_norm_eps", 1e-6),
         rope_theta=theta,
@@ -807,11 +918,30 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         pad_token_id=take("pad_token_id"),
         names=family.names,
         prefix=family.prefix,
-        skips=family.skips,
+        skips=family.skips(take) if callable(family.skips) else family.skips,
         notes=(*notes, *rope_notes),
         **switches,
         **per_layer,
         **experts)
+    return ModelConfig(**sizes | (read_latent(take) if family.latent else {}))
+
+
+def read_latent(take: FieldReader) -> dict:
+    """The sizes of latent attention; head_dim and kv heads are what attention computes with."""
+    rotated = take("qk_rope_head_dim", needed=True)
+    width = take("qk_nope_head_dim", needed=True) + rotated
+    take("head_dim")                                    # newer tools write that of the rotation,
+    take("qk_head_dim")                                 # and the sum of the two
+    if take("v_head_dim", needed=True) > width:
+        raise ValueError(f"{take.where}: v_head_dim {take('v_head_dim')} is larger than "
+                         f"qk_nope_head_dim + qk_rope_head_dim {width}, which is not supported")
+    return {
+        "head_dim": width,
+        "rotary_dim": rotated,
+        "num_key_value_heads": take("num_attention_heads"),
+        "kv_lora_rank": take("kv_lora_rank", needed=True),
+        "q_lora_rank": take("q_lora_rank", null=True) or 0,
+        "v_head_dim": take("v_head_dim")}
 
 
 def head_dim_of(width: int, heads: int, where: str) -> int:
@@ -983,11 +1113,13 @@ def rope_kind(family: Family, rope: dict, where: str) -> tuple[str, dict, list[s
 def read_experts(take: Callable) -> dict:
     """The sizes of a mixture of experts."""
     balance = take("router_aux_loss_coef", 0.001) if take("output_router_logits") else 0.0
+    width = take("moe_intermediate_size") or take("intermediate_size")
     return {
         "num_experts": take("num_experts") or take("num_local_experts", 0),
         "num_experts_per_tok": take("num_experts_per_tok", 0),
-        "moe_intermediate_size": take("moe_intermediate_size") or take("intermediate_size"),
-        "shared_expert_intermediate_size": take("shared_expert_intermediate_size", 0),
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": take("shared_expert_intermediate_size")
+        or take("n_shared_experts", 0) * (width or 0),
         "router_aux_loss_coef": balance}
 
 
@@ -1087,13 +1219,33 @@ def check_sizes(config: ModelConfig, where: str):
     if any(config.sparse) and not 0 < config.num_experts_per_tok <= config.num_experts:
         raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and "
                          f"num_experts {config.num_experts}: it must be between 1 and num_experts")
+    check_expert_groups(config, where)
     if not config.alibi:
         check_rotation(config, where)
 
 
+def check_expert_groups(config: ModelConfig, where: str):
+    """Raise ValueError for groups of experts from which a token's cannot be chosen."""
+    groups, top = config.expert_groups, config.top_groups
+    least = 2 if config.group_score == "two best" else 1
+    if groups == 1 or not any(config.sparse):
+        return
+    size = config.num_experts // groups
+    if config.num_experts % groups or size < least or not top <= groups:
+        raise ValueError(f"{where}: {config.num_experts} experts in n_group {groups} groups, of "
+                         f"which topk_group {top} are chosen: groups must be of equal size, {least}"
+                         " or more, and no more may be chosen than there are")
+    if config.num_experts_per_tok > top * size:
+        raise ValueError(f"{where}: num_experts_per_tok {config.num_experts_per_tok} is more than "
+                         f"the {top * size} experts of topk_group {top} groups")
+
+
 def check_rotation(config: ModelConfig, where: str):
     """Raise ValueError for rotation settings that do not fit the heads."""
-    width = int(config.head_dim * config.partial_rotary_factor)
+    width = config.rotated_features
+    if width > config.head_dim:
+        raise ValueError(f"{where}: {width} features of a head are rotated, and head_dim is "
+                         f"{config.head_dim}")
     least = 4 if config.rope["rope_type"] in ("dynamic", "ntk_steps") else 2
     if width % 2 or width < least:
         raise ValueError(f"{where}: head_dim {config.head_dim} with partial_rotary_factor "

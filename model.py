@@ -1,4 +1,4 @@
-"""The decoder: norms, rotary positions, grouped-query attention, SwiGLU, experts, KV cache.
+"""The decoder: norms, rotary positions, grouped-query attention, SwiGLU, blocks, KV cache.
 
     python -m checkpoint.show DIR       the decoder of a checkpoint: blocks, shapes, parameters
 
@@ -8,11 +8,10 @@ makes, and none of them asks for a family's name. With all switches off it is Ll
 It computes the plain way, and knows nothing else: fast/fused_block.py sets on finished blocks what
 saves memory and time, fast/compile.py replaces elementwise steps, and scale/ cuts a finished model.
 
-Requires: families.py, rope.py, attention.py.
+Requires: families.py, rope.py, attention.py, layers.py (experts, and other kinds of attention).
 Next: lora.py, losses.py.
 Papers: Llama arXiv:2302.13971, RMSNorm arXiv:1910.07467, RoPE arXiv:2104.09864, GQA
-arXiv:2305.13245, SwiGLU arXiv:2002.05202, ALiBi arXiv:2108.12409, mixture of experts
-arXiv:2101.03961.
+arXiv:2305.13245, SwiGLU arXiv:2002.05202, ALiBi arXiv:2108.12409.
 
 Letters for shapes, the same in every file:
 
@@ -32,17 +31,9 @@ from torch import nn
 
 from attention import PackedLayout, attend
 from families import ModelConfig
+from layers import ACTIVATIONS, LatentAttention, MoE
 from rope import (alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate,
                   window_rope_table)
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-
 
 @dataclass
 class ForwardContext:
@@ -157,13 +148,18 @@ class Attention(nn.Module):
 
     def forward(self, x, ctx: ForwardContext):
         """(B, T, D) -> (B, T, D)."""
+        return self.o_proj(self.mix([layer(x) for layer in self.readers()], ctx))
+
+    def readers(self) -> list[nn.Module]:
+        """The linear layers that read x: of q, k and v, or one for all three."""
         if self.config.fused_qkv:
-            q, k, v = self.split_qkv(self.qkv_proj(x))
-        else:
-            q = self.q_proj(x)
-            k = self.k_proj(x)
-            v = self.v_proj(x)
-        return self.o_proj(self.attend_heads(q, k, v, ctx))
+            return [self.qkv_proj]
+        return [self.q_proj, self.k_proj, self.v_proj]
+
+    def mix(self, outputs, ctx: ForwardContext):
+        """The outputs of `readers`, (B, T, …) -> the heads' outputs, (B, T, H*Dh)."""
+        q, k, v = self.split_qkv(*outputs) if self.config.fused_qkv else outputs
+        return self.attend_heads(q, k, v, ctx)
 
     def split_qkv(self, qkv):
         """q (B, T, …), k and v (B, T, …) from the output of a fused projection."""
@@ -273,13 +269,16 @@ class Block(nn.Module):
 
         self.config = config
         self.input_layernorm = norm("before")
-        self.self_attn = Attention(config, layer)
+        if config.kv_lora_rank:
+            self.self_attn = LatentAttention(config, layer, NORMS[config.norm])
+        else:
+            self.self_attn = Attention(config, layer)
         self.after_attention_norm = norm("after")
         self.post_attention_layernorm = norm("before")      # Llama's name: it is before the MLP
         if config.parallel_mlp:
             self.post_attention_layernorm = nn.Identity()
         if config.sparse[layer]:
-            self.mlp = MoE(config)
+            self.mlp = MoE(config, MLP)
         else:
             self.mlp = MLP(config, config.intermediate_size)
         self.after_mlp_norm = norm("after")
@@ -308,142 +307,6 @@ class Block(nn.Module):
     def scaled(self, branch):
         scale = self.config.residual_scale
         return branch if scale == 1 else branch * scale
-
-
-# ---- mixture of experts -------------------------------------------------------------------------
-
-
-class StackedLinear(nn.Module):
-    """E linear maps in one tensor (E, in, out), as some checkpoints store them."""
-
-    def __init__(self, experts: int, size_in: int, size_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, size_in, size_out))
-
-    def forward(self, x, expert: int):
-        return x @ self.weight[expert]
-
-
-class StackedExperts(nn.Module):
-    """All experts of a layer in two tensors; gate and up are fused."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = StackedLinear(E, D, 2 * width)
-        self.down_proj = StackedLinear(E, width, D)
-        self.act = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x, expert: int):
-        gate, up = self.gate_up_proj(x, expert).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up, expert)
-
-
-class MoE(nn.Module):
-    """Each token passes the k experts that its router scores highest, and a shared expert if any.
-
-    `grouped` computes the experts' sum expert by expert; `one_by_one`, its readable twin, token by
-    token. visited: None, or a set that collects the experts that had tokens; experts without tokens
-    then run on no rows, so that all have gradients.
-    """
-
-    visited: set | None = None
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        width = config.moe_intermediate_size
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)   # the router
-        if config.stacked_experts:
-            self.experts = StackedExperts(config)
-        else:
-            self.experts = nn.ModuleList(MLP(config, width) for _ in range(config.num_experts))
-        if config.shared_expert_intermediate_size:
-            self.shared_expert = MLP(config, config.shared_expert_intermediate_size)
-        if config.shared_expert_gate:
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
-
-    def forward(self, x, ctx: ForwardContext):
-        """(B, T, D) -> (B, T, D). Appends the router's logits (N, E) to ctx.routers."""
-        config = self.config
-        rows = x.flatten(0, 1)                                      # (N, D)
-        scores = self.gate(rows)                                    # (N, E)
-        if ctx.routers is not None:
-            ctx.routers.append(scores)
-        chosen, weights = self.route(scores)
-        y = self.mix(rows, chosen, weights)                         # (N, D)
-        if config.shared_expert_intermediate_size:
-            shared = self.shared_expert(rows)
-            if config.shared_expert_gate:
-                shared = self.shared_expert_gate(rows).sigmoid() * shared
-            y = y + shared
-        return y.view_as(x)
-
-    def mix(self, rows, chosen, weights):
-        """The weighted sum of each row's chosen experts, (N, D)."""
-        config = self.config
-        return grouped(rows, chosen, weights, self.expert, config.num_experts, config.scale_input,
-                       self.visited)
-
-    def route(self, scores):
-        """Router logits (N, E) -> the chosen experts and their weights, both (N, k)."""
-        config = self.config
-        if config.router == "softmax":
-            probabilities = scores.softmax(-1, dtype=torch.float32)
-            weights, chosen = probabilities.topk(config.num_experts_per_tok)
-        else:
-            weights, chosen = scores.topk(config.num_experts_per_tok)
-            weights = weights.float().sigmoid()
-        if config.norm_topk_prob:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return chosen, weights.to(scores.dtype)
-
-    def expert(self, x, number: int):
-        """One expert on x (n, D) -> (n, D)."""
-        if self.config.stacked_experts:
-            return self.experts(x, number)
-        return self.experts[number](x)
-
-
-def grouped(x, chosen, weights, expert, num_experts: int, scale_input: bool,
-            visited: set | None = None):
-    """Weighted sum of the chosen experts, (N, D); each expert runs once, on all of its tokens.
-
-    x (N, D); chosen, weights (N, k); expert(rows, number) -> rows. scale_input: the weight
-    multiplies the expert's input, not its output. visited: see MoE.
-    """
-    k = chosen.shape[1]
-    slots = chosen.flatten()                                        # (N*k,)
-    order = slots.argsort(stable=True)                              # slots by expert
-    counts = slots.bincount(minlength=num_experts).tolist()         # waits for the device
-    rows = x[order // k]
-    factor = weights.flatten()[order][:, None]
-    if scale_input:
-        rows = rows * factor
-    if visited is not None:
-        visited.update(number for number, count in enumerate(counts) if count)
-
-    outs = []
-    for number, group in enumerate(rows.split(counts)):
-        if len(group) or visited is not None:
-            outs.append(expert(group, number))
-    out = torch.cat(outs) if outs else rows                         # no tokens, no experts
-    if not scale_input:
-        out = out * factor
-    out = out[order.argsort()]                                      # in the order of slots again
-    return out.view(*chosen.shape, x.shape[1]).sum(1)
-
-
-def one_by_one(x, chosen, weights, expert, num_experts: int, scale_input: bool):
-    """The slow twin of `grouped`: token by token, expert by expert."""
-    sums = []
-    for token, row in enumerate(x):
-        outs = []
-        for number, weight in zip(chosen[token].tolist(), weights[token]):
-            y = expert((row * weight if scale_input else row)[None], number)[0]
-            outs.append(y if scale_input else y * weight)
-        sums.append(torch.stack(outs).sum(0))
-    return torch.stack(sums)
 
 
 # ---- decoder and head ---------------------------------------------------------------------------
@@ -491,6 +354,14 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def requires_grad_(self, requires_grad: bool = True):
+        """As of any module, but constants stay constants."""
+        super().requires_grad_(requires_grad)
+        for name, p in self.named_parameters():
+            if is_constant(name):
+                p.requires_grad = False
+        return self
 
     def forward(self, input_ids, position_ids=None, layout: PackedLayout | None = None,
                 cache: "KVCache | None" = None, routers: list | None = None):
@@ -555,6 +426,11 @@ class CausalLM(nn.Module):
         """The matrix (V, D) of the head; gradients flow to what it is computed from."""
         head = self.lm_head
         return head.effective_weight() if hasattr(head, "effective_weight") else head.weight
+
+
+def is_constant(name: str) -> bool:
+    """Whether a parameter is one that is never trained, and float32 in any model."""
+    return name.endswith(".selection_bias")
 
 
 def softcap(scores, cap: float | None):

@@ -30,7 +30,7 @@ def rope_frequencies(config: ModelConfig, length: int, device=None) -> tuple[tor
     rope = config.rope
     kind = rope["rope_type"]
     factor = rope.get("factor")
-    dim = int(config.head_dim * config.partial_rotary_factor)
+    dim = config.rotated_features
     base = config.rope_theta
     trained = rope.get("original_max_position_embeddings")      # tokens
     if kind == "dynamic":

@@ -23,7 +23,7 @@ from checkpoint.names import equal_tensors, find_tensors
 from checkpoint.shards import full_shape, full_size, full_tensor, local_tensor, read_own
 from errors import nearest_name
 from families import model_config, read_config_json, read_model_config
-from model import CausalLM
+from model import CausalLM, is_constant
 
 
 # ---- reading ------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
             tensor = tensors.get_tensor(stored)
         check_plain(tensor.dtype, file, stored)
         check_shape(tensor.shape, shape, file, stored)
-        tensor = tensor.to(dtype) if dtype else tensor
+        tensor = tensor.to(dtype) if dtype and not is_constant(name) else tensor
         if name in formats:
             set_quantized(model, name, formats[name].quantize(tensor))
         else:
@@ -320,6 +320,7 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
     """
     stored_name = model.config.stored_name
     weights = {stored_name(name): p for name, p in model.named_parameters()}
+    constants = {stored_name(name) for name, _ in model.named_parameters() if is_constant(name)}
     others = {}
     if model.config.skips and any(Path(source).glob("*.safetensors")):  # none from scratch
         for name, place in find_tensors(source, model.config).items():
@@ -329,12 +330,13 @@ def save_model(model: CausalLM, folder, source, dtype: torch.dtype | None = None
     def read(name: str) -> list[torch.Tensor]:
         if name in weights:
             weight = weights[name]
-            return [full_tensor(weight).to(dtype or weight.dtype)]
+            return [full_tensor(weight).to(shapes[name][1])]
         file, key = others[name]
         with open_tensors(file) as tensors:
             return [tensors.get_tensor(key)]
 
     shapes = {name: (full_shape(p), dtype or p.dtype) for name, p in weights.items()}
+    shapes |= {name: (shapes[name][0], weights[name].dtype) for name in constants}
     for name, place in others.items():
         shapes[name] = stored_as(*place)
     write_tensors(folder, shapes, read)

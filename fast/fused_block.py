@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lora import AdaptedLinear, LoRALinear
-from model import MLP, Attention, Block, CausalLM, ForwardContext, MoE
+from model import MLP, Block, CausalLM, ForwardContext, MoE
 
 # what a block recomputes in the backward pass, from fast to small: cheap steps only; the matmuls of
 # gate and up as well; everything, from its input alone (activation checkpointing)
@@ -91,16 +91,10 @@ def fused_mlp(block: Block, matmul: Callable, recompute: bool, x, ctx: ForwardCo
     return x + block.scaled(block.after_mlp_norm(h))
 
 
-def attention_forward(attn: Attention, matmul: Callable, norm: nn.Module, x, ctx: ForwardContext):
-    """Attention.forward of norm(x)."""
-    if attn.config.fused_qkv:
-        qkv, = fused_linears([attn.qkv_proj], x, before=norm, matmul=matmul)
-        q, k, v = attn.split_qkv(qkv)
-    else:
-        layers = [attn.q_proj, attn.k_proj, attn.v_proj]
-        q, k, v = fused_linears(layers, x, before=norm, matmul=matmul)
-    out = attn.attend_heads(q, k, v, ctx)
-    return fused_linears([attn.o_proj], out, matmul=matmul)[0]
+def attention_forward(attn: nn.Module, matmul: Callable, norm: nn.Module, x, ctx: ForwardContext):
+    """The forward of an attention layer of any kind (layers.py), of norm(x)."""
+    outputs = fused_linears(attn.readers(), x, before=norm, matmul=matmul)
+    return fused_linears([attn.o_proj], attn.mix(outputs, ctx), matmul=matmul)[0]
 
 
 def mlp_forward(mlp: MLP, matmul: Callable, recompute: bool, norm: nn.Module, x, ctx=None):

@@ -8,7 +8,7 @@ where torch._grouped_mm reads them. The matrices of all experts lie in one tenso
 expert's weight becomes a view of it. Their adapters are stacked for each pass; gradients reach each
 expert's own. What is kept for the backward pass is what fast/fused_block.py keeps of one expert.
 
-The slow twins are model.grouped and model.one_by_one.
+The slow twins are layers.grouped and layers.one_by_one.
 
 Requires: model.py, lora.py, fast/fused_block.py.
 Next: runtime/kernels.py, which picks it.

@@ -137,7 +137,7 @@ def rope_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:
     """For each token: cos and sin of the rotary embedding."""
     if model_config.alibi:
         return 0
-    features = int(model_config.head_dim * model_config.partial_rotary_factor)
+    features = model_config.rotated_features
     tables = 1 if model_config.window_rope_theta is None else 2
     return 2 * tables * features * batch.stream
 
@@ -303,7 +303,8 @@ def mlp_bytes(mlp: nn.Module, width: int, batch: MicroBatch) -> int:
 
 def input_layers(module: nn.Module) -> list:
     """The linear layers that read the input of an attention or an MLP."""
-    names = ("qkv_proj", "q_proj", "k_proj", "v_proj", "gate_up_proj", "gate_proj", "up_proj")
+    names = ("q_a_proj", "kv_a_proj_with_mqa", "qkv_proj", "q_proj", "k_proj", "v_proj",
+             "gate_up_proj", "gate_proj", "up_proj")
     return [getattr(module, name) for name in names if hasattr(module, name)]
 
 
@@ -341,6 +342,8 @@ def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
     if hasattr(attention, "q_norm"):
         per_token += norm_bytes(attention.q_norm, H * Dh, batch.compute)
         per_token += norm_bytes(attention.k_norm, K * Dh, batch.compute)
+    if model_config.kv_lora_rank:
+        per_token += latent_bytes(attention, model_config, batch)
     if model_config.qk_norm == "unit":
         per_token += (H + K) * Dh * 4
     if model_config.clip_qkv:
@@ -364,6 +367,17 @@ def heads_of_process(model_config: ModelConfig, batch: MicroBatch) -> ModelConfi
     kv_heads = math.lcm(model_config.num_key_value_heads, batch.parts)
     return replace(model_config, num_key_value_heads=kv_heads // batch.parts,
                    num_attention_heads=model_config.num_attention_heads // batch.parts)
+
+
+def latent_bytes(attention: nn.Module, model_config: ModelConfig, batch: MicroBatch) -> int:
+    """For each token: the norms of the latent vectors, what reads them, and keys in two parts."""
+    per_token = 0
+    for name in ("q", "kv"):
+        rank = getattr(model_config, f"{name}_lora_rank")
+        if rank:
+            per_token += norm_bytes(getattr(attention, f"{name}_a_layernorm"), rank, batch.compute)
+            per_token += input_bytes(rank, [getattr(attention, f"{name}_b_proj")], batch)
+    return per_token + model_config.num_attention_heads * model_config.head_dim * batch.compute
 
 
 # ---- activations of an attention kernel ---------------------------------------------------------

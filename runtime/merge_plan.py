@@ -18,6 +18,7 @@ from checkpoint.load import (places_of_weights, is_empty_bias, load_model, packe
                              quantized_weights)
 from families import ModelConfig
 from lora import lora_layers
+from model import is_constant
 
 
 @dataclass
@@ -64,6 +65,9 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     parameters = [*skeleton.named_parameters(remove_duplicate=False), *quantized.items()]
     weights = {stored_name(name): tuple(p.shape) for name, p in parameters}
     plan = plan_base(base, skeleton.config, weights, packed, dtype)
+    for name, _ in skeleton.named_parameters():
+        if is_constant(name) and (planned := plan.get(stored_name(name))):
+            planned.dtype = stored_as(planned.file, planned.key)[1]
     if not packed:
         for name in quantized:
             plan[stored_name(name)].quant_format = quant_format

@@ -31,7 +31,8 @@ from torch import nn
 
 from attention import attend
 from families import ModelConfig
-from model import Attention, MoE
+from layers import LatentAttention, MoE
+from model import Attention
 from scale.collectives import exchange
 from scale.mesh import Axis
 
@@ -135,7 +136,7 @@ def cut_rows(model, axis: Axis, noise: bool = False):
         model.model.embed_tokens.register_forward_hook(after_noise)
     model.context = partial(own_context, row, model.context)
     for module in list(model.modules()):
-        if isinstance(module, Attention):
+        if isinstance(module, (Attention, LatentAttention)):
             module.attend = partial(attend_across, axis)
         elif has_dropout(module):
             module.dropout = RowDropout(module.dropout, row)

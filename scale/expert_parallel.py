@@ -31,7 +31,7 @@ from torch import nn
 from checkpoint.shards import Cut, cut_parameter
 from families import ModelConfig
 from lora import LoRAStacked
-from model import MoE, StackedLinear
+from layers import MoE, StackedLinear
 from scale.collectives import all_to_all, exchange
 from scale.mesh import Axis
 

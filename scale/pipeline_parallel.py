@@ -84,7 +84,7 @@ def forward_of_stage(model, stage: PipelineStage, input_ids, position_ids, layou
         stage.sums = own if sums is None else sums + own
     elif with_sums and sums is None:
         stage.sums = torch.zeros(2, stage.experts, device=stage.device)
-    return model.model.norm(x) if stage.is_last else x
+    return model.for_head(model.model.norm(x)) if stage.is_last else x
 
 
 def balance_of_stages(model, routers: list):

@@ -27,7 +27,8 @@ from torch import nn
 
 from checkpoint.shards import Cut, cut_parameter
 from families import ModelConfig
-from model import Attention, MoE, StackedLinear
+from layers import MoE, StackedLinear
+from model import Attention
 from scale.collectives import enter, leave
 from scale.cut_vocabulary import cut_vocabulary
 from scale.mesh import Axis
@@ -49,6 +50,10 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
         raise ValueError(
             f"tensor_parallel_size: {parts}: {config.model_type} has a bias for each head (ALiBi), "
             "which is not cut. Take fsdp: full_shard, which shards every model")
+    if config.kv_lora_rank:
+        raise ValueError(
+            f"tensor_parallel_size: {parts}: {config.model_type} makes keys and values from one "
+            "latent vector, which is not cut. Take fsdp: full_shard, which shards every model")
     if config.parallel_mlp:
         raise ValueError(
             f"tensor_parallel_size: {parts}: attention and MLP of {config.model_type} read one "

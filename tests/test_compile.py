@@ -9,7 +9,8 @@ from fast.fused_block import fuse_blocks
 from losses import answer_logps, cross_entropy_sum, losses_and_grad
 from methods.fp8 import pick_fp8, quantize_fp8, with_compiled_rounding
 from methods.quant import unpack_at_once
-from model import ACTIVATIONS, CausalLM, init_weights
+from layers import ACTIVATIONS
+from model import CausalLM, init_weights
 from tests.tiny_models import SMALL_FAMILIES, SMALL_LLAMA
 
 

@@ -13,7 +13,7 @@ import train
 from checkpoint.shards import full_shape, full_size
 from families import model_config
 from lora import LoRAStacked
-from model import StackedLinear
+from layers import StackedLinear
 from parallel import Ranks
 from runtime.load_config import load_config
 from scale.expert_parallel import OneOwner, cut_stack, own_config

@@ -266,6 +266,26 @@ CASES |= {
         llama_4_scaling_beta=0.3,
     ))),
 }
+LATENT = dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+              n_shared_experts=1, first_k_dense_replace=1, num_key_value_heads=4, kv_lora_rank=12,
+              q_lora_rank=14, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10)
+BIASED_CHOICE = dict(num_local_experts=6, num_experts_per_tok=2)
+CASES |= {
+    "glm4_moe": ("glm4_moe", dict(
+        n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, n_group=4,
+        topk_group=2, routed_scaling_factor=1.5, n_shared_experts=2, use_qk_norm=True,
+        attention_bias=True, head_dim=16,
+    )),
+    "glm4_moe all sparse, not normed": ("glm4_moe", dict(
+        n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=20,
+        first_k_dense_replace=0, norm_topk_prob=False, head_dim=8,
+    )),
+    "minimax_m2": ("minimax_m2", dict(BIASED_CHOICE, head_dim=16, rotary_dim=8)),
+    "deepseek_v3, half rotated by halves": ("deepseek_v3", dict(
+        LATENT, n_group=2, topk_group=1, rope_interleave=False, attention_bias=True,
+        q_lora_rank=None,
+    )),
+}
 SINCE_5 = {     # what transformers 4.57 reads otherwise
     "llama longrope": "looks for the trained length of longrope elsewhere",
     "qwen2_moe window": "has the window in other layers",
@@ -496,8 +516,8 @@ STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
           "pad_token_id")
 
 
-# a part that reads images; a class whose default rotation is one model's
-OTHER_DEFAULTS = {"llama4", "ministral3"}
+# a part that reads images; classes whose defaults are one model
+OTHER_DEFAULTS = {"llama4", "ministral3", "glm4_moe", "minimax_m2", "deepseek_v3"}
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _ in CASES.values()} - OTHER_DEFAULTS))
@@ -660,7 +680,10 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
     "llama4_text": dict(LLAMA4, num_experts_per_tok=1),
     "gemma3_text": dict(sliding_window=5), "olmo3": {}, "internlm3": {}, "smollm3": {},
     "seed_oss": {}, "ernie4_5": {}, "exaone4": {}, "granite": {}, "hunyuan_v1_dense": {},
-    "cohere2": {}, "ministral3": {},
+    "cohere2": {}, "ministral3": {}, "minimax_m2": dict(BIASED_CHOICE, head_dim=16, rotary_dim=8),
+    "glm4_moe": dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
+                     n_shared_experts=1, head_dim=16),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), LATENT),
 }.items()}
 for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3"}.items():
     READABLE[kind] = {"model_type": kind, "text_config": READABLE[part]}

@@ -25,11 +25,6 @@ FOLDERS = GOLDEN / "models2026"
 CLOSE = 1e-4
 # folders that are not supported yet: why, and the words of the error
 MISSING = {
-    "deepseek_v2": "'deepseek_v2' is not supported",                # attention by latent vectors
-    "deepseek_v2_qlora": "'deepseek_v2' is not supported",
-    "deepseek_v3": "'deepseek_v3' is not supported",
-    "glm4_moe": "'glm4_moe' is not supported",                      # its router
-    "minimax_m2": "'minimax_m2' is not supported",
     "gpt_oss": "'gpt_oss' is not supported",                        # sinks, clamped experts
     "gpt_oss_mxfp4": "'gpt_oss' is not supported",
     "granitemoehybrid": "'granitemoehybrid' is not supported",      # state space layers

@@ -15,7 +15,8 @@ from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets
                   merged_weight, set_adapters, trainable)
 from losses import cross_entropy_sum
 from methods.lora_variants import variant_arguments
-from model import CausalLM, StackedLinear
+from layers import StackedLinear
+from model import CausalLM
 from tests.common import GOLDEN, needs_shared
 from tests.tiny_models import IDS, checkpoint_of, load_in_peft, logits_of, perturb, tiny, write_tiny
 

@@ -12,7 +12,8 @@ from checkpoint.load import load_model
 from families import model_config
 from fast.fused_block import fuse_blocks
 from losses import balance_loss
-from model import KVCache, MoE, grouped, one_by_one
+from layers import MoE, grouped, one_by_one
+from model import MLP, KVCache
 from rope import rope_frequencies
 from tests.common import GOLDEN, needs_shared
 from tests.tiny_models import RECORDED_MODELS, STACKED, TINY, tiny
@@ -99,7 +100,7 @@ CHOSEN = {  # (tokens, 3) experts
 
 def experts_of(fields):
     """A layer of experts with weights of ordinary size, all trainable."""
-    block = MoE(model_config(fields)).double()
+    block = MoE(model_config(fields), MLP).double()
     generator = torch.Generator().manual_seed(5)
     for p in block.parameters():
         p.data.normal_(0, p.shape[-1] ** -0.5, generator=generator)
@@ -148,7 +149,7 @@ def test_experts_in_16_bits():
 ], ids=["softmax", "normed", "sigmoid"])
 def test_routing_by_hand(fields, want):
     chances = torch.tensor([[0.05, 0.3, 0.02, 0.4, 0.15, 0.08]])
-    chosen, weights = MoE(model_config(fields)).route(chances.log())
+    chosen, weights = MoE(model_config(fields), MLP).route(chances.log())
     assert chosen.tolist() == [[3, 1, 4]] and torch.allclose(weights, torch.tensor([want]))
 
 

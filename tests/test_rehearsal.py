@@ -204,7 +204,7 @@ def multiplies_in_8_bits() -> bool:
 # further waits, which are meant
 MEANT = {
     "GaLore": ("methods/optimizers.py", "galore"),      # a singular value decomposition, seldom
-    "experts": ("model.py", "grouped"),
+    "experts": ("layers.py", "grouped"),
 }
 
 

@@ -33,6 +33,8 @@ PUBLISHED |= {
 }
 PUBLISHED["qwen"].pop("num_key_value_heads", None)
 PUBLISHED["internlm3"] = {"model_type": "internlm3", **LLAMA, "qkv_bias": True, "bias": True}
+if "deepseek_v3" in PUBLISHED:
+    PUBLISHED["kimi_k2"] = {**PUBLISHED["deepseek_v3"], "model_type": "kimi_k2"}
 ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
     "13B": "baichuan2_13b"} if SHARED.is_dir() else {}
 
