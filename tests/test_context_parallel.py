@@ -39,6 +39,14 @@ TINY_MODELS = {name: MODELS[name] for name in ("llama", "mixtral")} | {
                 "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
 }
 TINY_MODELS["alibi"].pop("max_position_embeddings")
+TINY_MODELS["latent"] = {
+    "model_type": "deepseek_v3", **SMALL, "num_key_value_heads": 4, "kv_lora_rank": 12,
+    "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2,
+    "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+    "tie_word_embeddings": False}
+TINY_MODELS["latent"].pop("head_dim")
 CASES = {   # settings of runs that agree with one process
     "llama": dict(SAVES, lora_dropout=0.2, neftune_noise_alpha=5),
     "qwen3": dict(model_name_or_path="dense", additional_target="q_norm,norm", learning_rate=1e-3,
@@ -47,6 +55,7 @@ CASES = {   # settings of runs that agree with one process
     "alibi": dict(model_name_or_path="alibi"),
     "dynamic": dict(model_name_or_path="dynamic"),              # frequencies of the longest row
     "mixtral": dict(EXPERTS, model_name_or_path="mixtral", lora_target="all,experts,gate"),
+    "latent": dict(EXPERTS, model_name_or_path="latent"),       # keys and values of one vector
     "four bits": dict(quantization_bit=4, use_dora=True, lora_dropout=0.1),
     "dft": dict(use_dft_loss=True, lora_target="q_proj,o_proj,lm_head",
                 additional_target="embed_tokens"),

@@ -27,6 +27,9 @@ FOUR_LAYERS = {**SMALL, "num_hidden_layers": 4}
 MODELS = {
     "llama": {"model_type": "llama", **FOUR_LAYERS, "tie_word_embeddings": False},
     "qwen3": {"model_type": "qwen3", **FOUR_LAYERS, "tie_word_embeddings": True},
+    "granite": {"model_type": "granite", **FOUR_LAYERS, "tie_word_embeddings": True,
+                "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+                "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "gemma2": {"model_type": "gemma2", **FOUR_LAYERS, "tie_word_embeddings": True,
                "sliding_window": 32, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 20.0,
                "final_logit_softcapping": 10.0},
@@ -46,6 +49,7 @@ CASES = {   # settings of runs that agree with one process
     "llama": dict(SAVES, lora_dropout=0.2, neftune_noise_alpha=5),
     "qwen3": dict(model_name_or_path="qwen3", additional_target="q_norm,norm", learning_rate=1e-3,
                   disable_gradient_checkpointing=False, packing=True, lora_dropout=0.1),
+    "granite": dict(model_name_or_path="granite"),      # logits scaled behind the last norm
     "gemma2": dict(model_name_or_path="gemma2", use_rslora=True, loraplus_lr_ratio=4),
     "mixtral": dict(EXPERTS, model_name_or_path="mixtral"),
     "qwen2_moe": dict(EXPERTS, model_name_or_path="qwen2_moe"),
@@ -60,7 +64,7 @@ CASES = {   # settings of runs that agree with one process
 }
 LAYOUTS = {     # name: (processes, settings, cases)
     "3": (3, dict(pipeline_parallel_size=3),
-          ("llama", "qwen3", "qwen2_moe", "late adapters", "full")),
+          ("llama", "qwen3", "granite", "qwen2_moe", "late adapters", "full")),
     "2 x 2 ranks": (4, dict(pipeline_parallel_size=2),
                     ("gemma2", "mixtral", "evaluation", "pairs", "full, pairs",
                      "full, experts")),
