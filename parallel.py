@@ -280,8 +280,9 @@ class Gradients:
         norm = gradients.clip(max_grad_norm)
 
     parameters: {name: parameter}. During the last backward pass each buffer is sent while the next
-    one is filled (`overlap`). Ranks may have different numbers of batches, even none. scale/fsdp.py
-    has the same interface for sharded weights, scale/zero.py for sharded optimizer state.
+    one is filled (`overlap`). Ranks may have different numbers of batches, even none. The same
+    interface: scale/shard_gradients.py for sharded weights, scale/zero.py for sharded optimizer
+    state.
     """
 
     sharded = False

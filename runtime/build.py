@@ -41,6 +41,7 @@ from runtime.rope_scaling import scale_rope
 from runtime.second_model import second_model
 from runtime.setup import Base, Setup
 from scale import fsdp
+from scale import shard_gradients
 from scale import zero
 from text.load_text import load_text
 
@@ -423,7 +424,7 @@ def build_gradients(model, objective: Objective, setup: Setup, ranks: Ranks):
 
         return PartGradients(weights, ranks)
     if setup.sharded and not setup.lora:
-        return fsdp.ShardedGradients(model, weights, ranks)
+        return shard_gradients.ShardedGradients(model, weights, ranks)
     if setup.config.zero_stage and ranks.world > 1:
         return zero.ZeroGradients(weights, ranks, setup.config.zero_stage)
     if setup.config.zero_stage:

@@ -99,7 +99,7 @@ def test_a_wrong_result_is_found(monkeypatch):
     """A proof that cannot fail proves nothing: a kernel that is off by a percent, a step that is
     replayed stale, weights that are quantized otherwise."""
     from attention import attend
-    monkeypatch.setattr("model.attend", lambda *qkv, kernel, **rest: attend(
+    monkeypatch.setattr("model.Attention.attend", lambda _, *qkv, kernel, **rest: attend(
         *qkv, kernel=kernel, **rest) * (1 if kernel == "plain" else 1.01))
     with pytest.raises(AssertionError, match="float32.*off by .*, allowed 0.001"):
         gpu_proofs.steps(ASKED)
