@@ -122,7 +122,8 @@ def here(tmp_path_factory):
             todo.append((name, [f"{key}={value}" for key, value in settings.items()] + words))
     (here / "runs").write_text(json.dumps(todo))
     (code, screen, _), = outcomes(torchrun(WORLD, here / "worker.py", here / "runs"))
-    assert code == 0 and "FutureWarning" not in screen, screen[-6000:]
+    assert code == 0, screen[-6000:]
+    assert OLD or "FutureWarning" not in screen, screen[-6000:]     # torch 2.4 warns of itself
     return here
 
 
