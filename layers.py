@@ -1,7 +1,7 @@
-"""Layers that stand in some blocks in place of Llama's: latent attention, experts.
+"""Layers that some blocks have instead of Llama's: latent attention, mixtures of experts.
 
-A block (model.py) calls whatever stands in the place of its attention as self_attn(x, ctx), and in
-the place of its MLP as mlp(x, ctx). Attention layers of any kind have the same three parts:
+A block (model.py) calls its attention layer, of whatever kind, as self_attn(x, ctx), and its MLP or
+mixture of experts as mlp(x, ctx). Attention layers of any kind have the same three parts:
 
     readers()           the linear layers that read the block's input
     mix(outputs, ctx)   from their outputs to the input of the last linear layer, o_proj

@@ -127,7 +127,7 @@ def set_parameter(module: nn.Module, name: str, tensor: torch.Tensor, requires_g
 
 
 def parameter_like(p: nn.Parameter, device) -> nn.Parameter:
-    """A parameter without values in the place of p, with its marks."""
+    """An uninitialized parameter with p's shape, dtype and marks, on a device."""
     new = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
     for mark in ("cut", "held"):
         if hasattr(p, mark):
@@ -136,7 +136,7 @@ def parameter_like(p: nn.Parameter, device) -> nn.Parameter:
 
 
 def replace_parameters(model: nn.Module, replace):
-    """Put replace(p) in the place of every parameter p; what is tied stays tied."""
+    """Replace each parameter p by replace(p); tied parameters stay tied."""
     new = {}
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):

@@ -1,6 +1,6 @@
 """LLaMA-Factory's keys use_hyper_parallel and hyper_parallel_args: what they mean here.
 
-There, the package hyper_parallel trains in the place of accelerate: it shards the weights over all
+In LLaMA-Factory the package hyper_parallel replaces accelerate: it shards the weights over all
 processes and reads further sizes from hyper_parallel_args, a JSON file or a mapping:
 
     {"cp_size": 2, "param_dtype": "bf16"}
