@@ -294,6 +294,17 @@ def load_side(side: Side, config: Config, device) -> tuple:
     return model, kernels.matmul
 
 
+def measure_rows(side: Side, config: Config, model, examples, device, matmul) -> dict:
+    """The metrics of the rows under the objective of the stage; for sft and pt each row's loss
+    goes into side."""
+    if config.stage in ("sft", "pt"):
+        metrics, side.losses = evaluate_examples(config, model, examples, device, matmul)
+        return metrics
+    objective = objective_of_side(config, side, model, device, matmul)
+    precision = Precision(model.model.embed_tokens.weight.dtype, device, model, adapters_only=True)
+    return evaluate(model, examples, objective, config, precision)
+
+
 def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_ids: set[int],
             sampling: Sampling, device):
     """Loss and answers of one model, and their speed, into side."""
@@ -301,18 +312,9 @@ def measure(side: Side, config: Config, examples, prompts: list[Prompt], stop_id
         start_time = time.monotonic()
         model, matmul = load_side(side, config, device)
         load_seconds = time.monotonic() - start_time
-        metrics = {}
-        if process_share()[0]:
-            pass                                    # the first process measures the loss
-        elif config.stage in ("sft", "pt"):
-            metrics, side.losses = evaluate_examples(config, model, examples, device,
-                                                     matmul)
-        else:
-            objective = objective_of_side(config, side, model, device, matmul)
-            precision = Precision(model.model.embed_tokens.weight.dtype, device, model,
-                                  adapters_only=True)
-            metrics = evaluate(model, examples, objective, config, precision)
-        side.results |= metrics
+        rank, _ = process_share()
+        if not rank:                                # the other processes share the answers alone
+            side.results |= measure_rows(side, config, model, examples, device, matmul)
         side.results["eval_model_preparation_time"] = round(load_seconds, 4)
         if not prompts:
             return
