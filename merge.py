@@ -56,8 +56,8 @@ from runtime.merge_folder import check_target, copy_files, fit_text_files
 from runtime.merge_plan import Change, Planned, plan_tensors
 from runtime.named_folders import named_folder, named_folders
 from runtime.resize_vocab import resized_beside, trained_on
-from text.chat_formats import name_of, stored_template
 from text.vocabularies import find_vocabulary
+from text.written_formats import name_of, stored_template
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
 MAX_THREADS = 4                 # more would idle: one writes while the others sum

@@ -57,7 +57,7 @@ def no_tools(*_):
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a template describes tools and writes tool calls: functions of text/tool_calls.py."""
+    """How a template describes tools and writes tool calls: a row of text/tool_formats.py."""
     name: str
     describe: Callable = field(default=no_tools, compare=False, repr=False)  # tools -> text
     call: Callable = field(default=no_tools, compare=False, repr=False)  # JSON, Template -> text
@@ -84,6 +84,7 @@ class Template:
     system_in_user: bool = False                # the system text opens the first user message
     efficient_eos: bool = False                 # no eos is written: data.py puts it into the labels
     thought: tuple[str, str] = ("<think>\n", "\n</think>\n\n")      # around a thought
+    empty_thought: str = ""                     # an empty thought; "": the two marks of `thought`
     reasoning: bool = False                     # every answer begins with a thought, maybe empty
     own_jinja: bool = False                     # replaces the chat template of the checkpoint
 
@@ -251,8 +252,10 @@ def render_target(template: Template, tokenizer, answer: dict, text: str) -> Pie
 
 def check_lead(template: Template, lead: str, call: str):
     """Raise ValueError for a text before a tool call, where the format has no room for it."""
-    if lead and template.function and not template.function[0].startswith("{{content}}"):
-        raise ValueError(f"function call: this format opens a call with {template.function[0]!r}, "
+    opens = str(template.function[0]) if template.function else "{{content}}"
+    # in reasoning formats a thought precedes the call, also behind what opens the call
+    if lead and not opens.startswith("{{content}}") and not template.reasoning:
+        raise ValueError(f"function call: this format opens a call with {opens!r}, "
                          f"so no text can stand before it: {lead[:60]!r}, before {call[:60]!r}. "
                          "Leave the text out of the row, or make it an answer and the call a turn "
                          "after the next question")
@@ -329,7 +332,8 @@ def settle_thought(template: Template, answer: dict, is_last: bool, only_last: b
     written = text + answer["content"] if "lead" in answer else text
     has_none = not any(mark.strip() in written for mark in template.thought)
     needs_one = template.reasoning and (is_last or not (only_last or drop_history))
-    return text, "".join(template.thought) if has_none and needs_one else ""
+    empty_thought = template.empty_thought or "".join(template.thought)
+    return text, empty_thought if has_none and needs_one else ""
 
 
 def find_thought(template: Template, answer: dict) -> tuple[str, str, str]:

@@ -30,9 +30,9 @@ from config import resizes_vocab
 from errors import first_line
 from families import ModelConfig, model_config, read_config_json
 from parallel import Ranks
-from text.chat_formats import find_template, stored_template
 from text.plain_text import excerpt
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
+from text.written_formats import find_template, stored_template
 
 RESIZED_BASE = "resized_base"           # in output_dir
 MARK = "resized_base.json"              # says of what and how it was made

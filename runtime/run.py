@@ -55,8 +55,8 @@ from runtime.steps import Step, StepPlan, accumulation_for
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
                                 speed_results, total_flos)
 from runtime.trackers import open_trackers, wanted_trackers
-from text.chat_formats import written_template
 from text.tokenizer import read_json
+from text.written_formats import written_template
 
 MAX_SKIPPED = 3             # consecutive steps without a finite loss and gradient that end the run
 

@@ -21,16 +21,16 @@ class Choice:
     """An answer of a request.
 
     stop: texts that end it and are no part of it. marks: around a thought, ("", "") where it is
-    text like any other. tool_format: of the template; tool_names: of the tools that were offered.
+    text like any other. tool_format: of the template; tools: that were offered, see text_arguments.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], marks: tuple[str, str] = ("", ""),
-                 tool_format: str = "", tool_names: frozenset[str] = frozenset()):
+                 tool_format: str = "", tools: dict | None = None):
         self.stream = TextStream(tokenizer, skip_special_tokens=True)
         self.splitter = ThoughtSplitter(marks)
         self.stop = stop
         self.tool_format = tool_format
-        self.tool_names = tool_names
+        self.tools = tools or {}
         self.held = ""              # may be the beginning of a stop text
         self.pieces = []            # all that push and end have returned
         self.text_of_call = ""      # the text, where tools were offered
@@ -54,7 +54,7 @@ class Choice:
             self.finish_reason = reason
         pieces = self.release(rest) + self.release(None)
         if self.text_of_call:
-            text, self.calls = find_calls(self.text_of_call, self.tool_format, self.tool_names)
+            text, self.calls = find_calls(self.text_of_call, self.tool_format, self.tools)
             if self.calls:
                 self.finish_reason = "tool_calls"
             pieces += self.keep([("text", text)] if text else [])
@@ -77,7 +77,7 @@ class Choice:
     def release(self, text: str | None) -> list[Piece]:
         """Split text into thought and answer; None: its end."""
         pieces = self.splitter.flush() if text is None else self.splitter.push(text)
-        if self.tool_names:
+        if self.tools:
             self.text_of_call += "".join(text for kind, text in pieces if kind == "text")
             pieces = [piece for piece in pieces if piece[0] == "thought"]
         return self.keep(pieces)

@@ -29,6 +29,7 @@ from serving.schema import CHAT, COMPLETION, SCORE, BadRequest, check
 from templates import Settings
 from text.load_text import Text
 from text.openai_messages import prompt_of_messages
+from text.read_calls import text_arguments
 from text.tokenizer import check_encodable
 
 LOOK = 0.25         # seconds between two looks at whether the client is still there
@@ -86,11 +87,11 @@ class Service:
         self.check_logprobs(body)
         model = self.find_model(body)
         tools = body.get("tools") if body.get("tool_choice") != "none" else None
-        names = frozenset(tool["function"]["name"] for tool in tools or [])
+        offered = text_arguments(tools)
         stop = stop_texts(body)
         template = self.text.template
         choices = [Choice(self.text.tokenizer, stop, template.thought, template.tool_format.name,
-                          names) for _ in range(int(body.get("n") or 1))]
+                          offered) for _ in range(int(body.get("n") or 1))]
         top = int(body.get("top_logprobs") or 0) if body.get("logprobs") else None
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = Reply(self.engine, "chat.completion", f"chatcmpl-{uuid.uuid4().hex}", model,

@@ -10,11 +10,12 @@ from tokenizers import Tokenizer as Core, decoders, models, pre_tokenizers, trai
 
 from templates import Settings, render_turns
 from tests.common import SHARED
-from text.chat_formats import TEMPLATES, with_overrides
+from text.chat_formats import TEMPLATES
 from text.conversations import TAGS
 from text.fit_tokenizer import fit_tokenizer
 from text.template_check import check_template
 from text.tokenizer import load_tokenizer
+from text.written_formats import with_overrides
 
 CALL = '{"name": "weather", "arguments": {"city": "Oslo"}}'
 TOOL = (

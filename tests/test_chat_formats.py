@@ -10,11 +10,12 @@ from runtime.load_config import load_config
 from templates import BOS, EOS, Template, Token
 from tests.chats import CALL, TOOL, call, talk, text_of, write_byte_level
 from tests.common import ROOT
-from text import tool_calls as tools
-from text.chat_formats import TEMPLATES, find_template, stored_template, written_template
+from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
 from text.template_check import check_template, choose_template
 from text.tokenizer import load_tokenizer
+from text.tool_formats import TOOL_FORMATS
+from text.written_formats import find_template, stored_template, written_template
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -24,7 +25,7 @@ def test_rows_are_well_formed(name):
         texts = [slot for slot in slots or ("{{content}}",) if isinstance(slot, str)]
         assert sum(text.count("{{content}}") for text in texts) == 1
         assert all(isinstance(slot, (str, Token)) for slot in slots or ())
-    assert row.tool_format is tools.TOOL_FORMATS[row.tool_format.name]
+    assert row.tool_format is TOOL_FORMATS[row.tool_format.name]
     assert not row.system_in_user or len(row.system) == 1  # it becomes part of one text
     assert not row.stop_is_eos or row.stop
 
@@ -61,7 +62,7 @@ def test_the_examples_of_the_page_work(tmp_path):
     assert f"```\n{source}{target}\n```" in PAGE and f"`{target}` carries loss" in PAGE
     row_of_page = re.search(r"```python\n\"mychat\": (.*?),\n```", PAGE, re.DOTALL).group(1)
     row = eval(row_of_page, {"Template": Template, "BOS": BOS, "EOS": EOS})
-    row = replace(row, name="mychat", own_jinja=True, tool_format=tools.TOOL_FORMATS["default"])
+    row = replace(row, name="mychat", own_jinja=True, tool_format=TOOL_FORMATS["default"])
     assert row == find_template(mapping)
     assert text_of(row, call(CALL)) == text_of(find_template(mapping), call(CALL))
     changed = find_template(from_page(tmp_path, 1))

@@ -16,9 +16,10 @@ from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_rec
 from tests.rows import (CASE_KEYS, ask, cases_of, ids_and_labels, known, make_config, tokenizer_for,
                         write_dataset)
 from text import template_check, token_cache
-from text.chat_formats import TEMPLATES, with_overrides
+from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
+from text.written_formats import with_overrides
 
 IGNORE = data.IGNORE
 pytestmark = pytest.mark.usefixtures("day_of_recording")

@@ -8,7 +8,7 @@ import torch
 from runtime import finished
 from runtime.load_config import load_config
 from tests.common import GOLDEN, needs_shared
-from text.chat_formats import stored_template
+from text.written_formats import stored_template
 
 pytestmark = needs_shared
 CURVES = GOLDEN / "curves"

@@ -6,14 +6,16 @@ import pytest
 from templates import Template, render_turns
 from tests.chats import TextTokenizer, fitted, talk, write_byte_level
 from tests.common import GOLDEN, needs_shared, read_jsonl
-from text.chat_formats import TEMPLATES, with_overrides
+from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
+from text.written_formats import with_overrides
 
 
 @needs_shared
-def test_special_tokens_equal_the_recorded_ones():
-    for case in read_jsonl(GOLDEN / "data" / "special_tokens.jsonl"):
+@pytest.mark.parametrize("file", ["special_tokens", "special_tokens2026"])
+def test_special_tokens_equal_the_recorded_ones(file):
+    for case in read_jsonl(GOLDEN / "data" / f"{file}.jsonl"):
         tokenizer = fitted(case["template"], case["tokenizer"])
         stops = fit_tokenizer(
             TEMPLATES[case["template"]], tokenizer

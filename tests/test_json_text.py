@@ -7,8 +7,8 @@ import pytest
 
 from tests.rows import ALPACA, load_rows, write_info
 from text import conversations
-from text.chat_formats import find_template
 from text.json_text import parse, why_not_row
+from text.written_formats import find_template
 
 ROW = json.dumps(ALPACA)
 PRETTY = json.dumps(ALPACA, indent=2)

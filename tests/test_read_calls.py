@@ -5,11 +5,14 @@ import pytest
 
 from templates import split_thought
 from text.chat_formats import TEMPLATES
-from text.read_calls import READERS, ThoughtSplitter, find_calls, split_answer
-from text.tool_calls import TOOL_FORMATS
+from text.read_calls import (READERS, ThoughtSplitter, find_calls, split_answer,
+                             text_arguments)
+from text.tool_formats import TOOL_FORMATS
 
 CALLS = [("weather", '{"city": "Oslo", "days": [1, 2]}'), ("time", '{"zone": "a\\n\\"b\\" é"}')]
-NAMES = {"weather", "time"}
+TOOLS = text_arguments([
+    {"name": "weather", "parameters": {"properties": {"city": {"type": "string"}, "days": {}}}},
+    {"name": "time", "parameters": {"properties": {"zone": {"type": "string"}}}}])
 TEMPLATE = TEMPLATES["qwen"]
 
 
@@ -28,15 +31,57 @@ def test_what_a_format_writes_is_read_back(name, count):
     if name == "glm4" and count == 2:
         pytest.skip("this format writes one call a turn")
     text = TOOL_FORMATS[name].call(as_json(CALLS[:count]), TEMPLATE)
-    found, calls = find_calls(text, name, NAMES)
+    found, calls = find_calls(text, name, TOOLS)
     assert found == "" and calls == CALLS[:count]
+
+
+HARD = {                # arguments that a reader may take for something else
+    "texts": {"a": "123", "b": "true", "c": "[1]", "d": " x\n\n y ", "e": "été 'x' {z}, b=1",
+              "f": ""},
+    "values": {"a": 1, "b": True, "c": None, "d": [1.5, {"x": "y, z: w"}],
+               "e": {"k": [], "l": {}}},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("case", HARD)
+@pytest.mark.parametrize("name", READERS)
+def test_arguments_of_all_kinds_are_read_back(name, case):
+    kind = {"type": "string"} if case == "texts" else {}
+    tools = [{"name": "f", "parameters": {"properties": {key: kind for key in HARD[case]}}}]
+    text = TOOL_FORMATS[name].call(as_json([("f", json.dumps(HARD[case]))]), TEMPLATE)
+    found, [(function, arguments)] = find_calls(text, name, text_arguments(tools))
+    assert (found, function) == ("", "f") and json.loads(arguments) == HARD[case]
+
+
+VENDORS = {             # as the vendors' own chat templates write the calls of CALLS
+    "qwen3_5": "Hm.\n\n<tool_call>\n<function=weather>\n<parameter=city>\nOslo\n</parameter>\n"
+               "<parameter=days>\n[1, 2]\n</parameter>\n</function>\n</tool_call>",
+    "glm4_moe": "Hm.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n"
+                "<arg_key>days</arg_key>\n<arg_value>[1, 2]</arg_value>\n</tool_call>",
+    "minimax2": 'Hm.\n<minimax:tool_call>\n<invoke name="weather">\n'
+                '<parameter name="city">Oslo</parameter>\n<parameter name="days">[1, 2]</parameter>'
+                "\n</invoke>\n</minimax:tool_call>",
+    "seed_oss": "Hm.\n<seed:tool_call>\n<function=weather>\n<parameter=city>Oslo</parameter>\n"
+                "<parameter=days>[1, 2]</parameter>\n</function>\n</seed:tool_call>",
+    "lfm2": "Hm.<|tool_call_start|>[weather(city='Oslo', days=[1, 2])]<|tool_call_end|>",
+    "gemma4": 'Hm.<|tool_call>call:weather{city:<|"|>Oslo<|"|>,days:[1,2]}<tool_call|>',
+}
+
+
+@pytest.mark.parametrize("name", VENDORS)
+def test_what_the_vendors_write_is_read(name):
+    assert find_calls(VENDORS[name], name, TOOLS) == ("Hm.", CALLS[:1])
+    broken = VENDORS[name].replace("weather", "weather<", 1)
+    assert find_calls(broken, name, TOOLS) == (broken, [])
+    assert find_calls(VENDORS[name] + " And so on", name, TOOLS)[1] == []
 
 
 def test_text_before_a_call_is_kept():
     text = TOOL_FORMATS["qwen"].call(as_json(CALLS[:1]), TEMPLATE)
-    assert find_calls(f"Let me look.\n{text}", "qwen", NAMES) == ("Let me look.", CALLS[:1])
+    assert find_calls(f"Let me look.\n{text}", "qwen", TOOLS) == ("Let me look.", CALLS[:1])
     assert find_calls('One moment.[TOOL_CALLS][{"name": "time", "arguments": {}}]', "mistral",
-                      NAMES) == ("One moment.", [("time", "{}")])
+                      TOOLS) == ("One moment.", [("time", "{}")])
 
 
 @pytest.mark.parametrize("text", [
@@ -46,7 +91,7 @@ def test_text_before_a_call_is_kept():
 ])
 @pytest.mark.parametrize("name", READERS)
 def test_anything_else_is_text(name, text):
-    assert find_calls(text, name, NAMES) == (text, [])
+    assert find_calls(text, name, TOOLS) == (text, [])
 
 
 MARKS = ("<think>\n", "\n</think>\n\n")

@@ -14,9 +14,10 @@ from templates import BOS, EOS, Settings, Template, encode_pieces, encode_prompt
 from tests.chats import conversation, fitted, talk, text_of, write_byte_level
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl
 from text import tool_calls as tools
-from text.chat_formats import TEMPLATES, with_overrides
+from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
+from text.written_formats import with_overrides
 
 
 def labeled(turns, template, eos, mask_history=False, train_on_prompt=False):
@@ -60,6 +61,7 @@ def compare(case):
     [
         ("templates", 234),
         ("templates_094", 209),
+        ("templates2026", 72),
         ("thinking", 72),
         ("tools", 64),
         ("settings", 71),

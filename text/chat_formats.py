@@ -1,4 +1,4 @@
-"""Chat formats beside the five in templates.py, and the reader of formats given in a config file.
+"""Chat formats beside the five in templates.py: a table with one row for each.
 
     python -m text.template_check             lists them
     python -m text.template_check llama3      shows one
@@ -14,50 +14,18 @@ To add a format, add a row to TEMPLATES:
 
 docs/templates.md explains it, and shows the same format in a yaml file.
 
-Requires: templates.py, text/tool_calls.py.
-Next: text/template_check.py, which chooses the format of a checkpoint.
+Requires: templates.py, text/tool_formats.py.
+Next: text/written_formats.py (formats in a config file), text/template_check.py, which chooses the
+format of a checkpoint.
 Sources: the vendors' chat templates, as published in their tokenizer_config.json. The names of the
 formats and the borders of the slots are those of LLaMA-Factory 0.9.5 (0.9.4: baichuan, baichuan2,
 belle, codegeex4, intern, orion, xverse).
 """
-import json
-import re
-from dataclasses import fields, replace
+from dataclasses import replace
 
-from errors import nearest_names, unknown_name
 from templates import (BOS, CHATML, EOS, GEMMA, LLAMA3, MISTRAL, QWEN, Template, Token,
                        ToolFormat)
-from text.plain_text import check_utf8
-from text.tokenizer import read_json
-from text.tool_calls import TOOL_FORMATS
-
-
-# ---- tool formats and overrides -----------------------------------------------------------------
-
-
-def with_tool_functions(template: Template) -> Template:
-    """The template with the functions of its tool format, which templates.py only names."""
-    return replace(template, tool_format=find_tool_format(template.tool_format.name))
-
-
-def find_tool_format(name: str, where: str = "") -> ToolFormat:
-    """The row of TOOL_FORMATS with this name. where: for the message of the ValueError."""
-    if name not in TOOL_FORMATS:
-        raise ValueError(f"{where}{unknown_name('tool_format', name, TOOL_FORMATS)}")
-    return TOOL_FORMATS[name]
-
-
-def with_overrides(template: Template, tool_format: str | None = None,
-                   default_system: str | None = None) -> Template:
-    """The template with the config's tool_format and default_system instead of its own."""
-    if tool_format:
-        # a call in another tool format ends in the tokenizer's eos, as in LLaMA-Factory
-        function = ("{{content}}",) if template.efficient_eos else ("{{content}}", EOS)
-        template = replace(template, tool_format=ToolFormat(tool_format), function=function)
-    if default_system is not None:
-        check_utf8(default_system, "default_system")
-        template = replace(template, default_system=default_system)
-    return with_tool_functions(template)
+from text.tool_formats import with_tool_functions
 
 
 # ---- formats that several rows have in common ---------------------------------------------------
@@ -66,7 +34,11 @@ def with_overrides(template: Template, tool_format: str | None = None,
 PLAIN_CHATML = replace(CHATML, observation=None, stop=("<|im_end|>",), stop_is_eos=False,
                        own_jinja=False)
 
-QWEN3 = replace(QWEN, default_system="", families=("qwen3", "qwen3_moe"))
+QWEN3 = replace(QWEN, default_system="", families=("qwen3", "qwen3_moe", "qwen3_next"))
+
+QWEN3_5 = replace(
+    QWEN3, tool_format=ToolFormat("qwen3_5"), says=("<|im_start|>", "<function="),
+    families=("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"))
 
 MINISTRAL = replace(
     MISTRAL,
@@ -99,6 +71,14 @@ GLM4 = Template(
     families=("glm", "glm4", "chatglm"),
     needs=("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"), says=("[gMASK]", "<sop>"))
 
+GLM4_MOE = replace(         # GLM-4.5, GLM-4.6
+    GLM4, tool_format=ToolFormat("glm4_moe"), reasoning=True,
+    families=("glm4_moe", "glm4_moe_lite"), says=("[gMASK]", "<sop>", "<arg_key>", "/nothink"))
+
+GLM4_7 = replace(
+    GLM4_MOE, thought=("<think>", "</think>"), empty_thought="</think>",
+    says=("[gMASK]", "<sop>", "<arg_key>"))
+
 DEEPSEEK3 = Template(
     user=("<｜User｜>{{content}}<｜Assistant｜>",),
     prefix=(BOS,),
@@ -111,6 +91,22 @@ PHI = Template(
     system=("<|system|>\n{{content}}<|end|>\n",),
     stop=("<|end|>",), stop_is_eos=True,
     families=("phi3",), needs=("<|user|>", "<|assistant|>", "<|end|>"), says=("<|end|>",))
+
+GEMMA3 = replace(GEMMA, families=("gemma3", "gemma3_text"))
+
+GEMMA4 = Template(
+    user=("<|turn>user\n{{content}}<turn|>\n<|turn>model\n",),
+    assistant=("{{content}}<turn|>\n",), function=("<|tool>{{content}}<tool|>",),
+    system=("<|turn>system\n<|think|>{{content}}<turn|>\n",),
+    observation=("<|turn>tool\n{{content}}<turn|>\n<|turn>model\n",),
+    prefix=(BOS,), default_system="You are a helpful assistant.",
+    tool_format=ToolFormat("gemma4"), stop=("<turn|>",), stop_is_eos=True,
+    thought=("<|channel>thought\n", "<channel|>"), reasoning=True,
+    families=("gemma4", "gemma4_text"), needs=("<|turn>", "<turn|>"), says=("<|turn>",))
+
+MIMO = replace(
+    QWEN, reasoning=True, default_system="You are a helpful assistant.", families=("mimo",),
+    says=("<|im_start|>", "MiMo"))
 
 INTERNLM_SELF = (
     "You are an AI assistant whose name is InternLM (书生·浦语).\n"
@@ -143,6 +139,14 @@ TEMPLATES = {
     "qwen3": replace(QWEN3, reasoning=True, says=("<|im_start|>", "</think>")),
     "qwen3_nothink": QWEN3,
     "qwen": QWEN,
+    "qwen3_5": replace(QWEN3_5, reasoning=True, says=("<|im_start|>", "</think>", "<function=")),
+    "qwen3_6": replace(QWEN3_5, reasoning=True, says=("<|im_start|>", "</think>", "<function=")),
+    "qwen3_5_nothink": QWEN3_5,
+    "mimo": MIMO,
+    "mimo_v2": replace(
+        MIMO, thought=("<think>", "</think>"),
+        default_system="You are MiMo, a helpful AI assistant engineered by Xiaomi.",
+        families=("mimo_v2", "mimo_v2_flash")),
     "sailor": replace(  # a Qwen 1.5 body
         PLAIN_CHATML,
         user=("<|im_start|>question\n{{content}}<|im_end|>\n<|im_start|>answer\n",),
@@ -174,10 +178,22 @@ TEMPLATES = {
         system=("<|system|>{{content}}<|end|>",),
         tool_format=ToolFormat("phi4_mini"), needs=(*PHI.needs, "<|tool|>")),
     "phi": PHI,  # Phi-3, Phi-3.5
+    "phi_small": replace(PHI, families=("phi3small",)),
     "gemma2": replace(GEMMA, stop=("<eos>", "<end_of_turn>"), stop_is_eos=False, efficient_eos=True,
                       families=("gemma2",)),
     "gemma": GEMMA,
+    "gemma3": GEMMA3,
+    "gemma3n": replace(GEMMA3, families=("gemma3n", "gemma3n_text")),
+    "gemma4": GEMMA4,
+    "gemma4n": GEMMA4,
     "glm4": GLM4,
+    "glm4_moe": GLM4_MOE,
+    "glm4_7": GLM4_7,
+    "aeva": replace(
+        GLM4_7, default_system="You are an AI assistant named Aeva created by Zongzhi Lou. "
+                               "Your answer should be friendly, unbiased, faithful, informative "
+                               "and detailed.",
+        families=(), says=("[gMASK]", "<sop>", "Aeva")),
     "glmz1": replace(
         GLM4, reasoning=True, says=("[gMASK]", "<sop>", "</think>"), families=("glm4",)),
     "codegeex4": replace(
@@ -287,6 +303,70 @@ TEMPLATES = {
                        "privacy issues, and other non-computer science questions, you will "
                        "refuse to answer.\n\n",
         families=("llama",), says=("Seed-Coder",)),
+    "seed_oss": Template(
+        user=(BOS, "user\n{{content}}", EOS, BOS, "assistant\n"),
+        function=(BOS, "\n{{content}}", EOS),
+        system=(BOS, "system\n{{content}}", EOS),
+        tool_format=ToolFormat("seed_oss"), thought=("<seed:think>", "</seed:think>"),
+        reasoning=True,
+        families=("seed_oss",), needs=("<seed:think>", "</seed:think>"), says=("seed:think",)),
+    "gpt_oss": Template(
+        user=("<|start|>user<|message|>{{content}}<|end|><|start|>assistant",),
+        assistant=("{{content}}",), efficient_eos=True,
+        system=("<|start|>system<|message|>{{content}}<|end|>",),
+        default_system="You are ChatGPT, a large language model trained by OpenAI.",
+        thought=("<|channel|>analysis<|message|>",
+                 "<|end|><|start|>assistant<|channel|>final<|message|>"),
+        reasoning=True,
+        families=("gpt_oss",), needs=("<|start|>", "<|message|>", "<|channel|>"),
+        says=("<|start|>", "<|channel|>")),
+    "lfm2": Template(
+        user=("<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n",),
+        assistant=("{{content}}<|im_end|>\n",),
+        system=("<|im_start|>system\n{{content}}<|im_end|>\n",),
+        observation=("<|im_start|>tool\n<|tool_response_start|>{{content}}<|tool_response_end|>"
+                     "<|im_end|>\n<|im_start|>assistant\n",),
+        default_system="You are a helpful AI assistant.", tool_format=ToolFormat("lfm2"),
+        stop=("<|im_end|>",), stop_is_eos=True,
+        families=("lfm2", "lfm2_moe"), needs=("<|im_start|>", "<|im_end|>"),
+        says=("<|im_start|>",)),
+    "ernie": Template(      # ERNIE 4.5 Thinking
+        user=("<|im_start|>user\n{{content}}<|im_end|>\n\n<|im_start|>assistant\n",),
+        assistant=("{{content}}<|im_end|>\n\n",),
+        system=("<|im_start|>system\n{{content}}<|im_end|>\n\n",),
+        observation=("<|im_start|>tool\n{{content}}<|im_end|>\n\n<|im_start|>assistant\n",),
+        default_system="<global_setting>\nthink_mode=True\n</global_setting>",
+        stop=("<|im_end|>",), families=("ernie4_5", "ernie4_5_moe"),
+        needs=("<|im_start|>", "<|im_end|>"), says=("<|im_start|>", "think_mode")),
+    "ernie_nothink": Template(
+        user=("User: {{content}}\nAssistant: ",),
+        assistant=("{{content}}<|end_of_sentence|>",),
+        system=("{{content}}\n",), prefix=("<|begin_of_sentence|>",),
+        stop=("<|end_of_sentence|>",), families=("ernie4_5", "ernie4_5_moe"),
+        needs=("<|begin_of_sentence|>", "<|end_of_sentence|>"),
+        says=("<|begin_of_sentence|>", "User: ", "Assistant: ")),
+    "hunyuan": Template(
+        user=("{{content}}<|extra_0|>",),
+        assistant=("{{content}}<|eos|>",),
+        system=("{{content}}<|extra_4|>",), prefix=("<|startoftext|>",),
+        stop=("<|eos|>",), families=("hunyuan_v1_dense", "hunyuan_v1_moe"),
+        needs=("<|startoftext|>", "<|extra_0|>", "<|eos|>"), says=("<|extra_0|>",)),
+    "hunyuan_small": Template(
+        user=("<｜hy_User｜>{{content}}<｜hy_place▁holder▁no▁8｜>",),
+        assistant=("{{content}}<｜hy_place▁holder▁no▁2｜>",),
+        system=("{{content}}<｜hy_place▁holder▁no▁3｜>",), prefix=("<｜hy_begin▁of▁sentence｜>",),
+        stop=("<｜hy_place▁holder▁no▁2｜>",), families=("hunyuan_v1_dense",),
+        needs=("<｜hy_User｜>", "<｜hy_place▁holder▁no▁2｜>"),
+        says=("<｜hy_User｜>", "<｜hy_place▁holder▁no▁2｜>")),
+    "minimax2": Template(
+        user=("]~b]user\n{{content}}[e~[\n]~b]ai\n",),
+        assistant=("{{content}}[e~[\n",),
+        system=("]~!b[]~b]system\n{{content}}[e~[\n",),
+        observation=("]~b]tool\n<response>{{content}}</response>[e~[\n]~b]ai\n",),
+        default_system="You are a helpful assistant. Your name is MiniMax-M2.1 and is built by "
+                       "MiniMax.",
+        tool_format=ToolFormat("minimax2"), stop=("[e~[",), reasoning=True,
+        families=("minimax_m2",), needs=("]~b]", "[e~["), says=("]~b]", "[e~[")),
     "xuanyuan": Template(
         user=("Human: {{content}} Assistant:",),
         default_system="以下是用户和人工智能助手之间的对话。"
@@ -312,6 +392,17 @@ TEMPLATES = {
         assistant=("{{content}}<|end_of_text|>\n",),
         system=("<|start_of_role|>system<|end_of_role|>{{content}}<|end_of_text|>\n",),
         needs=("<|start_of_role|>", "<|end_of_role|>"), says=("<|start_of_role|>",)),
+    "granite4": Template(
+        # LLaMA-Factory's: after the result of a tool, a line break instead of <|end_of_role|>
+        user=("<|start_of_role|>user<|end_of_role|>{{content}}<|end_of_text|>\n"
+              "<|start_of_role|>assistant<|end_of_role|>",),
+        assistant=("{{content}}<|end_of_text|>\n",),
+        system=("<|start_of_role|>system<|end_of_role|>{{content}}<|end_of_text|>\n",),
+        observation=("<|start_of_role|>tool<|end_of_role|>{{content}}<|end_of_text|>\n"
+                     "<|start_of_role|>assistant\n",),
+        default_system="You are Granite, developed by IBM. You are a helpful AI assistant.",
+        stop=("<|end_of_text|>",),
+        needs=("<|start_of_role|>", "<|end_of_role|>"), says=("<|start_of_role|>", "g4_")),
     "cohere": Template(
         user=("<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{{content}}<|END_OF_TURN_TOKEN|>"
               "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",),
@@ -358,6 +449,67 @@ TEMPLATES = {
         system=("<role>SYSTEM</role>{{content}}",),
         observation=("<role>OBSERVATION</role>{{content}}<role>ASSISTANT</role>",),
         stop=("<|endoftext|>",), needs=("<role>", "</role>"), says=("<role>",)),
+    "bailing_v2": Template(     # Ling 2.0
+        user=("<role>HUMAN</role>{{content}}<|role_end|><role>ASSISTANT</role>",),
+        assistant=("{{content}}<|role_end|>",), efficient_eos=True,
+        system=("<role>SYSTEM</role>{{content}}<|role_end|>",),
+        observation=("<role>OBSERVATION</role>\n<tool_response>\n{{content}}\n</tool_response>"
+                     "<|role_end|><role>ASSISTANT</role>",),
+        tool_format=ToolFormat("ling"), stop=("<|endoftext|>",),
+        needs=("<role>", "</role>", "<|role_end|>"), says=("<role>", "<|role_end|>")),
+    "youtu": Template(
+        user=("<|User|>{{content}}<|Assistant|>",),
+        assistant=("{{content}}<|end_of_text|>",), function=("{{content}}",),
+        observation=("<tool_response>\n{{content}}\n</tool_response><|Assistant|>",),
+        prefix=(BOS,), stop=("<|end_of_text|>",), stop_is_eos=True, reasoning=True,
+        needs=("<|User|>", "<|Assistant|>", "<|end_of_text|>"), says=("<|User|>", "</think>")),
+    "hy3": Template(
+        user=("<｜hy_User｜>{{content}}<｜hy_Assistant｜>",),
+        assistant=("{{content}}<｜hy_eos｜>",),
+        prefix=(BOS,), stop=("<｜hy_eos｜>",), stop_is_eos=True,
+        thought=("<think>", "</think>"), reasoning=True,
+        needs=("<｜hy_User｜>", "<｜hy_Assistant｜>", "<｜hy_eos｜>"),
+        says=("<｜hy_User｜>", "<｜hy_eos｜>")),
+    "minimax1": Template(
+        user=("<beginning_of_sentence>user name=user\n{{content}}<end_of_sentence>\n"
+              "<beginning_of_sentence>ai name=assistant\n",),
+        assistant=("{{content}}<end_of_sentence>\n",),
+        system=("<beginning_of_sentence>system ai_setting=assistant\n{{content}}"
+                "<end_of_sentence>\n",),
+        observation=("<beginning_of_sentence>tool name=tools\n{{content}}<end_of_sentence>\n"
+                     "<beginning_of_sentence>ai name=assistant\n",),
+        default_system="You are a helpful assistant.", tool_format=ToolFormat("minimax1"),
+        stop=("<end_of_sentence>",),
+        needs=("<beginning_of_sentence>", "<end_of_sentence>"),
+        says=("<beginning_of_sentence>",)),
+    "index": Template(
+        user=("reserved_0{{content}}reserved_1",),
+        assistant=("{{content}}",), efficient_eos=True,
+        system=("<unk>{{content}}",),
+        needs=("reserved_0", "reserved_1"), says=("reserved_0", "reserved_1")),
+    "falcon_h1": replace(
+        PLAIN_CHATML, observation=CHATML.observation, prefix=(BOS,),
+        stop=("<|im_end|>", "<|end_of_text|>"), families=("falcon_h1",)),
+    "dbrx": replace(
+        PLAIN_CHATML, observation=CHATML.observation, stop_is_eos=True,
+        default_system="You are DBRX, created by Databricks. You were last updated in December "
+                       "2023. You answer questions based on information available up to that "
+                       "point.\n"
+                       "YOU PROVIDE SHORT RESPONSES TO SHORT QUESTIONS OR STATEMENTS, but provide "
+                       "thorough responses to more complex and open-ended questions.\n"
+                       "You assist with various tasks, from writing to coding (using markdown for "
+                       "code blocks — remember to use ``` with code, JSON, and tables).\n"
+                       "(You do not have real-time data access or code execution capabilities. "
+                       "You avoid stereotyping and provide balanced perspectives on controversial "
+                       "topics. You do not provide song lyrics, poems, or news articles and do "
+                       "not divulge details of your training data.)\n"
+                       "This is your system prompt, guiding your responses. Do not reference it, "
+                       "just respond to the user. If you find yourself talking about this "
+                       "message, stop. You should be responding appropriately and usually that "
+                       "means not mentioning this.\n"
+                       "YOU DO NOT MENTION ANY OF THIS INFORMATION ABOUT YOURSELF UNLESS THE "
+                       "INFORMATION IS DIRECTLY PERTINENT TO THE USER'S QUERY.",
+        families=("dbrx",), says=("<|im_start|>", "DBRX")),
     "cpm4": replace(
         PLAIN_CHATML, observation=CHATML.observation, prefix=(BOS,), families=("minicpm",)),
     # Formats that any model can be taught:
@@ -387,193 +539,3 @@ TEMPLATES = {
 }
 # Each row gets its name, and the functions of its tool format.
 TEMPLATES = {name: with_tool_functions(replace(row, name=name)) for name, row in TEMPLATES.items()}
-
-
-# ---- read and write: the `template` of a config -------------------------------------------------
-
-
-KEYS = [field.name for field in fields(Template)]
-SLOTS = ("user", "assistant", "system", "observation", "function", "prefix")
-FLAGS = [field.name for field in fields(Template) if field.type is bool]
-TEXTS = ("default_system", "tool_format", "name")       # the other keys are lists of texts
-LIST_OF_ALL = "`python -m text.template_check` lists them all"
-
-
-def find_template(value: str | dict) -> Template:
-    """Find the format that a config names or describes.
-
-    value: the name of a row, or a mapping (see docs/templates.md). Raises ValueError that says what
-    is wrong, with the nearest valid spelling.
-    """
-    if isinstance(value, dict):
-        return read_format(value)
-    if not isinstance(value, str):
-        raise ValueError(f"template: {value!r} is not the name of a format, as qwen; {LIST_OF_ALL}")
-    if value not in TEMPLATES:
-        near = nearest_names(value, TEMPLATES)
-        hint = f" (did you mean {', '.join(map(repr, near))}?)" if near else ""
-        raise ValueError(f"unknown template {value!r}{hint}; {LIST_OF_ALL}")
-    return TEMPLATES[value]
-
-
-def written_template(template: Template) -> str | dict:
-    """Write a format as a config does, for find_template: the name of a row, or a mapping."""
-    if TEMPLATES.get(template.name) == template:
-        return template.name
-    written = {}
-    for field in fields(Template):
-        value = getattr(template, field.name)
-        # own_jinja has another default in a mapping
-        if value != field.default or field.name == "own_jinja":
-            written[field.name] = written_field(field.name, value)
-    return written
-
-
-def written_field(key: str, value):
-    """Write one field of a Template as a config does; the inverse of read_field."""
-    if key in FLAGS:
-        return str(value).lower()
-    if key == "tool_format":
-        return value.name
-    if key in SLOTS and value is not None:
-        return [{"token": slot.name} if isinstance(slot, Token) else slot for slot in value]
-    return list(value) if isinstance(value, tuple) else value
-
-
-def read_format(mapping: dict) -> Template:
-    """Read the mapping under `template:` in a config.
-
-    Its keys are the fields of Template, and `based_on`, a format that gives the fields left out.
-    """
-    for key in mapping:
-        if key not in (*KEYS, "based_on"):
-            raise ValueError(f"template: {unknown_name('key', key, [*KEYS, 'based_on'])}")
-    name = mapping.get("name") or "custom"
-    if name in TEMPLATES:
-        raise ValueError(f"template: name: {name!r} is a row of the table. Write template: {name} "
-                         f"to use it unchanged, or based_on: {name} under another name to change "
-                         "it")
-    values = {"own_jinja": True}
-    values |= {key: read_field(key, value) for key, value in mapping.items() if key != "based_on"}
-    if "based_on" in mapping:
-        base = find_template(mapping["based_on"])
-        template = replace(base, **{"families": (), "says": (), **values})
-    elif "user" in values:
-        template = Template(**values)
-    else:
-        raise ValueError("template: 'user' is missing: the text around a user's message, up to "
-                         "where the answer begins, as "
-                         'user: "<user>{{content}}</user><bot>"')
-    if "needs" not in mapping:      # the tokens that the base needs and that still occur
-        occurs = str([getattr(template, key) for key in SLOTS])
-        needs = tuple(token for token in template.needs if token in occurs)
-        template = replace(template, needs=needs)
-    check_format(template)
-    return with_tool_functions(replace(template, name=name))
-
-
-def read_field(key: str, value):
-    """Read one value of the mapping as a field of Template."""
-    where = f"template: {key}: {value!r}"
-    check_utf8(json.dumps(value, ensure_ascii=False, default=str), f"template: {key}")
-    if key in SLOTS:
-        if key in ("observation", "function") and value in (None, "null", ""):
-            return None
-        slots = value if isinstance(value, list) else [value]
-        return tuple(read_slot(where, slot) for slot in slots)
-    if key in FLAGS:
-        if str(value).lower() not in ("true", "false"):
-            raise ValueError(f"{where} is not true or false")
-        return str(value).lower() == "true"
-    if key in TEXTS:
-        if not isinstance(value, str):
-            raise ValueError(f"{where} is not a text")
-        return find_tool_format(value, "template: ") if key == "tool_format" else value
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f'{where} is not a list of texts, as ["<|end|>"]')
-    return tuple(texts)
-
-
-def read_slot(where: str, slot) -> str | Token:
-    """Read a slot: a text, or {token: "<name>"} for one id, bos and eos among them."""
-    if isinstance(slot, dict) and list(slot) == ["token"] and isinstance(slot["token"], str):
-        return Token(slot["token"])
-    if not isinstance(slot, str):
-        raise ValueError(f"{where}: {slot!r} is not a slot. A slot is a text in quotes, or "
-                         '{token: eos}, {token: bos} or {token: "<name>"}')
-    if "\\n" in slot:
-        raise ValueError(f"{where}: holds a backslash and an n, not a new line; in YAML only a "
-                         "text in double quotes turns them into one")
-    return slot
-
-
-def check_format(template: Template):
-    """Raise ValueError for a format that cannot be rendered."""
-    for key in SLOTS:
-        check_marks(key, getattr(template, key))
-    if template.stop_is_eos and not template.stop:
-        raise ValueError("template: stop_is_eos: true needs stop: a list whose first token becomes "
-                         "the eos")
-    is_one_text = len(template.system) == 1 and isinstance(template.system[0], str)
-    if template.system_in_user and not is_one_text:
-        raise ValueError("template: system_in_user: true needs a system of one text, since it "
-                         "opens the user's text")
-    if len(template.thought) != 2:
-        raise ValueError(f"template: thought: {template.thought} is not two texts, one that opens "
-                         "a thought and one that closes it")
-
-
-def check_marks(key: str, slots: tuple | None):
-    """Raise ValueError unless {{content}} occurs once in these slots; in a prefix, never."""
-    if slots is None:
-        return
-    text = "".join(slot for slot in slots if isinstance(slot, str))
-    marks = re.findall(r"\{\{(.*?)\}\}", text)
-    wanted = [] if key == "prefix" else ["content"]
-    advice = "nothing is put into the prefix" if key == "prefix" else "Write {{content}}"
-    for mark in marks:
-        if mark not in (*wanted, "idx"):
-            raise ValueError(f"template: {key}: unknown mark {{{{{mark}}}}}. {advice}")
-    if [mark for mark in marks if mark != "idx"] != wanted:
-        raise ValueError(f"template: {key}: {{{{content}}}} must occur once, found {len(marks)} "
-                         "times")
-
-
-# ---- the format that something was trained with -------------------------------------------------
-
-
-def stored_template(folders: list, value: str | dict | None,
-                    force: bool) -> tuple[str | dict | None, bool]:
-    """Find the format of what was trained: the one in the config, else the stored one.
-
-    folders: of adapters or models; their train_config.json holds the `template` of the training.
-    value: the config's `template`, a name, a mapping or None. Returns (value, force): None where no
-    format is set or stored; force is also true for a stored format, which the training has checked.
-    Raises ValueError if the config sets another format than the stored one, and `force` is off.
-    """
-    stored = {}
-    for folder in folders:
-        stored[folder] = read_json(folder / "train_config.json").get("template")
-    found = [other for other in stored.values() if other]
-    value = value or (found[0] if found else None)
-    for folder, other in stored.items():
-        if other and not force and not is_same_format(other, value):
-            trained_with = name_of(other)
-            if trained_with == name_of(value):
-                trained_with = f"another version of {trained_with}"
-            raise ValueError(f"template: {name_of(value)}, but {folder} was trained with "
-                             f"{trained_with}. Leave template out, or set force_template: true")
-    return value, force or any(is_same_format(other, value) for other in found)
-
-
-def is_same_format(one: str | dict, other: str | dict) -> bool:
-    """Whether two values of `template` mean the same format."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one == other or find_template(one) == find_template(other)
-    return one == other
-
-
-def name_of(value: str | dict) -> str:
-    """The name of a format as a config gives it, for messages."""
-    return value.get("name", "custom") if isinstance(value, dict) else value

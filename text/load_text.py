@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from templates import Template
-from text.chat_formats import stored_template, with_overrides
 from text.fit_tokenizer import fit_tokenizer
 from text.template_check import check_template, choose_template
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
+from text.written_formats import stored_template, with_overrides
 
 
 class Text(NamedTuple):

@@ -1,19 +1,22 @@
 """Read an answer: the thought, the text, and the tool calls that a model has written.
 
     thought, text = split_answer("<think>\\nHm.\\n</think>\\n\\nYes.", template.thought)
-    text, calls = find_calls(text, template.tool_format.name, {"get_weather"})
+    text, calls = find_calls(text, template.tool_format.name, text_arguments(tools))
 
 The inverse of text/tool_calls.py: a row of READERS for each row of TOOL_FORMATS.
 
-Requires: templates.py, text/tool_calls.py.
+Requires: templates.py, text/tool_calls.py, text/read_markup.py.
 Next: serving/answers.py.
 Sources: as text/tool_calls.py.
 """
 import json
 import re
+from functools import partial
 
 from text.json_text import parse, parse_first
-from text.tool_calls import Call, to_json
+from text.read_markup import (GLM4_MOE, MINIMAX2, QWEN3_5, SEED_OSS, Tools, read_gemma4, read_lfm2,
+                              read_tags)
+from text.tool_calls import Call, read_tools, to_json
 
 
 class ThoughtSplitter:
@@ -86,17 +89,33 @@ def split_answer(text: str, marks: tuple[str, str]) -> tuple[str, str]:
 # ---- tool calls ---------------------------------------------------------------------------------
 
 
-def find_calls(text: str, format_name: str, names: set[str]) -> tuple[str, list[Call]]:
+def text_arguments(tools) -> Tools:
+    """The tools that were offered: {name: its arguments that are declared as strings}.
+
+    tools: as in a row or in a request, a JSON text or its content.
+    """
+    found = {}
+    for tool in read_tools(tools):
+        schema = tool["function"].get("parameters")
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        properties = properties if isinstance(properties, dict) else {}
+        found[tool["function"]["name"]] = frozenset(
+            name for name, about in properties.items()
+            if isinstance(about, dict) and about.get("type") == "string")
+    return found
+
+
+def find_calls(text: str, format_name: str, tools: Tools) -> tuple[str, list[Call]]:
     """(the text before the calls, the calls) of an answer; (text, []) if it calls no tool.
 
-    names: of the tools that were offered. Anything that is not a well-formed call of one of them
-    is text, which the user can read.
+    tools: that were offered, see text_arguments. Anything that is not a well-formed call of one of
+    them is text, which the user can read.
     """
     try:
-        before, calls = READERS[format_name](text)
+        before, calls = READERS[format_name](text, tools)
     except (ValueError, KeyError, TypeError):
         return text, []
-    if not calls or any(name not in names for name, _ in calls):
+    if not calls or any(name not in tools for name, _ in calls):
         return text, []
     return before.strip(), calls
 
@@ -113,7 +132,7 @@ def calls_of(value, key: str = "arguments") -> list[Call]:
     return [call_of(item, key) for item in (value if isinstance(value, list) else [value])]
 
 
-def read_default(text: str) -> tuple[str, list[Call]]:
+def read_default(text: str, tools: Tools) -> tuple[str, list[Call]]:
     """Action: name, Action Input: JSON."""
     calls = []
     found = list(re.finditer(r"Action:[ \t]*(\S+)\s*Action Input:\s*", text))
@@ -123,16 +142,16 @@ def read_default(text: str) -> tuple[str, list[Call]]:
     return text[:found[0].start()] if found else text, calls
 
 
-def read_llama3(text: str) -> tuple[str, list[Call]]:
+def read_llama3(text: str, tools: Tools) -> tuple[str, list[Call]]:
     return "", calls_of(parse(text.removeprefix("<|python_tag|>")), "parameters")
 
 
-def read_mistral(text: str) -> tuple[str, list[Call]]:
+def read_mistral(text: str, tools: Tools) -> tuple[str, list[Call]]:
     before, mark, calls = text.rpartition("[TOOL_CALLS]")
     return before, calls_of(parse(calls))
 
 
-def read_qwen(text: str) -> tuple[str, list[Call]]:
+def read_qwen(text: str, tools: Tools) -> tuple[str, list[Call]]:
     before, *bodies = re.split(r"<tool_call>", text)
     calls = []
     for body in bodies:
@@ -140,9 +159,19 @@ def read_qwen(text: str) -> tuple[str, list[Call]]:
     return before, calls
 
 
-def read_glm4(text: str) -> tuple[str, list[Call]]:
+def read_glm4(text: str, tools: Tools) -> tuple[str, list[Call]]:
     name, _, arguments = text.strip().partition("\n")
     return "", [call_of({"name": name, "arguments": json.loads(arguments)})]
+
+
+def read_minimax1(text: str, tools: Tools) -> tuple[str, list[Call]]:
+    before, mark, rest = text.partition("<tool_calls>")
+    if not mark:
+        return text, []
+    lines, _, after = rest.partition("</tool_calls>")
+    if after.strip():
+        raise ValueError("text after the calls")
+    return before, [call_of(parse(line)) for line in lines.splitlines() if line.strip()]
 
 
 READERS = {         # by the names of TOOL_FORMATS
@@ -151,6 +180,14 @@ READERS = {         # by the names of TOOL_FORMATS
     "mistral": read_mistral,
     "mistral_small": read_mistral,
     "qwen": read_qwen,
+    "qwen3_5": partial(read_tags, QWEN3_5),
+    "ling": read_qwen,
     "glm4": read_glm4,
+    "glm4_moe": partial(read_tags, GLM4_MOE),
+    "minimax1": read_minimax1,
+    "minimax2": partial(read_tags, MINIMAX2),
+    "lfm2": read_lfm2,
+    "gemma4": read_gemma4,
+    "seed_oss": partial(read_tags, SEED_OSS),
     "phi4_mini": read_default,
 }

@@ -21,12 +21,13 @@ from pathlib import Path
 
 from errors import run_script
 from templates import Pieces, Template, Token, encode_pieces, render_turns
-from text.chat_formats import LIST_OF_ALL, TEMPLATES, find_template, stored_template
+from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
 from text.jinja_sandbox import render_chats
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
 from text.tool_calls import shorten
 from text.vocabularies import token_text
+from text.written_formats import LIST_OF_ALL, find_template, stored_template
 
 Rendered = dict[str, tuple[str | None, str]]    # name of a conversation -> (text or None, error)
 
@@ -331,9 +332,12 @@ def known_differences(template: Template, tokenizer: Tokenizer, chat: tuple,
 def known_patterns(template: Template, ends: str, prompt: bool) -> dict[str, str]:
     """{description: regular expression} of what may differ. ends: matches the end of an answer."""
     opens, closes = (re.escape(mark.strip()) for mark in template.thought)
+    empty = rf"{opens}\s*{closes}"
+    if template.empty_thought:
+        empty += "|" + re.escape(template.empty_thought)
     patterns = {
         "tells the date": r"(?:Cutting Knowledge|Today) Date: .*\n+",
-        "disagrees on empty thoughts": rf"{opens}\s*{closes}(?:\n\n)?",
+        "disagrees on empty thoughts": rf"(?:{empty})(?:\n\n)?",
     }
     if prompt:
         patterns["opens a thought at the end of a prompt"] = rf"{opens}\s*$"

@@ -37,12 +37,12 @@ import tokenizers
 from tqdm import tqdm
 
 from data import DatasetCounts, EncodedRows, Example, packing_of
-from text.chat_formats import with_overrides, written_template
 from text.conversations import (ANSWERS, PLACEHOLDER, Conversation, RawRow, convert,
                                 fill_placeholders)
 from text.data_files import Rows, find_sources, open_rows, read_at
 from text.parallel_map import num_processes, parallel_map
 from text.plain_text import check_utf8, excerpt
+from text.written_formats import with_overrides, written_template
 
 ABOUT = "store.json"            # written last: a folder without it is not a complete cache
 WORK_MARK = ".pocket_factory_rows"       # in a folder that is being filled
@@ -86,8 +86,11 @@ PROGRAM = (
     "text/json_text.py",
     "text/token_cache.py",
     "text/chat_formats.py",
+    "text/written_formats.py",
     "text/fit_tokenizer.py",
     "text/tool_calls.py",
+    "text/tool_markup.py",
+    "text/tool_formats.py",
     "text/tokenizer.py",
     "text/declared_tokens.py",
     "text/fast_bpe.py",

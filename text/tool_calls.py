@@ -1,10 +1,11 @@
 """Tools in a conversation: how they are described to the model, and how its calls are written.
 
-Each row of TOOL_FORMATS is the format of one vendor. A Template holds one of them; its `describe`
-makes the text that is added to the system text, and its `call` the text of a call.
+A tool format is two functions: `describe_…` makes the text about the tools that is added to the
+system text, and `write_…` the text of some calls. Here are the formats that write the arguments of
+a call as JSON; text/tool_markup.py has those that write a tag around each argument.
 
 Requires: templates.py.
-Next: text/chat_formats.py.
+Next: text/tool_markup.py, text/tool_formats.py (the table).
 Sources: the vendors' chat templates, as published in their tokenizer_config.json; token ids
 recorded from LLaMA-Factory.
 """
@@ -12,11 +13,11 @@ import datetime
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 
-from templates import Template, ToolFormat, check_lead, split_thought
+from templates import Template, check_lead, split_thought
 
 Call = tuple[str, str]      # name of the function, its arguments as JSON text
+CALL_MARKS = (("<tool_call>", "</tool_call>"), ("<|tool_call_start|>", "<|tool_call_end|>"))
 
 
 # ---- read: what a row says about tools and calls ------------------------------------------------
@@ -30,13 +31,18 @@ def describe_tools(describe: Callable[[list[dict]], str], tools) -> str:
 
 def read_tools(tools) -> list[dict]:
     """Read a tools column, a JSON list of functions, and wrap each of them as OpenAI does."""
+    return [wrap_tool(tool) for tool in list_tools(tools)]
+
+
+def list_tools(tools) -> list:
+    """Read a tools column as a list, without looking at its items."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except ValueError as error:
             raise ValueError(f"tools: not JSON ({error}): {shorten(tools)}") from error
     tools = [tools] if isinstance(tools, dict) and tools else tools or []
-    return [wrap_tool(tool) for tool in (tools if isinstance(tools, list) else [tools])]
+    return tools if isinstance(tools, list) else [tools]
 
 
 def wrap_tool(tool) -> dict:
@@ -62,20 +68,23 @@ def read_call(text: str, thought: tuple[str, str]) -> tuple[str, list[Call]]:
     """Read a function message: (text before the calls, the calls).
 
     Calls are {"name": ..., "arguments": ...} or a list of these, or each is inside
-    <tool_call>...</tool_call>. thought: what opens and closes a thought.
+    <tool_call>...</tool_call> or LFM2's <|tool_call_start|>...<|tool_call_end|>. thought: what
+    opens and closes a thought.
     """
     before, thought_text, rest = split_thought(text, thought)
     lead = before + thought_text
     if thought_text:
         lead += rest[:len(rest) - len(rest.lstrip())]
         rest = rest.lstrip()
-    bodies = re.findall("<tool_call>(.*?)</tool_call>", rest, re.DOTALL)
-    if bodies:
-        before, *after = re.split("<tool_call>.*?</tool_call>", rest, flags=re.DOTALL)
-        if "".join(after).strip():
-            raise ValueError(f"function call: text after </tool_call>: {shorten(text)}")
-        lead += before
     calls = []
+    bodies = []
+    if marks := next((marks for marks in CALL_MARKS if marks[0] in rest), None):
+        opens, closes = map(re.escape, marks)
+        before, *parts = re.split(f"{opens}(.*?){closes}", rest, flags=re.DOTALL)
+        bodies, after = parts[0::2], parts[1::2]
+        if "".join(after).strip():
+            raise ValueError(f"function call: text after {marks[1]}: {shorten(text)}")
+        lead += before if bodies else ""
     for body in bodies or [rest]:
         try:
             found = json.loads(body)
@@ -195,6 +204,25 @@ def write_qwen(calls: list[Call]) -> str:
     return "\n".join(f"<tool_call>\n{write_json_call(call)}\n</tool_call>" for call in calls)
 
 
+def describe_ling(tools: list[dict]) -> str:
+    return describe_qwen(tools).removeprefix("\n\n") + "\ndetailed thinking off"
+
+
+def describe_minimax1(tools: list[dict]) -> str:
+    text = "".join(to_json(tool["function"]) + "\n" for tool in tools)
+    return (
+        f"You are provided with these tools:\n<tools>\n{text}</tools>\n\n"
+        "If you need to call tools, please respond with <tool_calls></tool_calls> XML tags, and "
+        "provide tool-name and json-object of arguments, following the format below:\n"
+        '<tool_calls>\n{"name": <tool-name-1>, "arguments": <args-json-object-1>}\n...\n'
+        "</tool_calls>")
+
+
+def write_minimax1(calls: list[Call]) -> str:
+    lines = "\n".join(map(write_json_call, calls))
+    return f"<tool_calls>\n{lines}\n</tool_calls>"
+
+
 def describe_glm4(tools: list[dict]) -> str:
     text = ""
     for tool in tools:
@@ -220,27 +248,6 @@ def describe_phi4_mini(tools) -> str:
     read_tools(tools)
     text = tools if isinstance(tools, str) else to_json(tools)
     return f"<|tool|>{text}<|/tool|>"
-
-
-# ---- the table ----------------------------------------------------------------------------------
-
-
-def tool_format(name: str, describe: Callable[[list[dict]], str],
-                write_calls: Callable[[list[Call]], str], after_lead: str = "\n") -> ToolFormat:
-    """A row of the table, from two of the functions above."""
-    return ToolFormat(name, partial(describe_tools, describe), partial(render_call, write_calls),
-                      after_lead)
-
-
-TOOL_FORMATS = {row.name: row for row in (
-    tool_format("default", describe_default, write_default),
-    tool_format("llama3", describe_llama3, write_llama3),
-    tool_format("mistral", describe_mistral, write_mistral),
-    tool_format("mistral_small", describe_mistral, write_mistral_small, after_lead=""),
-    tool_format("qwen", describe_qwen, write_qwen),
-    tool_format("glm4", describe_glm4, write_glm4),
-    ToolFormat("phi4_mini", describe_phi4_mini, partial(render_call, write_default)),
-)}
 
 
 def to_json(value, indent: int | None = None) -> str:
