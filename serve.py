@@ -44,7 +44,8 @@ from runtime.memory_advice import available_bytes
 from runtime.precision import requested_format
 from runtime.reward_sources import stored_head
 from serving.engine import Engine
-from serving.handler import LOCAL, Server
+from serving.handler import Server
+from serving.http_base import LOCAL
 from serving.service import Service
 from text.load_text import Text, eos_ids_of, load_text
 from text.tokenizer import read_json

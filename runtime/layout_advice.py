@@ -39,6 +39,7 @@ from runtime.load_config import COMMAND_LINE
 from runtime.memory import (USABLE, Plan, Workload, checkpointing_in_words, gathered_bytes,
                             memory_plan, model_without_storage)
 from runtime.memory_advice import advice
+from runtime.report import clock
 from runtime.stages import in_flight, model_of_stage, share_layers
 from runtime.steps import StepPlan, accumulation_for, merge_micro_batches, shard_batches
 from runtime.throughput import matmul_parameters, training_flops
@@ -516,6 +517,14 @@ def compute_seconds(config: Config, memory: Plan, plan: StepPlan) -> float:
     if config.token_budget:
         rows = len(examples) / plan.steps_per_epoch / plan.ranks.world
     return flops / len(looked_at) * rows / (config.card_speed * 1e12)
+
+
+def least_time_line(config: Config, memory: Plan, plan: StepPlan, rate: float) -> str:
+    """How long the steps take at least. rate: FLOP/s of this device's large matrix products."""
+    seconds = compute_seconds(replace(config, card_speed=rate / 1e12), memory, plan)
+    return (f"\ntime: at least {clock(seconds * plan.total_steps)} for {plan.total_steps} steps, "
+            f"{seconds:.3g} s of arithmetic a step at {rate / 1e12:.3g} TFLOP/s; small models and "
+            "short rows take several times as long")
 
 
 # ---- the start page -----------------------------------------------------------------------------

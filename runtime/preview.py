@@ -6,6 +6,7 @@
 Requires: data.py, text/token_cache.py, runtime/show_data.py.
 Next: train.py.
 """
+from config import Config
 from errors import run_script
 from runtime.load_config import load_config
 
@@ -29,15 +30,7 @@ def main(argv):
     config = load_config(argv, "data")
     if config.jsonl:
         check_rows_file(config.jsonl)
-    base = named_folder(config, "model_name_or_path")
-    tokenizer = load_tokenizer(base, config.split_special_tokens)
-    add_new_tokens(tokenizer, new_tokens(config, read_descriptions(config)))
-    model_type = read_config_json(base).get("model_type")
-    text = fit_text(tokenizer, config.template, config.force_template, model_type)
-    train_set, _, report = load_examples(
-        config, tokenizer, text.template, STAGES[config.stage].encode,
-        keep_unlearnable=bool(config.jsonl), folder=kept_in(config, "data"))
-
+    tokenizer, text, train_set, report = training_rows(config, bool(config.jsonl))
     if config.jsonl:
         packed = bool(config.packing) and config.stage == "sft"
         pad_to = config.cutoff_len if packed else 0
@@ -49,6 +42,19 @@ def main(argv):
         print_example(tokenizer, example, config.stage, f"example {number}")
     if not report.examples["train"]:
         raise ValueError(nothing_to_learn(config, report, "train", len(train_set)))
+
+
+def training_rows(config: Config, keep_unlearnable: bool = False) -> tuple:
+    """(tokenizer, text, training examples, report) of a config, as train.py would read them."""
+    base = named_folder(config, "model_name_or_path")
+    tokenizer = load_tokenizer(base, config.split_special_tokens)
+    add_new_tokens(tokenizer, new_tokens(config, read_descriptions(config)))
+    model_type = read_config_json(base).get("model_type")
+    text = fit_text(tokenizer, config.template, config.force_template, model_type)
+    train_set, _, report = load_examples(
+        config, tokenizer, text.template, STAGES[config.stage].encode,
+        keep_unlearnable=keep_unlearnable, folder=kept_in(config, "data"))
+    return tokenizer, text, train_set, report
 
 
 if __name__ == "__main__":

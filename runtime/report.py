@@ -192,8 +192,12 @@ class RunLog:
                 file.write(json.dumps(line) + "\n")
 
     def train(self, step: int, epoch: float, loss: float, lr: float, grad_norm: float,
-              tokens_per_second: float, tokens_seen: int, metrics: dict | None = None):
-        """Log a training step, on screen and in the files. metrics: further ones of the stage."""
+              tokens_per_second: float, tokens_seen: int, metrics: dict | None = None,
+              peak_memory: int = 0):
+        """Log a training step, on screen and in the files.
+
+        metrics: further ones of the stage. peak_memory: most bytes used so far.
+        """
         metrics = metrics or {}
         self.remember({
             "epoch": epoch,
@@ -219,8 +223,9 @@ class RunLog:
         for name in ("accuracy", "rewards/accuracies"):
             if name in metrics:
                 accuracy["accuracy"] = metrics[name]
-        self.write(step, epoch, loss=loss, **accuracy, lr=lr,
-                   throughput=round(tokens_per_second, 2), total_tokens=tokens_seen)
+        self.write(step, epoch, loss=loss, **accuracy, lr=lr, grad_norm=grad_norm,
+                   throughput=round(tokens_per_second, 2), total_tokens=tokens_seen,
+                   peak_memory_gib=round(peak_memory / 2**30, 3))
 
     def eval(self, step: int, epoch: float, metrics: dict):
         """Log an evaluation; `metrics` holds eval_loss and others named eval_*."""

@@ -53,7 +53,7 @@ from runtime.sample_answers import answers_to, print_before_after
 from runtime.setup import Base, Setup
 from runtime.steps import Step, StepPlan, accumulation_for
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
-                                speed_results, total_flos)
+                                peak_memory, speed_results, total_flos)
 from runtime.trackers import open_trackers, wanted_trackers
 from text.tokenizer import read_json
 from text.written_formats import written_template
@@ -397,7 +397,7 @@ class Run:
             total, steps = state.window
             mean = total / steps if steps else math.nan
             self.log.train(number, step.epoch, mean, lr, grad_norm, speed, state.tokens_seen,
-                           metric_means(state.window_metrics))
+                           metric_means(state.window_metrics), peak_memory(self.device))
             state.window = [0.0, 0]
             state.window_metrics = {}
             self.pace.new_window()

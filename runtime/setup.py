@@ -34,7 +34,7 @@ from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
-from runtime.layout_advice import layout_lines
+from runtime.layout_advice import layout_lines, least_time_line
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
                             memory_plan, model_without_storage, plan_lines)
 from runtime.device import out_of_memory
@@ -50,6 +50,7 @@ from runtime.second_model import check_second_model, second_model, second_model_
 from runtime.show_data import print_counts, print_example
 from runtime.stages import in_flight, model_of_stage, share_layers
 from runtime.steps import StepPlan
+from runtime.throughput import matrix_rate
 from text.token_cache import kept_in, load_examples
 
 # tokens in one pass: more make a device little faster
@@ -279,6 +280,9 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     layouts = []
     if config.cards:
         layouts = layout_lines(config, memory, plan, partial(choose_pass_size, balance=balance))
+    elif config.dry_run and ranks.processes == 1 and not samples_replies(config):
+        rate = matrix_rate(device, dtype, kernels.matmul)
+        layouts = [least_time_line(config, memory, plan, rate)]
     free_bytes = free_on_all(device, ranks)
     max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)
     max_tokens = min(max_tokens, run.recorded("max_tokens_per_pass", max_tokens))

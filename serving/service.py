@@ -25,6 +25,7 @@ from generate import Sampling, check_prompt, context_length
 from methods.reward_model import last_token_scores
 from serving.answers import Choice
 from serving.engine import Engine, Job
+from serving.http_base import Gone
 from serving.schema import CHAT, COMPLETION, SCORE, BadRequest, check
 from templates import Settings
 from text.load_text import Text
@@ -33,10 +34,6 @@ from text.read_calls import text_arguments
 from text.tokenizer import check_encodable
 
 LOOK = 0.25         # seconds between two looks at whether the client is still there
-
-
-class Gone(Exception):
-    """The client has left."""
 
 
 @dataclass

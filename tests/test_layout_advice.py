@@ -258,6 +258,18 @@ def test_a_pipeline_is_advised_with_its_bubble(world, capsys):
     assert own == pytest.approx(seconds / 2 * 4 / 3, rel=0.01)
 
 
+def test_the_least_time_of_a_run_is_that_of_its_arithmetic(world, capsys, monkeypatch):
+    """A dry run without `cards`: seconds of a step as card_speed gives them, times the steps."""
+    page = dry_run(world, capsys, "card_memory=1", "cards=1", "card_speed=0.001")
+    seconds = float(re.search(r"computing takes ([\d.e-]+) s", page)[1])
+    monkeypatch.setattr("runtime.setup.matrix_rate", lambda *_: 1e9)
+    page = dry_run(world, capsys, "cards=null", "link_speed=", "max_steps=5000")
+    found = re.search(r"time: at least (\d+):(\d\d):(\d\d) for 5000 steps, ([\d.e-]+) s", page)
+    assert float(found[4]) == pytest.approx(seconds, rel=0.01)
+    whole = 3600 * int(found[1]) + 60 * int(found[2]) + int(found[3])
+    assert whole == pytest.approx(5000 * seconds, rel=0.02, abs=1)
+
+
 def test_a_slow_link_is_said(world, capsys):
     page = dry_run(world, capsys, "card_memory=1", "card_speed=1", "link_speed=0.001")
     assert "at 0.001 GB/s a step sends for longer than it computes" in page

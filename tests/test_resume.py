@@ -66,7 +66,8 @@ BASE = dict(
     disable_gradient_checkpointing=True,
     resume_from_checkpoint="auto",
 )
-TIMES = ("time", "per_second", "throughput")  # parts of the names of values that always differ
+# parts of the names of values that always differ
+TIMES = ("time", "per_second", "throughput", "memory")
 
 
 # ---- runs that can be killed ---------------------------------------------------------------------

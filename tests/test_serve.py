@@ -25,7 +25,7 @@ from checkpoint.value_head import save_value_head
 from fast.batch_decode import OneRow, RunningBatch, start_sampling
 from generate import Sampling
 from lora import LoRAConfig, attach_lora, lora_layers
-from serving import handler
+from serving import handler, http_base
 from serving.answers import Choice
 from serving.engine import Busy, Engine, Job
 from serving.schema import BadRequest, check, openapi
@@ -407,7 +407,7 @@ def test_an_unread_body_is_not_taken_for_the_next_request(server):
 
 
 def test_a_body_that_is_too_large(server):
-    status, answer = post(server, "/v1/completions", b" " * (handler.LARGEST_BODY + 1))
+    status, answer = post(server, "/v1/completions", b" " * (http_base.LARGEST_BODY + 1))
     assert status == 413 and "bytes" in answer["error"]["message"]
 
 

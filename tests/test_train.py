@@ -179,6 +179,8 @@ def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
     recorded = read_jsonl(CURVES / "sft_eval/trainer_log.jsonl")
     assert len(lines) == len(recorded)
     assert all(a.keys() <= b.keys() for a, b in zip(recorded, lines))
+    logged = [line for line in lines if "loss" in line]
+    assert logged and all(line["grad_norm"] > 0 < line["peak_memory_gib"] for line in logged)
     assert [line["percentage"] for line in lines] == [line["percentage"] for line in recorded]
     assert json.loads((out / "train_config.json").read_text())["template"] == "llama3"
 
