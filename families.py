@@ -131,6 +131,7 @@ class ModelConfig(Switches):
     # the checkpoint's files
     names: dict = field(default_factory=dict)
     prefix: str = ""
+    in_transformers: dict = field(default_factory=dict)
     skips: tuple = ()
     notes: tuple = ()                       # printed for the user
 
@@ -185,6 +186,8 @@ class Family(Switches):
     halved_ffn: bool = False                      # intermediate_size counts gate and up together
     names: dict = field(default_factory=dict)     # {part of a parameter's name: that in the files}
     prefix: str = ""                              # prefix of every name in the files
+    in_transformers: dict = field(default_factory=dict)     # {prefix of a name in the files: that
+                                                  # of transformers 5's module, as in adapters}
     text_field: str = ""                          # field of config.json with the decoder's fields
     text_types: tuple = ()                        # rows that these may be read by, else this one
     skips: tuple = ()                             # prefixes of tensors outside the decoder; or
@@ -424,6 +427,8 @@ GEMMA_NORMS = {"after_attention_norm": "post_attention_layernorm",
 
 IMAGES = dict(                                      # the decoder of a model that reads images
     text_field="text_config", prefix="language_model.",
+    in_transformers={"language_model.model.": "model.language_model.",
+                     "language_model.lm_head": "lm_head"},
     skips=("vision_tower.", "multi_modal_projector."))
 
 FAMILIES = {
@@ -880,7 +885,7 @@ def text_part(family: Family, raw: dict, where: str) -> tuple[Family, dict]:
                          f"supported; supported are {', '.join(family.text_types)}")
     own = FAMILIES[kind]
     return replace(own, prefix=family.prefix, names=own.names | family.names,
-                   skips=family.skips), fields
+                   in_transformers=family.in_transformers, skips=family.skips), fields
 
 
 def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig:
@@ -918,6 +923,7 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         pad_token_id=take("pad_token_id"),
         names=family.names,
         prefix=family.prefix,
+        in_transformers=family.in_transformers,
         skips=family.skips(take) if callable(family.skips) else family.skips,
         notes=(*notes, *rope_notes),
         **switches,

@@ -1,6 +1,7 @@
 """Adapters in PEFT's format: reading, writing, naming.
 
-Requires: checkpoint/adapter_config.py, checkpoint/peft_targets.py, checkpoint/load.py.
+Requires: checkpoint/adapter_config.py, checkpoint/adapter_names.py, checkpoint/peft_targets.py,
+checkpoint/load.py.
 Next: merge.py.
 """
 import math
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from checkpoint.adapter_config import read_adapter_config, without_excluded
+from checkpoint.adapter_names import (PREFIX, AdapterTensors, fields_with_names, module_name,
+                                      name_in_files)
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
 from checkpoint.peft_targets import peft_fields
@@ -23,7 +26,6 @@ from lora import (AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, attach_
 from model import CausalLM
 from text.tokenizer import read_json
 
-PREFIX = "base_model.model."        # PEFT's, in front of every name
 OF_ADAPTERS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector", ".oft_R.weight")
 
 
@@ -54,7 +56,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None,
     Strict: every tensor is used, none is missing. dropout: instead of the adapter's own. device: of
     the trained weights, if not that of the frozen ones.
     """
-    config, raw = read_adapter_config(folder)
+    config, raw = adapter_fields(folder, model)
     if dropout is not None:
         config.lora_dropout = dropout
     path = Path(folder) / "adapter_model.safetensors"
@@ -63,7 +65,8 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None,
         hint = "; adapter_model.bin is a pickle and is not read" if has_pickle else ""
         raise FileNotFoundError(f"{path} is missing{hint}")
     start = pissa_start(folder, config) if config.pissa else None
-    with open_tensors(path) as tensors:
+    with open_tensors(path) as file:
+        tensors = AdapterTensors(file, model.config)
         if isinstance(config, LoRAConfig):
             check_rank(path, config, tensors)
         if start:
@@ -90,10 +93,21 @@ def check_rank(path: Path, config: LoRAConfig, tensors):
 
 def reload_adapter(model: CausalLM, folder):
     """Copy an adapter of the same layers into the model's."""
-    config, raw = read_adapter_config(folder)
+    config, raw = adapter_fields(folder, model)
     path = Path(folder) / "adapter_model.safetensors"
     with open_tensors(path) as tensors:
-        copy_adapter(model, tensors, path, config, raw)
+        copy_adapter(model, AdapterTensors(tensors, model.config), path, config, raw)
+
+
+def adapter_fields(folder, model: CausalLM) -> tuple[AdapterConfig, dict]:
+    """read_adapter_config, with the layers named as in the files of the model's checkpoint."""
+    def rename(name):
+        return name_in_files(name, model.config)
+
+    config, raw = read_adapter_config(folder)
+    changed = fields_with_names({key: getattr(config, key) for key in config.__dataclass_fields__},
+                                rename)
+    return replace(config, **changed), fields_with_names(raw, rename)
 
 
 def variant_of(config: AdapterConfig) -> dict:
@@ -207,8 +221,9 @@ def layers_of_parameter(model: CausalLM, parameter: str, experts_one_by_one: boo
 
 def stored_targets(model: CausalLM, folder) -> list[str]:
     """Names of the layers that an adapter folder is for, as the checkpoint's files call them."""
-    config, raw = read_adapter_config(folder)
-    with open_tensors(Path(folder) / "adapter_model.safetensors") as tensors:
+    config, raw = adapter_fields(folder, model)
+    with open_tensors(Path(folder) / "adapter_model.safetensors") as file:
+        tensors = AdapterTensors(file, model.config)
         targets = targets_of(model, config, raw, tensors.keys())
     return [model.config.stored_name(name) for name in targets]
 
@@ -269,7 +284,7 @@ def swapped_back(tensor_of: Callable, name: str, experts: int):
 
 
 def peft_names(model: CausalLM) -> dict[str, str]:
-    """{adapted layer: its name in PEFT's files}, under the checkpoint's own module names.
+    """{adapted layer: its name in PEFT's files}, but for prefixes (see adapter_names.py).
 
     The stacks of a block are parameters of one module to PEFT, which wraps that module once for
     each of them: experts.base_layer is the first of two, experts the second.
@@ -315,7 +330,11 @@ def save_adapter(model: CausalLM, folder, config: AdapterConfig, base: str,
     folder = Path(folder)
     if tensors is None:
         tensors = {name: full_tensor(p) for name, p in adapter_tensors(model).items()}
-    save_tensors(folder / "adapter_model.safetensors", in_pefts_layout(model, tensors))
+    def rename(name):
+        return module_name(name, model.config)
+
+    written = {rename(name): tensor for name, tensor in in_pefts_layout(model, tensors).items()}
+    save_tensors(folder / "adapter_model.safetensors", written)
     fields = {
         "peft_type": config.finetuning_type.upper(),
         "task_type": "CAUSAL_LM",
@@ -325,7 +344,8 @@ def save_adapter(model: CausalLM, folder, config: AdapterConfig, base: str,
         "inference_mode": True,
         "modules_to_save": config.modules_to_save or None,
     }
-    write_json(folder / "adapter_config.json", fields | peft_fields(model, config))
+    fields = fields_with_names(fields | peft_fields(model, config), rename)
+    write_json(folder / "adapter_config.json", fields)
 
 
 def in_pefts_layout(model: CausalLM, tensors: dict) -> dict:

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from checkpoint.adapter_config import read_adapter_config
-from checkpoint.adapters import (OF_ADAPTERS, PREFIX, adapter_tensors, copies_of_base,
-                                 load_adapter, peft_names, pissa_start, swapped_stacks)
+from checkpoint.adapter_names import PREFIX, AdapterTensors
+from checkpoint.adapters import (OF_ADAPTERS, adapter_tensors, copies_of_base, load_adapter,
+                                 peft_names, pissa_start, swapped_stacks)
 from checkpoint.files import open_tensors, stored_as
 from checkpoint.load import (places_of_weights, is_empty_bias, load_model, packed_weights,
                              quantized_weights)
@@ -142,7 +143,8 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
     config = load_adapter(skeleton, adapter)
     stored_name = skeleton.config.stored_name
     file = adapter / "adapter_model.safetensors"
-    with open_tensors(file) as tensors:
+    with open_tensors(file) as opened:
+        tensors = AdapterTensors(opened, skeleton.config)
         copies = copies_of_base(skeleton, tensors)
         swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
 
@@ -151,7 +153,7 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
     for name, layer in lora_layers(skeleton).items():
         key = names[name]
         changes[stored_name(f"{name}.weight")] = Change(
-            file=file, key=key, kind=config.finetuning_type,
+            file=file, key=tensors.layer_in_file(key), kind=config.finetuning_type,
             scale=getattr(layer, "scale", 1.0),
             rotation=getattr(layer, "oft_R", None),
             has_copy=f"{key}.base_layer.weight" in copies,
@@ -159,5 +161,6 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
             swapped=f"{key}.lora_A.weight" in swapped)
     for key in adapter_tensors(skeleton):
         if not key.endswith(OF_ADAPTERS):
-            changes[key.removeprefix(PREFIX)] = Change(file=file, key=key, kind="new")
+            changes[key.removeprefix(PREFIX)] = Change(file=file, key=tensors.places[key],
+                                                       kind="new")
     return changes
