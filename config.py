@@ -187,6 +187,9 @@ class Config:
         "PiSSA: iterations of the randomized SVD (-1: exact SVD, slow)", only="lora", low=-1)
     pissa_convert: bool = key(False, FREE,
         "PiSSA: also save an ordinary adapter of twice the rank, in pissa_converted")
+    adapter_prefix: str = key("peft", IGNORED,
+        "served: also save the adapter in the folder served, named and laid out as vLLM and SGLang "
+        "apply it (peft: as PEFT does)", own=True, only="lora merge.py", choices=("peft", "served"))
     create_new_adapter: bool = key(False, DATA,
         "merge all given adapters into the base and train a new one")
     freeze_trainable_layers: int = key(2, FIXED,
@@ -655,11 +658,14 @@ class Config:
     check: str | None = key(None, IGNORED,
         "write nothing; compare the losses of this exported folder with the base's and adapter's",
         own=True, only="merge.py")
+    check_adapter: str | None = key(None, IGNORED,
+        "write nothing; say which layers of the adapter in this folder PEFT, vLLM, SGLang and "
+        "llama.cpp apply", own=True, only="merge.py")
     export_format: str | None = key(None, IGNORED,
         "write the merged model in another format: gguf: a file for llama.cpp; gguf-lora: its "
-        "adapter alone; fp8, w4a16: 8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by "
-        "bitsandbytes", own=True, only="merge.py",
-        choices=("gguf", "gguf-lora", "fp8", "w4a16", "bnb-nf4"))
+        "adapter alone; peft: the adapter alone in PEFT's format, see adapter_prefix; fp8, w4a16: "
+        "8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by bitsandbytes", own=True,
+        only="merge.py", choices=("gguf", "gguf-lora", "peft", "fp8", "w4a16", "bnb-nf4"))
     gguf_type: str | None = key(None, IGNORED,
         "numbers of its matrices (none: f16, or bf16 as the base); smaller ones: llama-quantize",
         own=True, only="merge.py", choices=("f32", "f16", "bf16", "q8_0", "q4_0"))

@@ -49,6 +49,8 @@ from checkpoint.load import formats_in_words, packed_weights
 from evals.compare import compare_losses
 from families import read_config_json
 from lora import expert_matrices, merged_weight
+from runtime.adapter_export import export_adapter
+from runtime.check_adapter import check_adapter
 from runtime.export import Export
 from runtime.export_formats import open_export
 from runtime.finished import as_trained, scale_rope_as_trained
@@ -71,6 +73,8 @@ def main(argv):
 
     # ---- base and adapters
     base = named_folder(config, "model_name_or_path")
+    if config.check_adapter:
+        return check_adapter(config, base, find_checkpoint(config.check_adapter))
     adapters = adapter_folders(config)
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
@@ -78,6 +82,8 @@ def main(argv):
         print(f"note      {note}")
     if config.check:
         return check_folder(config, base, adapters, device)
+    if config.export_format == "peft":
+        return export_adapter(config, base, adapters)
     export = open_export(config, base, adapters, device)
     quant_format, description = format_to_merge(config, base, adapters)
 

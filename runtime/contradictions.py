@@ -345,6 +345,12 @@ def in_method(c: Config) -> Iterator[tuple]:
         "pissa_convert saves a PiSSA adapter as an ordinary one; set pissa_init: true, or leave it "
         "out")
 
+    yield c.adapter_prefix == "served" and (
+        c.use_dora or c.pissa_init or c.additional_target or c.finetuning_type == "oft"), (
+        "adapter_prefix: served writes an adapter for vLLM and SGLang, which apply no DoRA, PiSSA, "
+        "OFT or modules trained whole (use_dora, pissa_init, finetuning_type: oft, "
+        "additional_target); merge the adapter instead, or leave adapter_prefix out")
+
     yield c.pissa_init and c.adapter_name_or_path and not c.create_new_adapter, (
         "pissa_init initializes a new adapter, and adapter_name_or_path names one to continue; "
         "create_new_adapter: true merges that one first")
@@ -677,6 +683,9 @@ def in_merge(c: Config) -> Iterator[tuple]:
     yield c.export_format in ("gguf", "gguf-lora") and c.infer_dtype != "auto", (
         "infer_dtype is the dtype of safetensors; for a GGUF file set gguf_type: "
         f"{c.infer_dtype.replace('float', 'f')}")
+
+    yield c.check and c.check_adapter, (
+        "check compares an exported model, check_adapter an adapter; leave one of them out")
 
     for name in ("gguf_type", "gguf_pretokenizer"):
         yield getattr(c, name) and c.export_format not in ("gguf", "gguf-lora"), (

@@ -328,7 +328,8 @@ def _derive_oft(config: Config):
 
 def _check(config: Config, script: str):
     for name in NEEDED.get(script, ()):
-        if not getattr(config, name) and not (name == "export_dir" and config.check):
+        if not getattr(config, name) and not (
+                name == "export_dir" and (config.check or config.check_adapter)):
             meaning = KEYS[name].metadata["help"]
             command = COMMANDS[script]
             raise ValueError(

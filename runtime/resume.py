@@ -45,8 +45,8 @@ RESULTS = (
     "adapter_*", "*_results.json", "chat_template.jinja", "config.json", "generation_config.json",
     "model*.safetensors*", "README.md", "special_tokens_map.json", "tokenizer*",
     "train_config.json", "trainer_log.jsonl", "trainer_state.json", "training_*.png",
-    "value_head.safetensors", "pissa_init", "pissa_converted", "runs", TOKENIZED,
-    STATE_FOLDER)
+    "value_head.safetensors", "pissa_init", "pissa_converted", "served", "runs",
+    TOKENIZED, STATE_FOLDER)
 # what a checkpoint of a release without checksums.json holds
 CHECKPOINT_FILES = (*RESULTS, *STATE_FILES)
 

@@ -634,6 +634,10 @@ class Run:
             converted = self.output / "pissa_converted"
             save_converted(self.model, converted, self.setup.lora, self.base.name)
             write_json(converted / "train_config.json", self.settings)
+        if self.setup.lora and self.config.adapter_prefix == "served":
+            from runtime.adapter_export import write_adapter        # only where it is asked for
+
+            write_adapter(self.base.folder, self.output, self.output / "served", "served")
 
     def write_results(self, results: dict):
         """Print the results and write them: *_results.json, the model card, the loss curve."""

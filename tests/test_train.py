@@ -253,9 +253,12 @@ def test_resuming_a_finished_run_does_nothing(tmp_path, monkeypatch):
     run_recorded("sft_eval", out, monkeypatch, *save)
     before = load_file(out / "adapter_model.safetensors")
     results = json.loads((out / "all_results.json").read_text())
-    run_recorded("sft_eval", out, monkeypatch, *save, "resume_from_checkpoint=true")
+    run_recorded("sft_eval", out, monkeypatch, *save, "resume_from_checkpoint=true",
+                 "adapter_prefix=served")
     assert all(torch.equal(w, before[n])
                for n, w in load_file(out / "adapter_model.safetensors").items())
+    served = load_file(out / "served" / "adapter_model.safetensors")
+    assert all(torch.equal(w, served[n]) for n, w in before.items())
     again = json.loads((out / "all_results.json").read_text())
     assert all(again[key] == results[key] for key in ("epoch", "train_loss", "eval_loss"))
 
