@@ -13,7 +13,7 @@ Next: model.py, which calls `attend` once per layer.
 
 Papers: attention, arXiv:1706.03762; grouped heads, arXiv:2305.13245; FlashAttention-2,
 arXiv:2307.08691; sliding window, arXiv:2310.06825; ALiBi, arXiv:2108.12409; softcap,
-arXiv:2408.00118 (sec. 2).
+arXiv:2408.00118 (sec. 2); attention sinks, arXiv:2309.17453 (sec. 3.3) and arXiv:2508.10925.
 """
 import re
 from collections.abc import Iterator, Sequence
@@ -45,6 +45,7 @@ SDPA_FLAGS = {      # the names in torch.backends.cuda.enable_*_sdp
 }
 KERNELS = ("flash-attn", "torch-varlen", *SDPA, "plain")    # if about equally fast, the first wins
 PLAIN_QUERIES = 1024        # queries per block of plain_attention: bounds the memory of the scores
+SINK_FEATURES = 8           # by which sdpa_with_sinks widens a head
 
 
 # ---- the micro-batch as one row ------------------------------------------------------------------
@@ -151,7 +152,7 @@ def to_device(tensor: torch.Tensor, device) -> torch.Tensor:
 def attend(q, k, v, *, kernel: str = "plain", layout: PackedLayout | None = None,
            scale: float | None = None, window: int | None = None, chunk: int | None = None,
            softcap: float | None = None, slopes: torch.Tensor | None = None,
-           filled: "Filled | None" = None) -> torch.Tensor:
+           sinks: torch.Tensor | None = None, filled: "Filled | None" = None) -> torch.Tensor:
     """Causal attention of q (B, H, T, Dh) over k, v (B, K, S, Dh) -> (B, H, T, Dh).
 
     H is a multiple of K. Query i stands at position S - T + i, so the last query sees every key:
@@ -164,6 +165,7 @@ def attend(q, k, v, *, kernel: str = "plain", layout: PackedLayout | None = None
     chunk: a query sees only keys whose position // chunk equals its own.
     softcap: scores become softcap * tanh(scores / softcap).
     slopes: (H,) float32, for ALiBi: scores += slopes[h] * (key position - query position).
+    sinks: (H,), a score of each head that takes part in every softmax and has no value.
     filled: the filled slots of a cache of fixed size; T is 1, layout is None.
 
     Raises ValueError for an unknown kernel or one that lacks a requested feature, RuntimeError when
@@ -174,13 +176,14 @@ def attend(q, k, v, *, kernel: str = "plain", layout: PackedLayout | None = None
     if layout is not None:
         one_row = q.shape[0] == 1 and T == S == layout.total
         assert one_row, (q.shape, k.shape, layout.lengths)
-    check_kernel(kernel, softcap, slopes)
+    check_kernel(kernel, softcap, slopes, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     if filled is not None:
         if filled.ends is None:
-            return one_query_per_row(q, k, v, kernel, scale, filled, window, chunk, softcap, slopes)
-        return one_query(q, k, v, kernel, scale, softcap, filled)
+            return one_query_per_row(q, k, v, kernel, scale, filled, window, chunk, softcap, slopes,
+                                     sinks)
+        return one_query(q, k, v, kernel, scale, softcap, filled, sinks)
 
     # A chunk becomes a sequence of the layout, or a call of its own. One sequence needs no layout.
     if chunk is not None and layout is not None:
@@ -190,29 +193,33 @@ def attend(q, k, v, *, kernel: str = "plain", layout: PackedLayout | None = None
         layout = None
     if chunk is not None and chunk < S:
         return attend_in_chunks(q, k, v, chunk, kernel=kernel, scale=scale, window=window,
-                                softcap=softcap, slopes=slopes)
+                                softcap=softcap, slopes=slopes, sinks=sinks)
     longest = S if layout is None else layout.max_len
     if window is not None and window >= longest:
         window = None
 
     q, k = q.to(v.dtype), k.to(v.dtype)     # under autocast the norms of q and k return float32
-    return run_kernel(q, k, v, kernel, scale, layout, window, softcap, slopes)
+    return run_kernel(q, k, v, kernel, scale, layout, window, softcap, slopes, sinks)
 
 
-def check_kernel(kernel: str, softcap, slopes):
-    """Raise ValueError for an unknown kernel, or one that lacks softcap or ALiBi."""
+def check_kernel(kernel: str, softcap, slopes, sinks):
+    """Raise ValueError for an unknown kernel, or one that lacks softcap, ALiBi or sinks."""
     if kernel not in KERNELS:
         raise ValueError(f"unknown attention kernel {kernel!r}; known: {', '.join(KERNELS)}")
-    if missing := missing_feature(kernel, softcap is not None, slopes is not None):
-        raise ValueError(f"attention kernel {kernel!r} {missing}; 'plain' and 'flash-attn' have it")
+    wanted = (softcap is not None, slopes is not None, sinks is not None)
+    if missing := missing_feature(kernel, *wanted):
+        others = [repr(name) for name in KERNELS if not missing_feature(name, *wanted)]
+        raise ValueError(f"attention kernel {kernel!r} {missing}; take one of {', '.join(others)}")
 
 
-def missing_feature(kernel: str, softcap: bool, alibi: bool) -> str | None:
+def missing_feature(kernel: str, softcap: bool, alibi: bool, sinks: bool) -> str | None:
     """The requested feature that a kernel lacks, as the end of a sentence, or None."""
     if softcap and kernel in ("torch-varlen", *SDPA):
         return "has no softcap"
     if alibi and kernel == "torch-varlen":
         return "has no ALiBi"
+    if sinks and kernel in ("torch-varlen", "flash-attn"):
+        return "has no attention sinks"
     return None
 
 
@@ -228,10 +235,10 @@ def attend_in_chunks(q, k, v, chunk: int, **options) -> torch.Tensor:
     return torch.cat(outs, dim=2)
 
 
-def run_kernel(q, k, v, kernel, scale, layout, window, softcap, slopes) -> torch.Tensor:
+def run_kernel(q, k, v, kernel, scale, layout, window, softcap, slopes, sinks) -> torch.Tensor:
     """Call the function of a kernel."""
     if kernel == "plain":
-        return plain_attention(q, k, v, scale, layout, window, softcap, slopes)
+        return plain_attention(q, k, v, scale, layout, window, softcap, slopes, sinks)
     if kernel == "flash-attn":
         return flash_attn_2(q, k, v, scale, layout, window, softcap, slopes)
     if kernel == "torch-varlen":
@@ -239,16 +246,16 @@ def run_kernel(q, k, v, kernel, scale, layout, window, softcap, slopes) -> torch
             return torch_varlen(q, k, v, scale, layout, window)
         kernel = "sdpa-flash"               # without boundaries it is the same code
     if layout is not None:
-        return sdpa_packed(q, k, v, kernel, scale, layout, window, slopes)
-    return sdpa(q, k, v, kernel, scale, window, slopes)
+        return sdpa_packed(q, k, v, kernel, scale, layout, window, slopes, sinks)
+    return sdpa(q, k, v, kernel, scale, window, slopes, sinks)
 
 
 # ---- the plain twin ------------------------------------------------------------------------------
 
 def plain_attention(q, k, v, scale, layout=None, window=None, softcap=None, slopes=None,
-                    wide_scores=True) -> torch.Tensor:
+                    sinks=None, wide_scores=True) -> torch.Tensor:
     """The slow twin: sequence by sequence, and PLAIN_QUERIES queries at a time."""
-    rules = (window, softcap, slopes, wide_scores)
+    rules = (window, softcap, slopes, sinks, wide_scores)
     if layout is not None:
         sequences = zip(*(x.split(layout.lengths, dim=2) for x in (q, k, v)))
         outs = [plain_attention(*sequence, scale, None, *rules) for sequence in sequences]
@@ -264,7 +271,7 @@ def plain_attention(q, k, v, scale, layout=None, window=None, softcap=None, slop
     return torch.cat(outs, dim=2)
 
 
-def plain_block(q, k, v, scale, window, softcap, slopes, wide_scores) -> torch.Tensor:
+def plain_block(q, k, v, scale, window, softcap, slopes, sinks, wide_scores) -> torch.Tensor:
     """The definition of attention: the score of every query with every key.
 
     Scores are float32, and q is scaled before the matmul: in float16 the q @ k.T of Qwen2 exceeds
@@ -282,7 +289,20 @@ def plain_block(q, k, v, scale, window, softcap, slopes, wide_scores) -> torch.T
             scores = scores + alibi_bias(slopes, T, S).to(dtype)
         mask = causal_mask(T, S, window, q.device)
         scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1).to(v.dtype) @ v
+        if sinks is not None:
+            sinks = sinks[:, None, None]                            # (H, 1, 1)
+        return softmax_with_sinks(scores, sinks).to(v.dtype) @ v
+
+
+def softmax_with_sinks(scores, sinks) -> torch.Tensor:
+    """Softmax of scores (…, S) and, in each row, of a sink, whose share is dropped.
+
+    sinks: of a shape that broadcasts to (…, 1); None: the ordinary softmax.
+    """
+    if sinks is None:
+        return scores.softmax(-1)
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat((sinks, scores), dim=-1).softmax(-1)[..., 1:]
 
 
 def causal_mask(T: int, S: int, window: int | None, device) -> torch.Tensor:
@@ -321,16 +341,23 @@ def repeat_heads(k, v, H: int):
 
 # ---- torch's scaled_dot_product_attention --------------------------------------------------------
 
-def sdpa(q, k, v, kernel, scale, window=None, slopes=None) -> torch.Tensor:
+def sdpa(q, k, v, kernel, scale, window=None, slopes=None, sinks=None) -> torch.Tensor:
     """torch's SDPA with one backend."""
     k, v = keys_in_window(k, v, q.shape[2], window)
     T, S = q.shape[2], k.shape[2]
     if S == 1 and kernel == "sdpa-cudnn":
         kernel = "sdpa-math"                # cuDNN refuses a single key
     if T == 1 and slopes is None:
-        return one_query(q, k, v, kernel, scale)
+        return one_query(q, k, v, kernel, scale, sinks=sinks)
 
     mask, backends = sdpa_mask(q, S, kernel, window, slopes)
+    if sinks is not None:
+        return sdpa_with_sinks(q, k, v, kernel, scale, mask, backends, sinks)
+    return run_sdpa(q, k, v, kernel, scale, mask, backends)
+
+
+def run_sdpa(q, k, v, kernel, scale, mask, backends) -> torch.Tensor:
+    """torch's function, with a mask or causal."""
     grouped = {}
     if q.shape[1] != k.shape[1]:
         if q.is_cuda and takes_grouped_heads(kernel, mask is not None):
@@ -341,7 +368,7 @@ def sdpa(q, k, v, kernel, scale, window=None, slopes=None) -> torch.Tensor:
     # Contiguous: some ROCm builds give wrong numbers when only v is a transposed view
     # (ROCm/pytorch#3230).
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    is_causal = T > 1 and mask is None
+    is_causal = q.shape[2] > 1 and mask is None
     with sdpa_kernel(backends):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale,
                                               **grouped)
@@ -364,6 +391,26 @@ def sdpa_mask(q, S: int, kernel, window, slopes):
         return None, [SDPA[kernel]]
     mask = causal_mask(T, S, window, q.device)
     return mask, [SDPA[name] for name in with_mask(kernel)]
+
+
+def sdpa_with_sinks(q, k, v, kernel, scale, mask, backends, sinks) -> torch.Tensor:
+    """SDPA knows no sinks: a further key in front has the sink's score, and the value 0.
+
+    Its score comes from further features, SINK_FEATURES of them since kernels want multiples of 8:
+    the first is sinks[h] / scale in every query, 1 in the new key and 0 in all others. Without a
+    mask a further query in front makes it as many queries as keys, which is_causal requires.
+    """
+    Dh = q.shape[3]
+    feature = F.pad((sinks / scale).to(q.dtype)[:, None], (0, SINK_FEATURES - 1))       # (H, 8)
+    q = torch.cat((q, feature[:, None].expand(*q.shape[:3], -1)), dim=-1)
+    sink_key = F.pad(torch.ones_like(k[:, :, :1, :1]), (Dh, SINK_FEATURES - 1))
+    k = torch.cat((sink_key, F.pad(k, (0, SINK_FEATURES))), dim=2)
+    v = F.pad(v, (0, SINK_FEATURES, 1, 0))
+    if mask is not None:
+        mask = F.pad(mask, (1, 0), value=True)
+        return run_sdpa(q, k, v, kernel, scale, mask, backends)[..., :Dh]
+    q = F.pad(q, (0, 0, 1, 0))
+    return run_sdpa(q, k, v, kernel, scale, None, backends)[:, :, 1:, :Dh]
 
 
 def takes_mask(kernel: str) -> bool:
@@ -395,7 +442,7 @@ def takes_grouped_heads(kernel: str, masked: bool) -> bool:
     return kernel in since and TORCH >= since[kernel]
 
 
-def sdpa_packed(q, k, v, kernel, scale, layout, window, slopes) -> torch.Tensor:
+def sdpa_packed(q, k, v, kernel, scale, layout, window, slopes, sinks) -> torch.Tensor:
     """SDPA of a packed row: each group of the layout is one right-padded batch."""
     slots = [n * padded for n, padded in layout.groups]
     outs = []
@@ -405,7 +452,7 @@ def sdpa_packed(q, k, v, kernel, scale, layout, window, slopes) -> torch.Tensor:
     for (n, padded), group in zip(layout.groups, groups):               # (H or K, slots, Dh)
         batch = (x.unflatten(1, (n, padded)).transpose(0, 1) for x in group)
         group_window = window if window is not None and window < padded else None
-        out = sdpa(*batch, kernel, scale, group_window, slopes)         # (n, H, padded, Dh)
+        out = sdpa(*batch, kernel, scale, group_window, slopes, sinks)  # (n, H, padded, Dh)
         outs.append(out.transpose(0, 1).flatten(1, 2))                  # (H, n * padded, Dh)
     return torch.cat(outs, dim=1).index_select(1, layout.scatter)[None]
 
@@ -476,18 +523,20 @@ class Filled:
         return self.mask
 
 
-def one_query(q, k, v, kernel, scale, softcap=None, filled: Filled | None = None) -> torch.Tensor:
+def one_query(q, k, v, kernel, scale, softcap=None, filled: Filled | None = None,
+              sinks=None) -> torch.Tensor:
     """q (B, H, 1, Dh) sees all of k, v (B, K, S, Dh), or their filled slots.
 
     Without a mask the H / K query heads that share a key/value head can be the rows of one matrix:
-    no key is repeated, and a cache is read in place.
+    no key is repeated, and a cache is read in place. With sinks it is the definition: a further key
+    would copy the cache for every token.
     """
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])            # (B, K, H / K, Dh)
     if filled is not None and kernel in ("flash-attn", "torch-varlen"):
         return one_query_varlen(q, k, v, kernel, scale, softcap, filled)
     mask = None if filled is None else filled.mask
-    if kernel == "plain":
-        return one_query_plain(q, k, v, scale, softcap, mask)
+    if kernel == "plain" or sinks is not None:
+        return one_query_plain(q, k, v, scale, softcap, mask, sinks=sinks)
     if filled is not None and filled.bias is not None:
         mask = filled.bias                  # else SDPA makes these numbers in every layer
 
@@ -497,7 +546,7 @@ def one_query(q, k, v, kernel, scale, softcap=None, filled: Filled | None = None
     return out.reshape(q.shape)
 
 
-def one_query_plain(q, k, v, scale, softcap=None, mask=None, bias=0.0) -> torch.Tensor:
+def one_query_plain(q, k, v, scale, softcap=None, mask=None, bias=0.0, sinks=None) -> torch.Tensor:
     """The definition of one_query. mask: (B or 1, 1, 1, S) bool. bias: added to the scores."""
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])            # (B, K, H / K, Dh)
     scores = (rows.float() * scale) @ k.float().transpose(-1, -2)       # (B, K, H / K, S)
@@ -506,20 +555,22 @@ def one_query_plain(q, k, v, scale, softcap=None, mask=None, bias=0.0) -> torch.
     scores = scores + bias
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1).to(v.dtype) @ v).view(q.shape)
+    if sinks is not None:
+        sinks = sinks.view(k.shape[1], -1, 1)                           # (K, H / K, 1)
+    return (softmax_with_sinks(scores, sinks).to(v.dtype) @ v).view(q.shape)
 
 
 def one_query_per_row(q, k, v, kernel, scale, filled: Filled, window, chunk, softcap,
-                      slopes) -> torch.Tensor:
+                      slopes, sinks) -> torch.Tensor:
     """q (B, H, 1, Dh) sees the filled slots of its own row of k, v (B, K, S, Dh)."""
     mask = filled.visible(window, chunk)
-    if kernel != "plain" and softcap is None and slopes is None:
+    if kernel != "plain" and softcap is None and slopes is None and sinks is None:
         kernel = kernel if kernel in SDPA else "sdpa-efficient"         # the others take no mask
         return one_query(q, k, v, kernel, scale, filled=Filled(mask))
     bias = 0.0
     if slopes is not None:
         bias = slopes.view(1, k.shape[1], -1, 1) * filled.distance()
-    return one_query_plain(q, k, v, scale, softcap, mask, bias)
+    return one_query_plain(q, k, v, scale, softcap, mask, bias, sinks)
 
 
 def one_query_varlen(q, k, v, kernel, scale, softcap, filled: Filled) -> torch.Tensor:

@@ -62,6 +62,8 @@ class Switches:
     # attention scores, MLP
     attn_softcap: float | None = None       # scores become cap * tanh(scores / cap)
     attn_scale: float | None = None         # scores are q.k times this; None: head_dim ** -0.5
+    attn_sinks: bool = False                # a trained score per head that takes part in every
+                                            # softmax and has no value (arXiv:2508.10925)
     hidden_act: str = "silu"                # a row of model.ACTIVATIONS
 
     # block, embedding and head
@@ -86,7 +88,13 @@ class Switches:
     routed_scale: float = 1.0               # the chosen experts' weights are multiplied by this
     scale_input: bool = False               # scores multiply the expert's input, not its output
     shared_expert_gate: bool = False        # the shared expert's output is gated by a sigmoid
+    router_bias: bool = False               # the router has a bias
     stacked_experts: bool = False           # one (E, in, out) tensor, gate and up fused
+    interleaved_gate_up: bool = False       # of stacked experts: gate and up alternate, gate first
+    expert_bias: bool = False               # of stacked experts: gate, up and down
+    swiglu_limit: float | None = None       # of stacked experts: gate and up are clamped to it, and
+                                            # gate * sigmoid(swiglu_alpha * gate) * (up + 1)
+    swiglu_alpha: float = 1.702             # (arXiv:2508.10925, sec. 2.2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +223,7 @@ def window_of_qwen3_moe(take, layer):
     return take("sliding_window") if take("use_sliding_window") else None
 
 
-def window_of_gemma2(take, layer):
+def window_every_second(take, layer):
     return take("sliding_window", 4096, null=True) if layer % 2 == 0 else None
 
 
@@ -351,6 +359,14 @@ def gelu_by_tanh(take):
     return take("hidden_act")
 
 
+def yarn_unless_stated(take):
+    """The rotation that GPT-OSS has where config.json states none."""
+    if take("rope_scaling") or take("rope_parameters"):
+        return take("rope_scaling")
+    return {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096}
+
+
 def unit_norm_by_default(take):
     return "unit" if take("use_qk_norm", True) else ""
 
@@ -470,7 +486,7 @@ FAMILIES = {
         attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
         attn_softcap=unless_null("attn_logit_softcapping", 50.0),
         final_softcap=unless_null("final_logit_softcapping", 30.0),
-        windows=window_of_gemma2,
+        windows=window_every_second,
         names=GEMMA_NORMS),
     "gemma3_text": Family(                          # arXiv:2503.19786; 270M and 1B
         norm="rms+1", norm_place="both", qk_norm="head", **BIASED,
@@ -600,6 +616,22 @@ FAMILIES = {
         fixed={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}),
     "deepseek_v3": Family(**DEEPSEEK3),             # V3 to V3.1, R1, Moonlight; arXiv:2412.19437
     "kimi_k2": Family(**DEEPSEEK3),                 # arXiv:2507.20534
+    "gpt_oss": Family(                              # arXiv:2508.10925
+        norm="rms wide", attn_sinks=True, windows=window_every_second,
+        qkv_bias=said("attention_bias", True), o_bias=said("attention_bias", True),
+        rope_scaling=yarn_unless_stated,
+        sparse=lambda take, layer: True, router_bias=True,
+        norm_topk_prob=True,                        # as a softmax over the chosen experts alone
+        stacked_experts=True, interleaved_gate_up=True, expert_bias=True,
+        swiglu_limit=said("swiglu_limit", 7.0), swiglu_alpha=said("swiglu_alpha", 1.702),
+        fixed={"hidden_act": "silu"},
+        absent={"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
+                "sliding_window": 128},
+        names={"mlp.gate": "mlp.router",
+               "gate_up_proj.weight": "gate_up_proj",
+               "gate_up_proj.bias": "gate_up_proj_bias",
+               "experts.down_proj.weight": "experts.down_proj",
+               "experts.down_proj.bias": "experts.down_proj_bias"}),
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
         **LLAMA4, prefix="language_model.", text_field="text_config",
@@ -656,6 +688,7 @@ BOUNDS = {
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), (1.5, 1e30)),
     **dict.fromkeys(("embedding_multiplier", "attention_multiplier", "residual_multiplier",
                      "logits_scaling", "logit_scale", "routed_scaling_factor"), POSITIVE),
+    **dict.fromkeys(("swiglu_limit", "swiglu_alpha"), POSITIVE),
     **dict.fromkeys(("rope_ratio", "query_pre_attn_scalar", "attn_logit_softcapping", "floor_scale",
                      "final_logit_softcapping", "clip_qkv"), POSITIVE),
     "attn_scale": (0.0, 1e30),
@@ -698,6 +731,7 @@ HARMLESS = frozenset("""
     for_llm_compressor sliding_window_size is_llama_config transformers.js_config
     aux_loss_alpha seq_aux ep_size attn_type_list use_mtp num_mtp_modules mtp_transformer_layers
     use_embedding_sharing eod_token_id org_vocab_size cla_share_factor
+    experts_per_token initial_context_length
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob

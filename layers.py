@@ -118,12 +118,16 @@ class LatentAttention(nn.Module):
 class StackedLinear(nn.Module):
     """E linear maps in one tensor (E, in, out), as some checkpoints store them."""
 
-    def __init__(self, experts: int, size_in: int, size_out: int):
+    def __init__(self, experts: int, size_in: int, size_out: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, size_in, size_out))
+        self.bias = nn.Parameter(torch.empty(experts, size_out)) if bias else None
 
     def forward(self, x, expert: int):
-        return x @ self.weight[expert]
+        y = x @ self.weight[expert]
+        if self.bias is None:
+            return y
+        return y + self.bias[expert].to(y.dtype)        # under autocast the product is 16 bits
 
 
 class StackedExperts(nn.Module):
@@ -132,13 +136,31 @@ class StackedExperts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up_proj = StackedLinear(E, D, 2 * width)
-        self.down_proj = StackedLinear(E, width, D)
+        self.config = config
+        self.gate_up_proj = StackedLinear(E, D, 2 * width, config.expert_bias)
+        self.down_proj = StackedLinear(E, width, D, config.expert_bias)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x, expert: int):
-        gate, up = self.gate_up_proj(x, expert).chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up, expert)
+        return self.down_proj(self.gated(self.gate_up_proj(x, expert)), expert)
+
+    def gated(self, gate_up):
+        """The output of gate_up_proj, (n, 2 I) -> the input of down_proj, (n, I)."""
+        if self.config.interleaved_gate_up:
+            gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+        else:
+            gate, up = gate_up.chunk(2, dim=-1)
+        limit = self.config.swiglu_limit
+        if limit is None:
+            return self.act(gate) * up
+        return clamped_swiglu(gate, up, limit, self.config.swiglu_alpha)
+
+
+def clamped_swiglu(gate, up, limit: float, alpha: float):
+    """SwiGLU of clamped inputs, with 1 added to up (arXiv:2508.10925, sec. 2.2)."""
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
 
 
 class MoE(nn.Module):
@@ -155,7 +177,8 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         width = config.moe_intermediate_size
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)   # the router
+        self.gate = nn.Linear(config.hidden_size, config.num_experts,               # the router
+                              bias=config.router_bias)
         if config.selection_bias:               # float32 in any model, and never trained
             constant = torch.zeros(config.num_experts, dtype=torch.float32)
             self.selection_bias = nn.Parameter(constant, requires_grad=False)

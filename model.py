@@ -139,6 +139,7 @@ class Attention(nn.Module):
             self.k_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
             self.v_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * Dh, D, bias=config.o_bias)
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attn_sinks else None
         if config.qk_norm.startswith("head"):
             self.q_norm = NORMS[config.norm](Dh, config.rms_norm_eps)
             self.k_norm = NORMS[config.norm](Dh, config.rms_norm_eps)
@@ -197,6 +198,7 @@ class Attention(nn.Module):
             window=config.windows[self.layer],
             chunk=config.chunks[self.layer],
             softcap=config.attn_softcap,
+            sinks=self.sinks,
             filled=ctx.cache.filled if ctx.cache else None,
         )                                                           # (B, H, T, Dh)
         return out.transpose(1, 2).flatten(2)
@@ -448,6 +450,7 @@ def attention_needs(config: ModelConfig) -> dict:
         "chunk": next((chunk for chunk in config.chunks if chunk), None),
         "softcap": config.attn_softcap,
         "alibi": config.alibi,
+        "sinks": config.attn_sinks,
         "scale": config.attn_scale,
     }
 
@@ -500,7 +503,7 @@ def init_weights(model: CausalLM, generator: torch.Generator):
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             weight.zero_()
-        elif weight.dim() == 1:
+        elif weight.dim() == 1 and not name.endswith("sinks"):
             weight.fill_(0.0 if model.config.norm == "rms+1" else 1.0)
         else:
             weight.normal_(0.0, model.config.initializer_range, generator=generator)

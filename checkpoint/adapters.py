@@ -19,7 +19,7 @@ from checkpoint.adapter_names import (PREFIX, AdapterTensors, fields_with_names,
                                       name_in_files)
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
-from checkpoint.peft_targets import peft_fields
+from checkpoint.peft_targets import peft_exchanges_stacks, peft_fields
 from checkpoint.shards import full_shape, full_tensor, own_part
 from lora import (AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, attach_lora, find_targets,
                   is_quantized, lora_layers, match_patterns, merge_adapters, trainable)
@@ -247,8 +247,9 @@ def copies_of_base(model: CausalLM, tensors) -> set[str]:
 def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
     """{name of an A or B: number of experts} of stacks whose file has A and B exchanged, or {}.
 
-    PEFT writes them so from 0.20 on, where it takes the matrices of a stack as (out, in); their
-    product is the same. The shapes tell; where all matrices are square, only the version does.
+    PEFT writes them so from 0.20 on, where it takes the matrices of a stack as (out, in), except
+    for families it knows better; their product is the same. The shapes tell; where all matrices are
+    square, only family and version do.
     """
     names = peft_names(model)
     found = {}
@@ -264,7 +265,8 @@ def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
         all_swapped = all_swapped and shapes == [B[::-1], A[::-1]]
         found.update(dict.fromkeys(keys, full_shape(module.weight)[0]))
     is_newer = re.match(r"0\.[2-9]\d|[1-9]", raw.get("peft_version") or "")
-    return found if all_swapped and (is_newer or not all_plain) else {}
+    exchanged = is_newer and peft_exchanges_stacks(model.config)
+    return found if all_swapped and (exchanged or not all_plain) else {}
 
 
 def swapped_back(tensor_of: Callable, name: str, experts: int):
@@ -349,7 +351,9 @@ def save_adapter(model: CausalLM, folder, config: AdapterConfig, base: str,
 
 
 def in_pefts_layout(model: CausalLM, tensors: dict) -> dict:
-    """The tensors with A and B of every stack exchanged, as PEFT stores them from 0.20 on."""
+    """The tensors with A and B of every stack exchanged, where PEFT stores them so from 0.20 on."""
+    if not peft_exchanges_stacks(model.config):
+        return tensors
     names = peft_names(model)
     written = dict(tensors)
     for layer, module in lora_layers(model).items():

@@ -16,6 +16,7 @@ import re
 from torch import nn
 
 from lora import AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, lora_layers
+from families import ModelConfig
 from model import CausalLM
 
 # families whose experts are separate in the files and stacks in transformers 5: {model_type: names
@@ -27,6 +28,10 @@ SEPARATE_EXPERTS = {
 }
 # of them those whose target_modules PEFT 0.21 takes for the stacks by itself, wherever they stand
 TAKES_NAMES_FOR_STACKS = ("mixtral", "qwen3_moe")
+ROUTERS = {"qwen2_moe": "mlp.gate", "gpt_oss": "mlp.router"}    # that are no linear layers in PEFT
+# families whose stacks PEFT 0.21 takes as (in, out), as they are stored; of others it takes them as
+# (out, in), and exchanges A and B
+TAKEN_AS_STORED = ("gpt_oss",)
 STACKED_GATE_UP = r".*\.experts\.gate_up_proj"
 STACKS_SINCE = "0.21.0"     # the version whose layout of stacks is written
 
@@ -62,13 +67,13 @@ def layer_fields(model: CausalLM, config: LoRAConfig) -> dict:
     }
     if parameters:
         fields["peft_version"] = STACKS_SINCE
+    names = {stored_name(name) for name, layer in lora_layers(model).items()
+             if isinstance(layer, AdaptedLinear)}
+    if by_weight := weights_to_name(model, names):
+        if isinstance(modules, str) or names_any(modules, by_weight):
+            modules = sorted(names - by_weight)
+        parameters += sorted(f"{name}.weight" for name in by_weight)
     if model.config.model_type in SEPARATE_EXPERTS:
-        names = set(layers)
-        by_weight = weights_to_name(model, names)
-        if by_weight:
-            if isinstance(modules, str) or names_any(modules, by_weight):
-                modules = sorted(names - by_weight)
-            parameters += sorted(f"{name}.weight" for name in by_weight)
         parameters += stacks_to_name(model, names)
         if any(is_expert(name) for name in names):
             fields |= fused_patterns(config, fields)
@@ -77,6 +82,11 @@ def layer_fields(model: CausalLM, config: LoRAConfig) -> dict:
     if parameters or any(is_expert(name) for name in layers):
         fields["lora_dropout"] = 0.0            # PEFT opens no adapter of stacks that has dropout
     return {"target_modules": modules, **fields}
+
+
+def peft_exchanges_stacks(model_config: ModelConfig) -> bool:
+    """Whether PEFT, from 0.20 on, exchanges A and B of this model's stacks of experts."""
+    return model_config.model_type not in TAKEN_AS_STORED
 
 
 def is_expert(name: str) -> bool:
@@ -93,10 +103,10 @@ def weights_to_name(model: CausalLM, names: set[str]) -> set[str]:
     """The adapted layers that PEFT 0.21 finds under the name of their weight alone.
 
     Where target_modules `gate_proj` means the experts', the dense MLP of another layer is lost; and
-    Qwen 2's router is no linear layer.
+    the routers of Qwen 2 and GPT-OSS are no linear layers.
     """
     if model.config.model_type not in TAKES_NAMES_FOR_STACKS:
-        return {name for name in names if name.endswith("mlp.gate")}
+        return {name for name in names if name.endswith(ROUTERS.get(model.config.model_type, ()))}
     renamed = SEPARATE_EXPERTS[model.config.model_type]
     last_parts = renamed[0] | {renamed[1]}
     return {name for name in names if name.rpartition(".")[2] in last_parts and not is_expert(name)}

@@ -62,6 +62,7 @@ class Problem:
     chunk: int | None = None        # tokens
     softcap: float | None = None
     alibi: bool = False             # `attend` gets slopes
+    sinks: bool = False             # `attend` gets sinks
     scale: float | None = None      # None: head_dim ** -0.5
 
     @property
@@ -73,8 +74,10 @@ class Problem:
         slopes = None
         if self.alibi:              # between 1 and 2 ** -8, as in models with ALiBi
             slopes = 2.0 ** -torch.linspace(0.5, 8, heads, device=device)
+        sinks = torch.linspace(-1, 2, heads, device=device) if self.sinks else None
         scale = self.head_dim ** -0.5 if self.scale is None else self.scale
-        return {"scale": scale, "window": self.window, "softcap": self.softcap, "slopes": slopes}
+        return {"scale": scale, "window": self.window, "softcap": self.softcap, "slopes": slopes,
+                "sinks": sinks}
 
 
 @dataclass
@@ -205,7 +208,8 @@ def try_kernels(kernels: tuple[str, ...], problem: Problem) -> tuple[Verdict, ..
 
 def known_refusal(kernel: str, problem: Problem) -> str | None:
     """The reason why a kernel need not be tried, or None. Imports and runs nothing."""
-    if missing := missing_feature(kernel, problem.softcap is not None, problem.alibi):
+    if missing := missing_feature(kernel, problem.softcap is not None, problem.alibi,
+                                  problem.sinks):
         return missing
     if kernel == "sdpa-flash" and problem.alibi and problem.on_gpu:
         return "takes no mask, and ALiBi needs one"
@@ -635,6 +639,7 @@ def parse_options() -> dict:
                         help="scores become softcap * tanh(scores / softcap) (Gemma 2)")
     parser.add_argument("--alibi", action="store_true",
                         help="ALiBi instead of rotary positions (Baichuan 2 13B)")
+    parser.add_argument("--sinks", action="store_true", help="attention sinks (GPT-OSS)")
     parser.add_argument("--scale", type=float, help="of the scores; default head_dim ** -0.5")
     parser.add_argument("--probe", metavar="JSON",
                         help="for the picker: try the named kernels, print a JSON line each")

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from attention import PLAIN_QUERIES, TORCH, group_by_length, takes_grouped_heads
+from attention import PLAIN_QUERIES, SINK_FEATURES, TORCH, group_by_length, takes_grouped_heads
 from checkpoint.load import quantized_weights
 from families import ModelConfig
 from lora import AdaptedLinear, LoRALinear, LoRAStacked
@@ -314,8 +314,12 @@ def moe_bytes(moe: MoE, model_config: ModelConfig, batch: MicroBatch) -> int:
     expert = moe.experts if model_config.stacked_experts else moe.experts[0]
     # the factor of the router's scores
     weighted = hidden * (batch.stream if model_config.scale_input else batch.compute)
-    per_expert = input_bytes(hidden, input_layers(expert), batch, from_stream=True)
-    per_expert += mlp_bytes(expert, model_config.moe_intermediate_size, batch)
+    routed = replace(batch, fast=batch.fast and not model_config.stacked_experts)
+    width = model_config.moe_intermediate_size
+    per_expert = input_bytes(hidden, input_layers(expert), routed, from_stream=True)
+    per_expert += mlp_bytes(expert, width, routed)
+    if model_config.swiglu_limit:       # gate and up as they were clamped, and a sigmoid
+        per_expert += 3 * width * batch.compute
     per_expert += weighted + 4 * 8
     total = model_config.num_experts_per_tok * per_expert + 4 * model_config.num_experts
 
@@ -403,7 +407,9 @@ def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
     Dh = model_config.head_dim
     on_gpu = batch.device.type == "cuda"
     groups = padded_groups(layer, model_config, batch)
-    slots = sum(n * T for n, T, _ in groups)                    # tokens, padding included
+    sinks = model_config.attn_sinks
+    slots = sum(n * (T + sinks) for n, T, _ in groups)          # tokens, padding included
+    Dh += SINK_FEATURES * sinks
     grouped_heads = batch.kernel == "flash-attn"
     if on_gpu and takes_grouped_heads(batch.kernel, any(masked for *_, masked in groups)):
         grouped_heads = True
@@ -413,6 +419,7 @@ def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
         return math_size(batch) * slots * heads * Dh + scores
     # the output may be the very tensor that o_proj keeps as its input
     is_input = batch.kernel in VARLEN or on_gpu and len(groups) == groups[0][0] == 1
+    is_input = is_input and not sinks
     counted = is_input and input_bytes(1, [attention.o_proj], batch)
     output = 0 if counted else H * Dh * batch.compute
     return slots * (heads * Dh * batch.compute + output + 4 * H) + scores

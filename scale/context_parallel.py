@@ -160,14 +160,14 @@ def own_context(row: OwnTokens, context, position_ids, x, layout, cache, routers
 # ---- attention ----------------------------------------------------------------------------------
 
 
-def attend_across(axis: Axis, q, k, v, *, layout=None, slopes=None, **options):
+def attend_across(axis: Axis, q, k, v, *, layout=None, slopes=None, sinks=None, **options):
     """attention.attend of own tokens: q (1, H, n, Dh) over k, v (1, K, n, Dh) of all processes."""
     if layout is None:
-        return attend(q, k, v, layout=None, slopes=slopes, **options)
+        return attend(q, k, v, layout=None, slopes=slopes, sinks=sinks, **options)
     sizes = part_sizes(layout.total, axis.size)
-    if slopes is not None:
-        slopes = slopes.chunk(axis.size)[axis.rank]
-    out = attend(*own_heads(axis, sizes, q, k, v), layout=layout, slopes=slopes, **options)
+    of_heads = {name: None if numbers is None else numbers.chunk(axis.size)[axis.rank]
+                for name, numbers in (("slopes", slopes), ("sinks", sinks))}
+    out = attend(*own_heads(axis, sizes, q, k, v), layout=layout, **of_heads, **options)
     out = exchange(out[0].transpose(0, 1), sizes, [q.shape[2]] * axis.size, axis)
     out = out.unflatten(0, (axis.size, q.shape[2]))                 # (P, n, H/P, Dh)
     return out.transpose(0, 1).flatten(1, 2).transpose(0, 1)[None]  # (1, H, n, Dh)

@@ -107,9 +107,11 @@ def cut_experts(model, axis: Axis):
 
 
 def cut_stack(layer: StackedLinear | LoRAStacked, axis: Axis):
-    """Cut a stack of matrices by experts, and its adapter, laid out as lora.LoRAStacked says."""
+    """Cut a stack of linear maps by experts, and its adapter, laid out as LoRAStacked says."""
     experts = len(layer.weight)
-    cut_parameter(getattr(layer, "base_layer", layer), "weight", Cut(0, (experts,), axis))
+    base = getattr(layer, "base_layer", layer)
+    for name, _ in list(base.named_parameters(recurse=False)):      # weight, and bias if any
+        cut_parameter(base, name, Cut(0, (experts,), axis))
     if isinstance(layer, LoRAStacked):
         rows = layer.lora_A.weight.shape[0]                                     # E*r
         cut_parameter(layer.lora_A, "weight", Cut(0, (rows,), axis))

@@ -95,6 +95,8 @@ def cut_model(model, axis: Axis, vocabulary: bool):
             heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
             module.config = replace(module.config, num_attention_heads=heads // axis.size,
                                     num_key_value_heads=kv_heads // axis.size)
+            if module.sinks is not None:
+                cut_parameter(module, "sinks", Cut(0, (heads,), axis))
     tied = model.lm_head.weight is model.model.embed_tokens.weight
     if vocabulary:
         cut_vocabulary(model, axis)
@@ -111,7 +113,7 @@ def sections_of(config, layer, kind: str) -> tuple[int, ...]:
     if kind in ROWS:
         return (weight.shape[1],)
     out = weight.shape[2] if stacked else weight.shape[0]
-    if kind == "gate_up_proj":
+    if kind == "gate_up_proj" and not (stacked and config.interleaved_gate_up):
         return (out // 2, out // 2)
     if kind == "qkv_proj" and config.fused_qkv == "blocks":
         kv = config.num_key_value_heads * config.head_dim
@@ -127,7 +129,7 @@ def cut_layer(layer, kind: str, sections: tuple, axis: Axis):
     cut_parameter(base, "weight", Cut((2 if stacked else 0) if columns else 1, sections, axis))
     if getattr(base, "bias", None) is not None:
         if columns:
-            cut_parameter(base, "bias", Cut(0, sections, axis))
+            cut_parameter(base, "bias", Cut(1 if stacked else 0, sections, axis))
         elif base.bias.requires_grad:
             raise ValueError(f"tensor_parallel_size: {kind} has a bias that would be trained, "
                              "which is added on one process only. Take finetuning_type: lora, or "

@@ -13,7 +13,8 @@ from tests.common import SDPA_ON_CPU
 from tests.fake_flash_attn import fake_flash_attn, fake_varlen
 
 
-def attention_by_loops(q, k, v, window=None, lengths=None, chunk=None, softcap=None, slopes=None):
+def attention_by_loops(q, k, v, window=None, lengths=None, chunk=None, softcap=None, slopes=None,
+                       sinks=None):
     """Attention as loops over heads and queries, in float64; differentiable."""
     (B, H, T, Dh), (K, S) = q.shape, k.shape[1:3]
     place = [(sample, at) for sample, n in enumerate(lengths or [S]) for at in range(n)]
@@ -34,7 +35,10 @@ def attention_by_loops(q, k, v, window=None, lengths=None, chunk=None, softcap=N
             scores = scores + torch.tensor([float(slopes[h]) * (key - query) for key in seen],
                                            dtype=torch.float64)
         weights = torch.exp(scores - scores.max())
-        out.append(weights @ v[b, h // (H // K), seen].double() / weights.sum())
+        total = weights.sum()
+        if sinks is not None:
+            total = total + torch.exp(sinks[h].double() - scores.max())
+        out.append(weights @ v[b, h // (H // K), seen].double() / total)
     return torch.stack(out).view(B, H, T, Dh)
 
 
@@ -263,6 +267,7 @@ def test_alibi_is_passed_to_sdpa_as_a_mask_without_fallback(monkeypatch, kernel)
 # ---- chunks, softcap, ALiBi: with every kernel that supports them --------------------------------
 
 SLOPES = torch.tensor([0.7, 0.25, 0.06, 0.004])
+SINKS = torch.tensor([-1.5, 0.0, 0.8, 3.0])
 RULES = {
     "chunk": {"chunk": 4}, "chunk of one": {"chunk": 1}, "long chunk": {"chunk": 99},
     "softcap": {"softcap": 0.8}, "alibi": {"slopes": SLOPES},
@@ -270,11 +275,14 @@ RULES = {
     "alibi + window": {"slopes": SLOPES, "window": 3},
     "alibi + chunk": {"slopes": SLOPES, "chunk": 4},
     "all": {"softcap": 0.8, "slopes": SLOPES, "chunk": 5, "window": 3},
+    "sinks": {"sinks": SINKS}, "sinks + window": {"sinks": SINKS, "window": 3},
+    "sinks + chunk": {"sinks": SINKS, "chunk": 4},
 }
 ABLE = [(kernel, name)
         for kernel in ("plain", "flash-attn", "torch-varlen", *SDPA_ON_CPU)
         for name in RULES
-        if not A.missing_feature(kernel, "softcap" in RULES[name], "slopes" in RULES[name])]
+        if not A.missing_feature(
+            kernel, *(rule in RULES[name] for rule in ("softcap", "slopes", "sinks")))]
 
 
 @pytest.fixture
@@ -286,7 +294,28 @@ def imitated_packages(monkeypatch):
 
 
 def test_number_of_kernels_with_each_rule():
-    assert len(ABLE) == 2 * len(RULES) + 4 + 2 * 7  # plain and flash-attn, varlen, two of SDPA
+    # plain; flash-attn without sinks; varlen; two of SDPA
+    assert len(ABLE) == len(RULES) + (len(RULES) - 3) + 4 + 2 * (7 + 3)
+
+
+@pytest.mark.parametrize("kernel", ("plain", *SDPA_ON_CPU))
+@pytest.mark.parametrize("T, S, lengths", ((6, 6, None), (1, 6, None), (3, 7, None),
+                                           (9, 9, (1, 5, 3))))
+def test_gradients_of_sinks_equal_the_definition(kernel, T, S, lengths):
+    qkv = random_qkv(1, 4, 2, T, S)
+    grads = []
+    for attention, options in (
+            (A.attend, {"kernel": kernel, "layout": lengths and A.PackedLayout(lengths)}),
+            (attention_by_loops, {"lengths": lengths})):
+        sinks = SINKS.clone().requires_grad_()
+        out = attention(*qkv, sinks=sinks, window=4, **options)
+        grads += torch.autograd.grad((out * torch.arange(8)).sum(), sinks)
+    assert_close(grads[:1], grads[1:])
+
+
+def test_kernels_without_sinks_say_so():
+    with pytest.raises(ValueError, match="'flash-attn' has no attention sinks; take one of 'sdpa"):
+        A.attend(*random_qkv(1, 4, 2, 3, 3), kernel="flash-attn", sinks=SINKS)
 
 
 @pytest.mark.parametrize("kernel, name", ABLE)
@@ -369,7 +398,7 @@ def test_autocast_keeps_window_chunk_softcap_and_alibi():
 
 @pytest.mark.parametrize("kernel", ("torch-varlen", *A.SDPA))
 def test_a_feature_that_a_kernel_lacks_is_an_error(kernel):
-    with pytest.raises(ValueError, match=f"'{kernel}' has no softcap; 'plain'"):
+    with pytest.raises(ValueError, match=f"'{kernel}' has no softcap; take one of 'flash-attn'"):
         A.attend(*random_qkv(1, 4, 2, 6, 6), kernel=kernel, softcap=30.0)
     if kernel == "torch-varlen":
         with pytest.raises(ValueError, match="has no ALiBi"):

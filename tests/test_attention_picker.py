@@ -110,6 +110,19 @@ def test_top_left_alignment_is_refused_for_generation(monkeypatch):
     assert "wrong output (7 queries, 129 keys)" in attention_picker.find_fault("flash-attn", chat)
 
 
+@pytest.mark.parametrize("training", (True, False))
+def test_a_kernel_that_ignores_sinks_is_refused(monkeypatch, training):
+    problem = attention_picker.Problem("cpu", "bfloat16", 32, 4, 2, training, window=20, sinks=True)
+    assert attention_picker.find_fault("sdpa-math", problem) is None
+    choice = attention_picker.pick_kernel("fa2", device="cpu", dtype=torch.float32, head_dim=16,
+                                          num_heads=4, num_kv_heads=2, sinks=True,
+                                          training=training)
+    assert choice.refused["flash-attn"] == "has no attention sinks"
+    monkeypatch.setattr(attention_picker, "attend", lambda *qkv, sinks, **options:
+                        A.attend(*qkv, **options))
+    assert "wrong output" in attention_picker.find_fault("sdpa-math", problem)
+
+
 RULED = {"window": {"window": 4096}, "softcap": {"softcap": 50.0}, "slopes": {"alibi": True}}
 
 

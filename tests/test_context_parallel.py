@@ -30,7 +30,7 @@ from tests.test_tensor_parallel import (EXPERTS, FULL, MODELS, SAVES, WORKER, as
                                         history)
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)      # see tests/test_fsdp.py
-TINY_MODELS = {name: MODELS[name] for name in ("llama", "mixtral")} | {
+TINY_MODELS = {name: MODELS[name] for name in ("llama", "mixtral", "gpt_oss")} | {
     "gemma3": {**MODELS["gemma2"], "model_type": "gemma3_text", "rope_local_base_freq": 100.0,
                "layer_types": ["sliding_attention", "full_attention"]},
     "six": {**MIXTURE, "num_attention_heads": 6},
@@ -56,6 +56,7 @@ CASES = {   # settings of runs that agree with one process
     "dynamic": dict(model_name_or_path="dynamic"),              # frequencies of the longest row
     "mixtral": dict(EXPERTS, model_name_or_path="mixtral", lora_target="all,experts,gate"),
     "latent": dict(EXPERTS, model_name_or_path="latent"),       # keys and values of one vector
+    "gpt_oss": dict(EXPERTS, model_name_or_path="gpt_oss"),     # a sink for each head
     "four bits": dict(quantization_bit=4, use_dora=True, lora_dropout=0.1),
     "dft": dict(use_dft_loss=True, lora_target="q_proj,o_proj,lm_head",
                 additional_target="embed_tokens"),

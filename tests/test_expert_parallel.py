@@ -21,13 +21,15 @@ from scale.mesh import Axis
 from tests.common import ROOT
 from tests.ranks import COMMON, MIXTURE, SMALL, outcomes, small_world, tiny_model, torchrun
 from tests.test_tensor_parallel import MODELS as CUT
-from tests.test_tensor_parallel import EXPERTS, FULL, SAVES, WORKER, assert_alike, history
+from tests.test_tensor_parallel import (EXPERTS, FULL, SAVES, WORKER, assert_alike, history,
+                                        with_biases)
 
 MODELS = {      # without the dropout of reward models, whose random numbers each rank draws alone
     "mixtral": dict(CUT["mixtral"], summary_dropout_prob=0.0),
     "qwen2_moe": CUT["qwen2_moe"],
     "stacked": CUT["stacked"],
     "twelve": dict(MIXTURE, num_experts=12),
+    "gpt_oss": CUT["gpt_oss"],
 }
 HAS_GROUPED = hasattr(torch, "_grouped_mm")
 # the grouped product, which start-up leaves to GPUs, in the cases that name it
@@ -48,6 +50,7 @@ CASES = {   # settings of runs that agree with one process
         eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=3,
         load_best_model_at_end=True),
     "stacked": EXPERTS | SAVES | dict(model_name_or_path="stacked"),
+    "biased stacks": dict(EXPERTS, model_name_or_path="gpt_oss"),
     "full": EXPERTS | FULL | SAVES,
     "router": dict(EXPERTS, lora_target="all,experts,gate", disable_gradient_checkpointing=False),
     "experts alone": dict(EXPERTS, model_name_or_path="qwen2_moe", lora_target="experts"),
@@ -93,6 +96,7 @@ def here(tmp_path_factory):
     small_world(here)
     for name, fields in MODELS.items():
         tiny_model(here / name, fields)
+        with_biases(here / name)
     worker = WORKER.replace("joined = []", GROUPING + "joined = []")
     worker = worker.replace("ROOT", repr(str(ROOT))).replace("GROUPED", str(HAS_GROUPED))
     (here / "worker.py").write_text(worker, encoding="utf-8")

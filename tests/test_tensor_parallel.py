@@ -76,6 +76,8 @@ MODELS = {
     "stacked": {"model_type": "llama4_text", **SMALL, "num_local_experts": 4,
                 "num_experts_per_tok": 1, "intermediate_size_mlp": 40,
                 "interleave_moe_layer_step": 1, "tie_word_embeddings": False},
+    "gpt_oss": {"model_type": "gpt_oss", **SMALL, "num_local_experts": 4, "sliding_window": 20,
+                "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
 }
 # AdamW divides tiny gradients, of experts with few tokens, by their own rounding errors: not here
 EXPERTS = dict(lora_target="all,experts", join_micro_batches=False, adam_epsilon=1e-6)
@@ -92,6 +94,7 @@ CASES = {   # settings of runs that agree with one process
     "qwen3_moe": dict(EXPERTS, model_name_or_path="mixture", cutoff_len=24),
     "qwen2_moe": dict(EXPERTS, model_name_or_path="qwen2_moe"),
     "stacked": dict(EXPERTS, model_name_or_path="stacked"),
+    "gpt_oss": dict(EXPERTS, model_name_or_path="gpt_oss"),
     "evaluation": dict(
         eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=2,
         save_steps=2, per_device_eval_batch_size=3, load_best_model_at_end=True,

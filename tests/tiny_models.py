@@ -104,6 +104,14 @@ SMALL_FAMILIES = {
         attention_chunk_size=128,
         num_experts_per_tok=1,
     ),
+    "gpt_oss": dict(
+        model_type="gpt_oss",
+        head_dim=16,
+        intermediate_size=96,
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=64,
+    ),
 }
 
 
