@@ -50,6 +50,7 @@ from runtime.precision import requested_format
 from templates import Settings, Template, encode_prompt
 from text.load_text import eos_ids_of, load_text
 from text.plain_text import check_utf8, why_not_utf8
+from text.read_calls import marking_tokens
 from text.tokenizer import TextStream, Tokenizer, read_json
 
 ENDINGS = {         # reason why an answer ended -> remark
@@ -197,7 +198,9 @@ def answer(chat: Chat, messages: list[dict]) -> tuple[str, str]:
     """
     prompt = start_prompt(chat, messages)
     skip = chat.config.skip_special_tokens
-    stream = TextStream(chat.tokenizer, skip)
+    # the marks of a thought stay, so that the next prompt can leave the thought out
+    keep = marking_tokens(chat.template, chat.tokenizer, tools=False)
+    stream = TextStream(chat.tokenizer, skip, keep)
     new = []
     ending = "max_new_tokens" if chat.max_new_tokens else "max_length"
     limit = chat.max_new_tokens or max(0, chat.config.max_length - len(prompt))
@@ -222,7 +225,7 @@ def answer(chat: Chat, messages: list[dict]) -> tuple[str, str]:
         ending = "context"
     if ENDINGS[ending]:
         say(ENDINGS[ending].format(new=len(new), cached=len(chat.cached_ids)))
-    return chat.tokenizer.decode(new, skip), ending
+    return stream.decode(new), ending
 
 
 def start_prompt(chat: Chat, messages: list[dict]) -> list[int]:

@@ -1,6 +1,6 @@
 """One answer as it grows: tokens become text, up to a stop string, with thought and tool calls.
 
-    choice = Choice(tokenizer, stop=["\\n\\n"], marks=template.thought)
+    choice = Choice(tokenizer, stop=["\\n\\n"], template=template)
     for token in tokens:
         print(choice.push(token))               # [("thought" | "text", piece), …]
     print(choice.end("length"), choice.finish_reason, choice.calls)
@@ -11,7 +11,8 @@ the text is held back to the end, as it may turn out to be a call.
 Requires: text/read_calls.py, text/tokenizer.py (TextStream).
 Next: serving/service.py.
 """
-from text.read_calls import ThoughtSplitter, begun, find_calls
+from templates import Template
+from text.read_calls import ThoughtSplitter, begun, find_calls, marking_tokens
 from text.tokenizer import TextStream, Tokenizer
 
 Piece = tuple[str, str]     # "thought" or "text", and some of it
@@ -20,16 +21,17 @@ Piece = tuple[str, str]     # "thought" or "text", and some of it
 class Choice:
     """An answer of a request.
 
-    stop: texts that end it and are no part of it. marks: around a thought, ("", "") where it is
-    text like any other. tool_format: of the template; tools: that were offered, see text_arguments.
+    stop: texts that end it and are no part of it. template: of a chat; without one, marks of
+    thoughts and calls are text. tools: that were offered, see text_arguments.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str], marks: tuple[str, str] = ("", ""),
-                 tool_format: str = "", tools: dict | None = None):
-        self.stream = TextStream(tokenizer, skip_special_tokens=True)
-        self.splitter = ThoughtSplitter(marks)
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], template: Template | None = None,
+                 tools: dict | None = None):
+        keep = marking_tokens(template, tokenizer, bool(tools)) if template else frozenset()
+        self.stream = TextStream(tokenizer, skip_special_tokens=True, keep=keep)
+        self.splitter = ThoughtSplitter(template.thought if template else ("", ""))
         self.stop = stop
-        self.tool_format = tool_format
+        self.template = template
         self.tools = tools or {}
         self.held = ""              # may be the beginning of a stop text
         self.pieces = []            # all that push and end have returned
@@ -54,7 +56,8 @@ class Choice:
             self.finish_reason = reason
         pieces = self.release(rest) + self.release(None)
         if self.text_of_call:
-            text, self.calls = find_calls(self.text_of_call, self.tool_format, self.tools)
+            text, self.calls = find_calls(self.text_of_call, self.template.tool_format.name,
+                                          self.tools)
             if self.calls:
                 self.finish_reason = "tool_calls"
             pieces += self.keep([("text", text)] if text else [])

@@ -86,9 +86,8 @@ class Service:
         tools = body.get("tools") if body.get("tool_choice") != "none" else None
         offered = text_arguments(tools)
         stop = stop_texts(body)
-        template = self.text.template
-        choices = [Choice(self.text.tokenizer, stop, template.thought, template.tool_format.name,
-                          offered) for _ in range(int(body.get("n") or 1))]
+        choices = [Choice(self.text.tokenizer, stop, self.text.template, offered)
+                   for _ in range(int(body.get("n") or 1))]
         top = int(body.get("top_logprobs") or 0) if body.get("logprobs") else None
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = Reply(self.engine, "chat.completion", f"chatcmpl-{uuid.uuid4().hex}", model,

@@ -1,12 +1,17 @@
 """text/read_calls.py: what the formats write is read back; anything else stays text."""
 import json
+import re
 
 import pytest
 
-from templates import split_thought
+from serving.answers import Choice
+from templates import encode_turns, split_thought
+from tests.chats import write_byte_level
 from text.chat_formats import TEMPLATES
+from text.fit_tokenizer import fit_tokenizer
 from text.read_calls import (READERS, ThoughtSplitter, find_calls, split_answer,
                              text_arguments)
+from text.tokenizer import load_tokenizer
 from text.tool_formats import TOOL_FORMATS
 
 CALLS = [("weather", '{"city": "Oslo", "days": [1, 2]}'), ("time", '{"zone": "a\\n\\"b\\" é"}')]
@@ -105,6 +110,7 @@ MARKS = ("<think>\n", "\n</think>\n\n")
     ("<think>\nhalf a thou", "half a thou", ""),
     ("I write <think> in the text", "", "I write <think> in the text"),
     ("<thin", "", "<thin"),
+    ("</think>\nYes.", "", "Yes."),
     ("<think>\na\n\nb </thi b\n</think>\n\n<think>c", "a\n\nb </thi b", "<think>c"),
 ])
 def test_thoughts_are_split_alike_in_pieces_of_any_size(text, thought, rest):
@@ -117,7 +123,31 @@ def test_thoughts_are_split_alike_in_pieces_of_any_size(text, thought, rest):
         pieces += splitter.flush()
         for kind, wanted in (("thought", thought), ("text", rest)):
             assert "".join(piece for found, piece in pieces if found == kind) == wanted
-    if "</think>" in text:                  # as the rows of a dataset are split
+    if "</think>" in text[1:]:              # as the rows of a dataset are split
         _, by_template, after = split_thought(text, MARKS)
         assert by_template.strip().removeprefix("<think>").removesuffix("</think>").strip(
             "\n") == thought and after.strip("\n") == rest
+
+
+MARKED = ("gpt_oss", "gemma4", "lfm2", "seed_oss", "mimo_v2", "qwen3")
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_marks_that_are_special_tokens_reach_the_readers(tmp_path, name):
+    """An answer, as its target is encoded for training, comes back from its ids."""
+    template = TEMPLATES[name]
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    written = TOOL_FORMATS[template.tool_format.name].call(as_json(CALLS[:1]), template)
+    marks = "".join(map(str, [*template.thought, written, *(template.function or ())]))
+    tokenizer.add_tokens([*re.findall(r"<[^<>\s=]+>", marks), *template.stop])
+    fit_tokenizer(template, tokenizer)
+    call = {"role": "function", "content": as_json(CALLS[:1])}
+    if template.reasoning:
+        call |= {"thought": "Hm.", "lead": ""}
+    [(_, answer)] = encode_turns(template, tokenizer, [{"role": "user", "content": "?"}, call])
+    choice = Choice(tokenizer, [], template, TOOLS)
+    for token in answer:
+        choice.push(token)
+    choice.end("stop")
+    assert choice.whole("thought") == ("Hm." if template.reasoning else "")
+    assert choice.calls == CALLS[:1] and choice.whole("text") == ""

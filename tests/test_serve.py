@@ -30,7 +30,9 @@ from serving.answers import Choice
 from serving.engine import Busy, Engine, Job
 from serving.schema import BadRequest, check, openapi
 from tests.common import ROOT, load_argv
+from text.chat_formats import TEMPLATES
 from text.load_text import load_text
+from text.read_calls import text_arguments
 from text.tokenizer import load_tokenizer
 
 TINY = ROOT / "models/tiny"
@@ -285,8 +287,7 @@ def test_thoughts_calls_and_text_of_an_answer():
     tokenizer = load_tokenizer(TINY)
     text = ('<think>\nThe user asks.\n</think>\n\nI look.\n<tool_call>\n{"name": "weather", '
             '"arguments": {"city": "Oslo"}}\n</tool_call>')
-    choice = Choice(tokenizer, [], ("<think>\n", "\n</think>\n\n"), "qwen",
-                    frozenset({"weather"}))
+    choice = Choice(tokenizer, [], TEMPLATES["qwen"], text_arguments([WEATHER]))
     pieces = [piece for token in tokenizer.encode(text) for piece in choice.push(token)]
     pieces += choice.end("stop")
     assert choice.whole("thought") == "The user asks." and choice.whole("text") == "I look."

@@ -13,6 +13,7 @@ import json
 import re
 from functools import partial
 
+from templates import Template
 from text.json_text import parse, parse_first
 from text.read_markup import (GLM4_MOE, MINIMAX2, QWEN3_5, SEED_OSS, Tools, read_gemma4, read_lfm2,
                               read_tags)
@@ -24,7 +25,8 @@ class ThoughtSplitter:
 
     push returns [("thought" | "text", piece), …]; the pieces of each kind, joined, are the thought
     without its marks and the text after it. A thought is at the beginning of an answer; anywhere
-    else the marks are words. One that never closes is all thought.
+    else the marks are words. One that never closes is all thought; a closing mark alone, as GLM-4.7
+    writes it, is an empty thought.
     """
 
     def __init__(self, marks: tuple[str, str]):
@@ -41,7 +43,10 @@ class ThoughtSplitter:
             if begin.startswith(self.opens):
                 self.held = begin[len(self.opens):]
                 self.state = "opened"
-            elif not self.opens.startswith(begin):
+            elif begin.startswith(self.closes):
+                self.held = begin[len(self.closes):]
+                self.state = "closed"
+            elif not (self.opens.startswith(begin) or self.closes.startswith(begin)):
                 self.state = "text"
         if self.state == "opened" and (rest := self.held.lstrip("\n")):
             self.held = rest
@@ -84,6 +89,21 @@ def split_answer(text: str, marks: tuple[str, str]) -> tuple[str, str]:
     pieces = splitter.push(text) + splitter.flush()
     return tuple("".join(piece for kind, piece in pieces if kind == wanted)
                  for wanted in ("thought", "text"))
+
+
+EXAMPLE_CALL = '{"name": "f", "arguments": {"x": "y"}}'
+
+
+def marking_tokens(template: Template, tokenizer, tools: bool = True) -> frozenset[int]:
+    """Ids of the special tokens that mark a thought or, with tools, a call.
+
+    TextStream leaves other special tokens out of the text, and must keep these for the readers.
+    """
+    marked = [*template.thought]
+    if tools:
+        marked.append(template.tool_format.call(EXAMPLE_CALL, template))
+    return frozenset(part for text in marked for part in tokenizer.split_at_special(text)
+                     if isinstance(part, int))
 
 
 # ---- tool calls ---------------------------------------------------------------------------------

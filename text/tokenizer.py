@@ -313,12 +313,16 @@ class TextStream:
 
     The returned texts, joined, are the decoding of all ids. Decoding each id alone would not do: a
     Chinese character or an emoji is often two to four tokens, and sentencepiece decoders drop the
-    leading space of their input.
+    leading space of their input. keep: ids of special tokens that are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True,
+                 keep: frozenset[int] = frozenset()):
         self.tokenizer = tokenizer
         self.skip_special_tokens = skip_special_tokens
+        self.keep = keep
+        added = tokenizer.core.get_added_tokens_decoder() if keep else {}
+        self.skipped = {i for i, token in added.items() if token.special} - keep
         self.ids = []  # since the last position where decoding can start afresh
         self.emitted = ""  # the part of their text that was already returned
         self.held_back = 0  # number of last ids that may be part of an incomplete character
@@ -326,7 +330,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Add an id. Returns the text that is now complete, often "" or a word."""
         self.ids.append(token)
-        text = self._decode(self.ids)
+        text = self.decode(self.ids)
         if text.endswith(REPLACEMENT) and self.held_back < 3:  # a character has at most 4 bytes
             self.held_back += 1
             return ""
@@ -335,20 +339,23 @@ class TextStream:
 
     def flush(self) -> str:
         """Return the text that is still held back, after the last id."""
-        return self._emit(self._decode(self.ids))
+        return self._emit(self.decode(self.ids))
 
     def _emit(self, text: str) -> str:
         new = text[len(self.emitted):]
         self.emitted = text
         # Start afresh now and then, or long answers take quadratic time. Only at a visible,
         # complete token: the ids after it are then decoded as in the middle of a text.
-        anchor = self._decode(self.ids[-1:])
+        anchor = self.decode(self.ids[-1:])
         if len(self.ids) > 16 and anchor.strip() and REPLACEMENT not in anchor:
             self.ids = self.ids[-1:]
             self.emitted = anchor
         return new
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, with and without the same special tokens as the stream."""
+        if self.skip_special_tokens and self.keep:
+            return self.tokenizer.decode(i for i in ids if i not in self.skipped)
         return self.tokenizer.decode(ids, self.skip_special_tokens)
 
 
