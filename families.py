@@ -36,6 +36,10 @@ class Switches:
     o_bias: bool = False
     mlp_bias: bool = False          # gate, up and down
     clip_qkv: float | None = None   # q, k and v are clamped to [-clip, clip]
+    output_gate: bool = False       # q_proj also makes a gate, head by head: the heads' outputs are
+                                    # multiplied by its sigmoid
+    fused_delta: bool = False       # a delta rule's q, k, v and z are one matrix, b and a another,
+                                    # key head by key head
 
     # norms
     norm: str = "rms"               # a row of model.NORMS
@@ -120,10 +124,16 @@ class ModelConfig(Switches):
                                             # made of; 0: projected keys and values
     q_lora_rank: int = 0                    # the same of queries; 0: projected queries
     v_head_dim: int = 0                     # features of a value
+    conv_kernel: int = 0                    # tokens that a short convolution reads
+    linear_num_key_heads: int = 0           # nk, heads of q and k of a mixer with a state
+    linear_num_value_heads: int = 0         # nv, heads of v, each with a state of dk x dv numbers
+    linear_key_head_dim: int = 0            # dk
+    linear_value_head_dim: int = 0          # dv
     initializer_range: float = 0.02         # std of new weights (train_from_scratch)
     pad_token_id: int | None = None         # padding_idx of the embedding, as in transformers
 
     # one entry per layer
+    mixers: tuple                           # a row of model.MIXERS
     windows: tuple                          # keys that a query sees, itself included; None = all
     chunks: tuple                           # chunked attention, tokens per chunk; None = all
     use_rope: tuple                         # rotate q and k?
@@ -147,6 +157,16 @@ class ModelConfig(Switches):
     def rotated_features(self) -> int:
         """R, the features of each head that are rotated."""
         return self.rotary_dim or int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def linear_value_width(self) -> int:
+        """Numbers of a token's values, in all heads of a mixer with a state."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def has_states(self) -> bool:
+        """Whether a layer reads earlier tokens through a state of fixed size."""
+        return not set(self.mixers) <= {"attention", "latent attention"}
 
     def stored_name(self, name: str) -> str:
         """The name of a parameter or module in the checkpoint's files."""
@@ -181,6 +201,8 @@ class Family(Switches):
     called: dict = field(default_factory=dict)    # {field of ModelConfig: its name in config.json}
     absent: dict = field(default_factory=dict)    # {field: default where config.json omits it}
     fixed: dict = field(default_factory=dict)     # {field: the only value that is supported}
+    layer_types: Callable = said("layer_types")
+    mixer_of: dict = field(default_factory=dict)  # {layer type: a mixer other than attention}
     windows: Callable = lambda take, layer: None
     chunks: Callable = lambda take, layer: None
     use_rope: Callable = lambda take, layer: True
@@ -371,6 +393,14 @@ def unit_norm_by_default(take):
     return "unit" if take("use_qk_norm", True) else ""
 
 
+def full_attention_by_interval(take):
+    """layer_types, or the delta rule in all but every full_attention_interval-th layer."""
+    interval = take("full_attention_interval", 4)
+    layers = range(1, take("num_hidden_layers", needed=True) + 1)
+    return take("layer_types") or [
+        "linear_attention" if layer % interval else "full_attention" for layer in layers]
+
+
 def bias_by_no_bias(take):
     return not take("no_bias", True)
 
@@ -412,6 +442,18 @@ LATENT = dict(
 DEEPSEEK3 = dict(
     **LATENT, **BALANCED_BY_BIAS, **SHARED_EXPERTS,
     fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1})
+
+GATED_DELTA = dict(                                 # arXiv:2412.06464, beside gated attention
+    **BIASED, norm="rms+1", qk_norm="head", output_gate=True,
+    partial_rotary_factor=said("partial_rotary_factor", 0.25),
+    layer_types=full_attention_by_interval, mixer_of={"linear_attention": "delta rule"},
+    fixed={"attn_output_gate": True},
+    called={"conv_kernel": "linear_conv_kernel_dim"},
+    absent={"head_dim": 256, "conv_kernel": 4,
+            "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+    names={"linear_attn.o_proj": "linear_attn.out_proj"},
+    skips=("mtp.",))                                # layers for multi-token prediction
 
 LLAMA4 = dict(                                      # the Llama 4 model card; only its text part
     **BIASED,
@@ -632,6 +674,17 @@ FAMILIES = {
                "gate_up_proj.bias": "gate_up_proj_bias",
                "experts.down_proj.weight": "experts.down_proj",
                "experts.down_proj.bias": "experts.down_proj_bias"}),
+    "qwen3_next": Family(
+        **GATED_DELTA, fused_delta=True, shared_expert_gate=True,
+        norm_topk_prob=said("norm_topk_prob", True), sparse=sparse_by_step),
+    "qwen3_5_text": Family(**GATED_DELTA),          # Qwen 3.5 and 3.6
+    "qwen3_5": Family(
+        text_field="text_config", text_types=("qwen3_5_text",),
+        names={"model": "model.language_model"}, skips=("model.visual.", "mtp.")),
+    "qwen3_5_moe_text": Family(
+        **GATED_DELTA | dict(called=GATED_DELTA["called"]
+                             | {"intermediate_size": "moe_intermediate_size"}),
+        norm_topk_prob=True, sparse=lambda take, layer: True, shared_expert_gate=True),
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
         **LLAMA4, prefix="language_model.", text_field="text_config",
@@ -655,6 +708,7 @@ ROPE_FIELDS = {      # rope_type: (required fields, optional fields)
     "ntk_steps": (("original_max_position_embeddings",), ()),
 }
 ROPE_ALIASES = {"su": "longrope"}         # early files of Phi-3
+OF_IMAGES = ("mrope_section", "mrope_interleaved")     # a text token has one position on all axes
 
 # Types and bounds of fields; of numbers (smallest, largest), whole ones where both are whole. The
 # largest values are far above those of published models, and small enough that reading them is
@@ -678,8 +732,11 @@ BOUNDS = {
     **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
                     (1, 2**16)),
     "q_lora_rank": (0, 2**16),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
+                     "linear_value_head_dim"), (1, 2**16)),
+    "conv_kernel": (1, 1024),
     **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step",
-                     "no_rope_layer_interval"), SIZE),
+                     "no_rope_layer_interval", "full_attention_interval"), SIZE),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "max_window_layers"), (0, 2**31)),
     "shared_expert_intermediate_size": (0, 2**24),
     "pad_token_id": (-2**31, 2**31),
@@ -697,7 +754,7 @@ FLAGS = frozenset("""
     tie_word_embeddings norm_topk_prob attention_bias mlp_bias bias add_bias_linear add_qkv_bias
     qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
     use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
-    use_gated_activation use_routing_bias rope_interleave
+    use_gated_activation use_routing_bias rope_interleave attn_output_gate
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
 TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
@@ -732,6 +789,7 @@ HARMLESS = frozenset("""
     aux_loss_alpha seq_aux ep_size attn_type_list use_mtp num_mtp_modules mtp_transformer_layers
     use_embedding_sharing eod_token_id org_vocab_size cla_share_factor
     experts_per_token initial_context_length
+    mtp_num_hidden_layers mtp_use_dedicated_embeddings mamba_ssm_dtype
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
@@ -963,7 +1021,15 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         **switches,
         **per_layer,
         **experts)
-    return ModelConfig(**sizes | (read_latent(take) if family.latent else {}))
+    if family.latent:
+        sizes |= read_latent(take)
+    if family.mixer_of:
+        sizes |= {name: take(name, 0) for name in STATE_SIZES}
+    return ModelConfig(**sizes)
+
+
+STATE_SIZES = ("conv_kernel", "linear_num_key_heads", "linear_num_value_heads",
+               "linear_key_head_dim", "linear_value_head_dim")
 
 
 def read_latent(take: FieldReader) -> dict:
@@ -1018,12 +1084,14 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
     flags = take("no_rope_layers")
     if flags and len(flags) != layers:
         raise ValueError(f"{where}: no_rope_layers has {len(flags)} entries for {layers} layers")
-    types = take("layer_types")
+    types = family.layer_types(take)
+    take("layer_types")
     window = take("sliding_window", null=True) if take("use_sliding_window", True) else None
     sizes = {                       # layer type: (window, chunk)
         "full_attention": (None, None),
         "chunked_attention": (None, take("attention_chunk_size")),
-        "sliding_attention": (window, None)}
+        "sliding_attention": (window, None),
+        **dict.fromkeys(family.mixer_of, (None, None))}
     if unknown := [kind for kind in types or () if kind not in sizes]:
         raise ValueError(f"{where}: layer_types holds {unknown[0]!r}; known are {', '.join(sizes)}")
     if types and len(types) != layers:
@@ -1036,6 +1104,9 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
         rules[name] = tuple(rule(take, layer) for layer in range(layers))
     if types:
         rules["windows"], rules["chunks"] = zip(*(sizes[kind] for kind in types))
+    attention = "latent attention" if family.latent else "attention"
+    rules["mixers"] = tuple(family.mixer_of.get(kind, attention) for kind in types or (
+        None,) * layers)
     return rules
 
 
@@ -1118,6 +1189,7 @@ def check_two_sources(stored: dict, theta: float, where: str) -> list[str]:
 def rope_kind(family: Family, rope: dict, where: str) -> tuple[str, dict, list[str]]:
     """(rope_type, the settings it has, notes). Raises ValueError for what is not supported."""
     notes = []
+    rope = {name: value for name, value in rope.items() if name not in OF_IMAGES}
     older = rope.pop("type", None)
     kind = rope.pop("rope_type", None) or older or "default"
     if older and ROPE_ALIASES.get(older, older) != ROPE_ALIASES.get(kind, kind):
@@ -1260,6 +1332,9 @@ def check_sizes(config: ModelConfig, where: str):
         raise ValueError(f"{where}: num_experts_per_tok is {config.num_experts_per_tok}, and "
                          f"num_experts {config.num_experts}: it must be between 1 and num_experts")
     check_expert_groups(config, where)
+    if config.linear_num_key_heads and config.linear_num_value_heads % config.linear_num_key_heads:
+        raise ValueError(f"{where}: {config.linear_num_value_heads} value heads of a mixer with a "
+                         f"state are not a multiple of its {config.linear_num_key_heads} key heads")
     if not config.alibi:
         check_rotation(config, where)
 

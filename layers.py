@@ -1,19 +1,20 @@
-"""Layers that some blocks have instead of Llama's: latent attention, mixtures of experts.
+"""Layers that some blocks have instead of Llama's: other mixers, mixtures of experts.
 
-A block (model.py) calls its attention layer, of whatever kind, as self_attn(x, ctx), and its MLP or
-mixture of experts as mlp(x, ctx). Attention layers of any kind have the same three parts:
+The mixer of a block (model.py) lets tokens read earlier ones: attention, or a layer of this file.
+All mixers are called as mixer(x, ctx) and have the same three parts:
 
     readers()           the linear layers that read the block's input
     mix(outputs, ctx)   from their outputs to the input of the last linear layer, o_proj
     o_proj              the last linear layer
 
-so that fast/fused_block.py computes the linear layers of all of them in one way.
+so that fast/fused_block.py computes the linear layers of all of them in one way. The second half of
+a block, an MLP or a mixture of experts, is called as mlp(x, ctx).
 
 Requires: families.py, rope.py, attention.py.
 Next: model.py.
-Papers: mixture of experts arXiv:2101.03961, latent attention arXiv:2405.04434 (sec. 2.1), the
-choice of experts from groups arXiv:2405.04434 (sec. 2.2.2), and with a bias arXiv:2412.19437
-(sec. 2.1.2).
+Papers: latent attention arXiv:2405.04434 (sec. 2.1), gated delta rule arXiv:2412.06464, its chunks
+arXiv:2406.06484, mixture of experts arXiv:2101.03961, the choice of experts from groups
+arXiv:2405.04434 (sec. 2.2.2), and with a bias arXiv:2412.19437 (sec. 2.1.2).
 """
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import attend
+from attention import PackedLayout, attend, group_by_length
 from families import ModelConfig
 from rope import rotate
 
@@ -35,10 +36,18 @@ ACTIVATIONS = {
 }
 
 
+class Mixer(nn.Module):
+    """Lets tokens read earlier ones. A subclass has readers, mix and o_proj, see above."""
+
+    def forward(self, x, ctx):
+        """(B, T, D) -> (B, T, D)."""
+        return self.o_proj(self.mix([layer(x) for layer in self.readers()], ctx))
+
+
 # ---- latent attention ---------------------------------------------------------------------------
 
 
-class LatentAttention(nn.Module):
+class LatentAttention(Mixer):
     """Multi-head latent attention (arXiv:2405.04434, sec. 2.1).
 
     Keys and values are made from a short vector per token, queries too if q_lora_rank is set. Of
@@ -69,10 +78,6 @@ class LatentAttention(nn.Module):
     def readers(self) -> list[nn.Module]:
         first = self.q_a_proj if self.config.q_lora_rank else self.q_proj
         return [first, self.kv_a_proj_with_mqa]
-
-    def forward(self, x, ctx):
-        """(B, T, D) -> (B, T, D)."""
-        return self.o_proj(self.mix([layer(x) for layer in self.readers()], ctx))
 
     def mix(self, outputs, ctx):
         """The outputs of `readers`, (B, T, …) -> the heads' outputs, (B, T, H*v_head_dim)."""
@@ -110,6 +115,218 @@ class LatentAttention(nn.Module):
         R = self.config.rotary_dim
         rotated = rotate(q[..., -R:], *ctx.rope, self.config.rotary_pairs)
         return torch.cat((q[..., :-R], rotated), dim=-1)
+
+
+# ---- mixers with a state of fixed size ----------------------------------------------------------
+
+
+class StateMixer(Mixer):
+    """A mixer that reads earlier tokens through a state of fixed size, new for each sequence.
+
+    A subclass has scan(tensors, state, lengths) -> (output, state after the last token). tensors:
+    (B, T, …) each; state: a tuple of tensors (B, …), or None before the first token. lengths:
+    None, or the tokens of each sequence, (B,) int64, where rows are padded on the right.
+    """
+
+    def scan_sequences(self, tensors, ctx):
+        """The outputs of scan, (B, T, …), for each sequence of a packed row apart."""
+        if ctx.layout is not None:
+            return self.scan_packed(tensors, ctx.layout, ctx.cache)
+        state = None if ctx.cache is None else ctx.cache.state(self.layer)
+        out, state = self.scan(tensors, state, None)
+        if ctx.cache is not None:
+            ctx.cache.keep_state(self.layer, state)
+        return out
+
+    def scan_packed(self, tensors, layout: PackedLayout, cache):
+        """scan_sequences of a row that holds several sequences, in the layout's padded batches."""
+        members = group_by_length(layout.lengths)
+        slots = [n * padded for n, padded in layout.groups]
+        rows = [x[0].index_select(0, layout.gather).split(slots) for x in tensors]
+        outs, states = [], []
+        for number, ((n, padded), group) in enumerate(zip(layout.groups, members)):
+            batch = [parts[number].unflatten(0, (n, padded)) for parts in rows]
+            lengths = None
+            if cache is not None:           # pads must not reach the state
+                lengths = [layout.lengths[sequence] for sequence in group]
+                lengths = torch.tensor(lengths, device=batch[0].device)
+            out, state = self.scan(batch, None, lengths)
+            outs.append(out.flatten(0, 1))
+            states.append(state)
+        if cache is not None:
+            order = torch.tensor([sequence for group in members for sequence in group]).argsort()
+            order = order.to(layout.gather.device)
+            cache.keep_state(self.layer, tuple(torch.cat(parts)[order] for parts in zip(*states)))
+        return torch.cat(outs).index_select(0, layout.scatter)[None]
+
+
+class CausalConv(nn.Conv1d):
+    """Each channel convolved with a kernel of its own, over a token and the K - 1 before it."""
+
+    def __init__(self, channels: int, kernel: int, bias: bool):
+        super().__init__(channels, channels, kernel, groups=channels, bias=bias)
+
+    def forward(self, x, before, lengths):
+        """x (B, T, C) -> the same shape, and the last K - 1 inputs of each sequence, (B, K - 1, C).
+
+        before: the K - 1 inputs before x, or None for zeros. lengths: see StateMixer.
+        """
+        K = self.kernel_size[0]
+        x = F.pad(x, (0, 0, K - 1, 0)) if before is None else torch.cat((before, x), dim=1)
+        y = F.conv1d(x.transpose(1, 2), self.weight, self.bias, groups=self.groups).transpose(1, 2)
+        if lengths is None:
+            return y, x[:, x.shape[1] - K + 1:]
+        last = lengths[:, None] + torch.arange(K - 1, device=x.device)          # (B, K - 1)
+        return y, x.gather(1, last[..., None].expand(-1, -1, x.shape[2]))
+
+
+class GatedDeltaNet(StateMixer):
+    """The gated delta rule (arXiv:2412.06464), as in Qwen3-Next and Qwen 3.5.
+
+    q, k and v pass a short convolution. Each of the value heads has a state of dk x dv numbers,
+    which decays by exp(g); the value that it has for the key k is then moved towards v, by a share
+    beta. A key head serves several value heads.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, norm: Callable):
+        super().__init__()
+        D = config.hidden_size
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        heads, values = config.linear_num_value_heads, config.linear_value_width
+        self.config = config
+        self.layer = layer
+        if config.fused_delta:
+            self.in_proj_qkvz = nn.Linear(D, 2 * keys + 2 * values, bias=False)
+            self.in_proj_ba = nn.Linear(D, 2 * heads, bias=False)
+        else:
+            self.in_proj_qkv = nn.Linear(D, 2 * keys + values, bias=False)
+            self.in_proj_z = nn.Linear(D, values, bias=False)
+            self.in_proj_b = nn.Linear(D, heads, bias=False)
+            self.in_proj_a = nn.Linear(D, heads, bias=False)
+        self.conv1d = CausalConv(2 * keys + values, config.conv_kernel, bias=False)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.ones(heads))
+        # multiplied by its weight in any family
+        self.norm = norm(config.linear_value_head_dim, config.rms_norm_eps, offset=0.0, wide=False)
+        self.o_proj = nn.Linear(values, D, bias=False)
+
+    def readers(self) -> list[nn.Module]:
+        if self.config.fused_delta:
+            return [self.in_proj_qkvz, self.in_proj_ba]
+        return [self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a]
+
+    def mix(self, outputs, ctx):
+        """The outputs of `readers`, (B, T, …) -> the gated values, (B, T, nv*dv)."""
+        qkv, z, b, a = self.split_key_heads(*outputs) if self.config.fused_delta else outputs
+        out = self.norm(self.scan_sequences((qkv, b, a), ctx))                  # (B, T, nv, dv)
+        gate = F.silu(z.unflatten(-1, out.shape[-2:]).float())
+        return (out * gate).to(out.dtype).flatten(2)
+
+    def split_key_heads(self, qkvz, ba):
+        """q, k and v side by side, z, b and a, from two outputs that have them key head by head."""
+        config = self.config
+        nk, dk = config.linear_num_key_heads, config.linear_key_head_dim
+        values = config.linear_value_width // nk                    # numbers of a key head's values
+        q, k, v, z = qkvz.unflatten(-1, (nk, -1)).split((dk, dk, values, values), dim=-1)
+        b, a = ba.unflatten(-1, (nk, -1)).chunk(2, dim=-1)
+        return torch.cat([x.flatten(2) for x in (q, k, v)], dim=-1), *(
+            x.flatten(2) for x in (z, b, a))
+
+    def scan(self, tensors, state, lengths):
+        """(q, k, v side by side; b; a), (B, T, …) -> the values read, (B, T, nv, dv); state."""
+        config = self.config
+        dk, nv = config.linear_key_head_dim, config.linear_num_value_heads
+        keys = config.linear_num_key_heads * dk
+        qkv, b, a = tensors
+        before, S = (None, None) if state is None else state
+        qkv, last = self.conv1d(qkv, before, lengths)
+        q, k, v = F.silu(qkv).split((keys, keys, config.linear_value_width), dim=-1)
+        sizes = (dk, dk, config.linear_value_head_dim)
+        q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2).float()
+                   for x, size in zip((q, k, v), sizes))                # (B, nk or nv, T, dk or dv)
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        q, k = (x.repeat_interleave(nv // x.shape[1], dim=1) for x in (q, k))   # (B, nv, T, dk)
+        beta = b.float().sigmoid().transpose(1, 2)                              # (B, nv, T)
+        g = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias.float())
+        g = g.transpose(1, 2)
+        if lengths is not None:             # pads change no state
+            real = torch.arange(g.shape[-1], device=g.device) < lengths[:, None, None]
+            beta, g = beta * real, g * real
+        out, S = scan_state(q * dk ** -0.5, k, v, g, beta, S)
+        return out.transpose(1, 2).to(qkv.dtype), (last, S)
+
+
+def mixer_state_bytes(config: ModelConfig, layer: int, dtype: torch.dtype) -> int:
+    """Bytes of the state of a sequence; 0 for a layer of attention."""
+    if config.mixers[layer] == "delta rule":
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        inputs = (config.conv_kernel - 1) * (2 * keys + config.linear_value_width)
+        return inputs * dtype.itemsize + 4 * config.linear_key_head_dim * config.linear_value_width
+    return 0
+
+
+CHUNK = 64              # tokens of a chunk of chunked_scan
+
+
+def scan_state(q, k, v, g, beta, S):
+    """Read a state S (B, H, dk, dv) that every token changes: (outputs (B, H, T, dv), last S).
+
+    q, k (B, H, T, dk), v (B, H, T, dv), g and beta (B, H, T), float32. For each token
+
+        S = exp(g) S + k (x) beta (v - exp(g) S'k),     output S'q
+
+    (arXiv:2412.06464, eq. 10). S None: zeros.
+    """
+    if S is None:
+        S = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    with torch.autocast(q.device.type, enabled=False):          # it would compute in 16 bits
+        scan = recurrent_scan if q.shape[2] == 1 else chunked_scan
+        return scan(q, k, v, g, beta, S)
+
+
+def recurrent_scan(q, k, v, g, beta, S):
+    """scan_state token by token: the definition, and the slow twin of chunked_scan."""
+    outs = []
+    for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, g, beta))):
+        S = S * g_t.exp()[..., None, None]
+        change = beta_t[..., None] * (v_t - (S * k_t[..., None]).sum(-2))       # (B, H, dv)
+        S = S + k_t[..., None] * change[..., None, :]
+        outs.append((S * q_t[..., None]).sum(-2))
+    return torch.stack(outs, dim=2), S
+
+
+def chunked_scan(q, k, v, g, beta, S, chunk: int = CHUNK):
+    """scan_state in chunks of tokens, as matrix products (arXiv:2412.06464, sec. 3.3).
+
+    Within a chunk the changes u of all tokens solve a triangular system: token i's own value is
+    beta (v - what the state has for k), and the state has the changes of the tokens before it. Its
+    solution for values and keys does not depend on S, and is found for all chunks at once.
+    """
+    T, dv = v.shape[2:]
+    chunk = min(chunk, T)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
+    g, beta = (F.pad(x, (0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (g, beta))
+    total = g.cumsum(-1)                    # logarithm of the decay since the start, (B, H, n, C)
+    # decay of token j's change until token i, (B, H, n, C, C); zeros above the diagonal before exp,
+    # too: the gradient of inf is NaN
+    decay = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+    since_start = total.exp()[..., None]
+    until_end = (total[..., -1:] - total).exp()[..., None]
+
+    beta = beta[..., None]
+    system = beta * (k @ k.mT) * decay
+    u, w = torch.linalg.solve_triangular(
+        system, torch.cat((beta * v, beta * k * since_start), dim=-1), upper=False,
+        unitriangular=True).split((dv, k.shape[-1]), dim=-1)    # without S, and the factor of S
+    scores = (q @ k.mT) * decay
+    parts = (x.unbind(2) for x in (u, w, scores, q * since_start, (k * until_end).mT,
+                                   since_start[..., -1:, :]))
+    outs = []
+    for u_n, w_n, scores_n, q_n, k_n, decay_n in zip(*parts):
+        u_n = u_n - w_n @ S
+        outs.append(q_n @ S + scores_n @ u_n)
+        S = decay_n * S + k_n @ u_n
+    return torch.cat(outs, dim=2)[:, :, :T], S
 
 
 # ---- mixture of experts -------------------------------------------------------------------------

@@ -258,6 +258,7 @@ def can_adapt(module: nn.Module) -> bool:
     """Whether this is a linear layer or a stack of matrices."""
     weight = getattr(module, "weight", None)
     is_stack = isinstance(weight, nn.Parameter) and weight.dim() == 3
+    is_stack = is_stack and not isinstance(module, nn.Conv1d)
     return isinstance(module, nn.Linear) or is_stack
 
 

@@ -1,4 +1,4 @@
-"""The decoder: norms, rotary positions, grouped-query attention, SwiGLU, blocks, KV cache.
+"""The decoder: norms, rotary positions, grouped-query attention, SwiGLU, blocks, cache.
 
     python -m checkpoint.show DIR       the decoder of a checkpoint: blocks, shapes, parameters
 
@@ -8,7 +8,7 @@ makes, and none of them asks for a family's name. With all switches off it is Ll
 It computes the plain way, and knows nothing else: fast/fused_block.py sets on finished blocks what
 saves memory and time, fast/compile.py replaces elementwise steps, and scale/ cuts a finished model.
 
-Requires: families.py, rope.py, attention.py, layers.py (experts, and other kinds of attention).
+Requires: families.py, rope.py, attention.py, layers.py (experts, and other mixers than attention).
 Next: lora.py, losses.py.
 Papers: Llama arXiv:2302.13971, RMSNorm arXiv:1910.07467, RoPE arXiv:2104.09864, GQA
 arXiv:2305.13245, SwiGLU arXiv:2002.05202, ALiBi arXiv:2108.12409.
@@ -22,6 +22,7 @@ Letters for shapes, the same in every file:
 Parameters have the names of a Llama checkpoint (`model.layers.0.self_attn.q_proj.weight`). Where a
 family uses other names, ModelConfig.stored_name translates; nothing is ever converted.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,7 +32,7 @@ from torch import nn
 
 from attention import PackedLayout, attend
 from families import ModelConfig
-from layers import ACTIVATIONS, LatentAttention, MoE
+from layers import ACTIVATIONS, GatedDeltaNet, LatentAttention, Mixer, MoE
 from rope import (alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate,
                   window_rope_table)
 
@@ -120,12 +121,12 @@ NORMS = {
 # ---- attention ----------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Grouped-query self-attention: H query heads share K key/value heads."""
 
     attend = staticmethod(attend)       # scale/context_parallel.py sets another on a finished model
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, norm: Callable):
         super().__init__()
         D, Dh = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
@@ -135,21 +136,18 @@ class Attention(nn.Module):
         if config.fused_qkv:
             self.qkv_proj = nn.Linear(D, (H + 2 * K) * Dh, bias=config.qkv_bias)
         else:
-            self.q_proj = nn.Linear(D, H * Dh, bias=config.qkv_bias)
+            gated = 2 if config.output_gate else 1
+            self.q_proj = nn.Linear(D, gated * H * Dh, bias=config.qkv_bias)
             self.k_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
             self.v_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * Dh, D, bias=config.o_bias)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attn_sinks else None
         if config.qk_norm.startswith("head"):
-            self.q_norm = NORMS[config.norm](Dh, config.rms_norm_eps)
-            self.k_norm = NORMS[config.norm](Dh, config.rms_norm_eps)
+            self.q_norm = norm(Dh, config.rms_norm_eps)
+            self.k_norm = norm(Dh, config.rms_norm_eps)
         elif config.qk_norm == "width":                             # all heads together
-            self.q_norm = NORMS[config.norm](H * Dh, config.rms_norm_eps)
-            self.k_norm = NORMS[config.norm](K * Dh, config.rms_norm_eps)
-
-    def forward(self, x, ctx: ForwardContext):
-        """(B, T, D) -> (B, T, D)."""
-        return self.o_proj(self.mix([layer(x) for layer in self.readers()], ctx))
+            self.q_norm = norm(H * Dh, config.rms_norm_eps)
+            self.k_norm = norm(K * Dh, config.rms_norm_eps)
 
     def readers(self) -> list[nn.Module]:
         """The linear layers that read x: of q, k and v, or one for all three."""
@@ -160,7 +158,10 @@ class Attention(nn.Module):
     def mix(self, outputs, ctx: ForwardContext):
         """The outputs of `readers`, (B, T, …) -> the heads' outputs, (B, T, H*Dh)."""
         q, k, v = self.split_qkv(*outputs) if self.config.fused_qkv else outputs
-        return self.attend_heads(q, k, v, ctx)
+        if not self.config.output_gate:
+            return self.attend_heads(q, k, v, ctx)
+        q, gate = q.unflatten(-1, (-1, 2, self.config.head_dim)).unbind(-2)     # (B, T, H, Dh)
+        return self.attend_heads(q, k, v, ctx) * gate.flatten(2).sigmoid()
 
     def split_qkv(self, qkv):
         """q (B, T, …), k and v (B, T, …) from the output of a fused projection."""
@@ -169,7 +170,7 @@ class Attention(nn.Module):
         if self.config.fused_qkv == "groups":           # H/K queries, a key, a value; K times
             groups = qkv.unflatten(-1, (K, H // K + 2, Dh))         # (B, T, K, H/K + 2, Dh)
             return groups[..., :-2, :].flatten(-2), groups[..., -2, :], groups[..., -1, :]
-        return qkv.split((H * Dh, K * Dh, K * Dh), dim=-1)
+        return qkv.split((qkv.shape[-1] - 2 * K * Dh, K * Dh, K * Dh), dim=-1)
 
     def attend_heads(self, q, k, v, ctx: ForwardContext):
         """Projected q, k, v (B, T, …) -> the heads' outputs, (B, T, H*Dh)."""
@@ -211,7 +212,7 @@ class Attention(nn.Module):
         if config.qk_norm == "width":
             q = self.q_norm(q)
             k = self.k_norm(k)
-        Dh = config.head_dim            # k and v may be (B, T, K, Dh) already
+        Dh = config.head_dim            # they may be (B, T, H or K, Dh) already
         q, k, v = (t.unflatten(-1, (-1, Dh)).flatten(2, -2) for t in (q, k, v))
         if config.qk_norm == "head":
             q = self.q_norm(q)
@@ -258,8 +259,19 @@ class MLP(nn.Module):
         return self.act(gate) * up
 
 
+# {entry of config.mixers: (its name in a block, as checkpoints have it; its class)}
+MIXERS = {
+    "attention": ("self_attn", Attention),
+    "latent attention": ("self_attn", LatentAttention),
+    "delta rule": ("linear_attn", GatedDeltaNet),
+}
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); norms before, after, or on both sides."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); norms before, after, or on both sides.
+
+    The mixer is attention, or another layer that reads earlier tokens.
+    """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -271,10 +283,8 @@ class Block(nn.Module):
 
         self.config = config
         self.input_layernorm = norm("before")
-        if config.kv_lora_rank:
-            self.self_attn = LatentAttention(config, layer, NORMS[config.norm])
-        else:
-            self.self_attn = Attention(config, layer)
+        self.mixer_name, mixer = MIXERS[config.mixers[layer]]
+        self.add_module(self.mixer_name, mixer(config, layer, NORMS[config.norm]))
         self.after_attention_norm = norm("after")
         self.post_attention_layernorm = norm("before")      # Llama's name: it is before the MLP
         if config.parallel_mlp:
@@ -293,12 +303,17 @@ class Block(nn.Module):
         return self.add_mlp(x + h, ctx)
 
     def attention_branch(self, x, ctx: ForwardContext):
-        """What attention adds to x."""
-        return self.scaled(self.after_attention_norm(self.self_attn(self.input_layernorm(x), ctx)))
+        """What the mixer adds to x."""
+        return self.scaled(self.after_attention_norm(self.mixer(self.input_layernorm(x), ctx)))
 
     def add_mlp(self, x, ctx: ForwardContext):
         h = self.mlp(self.mlp_norm(x), ctx)
         return x + self.scaled(self.after_mlp_norm(h))
+
+    @property
+    def mixer(self) -> Mixer:
+        """Attention, or what this block has instead."""
+        return getattr(self, self.mixer_name)
 
     @property
     def mlp_norm(self):
@@ -381,6 +396,8 @@ class CausalLM(nn.Module):
         ctx = self.context(position_ids, x, layout, cache, routers)
         for block in self.model.layers:
             x = block(x, ctx)
+        if cache is not None:
+            cache.advance(input_ids.shape[1])
         return self.for_head(self.model.norm(x))
 
     def for_head(self, x):
@@ -455,17 +472,22 @@ def attention_needs(config: ModelConfig) -> dict:
     }
 
 
-# ---- KV cache and fresh weights -----------------------------------------------------------------
+# ---- cache and fresh weights --------------------------------------------------------------------
 
 
 class KVCache:
-    """Keys and values of earlier tokens: a pair of growing buffers (B, K, room, Dh) per layer."""
+    """What layers know of earlier tokens.
+
+    Attention: keys and values, a pair of growing buffers (B, K, room, Dh) per layer. Mixers with a
+    state of fixed size (layers.StateMixer): that state after the last token.
+    """
 
     filled = None       # which slots count, where Python does not know the length (fast/decode.py)
 
     def __init__(self, num_layers: int):
         self.buffers = [None] * num_layers
-        self.length = 0                 # tokens stored, the same for all layers between two passes
+        self.states = {}                # {layer: a tuple of tensors (B, …)}
+        self.length = 0                 # tokens stored before this pass
         self.first_length = 0           # of the first forward pass, see length_for_rope
 
     def update(self, layer: int, k, v):
@@ -476,8 +498,6 @@ class KVCache:
             buffers = self.buffers[layer] = self.grown(buffers, k, max(64, 2 * end))
         buffers[0][:, :, self.length:end] = k
         buffers[1][:, :, self.length:end] = v
-        if layer == len(self.buffers) - 1:
-            self.length = end
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def grown(self, buffers, like, room: int):
@@ -488,8 +508,23 @@ class KVCache:
             new[:, :, :self.length] = old[:, :, :self.length]
         return pair
 
+    def state(self, layer: int):
+        """The state of a layer after the last token; None before the first."""
+        return self.states.get(layer)
+
+    def keep_state(self, layer: int, state: tuple):
+        """Store the state of a layer after this pass."""
+        self.states[layer] = state
+
+    def advance(self, tokens: int):
+        """End a pass in which every layer has stored so many tokens."""
+        self.length += tokens
+
     def crop(self, length: int):
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens; all, where a state cannot go back to them."""
+        if self.states and length < self.length:
+            self.states = {}
+            length = 0
         self.length = min(self.length, length)
 
 
@@ -497,13 +532,19 @@ class KVCache:
 def init_weights(model: CausalLM, generator: torch.Generator):
     """Fresh weights for train_from_scratch.
 
-    normal(0, initializer_range) for matrices, zero biases, norms that change nothing. Drawn in the
-    order of the parameters, so the same seed gives the same model everywhere.
+    normal(0, initializer_range) for matrices, zero biases, norms that change nothing; decays of a
+    state as in transformers 5. Drawn in the order of the parameters, so the same seed gives the
+    same model everywhere.
     """
     for name, weight in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith("A_log"):
+            weight.uniform_(0.01, 16, generator=generator).log_()
+        elif name.endswith("dt_bias"):
+            weight.fill_(1.0)
+        elif name.endswith("bias"):
             weight.zero_()
         elif weight.dim() == 1 and not name.endswith("sinks"):
-            weight.fill_(0.0 if model.config.norm == "rms+1" else 1.0)
+            owner = model.get_submodule(name.rpartition(".")[0])
+            weight.fill_(1.0 - getattr(owner, "offset", 0.0))
         else:
             weight.normal_(0.0, model.config.initializer_range, generator=generator)

@@ -25,9 +25,10 @@ SEPARATE_EXPERTS = {
     "mixtral": ({"w1", "w3"}, "w2"),
     "qwen2_moe": ({"gate_proj", "up_proj"}, "down_proj"),
     "qwen3_moe": ({"gate_proj", "up_proj"}, "down_proj"),
+    "qwen3_next": ({"gate_proj", "up_proj"}, "down_proj"),
 }
 # of them those whose target_modules PEFT 0.21 takes for the stacks by itself, wherever they stand
-TAKES_NAMES_FOR_STACKS = ("mixtral", "qwen3_moe")
+TAKES_NAMES_FOR_STACKS = ("mixtral", "qwen3_moe", "qwen3_next")
 ROUTERS = {"qwen2_moe": "mlp.gate", "gpt_oss": "mlp.router"}    # that are no linear layers in PEFT
 # families whose stacks PEFT 0.21 takes as (in, out), as they are stored; of others it takes them as
 # (out, in), and exchanges A and B

@@ -26,6 +26,7 @@ import torch
 from attention import Filled, PackedLayout, to_device
 from generate import (Sampling, TokenCounts, check_prompt, count_tokens, generate, next_scores,
                       not_finite, sample)
+from layers import mixer_state_bytes
 from model import CausalLM, KVCache
 from rope import LENGTH_DEPENDENT
 
@@ -52,9 +53,9 @@ class Row:
 
 
 class RowCache(KVCache):
-    """Keys and values of up to `size` rows of different lengths.
+    """What layers know of up to `size` rows of different lengths.
 
-    A pair of buffers (size, K, room, Dh) per layer.
+    Attention: a pair of buffers (size, K, room, Dh) per layer. Mixers with a state: (size, …).
     """
 
     def __init__(self, num_layers: int, size: int, device):
@@ -102,15 +103,35 @@ class RowCache(KVCache):
             buffers = self.buffers[layer] = pair
         return buffers
 
+    def state(self, layer: int):
+        """The state of the rows that single tokens are read for; None for new prompts."""
+        if self.prompt_lengths:
+            return None
+        return tuple(buffer[:len(self.lengths)] for buffer in self.states[layer])
+
+    def keep_state(self, layer: int, state: tuple):
+        """Store the state of new prompts behind the rows, or of all rows."""
+        start = len(self.lengths) if self.prompt_lengths else 0
+        if layer not in self.states:
+            self.states[layer] = tuple(x.new_zeros(self.size, *x.shape[1:]) for x in state)
+        for buffer, new in zip(self.states[layer], state):
+            buffer[start:start + len(new)] = new
+
+    def advance(self, tokens: int):
+        """Nothing: read_prompts and read_tokens count the tokens of each row."""
+
     def drop(self, row: int):
         """Remove a row; the last row moves to its index."""
         last = len(self.lengths) - 1
         length = self.lengths.pop()
         if row == last:
             return
-        for pair in self.buffers:
+        for pair in filter(None, self.buffers):
             for buffer in pair:
                 buffer[row, :, :length] = buffer[last, :, :length]
+        for state in self.states.values():
+            for buffer in state:
+                buffer[row] = buffer[last]
         self.lengths[row] = length
 
     def forget_after(self, rows: int):
@@ -152,8 +173,9 @@ class RowCache(KVCache):
 def cache_bytes(config, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of a RowCache for rows of up to so many tokens. config: a ModelConfig."""
     room = -(-tokens // GROWTH) * GROWTH
-    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
-    return rows * room * heads * config.head_dim * dtype.itemsize
+    states = [mixer_state_bytes(config, layer, dtype) for layer in range(config.num_hidden_layers)]
+    heads = 2 * states.count(0) * config.num_key_value_heads
+    return rows * (room * heads * config.head_dim * dtype.itemsize + sum(states))
 
 
 def answer_all(model: CausalLM, prompts, rows: int, stop_ids=(), sampling: Sampling = Sampling(), *,

@@ -267,6 +267,8 @@ def uncapturable(model: CausalLM) -> str:
         return "ALiBi"
     if config.parallel_mlp:
         return "attention and MLP read one norm"
+    if config.has_states:
+        return "its layers with a state write it to new memory each time"
     if any(config.sparse):
         return "the router decides which experts run"
     return ""
@@ -311,6 +313,11 @@ class StaticCache(KVCache):
         for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer.index_copy_(2, self.position, new)
         return tuple(buffer[:, :, :slots] for buffer in self.buffers[layer])
+
+    def advance(self, tokens: int):
+        """As KVCache.advance; a captured step runs no Python, and is counted where it is called."""
+        if self.filled is None:
+            super().advance(tokens)
 
     def grown(self, buffers, like, room: int):
         self.generation += 1

@@ -77,7 +77,7 @@ def fuse(block: Block, matmul: Callable, level: str):
 
 def fused_attention(block: Block, matmul: Callable, x, ctx: ForwardContext):
     """Block.attention_branch; norms in front of linear layers are inside their functions."""
-    h = attention_forward(block.self_attn, matmul, block.input_layernorm, x, ctx)
+    h = attention_forward(block.mixer, matmul, block.input_layernorm, x, ctx)
     return block.scaled(block.after_attention_norm(h))
 
 

@@ -30,10 +30,12 @@ def hidden_of_token(model: CausalLM, ids, position_ids, cache: KVCache,
     h = None                                                    # not yet added to x
     for block in model.model.layers:
         x, normed = sum_and_norm(block.input_layernorm, x, h, add_norm)
-        h = block.scaled(block.after_attention_norm(block.self_attn(normed, ctx)))
+        h = block.scaled(block.after_attention_norm(block.mixer(normed, ctx)))
         x, normed = sum_and_norm(block.post_attention_layernorm, x, h, add_norm)
         h = block.scaled(block.after_mlp_norm(block.mlp(normed, ctx)))
-    return model.for_head(sum_and_norm(model.model.norm, x, h, add_norm)[1])
+    hidden = model.for_head(sum_and_norm(model.model.norm, x, h, add_norm)[1])
+    cache.advance(1)
+    return hidden
 
 
 def sum_and_norm(norm: nn.Module, x, h, add_norm: Callable | None):

@@ -13,6 +13,8 @@ in all linear layers, a block keeps for each token
     MLP           2 c I                 gate and up
     LoRA          c r for each layer    A x
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
+    state mixers  4 x 7 (dk + C) nv     of layers.py, in place of attention: what reads and writes
+                  + 4 dk dv nv / C      the state, pairs within chunks of C tokens, a state for each
 
 and where fast/fused_block.py does not apply (adapters with dropout, weights trained in 16 bits),
 also
@@ -43,6 +45,7 @@ from attention import PLAIN_QUERIES, SINK_FEATURES, TORCH, group_by_length, take
 from checkpoint.load import quantized_weights
 from families import ModelConfig
 from lora import AdaptedLinear, LoRALinear, LoRAStacked
+from layers import CHUNK, StateMixer
 from losses import chunk_rows
 from model import Attention, Block, CausalLM, LayerNorm, MoE
 
@@ -179,7 +182,7 @@ def attention_peak_bytes(block: Block, layer: int, model_config: ModelConfig,
     beside = batch.tokens * (norm + hidden * batch.stream)          # with a gradient of the stream
     beside += exchanged_bytes(model_config, batch)
     peaks = score_peaks(layer, model_config, batch)
-    return attention_bytes(block.self_attn, layer, model_config, batch) + beside + max(peaks)
+    return attention_bytes(block.mixer, layer, model_config, batch) + beside + max(peaks)
 
 
 def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
@@ -231,7 +234,7 @@ def block_bytes(block: Block, layer: int, model_config: ModelConfig, batch: Micr
     else:
         mlp = input_bytes(hidden, input_layers(block.mlp), batch, from_stream=True)
         mlp += mlp_bytes(block.mlp, model_config.intermediate_size, batch)
-    attention = attention_bytes(block.self_attn, layer, model_config, batch)
+    attention = attention_bytes(block.mixer, layer, model_config, batch)
     own = sum(module.own_bytes(batch.compute) for module in block.modules()
               if isinstance(module, AdaptedLinear))
     return batch.tokens * (norms + mlp) + attention + own
@@ -337,11 +340,12 @@ def moe_bytes(moe: MoE, model_config: ModelConfig, batch: MicroBatch) -> int:
 def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
                     batch: MicroBatch) -> int:
     """For all tokens: the inputs of the projections, norms of q and k, and the kernel's tensors."""
+    if isinstance(attention, StateMixer):
+        return state_mixer_bytes(attention, model_config, batch)
     H = model_config.num_attention_heads
     K = model_config.num_key_value_heads
     Dh = model_config.head_dim
-    per_token = input_bytes(model_config.hidden_size, input_layers(attention), batch,
-                            from_stream=True)
+    per_token = input_bytes(model_config.hidden_size, attention.readers(), batch, from_stream=True)
     per_token += input_bytes(H * Dh, [attention.o_proj], batch)
     if hasattr(attention, "q_norm"):
         per_token += norm_bytes(attention.q_norm, H * Dh, batch.compute)
@@ -353,6 +357,32 @@ def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
     if model_config.clip_qkv:
         per_token += (H + 2 * K) * Dh * batch.compute
     return batch.tokens * per_token + kernel_bytes(attention, layer, model_config, batch)
+
+
+def state_mixer_bytes(mixer: StateMixer, model_config: ModelConfig, batch: MicroBatch) -> int:
+    """For all tokens: a mixer with a state, of which each chunk keeps the one that it begins with.
+
+    In float32 for each head, next to the values: seven matrices of C x C pairs within a chunk of C
+    tokens, and the vectors that read and write the state.
+    """
+    config = model_config
+    nv, values = config.linear_num_value_heads, config.linear_value_width
+    keys = config.linear_num_key_heads * config.linear_key_head_dim
+    dk, width = config.linear_key_head_dim, 2 * keys + values
+    per_token = input_bytes(config.hidden_size, mixer.readers(), batch, from_stream=True)
+    per_token += input_bytes(values, [mixer.o_proj], batch)
+    per_token += norm_bytes(mixer.norm, values, batch.compute)
+    gate = (4 + 4 + batch.compute) * values                 # z, silu(z), and what it multiplies
+    conv = (2 * batch.compute + 4) * width                  # its input, its output, silu of that
+    slots = 0
+    for group in group_by_length(batch.lengths):
+        longest = batch.lengths[group[0]]
+        chunk = min(CHUNK, longest)
+        slots += len(group) * -(-longest // chunk) * chunk
+    vectors = 7 * nv * dk + 3 * values
+    pairs = 7 * nv * chunk
+    states = dk * values / chunk
+    return batch.tokens * (per_token + gate) + slots * (conv + int(4 * (vectors + pairs + states)))
 
 
 def exchanged_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:

@@ -37,7 +37,7 @@ GROUP_SIZE = 128
 MULTIPLE = 32           # inputs and outputs of a layer, for the words of the file and for kernels
 # layers that are quantized at once, since they do not depend on each other
 STAGES_OF_BLOCK = (
-    ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+    ("q_proj", "k_proj", "v_proj", "qkv_proj", "in_proj_qkv", "in_proj_qkvz", "in_proj_z"),
     ("o_proj",),
     ("gate_proj", "up_proj", "gate_up_proj"),
     ("down_proj",),

@@ -176,7 +176,7 @@ def with_exchange(t: Traffic, sent: Sent) -> Sent:
     ways = 0
     for block, level, reached in zip(t.model.model.layers, t.recompute,
                                      reached_by_gradients(t.model)):
-        trained = any(p.requires_grad for name, p in block.self_attn.named_parameters()
+        trained = any(p.requires_grad for name, p in block.mixer.named_parameters()
                       if not name.startswith("o_proj"))
         ways += 1 + (reached.attention or trained) + (reached.block and level == "block")
     config = t.model.config
@@ -204,7 +204,7 @@ def reached_by_gradients(model: CausalLM) -> list[Reached]:
     reached = trained(model.model.embed_tokens)
     for block in model.model.layers:
         attention = reached or trained(block.input_layernorm)
-        mlp = attention or trained(block.self_attn, block.after_attention_norm,
+        mlp = attention or trained(block.mixer, block.after_attention_norm,
                                    block.post_attention_layernorm)
         reached = mlp or trained(block)
         found.append(Reached(attention, mlp, reached))

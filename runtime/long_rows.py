@@ -73,7 +73,7 @@ def peak_in_block(block: Block, layer: int, model_config: ModelConfig, batch: Mi
     dequantized: bytes of a matrix in few bits while it is used.
     """
     hidden = batch.tokens * model_config.hidden_size
-    attention = attention_bytes(block.self_attn, layer, model_config, batch)
+    attention = attention_bytes(block.mixer, layer, model_config, batch)
     after = norm_bytes(block.after_attention_norm, model_config.hidden_size, batch.compute)
     norms = after
     if not batch.fast:
@@ -83,7 +83,7 @@ def peak_in_block(block: Block, layer: int, model_config: ModelConfig, batch: Mi
     after_gradients = hidden * (20 + batch.stream) if after else 0      # as in norm_gradient_bytes
     return max(
         attention + again_bytes(block, model_config, batch) + dequantized
-        + dora_bytes(block.self_attn),
+        + dora_bytes(block.mixer),
         attention + mlp_peak_bytes(block, model_config, batch) + dequantized,
         attention + 2 * hidden * batch.stream + dora_bytes(block),      # where it takes the norm
         attention + attention_gradient_bytes(layer, model_config, batch),
@@ -100,7 +100,7 @@ def again_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -> i
         return 0
     H, K = model_config.num_attention_heads, model_config.num_key_value_heads
     hidden = model_config.hidden_size
-    o_proj = block.self_attn.o_proj
+    o_proj = block.mixer.o_proj
     outputs = 3 if isinstance(o_proj, AdaptedLinear) else 1
     if with_dropout(o_proj):                            # and inputs before it
         outputs += 4 if uses_dora(o_proj) else 2
@@ -121,7 +121,7 @@ def mlp_peak_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -
     stream = batch.tokens * hidden * batch.stream
     if isinstance(block.mlp, MoE):
         sparse = block_bytes(block, 0, model_config, batch, "none")
-        sparse -= attention_bytes(block.self_attn, 0, model_config, batch)
+        sparse -= attention_bytes(block.mixer, 0, model_config, batch)
         routed = 2 * model_config.num_experts_per_tok * hidden * batch.compute
         return (sparse + stream + backward_bytes(model_config, batch, True)
                 + batch.tokens * routed)
@@ -173,7 +173,7 @@ def norm_gradient_bytes(block: Block, model_config: ModelConfig, batch: MicroBat
     in_float32 = 5 if batch.stream == 4 else 6      # the input is kept, rounded to float32
     per_token = 4 * in_float32 * hidden + hidden * (batch.compute + batch.stream)
     if batch.fast:
-        layers = input_layers(block.self_attn)
+        layers = input_layers(block.mixer)
         per_token += 2 * hidden * batch.compute + 2 * low_rank_numbers(layers) * batch.compute
         per_token += 2 * model_config.num_key_value_heads * model_config.head_dim * batch.compute
     elif batch.stream < 4:

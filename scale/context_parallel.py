@@ -43,6 +43,11 @@ def check_shares(model, config: ModelConfig, parts: int):
     model: whole, with its adapters; it may be without storage. config: the sizes of this process,
     of which tensor_parallel_size may have cut the heads.
     """
+    if config.has_states:
+        raise ValueError(
+            f"context_parallel_size: {parts}: {config.model_type} has layers whose state passes "
+            "from token to token through the whole row, which is not cut. Take fsdp: full_shard, "
+            "and for long rows offload_activations: true or mlp_tile")
     heads = config.num_attention_heads
     if heads % parts:
         fitting = [n for n in range(1, parts) if heads % n == 0]

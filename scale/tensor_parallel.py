@@ -54,6 +54,11 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
         raise ValueError(
             f"tensor_parallel_size: {parts}: {config.model_type} makes keys and values from one "
             "latent vector, which is not cut. Take fsdp: full_shard, which shards every model")
+    if config.has_states:
+        raise ValueError(
+            f"tensor_parallel_size: {parts}: {config.model_type} has layers that read earlier "
+            "tokens through a state, which are not cut. Take fsdp: full_shard, which shards every "
+            "model")
     if config.parallel_mlp:
         raise ValueError(
             f"tensor_parallel_size: {parts}: attention and MLP of {config.model_type} read one "

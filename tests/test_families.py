@@ -286,6 +286,28 @@ CASES |= {
         q_lora_rank=None,
     )),
 }
+DELTA = dict(head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
+             linear_value_head_dim=10)
+CASES |= {
+    "qwen3_next": ("qwen3_next", dict(DELTA | SHARED_EXPERT, num_hidden_layers=4)),
+    "qwen3_next other layers, dense": ("qwen3_next", dict(
+        DELTA | SHARED_EXPERT, linear_num_value_heads=2, linear_conv_kernel_dim=3,
+        layer_types=[FULL, "linear_attention", "linear_attention"], mlp_only_layers=[0, 1, 2],
+        attention_bias=True, partial_rotary_factor=0.5,
+    )),
+    "qwen3_5_text": ("qwen3_5_text", dict(DELTA, num_hidden_layers=4, linear_key_head_dim=12)),
+    "qwen3_5_text one key head, tied, yarn": ("qwen3_5_text", dict(
+        DELTA, linear_num_key_heads=1, linear_num_value_heads=3, linear_conv_kernel_dim=2,
+        layer_types=["linear_attention", FULL, "linear_attention"], tie_word_embeddings=True,
+        rope_parameters={**YARN_OPTIONS, "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    )),
+    "qwen3_5_text no attention": ("qwen3_5_text", dict(
+        DELTA, linear_conv_kernel_dim=1, layer_types=["linear_attention"] * 3,
+    )),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", dict(
+        DELTA | SHARED_EXPERT, layer_types=["linear_attention", FULL, "linear_attention"],
+    )),
+}
 SINCE_5 = {     # what transformers 4.57 reads otherwise
     "llama longrope": "looks for the trained length of longrope elsewhere",
     "qwen2_moe window": "has the window in other layers",
@@ -684,8 +706,11 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
     "glm4_moe": dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
                      n_shared_experts=1, head_dim=16),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), LATENT),
+    "qwen3_5_text": DELTA,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA | SHARED_EXPERT),
 }.items()}
-for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3"}.items():
+for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3",
+                   "qwen3_5": "qwen3_5_text"}.items():
     READABLE[kind] = {"model_type": kind, "text_config": READABLE[part]}
 READABLE["llama4"] = {"model_type": "llama4", "text_config": READABLE["llama4_text"]}
 

@@ -29,10 +29,6 @@ MISSING = {
     "granitemoehybrid": "'granitemoehybrid' is not supported",      # state space layers
     "nemotron_h": "'nemotron_h' is not supported",
     "lfm2": "'lfm2' is not supported",                              # short convolutions
-    "qwen3_5": "'qwen3_5' also reads images",                       # gated delta layers
-    "qwen3_5_moe_text": "'qwen3_5_moe_text' is not supported",
-    "qwen3_5_text": "'qwen3_5_text' is not supported",
-    "qwen3_next": "'qwen3_next' is not supported",
     "qwen3_fp8": "stored quantized .fp8.",                          # blocks of 8 bits
 }
 NAMES = [folder.parent.name for folder in sorted(FOLDERS.glob("*/config.json"))

@@ -1,0 +1,228 @@
+"""layers.py: mixers with a state of fixed size. Chunks, packed rows, caches, adapters, refusals.
+
+test_families.py and test_families_2026.py hold their logits against transformers; here are lengths
+beyond a chunk, gradients, and what cannot be cut.
+"""
+import json
+
+import pytest
+import torch
+
+from attention import PackedLayout
+from checkpoint.load import load_model
+from checkpoint.adapters import save_adapter
+from families import model_config
+from fast.batch_decode import RowCache, cache_bytes
+from fast.decode import uncapturable
+from fast.fused_block import fuse_blocks
+from layers import CHUNK, chunked_scan, recurrent_scan
+from lora import LoRAConfig, attach_lora, lora_layers
+from losses import cross_entropy_sum
+from model import CausalLM, KVCache, init_weights
+from scale.context_parallel import check_shares
+from scale.tensor_parallel import part_config
+from tests.common import needs_shared
+from tests.test_families import DELTA, READABLE, SMALL, reference
+from tests.test_families_2026 import FOLDERS
+from tests.test_memory import ALL, compare
+from tests.tiny_models import perturb
+
+KINDS = {
+    "delta rule": ("qwen3_5_text", dict(SMALL, **DELTA, num_hidden_layers=4)),
+}
+
+
+def vectors(T, seed=0):
+    """q, k, v, g, beta and a state, of 2 sequences and 3 heads."""
+    draw = torch.Generator().manual_seed(seed)
+    q, k = (torch.nn.functional.normalize(torch.randn(2, 3, T, 6, generator=draw), dim=-1)
+            for _ in range(2))
+    v, S = torch.randn(2, 3, T, 5, generator=draw), torch.randn(2, 3, 6, 5, generator=draw)
+    g = -torch.rand(2, 3, T, generator=draw).exp() ** 3 * torch.rand(2, 3, T, generator=draw)
+    beta = torch.rand(2, 3, T, generator=draw)
+    return [x.double().requires_grad_() for x in (q, k, v, g, beta, S)]
+
+
+@pytest.mark.parametrize("T", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 9])
+def test_chunks_equal_token_by_token(T):
+    results = []
+    for scan in (recurrent_scan, chunked_scan):
+        inputs = vectors(T)
+        out, S = scan(*inputs)
+        (out.square().sum() + S.sin().sum()).backward()
+        results.append([out, S, *(x.grad for x in inputs)])
+    for want, got in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_state_that_decays_at_once_has_finite_gradients():
+    inputs = vectors(70)
+    with torch.no_grad():
+        inputs[3].fill_(-1000.0)
+    out, S = chunked_scan(*inputs)
+    (out.sum() + S.sum()).backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    """A random model of a kind of mixer."""
+    kind, fields = KINDS[request.param]
+    made = CausalLM(model_config({"model_type": kind, **fields}))
+    init_weights(made, torch.Generator().manual_seed(1))
+    return perturb(made, size=0.2).eval().requires_grad_(False)
+
+
+def some_ids(n, seed=0):
+    return torch.randint(0, SMALL["vocab_size"], (1, n),
+                         generator=torch.Generator().manual_seed(seed))
+
+
+def test_packed_equals_alone_and_cached_equals_uncached(model):
+    lengths = [3, CHUNK + 1, 1, 2 * CHUNK, 30, CHUNK - 1]
+    rows = [some_ids(n, seed) for seed, n in enumerate(lengths)]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(torch.cat(rows, 1), positions, PackedLayout(lengths))[0].split(lengths)
+    for ids, got in zip(rows, packed):
+        want = model(ids)[0]
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-4)   # of chunks cut elsewhere
+        cache, cuts = KVCache(4), [cut for cut in (0, 1, 2, CHUNK - 2, CHUNK, CHUNK + 1, 999)]
+        parts = [model(ids[:, a:b], cache=cache)[0] for a, b in zip(cuts, cuts[1:])
+                 if a < ids.shape[1]]
+        torch.testing.assert_close(torch.cat(parts), want, rtol=0, atol=2e-4)
+        assert cache.length == ids.shape[1]
+
+
+def test_rows_decoded_together_equal_one_row(model):
+    prompts = [some_ids(n, n)[0].tolist() for n in (2, CHUNK + 3, 7, 1)]
+    cache = RowCache(4, 5, "cpu")
+    with torch.no_grad():
+        scores = [cache.read_prompts(model, prompts[:2])]
+        cache.drop(0)
+        scores.append(cache.read_tokens(model, [5]))
+        scores.append(cache.read_prompts(model, prompts[2:]))
+        scores.append(cache.read_tokens(model, [6, 7, 8]))
+    alone = [prompts[0], prompts[1], [*prompts[1], 5], prompts[2], prompts[3],
+             [*prompts[1], 5, 6], [*prompts[2], 7], [*prompts[3], 8]]
+    for got, ids in zip(torch.cat(scores), alone, strict=True):
+        want = model.logits(model(torch.tensor([ids]))[0, -1])
+        torch.testing.assert_close(got, want, rtol=0, atol=5e-5)
+    held = sum(x.nbytes for state in cache.states.values() for x in state)
+    held += sum(x.nbytes for pair in filter(None, cache.buffers) for x in pair)
+    assert held == cache_bytes(model.config, 5, 70, torch.float32)
+
+
+def test_a_cache_that_is_cropped_begins_anew(model):
+    ids = some_ids(12)
+    cache = KVCache(4)
+    model(ids[:, :9], cache=cache)
+    cache.crop(9)
+    assert cache.length == 9
+    cache.crop(5)                       # the state after 5 tokens is gone
+    assert cache.length == 0
+    torch.testing.assert_close(model(ids, cache=cache), model(ids), rtol=0, atol=1e-5)
+
+
+def test_what_is_refused_says_what_works(model):
+    assert "with a state" in uncapturable(model)
+    with pytest.raises(ValueError, match="tensor_parallel_size: 2: .* state.*fsdp: full_shard"):
+        part_config(model.config, 2, False)
+    with pytest.raises(ValueError, match="context_parallel_size: 2: .* state.*fsdp: full_shard"):
+        check_shares(model, model.config, 2)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"linear_num_value_heads": 3}, "3 value heads .* not a multiple of its 2 key heads"),
+    ({"linear_key_head_dim": 0}, "linear_key_head_dim: 0 is not above 0"),
+    ({"attn_output_gate": False}, "attn_output_gate: false is not supported, only true"),
+    ({"full_attention_interval": 0}, "full_attention_interval: 0 is not above 0"),
+])
+def test_config_json_that_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        model_config({**READABLE["qwen3_5_text"], **change})
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_memory_plan_counts_a_state_and_its_chunks(kind, fast):
+    name, fields = KINDS[kind]
+    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=64, linear_key_head_dim=32,
+                 linear_value_head_dim=48, max_position_embeddings=4096)
+    config = model_config({"model_type": name, **fields, **sizes})
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (((150,), (120,)), ((300,),)):
+            compare(config, ALL, dtype, rows=rows, fast=fast)
+            compare(config, ALL, dtype, rows=rows, fast=fast, recompute=True)
+
+
+def adapted(base, folder):
+    """(our model with a random adapter on all linear layers, the folder where it is saved)."""
+    model = load_model(base, torch.float32)
+    config = LoRAConfig(r=3, lora_alpha=6, target_modules=["all"])
+    attach_lora(model, config, seed=0, stored_name=model.config.stored_name)
+    perturb(model, size=0.1)
+    folder.mkdir()
+    save_adapter(model, folder, config, str(base))
+    return model
+
+
+def by_peft(base, folder):
+    """transformers' model with that adapter, trainable, as PEFT opens it."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    peft = pytest.importorskip("peft")
+    nested = "text_config" in json.loads((base / "config.json").read_text())
+    auto = transformers.AutoModelForImageTextToText if nested else transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True)
+
+
+@pytest.fixture(params=KINDS)
+def base(request, tmp_path):
+    pytest.importorskip("transformers", minversion="5.0")
+    kind, fields = KINDS[request.param]
+    reference(kind, fields, seed=3).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def check_gradients(base, tmp_path, vocab, packed):
+    """A step's loss and the gradient of every adapter equal PEFT's."""
+    ours = adapted(base, tmp_path / "adapter")
+    theirs = by_peft(base, tmp_path / "adapter")
+    lengths = [CHUNK + 8, 9]
+    rows = [torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n))
+            for n in lengths]
+    losses = [torch.nn.functional.cross_entropy(theirs(input_ids=ids[None]).logits[0, :-1], ids[1:],
+                                                reduction="sum") for ids in rows]
+    sum(losses).backward()
+    ids, labels = torch.cat(rows), torch.cat([torch.cat((x[1:], x.new_tensor([-100])))
+                                              for x in rows])
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    fuse_blocks(ours, torch.nn.functional.linear if packed else None)
+    hidden = ours(ids[None], positions, PackedLayout(lengths))[0]
+    kept = labels >= 0
+    loss = cross_entropy_sum(hidden[kept], ours.head_weight(), labels[kept])
+    loss.backward()
+    assert abs(loss.item() - sum(losses).item()) < 1e-4 * loss.item()
+
+    found = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    stored = ours.config.stored_name
+    for name, layer in lora_layers(ours).items():
+        for part in ("lora_A", "lora_B"):
+            want = found.pop(f"base_model.model.{stored(name)}.{part}.default.weight")
+            got = getattr(layer, part).weight.grad
+            assert (got - want).abs().max() < 1e-3 * want.abs().max() + 1e-5, (name, part)
+    assert not found
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_gradients_of_adapters_equal_peft(base, tmp_path, fast):
+    check_gradients(base, tmp_path, SMALL["vocab_size"], fast)
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe_text", "qwen3_next"])
+def test_gradients_of_recorded_checkpoints_equal_peft(name, tmp_path):
+    check_gradients(FOLDERS / name, tmp_path, 300, True)    # 301 stands for an image in qwen3_5
