@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from config import Config
 from errors import run_script, say
+from runtime.config import Config
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from attention import PackedLayout, to_device
-from config import COMPARED, samples_replies
 from templates import Settings, encode_pieces, render_turns
 
 IGNORE = -100                   # label of a token that carries no loss
@@ -148,7 +147,7 @@ def packing_of(config) -> tuple[str, int]:
     If packing is requested, LLaMA-Factory makes examples one token shorter than cutoff_len and pads
     them; ours have the same length, without the padding.
     """
-    if config.stage in COMPARED or samples_replies(config):     # two answers, or prompt and row
+    if config.compares_replies or config.samples_replies:    # two answers, or prompt and row
         return "apart", config.cutoff_len
     if config.stage == "pt":
         shorter = bool(config.given.get("packing"))     # not if it is only the stage's default

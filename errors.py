@@ -4,7 +4,7 @@ Every script ends with `run_script(main)`. A mistake of the user is a ValueError
 message says where it is, what was found and what to do; it is printed without a traceback.
 
 Requires: nothing.
-Next: config.py.
+Next: data.py.
 """
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def run_script(main: Callable[[list[str]], object]):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:     # python config.py --keys | head
+    except BrokenPipeError:     # python -m runtime.config --keys | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:

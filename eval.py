@@ -34,7 +34,6 @@ from runtime.device import pick_device              # before torch: see guard_am
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import write_json
 from checkpoint.value_head import VALUE_HEAD, read_value_head
-from config import SAMPLED, Config, has_reference
 from data import settings_of
 from evals.bleu_rouge import NAMES, means, pick_words, score
 from evals.compare import print_changed_most
@@ -53,6 +52,7 @@ from losses import Objective
 from methods.preference import JudgedObjective, PairObjective
 from methods.reward_model import RewardObjective, ValueHead
 from runtime.build import STAGES
+from runtime.config import SAMPLED, Config
 from runtime.kernels import choose_kernels, keep_kernels, kernels_of_training, use_kernels
 from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
@@ -353,7 +353,7 @@ def objective_of_side(config: Config, side: Side, model, device, matmul) -> Obje
             raise ValueError(f"{folder} holds no {VALUE_HEAD}: it is no reward model")
         return RewardObjective(head.to(device))
     reference = None
-    if side.reference and has_reference(config):
+    if side.reference and config.has_reference:
         quant_format = None if config.ref_model else requested_format(config)
         dtype = model.model.embed_tokens.weight.dtype
         reference = load_with_adapters(*side.reference, dtype, device, quant_format=quant_format)

@@ -32,8 +32,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from config import Config
 from errors import run_script
+from runtime.config import Config
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import signal
 import threading
 from pathlib import Path
 
-from config import Config
 from errors import bytes_in_words, run_script, say
+from runtime.config import Config
 from runtime.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":

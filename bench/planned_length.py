@@ -19,10 +19,10 @@ import torch
 
 from bench.common import table
 from bench.random_model import SHAPES, raw_config
-from config import Config
 from families import model_config
 from lora import LoRAConfig
 from methods.quant import QuantFormat
+from runtime.config import Config
 from runtime.memory import Plan, Workload, all_in, lightest, memory_plan
 
 STEP = 1000             # tokens: lengths are multiples of it

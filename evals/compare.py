@@ -11,7 +11,6 @@ import torch
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.load import load_model
-from config import Config
 from data import IGNORE
 from evals.bleu_rouge import NAMES
 from evals.loss import score_examples, sum_losses
@@ -20,6 +19,7 @@ from families import read_model_config
 from fast.attention_picker import pick_kernel
 from model import attention_needs
 from runtime.build import STAGES
+from runtime.config import Config
 from runtime.finished import as_trained
 from runtime.memory_advice import available_bytes
 from text.load_text import load_text

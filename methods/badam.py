@@ -17,8 +17,9 @@ import re
 import torch
 from tqdm import tqdm
 
-from config import BADAM_WEIGHT_DECAY
 from optim import Optimizer, UpdateRule, adamw_plain, parameter_groups
+
+BADAM_WEIGHT_DECAY = 0.01       # of all weights: the package badam reads no weight_decay
 
 
 class BlockOptimizer(Optimizer):

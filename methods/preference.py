@@ -20,9 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
-from config import has_reference
-from data import (IGNORE, Batch, EncodedRows, Example, collate, settings_of,
-                  truncated_lengths)
+from data import IGNORE, Batch, EncodedRows, Example, collate, settings_of, truncated_lengths
 from losses import Objective, answer_logps, weighted_sum
 from parallel import Ranks
 from templates import encode_pieces, render_turns
@@ -147,7 +145,7 @@ class PairObjective(PreferenceObjective):
     @record_function("reference")
     def with_reference(self, model, batches: list[Batch]) -> list[Batch]:
         """The batches with ref_logps (2n,), where the loss has a reference."""
-        if not has_reference(self.config):
+        if not self.config.has_reference:
             return batches
         with self.reference_model(model) as reference:
             return [replace(batch, ref_logps=self.logps(reference, batch)[0])

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from config import samples_replies
 from data import (IGNORE, Batch, EncodedRows, Example, collate, encode_conversations, label_turns,
                   loss_marks, settings_of)
 from generate import context_length
@@ -159,7 +158,7 @@ def encode_answered(batch: list, config, tokenizer, template, encoded: EncodedRo
 
     batch: [(row, conversation), ...]. A prompt that does not fit makes a bad row.
     """
-    if not samples_replies(config):
+    if not config.samples_replies:
         return encode_conversations(batch, config, tokenizer, template, encoded, check_only)
     settings = settings_of(config)
     rendered = []

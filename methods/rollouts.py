@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
-from config import has_reference, steps_per_rollout
 from data import IGNORE, Batch, Example, collate
 from generate import Sampling
 from losses import Objective, token_losses
@@ -160,7 +159,7 @@ class RolloutObjective(Objective):
         self.score(model, self.groups)
         self.check_scored()
         self.measure(model, batches)
-        self.uses_left = steps_per_rollout(self.config)
+        self.uses_left = self.config.steps_per_rollout
         self.write_samples()
         self.prepare(batches)
 
@@ -280,7 +279,7 @@ class RolloutObjective(Objective):
             self.measured(answers, hidden)
             sampled = flat(answers.groups, "sampled_logps", logps.device)
             gaps += (logps - sampled).abs().tolist()
-            if has_reference(self.config):
+            if self.config.has_reference:
                 with self.reference_model(model) as reference:
                     hidden = self.final_hidden(reference, answers)
                     self.keep(answers, "ref_logps", self.token_logps(reference, hidden, answers))

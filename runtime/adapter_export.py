@@ -14,7 +14,7 @@ from checkpoint.adapters import load_adapter, save_adapter
 from checkpoint.files import new_folder
 from checkpoint.load import load_model
 from checkpoint.served_adapter import save_served
-from config import Config
+from runtime.config import Config
 from runtime.merge_folder import TEXT_FILES
 
 

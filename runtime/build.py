@@ -21,7 +21,6 @@ from checkpoint.load import empty_model, fill_model, load_model
 from checkpoint.shards import full_tensor, materialize, own_part
 from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
-from config import has_reference, samples_replies
 from data import collate_rows, encode_conversations, encode_documents
 from families import read_config_json, read_model_config
 from lora import AdapterConfig, attach_lora, lora_layers, merge_adapters, trainable
@@ -151,7 +150,7 @@ def rollout_parts(config, base, setup, ranks, resume) -> tuple:
 def teacher_objective(config, base, setup, ranks, resume) -> Objective:
     from methods.distill import DistillObjective        # only where it is asked for
 
-    text, decode_rows = sampler(config, base, resume) if samples_replies(config) else (None, None)
+    text, decode_rows = sampler(config, base, resume) if config.samples_replies else (None, None)
     teacher = build_reference(config, base, setup, ranks)
     return DistillObjective(config, text, decode_rows, teacher, ranks, setup.dtype,
                             setup.kernels.matmul)
@@ -271,7 +270,7 @@ def adapted_model(config, base: Base, setup: Setup, ranks: Ranks, resume) -> Cau
     else:
         attach_lora(model, setup.lora, config.seed, stored_name=model.config.stored_name,
                     device=setup.device, **variant_of(setup.lora))
-    if has_reference(config):                   # dropout would be a difference from it, too
+    if config.has_reference:                   # dropout would be a difference from it, too
         for layer in lora_layers(model).values():
             if hasattr(layer, "dropout"):
                 layer.dropout = nn.Identity()

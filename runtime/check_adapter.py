@@ -24,8 +24,8 @@ from errors import print_error  # noqa: F401
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapter_names import PREFIX, module_name, with_other_prefix
 from checkpoint.files import open_tensors, tensor_files
-from config import Config
 from families import ModelConfig, read_config_json, read_json_object, read_model_config
+from runtime.config import Config
 
 PAIR = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 # model_type: {prefix of a module in transformers 5: in vLLM}, applied one after the other

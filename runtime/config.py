@@ -1,6 +1,6 @@
 """Settings: the table of keys, with the names and defaults of LLaMA-Factory.
 
-    python config.py --keys                     every key: default, type, meaning
+    python -m runtime.config --keys             every key: default, type, meaning
     python -m runtime.load_config my.yaml       what this file sets, without running anything
 
 A key is in exactly one of three tables:
@@ -692,6 +692,42 @@ class Config:
     # what the start page says about settings that mean something else here
     notes: list[str] = field(default_factory=list, repr=False)
 
+    # ---- questions about a stage, for the files below this folder
+
+    @property
+    def compares_replies(self) -> bool:
+        """Whether the run trains on pairs, or on replies marked good or bad."""
+        return self.stage in COMPARED
+
+    @property
+    def samples_replies(self) -> bool:
+        """Whether the run trains on replies that its model samples."""
+        return self.stage in SAMPLED and (self.stage != "distill" or self.distill_lambda > 0)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the run compares its model with a frozen reference model."""
+        if self.stage == "sft":
+            return self.use_asft_loss
+        if self.stage == "grpo":
+            return self.kl_beta > 0
+        if self.stage == "dpo":
+            return self.pref_loss not in ("orpo", "simpo")
+        return self.stage in ("kto", "ppo")
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps on the same sampled replies; 1 in other stages."""
+        if self.stage == "ppo":
+            return self.ppo_epochs * self.ppo_buffer_size
+        return self.num_iterations
+
+    @property
+    def batches_per_rollout(self) -> int:
+        """Micro-batches of a rank whose prompts are answered together; else those of a step."""
+        buffers = self.ppo_buffer_size if self.stage == "ppo" else 1
+        return self.gradient_accumulation_steps * buffers
+
 
 KEYS = {spec.name: spec for spec in fields(Config) if "help" in spec.metadata}
 
@@ -825,10 +861,9 @@ UNUSED = {name: None for names in NO_EFFECT.values() for name in names.split()} 
 
 # ---- questions about a Config -------------------------------------------------------------------
 
-BADAM_WEIGHT_DECAY = 0.01           # of all weights: the package badam reads no weight_decay
-AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
-COMPARED = ("rm", "dpo", "kto")    # stages that train on pairs or on replies marked good or bad
+COMPARED = ("rm", "dpo", "kto")     # stages that train on pairs or on replies marked good or bad
 SAMPLED = ("ppo", "grpo", "distill")    # stages that train on the model's own replies
+AS_SIGMOID = ("hinge", "ipo")       # pref_loss that LLaMA-Factory 0.9.5 computes as sigmoid
 ADAPTERS = ("lora", "oft")          # finetuning_type with a frozen base and adapters
 
 
@@ -844,37 +879,6 @@ def needs_whole_matrices(config: Config) -> bool:
             or config.use_badam or "8bit" in config.optim)
 
 
-def samples_replies(config: Config) -> bool:
-    """Whether the run trains on replies that its model samples."""
-    return config.stage in SAMPLED and (config.stage != "distill" or config.distill_lambda > 0)
-
-
-def has_reference(config: Config) -> bool:
-    """Whether the run compares its model with a frozen reference model."""
-    if config.stage == "kto":
-        return True
-    if config.stage == "sft":
-        return config.use_asft_loss
-    if config.stage == "grpo":
-        return config.kl_beta > 0
-    if config.stage == "ppo":
-        return True
-    return config.stage == "dpo" and config.pref_loss not in ("orpo", "simpo")
-
-
-def steps_per_rollout(config: Config) -> int:
-    """Optimizer steps on the same sampled replies; 1 in other stages."""
-    if config.stage == "ppo":
-        return config.ppo_epochs * config.ppo_buffer_size
-    return config.num_iterations
-
-
-def batches_per_rollout(config: Config) -> int:
-    """Micro-batches of a rank whose prompts are answered together; in other stages, of a step."""
-    buffers = config.ppo_buffer_size if config.stage == "ppo" else 1
-    return config.gradient_accumulation_steps * buffers
-
-
 def as_dict(config: Config) -> dict:
     """{key: value} of all settings, JSON-able; load_config reads it back from a .json file."""
     return {name: getattr(config, name) for name in KEYS}
@@ -885,7 +889,7 @@ def in_steps(value: Steps, total_steps: int) -> int:
     return int(value) if value >= 1 else math.ceil(value * total_steps)
 
 
-# ---- python config.py --keys --------------------------------------------------------------------
+# ---- python -m runtime.config --keys ------------------------------------------------------------
 
 
 def print_keys():
@@ -929,9 +933,9 @@ def print_paragraph(text: str):
 
 
 def main(argv: list[str]):
-    """python config.py --keys"""
+    """python -m runtime.config --keys"""
     if argv != ["--keys"]:
-        raise ValueError("usage: python config.py --keys   "
+        raise ValueError("usage: python -m runtime.config --keys   "
                          "(python -m runtime.load_config FILE key=value shows a config)")
     print_keys()
 

@@ -2,7 +2,7 @@
 
 Each function below yields pairs (whether the settings contradict each other, the sentence).
 
-Requires: config.py.
+Requires: runtime/config.py.
 Next: runtime/load_config.py, which raises the first sentence that applies.
 """
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from config import (ADAPTERS, COMPARED, Config, has_reference, needs_whole_matrices,
-                    samples_replies)
+from runtime.config import ADAPTERS, Config, needs_whole_matrices
 from runtime.rewards import missing_function
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
@@ -58,12 +57,12 @@ def in_stage(c: Config) -> Iterator[tuple]:
         "train_on_prompt, mask_history and neat_packing have no meaning for plain text (stage: "
         "pt); leave them out")
 
-    last_only = c.stage in COMPARED or c.stage in ("ppo", "grpo")
+    last_only = c.compares_replies or c.stage in ("ppo", "grpo")
     yield last_only and (c.train_on_prompt or c.mask_history or c.packing), (
         "train_on_prompt, mask_history and packing are for stages sft and pt; here only the last "
         "replies count; leave them out")
 
-    yield samples_replies(c) and c.train_on_prompt, (
+    yield c.samples_replies and c.train_on_prompt, (
         f"train_on_prompt: stage: {c.stage} learns from the replies; leave it out")
 
     yield c.ask and (c.stage in ("pt", "rm") or c.fsdp), (
@@ -77,7 +76,7 @@ def in_stage(c: Config) -> Iterator[tuple]:
     yield c.dpo_label_smoothing and c.stage == "dpo" and c.pref_loss != "sigmoid", (
         "dpo_label_smoothing is for pref_loss: sigmoid; leave it out")
 
-    yield c.ref_model and c.stage in COMPARED and not has_reference(c), (
+    yield c.ref_model and c.compares_replies and not c.has_reference, (
         "ref_model: stage rm, and dpo with pref_loss orpo or simpo, use no reference model; leave "
         "it out")
 
@@ -138,7 +137,7 @@ def in_rewards(c: Config) -> Iterator[tuple]:
 
 
 def in_sampling(c: Config) -> Iterator[tuple]:
-    if not samples_replies(c):
+    if not c.samples_replies:
         yield c.num_iterations > 1, (
             "num_iterations is for stages that sample replies, grpo and distill; leave it out")
         return
@@ -458,7 +457,7 @@ def in_zero(c: Config) -> Iterator[tuple]:
         "use_badam has little optimizer state, and makes it anew with each block: leave "
         "offload_optimizer out")
 
-    yield c.zero_stage == 2 and samples_replies(c), (
+    yield c.zero_stage == 2 and c.samples_replies, (
         f"zero_stage: 2 sums gradients in each pass, and the ranks of stage: {c.stage} have "
         "different numbers of passes; use zero_stage: 1")
 
@@ -508,7 +507,7 @@ def in_tensor_parallel(c: Config) -> Iterator[tuple]:
         "tensor_parallel_size: stage: distill compares whole vocabularies; leave it out, or take "
         "fsdp: full_shard with distill_lambda: 0")
 
-    yield cut and samples_replies(c), (
+    yield cut and c.samples_replies, (
         f"stage: {c.stage} samples replies from a whole model on each rank; leave "
         "tensor_parallel_size out, or take stage: dpo with replies that another run has sampled")
 
@@ -603,7 +602,7 @@ def in_expert_parallel(c: Config) -> Iterator[tuple]:
         "expert_parallel_size: use_muon, use_galore, use_adam_mini, use_apollo, use_badam and "
         "8-bit optimizers need the matrices of all experts; use optim: adamw_torch")
 
-    yield dealt and samples_replies(c), (
+    yield dealt and c.samples_replies, (
         f"stage: {c.stage} samples replies from a whole model on each rank; leave "
         "expert_parallel_size out, or take stage: dpo with replies that another run has sampled")
 
@@ -617,7 +616,7 @@ def in_expert_parallel(c: Config) -> Iterator[tuple]:
 
 def in_context_parallel(c: Config) -> Iterator[tuple]:
     cut = c.context_parallel_size > 1
-    yield cut and samples_replies(c), (
+    yield cut and c.samples_replies, (
         f"stage: {c.stage} samples replies, one token after the other, on each rank; leave "
         "context_parallel_size out, or take stage: sft or dpo with replies that another run has "
         "sampled")
@@ -702,7 +701,7 @@ def _is_multiple(a: float, b: float) -> bool:
     return both_of_a_kind and abs(a / b - round(a / b)) < 1e-9
 
 
-CONTRADICTIONS = {      # the scripts that check, as in REFUSED of config.py
+CONTRADICTIONS = {      # the scripts that check, as in REFUSED of runtime/config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
               in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel, in_pipeline,

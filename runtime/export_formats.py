@@ -5,7 +5,7 @@ Next: runtime/gguf_export.py, runtime/gptq_export.py, merge.py.
 """
 from pathlib import Path
 
-from config import Config
+from runtime.config import Config
 from runtime.export import Export
 
 

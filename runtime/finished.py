@@ -16,7 +16,7 @@ import torch
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
-from config import ADAPTERS, Config
+from runtime.config import ADAPTERS, Config
 from runtime.device import out_of_memory
 from runtime.named_folders import named_folder, named_folders
 from runtime.precision import requested_format

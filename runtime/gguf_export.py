@@ -21,7 +21,7 @@ from checkpoint.gguf_tokenizer import tokenizer_metadata
 from checkpoint.load import dense_skeleton
 from checkpoint.value_head import VALUE_HEAD
 from checkpoint.write_gguf import NUMBER_TYPES, check_gguf, tensor_bytes, write_gguf
-from config import Config
+from runtime.config import Config
 from runtime.export import Export
 from text.load_text import eos_ids_of
 from text.tokenizer import load_tokenizer

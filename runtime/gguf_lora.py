@@ -18,7 +18,7 @@ import torch
 
 from checkpoint.files import open_tensors
 from checkpoint.gguf_tensors import GraphTensor
-from config import Config
+from runtime.config import Config
 from runtime.gguf_export import GGUFExport
 from runtime.merge_plan import Change
 

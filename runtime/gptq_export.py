@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from checkpoint.load import load_model, packed_weights
 from checkpoint.write_gptq import gptq_parts, pack_gptq, quantization_fields
-from config import Config
 from model import CausalLM, attention_needs
+from runtime.config import Config
 from runtime.export import Export
 from text.calibration import calibration_rows
 from text.tokenizer import load_tokenizer

@@ -27,13 +27,13 @@ from typing import NamedTuple
 import torch
 
 from checkpoint.shards import cut_of
-from config import Config, has_reference
 from data import IGNORE
 from errors import bytes_in_words
 from families import ModelConfig
 from lora import trainable
 from model import CausalLM, MoE
 from parallel import BUCKET_BYTES, Ranks, split_by_bytes
+from runtime.config import Config
 from runtime.contradictions import CONTRADICTIONS
 from runtime.load_config import COMMAND_LINE
 from runtime.memory import (USABLE, Plan, Workload, checkpointing_in_words, gathered_bytes,
@@ -552,7 +552,7 @@ def layout_lines(config: Config, memory: Plan, plan: StepPlan, pass_size: Callab
                 own = seconds / one.layout.size / (1 - one.bubble)
                 lines.append(f"  with {one.layout.in_words()} it takes {own:.3g} s, the bubble "
                              f"included: {one.bubble:.0%} of the step")
-    if has_reference(config):
+    if config.has_reference:
         lines.append("  passes of the reference model are not counted in what is sent")
     return [*lines, *advised(found, config, memory, plan, card_bytes)]
 

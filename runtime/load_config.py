@@ -2,7 +2,7 @@
 
     python -m runtime.load_config my.yaml lora_rank=4       print what differs from the defaults
 
-Requires: config.py (the table of keys), runtime/contradictions.py, errors.py.
+Requires: runtime/config.py (the table of keys), runtime/contradictions.py, errors.py.
 Next: train.py.
 """
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any
 
-from config import (ADAPTERS, BADAM_WEIGHT_DECAY, KEYS, UNUSED, VISION_KEYS, Config, as_dict,
-                    print_keys, resizes_vocab)
 from errors import did_you_mean, run_script
+from runtime.config import (ADAPTERS, KEYS, UNUSED, VISION_KEYS, Config,
+                            as_dict, print_keys, resizes_vocab)
 from runtime.contradictions import CONTRADICTIONS
 from runtime.deepspeed_presets import apply_deepspeed
 from runtime.fp8_keys import apply_fp8
@@ -295,6 +295,7 @@ def _notes_on_new_tokens(config: Config) -> list[str]:
 
 def _derive_badam(config: Config):
     """What the package that LLaMA-Factory uses does not read."""
+    from methods.badam import BADAM_WEIGHT_DECAY
     package = "as in the package that LLaMA-Factory uses"
     by_ratio = config.badam_mode == "ratio"
     if by_ratio and config.max_grad_norm:

@@ -23,13 +23,13 @@ import torch
 from checkpoint.adapters import variant_of
 from checkpoint.load import empty_quantized, quantizable_weights, quantized_weights
 from checkpoint.peft_targets import is_expert
-from config import Config
 from errors import bytes_in_words
 from families import ModelConfig
 from lora import AdaptedLinear, AdapterConfig, attach_lora, trainable
 from model import CausalLM
 from parallel import BUCKET_BYTES, split_by_bytes
 from runtime.activations import MicroBatch, activation_bytes
+from runtime.config import Config
 from runtime.kernels import new_optimizer
 from runtime.long_rows import long_row_bytes
 from runtime.offload import embedding_may_stay_outside

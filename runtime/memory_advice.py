@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from config import Config
 from errors import bytes_in_words, first_line
 from lora import LoRAConfig
+from runtime.config import Config
 from runtime.memory import TILES, USABLE, Plan, all_in, memory_plan, most_offloaded
 from runtime.precision import requested_format
 

@@ -21,9 +21,9 @@ from torch import nn
 
 from checkpoint.files import DTYPES, stored_as
 from checkpoint.names import find_tensors
-from config import ADAPTERS
 from families import read_config_json
 from lora import AdaptedLinear
+from runtime.config import ADAPTERS
 
 
 def check_dtype(config, device: torch.device):

@@ -6,8 +6,8 @@
 Requires: data.py, text/token_cache.py, runtime/show_data.py.
 Next: train.py.
 """
-from config import Config
 from errors import run_script
+from runtime.config import Config
 from runtime.load_config import load_config
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import ADAPTERS, Config
 from errors import run_script
+from runtime.config import ADAPTERS, Config
 from runtime.trackers import Tracker, close_all, log_row
 
 # the metrics that are plotted; in file names _ stands for /

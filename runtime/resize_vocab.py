@@ -26,10 +26,10 @@ from checkpoint.files import new_folder, open_tensors, save_tensors, tensor_file
 from checkpoint.load import check_plain
 from checkpoint.names import find_tensors
 from checkpoint.value_head import VALUE_HEAD
-from config import resizes_vocab
 from errors import first_line
 from families import ModelConfig, model_config, read_config_json
 from parallel import Ranks
+from runtime.config import resizes_vocab
 from text.plain_text import excerpt
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
 from text.written_formats import find_template, stored_template

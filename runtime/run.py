@@ -36,10 +36,10 @@ from checkpoint.training_state import (checkpoints_in, load_training_state, opti
                                        read_trainer_state, rng_state, save_training_state,
                                        write_checksums)
 from checkpoint.value_head import read_value_head, save_value_head
-from config import IGNORED, as_dict, has_reference
 from errors import first_line
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
+from runtime.config import IGNORED, as_dict
 from runtime.kernels import device_name
 from runtime.load_config import chat_command, ignored_keys, non_default
 from runtime.precision import check_dtype, use_deterministic_kernels
@@ -311,7 +311,7 @@ class Run:
         reference = 0
         if self.objective.reference is not None:
             reference = sum(matmul_parameters(self.objective.reference))
-        elif has_reference(self.config):
+        elif self.config.has_reference:
             reference = frozen
         return partial(flops_of_batch, self.base.model_config, frozen, trained, reference)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from checkpoint.load import load_model, quantized_weights
-from config import has_reference
 from families import read_model_config
 from lora import AdapterConfig
 from model import CausalLM
@@ -42,7 +41,7 @@ def needs_second_model(config, lora: AdapterConfig | None) -> bool:
     """
     if config.stage == "distill":
         return True
-    if not has_reference(config):
+    if not config.has_reference:
         return False
     return bool(config.ref_model or not lora or lora.modules_to_save)
 

@@ -25,7 +25,6 @@ from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
 from checkpoint.adapters import stored_targets
 from checkpoint.load import (count_parameters, formats_in_words, load_model, packed_weights,
                              quantized_weights)
-from config import ADAPTERS, AS_SIGMOID, batches_per_rollout, samples_replies
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import AdapterConfig, LoRAConfig, trainable
@@ -33,6 +32,7 @@ from model import CausalLM
 from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
+from runtime.config import ADAPTERS, AS_SIGMOID
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
 from runtime.layout_advice import layout_lines, least_time_line
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
@@ -280,7 +280,7 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     layouts = []
     if config.cards:
         layouts = layout_lines(config, memory, plan, partial(choose_pass_size, balance=balance))
-    elif config.dry_run and ranks.processes == 1 and not samples_replies(config):
+    elif config.dry_run and ranks.processes == 1 and not config.samples_replies:
         rate = matrix_rate(device, dtype, kernels.matmul)
         layouts = [least_time_line(config, memory, plan, rate)]
     free_bytes = free_on_all(device, ranks)
@@ -422,7 +422,7 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
 def rows_in_training(config, base: Base, plan: StepPlan) -> list[list[int]]:
     """The largest micro-batch, see largest_rows; of prompts with answers as long as they may be."""
     rows = largest_rows(plan.train_set, plan.all_micro_batches())
-    if not samples_replies(config):
+    if not config.samples_replies:
         return rows
     from methods.rollouts import answers_per_prompt     # only where it is asked for
 
@@ -439,13 +439,13 @@ def rows_in_training(config, base: Base, plan: StepPlan) -> list[list[int]]:
 
 def rollout_bytes(config, base: Base, plan: StepPlan, dtype: torch.dtype) -> int:
     """Keys and values of the answers that are decoded together, each as long as it may be."""
-    if not samples_replies(config):
+    if not config.samples_replies:
         return 0
     from fast.batch_decode import cache_bytes           # only where it is asked for
     from methods.rollouts import ROWS_AT_ONCE
 
     rows = rows_in_training(config, base, plan)
-    answers = min(ROWS_AT_ONCE, len(rows) * batches_per_rollout(config))
+    answers = min(ROWS_AT_ONCE, len(rows) * config.batches_per_rollout)
     return cache_bytes(base.model_config, answers, max(map(sum, rows)), dtype)
 
 
@@ -483,7 +483,7 @@ def choose_pass_size(config, memory: Plan, free_bytes: int | None, device: torch
     own_mean = config.use_asft_loss or config.label_smoothing_factor
     needs_whole = balance or own_mean and not config.paper_losses
     mergeable = config.join_micro_batches and size > 1 and not needs_whole
-    mergeable = mergeable and not samples_replies(config)   # the answers are yet to come
+    mergeable = mergeable and not config.samples_replies   # the answers are yet to come
     mergeable = mergeable and config.pipeline_parallel_size == 1    # which micro-batches keep busy
     if mergeable and rope_type not in LENGTH_DEPENDENT:
         limit = min(ENOUGH_TOKENS[device.type], alone * size)
@@ -549,7 +549,7 @@ def step_size(config, plan: StepPlan) -> str:
     if config.stage == "ppo":
         batches += f" x {config.ppo_buffer_size} steps of a rollout"
     length = f"about {tokens:,.0f} tokens"
-    if samples_replies(config):
+    if config.samples_replies:
         length = f"replies of at most {config.max_new_tokens:,} tokens"
     return f"{rows} rows ({size} x {batches} x {plan.ranks.world} ranks), {length}"
 

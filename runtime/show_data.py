@@ -8,9 +8,9 @@ import os
 
 import numpy as np
 
-from config import COMPARED, SAMPLED
 from data import IGNORE, DatasetCounts, Example
 from errors import printable
+from runtime.config import COMPARED, SAMPLED
 from text.conversations import JUDGED, PAIRS
 from text.token_cache import DataReport
 

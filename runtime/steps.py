@@ -20,9 +20,9 @@ from itertools import chain, islice
 import torch
 from torch.profiler import record_function
 
-from config import batches_per_rollout, in_steps, steps_per_rollout
 from data import IGNORE, Batch
 from parallel import Ranks
+from runtime.config import in_steps
 
 ENOUGH_BATCHES = 1_000_000      # micro-batches whose sizes are looked at one by one
 
@@ -62,7 +62,7 @@ class StepPlan:
                 f"{len(train_set)} rows make no batch of {config.per_device_train_batch_size} "
                 "(dataloader_drop_last: true leaves out the incomplete one)")
         # optimizer steps of what max_steps, save_steps and the like count: in stage ppo a rollout
-        self.unit = steps_per_rollout(config) if config.stage == "ppo" else 1
+        self.unit = config.steps_per_rollout if config.stage == "ppo" else 1
         by_epochs = math.ceil(config.num_train_epochs * self.steps_per_epoch / self.unit)
         self.total_steps = (config.max_steps if config.max_steps > 0 else by_epochs) * self.unit
         self.steps_put_back = 0     # by ignore_data_skip: the rows are those of so many steps ago
@@ -76,8 +76,8 @@ class StepPlan:
     def count_steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, equal on all ranks: rank 0 has the most micro-batches."""
         most = len(shard_batches(self.config, self.train_set, 0, Ranks(0, self.ranks.world)))
-        steps = math.ceil(most / batches_per_rollout(self.config))
-        return steps * steps_per_rollout(self.config)
+        steps = math.ceil(most / self.config.batches_per_rollout)
+        return steps * self.config.steps_per_rollout
 
     def in_steps(self, value: float) -> int:
         """A key's count (or below 1 a share) as a number of optimizer steps."""
@@ -90,7 +90,7 @@ class StepPlan:
         In stage ppo those of a rollout, which its steps share.
         """
         size = self.config.token_budget or self.config.per_device_train_batch_size
-        return size * batches_per_rollout(self.config) * self.ranks.world
+        return size * self.config.batches_per_rollout * self.ranks.world
 
     def all_micro_batches(self) -> Iterator[list[int]]:
         """The micro-batches of the whole run on all ranks, as lists of row numbers.
@@ -166,8 +166,8 @@ class StepPlan:
         self.next_step = next(self.prepared, None)
 
     def make_steps(self, numbers: range) -> Iterator[Step]:
-        size = batches_per_rollout(self.config)
-        repeats = steps_per_rollout(self.config)
+        size = self.config.batches_per_rollout
+        repeats = self.config.steps_per_rollout
         epoch_of_batches = None
         for number in numbers:
             epoch, nth = divmod(number - 1 - self.steps_put_back, self.steps_per_epoch)

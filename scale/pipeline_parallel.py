@@ -24,7 +24,6 @@ from functools import partial
 import torch
 
 from checkpoint.shards import Held, parameter_like, replace_parameters
-from config import has_reference
 from losses import Objective, balance_of_sums, routing_sums
 from scale.mesh import Axis
 from scale.stage_messages import PipelineStage
@@ -115,7 +114,7 @@ class StageObjective(Objective):
     @torch.no_grad()
     def with_reference(self, model, batches: list) -> list:
         """A pass of the reference for each batch; the last stage has its log-probabilities."""
-        if has_reference(self.config):
+        if self.config.has_reference:
             with self.whole.reference_model(model) as reference:
                 for batch in batches:
                     self.forward(reference, batch)

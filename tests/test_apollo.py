@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from config import Config
 from methods.apollo import GROWTH, limit_growth, scales
+from runtime.config import Config
 from runtime.kernels import new_optimizer
 from tests.tiny_models import TINY, tiny
 

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from config import Config
 from methods.badam import BlockOptimizer, blocks_of
+from runtime.config import Config
 from runtime.kernels import new_optimizer
 from tests.tiny_models import tiny
 

@@ -5,8 +5,8 @@ Recorded runs of LLaMA-Factory (test_train.py) hold the masks, the draws of scat
 import pytest
 import torch
 
-from config import Config
 from methods.badam_ratio import EVERY, RatioOptimizer
+from runtime.config import Config
 from runtime.kernels import new_optimizer
 from tests.common import load_argv
 from tests.tiny_models import tiny

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from config import Config
+from runtime.config import Config
 from text.calibration import calibration_rows
 from text.tokenizer import load_tokenizer
 from tests.common import ROOT

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from config import as_dict
+from runtime.config import as_dict
 from runtime.load_config import load_config
 from templates import BOS, EOS, Template, Token
 from tests.chats import CALL, TOOL, call, talk, text_of, write_byte_level

@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from config import Config
+from data import IGNORE, Example, collate
 from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from parallel import Ranks
+from runtime.config import Config
 from runtime.load_config import load_config
 from runtime.memory import Workload, memory_plan
 from scale.context_parallel import check_shares, part_sizes
 from scale.cut_losses import own_targets
 from scale.mesh import Axis
-from data import IGNORE, Example, collate
 from tests.common import ROOT
 from tests.ranks import COMMON, MIXTURE, SMALL, outcomes, small_world, tiny_model, torchrun
 from tests.test_tensor_parallel import (EXPERTS, FULL, MODELS, SAVES, WORKER, assert_alike,

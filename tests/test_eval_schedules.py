@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config
 from methods.eval_schedules import eval_schedule
+from runtime.config import Config
 
 RATE = 1e-3
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 import train
-from config import Config
+from runtime.config import Config
 from runtime.steps import accumulation_for
 from scale import heartbeat
 from tests.common import ROOT, refusal

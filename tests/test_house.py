@@ -247,9 +247,9 @@ def test_no_path_of_one_machine():
 
 
 def test_config_knows_nothing_of_torch():
-    """Seen from inside: `python config.py --keys` answers at once."""
-    assert "torch" not in imports(TREES["config"])
-    code = "import sys, config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    """Seen from inside: `python -m runtime.config --keys` answers at once."""
+    assert "torch" not in imports(TREES["runtime.config"])
+    code = "import sys, runtime.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

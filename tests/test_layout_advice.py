@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import train
-from config import Config
 from families import read_model_config
 from lora import LoRAConfig
 from runtime import layout_advice
+from runtime.config import Config
 from runtime.layout_advice import (LAYOUTS, PartOfStep, layouts_for, own_workload, ring_bytes,
                                    stage_workloads, traffic_of)
 from runtime.memory import Workload, model_without_storage

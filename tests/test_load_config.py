@@ -10,7 +10,7 @@ import tracemalloc
 
 import pytest
 
-from config import KEYS, UNUSED, Config, as_dict
+from runtime.config import KEYS, UNUSED, Config, as_dict
 from runtime.load_config import (COMMANDS, NEEDED, chat_command, ignored_keys, load_config,
                                  non_default)
 from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal

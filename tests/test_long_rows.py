@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from attention import PackedLayout
 from bench import planned_length
 from checkpoint.adapters import variant_of
-from config import Config
 from errors import bytes_in_words
 from fast import offload_inputs as offloading
 from families import model_config
@@ -21,6 +20,7 @@ from losses import cross_entropy_sum
 from methods.oft import OFTConfig
 from methods.quant import QuantFormat
 from model import CausalLM
+from runtime.config import Config
 from runtime.kernels import Kernels, use_kernels, use_long_rows
 from runtime.memory import (PAGE_LOCKED, TILES, Workload, all_in, checkpointing_in_words, lightest,
                             memory_plan, plan_ladder, plan_lines)

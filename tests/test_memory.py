@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import PackedLayout
-from config import Config
 from families import model_config
 from fast.fused_block import fuse_blocks
 from lora import LoRAConfig, attach_lora, trainable
@@ -29,6 +28,7 @@ from methods.quant import QuantFormat, quantize
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
+from runtime.config import Config
 from runtime.memory import Plan, Workload, all_in, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice
 from tests.common import LLAMA3_8B

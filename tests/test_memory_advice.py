@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import Config
+from runtime.config import Config
 from runtime.memory import USABLE, Workload, memory_plan
 from runtime.device import out_of_memory
 from runtime.memory_advice import advice, available_bytes, explain_oom, truncate_row

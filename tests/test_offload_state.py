@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
-from config import Config
 from methods.apollo import apollo_arguments
 from methods.optimizers import further_arguments
 from optim import make_optimizer
+from runtime.config import Config
 from runtime.memory import Workload, memory_plan, plan_lines
 from scale import offload_state as offloading
 from scale.offload_state import offload_state, places, windows

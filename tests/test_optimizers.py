@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from config import Config
 from checkpoint.training_state import NO_ROWS
 from methods.optimizers import BLOCK, UPDATES, from_8bit, levels, orthogonal, to_8bit
 from optim import Optimizer, make_optimizer
+from runtime.config import Config
 from tests.tiny_models import further, tiny
 
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from config import Config
 from families import model_config
 from lora import LoRAConfig
 from runtime import stages
+from runtime.config import Config
 from runtime.load_config import load_config
 from runtime.memory import Workload, memory_plan, model_without_storage, plan_lines
 from runtime.stages import flops_of_parts, model_of_stage, share_layers

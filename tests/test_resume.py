@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint import files, training_state
-from config import DATA, FIXED, FREE, KEYS, Config
 from errors import run_script
 from fast import attention_picker
 from fast import matmul as pick
@@ -38,6 +37,7 @@ from losses import SFTObjective
 from parallel import Gradients
 from runtime import report, resume, setup
 from runtime import run as runtime_run
+from runtime.config import DATA, FIXED, FREE, KEYS, Config
 from runtime.load_config import load_config
 from tests.common import ROOT, read_jsonl
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from attention import PackedLayout, alibi_bias, causal_mask
-from config import Config
 from families import model_config
 from fast.fused_block import fuse_blocks
 from lora import attach_lora, trainable
 from losses import cross_entropy_sum
 from model import CausalLM
+from runtime.config import Config
 from runtime.kernels import Kernels, use_long_rows
 from runtime.memory import Workload, memory_plan
 from tests.test_memory import ALL, BF16, F32

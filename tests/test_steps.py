@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from config import Config
 from parallel import Ranks
 from runtime import setup, steps
+from runtime.config import Config
 from runtime.steps import budget_batches, epoch_order
 from tests.common import needs_shared, run_recorded
 

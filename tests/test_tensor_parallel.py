@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import train
 from checkpoint.shards import Cut, cut_parameter, full_bytes
-from config import Config
 from families import model_config
 from parallel import Ranks
+from runtime.config import Config
 from runtime.load_config import load_config
 from scale.mesh import Axis, check_world, lay_out, places_of
 from scale.tensor_parallel import part_config

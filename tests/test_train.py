@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 import train
 from checkpoint.adapters import PREFIX
 from checkpoint.work_folder import write_mark
-from config import Config
 from losses import SFTObjective
 from methods.quant import QuantFormat, quantize
 from runtime import resume, setup
+from runtime.config import Config
 from tests.common import CURVES, GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded
 from tests.tiny_models import write_quantized
 

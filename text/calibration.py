@@ -18,7 +18,6 @@ from errors import print_error  # noqa: F401
 
 import torch
 
-from config import Config
 from text.conversations import Source
 from text.data_files import READERS, Rows, all_rows, files_at, files_on_hub, open_files
 from text.packed_files import unpacked_suffix
@@ -29,7 +28,7 @@ TRIES = 100             # rows drawn for a sample, each too short, before this i
 KEY = "export_quantization_dataset"
 
 
-def calibration_rows(config: Config, tokenizer: Tokenizer) -> torch.Tensor:
+def calibration_rows(config, tokenizer: Tokenizer) -> torch.Tensor:
     """Token ids, (samples, maxlen) int64, with the tokens that the tokenizer adds to a text.
 
     Raises ValueError for rows without `text`, or too short ones.
@@ -59,7 +58,7 @@ def calibration_rows(config: Config, tokenizer: Tokenizer) -> torch.Tensor:
     return torch.tensor(samples)
 
 
-def text_rows(config: Config) -> Rows:
+def text_rows(config) -> Rows:
     """The rows of a file, of a folder of files, or of a repository on the hub."""
     name = config.export_quantization_dataset
     path = Path(name)
