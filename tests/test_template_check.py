@@ -118,6 +118,17 @@ NEW_FAMILIES = [  # model_type, the tokens of its vocabulary, the row
     ("llama", "<s> </s>", "llama2"),
     ("llama4_text", "<|header_start|> <|header_end|> <|eot|>", "llama4"),
     ("qwen2", "<｜User｜> <｜Assistant｜>", "deepseekr1"),
+    ("qwen3_5_moe", "<|im_start|> <|im_end|>", "qwen3_5"),
+    ("gemma3_text", "<start_of_turn> <end_of_turn>", "gemma3"),
+    ("gemma4", "<|turn> <turn|>", "gemma4"),
+    ("glm4_moe", "[gMASK] <sop> <|user|> <|assistant|>", "glm4_moe"),
+    ("gpt_oss", "<|start|> <|message|> <|channel|>", "gpt_oss"),
+    ("seed_oss", "<seed:think> </seed:think>", "seed_oss"),
+    ("lfm2", "<|im_start|> <|im_end|>", "lfm2"),
+    ("ernie4_5", "<|begin_of_sentence|> <|end_of_sentence|>", "ernie_nothink"),
+    ("hunyuan_v1_dense", "<|startoftext|> <|extra_0|> <|eos|>", "hunyuan"),
+    ("hunyuan_v1_dense", "<｜hy_User｜> <｜hy_place▁holder▁no▁2｜>", "hunyuan_small"),
+    ("minimax_m2", "]~b] [e~[", "minimax2"),
 ]
 
 
@@ -131,6 +142,24 @@ def test_a_template_is_chosen_for_a_family_without_a_chat_template(
     assert choose_template(None, tokenizer, model_type)[0].name == expected
     with pytest.raises(ValueError, match=f"Try template: {expected} "):
         choose_template("cohere", tokenizer, model_type)
+
+
+@pytest.mark.parametrize("model_type, tokens, words, expected", [
+    ("glm4_moe", "[gMASK] <sop> <|user|> <|assistant|>", "<arg_key> /nothink", "glm4_moe"),
+    ("glm4_moe_lite", "[gMASK] <sop> <|user|> <|assistant|>", "<arg_key>", "glm4_7"),
+    ("qwen3_5", "<|im_start|> <|im_end|>", "<function= </think>", "qwen3_5"),
+    ("qwen3_5", "<|im_start|> <|im_end|>", "<function=", "qwen3_5_nothink"),
+    ("granitemoehybrid", "<|start_of_role|> <|end_of_role|>", "g4_default_system_message",
+     "granite4"),
+    ("granite", "<|start_of_role|> <|end_of_role|>", "", "granite3"),
+    ("ernie4_5_moe", "<|im_start|> <|im_end|>", "think_mode", "ernie"),
+])
+def test_a_template_is_chosen_by_words_of_the_chat_template(tmp_path, model_type, tokens, words,
+                                                            expected):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    tokenizer.add_tokens(tokens.split())
+    tokenizer.chat_template = "{{ bos_token }}{# " + f"{tokens} {words} #}}"
+    assert choose_template(None, tokenizer, model_type)[0].name == expected
 
 
 def test_a_token_that_is_not_found_in_texts(tmp_path):
