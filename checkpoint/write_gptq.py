@@ -30,14 +30,16 @@ def gptq_parts(shape: tuple, bits: int, group_size: int) -> dict[str, tuple[tupl
 
 
 def pack_gptq(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, bits: int,
-              group_size: int) -> dict[str, torch.Tensor]:
-    """The tensors of a file. codes (out, in), zeros (out, groups) from 1 on, both uint8."""
-    columns = torch.arange(codes.shape[1], device=codes.device)
+              columns: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a file. codes (out, in), zeros (out, groups) from 1 on, both uint8.
+
+    columns (in,): the group of each column.
+    """
     return {
         "qweight": pack_words(codes, bits).T.contiguous(),
         "qzeros": pack_words((zeros - 1).T, bits),
         "scales": scales.T.contiguous(),
-        "g_idx": (columns // group_size).int(),
+        "g_idx": columns.int(),
     }
 
 
@@ -63,18 +65,19 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def quantization_fields(bits: int, group_size: int, damping: float, layers: list[str],
-                        skipped: list[str]) -> dict:
+                        skipped: list[str], desc_act: bool = False) -> dict:
     """quantization_config of config.json.
 
     layers: names within a block that are quantized. skipped: names of linear layers in blocks that
-    are not; without such, readers quantize all linear layers of the blocks.
+    are not; without such, readers quantize all linear layers of the blocks. desc_act: whether the
+    columns of a group stand apart (act-order).
     """
     fields = {
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
         "damp_percent": damping,
-        "desc_act": False,
+        "desc_act": desc_act,
         "sym": True,
         "true_sequential": True,
         "checkpoint_format": "gptq",

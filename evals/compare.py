@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.adapters import load_with_adapters
-from checkpoint.load import load_model
+from checkpoint.adapters import load_adapter, load_with_adapters
+from checkpoint.load import load_model, packed_weights
 from data import IGNORE
 from evals.bleu_rouge import NAMES
 from evals.loss import score_examples, sum_losses
 from evals.predictions import Prompt, Side
 from families import read_model_config
 from fast.attention_picker import pick_kernel
+from lora import merge_adapters
 from model import attention_needs
 from runtime.build import STAGES
 from runtime.config import Config
@@ -36,7 +37,8 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
     """Print a table of base, base with adapters, and exported model (in folder) on some rows.
 
     loss: mean per token. same token: how often the likeliest next token is that of the base with
-    its adapters (without adapters: of the base).
+    its adapters (without adapters: of the base). An export that is quantized or a GGUF file has a
+    row of the merged model before rounding beside it.
     """
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.gguf")]
     size = sum(file.stat().st_size for file in files)
@@ -58,16 +60,33 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
         "base": lambda: load_model(base, half_dtype, device, quant_format=quant_format),
         "adapter": lambda: load_with_adapters(base, adapters, half_dtype, device,
                                               quant_format=quant_format),
+        "merged": lambda: load_merged(base, adapters, half_dtype, device, quant_format),
         "exported": lambda: load_exported(folder, base, half_dtype, device),
     }
     if not adapters:
         del loaders["adapter"]
+    if not adapters or has_plain_weights(Path(folder)):     # such an export is the merged model
+        del loaders["merged"]
     table = {}
     for name, load in loaders.items():                  # one model in memory at a time
         model = load()
         table[name] = mean_loss(model, rows, device), likeliest_tokens(model, rows, device)
         del model
     print_losses(table, "adapter" if adapters else "base", f"{len(rows)} {description}")
+
+
+def has_plain_weights(folder: Path) -> bool:
+    """Whether a folder holds a model that is not quantized, as safetensors."""
+    return not any(folder.glob("*.gguf")) and not packed_weights(folder)
+
+
+def load_merged(base: Path, adapters: list[Path], dtype, device: str, quant_format):
+    """The base with all adapters merged; matrices in 4 or 8 bits become 16-bit ones."""
+    model = load_model(base, dtype, device, quant_format=quant_format)
+    for adapter in adapters:
+        load_adapter(model, adapter)
+        merge_adapters(model)
+    return model.eval()
 
 
 def load_exported(folder, base: Path, dtype, device: str):

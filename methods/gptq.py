@@ -18,6 +18,10 @@ are made at once in the columns of one group (128 of them), which share a scale 
 groups receive them together, as one matmul. A group's scales are set when its turn comes, from the
 columns as they have become.
 
+With act-order (desc_act) the columns are rounded by the size of their inputs, the largest first,
+while there are most columns left to make up for their errors; a group is then 128 columns that were
+rounded together, wherever they stand.
+
 The grid is symmetric: code c of 2^bits stands for scale * (c - 2^(bits - 1)), and the scale is
 chosen so that the largest number of a row's group fits.
 
@@ -38,17 +42,16 @@ SMALLEST_SCALE = 2.0**-24       # of float16
 
 
 class Rounded(NamedTuple):
-    """A matrix (out, in) in codes; column j belongs to group j // group_size."""
+    """A matrix (out, in) in codes."""
     codes: torch.Tensor         # (out, in) uint8
     scales: torch.Tensor        # (out, groups) SCALE_DTYPE
     zero: int                   # the code of 0
-    group_size: int
+    columns: torch.Tensor       # (in,) int32: the group of each column
 
     def dequantize(self) -> torch.Tensor:
         """The matrix, float32: the values that a reader of the file gets."""
         values = self.codes.float() - self.zero
-        scales = self.scales.float().repeat_interleave(self.group_size, 1)
-        return (values * scales[:, :values.shape[1]]).to(SCALE_DTYPE).float()
+        return (values * self.scales.float()[:, self.columns]).to(SCALE_DTYPE).float()
 
 
 # ---- the grid -----------------------------------------------------------------------------------
@@ -83,12 +86,19 @@ def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> Rounde
 
 def rounded_of(codes: list, scales: list, bits: int, group_size: int) -> Rounded:
     """The matrix of some groups of columns."""
+    joined = torch.cat(codes, 1).to(torch.uint8)
+    columns = torch.arange(joined.shape[1], device=joined.device, dtype=torch.int32)
     return Rounded(
-        codes=torch.cat(codes, 1).to(torch.uint8),
+        codes=joined,
         scales=torch.stack(scales, 1).to(SCALE_DTYPE),
         zero=2 ** (bits - 1),
-        group_size=group_size,
+        columns=columns // group_size,
     )
+
+
+def act_order(hessian: torch.Tensor) -> torch.Tensor:
+    """The columns by the size of their inputs, the largest first: (in,) int64."""
+    return hessian.diagonal().argsort(descending=True, stable=True)
 
 
 # ---- GPTQ ---------------------------------------------------------------------------------------
@@ -119,9 +129,15 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
         damping *= 10           # float32 was too coarse: nearer to rounding to the nearest
 
 
-def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int) -> Rounded:
-    """Algorithm 1 of the paper; weight (out, in), factor: inverse_factor of the inputs' H."""
+def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int,
+         order: torch.Tensor | None = None) -> Rounded:
+    """Algorithm 1 of the paper; weight (out, in), factor: inverse_factor of the inputs' H.
+
+    order (in,): the columns in the order of rounding, as in H; None: from left to right.
+    """
     rest = weight.float().clone()               # what is not rounded yet, as changed so far
+    if order is not None:
+        rest = rest[:, order]
     codes = []
     scales = []
     for start in range(0, rest.shape[1], group_size):
@@ -132,7 +148,11 @@ def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int)
         group_codes, errors = round_group(columns, factor[group, group], scales[-1], bits)
         codes.append(group_codes)
         rest[:, later] -= errors @ factor[group, later]
-    return rounded_of(codes, scales, bits, group_size)
+    rounded = rounded_of(codes, scales, bits, group_size)
+    if order is None:
+        return rounded
+    back = order.argsort()
+    return rounded._replace(codes=rounded.codes[:, back], columns=rounded.columns[back])
 
 
 def round_group(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, bits: int):

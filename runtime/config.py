@@ -682,6 +682,9 @@ class Config:
         "rows drawn for it, by the seed", only="merge.py", low=1)
     export_quantization_maxlen: int = key(1024, IGNORED,
         "tokens of a row; shorter texts are not drawn", only="merge.py", low=1)
+    export_quantization_desc_act: bool = key(False, IGNORED,
+        "act-order: round columns with large inputs first (nearer, slower in some servers)",
+        own=True, only="merge.py")
 
     # the values that were set explicitly, by key
     given: dict = field(default_factory=dict, repr=False)

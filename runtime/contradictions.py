@@ -671,6 +671,9 @@ def in_merge(c: Config) -> Iterator[tuple]:
         "export_quantization_bit needs export_quantization_dataset, texts to calibrate on: a file "
         "of rows with `text`, such as LLaMA-Factory's data/c4_demo.jsonl")
 
+    yield c.export_quantization_desc_act and not bits, (
+        "export_quantization_desc_act is an order of GPTQ; set export_quantization_bit, too")
+
     yield bits and c.quantization_bit, (
         "export_quantization_bit writes a quantized model, quantization_bit reads one as if it "
         "were; leave quantization_bit out")

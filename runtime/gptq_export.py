@@ -58,10 +58,12 @@ class GPTQExport(Export):
     computes = True
     default_dtype = torch.float16
 
-    def __init__(self, base: Path, rows: torch.Tensor, bits: int, device: str):
+    def __init__(self, base: Path, rows: torch.Tensor, bits: int, device: str,
+                 desc_act: bool = False):
         self.model = load_model(base)
         self.rows = rows
         self.bits = bits
+        self.desc_act = desc_act        # whether columns are rounded by the size of their inputs
         self.device = torch.device(device)
         self.layers, self.skipped = quantized_layers(self.model)
         check_layers(base, self.model, self.layers)
@@ -101,7 +103,7 @@ class GPTQExport(Export):
         from methods.gptq import DAMPING
 
         return quantization_fields(
-            bits=self.bits, group_size=GROUP_SIZE, damping=DAMPING,
+            bits=self.bits, group_size=GROUP_SIZE, damping=DAMPING, desc_act=self.desc_act,
             layers=sorted({name_in_block(name) for name in self.layers}),
             skipped=sorted({name_in_block(name) for name in self.skipped}))
 
@@ -156,7 +158,8 @@ class GPTQExport(Export):
 
         names: {name in the block: name in the files}.
         """
-        from methods.gptq import gptq, inverse_factor, output_error, round_to_nearest
+        from methods.gptq import (act_order, gptq, inverse_factor, output_error,
+                                  round_to_nearest)
 
         parents = {}                                # layers of one module have the same input
         for name_in, name in names.items():
@@ -169,9 +172,11 @@ class GPTQExport(Export):
         hessians = self.input_hessians(block, first, f"{words}: {stage[0]}")
         for parent, layers in parents.items():
             hessian = hessians.pop(parent)
-            factor = inverse_factor(hessian)
+            order = act_order(hessian) if self.desc_act else None
+            ordered = hessian if order is None else hessian[order][:, order]
+            factor = inverse_factor(ordered)
             for name, layer in layers.items():
-                rounded = gptq(layer.weight, factor, self.bits, GROUP_SIZE)
+                rounded = gptq(layer.weight, factor, self.bits, GROUP_SIZE, order)
                 nearest = round_to_nearest(layer.weight, self.bits, GROUP_SIZE)
                 self.note_errors(*(output_error(layer.weight, q, hessian)
                                    for q in (rounded, nearest)),
@@ -191,7 +196,7 @@ class GPTQExport(Export):
         self.checksums[name] = checksum_of(rounded.dequantize().half())
         zeros = torch.full(rounded.scales.shape, rounded.zero, dtype=torch.uint8,
                            device=rounded.codes.device)
-        parts = pack_gptq(rounded.codes, zeros, rounded.scales, self.bits, GROUP_SIZE)
+        parts = pack_gptq(rounded.codes, zeros, rounded.scales, self.bits, rounded.columns)
         for part, tensor in parts.items():
             self.ready[f"{name.removesuffix('weight')}{part}"] = tensor.cpu()
 
@@ -312,7 +317,7 @@ def open_gptq(config: Config, base: Path, adapters: list[Path], device: str) -> 
             "checkpoint that it was made from")
     tokenizer = load_tokenizer(base)
     rows = calibration_rows(config, tokenizer)
-    export = GPTQExport(base, rows, bits, device)
+    export = GPTQExport(base, rows, bits, device, config.export_quantization_desc_act)
     largest = int(rows.max())
     if largest >= export.model.config.vocab_size:
         raise ValueError(f"export_quantization_dataset: token {largest} of {base}'s tokenizer is "

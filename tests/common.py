@@ -63,7 +63,7 @@ def losses_in(printed):
     """{model: (loss, share of tokens)} of the table that merge.py prints, and its title."""
     lines = printed.splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("losses"))
-    rows = [line.split() for line in lines[first + 2:first + 5] if line.startswith(" " * 10)]
+    rows = [line.split() for line in lines[first + 2:first + 6] if line.startswith(" " * 10)]
     table = {name: (float(loss), float(same.rstrip("%")) / 100) for name, loss, same in rows}
     return table, lines[first]
 

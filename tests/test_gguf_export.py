@@ -291,6 +291,13 @@ def test_losses_of_an_exported_folder_are_compared(tmp_path, capsys):
     assert "32 rows held out" in title and table["base"][1] == 1
     assert table["exported"][0] == pytest.approx(table["base"][0], abs=0.01)
     assert 0.98 < table["exported"][1] <= 1
+    adapter_with(tmp_path / "adapter", TINY_BASE)
+    merge.main([f"model_name_or_path={TINY_BASE}", "--check", str(tmp_path / "out"),
+                f"adapter_name_or_path={tmp_path / 'adapter'}", "eval_dataset=tiny_review",
+                "template=chatml", f"dataset_dir={ROOT / 'data'}"])
+    table, _ = losses_in(capsys.readouterr().out)
+    assert list(table) == ["base", "adapter", "merged", "exported"]
+    assert table["merged"][0] == pytest.approx(table["adapter"][0], abs=2e-4) != table["base"][0]
     assert "no rows to compare on" in message_of(
         merge.main, [f"model_name_or_path={TINY_BASE}", "--check", str(tmp_path / "out")])
     other = base_with(tmp_path / "other", num_hidden_layers=7)

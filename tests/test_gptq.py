@@ -4,7 +4,7 @@ import itertools
 import pytest
 import torch
 
-from methods.gptq import (Rounded, gptq, inverse_factor, nearest_codes, output_error,
+from methods.gptq import (Rounded, act_order, gptq, inverse_factor, nearest_codes, output_error,
                           round_to_nearest, scales_of_group)
 
 
@@ -67,6 +67,19 @@ def test_codes_equal_those_of_the_step_by_step_twin(bits, group_size):
     same = (ours.codes == twin).float().mean()
     assert same == 1 if bits < 8 else same > 0.99       # 8 bits: a tie in float32 may break apart
     assert ours.scales.shape == (24, -(-40 // group_size)) and ours.scales.dtype == torch.float16
+
+
+def test_act_order_is_gptq_of_the_columns_in_another_order():
+    weight, hessian = problem(24, 40, 3)
+    order = act_order(hessian)
+    assert (hessian.diagonal()[order].diff() <= 0).all()
+    ordered = hessian[order][:, order]
+    ours = gptq(weight, inverse_factor(ordered), 4, 16, order)
+    plain = gptq(weight[:, order], inverse_factor(ordered), 4, 16)
+    assert torch.equal(ours.dequantize()[:, order], plain.dequantize())
+    assert sorted(ours.columns.tolist()) == plain.columns.tolist() != ours.columns.tolist()
+    assert output_error(weight, ours, hessian) < output_error(
+        weight, round_to_nearest(weight, 4, 16), hessian)
 
 
 def test_inputs_without_correlation_leave_nothing_to_make_up_for():
