@@ -1,12 +1,13 @@
 """LLaMA-Factory's command line: `llamafactory-cli train my.yaml` is `python cli.py train my.yaml`.
 
     python cli.py train|chat|api|export|eval  my.yaml key=value ...
+    python cli.py webui|webchat                 the web board, see docs/board.md
     python cli.py env                           versions and devices, for a bug report
     python cli.py version
 
-It starts train.py, chat.py, serve.py, merge.py or eval.py with the same arguments. With several
-GPUs, or with FORCE_TORCHRUN=1, train starts one process for each, as LLaMA-Factory does, which
-NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT extend to several hosts.
+It starts train.py, chat.py, serve.py, merge.py, eval.py or board.py with the same arguments. With
+several GPUs, or with FORCE_TORCHRUN=1, train starts one process for each, as LLaMA-Factory does,
+which NNODES, NODE_RANK, NPROC_PER_NODE, MASTER_ADDR and MASTER_PORT extend to several hosts.
 
 Requires: errors.py.
 Next: train.py.
@@ -19,11 +20,7 @@ from errors import did_you_mean, run_script
 
 ROOT = Path(__file__).resolve().parent
 SCRIPTS = {"train": "train.py", "chat": "chat.py", "api": "serve.py", "export": "merge.py",
-           "eval": "eval.py"}
-NOT_HERE = {
-    "webui": "there is no web interface in this release; write a yaml file and use train",
-    "webchat": "there is no web interface in this release; use chat",
-}
+           "eval": "eval.py", "webui": "board.py", "webchat": "board.py --tab chat"}
 KNOWN = (*SCRIPTS, "env", "version")
 
 
@@ -37,16 +34,15 @@ def main(argv: list[str]):
         print(first_change())
     elif command == "env":
         print_environment()
-    elif command in NOT_HERE:
-        raise ValueError(f"cli.py {command}: {NOT_HERE[command]}")
     else:
         raise ValueError(f"cli.py: {command!r} is no command{did_you_mean(command, KNOWN)}; the "
                          f"commands are {', '.join(KNOWN)}")
 
 
 def start(script: str, arguments: list[str]):
-    """Replace this process by the script."""
-    command = [sys.executable, str(ROOT / script), *arguments]
+    """Replace this process by the script. It may have arguments of its own."""
+    script, *own = script.split()
+    command = [sys.executable, str(ROOT / script), *own, *arguments]
     if script == "train.py" and "RANK" not in os.environ:       # else torchrun has started us
         count = processes()
         if count > 1 or os.environ.get("FORCE_TORCHRUN") == "1":

@@ -4,10 +4,10 @@
         def dispatch(self, paths): ...          # answer self.path, or raise BadRequest
 
 A thread for each connection reads one request after the other. Every error is a JSON object in
-OpenAI's shape.
+OpenAI's shape. The servers of serve.py (models) and board.py (the web board) are made of this.
 
 Requires: serving/schema.py (BadRequest).
-Next: serving/handler.py.
+Next: serving/handler.py, board.py.
 Source: HTTP semantics RFC 9110.
 """
 import json

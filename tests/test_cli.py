@@ -22,10 +22,16 @@ def started(monkeypatch):
 
 
 @pytest.mark.parametrize("command, script", [("chat", "chat.py"), ("export", "merge.py"),
-                                             ("eval", "eval.py")])
+                                             ("eval", "eval.py"), ("webui", "board.py")])
 def test_commands_start_scripts(started, command, script):
     cli.main([command, *SETTINGS])
     assert started == [[sys.executable, str(ROOT / script), *SETTINGS]]
+
+
+def test_webchat_opens_the_board_at_its_chat(started):
+    cli.main(["webchat", "--model_name_or_path", "models/tiny"])
+    assert started == [[sys.executable, str(ROOT / "board.py"), "--tab", "chat",
+                        "--model_name_or_path", "models/tiny"]]
 
 
 def test_train_starts_a_process_for_each_gpu(started, monkeypatch):
@@ -50,7 +56,6 @@ def test_train_starts_a_process_for_each_gpu(started, monkeypatch):
 
 @pytest.mark.parametrize("arguments, words", [
     (["trian"], "no command (did you mean 'train'?); the commands are train, chat, api"),
-    (["webui"], "no web interface in this release"),
 ])
 def test_other_commands_are_sentences(arguments, words):
     run = subprocess.run([sys.executable, "cli.py", *arguments], cwd=ROOT, capture_output=True,

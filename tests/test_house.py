@@ -10,10 +10,11 @@ import pytest
 
 from tests.common import ROOT
 
-SCRIPTS = ("train", "chat", "serve", "eval", "merge", "cli")
+SCRIPTS = ("train", "chat", "serve", "board", "eval", "merge", "cli")
 # a folder imports the root and folders that stand before it; scripts import whatever they like, and
 # nobody imports them
-FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "runtime", ("evals", "serving"))
+FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "runtime",
+           ("evals", "serving", "web"))
 RANKS = {}
 for rank, names in enumerate(FOLDERS, 1):
     RANKS |= dict.fromkeys([names] if isinstance(names, str) else names, rank)

@@ -1,0 +1,89 @@
+"""Which files the web board may read and write: those below the folders it was given.
+
+    folders = Folders(["."])
+    folders.inside("configs/my.yaml")       # its path; BadRequest for ../other/my.yaml
+    folders.check_settings(entries)         # the same for the paths that a config names
+
+Links are followed first: a link to a file outside is outside.
+
+Requires: serving/schema.py (BadRequest).
+Next: web/jobs.py, board.py.
+"""
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from serving.schema import BadRequest
+
+CONFIGS = (".yaml", ".yml", ".json")
+MOST_FILES = 500            # in a list of configs
+# settings whose text is no path, whatever it begins with
+TEXTS = ("ask", "placeholders", "default_system", "prompt", "lora_target", "oft_target",
+         "freeze_trainable_modules")
+
+
+class Folders:
+    """The folders below which everything must lie; the first one is where scripts run."""
+
+    def __init__(self, roots: Iterable[str | Path]):
+        self.roots = [Path(root).expanduser().resolve() for root in roots]
+        for root in self.roots:
+            if not root.is_dir():
+                raise ValueError(f"--folder {root}: no such folder")
+
+    def inside(self, name: str) -> Path:
+        """The absolute path of a name, relative ones from the first folder.
+
+        Raises BadRequest for a path outside.
+        """
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise BadRequest("the name of a file or folder is missing, or is no text")
+        try:
+            path = (self.roots[0] / os.path.expanduser(name)).resolve()
+        except (OSError, RuntimeError):             # a circle of links, a name that is too long
+            raise BadRequest(f"{name[:100]!r} is no path") from None
+        if not any(path.is_relative_to(root) for root in self.roots):
+            raise BadRequest(f"{name[:200]} lies outside of the board's folders "
+                             f"({', '.join(map(str, self.roots))}). To allow it, start board.py "
+                             "with --folder and its folder", status=403)
+        return path
+
+    def shown(self, path: Path) -> str:
+        """A path as the page shows it: relative to the first folder where it lies below it."""
+        path = path.resolve()
+        return str(path.relative_to(self.roots[0]) if path.is_relative_to(self.roots[0]) else path)
+
+    def check_settings(self, entries: Iterable[tuple]):
+        """Raise BadRequest if a setting of (key, value, …) entries names a path outside."""
+        for name, value, *_ in entries:
+            if name.partition(".")[0] in TEXTS:
+                continue
+            for text in texts_in(value):
+                is_path = os.path.isabs(text) or text.startswith("~") or ".." in Path(text).parts
+                if is_path and "://" not in text:
+                    self.check_setting(name, text)
+
+    def check_setting(self, name: str, text: str):
+        try:
+            self.inside(text)
+        except BadRequest as error:
+            raise BadRequest(f"{name}: {error}", name, status=error.status) from None
+
+    def configs(self) -> list[str]:
+        """The config files that the page offers: in configs/, and in the other folders."""
+        found = sorted((self.roots[0] / "configs").glob("**/*.yaml"))
+        for root in self.roots[1:]:
+            found += sorted(path for path in root.glob("**/*") if path.suffix in CONFIGS)
+        return [self.shown(path) for path in found[:MOST_FILES] if path.is_file()]
+
+
+def texts_in(value) -> Iterator[str]:
+    """The texts of a setting: itself, or those of a list or mapping; of `a,b` both."""
+    if isinstance(value, str):
+        yield from (part.strip() for part in value.strip("[]").split(","))
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from texts_in(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_in(item)

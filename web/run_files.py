@@ -1,0 +1,231 @@
+"""What training and evaluation have written, as the web board shows it: read from files only.
+
+    list_runs(folders, jobs)            a line for each output_dir, with its state and last figures
+    logged_steps(folder, after=0)          the logged steps from a line of trainer_log.jsonl on
+    read_results(folder)                models side by side, and the rows that changed most
+
+A run that was started in a terminal is shown like one that the board has started.
+
+Requires: web/folders.py, web/jobs.py.
+Next: board.py.
+
+Names of files and figures are LLaMA-Factory's.
+"""
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import math
+import os
+import re
+import signal
+import struct
+import sys
+from pathlib import Path
+
+from web.folders import Folders
+from web.jobs import BoardJob, Jobs
+
+LOG = "trainer_log.jsonl"
+LOCK = ".lock"                  # of runtime/resume.py: held while a run works in the folder
+PLACES = ("saves", "output")    # folders with runs, below the first of the board's folders
+MOST_ROWS = 4000                # of a chart; longer logs are thinned out
+MOST_CHANGED = 20
+LONGEST_TEXT = 20_000           # characters whose similarity is measured
+
+
+# ---- lines and JSON -----------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The complete lines of a JSON-lines file; [] where it is missing."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:              # half a line: it is being written
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def read_object(path: Path) -> dict:
+    """The object of a JSON file; {} where it is missing or half written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def finite(value):
+    """The value with null for numbers that JSON in a browser does not know (NaN, infinity)."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def list_runs(folders: Folders, jobs: Jobs) -> list[dict]:
+    """The runs, the newest first: folder, state, step, total, the last figures and the job."""
+    by_folder: dict[Path, BoardJob] = {}
+    for job in jobs.list():
+        settings = job.read("job.json")
+        if settings.get("kind") == "train" and settings.get("output"):
+            by_folder[Path(settings["output"])] = job       # the newest one
+    found = {folder: None for folder in logged_folders(folders)} | by_folder
+    runs = [describe_run(folder, job, folders) for folder, job in found.items()]
+    return sorted(runs, key=lambda run: -run["changed"])
+
+
+def logged_folders(folders: Folders) -> list[Path]:
+    """Output folders that hold a log."""
+    places = [folders.roots[0] / name for name in PLACES] + folders.roots[1:]
+    logs = [log for place in places for pattern in (LOG, f"*/{LOG}", f"*/*/{LOG}")
+            for log in place.glob(pattern)]
+    return [log.parent.resolve() for log in logs
+            if any(log.resolve().is_relative_to(root) for root in folders.roots)]
+
+
+def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
+    """What the list shows of a run."""
+    rows = read_lines(folder / LOG)
+    figures = {}
+    for row in rows:
+        figures |= row                              # the last value of each
+    state = job.state() if job else ""
+    queued = state == "waiting"
+    if state not in ("running", "waiting", "stopping"):
+        state = state_of_folder(folder, state)
+    changed = (folder / LOG).stat().st_mtime if rows else 0
+    if job:
+        changed = max(changed, job.read("job.json").get("created") or 0)
+    return finite({
+        "folder": folders.shown(folder), "state": state, "job": job.number if job else None,
+        "figures": {} if queued else figures, "changed": changed,
+        "name": folder.name, "can_resume": any(folder.glob("checkpoint-*/trainer_state.json")),
+        "trained": any(folder.glob("*.safetensors")),
+    })
+
+
+def state_of_folder(folder: Path, otherwise: str) -> str:
+    """The state of a run by its files; `otherwise` is what its job says."""
+    if lock_holder(folder):
+        return "running"
+    if (folder / "all_results.json").is_file() and otherwise in ("", "finished"):
+        return "finished"
+    if otherwise:
+        return otherwise
+    return "stopped" if read_object(folder / LOCK).get("stopped") else "ended"
+
+
+def lock_holder(folder: Path) -> int | None:
+    """The process that works in an output_dir; None where there is none, or none can be seen.
+
+    The system is asked who holds the lock: a number in a file may be another process's by now.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        with open(folder / LOCK, "rb+") as file:
+            asked = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind, *_, process = struct.unpack("hhqqi", fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    except OSError:
+        return None
+    return process if kind != fcntl.F_UNLCK and process > 0 else None
+
+
+def stop_run(folder: Path):
+    """Ask a run that was started elsewhere to save and end."""
+    if process := lock_holder(folder):
+        os.kill(process, signal.SIGTERM)
+
+
+def logged_steps(folder: Path, after: int = 0) -> dict:
+    """{"rows": logged steps from number `after` on, "next": their number, "first": the first line}.
+
+    `first` tells a run from an earlier one in the same folder. Gradient norms that the log of an
+    older release lacks come from trainer_state.json.
+    """
+    rows = read_lines(folder / LOG)
+    history = read_object(folder / "trainer_state.json").get("log_history", [])
+    norms = {row.get("step"): row["grad_norm"] for row in history if "grad_norm" in row}
+    for row in rows:
+        if "loss" in row and row.get("current_steps") in norms:
+            row.setdefault("grad_norm", norms[row["current_steps"]])
+    shown = rows[after:]
+    thinned = shown[::math.ceil(len(shown) / MOST_ROWS) or 1]
+    return finite({"rows": thinned, "next": len(rows), "first": json.dumps(rows[:1])})
+
+
+# ---- results of eval.py -------------------------------------------------------------------------
+
+
+def result_folders(folders: Folders) -> list[str]:
+    """Folders in which eval.py has compared models."""
+    found = []
+    for root in [folders.roots[0] / name for name in PLACES] + folders.roots[1:]:
+        for pattern in ("comparison.json", "*/comparison.json", "*/*/comparison.json"):
+            found += [path.parent for path in root.glob(pattern)]
+    newest = sorted(found, key=lambda path: -(path / "comparison.json").stat().st_mtime)
+    return [folders.shown(path) for path in newest]
+
+
+def read_results(folder: Path) -> dict:
+    """{"sides": {model: its figures}, "changed": [rows], "rows": number of answers}.
+
+    A row is {"number", "prompt", "label", "answers": {model: text}, "gain"}: the gain in similarity
+    to the label (difflib's ratio, 0 to 1) from the base to the first model. The rows with the
+    largest gain or loss come first.
+    """
+    sides = read_object(folder / "comparison.json")
+    names = list(sides)
+    first, *others = names or [""]
+    answers = {first: read_lines(folder / "generated_predictions.jsonl")}
+    for name in others:
+        answers[name] = read_lines(folder / f"generated_predictions.{name}.jsonl")
+    rows = []
+    for number, row in enumerate(answers[first], 1):
+        texts = {name: found[number - 1].get("predict", "") for name, found in answers.items()
+                 if len(found) >= number}
+        label = row.get("label") or ""
+        gain = similarity(texts[first], label) - similarity(texts.get("base", ""), label)
+        if texts.get("base") not in (None, texts[first]):
+            rows.append({"number": number, "prompt": row.get("prompt", ""), "label": label,
+                         "answers": texts, "gain": gain})
+    rows.sort(key=lambda row: -abs(row["gain"]))
+    return finite({"sides": sides, "changed": rows[:MOST_CHANGED], "differ": len(rows),
+                   "rows": len(answers[first])})
+
+
+def similarity(text: str, label: str) -> float:
+    """How alike two texts are, 0 to 1."""
+    return difflib.SequenceMatcher(None, text[:LONGEST_TEXT], label[:LONGEST_TEXT],
+                                   autojunk=False).ratio()
+
+
+# ---- progress -----------------------------------------------------------------------------------
+
+
+def progress_of(log: str) -> float | None:
+    """The share, 0 to 1, that the newest progress bar in a log shows; None without one."""
+    found = re.findall(r"(\d{1,3})%\|", log)
+    return int(found[-1]) / 100 if found else None
+
+
+def screen_of(log: str) -> str:
+    """A log as a terminal would show it: of a line that was written over, its last text."""
+    lines = []
+    for line in log.split("\n"):
+        lines.append(line.rstrip("\r").rsplit("\r", 1)[-1])
+    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(lines))
