@@ -38,6 +38,7 @@ class Switches:
     clip_qkv: float | None = None   # q, k and v are clamped to [-clip, clip]
     output_gate: bool = False       # q_proj also makes a gate, head by head: the heads' outputs are
                                     # multiplied by its sigmoid
+    conv_bias: bool = False         # a short convolution, and the linear layers around it
     fused_delta: bool = False       # a delta rule's q, k, v and z are one matrix, b and a another,
                                     # key head by key head
 
@@ -133,7 +134,7 @@ class ModelConfig(Switches):
     pad_token_id: int | None = None         # padding_idx of the embedding, as in transformers
 
     # one entry per layer
-    mixers: tuple                           # a row of model.MIXERS
+    mixers: tuple                           # rows of model.MIXERS
     windows: tuple                          # keys that a query sees, itself included; None = all
     chunks: tuple                           # chunked attention, tokens per chunk; None = all
     use_rope: tuple                         # rotate q and k?
@@ -213,7 +214,7 @@ class Family(Switches):
     tie_word_embeddings: Callable = said("tie_word_embeddings", False)
     hidden_act: Callable = said("hidden_act", "silu")
     latent: bool = False                          # multi-head latent attention
-    halved_ffn: bool = False                      # intermediate_size counts gate and up together
+    intermediate_size: Callable = lambda take: take("intermediate_size", needed=True)
     names: dict = field(default_factory=dict)     # {part of a parameter's name: that in the files}
     prefix: str = ""                              # prefix of every name in the files
     in_transformers: dict = field(default_factory=dict)     # {prefix of a name in the files: that
@@ -401,6 +402,25 @@ def full_attention_by_interval(take):
         "linear_attention" if layer % interval else "full_attention" for layer in layers]
 
 
+def attention_where_listed(take):
+    """layer_types, or attention in the layers of full_attn_idxs, else short convolutions."""
+    listed = take("full_attn_idxs")
+    layers = range(take("num_hidden_layers", needed=True))
+    return take("layer_types") or [
+        "full_attention" if listed is None or layer in listed else "conv" for layer in layers]
+
+
+def adjusted_ff_dim(take):
+    """Two thirds of intermediate_size, times a factor, rounded up to a multiple."""
+    width = take("intermediate_size", needed=True)
+    factor = take("block_ffn_dim_multiplier", 1.0, null=True)
+    multiple = take("block_multiple_of", 256)
+    if not take("block_auto_adjust_ff_dim", True):
+        return width
+    width = int(2 * width / 3)
+    return width if factor is None else -(-int(factor * width) // multiple) * multiple
+
+
 def bias_by_no_bias(take):
     return not take("no_bias", True)
 
@@ -511,7 +531,8 @@ FAMILIES = {
         partial_rotary_factor=said("rotary_pct", 1.0),
         attn_temperature=temperature_by_log,
         rope_scaling=ntk_by_steps,
-        halved_ffn=True,
+        # it counts gate and up together
+        intermediate_size=lambda take: take("intermediate_size", needed=True) // 2,
         fixed={"scale_attn_weights": True},
         called={"head_dim": "kv_channels",
                 "rms_norm_eps": "layer_norm_epsilon",
@@ -685,6 +706,19 @@ FAMILIES = {
         **GATED_DELTA | dict(called=GATED_DELTA["called"]
                              | {"intermediate_size": "moe_intermediate_size"}),
         norm_topk_prob=True, sparse=lambda take, layer: True, shared_expert_gate=True),
+    "lfm2": Family(                                 # arXiv:2511.23404
+        qk_norm="head", conv_bias=said("conv_bias", False),
+        intermediate_size=adjusted_ff_dim,
+        layer_types=attention_where_listed, mixer_of={"conv": "short convolution"},
+        fixed={"block_use_swiglu": True, "use_pos_enc": True},
+        called={"conv_kernel": "conv_L_cache", "intermediate_size": "block_ff_dim",
+                "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embedding"},
+        absent={"conv_kernel": 3, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+                "tie_word_embeddings": True},
+        names={"model.norm": "model.embedding_norm",
+               "input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
+               "q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj",
+               "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
         **LLAMA4, prefix="language_model.", text_field="text_config",
@@ -734,7 +768,8 @@ BOUNDS = {
     "q_lora_rank": (0, 2**16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
                      "linear_value_head_dim"), (1, 2**16)),
-    "conv_kernel": (1, 1024),
+    **dict.fromkeys(("conv_kernel", "block_multiple_of"), (1, 2**16)),
+    "block_ffn_dim_multiplier": (1e-3, 1e3),
     **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step",
                      "no_rope_layer_interval", "full_attention_interval"), SIZE),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "max_window_layers"), (0, 2**31)),
@@ -754,11 +789,13 @@ FLAGS = frozenset("""
     tie_word_embeddings norm_topk_prob attention_bias mlp_bias bias add_bias_linear add_qkv_bias
     qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
     use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
-    use_gated_activation use_routing_bias rope_interleave attn_output_gate
+    use_gated_activation use_routing_bias rope_interleave attn_output_gate conv_bias
+    tie_embedding block_auto_adjust_ff_dim block_use_swiglu use_pos_enc
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
 TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
-NUMBER_LISTS = {"mlp_only_layers": (0, 2000), "moe_layers": (0, 2000), "no_rope_layers": (0, 1)}
+NUMBER_LISTS = {"mlp_only_layers": (0, 2000), "moe_layers": (0, 2000), "no_rope_layers": (0, 1),
+                "full_attn_idxs": (0, 2000)}
 TEXT_LISTS = frozenset(("layer_types",))
 TOKENS = frozenset(("bos_token_id", "eos_token_id"))
 ROPE_BOUNDS = {     # of rope_scaling and rope_parameters
@@ -790,6 +827,8 @@ HARMLESS = frozenset("""
     use_embedding_sharing eod_token_id org_vocab_size cla_share_factor
     experts_per_token initial_context_length
     mtp_num_hidden_layers mtp_use_dedicated_embeddings mamba_ssm_dtype
+    block_dim block_norm_eps block_mlp_init_scale block_out_init_scale block_use_xavier_init
+    conv_dim conv_dim_out conv_use_xavier_init num_heads
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
@@ -1002,7 +1041,7 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        intermediate_size=take("intermediate_size", needed=True) // (2 if family.halved_ffn else 1),
+        intermediate_size=family.intermediate_size(take),
         vocab_size=take("vocab_size", needed=True),
         num_key_value_heads=take("num_key_value_heads", heads),
         head_dim=0 if family.latent else

@@ -13,8 +13,9 @@ a block, an MLP or a mixture of experts, is called as mlp(x, ctx).
 Requires: families.py, rope.py, attention.py.
 Next: model.py.
 Papers: latent attention arXiv:2405.04434 (sec. 2.1), gated delta rule arXiv:2412.06464, its chunks
-arXiv:2406.06484, mixture of experts arXiv:2101.03961, the choice of experts from groups
-arXiv:2405.04434 (sec. 2.2.2), and with a bias arXiv:2412.19437 (sec. 2.1.2).
+arXiv:2406.06484, short convolution arXiv:2511.23404, mixture of experts arXiv:2101.03961, the
+choice of experts from groups arXiv:2405.04434 (sec. 2.2.2), and with a bias arXiv:2412.19437 (sec.
+2.1.2).
 """
 from collections.abc import Callable
 from functools import partial
@@ -256,15 +257,6 @@ class GatedDeltaNet(StateMixer):
         return out.transpose(1, 2).to(qkv.dtype), (last, S)
 
 
-def mixer_state_bytes(config: ModelConfig, layer: int, dtype: torch.dtype) -> int:
-    """Bytes of the state of a sequence; 0 for a layer of attention."""
-    if config.mixers[layer] == "delta rule":
-        keys = config.linear_num_key_heads * config.linear_key_head_dim
-        inputs = (config.conv_kernel - 1) * (2 * keys + config.linear_value_width)
-        return inputs * dtype.itemsize + 4 * config.linear_key_head_dim * config.linear_value_width
-    return 0
-
-
 CHUNK = 64              # tokens of a chunk of chunked_scan
 
 
@@ -327,6 +319,51 @@ def chunked_scan(q, k, v, g, beta, S, chunk: int = CHUNK):
         outs.append(q_n @ S + scores_n @ u_n)
         S = decay_n * S + k_n @ u_n
     return torch.cat(outs, dim=2)[:, :, :T], S
+
+
+class ShortConvolution(StateMixer):
+    """y = C * conv(B * x) of three vectors of each token, as in LFM2; its state is B * x."""
+
+    def __init__(self, config: ModelConfig, layer: int, norm: Callable):
+        super().__init__()
+        D, bias = config.hidden_size, config.conv_bias
+        self.layer = layer
+        self.in_proj = nn.Linear(D, 3 * D, bias=bias)
+        self.conv = CausalConv(D, config.conv_kernel, bias)
+        self.o_proj = nn.Linear(D, D, bias=bias)
+
+    def readers(self) -> list[nn.Module]:
+        return [self.in_proj]
+
+    def mix(self, outputs, ctx):
+        """The output of in_proj, (B, T, 3 D) -> (B, T, D)."""
+        b, c, x = outputs[0].chunk(3, dim=-1)
+        return c * self.scan_sequences((b * x,), ctx)
+
+    def scan(self, tensors, state, lengths):
+        """B * x, (B, T, D) -> the same, convolved; its last K - 1 tokens."""
+        y, last = self.conv(*tensors, state and state[0], lengths)
+        return y, (last,)
+
+
+def mixer_state_bytes(config: ModelConfig, layer: int, dtype: torch.dtype) -> int:
+    """Bytes of the state of a sequence; 0 for a layer of attention."""
+    before = config.conv_kernel - 1                             # inputs of the convolution
+    if config.mixers[layer] == "short convolution":
+        return before * config.hidden_size * dtype.itemsize
+    if config.mixers[layer] == "delta rule":
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        inputs = before * (2 * keys + config.linear_value_width)
+        return inputs * dtype.itemsize + 4 * config.linear_key_head_dim * config.linear_value_width
+    return 0
+
+
+# {entry of config.mixers: (its name in a block, as checkpoints have it; its class)}
+OTHER_MIXERS = {
+    "latent attention": ("self_attn", LatentAttention),
+    "delta rule": ("linear_attn", GatedDeltaNet),
+    "short convolution": ("conv", ShortConvolution),
+}
 
 
 # ---- mixture of experts -------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from torch import nn
 
 from attention import PackedLayout, attend
 from families import ModelConfig
-from layers import ACTIVATIONS, GatedDeltaNet, LatentAttention, Mixer, MoE
+from layers import ACTIVATIONS, OTHER_MIXERS, Mixer, MoE
 from rope import (alibi_slopes, attn_temperature, length_for_rope, rope_table, rotate,
                   window_rope_table)
 
@@ -259,12 +259,7 @@ class MLP(nn.Module):
         return self.act(gate) * up
 
 
-# {entry of config.mixers: (its name in a block, as checkpoints have it; its class)}
-MIXERS = {
-    "attention": ("self_attn", Attention),
-    "latent attention": ("self_attn", LatentAttention),
-    "delta rule": ("linear_attn", GatedDeltaNet),
-}
+MIXERS = {"attention": ("self_attn", Attention), **OTHER_MIXERS}
 
 
 class Block(nn.Module):

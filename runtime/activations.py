@@ -45,7 +45,7 @@ from attention import PLAIN_QUERIES, SINK_FEATURES, TORCH, group_by_length, take
 from checkpoint.load import quantized_weights
 from families import ModelConfig
 from lora import AdaptedLinear, LoRALinear, LoRAStacked
-from layers import CHUNK, StateMixer
+from layers import CHUNK, ShortConvolution, StateMixer
 from losses import chunk_rows
 from model import Attention, Block, CausalLM, LayerNorm, MoE
 
@@ -366,6 +366,11 @@ def state_mixer_bytes(mixer: StateMixer, model_config: ModelConfig, batch: Micro
     tokens, and the vectors that read and write the state.
     """
     config = model_config
+    if isinstance(mixer, ShortConvolution):                 # in_proj's output, what is convolved, y
+        hidden = config.hidden_size
+        kept = 5 * hidden * batch.compute + input_bytes(hidden, mixer.readers(), batch,
+                                                        from_stream=True)
+        return batch.tokens * (kept + input_bytes(hidden, [mixer.o_proj], batch))
     nv, values = config.linear_num_value_heads, config.linear_value_width
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     dk, width = config.linear_key_head_dim, 2 * keys + values

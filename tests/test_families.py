@@ -308,6 +308,17 @@ CASES |= {
         DELTA | SHARED_EXPERT, layer_types=["linear_attention", FULL, "linear_attention"],
     )),
 }
+CASES |= {
+    "lfm2": ("lfm2", dict(full_attn_idxs=[1], block_multiple_of=8, conv_L_cache=4)),
+    "lfm2 biases, by layer_types, untied": ("lfm2", dict(
+        layer_types=["conv", FULL, "conv"], conv_bias=True, block_auto_adjust_ff_dim=False,
+        tie_word_embeddings=False, norm_eps=1e-3, num_key_value_heads=4,
+    )),
+    "lfm2 kernel of two, another factor": ("lfm2", dict(
+        layer_types=["conv", "conv", "conv"], conv_L_cache=2, block_ffn_dim_multiplier=1.3,
+        block_multiple_of=10,
+    )),
+}
 SINCE_5 = {     # what transformers 4.57 reads otherwise
     "llama longrope": "looks for the trained length of longrope elsewhere",
     "qwen2_moe window": "has the window in other layers",
@@ -707,6 +718,7 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
                      n_shared_experts=1, head_dim=16),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), LATENT),
     "qwen3_5_text": DELTA,
+    "lfm2": dict(full_attn_idxs=[1]), "gpt_oss": BIASED_CHOICE,
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA | SHARED_EXPERT),
 }.items()}
 for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3",

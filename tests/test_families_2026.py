@@ -28,7 +28,6 @@ MISSING = {
     "gpt_oss_mxfp4": "stored quantized .mxfp4.",                    # blocks of 4 bits
     "granitemoehybrid": "'granitemoehybrid' is not supported",      # state space layers
     "nemotron_h": "'nemotron_h' is not supported",
-    "lfm2": "'lfm2' is not supported",                              # short convolutions
     "qwen3_fp8": "stored quantized .fp8.",                          # blocks of 8 bits
 }
 NAMES = [folder.parent.name for folder in sorted(FOLDERS.glob("*/config.json"))

@@ -29,6 +29,8 @@ from tests.tiny_models import perturb
 
 KINDS = {
     "delta rule": ("qwen3_5_text", dict(SMALL, **DELTA, num_hidden_layers=4)),
+    "short convolution": ("lfm2", dict(SMALL, full_attn_idxs=[1, 3], num_hidden_layers=4,
+                                       conv_L_cache=4, block_auto_adjust_ff_dim=False)),
 }
 
 
@@ -142,6 +144,16 @@ def test_config_json_that_is_refused(change, words):
         model_config({**READABLE["qwen3_5_text"], **change})
 
 
+@pytest.mark.parametrize("change, width", [
+    ({}, 256), ({"block_ff_dim": 90}, 256), ({"block_multiple_of": 8}, 32),
+    ({"block_multiple_of": 8, "block_ffn_dim_multiplier": 1.5}, 48),
+    ({"block_ffn_dim_multiplier": None}, 29), ({"block_auto_adjust_ff_dim": False}, 44),
+])
+def test_the_width_of_an_mlp_by_the_rule_of_lfm2(change, width):
+    """As its MLP computes it in transformers 4.57; 5.24 refuses a null factor."""
+    assert model_config({**READABLE["lfm2"], **change}).intermediate_size == width
+
+
 # ---- training ----
 
 
@@ -149,8 +161,9 @@ def test_config_json_that_is_refused(change, words):
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_memory_plan_counts_a_state_and_its_chunks(kind, fast):
     name, fields = KINDS[kind]
-    sizes = dict(hidden_size=256, intermediate_size=512, head_dim=64, linear_key_head_dim=32,
-                 linear_value_head_dim=48, max_position_embeddings=4096)
+    larger = dict(hidden_size=256, intermediate_size=512, head_dim=64, linear_key_head_dim=32,
+                  linear_value_head_dim=48, max_position_embeddings=4096)
+    sizes = {key: size for key, size in larger.items() if key in fields}
     config = model_config({"model_type": name, **fields, **sizes})
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (((150,), (120,)), ((300,),)):

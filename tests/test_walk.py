@@ -50,7 +50,7 @@ def base_of(name, folder):
     model = CausalLM(model_config(fields))
     init_weights(model, torch.Generator().manual_seed(0))
     for n, p in model.named_parameters():   # so that inputs are not small beside the eps of norms
-        p.data *= 5 if n.endswith("conv1d.weight") else 1
+        p.data *= 5 if n.endswith(("conv1d.weight", "conv.weight")) else 1
     weights = {model.config.stored_name(n): p.data for n, p in model.named_parameters()}
     beside = [f"{prefix}class_embedding" for prefix in model.config.skips]
     weights |= {name: torch.randn(8) for name in beside}
@@ -101,7 +101,8 @@ def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
                for number, block in enumerate(empty.model.layers)}
     assert adapted <= changed and shape.stored_name("model.embed_tokens.weight") not in changed
     assert not any(n.startswith(shape.skips) or "norm" in n for n in changed)
-    assert not any(n.endswith(("conv1d.weight", "A_log", "dt_bias")) for n in changed)
+    frozen = ("conv1d.weight", "conv.weight", "A_log", "dt_bias")
+    assert not any(n.endswith(frozen) for n in changed)
     if any(shape.sparse):
         assert any("expert" in n for n in changed)
 
