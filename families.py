@@ -861,6 +861,11 @@ QUANTIZATIONS = {
         quant_method config_groups format ignore kv_cache_scheme sparsity_config transform_config
         quantization_status global_compression_ratio version
     """.split()),
+    "mxfp4": frozenset("quant_method modules_to_not_convert dequantize".split()),
+    "fp8": frozenset("""
+        quant_method fmt weight_block_size activation_scheme modules_to_not_convert scale_fmt
+        dequantize
+    """.split()),
 }
 
 

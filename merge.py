@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint, new_folder, open_tensors
-from checkpoint.load import formats_in_words, packed_weights
+from checkpoint.load import formats_in_words, packed_weights, stays_quantized
 from evals.compare import compare_losses
 from families import read_config_json
 from lora import expert_matrices, merged_weight
@@ -281,10 +281,13 @@ def rotation_of(change: Change, device) -> torch.Tensor:
 
 def dequantized_base(tensor: Planned, device) -> torch.Tensor | None:
     """The matrix of a weight in 4 or 8 bits, as in training; None for others, read by rows."""
-    if tensor.packed:
-        weight = tensor.packed.read(device)
+    part = tensor.packed
+    if part and stays_quantized(part):
+        weight = part.read(device)
+    elif part and not tensor.quant_format:
+        return part.read(device, torch.float32)
     elif tensor.quant_format:
-        original = read_tensor(tensor.file, tensor.key, device)
+        original = part.read(device) if part else read_tensor(tensor.file, tensor.key, device)
         dtype = tensor.quant_format.dtype or original.dtype
         weight = tensor.quant_format.quantize(original.to(dtype))
     else:
@@ -397,8 +400,9 @@ def format_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple:
     Raises ValueError if merge_base is original and the base is stored quantized.
     """
     original = config.merge_base == "original"
-    if packed := packed_weights(base):
-        words = formats_in_words(weight.quant_format for weight in packed.values())
+    packed = packed_weights(base)
+    words = formats_in_words(part.quant_format for part in packed.values())
+    if any(map(stays_quantized, packed.values())):
         if original:
             raise ValueError(
                 f"merge_base: original: {base} itself is stored quantized ({words}); name the "
@@ -407,9 +411,11 @@ def format_to_merge(config: Config, base: Path, adapters: list[Path]) -> tuple:
         print(f"base      {words}: dequantized, the weights that were trained with")
         return None, words
 
+    if packed:
+        print(f"base      {words}: dequantized, as in training")
     quant_format, _, _ = as_trained(config, adapters)
     if not quant_format:
-        return None, ""
+        return None, words
     if original:
         print(f"base      unquantized, although the adapter was trained with {quant_format.kind}: "
               "another model than was trained")

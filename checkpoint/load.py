@@ -18,9 +18,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from checkpoint.block_files import METHODS, BlockParts, find_blocks
 from checkpoint.files import open_tensors, stored_as, tensor_files, write_json, write_tensors
 from checkpoint.names import equal_tensors, find_tensors
-from checkpoint.shards import full_shape, full_size, full_tensor, local_tensor, read_own
+from checkpoint.shards import (full_shape, full_size, full_tensor, local_tensor, own_part,
+                               read_own)
 from errors import nearest_name
 from families import model_config, read_config_json, read_model_config
 from model import CausalLM, is_constant
@@ -36,7 +38,8 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     dtype: of the weights; None keeps the checkpoint's. On the CPU, unconverted weights stay
     memory-mapped. skip_weights: leave the model on the meta device, for counting and planning.
     quant_format: a methods.quant.QuantFormat; each linear layer is quantized as soon as it is read.
-    What the files store quantized stays so. Raises ValueError that names tensors which are missing,
+    What the files store quantized stays so, except in MXFP4 and in FP8 blocks, which are
+    dequantized. Raises ValueError that names tensors which are missing,
     unused or of another shape than config.json says; FileNotFoundError for missing files.
     """
     folder = Path(folder)
@@ -50,12 +53,16 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
 
     for name, (file, stored) in with_bar(weight_files(model, folder, packed)):
         shape = model.get_parameter(name).shape
-        if part := packed.get(config.stored_name(name)):
+        part = packed.get(config.stored_name(name))
+        if part and stays_quantized(part):
             check_shape(part.shape, shape, file, stored)
             set_quantized(model, name, part.read(device))
             continue
-        with open_tensors(file, device) as tensors:     # reopened: read pages may leave the memory
-            tensor = tensors.get_tensor(stored)
+        if part:
+            tensor = part.read(device, dtype)
+        else:
+            with open_tensors(file, device) as tensors:     # reopened: read pages leave the memory
+                tensor = tensors.get_tensor(stored)
         check_plain(tensor.dtype, file, stored)
         check_shape(tensor.shape, shape, file, stored)
         tensor = tensor.to(dtype) if dtype and not is_constant(name) else tensor
@@ -77,8 +84,11 @@ def dense_skeleton(folder) -> CausalLM:
 def empty_model(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
     """The decoder of a checkpoint on the meta device, with the dtypes load_model would give it."""
     model = load_model(folder, skip_weights=True)
-    for name, (file, stored) in weight_files(model, folder).items():
+    packed = packed_weights(folder)
+    for name, (file, stored) in weight_files(model, folder, packed).items():
         shape, stored_dtype = stored_as(file, stored)
+        if part := packed.get(model.config.stored_name(name)):
+            shape, stored_dtype = part.shape, part.quant_format.dtype
         check_shape(shape, model.get_parameter(name).shape, file, stored)
         assign(model, name, torch.empty(shape, dtype=dtype or stored_dtype, device="meta"))
     if model.config.tie_word_embeddings:
@@ -89,12 +99,16 @@ def empty_model(folder: Path, dtype: torch.dtype | None = None) -> CausalLM:
 @torch.no_grad()
 def fill_model(model: CausalLM, folder: Path, trained: bool = True):
     """Read this process's part of every weight of a checkpoint. trained: also of trained ones."""
-    files = weight_files(load_model(folder, skip_weights=True), folder)
+    packed = packed_weights(folder)
+    files = weight_files(load_model(folder, skip_weights=True), folder, packed)
     files.setdefault("lm_head.weight", files["model.embed_tokens.weight"])  # a head tied no more
     for name, p in model.named_parameters():
         name = name.replace(".base_layer.", ".")                # of a layer beside an adapter
         if name in files and not p.is_meta and (trained or not p.requires_grad):
             file, stored = files[name]
+            if part := packed.get(model.config.stored_name(name)):
+                local_tensor(p).copy_(own_part(part.read("cpu"), p))
+                continue
             with open_tensors(file) as tensors:
                 local_tensor(p).copy_(read_own(tensors, stored, p))
 
@@ -218,8 +232,9 @@ def packed_weights(folder) -> dict:
     """{family's name of a weight: where it is stored quantized, and how}.
 
     By bitsandbytes a checkpoint.packed.Packed, by GPTQ, AWQ and compressed-tensors a
-    checkpoint.grouped_files.GroupedParts or checkpoint.fp8_files.Fp8Parts. Raises ValueError
-    with file and key for parts that are missing or unknown.
+    checkpoint.grouped_files.GroupedParts or checkpoint.fp8_files.Fp8Parts; in MXFP4 and FP8 blocks
+    a checkpoint.block_files.BlockParts. Raises ValueError with file and key for parts that are
+    missing or unknown.
     """
     try:
         files = tensor_files(folder)
@@ -235,11 +250,13 @@ def packed_weights(folder) -> dict:
 
 
 def grouped_weights(folder, files: dict) -> dict:
-    """packed_weights of a folder by GPTQ, AWQ or compressed-tensors; {} for others."""
+    """packed_weights of a folder by another program than bitsandbytes; {} for others."""
     named = any(name.endswith((".qweight", ".weight_packed")) for name in files)
     stored = read_config_json(folder).get("quantization_config")
     if not named and not stored:
         return {}
+    if isinstance(stored, dict) and stored.get("quant_method") in METHODS:
+        return find_blocks(folder, find_tensors(folder, read_model_config(folder)))
     if isinstance(stored, dict) and stored.get("format") == "float-quantized":
         from checkpoint.fp8_files import find_fp8                           # methods/ may be absent
 
@@ -254,13 +271,19 @@ def grouped_weights(folder, files: dict) -> dict:
 def weight_formats(model: CausalLM, packed: dict, requested=None) -> dict:
     """{name of a parameter: QuantFormat} of all that is quantized.
 
-    By the files or, where they store nothing quantized, by the requested format.
+    By the files or, where they store nothing that stays quantized, by the requested format.
     """
-    if not packed:
+    staying = {name: part for name, part in packed.items() if stays_quantized(part)}
+    if not staying:
         return dict.fromkeys(quantizable_weights(model), requested) if requested else {}
     stored_name = model.config.stored_name
-    return {name: packed[stored_name(name)].quant_format for name, _ in model.named_parameters()
-            if stored_name(name) in packed}
+    return {name: staying[stored_name(name)].quant_format for name, _ in model.named_parameters()
+            if stored_name(name) in staying}
+
+
+def stays_quantized(part) -> bool:
+    """Whether a weight of packed_weights is as small in memory; else it is dequantized on load."""
+    return not isinstance(part, BlockParts)
 
 
 def quantizable_weights(model: nn.Module) -> list[str]:

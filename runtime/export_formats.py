@@ -1,10 +1,11 @@
-"""The export that the settings ask for: export_quantization_bit and export_format.
+"""The export of the settings: export_quantization_bit, export_format, and the format of the base.
 
 Requires: runtime/export.py.
 Next: runtime/gguf_export.py, runtime/gptq_export.py, merge.py.
 """
 from pathlib import Path
 
+from checkpoint.load import packed_weights, stays_quantized
 from runtime.config import Config
 from runtime.export import Export
 
@@ -27,4 +28,10 @@ def open_export(config: Config, base: Path, adapters: list[Path], device: str) -
         from runtime.packed_export import PackedExport
 
         return PackedExport(config.export_format, base)
+    kinds = {part.quant_format.kind for part in packed_weights(base).values()
+             if not stays_quantized(part)}
+    if kinds and config.infer_dtype == "auto":
+        from runtime.block_export import BlockExport
+
+        return BlockExport(kinds.pop(), base)
     return Export()

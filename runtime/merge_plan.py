@@ -16,7 +16,7 @@ from checkpoint.adapters import (OF_ADAPTERS, adapter_tensors, copies_of_base, l
                                  peft_names, pissa_start, swapped_stacks)
 from checkpoint.files import open_tensors, stored_as
 from checkpoint.load import (places_of_weights, is_empty_bias, load_model, packed_weights,
-                             quantized_weights)
+                             quantized_weights, stays_quantized)
 from families import ModelConfig
 from lora import lora_layers
 from model import is_constant
@@ -69,7 +69,7 @@ def plan_tensors(base: Path, adapters: list[Path], dtype: torch.dtype | None,
     for name, _ in skeleton.named_parameters():
         if is_constant(name) and (planned := plan.get(stored_name(name))):
             planned.dtype = stored_as(planned.file, planned.key)[1]
-    if not packed:
+    if not any(map(stays_quantized, packed.values())):
         for name in quantized:
             plan[stored_name(name)].quant_format = quant_format
 

@@ -4,7 +4,7 @@ Each matrix is merged, rounded and written before the next one is read. The sum 
 is float32, so that it is rounded once.
 
 Requires: runtime/export.py, checkpoint/write_compressed.py, checkpoint/write_bnb.py.
-Next: runtime/export_formats.py.
+Next: runtime/export_formats.py; runtime/block_export.py, for bases in MXFP4 and in FP8 blocks.
 """
 import re
 from collections.abc import Callable, Iterable
@@ -17,7 +17,8 @@ import torch
 
 from checkpoint.files import open_tensors, stored_as
 from checkpoint.fp8_files import Fp8Parts
-from checkpoint.load import formats_in_words, load_model, packed_weights, quantizable_weights
+from checkpoint.load import (formats_in_words, load_model, packed_weights, quantizable_weights,
+                             stays_quantized)
 from checkpoint.write_bnb import NF4, bnb_fields, bnb_parts, pack_bnb
 from checkpoint.write_compressed import GROUP_SIZE, compress, compressed_fields, compressed_parts
 from families import read_config_json
@@ -40,9 +41,17 @@ class PackedExport(Export):
         self.kind = kind
         self.base = base
         self.model = load_model(base, skip_weights=True)
-        self.stored = packed_weights(base)
+        self.stored = self.stored_weights(packed_weights(base))
         self.ready = {}                 # {name in the new files: tensor} of the matrix just read
-        check_same_format(kind, base, self.stored)
+        self.check_base()
+
+    def check_base(self):
+        """Raises ValueError for a base that the export cannot write."""
+        check_same_format(self.kind, self.base, self.stored)
+
+    def stored_weights(self, packed: dict) -> dict:
+        """Of packed_weights, those that are merged back into their format."""
+        return {name: part for name, part in packed.items() if stays_quantized(part)}
 
     def set_plan(self, plan, untied, dtype):
         stored_name = self.model.config.stored_name
@@ -69,22 +78,34 @@ class PackedExport(Export):
                 found[name] = info
             elif name in self.stored and not self.plan[name].changes:
                 parts = self.stored[name].parts
-                layer = parts["codes"][1].removesuffix(CODES[self.kind])    # in the base's files
+                layer = parts["codes"][1].removesuffix(self.codes)          # in the base's files
                 for file, key in parts.values():
                     part = stem + key.removeprefix(layer)
                     found[part] = stored_as(file, key)
                     self.copied[part] = file, key
             else:
-                for part, part_info in self.parts(info[0], self.layers[name]).items():
+                for part, part_info in self.parts(name).items():
                     found[stem + part] = part_info
                     self.matrix_of[stem + part] = name
         return found
 
-    def parts(self, shape: tuple, dtype: torch.dtype) -> dict:
+    @property
+    def codes(self) -> str:
+        """The name of a layer's codes, after the layer's own."""
+        return CODES[self.kind]
+
+    def parts(self, name: str) -> dict:
         """{name after the layer's: (shape, dtype)} of the tensors that hold a matrix."""
+        shape, dtype = self.plan[name].shape, self.layers[name]
         if self.kind == "bnb-nf4":
             return bnb_parts(shape, dtype)
         return compressed_parts(self.kind, shape, dtype)
+
+    def pack(self, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of `parts` for a matrix (out, in), float32."""
+        if self.kind == "bnb-nf4":
+            return pack_bnb(matrix, self.layers[name])
+        return compress(self.kind, matrix, self.layers[name])
 
     def sources(self) -> Iterable[str]:
         return dict.fromkeys(self.matrix_of.get(name, name) for name in self.tensors
@@ -99,10 +120,9 @@ class PackedExport(Export):
             return read(name)
         if name not in self.ready:
             matrix_name = self.matrix_of[name]
-            matrix = torch.cat(list(read(matrix_name)))                     # (out, in) float32
-            dtype = self.layers[matrix_name]
-            parts = pack_bnb(matrix, dtype) if self.kind == "bnb-nf4" else \
-                compress(self.kind, matrix, dtype)
+            shape = self.plan[matrix_name].shape
+            rows = [block.reshape(-1, shape[-1]) for block in read(matrix_name)]
+            parts = self.pack(matrix_name, torch.cat(rows).view(shape))
             stem = matrix_name.removesuffix("weight")
             self.ready = {stem + part: tensor for part, tensor in parts.items()}
         return [self.ready.pop(name)]

@@ -86,7 +86,9 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
     stored_name = base.model_config.stored_name(our_name)
     try:
         _, dtype = stored_as(*find_tensors(base.folder, base.model_config)[stored_name])
-        return dtype if dtype.is_floating_point else quant_formats[our_name].dtype
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            return dtype
+        return quant_formats[our_name].dtype
     except (FileNotFoundError, KeyError):
         if our_name in quant_formats and quant_formats[our_name].dtype:
             return quant_formats[our_name].dtype

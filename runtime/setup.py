@@ -24,7 +24,7 @@ import torch
 from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
 from checkpoint.adapters import stored_targets
 from checkpoint.load import (count_parameters, formats_in_words, load_model, packed_weights,
-                             quantized_weights)
+                             quantized_weights, stays_quantized)
 from families import ModelConfig, read_model_config
 from generate import context_length
 from lora import AdapterConfig, LoRAConfig, trainable
@@ -117,7 +117,7 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
             "adapter_name_or_path: beside a base in 4 or 8 bits one adapter can be trained "
             "further; merging others would round them to so few bits. Merge them first: python "
             "merge.py writes a 16-bit model, to be trained with quantization_bit: 4")
-    if packed_weights(folder) and config.quantization_bit:
+    if config.quantization_bit and any(map(stays_quantized, packed_weights(folder).values())):
         print(f"  note: quantization_bit: {config.quantization_bit} changes nothing, the files are "
               "quantized already")
     stacks = sum(p.numel() for p in skeleton.parameters() if p.dim() == 3)

@@ -25,10 +25,8 @@ FOLDERS = GOLDEN / "models2026"
 CLOSE = 1e-4
 # folders that are not supported yet: why, and the words of the error
 MISSING = {
-    "gpt_oss_mxfp4": "stored quantized .mxfp4.",                    # blocks of 4 bits
     "granitemoehybrid": "'granitemoehybrid' is not supported",      # state space layers
     "nemotron_h": "'nemotron_h' is not supported",
-    "qwen3_fp8": "stored quantized .fp8.",                          # blocks of 8 bits
 }
 NAMES = [folder.parent.name for folder in sorted(FOLDERS.glob("*/config.json"))
          if folder.parent.name not in MISSING]
