@@ -80,15 +80,15 @@ def values_of_codes(codes):
 
 
 def dequantize_fp8_blocks(codes, scales, block: tuple[int, int], dtype: torch.dtype):
-    """codes (out, in) and scales, one for each block of rows and columns -> the matrix (out, in)."""
+    """codes (out, in) and scales, one for each block -> the matrix (out, in)."""
     return (codes.float() * of_each_number(scales, codes.shape, block)).to(dtype)
 
 
 def quantize_fp8_blocks(matrix, block: tuple[int, int], scale_dtype: torch.dtype,
                         powers_of_two: bool = False):
-    """A matrix (out, in), float32 -> (codes, scales); the largest number of a block fills the range.
+    """A matrix (out, in), float32 -> (codes, scales).
 
-    powers_of_two: scales are rounded up to the next one.
+    The largest number of a block fills the range of codes. powers_of_two: scales are rounded up to the next one.
     """
     rows, columns = matrix.shape
     padded = matrix.new_zeros(-(-rows // block[0]) * block[0], -(-columns // block[1]) * block[1])

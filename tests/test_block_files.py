@@ -237,7 +237,8 @@ def test_other_blocks_than_config_json_says(bases, tmp_path):
 
 
 @pytest.mark.parametrize("name, targets", [
-    ("mxfp4", ["q_proj"]), ("mxfp4", ["q_proj", "experts.down_proj"]), ("fp8", ["q_proj", "up_proj"]),
+    ("mxfp4", ["q_proj"]), ("mxfp4", ["q_proj", "experts.down_proj"]),
+    ("fp8", ["q_proj", "up_proj"]),
     ("fp8 powers of two", ["q_proj", "down_proj"]), ("fp8 one scale", ["o_proj"])])
 def test_an_adapter_is_merged_into_the_format_of_its_base(name, targets, bases, tmp_path, capsys):
     base = bases[name]
@@ -306,7 +307,8 @@ def test_training_equals_that_of_the_copy_in_16_bits(bases, tmp_path):
     adapters = []
     for base, steps in ((blocks, 1), (blocks, 2), (plain, 2)):
         out = tmp_path / ("out" if base == blocks else "of plain")
-        train.main(["resume_from_checkpoint=true"] * (base == blocks and steps == 2) + [f"model_name_or_path={base}", f"output_dir={out}", "template=chatml",
+        resume = ["resume_from_checkpoint=true"] if base == blocks and steps == 2 else []
+        train.main([*resume, f"model_name_or_path={base}", f"output_dir={out}", "template=chatml",
                     f"dataset={ROOT / 'data/tiny_review.jsonl'}", "max_samples=4", "use_cpu=true",
                     f"max_steps={steps}", "save_steps=1", "lora_rank=2", "report_to=none",
                     "lora_target=q_proj,down_proj", "cutoff_len=40", "disable_tqdm=true",
