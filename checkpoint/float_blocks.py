@@ -88,7 +88,8 @@ def quantize_fp8_blocks(matrix, block: tuple[int, int], scale_dtype: torch.dtype
                         powers_of_two: bool = False):
     """A matrix (out, in), float32 -> (codes, scales).
 
-    The largest number of a block fills the range of codes. powers_of_two: scales are rounded up to the next one.
+    The largest number of a block fills the range of codes. powers_of_two: scales are rounded up to
+    the next one.
     """
     rows, columns = matrix.shape
     padded = matrix.new_zeros(-(-rows // block[0]) * block[0], -(-columns // block[1]) * block[1])
