@@ -4,7 +4,8 @@
                             alpha_pattern and use_rslora say: scales are multiplied into B, smaller
                             ranks are filled with zeros
     experts one by one      vLLM and SGLang have experts.7.gate_proj, .up_proj and .down_proj where
-                            Llama 4's files, and PEFT, have stacks of all experts
+                            Llama 4's files, and PEFT, have stacks of all experts. (Of GPT-OSS, vLLM
+                            applies PEFT's stacks, and SGLang no experts: nothing is changed)
     whole groups            SGLang joins q, k and v, and gate and up: those that the training left
                             out are zero
 
@@ -20,7 +21,9 @@ from errors import print_error  # noqa: F401
 import torch
 
 from checkpoint.adapter_names import PREFIX, module_name
+from checkpoint.adapters import save_adapter
 from checkpoint.files import save_tensors, write_json
+from checkpoint.peft_targets import peft_exchanges_stacks
 from checkpoint.shards import full_shape, full_tensor
 from lora import AdapterConfig, LoRAStacked, expert_matrices, lora_layers, trainable
 from model import CausalLM
@@ -35,6 +38,9 @@ def save_served(model: CausalLM, folder, config: AdapterConfig, base: str):
     have: DoRA, OFT, PiSSA, modules trained whole.
     """
     check_servable(model, config)
+    stacks = any(isinstance(layer, LoRAStacked) for layer in lora_layers(model).values())
+    if stacks and not peft_exchanges_stacks(model.config):
+        return save_adapter(model, folder, config, base)    # GPT-OSS: vLLM reads PEFT's stacks
     pairs = served_pairs(model)
     rank = max(len(A) for A, _, _ in pairs.values())
     scale = next(iter(pairs.values()))[2]

@@ -38,6 +38,9 @@ VLLM_PREFIXES = {
                 "lm_head": "language_model.lm_head"},
 }
 VLLM_PREFIXES["qwen3_5_moe"] = VLLM_PREFIXES["qwen3_5"]
+# model types whose stacks of experts vLLM adapts as PEFT stores them; of others it has the experts
+# one by one
+VLLM_STACKS = ("gpt_oss", "qwen3_5_moe")
 VLLM_RANK = 16                      # its default --max-lora-rank
 VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 # SGLang's layers, and the last names of an adapter's that make one: the first of them is needed
@@ -141,16 +144,21 @@ def by_vllm(adapter: Adapter) -> Reading:
         return Reading(refused=reason)
     prefixes = VLLM_PREFIXES.get(adapter.model_type, {})
     known = {with_other_prefixes(name, prefixes) for name in adapter.modules}
-    if adapter.config.stacked_experts:
+    in_stacks = adapter.model_type in VLLM_STACKS
+    if in_stacks:
+        known = {re.sub(r"\.experts\..*", ".experts", name) for name in known}
+    elif adapter.config.stacked_experts:
         known = expert_names(known, adapter.config.num_experts)
     last_names = {last_of(name) for name in known}
     found = Reading()
     for layer in adapter.layers:
         name = with_other_prefixes(layer, prefixes)
+        if in_stacks:
+            name = name.removesuffix(".base_layer")
         if last_of(name) not in last_names:
             return Reading(refused=f"it has no layer {last_of(name)}"
                            + (" (adapter_prefix: served writes the experts one by one)"
-                              if ".experts" in name else ""))
+                              if name.endswith((".experts", ".base_layer")) else ""))
         if name not in known:
             found.ignored[layer] = nearest_of(name, known)
     rank = max([fields.get("r") or 0, *(fields.get("rank_pattern") or {}).values()])

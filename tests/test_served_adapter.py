@@ -12,7 +12,8 @@ from checkpoint.load import load_model
 from checkpoint.served_adapter import save_served
 from lora import LoRAConfig, attach_lora, expert_matrices, lora_layers
 from tests.test_adapter_names import trained_adapter, wrapped_base
-from tests.tiny_models import IDS, STACKED, TINY, logits_of, perturb, tiny
+from tests.tiny_models import (IDS, SMALL_FAMILIES, SMALL_LLAMA, STACKED, TINY, logits_of, perturb,
+                               tiny)
 
 PAIRS = ("lora_A.weight", "lora_B.weight")
 
@@ -174,3 +175,14 @@ def test_stacks_of_experts_are_for_peft_alone(stacked, tmp_path, capsys):
     found = check(stacked, tmp_path / "adapter", capsys)
     assert found["vLLM"] == found["SGLang"] == "applies all 36 layers"
     assert found["PEFT"].startswith("applies 0 of 36 layers")
+
+
+def test_vllm_applies_the_stacks_of_gpt_oss(tmp_path, capsys):
+    base = saved(tmp_path, {**SMALL_LLAMA, **SMALL_FAMILIES["gpt_oss"], "num_hidden_layers": 2})
+    ours, config = adapted(base, tmp_path / "adapter", target_modules=["experts"])
+    assert check(base, tmp_path / "adapter", capsys)["vLLM"] == "applies all 4 layers"
+    (tmp_path / "served").mkdir()
+    save_served(ours, tmp_path / "served", config, str(base))
+    one, other = (load_file(tmp_path / folder / "adapter_model.safetensors")
+                  for folder in ("adapter", "served"))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
