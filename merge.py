@@ -52,6 +52,7 @@ from lora import expert_matrices, merged_weight
 from runtime.adapter_export import export_adapter
 from runtime.check_adapter import check_adapter
 from runtime.export import Export
+from runtime.export_card import finish_folder
 from runtime.export_formats import open_export
 from runtime.finished import as_trained, scale_rope_as_trained
 from runtime.merge_folder import check_target, copy_files, fit_text_files
@@ -83,7 +84,8 @@ def main(argv):
     if config.check:
         return check_folder(config, base, adapters, device)
     if config.export_format == "peft":
-        return export_adapter(config, base, adapters)
+        export_adapter(config, base, adapters)
+        return finish_folder(config, base, adapters, {})
     export = open_export(config, base, adapters, device)
     quant_format, description = format_to_merge(config, base, adapters)
 
@@ -99,8 +101,10 @@ def main(argv):
         quant_format=quant_format,
         export=export)
     rounded = bool(description and adapters) or type(export) is not Export
+    losses = {}
     if rounded and (config.dataset or config.eval_dataset):
-        compare_losses(config, base, adapters, device, config.export_dir)
+        losses = compare_losses(config, base, adapters, device, config.export_dir)
+    finish_folder(config, base, adapters, losses)
 
 
 def check_folder(config: Config, base: Path, adapters: list[Path], device: str):

@@ -44,7 +44,8 @@ SHARDS = {
     "pytorch_model.bin": "pytorch_model-[0-9]*-of-[0-9]*.bin",
 }
 # what is downloaded, and the same weights in the vendor's own layout
-WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md",
+          "LICENSE*"]
 DUPLICATES = ["consolidated*", "original/*"]
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 # A pickle can run any code. torch's restricted loader makes nothing but tensors, but could be
@@ -82,7 +83,8 @@ def find_checkpoint(name_or_path: str, revision: str | None = None,
 
 
 def download(repository: str, revision: str | None, cache_dir: str | None) -> Path:
-    """Download weights, JSON, tokenizer and code of a repository; the code is never run."""
+    """Download weights, JSON, tokenizer, licence and code of a repository; the code is never run.
+    """
     from huggingface_hub import snapshot_download
 
     options = {"revision": revision, "cache_dir": cache_dir}

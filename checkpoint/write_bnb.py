@@ -43,17 +43,18 @@ def pack_bnb(matrix: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor
     return found
 
 
-def state_bytes(shape: tuple, dtype: torch.dtype, offset: float) -> torch.Tensor:
+def state_bytes(shape: tuple, dtype: torch.dtype, offset: float,
+                quant_format: QuantFormat = NF4) -> torch.Tensor:
     """The state of a matrix as uint8; blanks at the end make up for a short offset."""
     state = {
-        "quant_type": NF4.kind,
-        "blocksize": NF4.blocksize,
+        "quant_type": quant_format.kind,
+        "blocksize": quant_format.blocksize,
         "dtype": str(dtype).removeprefix("torch."),
         "shape": list(shape),
-        "nested_blocksize": NF4.nested,
-        "nested_dtype": "float32",
-        "nested_offset": offset,
     }
+    if quant_format.nested:
+        state |= {"nested_blocksize": quant_format.nested, "nested_dtype": "float32",
+                  "nested_offset": offset}
     blanks = " " * (NUMBERS_OF_OFFSET - len(repr(offset)))
     return torch.tensor(list((json.dumps(state) + blanks).encode()), dtype=torch.uint8)
 

@@ -33,12 +33,14 @@ SHOWN_ROWS = 3          # rows printed side by side
 # ---- base, base with adapter, merged model ----------------------------------------------------
 
 
-def compare_losses(config: Config, base: Path, adapters: list[Path], device: str, folder: str):
+def compare_losses(config: Config, base: Path, adapters: list[Path], device: str,
+                   folder: str) -> dict:
     """Print a table of base, base with adapters, and exported model (in folder) on some rows.
 
-    loss: mean per token. same token: how often the likeliest next token is that of the base with
-    its adapters (without adapters: of the base). An export that is quantized or a GGUF file has a
-    row of the merged model before rounding beside it.
+    Returns {model: (loss, share of same tokens)}, {} where they were not compared. loss: mean per
+    token. same token: how often the likeliest next token is that of the base with its adapters
+    (without adapters: of the base). An export that is quantized or a GGUF file has a row of the
+    merged model before rounding beside it.
     """
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.gguf")]
     size = sum(file.stat().st_size for file in files)
@@ -46,11 +48,11 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
     if free and size > 0.9 * free:
         print(f"losses    not compared: the exported model is larger than the free memory "
               f"({device})")
-        return
+        return {}
     quant_format, half_dtype, stage = as_trained(config, adapters)
     if stage not in ("sft", "pt"):
         print(f"losses    not compared: stage {stage} has no loss per token")
-        return
+        return {}
 
     text_folder = folder if (Path(folder) / "tokenizer.json").is_file() else base
     text = load_text(config, text_folder, adapters, read_model_config(base))
@@ -72,7 +74,7 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
         model = load()
         table[name] = mean_loss(model, rows, device), likeliest_tokens(model, rows, device)
         del model
-    print_losses(table, "adapter" if adapters else "base", f"{len(rows)} {description}")
+    return print_losses(table, "adapter" if adapters else "base", f"{len(rows)} {description}")
 
 
 def has_plain_weights(folder: Path) -> bool:
@@ -99,15 +101,17 @@ def load_exported(folder, base: Path, dtype, device: str):
     return load_gguf(files[0], base, device)
 
 
-def print_losses(table: dict[str, tuple], reference: str, rows: str):
-    """table: {model: (loss, likeliest tokens)}."""
+def print_losses(table: dict[str, tuple], reference: str, rows: str) -> dict:
+    """table: {model: (loss, likeliest tokens)}; returns {model: (loss, share of same tokens)}."""
+    found = {}
     tokens = table[reference][1]
     print(f"losses    per token, over {rows}; same token: how often the likeliest next token is "
           f"that of the {reference}")
     print(f"          {'':10}{'loss':>8}{'same token':>13}")
-    for name, (loss, found) in table.items():
-        same = float((found == tokens).float().mean())
-        print(f"          {name:10}{loss:8.4f}{same:13.1%}")
+    for name, (loss, likeliest) in table.items():
+        found[name] = loss, float((likeliest == tokens).float().mean())
+        print(f"          {name:10}{loss:8.4f}{found[name][1]:13.1%}")
+    return found
 
 
 @torch.no_grad()

@@ -664,8 +664,9 @@ class Config:
     export_format: str | None = key(None, IGNORED,
         "write the merged model in another format: gguf: a file for llama.cpp; gguf-lora: its "
         "adapter alone; peft: the adapter alone in PEFT's format, see adapter_prefix; fp8, w4a16: "
-        "8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by bitsandbytes", own=True,
-        only="merge.py", choices=("gguf", "gguf-lora", "peft", "fp8", "w4a16", "bnb-nf4"))
+        "8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by bitsandbytes; base: that of a "
+        "base in 8 or 4 bits (GPTQ, AWQ, ...)", own=True, only="merge.py",
+        choices=("gguf", "gguf-lora", "peft", "fp8", "w4a16", "bnb-nf4", "base"))
     gguf_type: str | None = key(None, IGNORED,
         "numbers of its matrices (none: f16, or bf16 as the base); smaller ones: llama-quantize",
         own=True, only="merge.py", choices=("f32", "f16", "bf16", "q8_0", "q4_0"))

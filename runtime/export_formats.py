@@ -24,6 +24,10 @@ def open_export(config: Config, base: Path, adapters: list[Path], device: str) -
         from runtime.gguf_lora import GGUFLoRAExport
 
         return GGUFLoRAExport(config, base, adapters)
+    if config.export_format == "base":
+        from runtime.base_format_export import open_base_format
+
+        return open_base_format(base)
     if config.export_format:
         from runtime.packed_export import PackedExport
 

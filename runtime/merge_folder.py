@@ -67,6 +67,8 @@ def is_of_export(path: Path, base: Path) -> bool:
     if path.suffix == ".safetensors" and path.name != VALUE_HEAD:
         with open_tensors(path) as tensors:
             return (tensors.metadata() or {}).items() >= EXPORT_MARK.items()
+    if path.name == "README.md":
+        return "Made with Pocket Factory." in path.read_text(encoding="utf-8", errors="replace")
     names = {"config.json", "generation_config.json", "model.safetensors.index.json", VALUE_HEAD,
              *TEXT_FILES, *(file.name for file in copied_files(base))}
     return path.name in names

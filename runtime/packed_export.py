@@ -173,11 +173,10 @@ def check_same_format(kind: str, base: Path, stored: dict):
                        and form.nested == NF4.nested for form in formats),
     }
     if not same[kind]:
-        fitting = [name for name, fits in same.items() if fits]
-        advice = f"take export_format: {fitting[0]}" if fitting else "leave export_format out"
+        fitting = [*(name for name, fits in same.items() if fits), "base"]
         raise ValueError(f"export_format: {kind}, but {base} is stored in another format ({words}):"
-                         f" {advice}, which merges into it dequantized, or name the 16-bit "
-                         "checkpoint it was made from")
+                         f" take export_format: {fitting[0]}, which merges into that one, or name "
+                         "the 16-bit checkpoint it was made from")
 
 
 def in_any_block(name: str) -> str:

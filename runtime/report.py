@@ -475,16 +475,18 @@ def summary(runs: dict[str, list]) -> str:
 # ---- the model card -----------------------------------------------------------------------------
 
 
-def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str] = ()) -> str:
+def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str] = (),
+               license_lines: Sequence[str] = ()) -> str:
     """README.md of an output folder: base model, data, settings and results.
 
-    notes: sentences on what loads it.
+    notes: sentences on what loads it. license_lines: of the base's model card.
     """
     is_adapter = config.finetuning_type in ADAPTERS
     kind = {"lora": "LoRA adapter", "oft": "OFT adapter"}.get(config.finetuning_type, "model")
     head = [
         "---",
         f"base_model: {config.model_name_or_path}",
+        *license_lines,
         "tags:",
         "- pocket-factory",
         f"- {config.finetuning_type}",

@@ -40,6 +40,7 @@ from errors import first_line
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
 from runtime.config import IGNORED, as_dict
+from runtime.export_card import license_of
 from runtime.kernels import device_name
 from runtime.load_config import chat_command, ignored_keys, non_default
 from runtime.precision import check_dtype, use_deterministic_kernels
@@ -645,7 +646,8 @@ class Run:
             write_json(self.output / f"{name}_results.json", values)
             print_pairs(f"{name} results", values)
         everything = {**results["train"], **results.get("eval", {})}
-        card = model_card(self.config, everything, self.template, self.notes_on_loading())
+        card = model_card(self.config, everything, self.template, self.notes_on_loading(),
+                          license_of(self.base.folder))
         (self.output / "README.md").write_text(card, encoding="utf-8")
         if self.config.plot_loss:
             pictures = plot_losses(self.output, self.log.history)

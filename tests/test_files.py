@@ -179,7 +179,8 @@ def test_hub(tmp_path):
         server.server_close()
     assert good[0].startswith(str(tmp_path))                            # HF_HOME
     # nothing twice
-    assert good[1] == ["config.json", "model.safetensors", "modeling_tiny.py", "tokenizer.json"]
+    assert good[1] == ["README.md", "config.json", "model.safetensors", "modeling_tiny.py",
+                       "tokenizer.json"]
     # no file that could not be read
     weights = ["pytorch_model-00001-of-00001.bin"] if PICKLES_ARE_SAFE else []
     assert pickled[1] == ["config.json", *weights, "pytorch_model.bin.index.json"]

@@ -353,7 +353,8 @@ def test_an_older_file_is_replaced_on_demand_and_a_stranger_is_kept(tmp_path):
     export(base, tmp_path / "out", "f16")
     assert "is not empty" in message_of(export, base, tmp_path / "out")
     file = export(base, tmp_path / "out", "f32", "overwrite=true")
-    assert [item.name for item in (tmp_path / "out").iterdir()] == ["out-F32.gguf"]
+    assert sorted(item.name for item in (tmp_path / "out").iterdir()) == [
+        "README.md", "out-F32.gguf"]
     file.write_bytes(b"GGUF of somebody else")
     assert "which no earlier export" in message_of(export, base, tmp_path / "out", "f32",
                                                 "overwrite=true")

@@ -1,0 +1,104 @@
+"""The format of a base in 8 or 4 bits, for the model merged with it: export_format: base.
+
+Matrices that no adapter changes are copied, bit for bit; the others are merged in float32 and
+rounded once, each before the next one is read.
+
+Requires: runtime/packed_export.py, runtime/block_export.py, checkpoint/requantize.py.
+Next: runtime/export_formats.py.
+"""
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
+import torch
+
+from checkpoint.files import open_tensors, stored_as
+from checkpoint.fp8_files import Fp8Parts
+from checkpoint.grouped_files import GroupedParts
+from checkpoint.load import formats_in_words, packed_weights, stays_quantized
+from checkpoint.packed import Packed
+from checkpoint.requantize import requantize, state_length
+from families import read_config_json
+from runtime.block_export import BlockExport
+from runtime.export import Export
+from runtime.packed_export import PackedExport
+
+
+def open_base_format(base: Path) -> Export:
+    """The export into the base's own format. Raises ValueError for a base that has none here."""
+    stored = packed_weights(base)
+    words = formats_in_words(weight.quant_format for weight in stored.values())
+    if not stored:
+        raise ValueError(f"export_format: base writes the format of a base in 8 or 4 bits, and "
+                         f"{base} is not quantized; leave export_format out")
+    if not any(map(stays_quantized, stored.values())):
+        return BlockExport(next(iter(stored.values())).quant_format.kind, base)
+    if all(isinstance(weight, Fp8Parts) for weight in stored.values()):
+        return PackedExport("fp8", base)
+    if not all(isinstance(weight, (GroupedParts, Packed)) for weight in stored.values()):
+        raise ValueError(f"export_format: base does not write {words}; leave export_format out, "
+                         "which merges into the base, dequantized to 16 bits")
+    return BaseFormatExport(base)
+
+
+class BaseFormatExport(PackedExport):
+    """Writes the tensors of the base under the same names, shapes and dtypes."""
+
+    def __init__(self, base: Path):
+        super().__init__("base", base)
+
+    def check_base(self):
+        """It is in this format."""
+
+    def tensors_of(self, shapes: dict) -> dict:
+        """The parts of each matrix, named as in the base; also sets self.parts_of.
+
+        parts_of: {matrix that an adapter changes: {name of a part: what it is in its format}}.
+        """
+        found = {}
+        self.matrix_of, self.copied, self.parts_of = {}, {}, {}
+        for name, info in shapes.items():
+            if name not in self.layers:
+                found[name] = info
+                continue
+            stored = self.stored[name]
+            layer = stored.parts["codes"][1].rpartition(".")[0] + "."       # in the base's files
+            for part, (file, key) in stored.parts.items():
+                written = name.removesuffix("weight") + key.removeprefix(layer)
+                found[written] = stored_as(file, key)
+                if not self.plan[name].changes:
+                    self.copied[written] = file, key
+                    continue
+                if part == "state":
+                    found[written] = (state_length(stored),), torch.uint8
+                self.matrix_of[written] = name
+                self.parts_of.setdefault(name, {})[written] = part
+        return found
+
+    def rows_of(self, name: str, read: Callable) -> Iterable[torch.Tensor]:
+        if name in self.matrix_of and name not in self.ready:
+            self.make_parts(self.matrix_of[name], read)
+        return super().rows_of(name, read)
+
+    def make_parts(self, matrix_name: str, read: Callable):
+        """Round a matrix again; parts that do not depend on the numbers are those of the base."""
+        stored = self.stored[matrix_name]
+        new = requantize(stored, torch.cat(list(read(matrix_name))).cpu())
+        for written, part in self.parts_of[matrix_name].items():
+            if part in new:
+                shape, dtype = self.tensors[written]
+                self.ready[written] = new[part].contiguous().flatten().view(dtype).view(shape)
+                continue
+            file, key = stored.parts[part]
+            with open_tensors(file) as tensors:
+                self.ready[written] = tensors.get_tensor(key)
+
+    def settings(self) -> dict:
+        return read_config_json(self.base).get("quantization_config") or {}
+
+    def report(self) -> str:
+        rounded = len(set(self.matrix_of.values()))
+        return (f"{'base':10}{rounded} matrices rounded again, in the base's format; "
+                f"{len(self.layers) - rounded} that no adapter changes are copied, bit for bit")

@@ -1,0 +1,105 @@
+"""README.md of an exported folder, a model card: base, data, licence, method, figures measured.
+
+Requires: runtime/report.py (tables of a card), text/tokenizer.py (reading JSON).
+Next: merge.py.
+"""
+import re
+from pathlib import Path
+
+# first: a missing package ends in a sentence
+from errors import print_error  # noqa: F401
+
+from runtime.config import Config
+from runtime.report import markdown_table
+from runtime.resize_vocab import trained_on
+from text.tokenizer import read_json
+
+FORMATS = {
+    "gguf": "a GGUF file for llama.cpp",
+    "gguf-lora": "a GGUF file of the adapter alone, for llama.cpp",
+    "peft": "the adapter alone, in PEFT's format",
+    "fp8": "8 bits by compressed-tensors, rounded to the nearest, a scale for each row",
+    "w4a16": "4 bits by compressed-tensors, rounded to the nearest, a scale for 128 columns",
+    "base": "the format of the base, changed matrices rounded to the nearest",
+    "bnb-nf4": "4 bits by bitsandbytes, nf4 with nested scales",
+}
+SETTINGS = ("stage", "finetuning_type", "lora_rank", "lora_alpha", "learning_rate",
+            "num_train_epochs", "cutoff_len", "template", "seed")
+
+
+def finish_folder(config: Config, base: Path, adapters: list[Path], losses: dict):
+    """Write README.md into export_dir, and print the command that uploads the folder.
+
+    losses: {model: (loss per token, share of equal next tokens)}; {} where none were measured.
+    """
+    folder = Path(config.export_dir)
+    name = folder.resolve().name
+    card = export_card(config, base, adapters, name, losses)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"upload    hf upload {name} {folder}     (README.md is its model card)")
+
+
+def export_card(config: Config, base: Path, adapters: list[Path], name: str, losses: dict) -> str:
+    """The text of README.md. name: of the model."""
+    base_name = (trained_on(adapters[0]) if adapters else None) or config.model_name_or_path
+    trained = read_json(adapters[-1] / "train_config.json") if adapters else {}
+    kind = "adapter" if config.export_format in ("peft", "gguf-lora") else "model"
+    lines = [
+        *front_matter(base_name, license_of(base), config, kind),
+        f"# {name}",
+        "",
+        f"A {kind} made from `{Path(base_name).name if is_local(base_name) else base_name}`"
+        + (f" by training on `{trained['dataset']}`" if trained.get("dataset") else "")
+        + f": {method_in_words(config, kind, len(adapters))}.",
+        "",
+    ]
+    if settings := {key: trained[key] for key in SETTINGS if trained.get(key) is not None}:
+        lines += [*markdown_table("setting of the training", settings), ""]
+    if losses:
+        rows = {model: f"{loss:.4f} (same next token {same:.1%})"
+                for model, (loss, same) in losses.items()}
+        lines += [*markdown_table("loss per token of", rows), ""]
+    return "\n".join([*lines, "Made with Pocket Factory.", ""])
+
+
+def front_matter(base_name: str, license_lines: list[str], config: Config, kind: str) -> list[str]:
+    """The lines that the hub reads. A base in a local folder is not named there."""
+    lines = ["---"]
+    if not is_local(base_name):
+        lines.append(f"base_model: {base_name}")
+    lines += license_lines
+    if kind == "adapter" or not (config.export_format or "").startswith("gguf"):
+        lines.append(f"library_name: {'peft' if kind == 'adapter' else 'transformers'}")
+    return [*lines, "pipeline_tag: text-generation", "tags:", "- pocket-factory", "---", ""]
+
+
+def is_local(name: str) -> bool:
+    """Whether a base is named by a folder, not by its id on the hub."""
+    return Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+
+
+def license_of(base: Path) -> list[str]:
+    """The lines on the licence in the base's own model card, or on its LICENSE file, or none."""
+    card = base / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    lines = re.findall(r"^license(?:_name|_link)?: *\S.*$", head[1] if head else "", re.MULTILINE)
+    if not lines and (files := sorted(base.glob("LICENSE*"))):
+        lines = ["license: other", f"license_link: {files[0].name}"]
+    return lines
+
+
+def method_in_words(config: Config, kind: str, adapters: int) -> str:
+    """How the export was made."""
+    words = []
+    if adapters and kind == "model":
+        words.append("adapter merged, W + scale * B A, summed in float32 and rounded once")
+    if bits := config.export_quantization_bit:
+        order = ", act-order" if config.export_quantization_desc_act else ""
+        words.append(
+            f"{bits} bits by GPTQ (arXiv:2210.17323{order}), groups of 128 columns, calibrated on "
+            f"{config.export_quantization_nsamples} rows of "
+            f"`{Path(config.export_quantization_dataset).name}`")
+    if config.export_format:
+        words.append(FORMATS[config.export_format])
+    return "; ".join(words) or "a copy"
