@@ -50,6 +50,11 @@ def torchrun(world, *rest):
             *rest]
 
 
+def forked(world, script, *rest):
+    """As torchrun, in a third of its time: see fork_ranks.py."""
+    return ["-m", "tests.fork_ranks", world, script, *rest]
+
+
 def outcomes(*launchers, seconds=120) -> list[tuple[int, str, float]]:
     """(exit code, all that was printed, when it ended) of launchers that run at the same time."""
     found, start = [None] * len(launchers), time.time()

@@ -1,6 +1,6 @@
 """scale/context_parallel.py: processes that share rows equal one process.
 
-torchrun starts 2, 3 and 4 of them on the CPU (gloo). Each runs the WORKER of
+fork_ranks.py starts 2, 3 and 4 of them on the CPU (gloo). Each runs the WORKER of
 tests/test_tensor_parallel.py: train.main on several argument lists, one after the other.
 """
 import json
@@ -25,7 +25,7 @@ from scale.context_parallel import check_shares, part_sizes
 from scale.cut_losses import own_targets
 from scale.mesh import Axis
 from tests.common import ROOT
-from tests.ranks import COMMON, MIXTURE, SMALL, outcomes, small_world, tiny_model, torchrun
+from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import (EXPERTS, FULL, MODELS, SAVES, WORKER, assert_alike,
                                         history)
 
@@ -123,7 +123,7 @@ def here(tmp_path_factory):
                 arguments(here, name, output, processes, **settings))
     for processes, runs in todo.items():
         (here / f"runs{processes}").write_text(json.dumps(runs))
-        (code, screen, _), = outcomes(torchrun(processes, here / "worker.py",
+        (code, screen, _), = outcomes(forked(processes, here / "worker.py",
                                                here / f"runs{processes}"))
         assert code == 0, screen[-4000:]
         (here / f"screen{processes}").write_text(screen)

@@ -15,7 +15,7 @@ from checkpoint.load import load_model
 from data import IGNORE, label_turns, settings_of
 from templates import encode_pieces, render_turns
 from tests.common import ROOT, load_argv, read_jsonl, refusal
-from tests.ranks import DENSE, outcomes, tiny_model, torchrun
+from tests.ranks import DENSE, forked, outcomes, tiny_model
 from tests.rollout_runs import arguments, history, logged_by, steps
 from text.load_text import load_text
 
@@ -134,7 +134,7 @@ def test_two_ranks_equal_one(student, tmp_path):
     more = dict(model_name_or_path=student, num_iterations=2, max_steps=4)
     one = run(tmp_path / "one", gradient_accumulation_steps=2, **more)
     script = [ROOT / "train.py", *settings(tmp_path / "two", **more)]
-    (code, text, _), = outcomes(torchrun(2, *script))
+    (code, text, _), = outcomes(forked(2, *script))
     assert code == 0, text
     for ours, theirs in zip(steps(one), steps(history(tmp_path / "two")), strict=True):
         assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)

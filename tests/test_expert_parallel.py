@@ -1,6 +1,6 @@
 """scale/expert_parallel.py: processes that deal the experts out equal one process.
 
-torchrun starts 2, 3 and 4 of them on the CPU (gloo), each with rows of its own: train.main on
+fork_ranks.py starts 2, 3 and 4 of them on the CPU (gloo), each with rows of its own: train.main on
 several argument lists, one after the other.
 """
 import json
@@ -19,7 +19,7 @@ from runtime.load_config import load_config
 from scale.expert_parallel import OneOwner, cut_stack, own_config
 from scale.mesh import Axis
 from tests.common import ROOT
-from tests.ranks import COMMON, MIXTURE, SMALL, outcomes, small_world, tiny_model, torchrun
+from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import MODELS as CUT
 from tests.test_tensor_parallel import (EXPERTS, FULL, SAVES, WORKER, assert_alike, history,
                                         with_biases)
@@ -111,7 +111,7 @@ def here(tmp_path_factory):
                                resume_from_checkpoint=f"{here}/1 {name}/checkpoint-2")
                      for name in RESUMED]
         (here / f"runs{processes}").write_text(json.dumps(todo))
-        (code, screen, _), = outcomes(torchrun(processes, here / "worker.py",
+        (code, screen, _), = outcomes(forked(processes, here / "worker.py",
                                                here / f"runs{processes}"))
         assert code == 0, screen[-4000:]
         (here / f"screen{processes}").write_text(screen)

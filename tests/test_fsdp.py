@@ -1,7 +1,8 @@
 """scale/fsdp.py: runs sharded over 2 and 3 ranks equal one process and recorded runs.
 
-torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument lists,
-one after the other. `live` counts the bytes of the tensors that Python can reach after loading.
+fork_ranks.py starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument
+lists, one after the other. `live` counts the bytes of the tensors that Python can reach after
+loading.
 """
 import json
 import os
@@ -17,7 +18,7 @@ from checkpoint.shards import local_rows
 from parallel import Ranks
 from scale import fsdp
 from tests.common import CURVES, ROOT, SHARED, needs_shared
-from tests.ranks import COMMON, outcomes, small_world, tiny_model, torchrun
+from tests.ranks import COMMON, forked, outcomes, small_world, tiny_model
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 pytestmark = pytest.mark.skipif(
@@ -129,7 +130,7 @@ def here(tmp_path_factory):
         if world == 2 and SHARED.is_dir():
             todo += [(case, recorded(here, case)) for case in RECORDED]
         (here / f"runs{world}").write_text(json.dumps(todo))
-        (code, screen, _), = outcomes(torchrun(world, here / "worker.py", here / f"runs{world}"))
+        (code, screen, _), = outcomes(forked(world, here / "worker.py", here / f"runs{world}"))
         assert code == 0, screen[-4000:]
         (here / f"screen{world}").write_text(screen)
     return here

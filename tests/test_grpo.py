@@ -14,7 +14,7 @@ from fast import batch_decode
 from generate import Sampling
 from lora import set_adapters
 from tests.common import ROOT, read_jsonl
-from tests.ranks import outcomes, torchrun
+from tests.ranks import forked, outcomes
 from tests.rollout_runs import NO_FRUIT, arguments, history, logged_by, sampled, steps
 
 SMALL = dict(
@@ -145,7 +145,7 @@ def test_two_ranks_equal_one(kind, tmp_path):
     more = dict(policy_loss=kind, num_iterations=2, max_steps=4)
     one = run(tmp_path / "one", gradient_accumulation_steps=2, **more)
     script = [ROOT / "train.py", *settings(tmp_path / "two", **more)]
-    (code, text, _), = outcomes(torchrun(2, *script))
+    (code, text, _), = outcomes(forked(2, *script))
     assert code == 0, text
     for ours, theirs in zip(steps(one), steps(history(tmp_path / "two")), strict=True):
         assert theirs["reward"] == ours["reward"] and theirs["length"] == ours["length"]

@@ -1,6 +1,7 @@
 """runtime/layout_advice.py: bytes that collectives were given, and the first layout that fits.
 
-torchrun starts three ranks on the CPU (gloo), which count the bytes of their collectives in a step.
+fork_ranks.py starts three ranks on the CPU (gloo), which count the bytes of their collectives in a
+step.
 """
 import json
 import re
@@ -19,7 +20,7 @@ from runtime.layout_advice import (LAYOUTS, PartOfStep, layouts_for, own_workloa
                                    stage_workloads, traffic_of)
 from runtime.memory import Workload, model_without_storage
 from tests.common import ROOT, refusal
-from tests.ranks import COMMON, DENSE, outcomes, small_world, tiny_model, torchrun
+from tests.ranks import COMMON, DENSE, forked, outcomes, small_world, tiny_model
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)      # see tests/test_fsdp.py
 WORLD = 3
@@ -121,7 +122,7 @@ def here(tmp_path_factory):
             words = [] if layout.name else layout.in_words().split()
             todo.append((name, [f"{key}={value}" for key, value in settings.items()] + words))
     (here / "runs").write_text(json.dumps(todo))
-    (code, screen, _), = outcomes(torchrun(WORLD, here / "worker.py", here / "runs"))
+    (code, screen, _), = outcomes(forked(WORLD, here / "worker.py", here / "runs"))
     assert code == 0, screen[-6000:]
     assert OLD or "FutureWarning" not in screen, screen[-6000:]     # torch 2.4 warns of itself
     return here

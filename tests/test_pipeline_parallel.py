@@ -1,6 +1,6 @@
 """scale/pipeline_parallel.py: processes that share out a model's layers equal one process.
 
-torchrun starts 3 and 4 of them on the CPU (gloo), each with the worker of
+fork_ranks.py starts 3 and 4 of them on the CPU (gloo), each with the worker of
 tests/test_tensor_parallel.py: train.main on several argument lists, one after the other.
 """
 import json
@@ -20,7 +20,7 @@ from runtime.memory import Workload, memory_plan, model_without_storage, plan_li
 from runtime.stages import flops_of_parts, model_of_stage, share_layers
 from scale.stage_messages import masks_of
 from tests.common import ROOT
-from tests.ranks import COMMON, SMALL, outcomes, small_world, tiny_model, torchrun
+from tests.ranks import COMMON, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import WORKER, assert_alike, history
 
 FOUR_LAYERS = {**SMALL, "num_hidden_layers": 4}
@@ -107,7 +107,7 @@ def here(tmp_path_factory):
                            resume_from_checkpoint=f"{here}/{saved} {name}/checkpoint-2")
                  for name in RESUMED]
         (here / f"runs{world}").write_text(json.dumps(todo))
-        (code, screen, _), = outcomes(torchrun(world, here / "worker.py", here / f"runs{world}"))
+        (code, screen, _), = outcomes(forked(world, here / "worker.py", here / f"runs{world}"))
         assert code == 0, screen[-6000:]
         (here / f"screen{world}").write_text(screen)
     for name in RESUMED:

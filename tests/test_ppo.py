@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from tests.common import ROOT, read_jsonl, refusal
-from tests.ranks import outcomes, torchrun
+from tests.ranks import forked, outcomes
 from tests.rollout_runs import NO_FRUIT, arguments, history, logged_by, sampled, steps
 
 SMALL = dict(
@@ -174,7 +174,7 @@ def test_two_ranks_equal_one(reward_adapter, tmp_path):
     one = run(tmp_path / "one", gradient_accumulation_steps=2, **more)
     saved = dict(save_strategy="steps", save_steps=3 / 8)       # within the first rollout
     script = [ROOT / "train.py", *settings(tmp_path / "two", **more, **saved)]
-    (code, text, _), = outcomes(torchrun(2, *script))
+    (code, text, _), = outcomes(forked(2, *script))
     assert code == 0, text
     resumed = tmp_path / "resumed"              # by one rank, which finds the answers of both
     shutil.copytree(tmp_path / "two/checkpoint-3", resumed / "checkpoint-3")

@@ -19,7 +19,7 @@ from runtime.preview import main as preview
 from runtime.resize_vocab import (MARK, RESIZED_BASE, TABLES, grow_table, resized_base,
                                   resized_beside)
 from tests.common import CURVES, ROOT, load_argv, needs_shared, refusal, run_recorded
-from tests.ranks import outcomes, torchrun
+from tests.ranks import forked, outcomes
 from tests.tiny_models import checkpoint_of, tensors_in
 from text.tokenizer import load_tokenizer
 
@@ -298,7 +298,7 @@ def test_two_ranks_train_as_one(tmp_path, monkeypatch):
     one = run_recorded("sft_llama3", tmp_path / "one", monkeypatch, *same)
     case = CURVES / "sft_llama3"
     paths = [f"model_name_or_path={case.parent / 'tiny_llama3'}", f"dataset_dir={case / 'data'}"]
-    [(code, text, _)] = outcomes(torchrun(
+    [(code, text, _)] = outcomes(forked(
         2, ROOT / "train.py", case / "config.yaml", f"output_dir={tmp_path / 'two'}", *paths, *same,
         "plot_loss=false", "gradient_accumulation_steps=2"))
     assert code == 0, text

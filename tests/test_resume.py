@@ -438,7 +438,7 @@ def kill_until(fork_server, here, uninterrupted, kills, seed, worlds=(1, 2)) -> 
     return killed
 
 
-@pytest.mark.parametrize("world, kills", [(1, 12), (2, 8)])
+@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)])
 def test_killed_at_random_moments(world, kills, fork_server, uninterrupted, tmp_path):
     kill_until(fork_server, tmp_path, uninterrupted, kills, seed=world, worlds=[world])
 

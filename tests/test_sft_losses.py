@@ -12,7 +12,7 @@ import losses
 from data import IGNORE
 from methods.sft_losses import (ASFTObjective, DFTObjective, EAFTObjective, SmoothedObjective,
                                 kl_sum)
-from tests.ranks import COMMON, outcomes, small_world, torchrun
+from tests.ranks import COMMON, forked, outcomes, small_world
 from tests.test_parallel import curves, weights_of
 
 N, D, V = 9, 8, 40
@@ -133,7 +133,7 @@ def test_two_ranks_smooth_as_one_rank_with_twice_the_micro_batches(tmp_path):
     words = [f"{key}={value}" for key, value in settings.items()]
     launchers = [
         ["train.py", *words, "gradient_accumulation_steps=4", f"output_dir={tmp_path / 'one'}"],
-        torchrun(2, "train.py", *words, "gradient_accumulation_steps=2",
+        forked(2, "train.py", *words, "gradient_accumulation_steps=2",
                  f"output_dir={tmp_path / 'two'}")]
     for code, screen, _ in outcomes(*launchers):
         assert code == 0, screen

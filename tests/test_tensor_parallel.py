@@ -1,7 +1,7 @@
 """scale/mesh.py and tensor_parallel.py: processes that share a model equal one process.
 
-torchrun starts 2 and 4 of them on the CPU (gloo). Each runs WORKER: train.main on several argument
-lists, one after the other.
+fork_ranks.py starts 2 and 4 of them on the CPU (gloo). Each runs WORKER: train.main on several
+argument lists, one after the other.
 """
 import json
 import re
@@ -19,7 +19,7 @@ from runtime.load_config import load_config
 from scale.mesh import Axis, check_world, lay_out, places_of
 from scale.tensor_parallel import part_config
 from tests.common import ROOT
-from tests.ranks import COMMON, DENSE, MIXTURE, SMALL, outcomes, small_world, tiny_model, torchrun
+from tests.ranks import COMMON, DENSE, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 
 WORKER = '''
 import json, os, sys
@@ -156,7 +156,7 @@ def here(tmp_path_factory):
                                resume_from_checkpoint=f"{here}/1 {name}/checkpoint-2")
                      for name in RESUMED]
         (here / f"runs{processes}").write_text(json.dumps(todo))
-        (code, screen, _), = outcomes(torchrun(processes, here / "worker.py",
+        (code, screen, _), = outcomes(forked(processes, here / "worker.py",
                                                here / f"runs{processes}"))
         assert code == 0, screen[-4000:]
         (here / f"screen{processes}").write_text(screen)

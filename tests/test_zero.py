@@ -1,7 +1,7 @@
 """scale/zero.py: runs with sharded optimizer state and gradients equal data parallelism.
 
-torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument lists,
-one after the other, and counts what optimizer and gradients hold.
+fork_ranks.py starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several argument
+lists, one after the other, and counts what optimizer and gradients hold.
 """
 import json
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from runtime import memory
 from scale import zero
 from scale.zero import FlatBucket
 from tests.common import ROOT, refusal
-from tests.ranks import COMMON, DENSE, MIXTURE, outcomes, small_world, torchrun
+from tests.ranks import COMMON, DENSE, MIXTURE, forked, outcomes, small_world
 
 WORKER = '''
 import json, os, sys
@@ -115,7 +115,7 @@ def here(tmp_path_factory):
                                                 zero_stage=stage, offload_optimizer=place))
                  for stage, place in ((1, "nvme"), (2, "cpu")) if world == 3]
         (here / f"runs{world}").write_text(json.dumps(todo))
-        (code, screen, _), = outcomes(torchrun(world, here / "worker.py", here / f"runs{world}"),
+        (code, screen, _), = outcomes(forked(world, here / "worker.py", here / f"runs{world}"),
                                       seconds=240)
         assert code == 0, screen[-6000:]
         (here / f"screen{world}").write_text(screen)
