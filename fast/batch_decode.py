@@ -45,6 +45,7 @@ class Row:
     generator: torch.Generator | None = None
     counts: TokenCounts | None = None               # for penalties, see shape_logits
     adapter: str | None = None                      # of fast/many_adapters.py
+    constraint: object = None       # .allowed(answer) -> (V,) bool, as in serving/constrain.py
     answer: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)    # of the answer's tokens, see decode_rows
     top: int = 0                # how many likeliest tokens to keep in top_logps
@@ -362,10 +363,13 @@ def start_sampling(row: Row, model: CausalLM, seed: int):
 
 def choose(scores, rows: list[Row]):
     """The next token of each row, (B,) int64, from scores (B, V)."""
-    if all(row.sampling.greedy and row.counts is None for row in rows):
+    if all(row.sampling.greedy and not (row.counts or row.constraint) for row in rows):
         return scores.argmax(-1)
-    tokens = [sample(row_scores, row.sampling, row.counts, row.generator)
-              for row_scores, row in zip(scores, rows)]
+    tokens = []
+    for row_scores, row in zip(scores, rows):
+        if row.constraint:
+            row_scores = row_scores.masked_fill(~row.constraint.allowed(row.answer), -torch.inf)
+        tokens.append(sample(row_scores, row.sampling, row.counts, row.generator))
     return torch.stack(tokens)
 
 

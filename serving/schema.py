@@ -94,14 +94,15 @@ CHAT = record({
     "logprobs": SWITCH,
     "top_logprobs": whole(0, 20),
     "tools": {"anyOf": [{"type": "null"}, {"type": "array", "items": TOOL, "maxItems": 128}]},
-    "tool_choice": {
-        "type": ["string", "null"], "enum": ["auto", "none", None],
-        "description": "The model decides; that it calls a tool cannot be promised here"},
+    "tool_choice": {"anyOf": [
+        {"type": ["string", "null"], "enum": ["auto", "none", "required", None]},
+        record({"type": {"type": "string", "enum": ["function"]},
+                "function": record({"name": TEXT}, ("name",))}, ("type", "function"))]},
     "parallel_tool_calls": SWITCH,
     "response_format": {"anyOf": [{"type": "null"}, record({"type": {
-        "type": "string", "enum": ["text"],
-        "description": "Nothing here would hold an answer to JSON or to a schema; ask for it in "
-                       "the prompt, and check the answer"}}, ("type",), closed=False)]},
+        "type": "string", "enum": ["text", "json_object"],
+        "description": "No answer is held to a schema here; ask for it in the prompt, with "
+                       "json_object, and check the answer"}}, ("type",), closed=False)]},
     "enable_thinking": SWITCH,
     "store": {"type": ["boolean", "null"], "enum": [False, None]},
     "metadata": {"type": ["object", "null"]},
@@ -134,7 +135,7 @@ INSTEAD = {         # fields that other servers have -> what to do here
     "logit_bias": "it is not supported; leave it out",
     "functions": "it is the old name of tools",
     "function_call": "it is the old name of tool_choice",
-    "guided_json": "answers are not constrained here; leave it out",
+    "guided_json": "no answer is held to a schema here; there is response_format: json_object",
 }
 
 

@@ -24,6 +24,7 @@ from fast.batch_decode import one_at_a_time, start_sampling
 from generate import Sampling, check_prompt, context_length
 from methods.reward_model import last_token_scores
 from serving.answers import Choice
+from serving.constrain import JSON_OBJECT, Constraint, TokenMasks
 from serving.engine import Engine, Job
 from serving.http_base import Gone
 from serving.schema import CHAT, COMPLETION, SCORE, BadRequest, check
@@ -32,6 +33,7 @@ from text.load_text import Text
 from text.openai_messages import prompt_of_messages
 from text.read_calls import text_arguments
 from text.tokenizer import check_encodable
+from text.tool_formats import call_frames
 
 LOOK = 0.25         # seconds between two looks at whether the client is still there
 
@@ -56,6 +58,7 @@ class Service:
     max_tokens: int
     head: object = None
     created: int = field(default_factory=lambda: int(time.time()))
+    masks: TokenMasks | None = None     # made by the first request that needs them
     scoring: threading.Lock = field(default_factory=threading.Lock)
 
     def list_models(self) -> dict:
@@ -92,9 +95,39 @@ class Service:
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         reply = Reply(self.engine, "chat.completion", f"chatcmpl-{uuid.uuid4().hex}", model,
                       choices, top, one_call=body.get("parallel_tool_calls") is False)
-        prompt = self.encode_chat(body, tools)
+        ends = self.constraint_of(body, list(offered))
+        prompt = self.encode_chat(body, tools, thinks=not ends)
         self.add_jobs(reply, body, [prompt], limit)
+        for job in reply.jobs if ends else []:
+            job.constraint = Constraint(self.masks, ends)
         return reply
+
+    def constraint_of(self, body: dict, names: list[str]) -> list[tuple[bytes, bytes]]:
+        """What the answer is held to, see Constraint; [] for any answer. names: of the tools."""
+        choice = body.get("tool_choice")
+        calls = choice not in (None, "auto", "none")
+        is_json = (body.get("response_format") or {}).get("type") == "json_object"
+        if not (calls or is_json):
+            return []
+        try:
+            if is_json and names:
+                raise ValueError("json_object and tools exclude each other: a call is no answer in "
+                                 "JSON. Leave one of them out, or set tool_choice: none")
+            if body.get("enable_thinking"):
+                raise ValueError("such an answer begins without a thought: leave enable_thinking "
+                                 "out")
+            if reason := one_at_a_time(self.model):
+                raise ValueError(f"not with this model, which answers one request at a time "
+                                 f"({reason})")
+            self.masks = self.masks or TokenMasks(
+                self.text.tokenizer, self.model.config.vocab_size, self.stop_ids,
+                self.model.lm_head.weight.device)
+            if is_json:
+                return JSON_OBJECT
+            return call_frames(self.text.template, chosen_tools(choice, names))
+        except ValueError as error:
+            field = "response_format" if is_json else "tool_choice"
+            raise BadRequest(f"{field}: {error}", field) from None
 
     def complete(self, body: dict) -> "Reply":
         """The reply to a body of /v1/completions. Raises BadRequest."""
@@ -135,9 +168,9 @@ class Service:
             raise BadRequest(f"prompt: {error}", "prompt") from None
         return self.text.tokenizer.core.encode(text).ids
 
-    def encode_chat(self, body: dict, tools: list | None) -> list[int]:
-        """Ids of a conversation up to the answer."""
-        settings = self.settings
+    def encode_chat(self, body: dict, tools: list | None, thinks: bool = True) -> list[int]:
+        """Ids of a conversation up to the answer; thinks: False for one that has no thought."""
+        settings = self.settings if thinks else replace(self.settings, enable_thinking=False)
         if body.get("enable_thinking") is not None:
             settings = replace(settings, enable_thinking=body["enable_thinking"])
         try:
@@ -189,6 +222,18 @@ class Service:
             scores = last_token_scores(self.model, self.head, sequences)
         return {"id": f"scoreval-{uuid.uuid4().hex}", "object": "score.evaluation",
                 "model": body.get("model") or next(iter(self.models)), "scores": scores}
+
+
+def chosen_tools(choice: str | dict, names: list[str]) -> list[str]:
+    """The tools of which one must be called. Raises ValueError for a name that was not offered."""
+    if choice == "required":
+        if not names:
+            raise ValueError("required, but there are no tools to call")
+        return names
+    name = choice["function"]["name"]
+    if name not in names:
+        raise ValueError(f"{name[:100]!r} is none of the tools{did_you_mean(name[:100], names)}")
+    return [name]
 
 
 def stop_texts(body: dict) -> list[str]:

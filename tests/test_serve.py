@@ -27,6 +27,7 @@ from generate import Sampling
 from lora import LoRAConfig, attach_lora, lora_layers
 from serving import handler, http_base
 from serving.answers import Choice
+from serving.constrain import JSON_OBJECT, State, read_bytes
 from serving.engine import Busy, Engine, Job
 from serving.schema import BadRequest, check, openapi
 from tests.common import ROOT, load_argv
@@ -34,6 +35,7 @@ from text.chat_formats import TEMPLATES
 from text.load_text import load_text
 from text.read_calls import text_arguments
 from text.tokenizer import load_tokenizer
+from text.tool_formats import call_frames
 
 TINY = ROOT / "models/tiny"
 HELLO = [{"role": "user", "content": "Who are you?"}]
@@ -295,6 +297,56 @@ def test_thoughts_calls_and_text_of_an_answer():
     assert choice.finish_reason == "tool_calls" and pieces == choice.pieces
 
 
+def goes_on(text, ends):
+    """Whether a text that was cut is the beginning of what an answer is held to."""
+    state = read_bytes(State("begin", tuple(ends)), text.lstrip().rstrip("\ufffd").encode())
+    return state is not None and state.mode != "done"
+
+
+@pytest.mark.parametrize("extra", [{"temperature": 0}, {"temperature": 2, "n": 8, "seed": 3}])
+def test_an_answer_is_held_to_a_json_object(server, extra):
+    reply = chat(server, HELLO, max_tokens=60, response_format={"type": "json_object"}, **extra)
+    for choice in reply["choices"]:
+        text = choice["message"]["content"]
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(text), dict)
+        else:
+            assert goes_on(text, JSON_OBJECT)
+
+
+@pytest.mark.parametrize("choice, names", [
+    ("required", ["weather", "time"]),
+    ({"type": "function", "function": {"name": "time"}}, ["time"])])
+def test_an_answer_is_held_to_a_call(server, choice, names):
+    tools = [WEATHER, {"type": "function", "function": {"name": "time"}}]
+    reply = chat(server, HELLO, tools=tools, tool_choice=choice, n=16, seed=2, temperature=2,
+                 max_tokens=60)
+    ended = 0
+    for found in reply["choices"]:
+        if found["finish_reason"] == "length":
+            assert goes_on(found["message"]["content"], call_frames(TEMPLATES["qwen"], names))
+            continue
+        ended += 1
+        [call] = found["message"]["tool_calls"]
+        assert call["function"]["name"] in names and found["message"]["content"] is None
+        assert isinstance(json.loads(call["function"]["arguments"]), dict)
+    assert ended
+
+
+def test_calls_of_every_format_begin_and_end_as_they_are_written():
+    """Formats with JSON arguments can be held to a call; those with tags say that they cannot."""
+    for template in TEMPLATES.values():
+        name = template.tool_format.name
+        written = template.tool_format.call('{"name": "f", "arguments": {"a": 1}}', template)
+        if '{"a": 1}' not in written:
+            assert name in ("qwen3_5", "glm4_moe", "minimax2", "seed_oss", "lfm2", "gemma4")
+            with pytest.raises(ValueError, match="are not JSON"):
+                call_frames(template, ["f"])
+            continue
+        [(begin, end)] = call_frames(template, ["f"])
+        assert (begin + b'"a": 1}' + end).decode().endswith(written)
+
+
 def test_a_conversation_with_tools_is_rendered_as_in_training(server):
     """Results of two calls in a row are one turn, as text/conversations.py joins them."""
     call = {"id": "c1", "type": "function",
@@ -326,8 +378,16 @@ def test_a_conversation_with_tools_is_rendered_as_in_training(server):
     ({"messages": HELLO, "stop": [""]}, 400, "stop[0]"),
     ({"messages": HELLO, "top_logprobs": 3}, 400, "set logprobs: true"),
     ({"messages": HELLO, "logit_bias": {"3": 5}}, 400, "not supported"),
-    ({"messages": HELLO, "response_format": {"type": "json_object"}}, 400, "ask for it in the"),
-    ({"messages": HELLO, "tools": [WEATHER], "tool_choice": "required"}, 400, "model decides"),
+    ({"messages": HELLO, "response_format": {"type": "json_schema"}}, 400, "held to a schema"),
+    ({"messages": HELLO, "response_format": {"type": "json_object"}, "tools": [WEATHER]}, 400,
+     "set tool_choice: none"),
+    ({"messages": HELLO, "response_format": {"type": "json_object"}, "enable_thinking": True}, 400,
+     "without a thought"),
+    ({"messages": HELLO, "tool_choice": "required"}, 400, "no tools to call"),
+    ({"messages": HELLO, "tools": [WEATHER], "tool_choice": "always"}, 400, "'required'"),
+    ({"messages": HELLO, "tools": [WEATHER],
+      "tool_choice": {"type": "function", "function": {"name": "wether"}}}, 400,
+     "did you mean 'weather'"),
     ({"messages": HELLO * 2}, 400, "turn 2"),
     ({"messages": [*HELLO, {"role": "assistant", "content": "I"}]}, 400, "last message"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, 400,

@@ -30,8 +30,8 @@ from text.declared_tokens import (CONFIG_FILE, add_declared, check_roles, check_
                                   merge_older)
 from text.fast_bpe import build_word_cache
 from text.plain_text import check_utf8
-from text.vocabularies import (find_vocabulary, load_vocabulary, repair_tokenizer_json,
-                               token_fields, token_text)
+from text.vocabularies import (bytes_to_unicode, find_vocabulary, load_vocabulary,
+                               repair_tokenizer_json, token_fields, token_text)
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 NOT_BUILT = object()
@@ -306,6 +306,32 @@ def read_chat_template(folder: Path, config: dict) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template or None
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """The bytes that each id adds to a text; not of ids that no text has.
+
+    Raises ValueError for a tokenizer that is neither byte-level nor one of sentencepiece.
+    """
+    core = tokenizer.core
+    kind = type(core.decoder).__name__
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+    added = core.get_added_tokens_decoder()
+    found = {}
+    for token, i in core.get_vocab().items():
+        if i in added:
+            found[i] = added[i].content.encode()
+        elif kind == "ByteLevel":
+            if letters.keys() >= set(token):
+                found[i] = bytes(letters[letter] for letter in token)
+        elif kind in ("Sequence", "Metaspace"):
+            is_byte = len(token) == 6 and token.startswith("<0x")
+            found[i] = bytes([int(token[3:5], 16)]) if is_byte else (
+                token.replace("\u2581", " ").encode())
+        else:
+            raise ValueError(f"the bytes of its tokens are not known: the tokenizer's decoder is "
+                             f"{kind}, not ByteLevel or one of sentencepiece")
+    return found
 
 
 class TextStream:

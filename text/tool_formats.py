@@ -14,7 +14,7 @@ from errors import unknown_name
 from templates import Template, ToolFormat
 from text.tool_calls import (Call, describe_default, describe_glm4, describe_ling, describe_llama3,
                              describe_minimax1, describe_mistral, describe_phi4_mini,
-                             describe_qwen, describe_tools, render_call, write_default,
+                             describe_qwen, describe_tools, render_call, to_json, write_default,
                              write_glm4, write_llama3, write_minimax1, write_mistral,
                              write_mistral_small, write_qwen)
 from text.tool_markup import (describe_gemma4, describe_glm4_moe, describe_lfm2,
@@ -60,3 +60,28 @@ def find_tool_format(name: str, where: str = "") -> ToolFormat:
 def with_tool_functions(template: Template) -> Template:
     """The template with the functions of its tool format, which templates.py only names."""
     return replace(template, tool_format=find_tool_format(template.tool_format.name))
+
+
+ARGUMENT = "\ue000"     # stands for the arguments of a call; nobody types it
+
+
+def call_frames(template: Template, names: list[str]) -> list[tuple[bytes, bytes]]:
+    """For each tool what a call of it begins and ends with, around its arguments.
+
+    Raises ValueError for a template that does not write the arguments of a call as JSON.
+    """
+    slots = template.function or template.assistant
+    opens = "".join(slot for slot in slots if isinstance(slot, str)).partition("{{content}}")[0]
+    frames = []
+    for name in names:
+        call = to_json({"name": name, "arguments": {ARGUMENT: 0}})
+        try:
+            before, mark, after = template.tool_format.call(call, template).partition(
+                to_json({ARGUMENT: 0}))
+        except ValueError:
+            mark = ""
+        if not mark:
+            raise ValueError("the calls of this model's template are not JSON (tool_format "
+                             f"{template.tool_format.name})")
+        frames.append(((opens + before).lstrip().encode() + b"{", after.encode()))
+    return frames
