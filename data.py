@@ -200,6 +200,7 @@ class EncodedRows:
         self.bad = []                   # for each bad row a text: where, why, and the row
         self.unfilled = []              # (dataset, {names}, where) of answers with {{name}} in them
         self.marked_questions = {}      # dataset -> where a question is first marked as learned
+        self.empty_questions = []       # (dataset, where) of rows with a question without text
         self.dropped_tail = 0           # tokens of running text that fill no block
         self.has_targets = False        # is there a label after the first token of a sequence?
 

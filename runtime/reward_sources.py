@@ -47,8 +47,11 @@ def build_reward_model(config, base, setup, tokenizer):
         return reward_adapter(config, base, setup, folder)
     adapters = named_folders(config, "reward_model_adapters")
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"reward_model: {folder} is an adapter; set reward_model_type: lora, or "
-                         "name its base and put it into reward_model_adapters")
+        its_base = trained_on(folder) or "(its base)"
+        raise ValueError(f"reward_model: {folder} is an adapter, and reward_model_type: full names "
+                         "a whole model. Set reward_model_type: lora if it was trained on this "
+                         f"run's base; else reward_model: {its_base} and reward_model_adapters: "
+                         f"{folder}")
     head = stored_head((adapters or [folder])[-1], read_model_config(folder))
     check_vocabulary(folder, base)
     model = load_with_adapters(folder, adapters, half_dtype(config), setup.device,

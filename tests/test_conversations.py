@@ -104,7 +104,8 @@ def chat(*turns):
 
 
 @pytest.mark.parametrize("row, entry, sentence", [
-    ({"instruction": "a"}, None, "the column 'output' is missing"),
+    ({"instruction": "a"}, None, "the column 'output' is missing: a row needs an answer here; "
+     "stages ppo and grpo train on questions alone, and `python chat.py CONFIG --input FILE`"),
     ({"input": "a", "output": "b"}, None, "the column 'instruction' is missing"),
     ({**ALPACA, "output": ""}, None, "answer 1 is empty"),
     ({**ALPACA, "output": None}, None, "answer 1 is empty"),
@@ -123,7 +124,7 @@ def chat(*turns):
      "turn 1 has no 'from' .keys: role, content; role_tag and content_tag under tags"),
     ({"conversations": [None]}, "sharegpt", "turn 1 is null, not an object with"),
     (chat(("human", "a"), ("gpt", "b"), ("human", "c")), "sharegpt",
-     "the last turn is not an answer"),
+     "the last turn is not an answer: a row needs an answer here; stages ppo and grpo"),
     (chat(("human", "a"), ("gpt", " ")), "sharegpt", "answer 1 is empty"),
     ({"conversations": []}, "sharegpt", "must be a list of turns that is not empty"),
     ({"conversations": "a"}, "sharegpt", "must be a list of turns"),

@@ -126,7 +126,8 @@ def test_memory_of_a_reward_model(reward_adapter):                              
 @pytest.mark.parametrize("kind, change, words", [
     ("lora", "no head", "has no value_head.safetensors: it is no reward model. stage: rm"),
     ("lora", "no adapter", "holds no adapter"),
-    ("full", "adapter", "is an adapter; set reward_model_type: lora"),
+    ("full", "adapter", "is an adapter, and reward_model_type: full names a whole model. "
+     "Set reward_model_type: lora"),
     ("lora", "ppo", "was written by stage: ppo, whose value head"),
 ], ids=str)
 def test_a_folder_that_is_no_reward_model(kind, change, words, reward_adapter,      # noqa: F811

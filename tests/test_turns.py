@@ -228,3 +228,12 @@ def test_pairs_as_lists_of_turns(tmp_path):
         assert found.rejected["content"] == "c"
     with pytest.raises(ValueError, match="not with the turns of 'prompt'"):
         convert(tmp_path, {"prompt": "z", "chosen": [ask, good], "rejected": [ask, bad]}, "dpo")
+
+
+@needs_shared
+def test_questions_without_text_are_said(tmp_path):
+    row = {"messages": turns(("user", " "), ("assistant", "b"))}
+    text = str(train(tmp_path, [row, row])[1].notes)
+    assert "has 2 questions without text" in text and "d.jsonl row 1)" in text
+    row = {"messages": turns(("user", "a"), ("assistant", "b"))}
+    assert "without text" not in str(train(tmp_path, [row])[1].notes)

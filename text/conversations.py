@@ -54,6 +54,8 @@ ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools"
 PAIRS = ("rm", "dpo")                   # stages that compare two answers
 JUDGED = ("kto",)                       # stages that know good answers from bad ones
 SAMPLED = ("ppo", "grpo")               # stages whose answers are the model's: a row needs none
+NO_ANSWER = ("a row needs an answer here; stages ppo and grpo train on questions alone, and "
+             "`python chat.py CONFIG --input FILE` answers them")
 MESSAGE_TEXTS = ("content", "thought", "lead")      # the keys of a message that hold its texts
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
@@ -226,7 +228,8 @@ def convert_alpaca(data: dict, source: Source, stage: str) -> Conversation:
     messages = history_messages(data, columns.get("history"))
     for role in ("prompt", *answer_roles):
         if columns[role] not in data:
-            raise ValueError(f"the column '{columns[role]}' is missing")
+            advice = f": {NO_ANSWER}" if role == "response" else ""
+            raise ValueError(f"the column '{columns[role]}' is missing{advice}")
 
     question = [column_text(data, columns.get(role)) for role in ("prompt", "query")]
     messages.append({"role": "user", "content": "\n".join(text for text in question if text)})
@@ -273,7 +276,7 @@ def convert_turn_lists(data: dict, source: Source, answer_roles: tuple,
     messages, system = read[0] if read else read_turns(prompt, source)
     messages = with_answer(messages, stage)
     if len(messages) % 2:
-        raise ValueError("the last turn is not an answer")
+        raise ValueError(f"the last turn is not an answer: {NO_ANSWER}")
     rejected = None
     if source.ranking:
         *before, rejected = read[1][0]
@@ -369,7 +372,7 @@ def convert_messages(data: dict, source: Source, stage: str) -> Conversation:
     else:
         messages = with_answer(messages, stage)
     if not messages or len(messages) % 2:
-        raise ValueError("the last turn is not an answer")
+        raise ValueError(f"the last turn is not an answer: {NO_ANSWER}")
 
     tools = column_tools(data, columns)
     if system is None:

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import did_you_mean
-from text.conversations import (COLUMNS, JUDGED, OPENAI_TAGS, PAIRS, REQUIRED_TAGS, ROLES, SAMPLED,
-                                TAGS, RawRow, Source, check_stage)
+from text.conversations import (COLUMNS, JUDGED, NO_ANSWER, OPENAI_TAGS, PAIRS, REQUIRED_TAGS,
+                                ROLES, SAMPLED, TAGS, RawRow, Source, check_stage)
 from text.hub_files import (fetch_rows, hub_files, is_on, modelscope_repository,
                             open_repository)
 from text.json_text import parse, parse_first, why_not_row, why_not_rows, wrapped_hint
@@ -804,4 +804,6 @@ def stage_hint(stage: str, found: dict) -> str:
         return " (stage: pt reads one column of text; questions and answers are for stage: sft)"
     if found["chosen"] and found["rejected"] and stage not in PAIRS:
         return f" (pairs of chosen and rejected are for stages {' and '.join(PAIRS)})"
+    if found["prompt"] and not found["response"]:
+        return f" ({NO_ANSWER})"
     return " (plain text is for stage: pt)" if found["text"] else ""

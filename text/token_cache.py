@@ -592,6 +592,7 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
     processes = num_processes(len(starts), config.preprocessing_num_workers)
     unfilled = []
     marked_questions = {}
+    empty_questions = []
     has_targets = False
 
     def encode_from(start: int, check_only: bool = False) -> EncodedRows:
@@ -610,9 +611,11 @@ def encode_rows(rows: Rows, config, tokenizer, template, encode: Callable, repor
             writer.add(part)
             unfilled += part.unfilled
             marked_questions = {**part.marked_questions, **marked_questions}
+            empty_questions += part.empty_questions
             has_targets = has_targets or part.has_targets
             bar.update(min(batch_size, len(rows) - start))
     report.notes += note_unfilled(unfilled) + note_marked_questions(marked_questions)
+    report.notes += note_empty_questions(empty_questions)
     return has_targets, processes
 
 
@@ -640,6 +643,9 @@ def conversation_of(row: RawRow, config, part: EncodedRows) -> Conversation | No
     for message in conversation.messages:
         if message["role"] not in ANSWERS and message.get("train") and not config.train_on_prompt:
             part.marked_questions.setdefault(row.source.name, row.where)
+        if (message["role"] == "user" and config.stage != "pt"
+                and not message["content"].strip()):
+            part.empty_questions.append((row.source.name, row.where))
         if message["role"] == "assistant" and "{{" in message["content"]:
             names.update(PLACEHOLDER.findall(message["content"]))
     if names:
@@ -672,6 +678,17 @@ def note_marked_questions(marked: dict[str, str]) -> list[str]:
     """
     return [f"dataset '{dataset}' marks questions as to be learned (first: {where}); only answers "
             "are, unless train_on_prompt: true is set" for dataset, where in marked.items()]
+
+
+def note_empty_questions(found: list[tuple[str, str]]) -> list[str]:
+    """A note for each dataset with questions without text. found: (dataset, where) of each."""
+    notes = []
+    for dataset in dict.fromkeys(dataset for dataset, _ in found):
+        places = [where for name, where in found if name == dataset]
+        notes.append(f"dataset '{dataset}' has {len(places)} questions without text (first: "
+                     f"{places[0]}); their answers are trained on. If that is not meant, take the "
+                     "rows out, or name the right column in dataset_info.json")
+    return notes
 
 
 def refuse(bad: list[str]):
