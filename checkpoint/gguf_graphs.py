@@ -42,7 +42,9 @@ class Graph:
     rotary_pairs: str = "halves"
     rope_types: tuple = ROPE_TYPES
     experts: bool = False
-    windows: bool = False               # a window in every second layer, from the first on
+    windows: int = 0                    # a window in all layers but every n-th; 0: no windows
+    rope_in_windows: bool = False       # layers without a window are not rotated
+    states_scales: bool = False         # of embeddings, scores, residuals and logits: its metadata
     square: bool = False                # heads together are as wide as the model
     tied: bool | None = None            # None: with or without a head of its own
     fused_gate_up: bool = False         # gate and up are one tensor, ffn_up
@@ -61,8 +63,16 @@ GRAPHS = (
     Graph("qwen3moe", allows={"qk_norm": ("head",), "norm_topk_prob": (True,)}, experts=True,
           tied=False),
     Graph("gemma", allows=GEMMA, tied=True),
-    Graph("gemma2", windows=True, tied=True,
+    Graph("gemma2", windows=2, tied=True,
           allows={**GEMMA, "norm_place": ("both",), "attn_softcap": ANY, "final_softcap": ANY}),
+    Graph("gemma3", windows=6, tied=True,
+          allows={**GEMMA, "norm_place": ("both",), "qk_norm": ("head",),
+                  "window_rope_theta": ANY}),
+    Graph("cohere2", windows=4, rope_in_windows=True, tied=True, rotary_pairs="neighbors",
+          allows={"norm": ("layer weight",), "parallel_mlp": (True,), "qkv_bias": ANY,
+                  "logit_scale": ANY}),
+    Graph("granite", states_scales=True, rotary_pairs="neighbors",
+          allows={**LLAMA, "embed_scale": ANY, "residual_scale": ANY, "logit_scale": ANY}),
     Graph("chatglm", rotary_pairs="neighbors", fused_gate_up=True,
           allows={"qkv_bias": ANY, "partial_rotary_factor": ANY}),
     Graph("glm4", rotary_pairs="neighbors", fused_gate_up=True,
@@ -105,20 +115,20 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
             continue                                    # 1 up to length_computed
         if values is not ANY and value not in values:
             yield f"{switch.name}: {value}"
-    if "embed_scale" in graph.allows and config.embed_scale != config.hidden_size ** 0.5:
+    if "embed_scale" in graph.allows and not graph.states_scales and config.embed_scale != config.hidden_size ** 0.5:
         yield f"embed_scale: {config.embed_scale}"
-    if graph.windows and None in (config.attn_softcap, config.final_softcap):
+    if "attn_softcap" in graph.allows and None in (config.attn_softcap, config.final_softcap):
         yield "scores and logits without a soft cap"
     rope = config.rope
     if rope["rope_type"] not in graph.rope_types:
         yield f"rope type {rope['rope_type']}"
     if unread := rope.keys() & {"attention_factor", "mscale", "mscale_all_dim", "truncate"}:
         yield f"rope setting {min(unread)}"
-    if any(config.chunks) or not all(config.use_rope):
+    rotated = windows_of(graph, config) if graph.rope_in_windows else [True] * len(config.use_rope)
+    if any(config.chunks) or [bool(window) for window in rotated] != [*config.use_rope]:
         yield "layers without rotation or with chunks"
-    every_second = windows_of(config) and config.windows == windows_of(config)
-    if graph.windows and not every_second:
-        yield "windows in other layers than every second"
+    if graph.windows and (None in config.windows[:1] or config.windows != windows_of(graph, config)):
+        yield f"windows in other layers than all but every {graph.windows}th"
     if graph.experts != any(config.sparse) or graph.experts != all(config.sparse):
         yield "layers without experts" if graph.experts else "experts"
     if graph.square and config.num_attention_heads * config.head_dim != config.hidden_size:
@@ -131,17 +141,17 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
 
 def query_factor(graph: Graph, config: ModelConfig) -> float:
     """What queries are multiplied by, so that the graph's own scale of scores is the decoder's."""
-    if config.attn_scale is None:
+    if config.attn_scale is None or graph.states_scales:
         return 1.0
     width = config.head_dim
-    if graph.arch == "gemma2" and config.num_hidden_layers == 46:       # the model of 27B
+    if (graph.arch, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62)):      # of 27B
         width = config.hidden_size // config.num_attention_heads
     return config.attn_scale * width ** 0.5
 
 
-def windows_of(config: ModelConfig) -> tuple:
-    """The windows of a decoder whose layers 0, 2, 4 ... have the window of its layer 0."""
-    return tuple(config.windows[0] if layer % 2 == 0 else None
+def windows_of(graph: Graph, config: ModelConfig) -> tuple:
+    """The windows of a decoder that has that of its layer 0 where the graph has one."""
+    return tuple(config.windows[0] if (layer + 1) % graph.windows else None
                  for layer in range(config.num_hidden_layers))
 
 
@@ -173,15 +183,33 @@ def graph_metadata(graph: Graph, config: ModelConfig) -> dict:
     if config.shared_expert_intermediate_size and graph.experts:
         values["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     if graph.windows:
-        values |= {"attention.sliding_window": config.windows[0],
-                   "attn_logit_softcapping": float(config.attn_softcap),
+        values["attention.sliding_window"] = config.windows[0]
+    if config.window_rope_theta:
+        values["rope.freq_base_swa"] = config.window_rope_theta
+    if config.attn_softcap:
+        values |= {"attn_logit_softcapping": float(config.attn_softcap),
                    "final_logit_softcapping": float(config.final_softcap)}
     if config.norm == "layer":
         values["attention.layer_norm_epsilon"] = 1e-5
+    elif config.norm == "layer weight":
+        values["attention.layer_norm_epsilon"] = float(config.rms_norm_eps)
+    values |= scale_metadata(graph, config)
     if config.clip_qkv:
         values["attention.clamp_kqv"] = float(config.clip_qkv)
     values |= rope_metadata(config.rope)
     return {f"{graph.arch}.{name}": value for name, value in values.items()}
+
+
+def scale_metadata(graph: Graph, config: ModelConfig) -> dict:
+    """The constant factors that a graph reads; Granite's divides the logits."""
+    if graph.states_scales:
+        return {"logit_scale": 1 / config.logit_scale,
+                "residual_scale": float(config.residual_scale),
+                "embedding_scale": float(config.embed_scale),
+                "attention.scale": float(config.attn_scale or config.head_dim ** -0.5)}
+    if "logit_scale" in graph.allows:
+        return {"logit_scale": float(config.logit_scale)}
+    return {}
 
 
 def length_computed(graph: Graph, config: ModelConfig) -> int:

@@ -70,10 +70,13 @@ def graph_tensors(graph: Graph, config: ModelConfig, shapes: dict[str, tuple],
             if expert == 0:
                 whole = (config.num_experts, *whole)
             norm = stored.endswith("norm.weight") and config.norm == "rms+1"
+            # what a norm of the queries would undo is multiplied into that norm
+            scaled = ".q_norm." if config.qk_norm else ".q_proj."
+            factor = query_factor(graph, config) if scaled in path else 1.0
             found[stored] = GraphTensor(
                 shape=whole[1:] if path.endswith("shared_expert_gate.weight") else whole,
-                number_type=kind, sources=[name], rows=rows, offset=1.0 if norm else 0.0,
-                factor=query_factor(graph, config) if ".q_proj." in path else 1.0,
+                number_type=kind, sources=[name], rows=rows, offset=factor if norm else 0.0,
+                factor=factor,
                 normalized=name == "lm_head.weight" and config.normalized_head)
     if "output.weight" not in found and graph.tied is False:
         embedding = found["token_embd.weight"]
