@@ -32,6 +32,7 @@ from model import CausalLM
 from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
+from runtime.adapted_share import adapted_in_words, note_on_experts
 from runtime.config import ADAPTERS, AS_SIGMOID
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
 from runtime.layout_advice import layout_lines, least_time_line
@@ -302,7 +303,8 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
         mesh=part.lines,
         cuts_vocabulary=part.cuts_vocabulary,
         stages=part.stages,
-        notes=notes_on_sizes(config, memory.workload.model, lora, plan),
+        notes=notes_on_sizes(config, memory.workload.model, lora, plan)
+        + note_on_experts(part.whole or memory.workload.model),
         layouts=layouts,
     )
 
@@ -516,6 +518,8 @@ def plan_numbers(config, plan: StepPlan, memory: Plan, dtype: torch.dtype,
     weights = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     matmul_dtype = str(dtype).removeprefix("torch.")
     numbers = {"parameters": f"{trained:,} of {total:,} trained ({100 * trained / total:.4f}%)"}
+    if adapted := adapted_in_words(model):
+        numbers["adapts"] = adapted
     formats = [weight.quant_format for weight in quantized_weights(model).values()]
     if formats:
         numbers["base"] = f"{formats_in_words(formats)}; all else {weights}"
