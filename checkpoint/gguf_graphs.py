@@ -115,7 +115,8 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
             continue                                    # 1 up to length_computed
         if values is not ANY and value not in values:
             yield f"{switch.name}: {value}"
-    if "embed_scale" in graph.allows and not graph.states_scales and config.embed_scale != config.hidden_size ** 0.5:
+    by_width = config.embed_scale == config.hidden_size ** 0.5
+    if "embed_scale" in graph.allows and not (by_width or graph.states_scales):
         yield f"embed_scale: {config.embed_scale}"
     if "attn_softcap" in graph.allows and None in (config.attn_softcap, config.final_softcap):
         yield "scores and logits without a soft cap"
@@ -124,10 +125,12 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
         yield f"rope type {rope['rope_type']}"
     if unread := rope.keys() & {"attention_factor", "mscale", "mscale_all_dim", "truncate"}:
         yield f"rope setting {min(unread)}"
-    rotated = windows_of(graph, config) if graph.rope_in_windows else [True] * len(config.use_rope)
-    if any(config.chunks) or [bool(window) for window in rotated] != [*config.use_rope]:
+    rotated = [bool(window) for window in windows_of(graph, config)] if graph.rope_in_windows else \
+        [True] * config.num_hidden_layers
+    if any(config.chunks) or rotated != [*config.use_rope]:
         yield "layers without rotation or with chunks"
-    if graph.windows and (None in config.windows[:1] or config.windows != windows_of(graph, config)):
+    has_window = config.windows[0] is not None
+    if graph.windows and not (has_window and config.windows == windows_of(graph, config)):
         yield f"windows in other layers than all but every {graph.windows}th"
     if graph.experts != any(config.sparse) or graph.experts != all(config.sparse):
         yield "layers without experts" if graph.experts else "experts"
