@@ -104,15 +104,15 @@ def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
     for row in rows:
         figures |= row                              # the last value of each
     state = job.state() if job else ""
-    queued = state == "waiting"
+    changed = (folder / LOG).stat().st_mtime if rows else 0
+    created = job.read("job.json")["created"] if job else 0
     if state not in ("running", "waiting", "stopping"):
         state = state_of_folder(folder, state)
-    changed = (folder / LOG).stat().st_mtime if rows else 0
-    if job:
-        changed = max(changed, job.read("job.json").get("created") or 0)
+    elif changed < created:                         # the log of an earlier run
+        figures = {}
     return finite({
         "folder": folders.shown(folder), "state": state, "job": job.number if job else None,
-        "figures": {} if queued else figures, "changed": changed,
+        "figures": figures, "changed": max(changed, created),
         "name": folder.name, "can_resume": any(folder.glob("checkpoint-*/trainer_state.json")),
         "trained": any(folder.glob("*.safetensors")),
     })
