@@ -87,6 +87,21 @@ CASES = [
 @pytest.mark.parametrize("name, targets", CASES)
 def test_peft_computes_what_was_trained(name, targets, use_rslora, mixtral, tmp_path):
     base = mixtral if name == "mixtral" else GOLDEN / "models" / name
+    check_with_peft(base, tmp_path, targets, use_rslora)
+
+
+@pytest.mark.parametrize("name, targets, use_rslora", [
+    ("glm4_moe", "all", False), ("glm4_moe", ["all", "experts", "gate"], True),
+    ("deepseek_v2", ["down_proj"], False), ("deepseek_v3", "all", False),
+    ("minimax_m2", ["all", "experts"], True),
+    ("qwen3_5_moe_text", ["all", "experts", "gate"], True)])
+def test_peft_computes_what_was_trained_of_the_families_of_2026(name, targets, use_rslora,
+                                                                tmp_path):
+    check_with_peft(GOLDEN / "models2026" / name, tmp_path, targets, use_rslora)
+
+
+def check_with_peft(base, tmp_path, targets, use_rslora):
+    """An adapter of these targets, written by us, gives our logits in PEFT."""
     model, config = saved_adapter(base, tmp_path, targets, use_rslora=use_rslora)
     assert not why_peft_differs(model, config)
     ours = logits_of(model, IDS)
