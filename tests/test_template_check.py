@@ -104,6 +104,7 @@ NEW_FAMILIES = [  # model_type, the tokens of its vocabulary, the row
     ("baichuan", "<reserved_106> <reserved_107>", "baichuan2"),
     ("chatglm", "[gMASK] sop <|user|> <|assistant|>", "chatglm3"),
     ("internlm2", "<|im_start|> <|im_end|>", "intern2"),
+    ("internlm3", "<|im_start|> <|im_end|>", "intern2"),
     ("phi3", "<|user|> <|assistant|> <|end|>", "phi"),
     ("phi3", "<|user|> <|assistant|> <|end|> <|tool|>", "phi4_mini"),
     ("phi3", "<|im_start|> <|im_sep|> <|im_end|>", "phi4"),
@@ -153,6 +154,9 @@ def test_a_template_is_chosen_for_a_family_without_a_chat_template(
      "granite4"),
     ("granite", "<|start_of_role|> <|end_of_role|>", "", "granite3"),
     ("ernie4_5_moe", "<|im_start|> <|im_end|>", "think_mode", "ernie"),
+    ("smollm3", "<|im_start|> <|im_end|>", "named SmolLM", "smollm2"),
+    ("mistral3", "<s> </s>", "[SYSTEM_PROMPT] [INST]", "mistral_small"),
+    ("ministral3", "<s> </s>", "[INST]", "ministral3"),
 ])
 def test_a_template_is_chosen_by_words_of_the_chat_template(tmp_path, model_type, tokens, words,
                                                             expected):

@@ -51,7 +51,8 @@ MINISTRAL = replace(
 
 # from version 7 of the tokenizer on, a text may stand before the calls
 MISTRAL_V7 = replace(MINISTRAL, function=("{{content}}", EOS),
-                     tool_format=ToolFormat("mistral_small"))
+                     tool_format=ToolFormat("mistral_small"),
+                     families=(*MISTRAL.families, "mistral3", "ministral3"))
 
 LLAMA2 = Template(
     user=(BOS, "[INST] {{content}} [/INST]"),
@@ -228,7 +229,8 @@ TEMPLATES = {
         user=("Human: {{content}}\n\nAssistant: ",),
         families=("xverse",), says=("Human: ", "Assistant: ")),
     "intern2": replace(
-        PLAIN_CHATML, prefix=(BOS,), default_system=INTERNLM_SELF, families=("internlm2",)),
+        PLAIN_CHATML, prefix=(BOS,), default_system=INTERNLM_SELF,
+        families=("internlm2", "internlm3")),
     "olmo": Template(
         user=("<|user|>\n{{content}}<|assistant|>\n",),
         prefix=(EOS,),
@@ -263,12 +265,12 @@ TEMPLATES = {
     "smollm2": replace(
         PLAIN_CHATML,
         default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face.",
-        families=("llama",), says=("<|im_start|>", "SmolLM")),
+        families=("llama", "smollm3"), says=("<|im_start|>", "SmolLM")),
     "opencoder": replace(
         PLAIN_CHATML, observation=CHATML.observation,
         default_system="You are OpenCoder, created by OpenCoder Team.",
         families=("llama",), says=("<|im_start|>", "OpenCoder")),
-    "smollm": replace(PLAIN_CHATML, families=("llama",)),
+    "smollm": replace(PLAIN_CHATML, families=("llama", "smollm3")),
     "openchat-3.6": Template(  # a Llama 3 body
         user=("<|start_header_id|>GPT4 Correct User<|end_header_id|>\n\n{{content}}<|eot_id|>"
               "<|start_header_id|>GPT4 Correct Assistant<|end_header_id|>\n\n",),
