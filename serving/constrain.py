@@ -206,8 +206,9 @@ class Constraint:
     def allowed(self, answer: list[int]) -> torch.Tensor:
         """(V,) bool: the tokens that may follow an answer, which has grown since the last call."""
         for token in answer[self.read:]:
-            text = self.masks.bytes_of[token]
-            self.state = read_bytes(self.state, text)
+            text = self.masks.bytes_of.get(token, b"")
+            # scores that are not finite may choose any token: then the answer ends
+            self.state = read_bytes(self.state, text) or State("done", ())
             self.spaces = 0 if text.strip() else self.spaces + 1
         self.read = len(answer)
         mask = self.masks.mask(self.state)

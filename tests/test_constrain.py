@@ -107,3 +107,12 @@ def test_a_beginning_is_chosen_and_its_ending_follows(tmp_path):
         assert constraint.allowed(answer)[token]
         answer.append(token)
     assert constraint.allowed(answer).nonzero().flatten().tolist() == [tokenizer.eos_id]
+
+
+def test_a_token_that_was_not_allowed_ends_the_answer(tmp_path):
+    tokenizer = load_tokenizer(write_byte_level(tmp_path / "a"))
+    size, stop = tokenizer.vocab_size + 1, tokenizer.eos_id
+    masks = TokenMasks(tokenizer, size, [stop], torch.device("cpu"))
+    for wrong in (tokenizer.encode("x"), [size - 1, *tokenizer.encode("]")]):
+        allowed = Constraint(masks, [(b"{", b"")]).allowed(wrong)
+        assert allowed.nonzero().flatten().tolist() == [stop]

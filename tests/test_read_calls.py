@@ -1,6 +1,7 @@
 """text/read_calls.py: what the formats write is read back; anything else stays text."""
 import json
 import re
+import time
 
 import pytest
 
@@ -80,6 +81,16 @@ def test_what_the_vendors_write_is_read(name):
     broken = VENDORS[name].replace("weather", "weather<", 1)
     assert find_calls(broken, name, TOOLS) == (broken, [])
     assert find_calls(VENDORS[name] + " And so on", name, TOOLS)[1] == []
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_long_answers_are_read_in_no_time(name):
+    start = time.process_time()
+    for opens in ("", "<tool_call>f", "<tool_call>\n<function=f>", '<invoke name="f">', "Action: f",
+                  "<seed:tool_call><function=f", "<|tool_call_start|>[f(a=", "<|tool_call>call:f{"):
+        for filler in (" ", "\n", "<", "{", '"', "a b ", "-"):
+            find_calls(opens + filler * 20_000, name, TOOLS)
+    assert time.process_time() - start < 2
 
 
 def test_text_before_a_call_is_kept():

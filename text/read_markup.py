@@ -20,24 +20,25 @@ Tools = dict[str, frozenset[str]]       # name of each tool -> its arguments tha
 
 
 class Tags(NamedTuple):
-    """The regular expressions of a format with tags."""
-    call: str               # its groups: the name, the arguments
-    argument: str           # its groups: the key, the value
-    around: str = r"\s"     # what may stand around the calls and between them
+    """A format with tags. call and argument are regular expressions."""
+    call: str                       # its groups: the name, the arguments
+    argument: str                   # its groups: the key, the value
+    around: tuple[str, ...] = ()    # texts that may stand around all calls
 
 
 QWEN3_5 = Tags(
     call=r"<tool_call>\s*<function=\s*([^\s<>]+)\s*>(.*?)</function>\s*</tool_call>",
     argument=r"<parameter=([^>]+)>\n?(.*?)\n?</parameter>")
 GLM4_MOE = Tags(
-    call=r"<tool_call>\s*([^\s<]+)(.*?)(?:</tool_call>|(?=\s*<tool_call>)|\s*$)",
+    call=r"<tool_call>\s*([^\s<]+)(.*?)(?:</tool_call>|(?=<tool_call>)|$)",
     argument=r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>")
 MINIMAX2 = Tags(
     call=r'<invoke name="([^"]+)">(.*?)</invoke>',
     argument=r'<parameter name="([^"]+)">(.*?)</parameter>',
-    around=r"\s|</?minimax:tool_call>")
+    around=("<minimax:tool_call>", "</minimax:tool_call>"))
 SEED_OSS = Tags(
-    call=r"<seed:tool_call>\s*<function=\s*([^\s<>]+)>?(.*?)</function>\s*</seed:tool_call>",
+    call=r"<seed:tool_call>\s*<function=\s*([^\s<>]+)(?:>|(?=[\s<]))"
+         r"(.*?)</function>\s*</seed:tool_call>",
     argument=r"<parameter=([^>]+)>(.*?)</parameter>")
 
 
@@ -47,9 +48,13 @@ def read_tags(tags: Tags, text: str, tools: Tools) -> tuple[str, list[Call]]:
     if not found:
         return text, []
     start = found[0].start()
-    if re.sub(tags.around, "", re.sub(tags.call, "", text[start:], flags=re.DOTALL)):
+    before = text[:start].rstrip()
+    rest = re.sub(tags.call, "", text[start:], flags=re.DOTALL)
+    for mark in tags.around:
+        before = before.removesuffix(mark)
+        rest = rest.replace(mark, "")
+    if rest.strip():
         raise ValueError("text between calls, or after them")
-    before = re.sub(f"(?:{tags.around})+$", "", text[:start])
     return before, [call_in_tags(tags, match[1], match[2], tools) for match in found]
 
 
