@@ -94,7 +94,8 @@ class Switches:
     scale_input: bool = False               # scores multiply the expert's input, not its output
     shared_expert_gate: bool = False        # the shared expert's output is gated by a sigmoid
     router_bias: bool = False               # the router has a bias
-    stacked_experts: bool = False           # one (E, in, out) tensor, gate and up fused
+    stacked_experts: str = ""               # all experts' matrices in one tensor, gate and up
+                                            # fused: "in, out" (E, in, out), or "out, in"
     interleaved_gate_up: bool = False       # of stacked experts: gate and up alternate, gate first
     expert_bias: bool = False               # of stacked experts: gate, up and down
     swiglu_limit: float | None = None       # of stacked experts: gate and up are clamped to it, and
@@ -475,13 +476,17 @@ GATED_DELTA = dict(                                 # arXiv:2412.06464, beside g
     names={"linear_attn.o_proj": "linear_attn.out_proj"},
     skips=("mtp.",))                                # layers for multi-token prediction
 
+QWEN3_5_MOE = GATED_DELTA | dict(
+    norm_topk_prob=True, sparse=lambda take, layer: True, shared_expert_gate=True,
+    called=GATED_DELTA["called"] | {"intermediate_size": "moe_intermediate_size"})
+
 LLAMA4 = dict(                                      # the Llama 4 model card; only its text part
     **BIASED,
     rotary_pairs="neighbors", use_rope=rope_unless_listed,
     attn_temperature=temperature_by_floor,
     chunks=chunk_where_rope,
     qk_norm=unit_norm_by_default,
-    sparse=sparse_by_interval, router="sigmoid", scale_input=True, stacked_experts=True,
+    sparse=sparse_by_interval, router="sigmoid", scale_input=True, stacked_experts="in, out",
     called={"intermediate_size": "intermediate_size_mlp",
             "moe_intermediate_size": "intermediate_size",
             "shared_expert_intermediate_size": "intermediate_size"},
@@ -685,7 +690,7 @@ FAMILIES = {
         rope_scaling=yarn_unless_stated,
         sparse=lambda take, layer: True, router_bias=True,
         norm_topk_prob=True,                        # as a softmax over the chosen experts alone
-        stacked_experts=True, interleaved_gate_up=True, expert_bias=True,
+        stacked_experts="in, out", interleaved_gate_up=True, expert_bias=True,
         swiglu_limit=said("swiglu_limit", 7.0), swiglu_alpha=said("swiglu_alpha", 1.702),
         fixed={"hidden_act": "silu"},
         absent={"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "head_dim": 64,
@@ -702,10 +707,14 @@ FAMILIES = {
     "qwen3_5": Family(
         text_field="text_config", text_types=("qwen3_5_text",),
         names={"model": "model.language_model"}, skips=("model.visual.", "mtp.")),
-    "qwen3_5_moe_text": Family(
-        **GATED_DELTA | dict(called=GATED_DELTA["called"]
-                             | {"intermediate_size": "moe_intermediate_size"}),
-        norm_topk_prob=True, sparse=lambda take, layer: True, shared_expert_gate=True),
+    "qwen3_5_moe_text": Family(**QWEN3_5_MOE),
+    "qwen3_5_moe": Family(
+        **QWEN3_5_MOE | dict(
+            names={**GATED_DELTA["names"], "model": "model.language_model",
+                   "gate_up_proj.weight": "gate_up_proj",
+                   "experts.down_proj.weight": "experts.down_proj"},
+            skips=("model.visual.", "mtp.")),
+        stacked_experts="out, in", text_field="text_config"),
     "lfm2": Family(                                 # arXiv:2511.23404
         qk_norm="head", conv_bias=said("conv_bias", False),
         intermediate_size=adjusted_ff_dim,

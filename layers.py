@@ -370,15 +370,24 @@ OTHER_MIXERS = {
 
 
 class StackedLinear(nn.Module):
-    """E linear maps in one tensor (E, in, out), as some checkpoints store them."""
+    """E linear maps in one tensor, as some checkpoints store them.
 
-    def __init__(self, experts: int, size_in: int, size_out: int, bias: bool = False):
+    order: of the sizes of a matrix in it, "in, out" or "out, in".
+    """
+
+    def __init__(self, experts: int, size_in: int, size_out: int, bias: bool = False,
+                 order: str = "in, out"):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(experts, size_in, size_out))
+        self.in_features = size_in
+        self.out_features = size_out
+        self.out_first = order == "out, in"
+        sizes = (size_out, size_in) if self.out_first else (size_in, size_out)
+        self.weight = nn.Parameter(torch.empty(experts, *sizes))
         self.bias = nn.Parameter(torch.empty(experts, size_out)) if bias else None
 
     def forward(self, x, expert: int):
-        y = x @ self.weight[expert]
+        weight = self.weight[expert]
+        y = x @ (weight.T if self.out_first else weight)
         if self.bias is None:
             return y
         return y + self.bias[expert].to(y.dtype)        # under autocast the product is 16 bits
@@ -391,8 +400,9 @@ class StackedExperts(nn.Module):
         super().__init__()
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         self.config = config
-        self.gate_up_proj = StackedLinear(E, D, 2 * width, config.expert_bias)
-        self.down_proj = StackedLinear(E, width, D, config.expert_bias)
+        options = {"order": config.stacked_experts, "bias": config.expert_bias}
+        self.gate_up_proj = StackedLinear(E, D, 2 * width, **options)
+        self.down_proj = StackedLinear(E, width, D, **options)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x, expert: int):

@@ -176,7 +176,7 @@ class LoRALinear(AdaptedLinear):
 
 
 class LoRAStacked(nn.Module):
-    """Adapters beside a stack of matrices (E, in, out); called with the expert's number.
+    """Adapters beside a layers.StackedLinear of E experts; called with the expert's number.
 
     Laid out as in PEFT 0.18: A is (E*r, in), expert by expert; B is (out, r*E), where for each of
     the r ranks the experts are adjacent.
@@ -184,15 +184,15 @@ class LoRAStacked(nn.Module):
 
     def __init__(self, base_layer: nn.Module, r: int, scale: float, dropout: float, device=None):
         super().__init__()
-        experts, in_features, out_features = base_layer.weight.shape
+        experts = len(base_layer.weight)
         self.base_layer = base_layer
         self.scale = scale
         self.enabled = True
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         options = {"bias": False, "dtype": torch.float32,
                    "device": device or base_layer.weight.device}
-        self.lora_A = nn.Linear(in_features, experts * r, **options)
-        self.lora_B = nn.Linear(r * experts, out_features, **options)
+        self.lora_A = nn.Linear(base_layer.in_features, experts * r, **options)
+        self.lora_B = nn.Linear(r * experts, base_layer.out_features, **options)
 
     def forward(self, x, expert: int):
         y = self.base_layer(x, expert)                                           # (n, out)
@@ -211,11 +211,14 @@ class LoRAStacked(nn.Module):
 
     @torch.no_grad()
     def merged(self):
-        """The stack (E, in, out) with the adapters in it; each matrix is stored transposed."""
+        """The stack with the adapters in it, in its own order of sizes."""
         merged = []
         for expert, matrix in enumerate(self.weight):
             A, B = self.matrices_of(expert)
-            merged.append(merged_weight(matrix.T, A, B, self.scale).T)
+            if self.base_layer.out_first:
+                merged.append(merged_weight(matrix, A, B, self.scale))
+            else:
+                merged.append(merged_weight(matrix.T, A, B, self.scale).T)
         return torch.stack(merged)
 
 

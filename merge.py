@@ -362,10 +362,10 @@ def merge_matrix(block: torch.Tensor, change: Change, A: torch.Tensor, rows,
 
 def merge_expert(block: torch.Tensor, change: Change, A: torch.Tensor, B: torch.Tensor,
                  experts: int, rows: tuple[slice, slice]) -> torch.Tensor:
-    """merge_matrix for one expert of a stack (E, in, out): (1, rows, out) float32."""
+    """merge_matrix for rows of one expert's matrix, in the order of its stack: (1, rows, …)."""
     expert, part = rows
     low, high = expert_matrices(A, B, experts, expert.start)
-    if not change.swapped:
+    if change.swapped == change.out_first:
         low, high = high.T, low.T                                               # (r, out), (in, r)
     return merged_weight(block[0].float(), low, high[part], change.scale)[None]
 

@@ -89,7 +89,8 @@ def layer_fields(model: CausalLM, config: LoRAConfig) -> dict:
 
 def peft_exchanges_stacks(model_config: ModelConfig) -> bool:
     """Whether PEFT, from 0.20 on, exchanges A and B of this model's stacks of experts."""
-    return model_config.model_type not in TAKEN_AS_STORED
+    as_stored = model_config.model_type in TAKEN_AS_STORED
+    return model_config.stacked_experts == "in, out" and not as_stored
 
 
 def is_expert(name: str) -> bool:

@@ -35,6 +35,7 @@ class Change:
     has_copy: bool = False      # the file holds the base's tensor, too, as of an adapted head
     has_magnitude: bool = False     # the file holds DoRA's lora_magnitude_vector
     swapped: bool = False       # A and B of a stack have traded places in the file
+    out_first: bool = False     # the matrices of a stack are (out, in), not (in, out)
     rotation: object = None     # oft: the layer's OFTRotation, without its numbers
 
 
@@ -158,7 +159,8 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
             rotation=getattr(layer, "oft_R", None),
             has_copy=f"{key}.base_layer.weight" in copies,
             has_magnitude=getattr(layer, "lora_magnitude_vector", None) is not None,
-            swapped=f"{key}.lora_A.weight" in swapped)
+            swapped=f"{key}.lora_A.weight" in swapped,
+            out_first=getattr(layer.base_layer, "out_first", False))
     for key in adapter_tensors(skeleton):
         if not key.endswith(OF_ADAPTERS):
             changes[key.removeprefix(PREFIX)] = Change(file=file, key=tensors.places[key],

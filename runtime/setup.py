@@ -27,6 +27,7 @@ from checkpoint.load import (count_parameters, formats_in_words, load_model, pac
                              quantized_weights, stays_quantized)
 from families import ModelConfig, read_model_config
 from generate import context_length
+from layers import StackedLinear
 from lora import AdapterConfig, LoRAConfig, trainable
 from model import CausalLM
 from optim import warmup_steps
@@ -121,7 +122,8 @@ def quant_formats(config, folder: Path, adapters: list[Path]) -> dict:
     if config.quantization_bit and any(map(stays_quantized, packed_weights(folder).values())):
         print(f"  note: quantization_bit: {config.quantization_bit} changes nothing, the files are "
               "quantized already")
-    stacks = sum(p.numel() for p in skeleton.parameters() if p.dim() == 3)
+    stacks = sum(module.weight.numel() for module in skeleton.modules()
+                 if isinstance(module, StackedLinear))
     if stacks:
         print(f"  note: stacked experts are not quantized: {stacks:,} parameters stay in 16 or 32 "
               "bits")

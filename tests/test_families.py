@@ -722,7 +722,7 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA | SHARED_EXPERT),
 }.items()}
 for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3",
-                   "qwen3_5": "qwen3_5_text"}.items():
+                   "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}.items():
     READABLE[kind] = {"model_type": kind, "text_config": READABLE[part]}
 READABLE["llama4"] = {"model_type": "llama4", "text_config": READABLE["llama4_text"]}
 

@@ -4,13 +4,15 @@ test_families.py and test_families_2026.py hold their logits against transformer
 beyond a chunk, gradients, and what cannot be cut.
 """
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from attention import PackedLayout
 from checkpoint.load import load_model
-from checkpoint.adapters import save_adapter
+from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
 from families import model_config
 from fast.batch_decode import RowCache, cache_bytes
 from fast.decode import uncapturable
@@ -18,11 +20,12 @@ from fast.fused_block import fuse_blocks
 from layers import CHUNK, chunked_scan, recurrent_scan
 from lora import LoRAConfig, attach_lora, lora_layers
 from losses import cross_entropy_sum
+from merge import merge_checkpoint
 from model import CausalLM, KVCache, init_weights
 from scale.context_parallel import check_shares
 from scale.tensor_parallel import part_config
 from tests.common import needs_shared
-from tests.test_families import DELTA, READABLE, SMALL, reference
+from tests.test_families import DELTA, FULL, READABLE, SHARED_EXPERT, SMALL, reference
 from tests.test_families_2026 import FOLDERS
 from tests.test_memory import ALL, compare
 from tests.tiny_models import perturb
@@ -171,10 +174,10 @@ def test_the_memory_plan_counts_a_state_and_its_chunks(kind, fast):
             compare(config, ALL, dtype, rows=rows, fast=fast, recompute=True)
 
 
-def adapted(base, folder):
-    """(our model with a random adapter on all linear layers, the folder where it is saved)."""
+def adapted(base, folder, targets):
+    """Our model with a random adapter, which is saved in a folder."""
     model = load_model(base, torch.float32)
-    config = LoRAConfig(r=3, lora_alpha=6, target_modules=["all"])
+    config = LoRAConfig(r=3, lora_alpha=6, target_modules=targets)
     attach_lora(model, config, seed=0, stored_name=model.config.stored_name)
     perturb(model, size=0.1)
     folder.mkdir()
@@ -200,9 +203,9 @@ def base(request, tmp_path):
     return tmp_path / "base"
 
 
-def check_gradients(base, tmp_path, vocab, packed):
+def check_gradients(base, tmp_path, vocab, fast, targets=("all",)):
     """A step's loss and the gradient of every adapter equal PEFT's."""
-    ours = adapted(base, tmp_path / "adapter")
+    ours = adapted(base, tmp_path / "adapter", list(targets))
     theirs = by_peft(base, tmp_path / "adapter")
     lengths = [CHUNK + 8, 9]
     rows = [torch.randint(0, vocab, (n,), generator=torch.Generator().manual_seed(n))
@@ -213,7 +216,7 @@ def check_gradients(base, tmp_path, vocab, packed):
     ids, labels = torch.cat(rows), torch.cat([torch.cat((x[1:], x.new_tensor([-100])))
                                               for x in rows])
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    fuse_blocks(ours, torch.nn.functional.linear if packed else None)
+    fuse_blocks(ours, torch.nn.functional.linear if fast else None)
     hidden = ours(ids[None], positions, PackedLayout(lengths))[0]
     kept = labels >= 0
     loss = cross_entropy_sum(hidden[kept], ours.head_weight(), labels[kept])
@@ -221,10 +224,10 @@ def check_gradients(base, tmp_path, vocab, packed):
     assert abs(loss.item() - sum(losses).item()) < 1e-4 * loss.item()
 
     found = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    stored = ours.config.stored_name
+    names = peft_names(ours)
     for name, layer in lora_layers(ours).items():
         for part in ("lora_A", "lora_B"):
-            want = found.pop(f"base_model.model.{stored(name)}.{part}.default.weight")
+            want = found.pop(f"{names[name]}.{part}.default.weight")
             got = getattr(layer, part).weight.grad
             assert (got - want).abs().max() < 1e-3 * want.abs().max() + 1e-5, (name, part)
     assert not found
@@ -239,3 +242,47 @@ def test_gradients_of_adapters_equal_peft(base, tmp_path, fast):
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe_text", "qwen3_next"])
 def test_gradients_of_recorded_checkpoints_equal_peft(name, tmp_path):
     check_gradients(FOLDERS / name, tmp_path, 300, True)    # 301 stands for an image in qwen3_5
+
+
+def stacked_as_published(folder):
+    """Write the experts of a checkpoint as two tensors a layer, (E, 2 I, D) and (E, D, I)."""
+    tensors = load_file(folder / "model.safetensors")
+    experts = {}
+    for name in [name for name in tensors if ".experts." in name]:
+        block, number, part, _ = re.fullmatch(r"(.*)\.(\d+)\.(\w+)\.(weight)", name).groups()
+        experts.setdefault(block, {})[part, int(number)] = tensors.pop(name)
+    for block, found in experts.items():
+        numbers = sorted({number for _, number in found})
+        down = [found["down_proj", n] for n in numbers]
+        both = [torch.cat((found["gate_proj", n], found["up_proj", n])) for n in numbers]
+        tensors[f"{block}.down_proj"] = torch.stack(down)
+        tensors[f"{block}.gate_up_proj"] = torch.stack(both)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("targets", [("all",), ("all", "experts")], ids=str)
+def test_stacks_of_experts_whose_matrices_are_out_by_in(tmp_path, targets):
+    """The text part of Qwen 3.5 MoE: logits of transformers, gradients of PEFT, and a merge."""
+    pytest.importorskip("transformers", minversion="5.0")
+    text = dict(SMALL, **DELTA, **SHARED_EXPERT,
+                layer_types=["linear_attention", FULL, "linear_attention"])
+    eyes = dict(hidden_size=32, intermediate_size=48, depth=1, num_heads=2, patch_size=4,
+                out_hidden_size=32, num_position_embeddings=16)
+    theirs = reference("qwen3_5_moe", dict(text_config=text, vision_config=eyes), seed=5)
+    theirs.save_pretrained(tmp_path / "base")
+    stacked_as_published(tmp_path / "base")
+    model = load_model(tmp_path / "base")
+    ids = some_ids(CHUNK + 5)
+    with torch.no_grad():
+        assert (model.logits(model(ids)) - theirs(ids).logits).abs().max() < 1e-4
+    check_gradients(tmp_path / "base", tmp_path, SMALL["vocab_size"], True, targets)
+
+    merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    both = load_with_adapters(tmp_path / "base", [tmp_path / "adapter"])
+    merged = load_model(tmp_path / "merged")
+    with torch.no_grad():
+        assert (merged.logits(merged(ids)) - both.logits(both(ids))).abs().max() < 1e-4
+    before, after = (load_file(tmp_path / name / "model.safetensors")
+                     for name in ("base", "merged"))
+    visual = [name for name in before if name.startswith("model.visual.")]
+    assert visual and all(torch.equal(before[name], after[name]) for name in visual)

@@ -33,6 +33,9 @@ PUBLISHED |= {
 }
 PUBLISHED["qwen"].pop("num_key_value_heads", None)
 PUBLISHED["internlm3"] = {"model_type": "internlm3", **LLAMA, "qkv_bias": True, "bias": True}
+if "qwen3_5" in PUBLISHED:
+    PUBLISHED["qwen3_5_moe"] = {**PUBLISHED["qwen3_5"], "model_type": "qwen3_5_moe",
+                                "text_config": PUBLISHED["qwen3_5_moe_text"]}
 if "deepseek_v3" in PUBLISHED:
     PUBLISHED["kimi_k2"] = {**PUBLISHED["deepseek_v3"], "model_type": "kimi_k2"}
 ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
