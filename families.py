@@ -38,7 +38,8 @@ class Switches:
     clip_qkv: float | None = None   # q, k and v are clamped to [-clip, clip]
     output_gate: bool = False       # q_proj also makes a gate, head by head: the heads' outputs are
                                     # multiplied by its sigmoid
-    conv_bias: bool = False         # a short convolution, and the linear layers around it
+    conv_bias: bool = False         # a short convolution
+    mixer_bias: bool = False        # the linear layers of a mixer with a short convolution
     fused_delta: bool = False       # a delta rule's q, k, v and z are one matrix, b and a another,
                                     # key head by key head
 
@@ -131,6 +132,7 @@ class ModelConfig(Switches):
     linear_num_value_heads: int = 0         # nv, heads of v, each with a state of dk x dv numbers
     linear_key_head_dim: int = 0            # dk
     linear_value_head_dim: int = 0          # dv
+    time_step_limit: tuple = (0.0, math.inf)        # bounds of a state space's time steps
     initializer_range: float = 0.02         # std of new weights (train_from_scratch)
     pad_token_id: int | None = None         # padding_idx of the embedding, as in transformers
 
@@ -204,6 +206,7 @@ class Family(Switches):
     absent: dict = field(default_factory=dict)    # {field: default where config.json omits it}
     fixed: dict = field(default_factory=dict)     # {field: the only value that is supported}
     layer_types: Callable = said("layer_types")
+    linear_value_head_dim: Callable = said("linear_value_head_dim", 0)
     mixer_of: dict = field(default_factory=dict)  # {layer type: a mixer other than attention}
     windows: Callable = lambda take, layer: None
     chunks: Callable = lambda take, layer: None
@@ -403,6 +406,34 @@ def full_attention_by_interval(take):
         "linear_attention" if layer % interval else "full_attention" for layer in layers]
 
 
+def mamba_head_dim(take):
+    """mamba_d_head, or by "auto" what divides mamba_expand * hidden_size among the heads."""
+    width = take("mamba_expand", 2) * take("hidden_size", needed=True)
+    heads = take("linear_num_value_heads")
+    stated = take("mamba_d_head", "auto")
+    size = width // heads if stated == "auto" else stated
+    if type(size) is not int or size * heads != width:
+        raise ValueError(f"{take.where}: mamba_n_heads {heads} of mamba_d_head {shown(stated)} are "
+                         f"not mamba_expand * hidden_size = {width} numbers")
+    return size
+
+
+def time_step_limit(take):
+    """Bounds of a state space's time steps; transformers 5 writes infinity as an object."""
+    stored = take("time_step_limit") or (0.0, math.inf)
+    if type(stored) not in (list, tuple):
+        raise ValueError(f"{take.where}: time_step_limit: {shown(stored)} is not a pair of numbers")
+    infinite = (None, {"__float__": "Infinity"})
+    limits = tuple(math.inf if limit in infinite else limit for limit in stored)
+    if len(limits) != 2 or any(type(x) not in (int, float) or not x >= 0 for x in limits):
+        raise ValueError(f"{take.where}: time_step_limit: {shown(stored)} is not a pair of numbers")
+    return limits
+
+
+def state_spaces_by_default(take):
+    return take("layer_types") or ["mamba"] * take("num_hidden_layers", needed=True)
+
+
 def attention_where_listed(take):
     """layer_types, or attention in the layers of full_attn_idxs, else short convolutions."""
     listed = take("full_attn_idxs")
@@ -503,6 +534,12 @@ NORM_AFTER = dict(                                  # attention and MLP, and bef
 
 OLMO2 = dict(                                       # arXiv:2501.00656
     **BIASED, **NORM_AFTER, norm="rms wide", qk_norm="width")
+
+GRANITE = dict(
+    **BIASED, embed_scale=said("embedding_multiplier", 1.0),
+    attn_scale=said("attention_multiplier", 1.0),
+    residual_scale=said("residual_multiplier", 1.0),
+    logit_scale=lambda take: 1 / take("logits_scaling", 1.0))
 
 GEMMA_NORMS = {"after_attention_norm": "post_attention_layernorm",
                "after_mlp_norm": "post_feedforward_layernorm",
@@ -637,12 +674,31 @@ FAMILIES = {
         **NORM_AFTER, norm="rms wide", qk_norm="head",
         windows=window_but_every(4), use_rope=rope_where_window,
         absent={"rms_norm_eps": 1e-5, "sliding_window": 4096}),
-    "granite": Family(                              # Granite 3
-        **BIASED, mlp_bias=said("mlp_bias", False),
-        embed_scale=said("embedding_multiplier", 1.0),
-        attn_scale=said("attention_multiplier", 1.0),
-        residual_scale=said("residual_multiplier", 1.0),
-        logit_scale=lambda take: 1 / take("logits_scaling", 1.0)),
+    "granite": Family(**GRANITE, mlp_bias=said("mlp_bias", False)),     # Granite 3
+    "granitemoehybrid": Family(                     # Granite 4.0
+        **GRANITE, layer_types=state_spaces_by_default, linear_value_head_dim=mamba_head_dim,
+        mixer_of={"mamba": "state space", "linear_attention": "state space"},
+        use_rope=lambda take, layer: take("position_embedding_type") == "rope",
+        conv_bias=said("mamba_conv_bias", True), mixer_bias=said("mamba_proj_bias", False),
+        intermediate_size=said("shared_intermediate_size", 1024), fused_gate_up=True,
+        sparse=lambda take, layer: take("num_local_experts", 8) > 0,
+        norm_topk_prob=True,                        # as a softmax over the chosen experts alone
+        stacked_experts="out, in",
+        fixed={"normalization_function": "rmsnorm"},
+        called={"conv_kernel": "mamba_d_conv", "linear_num_key_heads": "mamba_n_groups",
+                "linear_num_value_heads": "mamba_n_heads", "linear_key_head_dim": "mamba_d_state",
+                "shared_expert_intermediate_size": "shared_intermediate_size"},
+        absent={"conv_kernel": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 128,
+                "linear_key_head_dim": 256, "num_local_experts": 8, "num_experts_per_tok": 2,
+                "shared_expert_intermediate_size": 1024},
+        names={"mamba.o_proj": "mamba.out_proj",
+               "mlp.gate": "block_sparse_moe.router.layer",
+               "mlp.experts.gate_up_proj": "block_sparse_moe.input_linear",
+               "mlp.experts.down_proj": "block_sparse_moe.output_linear",
+               **{f"{mlp}.gate_up_proj": "shared_mlp.input_linear"
+                  for mlp in ("mlp", "mlp.shared_expert")},
+               **{f"{mlp}.down_proj": "shared_mlp.output_linear"
+                  for mlp in ("mlp", "mlp.shared_expert")}}),
     "hunyuan_v1_dense": Family(                     # the Hunyuan models of 0.5B to 7B
         **BIASED, qk_norm=lambda take: "head rotated" if take("use_qk_norm", True) else "",
         rope_alpha=True, fixed={"use_cla": False, "norm_type": "rms", "mlp_bias": False},
@@ -716,7 +772,7 @@ FAMILIES = {
             skips=("model.visual.", "mtp.")),
         stacked_experts="out, in", text_field="text_config"),
     "lfm2": Family(                                 # arXiv:2511.23404
-        qk_norm="head", conv_bias=said("conv_bias", False),
+        qk_norm="head", conv_bias=said("conv_bias", False), mixer_bias=said("conv_bias", False),
         intermediate_size=adjusted_ff_dim,
         layer_types=attention_where_listed, mixer_of={"conv": "short convolution"},
         fixed={"block_use_swiglu": True, "use_pos_enc": True},
@@ -777,7 +833,7 @@ BOUNDS = {
     "q_lora_rank": (0, 2**16),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim",
                      "linear_value_head_dim"), (1, 2**16)),
-    **dict.fromkeys(("conv_kernel", "block_multiple_of"), (1, 2**16)),
+    **dict.fromkeys(("conv_kernel", "block_multiple_of", "mamba_expand"), (1, 2**16)),
     "block_ffn_dim_multiplier": (1e-3, 1e3),
     **dict.fromkeys(("decoder_sparse_step", "interleave_moe_layer_step",
                      "no_rope_layer_interval", "full_attention_interval"), SIZE),
@@ -799,7 +855,8 @@ FLAGS = frozenset("""
     qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
     use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
     use_gated_activation use_routing_bias rope_interleave attn_output_gate conv_bias
-    tie_embedding block_auto_adjust_ff_dim block_use_swiglu use_pos_enc
+    mamba_conv_bias mamba_proj_bias tie_embedding
+    block_auto_adjust_ff_dim block_use_swiglu use_pos_enc
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
 TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
@@ -837,7 +894,7 @@ HARMLESS = frozenset("""
     experts_per_token initial_context_length
     mtp_num_hidden_layers mtp_use_dedicated_embeddings mamba_ssm_dtype
     block_dim block_norm_eps block_mlp_init_scale block_out_init_scale block_use_xavier_init
-    conv_dim conv_dim_out conv_use_xavier_init num_heads
+    conv_dim conv_dim_out conv_use_xavier_init num_heads mamba_chunk_size init_method
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
@@ -1078,11 +1135,13 @@ def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig
         sizes |= read_latent(take)
     if family.mixer_of:
         sizes |= {name: take(name, 0) for name in STATE_SIZES}
+        sizes["linear_value_head_dim"] = family.linear_value_head_dim(take)
+        sizes["time_step_limit"] = time_step_limit(take)
     return ModelConfig(**sizes)
 
 
 STATE_SIZES = ("conv_kernel", "linear_num_key_heads", "linear_num_value_heads",
-               "linear_key_head_dim", "linear_value_head_dim")
+               "linear_key_head_dim")
 
 
 def read_latent(take: FieldReader) -> dict:
@@ -1142,6 +1201,7 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
     window = take("sliding_window", null=True) if take("use_sliding_window", True) else None
     sizes = {                       # layer type: (window, chunk)
         "full_attention": (None, None),
+        **({"attention": (None, None)} if family.mixer_of else {}),
         "chunked_attention": (None, take("attention_chunk_size")),
         "sliding_attention": (window, None),
         **dict.fromkeys(family.mixer_of, (None, None))}

@@ -13,9 +13,9 @@ a block, an MLP or a mixture of experts, is called as mlp(x, ctx).
 Requires: families.py, rope.py, attention.py.
 Next: model.py.
 Papers: latent attention arXiv:2405.04434 (sec. 2.1), gated delta rule arXiv:2412.06464, its chunks
-arXiv:2406.06484, short convolution arXiv:2511.23404, mixture of experts arXiv:2101.03961, the
-choice of experts from groups arXiv:2405.04434 (sec. 2.2.2), and with a bias arXiv:2412.19437 (sec.
-2.1.2).
+arXiv:2406.06484, Mamba-2 arXiv:2405.21060, short convolution arXiv:2511.23404, mixture of experts
+arXiv:2101.03961, the choice of experts from groups arXiv:2405.04434 (sec. 2.2.2), and with a bias
+arXiv:2412.19437 (sec. 2.1.2).
 """
 from collections.abc import Callable
 from functools import partial
@@ -267,7 +267,8 @@ def scan_state(q, k, v, g, beta, S):
 
         S = exp(g) S + k (x) beta (v - exp(g) S'k),     output S'q
 
-    (arXiv:2412.06464, eq. 10). S None: zeros.
+    (arXiv:2412.06464, eq. 10). beta None: S = exp(g) S + k (x) v (arXiv:2405.21060, eq. 1). S None:
+    zeros.
     """
     if S is None:
         S = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
@@ -279,9 +280,11 @@ def scan_state(q, k, v, g, beta, S):
 def recurrent_scan(q, k, v, g, beta, S):
     """scan_state token by token: the definition, and the slow twin of chunked_scan."""
     outs = []
-    for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(2) for x in (q, k, v, g, beta))):
+    for t, (q_t, k_t, v_t, g_t) in enumerate(zip(*(x.unbind(2) for x in (q, k, v, g)))):
         S = S * g_t.exp()[..., None, None]
-        change = beta_t[..., None] * (v_t - (S * k_t[..., None]).sum(-2))       # (B, H, dv)
+        change = v_t                                                            # (B, H, dv)
+        if beta is not None:
+            change = beta[:, :, t, None] * (v_t - (S * k_t[..., None]).sum(-2))
         S = S + k_t[..., None] * change[..., None, :]
         outs.append((S * q_t[..., None]).sum(-2))
     return torch.stack(outs, dim=2), S
@@ -290,14 +293,15 @@ def recurrent_scan(q, k, v, g, beta, S):
 def chunked_scan(q, k, v, g, beta, S, chunk: int = CHUNK):
     """scan_state in chunks of tokens, as matrix products (arXiv:2412.06464, sec. 3.3).
 
-    Within a chunk the changes u of all tokens solve a triangular system: token i's own value is
-    beta (v - what the state has for k), and the state has the changes of the tokens before it. Its
-    solution for values and keys does not depend on S, and is found for all chunks at once.
+    Without beta the values are what is added to the state. With it, the changes u of the tokens of
+    a chunk solve a triangular system: token i's own is beta (v - what the state has for k), and the
+    state has the changes of the tokens before it. The solution is linear in the chunk's first
+    state, and its two parts are found for all chunks at once.
     """
-    T, dv = v.shape[2:]
+    T = v.shape[2]
     chunk = min(chunk, T)
     q, k, v = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (q, k, v))
-    g, beta = (F.pad(x, (0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (g, beta))
+    g = F.pad(g, (0, -T % chunk)).unflatten(2, (-1, chunk))                     # (B, H, n, C)
     total = g.cumsum(-1)                    # logarithm of the decay since the start, (B, H, n, C)
     # decay of token j's change until token i, (B, H, n, C, C); zeros above the diagonal before exp,
     # too: the gradient of inf is NaN
@@ -305,20 +309,84 @@ def chunked_scan(q, k, v, g, beta, S, chunk: int = CHUNK):
     since_start = total.exp()[..., None]
     until_end = (total[..., -1:] - total).exp()[..., None]
 
-    beta = beta[..., None]
-    system = beta * (k @ k.mT) * decay
-    u, w = torch.linalg.solve_triangular(
-        system, torch.cat((beta * v, beta * k * since_start), dim=-1), upper=False,
-        unitriangular=True).split((dv, k.shape[-1]), dim=-1)    # without S, and the factor of S
+    u, w = v, None
+    if beta is not None:
+        beta = F.pad(beta, (0, -T % chunk)).unflatten(2, (-1, chunk))[..., None]
+        u, w = changes_in_chunks(k, v, beta, decay, since_start)
     scores = (q @ k.mT) * decay
-    parts = (x.unbind(2) for x in (u, w, scores, q * since_start, (k * until_end).mT,
+    parts = (x.unbind(2) for x in (u, scores, q * since_start, (k * until_end).mT,
                                    since_start[..., -1:, :]))
     outs = []
-    for u_n, w_n, scores_n, q_n, k_n, decay_n in zip(*parts):
-        u_n = u_n - w_n @ S
+    for number, (u_n, scores_n, q_n, k_n, decay_n) in enumerate(zip(*parts)):
+        if w is not None:
+            u_n = u_n - w[:, :, number] @ S
         outs.append(q_n @ S + scores_n @ u_n)
         S = decay_n * S + k_n @ u_n
     return torch.cat(outs, dim=2)[:, :, :T], S
+
+
+def changes_in_chunks(k, v, beta, decay, since_start):
+    """The changes u of the tokens of each chunk from a state of zeros, and w: u - w S from S."""
+    system = beta * (k @ k.mT) * decay
+    known = torch.cat((beta * v, beta * k * since_start), dim=-1)
+    solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
+    return solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+
+
+class StateSpace(StateMixer):
+    """Mamba-2 (arXiv:2405.21060): a state that decays, without a correction of what it holds.
+
+    In the terms of scan_state, keys are B, queries C, and values x, each times its time step dt. A
+    key head, here called a group, serves several value heads.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, norm: Callable):
+        super().__init__()
+        D, heads, values = (config.hidden_size, config.linear_num_value_heads,
+                            config.linear_value_width)
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        self.config = config
+        self.layer = layer
+        self.in_proj = nn.Linear(D, 2 * values + 2 * keys + heads, bias=config.mixer_bias)
+        self.conv1d = CausalConv(values + 2 * keys, config.conv_kernel, config.conv_bias)
+        self.A_log = nn.Parameter(torch.zeros(heads))
+        self.dt_bias = nn.Parameter(torch.ones(heads))
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm = norm(values, config.rms_norm_eps)
+        self.o_proj = nn.Linear(values, D, bias=config.mixer_bias)
+
+    def readers(self) -> list[nn.Module]:
+        return [self.in_proj]
+
+    def mix(self, outputs, ctx):
+        """The output of in_proj, [z | x, B, C | dt] -> the gated values, normalized by groups."""
+        heads, values = self.config.linear_num_value_heads, self.config.linear_value_width
+        z, xbc, dt = outputs[0].split((values, self.conv1d.in_channels, heads), dim=-1)
+        y = self.scan_sequences((xbc, dt), ctx) * F.silu(z.float())             # (B, T, nv*dv)
+        y = y.unflatten(-1, (self.config.linear_num_key_heads, -1))
+        y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2)
+        return self.norm.weight * y.to(z.dtype)
+
+    def scan(self, tensors, state, lengths):
+        """(x, B, C side by side; dt), (B, T, …) -> y (B, T, nv*dv) float32; state."""
+        config = self.config
+        nv, groups = config.linear_num_value_heads, config.linear_num_key_heads
+        keys = groups * config.linear_key_head_dim
+        xbc, dt = tensors
+        before, S = (None, None) if state is None else state
+        xbc, last = self.conv1d(xbc, before, lengths)
+        x, k, q = F.silu(xbc).float().split((config.linear_value_width, keys, keys), dim=-1)
+        x = x.unflatten(-1, (nv, -1)).transpose(1, 2)                           # (B, nv, T, dv)
+        q, k = (t.unflatten(-1, (groups, -1)).transpose(1, 2) for t in (q, k))
+        q, k = (t.repeat_interleave(nv // groups, dim=1) for t in (q, k))       # (B, nv, T, dk)
+        dt = F.softplus(dt.float() + self.dt_bias.float()).clamp(*config.time_step_limit)
+        dt = dt.transpose(1, 2)                                                 # (B, nv, T)
+        if lengths is not None:             # pads change no state
+            dt = dt * (torch.arange(dt.shape[-1], device=dt.device) < lengths[:, None, None])
+        g = -self.A_log.float().exp()[:, None] * dt
+        out, S = scan_state(q, k, x * dt[..., None], g, None, S)
+        out = out + self.D.float()[:, None, None] * x
+        return out.transpose(1, 2).flatten(2), (last, S)
 
 
 class ShortConvolution(StateMixer):
@@ -326,11 +394,11 @@ class ShortConvolution(StateMixer):
 
     def __init__(self, config: ModelConfig, layer: int, norm: Callable):
         super().__init__()
-        D, bias = config.hidden_size, config.conv_bias
+        D = config.hidden_size
         self.layer = layer
-        self.in_proj = nn.Linear(D, 3 * D, bias=bias)
-        self.conv = CausalConv(D, config.conv_kernel, bias)
-        self.o_proj = nn.Linear(D, D, bias=bias)
+        self.in_proj = nn.Linear(D, 3 * D, bias=config.mixer_bias)
+        self.conv = CausalConv(D, config.conv_kernel, config.conv_bias)
+        self.o_proj = nn.Linear(D, D, bias=config.mixer_bias)
 
     def readers(self) -> list[nn.Module]:
         return [self.in_proj]
@@ -351,7 +419,7 @@ def mixer_state_bytes(config: ModelConfig, layer: int, dtype: torch.dtype) -> in
     before = config.conv_kernel - 1                             # inputs of the convolution
     if config.mixers[layer] == "short convolution":
         return before * config.hidden_size * dtype.itemsize
-    if config.mixers[layer] == "delta rule":
+    if config.mixers[layer] in ("delta rule", "state space"):
         keys = config.linear_num_key_heads * config.linear_key_head_dim
         inputs = before * (2 * keys + config.linear_value_width)
         return inputs * dtype.itemsize + 4 * config.linear_key_head_dim * config.linear_value_width
@@ -362,6 +430,7 @@ def mixer_state_bytes(config: ModelConfig, layer: int, dtype: torch.dtype) -> in
 OTHER_MIXERS = {
     "latent attention": ("self_attn", LatentAttention),
     "delta rule": ("linear_attn", GatedDeltaNet),
+    "state space": ("mamba", StateSpace),
     "short convolution": ("conv", ShortConvolution),
 }
 

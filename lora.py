@@ -287,7 +287,8 @@ def find_targets(model: nn.Module, target_modules, stored_name: Callable = same_
             wanted.update(name for name in layers.values() if not NOT_IN_ALL.fullmatch(name))
             continue
         inside = re.compile(rf"(.*\.)?{re.escape(target)}(\..*)?")
-        matches = [name for stored, name in layers.items() if inside.fullmatch(stored)]
+        matches = [name for stored, name in layers.items() if inside.fullmatch(stored)
+                   or target == "experts" and inside.fullmatch(name)]
         if not matches and re.search(r"[^\w.-]", target):
             matches = _matching(target, layers)
         if not matches:

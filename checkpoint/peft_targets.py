@@ -197,6 +197,9 @@ def why_peft_differs(model: CausalLM, config: AdapterConfig) -> str:
     reason = ""
     if any(name.endswith("feed_forward.router") for name in layers):
         reason = "peft cannot adapt the router of Llama 4"
+    elif any(isinstance(layer, LoRAStacked) and ".experts." not in name
+             for name, layer in layers.items()):
+        reason = "it has other names for the stacks of experts than the checkpoint's files"
     elif config.finetuning_type == "lora" and model.config.model_type in SEPARATE_EXPERTS:
         reason = why_stacks_differ(model, layers, config)
     if not reason:

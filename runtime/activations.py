@@ -15,6 +15,7 @@ in all linear layers, a block keeps for each token
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
     state mixers  4 x 7 (dk + C) nv     of layers.py, in place of attention: what reads and writes
                   + 4 dk dv nv / C      the state, pairs within chunks of C tokens, a state for each
+                                        chunk (Mamba-2: 4 x 4)
 
 and where fast/fused_block.py does not apply (adapters with dropout, weights trained in 16 bits),
 also
@@ -45,7 +46,7 @@ from attention import PLAIN_QUERIES, SINK_FEATURES, TORCH, group_by_length, take
 from checkpoint.load import quantized_weights
 from families import ModelConfig
 from lora import AdaptedLinear, LoRALinear, LoRAStacked
-from layers import CHUNK, ShortConvolution, StateMixer
+from layers import CHUNK, ShortConvolution, StateMixer, StateSpace
 from losses import chunk_rows
 from model import Attention, Block, CausalLM, LayerNorm, MoE
 
@@ -377,6 +378,7 @@ def state_mixer_bytes(mixer: StateMixer, model_config: ModelConfig, batch: Micro
     per_token = input_bytes(config.hidden_size, mixer.readers(), batch, from_stream=True)
     per_token += input_bytes(values, [mixer.o_proj], batch)
     per_token += norm_bytes(mixer.norm, values, batch.compute)
+    corrected = 0 if isinstance(mixer, StateSpace) else 1       # the delta rule's system of changes
     gate = (4 + 4 + batch.compute) * values                 # z, silu(z), and what it multiplies
     conv = (2 * batch.compute + 4) * width                  # its input, its output, silu of that
     slots = 0
@@ -384,8 +386,8 @@ def state_mixer_bytes(mixer: StateMixer, model_config: ModelConfig, batch: Micro
         longest = batch.lengths[group[0]]
         chunk = min(CHUNK, longest)
         slots += len(group) * -(-longest // chunk) * chunk
-    vectors = 7 * nv * dk + 3 * values
-    pairs = 7 * nv * chunk
+    vectors = (4 + 3 * corrected) * nv * dk + (1 + 2 * corrected) * values
+    pairs = (4 + 3 * corrected) * nv * chunk
     states = dk * values / chunk
     return batch.tokens * (per_token + gate) + slots * (conv + int(4 * (vectors + pairs + states)))
 

@@ -319,6 +319,20 @@ CASES |= {
         block_multiple_of=10,
     )),
 }
+MAMBA = dict(mamba_n_heads=8, mamba_n_groups=2, mamba_d_state=6, mamba_d_head=8, mamba_expand=2,
+             shared_intermediate_size=28, attention_multiplier=0.3)
+CASES |= {
+    "granitemoehybrid": ("granitemoehybrid", dict(
+        MAMBA, num_local_experts=5, num_experts_per_tok=2, embedding_multiplier=3.0,
+        residual_multiplier=0.4, logits_scaling=0.5, layer_types=["mamba", "attention", "mamba"],
+    )),
+    "granitemoehybrid dense, rotated, biases, one group": ("granitemoehybrid", dict(
+        MAMBA, mamba_n_groups=1, num_local_experts=0, position_embedding_type="rope",
+        mamba_d_conv=3, mamba_conv_bias=False, mamba_proj_bias=True, attention_bias=True,
+        tie_word_embeddings=True, layer_types=["attention", "mamba", "mamba"],
+        time_step_limit=[0.2, 0.9],
+    )),
+}
 SINCE_5 = {     # what transformers 4.57 reads otherwise
     "llama longrope": "looks for the trained length of longrope elsewhere",
     "qwen2_moe window": "has the window in other layers",
@@ -718,7 +732,8 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
                      n_shared_experts=1, head_dim=16),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), LATENT),
     "qwen3_5_text": DELTA,
-    "lfm2": dict(full_attn_idxs=[1]), "gpt_oss": BIASED_CHOICE,
+    "lfm2": dict(full_attn_idxs=[1]), "granitemoehybrid": MAMBA,
+    "gpt_oss": BIASED_CHOICE,
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA | SHARED_EXPERT),
 }.items()}
 for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3",

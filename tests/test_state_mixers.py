@@ -25,13 +25,16 @@ from model import CausalLM, KVCache, init_weights
 from scale.context_parallel import check_shares
 from scale.tensor_parallel import part_config
 from tests.common import needs_shared
-from tests.test_families import DELTA, FULL, READABLE, SHARED_EXPERT, SMALL, reference
+from tests.test_families import DELTA, FULL, MAMBA, READABLE, SHARED_EXPERT, SMALL, reference
 from tests.test_families_2026 import FOLDERS
 from tests.test_memory import ALL, compare
 from tests.tiny_models import perturb
 
 KINDS = {
     "delta rule": ("qwen3_5_text", dict(SMALL, **DELTA, num_hidden_layers=4)),
+    "state space": ("granitemoehybrid", dict(
+        SMALL, **MAMBA, num_local_experts=0, num_hidden_layers=4,
+        layer_types=["mamba", "mamba", "attention", "mamba"])),
     "short convolution": ("lfm2", dict(SMALL, full_attn_idxs=[1, 3], num_hidden_layers=4,
                                        conv_L_cache=4, block_auto_adjust_ff_dim=False)),
 }
@@ -48,14 +51,16 @@ def vectors(T, seed=0):
     return [x.double().requires_grad_() for x in (q, k, v, g, beta, S)]
 
 
+@pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("T", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 9])
-def test_chunks_equal_token_by_token(T):
+def test_chunks_equal_token_by_token(T, corrected):
     results = []
     for scan in (recurrent_scan, chunked_scan):
-        inputs = vectors(T)
-        out, S = scan(*inputs)
+        q, k, v, g, beta, S0 = vectors(T)
+        out, S = scan(q, k, v, g, beta if corrected else None, S0)
         (out.square().sum() + S.sin().sum()).backward()
-        results.append([out, S, *(x.grad for x in inputs)])
+        results.append([out, S, *(x.grad for x in (q, k, v, g, S0))])
+        results[-1] += [beta.grad] if corrected else []
     for want, got in zip(*results):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -166,6 +171,7 @@ def test_the_memory_plan_counts_a_state_and_its_chunks(kind, fast):
     name, fields = KINDS[kind]
     larger = dict(hidden_size=256, intermediate_size=512, head_dim=64, linear_key_head_dim=32,
                   linear_value_head_dim=48, max_position_embeddings=4096)
+    larger |= dict(mamba_d_head=64, mamba_d_state=32, shared_intermediate_size=512)
     sizes = {key: size for key, size in larger.items() if key in fields}
     config = model_config({"model_type": name, **fields, **sizes})
     for dtype in (torch.float32, torch.bfloat16):
