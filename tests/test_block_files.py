@@ -171,6 +171,8 @@ def unpacked_by_transformers(folder):
             found[stack] = mxfp4.convert_moe_packed_tensors(
                 tensors[name], tensors[f"{stack}_scales"], dtype=torch.float32)
         elif name.endswith("_scale_inv"):
+            if not hasattr(fp8, "_dequantize_fp8_weight"):
+                pytest.skip("this transformers has no function that dequantizes FP8 blocks")
             weight = name.removesuffix("_scale_inv")
             settings = json.loads((folder / "config.json").read_text())["quantization_config"]
             found[weight] = fp8._dequantize_fp8_weight(

@@ -34,6 +34,8 @@ IDS = torch.randint(0, 61, (2, 14), generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory):
     """(transformers' model, the folder it was saved to)."""
+    pytest.importorskip("transformers", minversion="5.0",
+                        reason="before 5 the limit is always 7, and rope_parameters is not read")
     theirs = reference("gpt_oss", SIZES | VARIANTS[request.param], seed=2)
     folder = tmp_path_factory.mktemp("gpt_oss")
     theirs.save_pretrained(folder)
