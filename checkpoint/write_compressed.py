@@ -42,7 +42,7 @@ def compress(kind: str, matrix: torch.Tensor, dtype: torch.dtype) -> dict[str, t
     """The tensors of a file for a matrix (out, in), float32."""
     if kind == "fp8":
         scales = usable(matrix.abs().amax(1, keepdim=True) / LARGEST_FP8, dtype)
-        scaled = (matrix / scales.float()).clamp(-LARGEST_FP8, LARGEST_FP8)
+        scaled = (matrix / scales.float()).clamp_(-LARGEST_FP8, LARGEST_FP8)
         return {"weight": scaled.to(FP8), "weight_scale": scales}
     groups = matrix.view(len(matrix), -1, GROUP_SIZE)               # (out, groups, 128)
     half_range = (2**BITS - 1) / 2

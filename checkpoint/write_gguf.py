@@ -73,22 +73,27 @@ def encode_numbers(rows: torch.Tensor, number_type: str) -> torch.Tensor:
     scales, codes = ENCODE[number_type](blocks)                 # (blocks, 1), (blocks, bytes)
     halves = scales.half()
     check_range(halves, rows, number_type)
-    return torch.cat([halves.view(torch.uint8), codes.view(torch.uint8)], 1).reshape(-1)
+    encoded = torch.empty(len(blocks), NUMBER_TYPES[number_type].nbytes, dtype=torch.uint8)
+    encoded[:, :2] = halves.view(torch.uint8)
+    encoded[:, 2:] = codes.view(torch.uint8)
+    return encoded.reshape(-1)
 
 
 def check_range(stored: torch.Tensor, rows: torch.Tensor, number_type: str):
     """Raises ValueError for numbers that the type cannot hold."""
-    if not stored.isfinite().all():
+    # the sum is much sooner there; an infinite sum of finite numbers is looked at again
+    if not stored.sum(dtype=torch.float32).isfinite() and not stored.isfinite().all():
         raise ValueError(f"values up to {float(rows.abs().max()):.3g} are beyond what "
                          f"{number_type} holds (float16 ends at 65,504); set gguf_type: bf16")
 
 
 def encode_q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales (blocks, 1) float32, codes (blocks, 32) int8); halves are rounded away from 0."""
-    scales = blocks.abs().amax(1, keepdim=True) / 127
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    scales = torch.maximum(low.abs(), high.abs()) / 127
     scaled = blocks * inverse_or_zero(scales)
-    codes = (scaled.abs() + 0.5).floor() * scaled.sign()
-    return scales, codes.to(torch.int8)
+    scaled += torch.copysign(torch.tensor(0.5), scaled)         # int8 then drops the fraction
+    return scales, scaled.to(torch.int8)
 
 
 def encode_q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,8 +101,8 @@ def encode_q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scales = largest / -8
     # float64: the reference's own product and sum are one fused operation
-    shifted = blocks.double() * inverse_or_zero(scales).double() + 8.5
-    codes = shifted.trunc().clamp(0, 15).to(torch.uint8)
+    shifted = blocks.double().mul_(inverse_or_zero(scales).double()).add_(8.5)
+    codes = shifted.clamp_(0, 15).to(torch.uint8)               # which drops the fraction
     low, high = codes.split(BLOCK_NUMBERS // 2, 1)
     return scales, low | high << 4
 
