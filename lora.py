@@ -81,9 +81,13 @@ class LoRAConfig(AdapterConfig):
 
     def of_module(self, name: str) -> tuple[int, float]:
         """Rank and scale of one module: alpha / r; for rsLoRA alpha / sqrt(r) (theorem 3.2)."""
-        r = _first_match(self.rank_pattern, name, self.r)
-        alpha = _first_match(self.alpha_pattern, name, self.lora_alpha)
+        r, alpha = self.rank_and_alpha(name)
         return r, alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """Rank and alpha of one module."""
+        return (_first_match(self.rank_pattern, name, self.r),
+                _first_match(self.alpha_pattern, name, self.lora_alpha))
 
 
 def _first_match(patterns: dict, name: str, default):

@@ -267,9 +267,9 @@ def block_makers(tensors: Iterable[tuple[str, Planned]], device) -> Iterator[Cal
             if change.kind == "oft":
                 A = rotation_of(change, device)
             elif change.kind == "lora":
-                A = read_tensor(change.file, change.key + ".lora_A.weight", device)
+                A = change.read("lora_A", device)
                 if len(tensor.shape) == 3:
-                    B = read_tensor(change.file, change.key + ".lora_B.weight", device)
+                    B = change.read("lora_B", device)
             lora_A.append(A)
             lora_B.append(B)
         matrix = dequantized_base(tensor, device)
@@ -350,7 +350,7 @@ def merged_rows(name: str, tensor: Planned, rows, lora_A: list, lora_B: list,
 def merge_matrix(block: torch.Tensor, change: Change, A: torch.Tensor, rows,
                  device) -> torch.Tensor:
     """Rows of W + scale * B A, (rows, in) float32, with DoRA's magnitudes if there are any."""
-    B = read_tensor(change.file, change.key + ".lora_B.weight", device, rows)           # (rows, r)
+    B = change.read("lora_B", device, rows)                                     # (rows, r)
     if not change.has_magnitude:
         return merged_weight(block.float(), A, B, change.scale)
     from methods.lora_variants import merged_dora_weight       # only where it is asked for

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from checkpoint.adapter_config import read_adapter_config, without_excluded
-from checkpoint.adapter_names import (PREFIX, AdapterTensors, fields_with_names, module_name,
-                                      name_in_files)
+from checkpoint.adapter_names import PREFIX, fields_with_names, module_name, name_in_files
+from checkpoint.expert_layouts import UnstackedTensors
 from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
 from checkpoint.peft_targets import peft_exchanges_stacks, peft_fields
@@ -66,8 +66,9 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None,
         raise FileNotFoundError(f"{path} is missing{hint}")
     start = pissa_start(folder, config) if config.pissa else None
     with open_tensors(path) as file:
-        tensors = AdapterTensors(file, model.config)
+        tensors = UnstackedTensors(file, model)
         if isinstance(config, LoRAConfig):
+            config = tensors.with_ranks(config)
             check_rank(path, config, tensors)
         if start:
             load_adapter(model, start, config.lora_dropout, device)
@@ -96,7 +97,7 @@ def reload_adapter(model: CausalLM, folder):
     config, raw = adapter_fields(folder, model)
     path = Path(folder) / "adapter_model.safetensors"
     with open_tensors(path) as tensors:
-        copy_adapter(model, AdapterTensors(tensors, model.config), path, config, raw)
+        copy_adapter(model, UnstackedTensors(tensors, model), path, config, raw)
 
 
 def adapter_fields(folder, model: CausalLM) -> tuple[AdapterConfig, dict]:
@@ -194,6 +195,7 @@ def targets_of(model: CausalLM, config: AdapterConfig, raw: dict, keys) -> list[
     transformers 5, where they are stacks. Stacks are what target_parameters names.
     """
     stored_name = model.config.stored_name
+    keys = set(keys)
     experts_one_by_one = any(re.search(r"\.experts\.\d", key) for key in keys)
     targets = []
     for name in raw.get("target_parameters") or []:
@@ -202,6 +204,9 @@ def targets_of(model: CausalLM, config: AdapterConfig, raw: dict, keys) -> list[
         is_linear = isinstance(model.get_submodule(name), nn.Linear)
         if ".experts." not in name or (experts_one_by_one and is_linear):
             targets.append(name)
+    if raw.get("target_parameters") and experts_one_by_one:
+        targets += [name for name, _ in model.named_modules() if ".experts." in name
+                    and f"{PREFIX}{stored_name(name)}.lora_A.weight" in keys]
     by_stored_name = {stored_name(name): name for name in targets}      # each once
     kept = without_excluded(list(by_stored_name), raw, "adapter_config.json")
     return [by_stored_name[name] for name in kept]
@@ -213,17 +218,16 @@ def layers_of_parameter(model: CausalLM, parameter: str, experts_one_by_one: boo
     if parameter.endswith(".weight") or model.config.stacked_experts:
         return find_targets(model, [parameter.removesuffix(".weight")], stored_name)
     if not experts_one_by_one:
-        raise ValueError(
-            f"target_parameters {parameter} are stacks of experts, and this checkpoint has its "
-            "experts one by one. Merge it with peft, or train one here: lora_target: all,experts")
-    return []                               # target_modules names the experts, too
+        raise ValueError(f"target_parameters {parameter} is no matrix of this model, and the file "
+                         "holds no adapter of experts")
+    return []                               # the file names the experts, too
 
 
 def stored_targets(model: CausalLM, folder) -> list[str]:
     """Names of the layers that an adapter folder is for, as the checkpoint's files call them."""
     config, raw = adapter_fields(folder, model)
     with open_tensors(Path(folder) / "adapter_model.safetensors") as file:
-        tensors = AdapterTensors(file, model.config)
+        tensors = UnstackedTensors(file, model)
         targets = targets_of(model, config, raw, tensors.keys())
     return [model.config.stored_name(name) for name in targets]
 

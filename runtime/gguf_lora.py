@@ -16,7 +16,6 @@ from errors import print_error  # noqa: F401
 
 import torch
 
-from checkpoint.files import open_tensors
 from checkpoint.gguf_tensors import GraphTensor
 from runtime.config import Config
 from runtime.gguf_export import GGUFExport
@@ -81,8 +80,7 @@ class GGUFLoRAExport(GGUFExport):
 
     def scaled_pair(self, change: Change) -> tuple[torch.Tensor, torch.Tensor]:
         """A (r, in) and B (out, r), scaled so that one alpha holds for all of the file."""
-        with open_tensors(change.file) as tensors:
-            A, B = (tensors.get_tensor(change.key + part).float() for part in PARTS.values())
+        A, B = (change.read(part).float() for part in ("lora_A", "lora_B"))
         alpha = change.scale * len(A)
         self.alpha = self.alpha or alpha
         return A, B * (alpha / self.alpha)

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from checkpoint.adapter_config import read_adapter_config
-from checkpoint.adapter_names import PREFIX, AdapterTensors
+from checkpoint.adapter_names import PREFIX
 from checkpoint.adapters import (OF_ADAPTERS, adapter_tensors, copies_of_base, load_adapter,
                                  peft_names, pissa_start, swapped_stacks)
+from checkpoint.expert_layouts import UnstackedTensors
 from checkpoint.files import open_tensors, stored_as
 from checkpoint.load import (places_of_weights, is_empty_bias, load_model, packed_weights,
                              quantized_weights, stays_quantized)
@@ -36,7 +37,15 @@ class Change:
     has_magnitude: bool = False     # the file holds DoRA's lora_magnitude_vector
     swapped: bool = False       # A and B of a stack have traded places in the file
     out_first: bool = False     # the matrices of a stack are (out, in), not (in, out)
+    expert: object = None       # the checkpoint.expert_layouts.ExpertSlice of an expert in a stack
     rotation: object = None     # oft: the layer's OFTRotation, without its numbers
+
+    def read(self, part: str, device="cpu", rows=...) -> torch.Tensor:
+        """A (r, in) or rows of B (out, r), of a stack all of them. part: lora_A or lora_B."""
+        with open_tensors(self.file) as tensors:    # opened each time, see read_tensor of merge.py
+            if self.expert:
+                return self.expert.read(tensors, part)[rows].to(device)
+            return tensors.get_slice(f"{self.key}.{part}.weight")[rows].to(device)
 
 
 @dataclass
@@ -145,7 +154,7 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
     stored_name = skeleton.config.stored_name
     file = adapter / "adapter_model.safetensors"
     with open_tensors(file) as opened:
-        tensors = AdapterTensors(opened, skeleton.config)
+        tensors = UnstackedTensors(opened, skeleton)
         copies = copies_of_base(skeleton, tensors)
         swapped = swapped_stacks(skeleton, tensors, read_adapter_config(adapter)[1])
 
@@ -160,7 +169,8 @@ def changes_of(adapter: Path, base: Path) -> dict[str, Change]:
             has_copy=f"{key}.base_layer.weight" in copies,
             has_magnitude=getattr(layer, "lora_magnitude_vector", None) is not None,
             swapped=f"{key}.lora_A.weight" in swapped,
-            out_first=getattr(layer.base_layer, "out_first", False))
+            out_first=getattr(layer.base_layer, "out_first", False),
+            expert=tensors.slice_of(key))
     for key in adapter_tensors(skeleton):
         if not key.endswith(OF_ADAPTERS):
             changes[key.removeprefix(PREFIX)] = Change(file=file, key=tensors.places[key],
