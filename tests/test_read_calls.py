@@ -140,6 +140,20 @@ def test_thoughts_are_split_alike_in_pieces_of_any_size(text, thought, rest):
             "\n") == thought and after.strip("\n") == rest
 
 
+@pytest.mark.parametrize("text, thought, rest", [
+    ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
+     "Hm.", "Yes."),
+    ("<|channel|>final<|message|>Yes.", "", "Yes."),
+    ("<|channel|>other", "", "<|channel|>other"),
+])
+def test_the_channels_of_gpt_oss(text, thought, rest):
+    marks = TEMPLATES["gpt_oss"].thought
+    assert split_answer(text, marks) == (thought, rest)
+    splitter = ThoughtSplitter(marks)
+    pieces = [found for letter in text for found in splitter.push(letter)] + splitter.flush()
+    assert "".join(piece for kind, piece in pieces if kind == "text") == rest
+
+
 MARKED = ("gpt_oss", "gemma4", "lfm2", "seed_oss", "mimo_v2", "qwen3")
 
 

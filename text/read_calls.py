@@ -25,12 +25,15 @@ class ThoughtSplitter:
 
     push returns [("thought" | "text", piece), …]; the pieces of each kind, joined, are the thought
     without its marks and the text after it. A thought is at the beginning of an answer; anywhere
-    else the marks are words. One that never closes is all thought; a closing mark alone, as GLM-4.7
-    writes it, is an empty thought.
+    else the marks are words. One that never closes is all thought. An empty thought may be the
+    closing mark alone, as in GLM-4.7, or its end alone: GPT-OSS's final channel.
     """
 
     def __init__(self, marks: tuple[str, str]):
         self.opens, self.closes = (mark.strip() for mark in marks)
+        tag = re.match("<.*?>", self.opens)
+        end = self.closes.rfind(tag[0]) if tag else -1
+        self.empty = (self.closes, self.closes[end:]) if end > 0 else (self.closes,)
         self.state = "start" if self.opens else "text"
         self.held = ""              # not yet returned
 
@@ -43,10 +46,10 @@ class ThoughtSplitter:
             if begin.startswith(self.opens):
                 self.held = begin[len(self.opens):]
                 self.state = "opened"
-            elif begin.startswith(self.closes):
-                self.held = begin[len(self.closes):]
+            elif mark := next(filter(begin.startswith, self.empty), ""):
+                self.held = begin[len(mark):]
                 self.state = "closed"
-            elif not (self.opens.startswith(begin) or self.closes.startswith(begin)):
+            elif not any(mark.startswith(begin) for mark in (self.opens, *self.empty)):
                 self.state = "text"
         if self.state == "opened" and (rest := self.held.lstrip("\n")):
             self.held = rest
