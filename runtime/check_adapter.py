@@ -124,6 +124,7 @@ def in_sentences(result: Reading, count: int) -> str:
 def by_peft(adapter: Adapter) -> Reading:
     """transformers 5 with PEFT."""
     known = {module_name(name, adapter.config) for name in adapter.modules}
+    known |= {re.sub(r"\.experts\..*", ".experts", name) for name in known}     # stacks there
     found = Reading()
     for layer in adapter.layers:
         if layer.removesuffix(".base_layer") not in known:

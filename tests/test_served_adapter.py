@@ -186,3 +186,17 @@ def test_vllm_applies_the_stacks_of_gpt_oss(tmp_path, capsys):
     one, other = (load_file(tmp_path / folder / "adapter_model.safetensors")
                   for folder in ("adapter", "served"))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_stacks_of_an_adapter_by_peft_fit_separate_experts_in_peft_alone(tmp_path, capsys):
+    """Where the files have the experts one by one, transformers 5 and PEFT have stacks of them."""
+    fields = dict(TINY, model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2,
+                  moe_intermediate_size=16, decoder_sparse_step=1, mlp_only_layers=[])
+    base = saved(tmp_path, fields)
+    adapted(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    renamed(tmp_path / "adapter", lambda key: key.replace("self_attn.q_proj", "mlp.experts")
+            .replace("self_attn.v_proj", "mlp.experts.base_layer"))
+    found = check(base, tmp_path / "adapter", capsys)
+    assert found["PEFT"] == "applies all 4 layers"
+    assert found["vLLM"].startswith("does not load it: it has no layer experts")
+    assert "stacks of experts" in found["SGLang"]
