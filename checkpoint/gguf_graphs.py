@@ -115,6 +115,8 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
             continue                                    # 1 up to length_computed
         if values is not ANY and value not in values:
             yield f"{switch.name}: {value}"
+    if others := sorted(set(config.mixers) - {"attention"}):
+        yield f"layers of {' and '.join(others)}"
     by_width = config.embed_scale == config.hidden_size ** 0.5
     if "embed_scale" in graph.allows and not (by_width or graph.states_scales):
         yield f"embed_scale: {config.embed_scale}"

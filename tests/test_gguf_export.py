@@ -24,6 +24,7 @@ from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
 from families import FAMILIES, model_config
 from text.tokenizer import load_tokenizer
 from tests.common import GOLDEN, ROOT, losses_in, message_of, needs_shared
+from tests.test_families import READABLE
 from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter_with, base_with,
                                checkpoint_of, tensors_in)
 
@@ -372,6 +373,7 @@ def test_every_family_is_written_or_refused_in_words(tmp_path):
     unusual = model_config({**TINY_LLAMA, "model_type": "llama", "rope_scaling": {
         "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}})
     assert "rope type longrope" in message_of(find_graph, unusual)
+    assert "layers of short convolution" in message_of(find_graph, model_config(READABLE["lfm2"]))
 
 
 def test_an_unknown_pretokenizer_is_refused_by_name(tmp_path):
