@@ -313,6 +313,17 @@ def sparse_after_dense(take, layer):
     return layer >= take("first_k_dense_replace", 1)
 
 
+def sparse_by_types(take, layer):
+    """Experts where mlp_layer_types says sparse; without it, as sparse_after_dense."""
+    types = take("mlp_layer_types")
+    if not types:
+        return sparse_after_dense(take, layer)
+    if len(types) != take("num_hidden_layers") or set(types) - {"sparse", "dense"}:
+        raise ValueError(f"{take.where}: mlp_layer_types holds sparse or dense for each of the "
+                         f"{take('num_hidden_layers')} layers, found {shown(types)}")
+    return types[layer] == "sparse"
+
+
 def layers_that_predict_ahead(take):
     """Prefixes of the layers for multi-token prediction, which come after the decoder's own."""
     count = take("num_hidden_layers", needed=True)
@@ -717,7 +728,7 @@ FAMILIES = {
         windows=window_everywhere, attn_temperature=temperature_by_beta,
         absent={"rms_norm_eps": 1e-5}),
     "mistral3": Family(                             # Mistral Small 3.1 and later, Ministral 3
-        **IMAGES, text_types=("mistral", "ministral3")),
+        **IMAGES, text_types=("mistral", "ministral3", "mistral4")),
     "glm4_moe": Family(                             # GLM-4.5 to 4.7, arXiv:2508.06471
         qkv_bias=said("attention_bias", False),
         qk_norm=lambda take: "head" if take("use_qk_norm", False) else "",
@@ -740,6 +751,21 @@ FAMILIES = {
         fixed={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}),
     "deepseek_v3": Family(**DEEPSEEK3),             # V3 to V3.1, R1, Moonlight; arXiv:2412.19437
     "kimi_k2": Family(**DEEPSEEK3),                 # arXiv:2507.20534
+    "glm4_moe_lite": Family(                        # GLM-4.7-Flash
+        **DEEPSEEK3 | {"sparse": sparse_by_types},
+        partial_rotary_factor=said("partial_rotary_factor", 1.0),
+        absent={"rms_norm_eps": 1e-5}),
+    "mistral4": Family(                             # Mistral Small 4, after transformers' class
+        **LATENT, **SHARED_EXPERTS | {"names": {
+            "mlp.shared_expert": "mlp.shared_experts",
+            "gate_up_proj.weight": "gate_up_proj",
+            "experts.down_proj.weight": "experts.down_proj"}},
+        attn_temperature=temperature_by_beta,
+        partial_rotary_factor=said("partial_rotary_factor", 1.0),   # rotary_dim says it, too
+        expert_groups=said("n_group", 1), top_groups=said("topk_group", 1),
+        group_score="two best", norm_topk_prob=said("norm_topk_prob", True),
+        routed_scale=said("routed_scaling_factor", 1.0), stacked_experts="out, in",
+        absent={"first_k_dense_replace": 0}),
     "gpt_oss": Family(                              # arXiv:2508.10925
         norm="rms wide", attn_sinks=True, windows=window_every_second,
         qkv_bias=said("attention_bias", True), o_bias=said("attention_bias", True),
@@ -862,7 +888,7 @@ OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
 TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
 NUMBER_LISTS = {"mlp_only_layers": (0, 2000), "moe_layers": (0, 2000), "no_rope_layers": (0, 1),
                 "full_attn_idxs": (0, 2000)}
-TEXT_LISTS = frozenset(("layer_types",))
+TEXT_LISTS = frozenset(("layer_types", "mlp_layer_types"))
 TOKENS = frozenset(("bos_token_id", "eos_token_id"))
 ROPE_BOUNDS = {     # of rope_scaling and rope_parameters
     "rope_theta": BOUNDS["rope_theta"],

@@ -87,6 +87,8 @@ class LatentAttention(Mixer):
         if config.q_lora_rank:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = self.rotate_end(q.unflatten(-1, (-1, config.head_dim)).transpose(1, 2), ctx)
+        if ctx.temperature is not None:
+            q = (q * ctx.temperature).to(q.dtype)
         k, v = self.keys_and_values(latent, ctx)                    # (B, H, T, Dh)
         if ctx.cache is not None:
             k, v = ctx.cache.update(self.layer, k, v)               # (B, H, S, Dh)

@@ -23,13 +23,13 @@ from model import CausalLM
 # of the experts' gate and up, and of their down}
 SEPARATE_EXPERTS = {
     **dict.fromkeys(("mixtral", "minimax_m2"), ({"w1", "w3"}, "w2")),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe", "deepseek_v2",
-                     "deepseek_v3", "qwen3_5_moe_text"),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe",
+                     "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text"),
                     ({"gate_proj", "up_proj"}, "down_proj")),
 }
 # of them those whose target_modules PEFT 0.21 takes for the stacks by itself, wherever they stand
 TAKES_NAMES_FOR_STACKS = ("mixtral", "minimax_m2", "qwen3_moe", "qwen3_next", "glm4_moe",
-                          "deepseek_v2", "deepseek_v3")
+                          "glm4_moe_lite", "deepseek_v2", "deepseek_v3")
 ROUTERS = {"qwen2_moe": "mlp.gate", "qwen3_5_moe_text": "mlp.gate",     # no linear layers in PEFT
            "gpt_oss": "mlp.router"}
 # families whose stacks PEFT 0.21 takes as (in, out), as they are stored; of others it takes them as

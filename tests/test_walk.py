@@ -17,6 +17,8 @@ from families import FAMILIES, model_config
 from model import CausalLM, init_weights
 from tests.common import GOLDEN, SHARED, needs_shared
 from tests.test_families_2026 import FOLDERS, NAMES
+from tests.test_latent_2026 import SIZES as LATENT_SIZES
+from tests.test_latent_2026 import VARIANTS as LATENT
 
 TOKENIZER = GOLDEN / "curves/tiny_llama3"
 PUBLISHED = {folder.name: json.loads((folder / "config.json").read_text())
@@ -36,6 +38,9 @@ PUBLISHED["internlm3"] = {"model_type": "internlm3", **LLAMA, "qkv_bias": True, 
 if "qwen3_5" in PUBLISHED:
     PUBLISHED["qwen3_5_moe"] = {**PUBLISHED["qwen3_5"], "model_type": "qwen3_5_moe",
                                 "text_config": PUBLISHED["qwen3_5_moe_text"]}
+for kind in ("glm4_moe_lite", "mistral4"):
+    name, fields = LATENT[kind]
+    PUBLISHED[kind] = {"model_type": name, **LATENT_SIZES, **fields}
 if "deepseek_v3" in PUBLISHED:
     PUBLISHED["kimi_k2"] = {**PUBLISHED["deepseek_v3"], "model_type": "kimi_k2"}
 ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
