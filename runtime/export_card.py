@@ -24,7 +24,7 @@ FORMATS = {
     "bnb-nf4": "4 bits by bitsandbytes, nf4 with nested scales",
 }
 SETTINGS = ("stage", "finetuning_type", "lora_rank", "lora_alpha", "learning_rate",
-            "num_train_epochs", "cutoff_len", "template", "seed")
+            "num_train_epochs", "max_steps", "cutoff_len", "template", "seed")
 
 
 def finish_folder(config: Config, base: Path, adapters: list[Path], losses: dict):
@@ -43,13 +43,14 @@ def export_card(config: Config, base: Path, adapters: list[Path], name: str, los
     """The text of README.md. name: of the model."""
     base_name = (trained_on(adapters[0]) if adapters else None) or config.model_name_or_path
     trained = read_json(adapters[-1] / "train_config.json") if adapters else {}
+    data = in_backticks(trained.get("dataset"))
     kind = "adapter" if config.export_format in ("peft", "gguf-lora") else "model"
     lines = [
-        *front_matter(base_name, license_of(base), config, kind),
+        *front_matter(base_name, license_of(base), config),
         f"# {name}",
         "",
         f"A {kind} made from `{Path(base_name).name if is_local(base_name) else base_name}`"
-        + (f" by training on `{trained['dataset']}`" if trained.get("dataset") else "")
+        + (f" by training on {data}" if data else "")
         + f": {method_in_words(config, kind, len(adapters))}.",
         "",
     ]
@@ -62,14 +63,22 @@ def export_card(config: Config, base: Path, adapters: list[Path], name: str, los
     return "\n".join([*lines, "Made with Pocket Factory.", ""])
 
 
-def front_matter(base_name: str, license_lines: list[str], config: Config, kind: str) -> list[str]:
+def in_backticks(names: list[str] | str | None) -> str:
+    """Names of datasets as Markdown, "" for none."""
+    names = [names] if isinstance(names, str) else names or []
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def front_matter(base_name: str, license_lines: list[str], config: Config) -> list[str]:
     """The lines that the hub reads. A base in a local folder is not named there."""
     lines = ["---"]
     if not is_local(base_name):
         lines.append(f"base_model: {base_name}")
     lines += license_lines
-    if kind == "adapter" or not (config.export_format or "").startswith("gguf"):
-        lines.append(f"library_name: {'peft' if kind == 'adapter' else 'transformers'}")
+    if config.export_format == "peft":
+        lines.append("library_name: peft")
+    elif config.export_format not in ("gguf", "gguf-lora"):
+        lines.append("library_name: transformers")
     return [*lines, "pipeline_tag: text-generation", "tags:", "- pocket-factory", "---", ""]
 
 

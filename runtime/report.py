@@ -482,6 +482,7 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
     notes: sentences on what loads it. license_lines: of the base's model card.
     """
     is_adapter = config.finetuning_type in ADAPTERS
+    data = "`, `".join(config.dataset or [])
     kind = {"lora": "LoRA adapter", "oft": "OFT adapter"}.get(config.finetuning_type, "model")
     head = [
         "---",
@@ -498,7 +499,7 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
         "",
         f"# {Path(config.output_dir).name}",
         "",
-        f"A {kind} for `{config.model_name_or_path}`, trained on `{config.dataset}` "
+        f"A {kind} for `{config.model_name_or_path}`, trained on `{data}` "
         f"(stage {config.stage}, chat format `{template}`).",
         "",
     ]

@@ -27,7 +27,7 @@ def test_the_card_of_an_export(tmp_path, capsys):
     base = base_with(tmp_path / "base")
     (base / "README.md").write_text(CARD)
     adapter = adapter_with(tmp_path / "adapter", base)
-    (adapter / "train_config.json").write_text('{"dataset": "letters", "lora_rank": 4}')
+    (adapter / "train_config.json").write_text('{"dataset": ["letters", "poems"], "lora_rank": 4}')
     arguments = [f"model_name_or_path={base}", f"adapter_name_or_path={adapter}",
                  f"export_dir={tmp_path / 'mine'}", "export_format=fp8"]
     merge.main(arguments)
@@ -36,7 +36,7 @@ def test_the_card_of_an_export(tmp_path, capsys):
     fields = yaml.safe_load(card.split("---")[1])
     assert fields["license"] == "gemma" and fields["library_name"] == "transformers"
     assert "base_model" not in fields and str(tmp_path) not in card     # a path of this machine
-    for words in ("training on `letters`", "| lora_rank | 4 |", "8 bits by compressed-tensors",
-                  "summed in float32"):
+    for words in ("training on `letters`, `poems`:", "| lora_rank | 4 |", "summed in float32",
+                  "8 bits by compressed-tensors"):
         assert words in card
     merge.main([*arguments, "overwrite=true"])                          # the card is replaced, too
