@@ -64,8 +64,8 @@ def main(argv: list[str]):
     name, text = first_config(options.settings, folders)
     board = Board(folders, Jobs(Path.cwd() / HOME), name, text)
     server = BoardServer(("127.0.0.1", options.port), board)
-    say(f"the board  http://127.0.0.1:{server.server_port}/?token={board.token}"
-        f"#{options.tab}")
+    tab = "" if options.tab == TABS[0] else f"&tab={options.tab}"
+    say(f"the board  http://127.0.0.1:{server.server_port}/?token={board.token}{tab}")
     say(f"folders    {', '.join(map(str, folders.roots))}")
     say("Ctrl-C ends the board and its chat; runs and the queue go on")
     serve_board(server)
@@ -133,6 +133,7 @@ class Board:
     def form(self, query: dict) -> dict:
         """The table of keys, the config to begin with, and the folders."""
         return {"keys": form_rows(), "first": self.first, "configs": self.folders.configs(),
+                "suggestions": self.folders.suggestions(),
                 "folders": [str(root) for root in self.folders.roots]}
 
     def open_config(self, query: dict) -> dict:
@@ -253,8 +254,7 @@ class Board:
         return found if same else {**found, "text": screen_of(text)}
 
     def job_of(self, values: dict) -> BoardJob:
-        job = self.jobs.get(given_number(values, "job"))
-        if job is None:
+        if not (job := self.jobs.get(given_number(values, "job"))):
             raise BadRequest(f"there is no job {values['job']}", "job", status=404)
         return job
 
@@ -274,10 +274,8 @@ class Board:
     def results(self, query: dict) -> dict:
         """The folders with results of eval.py, and those of one."""
         folders = result_folders(self.folders)
-        found = {}
-        if "folder" in query:
-            found = read_results(self.folders.inside(given_text(query, "folder")))
-        return {"folders": folders, **found}
+        folder = query.get("folder")
+        return {"folders": folders, **(read_results(self.folders.inside(folder)) if folder else {})}
 
     # ---- chat
 
@@ -288,8 +286,8 @@ class Board:
         settings = {"adapter_name_or_path": adapters} if adapters else {}
         self.checked(text, name, "serve", settings)
         self.started_chat = True
-        job = start_chat(self.jobs, text, name, adapters, self.folders.roots[0])
-        return {"job": job.number}
+        start_chat(self.jobs, text, name, adapters, self.folders.roots[0])
+        return {}
 
     def chat(self, query: dict) -> dict:
         """Whether a chat server runs, and its models."""
@@ -400,9 +398,13 @@ class BoardHandler(GuardedHandler):
         """The page; with the token in the address first a cookie, so that the address loses it."""
         token = self.server.board.token
         if same_token(query.get("token", ""), token):
-            return self.send_bytes(303, b"", {
-                "Location": "/", "Set-Cookie": f"{self.cookie_name()}={token}; HttpOnly; "
-                                               "SameSite=Strict; Path=/"})
+            tab = query.get("tab") if query.get("tab") in TABS else TABS[0]
+            # a redirect would go without the cookie, if a page of another site holds the link
+            reload = ('<link rel="icon" href="data:,">'
+                      f'<meta http-equiv="refresh" content="0; url=/#{tab}">')
+            return self.send_bytes(200, reload.encode(), {
+                "Content-Type": "text/html", "Set-Cookie": f"{self.cookie_name()}={token}; "
+                                                           "HttpOnly; SameSite=Strict; Path=/"})
         if not self.has_token():
             return self.send_bytes(401, b"Open the address that board.py has printed: it ends in "
                                         b"?token=...\n", {"Content-Type": "text/plain"})

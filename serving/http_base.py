@@ -50,7 +50,12 @@ class BoundedServer(ThreadingHTTPServer):
         self.free = threading.Semaphore(MOST_CONNECTIONS)
         self.answering = 0                          # requests that are being answered
         self.counting = threading.Lock()
-        super().__init__(address, handler)
+        try:
+            super().__init__(address, handler)
+        except OSError as error:
+            raise ValueError(f"port: {address[0]}:{address[1]} cannot be listened at "
+                             f"({error.strerror}); name another one, or 0 for any that is free"
+                             ) from None
 
     def process_request(self, request, client_address):
         if self.free.acquire(blocking=False):

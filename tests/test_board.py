@@ -259,6 +259,32 @@ def test_steps_are_read_from_any_line_on(here):
     assert [row["current_steps"] for row in logged_steps(here / "saves/run", 2)["rows"]] == [3]
 
 
+def test_a_folder_has_the_state_of_the_run_that_works_or_has_finished_there(tmp_path):
+    """Not of a later one that was refused, as the folder was in use."""
+    from web.run_files import list_runs
+
+    jobs, output = Jobs(tmp_path / "jobs"), tmp_path / "saves/one"
+    output.mkdir(parents=True)
+    end = "while [ ! -e go ]; do sleep 0.05; done; touch ../saves/one/all_results.json"
+    first = jobs.start("train", ["sh", "-c", end], "", "a.yaml", cwd=jobs.home, output=str(output))
+    refused = jobs.start("train", ["false"], "", "a.yaml", cwd=jobs.home, output=str(output))
+    wait_for(lambda: refused.state() == "failed" and first.state() == "running")
+
+    def state():
+        return [run["state"] for run in list_runs(Folders([tmp_path]), jobs)]
+
+    assert state() == ["running"]
+    (jobs.home / "go").touch()
+    wait_for(lambda: not first.is_alive())
+    assert state() == ["finished"]
+
+
+def test_the_form_offers_what_lies_in_the_folders(here):
+    found = Folders([ROOT]).suggestions()
+    assert "models/tiny" in found["model_name_or_path"] and "identity" in found["dataset"]
+    assert "llama3" in found["template"] and Folders([here]).suggestions()["dataset"] == []
+
+
 def test_the_list_shows_runs_of_a_terminal(server):
     run = call(server, "/api/status")["runs"][0]
     assert (run["folder"], run["state"], run["job"]) == ("saves/run", "ended", None)
@@ -336,9 +362,10 @@ def test_loss_is_marked_as_in_training(tmp_path):
 
 
 def test_the_token_of_the_address_becomes_a_cookie(server):
-    status, headers, _ = request(server, "GET", f"/?token={server.board.token}", Cookie=None)
+    status, headers, page = request(server, "GET", f"/?token={server.board.token}&tab=x",
+                                    Cookie=None)
     cookie = headers["Set-Cookie"]
-    assert status == 303 and headers["Location"] == "/"
+    assert status == 200 and 'content="0; url=/#run"' in page
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
     status, headers, page = request(server, "GET", "/", Cookie=cookie.split(";")[0])
     assert status == 200 and "<title>Pocket Factory</title>" in page
@@ -455,6 +482,11 @@ def test_broken_requests_end_their_connection_only(server, sent):
 
 def test_a_body_that_is_too_large_is_refused(server):
     assert request(server, "POST", "/api/edit", b" " * (LARGEST_BODY + 1))[0] == 413
+
+
+def test_a_port_that_is_taken_is_a_sentence(server):
+    with pytest.raises(ValueError, match=f"127.0.0.1:{server.server_port} cannot be listened at"):
+        board.BoardServer(("127.0.0.1", server.server_port), server.board)
 
 
 def test_a_chat_needs_a_server():

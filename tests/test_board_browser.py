@@ -59,10 +59,13 @@ def open_browser():
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
             "width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500})
         driver.get(address)
-        driver.execute_script("localStorage.language = arguments[0]; "
+        ready = "return !window.isOld && /valid|有效/.test(" \
+                "document.getElementById('verdict')?.innerText)"
+        wait_for(lambda: driver.execute_script(ready))
+        driver.execute_script("localStorage.language = arguments[0]; window.isOld = true; "
                               "localStorage.theme = arguments[1]; location.reload()",
                               language, theme)
-        wait_for(lambda: text_at(driver, "verdict"))
+        wait_for(lambda: driver.execute_script(ready))
         return driver
 
     yield open_one
@@ -109,9 +112,10 @@ def answers(driver):
 
 def load_and_ask(driver, question):
     click(driver, "tab-chat")
+    earlier = driver.execute_script("return chat.job ?? 0")
     click(driver, "load")
-    wait_for(lambda: driver.execute_script("return chat.state") == "starting")
-    wait_for(lambda: driver.execute_script("return chat.state") == "ready")
+    wait_for(lambda: driver.execute_script(
+        "return chat.state === 'ready' && chat.job > arguments[0]", earlier))
     write(driver, "message", question + "\n")          # Enter sends
     return wait_for(lambda: answers(driver))
 

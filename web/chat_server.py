@@ -75,8 +75,9 @@ def chat_state(jobs: Jobs) -> dict:
     job = chats[-1]
     text, _ = job.log()
     found = {"job": job.number, "name": job.read("job.json").get("name"), "log": text[-4000:]}
-    if not job.is_alive():
-        return {**found, "state": "failed" if job.state() == "failed" else "none"}
+    state = job.state()
+    if state not in ("waiting", "running"):
+        return {**found, "state": "failed" if state == "failed" else "none"}
     if not port_of(job):
         return {**found, "state": "starting"}
     try:

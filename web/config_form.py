@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from runtime.config import KEYS, UNUSED
-from errors import error_message
+from errors import did_you_mean, error_message
 from runtime.load_config import (ALIASES, check_length, ignored_keys, load_config, non_default,
                                  read_file)
 from serving.schema import BadRequest
@@ -92,7 +92,8 @@ def set_value(text: str, name: str, key: str, value: str) -> str:
     Raises ValueError for an unknown key and for a text that is no config.
     """
     if key not in KEYS and key not in UNUSED and key not in ALIASES:
-        raise BadRequest(f"there is no key {key[:60]!r}", "set")
+        raise BadRequest(f"there is no key {key[:60]!r}{did_you_mean(key[:60], KEYS)}. All keys: "
+                         "python -m runtime.config --keys", "set")
     if not text.strip():
         return f"{key}: {scalar(key, value)}\n" if value else text
     check_length(name, text)

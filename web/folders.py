@@ -9,11 +9,13 @@ Links are followed first: a link to a file outside is outside.
 Requires: serving/schema.py (BadRequest).
 Next: web/jobs.py, board.py.
 """
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from serving.schema import BadRequest
+from text.chat_formats import TEMPLATES
 
 CONFIGS = (".yaml", ".yml", ".json")
 MOST_FILES = 500            # in a list of configs
@@ -50,8 +52,10 @@ class Folders:
 
     def shown(self, path: Path) -> str:
         """A path as the page shows it: relative to the first folder where it lies below it."""
-        path = path.resolve()
-        return str(path.relative_to(self.roots[0]) if path.is_relative_to(self.roots[0]) else path)
+        for form in (path, path.resolve()):         # links below it keep their names
+            if form.is_relative_to(self.roots[0]):
+                return str(form.relative_to(self.roots[0]))
+        return str(path)
 
     def check_settings(self, entries: Iterable[tuple]):
         """Raise BadRequest if a setting of (key, value, …) entries names a path outside."""
@@ -75,6 +79,31 @@ class Folders:
         for root in self.roots[1:]:
             found += sorted(path for path in root.glob("**/*") if path.suffix in CONFIGS)
         return [self.shown(path) for path in found[:MOST_FILES] if path.is_file()]
+
+    def suggestions(self) -> dict[str, list[str]]:
+        """{key: values that the form offers}, by what lies in the folders."""
+        first = self.roots[0]
+        places = [first / "models", first / "saves", *self.roots[1:]]
+        models = self.holders(places, "config.json")
+        adapters = self.holders(places, "adapter_config.json")
+        datasets = list(read_object(first / "data/dataset_info.json"))
+        return {"model_name_or_path": models, "adapter_name_or_path": adapters, "dataset": datasets,
+                "eval_dataset": datasets, "template": sorted(TEMPLATES)}
+
+    def holders(self, places: list[Path], name: str) -> list[str]:
+        """Folders in the places, or a level deeper, that hold a file of this name."""
+        found = [path.parent for place in places for pattern in (f"*/{name}", f"*/*/{name}")
+                 for path in sorted(place.glob(pattern))]
+        return [self.shown(path) for path in found[:MOST_FILES]]
+
+
+def read_object(path: Path) -> dict:
+    """The object of a JSON file; {} where it is missing or half written."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def texts_in(value) -> Iterator[str]:

@@ -22,9 +22,10 @@ import re
 import signal
 import struct
 import sys
+from functools import lru_cache
 from pathlib import Path
 
-from web.folders import Folders
+from web.folders import Folders, read_object
 from web.jobs import BoardJob, Jobs
 
 LOG = "trainer_log.jsonl"
@@ -41,9 +42,16 @@ LONGEST_TEXT = 20_000           # characters whose similarity is measured
 def read_lines(path: Path) -> list[dict]:
     """The complete lines of a JSON-lines file; [] where it is missing."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        state = path.stat()
+        return parsed_lines(path, state.st_mtime_ns, state.st_size)
     except OSError:
         return []
+
+
+@lru_cache(maxsize=64)
+def parsed_lines(path: Path, changed: int, size: int) -> list[dict]:
+    """The same, read again only when the file has changed: the page asks every second."""
+    text = path.read_text(encoding="utf-8", errors="replace")
     rows = []
     for line in text.splitlines():
         try:
@@ -53,15 +61,6 @@ def read_lines(path: Path) -> list[dict]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
-
-
-def read_object(path: Path) -> dict:
-    """The object of a JSON file; {} where it is missing or half written."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def finite(value):
@@ -82,7 +81,9 @@ def list_runs(folders: Folders, jobs: Jobs) -> list[dict]:
     for job in jobs.list():
         settings = job.read("job.json")
         if settings.get("kind") == "train" and settings.get("output"):
-            by_folder[Path(settings["output"])] = job       # the newest one
+            folder = Path(settings["output"])
+            if folder not in by_folder or not by_folder[folder].is_alive():
+                by_folder[folder] = job         # the newest, or one that still works there
     found = {folder: None for folder in logged_folders(folders)} | by_folder
     runs = [describe_run(folder, job, folders) for folder, job in found.items()]
     return sorted(runs, key=lambda run: -run["changed"])
@@ -107,7 +108,7 @@ def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
     changed = (folder / LOG).stat().st_mtime if rows else 0
     created = job.read("job.json")["created"] if job else 0
     if state not in ("running", "waiting", "stopping"):
-        state = state_of_folder(folder, state)
+        state = state_of_folder(folder, state, created)
     elif changed < created:                         # the log of an earlier run
         figures = {}
     return finite({
@@ -118,11 +119,12 @@ def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
     })
 
 
-def state_of_folder(folder: Path, otherwise: str) -> str:
-    """The state of a run by its files; `otherwise` is what its job says."""
+def state_of_folder(folder: Path, otherwise: str, since: float) -> str:
+    """The state of a run by its files; `otherwise` is what its newest job says, made at `since`."""
     if lock_holder(folder):
         return "running"
-    if (folder / "all_results.json").is_file() and otherwise in ("", "finished"):
+    results = folder / "all_results.json"               # the last file of a run
+    if results.is_file() and results.stat().st_mtime >= since:
         return "finished"
     if otherwise:
         return otherwise
@@ -158,12 +160,11 @@ def logged_steps(folder: Path, after: int = 0) -> dict:
     older release lacks come from trainer_state.json.
     """
     rows = read_lines(folder / LOG)
-    history = read_object(folder / "trainer_state.json").get("log_history", [])
-    norms = {row.get("step"): row["grad_norm"] for row in history if "grad_norm" in row}
-    for row in rows:
-        if "loss" in row and row.get("current_steps") in norms:
-            row.setdefault("grad_norm", norms[row["current_steps"]])
     shown = rows[after:]
+    if any("loss" in row and "grad_norm" not in row for row in shown):
+        history = read_object(folder / "trainer_state.json").get("log_history", [])
+        norms = {row.get("step"): row["grad_norm"] for row in history if "grad_norm" in row}
+        shown = [{"grad_norm": norms.get(row.get("current_steps")), **row} for row in shown]
     thinned = shown[::math.ceil(len(shown) / MOST_ROWS) or 1]
     return finite({"rows": thinned, "next": len(rows), "first": json.dumps(rows[:1])})
 
