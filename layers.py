@@ -223,7 +223,7 @@ class GatedDeltaNet(StateMixer):
         qkv, z, b, a = self.split_key_heads(*outputs) if self.config.fused_delta else outputs
         out = self.norm(self.scan_sequences((qkv, b, a), ctx))                  # (B, T, nv, dv)
         gate = F.silu(z.unflatten(-1, out.shape[-2:]).float())
-        return (out * gate).to(out.dtype).flatten(2)
+        return (out * gate).to(z.dtype).flatten(2)      # the norm's weight may be float32
 
     def split_key_heads(self, qkvz, ba):
         """q, k and v side by side, z, b and a, from two outputs that have them key head by head."""
@@ -367,7 +367,7 @@ class StateSpace(StateMixer):
         y = self.scan_sequences((xbc, dt), ctx) * F.silu(z.float())             # (B, T, nv*dv)
         y = y.unflatten(-1, (self.config.linear_num_key_heads, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(2)
-        return self.norm.weight * y.to(z.dtype)
+        return (self.norm.weight * y.to(z.dtype)).to(z.dtype)
 
     def scan(self, tensors, state, lengths):
         """(x, B, C side by side; dt), (B, T, …) -> y (B, T, nv*dv) float32; state."""

@@ -361,35 +361,38 @@ def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
 
 
 def state_mixer_bytes(mixer: StateMixer, model_config: ModelConfig, batch: MicroBatch) -> int:
-    """For all tokens: a mixer with a state, of which each chunk keeps the one that it begins with.
-
-    In float32 for each head, next to the values: seven matrices of C x C pairs within a chunk of C
-    tokens, and the vectors that read and write the state.
-    """
-    config = model_config
+    """For all tokens: the linear layers of a mixer with a state, its convolution, gate and scan."""
+    hidden, values = model_config.hidden_size, model_config.linear_value_width
+    per_token = input_bytes(hidden, mixer.readers(), batch, from_stream=True)
     if isinstance(mixer, ShortConvolution):                 # in_proj's output, what is convolved, y
-        hidden = config.hidden_size
-        kept = 5 * hidden * batch.compute + input_bytes(hidden, mixer.readers(), batch,
-                                                        from_stream=True)
-        return batch.tokens * (kept + input_bytes(hidden, [mixer.o_proj], batch))
-    nv, values = config.linear_num_value_heads, config.linear_value_width
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    dk, width = config.linear_key_head_dim, 2 * keys + values
-    per_token = input_bytes(config.hidden_size, mixer.readers(), batch, from_stream=True)
+        per_token += 5 * hidden * batch.compute + input_bytes(hidden, [mixer.o_proj], batch)
+        return batch.tokens * per_token
     per_token += input_bytes(values, [mixer.o_proj], batch)
     per_token += norm_bytes(mixer.norm, values, batch.compute)
-    corrected = 0 if isinstance(mixer, StateSpace) else 1       # the delta rule's system of changes
-    gate = (4 + 4 + batch.compute) * values                 # z, silu(z), and what it multiplies
-    conv = (2 * batch.compute + 4) * width                  # its input, its output, silu of that
-    slots = 0
+    per_token += (4 + 4 + batch.compute) * values           # z, silu(z), and what it multiplies
+    return batch.tokens * per_token + scan_bytes(mixer, model_config, batch)
+
+
+def scan_bytes(mixer: StateMixer, model_config: ModelConfig, batch: MicroBatch) -> int:
+    """For all tokens, padding included: the convolution and layers.chunked_scan.
+
+    In float32 for each head: matrices of C x C pairs within each chunk of C tokens, vectors that
+    read and write the state, and the state that each chunk begins with.
+    """
+    nv, values = model_config.linear_num_value_heads, model_config.linear_value_width
+    dk = model_config.linear_key_head_dim
+    width = 2 * model_config.linear_num_key_heads * dk + values
+    # the delta rule also has its system of changes
+    copies, of_values = (4, 1) if isinstance(mixer, StateSpace) else (7, 3)
+    per_slot = (2 * batch.compute + 4) * width              # input, output, silu of the convolution
+    per_slot += 4 * (copies * nv * dk + of_values * values)
+    total = 0
     for group in group_by_length(batch.lengths):
         longest = batch.lengths[group[0]]
         chunk = min(CHUNK, longest)
-        slots += len(group) * -(-longest // chunk) * chunk
-    vectors = (4 + 3 * corrected) * nv * dk + (1 + 2 * corrected) * values
-    pairs = (4 + 3 * corrected) * nv * chunk
-    states = dk * values / chunk
-    return batch.tokens * (per_token + gate) + slots * (conv + int(4 * (vectors + pairs + states)))
+        chunks = len(group) * -(-longest // chunk)
+        total += chunks * (chunk * (per_slot + 4 * copies * nv * chunk) + 4 * dk * values)
+    return total
 
 
 def exchanged_bytes(model_config: ModelConfig, batch: MicroBatch) -> int:

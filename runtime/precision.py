@@ -23,6 +23,7 @@ from checkpoint.files import DTYPES, stored_as
 from checkpoint.names import find_tensors
 from families import read_config_json
 from lora import AdaptedLinear
+from model import MIXERS
 from runtime.config import ADAPTERS
 
 
@@ -82,7 +83,8 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
         return half_dtype(config)
     if config.finetuning_type not in ADAPTERS:
         return torch.float32
-    our_name = "model.layers.0.self_attn.o_proj.weight"
+    mixer = MIXERS[base.model_config.mixers[0]][0]
+    our_name = f"model.layers.0.{mixer}.o_proj.weight"
     stored_name = base.model_config.stored_name(our_name)
     try:
         _, dtype = stored_as(*find_tensors(base.folder, base.model_config)[stored_name])
