@@ -186,9 +186,9 @@ class CausalConv(nn.Conv1d):
 class GatedDeltaNet(StateMixer):
     """The gated delta rule (arXiv:2412.06464), as in Qwen3-Next and Qwen 3.5.
 
-    q, k and v pass a short convolution. Each of the value heads has a state of dk x dv numbers,
-    which decays by exp(g); the value that it has for the key k is then moved towards v, by a share
-    beta. A key head serves several value heads.
+    q, k and v pass a short convolution. Each value head has a state of dk x dv numbers, which maps
+    keys to values. For each token the state decays by exp(g), and then the value for the key k
+    moves towards v by a share beta. A key head serves several value heads.
     """
 
     def __init__(self, config: ModelConfig, layer: int, norm: Callable):
@@ -209,7 +209,7 @@ class GatedDeltaNet(StateMixer):
         self.conv1d = CausalConv(2 * keys + values, config.conv_kernel, bias=False)
         self.A_log = nn.Parameter(torch.zeros(heads))
         self.dt_bias = nn.Parameter(torch.ones(heads))
-        # multiplied by its weight in any family
+        # the checkpoint stores this weight itself, also where it stores weight - 1 of other norms
         self.norm = norm(config.linear_value_head_dim, config.rms_norm_eps, offset=0.0, wide=False)
         self.o_proj = nn.Linear(values, D, bias=False)
 
@@ -336,7 +336,7 @@ def changes_in_chunks(k, v, beta, decay, since_start):
 
 
 class StateSpace(StateMixer):
-    """Mamba-2 (arXiv:2405.21060): a state that decays, without a correction of what it holds.
+    """Mamba-2 (arXiv:2405.21060): a state that decays, to which each token adds.
 
     In the terms of scan_state, keys are B, queries C, and values x, each times its time step dt. A
     key head, here called a group, serves several value heads.
@@ -344,8 +344,8 @@ class StateSpace(StateMixer):
 
     def __init__(self, config: ModelConfig, layer: int, norm: Callable):
         super().__init__()
-        D, heads, values = (config.hidden_size, config.linear_num_value_heads,
-                            config.linear_value_width)
+        D = config.hidden_size
+        heads, values = config.linear_num_value_heads, config.linear_value_width
         keys = config.linear_num_key_heads * config.linear_key_head_dim
         self.config = config
         self.layer = layer

@@ -13,7 +13,7 @@ in all linear layers, a block keeps for each token
     MLP           2 c I                 gate and up
     LoRA          c r for each layer    A x
     experts       k MLPs + k c D        in place of the MLP; their outputs before they are weighted
-    state mixers  4 x 7 (dk + C) nv     of layers.py, in place of attention: what reads and writes
+    state mixers  4 x 7 (dk + C) nv     of layers.py, instead of attention: what reads and writes
                   + 4 dk dv nv / C      the state, pairs within chunks of C tokens, a state for each
                                         chunk (Mamba-2: 4 x 4)
 
