@@ -4,9 +4,10 @@
 
 The loop of model.py needs to know how many tokens each expert has, and waits for the device in each
 layer. Here the rows are sorted by expert, and the ends of each expert's rows stay on the device,
-where torch._grouped_mm reads them. The matrices of all experts lie in one tensor (E, out, in): each
-expert's weight becomes a view of it. Their adapters are stacked for each pass; gradients reach each
-expert's own. What is kept for the backward pass is what fast/fused_block.py keeps of one expert.
+where torch._grouped_mm reads them. The matrices of all experts lie in one tensor: that of the
+checkpoint, or a new one (E, out, in), of which each expert's weight becomes a view. Adapters of
+single experts are stacked for each pass; gradients reach each expert's own. What is kept for the
+backward pass is what fast/fused_block.py keeps of one expert.
 
 The slow twins are layers.grouped and layers.one_by_one.
 
@@ -26,8 +27,9 @@ from checkpoint.load import quantized_weights
 from errors import first_line
 from families import model_config
 from fast.fused_block import IDENTITY, can_fuse, gradients, operands
-from lora import LoRAConfig, LoRALinear, attach_lora
-from model import MLP, CausalLM, MoE, init_weights
+from layers import StackedExperts
+from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora
+from model import CausalLM, MoE, init_weights
 
 ALIGNED = 8             # numbers of 16 bits: torch._grouped_mm wants strides of 16 bytes
 ERROR = 0.05            # relative, of outputs and gradients in bfloat16
@@ -39,7 +41,8 @@ class Stack(NamedTuple):
     A: torch.Tensor | None              # (E, r, in); None: no adapter, or a disabled one
     B: torch.Tensor | None              # (E, out, r)
     scale: float
-    layers: list                        # of the experts, where A and B come from
+    layers: list                        # of the experts, or one of all; A and B come from there
+    bias: torch.Tensor | None = None    # (E, out), frozen
 
 
 # ---- set on a model -----------------------------------------------------------------------------
@@ -71,7 +74,9 @@ def group_experts(model: CausalLM, recompute: Sequence[str] | None = None,
 
 
 def layers_of(moe: MoE) -> list[list[nn.Module]]:
-    """The linear layers of the experts, [gate or gate and up, …, down], each a list of E."""
+    """The linear layers of the experts, [gate or gate and up, …, down]: E of them, or one stack."""
+    if isinstance(moe.experts, StackedExperts):
+        return [[moe.experts.gate_up_proj], [moe.experts.down_proj]]
     names = ("gate_up_proj", "down_proj") if moe.experts[0].fused else (
         "gate_proj", "up_proj", "down_proj")
     return [[getattr(expert, name) for expert in moe.experts] for name in names]
@@ -82,20 +87,21 @@ def one_by_one_for(moe: MoE) -> str | None:
 
     They must be frozen matrices of 16-byte rows, with adapters all alike or none.
     """
-    if moe.visited is not None:
+    sharded = any(hasattr(p, "to_local") for p in moe.experts.parameters())
+    if sharded or moe.visited is not None:
         return "they are shards of several ranks (fsdp), which are gathered expert by expert"
-    if not isinstance(moe.experts, nn.ModuleList):
-        return "the checkpoint stacks them as (in, out)"
     if quantized_weights(moe.experts):
         return "they are in few bits, and one matrix is dequantized at a time"
     if not all(map(alike, layers_of(moe))):
-        return ("they are trained, or with biases, sizes that are no multiples of 8, dropout, or "
-                "adapters that are not all alike")
+        return ("they are trained, or with sizes that are no multiples of 8, dropout, biases of "
+                "single experts, or adapters that are not all alike")
     return None
 
 
 def alike(layers: list[nn.Module]) -> bool:
-    """Whether the layers of all experts can be stacked."""
+    """Whether the layers of all experts can be stacked, or are a stack that can be used."""
+    if layers[0].weight.dim() == 3:
+        return is_usable_stack(layers[0])
     first = operands(layers[0]) if can_fuse(layers[0]) else None
     if first is None or first.W is None or first.fp8 is not None:
         return False
@@ -108,9 +114,25 @@ def alike(layers: list[nn.Module]) -> bool:
     return one_kind and can and no_bias and not trained and not any(n % ALIGNED for n in sizes)
 
 
+def is_usable_stack(layer: nn.Module) -> bool:
+    """Whether a stack of all experts is frozen, without dropout and hooks, of 16-byte rows."""
+    base = getattr(layer, "base_layer", layer)
+    sizes = [*base.weight.shape[1:]]
+    if isinstance(layer, LoRAStacked):
+        sizes.append(len(layer.lora_A.weight) // len(base.weight))
+        if not isinstance(layer.dropout, nn.Identity):
+            return False
+    trained = any(p.requires_grad for p in base.parameters())
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    return not (trained or hooks or any(n % ALIGNED for n in sizes))
+
+
 @torch.no_grad()
 def stack_weights(layers: list[nn.Module]) -> tuple[torch.Tensor, list[nn.Module]]:
     """(the matrices of the layers in one tensor (E, out, in), the layers, now with views of it)."""
+    if layers[0].weight.dim() == 3:
+        base = getattr(layers[0], "base_layer", layers[0])
+        return base.weight if base.out_first else base.weight.transpose(1, 2), layers
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
     stack = torch.stack([base.weight.detach() for base in bases])
     for base, matrix in zip(bases, stack):
@@ -120,6 +142,8 @@ def stack_weights(layers: list[nn.Module]) -> tuple[torch.Tensor, list[nn.Module
 
 def with_adapters(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
     """The stack with the adapters as they are now, (E, r, in) and (E, out, r), in its dtype."""
+    if layers[0].weight.dim() == 3:
+        return with_stacked_adapter(stack, layers)
     if not isinstance(layers[0], LoRALinear):
         return Stack(stack, None, None, 1.0, layers)
     pairs = [layer.adapter() for layer in layers]
@@ -127,6 +151,19 @@ def with_adapters(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
         return Stack(stack, None, None, 1.0, layers)
     A, B = (torch.stack(matrices).to(stack.dtype) for matrices in zip(*pairs))
     return Stack(stack, A, B, layers[0].scale, layers)
+
+
+def with_stacked_adapter(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
+    """with_adapters of one LoRAStacked, or of a stack without an adapter."""
+    layer, = layers
+    base = getattr(layer, "base_layer", layer)
+    if layer is base or not layer.enabled:
+        return Stack(stack, None, None, 1.0, layers, base.bias)
+    experts = len(stack)
+    A = layer.lora_A.weight.view(experts, -1, layer.lora_A.in_features)
+    B = layer.lora_B.weight.view(layer.lora_B.out_features, -1, experts).permute(2, 0, 1)
+    A, B = (matrices.to(stack.dtype).contiguous() for matrices in (A, B))
+    return Stack(stack, A, B, layer.scale, layers, base.bias)
 
 
 # ---- the experts' sum ---------------------------------------------------------------------------
@@ -147,7 +184,7 @@ def mix_together(moe: MoE, stacks: list, recompute: bool, x, chosen, weights):
         rows = rows * factor
 
     layers = [with_adapters(*stack) for stack in stacks]
-    run = partial(run_experts, moe.experts[0], layers, ends)
+    run = partial(run_experts, gate_of(moe), layers, ends)
     if recompute and torch.is_grad_enabled():
         out = checkpoint(run, rows, use_reentrant=False)
     else:
@@ -157,15 +194,23 @@ def mix_together(moe: MoE, stacks: list, recompute: bool, x, chosen, weights):
     return out[order.argsort()].view(*chosen.shape, -1).sum(1)      # in the order of slots again
 
 
-def run_experts(expert: MLP, layers: list[Stack], ends, rows):
-    """MLP.forward of rows (n, D) that are sorted by expert. expert: any one, for its activation."""
-    *first, down = layers
+def gate_of(moe: MoE) -> Callable:
+    """From gate and up, apart or in one tensor (n, 2 I), to the input of down_proj (n, I)."""
+    if isinstance(moe.experts, StackedExperts):
+        return moe.experts.gated
+    expert = moe.experts[0]
 
     def gated(gate, up=None):
         if up is None:                  # side by side
             gate, up = gate.chunk(2, dim=-1)
         return expert.gated(gate, up)
 
+    return gated
+
+
+def run_experts(gated: Callable, layers: list[Stack], ends, rows):
+    """MLP.forward of rows (n, D) that are sorted by expert. gated: see gate_of."""
+    *first, down = layers
     gate_and_up = grouped_linears(first, ends, rows)
     return grouped_linears([down], ends, *gate_and_up, before=gated)[0]
 
@@ -173,6 +218,13 @@ def run_experts(expert: MLP, layers: list[Stack], ends, rows):
 def grouped_matmul(x, W, ends):
     """x (n, in), sorted by expert, times W (E, out, in) transposed -> (n, out)."""
     return torch._grouped_mm(x, W.transpose(1, 2), offs=ends)
+
+
+def expert_of_rows(count: int, ends):
+    """The expert of each of the rows that are sorted by expert, (n,); the device is not waited for.
+    """
+    rows = torch.arange(count, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, rows, right=True)
 
 
 def grouped_linears(layers: list[Stack], ends, *xs, before: Callable = IDENTITY):
@@ -194,9 +246,11 @@ class GroupedLinears(torch.autograd.Function):
         h = before(*xs)                                                         # (n, in)
         ys = []
         low_rank = []
-        for i, (W, _, _, scale, _) in enumerate(layers):
+        for i, (W, _, _, scale, _, bias) in enumerate(layers):
             A, B = A_and_B[2 * i:2 * i + 2]
             y = grouped_matmul(h, W, ends)                                      # (n, out)
+            if bias is not None:
+                y.add_(bias[expert_of_rows(len(h), ends)])
             low_rank.append(None if A is None else grouped_matmul(h, A, ends))  # (n, r)
             if A is not None:
                 y.add_(grouped_matmul(low_rank[-1], B, ends), alpha=scale)
@@ -219,7 +273,7 @@ class GroupedLinears(torch.autograd.Function):
         dh = None
         grads = []
         for layer, dy, Ax in zip(ctx.layers, dys, low_rank):
-            W, A, B, scale, _ = with_adapters(layer.W, layer.layers)
+            W, A, B, scale, *_ = with_adapters(layer.W, layer.layers)
             dy = dy.contiguous()
             terms = [(dy, W)]
             dA = dB = None
@@ -247,7 +301,7 @@ def pick_grouped(device, dtype: torch.dtype, hidden_act: str = "silu") -> tuple[
     if torch.device(device).type != "cuda" or dtype != torch.bfloat16:
         return False, "experts: one by one (their grouped product is for bfloat16 on a GPU)"
     try:
-        error = grouped_error(device, dtype, hidden_act)
+        error = max(grouped_error(device, dtype, hidden_act, kind) for kind in TRIALS)
     except Exception as refusal:        # of many kinds, and none must end a training
         return False, f"experts: one by one (grouped product fails: {first_line(refusal)})"
     if not error < ERROR:
@@ -255,13 +309,22 @@ def pick_grouped(device, dtype: torch.dtype, hidden_act: str = "silu") -> tuple[
     return True, "experts: grouped in one product, where they are frozen matrices in 16 bits"
 
 
-def grouped_error(device, dtype: torch.dtype, hidden_act: str = "silu") -> float:
-    """The largest relative error of the output and the gradients of a small model with experts."""
+TRIALS = {"one by one": {"model_type": "qwen3_moe"},
+          "stacks": {"model_type": "gpt_oss", "hidden_act": "silu"}}
+
+
+def grouped_error(device, dtype: torch.dtype, hidden_act: str = "silu",
+                  kind: str = "one by one") -> float:
+    """The largest relative error of the output and the gradients of a small model with experts.
+
+    kind: of TRIALS, how the experts are stored.
+    """
     config = model_config({
-        "model_type": "qwen3_moe", "hidden_size": 64, "intermediate_size": 128, "num_experts": 6,
+        "hidden_size": 64, "intermediate_size": 48, "num_experts": 6,
         "num_experts_per_tok": 2, "moe_intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "head_dim": 16,
-        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": hidden_act})
+        "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": hidden_act}
+        | TRIALS[kind])
     results = []
     for together in (False, True):
         model = CausalLM(config)

@@ -1,5 +1,6 @@
 """fast/grouped_experts.py: experts in one product equal the loop over experts, gradients too."""
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,6 +67,32 @@ def test_experts_together_equal_the_loop(name, targets, fused):
         torch.testing.assert_close(model(ids), twin(ids), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", (("experts",), ("q_proj",), ("experts.down_proj",)))
+@pytest.mark.parametrize("order", ("in, out", "out, in"))
+@pytest.mark.parametrize("name", ("gpt_oss", "llama4"))
+def test_stacks_together_equal_the_loop(name, order, targets):
+    """Biases and the clamp of GPT-OSS, the scaled inputs of Llama 4, both orders of a matrix."""
+    pair = []
+    for _ in range(2):
+        config = replace(small_config(name, num_hidden_layers=1), stacked_experts=order)
+        model = CausalLM(config if name == "llama4" else replace(config, swiglu_limit=0.05))
+        draw = torch.Generator().manual_seed(0)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.1, generator=draw)
+        attach_lora(model, LoRAConfig(8, 16, target_modules=list(targets)), 1)
+        for layer in lora_layers(model).values():
+            nn.init.normal_(layer.lora_B.weight, std=0.1, generator=draw)
+        pair.append(model)
+    twin, model = pair
+    assert group_experts(model) == "" and "mix" in vars(model.model.layers[0].mlp)
+    assert_equal_within(results(model), results(twin), 1e-5)
+    for each in pair:
+        set_adapters(each, False)
+    with torch.no_grad():
+        ids = torch.arange(9)[None]
+        torch.testing.assert_close(model(ids), twin(ids), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("level", ("none", "mlp", "block"))
 def test_experts_without_tokens_and_recomputation(level):
     """3 tokens visit at most 6 of 16 experts; the others' adapters get zeros."""
@@ -107,8 +134,14 @@ def test_what_cannot_be_grouped_stays_as_it_is():
     sharded = with_experts()
     for block in sharded.model.layers:
         block.mlp.visited = set()
-    stacked = CausalLM(small_config("llama4")).requires_grad_(False)
-    for model in (full, odd_rank, dropout, sharded, stacked):
+    shards = with_experts("gpt_oss")                        # frozen ones, of fsdp with adapters
+    for block in shards.model.layers:
+        block.mlp.experts.down_proj.base_layer.weight.to_local = None
+    trained = CausalLM(small_config("llama4"))
+    stack_dropout = CausalLM(small_config("gpt_oss"))
+    attach_lora(stack_dropout, LoRAConfig(8, 16, lora_dropout=0.1, target_modules=["experts"]), 1)
+    odd_width = CausalLM(small_config("gpt_oss", intermediate_size=92)).requires_grad_(False)
+    for model in (full, odd_rank, dropout, sharded, shards, trained, stack_dropout, odd_width):
         moe = next(block.mlp for block in model.model.layers if hasattr(block.mlp, "experts"))
         assert one_by_one_for(moe)
         group_experts(model)
@@ -137,10 +170,11 @@ def test_experts_one_by_one_are_said_with_the_reason():
         assert not any("mix" in vars(block.mlp) for block in model.model.layers)
 
 
-def test_the_device_is_not_waited_for():
+@pytest.mark.parametrize("name", ("mixtral", "gpt_oss"))
+def test_the_device_is_not_waited_for(name):
     """In forward and backward; the loop waits once in each layer."""
     with rehearse() as record:
-        model = with_experts(dtype=torch.bfloat16).to("cuda")
+        model = with_experts(name, dtype=torch.bfloat16).to("cuda")
         ids = torch.arange(9).pin_memory().to("cuda", non_blocking=True)[None]
         for grouped in (False, True):
             if grouped:
@@ -153,25 +187,29 @@ def test_the_device_is_not_waited_for():
             assert not grouped or not waits, waits
 
 
-def test_nothing_in_it_needs_a_number_of_the_device():
+@pytest.mark.parametrize("name", ("mixtral", "gpt_oss"))
+def test_nothing_in_it_needs_a_number_of_the_device(name):
     """Shapes alone, on the meta device: a wait would be an error."""
-    model = with_experts(dtype=torch.bfloat16)
+    model = with_experts(name, dtype=torch.bfloat16)
     group_experts(model)
     moe = model.model.layers[0].mlp
     stacks = moe.mix.args[1]
     meta = []
     for stack, layers in stacks:
-        W, A, B, scale, _ = grouped_experts.with_adapters(stack, layers)
-        meta.append(grouped_experts.Stack(W.to("meta"), A.to("meta"), B.to("meta"), scale, layers))
+        W, A, B, scale, _, bias = grouped_experts.with_adapters(stack, layers)
+        bias = None if bias is None else bias.to("meta")
+        meta.append(grouped_experts.Stack(W.to("meta"), A.to("meta"), B.to("meta"), scale, layers,
+                                          bias))
     rows = torch.empty(12, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
-    ends = torch.empty(len(moe.experts), dtype=torch.int32, device="meta")
-    out = grouped_experts.run_experts(moe.experts[0], meta, ends, rows)
+    ends = torch.empty(moe.config.num_experts, dtype=torch.int32, device="meta")
+    out = grouped_experts.run_experts(grouped_experts.gate_of(moe), meta, ends, rows)
     assert out.shape == rows.shape and out.is_meta
 
 
 def test_it_is_tried_before_use(monkeypatch):
     assert pick_grouped("cpu", torch.bfloat16)[0] is False
-    assert grouped_error("cpu", torch.bfloat16) < 0.02
+    assert all(grouped_error("cpu", torch.bfloat16, kind=kind) < 0.02
+               for kind in grouped_experts.TRIALS)
     monkeypatch.setattr(grouped_experts, "grouped_error", lambda *args: 1.0)
     works, line = pick_grouped("cuda", torch.bfloat16)
     assert not works and "is wrong by 1" in line
