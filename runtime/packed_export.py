@@ -76,7 +76,7 @@ class PackedExport(Export):
             stem = name.removesuffix("weight")
             if name not in self.layers:
                 found[name] = info
-            elif name in self.stored and not self.plan[name].changes:
+            elif name in self.stored and not self.is_changed(name):
                 parts = self.stored[name].parts
                 layer = parts["codes"][1].removesuffix(self.codes)          # in the base's files
                 for file, key in parts.values():
@@ -88,6 +88,10 @@ class PackedExport(Export):
                     found[stem + part] = part_info
                     self.matrix_of[stem + part] = name
         return found
+
+    def is_changed(self, name: str) -> bool:
+        """Whether an adapter changes a matrix, or training had rounded it to fewer bits."""
+        return bool(self.plan[name].changes or self.plan[name].quant_format)
 
     @property
     def codes(self) -> str:

@@ -90,14 +90,14 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
         _, dtype = stored_as(*find_tensors(base.folder, base.model_config)[stored_name])
         if dtype.is_floating_point and dtype.itemsize > 1:
             return dtype
-        return quant_formats[our_name].dtype
     except (FileNotFoundError, KeyError):
-        if our_name in quant_formats and quant_formats[our_name].dtype:
-            return quant_formats[our_name].dtype
-        fields = read_config_json(base.folder)
-        fields |= fields.get("text_config", {})
-        name = fields.get("dtype") or fields.get("torch_dtype")
-        return DTYPES.get(name, torch.float32)
+        pass
+    if our_name in quant_formats and quant_formats[our_name].dtype:
+        return quant_formats[our_name].dtype
+    fields = read_config_json(base.folder)
+    fields |= fields.get("text_config", {})
+    name = fields.get("dtype") or fields.get("torch_dtype")
+    return DTYPES.get(name, torch.float32)
 
 
 class Precision:

@@ -202,6 +202,40 @@ def test_four_bits_on_top(bases):
         assert torch.equal(weight.codes, want.codes), name
 
 
+def test_training_and_merging_with_four_bits_on_top(bases, tmp_path):
+    """The merge starts from the rounded matrices that were trained beside."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["fp8"], base)
+    with_vocabulary(base)
+    out = tmp_path / "out"
+    settings = [f"model_name_or_path={base}", f"output_dir={out}", "template=chatml"]
+    train.main([*settings, f"dataset={ROOT / 'data/tiny_review.jsonl'}", "max_samples=4",
+                "use_cpu=true", "max_steps=1", "lora_rank=2", "report_to=none", "cutoff_len=40",
+                "lora_target=q_proj", "disable_tqdm=true", "flash_attn=disabled",
+                "quantization_bit=4"])
+    merge.main([*settings, f"export_dir={tmp_path / 'merged'}"])
+    found = load_model(tmp_path / "merged", torch.float32)
+    dense = load_model(base)
+    for name, p in found.named_parameters():
+        if name.endswith("o_proj.weight"):                  # without an adapter
+            rounded = QuantFormat("nf4").quantize(dense.get_parameter(name)).dequantize()
+            assert (p - rounded).norm() < 0.05 * p.norm() < (p - dense.get_parameter(name)).norm()
+
+
+def with_vocabulary(folder):
+    """Give a checkpoint the 1600 tokens of models/tiny, and its tokenizer."""
+    fields = json.loads((folder / "config.json").read_text()) | {"vocab_size": 1600}
+    (folder / "config.json").write_text(json.dumps(fields))
+    tensors = tensors_in(folder)
+    for table in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[table] = tensors[table].repeat(32, 1).clone()
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    for file in (ROOT / "models/tiny").glob("*token*"):
+        shutil.copy(file, folder)
+
+
 @needs_shared
 @pytest.mark.parametrize("changed, words", [
     ({"down_proj_scales": None}, "down_proj_blocks needs model.layers.0.mlp.experts.down_proj_sca"),
@@ -296,16 +330,7 @@ def test_training_equals_that_of_the_copy_in_16_bits(bases, tmp_path):
     shutil.copytree(bases["mxfp4"], blocks)
     merge.main([f"model_name_or_path={blocks}", f"export_dir={plain}", "infer_dtype=bfloat16"])
     for folder in (blocks, plain):
-        fields = json.loads((folder / "config.json").read_text()) | {"vocab_size": 1600}
-        (folder / "config.json").write_text(json.dumps(fields))
-        tensors = tensors_in(folder)
-        for table in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensors[table] = tensors[table].repeat(32, 1).clone()
-        for file in folder.glob("*.safetensors"):
-            file.unlink()
-        save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
-        for file in (ROOT / "models/tiny").glob("*token*"):
-            shutil.copy(file, folder)
+        with_vocabulary(folder)
     adapters = []
     for base, steps in ((blocks, 1), (blocks, 2), (plain, 2)):
         out = tmp_path / ("out" if base == blocks else "of plain")
