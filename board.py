@@ -2,12 +2,12 @@
 
     python board.py                         prints the address, http://127.0.0.1:7860/?token=…
     python board.py my.yaml lora_rank=16    opens with this config
-    python board.py --folder ../models      the page may use files below this folder, too
+    python board.py --folder ../models      allow the page to use files in this folder as well
     python board.py --port 0                any free port
 
-config → form and yaml → a process for each run → its files → charts. Every run is a process of its
-own, which goes on without browser and board; the board reads the files of runs and sends signals.
-The chat is serve.py in a process of its own. Only this machine connects, and only with the token.
+config → form and yaml → one process per run → files of the run → charts. A run continues when
+the browser or the board is closed; the board only reads files of runs and sends signals. The chat
+is a process of serve.py. Only this machine can connect, and only with the token.
 
 Requires: serve.py (a server like this one), serving/http_base.py, web/jobs.py, web/config_form.py,
 web/run_files.py, web/data_rows.py, web/chat_server.py, web/board.html (the page).
@@ -44,11 +44,11 @@ from web.run_files import (list_runs, progress_of, read_results, logged_steps, r
                            screen_of, stop_run)
 
 PAGE = ROOT / "web/board.html"
-HOME = "saves/.board"           # jobs, below the folder where the board is started
+HOME = "saves/.board"           # folder of the jobs, in the folder where the board is started
 TABS = ("run", "watch", "chat", "data", "evaluate", "export")
 FIRST_CONFIG = "configs/tiny_lora_sft.yaml"
-CARDS = ("/dev/nvidia0", "/dev/kfd")        # where one of these exists, cli.py counts the cards
-# kind of job: (the script its config is checked for, its command, settings, whether it queues)
+CARDS = ("/dev/nvidia0", "/dev/kfd")        # if one exists, cli.py starts a process per GPU
+# kind of job: (script whose rules check the config, command, settings, whether it queues)
 KINDS = {
     "train": ("train", "train.py", {}, True),
     "plan": ("train", "train.py", {"dry_run": "true"}, False),
@@ -67,19 +67,19 @@ def main(argv: list[str]):
     tab = "" if options.tab == TABS[0] else f"&tab={options.tab}"
     say(f"the board  http://127.0.0.1:{server.server_port}/?token={board.token}{tab}")
     say(f"folders    {', '.join(map(str, folders.roots))}")
-    say("Ctrl-C ends the board and its chat; runs and the queue go on")
+    say("Ctrl-C ends the board and its chat; runs and the queue continue")
     serve_board(server)
 
 
 def read_options(argv: list[str]) -> argparse.Namespace:
-    """The options of the command line; `settings` is a config file and key=value."""
+    """The command line options; `settings` has the config file and key=value arguments."""
     parser = argparse.ArgumentParser(
         prog="python board.py", description=__doc__.partition("\n\nRequires")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one (default: 7860)")
+    parser.add_argument("--port", type=int, default=7860, help="0: any free port (default: 7860)")
     parser.add_argument("--folder", action="append", default=[],
-                        help="a further folder whose files the page may use; several times")
-    parser.add_argument("--tab", choices=TABS, default=TABS[0], help="the tab that is shown first")
+                        help="a further folder whose files the page may use; can be repeated")
+    parser.add_argument("--tab", choices=TABS, default=TABS[0], help="the tab to open")
     options, options.settings = parser.parse_known_args(argv)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: it must be 0 to 65535")
@@ -112,13 +112,13 @@ def serve_board(server: "BoardServer"):
         end_chat(server.board.jobs)
 
 
-# ---- what the page asks -------------------------------------------------------------------------
+# ---- requests of the page -----------------------------------------------------------------------
 
 
 class Board:
     """The answers to the page's requests. Each method takes the query or the body, a dict.
 
-    All raise BadRequest for what is wrong with it.
+    All raise BadRequest for an invalid query or body.
     """
 
     def __init__(self, folders: Folders, jobs: Jobs, name: str = "my.yaml", text: str = ""):
@@ -131,7 +131,7 @@ class Board:
     # ---- the config
 
     def form(self, query: dict) -> dict:
-        """The table of keys, the config to begin with, and the folders."""
+        """The table of keys, the config shown first, and the folders."""
         return {"keys": form_rows(), "first": self.first, "configs": self.folders.configs(),
                 "suggestions": self.folders.suggestions(),
                 "folders": [str(root) for root in self.folders.roots]}
@@ -149,29 +149,29 @@ class Board:
         return {"name": path.name, "text": path.read_text(encoding="utf-8-sig", errors="replace")}
 
     def edit(self, body: dict) -> dict:
-        """The config after the changes in `set`, and what a script says about it."""
+        """The config after the changes in `set`, with the errors and notes of the script."""
         text = given_text(body, "text", empty=True)
         name = given_text(body, "name", "my.yaml")
         changes = body.get("set") or {}
         if not isinstance(changes, dict):
-            raise BadRequest("set: it must be an object of keys and texts", "set")
+            raise BadRequest("set: expected an object {key: text}", "set")
         refused = ""
         for key, value in changes.items():
             try:
                 text = set_value(text, name, key, given_text(changes, key, empty=True))
-            except ValueError as error:     # the text is no config: it stays, and the form says so
+            except ValueError as error:     # not a valid config: keep the text and show the error
                 refused = str(error)
         found = check_text(text, name, given_text(body, "script", empty=True), self.folders)
         return {"text": text, **found, "error": found["error"] or refused}
 
     def save(self, body: dict) -> dict:
-        """Write the config into a file. An existing one is replaced with `overwrite` only."""
+        """Write the config to a file. An existing file is replaced only with `overwrite`."""
         path = self.config_path(body)
         text = given_text(body, "text")
         if path.exists() and not body.get("overwrite"):
             raise BadRequest(f"path: {self.folders.shown(path)} exists already", "path",
                              code="exists", status=409)
-        entries_of(text, path.name)                     # raises ValueError for what is no config
+        entries_of(text, path.name)                     # raises ValueError for an invalid config
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         return {"path": self.folders.shown(path)}
@@ -179,7 +179,8 @@ class Board:
     def config_path(self, values: dict) -> Path:
         path = self.folders.inside(given_text(values, "path"))
         if path.suffix not in CONFIGS:
-            raise BadRequest(f"path: {path.name} is no config ({', '.join(CONFIGS)})", "path")
+            raise BadRequest(f"path: {path.name} is not a config file ({', '.join(CONFIGS)})",
+                             "path")
         return path
 
     # ---- jobs
@@ -192,7 +193,7 @@ class Board:
     def start(self, body: dict) -> dict:
         """Start a job of a kind, with a config and further settings, or queue it.
 
-        again: the number of a job whose config is used. beside: do not wait for earlier jobs.
+        again: number of an earlier job whose config is used. beside: do not wait for other jobs.
         """
         kind = given_text(body, "kind")
         if kind not in KINDS:
@@ -220,7 +221,7 @@ class Board:
         """The further settings of a job: {key: text}."""
         settings = body.get("settings") or {}
         if not isinstance(settings, dict):
-            raise BadRequest("settings: it must be an object of keys and texts", "settings")
+            raise BadRequest("settings: expected an object {key: text}", "settings")
         for key in settings:
             if key.partition(".")[0] not in KEYS:
                 raise BadRequest(f"settings: there is no key {key[:60]!r}"
@@ -228,7 +229,7 @@ class Board:
         return {key: given_text(settings, key, empty=True) for key in settings}
 
     def checked(self, text: str, name: str, script: str, settings: dict):
-        """The Config of a job to be. Raises BadRequest with the script's own sentence."""
+        """The Config of a job before it starts. Raises BadRequest with the script's error."""
         try:
             self.folders.check_settings([*entries_of(text, name), *settings.items()])
             return loaded(text, name, script, settings)
@@ -238,7 +239,7 @@ class Board:
             raise BadRequest(str(error), code="invalid_config") from None
 
     def stop(self, body: dict) -> dict:
-        """Ask a job, or a run that was started elsewhere, to save and end."""
+        """Ask a job, or a run started outside the board, to save a checkpoint and end."""
         if "job" in body:
             self.job_of(body).stop(kill=body.get("kill") is True)
         else:
@@ -246,7 +247,7 @@ class Board:
         return {}
 
     def log(self, query: dict) -> dict:
-        """The log of a job, unless it still has `size` bytes."""
+        """State, progress and log of a job; without the text if the log still has `size` bytes."""
         job = self.job_of(query)
         text, size = job.log()
         found = {"size": size, "state": job.state(), "progress": progress_of(text)}
@@ -266,13 +267,13 @@ class Board:
         return logged_steps(folder, given_number(query, "after", 0))
 
     def rows(self, query: dict) -> dict:
-        """A page of the rows that a job of kind rows has written."""
+        """A page of the rows written by a job of kind rows."""
         path = self.job_of(query).folder / "rows.jsonl"
         count = min(given_number(query, "count", 20), 200)
         return read_page(path, given_number(query, "start", 0), count, query.get("find", ""))
 
     def results(self, query: dict) -> dict:
-        """The folders with results of eval.py, and those of one."""
+        """The folders with results of eval.py, and the results in `folder`."""
         folders = result_folders(self.folders)
         folder = query.get("folder")
         return {"folders": folders, **(read_results(self.folders.inside(folder)) if folder else {})}
@@ -302,7 +303,7 @@ class Board:
         """The pieces of an answer, as serve.py streams them."""
         request = body.get("body")
         if not isinstance(request, dict):
-            raise BadRequest("body: it must be a request of OpenAI's API", "body")
+            raise BadRequest("body: expected a request of OpenAI's API", "body")
         return ask(running_chat(self.jobs), given_text(body, "path"), request)
 
 
@@ -319,7 +320,7 @@ POSTS = {
 
 
 def command_line(command: str, settings: dict) -> list[str]:
-    """The arguments of a process; settings are arguments of their own, and no shell reads them."""
+    """The argument list of a process; each setting is one argument, and no shell is involved."""
     words = command.split()
     if words[0].endswith(".py"):
         words[0] = str(ROOT / words[0])
@@ -360,30 +361,30 @@ class BoardHandler(GuardedHandler):
     posts = tuple(POSTS)
 
     def dispatch(self, paths: tuple[str, ...]):
-        """Check who asks; send the page or an answer."""
+        """Check host, origin and token; send the page or an answer."""
         self.check_host_and_origin()
         path = self.known_path(paths)
         query = dict(parse_qsl(urlsplit(self.path).query))
         if path == "/":
             return self.send_page(query)
         if self.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
-            raise BadRequest("pages of other origins may not ask here", status=403)
+            raise BadRequest("requests from pages of other origins are refused", status=403)
         if not self.has_token():
-            raise BadRequest("open the address that board.py has printed, with its token",
+            raise BadRequest("open the address that board.py prints; it contains the token",
                              status=401)
         values = query if path in GETS else self.read_body()
         try:
             answer = (GETS | POSTS)[path](self.server.board, values)
         except BadRequest:
             raise
-        except (ValueError, OSError) as error:          # of files: a name that is too long, say
+        except (ValueError, OSError) as error:          # of files, such as a name that is too long
             raise BadRequest(error_message(error)) from None
         if path == "/api/answer":
             return self.send_pieces(answer)
         self.send_json(200, answer)
 
     def cookie_name(self) -> str:
-        return f"board_{self.server.server_port}"       # ports share their cookies
+        return f"board_{self.server.server_port}"       # cookies are shared by all ports of a host
 
     def has_token(self) -> bool:
         """Whether the cookie holds the token."""
@@ -395,18 +396,18 @@ class BoardHandler(GuardedHandler):
         return same_token(sent, self.server.board.token)
 
     def send_page(self, query: dict):
-        """The page; with the token in the address first a cookie, so that the address loses it."""
+        """Send the page. With the token in the address, set the cookie and reload without it."""
         token = self.server.board.token
         if same_token(query.get("token", ""), token):
             tab = query.get("tab") if query.get("tab") in TABS else TABS[0]
-            # a redirect would go without the cookie, if a page of another site holds the link
+            # after a link on another site, a redirect would not send a SameSite=Strict cookie
             reload = ('<link rel="icon" href="data:,">'
                       f'<meta http-equiv="refresh" content="0; url=/#{tab}">')
             return self.send_bytes(200, reload.encode(), {
                 "Content-Type": "text/html", "Set-Cookie": f"{self.cookie_name()}={token}; "
                                                            "HttpOnly; SameSite=Strict; Path=/"})
         if not self.has_token():
-            return self.send_bytes(401, b"Open the address that board.py has printed: it ends in "
+            return self.send_bytes(401, b"Open the address that board.py prints: it ends in "
                                         b"?token=...\n", {"Content-Type": "text/plain"})
         self.send_bytes(200, self.server.page, {"Content-Type": "text/html; charset=utf-8"})
 
@@ -422,7 +423,7 @@ class BoardHandler(GuardedHandler):
         self.end_headers()
 
     def send_pieces(self, pieces):
-        """Pass a streamed answer on; the end of the stream is the connection's."""
+        """Forward a streamed answer; closing the connection ends the stream."""
         self.close_connection = True
         self.send_head(200, {"Content-Type": "text/event-stream; charset=utf-8",
                              "Connection": "close"})

@@ -1,11 +1,11 @@
-"""The server behind the chat of the web board: serve.py as a process, and requests passed to it.
+"""The server behind the chat of the web board: a process of serve.py, and requests to it.
 
     job = start_chat(jobs, text, name, adapters, cwd)
     chat_state(jobs)                    {"state": "ready", "models": […], …}
-    for piece in ask(job, "chat/completions", body):    # bytes of the answer, as they come
+    for piece in ask(job, "chat/completions", body):    # bytes of the answer, as they arrive
 
-serve.py listens at a free port of this machine; its key is known to the job's folder alone. There
-is one such server for all boards.
+serve.py listens on a free port of this machine; its API key is stored only in the job's folder. All
+boards of a folder share this server.
 
 Requires: web/jobs.py, serving/http_base.py.
 Next: board.py.
@@ -31,9 +31,9 @@ PIECE = 2**16
 
 
 def start_chat(jobs: Jobs, text: str, name: str, adapters: str, cwd: Path) -> BoardJob:
-    """End the server that runs already, and start serve.py with a config.
+    """End the running server, and start serve.py with a config.
 
-    adapters: folders as a,b; "" for the one in the config's output_dir.
+    adapters: folders as a,b; "" for the adapter in the config's output_dir.
     """
     end_chat(jobs)
     command = [sys.executable, str(ROOT / "serve.py"), "{config}", "host=127.0.0.1", "port=0"]
@@ -44,7 +44,7 @@ def start_chat(jobs: Jobs, text: str, name: str, adapters: str, cwd: Path) -> Bo
 
 
 def running_chat(jobs: Jobs) -> BoardJob | None:
-    """The newest chat server that runs, or None."""
+    """The newest running chat server, or None."""
     for job in reversed(jobs.list()):
         if job.read("job.json").get("kind") == "chat" and job.is_alive():
             return job
@@ -52,7 +52,7 @@ def running_chat(jobs: Jobs) -> BoardJob | None:
 
 
 def end_chat(jobs: Jobs):
-    """End the chat server that runs, and wait until its memory is free."""
+    """End the running chat server, and wait until its memory is free."""
     while job := running_chat(jobs):
         job.stop()
         deadline = time.monotonic() + SECONDS_TO_END
@@ -62,13 +62,13 @@ def end_chat(jobs: Jobs):
 
 
 def port_of(job: BoardJob) -> int | None:
-    """The port that serve.py has printed; None before it listens."""
+    """The port that serve.py prints; None before it listens."""
     found = re.search(r"^serving +http://127\.0\.0\.1:(\d+)/v1 ", job.log()[0], re.MULTILINE)
     return int(found[1]) if found else None
 
 
 def chat_state(jobs: Jobs) -> dict:
-    """What the page shows of the server: none, starting, ready (with `models`) or failed."""
+    """{"state": none, starting, ready or failed, …}; with `models` if ready."""
     chats = [job for job in jobs.list() if job.read("job.json").get("kind") == "chat"]
     if not chats:
         return {"state": "none"}
@@ -88,7 +88,7 @@ def chat_state(jobs: Jobs) -> dict:
 
 
 def ask(job: BoardJob | None, path: str, body: dict) -> Iterator[bytes]:
-    """The pieces of an answer. Raises BadRequest without a server, and for what it refuses."""
+    """The pieces of an answer. Raises BadRequest if no server runs or it refuses the request."""
     if path not in PATHS:
         raise BadRequest(f"path: {path!r} is none of {', '.join(PATHS)}", "path", status=404)
     if job is None or not port_of(job):

@@ -1,12 +1,12 @@
 """The config of the page: a form made from the table of keys, and the yaml beside it.
 
-    form_rows()                                         what the form shows of every key
-    written_values(text, "my.yaml")                          {key: its value as written}
+    form_rows()                                         all keys, with default and help
+    written_values(text, "my.yaml")                     {key: its value as written}
     set_value(text, "my.yaml", "lora_rank", "16")       the same yaml with one value changed
-    check_text(text, "my.yaml", "train", folders)       what the scripts would say about it
+    check_text(text, "my.yaml", "train", folders)       errors and notes of the script
 
-The yaml is the only truth: the form shows what stands in it, and a change in the form replaces the
-characters of one value. Comments and order stay.
+The yaml is the source: the form shows its values, and a change in the form replaces the characters
+of one value. Comments and order stay.
 
 Requires: runtime/config.py, runtime/load_config.py, web/folders.py.
 Next: board.py.
@@ -29,7 +29,7 @@ from serving.schema import BadRequest
 from web.folders import Folders
 from web.jobs import safe_name
 
-SCRIPTS = ("train", "chat", "eval", "merge")    # what a config can be checked for
+SCRIPTS = ("train", "chat", "eval", "merge")    # scripts whose rules can check a config
 
 
 # ---- the form -----------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def form_rows() -> list[dict]:
 
 
 def in_yaml(value) -> str:
-    """A value as it is written on one line of yaml; "" for None."""
+    """A value as one line of yaml; "" for None."""
     if value is None:
         return ""
     if isinstance(value, (bool, int, float)):
@@ -66,30 +66,31 @@ def in_yaml(value) -> str:
 
 
 def written_values(text: str, name: str) -> dict[str, str]:
-    """{key: value as written, in one line} of a config."""
+    """{key: value as one line of yaml} of a config."""
     return {key: in_yaml(value) for key, value, _ in entries_of(text, name)}
 
 
 def entries_of(text: str, name: str) -> list[tuple]:
-    """[(key, value, "file line n"), …] of a config. Raises ValueError for a text that is none."""
+    """[(key, value, "file line n"), …] of a config. Raises ValueError for an invalid config."""
     with tempfile.TemporaryDirectory() as folder:
         return read_file(written(text, name, folder))
 
 
 def written(text: str, name: str, folder: str) -> Path:
-    """A file with the text, for what reads files."""
+    """Write the text to a file in the folder, and return its path."""
     path = Path(folder) / safe_name(name)
     try:
         path.write_text(text, encoding="utf-8")
     except UnicodeEncodeError:
-        raise BadRequest("the config holds half a character, which no file can") from None
+        raise BadRequest("the config contains half of a surrogate pair, which UTF-8 cannot "
+                         "encode") from None
     return path
 
 
 def set_value(text: str, name: str, key: str, value: str) -> str:
     """The config with another value of a key; "" removes the key.
 
-    Raises ValueError for an unknown key and for a text that is no config.
+    Raises ValueError for an unknown key and for an invalid config.
     """
     if key not in KEYS and key not in UNUSED and key not in ALIASES:
         raise BadRequest(f"there is no key {key[:60]!r}{did_you_mean(key[:60], KEYS)}. All keys: "
@@ -97,7 +98,7 @@ def set_value(text: str, name: str, key: str, value: str) -> str:
     if not text.strip():
         return f"{key}: {scalar(key, value)}\n" if value else text
     check_length(name, text)
-    entries_of(text, name)                      # its errors are sentences
+    entries_of(text, name)                      # raises a readable error, yaml.compose does not
     root = yaml.compose(text, Loader=yaml.BaseLoader)
     pairs = {pair[0].value: pair for pair in root.value}
     changed = replaced(text, root, pairs.get(key), key, value.strip())
@@ -105,7 +106,7 @@ def set_value(text: str, name: str, key: str, value: str) -> str:
         entries_of(changed, name)
     except ValueError as error:
         why = without_folder(error)
-        raise BadRequest(f"{key}: this value cannot be written here ({why}); edit the text",
+        raise BadRequest(f"{key}: this value cannot be set in the form ({why}); edit the yaml",
                          "set") from None
     return changed
 
@@ -140,7 +141,7 @@ def replaced(text: str, root, pair: tuple | None, key: str, value: str) -> str:
 
 
 def value_end(text: str, node) -> int:
-    """Where the characters of a value end; a block ends before the comments that follow it."""
+    """Index of the end of a value in the text; a block ends before the comments that follow it."""
     end = node.end_mark.index
     if node.id == "scalar" or node.flow_style:
         return end
@@ -151,9 +152,9 @@ def value_end(text: str, node) -> int:
 
 
 def scalar(key: str, value: str, quoted: bool = False) -> str:
-    """A value as yaml: plain where yaml reads it back as it is, else in quotes.
+    """A value as yaml: plain if yaml reads back the same text, else in quotes.
 
-    quoted: a text is always in quotes, as JSON wants it.
+    quoted: always put texts in quotes, as JSON requires.
     """
     may_nest = key not in KEYS or not KEYS[key].type.startswith(("str", "bool", "int", "float"))
     if re.search(r"[\n\r]", value):
@@ -172,7 +173,7 @@ def scalar(key: str, value: str, quoted: bool = False) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-# ---- what the scripts say -----------------------------------------------------------------------
+# ---- errors and notes of the scripts ------------------------------------------------------------
 
 
 def script_for(values: dict) -> str:
@@ -186,7 +187,7 @@ def script_for(values: dict) -> str:
 
 
 def check_text(text: str, name: str, script: str, folders: Folders) -> dict:
-    """What a script would say about a config, as a sentence in `error`, and what the form shows.
+    """{"error": the script's error or "", "notes", "values", "changed", "script", "output"}.
 
     script: one of SCRIPTS, or "" for the one that the config is probably for.
     """
@@ -221,6 +222,6 @@ def loaded(text: str, name: str, script: str, settings: dict | None = None):
 
 
 def without_folder(error: Exception) -> str:
-    """The sentence of an error, without the folder of the file that was written to read it."""
+    """The error message without the temporary folder of the config file."""
     temporary = re.escape(tempfile.gettempdir())
     return re.sub(rf"{temporary}/tmp\w+/", "", error_message(error))

@@ -1,10 +1,10 @@
-"""The rows of a dataset as the model sees them, in a file that the web board reads page by page.
+"""The tokenized rows of a dataset, in a file that the web board reads page by page.
 
     python -m web.data_rows my.yaml jsonl=rows.jsonl        write the first rows, and print counts
 
 A line is {"parts": [{"loss": bool, "ids": […], "text": "…"}, …], "tokens": n, "trained": n,
-"title": "chosen"}: neighboring tokens with or without loss are one part. Of a pair both answers
-are lines. The first line is about all rows: {"rows", "lengths", "cutoff_len"}.
+"title": "chosen"}; a part is a run of tokens that all have a loss or all have none. A preference
+pair is two lines. The first line is a summary: {"rows", "written", "lengths", "cutoff_len"}.
 
 Requires: runtime/preview.py, runtime/show_data.py.
 Next: board.py.
@@ -19,7 +19,7 @@ from errors import run_script
 from runtime.load_config import load_config
 
 if __name__ == "__main__":
-    run_script(lambda argv: load_config(argv, "data"))   # mistakes do not wait for torch
+    run_script(lambda argv: load_config(argv, "data"))   # report errors before torch is imported
 
 MOST_ROWS_WRITTEN = 5000
 MOST_LENGTHS = 20_000
@@ -51,7 +51,7 @@ def main(argv: list[str]):
 
 
 def sequences_of(example, stage: str) -> list[tuple]:
-    """[(title, sequence), …] of an example: of a pair, both answers."""
+    """[(title, sequence), …] of an example; a preference pair has two."""
     from runtime.config import SAMPLED
     from text.conversations import JUDGED, PAIRS
 
@@ -81,7 +81,10 @@ def loss_parts(sequence, tokenizer) -> dict:
 
 
 def read_page(path: Path, start: int = 0, count: int = 20, find: str = "") -> dict:
-    """{"head": about all rows, "rows": a page of them, "matches": rows that hold `find`}."""
+    """{"head": the summary, "rows": one page, "matches": number of rows that contain `find`}.
+
+    head is None if the file is missing or incomplete.
+    """
     find = find[:LONGEST_SEARCH].lower()
     rows = []
     matches = 0

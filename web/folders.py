@@ -1,10 +1,10 @@
-"""Which files the web board may read and write: those below the folders it was given.
+"""Which files the web board may read and write: files inside its folders.
 
     folders = Folders(["."])
     folders.inside("configs/my.yaml")       # its path; BadRequest for ../other/my.yaml
-    folders.check_settings(entries)         # the same for the paths that a config names
+    folders.check_settings(entries)         # the same check for paths in a config
 
-Links are followed first: a link to a file outside is outside.
+Links are resolved first: a link to a file outside is refused.
 
 Requires: serving/schema.py (BadRequest).
 Next: web/jobs.py, board.py.
@@ -18,14 +18,14 @@ from serving.schema import BadRequest
 from text.chat_formats import TEMPLATES
 
 CONFIGS = (".yaml", ".yml", ".json")
-MOST_FILES = 500            # in a list of configs
-# settings whose text is no path, whatever it begins with
+MOST_FILES = 500            # in a list of configs or folders
+# keys whose values are never paths
 TEXTS = ("ask", "placeholders", "default_system", "prompt", "lora_target", "oft_target",
          "freeze_trainable_modules")
 
 
 class Folders:
-    """The folders below which everything must lie; the first one is where scripts run."""
+    """The folders that the board may use; scripts run in the first one."""
 
     def __init__(self, roots: Iterable[str | Path]):
         self.roots = [Path(root).expanduser().resolve() for root in roots]
@@ -34,31 +34,31 @@ class Folders:
                 raise ValueError(f"--folder {root}: no such folder")
 
     def inside(self, name: str) -> Path:
-        """The absolute path of a name, relative ones from the first folder.
+        """The absolute path of a name; relative names start at the first folder.
 
-        Raises BadRequest for a path outside.
+        Raises BadRequest for a path outside of all folders.
         """
         if not isinstance(name, str) or not name or "\0" in name:
-            raise BadRequest("the name of a file or folder is missing, or is no text")
+            raise BadRequest("the name of a file or folder is missing or is not a text")
         try:
             path = (self.roots[0] / os.path.expanduser(name)).resolve()
-        except (OSError, RuntimeError):             # a circle of links, a name that is too long
-            raise BadRequest(f"{name[:100]!r} is no path") from None
+        except (OSError, RuntimeError):             # links in a circle, a name that is too long
+            raise BadRequest(f"{name[:100]!r} is not a valid path") from None
         if not any(path.is_relative_to(root) for root in self.roots):
             raise BadRequest(f"{name[:200]} lies outside of the board's folders "
                              f"({', '.join(map(str, self.roots))}). To allow it, start board.py "
-                             "with --folder and its folder", status=403)
+                             "with --folder FOLDER", status=403)
         return path
 
     def shown(self, path: Path) -> str:
-        """A path as the page shows it: relative to the first folder where it lies below it."""
-        for form in (path, path.resolve()):         # links below it keep their names
+        """A path as the page shows it: relative to the first folder if it is inside."""
+        for form in (path, path.resolve()):         # links inside keep their names
             if form.is_relative_to(self.roots[0]):
                 return str(form.relative_to(self.roots[0]))
         return str(path)
 
     def check_settings(self, entries: Iterable[tuple]):
-        """Raise BadRequest if a setting of (key, value, …) entries names a path outside."""
+        """Raise BadRequest if the value of an entry (key, value, …) is a path outside."""
         for name, value, *_ in entries:
             if name.partition(".")[0] in TEXTS:
                 continue
@@ -74,14 +74,14 @@ class Folders:
             raise BadRequest(f"{name}: {error}", name, status=error.status) from None
 
     def configs(self) -> list[str]:
-        """The config files that the page offers: in configs/, and in the other folders."""
+        """The config files that the page offers: in configs/ and in the --folder folders."""
         found = sorted((self.roots[0] / "configs").glob("**/*.yaml"))
         for root in self.roots[1:]:
             found += sorted(path for path in root.glob("**/*") if path.suffix in CONFIGS)
         return [self.shown(path) for path in found[:MOST_FILES] if path.is_file()]
 
     def suggestions(self) -> dict[str, list[str]]:
-        """{key: values that the form offers}, by what lies in the folders."""
+        """{key: values that the form suggests}, from the files in the folders."""
         first = self.roots[0]
         places = [first / "models", first / "saves", *self.roots[1:]]
         models = self.holders(places, "config.json")
@@ -91,7 +91,7 @@ class Folders:
                 "eval_dataset": datasets, "template": sorted(TEMPLATES)}
 
     def holders(self, places: list[Path], name: str) -> list[str]:
-        """Folders in the places, or a level deeper, that hold a file of this name."""
+        """Folders one or two levels below the places that contain a file of this name."""
         found = [path.parent for place in places for pattern in (f"*/{name}", f"*/*/{name}")
                  for path in sorted(place.glob(pattern))]
         return [self.shown(path) for path in found[:MOST_FILES]]
@@ -107,7 +107,7 @@ def read_object(path: Path) -> dict:
 
 
 def texts_in(value) -> Iterator[str]:
-    """The texts of a setting: itself, or those of a list or mapping; of `a,b` both."""
+    """All texts in a value: of a list or mapping each text, of `a,b` both parts."""
     if isinstance(value, str):
         yield from (part.strip() for part in value.strip("[]").split(","))
     elif isinstance(value, dict):

@@ -1,14 +1,14 @@
-"""Processes that the web board starts: each in a session of its own, in a folder of files.
+"""Jobs of the web board: each is a process in its own session, with a folder of files.
 
     job = Jobs(Path("saves/.board")).start("train", [python, "train.py", "{config}"], text, name)
     job.state()                                 # waiting, running, finished, stopped, failed, …
-    job.stop()                                  # the signal on which train.py saves and ends
+    job.stop()                                  # SIGTERM: train.py saves a checkpoint and ends
 
-A folder 0001, 0002, … holds the config as it was started, log.txt, job.json and state.json. Beside
-the script runs a small process, `python -m web.jobs FOLDER`, which waits until earlier jobs have
-ended, starts the script and writes down how it ended. It holds a lock on the folder: a job whose
-lock is free has ended, whatever has happened. So jobs and their queue survive browser and board,
-and several boards see the same jobs.
+A folder 0001, 0002, … contains the config, log.txt, job.json and state.json. A supervisor process,
+`python -m web.jobs FOLDER LOCK`, waits until earlier jobs have ended, starts the script and records
+its exit code. It holds a lock on the folder: a job whose lock is free has ended, even after a
+crash. Jobs and the queue therefore continue without browser and board, and several boards see the
+same jobs.
 
 Requires: nothing.
 Next: web/run_files.py, board.py.
@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STOPPED = 75                # exit code of a run that was asked to stop, saved, and can be resumed
-PASSING = ("plan", "rows")  # kinds of jobs whose folders are deleted after a while
-KEPT = 4                    # of each of these kinds
+STOPPED = 75                # exit code of train.py after SIGTERM: saved, can be resumed
+PASSING = ("plan", "rows")  # kinds of jobs of which only the newest folders are kept
+KEPT = 4                    # folders of each of these kinds
 LONGEST_LOG = 200_000       # bytes that are read at a time
 SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -52,7 +52,7 @@ class BoardJob:
             return {}
 
     def is_alive(self) -> bool:
-        """Whether its process holds the lock."""
+        """Whether the supervisor process holds the lock."""
         try:
             with open(self.folder / "lock") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -64,7 +64,7 @@ class BoardJob:
 
     def state(self) -> str:
         """One word: waiting, running, stopping, finished, stopped, cancelled, failed or killed."""
-        alive = self.is_alive()                     # before state.json, which is written earlier
+        alive = self.is_alive()         # read first: state.json is final before the lock is freed
         written = self.read("state.json")
         if written.get("state") != "ended":
             if alive:
@@ -81,7 +81,7 @@ class BoardJob:
         return self.folder / name if name else None
 
     def describe(self) -> dict:
-        """What the page shows of a job."""
+        """The fields of a job that the page shows."""
         job, written = self.read("job.json"), self.read("state.json")
         shown = ("kind", "name", "output", "created", "changed_settings")
         return {"number": self.number, "state": self.state(), "code": written.get("code"),
@@ -89,8 +89,7 @@ class BoardJob:
                 **{name: job.get(name) for name in shown}}
 
     def log(self, after: int = 0) -> tuple[str, int]:
-        """(text of the log from a byte on, the byte after it); the middle of a long log is left
-        out."""
+        """(text of the log from byte `after` on, size of the log); at most LONGEST_LOG bytes."""
         try:
             with open(self.folder / "log.txt", "rb") as file:
                 size = file.seek(0, os.SEEK_END)
@@ -101,7 +100,7 @@ class BoardJob:
             return "", 0
 
     def stop(self, kill: bool = False):
-        """Ask the job to save and end, or with `kill` end all its processes at once."""
+        """Send SIGTERM to the job, or with `kill` SIGKILL to all its processes."""
         written = self.read("state.json")
         if not self.is_alive() or not written.get("process"):
             return
@@ -144,7 +143,7 @@ class Jobs:
             "created": time.time(), **more})
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)        # the process inherits it: it is never free
+            fcntl.flock(lock, fcntl.LOCK_EX)        # inherited: never free until the job has ended
             subprocess.Popen(
                 [sys.executable, "-m", "web.jobs", str(folder), str(lock)], cwd=ROOT,
                 pass_fds=[lock], start_new_session=True, stdin=subprocess.DEVNULL,
@@ -154,7 +153,7 @@ class Jobs:
         return BoardJob(folder)
 
     def new_folder(self) -> Path:
-        """A new folder with the next number, also where another board makes one at this moment."""
+        """A new folder with the next free number, also while another board creates one."""
         names = [int(path.name) for path in self.home.glob("[0-9]" * 4)]
         number = max(names, default=0) + 1
         while True:
@@ -166,7 +165,7 @@ class Jobs:
                 number += 1
 
     def remove_passing(self, kind: str):
-        """Delete folders of plans and rows that nobody looks at any more."""
+        """Delete all but the newest folders of plans and rows."""
         if kind in PASSING:
             same = [job for job in self.list() if job.read("job.json").get("kind") == kind]
             for job in same[:-KEPT]:
@@ -175,26 +174,26 @@ class Jobs:
 
 
 def safe_name(name: str) -> str:
-    """A file name for a config: the last part of `name`, without what a shell or a path reads."""
+    """A file name for a config: the last part of `name`, with only letters, digits, _, . and -."""
     suffix = ".json" if name.endswith(".json") else ".yaml"
     stem = re.sub(r"[^\w.-]+", "-", Path(name).stem).strip("-.")[:60]
     return (stem or "config") + suffix
 
 
 def write_whole(path: Path, content: dict):
-    """Write a JSON file that others read at any time."""
+    """Write a JSON file atomically: other processes may read it at any time."""
     beside = path.with_name(path.name + ".new")
     beside.write_text(json.dumps(content), encoding="utf-8")
     os.replace(beside, path)
 
 
-# ---- the process beside the script --------------------------------------------------------------
+# ---- the supervisor process ---------------------------------------------------------------------
 
 
 def main(argv: list[str]):
-    """python -m web.jobs FOLDER LOCK: wait, run the script, write down how it ended.
+    """python -m web.jobs FOLDER LOCK: wait, run the script, record its exit code.
 
-    LOCK: the number of the inherited file, which stays open until this process ends.
+    LOCK: the inherited file descriptor, which stays open until this process ends.
     """
     job = BoardJob(Path(argv[0]))
     settings = job.read("job.json")
@@ -225,7 +224,7 @@ def main(argv: list[str]):
             settings["command"], cwd=settings["cwd"], stdin=subprocess.DEVNULL, stdout=log,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **settings["environment"]})
-    if state["stopping"]:                           # the signal came while the script started
+    if state["stopping"]:                           # SIGTERM arrived while the script was starting
         child.send_signal(signal.SIGTERM)
     save(state="running", child=child.pid, started=time.time())
     code = child.wait()

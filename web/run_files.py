@@ -1,15 +1,15 @@
-"""What training and evaluation have written, as the web board shows it: read from files only.
+"""The runs and results that the web board shows, read from files of train.py and eval.py.
 
-    list_runs(folders, jobs)            a line for each output_dir, with its state and last figures
-    logged_steps(folder, after=0)          the logged steps from a line of trainer_log.jsonl on
-    read_results(folder)                models side by side, and the rows that changed most
+    list_runs(folders, jobs)            all runs, with their state and last metrics
+    logged_steps(folder, after=0)       the logged steps, from line `after` of trainer_log.jsonl on
+    read_results(folder)                metrics of each model, and the rows that changed most
 
-A run that was started in a terminal is shown like one that the board has started.
+Runs started from a terminal are shown like runs started by the board.
 
 Requires: web/folders.py, web/jobs.py.
 Next: board.py.
 
-Names of files and figures are LLaMA-Factory's.
+File names and metric names are LLaMA-Factory's.
 """
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from web.jobs import BoardJob, Jobs
 LOG = "trainer_log.jsonl"
 LOCK = ".lock"                  # of runtime/resume.py: held while a run works in the folder
 PLACES = ("saves", "output")    # folders with runs, below the first of the board's folders
-MOST_ROWS = 4000                # of a chart; longer logs are thinned out
+MOST_ROWS = 4000                # points of a chart; of longer logs every n-th row is shown
 MOST_CHANGED = 20
 LONGEST_TEXT = 20_000           # characters whose similarity is measured
 
@@ -50,7 +50,7 @@ def read_lines(path: Path) -> list[dict]:
 
 @lru_cache(maxsize=64)
 def parsed_lines(path: Path, changed: int, size: int) -> list[dict]:
-    """The same, read again only when the file has changed: the page asks every second."""
+    """read_lines, cached until the file changes: the page polls every second."""
     text = path.read_text(encoding="utf-8", errors="replace")
     rows = []
     for line in text.splitlines():
@@ -64,7 +64,7 @@ def parsed_lines(path: Path, changed: int, size: int) -> list[dict]:
 
 
 def finite(value):
-    """The value with null for numbers that JSON in a browser does not know (NaN, infinity)."""
+    """The value with None for NaN and infinity, which JSON in a browser does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -76,21 +76,21 @@ def finite(value):
 
 
 def list_runs(folders: Folders, jobs: Jobs) -> list[dict]:
-    """The runs, the newest first: folder, state, step, total, the last figures and the job."""
+    """The runs, newest first, as describe_run returns them."""
     by_folder: dict[Path, BoardJob] = {}
     for job in jobs.list():
         settings = job.read("job.json")
         if settings.get("kind") == "train" and settings.get("output"):
             folder = Path(settings["output"])
             if folder not in by_folder or not by_folder[folder].is_alive():
-                by_folder[folder] = job         # the newest, or one that still works there
+                by_folder[folder] = job         # the newest, or the one that is running
     found = {folder: None for folder in logged_folders(folders)} | by_folder
     runs = [describe_run(folder, job, folders) for folder, job in found.items()]
     return sorted(runs, key=lambda run: -run["changed"])
 
 
 def logged_folders(folders: Folders) -> list[Path]:
-    """Output folders that hold a log."""
+    """Output folders with a log."""
     places = [folders.roots[0] / name for name in PLACES] + folders.roots[1:]
     logs = [log for place in places for pattern in (LOG, f"*/{LOG}", f"*/*/{LOG}")
             for log in place.glob(pattern)]
@@ -99,11 +99,11 @@ def logged_folders(folders: Folders) -> list[Path]:
 
 
 def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
-    """What the list shows of a run."""
+    """The fields of a run that the list shows: folder, state, job, last metrics, …"""
     rows = read_lines(folder / LOG)
     figures = {}
     for row in rows:
-        figures |= row                              # the last value of each
+        figures |= row                              # the last value of each metric
     state = job.state() if job else ""
     changed = (folder / LOG).stat().st_mtime if rows else 0
     created = job.read("job.json")["created"] if job else 0
@@ -120,7 +120,10 @@ def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
 
 
 def state_of_folder(folder: Path, otherwise: str, since: float) -> str:
-    """The state of a run by its files; `otherwise` is what its newest job says, made at `since`."""
+    """The state of a run from its files.
+
+    otherwise: the state of its newest job, "" without one. since: when that job was created.
+    """
     if lock_holder(folder):
         return "running"
     results = folder / "all_results.json"               # the last file of a run
@@ -132,9 +135,9 @@ def state_of_folder(folder: Path, otherwise: str, since: float) -> str:
 
 
 def lock_holder(folder: Path) -> int | None:
-    """The process that works in an output_dir; None where there is none, or none can be seen.
+    """The process that holds the lock of an output_dir; None without one, or if not on Linux.
 
-    The system is asked who holds the lock: a number in a file may be another process's by now.
+    Asks the kernel: a process number stored in a file may have been reused.
     """
     if sys.platform != "linux":
         return None
@@ -148,16 +151,16 @@ def lock_holder(folder: Path) -> int | None:
 
 
 def stop_run(folder: Path):
-    """Ask a run that was started elsewhere to save and end."""
+    """Ask a run started outside the board to save a checkpoint and end."""
     if process := lock_holder(folder):
         os.kill(process, signal.SIGTERM)
 
 
 def logged_steps(folder: Path, after: int = 0) -> dict:
-    """{"rows": logged steps from number `after` on, "next": their number, "first": the first line}.
+    """{"rows": logged steps from line `after` on, "next": number of lines, "first": first line}.
 
-    `first` tells a run from an earlier one in the same folder. Gradient norms that the log of an
-    older release lacks come from trainer_state.json.
+    The page compares `first` to notice a new run in the same folder. If the log has no gradient
+    norms, they are read from trainer_state.json.
     """
     rows = read_lines(folder / LOG)
     shown = rows[after:]
@@ -183,7 +186,7 @@ def result_folders(folders: Folders) -> list[str]:
 
 
 def read_results(folder: Path) -> dict:
-    """{"sides": {model: its figures}, "changed": [rows], "rows": number of answers}.
+    """{"sides": {model: metrics}, "changed": [rows], "differ": n, "rows": number of answers}.
 
     A row is {"number", "prompt", "label", "answers": {model: text}, "gain"}: the gain in similarity
     to the label (difflib's ratio, 0 to 1) from the base to the first model. The rows with the
@@ -219,13 +222,13 @@ def similarity(text: str, label: str) -> float:
 
 
 def progress_of(log: str) -> float | None:
-    """The share, 0 to 1, that the newest progress bar in a log shows; None without one."""
+    """Progress, 0 to 1, of the last progress bar in a log; None without a progress bar."""
     found = re.findall(r"(\d{1,3})%\|", log)
     return int(found[-1]) / 100 if found else None
 
 
 def screen_of(log: str) -> str:
-    """A log as a terminal would show it: of a line that was written over, its last text."""
+    """A log as a terminal would show it: carriage returns overwrite the line, no color codes."""
     lines = []
     for line in log.split("\n"):
         lines.append(line.rstrip("\r").rsplit("\r", 1)[-1])
