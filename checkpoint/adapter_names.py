@@ -1,17 +1,17 @@
-"""The names of an adapter's tensors: those of transformers' modules, which PEFT and servers apply.
+"""Names of an adapter's tensors: the module names of transformers, as PEFT and servers expect.
 
-Where a model that reads images holds the decoder, its modules have other names in transformers 5
-than in the checkpoint's files, from which everything else here takes its names:
+The decoder of a model that reads images has other names in transformers 5 than in the checkpoint's
+files. All other code here uses the names of the files:
 
     language_model.model.layers.0.self_attn.q_proj          Gemma 3, Mistral Small 3: in the files
     model.language_model.layers.0.self_attn.q_proj          in transformers, and so in adapters
 
-families.py says which prefixes change. An adapter with the files' names, as earlier releases wrote
-them, is read, too.
+families.py has the prefixes that change. Adapters with the files' names, which earlier releases
+wrote, are read too.
 
 Requires: families.py.
 Next: checkpoint/adapters.py.
-Measured: peft 0.21.2 with transformers 5.24; read in the sources of vLLM 0.33 and SGLang 0.5.23.
+Tested with peft 0.21.2 and transformers 5.24. Sources: the code of vLLM 0.33 and SGLang 0.5.23.
 """
 from collections.abc import Iterable
 
@@ -23,17 +23,17 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
 def module_name(name: str, config: ModelConfig) -> str:
-    """transformers' name of a module or tensor that the files call `name`."""
+    """The name in transformers of a module or tensor that is `name` in the files."""
     return with_other_prefix(name, config.in_transformers)
 
 
 def name_in_files(name: str, config: ModelConfig) -> str:
-    """The files' name of a module or tensor of an adapter; their own names stay as they are."""
+    """The name in the files of an adapter's module or tensor; names of the files stay unchanged."""
     return with_other_prefix(name, {new: old for old, new in config.in_transformers.items()})
 
 
 def with_other_prefix(name: str, prefixes: dict[str, str]) -> str:
-    """The name with its prefix exchanged, if it has one of {old: new}; PEFT's stays in front."""
+    """The name with its prefix replaced by {old: new}; PEFT's prefix stays in front."""
     rest = name.removeprefix(PREFIX)
     front = PREFIX if rest != name else ""
     for old, new in prefixes.items():
@@ -43,7 +43,7 @@ def with_other_prefix(name: str, prefixes: dict[str, str]) -> str:
 
 
 def fields_with_names(fields: dict, rename) -> dict:
-    """The fields of adapter_config.json with rename applied to names of layers.
+    """The fields of adapter_config.json with rename applied to layer names.
 
     Regular expressions stay as they are.
     """
@@ -58,7 +58,7 @@ def fields_with_names(fields: dict, rename) -> dict:
 
 
 class AdapterTensors:
-    """An open file of an adapter whose tensors have the names of the checkpoint's files."""
+    """An open adapter file that is read by the names of the checkpoint's files."""
 
     def __init__(self, tensors, config: ModelConfig):
         self.tensors = tensors

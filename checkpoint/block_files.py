@@ -1,13 +1,13 @@
-"""Checkpoints that are published in MXFP4 or in FP8 blocks, dequantized tensor by tensor.
+"""Checkpoints in MXFP4 or FP8 blocks, dequantized tensor by tensor on load.
 
     mxfp4   NAME_blocks (experts, out, in / 32, 16) and NAME_scales (experts, out, in / 32), uint8,
             of a stack NAME (experts, in, out): GPT-OSS
-    fp8     NAME.weight (out, in) float8_e4m3 and NAME.weight_scale_inv, a scale for each block, or
-            one for all: DeepSeek V3, Kimi K2, Qwen3 in FP8, MiniMax M2. NAME.activation_scale,
-            where activations have a fixed scale, is not used
+    fp8     NAME.weight (out, in) float8_e4m3 and NAME.weight_scale_inv, one scale per block or per
+            matrix: DeepSeek V3, Kimi K2, Qwen3 in FP8, MiniMax M2. NAME.activation_scale, a static
+            scale of activations, is not used
 
-In memory the weights are ordinary ones; activations are not rounded. quantization_bit quantizes
-them again, as it does a 16-bit checkpoint.
+In memory the weights have 16 bits; activations are not quantized. quantization_bit quantizes the
+weights again, like a 16-bit checkpoint.
 
 Requires: checkpoint/files.py, checkpoint/float_blocks.py.
 Next: checkpoint/load.py; runtime/block_export.py, which merges into these formats.
@@ -28,18 +28,18 @@ from checkpoint.float_blocks import (FP8, GROUP, dequantize_fp8_blocks, dequanti
 from families import read_config_json
 
 METHODS = ("mxfp4", "fp8")          # quant_method of config.json
-BITS = {"mxfp4": 4 + 8 / GROUP, "fp8": 8.0}             # of a number, without the scales of blocks
+BITS = {"mxfp4": 4 + 8 / GROUP, "fp8": 8.0}             # bits per weight; fp8 without its scales
 SUFFIXES = {"mxfp4": ("_blocks", "_scales"), "fp8": ("weight", "weight_scale_inv")}
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """How the files hold a weight."""
+    """How the files store a weight."""
     kind: str                           # of METHODS
-    dtype: torch.dtype                  # the checkpoint's, which a weight has in memory
+    dtype: torch.dtype                  # of the dequantized weight, from config.json
     scale_dtype: torch.dtype
     block: tuple[int, int] = (1, GROUP)     # rows and columns that share a scale
-    powers_of_two: bool = False         # scales are powers of two, although scale_dtype has others
+    powers_of_two: bool = False         # all scales are powers of two
 
     def bits(self) -> float:
         """Bits per number."""
@@ -48,13 +48,13 @@ class BlockFormat:
 
 @dataclass
 class BlockParts:
-    """Where the files hold a weight of this shape, and in which format."""
+    """The tensors in the files that store one weight, and their format."""
     quant_format: BlockFormat
     shape: tuple
     parts: dict[str, tuple[Path, str]]      # {codes, scales, inputs: (file, key)}
 
     def read(self, device, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The weight as an ordinary tensor; dtype None: the checkpoint's."""
+        """The dequantized weight. dtype None: the checkpoint's."""
         tensors = []
         for part in ("codes", "scales"):
             file, key = self.parts[part]
@@ -68,12 +68,12 @@ class BlockParts:
             scales = scales.reshape(1, 1) if scales.numel() == 1 else scales
             return dequantize_fp8_blocks(codes, scales, self.quant_format.block, dtype)
         weight = torch.empty(self.shape, dtype=dtype, device=codes.device)
-        for expert in range(len(weight)):                   # numbers in float32 for one at a time
+        for expert in range(len(weight)):                   # float32 values of one expert at a time
             weight[expert] = dequantize_mxfp4(codes[expert], scales[expert], dtype)
         return weight
 
     def file_parts(self) -> dict[str, tuple[tuple, torch.dtype]]:
-        """{ending of a name: (shape, dtype)} of the tensors that hold the weight."""
+        """{name suffix: (shape, dtype)} of the tensors that store the weight."""
         found = {}
         for part, suffix in zip(("codes", "scales"), SUFFIXES[self.quant_format.kind]):
             found[suffix] = stored_as(*self.parts[part])
@@ -94,7 +94,7 @@ class BlockParts:
 def find_blocks(folder, places: dict[str, tuple[Path, str]]) -> dict[str, BlockParts]:
     """{name of a weight: BlockParts} of a folder with these tensors, {name: (file, key)}.
 
-    Raises ValueError that names file and key for parts that do not fit.
+    Raises ValueError with file and key if shapes or dtypes do not match.
     """
     raw = read_config_json(folder)
     fields = raw | (raw.get("text_config") or {})
@@ -114,7 +114,7 @@ def find_blocks(folder, places: dict[str, tuple[Path, str]]) -> dict[str, BlockP
 
 def mxfp4_parts(name: str, place, places: dict, stored: dict,
                 dtype: torch.dtype) -> dict[str, BlockParts]:
-    """{name of a stack: BlockParts} if the tensor `name` holds its codes, else {}."""
+    """{name of a stack: BlockParts} if the tensor `name` has its codes, else {}."""
     stack = name.removesuffix("_blocks")
     if stack == name:
         return {}
@@ -138,7 +138,7 @@ def mxfp4_parts(name: str, place, places: dict, stored: dict,
 
 def fp8_parts(name: str, place, places: dict, stored: dict,
               dtype: torch.dtype) -> dict[str, BlockParts]:
-    """{name of a weight: BlockParts} if the tensor `name` holds its scales, else {}."""
+    """{name of a weight: BlockParts} if the tensor `name` has its scales, else {}."""
     layer = name.removesuffix(".weight_scale_inv")
     if layer == name:
         return {}
@@ -153,14 +153,14 @@ def fp8_parts(name: str, place, places: dict, stored: dict,
     scale_shape, scale_dtype = stored_as(*place)
     block = tuple(stored.get("weight_block_size") or ())
     if len(shape) == 2 and scale_shape in ((), (1,), (1, 1)):
-        block = block or shape                              # one scale for all
+        block = block or shape                              # one scale per matrix
     counts = tuple(-(-size // step) for size, step in zip(shape, block))
     if code_dtype != FP8 or len(shape) != 2 or len(block) != 2 or (
             scale_shape not in (counts, (), (1,)) or not scale_dtype.is_floating_point):
         raise ValueError(
             f"{parts['codes'][0]}: {layer} has codes {list(shape)} of {code_dtype} and scales "
             f"{list(scale_shape)} of {scale_dtype}; weight_block_size: {list(block)} in config.json"
-            f" makes them float8_e4m3fn and {list(counts)}")
+            f" requires float8_e4m3fn codes and scales {list(counts)}")
     form = BlockFormat("fp8", dtype, scale_dtype, block,
                        powers_of_two=stored.get("scale_fmt") == "ue8m0")
     return {f"{layer}.weight": BlockParts(form, shape, parts)}

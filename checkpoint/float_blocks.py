@@ -1,12 +1,12 @@
-"""Matrices whose numbers share a scale with their neighbors: MXFP4, and FP8 in blocks.
+"""Block-scaled floating point matrices: MXFP4, and FP8 in blocks.
 
-    mxfp4   32 consecutive inputs share a power of two. A number has 4 bits (E2M1): 0, 0.5, 1, 1.5,
-            2, 3, 4 or 6, with a sign. Two numbers fill a byte, the first in its low half
-    fp8     a rectangle, mostly 128 x 128, shares a scale. A number is float8_e4m3; the last
-            rectangle of a row or column may be smaller
+    mxfp4   32 consecutive inputs share a power-of-two scale. A value has 4 bits (E2M1): 0, 0.5, 1,
+            1.5, 2, 3, 4 or 6, with a sign. A byte has two values, the first in its low half
+    fp8     a block, mostly 128 x 128, shares a scale. A value is float8_e4m3; the last block of a
+            row or column may be smaller
 
-Rounding is to the nearest, ties to the even code. What was rounded once does not change when it is
-rounded again, in MXFP4, and in FP8 where the largest number of a block has the largest code.
+Rounding is to nearest, ties to the even code. Rounding a rounded matrix again does not change it
+in MXFP4, nor in FP8 if the largest value of each block has the largest code.
 
 Requires: nothing.
 Next: checkpoint/block_files.py.
@@ -18,10 +18,10 @@ from errors import print_error  # noqa: F401
 
 import torch
 
-GROUP = 32                          # numbers of MXFP4 that share a scale
+GROUP = 32                          # values of MXFP4 that share a scale
 BIAS = 127                          # of a stored exponent
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)         # by code; 8 to 15 are their negatives
-# the least number that is rounded to the next code: halfway, and above it where the code is odd
+# midpoints between neighboring values; a tie goes to the even code
 HALFWAY = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 FP8 = torch.float8_e4m3fn
 LARGEST_FP8 = torch.finfo(FP8).max
@@ -40,10 +40,10 @@ def dequantize_mxfp4(codes, scales, dtype: torch.dtype):
 
 
 def quantize_mxfp4(matrix):
-    """A matrix (in, out), float32 -> (codes, scales) as of dequantize_mxfp4.
+    """A matrix (in, out), float32 -> (codes, scales) with the shapes of dequantize_mxfp4.
 
-    Of two neighboring scales, a group takes the one with the smaller error: the lower one, which
-    clips numbers above 6, or the higher one.
+    Each group uses one of two neighboring scales, the one with the smaller error: the lower scale
+    clips values above 6, the higher one does not.
     """
     groups = matrix.T.reshape(matrix.shape[1], -1, GROUP)                   # (out, groups, 32)
     _, exponent = torch.frexp(groups.abs().amax(-1))                        # largest < 2**exponent
@@ -62,7 +62,7 @@ def quantize_mxfp4(matrix):
 
 
 def nearest_e2m1(x):
-    """The codes of the nearest numbers, uint8; ties go to the even code."""
+    """The codes of the nearest values, uint8; ties go to the even code."""
     limits = torch.tensor(HALFWAY, device=x.device)
     odd = torch.arange(len(HALFWAY), device=x.device) % 2 == 1              # the next code is even
     limits = torch.where(odd, limits.nextafter(torch.zeros(())), limits)
@@ -71,7 +71,7 @@ def nearest_e2m1(x):
 
 
 def values_of_codes(codes):
-    """The numbers of E2M1 codes."""
+    """The values of E2M1 codes."""
     magnitudes = torch.tensor(E2M1, device=codes.device)[(codes & 7).int()]
     return torch.where(codes > 7, -magnitudes, magnitudes)
 
@@ -80,7 +80,7 @@ def values_of_codes(codes):
 
 
 def dequantize_fp8_blocks(codes, scales, block: tuple[int, int], dtype: torch.dtype):
-    """codes (out, in) and scales, one for each block -> the matrix (out, in)."""
+    """codes (out, in) and scales, one per block -> the matrix (out, in)."""
     return (codes.float() * of_each_number(scales, codes.shape, block)).to(dtype)
 
 
@@ -88,15 +88,15 @@ def quantize_fp8_blocks(matrix, block: tuple[int, int], scale_dtype: torch.dtype
                         powers_of_two: bool = False):
     """A matrix (out, in), float32 -> (codes, scales).
 
-    The largest number of a block fills the range of codes. powers_of_two: scales are rounded up to
-    the next one.
+    The largest value of a block gets the largest code. powers_of_two: round scales up to powers of
+    two.
     """
     rows, columns = matrix.shape
     padded = matrix.new_zeros(-(-rows // block[0]) * block[0], -(-columns // block[1]) * block[1])
     padded[:rows, :columns] = matrix.abs()
     largest = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0])).amax((1, 3))
     scales = largest / LARGEST_FP8
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))       # of a block of zeros
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))       # a block of zeros
     if powers_of_two:
         scales = torch.exp2(torch.log2(scales).ceil())
     scales = scales.to(scale_dtype)
@@ -105,6 +105,6 @@ def quantize_fp8_blocks(matrix, block: tuple[int, int], scale_dtype: torch.dtype
 
 
 def of_each_number(scales, shape, block: tuple[int, int]):
-    """The scale of each number of a matrix of this shape, float32."""
+    """The scale of each element of a matrix of this shape, float32."""
     rows = scales.float().repeat_interleave(block[0], 0)[:shape[0]]
     return rows.repeat_interleave(block[1], 1)[:, :shape[1]]

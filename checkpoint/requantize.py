@@ -1,12 +1,12 @@
-"""Round a matrix again into the format in which a checkpoint stores it: export_format: base.
+"""Quantize a merged matrix into the format of its checkpoint: export_format: base.
 
-    GPTQ, AWQ, compressed-tensors   scale and zero of each row's group of columns: the stored ones,
-                                    or those of the new largest and smallest number, whichever is
-                                    nearer; columns stay in their groups (g_idx)
+    GPTQ, AWQ, compressed-tensors   per group: the stored scale and zero, or new ones from the
+                                    group's minimum and maximum, whichever has the smaller error;
+                                    columns stay in their groups (g_idx)
     bitsandbytes                    its own rounding, with the stored block sizes
 
-Numbers are rounded to the nearest: an adapter changes all columns of a matrix, and GPTQ's own
-rounding would need its calibration texts.
+Values are rounded to nearest: an adapter changes all columns of a matrix, and GPTQ would need the
+calibration data again.
 
 Requires: checkpoint/grouped_files.py, checkpoint/packed.py, checkpoint/write_gptq.py.
 Next: runtime/base_format_export.py.
@@ -24,7 +24,7 @@ from checkpoint.write_gptq import pack_words
 
 
 def requantize(stored: GroupedParts | Packed, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{part: tensor as in the file} of the parts that change; matrix (out, in) float32."""
+    """{part: tensor as in the file} of the parts that change. matrix: (out, in) float32."""
     if isinstance(stored, Packed):
         return bnb_again(stored, matrix)
     weight = stored.read("cpu")
@@ -35,7 +35,7 @@ def requantize(stored: GroupedParts | Packed, matrix: torch.Tensor) -> dict[str,
 
 
 def bnb_again(stored: Packed, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a matrix by bitsandbytes."""
+    """The parts of a matrix in the format of bitsandbytes."""
     form = stored.quant_format
     weight = form.quantize(matrix.to(form.dtype))
     parts = {part: getattr(weight, part) for part in form.tensors(stored.shape)
@@ -55,7 +55,7 @@ def state_length(stored: Packed) -> int:
 
 
 def lowest_zero(stored: GroupedParts) -> int:
-    """The smallest code of 0 that the file holds: GPTQ's first format stores it minus one."""
+    """The smallest zero point that the file can store: `gptq` stores the zero minus one."""
     return 1 if stored.settings.zeros_minus_one else 0
 
 
@@ -68,7 +68,7 @@ def nearest_grid(weight, matrix: torch.Tensor, lowest: int) -> tuple:
     columns = columns_of(weight)
     scales, zeros = weight.scales.float(), weight.zeros.float()
     middle = 2 ** (width - 1)
-    symmetric = bool((zeros == middle).all())               # kernels may rely on it
+    symmetric = bool((zeros == middle).all())               # kernels may require it
     new_scales, new_zeros = fitted_grid(matrix, columns, scales.shape[1], width,
                                         middle if symmetric else None, lowest)
     new_scales = new_scales.to(weight.scales.dtype).float()
@@ -90,7 +90,7 @@ def columns_of(weight) -> torch.Tensor:
 
 def fitted_grid(matrix: torch.Tensor, columns: torch.Tensor, groups: int, width: int,
                 middle: int | None, lowest: int) -> tuple:
-    """(scales, zeros) (out, groups) float32 from each group's smallest to its largest number.
+    """(scales, zeros) (out, groups) float32 that cover each group's minimum and maximum.
 
     middle: the zero of a symmetric grid, or None.
     """
@@ -107,7 +107,7 @@ def fitted_grid(matrix: torch.Tensor, columns: torch.Tensor, groups: int, width:
 
 
 def usable_scales(scales: torch.Tensor) -> torch.Tensor:
-    """1 for a group of zeros."""
+    """The scales, with 1 for a group of zeros."""
     return torch.where(scales < torch.finfo(torch.float16).smallest_normal,
                        torch.ones_like(scales), scales)
 
@@ -121,7 +121,7 @@ def codes_on_grid(matrix: torch.Tensor, columns: torch.Tensor, scales: torch.Ten
 
 def squared_errors(matrix: torch.Tensor, columns: torch.Tensor, scales: torch.Tensor,
                    zeros: torch.Tensor, width: int) -> torch.Tensor:
-    """The sum of squared differences of each group, (out, groups)."""
+    """The sum of squared rounding errors of each group, (out, groups)."""
     codes = codes_on_grid(matrix, columns, scales, zeros, width)
     values = (codes - zeros[:, columns]) * scales[:, columns]
     index = columns[None].expand(len(matrix), -1)

@@ -1,17 +1,17 @@
-"""An adapter as vLLM and SGLang apply it, where they read another layout than PEFT.
+"""Write adapters for vLLM and SGLang, which read another layout than PEFT.
 
-    one rank, one scale     SGLang computes lora_alpha / r for every matrix, whatever rank_pattern,
-                            alpha_pattern and use_rslora say: scales are multiplied into B, smaller
-                            ranks are filled with zeros
+    one rank, one scale     SGLang scales every matrix by lora_alpha / r and ignores rank_pattern,
+                            alpha_pattern and use_rslora: other scales are multiplied into B, and
+                            smaller ranks are padded with zeros
     experts one by one      vLLM and SGLang have experts.7.gate_proj, .up_proj and .down_proj where
-                            Llama 4's files, and PEFT, have stacks of all experts. (Of GPT-OSS, vLLM
-                            applies PEFT's stacks, and SGLang no experts: nothing is changed)
-    whole groups            SGLang joins q, k and v, and gate and up: those that the training left
-                            out are zero
+                            Llama 4's files, and PEFT, have stacks of all experts. GPT-OSS is not
+                            changed: vLLM applies PEFT's stacks, SGLang none of its experts
+    complete groups         SGLang fuses q, k and v, and gate and up: matrices without an adapter
+                            get one of zeros
 
 Requires: checkpoint/adapters.py.
 Next: runtime/adapter_export.py.
-Read in the sources of vLLM 0.33 and SGLang 0.5.23.
+Sources: the code of vLLM 0.33 and SGLang 0.5.23.
 """
 from pathlib import Path
 
@@ -34,8 +34,8 @@ JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def save_served(model: CausalLM, folder, config: AdapterConfig, base: str):
     """Write adapter_config.json and adapter_model.safetensors for vLLM and SGLang.
 
-    base: the base model as the user named it. Raises ValueError for an adapter that they do not
-    have: DoRA, OFT, PiSSA, modules trained whole.
+    base: the base model as the user named it. Raises ValueError for adapters that servers do not
+    support: DoRA, OFT, PiSSA, fully trained modules.
     """
     check_servable(model, config)
     stacks = any(isinstance(layer, LoRAStacked) for layer in lora_layers(model).values())
@@ -69,7 +69,7 @@ def save_served(model: CausalLM, folder, config: AdapterConfig, base: str):
 
 
 def check_servable(model: CausalLM, config: AdapterConfig):
-    """Raises ValueError for an adapter that is not scale * B A alone."""
+    """Raises ValueError for an adapter other than plain LoRA, W + scale * B A."""
     kind = ""
     if config.finetuning_type != "lora":
         kind = config.finetuning_type.upper()
@@ -78,14 +78,14 @@ def check_servable(model: CausalLM, config: AdapterConfig):
     elif config.pissa:
         kind = "PiSSA (pissa_convert: true writes a plain adapter)"
     elif any(".lora_" not in name for name in trainable(model)):
-        kind = "modules trained whole (additional_target)"
+        kind = "fully trained modules (additional_target)"
     if kind:
         raise ValueError(f"adapter_prefix: served: vLLM and SGLang do not apply {kind}; merge the "
                          "adapter instead (python merge.py)")
 
 
 def served_pairs(model: CausalLM) -> dict[str, tuple]:
-    """{name of a matrix: (A (r, in), B (out, r), scale)}, experts one by one, groups complete."""
+    """{matrix: (A (r, in), B (out, r), scale)}, one per expert, with complete groups."""
     pairs = {}
     for name, layer in lora_layers(model).items():
         A, B = (full_tensor(part.weight) for part in (layer.lora_A, layer.lora_B))
@@ -107,7 +107,7 @@ def served_pairs(model: CausalLM) -> dict[str, tuple]:
 
 
 def absent_partners(model: CausalLM, name: str, pair: tuple, pairs: dict) -> dict[str, tuple]:
-    """Zeros for the matrices that servers join with this one, and that have no adapter."""
+    """Zero adapters of the matrices that SGLang fuses with this one and that have none."""
     parent, _, leaf = name.rpartition(".")
     found = {}
     for group in JOINED:

@@ -1,10 +1,10 @@
-"""Which matrices an adapter changes, and what share of the model's parameters they are.
+"""Which matrices have adapters, and their share of the model's parameters.
 
     adapts                    q_proj, k_proj, v_proj, o_proj of all blocks: 2.1% of the base
       note: 94.3% of the base's parameters are in experts, which lora_target leaves out: …
 
-In a mixture of experts lora_target: all means attention and dense MLPs, as in LLaMA-Factory, and so
-it may adapt very little of the model.
+In a mixture of experts lora_target: all adapts attention and dense MLPs, as in LLaMA-Factory. That
+may be a small part of the model.
 
 Requires: lora.py, checkpoint/shards.py.
 Next: runtime/setup.py.
@@ -18,12 +18,12 @@ from model import CausalLM
 def adapted_in_words(model: CausalLM) -> str:
     """The kinds of adapted matrices, in how many blocks, and their share of the base's parameters.
 
-    model: with its adapters; it may be without storage. "" without adapters.
+    model: with adapters attached, may be on the meta device. Returns "" without adapters.
     """
     layers = lora_layers(model)
     if not layers:
         return ""
-    blocks_of = {}                                      # {kind of matrix: numbers of the blocks}
+    blocks_of = {}                                      # {kind of matrix: block numbers}
     for name in layers:
         stored = model.config.stored_name(name)
         kind = stored.rpartition(".")[2]
@@ -31,7 +31,7 @@ def adapted_in_words(model: CausalLM) -> str:
             kind += " (experts)"
         block = name.split(".")[2] if name.startswith("model.layers.") else ""
         blocks_of.setdefault(kind, set()).add(block)
-    groups = {}                                         # {a set of blocks: kinds found there}
+    groups = {}                                         # {set of blocks: kinds in all of them}
     for kind, blocks in blocks_of.items():
         groups.setdefault(frozenset(blocks), []).append(kind)
     count = model.config.num_hidden_layers
@@ -43,7 +43,7 @@ def adapted_in_words(model: CausalLM) -> str:
 
 
 def note_on_experts(model: CausalLM) -> list[str]:
-    """[a sentence] if adapters leave out the experts of a model, with the share of these; or []."""
+    """[a note with the experts' share of the parameters] if no expert has an adapter; else []."""
     layers = lora_layers(model)
     if not layers or not any(model.config.sparse):
         return []
@@ -56,7 +56,7 @@ def note_on_experts(model: CausalLM) -> list[str]:
 
 
 def weights_of(model: CausalLM) -> dict:
-    """{name: weight} of the base: of adapted layers, the frozen one beside the adapter."""
+    """{name: weight} of the base, without the weights of adapters."""
     found = {}
     for name, module in model.named_modules():
         is_adapter = ".lora_" in f".{name}" or name.endswith(".base_layer")

@@ -1,4 +1,4 @@
-"""An adapter alone, renamed or in the servers' layout: export_format: peft, adapter_prefix: served.
+"""export_format: peft writes an adapter alone, for PEFT or with adapter_prefix: served for servers.
 
 Requires: checkpoint/adapters.py, checkpoint/served_adapter.py.
 Next: runtime/check_adapter.py, merge.py.
@@ -19,7 +19,8 @@ from runtime.merge_folder import TEXT_FILES
 
 
 def export_adapter(config: Config, base: Path, adapters: list[Path]):
-    """Write the adapter into export_dir. Raises ValueError for several, and for one in use."""
+    """Write the adapter into export_dir. Raises ValueError for several adapters, and if export_dir
+    is not empty."""
     if len(adapters) != 1:
         raise ValueError(f"export_format: peft writes one adapter, and {len(adapters)} are named: "
                          "name one as adapter_name_or_path")
@@ -32,7 +33,7 @@ def export_adapter(config: Config, base: Path, adapters: list[Path]):
 
 
 def write_adapter(base: Path, adapter: Path, target: Path, prefix: str):
-    """Write an adapter of the base again, complete or not at all; prefix: as adapter_prefix."""
+    """Convert an adapter of the base; target appears only when complete. prefix: adapter_prefix."""
     model = load_model(base, skip_weights=True)
     config = load_adapter(model, adapter, device="cpu")
     base_name = read_adapter_config(adapter)[1].get("base_model_name_or_path") or str(base)

@@ -1,7 +1,7 @@
-"""The format of a base in 8 or 4 bits, for the model merged with it: export_format: base.
+"""export_format: base merges an adapter into a base of 8 or 4 bits and keeps the base's format.
 
-Matrices that no adapter changes are copied, bit for bit; the others are merged in float32 and
-rounded once, each before the next one is read.
+Matrices that no adapter changes are copied bit for bit. The others are merged in float32 and
+rounded once, one matrix at a time.
 
 Requires: runtime/packed_export.py, runtime/block_export.py, checkpoint/requantize.py.
 Next: runtime/export_formats.py.
@@ -27,7 +27,8 @@ from runtime.packed_export import PackedExport
 
 
 def open_base_format(base: Path) -> Export:
-    """The export into the base's own format. Raises ValueError for a base that has none here."""
+    """The export into the base's own format. Raises ValueError if the base is not quantized, or in
+    a format that cannot be written."""
     stored = packed_weights(base)
     words = formats_in_words(weight.quant_format for weight in stored.values())
     if not stored:
@@ -38,24 +39,24 @@ def open_base_format(base: Path) -> Export:
     if all(isinstance(weight, Fp8Parts) for weight in stored.values()):
         return PackedExport("fp8", base)
     if not all(isinstance(weight, (GroupedParts, Packed)) for weight in stored.values()):
-        raise ValueError(f"export_format: base does not write {words}; leave export_format out, "
-                         "which merges into the base, dequantized to 16 bits")
+        raise ValueError(f"export_format: base does not write {words}; leave export_format out to "
+                         "write the merged model in 16 bits")
     return BaseFormatExport(base)
 
 
 class BaseFormatExport(PackedExport):
-    """Writes the tensors of the base under the same names, shapes and dtypes."""
+    """Writes tensors with the names, shapes and dtypes of the base."""
 
     def __init__(self, base: Path):
         super().__init__("base", base)
 
     def check_base(self):
-        """It is in this format."""
+        """Nothing to check: the base is in this format."""
 
     def tensors_of(self, shapes: dict) -> dict:
         """The parts of each matrix, named as in the base; also sets self.parts_of.
 
-        parts_of: {matrix that an adapter changes: {name of a part: what it is in its format}}.
+        parts_of: {matrix that an adapter changes: {tensor name: its part, such as codes}}.
         """
         found = {}
         self.matrix_of, self.copied, self.parts_of = {}, {}, {}
@@ -83,7 +84,7 @@ class BaseFormatExport(PackedExport):
         return super().rows_of(name, read)
 
     def make_parts(self, matrix_name: str, read: Callable):
-        """Round a matrix again; parts that do not depend on the numbers are those of the base."""
+        """Round a merged matrix. Parts that do not depend on its values are copied."""
         stored = self.stored[matrix_name]
         new = requantize(stored, torch.cat(list(read(matrix_name))).cpu())
         for written, part in self.parts_of[matrix_name].items():

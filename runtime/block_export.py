@@ -1,6 +1,6 @@
-"""A checkpoint in the format its base is published in: MXFP4, or FP8 blocks.
+"""Merging into a base in MXFP4 or FP8 blocks, written in the base's own format.
 
-merge.py writes it by default for such a base. Matrices that no adapter changes are copied, bit for
+merge.py does this by default for such a base. Matrices that no adapter changes are copied bit for
 bit; the others are merged in float32 and rounded once. infer_dtype: bfloat16 writes 16 bits.
 
 Requires: runtime/packed_export.py, checkpoint/block_files.py.
@@ -21,11 +21,11 @@ class BlockExport(PackedExport):
 
     def __init__(self, kind: str, base: Path):
         super().__init__(kind, base)
-        self.error = 0.0                # sums of squares: of what rounding changes,
-        self.size = 0.0                 # and of the rounded matrices
+        self.error = 0.0                # sum of squared rounding errors
+        self.size = 0.0                 # sum of squares of the merged matrices
 
     def check_base(self):
-        """It is in this format."""
+        """Nothing to check: the base is in this format."""
 
     def stored_weights(self, packed: dict) -> dict[str, BlockParts]:
         return packed
@@ -50,6 +50,7 @@ class BlockExport(PackedExport):
         text = f"{self.kind:10}{len(self.layers) - rounded} weights that no adapter changes are " \
                "copied, bit for bit"
         if rounded:
-            text += (f"; {rounded} merged ones are rounded, by {(self.error / self.size)**0.5:.2%} "
-                     "of their size (infer_dtype: bfloat16 writes 16 bits instead)")
+            text += (f"; {rounded} merged ones are rounded, relative error "
+                     f"{(self.error / self.size)**0.5:.2%} (infer_dtype: bfloat16 writes 16 "
+                     "bits instead)")
         return text

@@ -1,18 +1,18 @@
-"""Which tensors of an adapter other programs would apply: merge.py with --check_adapter DIR.
+"""Which layers of an adapter other programs would apply: merge.py with --check_adapter DIR.
 
     python merge.py model_name_or_path=BASE --check_adapter DIR
 
-Names and fields are compared, no weight is read. Of each program:
+Compares names and fields of adapter_config.json; no weight is read. The programs' rules:
 
-    PEFT        a layer whose name is none of transformers' modules is left out, with a warning
-    vLLM        a layer whose last name is unknown is an error; one with another prefix is left out
-                without a word: requests are then answered by the base
-    SGLang      goes by the number of the block and the last name; computes lora_alpha / r for all
-    llama.cpp   reads what export_format: gguf-lora writes
+    PEFT        ignores a layer that is not a module of the transformers model, with a warning
+    vLLM        refuses an adapter with an unknown last name; ignores a layer with another prefix
+                without a message, and answers with the base
+    SGLang      matches the block number and the last name; scales every layer by lora_alpha / r
+    llama.cpp   loads the file that export_format: gguf-lora writes
 
 Requires: checkpoint/adapter_names.py, checkpoint/files.py.
 Next: merge.py.
-Read in the sources of vLLM 0.33 and SGLang 0.5.23; PEFT 0.21 is asked in the tests.
+Sources: the code of vLLM 0.33 and SGLang 0.5.23; PEFT 0.21 is compared in the tests.
 """
 import re
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,7 @@ from families import ModelConfig, read_config_json, read_json_object, read_model
 from runtime.config import Config
 
 PAIR = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
-# model_type: {prefix of a module in transformers 5: in vLLM}, applied one after the other
+# model_type: {prefix in transformers 5: prefix in vLLM}, applied in this order
 VLLM_PREFIXES = {
     "gemma3": {"model.language_model.": "language_model.model.",
                "lm_head": "language_model.lm_head"},
@@ -38,12 +38,12 @@ VLLM_PREFIXES = {
                 "lm_head": "language_model.lm_head"},
 }
 VLLM_PREFIXES["qwen3_5_moe"] = VLLM_PREFIXES["qwen3_5"]
-# model types whose stacks of experts vLLM adapts as PEFT stores them; of others it has the experts
-# one by one
+# model types for which vLLM reads PEFT's adapters of stacked experts; for others it expects one
+# adapter per expert
 VLLM_STACKS = ("gpt_oss", "qwen3_5_moe")
 VLLM_RANK = 16                      # its default --max-lora-rank
 VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-# SGLang's layers, and the last names of an adapter's that make one: the first of them is needed
+# layers that SGLang fuses; an adapter needs the first name and the last one of a group
 SGLANG_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SGLANG_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_b_proj", "kv_b_proj",
                  "q_a_proj", "kv_a_proj_with_mqa", "embed_tokens", "lm_head", "w1", "w2", "w3")
@@ -51,19 +51,19 @@ SGLANG_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_b_proj", 
 
 @dataclass
 class Adapter:
-    """What is looked at: names and fields."""
+    """The names and fields that are compared."""
     fields: dict
     layers: set[str]                    # names without base_model.model. and .lora_A.weight
-    others: list[str]                   # tensors that are no A or B of LoRA
-    modules: set[str]                   # of the base, as its files call them
+    others: list[str]                   # tensors other than LoRA's A and B
+    modules: set[str]                   # of the base, named as in its files
     model_type: str                     # of config.json
     config: ModelConfig
 
 
 @dataclass
 class Reading:
-    """What a program reads of an adapter."""
-    refused: str = ""                   # why it loads nothing
+    """What a program would do with an adapter."""
+    refused: str = ""                   # why it does not load the adapter
     ignored: dict[str, str] = field(default_factory=dict)   # {layer: why}
     notes: list[str] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Reading:
 def check_adapter(config: Config, base: Path, folder: Path):
     """Print what PEFT, vLLM, SGLang and llama.cpp apply of the adapter in a folder.
 
-    Raises FileNotFoundError or ValueError for a folder that holds none.
+    Raises FileNotFoundError or ValueError for a folder without an adapter.
     """
     adapter = read_names(base, folder)
     print(f"checked   {folder}: {len(adapter.layers)} adapted layers, for the names in {base}")
@@ -104,7 +104,7 @@ def read_names(base: Path, folder: Path) -> Adapter:
 
 
 def in_sentences(result: Reading, count: int) -> str:
-    """What one program reads, as a line; count: of the adapter's layers."""
+    """One printed line about one program. count: number of the adapter's layers."""
     if result.refused:
         return f"does not load it: {result.refused}"
     applied = count - len(result.ignored)
@@ -139,7 +139,7 @@ def by_peft(adapter: Adapter) -> Reading:
 
 
 def by_vllm(adapter: Adapter) -> Reading:
-    """vLLM: an error for what it does not know, silence for another prefix."""
+    """vLLM: refuses unknown last names, ignores layers with another prefix."""
     fields = adapter.fields
     if reason := vllm_refuses(fields, adapter.others):
         return Reading(refused=reason)
@@ -169,7 +169,7 @@ def by_vllm(adapter: Adapter) -> Reading:
 
 
 def vllm_refuses(fields: dict, others: list[str]) -> str:
-    """Why vLLM loads nothing of an adapter with these fields, or ""."""
+    """Why vLLM refuses an adapter with these fields, or ""."""
     start = fields.get("init_lora_weights")
     whole = set(fields.get("modules_to_save") or []) - {"classifier", "score"}
     others = [key for key in others if not key.endswith(".base_layer.weight")]
@@ -187,7 +187,7 @@ def vllm_refuses(fields: dict, others: list[str]) -> str:
 
 
 def by_sglang(adapter: Adapter) -> Reading:
-    """SGLang: the number of the block and the last name decide, whatever stands before."""
+    """SGLang: matches block number and last name, and ignores the prefix."""
     fields = adapter.fields
     targets = fields.get("target_modules")
     if (fields.get("peft_type") or "LORA") != "LORA" or fields.get("use_dora"):
@@ -195,14 +195,14 @@ def by_sglang(adapter: Adapter) -> Reading:
     if isinstance(targets, str) and targets not in ("all", "all-linear"):
         return Reading(refused="target_modules is a regular expression")
     if fields.get("rank_pattern"):
-        return Reading(refused="rank_pattern: it takes one rank (adapter_prefix: served)")
+        return Reading(refused="rank_pattern: it needs one rank for all (adapter_prefix: served)")
     found = Reading()
     for layer in adapter.layers:
         if why := why_not_in_sglang(layer, adapter.layers):
             found.ignored[layer] = why
     if fields.get("use_rslora") or fields.get("alpha_pattern"):
-        found.notes.append("but scales all by lora_alpha / r, without use_rslora and alpha_pattern "
-                           "(adapter_prefix: served)")
+        found.notes.append("but scales all layers by lora_alpha / r, not by use_rslora or "
+                           "alpha_pattern (adapter_prefix: served)")
     if adapter.others:
         found.notes.append(f"ignores {len(adapter.others)} other tensors, such as "
                            f"{adapter.others[0]}")
@@ -210,7 +210,7 @@ def by_sglang(adapter: Adapter) -> Reading:
 
 
 def why_not_in_sglang(layer: str, layers: set[str]) -> str:
-    """Why SGLang leaves a layer out, or ""."""
+    """Why SGLang ignores a layer, or ""."""
     parent, _, leaf = layer.rpartition(".")
     if leaf in ("experts", "base_layer"):
         return "stacks of experts (adapter_prefix: served writes them one by one)"
@@ -219,16 +219,16 @@ def why_not_in_sglang(layer: str, layers: set[str]) -> str:
             continue
         missing = [name for name in {group[0], group[-1]} if f"{parent}.{name}" not in layers]
         if missing and (leaf == group[0] == "gate_proj"):
-            return ""                                   # a missing up_proj is taken for zero
-        return f"without {min(missing)} beside it (adapter_prefix: served)" if missing else ""
+            return ""                                   # a missing up_proj counts as zero
+        return f"needs an adapter of {min(missing)} too (adapter_prefix: served)" if missing else ""
     outside = leaf in ("embed_tokens", "lm_head")
     if not outside and not re.search(r"\.layers\.\d+\.", f".{layer}"):
-        return "no number of a block in its name"
-    return "" if leaf in SGLANG_LAYERS else f"it adapts no {leaf}"
+        return "its name has no block number"
+    return "" if leaf in SGLANG_LAYERS else f"it does not adapt {leaf}"
 
 
 def by_llama_cpp(config: Config, base: Path, folder: Path) -> Reading:
-    """llama.cpp, through export_format: gguf-lora, whose plan is made without reading weights."""
+    """llama.cpp: the plan of export_format: gguf-lora, made without reading weights."""
     from runtime.gguf_lora import GGUFLoRAExport            # only where it is asked for
     from runtime.merge_plan import plan_tensors
 
@@ -250,14 +250,14 @@ PROGRAMS = {"PEFT": by_peft, "vLLM": by_vllm, "SGLang": by_sglang}
 
 
 def with_other_prefixes(name: str, prefixes: dict[str, str]) -> str:
-    """The name after one exchange of a prefix after the other."""
+    """The name after all prefixes have been replaced, in this order."""
     for old, new in prefixes.items():
         name = with_other_prefix(name, {old: new})
     return name
 
 
 def expert_names(names: set[str], experts: int) -> set[str]:
-    """The names with experts.7.gate_proj and the like for every stack of experts."""
+    """The names with each stack of experts replaced by experts.0.gate_proj and so on."""
     found = {name for name in names if not name.endswith(".experts")}
     for name in names - found:
         found |= {f"{name}.{i}.{part}" for i in range(experts)
@@ -266,12 +266,12 @@ def expert_names(names: set[str], experts: int) -> set[str]:
 
 
 def last_of(name: str) -> str:
-    """The part of a name that vLLM knows a kind of layer by: of experts, all after the block."""
+    """The part of a name by which vLLM identifies a layer; for experts, from "experts" on."""
     return name[name.find(".experts") + 1:] if ".experts" in name else name.rpartition(".")[2]
 
 
 def nearest_of(layer: str, known: set[str]) -> str:
-    """The same layer under the name that the program knows."""
+    """A reason that names the same layer as the program expects it."""
     tail = re.search(r"layers\.\d+\..*|[^.]+$", layer)[0]
     for name in sorted(known):
         if name.endswith(f".{tail}") or name == tail:

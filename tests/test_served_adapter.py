@@ -89,7 +89,7 @@ def test_stacks_of_experts_are_served_one_by_one(stacked, tmp_path):
 
 
 @pytest.mark.parametrize("settings, word", [({"use_dora": True}, "DoRA"),
-                                            ({"modules_to_save": ["lm_head"]}, "trained whole")])
+                                            ({"modules_to_save": ["lm_head"]}, "fully trained modules")])
 def test_what_servers_do_not_apply_is_refused(qwen, tmp_path, settings, word):
     adapted(qwen, tmp_path / "adapter", target_modules=["q_proj"], **settings)
     with pytest.raises(ValueError, match=word):
@@ -153,12 +153,12 @@ def test_peft_ignores_what_is_said(qwen, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings, program, words", [
-    ({"use_rslora": True}, "SGLang", "applies all 4 layers; but scales all by lora_alpha / r"),
+    ({"use_rslora": True}, "SGLang", "applies all 4 layers; but scales all layers by lora_alpha / r"),
     ({"rank_pattern": {"v_proj": 2}}, "SGLang", "does not load it: rank_pattern"),
     ({"use_dora": True}, "vLLM", "does not load it: use_dora"),
     ({"use_dora": True}, "llama.cpp", "DoRA"),
     ({"modules_to_save": ["lm_head"]}, "vLLM", "does not load it: modules_to_save: lm_head"),
-    ({"target_modules": ["q_proj"]}, "SGLang", "without v_proj beside it"),
+    ({"target_modules": ["q_proj"]}, "SGLang", "needs an adapter of v_proj too"),
     ({"r": 20}, "vLLM", "applies all 4 layers; start it with --max-lora-rank 20")])
 def test_fields_that_a_program_does_not_read(qwen, tmp_path, capsys, settings, program, words):
     adapted(qwen, tmp_path / "adapter", **{"target_modules": ["q_proj", "v_proj"], **settings})
