@@ -286,10 +286,12 @@ def window_without_rope(take, layer):
 
 
 def window_theta(name: str, default=None) -> Callable:
-    """The base of layers with a window: of their own rope_parameters, or of a field."""
+    """The base of layers with a window: of their own rope_parameters, or of a field, which may
+    stand in rope_parameters of all layers."""
     def read(take):
-        of_kinds = (take("rope_parameters") or {}).get("sliding_attention") or {}
-        return of_kinds.get("rope_theta") or take(name, default)
+        rope, field = take("rope_parameters") or {}, take(name, default)
+        of_window = rope.get("sliding_attention") or {}
+        return of_window.get("rope_theta") or rope.get(name) or field
     return read
 
 
@@ -504,7 +506,9 @@ LATENT = dict(
 
 DEEPSEEK3 = dict(
     **LATENT, **BALANCED_BY_BIAS, **SHARED_EXPERTS,
-    fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1})
+    fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    absent={"routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4,
+            "first_k_dense_replace": 3, "n_shared_experts": 1})
 
 GATED_DELTA = dict(                                 # arXiv:2412.06464, beside gated attention
     **BIASED, norm="rms+1", qk_norm="head", output_gate=True,
@@ -551,6 +555,18 @@ GRANITE = dict(
     attn_scale=said("attention_multiplier", 1.0),
     residual_scale=said("residual_multiplier", 1.0),
     logit_scale=lambda take: 1 / take("logits_scaling", 1.0))
+
+LFM2 = dict(                                        # arXiv:2511.23404
+    qk_norm="head", conv_bias=said("conv_bias", False), mixer_bias=said("conv_bias", False),
+    layer_types=attention_where_listed, mixer_of={"conv": "short convolution"},
+    absent={"conv_kernel": 3, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True})
+LFM2_CALLED = {"conv_kernel": "conv_L_cache", "rms_norm_eps": "norm_eps",
+               "tie_word_embeddings": "tie_embedding"}
+LFM2_NAMES = {"model.norm": "model.embedding_norm",
+              "input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
+              "q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj",
+              "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 GEMMA_NORMS = {"after_attention_norm": "post_attention_layernorm",
                "after_mlp_norm": "post_feedforward_layernorm",
@@ -609,7 +625,6 @@ FAMILIES = {
         embed_scale=lambda take: take("hidden_size", needed=True) ** 0.5,
         hidden_act=said("hidden_activation", "gelu_pytorch_tanh"),
         attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
-        attn_softcap=said("attn_logit_softcapping"),
         final_softcap=said("final_logit_softcapping"),
         windows=window_but_every(6), window_rope_theta=window_theta("rope_local_base_freq"),
         absent={"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
@@ -672,7 +687,7 @@ FAMILIES = {
     "smollm3": Family(                              # SmolLM3-3B, every fourth layer without rope
         **BIASED, mlp_bias=said("mlp_bias", False),
         use_rope=rope_unless_listed, windows=window_without_rope,
-        absent={"tie_word_embeddings": True, "rope_theta": 2e6}),
+        absent={"tie_word_embeddings": True, "rope_theta": 2e6, "use_sliding_window": False}),
     "seed_oss": Family(                             # Seed-OSS-36B
         qkv_bias=said("attention_bias", True), o_bias=said("attention_out_bias", False),
         mlp_bias=said("mlp_bias", False), absent={"head_dim": 128}),
@@ -701,7 +716,7 @@ FAMILIES = {
                 "shared_expert_intermediate_size": "shared_intermediate_size"},
         absent={"conv_kernel": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 128,
                 "linear_key_head_dim": 256, "num_local_experts": 8, "num_experts_per_tok": 2,
-                "shared_expert_intermediate_size": 1024},
+                "intermediate_size": 8192, "shared_expert_intermediate_size": 1024},
         names={"mamba.o_proj": "mamba.out_proj",
                "mlp.gate": "block_sparse_moe.router.layer",
                "mlp.experts.gate_up_proj": "block_sparse_moe.input_linear",
@@ -726,7 +741,7 @@ FAMILIES = {
         absent={"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "sliding_window": 4096}),
     "ministral3": Family(                           # Ministral 3, of 2512
         windows=window_everywhere, attn_temperature=temperature_by_beta,
-        absent={"rms_norm_eps": 1e-5}),
+        absent={"rms_norm_eps": 1e-5, "head_dim": 128}),
     "mistral3": Family(                             # Mistral Small 3.1 and later, Ministral 3
         **IMAGES, text_types=("mistral", "ministral3", "mistral4")),
     "glm4_moe": Family(                             # GLM-4.5 to 4.7, arXiv:2508.06471
@@ -752,9 +767,9 @@ FAMILIES = {
     "deepseek_v3": Family(**DEEPSEEK3),             # V3 to V3.1, R1, Moonlight; arXiv:2412.19437
     "kimi_k2": Family(**DEEPSEEK3),                 # arXiv:2507.20534
     "glm4_moe_lite": Family(                        # GLM-4.7-Flash
-        **DEEPSEEK3 | {"sparse": sparse_by_types},
-        partial_rotary_factor=said("partial_rotary_factor", 1.0),
-        absent={"rms_norm_eps": 1e-5}),
+        **DEEPSEEK3 | {"sparse": sparse_by_types, "absent": {
+            "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.8, "n_shared_experts": 1}},
+        partial_rotary_factor=said("partial_rotary_factor", 1.0)),
     "mistral4": Family(                             # Mistral Small 4, after transformers' class
         **LATENT, **SHARED_EXPERTS | {"names": {
             "mlp.shared_expert": "mlp.shared_experts",
@@ -797,19 +812,18 @@ FAMILIES = {
                    "experts.down_proj.weight": "experts.down_proj"},
             skips=("model.visual.", "mtp.")),
         stacked_experts="out, in", text_field="text_config"),
-    "lfm2": Family(                                 # arXiv:2511.23404
-        qk_norm="head", conv_bias=said("conv_bias", False), mixer_bias=said("conv_bias", False),
-        intermediate_size=adjusted_ff_dim,
-        layer_types=attention_where_listed, mixer_of={"conv": "short convolution"},
+    "lfm2": Family(
+        **LFM2, intermediate_size=adjusted_ff_dim,
         fixed={"block_use_swiglu": True, "use_pos_enc": True},
-        called={"conv_kernel": "conv_L_cache", "intermediate_size": "block_ff_dim",
-                "rms_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embedding"},
-        absent={"conv_kernel": 3, "rope_theta": 1e6, "rms_norm_eps": 1e-5,
-                "tie_word_embeddings": True},
-        names={"model.norm": "model.embedding_norm",
-               "input_layernorm": "operator_norm", "post_attention_layernorm": "ffn_norm",
-               "q_norm": "q_layernorm", "k_norm": "k_layernorm", "o_proj": "out_proj",
-               "mlp": "feed_forward", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
+        called=LFM2_CALLED | {"intermediate_size": "block_ff_dim"},
+        names=LFM2_NAMES),
+    "lfm2_moe": Family(                             # LFM2-8B-A1B
+        **LFM2, router="sigmoid", selection_bias=said("use_expert_bias", True),
+        norm_topk_prob=said("norm_topk_prob", True),
+        routed_scale=said("routed_scaling_factor", 1.0),
+        sparse=lambda take, layer: layer >= take("num_dense_layers", 2),
+        fixed={"use_pos_enc": True}, called=LFM2_CALLED,
+        names=LFM2_NAMES | {"mlp.selection_bias": "feed_forward.expert_bias"}),
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
         **LLAMA4, prefix="language_model.", text_field="text_config",
@@ -850,8 +864,8 @@ BOUNDS = {
     "model_max_length": (1, 10**31),        # transformers writes 10**30 for "no limit"
     **dict.fromkeys(("num_experts", "num_local_experts", "num_experts_per_tok",
                      "n_routed_experts"), (0, 2**14)),
-    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"),
-                    (0, 2000)),
+    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "num_dense_layers",
+                     "num_nextn_predict_layers"), (0, 2000)),
     **dict.fromkeys(("n_group", "topk_group"), (1, 2**14)),
     "rotary_dim": (2, 2**24),
     **dict.fromkeys(("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
@@ -881,7 +895,7 @@ FLAGS = frozenset("""
     qkv_bias no_bias use_sliding_window use_qk_norm attn_temperature_tuning use_logn_attn
     use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
     use_gated_activation use_routing_bias rope_interleave attn_output_gate conv_bias
-    mamba_conv_bias mamba_proj_bias tie_embedding
+    mamba_conv_bias mamba_proj_bias tie_embedding use_expert_bias
     block_auto_adjust_ff_dim block_use_swiglu use_pos_enc
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))

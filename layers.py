@@ -243,7 +243,8 @@ class GatedDeltaNet(StateMixer):
         qkv, b, a = tensors
         before, S = (None, None) if state is None else state
         qkv, last = self.conv1d(qkv, before, lengths)
-        q, k, v = F.silu(qkv).split((keys, keys, config.linear_value_width), dim=-1)
+        qkv = ACTIVATIONS[config.hidden_act](qkv)
+        q, k, v = qkv.split((keys, keys, config.linear_value_width), dim=-1)
         sizes = (dk, dk, config.linear_value_head_dim)
         q, k, v = (x.unflatten(-1, (-1, size)).transpose(1, 2).float()
                    for x, size in zip((q, k, v), sizes))                # (B, nk or nv, T, dk or dv)
@@ -377,7 +378,8 @@ class StateSpace(StateMixer):
         xbc, dt = tensors
         before, S = (None, None) if state is None else state
         xbc, last = self.conv1d(xbc, before, lengths)
-        x, k, q = F.silu(xbc).float().split((config.linear_value_width, keys, keys), dim=-1)
+        xbc = ACTIVATIONS[config.hidden_act](xbc).float()
+        x, k, q = xbc.split((config.linear_value_width, keys, keys), dim=-1)
         x = x.unflatten(-1, (nv, -1)).transpose(1, 2)                           # (B, nv, T, dv)
         q, k = (t.unflatten(-1, (groups, -1)).transpose(1, 2) for t in (q, k))
         q, k = (t.repeat_interleave(nv // groups, dim=1) for t in (q, k))       # (B, nv, T, dk)

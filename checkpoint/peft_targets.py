@@ -22,7 +22,7 @@ from model import CausalLM
 # families whose experts are separate in the files and stacks in transformers 5: {model_type: names
 # of the experts' gate and up, and of their down}
 SEPARATE_EXPERTS = {
-    **dict.fromkeys(("mixtral", "minimax_m2"), ({"w1", "w3"}, "w2")),
+    **dict.fromkeys(("mixtral", "minimax_m2", "lfm2_moe"), ({"w1", "w3"}, "w2")),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "glm4_moe",
                      "glm4_moe_lite", "deepseek_v2", "deepseek_v3", "qwen3_5_moe_text"),
                     ({"gate_proj", "up_proj"}, "down_proj")),

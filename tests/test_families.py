@@ -304,6 +304,9 @@ CASES |= {
     "qwen3_5_text no attention": ("qwen3_5_text", dict(
         DELTA, linear_conv_kernel_dim=1, layer_types=["linear_attention"] * 3,
     )),
+    "qwen3_5_text gelu after the convolution, too": ("qwen3_5_text", dict(
+        DELTA, layer_types=["linear_attention", FULL, "linear_attention"], hidden_act="gelu",
+    )),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", dict(
         DELTA | SHARED_EXPERT, layer_types=["linear_attention", FULL, "linear_attention"],
     )),
@@ -318,6 +321,14 @@ CASES |= {
         layer_types=["conv", "conv", "conv"], conv_L_cache=2, block_ffn_dim_multiplier=1.3,
         block_multiple_of=10,
     )),
+    "lfm2_moe": ("lfm2_moe", dict(
+        EXPERTS, layer_types=["conv", FULL, "conv"], num_dense_layers=1, rope_theta=5000.0,
+    )),
+    "lfm2_moe no constants, not normed, untied": ("lfm2_moe", dict(
+        EXPERTS, layer_types=[FULL, "conv", FULL], num_dense_layers=0, use_expert_bias=False,
+        norm_topk_prob=False, routed_scaling_factor=2.0, tie_word_embeddings=False,
+        conv_bias=True, norm_eps=1e-3,
+    )),
 }
 MAMBA = dict(mamba_n_heads=8, mamba_n_groups=2, mamba_d_state=6, mamba_d_head=8, mamba_expand=2,
              shared_intermediate_size=28, attention_multiplier=0.3)
@@ -331,6 +342,9 @@ CASES |= {
         mamba_d_conv=3, mamba_conv_bias=False, mamba_proj_bias=True, attention_bias=True,
         tie_word_embeddings=True, layer_types=["attention", "mamba", "mamba"],
         time_step_limit=[0.2, 0.9],
+    )),
+    "granitemoehybrid gelu after the convolution, too": ("granitemoehybrid", dict(
+        MAMBA, num_local_experts=0, hidden_act="gelu", layer_types=["mamba", "attention", "mamba"],
     )),
 }
 SINCE_5 = {     # what transformers 4.57 reads otherwise
@@ -730,9 +744,11 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
     "cohere2": {}, "ministral3": {}, "minimax_m2": dict(BIASED_CHOICE, head_dim=16, rotary_dim=8),
     "glm4_moe": dict(n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=20,
                      n_shared_experts=1, head_dim=16),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "kimi_k2"), LATENT),
+    **dict.fromkeys(("deepseek_v2", "glm4_moe_lite", "mistral4"), LATENT),
+    **dict.fromkeys(("deepseek_v3", "kimi_k2"), dict(LATENT, n_group=1, topk_group=1)),
     "qwen3_5_text": DELTA,
-    "lfm2": dict(full_attn_idxs=[1]), "granitemoehybrid": MAMBA,
+    "lfm2": dict(full_attn_idxs=[1]), "lfm2_moe": dict(EXPERTS, full_attn_idxs=[1]),
+    "granitemoehybrid": MAMBA,
     "gpt_oss": BIASED_CHOICE,
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA | SHARED_EXPERT),
 }.items()}
@@ -788,6 +804,42 @@ def test_notes_of_each_family(kind):
 def test_null_in_config_json(fields, words):
     config = model_config(changed("gemma2", fields))
     assert {name: getattr(config, name) for name in words} == words
+
+
+DEEPSEEK_V3 = {"routed_scale": 2.5, "expert_groups": 8, "top_groups": 4,
+               "sparse": (False, False, False)}
+
+
+@pytest.mark.parametrize("kind, absent, words", [
+    ("deepseek_v3", ("first_k_dense_replace", "n_group", "topk_group"), DEEPSEEK_V3),
+    ("kimi_k2", ("first_k_dense_replace", "n_group", "topk_group"), DEEPSEEK_V3),
+    ("glm4_moe_lite", (), {"routed_scale": 1.8}),
+    ("lfm2_moe", (), {"sparse": (False, False, True), "selection_bias": True}),
+    ("ministral3", (), {"head_dim": 128}),
+    ("granitemoehybrid", ("intermediate_size",), {"moe_intermediate_size": 8192}),
+])
+def test_fields_left_out_are_what_transformers_takes(kind, absent, words):
+    raw = {key: value for key, value in READABLE[kind].items() if key not in absent}
+    config = model_config(raw)
+    assert {name: getattr(config, name) for name in words} == words
+
+
+def test_a_window_of_smollm3_that_is_not_switched_on():
+    kinds = [SLIDE, FULL, SLIDE]
+    config = model_config(changed("smollm3", {"sliding_window": 5, "layer_types": kinds}))
+    assert config.windows == (None, None, None)
+
+
+def test_one_set_of_rope_parameters_is_of_all_layers_of_olmo3():
+    config = model_config(changed("olmo3", {"rope_parameters": {**YARN_OPTIONS,
+                                                                "rope_theta": 1234.0}}))
+    assert config.rope_theta == config.window_rope_theta == 1234.0
+    assert config.rope["rope_type"] == "yarn"
+
+
+def test_gemma3_has_no_cap_of_attention_scores():
+    with pytest.raises(ValueError, match="attn_logit_softcapping.*may change"):
+        model_config(changed("gemma3_text", {"attn_logit_softcapping": 50.0}))
 
 
 def test_both_spellings_of_fields_that_have_two():

@@ -41,6 +41,9 @@ if "qwen3_5" in PUBLISHED:
 for kind in ("glm4_moe_lite", "mistral4"):
     name, fields = LATENT[kind]
     PUBLISHED[kind] = {"model_type": name, **LATENT_SIZES, **fields}
+PUBLISHED["lfm2_moe"] = {"model_type": "lfm2_moe", **LLAMA, "num_experts": 4,
+                         "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                         "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
 if "deepseek_v3" in PUBLISHED:
     PUBLISHED["kimi_k2"] = {**PUBLISHED["deepseek_v3"], "model_type": "kimi_k2"}
 ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
