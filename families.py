@@ -727,7 +727,8 @@ FAMILIES = {
                   for mlp in ("mlp", "mlp.shared_expert")}}),
     "hunyuan_v1_dense": Family(                     # the Hunyuan models of 0.5B to 7B
         **BIASED, qk_norm=lambda take: "head rotated" if take("use_qk_norm", True) else "",
-        rope_alpha=True, fixed={"use_cla": False, "norm_type": "rms", "mlp_bias": False},
+        rope_alpha=True, fixed={"use_cla": False, "norm_type": "rms", "mlp_bias": False,
+                                "use_rotary_pos_emb": True},
         absent={"rms_norm_eps": 1e-5},
         names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"}),
     "cohere2": Family(                              # Command R7B and A, arXiv:2504.00698
@@ -935,6 +936,8 @@ HARMLESS = frozenset("""
     mtp_num_hidden_layers mtp_use_dedicated_embeddings mamba_ssm_dtype
     block_dim block_norm_eps block_mlp_init_scale block_out_init_scale block_use_xavier_init
     conv_dim conv_dim_out conv_use_xavier_init num_heads mamba_chunk_size init_method
+    attention_head_dim dense_list pool_type im_start_id im_end_id im_newline_id mask_init_id pad_id
+    sep_token_id text_start_id text_end_id mlp_intermediate_size shared_moe_mode
 """.split())
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob

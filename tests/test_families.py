@@ -824,6 +824,30 @@ def test_fields_left_out_are_what_transformers_takes(kind, absent, words):
     assert {name: getattr(config, name) for name in words} == words
 
 
+PUBLISHED = {       # fields of published files that transformers does not read
+    "hunyuan_v1_dense": dict(
+        add_classification_head=False, attention_head_dim=8, cla_share_factor=2, class_num=0,
+        dense_list=[4096, 0], im_end_id=5, im_newline_id=11, im_start_id=4, mask_init_id=12,
+        org_vocab_size=61, pad_id=1, pool_type="last", sep_token_id=2, text_end_id=7,
+        text_start_id=6, use_cla=False, use_rotary_pos_emb=True, norm_type="rms", mlp_bias=False),
+    "minimax_m2": dict(
+        attn_type_list=[1, 1, 1], mlp_intermediate_size=8192, shared_moe_mode="sigmoid",
+        shared_intermediate_size=0, num_mtp_modules=3, mtp_transformer_layers=1, use_mtp=True,
+        qk_norm_type="per_layer", use_qk_norm=True, use_routing_bias=True, scoring_func="sigmoid",
+        router_aux_loss_coef=0.001, router_jitter_noise=0.0),
+}
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_published_fields_that_change_nothing(kind):
+    assert model_config(changed(kind, PUBLISHED[kind])) == model_config(changed(kind, {}))
+
+
+def test_a_hunyuan_without_rotation_is_refused():
+    with pytest.raises(ValueError, match="use_rotary_pos_emb: false is not supported"):
+        model_config(changed("hunyuan_v1_dense", {"use_rotary_pos_emb": False}))
+
+
 def test_a_window_of_smollm3_that_is_not_switched_on():
     kinds = [SLIDE, FULL, SLIDE]
     config = model_config(changed("smollm3", {"sliding_window": 5, "layer_types": kinds}))
