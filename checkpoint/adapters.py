@@ -101,7 +101,7 @@ def reload_adapter(model: CausalLM, folder):
 
 
 def adapter_fields(folder, model: CausalLM) -> tuple[AdapterConfig, dict]:
-    """read_adapter_config, with the layers named as in the files of the model's checkpoint."""
+    """read_adapter_config, with layer names as in the checkpoint's files."""
     def rename(name):
         return name_in_files(name, model.config)
 
@@ -218,8 +218,8 @@ def layers_of_parameter(model: CausalLM, parameter: str, experts_one_by_one: boo
     if parameter.endswith(".weight") or model.config.stacked_experts:
         return find_targets(model, [parameter.removesuffix(".weight")], stored_name)
     if not experts_one_by_one:
-        raise ValueError(f"target_parameters {parameter} is no matrix of this model, and the file "
-                         "holds no adapter of experts")
+        raise ValueError(f"target_parameters {parameter} is not a matrix of this model, and the "
+                         "file has no adapter of experts")
     return []                               # the file names the experts, too
 
 
@@ -290,7 +290,7 @@ def swapped_back(tensor_of: Callable, name: str, experts: int):
 
 
 def peft_names(model: CausalLM) -> dict[str, str]:
-    """{adapted layer: its name in PEFT's files}, but for prefixes (see adapter_names.py).
+    """{adapted layer: its name in PEFT's files}, except for prefixes (see adapter_names.py).
 
     The stacks of a block are parameters of one module to PEFT, which wraps that module once for
     each of them: experts.base_layer is the first of two, experts the second.
@@ -355,7 +355,7 @@ def save_adapter(model: CausalLM, folder, config: AdapterConfig, base: str,
 
 
 def in_pefts_layout(model: CausalLM, tensors: dict) -> dict:
-    """The tensors with A and B of every stack exchanged, where PEFT stores them so from 0.20 on."""
+    """The tensors, with A and B of stacks swapped if PEFT from 0.20 on stores them so."""
     if not peft_exchanges_stacks(model.config):
         return tensors
     names = peft_names(model)

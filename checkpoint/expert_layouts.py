@@ -1,17 +1,17 @@
-"""Adapters of experts that PEFT has stored as stacks, for checkpoints with experts one by one.
+"""Read PEFT's adapters of stacked experts for checkpoints that store experts one by one.
 
-transformers 5 holds the experts of a layer as stacks, gate_up_proj (E, 2 I, D) and down_proj
-(E, D, I), and PEFT's target_parameters adapts those, whatever the files are like:
+transformers 5 stacks the experts of a layer, gate_up_proj (E, 2 I, D) and down_proj (E, D, I).
+PEFT's target_parameters adapts these stacks, whatever the layout of the checkpoint:
 
     …mlp.experts.base_layer.lora_A (E*r, D), lora_B (2 I, r*E)      of gate_up_proj
     …mlp.experts.lora_A (E*r, I), lora_B (D, r*E)                   of down_proj
 
-One of the two alone has the second name. Here an expert's gate and up have the same A, and the
-halves of B. An adapter that is read so is saved again with experts one by one.
+If only one of them is adapted, it has the second name. Here gate and up of an expert share A, and
+each has half of B. Such an adapter is saved again with experts one by one.
 
 Requires: checkpoint/adapter_names.py, lora.py.
 Next: checkpoint/adapters.py.
-Measured: peft 0.21.2 with transformers 5.24 (tests/test_lora_2026.py).
+Tested with peft 0.21.2 and transformers 5.24 (tests/test_lora_2026.py).
 """
 import re
 from collections.abc import Iterable
@@ -28,12 +28,12 @@ STACK = re.compile(r".*\.layers\.(\d+)\..*\.experts(\.base_layer)?\.lora_A\.weig
 
 @dataclass(frozen=True)
 class ExpertSlice:
-    """Where a stack's adapter holds one matrix of one expert."""
+    """The part of a stack's adapter that belongs to one matrix of one expert."""
     stem: str                           # of the stack in the file, without .lora_A.weight
     experts: int
     expert: int
     rows: slice                         # of B
-    transposed: bool                    # the stack was taken as (in, out), by peft before 0.19
+    transposed: bool                    # peft before 0.19 took the stack as (in, out)
     stack_name: str                     # of the stack, for rank_pattern and alpha_pattern
 
     def read(self, tensors, part: str) -> torch.Tensor:
@@ -46,7 +46,7 @@ class ExpertSlice:
 
 
 class UnstackedTensors(AdapterTensors):
-    """An open file of an adapter whose stacks are read as experts one by one.
+    """An open adapter file whose stacks are read as experts one by one.
 
     slices: {adapted layer, as in the files of the checkpoint: its ExpertSlice}.
     """
@@ -63,14 +63,14 @@ class UnstackedTensors(AdapterTensors):
                 self.slices |= self.slices_of(place, int(found[1]), model)
 
     def slices_of(self, key: str, layer: int, model: CausalLM) -> dict[str, ExpertSlice]:
-        """The slices of one stack. key: of its lora_A. Raises ValueError for other sizes."""
+        """The slices of one stack. key: name of its lora_A. Raises ValueError if sizes differ."""
         config = model.config
         stem = key.removesuffix(".lora_A.weight")
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         size_in = self.tensors.get_slice(key).get_shape()[1]
         size_out = self.tensors.get_slice(f"{stem}.lora_B.weight").get_shape()[0]
         halves = {"gate_proj": slice(0, width), "up_proj": slice(width, 2 * width)}
-        known = {                           # of square ones, the plain layout below wins
+        known = {                           # square matrices use the plain layout below
             (2 * width, D): ("gate_up_proj", halves, True),
             (D, width): ("down_proj", {"down_proj": slice(0, D)}, True),
         }
@@ -96,7 +96,7 @@ class UnstackedTensors(AdapterTensors):
         return [*self.places, *parts]
 
     def slice_of(self, layer: str) -> ExpertSlice | None:
-        """The ExpertSlice of an adapted layer; None where the file holds A and B themselves."""
+        """The ExpertSlice of an adapted layer; None if the file has its own A and B."""
         return self.slices.get(layer)
 
     def get_tensor(self, name: str):
@@ -112,7 +112,7 @@ class UnstackedTensors(AdapterTensors):
         return super().get_slice(name)
 
     def with_ranks(self, config: LoRAConfig) -> LoRAConfig:
-        """The config in which each expert's matrix has the rank and alpha of its stack."""
+        """The config with the rank and alpha of each stack for the matrices of its experts."""
         ranks = {}
         alphas = {}
         for name, part in self.slices.items():

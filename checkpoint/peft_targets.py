@@ -32,8 +32,8 @@ TAKES_NAMES_FOR_STACKS = ("mixtral", "minimax_m2", "qwen3_moe", "qwen3_next", "g
                           "glm4_moe_lite", "deepseek_v2", "deepseek_v3")
 ROUTERS = {"qwen2_moe": "mlp.gate", "qwen3_5_moe_text": "mlp.gate",     # no linear layers in PEFT
            "gpt_oss": "mlp.router"}
-# families whose stacks PEFT 0.21 takes as (in, out), as they are stored; of others it takes them as
-# (out, in), and exchanges A and B
+# families whose stacks PEFT 0.21 takes as (in, out), as they are stored; it takes stacks of other
+# families as (out, in), and swaps A and B
 TAKEN_AS_STORED = ("gpt_oss",)
 STACKED_GATE_UP = r".*\.experts\.gate_up_proj"
 STACKS_SINCE = "0.21.0"     # the version whose layout of stacks is written
@@ -88,7 +88,7 @@ def layer_fields(model: CausalLM, config: LoRAConfig) -> dict:
 
 
 def peft_exchanges_stacks(model_config: ModelConfig) -> bool:
-    """Whether PEFT, from 0.20 on, exchanges A and B of this model's stacks of experts."""
+    """Whether PEFT, from 0.20 on, swaps A and B of this model's stacks of experts."""
     as_stored = model_config.model_type in TAKEN_AS_STORED
     return model_config.stacked_experts == "in, out" and not as_stored
 

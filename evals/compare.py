@@ -38,9 +38,9 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
     """Print a table of base, base with adapters, and exported model (in folder) on some rows.
 
     Returns {model: (loss, share of same tokens)}, {} where they were not compared. loss: mean per
-    token. same token: how often the likeliest next token is that of the base with its adapters
-    (without adapters: of the base). An export that is quantized or a GGUF file has a row of the
-    merged model before rounding beside it.
+    token. same token: how often the most likely next token equals that of the base with its
+    adapters (without adapters: of the base). For a quantized or GGUF export the
+    table also has the merged model before rounding.
     """
     files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.gguf")]
     size = sum(file.stat().st_size for file in files)
@@ -67,7 +67,7 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
     }
     if not adapters:
         del loaders["adapter"]
-    if not adapters or has_plain_weights(Path(folder)):     # such an export is the merged model
+    if not adapters or has_plain_weights(Path(folder)):     # the export is the merged model
         del loaders["merged"]
     table = {}
     for name, load in loaders.items():                  # one model in memory at a time
@@ -78,12 +78,12 @@ def compare_losses(config: Config, base: Path, adapters: list[Path], device: str
 
 
 def has_plain_weights(folder: Path) -> bool:
-    """Whether a folder holds a model that is not quantized, as safetensors."""
+    """Whether a folder has an unquantized safetensors checkpoint."""
     return not any(folder.glob("*.gguf")) and not packed_weights(folder)
 
 
 def load_merged(base: Path, adapters: list[Path], dtype, device: str, quant_format):
-    """The base with all adapters merged; matrices in 4 or 8 bits become 16-bit ones."""
+    """The base with all adapters merged; 4- and 8-bit matrices are dequantized to 16 bits."""
     model = load_model(base, dtype, device, quant_format=quant_format)
     for adapter in adapters:
         load_adapter(model, adapter)
@@ -102,11 +102,11 @@ def load_exported(folder, base: Path, dtype, device: str):
 
 
 def print_losses(table: dict[str, tuple], reference: str, rows: str) -> dict:
-    """table: {model: (loss, likeliest tokens)}; returns {model: (loss, share of same tokens)}."""
+    """table: {model: (loss, most likely tokens)}; returns {model: (loss, share of same tokens)}."""
     found = {}
     tokens = table[reference][1]
-    print(f"losses    per token, over {rows}; same token: how often the likeliest next token is "
-          f"that of the {reference}")
+    print(f"losses    per token, over {rows}; same token: how often the most likely next token "
+          f"equals that of the {reference}")
     print(f"          {'':10}{'loss':>8}{'same token':>13}")
     for name, (loss, likeliest) in table.items():
         found[name] = loss, float((likeliest == tokens).float().mean())

@@ -54,7 +54,7 @@ class Row:
 
 
 class RowCache(KVCache):
-    """What layers know of up to `size` rows of different lengths.
+    """Cache of keys, values and states of up to `size` rows of different lengths.
 
     Attention: a pair of buffers (size, K, room, Dh) per layer. Mixers with a state: (size, …).
     """
@@ -105,7 +105,7 @@ class RowCache(KVCache):
         return buffers
 
     def state(self, layer: int):
-        """The state of the rows that single tokens are read for; None for new prompts."""
+        """The state of all rows when decoding a token each; None for new prompts."""
         if self.prompt_lengths:
             return None
         return tuple(buffer[:len(self.lengths)] for buffer in self.states[layer])
@@ -119,7 +119,7 @@ class RowCache(KVCache):
             buffer[start:start + len(new)] = new
 
     def advance(self, tokens: int):
-        """Nothing: read_prompts and read_tokens count the tokens of each row."""
+        """Does nothing: read_prompts and read_tokens count the tokens of each row."""
 
     def drop(self, row: int):
         """Remove a row; the last row moves to its index."""

@@ -18,9 +18,9 @@ are made at once in the columns of one group (128 of them), which share a scale 
 groups receive them together, as one matmul. A group's scales are set when its turn comes, from the
 columns as they have become.
 
-With act-order (desc_act) the columns are rounded by the size of their inputs, the largest first,
-while there are most columns left to make up for their errors; a group is then 128 columns that were
-rounded together, wherever they stand.
+With act-order (desc_act) the columns with the largest inputs are quantized first, while most other
+columns can still compensate for their errors. A group is then 128 columns that follow each other in
+this order, not in the matrix.
 
 The grid is symmetric: code c of 2^bits stands for scale * (c - 2^(bits - 1)), and the scale is
 chosen so that the largest number of a row's group fits.
@@ -42,7 +42,7 @@ SMALLEST_SCALE = 2.0**-24       # of float16
 
 
 class Rounded(NamedTuple):
-    """A matrix (out, in) in codes."""
+    """A quantized matrix (out, in)."""
     codes: torch.Tensor         # (out, in) uint8
     scales: torch.Tensor        # (out, groups) SCALE_DTYPE
     zero: int                   # the code of 0
@@ -97,7 +97,7 @@ def rounded_of(codes: list, scales: list, bits: int, group_size: int) -> Rounded
 
 
 def act_order(hessian: torch.Tensor) -> torch.Tensor:
-    """The columns by the size of their inputs, the largest first: (in,) int64."""
+    """The columns in the order of their inputs' mean square, largest first: (in,) int64."""
     return hessian.diagonal().argsort(descending=True, stable=True)
 
 
@@ -133,7 +133,7 @@ def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int,
          order: torch.Tensor | None = None) -> Rounded:
     """Algorithm 1 of the paper; weight (out, in), factor: inverse_factor of the inputs' H.
 
-    order (in,): the columns in the order of rounding, as in H; None: from left to right.
+    order (in,): the columns in the order of quantization, as in H; None: from left to right.
     """
     rest = weight.float().clone()               # what is not rounded yet, as changed so far
     if order is not None:

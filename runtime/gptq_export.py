@@ -63,7 +63,7 @@ class GPTQExport(Export):
         self.model = load_model(base)
         self.rows = rows
         self.bits = bits
-        self.desc_act = desc_act        # whether columns are rounded by the size of their inputs
+        self.desc_act = desc_act        # whether columns with large inputs are quantized first
         self.device = torch.device(device)
         self.layers, self.skipped = quantized_layers(self.model)
         check_layers(base, self.model, self.layers)

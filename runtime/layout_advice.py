@@ -520,7 +520,7 @@ def compute_seconds(config: Config, memory: Plan, plan: StepPlan) -> float:
 
 
 def least_time_line(config: Config, memory: Plan, plan: StepPlan, rate: float) -> str:
-    """How long the steps take at least. rate: FLOP/s of this device's large matrix products."""
+    """A printed lower bound on the training time. rate: FLOP/s of large matmuls on this device."""
     seconds = compute_seconds(replace(config, card_speed=rate / 1e12), memory, plan)
     return (f"\ntime: at least {clock(seconds * plan.total_steps)} for {plan.total_steps} steps, "
             f"{seconds:.3g} s of arithmetic a step at {rate / 1e12:.3g} TFLOP/s; small models and "

@@ -50,7 +50,7 @@ class PackedExport(Export):
         check_same_format(self.kind, self.base, self.stored)
 
     def stored_weights(self, packed: dict) -> dict:
-        """Of packed_weights, those that are merged back into their format."""
+        """The packed_weights that keep their format in the export."""
         return {name: part for name, part in packed.items() if stays_quantized(part)}
 
     def set_plan(self, plan, untied, dtype):
@@ -90,12 +90,12 @@ class PackedExport(Export):
         return found
 
     def is_changed(self, name: str) -> bool:
-        """Whether an adapter changes a matrix, or training had rounded it to fewer bits."""
+        """Whether an adapter changes a matrix, or training quantized it again."""
         return bool(self.plan[name].changes or self.plan[name].quant_format)
 
     @property
     def codes(self) -> str:
-        """The name of a layer's codes, after the layer's own."""
+        """Suffix of the codes' tensor after the layer's name."""
         return CODES[self.kind]
 
     def parts(self, name: str) -> dict:

@@ -57,8 +57,8 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
     if config.has_states:
         raise ValueError(
             f"tensor_parallel_size: {parts}: {config.model_type} has layers that read earlier "
-            "tokens through a state, which are not cut. Take fsdp: full_shard, which shards every "
-            "model")
+            "tokens through a state, which are not split. Take fsdp: full_shard, which shards "
+            "every model")
     if config.parallel_mlp:
         raise ValueError(
             f"tensor_parallel_size: {parts}: attention and MLP of {config.model_type} read one "

@@ -1,17 +1,17 @@
-"""Hold an answer to JSON: at each step only tokens that can continue it may be chosen.
+"""Constrained decoding to JSON: at each step only tokens that keep the answer valid are sampled.
 
     masks = TokenMasks(tokenizer, vocab_size, stop_ids, device)
     row.constraint = Constraint(masks, [(b"{", b"")])           # one JSON object
     row.constraint.allowed(row.answer)                          # (V,) bool
 
-An automaton reads bytes: first one of some beginnings, which ends in `{`, then the rest of that
-JSON object, then the ending that goes with the beginning. A token is allowed if the automaton reads
-all its bytes. With a beginning such as `<tool_call>\\n{"name": "f", "arguments": {` the answer is a
-call. Schemas are not read: an object may have any keys and values.
+A pushdown automaton reads bytes: one of the given beginnings, which ends in `{`, the rest of that
+JSON object, and the ending that belongs to the beginning. A token is allowed if the automaton
+accepts all its bytes. With a beginning such as `<tool_call>\\n{"name": "f", "arguments": {` the
+answer is a tool call. Schemas are not supported: an object may have any keys and values.
 
 Requires: text/tokenizer.py.
 Next: serving/service.py.
-Sources: RFC 8259 (JSON); masks that are kept for each state of the automaton: Willard & Louf,
+Sources: RFC 8259 (JSON); masks cached for each state of the automaton: Willard & Louf,
 arXiv:2307.09702.
 """
 import re
@@ -23,8 +23,8 @@ import torch
 from text.tokenizer import Tokenizer, bytes_of_tokens
 
 JSON_OBJECT = [(b"{", b"")]
-MOST_MASKS = 256        # that are kept; each has V bytes
-MOST_SPACES = 2
+MOST_MASKS = 256        # in the cache; each has V bytes
+MOST_SPACES = 2         # tokens of white space in a row
 STRINGS = ("string", "key string")
 OPENS = {ord("{"): "first key", ord("["): "first value"}
 CLOSES = {ord("}"): b"{", ord("]"): b"["}
@@ -37,7 +37,7 @@ MAY_CLOSE = {ord("}"): ("first key", "ended", *NUMBER_ENDS),
 
 
 def transitions() -> dict[str, dict[int, str]]:
-    """{mode: {byte: next mode}} of JSON without its brackets."""
+    """{mode: {byte: next mode}} of JSON, except for brackets, which need the stack."""
     table = defaultdict(dict)
 
     def add(modes: str, characters: str, to: str):
@@ -81,11 +81,11 @@ TABLE = transitions()
 
 
 class State(NamedTuple):
-    """Where in the answer the next byte stands.
+    """State of the automaton before the next byte.
 
     mode: a key of TABLE, begin, ending or done. ends: the pairs of beginning and ending that are
-    still possible, one after the beginning. rest: the part of the beginning that was read, or of
-    the ending that was not. stack: the open brackets.
+    still possible; a single pair once the beginning is complete. rest: the bytes read of the
+    beginning, or the bytes left of the ending. stack: the open brackets.
     """
     mode: str
     ends: tuple[tuple[bytes, bytes], ...]
@@ -94,7 +94,7 @@ class State(NamedTuple):
 
 
 def advance(state: State, byte: int) -> State | None:
-    """The state after a byte; None if the answer cannot go on with it."""
+    """The state after a byte; None if the byte is not allowed."""
     mode = state.mode
     if mode == "begin":
         return advance_beginning(state, byte)
@@ -148,11 +148,11 @@ class TokenMasks:
         self.bytes_of = {i: text for i, text in bytes_of_tokens(tokenizer).items()
                          if text and i < vocab_size and i not in self.stop_ids}
         self.special = {i for i, token in added.items() if token.special}
-        self.by_start = defaultdict(list)           # two bytes say no to most tokens
+        self.by_start = defaultdict(list)           # two bytes exclude most tokens
         for i, text in self.bytes_of.items():
             self.by_start[text[:2]].append(i)
-        # Inside a string a token matters from its first quote, escape or control character on;
-        # one without any always fits.
+        # Inside a string only the bytes from a token's first quote, escape or control character on
+        # matter; a token without any is always allowed.
         self.plain = []
         self.tails = defaultdict(list)
         for i in self.bytes_of.keys() - self.special:
@@ -170,13 +170,13 @@ class TokenMasks:
             if len(self.masks) >= MOST_MASKS:
                 self.masks.clear()
             mask = torch.zeros(self.size, dtype=torch.bool)
-            # a vocabulary without the byte that is needed: the answer ends
+            # if no token has the required byte, the answer ends
             mask[self.allowed(state) or self.stop_ids] = True
             self.masks[state] = mask.to(self.device)
         return self.masks[state]
 
     def allowed(self, state: State) -> list[int]:
-        """The ids that the state allows. Special tokens occur in beginnings and endings alone."""
+        """The ids that the state allows. Special tokens occur only in beginnings and endings."""
         if state.mode == "done":
             return self.stop_ids
         if state.mode in STRINGS:
@@ -190,24 +190,25 @@ class TokenMasks:
 
 
 class Constraint:
-    """What one answer must be: a beginning (its last byte is `{`), an object, its ending.
+    """The constraint of one answer: a beginning (its last byte is `{`), an object, the ending.
 
-    A space may precede all, as sentencepiece writes texts. Between the parts of the object at most
-    MOST_SPACES tokens of white space follow each other, or a weak model would write nothing else.
+    The answer may start with a space, as sentencepiece texts do. Outside of strings at most
+    MOST_SPACES tokens of white space are allowed in a row, since a weak model may write nothing
+    else.
     """
 
     def __init__(self, masks: TokenMasks, ends: list[tuple[bytes, bytes]]):
         self.masks = masks
         spaced = [(b" " + begin, end) for begin, end in ends]
         self.state = State("begin", (*ends, *spaced))
-        self.read = 0           # tokens of the answer
-        self.spaces = 0         # of them at the end, tokens of white space
+        self.read = 0           # tokens of the answer read so far
+        self.spaces = 0         # tokens of white space at its end
 
     def allowed(self, answer: list[int]) -> torch.Tensor:
-        """(V,) bool: the tokens that may follow an answer, which has grown since the last call."""
+        """(V,) bool: the tokens that may follow. answer: all tokens so far, more at each call."""
         for token in answer[self.read:]:
             text = self.masks.bytes_of.get(token, b"")
-            # scores that are not finite may choose any token: then the answer ends
+            # with scores that are not finite any token can be sampled: then the answer ends
             self.state = read_bytes(self.state, text) or State("done", ())
             self.spaces = 0 if text.strip() else self.spaces + 1
         self.read = len(answer)

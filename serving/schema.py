@@ -101,8 +101,8 @@ CHAT = record({
     "parallel_tool_calls": SWITCH,
     "response_format": {"anyOf": [{"type": "null"}, record({"type": {
         "type": "string", "enum": ["text", "json_object"],
-        "description": "No answer is held to a schema here; ask for it in the prompt, with "
-                       "json_object, and check the answer"}}, ("type",), closed=False)]},
+        "description": "JSON schemas are not enforced; describe the fields in the prompt, "
+                       "take json_object, and check the answer"}}, ("type",), closed=False)]},
     "enable_thinking": SWITCH,
     "store": {"type": ["boolean", "null"], "enum": [False, None]},
     "metadata": {"type": ["object", "null"]},
@@ -135,7 +135,7 @@ INSTEAD = {         # fields that other servers have -> what to do here
     "logit_bias": "it is not supported; leave it out",
     "functions": "it is the old name of tools",
     "function_call": "it is the old name of tool_choice",
-    "guided_json": "no answer is held to a schema here; there is response_format: json_object",
+    "guided_json": "JSON schemas are not enforced; take response_format: json_object",
 }
 
 

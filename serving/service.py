@@ -103,7 +103,7 @@ class Service:
         return reply
 
     def constraint_of(self, body: dict, names: list[str]) -> list[tuple[bytes, bytes]]:
-        """What the answer is held to, see Constraint; [] for any answer. names: of the tools."""
+        """(beginning, ending) pairs for Constraint; [] without one. names: of the tools."""
         choice = body.get("tool_choice")
         calls = choice not in (None, "auto", "none")
         is_json = (body.get("response_format") or {}).get("type") == "json_object"
@@ -111,13 +111,12 @@ class Service:
             return []
         try:
             if is_json and names:
-                raise ValueError("json_object and tools exclude each other: a call is no answer in "
-                                 "JSON. Leave one of them out, or set tool_choice: none")
+                raise ValueError("json_object and tools exclude each other. Leave one of them out, "
+                                 "or set tool_choice: none")
             if body.get("enable_thinking"):
-                raise ValueError("such an answer begins without a thought: leave enable_thinking "
-                                 "out")
+                raise ValueError("a constrained answer has no thought: leave enable_thinking out")
             if reason := one_at_a_time(self.model):
-                raise ValueError(f"not with this model, which answers one request at a time "
+                raise ValueError(f"not available: this model answers one request at a time "
                                  f"({reason})")
             self.masks = self.masks or TokenMasks(
                 self.text.tokenizer, self.model.config.vocab_size, self.stop_ids,
@@ -169,7 +168,7 @@ class Service:
         return self.text.tokenizer.core.encode(text).ids
 
     def encode_chat(self, body: dict, tools: list | None, thinks: bool = True) -> list[int]:
-        """Ids of a conversation up to the answer; thinks: False for one that has no thought."""
+        """Ids of a conversation up to the answer. thinks: False for an answer without a thought."""
         settings = self.settings if thinks else replace(self.settings, enable_thinking=False)
         if body.get("enable_thinking") is not None:
             settings = replace(settings, enable_thinking=body["enable_thinking"])
@@ -232,7 +231,7 @@ def chosen_tools(choice: str | dict, names: list[str]) -> list[str]:
         return names
     name = choice["function"]["name"]
     if name not in names:
-        raise ValueError(f"{name[:100]!r} is none of the tools{did_you_mean(name[:100], names)}")
+        raise ValueError(f"{name[:100]!r} is not one of the tools{did_you_mean(name[:100], names)}")
     return [name]
 
 

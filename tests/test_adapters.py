@@ -476,8 +476,8 @@ def test_adapters_that_peft_made_from_module_names(name, tmp_path):
 @needs_shared
 def test_target_parameters_without_their_tensors(tmp_path):
     adapter_folder(tmp_path, target_parameters=["mlp.experts.gate_up_proj"])
-    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj is no matrix of this model, and "
-                                         "the file holds no adapter of experts"):
+    with pytest.raises(ValueError, match="mlp.experts.gate_up_proj is not a matrix of this model, "
+                                         "and the file has no adapter of experts"):
         load_adapter(load_model(GOLDEN / "models" / "qwen3_moe"), tmp_path)
 
 

@@ -105,7 +105,7 @@ def chat(*turns):
 
 @pytest.mark.parametrize("row, entry, sentence", [
     ({"instruction": "a"}, None, "the column 'output' is missing: a row needs an answer here; "
-     "stages ppo and grpo train on questions alone, and `python chat.py CONFIG --input FILE`"),
+     "stages ppo and grpo train on prompts alone, and `python chat.py CONFIG --input FILE`"),
     ({"input": "a", "output": "b"}, None, "the column 'instruction' is missing"),
     ({**ALPACA, "output": ""}, None, "answer 1 is empty"),
     ({**ALPACA, "output": None}, None, "answer 1 is empty"),

@@ -202,7 +202,7 @@ def test_a_file_of_prompts_alone_is_recognized_where_the_model_answers(tmp_path)
     row = load_rows(tmp_path, str(file), notes, stage="grpo")[0]
     assert row.source.columns == {"prompt": "prompt"}
     with pytest.raises(ValueError, match="do not show which ones to read: prompt .a row needs an "
-                                         "answer here; stages ppo and grpo train on questions"):
+                                         "answer here; stages ppo and grpo train on prompts"):
         load_rows(tmp_path, str(file))
 
 

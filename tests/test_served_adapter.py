@@ -89,7 +89,7 @@ def test_stacks_of_experts_are_served_one_by_one(stacked, tmp_path):
 
 
 @pytest.mark.parametrize("settings, word", [({"use_dora": True}, "DoRA"),
-                                            ({"modules_to_save": ["lm_head"]}, "fully trained modules")])
+                                            ({"modules_to_save": ["lm_head"]}, "fully trained")])
 def test_what_servers_do_not_apply_is_refused(qwen, tmp_path, settings, word):
     adapted(qwen, tmp_path / "adapter", target_modules=["q_proj"], **settings)
     with pytest.raises(ValueError, match=word):
@@ -153,7 +153,7 @@ def test_peft_ignores_what_is_said(qwen, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings, program, words", [
-    ({"use_rslora": True}, "SGLang", "applies all 4 layers; but scales all layers by lora_alpha / r"),
+    ({"use_rslora": True}, "SGLang", "applies all 4 layers; but scales all layers by lora_alpha"),
     ({"rank_pattern": {"v_proj": 2}}, "SGLang", "does not load it: rank_pattern"),
     ({"use_dora": True}, "vLLM", "does not load it: use_dora"),
     ({"use_dora": True}, "llama.cpp", "DoRA"),

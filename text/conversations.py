@@ -54,7 +54,7 @@ ROLES = ("prompt", "query", "response", "history", "messages", "system", "tools"
 PAIRS = ("rm", "dpo")                   # stages that compare two answers
 JUDGED = ("kto",)                       # stages that know good answers from bad ones
 SAMPLED = ("ppo", "grpo")               # stages whose answers are the model's: a row needs none
-NO_ANSWER = ("a row needs an answer here; stages ppo and grpo train on questions alone, and "
+NO_ANSWER = ("a row needs an answer here; stages ppo and grpo train on prompts alone, and "
              "`python chat.py CONFIG --input FILE` answers them")
 MESSAGE_TEXTS = ("content", "thought", "lead")      # the keys of a message that hold its texts
 PLACEHOLDER = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")

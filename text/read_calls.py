@@ -24,9 +24,9 @@ class ThoughtSplitter:
     """Splits a growing answer into its thought and its text.
 
     push returns [("thought" | "text", piece), …]; the pieces of each kind, joined, are the thought
-    without its marks and the text after it. A thought is at the beginning of an answer; anywhere
-    else the marks are words. One that never closes is all thought. An empty thought may be the
-    closing mark alone, as in GLM-4.7, or its end alone: GPT-OSS's final channel.
+    without its marks and the text after it. A thought is at the beginning of an answer; marks
+    elsewhere are text. Without a closing mark the whole answer is thought. An empty thought may be
+    the closing mark alone, as in GLM-4.7, or the end of this mark: GPT-OSS's final channel.
     """
 
     def __init__(self, marks: tuple[str, str]):

@@ -1,7 +1,7 @@
 """Read the tool calls that a model writes as tags: the inverse of text/tool_markup.py.
 
-An argument that the tool declares as a string stays text; any other is read as JSON, and stays text
-if it is none. What LLaMA-Factory leaves out of a call and what the vendors write are both read.
+An argument that the tool declares as a string is kept as text. Any other is parsed as JSON, and
+kept as text if that fails. The vendors' tags and LLaMA-Factory's shorter ones are both accepted.
 
 Requires: text/tool_calls.py.
 Next: text/read_calls.py (the table of all readers).
@@ -16,14 +16,14 @@ from text.json_text import parse
 from text.tool_calls import Call, to_json
 from text.tool_markup import QUOTE
 
-Tools = dict[str, frozenset[str]]       # name of each tool -> its arguments that are texts
+Tools = dict[str, frozenset[str]]       # name of each tool -> its string arguments
 
 
 class Tags(NamedTuple):
     """A format with tags. call and argument are regular expressions."""
-    call: str                       # its groups: the name, the arguments
-    argument: str                   # its groups: the key, the value
-    around: tuple[str, ...] = ()    # texts that may stand around all calls
+    call: str                       # groups: the name, the arguments
+    argument: str                   # groups: the key, the value
+    around: tuple[str, ...] = ()    # optional texts around all calls
 
 
 QWEN3_5 = Tags(
@@ -43,7 +43,7 @@ SEED_OSS = Tags(
 
 
 def read_tags(tags: Tags, text: str, tools: Tools) -> tuple[str, list[Call]]:
-    """(the text before the calls, the calls). Raises ValueError for text that is in no tag."""
+    """(the text before the calls, the calls). Raises ValueError for text after a call."""
     found = list(re.finditer(tags.call, text, re.DOTALL))
     if not found:
         return text, []
@@ -80,9 +80,9 @@ def json_or_text(text: str):
 
 # ---- LFM2: calls in Python ----------------------------------------------------------------------
 
-# a text between quotes, up to what follows an argument
+# a quoted text, up to the next argument or the end of the call
 QUOTED = r'(?<=[(\s])(\w+)="(.*?)"(?=, \w+=|\)(?:, [\w.]+\(|\]$))'
-WORDS = {"true": True, "false": False, "null": None}        # JSON's words, which models mix in
+WORDS = {"true": True, "false": False, "null": None}      # JSON's names, which models write too
 
 
 def read_lfm2(text: str, tools: Tools) -> tuple[str, list[Call]]:
@@ -95,7 +95,7 @@ def read_lfm2(text: str, tools: Tools) -> tuple[str, list[Call]]:
         raise ValueError("text after the calls")
     try:
         tree = parse_python(body.strip())
-    except ValueError:      # a quote or a line break in a text
+    except ValueError:      # an unescaped quote or a line break in a text
         tree = parse_python(re.sub(QUOTED, lambda match: f"{match[1]}={match[2]!r}", body.strip(),
                                    flags=re.DOTALL))
     return before, [call_of_node(node) for node in getattr(tree, "elts", [tree])]
@@ -110,7 +110,7 @@ def parse_python(text: str) -> ast.AST:
 
 
 def call_of_node(node: ast.AST) -> Call:
-    """A call of Python, whose arguments are literals with names."""
+    """A Python call with keyword arguments that are literals. Raises ValueError for others."""
     if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name):
         raise ValueError("not a call with named arguments")
     return node.func.id, to_json({pair.arg: value_of_node(pair.value) for pair in node.keywords})

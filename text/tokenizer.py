@@ -309,7 +309,7 @@ def read_chat_template(folder: Path, config: dict) -> str | None:
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """The bytes that each id adds to a text; not of ids that no text has.
+    """{id: bytes that it adds to a text}, without ids that never occur in a text.
 
     Raises ValueError for a tokenizer that is neither byte-level nor one of sentencepiece.
     """

@@ -25,7 +25,7 @@ from text.tool_markup import (describe_gemma4, describe_glm4_moe, describe_lfm2,
 
 def tool_format(name: str, describe: Callable[[list[dict]], str],
                 write_calls: Callable[[list[Call]], str], after_lead: str = "\n") -> ToolFormat:
-    """A row of the table. after_lead: between the text of an answer and its calls."""
+    """A row of the table. after_lead: text between the text of an answer and its calls."""
     return ToolFormat(name, partial(describe_tools, describe), partial(render_call, write_calls),
                       after_lead)
 
@@ -44,14 +44,14 @@ TOOL_FORMATS = {row.name: row for row in (
     tool_format("minimax2", describe_minimax2, write_minimax2),
     tool_format("lfm2", describe_lfm2, write_lfm2, after_lead=""),
     tool_format("gemma4", describe_gemma4, write_gemma4, after_lead=""),
-    # these two take the tools column itself: its items are written as they are
+    # these two write the items of the tools column unchanged
     ToolFormat("seed_oss", describe_seed_oss, partial(render_call, write_seed_oss), after_lead=""),
     ToolFormat("phi4_mini", describe_phi4_mini, partial(render_call, write_default)),
 )}
 
 
 def find_tool_format(name: str, where: str = "") -> ToolFormat:
-    """The row of TOOL_FORMATS with this name. where: for the message of the ValueError."""
+    """The row of TOOL_FORMATS with this name. where: beginning of the ValueError's message."""
     if name not in TOOL_FORMATS:
         raise ValueError(f"{where}{unknown_name('tool_format', name, TOOL_FORMATS)}")
     return TOOL_FORMATS[name]
@@ -62,13 +62,13 @@ def with_tool_functions(template: Template) -> Template:
     return replace(template, tool_format=find_tool_format(template.tool_format.name))
 
 
-ARGUMENT = "\ue000"     # stands for the arguments of a call; nobody types it
+ARGUMENT = "\ue000"     # placeholder for the arguments of a call, from Unicode's private use area
 
 
 def call_frames(template: Template, names: list[str]) -> list[tuple[bytes, bytes]]:
-    """For each tool what a call of it begins and ends with, around its arguments.
+    """[(text before the arguments of a call, text after them)] for each tool, as bytes.
 
-    Raises ValueError for a template that does not write the arguments of a call as JSON.
+    Raises ValueError if the template does not write arguments as JSON.
     """
     slots = template.function or template.assistant
     opens = "".join(slot for slot in slots if isinstance(slot, str)).partition("{{content}}")[0]

@@ -8,9 +8,10 @@
     </function>
     </tool_call>
 
-A text is written as it is, any other value as JSON. These formats are those of Qwen 3.5, GLM-4.5,
-MiniMax-M2, Seed-OSS, LFM2 and Gemma 4. Where LLaMA-Factory leaves a tag out (GLM-4.5 and Seed-OSS
-close none, MiniMax-M2 has none around all calls), so do these functions, for the same ids.
+A text is written unchanged, any other value as JSON. Qwen 3.5, GLM-4.5, MiniMax-M2, Seed-OSS, LFM2
+and Gemma 4 use such formats. To give the same ids, tags that LLaMA-Factory leaves out are left out
+here too: </tool_call> of GLM-4.5, > after the name of Seed-OSS, the tags around all calls of
+MiniMax-M2.
 
 Requires: text/tool_calls.py.
 Next: text/tool_formats.py (the table), text/read_calls.py (the inverse).
@@ -21,7 +22,7 @@ from text.tool_calls import Call, list_tools, read_tools, shorten, to_json
 
 
 def arguments_of(call: Call) -> dict:
-    """The arguments of a call by name. Raises ValueError if they are no JSON object."""
+    """The arguments of a call by name. Raises ValueError if they are not a JSON object."""
     name, text = call
     arguments = parse(text)
     if not isinstance(arguments, dict):
@@ -31,12 +32,12 @@ def arguments_of(call: Call) -> dict:
 
 
 def text_of_value(value) -> str:
-    """An argument: a text as it is, any other value as JSON."""
+    """The value of an argument: a text unchanged, any other value as JSON."""
     return value if isinstance(value, str) else to_json(value)
 
 
 def list_functions(tools: list[dict]) -> str:
-    """A line of JSON for each function, each after a line break."""
+    """The functions as JSON, each after a line break."""
     return "".join("\n" + to_json(tool["function"]) for tool in tools)
 
 
@@ -89,7 +90,7 @@ def describe_glm4_moe(tools: list[dict]) -> str:
 
 
 def write_glm4_moe(calls: list[Call]) -> str:
-    """Without </tool_call>, which GLM itself writes: the ids are those of LLaMA-Factory."""
+    """Without </tool_call>, which GLM itself writes, to give LLaMA-Factory's ids."""
     texts = []
     for call in calls:
         text = f"\n<tool_call>{call[0]}"
@@ -115,7 +116,7 @@ def describe_minimax2(tools: list[dict]) -> str:
 
 
 def write_minimax2(calls: list[Call]) -> str:
-    """Without <minimax:tool_call> around the calls: the ids are those of LLaMA-Factory."""
+    """Without <minimax:tool_call> around the calls, to give LLaMA-Factory's ids."""
     texts = []
     for call in calls:
         text = f'<invoke name="{call[0]}">'
@@ -129,7 +130,7 @@ def write_minimax2(calls: list[Call]) -> str:
 
 
 def describe_seed_oss(tools) -> str:
-    """Takes the tools column itself: its items are written as they are."""
+    """Writes the items of the tools column unchanged."""
     if not read_tools(tools):
         return ""
     return (
@@ -145,7 +146,7 @@ def describe_seed_oss(tools) -> str:
 
 
 def write_seed_oss(calls: list[Call]) -> str:
-    """Without the > after the name, which Seed-OSS itself writes: as LLaMA-Factory."""
+    """Without > after the name, which Seed-OSS itself writes, to give LLaMA-Factory's ids."""
     texts = []
     for call in calls:
         text = f"\n<seed:tool_call>\n<function={call[0]}"
@@ -164,7 +165,7 @@ def describe_lfm2(tools: list[dict]) -> str:
 
 
 def write_lfm2(calls: list[Call]) -> str:
-    """Texts stand between quotes as they are: a quote in a text is not escaped."""
+    """Texts are written between quotes; a quote in a text is not escaped."""
     texts = []
     for call in calls:
         arguments = []
@@ -230,13 +231,13 @@ def write_gemma4(calls: list[Call]) -> str:
         value = parse(arguments)
         inner = value if isinstance(value, str) else write_gemma4_value(value)
         if isinstance(value, dict):
-            inner = inner[1:-1]         # the braces are those of the call
+            inner = inner[1:-1]         # the call has its own braces
         text += f"<|tool_call>call:{name}{{{inner}}}<tool_call|>"
     return text
 
 
 def write_gemma4_value(value) -> str:
-    """A value of JSON; the keys of objects are sorted and stand without quotes."""
+    """A JSON value; keys of objects are sorted and not quoted."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, dict):
