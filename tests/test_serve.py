@@ -382,7 +382,7 @@ def test_a_conversation_with_tools_is_rendered_as_in_training(server):
     ({"messages": HELLO, "response_format": {"type": "json_object"}, "tools": [WEATHER]}, 400,
      "set tool_choice: none"),
     ({"messages": HELLO, "response_format": {"type": "json_object"}, "enable_thinking": True}, 400,
-     "without a thought"),
+     "has no thought"),
     ({"messages": HELLO, "tool_choice": "required"}, 400, "no tools to call"),
     ({"messages": HELLO, "tools": [WEATHER], "tool_choice": "always"}, 400, "'required'"),
     ({"messages": HELLO, "tools": [WEATHER],
