@@ -45,7 +45,7 @@ SDPA_FLAGS = {      # the names in torch.backends.cuda.enable_*_sdp
 }
 KERNELS = ("flash-attn", "torch-varlen", *SDPA, "plain")    # if about equally fast, the first wins
 PLAIN_QUERIES = 1024        # queries per block of plain_attention: bounds the memory of the scores
-SINK_FEATURES = 8           # by which sdpa_with_sinks widens a head
+SINK_FEATURES = 8           # features that sdpa_with_sinks adds to each head
 
 
 # ---- the micro-batch as one row ------------------------------------------------------------------
@@ -165,7 +165,7 @@ def attend(q, k, v, *, kernel: str = "plain", layout: PackedLayout | None = None
     chunk: a query sees only keys whose position // chunk equals its own.
     softcap: scores become softcap * tanh(scores / softcap).
     slopes: (H,) float32, for ALiBi: scores += slopes[h] * (key position - query position).
-    sinks: (H,), a score of each head that takes part in every softmax and has no value.
+    sinks: (H,), one score per head: the softmax has exp(sink) in its denominator, too.
     filled: the filled slots of a cache of fixed size; T is 1, layout is None.
 
     Raises ValueError for an unknown kernel or one that lacks a requested feature, RuntimeError when
@@ -295,9 +295,9 @@ def plain_block(q, k, v, scale, window, softcap, slopes, sinks, wide_scores) -> 
 
 
 def softmax_with_sinks(scores, sinks) -> torch.Tensor:
-    """Softmax of scores (…, S) and, in each row, of a sink, whose share is dropped.
+    """Softmax of scores (…, S) with a sink in each row, whose probability is dropped.
 
-    sinks: of a shape that broadcasts to (…, 1); None: the ordinary softmax.
+    sinks: broadcasts to (…, 1). None: the ordinary softmax.
     """
     if sinks is None:
         return scores.softmax(-1)
@@ -357,7 +357,7 @@ def sdpa(q, k, v, kernel, scale, window=None, slopes=None, sinks=None) -> torch.
 
 
 def run_sdpa(q, k, v, kernel, scale, mask, backends) -> torch.Tensor:
-    """torch's function, with a mask or causal."""
+    """torch's SDPA, with a mask or causal."""
     grouped = {}
     if q.shape[1] != k.shape[1]:
         if q.is_cuda and takes_grouped_heads(kernel, mask is not None):
@@ -394,11 +394,11 @@ def sdpa_mask(q, S: int, kernel, window, slopes):
 
 
 def sdpa_with_sinks(q, k, v, kernel, scale, mask, backends, sinks) -> torch.Tensor:
-    """SDPA knows no sinks: a further key in front has the sink's score, and the value 0.
+    """Sinks by SDPA, which does not support them: an extra first key has the sink as its score.
 
-    Its score comes from further features, SINK_FEATURES of them since kernels want multiples of 8:
-    the first is sinks[h] / scale in every query, 1 in the new key and 0 in all others. Without a
-    mask a further query in front makes it as many queries as keys, which is_causal requires.
+    Its value is 0. The score comes from extra features, SINK_FEATURES of them because kernels need
+    multiples of 8: the first is sinks[h] / scale in every query, 1 in the extra key and 0 in all
+    other keys. Without a mask an extra query makes as many queries as keys, as is_causal requires.
     """
     Dh = q.shape[3]
     feature = F.pad((sinks / scale).to(q.dtype)[:, None], (0, SINK_FEATURES - 1))       # (H, 8)
@@ -528,8 +528,8 @@ def one_query(q, k, v, kernel, scale, softcap=None, filled: Filled | None = None
     """q (B, H, 1, Dh) sees all of k, v (B, K, S, Dh), or their filled slots.
 
     Without a mask the H / K query heads that share a key/value head can be the rows of one matrix:
-    no key is repeated, and a cache is read in place. With sinks it is the definition: a further key
-    would copy the cache for every token.
+    no key is repeated, and a cache is read in place. With sinks it runs one_query_plain, because
+    an extra key would copy the cache for every token.
     """
     rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])            # (B, K, H / K, Dh)
     if filled is not None and kernel in ("flash-attn", "torch-varlen"):

@@ -36,7 +36,7 @@ class Switches:
     o_bias: bool = False
     mlp_bias: bool = False          # gate, up and down
     clip_qkv: float | None = None   # q, k and v are clamped to [-clip, clip]
-    output_gate: bool = False       # q_proj also makes a gate, head by head: the heads' outputs are
+    output_gate: bool = False       # q_proj has a gate beside q in each head; the head's output is
                                     # multiplied by its sigmoid
     conv_bias: bool = False         # a short convolution
     mixer_bias: bool = False        # the linear layers of a mixer with a short convolution
@@ -68,8 +68,8 @@ class Switches:
     # attention scores, MLP
     attn_softcap: float | None = None       # scores become cap * tanh(scores / cap)
     attn_scale: float | None = None         # scores are q.k times this; None: head_dim ** -0.5
-    attn_sinks: bool = False                # a trained score per head that takes part in every
-                                            # softmax and has no value (arXiv:2508.10925)
+    attn_sinks: bool = False                # a trained score per head in the denominator of every
+                                            # softmax (arXiv:2508.10925)
     hidden_act: str = "silu"                # a row of model.ACTIVATIONS
 
     # block, embedding and head
@@ -127,7 +127,7 @@ class ModelConfig(Switches):
                                             # made of; 0: projected keys and values
     q_lora_rank: int = 0                    # the same of queries; 0: projected queries
     v_head_dim: int = 0                     # features of a value
-    conv_kernel: int = 0                    # tokens that a short convolution reads
+    conv_kernel: int = 0                    # kernel size of a short convolution, in tokens
     linear_num_key_heads: int = 0           # nk, heads of q and k of a mixer with a state
     linear_num_value_heads: int = 0         # nv, heads of v, each with a state of dk x dv numbers
     linear_key_head_dim: int = 0            # dk
@@ -221,8 +221,8 @@ class Family(Switches):
     intermediate_size: Callable = lambda take: take("intermediate_size", needed=True)
     names: dict = field(default_factory=dict)     # {part of a parameter's name: that in the files}
     prefix: str = ""                              # prefix of every name in the files
-    in_transformers: dict = field(default_factory=dict)     # {prefix of a name in the files: that
-                                                  # of transformers 5's module, as in adapters}
+    in_transformers: dict = field(default_factory=dict)     # {prefix in the files: prefix in
+                                                  # transformers 5 and in adapters}
     text_field: str = ""                          # field of config.json with the decoder's fields
     text_types: tuple = ()                        # rows that these may be read by, else this one
     skips: tuple = ()                             # prefixes of tensors outside the decoder; or
@@ -400,7 +400,7 @@ def gelu_by_tanh(take):
 
 
 def yarn_unless_stated(take):
-    """The rotation that GPT-OSS has where config.json states none."""
+    """rope_scaling of GPT-OSS if config.json has none."""
     if take("rope_scaling") or take("rope_parameters"):
         return take("rope_scaling")
     return {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -420,7 +420,7 @@ def full_attention_by_interval(take):
 
 
 def mamba_head_dim(take):
-    """mamba_d_head, or by "auto" what divides mamba_expand * hidden_size among the heads."""
+    """mamba_d_head; if "auto", mamba_expand * hidden_size divided by the number of heads."""
     width = take("mamba_expand", 2) * take("hidden_size", needed=True)
     heads = take("linear_num_value_heads")
     stated = take("mamba_d_head", "auto")

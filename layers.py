@@ -38,7 +38,7 @@ ACTIVATIONS = {
 
 
 class Mixer(nn.Module):
-    """Lets tokens read earlier ones. A subclass has readers, mix and o_proj, see above."""
+    """Base of layers that mix tokens. A subclass has readers, mix and o_proj, see above."""
 
     def forward(self, x, ctx):
         """(B, T, D) -> (B, T, D)."""
@@ -124,7 +124,7 @@ class LatentAttention(Mixer):
 
 
 class StateMixer(Mixer):
-    """A mixer that reads earlier tokens through a state of fixed size, new for each sequence.
+    """A mixer that reads earlier tokens through a state of fixed size, reset for each sequence.
 
     A subclass has scan(tensors, state, lengths) -> (output, state after the last token). tensors:
     (B, T, …) each; state: a tuple of tensors (B, …), or None before the first token. lengths:
@@ -186,9 +186,9 @@ class CausalConv(nn.Conv1d):
 class GatedDeltaNet(StateMixer):
     """The gated delta rule (arXiv:2412.06464), as in Qwen3-Next and Qwen 3.5.
 
-    q, k and v pass a short convolution. Each value head has a state of dk x dv numbers, which maps
-    keys to values. For each token the state decays by exp(g), and then the value for the key k
-    moves towards v by a share beta. A key head serves several value heads.
+    q, k and v pass through a short convolution. Each value head has a state (dk, dv), which maps
+    keys to values. For each token the state decays by exp(g), and then its value for the key k
+    moves towards v by the fraction beta. Several value heads share a key head.
     """
 
     def __init__(self, config: ModelConfig, layer: int, norm: Callable):
@@ -337,7 +337,7 @@ def changes_in_chunks(k, v, beta, decay, since_start):
 
 
 class StateSpace(StateMixer):
-    """Mamba-2 (arXiv:2405.21060): a state that decays, to which each token adds.
+    """Mamba-2 (arXiv:2405.21060): a decaying state to which each token adds.
 
     In the terms of scan_state, keys are B, queries C, and values x, each times its time step dt. A
     key head, here called a group, serves several value heads.
@@ -419,7 +419,7 @@ class ShortConvolution(StateMixer):
 
 
 def mixer_state_bytes(config: ModelConfig, layer: int, dtype: torch.dtype) -> int:
-    """Bytes of the state of a sequence; 0 for a layer of attention."""
+    """Bytes of the state of one sequence; 0 for attention."""
     before = config.conv_kernel - 1                             # inputs of the convolution
     if config.mixers[layer] == "short convolution":
         return before * config.hidden_size * dtype.itemsize
@@ -443,9 +443,9 @@ OTHER_MIXERS = {
 
 
 class StackedLinear(nn.Module):
-    """E linear maps in one tensor, as some checkpoints store them.
+    """E linear layers in one tensor, as some checkpoints store experts.
 
-    order: of the sizes of a matrix in it, "in, out" or "out, in".
+    order: layout of each matrix, "in, out" or "out, in".
     """
 
     def __init__(self, experts: int, size_in: int, size_out: int, bias: bool = False,

@@ -298,7 +298,7 @@ class Block(nn.Module):
         return self.add_mlp(x + h, ctx)
 
     def attention_branch(self, x, ctx: ForwardContext):
-        """What the mixer adds to x."""
+        """The mixer's output, added to x."""
         return self.scaled(self.after_attention_norm(self.mixer(self.input_layernorm(x), ctx)))
 
     def add_mlp(self, x, ctx: ForwardContext):
@@ -471,7 +471,7 @@ def attention_needs(config: ModelConfig) -> dict:
 
 
 class KVCache:
-    """What layers know of earlier tokens.
+    """Keys, values and states of earlier tokens.
 
     Attention: keys and values, a pair of growing buffers (B, K, room, Dh) per layer. Mixers with a
     state of fixed size (layers.StateMixer): that state after the last token.
@@ -512,11 +512,11 @@ class KVCache:
         self.states[layer] = state
 
     def advance(self, tokens: int):
-        """End a pass in which every layer has stored so many tokens."""
+        """Count the tokens that every layer has stored in this pass."""
         self.length += tokens
 
     def crop(self, length: int):
-        """Forget all but the first `length` tokens; all, where a state cannot go back to them."""
+        """Keep only the first `length` tokens; none if a layer has a state: it cannot go back."""
         if self.states and length < self.length:
             self.states = {}
             length = 0
