@@ -35,10 +35,10 @@ import torch
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.load import formats_in_words, quantized_weights
+from checkpoint.read_config import read_config_json, read_model_config
 from data import settings_of
 from evals.answer_file import answer_file
 from evals.predictions import Side
-from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.decode import pick_step, prepare
 from generate import Sampling, common_prefix, context_length, generate, next_scores

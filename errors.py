@@ -9,6 +9,7 @@ Next: data.py.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import signal
@@ -68,6 +69,14 @@ def bytes_in_words(count: float) -> str:
             return f"{count:.4g} {unit}"
         count /= 1024
     return f"{count:.4g} GiB"
+
+
+def shown(value) -> str:
+    """A value of a JSON file in at most 60 characters."""
+    try:
+        return json.dumps(value)[:60]
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__} too large to be shown"
 
 
 def first_line(error: Exception) -> str:

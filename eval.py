@@ -33,6 +33,7 @@ from runtime.device import pick_device              # before torch: see guard_am
 
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import write_json
+from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from data import settings_of
 from evals.bleu_rouge import NAMES, means, pick_words, score
@@ -43,7 +44,6 @@ from evals.multiple_choice import (accuracies, answer_subjects, find_subjects, p
 from evals.predictions import (Prompt, Side, predict, process_share, progress_name, prompts_of,
                                read_prompt_rows, remove_progress, run_key, write_predictions)
 from evals.vllm_answers import answers_of_vllm, check_vllm
-from families import read_config_json, read_model_config
 from fast.decode import prepare
 from fast.fused_block import fuse_blocks
 from generate import Sampling

@@ -46,8 +46,8 @@ from tqdm import tqdm
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint, new_folder, open_tensors
 from checkpoint.load import formats_in_words, packed_weights, stays_quantized
+from checkpoint.read_config import read_config_json
 from evals.compare import compare_losses
-from families import read_config_json
 from lora import expert_matrices, merged_weight
 from runtime.adapter_export import export_adapter
 from runtime.check_adapter import check_adapter

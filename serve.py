@@ -30,8 +30,8 @@ import torch
 
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import layers_of_adapter, load_with_adapters
+from checkpoint.read_config import read_config_json, read_model_config
 from data import settings_of
-from families import read_config_json, read_model_config
 from fast.attention_picker import pick_kernel
 from fast.batch_decode import cache_bytes, one_at_a_time
 from fast.decode import prepare

@@ -29,7 +29,7 @@ import torch
 
 from bench.common import NotHere, run_part
 from bench.gpu_speed import CASES, Case, describe, examples_of, speed_figures, timed
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from runtime.throughput import matmul_parameters, training_flops

@@ -35,8 +35,8 @@ import torch
 from bench.common import NotHere, report_figures, run_part, versions_of
 from bench.random_model import random_model, raw_config
 from checkpoint.load import assign, quantizable_weights, set_quantized
+from checkpoint.read_config import model_config
 from data import Example, collate_rows
-from families import model_config
 from fast.attention_picker import card_name, pick_kernel
 from fast.batch_decode import answer_all
 from fast.decode import pick_step, prepare

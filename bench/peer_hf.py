@@ -27,13 +27,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from runtime.device import pick_device
 from checkpoint.adapter_config import read_adapter_config
+from checkpoint.read_config import read_config_json
 from runtime.load_config import load_config
 from data import IGNORE
 from runtime.build import STAGES
 from runtime.steps import epoch_order, micro_batches
 from text.fit_tokenizer import fit_tokenizer
 from text.token_cache import load_examples
-from families import read_config_json
 from runtime.throughput import peak_memory
 from text.template_check import choose_template
 from text.tokenizer import load_tokenizer

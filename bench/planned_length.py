@@ -19,7 +19,7 @@ import torch
 
 from bench.common import table
 from bench.random_model import SHAPES, raw_config
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig
 from methods.quant import QuantFormat
 from runtime.config import Config

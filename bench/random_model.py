@@ -21,7 +21,7 @@ import torch
 from bench.common import SHARED
 from checkpoint.adapters import save_adapter
 from checkpoint.files import DTYPES, write_tensors
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM, init_weights
 

@@ -1,6 +1,6 @@
 """adapter_config.json: its fields, checked once when it is read, and the layers it leaves out.
 
-Requires: lora.py (LoRAConfig, patterns), families.py (reading JSON).
+Requires: lora.py (LoRAConfig, patterns), checkpoint/read_config.py (JSON).
 Next: checkpoint/adapters.py.
 Fields: PEFT 0.21's LoraConfig and OFTConfig.
 """
@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from families import not_within, read_json_object, shown
+from checkpoint.read_config import not_within, read_json_object
+from errors import shown
 from lora import AdapterConfig, LoRAConfig, match_patterns
 
 # ---- the table ----------------------------------------------------------------------------------

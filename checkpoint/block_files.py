@@ -25,7 +25,7 @@ import torch
 from checkpoint.files import DTYPES, open_tensors, stored_as
 from checkpoint.float_blocks import (FP8, GROUP, dequantize_fp8_blocks, dequantize_mxfp4,
                                      quantize_fp8_blocks, quantize_mxfp4)
-from families import read_config_json
+from checkpoint.read_config import read_config_json
 
 METHODS = ("mxfp4", "fp8")          # quant_method of config.json
 BITS = {"mxfp4": 4 + 8 / GROUP, "fp8": 8.0}             # bits per weight; fp8 without its scales

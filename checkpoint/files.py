@@ -2,7 +2,7 @@
 
 Files and folders appear under their final names only when they are complete.
 
-Requires: families.py (reading JSON), checkpoint/work_folder.py.
+Requires: checkpoint/read_config.py (reading JSON), checkpoint/work_folder.py.
 Next: checkpoint/load.py.
 """
 import json
@@ -18,9 +18,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from checkpoint.read_config import read_json_object
 from checkpoint.work_folder import OLD, files_under, keep_aside, work_folder
 from errors import bytes_in_words, first_line, nearest_name
-from families import read_json_object
 from text.hub_files import is_on
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

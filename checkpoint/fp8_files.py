@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import DTYPES, open_tensors, stored_as
-from families import read_config_json
+from checkpoint.read_config import read_config_json
 from methods.fp8_rows import Fp8RowsFormat, Fp8RowsWeight
 
 

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint.files import DTYPES, open_tensors, tensor_info
-from families import read_config_json, read_json_object
+from checkpoint.read_config import read_config_json, read_json_object
 from methods.grouped import GroupedFormat, GroupedWeight
 
 # {method: {name in the files, after the layer's: what it is}}

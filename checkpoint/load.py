@@ -21,10 +21,10 @@ from tqdm import tqdm
 from checkpoint.block_files import METHODS, BlockParts, find_blocks
 from checkpoint.files import open_tensors, stored_as, tensor_files, write_json, write_tensors
 from checkpoint.names import equal_tensors, find_tensors
+from checkpoint.read_config import model_config, read_config_json, read_model_config
 from checkpoint.shards import (full_shape, full_size, full_tensor, local_tensor, own_part,
                                read_own)
 from errors import nearest_name
-from families import model_config, read_config_json, read_model_config
 from model import CausalLM, is_constant
 
 

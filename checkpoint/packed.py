@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import DTYPES, open_tensors, stored_as
-from families import read_config_json
+from checkpoint.read_config import read_config_json
 from methods.quant import VALUES, QuantFormat, QuantizedWeight
 
 # {name in the files, after the layer's: name in QuantFormat.tensors}; "state" and "format" are read

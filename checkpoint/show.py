@@ -14,7 +14,8 @@ from errors import bytes_in_words, run_script
 
 import torch
 
-from families import ModelConfig, Switches, model_config, read_config_json
+from checkpoint.read_config import model_config, read_config_json
+from families import ModelConfig, Switches
 from model import CausalLM
 
 

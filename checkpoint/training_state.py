@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import open_tensors, save_tensors, write_json
-from families import read_json_object, shown
+from checkpoint.read_config import read_json_object
+from errors import shown
 from text.tokenizer import read_json
 
 # the files that resuming needs

@@ -11,11 +11,11 @@ import torch
 
 from checkpoint.adapters import load_adapter, load_with_adapters
 from checkpoint.load import load_model, packed_weights
+from checkpoint.read_config import read_model_config
 from data import IGNORE
 from evals.bleu_rouge import NAMES
 from evals.loss import score_examples, sum_losses
 from evals.predictions import Prompt, Side
-from families import read_model_config
 from fast.attention_picker import pick_kernel
 from lora import merge_adapters
 from model import attention_needs

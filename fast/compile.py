@@ -17,8 +17,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from checkpoint.read_config import model_config
 from errors import first_line
-from families import model_config
 from losses import losses_and_grad
 from model import MLP, Attention, CausalLM, RMSNorm, init_weights
 from rope import rotate

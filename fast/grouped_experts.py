@@ -24,8 +24,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint.load import quantized_weights
+from checkpoint.read_config import model_config
 from errors import first_line
-from families import model_config
 from fast.fused_block import IDENTITY, can_fuse, gradients, operands
 from layers import StackedExperts
 from lora import LoRAConfig, LoRALinear, LoRAStacked, attach_lora

@@ -19,8 +19,8 @@ from checkpoint.fp8_files import Fp8Parts
 from checkpoint.grouped_files import GroupedParts
 from checkpoint.load import formats_in_words, packed_weights, stays_quantized
 from checkpoint.packed import Packed
+from checkpoint.read_config import read_config_json
 from checkpoint.requantize import requantize, state_length
-from families import read_config_json
 from runtime.block_export import BlockExport
 from runtime.export import Export
 from runtime.packed_export import PackedExport

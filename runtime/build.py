@@ -18,11 +18,11 @@ from torch import nn
 
 from checkpoint.adapters import load_adapter, variant_of
 from checkpoint.load import empty_model, fill_model, load_model
+from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.shards import full_tensor, materialize, own_part
 from checkpoint.training_state import STATE_FOLDER, optimizer_names, read_trainer_state
 from checkpoint.value_head import VALUE_HEAD, read_value_head
 from data import collate_rows, encode_conversations, encode_documents
-from families import read_config_json, read_model_config
 from lora import AdapterConfig, attach_lora, lora_layers, merge_adapters, trainable
 from losses import Objective, SFTObjective
 from methods import freeze

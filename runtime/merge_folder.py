@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from checkpoint.files import open_tensors, write_json
+from checkpoint.read_config import model_config
 from checkpoint.value_head import VALUE_HEAD
 from checkpoint.write_gguf import is_ours
-from families import model_config
 from runtime.resize_vocab import MARK
 from text.load_text import fit_text
 from text.tokenizer import load_tokenizer, read_json

@@ -19,9 +19,9 @@ from checkpoint.files import open_tensors, stored_as
 from checkpoint.fp8_files import Fp8Parts
 from checkpoint.load import (formats_in_words, load_model, packed_weights, quantizable_weights,
                              stays_quantized)
+from checkpoint.read_config import read_config_json
 from checkpoint.write_bnb import NF4, bnb_fields, bnb_parts, pack_bnb
 from checkpoint.write_compressed import GROUP_SIZE, compress, compressed_fields, compressed_parts
-from families import read_config_json
 from runtime.export import Export
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from checkpoint.files import DTYPES, stored_as
 from checkpoint.names import find_tensors
-from families import read_config_json
+from checkpoint.read_config import read_config_json
 from lora import AdaptedLinear
 from model import MIXERS
 from runtime.config import ADAPTERS

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 import runtime.device  # noqa: F401  before torch: see guard_amdsmi there
 
-from families import read_config_json
+from checkpoint.read_config import read_config_json
 from runtime.build import STAGES
 from runtime.named_folders import named_folder
 from runtime.resize_vocab import add_new_tokens, new_tokens, read_descriptions

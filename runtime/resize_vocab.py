@@ -25,9 +25,10 @@ from checkpoint.adapter_config import read_adapter_config
 from checkpoint.files import new_folder, open_tensors, save_tensors, tensor_files, write_json
 from checkpoint.load import check_plain
 from checkpoint.names import find_tensors
+from checkpoint.read_config import model_config, read_config_json
 from checkpoint.value_head import VALUE_HEAD
 from errors import first_line
-from families import ModelConfig, model_config, read_config_json
+from families import ModelConfig
 from parallel import Ranks
 from runtime.config import resizes_vocab
 from text.plain_text import excerpt

@@ -22,8 +22,8 @@ import torch
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapters import layers_of_adapter, load_with_adapters
 from checkpoint.load import load_model, quantized_weights
+from checkpoint.read_config import read_model_config
 from checkpoint.value_head import VALUE_HEAD, read_value_head
-from families import read_model_config
 from runtime.kernels import use_kernels
 from runtime.named_folders import named_folder, named_folders
 from runtime.precision import half_dtype, requested_format

@@ -8,7 +8,7 @@ families.read_config_json gives them from then on, to training, chat, evaluation
 full model and a merged one have them in their own config.json; chat.py, eval.py and merge.py find
 those of an adapter by its train_config.json.
 
-Requires: families.py.
+Requires: families.py, checkpoint/read_config.py.
 Next: runtime/setup.py, runtime/finished.py.
 The meaning of the key, of factor and positions, is LLaMA-Factory's; that of the fields is
 transformers'.
@@ -16,7 +16,8 @@ transformers'.
 import math
 from pathlib import Path
 
-from families import FAMILIES, Family, change_config_json, read_config_json, read_model_config
+from checkpoint.read_config import change_config_json, read_config_json, read_model_config
+from families import FAMILIES, Family
 from text.tokenizer import read_json
 
 FACTOR_WITHOUT_LENGTH = 2.0         # where no cutoff_len says how long the texts are

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from checkpoint.load import load_model, quantized_weights
-from families import read_model_config
+from checkpoint.read_config import read_model_config
 from lora import AdapterConfig
 from model import CausalLM
 from runtime.named_folders import named_folder, named_folders

@@ -25,7 +25,8 @@ from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
 from checkpoint.adapters import stored_targets
 from checkpoint.load import (count_parameters, formats_in_words, load_model, packed_weights,
                              quantized_weights, stays_quantized)
-from families import ModelConfig, read_model_config
+from checkpoint.read_config import read_model_config
+from families import ModelConfig
 from generate import context_length
 from layers import StackedLinear
 from lora import AdapterConfig, LoRAConfig, trainable

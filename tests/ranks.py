@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from checkpoint.files import write_tensors
-from families import model_config
+from checkpoint.read_config import model_config
 from model import CausalLM, init_weights
 from tests.common import ROOT, read_jsonl
 

@@ -7,8 +7,8 @@ from safetensors import safe_open
 
 import merge
 from checkpoint.load import load_model, packed_weights, quantized_weights
+from checkpoint.read_config import read_config_json
 from checkpoint.requantize import requantize
-from families import read_config_json
 from methods.quant import QuantFormat
 from tests.common import message_of
 from tests.test_write_gptq import RECORDED

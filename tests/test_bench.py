@@ -12,7 +12,7 @@ from runtime import throughput as speed
 from bench import common, cpu, random_model, scaling
 from bench.common import (Child, curves, in_turn, medians, ratios, run_child, slug, table,
                           training_figures)
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from tests.common import ROOT

@@ -16,7 +16,7 @@ from checkpoint.float_blocks import (E2M1, dequantize_fp8_blocks, dequantize_mxf
                                      quantize_fp8_blocks, quantize_mxfp4)
 from checkpoint.load import (empty_model, fill_model, load_model, packed_weights,
                              quantized_weights)
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from checkpoint.adapters import load_with_adapters, save_adapter
 from methods.quant import QuantFormat

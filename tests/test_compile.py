@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.compile import (compile_error, compile_loss, compile_steps, compile_tokens, loss_in_one,
                           pick_compile)
 from fast.fused_block import fuse_blocks

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from checkpoint.read_config import model_config
 from data import IGNORE, Example, collate
-from families import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from parallel import Ranks

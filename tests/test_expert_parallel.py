@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from checkpoint.read_config import model_config
 from checkpoint.shards import full_shape, full_size
-from families import model_config
 from lora import LoRAStacked
 from layers import StackedLinear
 from parallel import Ranks

@@ -18,7 +18,8 @@ import torch
 
 from attention import PackedLayout
 from checkpoint.load import load_model
-from families import FAMILIES, model_config
+from checkpoint.read_config import model_config
+from families import FAMILIES
 from model import CausalLM, KVCache
 from rope import rope_frequencies
 from tests.common import GOLDEN, needs_shared

@@ -5,7 +5,7 @@ Its recorded runs with fp8: true are in llama_factory_runs.json (fp8, fp8_lora).
 import pytest
 import torch
 
-from families import model_config
+from checkpoint.read_config import model_config
 from methods import fp8
 from methods.fp8 import FORMATS, Fp8, scaled_matmul_plain
 from runtime.kernels import Kernels, pick_fp8_base

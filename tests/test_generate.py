@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoint.load import load_model
-from families import FAMILIES, model_config
+from checkpoint.read_config import model_config
+from families import FAMILIES
 from generate import (
     Sampling,
     TokenCounts,

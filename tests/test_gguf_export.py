@@ -19,9 +19,10 @@ from checkpoint.gguf_graphs import find_graph
 from checkpoint.gguf_tensors import graph_tensors
 from checkpoint.gguf_tokenizer import tokenizer_metadata
 from checkpoint.load import load_model
+from checkpoint.read_config import model_config
 from checkpoint.read_gguf import load_gguf
 from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
-from families import FAMILIES, model_config
+from families import FAMILIES
 from text.tokenizer import load_tokenizer
 from tests.common import GOLDEN, ROOT, losses_in, message_of, needs_shared
 from tests.test_families import READABLE

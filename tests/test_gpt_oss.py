@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from attention import PackedLayout
 from checkpoint.adapters import adapter_tensors, in_pefts_layout, load_adapter, save_adapter
 from checkpoint.load import load_model
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from layers import MoE, one_by_one
 from lora import LoRAConfig, attach_lora, lora_layers

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import chat
 import merge
 from checkpoint.load import load_model, packed_weights, quantized_weights
+from checkpoint.read_config import read_model_config
 from evals.compare import mean_loss, some_rows
-from families import read_model_config
 from merge import merge_checkpoint
 from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest

@@ -20,7 +20,7 @@ import merge
 from checkpoint.grouped_files import find_grouped, grouped_settings
 from checkpoint.load import (count_parameters, load_model, packed_weights, quantized_weights,
                              save_model)
-from families import model_config
+from checkpoint.read_config import model_config
 from model import CausalLM, init_weights
 from runtime.merge_plan import plan_tensors
 from tests.common import CURVES, ROOT, needs_shared, run_recorded

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint.load import load_model
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from model import KVCache
 from tests.test_families import reference

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from families import read_model_config
+from checkpoint.read_config import read_model_config
 from lora import LoRAConfig
 from runtime import layout_advice
 from runtime.config import Config

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import chat
 import merge
 import train
-from families import model_config
+from checkpoint.read_config import model_config
 from model import CausalLM
 from runtime.load_config import load_config
 from tests.common import GOLDEN, SHARED, needs_shared

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint.files import tensor_files
 from checkpoint.load import BUFFERS, load_model, save_model
-from families import model_config
+from checkpoint.read_config import model_config
 from model import CausalLM
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.tiny_models import TINY, same_bytes, tiny, write_tiny

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from families import read_model_config
+from checkpoint.read_config import read_model_config
 from runtime.load_config import load_config
 from tests.common import GOLDEN, needs_shared
 from tests.tiny_models import base_with

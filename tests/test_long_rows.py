@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from attention import PackedLayout
 from bench import planned_length
 from checkpoint.adapters import variant_of
+from checkpoint.read_config import model_config
 from errors import bytes_in_words
 from fast import offload_inputs as offloading
-from families import model_config
 from fast.fused_block import fuse_blocks
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum

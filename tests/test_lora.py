@@ -10,7 +10,7 @@ from torch import nn
 
 from checkpoint.adapters import adapter_tensors, load_adapter, save_adapter
 from checkpoint.load import load_model
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import (LoRAConfig, LoRALinear, LoRAStacked, attach_lora, find_targets, lora_layers,
                   merged_weight, set_adapters, trainable)
 from losses import cross_entropy_sum

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoint.read_config import model_config
 from data import IGNORE
 from evals.compare import mean_loss
 from evals.loss import evaluate, evaluate_examples
-from families import model_config
 from losses import SFTObjective
 from model import CausalLM, init_weights
 from runtime.precision import Precision

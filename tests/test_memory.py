@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import PackedLayout
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum

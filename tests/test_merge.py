@@ -17,8 +17,8 @@ import merge
 from checkpoint.adapters import load_adapter, load_with_adapters, save_adapter
 from checkpoint.files import PICKLES_ARE_SAFE, tensor_files, write_tensors
 from checkpoint.load import load_model
+from checkpoint.read_config import model_config
 from checkpoint.work_folder import write_mark
-from families import model_config
 from lora import LoRAConfig, attach_lora, lora_layers
 from merge import merge_checkpoint
 from methods.lora_variants import variant_arguments

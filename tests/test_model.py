@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from attention import PackedLayout
 from checkpoint.load import load_model
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from losses import balance_loss
 from layers import MoE, grouped, one_by_one

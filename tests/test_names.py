@@ -9,7 +9,8 @@ from checkpoint.adapters import PREFIX, load_adapter
 from checkpoint.files import write_json
 from checkpoint.load import load_model, save_model
 from checkpoint.names import find_tensors
-from families import FAMILIES, model_config, read_model_config
+from checkpoint.read_config import model_config, read_model_config
+from families import FAMILIES
 from merge import merge_checkpoint
 from methods.quant import QuantFormat
 from model import CausalLM, init_weights

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from attention import PackedLayout
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora, trainable
 from methods.optimizers import UPDATES
 from model import CausalLM

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import LoRAConfig
 from runtime import stages
 from runtime.config import Config

@@ -12,8 +12,8 @@ import eval as eval_script
 import merge
 import train
 from checkpoint.load import load_model
+from checkpoint.read_config import read_model_config
 from checkpoint.work_folder import files_under
-from families import read_model_config
 from parallel import Ranks
 from runtime.preview import main as preview
 from runtime.resize_vocab import (MARK, RESIZED_BASE, TABLES, grow_table, resized_base,

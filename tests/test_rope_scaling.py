@@ -10,7 +10,7 @@ import train
 from attention import PackedLayout
 from checkpoint.adapters import load_with_adapters
 from checkpoint.load import load_model
-from families import CHANGES, read_config_json
+from checkpoint.read_config import CHANGES, read_config_json
 from runtime.finished import find_weights
 from runtime.rope_scaling import scale_rope, scaled_fields
 from tests.common import load_argv, read_jsonl, refusal

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from attention import PackedLayout, alibi_bias, causal_mask
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from lora import attach_lora, trainable
 from losses import cross_entropy_sum

@@ -8,8 +8,8 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from checkpoint.read_config import model_config
 from checkpoint.show import draw
-from families import model_config
 from tests.common import GOLDEN, ROOT, needs_shared
 from tests.tiny_models import RECORDED_MODELS, STACKED, TINY
 

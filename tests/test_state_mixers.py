@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from attention import PackedLayout
 from checkpoint.load import load_model
 from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
-from families import model_config
+from checkpoint.read_config import model_config
 from fast.batch_decode import RowCache, cache_bytes
 from fast.decode import uncapturable
 from fast.fused_block import fuse_blocks

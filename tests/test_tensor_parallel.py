@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train
+from checkpoint.read_config import model_config
 from checkpoint.shards import Cut, cut_parameter, full_bytes
-from families import model_config
 from parallel import Ranks
 from runtime.config import Config
 from runtime.load_config import load_config

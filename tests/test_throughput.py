@@ -9,8 +9,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import families
 from attention import PackedLayout
+from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from runtime import throughput
@@ -21,7 +21,7 @@ from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded
 
 def on_meta(fields, rank=0):
     with torch.device("meta"):
-        model = CausalLM(families.model_config(fields))
+        model = CausalLM(model_config(fields))
         return attach_lora(model, LoRAConfig(rank)) if rank else model
 
 
@@ -98,11 +98,11 @@ def test_query_key_pairs_equal_the_mask(length, window, chunk):
 
 def test_packed_rows_count_pairs_within_sequences_and_windows():
     fields = LLAMA3_8B | dict(model_type="mistral", sliding_window=128)
-    model_config = families.model_config(fields)
-    assert training_flops(model_config, 0, 0, [512, 512]) == 2 * training_flops(
-        model_config, 0, 0, [512]
+    config = model_config(fields)
+    assert training_flops(config, 0, 0, [512, 512]) == 2 * training_flops(
+        config, 0, 0, [512]
     )
-    assert training_flops(model_config, 0, 0, [512]) == 12 * 4096 * 32 * attention_pairs(512, 128)
+    assert training_flops(config, 0, 0, [512]) == 12 * 4096 * 32 * attention_pairs(512, 128)
 
 
 def test_flops_equal_torchs_count():
@@ -118,7 +118,7 @@ def test_flops_equal_torchs_count():
         num_key_value_heads=4,
         vocab_size=500,
     )
-    model = CausalLM(families.model_config(fields)).requires_grad_(True)
+    model = CausalLM(model_config(fields)).requires_grad_(True)
     ids = torch.randint(0, 500, (1, 24))
     with FlopCounterMode(display=False) as counter:
         hidden = model(ids, None, PackedLayout([24]))

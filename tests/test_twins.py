@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint.load import load_model
-from families import model_config
+from checkpoint.read_config import model_config
 from model import KVCache
 from tests import twins
 from tests.common import GOLDEN, needs_shared

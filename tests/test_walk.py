@@ -13,7 +13,8 @@ import train
 from checkpoint.adapters import load_with_adapters
 from checkpoint.files import tensor_files, write_tensors
 from checkpoint.load import load_model
-from families import FAMILIES, model_config
+from checkpoint.read_config import model_config
+from families import FAMILIES
 from model import CausalLM, init_weights
 from tests.common import GOLDEN, SHARED, needs_shared
 from tests.test_families_2026 import FOLDERS, NAMES

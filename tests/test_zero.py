@@ -13,7 +13,7 @@ from torch import nn
 
 import parallel
 import train
-from families import model_config
+from checkpoint.read_config import model_config
 from lora import trainable
 from model import CausalLM, init_weights
 from parallel import Ranks

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checkpoint.files import tensor_files, write_tensors
-from families import FAMILIES, model_config
+from checkpoint.read_config import model_config
+from families import FAMILIES
 from lora import LoRALinear, trainable
 from methods.quant import quantize
 from methods.optimizers import further_arguments
