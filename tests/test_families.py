@@ -1158,7 +1158,7 @@ def test_any_config_json_is_a_model_config_or_a_sentence_within_a_second(kind):
     accepted = 0
     for raw in sources:
         for mutant in islice(mutations(raw, draw), 200):
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 config = model_config(mutant, "here/config.json")
             except ValueError as error:
@@ -1170,7 +1170,7 @@ def test_any_config_json_is_a_model_config_or_a_sentence_within_a_second(kind):
                     if not config.alibi:
                         table = rope_frequencies(config, 50)[0]
                         assert table.isfinite().all(), mutant
-            assert time.perf_counter() - start < 1, mutant
+            assert time.process_time() - start < 1, mutant
     assert accepted
 
 
