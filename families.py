@@ -229,28 +229,28 @@ class Family(Switches):
 
 
 def window_everywhere(take, layer):
-    return take("sliding_window")
+    return take("sliding_window", null=True)
 
 
 def window_if_switched_on(take, layer):
     """Qwen's window applies only with use_sliding_window, from layer max_window_layers on."""
     if take("use_sliding_window") and layer >= take("max_window_layers", 28):
-        return take("sliding_window")
+        return take("sliding_window", null=True)
     return None
 
 
 def window_on_even(take, layer):
     """With use_sliding_window: every second layer below max_window_layers."""
     even = layer % 2 == 0 and layer < take("max_window_layers", 28)
-    return take("sliding_window") if take("use_sliding_window") and even else None
+    return take("sliding_window", null=True) if take("use_sliding_window") and even else None
 
 
 def window_of_qwen3_moe(take, layer):
-    return take("sliding_window") if take("use_sliding_window") else None
+    return take("sliding_window", null=True) if take("use_sliding_window") else None
 
 
 def window_every_second(take, layer):
-    return take("sliding_window", 4096, null=True) if layer % 2 == 0 else None
+    return take("sliding_window", null=True) if layer % 2 == 0 else None
 
 
 def is_sliding(take, layer, period=4):
@@ -364,7 +364,7 @@ def rope_unless_listed(take, layer):
 
 
 def chunk_where_rope(take, layer):
-    size = take("attention_chunk_size", 8192, null=True)
+    size = take("attention_chunk_size", null=True)
     return size if rope_unless_listed(take, layer) else None
 
 
@@ -535,7 +535,8 @@ LLAMA4 = dict(                                      # the Llama 4 model card; on
     called={"intermediate_size": "intermediate_size_mlp",
             "moe_intermediate_size": "intermediate_size",
             "shared_expert_intermediate_size": "intermediate_size"},
-    absent={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 128},
+    absent={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 128,
+            "attention_chunk_size": 8192},
     names={"mlp": "feed_forward",
            "mlp.gate": "feed_forward.router",
            "gate_up_proj.weight": "gate_up_proj",
@@ -581,19 +582,23 @@ FAMILIES = {
     "llama": Family(                                # arXiv:2302.13971; 1 to 3.3, Yi, R1 distills
         **BIASED, mlp_bias=said("mlp_bias", False)),
     "xverse": Family(qkv_bias=said("bias", False), o_bias=said("bias", False)),
-    "mistral": Family(windows=window_everywhere),   # arXiv:2310.06825
+    "mistral": Family(                              # arXiv:2310.06825
+        windows=window_everywhere, absent={"sliding_window": 4096}),
     "mixtral": Family(                              # arXiv:2401.04088
         windows=window_everywhere, norm_topk_prob=True, sparse=lambda take, layer: True,
         absent={"rms_norm_eps": 1e-5, "rope_theta": 1e6},
         names={"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}),
     "qwen2": Family(                                # arXiv:2407.10671; 1.5 and 2.5, QwQ
-        qkv_bias=True, windows=window_if_switched_on),
+        qkv_bias=True, windows=window_if_switched_on, absent={"sliding_window": 4096}),
     "qwen3": Family(                                # arXiv:2505.09388
-        **BIASED, qk_norm="head", windows=window_if_switched_on, absent={"head_dim": 128}),
+        **BIASED, qk_norm="head", windows=window_if_switched_on,
+        absent={"head_dim": 128, "sliding_window": 4096}),
     "qwen2_moe": Family(
         qkv_bias=said("qkv_bias", True), windows=window_on_even, shared_expert_gate=True,
-        **SPARSE),
-    "qwen3_moe": Family(**BIASED, qk_norm="head", **SPARSE, windows=window_of_qwen3_moe),
+        **SPARSE, absent={"sliding_window": 4096}),
+    "qwen3_moe": Family(
+        **BIASED, qk_norm="head", **SPARSE, windows=window_of_qwen3_moe,
+        absent={"sliding_window": 4096}),
     "qwen": Family(                                 # Qwen 1, arXiv:2309.16609
         fused_qkv="blocks", qkv_bias=True, o_bias=bias_by_no_bias, mlp_bias=bias_by_no_bias,
         partial_rotary_factor=said("rotary_pct", 1.0),
@@ -612,7 +617,7 @@ FAMILIES = {
                "gate_proj": "w2", "up_proj": "w1", "mlp.down_proj": "mlp.c_proj"}),
     "gemma": Family(**GEMMA, hidden_act=gelu_by_tanh),      # arXiv:2403.08295
     "gemma2": Family(                               # arXiv:2408.00118, sec. 2
-        **GEMMA, norm_place="both",
+        **GEMMA | {"absent": GEMMA["absent"] | {"sliding_window": 4096}}, norm_place="both",
         hidden_act=said("hidden_activation", "gelu_pytorch_tanh"),
         attn_scale=lambda take: take("query_pre_attn_scalar", 256) ** -0.5,
         attn_softcap=unless_null("attn_logit_softcapping", 50.0),

@@ -433,7 +433,7 @@ def read_layers(family: Family, take: Callable, layers: int, where: str) -> dict
     sizes = {                       # layer type: (window, chunk)
         "full_attention": (None, None),
         **({"attention": (None, None)} if family.mixer_of else {}),
-        "chunked_attention": (None, take("attention_chunk_size")),
+        "chunked_attention": (None, take("attention_chunk_size", null=True)),
         "sliding_attention": (window, None),
         **dict.fromkeys(family.mixer_of, (None, None))}
     if unknown := [kind for kind in types or () if kind not in sizes]:

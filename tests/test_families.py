@@ -573,7 +573,7 @@ def baichuan(D, F, L, H, **more):
 # the fields that every config.json states, or that differ from size to size
 STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "vocab_size", "num_key_value_heads", "max_position_embeddings",
-          "sliding_window", "num_experts", "num_local_experts", "num_experts_per_tok",
+          "num_experts", "num_local_experts", "num_experts_per_tok",
           "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp",
           "pad_token_id")
 
@@ -818,11 +818,30 @@ DEEPSEEK_V3 = {"routed_scale": 2.5, "expert_groups": 8, "top_groups": 4,
     ("lfm2_moe", (), {"sparse": (False, False, True), "selection_bias": True}),
     ("ministral3", (), {"head_dim": 128}),
     ("granitemoehybrid", ("intermediate_size",), {"moe_intermediate_size": 8192}),
+    ("mistral", ("sliding_window",), {"windows": (4096, 4096, 4096)}),
+    ("gemma2", ("sliding_window",), {"windows": (4096, None, 4096)}),
 ])
 def test_fields_left_out_are_what_transformers_takes(kind, absent, words):
     raw = {key: value for key, value in READABLE[kind].items() if key not in absent}
     config = model_config(raw)
     assert {name: getattr(config, name) for name in words} == words
+
+
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "gemma2",
+                                  "llama4_text"])
+@pytest.mark.parametrize("by_types", [False, True])
+def test_layers_have_the_windows_and_chunks_of_transformers_by_default(kind, by_types):
+    transformers = pytest.importorskip("transformers")
+    switch = {} if kind in ("mistral", "gemma2", "llama4_text") else {"use_sliding_window": True}
+    full = transformers.AutoConfig.for_model(kind, **switch).to_dict()
+    left_out = {"sliding_window", "attention_chunk_size"} | (set() if by_types else {"layer_types"})
+    short = {key: value for key, value in full.items() if key not in left_out}
+    ours = model_config(short)
+    stated = model_config(full)
+    assert (ours.windows, ours.chunks) == (stated.windows, stated.chunks)
+    assert any(ours.windows) or any(ours.chunks)
+    without = model_config(full | {name: None for name in left_out})
+    assert not any(without.windows) and not any(without.chunks)
 
 
 WITHOUT_EFFECT = {       # fields of published files that transformers does not read
