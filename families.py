@@ -224,6 +224,8 @@ class Family(Switches):
                                                   # transformers 5 and in adapters}
     text_field: str = ""                          # field of config.json with the decoder's fields
     text_types: tuple = ()                        # rows that these may be read by, else this one
+    tied_by_text: bool = False                    # tie_word_embeddings of text_config decides, not
+                                                  # the one at the top level
     skips: tuple = ()                             # prefixes of tensors outside the decoder; or
                                                   # a function of take
 
@@ -831,6 +833,6 @@ FAMILIES = {
         names=LFM2_NAMES | {"mlp.selection_bias": "feed_forward.expert_bias"}),
     "llama4_text": Family(**LLAMA4),
     "llama4": Family(
-        **LLAMA4, prefix="language_model.", text_field="text_config",
+        **LLAMA4, prefix="language_model.", text_field="text_config", tied_by_text=True,
         skips=("vision_model.", "multi_modal_projector.")),
 }

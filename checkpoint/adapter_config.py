@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from checkpoint.read_config import not_within, read_json_object
+from checkpoint.files import read_json_object
+from checkpoint.read_config import not_within
 from errors import shown
 from lora import AdapterConfig, LoRAConfig, match_patterns
 

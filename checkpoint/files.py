@@ -2,8 +2,8 @@
 
 Files and folders appear under their final names only when they are complete.
 
-Requires: checkpoint/read_config.py (reading JSON), checkpoint/work_folder.py.
-Next: checkpoint/load.py.
+Requires: checkpoint/work_folder.py.
+Next: checkpoint/names.py.
 """
 import json
 import os
@@ -18,7 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from checkpoint.read_config import read_json_object
 from checkpoint.work_folder import OLD, files_under, keep_aside, work_folder
 from errors import bytes_in_words, first_line, nearest_name
 from text.hub_files import is_on
@@ -271,6 +270,20 @@ def names_in_order(path: Path) -> list[str]:
     """Names of a file's tensors in the order of their bytes, where the package tells it."""
     with open_tensors(path) as file:
         return list(getattr(file, "offset_keys", file.keys)())
+
+
+def read_json_object(path: Path, advice: str) -> dict:
+    """The fields of a JSON file. Raises ValueError that names the file and ends with the advice."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be read; {advice}") from None
+    except ValueError as error:         # bad JSON, bad UTF-8, a number of thousands of digits
+        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); {advice}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields; "
+                         f"{advice}")
+    return content
 
 
 def _indexed_shards(index: Path) -> dict[str, Path]:

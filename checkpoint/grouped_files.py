@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from checkpoint.files import DTYPES, open_tensors, tensor_info
-from checkpoint.read_config import read_config_json, read_json_object
+from checkpoint.files import DTYPES, open_tensors, read_json_object, tensor_info
+from checkpoint.read_config import read_config_json
 from methods.grouped import GroupedFormat, GroupedWeight
 
 # {method: {name in the files, after the layer's: what it is}}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from checkpoint.block_files import METHODS, BlockParts, find_blocks
 from checkpoint.files import open_tensors, stored_as, tensor_files, write_json, write_tensors
 from checkpoint.names import equal_tensors, find_tensors
-from checkpoint.read_config import model_config, read_config_json, read_model_config
+from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.shards import (full_shape, full_size, full_tensor, local_tensor, own_part,
                                read_own)
 from errors import nearest_name
@@ -43,7 +43,7 @@ def load_model(folder, dtype: torch.dtype | None = None, device="cpu", skip_weig
     unused or of another shape than config.json says; FileNotFoundError for missing files.
     """
     folder = Path(folder)
-    config = model_config(read_config_json(folder), str(folder / "config.json"))
+    config = read_model_config(folder)
     with torch.device("meta"):
         model = CausalLM(config)
     packed = packed_weights(folder)

@@ -31,10 +31,12 @@ SEPARATE_EXPERTS = {
 TAKES_NAMES_FOR_STACKS = ("mixtral", "minimax_m2", "qwen3_moe", "qwen3_next", "glm4_moe",
                           "glm4_moe_lite", "deepseek_v2", "deepseek_v3")
 ROUTERS = {"qwen2_moe": "mlp.gate", "qwen3_5_moe_text": "mlp.gate",     # no linear layers in PEFT
-           "gpt_oss": "mlp.router"}
+           "qwen3_5_moe": "mlp.gate", "gpt_oss": "mlp.router"}
 # families whose stacks PEFT 0.21 takes as (in, out), as they are stored; it takes stacks of other
 # families as (out, in), and swaps A and B
 TAKEN_AS_STORED = ("gpt_oss",)
+# families whose adapters of separate experts PEFT 0.21 does not turn into those of stacks
+NOT_STACKED_BY_PEFT = ("qwen3_5_moe",)
 STACKED_GATE_UP = r".*\.experts\.gate_up_proj"
 STACKS_SINCE = "0.21.0"     # the version whose layout of stacks is written
 
@@ -200,6 +202,8 @@ def why_peft_differs(model: CausalLM, config: AdapterConfig) -> str:
     elif any(isinstance(layer, LoRAStacked) and ".experts." not in name
              for name, layer in layers.items()):
         reason = "it has other names for the stacks of experts than the checkpoint's files"
+    elif model.config.model_type in NOT_STACKED_BY_PEFT and any(map(is_expert, layers)):
+        reason = "it has stacks of experts, and here each expert has an adapter of its own"
     elif config.finetuning_type == "lora" and model.config.model_type in SEPARATE_EXPERTS:
         reason = why_stacks_differ(model, layers, config)
     if not reason:

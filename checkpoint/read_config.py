@@ -6,7 +6,7 @@
 A field that would change the mathematics and is not understood is an error; fields that do nothing
 here are listed in HARMLESS. What a family does without a field stands in its row of families.py.
 
-Requires: families.py.
+Requires: families.py, checkpoint/names.py.
 Next: checkpoint/load.py.
 """
 import json
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from errors import first_line, nearest_name, shown
+from checkpoint.files import read_json_object
+from checkpoint.names import find_tensors
+from errors import nearest_name, shown
 from families import FAMILIES, Family, ModelConfig, Switches, temperature_by_beta, time_step_limit
 
 # layers.py has the functions
@@ -193,20 +195,6 @@ def read_config_json(folder) -> dict:
     return read_json_object(path, "fetch the file again") | change_config_json(folder, None)
 
 
-def read_json_object(path: Path, advice: str) -> dict:
-    """The fields of a JSON file. Raises ValueError that names the file and ends with the advice."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply to be read; {advice}") from None
-    except ValueError as error:         # bad JSON, bad UTF-8, a number of thousands of digits
-        raise ValueError(f"{path} is not valid JSON ({first_line(error)}); {advice}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with fields; "
-                         f"{advice}")
-    return content
-
-
 def explain_missing_config(folder: Path, path: Path) -> str:
     found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else []
     if "adapter_config.json" in found:
@@ -236,7 +224,37 @@ def model_config(raw: dict, where: str = "config.json") -> ModelConfig:
 
 def read_model_config(folder) -> ModelConfig:
     """The ModelConfig of a checkpoint folder. Raises FileNotFoundError or ValueError."""
-    return model_config(read_config_json(folder), f"{folder}/config.json")
+    raw = read_config_json(folder)
+    return fit_to_files(model_config(raw, f"{folder}/config.json"), raw, folder)
+
+
+def fit_to_files(config: ModelConfig, raw: dict, folder) -> ModelConfig:
+    """The config, changed where the names of the folder's tensors decide: experts and head.
+
+    Published files of Qwen 3.5 MoE hold the experts of a layer in two stacks; transformers 5 writes
+    them one by one. Where the top level says tie_word_embeddings: true and text_config says false,
+    transformers ties a head only if the files have no other. A folder without weights changes
+    nothing.
+    """
+    text = raw.get(FAMILIES[raw["model_type"]].text_field) or {}
+    contradicts = config.tie_word_embeddings and text.get("tie_word_embeddings") is False
+    stacked = config.stacked_experts == "out, in" and any(config.sparse)
+    if not contradicts and not stacked:
+        return config
+    try:
+        names = find_tensors(folder, config)
+    except FileNotFoundError:
+        return config
+    if contradicts and config.stored_name("lm_head.weight") in names:
+        note = ("tie_word_embeddings is true in config.json and false in its text_config: the "
+                "files have a head of its own, which is used")
+        config = replace(config, tie_word_embeddings=False, notes=(*config.notes, note))
+    if stacked:
+        layer = config.sparse.index(True)
+        first = config.stored_name(f"model.layers.{layer}.mlp.experts.0") + "."
+        if any(name.startswith(first) for name in names):
+            config = replace(config, stacked_experts="")
+    return config
 
 
 class FieldReader:
@@ -308,8 +326,9 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
 def text_part(family: Family, raw: dict, where: str) -> tuple[Family, dict]:
     """The row and the fields of the decoder in a model that also reads images."""
     fields = dict(raw[family.text_field])
-    if "tie_word_embeddings" in raw:
-        fields.setdefault("tie_word_embeddings", raw["tie_word_embeddings"])
+    stated = raw.get("tie_word_embeddings")
+    if stated is not None and not (family.tied_by_text and "tie_word_embeddings" in fields):
+        fields["tie_word_embeddings"] = stated
     if not family.text_types:
         return family, fields
     kind = fields.get("model_type", family.text_types[0])

@@ -14,7 +14,7 @@ from errors import bytes_in_words, run_script
 
 import torch
 
-from checkpoint.read_config import model_config, read_config_json
+from checkpoint.read_config import read_model_config
 from families import ModelConfig, Switches
 from model import CausalLM
 
@@ -147,7 +147,7 @@ def main(argv: list[str]):
     if len(argv) != 1:
         sys.exit("usage: python -m checkpoint.show DIR   (a checkpoint folder with a config.json)")
     folder = argv[0]
-    print(draw(model_config(read_config_json(folder), f"{folder}/config.json")))
+    print(draw(read_model_config(folder)))
 
 
 if __name__ == "__main__":

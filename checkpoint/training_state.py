@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.files import open_tensors, save_tensors, write_json
-from checkpoint.read_config import read_json_object
+from checkpoint.files import open_tensors, read_json_object, save_tensors, write_json
 from errors import shown
 from text.tokenizer import read_json
 

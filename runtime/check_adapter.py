@@ -23,8 +23,8 @@ from errors import print_error  # noqa: F401
 
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapter_names import PREFIX, module_name, with_other_prefix
-from checkpoint.files import open_tensors, tensor_files
-from checkpoint.read_config import read_config_json, read_json_object, read_model_config
+from checkpoint.files import open_tensors, read_json_object, tensor_files
+from checkpoint.read_config import read_config_json, read_model_config
 from families import ModelConfig
 from runtime.config import Config
 

@@ -25,7 +25,7 @@ from checkpoint.adapter_config import read_adapter_config
 from checkpoint.files import new_folder, open_tensors, save_tensors, tensor_files, write_json
 from checkpoint.load import check_plain
 from checkpoint.names import find_tensors
-from checkpoint.read_config import model_config, read_config_json
+from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.value_head import VALUE_HEAD
 from errors import first_line
 from families import ModelConfig
@@ -150,7 +150,7 @@ def write_resized(config, folder: Path, adapters: list[Path], target: Path):
     before = tokenizer.vocab_size
     add_new_tokens(tokenizer, tokens)
     fields = read_config_json(folder)
-    sizes = model_config(fields, str(folder / "config.json"))
+    sizes = read_model_config(folder)
     rows = rows_needed(tokenizer, sizes.vocab_size)
     check_tables_of(adapters, sizes, rows)
     with new_folder(target) as work:

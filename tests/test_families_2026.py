@@ -11,10 +11,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from attention import PackedLayout
 from checkpoint.load import load_model
+from checkpoint.read_config import model_config
 from families import FAMILIES
 from fast.fused_block import fuse_blocks
 from generate import generate
@@ -92,6 +93,31 @@ def test_two_sequences_in_one_row(loaded):
         logits = logits_of(model, torch.cat(pairs)[None], positions, PackedLayout(lengths))
         for letter, part in zip("ab", logits[0].split(lengths)):
             assert (part - want[f"pair_{letter}_logits"]).abs().max() < CLOSE, model.kernel
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_5"])
+@pytest.mark.parametrize("top, text, own_head", [
+    (True, False, False), (True, False, True), (False, True, True), (False, False, True)])
+def test_the_top_level_says_whether_the_head_is_the_embedding(name, top, text, own_head, tmp_path):
+    """tie_word_embeddings beside and in text_config, as transformers' classes read them."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    folder = FOLDERS / name
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": top}
+    config["text_config"]["tie_word_embeddings"] = text
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if own_head:
+        decoder = model_config(config)
+        embedding = weights[decoder.stored_name("model.embed_tokens.weight")]
+        weights[decoder.stored_name("lm_head.weight")] = embedding.flip(0).contiguous()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = load_model(tmp_path, torch.float32)
+    ids = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        assert (logits_of(ours, ids) - theirs(input_ids=ids).logits).abs().max() < CLOSE
+    assert ours.config.tie_word_embeddings != own_head
+    assert any("a head of its own" in note for note in ours.config.notes) == (top and own_head)
 
 
 @pytest.mark.parametrize("name", MISSING)

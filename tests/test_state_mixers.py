@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from attention import PackedLayout
 from checkpoint.load import load_model
 from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
+from checkpoint.peft_targets import why_peft_differs
 from checkpoint.read_config import model_config
 from fast.batch_decode import RowCache, cache_bytes
 from fast.decode import uncapturable
@@ -298,9 +299,11 @@ def stacked_as_published(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("targets", [("all",), ("all", "experts")], ids=str)
-def test_stacks_of_experts_whose_matrices_are_out_by_in(tmp_path, targets):
-    """The text part of Qwen 3.5 MoE: logits of transformers, gradients of PEFT, and a merge."""
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "one by one"])
+@pytest.mark.parametrize("targets", [("all",), ("all", "experts"), ("gate",)], ids=str)
+def test_both_layouts_of_the_experts_of_qwen3_5_moe(tmp_path, targets, stacked):
+    """Its text part as published, and as transformers 5 saves it: logits of transformers,
+    gradients of PEFT, and a merge in the layout of the base."""
     pytest.importorskip("transformers", minversion="5.0")
     text = dict(SMALL, **DELTA, **SHARED_EXPERT,
                 layer_types=["linear_attention", FULL, "linear_attention"])
@@ -308,12 +311,20 @@ def test_stacks_of_experts_whose_matrices_are_out_by_in(tmp_path, targets):
                 out_hidden_size=32, num_position_embeddings=16)
     theirs = reference("qwen3_5_moe", dict(text_config=text, vision_config=eyes), seed=5)
     theirs.save_pretrained(tmp_path / "base")
-    stacked_as_published(tmp_path / "base")
+    if stacked:
+        stacked_as_published(tmp_path / "base")
     model = load_model(tmp_path / "base")
     ids = some_ids(CHUNK + 5)
     with torch.no_grad():
         assert (model.logits(model(ids)) - theirs(ids).logits).abs().max() < 1e-4
-    check_gradients(tmp_path / "base", tmp_path, SMALL["vocab_size"], True, targets)
+    if stacked or "experts" not in targets:
+        check_gradients(tmp_path / "base", tmp_path, SMALL["vocab_size"], True, targets)
+    else:
+        ours = adapted(tmp_path / "base", tmp_path / "adapter", list(targets))
+        assert "it has stacks of experts" in why_peft_differs(ours, LoRAConfig())
+        ours.logits(ours(ids)).square().mean().backward()
+        assert any(layer.lora_B.weight.grad.any() for name, layer in lora_layers(ours).items()
+                   if ".experts." in name)
 
     merge_checkpoint(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
     both = load_with_adapters(tmp_path / "base", [tmp_path / "adapter"])
@@ -322,5 +333,6 @@ def test_stacks_of_experts_whose_matrices_are_out_by_in(tmp_path, targets):
         assert (merged.logits(merged(ids)) - both.logits(both(ids))).abs().max() < 1e-4
     before, after = (load_file(tmp_path / name / "model.safetensors")
                      for name in ("base", "merged"))
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
     visual = [name for name in before if name.startswith("model.visual.")]
     assert visual and all(torch.equal(before[name], after[name]) for name in visual)

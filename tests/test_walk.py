@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,20 +48,21 @@ PUBLISHED["lfm2_moe"] = {"model_type": "lfm2_moe", **LLAMA, "num_experts": 4,
                          "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
 if "deepseek_v3" in PUBLISHED:
     PUBLISHED["kimi_k2"] = {**PUBLISHED["deepseek_v3"], "model_type": "kimi_k2"}
-ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | {
-    "13B": "baichuan2_13b"} if SHARED.is_dir() else {}
+FURTHER = {"13B": "baichuan2_13b", "experts one by one": "qwen3_5_moe"}
+ONE_EACH = {fields["model_type"]: name for name, fields in PUBLISHED.items()} | FURTHER if (
+    SHARED.is_dir()) else {}
 
 
-def base_of(name, folder):
+def base_of(name, folder, **switches):
     """A random checkpoint with a family's published fields, a vocabulary of 1,010 ids, and a
-    tokenizer."""
+    tokenizer. switches: instead of the family's."""
     fields = json.loads(json.dumps(PUBLISHED[name]))
     fields.pop("quantization_config", None)                 # see test_block_files.py
     text = fields.get("text_config", fields)
     text["padded_vocab_size" if "padded_vocab_size" in text else "vocab_size"] = 1010
     text |= {"pad_token_id": None, "eos_token_id": 1005, "initializer_range": 0.1}
     torch.manual_seed(0)
-    model = CausalLM(model_config(fields))
+    model = CausalLM(replace(model_config(fields), **switches))
     init_weights(model, torch.Generator().manual_seed(0))
     for n, p in model.named_parameters():   # so that inputs are not small beside the eps of norms
         p.data *= 5 if n.endswith(("conv1d.weight", "conv.weight")) else 1
@@ -78,13 +80,14 @@ def base_of(name, folder):
 
 @needs_shared
 def test_every_family_has_a_walk():
-    assert set(ONE_EACH) - {"13B"} == set(FAMILIES)
+    assert set(ONE_EACH) - set(FURTHER) == set(FAMILIES)
 
 
 @needs_shared
 @pytest.mark.parametrize("kind", ONE_EACH)
 def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
-    base = base_of(ONE_EACH[kind], tmp_path / "base")
+    switches = {"stacked_experts": ""} if kind == "experts one by one" else {}
+    base = base_of(ONE_EACH[kind], tmp_path / "base", **switches)
     out = tmp_path / "out"
     merged = tmp_path / "merged"
     rows = [{"instruction": f"Say {word}", "output": f"{word} it is"}
