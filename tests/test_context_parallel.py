@@ -30,8 +30,9 @@ from tests.test_tensor_parallel import (EXPERTS, FULL, MODELS, SAVES, WORKER, as
                                         history)
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)      # see tests/test_fsdp.py
-TINY_MODELS = {name: MODELS[name] for name in ("llama", "mixtral", "gpt_oss")} | {
+TINY_MODELS = {name: MODELS[name] for name in ("llama", "gemma2", "mixtral", "gpt_oss")} | {
     "gemma3": {**MODELS["gemma2"], "model_type": "gemma3_text", "rope_local_base_freq": 100.0,
+               "attn_logit_softcapping": None,
                "layer_types": ["sliding_attention", "full_attention"]},
     "six": {**MIXTURE, "num_attention_heads": 6},
     "alibi": {"model_type": "baichuan", **SMALL, "num_key_value_heads": 4, "model_max_length": 512},
@@ -51,7 +52,8 @@ CASES = {   # settings of runs that agree with one process
     "llama": dict(SAVES, lora_dropout=0.2, neftune_noise_alpha=5),
     "qwen3": dict(model_name_or_path="dense", additional_target="q_norm,norm", learning_rate=1e-3,
                   disable_gradient_checkpointing=False, packing=True, flash_attn="sdpa"),
-    "gemma3": dict(model_name_or_path="gemma3"),        # windows with their rope, capped scores
+    "gemma2": dict(model_name_or_path="gemma2"),                # capped scores
+    "gemma3": dict(model_name_or_path="gemma3"),                # windows with rope of their own
     "alibi": dict(model_name_or_path="alibi"),
     "dynamic": dict(model_name_or_path="dynamic"),              # frequencies of the longest row
     "mixtral": dict(EXPERTS, model_name_or_path="mixtral", lora_target="all,experts,gate"),
