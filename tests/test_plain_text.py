@@ -6,7 +6,7 @@ import pytest
 from errors import printable
 from tests.common import ROOT
 from tests.rows import load_rows, make_config, write_dataset
-from text import chat_formats, conversations, token_cache
+from text import written_formats, conversations, token_cache
 from text.chat_formats import TEMPLATES
 from text.plain_text import check_utf8, excerpt, why_not_utf8
 from text.tokenizer import load_tokenizer
@@ -59,7 +59,7 @@ def test_texts_of_a_template_are_checked():
     for value in ({"user": "{{content}}" + HALF}, {"user": "{{content}}", "stop": [HALF]},
                   {"user": [{"token": HALF}, "{{content}}"]}):
         with pytest.raises(ValueError, match=f"template: (user|stop): {SENTENCE}"):
-            chat_formats.find_template(value)
+            written_formats.find_template(value)
 
 
 def test_a_byte_order_mark_in_the_middle_of_a_jsonl(tmp_path):
