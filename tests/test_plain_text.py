@@ -6,7 +6,7 @@ import pytest
 from errors import printable
 from tests.common import ROOT
 from tests.rows import load_rows, make_config, write_dataset
-from text import written_formats, conversations, token_cache
+from text import conversations, token_cache, written_formats
 from text.chat_formats import TEMPLATES
 from text.plain_text import check_utf8, excerpt, why_not_utf8
 from text.tokenizer import load_tokenizer
