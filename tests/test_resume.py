@@ -65,6 +65,7 @@ BASE = dict(
     flash_attn="disabled",
     disable_gradient_checkpointing=True,
     resume_from_checkpoint="auto",
+    **{"pin_kernels.matmul": "torch"},      # else two runs may differ by a choice of the clock
 )
 # parts of the names of values that always differ
 TIMES = ("time", "per_second", "throughput", "memory")
@@ -954,6 +955,7 @@ def test_a_second_run_in_the_same_folder_is_refused(fork_server, uninterrupted, 
 
 # ---- kernels ------------------------------------------------------------------------------------
 
+CHOSEN = {"flash_attn": "auto", "pin_kernels.matmul": None}     # by the clock
 FIRST = ["fastest_here", "sdpa-math", "onednn"]
 LATER = ["fastest_here", "plain", "torch"]
 
@@ -968,35 +970,34 @@ def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
     """Killed before its first checkpoint and started again where timing favors other kernels: equal
     to an uninterrupted run bit for bit, as is a run with these kernels pinned; a new run differs.
     """
-    auto = dict(flash_attn="auto")
-    assert fork_server.run(tmp_path / "whole", 1, [FIRST], **auto)[0] == [0]
-    assert fork_server.run(tmp_path / "other", 1, [LATER], **auto)[0] == [0]
+    assert fork_server.run(tmp_path / "whole", 1, [FIRST], **CHOSEN)[0] == [0]
+    assert fork_server.run(tmp_path / "other", 1, [LATER], **CHOSEN)[0] == [0]
     assert adapter_of(tmp_path / "other") != adapter_of(tmp_path / "whole")
 
-    codes, _ = fork_server.run(tmp_path / "run", 1, [FIRST, ["dies_at_step", 0, 2]], **auto)
+    codes, _ = fork_server.run(tmp_path / "run", 1, [FIRST, ["dies_at_step", 0, 2]], **CHOSEN)
     assert codes != [0] and not training_state.checkpoints_in(tmp_path / "run")
-    codes, screen = fork_server.run(tmp_path / "run", 1, [LATER], **auto)
+    codes, screen = fork_server.run(tmp_path / "run", 1, [LATER], **CHOSEN)
     assert codes == [0] and adapter_of(tmp_path / "run") == adapter_of(tmp_path / "whole")
     assert "attention: sdpa-math, with which the run began (measured now, the choice" in screen
     assert "matmul: onednn, with which the run began" in screen
     assert "attention: plain" not in screen and "matmul: torch" not in screen
 
     pins = {"pin_kernels.attention": "sdpa-math", "pin_kernels.matmul": "onednn"}
-    codes, screen = fork_server.run(tmp_path / "pinned", 1, [LATER], **auto, **pins)
+    codes, screen = fork_server.run(tmp_path / "pinned", 1, [LATER], **(CHOSEN | pins))
     assert codes == [0] and adapter_of(tmp_path / "pinned") == adapter_of(tmp_path / "whole")
     assert "matmul: onednn, as pinned" in screen
 
 
 def test_other_settings_choose_their_own_kernels(fork_server, tmp_path):
-    codes, _ = fork_server.run(tmp_path, 1, [FIRST, ["dies_at_step", 0, 2]], flash_attn="auto")
+    codes, _ = fork_server.run(tmp_path, 1, [FIRST, ["dies_at_step", 0, 2]], **CHOSEN)
     assert codes != [0]
-    _, screen = fork_server.run(tmp_path, 1, [LATER], flash_attn="auto", learning_rate=1e-3)
+    _, screen = fork_server.run(tmp_path, 1, [LATER], **CHOSEN, learning_rate=1e-3)
     assert "with which the run began" not in screen
 
 
 def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
     for name, favored in (("a", FIRST), ("b", LATER)):
-        codes, screen = fork_server.run(tmp_path / name, 1, [favored], flash_attn="auto",
+        codes, screen = fork_server.run(tmp_path / name, 1, [favored], **CHOSEN,
                                         full_determinism=True)
         assert codes == [0], screen
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
