@@ -29,8 +29,8 @@ from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-from runtime.config import KEYS
 from errors import did_you_mean, error_message, run_script, say
+from runtime.config import KEYS
 from runtime.load_config import LONGEST_FILE, read_argv
 from serving.http_base import BoundedServer, GuardedHandler
 from serving.schema import BadRequest

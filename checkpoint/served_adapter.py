@@ -28,6 +28,7 @@ from checkpoint.shards import full_shape, full_tensor
 from lora import AdapterConfig, LoRAStacked, expert_matrices, lora_layers, trainable
 from model import CausalLM
 
+# layers that servers fuse
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 

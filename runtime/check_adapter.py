@@ -25,6 +25,7 @@ from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapter_names import PREFIX, module_name, with_other_prefix
 from checkpoint.files import open_tensors, read_json_object, tensor_files
 from checkpoint.read_config import read_config_json, read_model_config
+from checkpoint.served_adapter import JOINED
 from families import ModelConfig
 from runtime.config import Config
 
@@ -44,8 +45,6 @@ VLLM_PREFIXES["qwen3_5_moe"] = VLLM_PREFIXES["qwen3_5"]
 VLLM_STACKS = ("gpt_oss", "qwen3_5_moe")
 VLLM_RANK = 16                      # its default --max-lora-rank
 VLLM_STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-# layers that SGLang fuses; an adapter needs the first name and the last one of a group
-SGLANG_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 SGLANG_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "q_b_proj", "kv_b_proj",
                  "q_a_proj", "kv_a_proj_with_mqa", "embed_tokens", "lm_head", "w1", "w2", "w3")
 
@@ -215,7 +214,7 @@ def why_not_in_sglang(layer: str, layers: set[str]) -> str:
     parent, _, leaf = layer.rpartition(".")
     if leaf in ("experts", "base_layer"):
         return "stacks of experts (adapter_prefix: served writes them one by one)"
-    for group in SGLANG_JOINED:
+    for group in JOINED:            # an adapter needs the first and the last layer of a group
         if leaf not in group:
             continue
         missing = [name for name in {group[0], group[-1]} if f"{parent}.{name}" not in layers]

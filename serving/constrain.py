@@ -44,7 +44,7 @@ def transitions() -> dict[str, dict[int, str]]:
         for mode in modes.split(", "):
             table[mode] |= dict.fromkeys(characters.encode(), to)
 
-    for kind, after in (("", "ended"), ("key ", "colon")):      # strings; hex: of \uXXXX
+    for kind, after in (("", "ended"), ("key ", "colon")):      # strings, \u and 4 digits
         table[f"{kind}string"] = dict.fromkeys(range(0x20, 256), f"{kind}string")
         add(f"{kind}string", '"', after)
         add(f"{kind}string", "\\", f"{kind}escape")

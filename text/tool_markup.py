@@ -17,6 +17,8 @@ Requires: text/tool_calls.py.
 Next: text/tool_formats.py (the table), text/read_calls.py (the inverse).
 Sources: as text/tool_calls.py.
 """
+from functools import partial
+
 from text.json_text import parse
 from text.tool_calls import Call, list_tools, read_tools, shorten, to_json
 
@@ -34,6 +36,17 @@ def arguments_of(call: Call) -> dict:
 def text_of_value(value) -> str:
     """The value of an argument: a text unchanged, any other value as JSON."""
     return value if isinstance(value, str) else to_json(value)
+
+
+def write_tags(calls: list[Call], start: str, argument: str, end: str) -> str:
+    """Calls as text. start has a {} for the name, argument one for a key and one for its value."""
+    texts = []
+    for call in calls:
+        texts.append(start.format(call[0]))
+        for key, value in arguments_of(call).items():
+            texts[-1] += argument.format(key, text_of_value(value))
+        texts[-1] += end
+    return "\n".join(texts)
 
 
 def list_functions(tools: list[dict]) -> str:
@@ -63,14 +76,9 @@ def describe_qwen3_5(tools: list[dict]) -> str:
         "current knowledge and do not tell the user about function calls\n</IMPORTANT>")
 
 
-def write_qwen3_5(calls: list[Call]) -> str:
-    texts = []
-    for call in calls:
-        text = f"<tool_call>\n<function={call[0]}>"
-        for key, value in arguments_of(call).items():
-            text += f"\n<parameter={key}>\n{text_of_value(value)}\n</parameter>"
-        texts.append(text + "\n</function>\n</tool_call>")
-    return "\n".join(texts)
+write_qwen3_5 = partial(
+    write_tags, start="<tool_call>\n<function={}>",
+    argument="\n<parameter={}>\n{}\n</parameter>", end="\n</function>\n</tool_call>")
 
 
 # ---- GLM-4.5 to 4.7 -----------------------------------------------------------------------------
@@ -89,15 +97,10 @@ def describe_glm4_moe(tools: list[dict]) -> str:
         "</tool_call>\n")
 
 
-def write_glm4_moe(calls: list[Call]) -> str:
-    """Without </tool_call>, which GLM itself writes, to give LLaMA-Factory's ids."""
-    texts = []
-    for call in calls:
-        text = f"\n<tool_call>{call[0]}"
-        for key, value in arguments_of(call).items():
-            text += f"\n<arg_key>{key}</arg_key>\n<arg_value>{text_of_value(value)}</arg_value>"
-        texts.append(text)
-    return "\n".join(texts)
+# without </tool_call>, which GLM itself writes, to give LLaMA-Factory's ids
+write_glm4_moe = partial(
+    write_tags, start="\n<tool_call>{}",
+    argument="\n<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>", end="")
 
 
 # ---- MiniMax-M2 ---------------------------------------------------------------------------------
@@ -115,15 +118,10 @@ def describe_minimax2(tools: list[dict]) -> str:
         "</minimax:tool_call>")
 
 
-def write_minimax2(calls: list[Call]) -> str:
-    """Without <minimax:tool_call> around the calls, to give LLaMA-Factory's ids."""
-    texts = []
-    for call in calls:
-        text = f'<invoke name="{call[0]}">'
-        for key, value in arguments_of(call).items():
-            text += f'\n<parameter name="{key}">{text_of_value(value)}</parameter>'
-        texts.append(text + "\n</invoke>")
-    return "\n".join(texts)
+# without <minimax:tool_call> around the calls, to give LLaMA-Factory's ids
+write_minimax2 = partial(
+    write_tags, start='<invoke name="{}">', argument='\n<parameter name="{}">{}</parameter>',
+    end="\n</invoke>")
 
 
 # ---- Seed-OSS -----------------------------------------------------------------------------------
@@ -145,15 +143,10 @@ def describe_seed_oss(tools) -> str:
         "that can span\nmultiple lines</parameter>\n</function>\n</seed:tool_call>\n")
 
 
-def write_seed_oss(calls: list[Call]) -> str:
-    """Without > after the name, which Seed-OSS itself writes, to give LLaMA-Factory's ids."""
-    texts = []
-    for call in calls:
-        text = f"\n<seed:tool_call>\n<function={call[0]}"
-        for key, value in arguments_of(call).items():
-            text += f"\n<parameter={key}>{text_of_value(value)}</parameter>"
-        texts.append(text + "\n</function>\n</seed:tool_call>")
-    return "\n".join(texts)
+# without > after the name, which Seed-OSS itself writes, to give LLaMA-Factory's ids
+write_seed_oss = partial(
+    write_tags, start="\n<seed:tool_call>\n<function={}",
+    argument="\n<parameter={}>{}</parameter>", end="\n</function>\n</seed:tool_call>")
 
 
 # ---- LFM2: calls in Python ----------------------------------------------------------------------

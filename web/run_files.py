@@ -91,11 +91,16 @@ def list_runs(folders: Folders, jobs: Jobs) -> list[dict]:
 
 def logged_folders(folders: Folders) -> list[Path]:
     """Output folders with a log."""
-    places = [folders.roots[0] / name for name in PLACES] + folders.roots[1:]
-    logs = [log for place in places for pattern in (LOG, f"*/{LOG}", f"*/*/{LOG}")
-            for log in place.glob(pattern)]
-    return [log.parent.resolve() for log in logs
-            if any(log.resolve().is_relative_to(root) for root in folders.roots)]
+    return [log.parent.resolve() for log in files_named(LOG, folders)]
+
+
+def files_named(name: str, folders: Folders) -> list[Path]:
+    """The files of this name in output folders; links to files outside are left out."""
+    places = [folders.roots[0] / place for place in PLACES] + folders.roots[1:]
+    files = [file for place in places for pattern in (name, f"*/{name}", f"*/*/{name}")
+             for file in place.glob(pattern)]
+    return [file for file in files
+            if any(file.resolve().is_relative_to(root) for root in folders.roots)]
 
 
 def describe_run(folder: Path, job: BoardJob | None, folders: Folders) -> dict:
@@ -177,12 +182,9 @@ def logged_steps(folder: Path, after: int = 0) -> dict:
 
 def result_folders(folders: Folders) -> list[str]:
     """Folders in which eval.py has compared models."""
-    found = []
-    for root in [folders.roots[0] / name for name in PLACES] + folders.roots[1:]:
-        for pattern in ("comparison.json", "*/comparison.json", "*/*/comparison.json"):
-            found += [path.parent for path in root.glob(pattern)]
-    newest = sorted(found, key=lambda path: -(path / "comparison.json").stat().st_mtime)
-    return [folders.shown(path) for path in newest]
+    found = files_named("comparison.json", folders)
+    newest = sorted(found, key=lambda path: -path.stat().st_mtime)
+    return [folders.shown(path.parent) for path in newest]
 
 
 def read_results(folder: Path) -> dict:
