@@ -14,8 +14,9 @@ if nothing else takes time:
                         weights for every token
     captured steps      on a GPU a CUDA graph launches the hundreds of kernels of a step at once. A
                         captured step runs no Python: it reads and writes the same memory each
-                        time. So the cache's buffers stay where they are, and the position to write
-                        to is a tensor on the device
+                        time. So the cache's buffers stay where they are, those of states
+                        (layers.StateMixer) too, and the position to write to is a tensor on the
+                        device
 
 Training uses none of this. The slow twins are the modules of model.py and generate.next_scores.
 
@@ -26,7 +27,7 @@ Sources: oneDNN's documentation of inner product and of memory formats; CUDA gra
 on CUDA semantics.
 """
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -267,8 +268,6 @@ def uncapturable(model: CausalLM) -> str:
         return "ALiBi"
     if config.parallel_mlp:
         return "attention and MLP read one norm"
-    if config.has_states:
-        return "its layers with a state write it to new memory each time"
     if any(config.sparse):
         return "the router decides which experts run"
     return ""
@@ -301,6 +300,7 @@ class StaticCache(KVCache):
         super().__init__(num_layers)
         self.position = None
         self.generation = 0             # counts the moves of buffers
+        self.state_buffers = {}         # {layer: where its state lies}; kept by crop
 
     def update(self, layer: int, k, v):
         """As KVCache.update, but within a captured step all slots are returned.
@@ -314,6 +314,23 @@ class StaticCache(KVCache):
             buffer.index_copy_(2, self.position, new)
         return tuple(buffer[:, :, :slots] for buffer in self.buffers[layer])
 
+    def keep_state(self, layer: int, state: tuple):
+        """As KVCache.keep_state, in the same memory each time."""
+        if layer not in self.state_buffers:
+            self.state_buffers[layer] = tuple(x.clone() for x in state)
+        else:
+            for buffer, new in zip(self.state_buffers[layer], state):
+                buffer.copy_(new)
+        self.states[layer] = self.state_buffers[layer]
+
+    @contextmanager
+    def states_restored(self):
+        """States are afterwards as before: a recording runs the step, and a step changes them."""
+        before = [(buffer, buffer.clone()) for state in self.states.values() for buffer in state]
+        yield
+        for buffer, old in before:
+            buffer.copy_(old)
+
     def advance(self, tokens: int):
         """As KVCache.advance; a captured step runs no Python, and is counted where it is called."""
         if self.filled is None:
@@ -326,7 +343,7 @@ class StaticCache(KVCache):
     def make_room(self, slots: int):
         """Enlarge buffers with fewer slots. They move; steps captured before must not run again."""
         for layer, held in enumerate(self.buffers):
-            if held[0].shape[2] < slots:
+            if held and held[0].shape[2] < slots:       # None: of a layer with a state
                 self.buffers[layer] = self.grown(held, held[0], slots)
 
 
@@ -360,8 +377,9 @@ class CapturedStep:
         self.ids.copy_(ids)
         cache.position.fill_(cache.length)
         if slots not in self.recorded:
-            self.recorded[slots] = self.record(
-                lambda: one_step(model, self.ids, cache, slots, self.compiled))
+            with cache.states_restored():
+                self.recorded[slots] = self.record(
+                    lambda: one_step(model, self.ids, cache, slots, self.compiled))
         replay, scores = self.recorded[slots]
         replay()
         cache.length += 1
@@ -371,7 +389,8 @@ class CapturedStep:
 def one_step(model: CausalLM, ids, cache: StaticCache, slots: int, compiled: bool = False):
     """Scores (V,) after the token ids (1, 1) at cache.position; needs no number from the device."""
     position = cache.position
-    cache.filled = filled_slots(model, position, slots, cache.buffers[0][0].dtype)
+    dtypes = [held[0].dtype for held in cache.buffers if held]
+    cache.filled = filled_slots(model, position, slots, dtypes[0] if dtypes else torch.float32)
     try:
         with compiled_steps(model) if compiled else nullcontext() as add_norm:
             hidden = hidden_of_token(model, ids, position[None], cache, add_norm)

@@ -5,6 +5,7 @@ beyond a chunk, gradients, and what cannot be cut.
 """
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +18,9 @@ from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
 from checkpoint.peft_targets import why_peft_differs
 from checkpoint.read_config import model_config
 from fast.batch_decode import RowCache, cache_bytes
-from fast.decode import uncapturable
+from fast.decode import pick_step
 from fast.fused_block import fuse_blocks
+from generate import generate
 from layers import CHUNK, StateMixer, chunked_scan, recurrent_scan
 from lora import LoRAConfig, attach_lora, lora_layers
 from losses import cross_entropy_sum
@@ -29,6 +31,7 @@ from runtime.precision import compute_dtype
 from scale.context_parallel import check_shares
 from scale.tensor_parallel import part_config
 from tests.common import needs_shared
+from tests.rehearsal import host, rehearse
 from tests.test_families import DELTA, FULL, MAMBA, READABLE, SHARED_EXPERT, SMALL, reference
 from tests.test_families_2026 import FOLDERS
 from tests.test_memory import ALL, compare
@@ -137,8 +140,37 @@ def test_a_cache_that_is_cropped_begins_anew(model):
     torch.testing.assert_close(model(ids, cache=cache), model(ids), rtol=0, atol=1e-5)
 
 
+def test_captured_steps_keep_states_in_their_place(model):
+    """Several answers by one graph, over a cache that is cropped and grows; prompts of one token,
+    and longer than what the graph was captured for."""
+    model.config = replace(model.config, max_position_embeddings=300)
+    prompts = [some_ids(length, length)[0].tolist() for length in (9, 1, 253)]
+    wanted = []
+    for prompt in prompts:
+        plain = KVCache(4)
+        wanted.append((list(generate(model, prompt, plain, max_new_tokens=5)), plain.states))
+    with rehearse() as record:
+        model.to("cuda")
+        cache, step, line = pick_step(model, compiled=False)
+        assert line == "steps     captured as a graph: one command a token"
+        places = state_places(cache.state_buffers)
+        for prompt, (answer, states) in zip(prompts, wanted):
+            cache.crop(0)
+            with record.strict([("generate.py", "generate"), ("generate.py", "check_finite")]):
+                assert list(generate(model, prompt, cache, max_new_tokens=5, step=step)) == answer
+            for layer, state in states.items():
+                for got, want in zip(cache.states[layer], state, strict=True):
+                    torch.testing.assert_close(host(got), want, rtol=1e-4, atol=1e-5)
+            assert state_places(cache.states) == places
+        assert set(step.recorded) == {512}                  # the keys and values have moved
+
+
+def state_places(states) -> list[int]:
+    """The addresses of the states of all layers."""
+    return [x.inner.data_ptr() for state in states.values() for x in state]
+
+
 def test_what_is_refused_says_what_works(model):
-    assert "with a state" in uncapturable(model)
     with pytest.raises(ValueError, match="tensor_parallel_size: 2: .* state.*fsdp: full_shard"):
         part_config(model.config, 2, False)
     with pytest.raises(ValueError, match="context_parallel_size: 2: .* state.*fsdp: full_shard"):
