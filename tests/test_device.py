@@ -2,15 +2,19 @@
 
 The guard is tested on the code of torch 2.4 that raises the NameError.
 """
+import mmap
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from runtime import device
 from tests.common import ROOT
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def test_pick_device(monkeypatch):
@@ -74,6 +78,30 @@ def test_it_is_set_before_torch_is_imported(script):
     done = subprocess.run([sys.executable, "-c", watch + code], cwd=ROOT, env=env, text=True,
                           capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def page_faults(enabled: str) -> int:
+    """Page faults of filling a tensor of 64 MiB in a process of its own."""
+    code = ("import runtime.device, resource, torch\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "before = faults(); torch.zeros(2**24); print(faults() - before)\n")
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          env=env | ({"THP_MEM_ALLOC_ENABLE": enabled} if enabled else {}))
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif("[never]" in (HUGE_PAGES.read_text() if HUGE_PAGES.is_file() else "[never]"),
+                    reason="this system has no pages of 2 MiB")
+def test_large_tensors_have_large_pages_unless_the_user_says_otherwise():
+    small = 2**26 // mmap.PAGESIZE
+    assert page_faults("") < small / 8
+    if "[always]" not in HUGE_PAGES.read_text():
+        assert page_faults("0") >= small
 
 
 # ---- memory of a GPU -----------------------------------------------------------------------------
