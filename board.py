@@ -30,10 +30,10 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from errors import did_you_mean, error_message, run_script, say
-from runtime.config import KEYS
-from runtime.load_config import LONGEST_FILE, read_argv
 from serving.http_base import BoundedServer, GuardedHandler
 from serving.schema import BadRequest
+from settings.config import KEYS
+from settings.load_config import LONGEST_FILE, read_argv
 from web.chat_server import ask, chat_state, end_chat, running_chat, start_chat
 from web.config_form import check_text, entries_of, form_rows, loaded, set_value
 from web.data_rows import read_page

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from errors import run_script, say
-from runtime.config import Config
-from runtime.load_config import ignored_keys, load_config
+from settings.config import Config
+from settings.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "chat"))   # --help and mistakes do not wait for torch

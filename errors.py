@@ -149,7 +149,7 @@ def run_script(main: Callable[[list[str]], object]):
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:     # python -m runtime.config --keys | head
+    except BrokenPipeError:     # python -m settings.config --keys | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:

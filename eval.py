@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from errors import run_script
-from runtime.load_config import ignored_keys, load_config
+from settings.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "eval"))   # --help and mistakes do not wait for torch
@@ -52,17 +52,17 @@ from losses import Objective
 from methods.preference import JudgedObjective, PairObjective
 from methods.reward_model import RewardObjective, ValueHead
 from runtime.build import STAGES
-from runtime.config import SAMPLED, Config
-from runtime.kernels import choose_kernels, keep_kernels, kernels_of_training, use_kernels
-from runtime.precision import Precision, requested_format
 from runtime.finished import (explained_out_of_memory, find_weights, other_bases, pick_dtype,
                               with_trained_settings)
+from runtime.kernels import choose_kernels, keep_kernels, kernels_of_training, use_kernels
 from runtime.memory_advice import available_bytes
 from runtime.named_folders import named_folder, named_folders
+from runtime.precision import Precision, requested_format
+from runtime.report import format_table, print_pairs
 from runtime.resize_vocab import resized_in
 from runtime.resume import EVAL_LOCK, lock
 from runtime.show_data import print_counts
-from runtime.report import format_table, print_pairs
+from settings.config import SAMPLED, Config
 from text.load_text import Text, eos_ids_of, load_text
 from text.token_cache import load_examples
 from text.tokenizer import read_json

@@ -16,8 +16,8 @@ the model that was trained. Such an adapter has learned to compensate for the ro
 with the original weights (merge_base: original) is a different model. If the yaml names a dataset,
 the losses of base, base with adapter, and merged model on some of its rows are printed.
 
-Requires: lora.py (merged_weight), runtime/merge_plan.py, checkpoint/files.py (streaming),
-runtime/gptq_export.py (export_quantization_bit).
+Requires: lora.py (merged_weight), exporting/merge_plan.py, checkpoint/files.py (streaming),
+exporting/gptq_export.py (export_quantization_bit).
 Next: eval.py.
 
 LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
@@ -33,8 +33,8 @@ from itertools import islice
 from pathlib import Path
 
 from errors import run_script
-from runtime.config import Config
-from runtime.load_config import ignored_keys, load_config
+from settings.config import Config
+from settings.load_config import ignored_keys, load_config
 
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "merge"))  # --help and mistakes do not wait for torch
@@ -48,15 +48,15 @@ from checkpoint.files import DTYPES, find_checkpoint, new_folder, open_tensors
 from checkpoint.load import formats_in_words, packed_weights, stays_quantized
 from checkpoint.read_config import read_config_json
 from evals.compare import compare_losses
+from exporting.check_adapter import check_adapter
+from exporting.export import Export
+from exporting.export_formats import open_export
+from exporting.merge_plan import Change, Planned, plan_tensors
 from lora import expert_matrices, merged_weight
 from runtime.adapter_export import export_adapter
-from runtime.check_adapter import check_adapter
-from runtime.export import Export
 from runtime.export_card import finish_folder
-from runtime.export_formats import open_export
 from runtime.finished import as_trained, scale_rope_as_trained
 from runtime.merge_folder import check_target, copy_files, fit_text_files
-from runtime.merge_plan import Change, Planned, plan_tensors
 from runtime.named_folders import named_folder, named_folders
 from runtime.resize_vocab import resized_beside, trained_on
 from text.vocabularies import find_vocabulary

@@ -16,7 +16,7 @@ import os
 from functools import partial
 
 from errors import run_script
-from runtime.load_config import load_config
+from settings.load_config import load_config
 
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "train"))     # before the slow import of torch

@@ -59,8 +59,8 @@ from model import KVCache, attention_needs
 from optim import make_optimizer
 from parallel import Gradients, Ranks
 from runtime.kernels import Kernels, use_kernels
-from runtime.load_config import load_config
 from runtime.precision import Precision
+from settings.load_config import load_config
 from train import train_step
 
 LENGTHS = [1, 7, 62, 128, 129, 300]     # of the sequences of a packed row

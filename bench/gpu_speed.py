@@ -48,10 +48,10 @@ from model import CausalLM, attention_needs
 from optim import make_optimizer
 from parallel import Gradients, Ranks, start_ranks
 from runtime.kernels import PICKS, Kernels, pick_attention, use_fp8, use_kernels
-from runtime.load_config import load_config
 from runtime.precision import Precision
 from runtime.steps import Step
 from runtime.throughput import matmul_parameters, matrix_rate, synchronize, training_flops
+from settings.load_config import load_config
 from train import train_step
 
 WARM_UP = 3             # steps before the measured ones: compiling, choosing algorithms

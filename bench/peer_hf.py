@@ -25,17 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from runtime.device import pick_device
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.read_config import read_config_json
-from runtime.load_config import load_config
 from data import IGNORE
 from runtime.build import STAGES
+from runtime.device import pick_device
 from runtime.steps import epoch_order, micro_batches
-from text.fit_tokenizer import fit_tokenizer
-from text.token_cache import load_examples
 from runtime.throughput import peak_memory
+from settings.load_config import load_config
+from text.fit_tokenizer import fit_tokenizer
 from text.template_check import choose_template
+from text.token_cache import load_examples
 from text.tokenizer import load_tokenizer
 
 

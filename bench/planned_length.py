@@ -22,8 +22,8 @@ from bench.random_model import SHAPES, raw_config
 from checkpoint.read_config import model_config
 from lora import LoRAConfig
 from methods.quant import QuantFormat
-from runtime.config import Config
 from runtime.memory import Plan, Workload, all_in, lightest, memory_plan
+from settings.config import Config
 
 STEP = 1000             # tokens: lengths are multiples of it
 LONGEST = 4000          # of these

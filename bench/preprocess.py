@@ -43,7 +43,7 @@ OURS = """
 import json, sys, time, zlib
 import numpy
 from runtime.build import STAGES
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from text.fit_tokenizer import fit_tokenizer
 from text.template_check import choose_template
 from text.token_cache import kept_in, load_examples

@@ -10,7 +10,7 @@ In memory the weights have 16 bits; activations are not quantized. quantization_
 weights again, like a 16-bit checkpoint.
 
 Requires: checkpoint/files.py, checkpoint/float_blocks.py.
-Next: checkpoint/load.py; runtime/block_export.py, which merges into these formats.
+Next: checkpoint/load.py; exporting/block_export.py, which merges into these formats.
 Layouts: the published files of gpt-oss-20b, DeepSeek-V3 and Qwen3-8B-FP8, as transformers 5 reads
 them.
 """

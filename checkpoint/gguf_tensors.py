@@ -8,7 +8,7 @@ Where a graph rotates neighboring features 2i and 2i + 1 of a head, and the chec
 and i + R/2, the rows of q and k change places: scores are sums over features, in any order.
 
 Requires: checkpoint/gguf_graphs.py, checkpoint/write_gguf.py.
-Next: runtime/gguf_export.py.
+Next: exporting/gguf_export.py.
 Names: gguf 0.19.
 """
 import re

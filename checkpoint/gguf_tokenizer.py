@@ -10,7 +10,7 @@ Two kinds of vocabulary are known there:
 Some tokenizers compose decomposed Unicode first (normalizer NFC); llama.cpp does not.
 
 Requires: text/tokenizer.py.
-Next: runtime/gguf_export.py.
+Next: exporting/gguf_export.py.
 Source: llama-vocab.cpp of llama.cpp in llama-cpp-python 0.3.36.
 """
 import json

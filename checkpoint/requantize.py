@@ -9,7 +9,7 @@ Values are rounded to nearest: an adapter changes all columns of a matrix, and G
 calibration data again.
 
 Requires: checkpoint/grouped_files.py, checkpoint/packed.py, checkpoint/write_gptq.py.
-Next: runtime/base_format_export.py.
+Next: exporting/base_format_export.py.
 """
 # first: a missing package ends in a sentence
 from errors import print_error  # noqa: F401

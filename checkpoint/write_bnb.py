@@ -6,7 +6,7 @@
     weight.quant_state.bitsandbytes__nf4        shape, dtype, sizes and offset, JSON as bytes
 
 Requires: methods/quant.py, checkpoint/packed.py.
-Next: runtime/packed_export.py.
+Next: exporting/packed_export.py.
 Layout: bitsandbytes 0.50, read by transformers.
 """
 import json

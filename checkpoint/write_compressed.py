@@ -9,7 +9,7 @@
 Numbers are rounded to the nearest; scales have the dtype of the checkpoint.
 
 Requires: checkpoint/write_gptq.py (words of codes).
-Next: runtime/packed_export.py.
+Next: exporting/packed_export.py.
 Layout: compressed-tensors 0.20, as llm-compressor writes FP8_DYNAMIC and W4A16.
 """
 # first: a missing package ends in a sentence

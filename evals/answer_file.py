@@ -14,7 +14,7 @@ from data import settings_of
 from evals.predictions import (Prompt, Side, predict, process_share, remove_progress, run_key,
                                write_predictions)
 from generate import Sampling, check_prompt
-from runtime.config import Config
+from settings.config import Config
 from text.json_text import parse
 from text.load_text import Text
 from text.openai_messages import prompt_of_messages

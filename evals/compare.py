@@ -20,9 +20,9 @@ from fast.attention_picker import pick_kernel
 from lora import merge_adapters
 from model import attention_needs
 from runtime.build import STAGES
-from runtime.config import Config
 from runtime.finished import as_trained
 from runtime.memory_advice import available_bytes
+from settings.config import Config
 from text.load_text import load_text
 from text.token_cache import kept_in, load_examples
 

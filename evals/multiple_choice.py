@@ -25,8 +25,8 @@ from tqdm import tqdm
 from attention import PackedLayout
 from checkpoint.files import write_json
 from generate import check_finite, check_prompt, common_prefix, context_length
-from runtime.config import Config
 from runtime.report import print_pairs
+from settings.config import Config
 from templates import encode_prompt
 from text.tokenizer import read_json
 

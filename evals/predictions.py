@@ -24,7 +24,7 @@ from data import EncodedRows, settings_of, truncated_lengths
 from fast.batch_decode import answer_all, answer_each, one_at_a_time
 from fast.decode import pick_step
 from generate import Sampling
-from runtime.config import Config
+from settings.config import Config
 from templates import encode_prompt
 from text.data_files import find_sources, open_rows
 from text.token_cache import conversation_of, refuse, split_rows

@@ -14,7 +14,7 @@ import importlib.util
 from collections.abc import Callable, Iterator
 
 from checkpoint.adapter_config import read_adapter_config
-from runtime.config import Config
+from settings.config import Config
 
 
 def check_vllm(config: Config):

@@ -26,7 +26,7 @@ The grid is symmetric: code c of 2^bits stands for scale * (c - 2^(bits - 1)), a
 chosen so that the largest number of a row's group fits.
 
 Requires: methods/grouped.py (what codes, zeros and scales mean).
-Next: runtime/gptq_export.py (inputs of the layers, block by block), checkpoint/write_gptq.py.
+Next: exporting/gptq_export.py (inputs of the layers, block by block), checkpoint/write_gptq.py.
 Papers: GPTQ arXiv:2210.17323, algorithm 1; Optimal Brain Compression arXiv:2208.11580.
 """
 from typing import NamedTuple

@@ -10,7 +10,7 @@ The loop of train.py sees none of this: its batches are prompts, and with_refere
 batches of answers. With num_iterations (ppo_epochs) the same answers serve several steps.
 
 Requires: losses.py (Objective), methods/prompts.py, fast/batch_decode.py.
-Next: methods/grpo.py and methods/ppo.py (what a stage does with them), runtime/rewards.py.
+Next: methods/grpo.py and methods/ppo.py (what a stage does with them), methods/rewards.py.
 """
 import hashlib
 import json
@@ -95,7 +95,7 @@ class RolloutObjective(Objective):
     where it needs more of a rollout.
 
     text: of text/load_text.py. decode: fast.batch_decode.decode_rows. rewards: score(row, answer)
-    -> a number of each reward, NaN where one failed; see runtime/rewards.py. reward_model: scores
+    -> a number of each reward, NaN where one failed; see methods/rewards.py. reward_model: scores
     (model, sequences), see methods/reward_model.py; None for none. dtype: of matrix products.
     """
 

@@ -1,1 +1,1 @@
-"""What stands around the loop: settings, plan, saving, resuming, reporting."""
+"""What stands around the loop: plan, set-up, saving, resuming, reporting."""

@@ -1,7 +1,7 @@
 """export_format: peft writes an adapter alone, for PEFT or with adapter_prefix: served for servers.
 
 Requires: checkpoint/adapters.py, checkpoint/served_adapter.py.
-Next: runtime/check_adapter.py, merge.py.
+Next: exporting/check_adapter.py, merge.py.
 """
 import shutil
 from pathlib import Path
@@ -14,8 +14,8 @@ from checkpoint.adapters import load_adapter, save_adapter
 from checkpoint.files import new_folder
 from checkpoint.load import load_model
 from checkpoint.served_adapter import save_served
-from runtime.config import Config
 from runtime.merge_folder import TEXT_FILES
+from settings.config import Config
 
 
 def export_adapter(config: Config, base: Path, adapters: list[Path]):

@@ -135,8 +135,8 @@ def sampler(config, base, resume) -> tuple:
 
 def rollout_parts(config, base, setup, ranks, resume) -> tuple:
     """The arguments of methods.rollouts.RolloutObjective."""
+    from methods.rewards import Rewards
     from runtime.reward_sources import build_reward_model       # only where they are asked for
-    from runtime.rewards import Rewards
 
     text, decode_rows = sampler(config, base, resume)
     judge = build_reward_model(config, base, setup, text.tokenizer)

@@ -9,9 +9,9 @@ from pathlib import Path
 # first: a missing package ends in a sentence
 from errors import print_error  # noqa: F401
 
-from runtime.config import Config
 from runtime.report import markdown_table
 from runtime.resize_vocab import trained_on
+from settings.config import Config
 from text.tokenizer import read_json
 
 FORMATS = {

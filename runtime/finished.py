@@ -16,12 +16,12 @@ import torch
 from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint
 from checkpoint.training_state import checkpoints_in
-from runtime.config import ADAPTERS, Config
 from runtime.device import out_of_memory
 from runtime.named_folders import named_folder, named_folders
 from runtime.precision import requested_format
 from runtime.resize_vocab import resized_beside, trained_on
 from runtime.rope_scaling import scale_rope
+from settings.config import ADAPTERS, Config
 from text.tokenizer import read_json
 
 # keys of the config that change how a conversation is rendered

@@ -13,7 +13,7 @@ which holds the most. Of N processes, a ring sends 2 (N - 1) / N of them in an a
 (N - 1) / N in the others; of an all-to-all so much stays where experts are chosen equally often.
 Seconds are these bytes over the speed of the slowest link; computing overlaps with some of them.
 
-Requires: runtime/memory.py, runtime/contradictions.py, runtime/steps.py.
+Requires: runtime/memory.py, settings/contradictions.py, runtime/steps.py.
 Next: runtime/setup.py, which prints it; scale/zero.py, scale/fsdp.py, scale/tensor_parallel.py,
 scale/context_parallel.py, scale/expert_parallel.py, runtime/stages.py; docs/many_gpus.md.
 Papers: ZeRO arXiv:1910.02054 (sec. 7, the volume of each stage), FSDP arXiv:2304.11277, rings
@@ -33,9 +33,6 @@ from families import ModelConfig
 from lora import trainable
 from model import CausalLM, MoE
 from parallel import BUCKET_BYTES, Ranks, split_by_bytes
-from runtime.config import Config
-from runtime.contradictions import CONTRADICTIONS
-from runtime.load_config import COMMAND_LINE
 from runtime.memory import (USABLE, Plan, Workload, checkpointing_in_words, gathered_bytes,
                             memory_plan, model_without_storage)
 from runtime.memory_advice import advice
@@ -43,6 +40,9 @@ from runtime.report import clock
 from runtime.stages import in_flight, model_of_stage, share_layers
 from runtime.steps import StepPlan, accumulation_for, merge_micro_batches, shard_batches
 from runtime.throughput import matmul_parameters, training_flops
+from settings.config import Config
+from settings.contradictions import CONTRADICTIONS
+from settings.load_config import COMMAND_LINE
 
 GIB = 2**30
 # times (N - 1) / N; a message to a neighbor is sent as it is

@@ -29,10 +29,10 @@ from lora import AdaptedLinear, AdapterConfig, attach_lora, trainable
 from model import CausalLM
 from parallel import BUCKET_BYTES, split_by_bytes
 from runtime.activations import MicroBatch, activation_bytes
-from runtime.config import Config
 from runtime.kernels import new_optimizer
 from runtime.long_rows import long_row_bytes
 from runtime.offload import embedding_may_stay_outside
+from settings.config import Config
 
 USABLE = 0.9            # share of the memory that a plan may fill; the rest is for scratch space
 PAGE_LOCKED = 0.7       # share of the free main memory that a plan may lock

@@ -19,9 +19,9 @@ import torch
 
 from errors import bytes_in_words, first_line
 from lora import LoRAConfig
-from runtime.config import Config
 from runtime.memory import TILES, USABLE, Plan, all_in, memory_plan, most_offloaded
 from runtime.precision import requested_format
+from settings.config import Config
 
 WORTH_IT = 0.98         # in a combination, each change must shrink the plan to less than this share
 

@@ -1,7 +1,7 @@
 """The folder of an exported model: what may be replaced in it, and the files beside the weights.
 
 Requires: checkpoint/files.py, text/load_text.py.
-Next: runtime/export.py, merge.py.
+Next: exporting/export.py, merge.py.
 """
 import shutil
 from fnmatch import fnmatch

@@ -9,7 +9,7 @@ Next: runtime/finished.py, runtime/setup.py.
 from pathlib import Path
 
 from checkpoint.files import find_checkpoint
-from runtime.config import Config
+from settings.config import Config
 
 
 def named_folder(config: Config, key: str) -> Path:

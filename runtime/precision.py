@@ -24,7 +24,7 @@ from checkpoint.names import find_tensors
 from checkpoint.read_config import read_config_json
 from lora import AdaptedLinear
 from model import MIXERS
-from runtime.config import ADAPTERS
+from settings.config import ADAPTERS
 
 
 def check_dtype(config, device: torch.device):

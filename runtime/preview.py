@@ -7,8 +7,8 @@ Requires: data.py, text/token_cache.py, runtime/show_data.py.
 Next: train.py.
 """
 from errors import run_script
-from runtime.config import Config
-from runtime.load_config import load_config
+from settings.config import Config
+from settings.load_config import load_config
 
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "data"))   # --help and mistakes do not wait for torch

@@ -23,8 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import run_script
-from runtime.config import ADAPTERS, Config
 from runtime.trackers import Tracker, close_all, log_row
+from settings.config import ADAPTERS, Config
 
 # the metrics that are plotted; in file names _ stands for /
 PLOTTED = ("loss", "eval_loss", "rewards/accuracies", "rewards/chosen", "eval_accuracy")

@@ -30,7 +30,7 @@ from checkpoint.value_head import VALUE_HEAD
 from errors import first_line
 from families import ModelConfig
 from parallel import Ranks
-from runtime.config import resizes_vocab
+from settings.config import resizes_vocab
 from text.plain_text import excerpt
 from text.tokenizer import Tokenizer, load_tokenizer, read_json
 from text.written_formats import find_template, stored_template

@@ -30,7 +30,7 @@ from checkpoint.training_state import STATE_FILES, STATE_FOLDER, checkpoints_in,
 from checkpoint.work_folder import (files_under, keep_aside, remove_leftovers, unused_name,
                                     work_folder)
 from errors import bytes_in_words
-from runtime.config import DATA, FIXED, IGNORED, KEYS, Config
+from settings.config import DATA, FIXED, IGNORED, KEYS, Config
 from text.token_cache import TOKENIZED
 from text.tokenizer import read_json
 
@@ -344,7 +344,7 @@ def files_of_other_runs(output: Path, resume: Path | None) -> list[Path]:
 def changed_settings(resume: Path, settings: dict, force: bool = False) -> dict[str, str]:
     """{key: "then -> now"} for each setting that differs from the checkpoint's.
 
-    The column on_resume of runtime/config.py says which keys are compared. Raises ValueError for
+    The column on_resume of settings/config.py says which keys are compared. Raises ValueError for
     a key that is FIXED and, unless `force`, for one that is DATA.
     """
     then = read_json(resume / "train_config.json")

@@ -39,10 +39,8 @@ from checkpoint.value_head import read_value_head, save_value_head
 from errors import first_line
 from losses import metric_means
 from parallel import Ranks, check_same_start, end_ranks
-from runtime.config import IGNORED, as_dict
 from runtime.export_card import license_of
 from runtime.kernels import device_name
-from runtime.load_config import chat_command, ignored_keys, non_default
 from runtime.precision import check_dtype, use_deterministic_kernels
 from runtime.report import (RunLog, format_paragraph, model_card, plot_losses, print_pairs,
                             sketch, trainer_state, versions)
@@ -56,6 +54,8 @@ from runtime.steps import Step, StepPlan, accumulation_for
 from runtime.throughput import (Pace, StepProfile, flops_of_batch, matmul_parameters,
                                 peak_memory, speed_results, total_flos)
 from runtime.trackers import open_trackers, wanted_trackers
+from settings.config import IGNORED, as_dict
+from settings.load_config import chat_command, ignored_keys, non_default
 from text.tokenizer import read_json
 from text.written_formats import written_template
 

@@ -35,15 +35,14 @@ from optim import warmup_steps
 from parallel import Ranks
 from rope import LENGTH_DEPENDENT
 from runtime.adapted_share import adapted_in_words, note_on_experts
-from runtime.config import ADAPTERS, AS_SIGMOID
+from runtime.device import out_of_memory
 from runtime.kernels import Kernels, choose_kernels, keep_kernels
 from runtime.layout_advice import layout_lines, least_time_line
 from runtime.memory import (Plan, Workload, checkpointing_in_words, largest_rows, lightest,
                             memory_plan, model_without_storage, plan_lines)
-from runtime.device import out_of_memory
 from runtime.memory_advice import advice, available_bytes, explain_oom
-from runtime.odd_sizes import check_start_block, notes_on_sizes
 from runtime.named_folders import named_folder, named_folders
+from runtime.odd_sizes import check_start_block, notes_on_sizes
 from runtime.precision import compute_dtype, requested_format
 from runtime.report import format_pairs
 from runtime.resize_vocab import (RESIZED_BASE, notes_on_rows, resized_base,
@@ -54,6 +53,7 @@ from runtime.show_data import print_counts, print_example
 from runtime.stages import in_flight, model_of_stage, share_layers
 from runtime.steps import StepPlan
 from runtime.throughput import matrix_rate
+from settings.config import ADAPTERS, AS_SIGMOID
 from text.token_cache import kept_in, load_examples
 
 # tokens in one pass: more make a device little faster

@@ -10,7 +10,7 @@ import numpy as np
 
 from data import IGNORE, DatasetCounts, Example
 from errors import printable
-from runtime.config import COMPARED, SAMPLED
+from settings.config import COMPARED, SAMPLED
 from text.conversations import JUDGED, PAIRS
 from text.token_cache import DataReport
 

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 
 from data import IGNORE, Batch
 from parallel import Ranks
-from runtime.config import in_steps
+from settings.config import in_steps
 
 ENOUGH_BATCHES = 1_000_000      # micro-batches whose sizes are looked at one by one
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import did_you_mean
-from runtime.config import Config
+from settings.config import Config
 
 MLFLOW_VALUE_LENGTH = 250       # characters of a parameter that mlflow accepts
 MLFLOW_BATCH = 100              # parameters in one request to mlflow

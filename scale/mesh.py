@@ -19,7 +19,7 @@ Those of the context axis share a rank's rows, each with tokens of its own (rank
 A further axis takes four steps:
 
     1. its row of AXES, which stands from the outermost to the innermost, and its key in
-       runtime/config.py, which `arrange` of runtime/build.py looks at, too; in OWN_ROWS, if its
+       settings/config.py, which `arrange` of runtime/build.py looks at, too; in OWN_ROWS, if its
        processes see different rows
     2. its file in scale/, which reads ranks.axes["its name"]: size, rank and group
     3. its line of runtime/build.py, where that file changes the finished model, and its gradients

@@ -41,7 +41,7 @@ def read_jsonl(path):
 
 def load_argv(*argv, script="config"):
     """The Config of a command line; script "config" requires no key."""
-    from runtime.load_config import load_config
+    from settings.load_config import load_config
     return load_config(list(argv), script)
 
 

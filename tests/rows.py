@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.common import GOLDEN, read_jsonl
 from text import conversations
 from text.chat_formats import TEMPLATES

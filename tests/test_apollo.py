@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from methods.apollo import GROWTH, limit_growth, scales
-from runtime.config import Config
 from runtime.kernels import new_optimizer
+from settings.config import Config
 from tests.tiny_models import TINY, tiny
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from methods.badam import BlockOptimizer, blocks_of
-from runtime.config import Config
 from runtime.kernels import new_optimizer
+from settings.config import Config
 from tests.tiny_models import tiny
 
 TRAINED = {"badam_switch_interval": 2, "learning_rate": 0.1}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from methods.badam_ratio import EVERY, RatioOptimizer
-from runtime.config import Config
 from runtime.kernels import new_optimizer
+from settings.config import Config
 from tests.common import load_argv
 from tests.tiny_models import tiny
 

@@ -1,4 +1,4 @@
-"""checkpoint/block_files.py, runtime/block_export.py: MXFP4 and FP8 blocks, read and merged into.
+"""checkpoint/block_files.py, exporting/block_export.py: MXFP4 and FP8 blocks, read and merged into.
 
 The numbers are held against loops and against transformers' own unpacking.
 """

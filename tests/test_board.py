@@ -17,9 +17,9 @@ import time
 import pytest
 
 import board
-from runtime.load_config import read_file
 from serving.http_base import LARGEST_BODY
 from serving.schema import BadRequest
+from settings.load_config import read_file
 from tests.common import ROOT, SHARED, needs_shared
 from web.chat_server import ask
 from web.config_form import check_text, form_rows, script_for, set_value, written_values
@@ -139,7 +139,7 @@ def test_a_block_of_a_value_ends_before_the_comments_that_follow():
 
 def test_every_key_of_the_table_has_a_row_and_a_group():
     rows = {row["name"]: row for row in form_rows()}
-    from runtime.config import KEYS
+    from settings.config import KEYS
     assert list(rows) == list(KEYS) and all(row["group"] and row["help"] for row in rows.values())
     assert rows["lora_rank"]["default"] == "8" and "cosine" in rows["lr_scheduler_type"]["choices"]
 
@@ -339,8 +339,8 @@ def test_a_page_of_rows_is_found_by_its_text(tmp_path):
 
 def test_loss_is_marked_as_in_training(tmp_path):
     """The parts of a row, joined, are the ids and labels that runtime.preview writes."""
-    from runtime.load_config import load_config
     from runtime.preview import training_rows
+    from settings.load_config import load_config
     from web.data_rows import main, sequences_of
 
     argv = [str(ROOT / "configs/tiny_lora_sft.yaml"), f"model_name_or_path={ROOT / 'models/tiny'}",

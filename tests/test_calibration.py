@@ -4,10 +4,10 @@ import json
 import pytest
 import torch
 
-from runtime.config import Config
+from settings.config import Config
+from tests.common import ROOT
 from text.calibration import calibration_rows
 from text.tokenizer import load_tokenizer
-from tests.common import ROOT
 
 TOKENIZER = load_tokenizer(ROOT / "models/tiny")
 

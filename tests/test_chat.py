@@ -13,10 +13,10 @@ import torch
 
 import chat
 from runtime import finished
-from text import load_text
-from runtime import load_config
-from text import tokenizer
+from settings import load_config
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
+from text import load_text
+from text import tokenizer
 from text.tokenizer import load_tokenizer
 
 pytestmark = needs_shared

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from runtime.config import as_dict
-from runtime.load_config import load_config
+from settings.config import as_dict
+from settings.load_config import load_config
 from templates import BOS, EOS, Template, Token
 from tests.chats import CALL, TOOL, call, talk, text_of, write_byte_level
 from tests.common import ROOT

@@ -1,4 +1,4 @@
-"""runtime/config.py: LLaMA-Factory's keys are known, with its defaults; --keys prints the table.
+"""settings/config.py: LLaMA-Factory's keys are known, with its defaults; --keys prints the table.
 
 The names and defaults below were read from LLaMA-Factory 0.9.5 and transformers 5.6
 (dataclasses.fields of their argument classes), so the table is compared with an independent source.
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from runtime.config import (DATA, FIXED, FREE, IGNORED, KEYS, NO_EFFECT, REFUSED, UNUSED, Config,
+from settings.config import (DATA, FIXED, FREE, IGNORED, KEYS, NO_EFFECT, REFUSED, UNUSED, Config,
                             as_dict, in_steps)
 from tests.common import ROOT
 
@@ -244,7 +244,7 @@ def test_steps_or_fraction_of_steps():
 def test_keys_prints_every_key_quickly_and_without_torch():
     start = time.time()
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "runtime.config", "--keys"],
+        [sys.executable, "-X", "importtime", "-m", "settings.config", "--keys"],
         capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0
     assert time.time() - start < 2      # about 0.05 s where nothing else runs

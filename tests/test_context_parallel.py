@@ -18,12 +18,12 @@ from data import IGNORE, Example, collate
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
 from parallel import Ranks
-from runtime.config import Config
-from runtime.load_config import load_config
 from runtime.memory import Workload, memory_plan
 from scale.context_parallel import check_shares, part_sizes
 from scale.cut_losses import own_targets
 from scale.mesh import Axis
+from settings.config import Config
+from settings.load_config import load_config
 from tests.common import ROOT
 from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import (EXPERTS, FULL, MODELS, SAVES, WORKER, assert_alike,

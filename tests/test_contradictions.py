@@ -1,4 +1,4 @@
-"""runtime/contradictions.py: contradictory settings are errors, consistent ones are not."""
+"""settings/contradictions.py: contradictory settings are errors, consistent ones are not."""
 import pytest
 
 from tests.common import load_argv, refusal

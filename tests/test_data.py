@@ -10,7 +10,7 @@ import templates
 from methods import preference
 from runtime import preview, show_data, steps as runtime_steps
 from runtime.build import STAGES
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from templates import encode_prompt
 from tests.common import GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded
 from tests.rows import (CASE_KEYS, ask, cases_of, ids_and_labels, known, make_config, tokenizer_for,

@@ -1,4 +1,4 @@
-"""runtime/deepspeed_presets.py: what LLaMA-Factory's DeepSpeed files mean here."""
+"""settings/deepspeed_presets.py: what LLaMA-Factory's DeepSpeed files mean here."""
 import json
 
 import pytest

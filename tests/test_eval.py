@@ -14,7 +14,7 @@ from evals import predictions
 from evals.bleu_rouge import NAMES
 from fast import batch_decode as answers
 from runtime import finished as trained
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.common import CURVES, ROOT, SHARED, needs_shared, read_jsonl
 from tests.preference_runs import run_pairs
 from tests.rows import cases_of, known, make_config, tokenizer_for, write_dataset

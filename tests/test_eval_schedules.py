@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from methods.eval_schedules import eval_schedule
-from runtime.config import Config
+from settings.config import Config
 
 RATE = 1e-3
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 import train
 from checkpoint.read_config import model_config
 from checkpoint.shards import full_shape, full_size
-from lora import LoRAStacked
 from layers import StackedLinear
+from lora import LoRAStacked
 from parallel import Ranks
-from runtime.load_config import load_config
 from scale.expert_parallel import OneOwner, cut_stack, own_config
 from scale.mesh import Axis
+from settings.load_config import load_config
 from tests.common import ROOT
 from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import MODELS as CUT

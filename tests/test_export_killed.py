@@ -13,9 +13,9 @@ import torch
 
 import merge
 from checkpoint.files import find_checkpoint
-from runtime.export import Export
-from runtime.gguf_export import GGUFExport
-from runtime.gptq_export import GPTQExport
+from exporting.export import Export
+from exporting.gguf_export import GGUFExport
+from exporting.gptq_export import GPTQExport
 from tests.tiny_models import adapter_with, base_with, write_grouped
 
 SIZES = dict(hidden_size=128, intermediate_size=128, head_dim=16, torch_dtype="float16")

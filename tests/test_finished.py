@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runtime import finished
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.common import GOLDEN, needs_shared
 from text.written_formats import stored_template
 

@@ -1,4 +1,4 @@
-"""runtime/fp8_keys.py and what kernels.py makes of it: LLaMA-Factory's fp8 training keys.
+"""settings/fp8_keys.py and what kernels.py makes of it: LLaMA-Factory's fp8 training keys.
 
 Its recorded runs with fp8: true are in llama_factory_runs.json (fp8, fp8_lora).
 """

@@ -3,7 +3,7 @@ import pytest
 
 from lora import trainable
 from methods.freeze import expanded_layers, expanded_targets, unfreeze
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.tiny_models import tiny
 
 FREEZE = [  # layers, modules, extra modules: the trained parameters that LLaMA-Factory 0.9.5 chose

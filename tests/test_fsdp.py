@@ -251,7 +251,7 @@ def test_other_values_of_fsdp_are_refused(words, tmp_path):
 
 
 def test_fsdp_may_be_a_list(tmp_path):
-    from runtime.load_config import load_config
+    from settings.load_config import load_config
     path = tmp_path / "a.yaml"
     path.write_text(
         "model_name_or_path: m\ndataset: d\noutput_dir: o\nfsdp: [full_shard, auto_wrap]\n"

@@ -12,11 +12,11 @@ import merge
 from checkpoint.load import load_model, packed_weights, quantized_weights
 from checkpoint.read_config import read_model_config
 from evals.compare import mean_loss, some_rows
+from exporting.gptq_export import GPTQExport, quantized_layers
 from merge import merge_checkpoint
 from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest
-from runtime.gptq_export import GPTQExport, quantized_layers
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.common import ROOT, losses_in, needs_shared, refusal
 from tests.tiny_models import CHECKPOINTS, adapter_with, base_with, checkpoint_of, logits_of
 from text.load_text import load_text
@@ -268,7 +268,7 @@ def test_settings_that_are_refused(tmp_path):
 
 def test_a_damaged_file_is_noticed(tmp_path, monkeypatch):
     texts(tmp_path / "texts.jsonl")
-    monkeypatch.setattr("runtime.gptq_export.pack_gptq", shifted)
+    monkeypatch.setattr("exporting.gptq_export.pack_gptq", shifted)
     with pytest.raises(OSError, match="is not read as it was quantized"):
         merge.main(arguments(tmp_path, export_quantization_nsamples=2))
     assert not (tmp_path / "out").exists()

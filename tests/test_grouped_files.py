@@ -21,8 +21,8 @@ from checkpoint.grouped_files import find_grouped, grouped_settings
 from checkpoint.load import (count_parameters, load_model, packed_weights, quantized_weights,
                              save_model)
 from checkpoint.read_config import model_config
+from exporting.merge_plan import plan_tensors
 from model import CausalLM, init_weights
-from runtime.merge_plan import plan_tensors
 from tests.common import CURVES, ROOT, needs_shared, run_recorded
 from tests.tiny_models import base_with, write_grouped
 

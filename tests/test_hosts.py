@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import pytest
 
 import train
-from runtime.config import Config
 from runtime.steps import accumulation_for
 from scale import heartbeat
+from settings.config import Config
 from tests.common import ROOT, refusal
 from tests.ranks import COMMON, free_port, small_world
 from tests.test_parallel import assert_same

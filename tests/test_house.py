@@ -13,7 +13,7 @@ from tests.common import ROOT
 SCRIPTS = ("train", "chat", "serve", "board", "eval", "merge", "cli")
 # a folder imports the root and folders that stand before it; scripts import whatever they like, and
 # nobody imports them
-FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "runtime",
+FOLDERS = ("text", "methods", "checkpoint", ("fast", "scale"), "settings", "runtime", "exporting",
            ("evals", "serving", "web"))
 RANKS = {}
 for rank, names in enumerate(FOLDERS, 1):
@@ -248,9 +248,9 @@ def test_no_path_of_one_machine():
 
 
 def test_config_knows_nothing_of_torch():
-    """Seen from inside: `python -m runtime.config --keys` answers at once."""
-    assert "torch" not in imports(TREES["runtime.config"])
-    code = "import sys, runtime.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    """Seen from inside: `python -m settings.config --keys` answers at once."""
+    assert "torch" not in imports(TREES["settings.config"])
+    code = "import sys, settings.config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -1,4 +1,4 @@
-"""runtime/hyper_parallel.py: what use_hyper_parallel and hyper_parallel_args mean here."""
+"""settings/hyper_parallel.py: what use_hyper_parallel and hyper_parallel_args mean here."""
 import json
 
 import pytest

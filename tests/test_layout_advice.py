@@ -15,10 +15,10 @@ import train
 from checkpoint.read_config import read_model_config
 from lora import LoRAConfig
 from runtime import layout_advice
-from runtime.config import Config
 from runtime.layout_advice import (LAYOUTS, PartOfStep, layouts_for, own_workload, ring_bytes,
                                    stage_workloads, traffic_of)
 from runtime.memory import Workload, model_without_storage
+from settings.config import Config
 from tests.common import ROOT, refusal
 from tests.ranks import COMMON, DENSE, forked, outcomes, small_world, tiny_model
 

@@ -14,7 +14,7 @@ import merge
 import train
 from checkpoint.read_config import model_config
 from model import CausalLM
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.common import GOLDEN, SHARED, needs_shared
 from tests.tiny_models import write_grouped
 

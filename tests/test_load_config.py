@@ -1,4 +1,4 @@
-"""runtime/load_config.py: values in yaml, json and on the command line; mistakes."""
+"""settings/load_config.py: values in yaml, json and on the command line; mistakes."""
 import dataclasses
 import json
 import os
@@ -10,8 +10,8 @@ import tracemalloc
 
 import pytest
 
-from runtime.config import KEYS, UNUSED, Config, as_dict
-from runtime.load_config import (COMMANDS, NEEDED, chat_command, ignored_keys, load_config,
+from settings.config import KEYS, UNUSED, Config, as_dict
+from settings.load_config import (COMMANDS, NEEDED, chat_command, ignored_keys, load_config,
                                  non_default)
 from tests.common import GOLDEN, ROOT, SHARED, load_argv, needs_shared, refusal
 
@@ -338,7 +338,7 @@ def test_unknown_key_names_the_nearest(tmp_path):
     path = write(tmp_path, "# comment\nlora_alfa: 3\n")
     assert refusal(path) == (
         f"{path} line 2: unknown key 'lora_alfa' (did you mean 'lora_alpha'?). "
-        "All keys: python config.py --keys"
+        "All keys: python -m settings.config --keys"
     )
     assert refusal("lora_rank.x=3").startswith("command line: unknown key 'lora_rank.x'")
     assert refusal("fsdp_config.x=3").startswith("command line: unknown key 'fsdp_config.x'")
@@ -490,7 +490,7 @@ def test_help_of_each_script(capsys):
             load_argv("--help", script=script)
         text = capsys.readouterr().out
         assert stopped.value.code == 0
-        assert f"python {COMMANDS[script]} " in text and "config.py --keys" in text
+        assert f"python {COMMANDS[script]} " in text and "settings.config --keys" in text
 
 
 @pytest.mark.parametrize("script", NEEDED)
@@ -523,12 +523,12 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path, script):
 
 def test_shows_a_file_or_one_error_line(tmp_path):
     done = program(
-        "-m", "runtime.load_config", write(tmp_path, "lora_rank: 4\ntrust_remote_code: true\n")
+        "-m", "settings.load_config", write(tmp_path, "lora_rank: 4\ntrust_remote_code: true\n")
     )
     assert (
         done.stdout == "lora_rank: 4\nlora_alpha: 8\naccepted, no effect here: trust_remote_code\n"
     )
-    done = program("-m", "runtime.load_config", "lora_rank=x")
+    done = program("-m", "settings.load_config", "lora_rank=x")
     assert done.returncode == 1 and done.stdout == ""
     assert re.fullmatch("error: command line: lora_rank: .*\n", done.stderr)
 
@@ -549,7 +549,7 @@ def test_unusual_spellings_on_the_command_line(argv, part):
 def test_output_that_cannot_show_a_character(tmp_path):
     """A pipe or a Windows console whose encoding lacks the ellipsis shows ? instead."""
     done = subprocess.run(
-        [sys.executable, "-m", "runtime.load_config", "default_system=…"],
+        [sys.executable, "-m", "settings.load_config", "default_system=…"],
         capture_output=True,
         cwd=ROOT,
         timeout=60,
@@ -659,7 +659,7 @@ def test_words_of_other_programs_for_a_key(name, words):
 
 
 def test_the_words_of_other_programs_name_keys():
-    from runtime.load_config import OTHER_WORDS
+    from settings.load_config import OTHER_WORDS
     assert OTHER_WORDS.keys().isdisjoint([*KEYS, *UNUSED])
     assert {word for name, word in OTHER_WORDS.items() if name != "gpus"} <= KEYS.keys()
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from checkpoint.read_config import read_model_config
-from runtime.load_config import load_config
+from settings.load_config import load_config
 from tests.common import GOLDEN, needs_shared
 from tests.tiny_models import base_with
 from text.load_text import eos_ids_of, fit_text, load_text

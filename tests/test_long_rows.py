@@ -20,11 +20,11 @@ from losses import cross_entropy_sum
 from methods.oft import OFTConfig
 from methods.quant import QuantFormat
 from model import CausalLM
-from runtime.config import Config
 from runtime.kernels import Kernels, use_kernels, use_long_rows
 from runtime.memory import (PAGE_LOCKED, TILES, Workload, all_in, checkpointing_in_words, lightest,
                             memory_plan, plan_ladder, plan_lines)
 from runtime.memory_advice import advice
+from settings.config import Config
 from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded
 from tests.test_memory import ALL, BF16, F32, Live, in_few_bits
 from tests.tiny_models import SMALL_FAMILIES, small_config

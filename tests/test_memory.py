@@ -16,21 +16,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention import PackedLayout
+from checkpoint.adapters import variant_of
+from checkpoint.load import count_parameters, quantizable_weights, set_quantized
 from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
-from methods.oft import OFTConfig
-from checkpoint.adapters import variant_of
-from checkpoint.load import count_parameters, quantizable_weights, set_quantized
 from methods.grouped import GroupedFormat, GroupedWeight
+from methods.oft import OFTConfig
 from methods.quant import QuantFormat, quantize
 from model import CausalLM
 from optim import make_optimizer
 from parallel import Gradients, Ranks
-from runtime.config import Config
 from runtime.memory import Plan, Workload, all_in, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice
+from settings.config import Config
 from tests.common import LLAMA3_8B
 from tests.tiny_models import SMALL_FAMILIES, small_config
 

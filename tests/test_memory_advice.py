@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from runtime.config import Config
-from runtime.memory import USABLE, Workload, memory_plan
 from runtime.device import out_of_memory
+from runtime.memory import USABLE, Workload, memory_plan
 from runtime.memory_advice import advice, available_bytes, explain_oom, truncate_row
+from settings.config import Config
 from tests.test_memory import F32, long_run
 from tests.tiny_models import small_config
 

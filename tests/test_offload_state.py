@@ -11,10 +11,10 @@ import train
 from methods.apollo import apollo_arguments
 from methods.optimizers import further_arguments
 from optim import make_optimizer
-from runtime.config import Config
 from runtime.memory import Workload, memory_plan, plan_lines
 from scale import offload_state as offloading
 from scale.offload_state import offload_state, places, windows
+from settings.config import Config
 from tests.common import load_argv, refusal
 from tests.ranks import COMMON, small_world
 from tests.tiny_models import small_config

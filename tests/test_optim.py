@@ -12,12 +12,12 @@ from torch import nn
 from attention import PackedLayout
 from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora, trainable
+from methods.eval_schedules import EVAL_SCHEDULES
 from methods.optimizers import UPDATES
 from model import CausalLM
-from methods.eval_schedules import EVAL_SCHEDULES
 from optim import (SCHEDULES, Optimizer, add_neftune, lr_schedule, make_optimizer, parameter_groups,
                    set_lr, warmup_steps)
-from runtime.config import Config
+from settings.config import Config
 from tests import twins
 from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
 from tests.tiny_models import further, tiny
@@ -246,7 +246,7 @@ def test_adamw_equals_torch(update):
 
 
 def test_the_optimizer_does_not_import_the_compiler():
-    code = ("import sys, torch; from runtime.config import Config\n"
+    code = ("import sys, torch; from settings.config import Config\n"
             "from optim import make_optimizer\n"
             "w = torch.nn.Parameter(torch.ones(3)); w.grad = torch.ones(3)\n"
             "make_optimizer({'x.weight': w}, Config(), w.device).step()\n"

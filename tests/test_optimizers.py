@@ -8,7 +8,7 @@ from torch import nn
 from checkpoint.training_state import NO_ROWS
 from methods.optimizers import BLOCK, UPDATES, from_8bit, levels, orthogonal, to_8bit
 from optim import Optimizer, make_optimizer
-from runtime.config import Config
+from settings.config import Config
 from tests.tiny_models import further, tiny
 
 

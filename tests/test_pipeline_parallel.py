@@ -14,11 +14,11 @@ import train
 from checkpoint.read_config import model_config
 from lora import LoRAConfig
 from runtime import stages
-from runtime.config import Config
-from runtime.load_config import load_config
 from runtime.memory import Workload, memory_plan, model_without_storage, plan_lines
 from runtime.stages import flops_of_parts, model_of_stage, share_layers
 from scale.stage_messages import masks_of
+from settings.config import Config
+from settings.load_config import load_config
 from tests.common import ROOT
 from tests.ranks import COMMON, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import WORKER, assert_alike, history

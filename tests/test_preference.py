@@ -14,7 +14,7 @@ from losses import metric_means
 from methods.preference import (hinge_losses, ipo_losses, kto_losses, orpo_losses, pair_losses,
                                 sigmoid_losses, simpo_losses)
 from runtime import memory, setup, throughput
-from runtime.config import Config
+from settings.config import Config
 from tests.common import needs_shared, read_jsonl
 from tests.preference_runs import RECORDED, run_pairs, weights_in
 

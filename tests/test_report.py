@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from runtime import report
-from runtime.load_config import load_config
 from runtime.report import (
     eval_metrics,
     format_table,
@@ -21,6 +20,7 @@ from runtime.report import (
     read_history,
     smooth,
 )
+from settings.load_config import load_config
 from tests.common import GOLDEN, ROOT, needs_shared
 
 

@@ -37,8 +37,8 @@ from losses import SFTObjective
 from parallel import Gradients
 from runtime import report, resume, setup
 from runtime import run as runtime_run
-from runtime.config import DATA, FIXED, FREE, KEYS, Config
-from runtime.load_config import load_config
+from settings.config import DATA, FIXED, FREE, KEYS, Config
+from settings.load_config import load_config
 from tests.common import ROOT, read_jsonl
 
 BASE = dict(

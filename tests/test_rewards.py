@@ -1,9 +1,9 @@
-"""runtime/rewards.py: reward functions that work, raise, hang, die or are not there."""
+"""methods/rewards.py: reward functions that work, raise, hang, die or are not there."""
 import math
 
 import pytest
 
-from runtime.rewards import Rewards, load_function, missing_function
+from methods.rewards import Rewards, load_function, missing_function
 from tests.common import ROOT, refusal
 
 ROW = {"where": "rows.jsonl row 7", "prompt": "What is 3 + 4?",

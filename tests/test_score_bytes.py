@@ -16,9 +16,9 @@ from fast.fused_block import fuse_blocks
 from lora import attach_lora, trainable
 from losses import cross_entropy_sum
 from model import CausalLM
-from runtime.config import Config
 from runtime.kernels import Kernels, use_long_rows
 from runtime.memory import Workload, memory_plan
+from settings.config import Config
 from tests.test_memory import ALL, BF16, F32
 from tests.tiny_models import SMALL_LLAMA
 

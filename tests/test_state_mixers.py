@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from attention import PackedLayout
-from checkpoint.load import load_model
 from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
+from checkpoint.load import load_model
 from checkpoint.peft_targets import why_peft_differs
 from checkpoint.read_config import model_config
 from fast.batch_decode import RowCache, cache_bytes
@@ -26,10 +26,10 @@ from lora import LoRAConfig, attach_lora, lora_layers
 from losses import cross_entropy_sum
 from merge import merge_checkpoint
 from model import CausalLM, KVCache, init_weights
-from runtime.config import Config
 from runtime.precision import compute_dtype
 from scale.context_parallel import check_shares
 from scale.tensor_parallel import part_config
+from settings.config import Config
 from tests.common import needs_shared
 from tests.rehearsal import host, rehearse
 from tests.test_families import DELTA, FULL, MAMBA, READABLE, SHARED_EXPERT, SMALL, reference

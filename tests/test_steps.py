@@ -10,8 +10,8 @@ import torch
 
 from parallel import Ranks
 from runtime import setup, steps
-from runtime.config import Config
 from runtime.steps import budget_batches, epoch_order
+from settings.config import Config
 from tests.common import needs_shared, run_recorded
 
 

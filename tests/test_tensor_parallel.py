@@ -14,10 +14,10 @@ import train
 from checkpoint.read_config import model_config
 from checkpoint.shards import Cut, cut_parameter, full_bytes
 from parallel import Ranks
-from runtime.config import Config
-from runtime.load_config import load_config
 from scale.mesh import Axis, check_world, lay_out, places_of
 from scale.tensor_parallel import part_config
+from settings.config import Config
+from settings.load_config import load_config
 from tests.common import ROOT
 from tests.ranks import COMMON, DENSE, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 

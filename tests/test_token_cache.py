@@ -12,7 +12,7 @@ import pytest
 
 from runtime import show_data
 from runtime.build import STAGES
-from runtime.config import DATA, FIXED, KEYS
+from settings.config import DATA, FIXED, KEYS
 from tests.common import ROOT
 from tests.rows import ask, ids_and_labels, make_config, write_dataset
 from text import token_cache
@@ -133,7 +133,7 @@ def test_overwrite_cache_tokenizes_again(tmp_path, words):
 
 
 def test_every_setting_that_changes_rows_is_in_the_key():
-    """runtime/config.py knows the settings that make a resumed run another one; the others do
+    """settings/config.py knows the settings that make a resumed run another one; the others do
     not change tokens."""
     of_the_model = set("""
         model_name_or_path model_revision adapter_name_or_path create_new_adapter ref_model

@@ -8,8 +8,8 @@ import types
 import pytest
 
 import train
-from runtime.load_config import load_config
 from runtime.trackers import OPENERS, Tracker, close_all, curves, log_row, wanted_trackers
+from settings.load_config import load_config
 from tests.common import GOLDEN, needs_shared
 
 STUBS = ("wandb", "swanlab", "mlflow")

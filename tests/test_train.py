@@ -14,7 +14,7 @@ from checkpoint.work_folder import write_mark
 from losses import SFTObjective
 from methods.quant import QuantFormat, quantize
 from runtime import resume, setup
-from runtime.config import Config
+from settings.config import Config
 from tests.common import CURVES, GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded
 from tests.tiny_models import write_quantized
 
@@ -744,7 +744,7 @@ def test_an_adapter_keeps_the_template_of_its_training(tmp_path, monkeypatch):
 @needs_shared
 def test_the_published_yaml_is_understood():
     """LLaMA-Factory's own file reaches the point where it needs the 8B weights."""
-    from runtime.load_config import load_config
+    from settings.load_config import load_config
     config = load_config([str(SHARED / "configs/llama3_lora_sft.yaml")], "train")
     assert (config.learning_rate, config.lora_alpha, config.bf16) == (1e-4, 16, True)
 

@@ -7,7 +7,7 @@ its tokens a window of maxlen. Rows may be drawn several times. The seed decides
 export writes the same bytes.
 
 Requires: text/data_files.py, text/tokenizer.py.
-Next: runtime/gptq_export.py.
+Next: exporting/gptq_export.py.
 """
 import random
 from dataclasses import replace

@@ -8,7 +8,7 @@
 The yaml is the source: the form shows its values, and a change in the form replaces the characters
 of one value. Comments and order stay.
 
-Requires: runtime/config.py, runtime/load_config.py, web/folders.py.
+Requires: settings/config.py, settings/load_config.py, web/folders.py.
 Next: board.py.
 """
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import yaml
 
-from runtime.config import KEYS, UNUSED
 from errors import did_you_mean, error_message
-from runtime.load_config import (ALIASES, check_length, ignored_keys, load_config, non_default,
-                                 read_file)
 from serving.schema import BadRequest
+from settings.config import KEYS, UNUSED
+from settings.load_config import (ALIASES, check_length, ignored_keys, load_config, non_default,
+                                 read_file)
 from web.folders import Folders
 from web.jobs import safe_name
 
@@ -36,7 +36,7 @@ SCRIPTS = ("train", "chat", "eval", "merge")    # scripts whose rules can check 
 
 
 def form_rows() -> list[dict]:
-    """A row for each key of the table in runtime/config.py, in its order."""
+    """A row for each key of the table in settings/config.py, in its order."""
     group = ""
     rows = []
     for name, spec in KEYS.items():
@@ -94,7 +94,7 @@ def set_value(text: str, name: str, key: str, value: str) -> str:
     """
     if key not in KEYS and key not in UNUSED and key not in ALIASES:
         raise BadRequest(f"there is no key {key[:60]!r}{did_you_mean(key[:60], KEYS)}. All keys: "
-                         "python -m runtime.config --keys", "set")
+                         "python -m settings.config --keys", "set")
     if not text.strip():
         return f"{key}: {scalar(key, value)}\n" if value else text
     check_length(name, text)

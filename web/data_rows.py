@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 from errors import run_script
-from runtime.load_config import load_config
+from settings.load_config import load_config
 
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "data"))   # report errors before torch is imported
@@ -52,7 +52,7 @@ def main(argv: list[str]):
 
 def sequences_of(example, stage: str) -> list[tuple]:
     """[(title, sequence), …] of an example; a preference pair has two."""
-    from runtime.config import SAMPLED
+    from settings.config import SAMPLED
     from text.conversations import JUDGED, PAIRS
 
     if stage in PAIRS:

@@ -27,7 +27,7 @@ from checkpoint.files import open_tensors, read_json_object, tensor_files
 from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.served_adapter import JOINED
 from families import ModelConfig
-from runtime.config import Config
+from settings.config import Config
 
 PAIR = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
 # model_type: {prefix in transformers 5: prefix in vLLM}, applied in this order
@@ -229,8 +229,8 @@ def why_not_in_sglang(layer: str, layers: set[str]) -> str:
 
 def by_llama_cpp(config: Config, base: Path, folder: Path) -> Reading:
     """llama.cpp: the plan of export_format: gguf-lora, made without reading weights."""
-    from runtime.gguf_lora import GGUFLoRAExport            # only where it is asked for
-    from runtime.merge_plan import plan_tensors
+    from exporting.gguf_lora import GGUFLoRAExport            # only where it is asked for
+    from exporting.merge_plan import plan_tensors
 
     try:
         read_adapter_config(folder)

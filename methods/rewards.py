@@ -8,7 +8,7 @@ the last question, row the row of the dataset as it was read, with its own answe
 returns no finite number, hangs or ends its process gives NaN for that answer and a sentence with
 the row; the run goes on.
 
-    python runtime/rewards.py data/rewards.py:arithmetic    the process: JSON lines in and out
+    python methods/rewards.py data/rewards.py:arithmetic    the process: JSON lines in and out
 
 Requires: nothing, so that the process starts fast.
 Next: methods/rollouts.py. Examples: data/rewards.py.

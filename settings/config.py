@@ -1,7 +1,7 @@
 """Settings: the table of keys, with the names and defaults of LLaMA-Factory.
 
-    python -m runtime.config --keys             every key: default, type, meaning
-    python -m runtime.load_config my.yaml       what this file sets, without running anything
+    python -m settings.config --keys             every key: default, type, meaning
+    python -m settings.load_config my.yaml       what this file sets, without running anything
 
 A key is in exactly one of three tables:
 
@@ -10,7 +10,7 @@ A key is in exactly one of three tables:
   such keys by name at the start;
 - `REFUSED`: leaving it out would change the result. It is an error that says what to do instead.
 
-Any other key is a spelling mistake. runtime/load_config.py reads files and command lines.
+Any other key is a spelling mistake. settings/load_config.py reads files and command lines.
 
 Requires: errors.py.
 Next: data.py, train.py.
@@ -691,7 +691,7 @@ class Config:
     given: dict = field(default_factory=dict, repr=False)
     # the config file, for messages
     source: str = field(default="command line", repr=False)
-    # keys of NO_EFFECT and the like that were set; see ignored_keys in runtime/load_config.py
+    # keys of NO_EFFECT and the like that were set; see ignored_keys in settings/load_config.py
     no_effect: list[str] = field(default_factory=list, repr=False)
     # what the start page says about settings that mean something else here
     notes: list[str] = field(default_factory=list, repr=False)
@@ -893,7 +893,7 @@ def in_steps(value: Steps, total_steps: int) -> int:
     return int(value) if value >= 1 else math.ceil(value * total_steps)
 
 
-# ---- python -m runtime.config --keys ------------------------------------------------------------
+# ---- python -m settings.config --keys ------------------------------------------------------------
 
 
 def print_keys():
@@ -937,10 +937,10 @@ def print_paragraph(text: str):
 
 
 def main(argv: list[str]):
-    """python -m runtime.config --keys"""
+    """python -m settings.config --keys"""
     if argv != ["--keys"]:
-        raise ValueError("usage: python -m runtime.config --keys   "
-                         "(python -m runtime.load_config FILE key=value shows a config)")
+        raise ValueError("usage: python -m settings.config --keys   "
+                         "(python -m settings.load_config FILE key=value shows a config)")
     print_keys()
 
 

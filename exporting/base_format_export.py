@@ -3,8 +3,8 @@
 Matrices that no adapter changes are copied bit for bit. The others are merged in float32 and
 rounded once, one matrix at a time.
 
-Requires: runtime/packed_export.py, runtime/block_export.py, checkpoint/requantize.py.
-Next: runtime/export_formats.py.
+Requires: exporting/packed_export.py, exporting/block_export.py, checkpoint/requantize.py.
+Next: exporting/export_formats.py.
 """
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,9 +21,9 @@ from checkpoint.load import formats_in_words, packed_weights, stays_quantized
 from checkpoint.packed import Packed
 from checkpoint.read_config import read_config_json
 from checkpoint.requantize import requantize, state_length
-from runtime.block_export import BlockExport
-from runtime.export import Export
-from runtime.packed_export import PackedExport
+from exporting.block_export import BlockExport
+from exporting.export import Export
+from exporting.packed_export import PackedExport
 
 
 def open_base_format(base: Path) -> Export:

@@ -3,15 +3,15 @@
 merge.py does this by default for such a base. Matrices that no adapter changes are copied bit for
 bit; the others are merged in float32 and rounded once. infer_dtype: bfloat16 writes 16 bits.
 
-Requires: runtime/packed_export.py, checkpoint/block_files.py.
-Next: runtime/export_formats.py.
+Requires: exporting/packed_export.py, checkpoint/block_files.py.
+Next: exporting/export_formats.py.
 """
 from pathlib import Path
 
 import torch
 
 from checkpoint.block_files import SUFFIXES, BlockParts
-from runtime.packed_export import PackedExport
+from exporting.packed_export import PackedExport
 
 
 class BlockExport(PackedExport):

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 from checkpoint.load import load_model, packed_weights
 from checkpoint.write_gptq import gptq_parts, pack_gptq, quantization_fields
+from exporting.export import Export
 from model import CausalLM, attention_needs
-from runtime.config import Config
-from runtime.export import Export
+from settings.config import Config
 from text.calibration import calibration_rows
 from text.tokenizer import load_tokenizer
 

@@ -4,8 +4,8 @@ An export is told the plan of the merge (set_plan). It says which tensors it wil
 of the plan's it reads for them, in which order (sources); then it writes them (write), each from
 the rows that `read(name)` yields, and the files that describe them (finish).
 
-Requires: runtime/merge_plan.py, runtime/merge_folder.py, checkpoint/files.py.
-Next: runtime/gguf_export.py, runtime/gptq_export.py, merge.py.
+Requires: exporting/merge_plan.py, runtime/merge_folder.py, checkpoint/files.py.
+Next: exporting/gguf_export.py, exporting/gptq_export.py, merge.py.
 """
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from checkpoint.files import stored_as, tensor_files, write_json, write_tensors
+from exporting.merge_plan import Planned
 from runtime.merge_folder import EXPORT_MARK
-from runtime.merge_plan import Planned
 
 
 class Export:

@@ -5,10 +5,10 @@ fp8_backend torchao and auto without effect (the losses are those of bf16, digit
 falls back to 16 bits on devices that cannot. Here frozen weights are multiplied in 8 bits, and
 trained ones are not.
 
-Requires: runtime/config.py.
+Requires: settings/config.py.
 Next: methods/fp8.py.
 """
-from runtime.config import Config
+from settings.config import Config
 
 
 def apply_fp8(config: Config):

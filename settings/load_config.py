@@ -1,8 +1,8 @@
 """Read a YAML or JSON file and the command line into a Config, and report mistakes in them.
 
-    python -m runtime.load_config my.yaml lora_rank=4       print what differs from the defaults
+    python -m settings.load_config my.yaml lora_rank=4       print what differs from the defaults
 
-Requires: runtime/config.py (the table of keys), runtime/contradictions.py, errors.py.
+Requires: settings/config.py (the table of keys), settings/contradictions.py, errors.py.
 Next: train.py.
 """
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from errors import did_you_mean, run_script
-from runtime.config import (ADAPTERS, KEYS, UNUSED, VISION_KEYS, Config,
+from settings.config import (ADAPTERS, KEYS, UNUSED, VISION_KEYS, Config,
                             as_dict, print_keys, resizes_vocab)
-from runtime.contradictions import CONTRADICTIONS
-from runtime.deepspeed_presets import apply_deepspeed
-from runtime.fp8_keys import apply_fp8
-from runtime.hyper_parallel import apply_hyper_parallel
+from settings.contradictions import CONTRADICTIONS
+from settings.deepspeed_presets import apply_deepspeed
+from settings.fp8_keys import apply_fp8
+from settings.hyper_parallel import apply_hyper_parallel
 
 COMMAND_LINE = "command line"
 OTHER_WORDS = {      # how other programs call a key, for the hint
@@ -135,7 +135,7 @@ USAGE = {
 """,
     "config": """Show the settings that differ from the defaults.
 
-    python -m runtime.load_config my.yaml lora_rank=4
+    python -m settings.load_config my.yaml lora_rank=4
 """,
 }
 
@@ -196,7 +196,7 @@ def collect(entries: list[tuple[str, Any, str]]) -> dict[str, tuple[Any, str]]:
                 hint = (" (a train_config.json records a run: give the config that started it, or "
                         f"a copy without {' and '.join(RECORDED)})")
             raise ValueError(f"{where}: unknown key '{name}{dot}{item}'{hint}. "
-                             "All keys: python config.py --keys")
+                             "All keys: python -m settings.config --keys")
         if dot:
             before = written[name][0] if name in written else ""
             value = {**_mapping(before, f"{where}: {name}"), item: value}
@@ -416,7 +416,7 @@ def read_argv(argv: list[str], script: str) -> tuple[Path | None, list[tuple[str
             pairs.append((name, text, COMMAND_LINE))
         elif path is None:
             path = Path(text)
-        elif str(path) in PEER_COMMANDS and not path.exists():
+        elif str(path) in PEER_COMMANDS and not path.is_file():
             raise ValueError(
                 f"{COMMAND_LINE}: '{path}' is a command of llamafactory-cli, and no file: python "
                 f"{PEER_COMMANDS[str(path)]} {text}, or python cli.py {path} {text}")
@@ -455,7 +455,7 @@ def print_help(script: str):
     print(USAGE[script])
     print("Settings are LLaMA-Factory's keys, in a YAML or JSON file or on the command line:\n"
           "key=value, --key value, a switch alone (--bf16), a list as a,b.\n"
-          "All keys with default and meaning: python config.py --keys")
+          "All keys with default and meaning: python -m settings.config --keys")
     if script in NEEDED:
         print(f"Needed: {', '.join(NEEDED[script])}")
 
@@ -756,7 +756,7 @@ def non_default(config: Config) -> dict:
 
 
 def main(argv: list[str]):
-    """python -m runtime.load_config FILE key=value …, or --keys, as config.py"""
+    """python -m settings.load_config FILE key=value …, or --keys, as settings.config"""
     if argv == ["--keys"]:
         return print_keys()
     config = load_config(argv or ["--help"], "config")

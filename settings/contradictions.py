@@ -2,16 +2,15 @@
 
 Each function below yields pairs (whether the settings contradict each other, the sentence).
 
-Requires: runtime/config.py.
-Next: runtime/load_config.py, which raises the first sentence that applies.
+Requires: settings/config.py.
+Next: settings/load_config.py, which raises the first sentence that applies.
 """
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
-from runtime.config import ADAPTERS, Config, needs_whole_matrices
-from runtime.rewards import missing_function
+from settings.config import ADAPTERS, Config, needs_whole_matrices
 
 FSDP_WORDS = {"full_shard", "shard_grad_op", "offload", "auto_wrap"}
 
@@ -106,6 +105,7 @@ def in_stage(c: Config) -> Iterator[tuple]:
 def in_rewards(c: Config) -> Iterator[tuple]:
     if c.stage not in ("ppo", "grpo"):
         return
+    from methods.rewards import missing_function        # only of stages that are scored
 
     yield not c.reward and not c.reward_model, (
         f"stage: {c.stage} needs reward_model, what stage: rm has trained, or reward, a function "
@@ -704,7 +704,7 @@ def _is_multiple(a: float, b: float) -> bool:
     return both_of_a_kind and abs(a / b - round(a / b)) < 1e-9
 
 
-CONTRADICTIONS = {      # the scripts that check, as in REFUSED of runtime/config.py
+CONTRADICTIONS = {      # the scripts that check, as in REFUSED of settings/config.py
     "any": (in_model,),
     "train": (in_purpose, in_stage, in_data, in_base, in_checkpoints, in_method, in_optimizer,
               in_cards, in_step, in_zero, in_fsdp, in_tensor_parallel, in_pipeline,

@@ -3,8 +3,8 @@
 Each matrix is merged, rounded and written before the next one is read. The sum of base and adapter
 is float32, so that it is rounded once.
 
-Requires: runtime/export.py, checkpoint/write_compressed.py, checkpoint/write_bnb.py.
-Next: runtime/export_formats.py; runtime/block_export.py, for bases in MXFP4 and in FP8 blocks.
+Requires: exporting/export.py, checkpoint/write_compressed.py, checkpoint/write_bnb.py.
+Next: exporting/export_formats.py; exporting/block_export.py, for bases in MXFP4 and in FP8 blocks.
 """
 import re
 from collections.abc import Callable, Iterable
@@ -22,7 +22,7 @@ from checkpoint.load import (formats_in_words, load_model, packed_weights, quant
 from checkpoint.read_config import read_config_json
 from checkpoint.write_bnb import NF4, bnb_fields, bnb_parts, pack_bnb
 from checkpoint.write_compressed import GROUP_SIZE, compress, compressed_fields, compressed_parts
-from runtime.export import Export
+from exporting.export import Export
 
 
 CODES = {"fp8": "weight", "w4a16": "weight_packed", "bnb-nf4": "weight"}    # of a layer's tensors

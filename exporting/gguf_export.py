@@ -1,6 +1,6 @@
 """A GGUF file of a model with its adapters merged: merge.py with export_format: gguf.
 
-Requires: checkpoint/gguf_tensors.py, checkpoint/gguf_tokenizer.py, runtime/export.py.
+Requires: checkpoint/gguf_tensors.py, checkpoint/gguf_tokenizer.py, exporting/export.py.
 Next: merge.py.
 """
 import re
@@ -21,8 +21,8 @@ from checkpoint.gguf_tokenizer import tokenizer_metadata
 from checkpoint.load import dense_skeleton
 from checkpoint.value_head import VALUE_HEAD
 from checkpoint.write_gguf import NUMBER_TYPES, check_gguf, tensor_bytes, write_gguf
-from runtime.config import Config
-from runtime.export import Export
+from exporting.export import Export
+from settings.config import Config
 from text.load_text import eos_ids_of
 from text.tokenizer import load_tokenizer
 from text.vocabularies import find_vocabulary

@@ -7,8 +7,8 @@ processes and reads further sizes from hyper_parallel_args, a JSON file or a map
 
 Here that is fsdp: full_shard, context_parallel_size: 2 and bf16: true. The package is not needed.
 
-Requires: runtime/config.py.
-Next: runtime/load_config.py; docs/many_gpus.md.
+Requires: settings/config.py.
+Next: settings/load_config.py; docs/many_gpus.md.
 Source: the fields of hyper_parallel's HyperParallelArguments, which ignores names that it does not
 know.
 """
@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from errors import did_you_mean
-from runtime.config import Config
+from settings.config import Config
 
 SIZES = {           # {their name: our key}
     "tp_size": "tensor_parallel_size",

@@ -4,8 +4,8 @@ ZeRO shards over the ranks what each of them would hold again: optimizer state (
 (2), weights (3). The sums of a step are the same. Stages 1 and 2 are zero_stage here, stage 3 is
 fsdp: full_shard. DeepSpeed itself is not needed.
 
-Requires: runtime/config.py.
-Next: runtime/load_config.py; docs/many_gpus.md.
+Requires: settings/config.py.
+Next: settings/load_config.py; docs/many_gpus.md.
 Paper: ZeRO, arXiv:1910.02054.
 """
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 from pathlib import Path
 
-from runtime.config import ADAPTERS, Config, needs_whole_matrices, resizes_vocab
+from settings.config import ADAPTERS, Config, needs_whole_matrices, resizes_vocab
 
 # LLaMA-Factory's presets, where a yaml names one that lies in LLaMA-Factory's own checkout
 PRESET = re.compile(r"ds_z([0-3])(_offload|_fp8)?_config\.json")     # fp8: with offload, too

@@ -4,8 +4,8 @@ llama.cpp adds alpha / r * B A to the matrices of a GGUF file of the base, whate
 llama-cli -m base-Q4_K_M.gguf --lora mine-LORA-F32.gguf. The rows of B are cut and reordered like
 those of the matrix they change.
 
-Requires: runtime/gguf_export.py.
-Next: runtime/export_formats.py.
+Requires: exporting/gguf_export.py.
+Next: exporting/export_formats.py.
 Paper: LoRA arXiv:2106.09685.
 """
 from collections.abc import Callable, Iterator
@@ -17,9 +17,9 @@ from errors import print_error  # noqa: F401
 import torch
 
 from checkpoint.gguf_tensors import GraphTensor
-from runtime.config import Config
-from runtime.gguf_export import GGUFExport
-from runtime.merge_plan import Change
+from exporting.gguf_export import GGUFExport
+from exporting.merge_plan import Change
+from settings.config import Config
 
 PARTS = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"}
 
