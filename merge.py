@@ -39,6 +39,7 @@ from settings.load_config import ignored_keys, load_config
 if __name__ == "__main__":
     run_script(lambda argv: load_config(argv, "merge"))  # --help and mistakes do not wait for torch
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "0")      # pages of 2 MiB would add to the peak
 import runtime.device  # noqa: F401                     # before torch: see guard_amdsmi there
 import torch
 from tqdm import tqdm
