@@ -59,7 +59,7 @@ def losses_and_grad(scores, y, softcap, dtype, needs_grad: bool = True):
 
 @record_function("loss")
 def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear,
-                      chunk_loss=losses_and_grad):
+                      chunk_loss=losses_and_grad, head_rows=0):
     """Sum of the token losses in nats, a float32 scalar.
 
     hidden: (N, D), the final hidden states.
@@ -69,22 +69,23 @@ def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear,
     softcap: c makes the logits c * tanh(logits / c), in float32.
     matmul: (x (n, in), W (out, in)) -> (n, out), see fast/matmul.py.
     chunk_loss: losses_and_grad, or the same sooner, see fast/compile.py.
+    head_rows: of a chunk, as fast/matmul.py has tried; 0: chunk_rows decides.
     """
     if not torch.is_grad_enabled():
         weight = weight.detach()            # evaluation needs no gradient of a trained head
-    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul, chunk_loss)
+    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul, chunk_loss, head_rows)
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, matmul, chunk_loss):
+    def forward(ctx, hidden, weight, targets, softcap, matmul, chunk_loss, head_rows):
         rows, y = supervised(targets, hidden.device)                                    # (n,)
         h, W = hidden[rows], weight.to(hidden.dtype)                                    # (n, D)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         dW = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         needs_grad = dh is not None or dW is not None
-        for chunk in chunks(len(rows), len(W)):
+        for chunk in chunks(len(rows), len(W), head_rows):
             losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
                                           needs_grad)                                   # (c, V)
             total += losses.sum()
@@ -107,22 +108,23 @@ class _CrossEntropySum(torch.autograd.Function):
             # in float32: grad is 1 / num_items, whose rounding would rescale every gradient
             d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
         d_weight = None if dW is None else dW * grad
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 # ---- chunks of logits ---------------------------------------------------------------------------
 
 
-def chunk_rows(supervised_rows: int, vocab_size: int) -> int:
-    """Positions whose logits are held at once."""
-    rows = max(1, CHUNK_BYTES // (4 * vocab_size), -(-supervised_rows // MAX_CHUNKS))
+def chunk_rows(supervised_rows: int, vocab_size: int, head_rows: int = 0) -> int:
+    """Positions whose logits are held at once. head_rows: in place of those of CHUNK_BYTES."""
+    fitting = head_rows or CHUNK_BYTES // (4 * vocab_size)
+    rows = max(1, fitting, -(-supervised_rows // MAX_CHUNKS))
     # a multiple, so that no matmul ends in a small block
     return rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE or rows
 
 
-def chunks(supervised_rows: int, vocab_size: int) -> list[slice]:
+def chunks(supervised_rows: int, vocab_size: int, head_rows: int = 0) -> list[slice]:
     """The positions, split into chunks of chunk_rows."""
-    step = chunk_rows(supervised_rows, vocab_size)
+    step = chunk_rows(supervised_rows, vocab_size, head_rows)
     return [slice(start, start + step) for start in range(0, supervised_rows, step)]
 
 
@@ -183,13 +185,13 @@ def answer_logps_plain(hidden, weight, targets, lengths, softcap=None):
 
 @record_function("loss")
 def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear,
-                 chunk_loss=losses_and_grad):
+                 chunk_loss=losses_and_grad, head_rows=0):
     """For each sequence the log-probability of its targets in nats, and their number: (S,) float32.
 
     lengths: tokens of the S sequences that lie end to end in the row; the rest as in
     cross_entropy_sum.
     """
-    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss)         # (n,)
+    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss, head_rows)  # (n,)
     counts = [int((sequence != IGNORE).sum()) for sequence in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-sequence.sum() for sequence in losses.split(counts)])
@@ -197,23 +199,23 @@ def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear
 
 
 def token_losses(hidden, weight, targets, softcap=None, matmul=F.linear,
-                 chunk_loss=losses_and_grad):
+                 chunk_loss=losses_and_grad, head_rows=0):
     """-log p of each supervised target in nats, (n,) float32; arguments as in cross_entropy_sum."""
     if not torch.is_grad_enabled():
         weight = weight.detach()
     rows, y = supervised(targets, hidden.device)
-    return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul, chunk_loss)
+    return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul, chunk_loss, head_rows)
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, rows, y, softcap, matmul, chunk_loss):
+    def forward(ctx, hidden, weight, rows, y, softcap, matmul, chunk_loss, head_rows):
         h, W = hidden[rows], weight.to(hidden.dtype)                            # (n, D), (V, D)
         losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
         # the gradient of a trained head is a sum weighted by `grad`, which only backward knows
         grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         dh = torch.empty_like(h) if grad_in_forward else None
-        for chunk in chunks(len(rows), len(W)):
+        for chunk in chunks(len(rows), len(W), head_rows):
             chunk_losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
                                                 grad_in_forward)
             losses[chunk] = chunk_losses[:, 0]
@@ -240,7 +242,7 @@ class _TokenLosses(torch.autograd.Function):
             dh = (dh.float() * grad[:, None]).to(dh.dtype)
         d_hidden = dh.new_zeros(ctx.shape)
         d_hidden[rows] = dh
-        return d_hidden, dW, None, None, None, None, None
+        return d_hidden, dW, None, None, None, None, None, None
 
 
 def token_losses_grad(grad, h, weight, y, softcap, matmul):
@@ -307,6 +309,7 @@ class Objective:
     reference = None                    # a second model that is not trained
     step_tokens: float | None = None    # of the last step on all ranks, where rows do not tell
     chunk_loss = staticmethod(losses_and_grad)
+    head_rows = 0                       # of a chunk of the head, see cross_entropy_sum
 
     def __init__(self, matmul=F.linear):
         self.matmul = matmul
@@ -365,7 +368,8 @@ class SFTObjective(Objective):
     def loss_sum(self, model, batch):
         hidden, routing_loss = self.hidden_states(model, batch)
         loss = cross_entropy_sum(hidden, model.head_weight(), batch.targets,
-                                 model.config.final_softcap, self.matmul, self.chunk_loss)
+                                 model.config.final_softcap, self.matmul, self.chunk_loss,
+                                 self.head_rows)
         return loss, routing_loss, {}
 
     def hidden_states(self, model, batch):

@@ -1,13 +1,19 @@
-"""Matrix multiplication on the CPU: torch's own or oneDNN, picked by a measurement.
+"""Matrix multiplication on the CPU: library, rows of a head chunk and threads, picked by a trial.
 
     python -m fast.matmul       how fast and how exact each is on this machine, and which is picked
 
-Requires: nothing.
+pick_matmul tries torch's own library and oneDNN on a model's products, and the head with several
+numbers of rows, into one table of rates; then fewer threads, with what was picked. Each needs to be
+CLEARLY faster than what is tried before it: other libraries round otherwise, and more rows need
+more memory.
+
+Requires: losses.py (chunk_rows).
 Next: fast/fused_block.py.
 """
+import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # first: a missing package ends in a sentence
 from errors import print_error  # noqa: F401
@@ -15,9 +21,12 @@ from errors import print_error  # noqa: F401
 import torch
 import torch.nn.functional as F
 
+from losses import chunk_rows
+
 ROW_BLOCK = 128         # rows of one call of oneDNN
 ROW_STEP = 32           # the last block is padded to a multiple of this
-CLEARLY = 1.1           # how many times faster than torch's own a library must be to be picked
+CLEARLY = 1.1           # how many times faster than those before it a choice must be to be picked
+HEAD_ROWS = (128, 256, 512)     # of a chunk of the head; twice the rows, twice the logits held
 TRIED = 2**27           # multiplications of one product of the trial, at most: a millisecond
 
 
@@ -55,8 +64,20 @@ MATMULS = {"torch": F.linear, "onednn": onednn_matmul}      # F.linear: MKL, cuB
 class MatmulChoice:
     """What pick_matmul found."""
     picked: str                                     # a name of MATMULS
-    rates: dict = field(default_factory=dict)       # name -> GFLOP/s
+    rates: dict = field(default_factory=dict)       # (name, rows of a head chunk) -> GFLOP/s
+    head_rows: int = 0                              # 0: losses.chunk_rows decides
+    threads: int = 0                                # 0: as many as torch starts
+    threads_tried: tuple = ()
     lines: list = field(default_factory=list)       # for the start page
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The libraries that are correct here."""
+        return tuple(dict.fromkeys(name for name, _ in self.rates)) or (self.picked,)
+
+    @property
+    def rows_tried(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(rows for _, rows in self.rates))
 
 
 @dataclass(frozen=True)
@@ -65,42 +86,56 @@ class Product:
     rows: int
     inputs: int
     outputs: int
-    times: int = 1
+    times: float = 1
 
 
 SMALLEST = Product(256, 512, 1024)      # the time of smaller ones is that of the call
 
 
-def products_of(config) -> tuple[Product, ...]:
-    """Those that decide: gate, up and down of the blocks, and the head. config: a ModelConfig.
+def products_of(config) -> tuple[Product, Product | None]:
+    """Those that decide, for 256 tokens: gate, up and down of the blocks; the head, if it is large.
 
-    In a model with smaller ones they decide nothing, and chance would choose.
+    In a model with smaller ones they decide nothing, and chance would choose. config: a
+    ModelConfig.
     """
     hidden, width = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     if hidden < SMALLEST.inputs or width < SMALLEST.outputs:
-        return (SMALLEST,)
-    return (Product(256, hidden, width, 3 * config.num_hidden_layers),
-            Product(128, hidden, config.vocab_size))
+        return SMALLEST, None
+    blocks = Product(256, hidden, width, 3 * config.num_hidden_layers)
+    return blocks, Product(256, hidden, config.vocab_size)
 
 
 @torch.no_grad()
-def pick_matmul(device, dtype: torch.dtype,
-                products: tuple[Product, ...] = (SMALLEST,)) -> MatmulChoice:
-    """The fastest correct library for a model's products, forward and backward, on this machine.
+def pick_matmul(device, dtype: torch.dtype, blocks: Product = SMALLEST,
+                head: Product | None = None) -> MatmulChoice:
+    """The fastest correct library, rows of a head chunk and threads for a model's products.
 
-    There is a choice only in float32 on CPUs, measured in a tenth of a second. Correct: no further
-    from float64 than four times torch's own error.
+    There is a choice only in float32 on CPUs, measured in less than 0.3 s, forward and backward; of
+    rows where there is a head, and of threads where there is one and OMP_NUM_THREADS is not set.
+    Correct: no further from float64 than four times torch's own error.
     """
     device = torch.device(device)
     if device.type != "cpu" or dtype != torch.float32:
-        return MatmulChoice("torch", {"torch": 0.0})
+        return MatmulChoice("torch")
+    refused = why_refused()
+    rates = {(name, rows): rate for name, matmul in MATMULS.items() if name not in refused
+             for rows, rate in rates_of(matmul, blocks, head).items()}
+    picked, rows = first_clearly_fastest(rates)
+    choice = MatmulChoice(picked, rates, rows, lines=matmul_lines(picked, rows, rates, refused))
+    if head and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1:
+        speeds = thread_rates(MATMULS[picked], blocks)
+        choice.threads, choice.threads_tried = first_clearly_fastest(speeds), tuple(speeds)
+        choice.lines.append(threads_line(choice.threads, speeds))
+    return choice
+
+
+def why_refused() -> dict[str, str]:
+    """{name of MATMULS: why it cannot be used here}."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 512, generator=generator)
     W = torch.randn(1024, 512, generator=generator)
     allowed = 4 * float((F.linear(x, W) - x.double() @ W.double().T).abs().max())
-
-    rates = {}
-    refused = {}                                    # name -> reason
+    refused = {}
     for name, matmul in MATMULS.items():
         try:
             error = matmul_error(matmul, x, W)
@@ -109,35 +144,81 @@ def pick_matmul(device, dtype: torch.dtype,
             continue
         if not error <= allowed:
             refused[name] = f"wrong by {error:.2g}"
-            continue
-        rates[name] = rate_of(matmul, products)
-
-    picked = max(rates, key=rates.get)
-    if rates[picked] <= CLEARLY * rates["torch"]:
-        picked = "torch"
-    return MatmulChoice(picked, rates, [matmul_line(picked, rates, refused)])
+    return refused
 
 
-def rate_of(matmul: Callable, products: tuple[Product, ...]) -> float:
-    """GFLOP/s over all products of a model; each is measured on some of its outputs."""
-    operations = total_seconds = 0.0
-    for product in products:
-        outputs = max(64, min(product.outputs, TRIED // (product.rows * product.inputs)))
-        W = torch.ones(outputs, product.inputs)
-        for x, layout in ((torch.ones(product.rows, product.inputs), W),
-                          (torch.ones(product.rows, outputs), W.T)):
-            seconds = shortest(lambda: matmul(x, layout))
-            share = product.times * product.outputs / outputs
-            operations += 2 * x.numel() * len(layout) * share
-            total_seconds += seconds * share
-    return operations / total_seconds / 1e9
+def first_clearly_fastest(rates: dict):
+    """A key of rates; each must be CLEARLY faster than the best before it."""
+    best = next(iter(rates))
+    for key, rate in rates.items():
+        if rate > CLEARLY * rates[best]:
+            best = key
+    return best
 
 
-def matmul_line(picked: str, rates: dict[str, float], refused: dict[str, str]) -> str:
-    """A line for the start page: "matmul: torch, 116 GFLOP/s (onednn 93)"."""
-    others = [f"{name} {rate:.0f}" for name, rate in rates.items() if name != picked]
+def rates_of(matmul: Callable, blocks: Product, head: Product | None) -> dict[int, float]:
+    """{rows of a head chunk: GFLOP/s of blocks and head}.
+
+    {0: …} without a head, and where the logits of the most rows are few bytes.
+    """
+    seconds = seconds_of(matmul, blocks)
+    if head is None:
+        return {0: flops_of(blocks) / seconds / 1e9}
+    rates = {}
+    tried = [rows for rows in HEAD_ROWS if rows >= chunk_rows(0, head.outputs)]
+    for rows in tried if len(tried) > 1 else [0]:
+        in_chunk = rows or HEAD_ROWS[-1]
+        chunk = replace(head, rows=in_chunk, times=head.rows / in_chunk)
+        total = seconds + seconds_of(matmul, chunk)
+        rates[rows] = (flops_of(blocks) + flops_of(chunk)) / total / 1e9
+    return rates
+
+
+def flops_of(product: Product) -> float:
+    """Arithmetic of a product, forward and backward."""
+    return 4 * product.rows * product.inputs * product.outputs * product.times
+
+
+def seconds_of(matmul: Callable, product: Product) -> float:
+    """Seconds of a product, forward and backward, measured on some of its outputs."""
+    outputs = max(64, min(product.outputs, TRIED // (product.rows * product.inputs)))
+    W = torch.ones(outputs, product.inputs)
+    x, dy = torch.ones(product.rows, product.inputs), torch.ones(product.rows, outputs)
+    seconds = shortest(lambda: matmul(x, W)) + shortest(lambda: matmul(dy, W.T))
+    return seconds * product.times * product.outputs / outputs
+
+
+def thread_rates(matmul: Callable, product: Product) -> dict[int, float]:
+    """{number of threads: GFLOP/s} of all cores, one less, and half of them.
+
+    One may be busy, and half of them may be siblings that share the cores of the others.
+    """
+    cores = torch.get_num_threads()
+    rates = {}
+    for threads in dict.fromkeys((cores, max(1, cores - 1), max(1, cores // 2))):
+        torch.set_num_threads(threads)
+        rates[threads] = flops_of(product) / seconds_of(matmul, product) / 1e9
+    torch.set_num_threads(cores)
+    return rates
+
+
+def matmul_lines(picked: str, rows: int, rates: dict, refused: dict[str, str]) -> list[str]:
+    """For the start page: "matmul: torch, 116 GFLOP/s (onednn 93)", "head_rows: 256, …"."""
+    alone = {name: rate for (name, tried), rate in rates.items() if tried == rows}
+    others = [f"{name} {rate:.0f}" for name, rate in alone.items() if name != picked]
     others += [f"{name}: {reason}" for name, reason in refused.items()]
-    return f"matmul: {picked}, {rates[picked]:.0f} GFLOP/s ({', '.join(others)})"
+    lines = [f"matmul: {picked}, {alone[picked]:.0f} GFLOP/s ({', '.join(others)})"]
+    if rows:
+        others = [f"{tried}: {rate:.0f}" for (name, tried), rate in rates.items()
+                  if name == picked and tried != rows]
+        lines.append(f"head_rows: {rows}, of a chunk of the head ({', '.join(others)} GFLOP/s)")
+    return lines
+
+
+def threads_line(picked: int, rates: dict[int, float]) -> str:
+    """For the start page: "threads: 2, 116 GFLOP/s (1: 60)"."""
+    others = [f"{threads}: {rate:.0f}" for threads, rate in rates.items() if threads != picked]
+    return f"threads: {picked}, {rates[picked]:.0f} GFLOP/s ({', '.join(others)})"
 
 
 def matmul_error(matmul: Callable, x, W) -> float:
@@ -147,7 +228,7 @@ def matmul_error(matmul: Callable, x, W) -> float:
     return max(map(float, errors))
 
 
-def shortest(call: Callable, times: int = 7) -> float:
+def shortest(call: Callable, times: int = 3) -> float:
     """Seconds of the shortest of several calls: other work on the machine only adds to it."""
     seconds = []
     for _ in range(times):
@@ -159,6 +240,6 @@ def shortest(call: Callable, times: int = 7) -> float:
 
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
-        choice = pick_matmul("cpu", dtype)
-        line = choice.lines[0] if choice.lines else "matmul: torch, the only one"
-        print(f"cpu {str(dtype).removeprefix('torch.')}: {line}")
+        choice = pick_matmul("cpu", dtype, Product(256, 512, 1408, 24), Product(256, 512, 128_256))
+        print(f"cpu {str(dtype).removeprefix('torch.')}: ", end="")
+        print("\n  ".join(choice.lines or ["matmul: torch, the only one"]))

@@ -66,6 +66,7 @@ class MicroBatch:
     fast: bool                      # fast/fused_block.py: keeps inputs, recomputes outputs
     tile: int = 0                   # tokens of a tile of the MLP; 0: all at once
     parts: int = 1                  # processes that share the row (scale/context_parallel.py)
+    head_rows: int = 0              # of a chunk of the head, see losses.py
 
     @property
     def tokens(self) -> int:
@@ -199,7 +200,7 @@ def loss_bytes(model: CausalLM, batch: MicroBatch) -> int:
     vocab_size = weight.shape[0]
     if not vocab_size:                      # of another stage of a pipeline
         return 0
-    rows = min(chunk_rows(batch.tokens, vocab_size), batch.tokens)
+    rows = min(chunk_rows(batch.tokens, vocab_size, batch.head_rows), batch.tokens)
     if model.config.final_softcap:
         chunks = SOFTCAP_CHUNKS
     else:

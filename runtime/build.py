@@ -184,6 +184,7 @@ STAGES = {
 def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> Objective:
     """The objective of the config's stage, with its reference model or value head."""
     objective = STAGES[config.stage].build_objective(config, base, setup, ranks, resume)
+    objective.head_rows = setup.kernels.head_rows
     if setup.cuts_vocabulary:
         from scale.cut_vocabulary import vocabulary_loss    # only where it is asked for
 

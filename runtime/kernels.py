@@ -26,6 +26,9 @@ from optim import Optimizer, make_optimizer
 from text.tokenizer import read_json
 
 
+PINNABLE = ("attention", "matmul", "head_rows", "threads")     # parts of the key pin_kernels
+
+
 @dataclass
 class Kernels:
     """The code that computes a run, and lines for the start page, each with its reason."""
@@ -33,6 +36,10 @@ class Kernels:
     correct: tuple = ("plain",)             # the names that give correct results here
     matmul_name: str = "torch"              # a key of matmuls
     matmuls: dict[str, Callable] = field(default_factory=lambda: {"torch": F.linear})
+    head_rows: int = 0                      # of a chunk of the head; 0: losses.chunk_rows decides
+    threads: int = 0                        # of a CPU; 0: as many as torch starts
+    head_rows_tried: tuple = (0,)
+    threads_tried: tuple = (0,)
     fuse: Callable | None = None            # fast.fused_block.fuse_blocks
     compile: Callable | None = None         # fast.compile.compile_steps
     compile_tokens: Callable | None = None  # fast.compile.compile_tokens
@@ -63,12 +70,14 @@ def pick_attention(kernels: Kernels, config, model_config: ModelConfig, device, 
 
 
 def pick_matrix_product(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
-    """The fastest correct library for this model's matrix products on a CPU."""
+    """The fastest correct library for this model's matrix products on a CPU, and how it is used."""
     from fast.matmul import MATMULS, pick_matmul, products_of
 
-    choice = pick_matmul(device, dtype, products_of(model_config))
+    choice = pick_matmul(device, dtype, *products_of(model_config))
     kernels.matmul_name = choice.picked
-    kernels.matmuls = {name: MATMULS[name] for name in choice.rates}
+    kernels.matmuls = {name: MATMULS[name] for name in choice.names}
+    kernels.head_rows, kernels.head_rows_tried = choice.head_rows, choice.rows_tried
+    kernels.threads, kernels.threads_tried = choice.threads, choice.threads_tried
     kernels.lines += choice.lines
 
 
@@ -148,21 +157,30 @@ def choose_kernels(config, model_config: ModelConfig, device, dtype: torch.dtype
 def keep_kernels(kernels: Kernels, config, begun: dict):
     """Take the kernels that are pinned, else those with which a run began, where they work here.
 
-    Two kernels differ in the last bit of their results. begun: {"kernel": …, "matmul": …}; what is
+    Two kernels differ in the last bit of their results, and so do chunks of other rows, and other
+    numbers of threads. begun: {"kernel": …, "matmul": …, "head_rows": …, "threads": …}; what is
     missing stays as chosen. Raises ValueError for a pinned kernel that does not work here.
     """
     pinned = config.pin_kernels
-    if unknown := sorted(pinned.keys() - {"attention", "matmul"}):
-        parts = ("attention", "matmul")
-        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], parts))
+    if unknown := sorted(pinned.keys() - set(PINNABLE)):
+        raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], PINNABLE))
     if config.full_determinism:                 # nothing that timing decides
-        pinned = {"attention": kernels.correct[0], "matmul": "torch", **pinned}
+        pinned = {"attention": kernels.correct[0], "matmul": "torch", "head_rows": "0",
+                  "threads": "0", **pinned}
     kernels.attention = same_kernel(
         "attention", kernels.attention, kernels.correct, pinned.get("attention"),
         begun.get("kernel", kernels.attention), kernels.lines)
     kernels.matmul_name = same_kernel(
         "matmul", kernels.matmul_name, tuple(kernels.matmuls), pinned.get("matmul"),
         begun.get("matmul", kernels.matmul_name), kernels.lines)
+    for part in ("head_rows", "threads"):
+        chosen = getattr(kernels, part)
+        possible = tuple(map(str, (0, *getattr(kernels, f"{part}_tried"))))
+        setattr(kernels, part, int(same_kernel(
+            part, str(chosen), possible, pinned.get(part), str(begun.get(part, chosen)),
+            kernels.lines)))
+    if kernels.threads:
+        torch.set_num_threads(kernels.threads)
 
 
 def same_kernel(part: str, fastest: str, correct: tuple, pinned: str | None, begun: str,

@@ -62,6 +62,7 @@ class Workload:
     mlp_tile: int = 0               # tokens of a tile of the MLPs; 0: not tiled
     host_bytes: int | None = None   # free main memory beside a GPU; None: not known
     in_flight: int = 1              # micro-batches whose activations are kept (runtime/stages.py)
+    head_rows: int = 0              # of a chunk of the head, see losses.py
 
 
 @dataclass
@@ -218,6 +219,7 @@ def largest_batch(workload: Workload) -> MicroBatch:
         fast=workload.fast and can_be_fast(workload.lora, workload.dtype),
         tile=workload.mlp_tile if workload.mlp_tile < -(-sum(lengths) // workload.parts) else 0,
         parts=workload.parts,
+        head_rows=workload.head_rows,
     )
 
 

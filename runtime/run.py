@@ -69,6 +69,8 @@ class RunState:
     rows: str                       # checksum of the training rows
     kernel: str = "plain"
     matmul: str = "torch"
+    head_rows: int = 0              # of a chunk of the head
+    threads: int = 0                # of a CPU
     compiled: bool = False
     max_tokens_per_pass: int = 0
     mlp_tile: int = 0
@@ -102,7 +104,8 @@ class RunState:
 
 
 # fields that say how a run computes, which a resumed run keeps
-DECIDED = ("kernel", "matmul", "compiled", "max_tokens_per_pass", "mlp_tile")
+DECIDED = ("kernel", "matmul", "head_rows", "threads", "compiled", "max_tokens_per_pass",
+           "mlp_tile")
 # fields whose name in trainer_state.json is that of the first release
 LEGACY_NAMES = {
     "matmul": "product",
@@ -220,6 +223,8 @@ class Run:
             rows=plan.train_set.sign,
             kernel=setup.kernels.attention,
             matmul=setup.kernels.matmul_name,
+            head_rows=setup.kernels.head_rows,
+            threads=setup.kernels.threads,
             compiled=bool(setup.kernels.compile),
             max_tokens_per_pass=setup.max_tokens_per_pass,
             mlp_tile=setup.memory.workload.mlp_tile,

@@ -56,6 +56,7 @@ from runtime.throughput import matrix_rate
 from settings.config import ADAPTERS, AS_SIGMOID
 from text.token_cache import kept_in, load_examples
 
+HEAD_SHARE = 1 / 16     # of the free memory: logits of more rows than the least are not held
 # tokens in one pass: more make a device little faster
 ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}
 
@@ -273,6 +274,8 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     dtype = compute_dtype(config, base, base.quant_formats)
     part = own_sizes(config, base, plan, lora, dtype)
     kernels = choose_kernels(config, part.model_config, device, dtype)
+    free_bytes = free_on_all(device, ranks)
+    limit_head_rows(kernels, part.model_config, free_bytes)
     same_kernels(kernels, ranks, run)
 
     balance = 0.0
@@ -287,7 +290,6 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     elif config.dry_run and ranks.processes == 1 and not config.samples_replies:
         rate = matrix_rate(device, dtype, kernels.matmul)
         layouts = [least_time_line(config, memory, plan, rate)]
-    free_bytes = free_on_all(device, ranks)
     max_tokens, memory = choose_pass_size(config, memory, free_bytes, device, balance)
     max_tokens = min(max_tokens, run.recorded("max_tokens_per_pass", max_tokens))
     plan.max_tokens_per_pass = max_tokens
@@ -312,12 +314,20 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     )
 
 
+def limit_head_rows(kernels: Kernels, model_config: ModelConfig, free_bytes: int | None):
+    """Let losses.chunk_rows decide, where the logits of a chunk would fill much of the memory."""
+    if free_bytes and 4 * model_config.vocab_size * kernels.head_rows > HEAD_SHARE * free_bytes:
+        kernels.lines = [line for line in kernels.lines if not line.startswith("head_rows: ")]
+        kernels.head_rows = 0
+
+
 def same_kernels(kernels: Kernels, ranks: Ranks, run):
     """Take the kernels that are pinned, else those of the run's first start, on all ranks."""
-    keep_kernels(kernels, run.config, {
-        "kernel": run.recorded("kernel", ranks.from_main(lambda: kernels.attention)),
-        "matmul": run.recorded("matmul", ranks.from_main(lambda: kernels.matmul_name)),
-    })
+    chosen = {"kernel": kernels.attention, "matmul": kernels.matmul_name,
+              "head_rows": kernels.head_rows, "threads": kernels.threads}
+    chosen = ranks.from_main(lambda: chosen)
+    keep_kernels(kernels, run.config,
+                 {name: run.recorded(name, choice) for name, choice in chosen.items()})
     if not run.recorded("compiled", ranks.from_main(lambda: bool(kernels.compile))):
         kernels.compile = None
 
@@ -414,6 +424,7 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
         parts=parts,
         sharded=is_run_sharded(config, plan.ranks),
         fast=bool(kernels.fuse),
+        head_rows=kernels.head_rows,
         fp8=bool(kernels.fp8),
         quant_formats=base.quant_formats,
         other_bytes=second_model_bytes(second_model(config, base, lora), dtype)

@@ -273,6 +273,13 @@ def test_the_head_of_a_large_vocabulary():
         )  # several chunks
 
 
+def test_more_rows_in_a_chunk_of_the_head_are_counted():
+    sizes = small_config("llama", vocab_size=60000)
+    few, many = (planned(sizes, ALL, F32, "sdpa-flash", False, [[700]], head_rows=rows).working
+                 for rows in (256, 512))
+    assert (few, many) == (4 * 60000 * 256, 4 * 60000 * 512)
+
+
 @pytest.mark.parametrize("name", SMALL_FAMILIES)
 def test_weights_gradients_and_optimizer_are_exact(name):
     model_config = small_config(name)

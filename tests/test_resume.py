@@ -37,6 +37,7 @@ from losses import SFTObjective
 from parallel import Gradients
 from runtime import report, resume, setup
 from runtime import run as runtime_run
+from runtime.kernels import Kernels, keep_kernels
 from settings.config import DATA, FIXED, FREE, KEYS, Config
 from settings.load_config import load_config
 from tests.common import ROOT, read_jsonl
@@ -964,7 +965,7 @@ def adapter_of(output) -> bytes:
     return (output / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).rates,
+@pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).names,
                     reason="torch is the only library of matrix products here")
 def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
     """Killed before its first checkpoint and started again where timing favors other kernels: equal
@@ -1001,6 +1002,29 @@ def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
                                         full_determinism=True)
         assert codes == [0], screen
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
+
+
+def test_head_rows_and_threads_are_kept_as_the_kernels_are(monkeypatch):
+    """Those of the first start, or pinned; what this machine cannot do is said."""
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+
+    def kept(begun=None, pins=None, **more):
+        kernels = Kernels(head_rows=256, threads=4, head_rows_tried=(128, 256),
+                          threads_tried=(4, 3, 2), lines=["head_rows: 256", "threads: 4"])
+        keep_kernels(kernels, Config(pin_kernels=pins or {}, **more), begun or {})
+        return kernels.head_rows, kernels.threads, kernels.lines
+
+    assert kept()[:2] == (256, 4)
+    assert kept({"head_rows": 128, "threads": 2})[:2] == (128, 2)
+    assert kept({"head_rows": 0, "threads": 0})[:2] == (0, 0)   # of a release before them
+    assert kept({"head_rows": 128}, {"head_rows": "256", "threads": "3"})[:2] == (256, 3)
+    assert kept(full_determinism=True)[:2] == (0, 0)
+    assert used == [4, 2, 3]
+    rows, threads, lines = kept({"threads": 16})
+    assert threads == 4 and "threads: 4; 16, with which the run began, does not work" in lines[-1]
+    with pytest.raises(ValueError, match="pin_kernels.threads: unknown or unsuitable kernel '9'"):
+        kept(pins={"threads": "9"})
 
 
 @pytest.mark.parametrize("pin, words", [
