@@ -213,6 +213,7 @@ class Family(Switches):
     sparse: Callable = lambda take, layer: False
     rope_theta: Callable = said("rope_theta", 10000.0)
     rope_scaling: Callable = said("rope_scaling")
+    default_rope: dict = field(default_factory=dict)      # rotation where config.json states none
     rope_alpha: bool = False                      # "dynamic" with alpha: a fixed, larger base
     tie_word_embeddings: Callable = said("tie_word_embeddings", False)
     hidden_act: Callable = said("hidden_act", "silu")
@@ -351,7 +352,7 @@ def groups_if_limited(take):
 def scale_with_yarn(take):
     """head_dim ** -0.5, and the temperature of yarn as a factor of both q and k."""
     width = take("qk_nope_head_dim", needed=True) + take("qk_rope_head_dim", needed=True)
-    rope = take("rope_scaling") or take("rope_parameters") or {}
+    rope = take("rope_scaling") or take("rope_parameters") or take.family.default_rope
     weight, factor = rope.get("mscale_all_dim"), rope.get("factor") or 1
     if not weight or factor <= 1:
         return width ** -0.5
@@ -381,7 +382,7 @@ def temperature_by_log(take):
 
 
 def temperature_by_beta(take):
-    rope = take("rope_parameters") or take("rope_scaling") or {}
+    rope = take("rope_parameters") or take("rope_scaling") or take.family.default_rope
     beta = rope.get("llama_4_scaling_beta")
     return ("log1p all", beta, rope["original_max_position_embeddings"]) if beta else ()
 
@@ -398,14 +399,6 @@ def gelu_by_tanh(take):
     if take("hidden_act", "gelu") == "gelu":
         return "gelu_pytorch_tanh"
     return take("hidden_act")
-
-
-def yarn_unless_stated(take):
-    """rope_scaling of GPT-OSS if config.json has none."""
-    if take("rope_scaling") or take("rope_parameters"):
-        return take("rope_scaling")
-    return {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-            "truncate": False, "original_max_position_embeddings": 4096}
 
 
 def unit_norm_by_default(take):
@@ -509,17 +502,18 @@ DEEPSEEK3 = dict(
     **LATENT, **BALANCED_BY_BIAS, **SHARED_EXPERTS,
     fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
     absent={"routed_scaling_factor": 2.5, "n_group": 8, "topk_group": 4,
-            "first_k_dense_replace": 3, "n_shared_experts": 1})
+            "first_k_dense_replace": 3, "n_shared_experts": 1, "q_lora_rank": 1536})
 
 GATED_DELTA = dict(                                 # arXiv:2412.06464, beside gated attention
     **BIASED, norm="rms+1", qk_norm="head", output_gate=True,
     partial_rotary_factor=said("partial_rotary_factor", 0.25),
     layer_types=full_attention_by_interval, mixer_of={"linear_attention": "delta rule"},
-    fixed={"attn_output_gate": True},
+    fixed={"attn_output_gate": True, "output_gate_type": "swish"},      # that of the delta rule
     called={"conv_kernel": "linear_conv_kernel_dim"},
     absent={"head_dim": 256, "conv_kernel": 4,
             "linear_num_key_heads": 16, "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+            "shared_expert_intermediate_size": 512},
     names={"linear_attn.o_proj": "linear_attn.out_proj"},
     skips=("mtp.",))                                # layers for multi-token prediction
 
@@ -532,7 +526,7 @@ LLAMA4 = dict(                                      # the Llama 4 model card; on
     rotary_pairs="neighbors", use_rope=rope_unless_listed,
     attn_temperature=temperature_by_floor,
     chunks=chunk_where_rope,
-    qk_norm=unit_norm_by_default,
+    qk_norm=unit_norm_by_default, fixed={"nope_layer_interval": 4},
     sparse=sparse_by_interval, router="sigmoid", scale_input=True, stacked_experts="in, out",
     called={"intermediate_size": "intermediate_size_mlp",
             "moe_intermediate_size": "intermediate_size",
@@ -574,6 +568,9 @@ GEMMA_NORMS = {"after_attention_norm": "post_attention_layernorm",
                "after_mlp_norm": "post_feedforward_layernorm",
                "post_attention_layernorm": "pre_feedforward_layernorm"}
 
+MISTRAL_YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0,
+                "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+
 IMAGES = dict(                                      # the decoder of a model that reads images
     text_field="text_config", prefix="language_model.",
     in_transformers={"language_model.model.": "model.language_model.",
@@ -600,6 +597,7 @@ FAMILIES = {
         **SPARSE, absent={"sliding_window": 4096}),
     "qwen3_moe": Family(
         **BIASED, qk_norm="head", **SPARSE, windows=window_of_qwen3_moe,
+        fixed={"use_qk_norm": True},                # stated by Qwen3-Coder
         absent={"sliding_window": 4096}),
     "qwen": Family(                                 # Qwen 1, arXiv:2309.16609
         fused_qkv="blocks", qkv_bias=True, o_bias=bias_by_no_bias, mlp_bias=bias_by_no_bias,
@@ -748,6 +746,8 @@ FAMILIES = {
         absent={"rms_norm_eps": 1e-5, "tie_word_embeddings": True, "sliding_window": 4096}),
     "ministral3": Family(                           # Ministral 3, of 2512
         windows=window_everywhere, attn_temperature=temperature_by_beta,
+        default_rope={**MISTRAL_YARN, "rope_theta": 1e6, "factor": 16.0,
+                      "original_max_position_embeddings": 16384},
         absent={"rms_norm_eps": 1e-5, "head_dim": 128}),
     "mistral3": Family(                             # Mistral Small 3.1 and later, Ministral 3
         **IMAGES, text_types=("mistral", "ministral3", "mistral4")),
@@ -770,12 +770,14 @@ FAMILIES = {
     "deepseek_v2": Family(                          # arXiv:2405.04434
         **LATENT, **SHARED_EXPERTS, router_float32=True, expert_groups=groups_if_limited,
         top_groups=said("topk_group", 1), routed_scale=said("routed_scaling_factor", 1.0),
-        fixed={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1}),
+        fixed={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1},
+        absent={"first_k_dense_replace": 0, "n_shared_experts": 2, "q_lora_rank": 1536}),
     "deepseek_v3": Family(**DEEPSEEK3),             # V3 to V3.1, R1, Moonlight; arXiv:2412.19437
     "kimi_k2": Family(**DEEPSEEK3),                 # arXiv:2507.20534
     "glm4_moe_lite": Family(                        # GLM-4.7-Flash
         **DEEPSEEK3 | {"sparse": sparse_by_types, "absent": {
-            "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.8, "n_shared_experts": 1}},
+            "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.8, "n_shared_experts": 1,
+            "q_lora_rank": 768}},
         partial_rotary_factor=said("partial_rotary_factor", 1.0)),
     "mistral4": Family(                             # Mistral Small 4, after transformers' class
         **LATENT, **SHARED_EXPERTS | {"names": {
@@ -783,15 +785,18 @@ FAMILIES = {
             "gate_up_proj.weight": "gate_up_proj",
             "experts.down_proj.weight": "experts.down_proj"}},
         attn_temperature=temperature_by_beta,
+        default_rope={**MISTRAL_YARN, "rope_theta": 1e4, "factor": 128.0,
+                      "original_max_position_embeddings": 8192},
         partial_rotary_factor=said("partial_rotary_factor", 1.0),   # rotary_dim says it, too
         expert_groups=said("n_group", 1), top_groups=said("topk_group", 1),
         group_score="two best", norm_topk_prob=said("norm_topk_prob", True),
         routed_scale=said("routed_scaling_factor", 1.0), stacked_experts="out, in",
-        absent={"first_k_dense_replace": 0}),
+        absent={"first_k_dense_replace": 0, "q_lora_rank": 1024, "n_shared_experts": 1}),
     "gpt_oss": Family(                              # arXiv:2508.10925
         norm="rms wide", attn_sinks=True, windows=window_every_second,
         qkv_bias=said("attention_bias", True), o_bias=said("attention_bias", True),
-        rope_scaling=yarn_unless_stated,
+        default_rope={"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                      "truncate": False, "original_max_position_embeddings": 4096},
         sparse=lambda take, layer: True, router_bias=True,
         norm_topk_prob=True,                        # as a softmax over the chosen experts alone
         stacked_experts="in, out", interleaved_gate_up=True, expert_bias=True,

@@ -128,7 +128,12 @@ HARMLESS = frozenset("""
     conv_dim conv_dim_out conv_use_xavier_init num_heads mamba_chunk_size init_method
     attention_head_dim dense_list pool_type im_start_id im_end_id im_newline_id mask_init_id pad_id
     sep_token_id text_start_id text_end_id mlp_intermediate_size shared_moe_mode
+    use_parallel_embedding max_sequence_length use_bfloat16 tokenizer_model_max_length
+    tokenizer_padding_side block_ffn_te_autocast block_ffn_use_quantized_params
+    block_sequence_parallel_norm_across_tp ffn_te_autocast ffn_use_quantized_params
+    sequence_parallel_norm_across_tp
 """.split())
+ALWAYS = {"is_causal": True}        # {field of any family: the only value that is supported}
 DROPOUTS = frozenset("""
     attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_dropout_prob emb_dropout_prob
     router_jitter_noise residual_dropout
@@ -308,7 +313,7 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
     check_types(raw, family.called, where)
 
     take = FieldReader(raw, kind, family, where)
-    for name, value in family.fixed.items():
+    for name, value in (ALWAYS | family.fixed).items():
         if take(name, value) != value:
             raise ValueError(f"{where}: {name}: {shown(take(name))} is not supported, only "
                              f"{json.dumps(value)}")
@@ -424,7 +429,9 @@ def check_quantization(stored: dict, where: str) -> list[str]:
     """Notes on config.json's quantization_config. Raises ValueError for an unknown method."""
     older = stored.get("load_in_4bit") or stored.get("load_in_8bit")
     method = stored.get("quant_method") or stored.get("method")
-    method = method or ("bitsandbytes" if older else "unknown")
+    producer = stored.get("producer")
+    made_by = producer.get("name") if isinstance(producer, dict) else None      # modelopt
+    method = method or ("bitsandbytes" if older else made_by or "unknown")
     if method not in tuple(QUANTIZATIONS):
         raise ValueError(f"{where}: the weights are stored quantized ({method}); supported are "
                          f"{', '.join(QUANTIZATIONS)}. Use the 16-bit checkpoint of the same "
@@ -489,7 +496,8 @@ def read_rope(family: Family, take: Callable, positions: int,
     The settings come from rope_scaling or from the newer rope_parameters. rope_scaling wins, and
     rope_theta outside of it counts, as in transformers 5.
     """
-    stored = {"rope_scaling": family.rope_scaling(take),
+    stored = {"rope_scaling": family.rope_scaling(take) or (
+                  family.default_rope if not take("rope_parameters") else None),
               "rope_parameters": of_full_layers(family, take("rope_parameters"), where)}
     for key, settings in stored.items():
         check_rope_types(settings or {}, key, where)
@@ -589,8 +597,12 @@ def read_experts(take: Callable) -> dict:
     """The sizes of a mixture of experts."""
     balance = take("router_aux_loss_coef", 0.001) if take("output_router_logits") else 0.0
     width = take("moe_intermediate_size") or take("intermediate_size")
+    count, local = take("num_experts"), take("num_local_experts", 0)
+    if count and "num_local_experts" in take.raw and local not in (None, count):
+        raise ValueError(f"{take.where}: num_local_experts {local} is another number of experts "
+                         f"than {take.family.called.get('num_experts', 'num_experts')} {count}")
     return {
-        "num_experts": take("num_experts") or take("num_local_experts", 0),
+        "num_experts": count or local,
         "num_experts_per_tok": take("num_experts_per_tok", 0),
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": take("shared_expert_intermediate_size")

@@ -833,6 +833,13 @@ DEEPSEEK_V3 = {"routed_scale": 2.5, "expert_groups": 8, "top_groups": 4,
     ("granitemoehybrid", ("intermediate_size",), {"moe_intermediate_size": 8192}),
     ("mistral", ("sliding_window",), {"windows": (4096, 4096, 4096)}),
     ("gemma2", ("sliding_window",), {"windows": (4096, None, 4096)}),
+    ("deepseek_v2", ("first_k_dense_replace", "q_lora_rank", "n_shared_experts"),
+     {"q_lora_rank": 1536, "sparse": (True, True, True), "shared_expert_intermediate_size": 40}),
+    ("deepseek_v3", ("q_lora_rank",), {"q_lora_rank": 1536}),
+    ("glm4_moe_lite", ("q_lora_rank",), {"q_lora_rank": 768}),
+    ("mistral4", ("q_lora_rank", "n_shared_experts"),
+     {"q_lora_rank": 1024, "shared_expert_intermediate_size": 20}),
+    ("qwen3_next", ("shared_expert_intermediate_size",), {"shared_expert_intermediate_size": 512}),
 ])
 def test_fields_left_out_are_what_transformers_takes(kind, absent, words):
     raw = {key: value for key, value in READABLE[kind].items() if key not in absent}
@@ -857,6 +864,21 @@ def test_layers_have_the_windows_and_chunks_of_transformers_by_default(kind, by_
     assert not any(without.windows) and not any(without.chunks)
 
 
+@pytest.mark.parametrize("kind", ["ministral3", "mistral4"])
+def test_a_mistral_without_a_rotation_has_the_yarn_of_transformers(kind):
+    transformers = pytest.importorskip("transformers")
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    full = transformers.AutoConfig.for_model(kind).to_dict()
+    full["rope_parameters"].pop("max_position_embeddings")          # nothing reads it
+    full["rope_parameters"].pop("partial_rotary_factor", None)      # qk_rope_head_dim says it, too
+    short = {key: value for key, value in full.items() if key != "rope_parameters"}
+    config = model_config(short)
+    assert config == model_config(full) and config.attn_temperature[1] == 0.1
+    stated = model_config(short | {"rope_scaling": {"type": "linear", "factor": 2.0}})
+    assert stated.rope["rope_type"] == "linear" and not stated.attn_temperature
+
+
 WITHOUT_EFFECT = {       # fields of published files that transformers does not read
     "hunyuan_v1_dense": dict(
         add_classification_head=False, attention_head_dim=8, cla_share_factor=2, class_num=0,
@@ -868,6 +890,18 @@ WITHOUT_EFFECT = {       # fields of published files that transformers does not 
         shared_intermediate_size=0, num_mtp_modules=3, mtp_transformer_layers=1, use_mtp=True,
         qk_norm_type="per_layer", use_qk_norm=True, use_routing_bias=True, scoring_func="sigmoid",
         router_aux_loss_coef=0.001, router_jitter_noise=0.0),
+    "cohere2": dict(                                # Command R7B
+        use_parallel_embedding=True, use_embedding_sharing=True, use_parallel_block=True,
+        use_gated_activation=True, use_qk_norm=False, rotary_pct=1.0, layer_switch=4,
+        position_embedding_type="rope_gptj", order_of_interleaved_layers="local_attn_first"),
+    "qwen3_moe": dict(                              # Qwen3-Coder-480B
+        use_qk_norm=True, qkv_bias=False, shared_expert_intermediate_size=0),
+    "qwen3_5": dict(output_gate_type="swish"),      # Qwen3.6-27B
+    "llama": dict(max_sequence_length=2048, use_bfloat16=True),     # Megrez-3B
+    "llama4": dict(nope_layer_interval=4),          # Maverick, FP8
+    "glm4_moe": dict(num_local_experts=6),          # as transformers 5 spells n_routed_experts
+    "lfm2": dict(block_use_xavier_init=True, conv_use_xavier_init=True, ffn_te_autocast=True,
+                 sequence_parallel_norm_across_tp=True, conv_dim=32, num_heads=4),
 }
 
 
@@ -961,6 +995,11 @@ def test_config_json_that_is_refused(change, words):
     ("chatglm", {"rmsnorm": False}, "rmsnorm: false is not supported, only true"),
     ("chatglm", {"multi_query_attention": False}, "multi_query_attention"),
     ("qwen", {"seq_length": None}, "'seq_length' is missing"),
+    ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm: false is not supported, only true"),
+    ("qwen2", {"is_causal": False}, "is_causal: false is not supported"),      # gte-Qwen2
+    ("glm4_moe", {"num_local_experts": 7}, "num_local_experts 7 is another .* n_routed_experts 6"),
+    ("qwen3", {"quantization_config": {"quant_algo": "FP8", "producer": {"name": "modelopt"}}},
+     r"quantized \(modelopt\)"),
 ])
 def test_config_json_of_some_families(kind, change, words):
     with pytest.raises(ValueError, match=words):
