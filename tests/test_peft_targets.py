@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from checkpoint.adapters import load_adapter, save_adapter
 from checkpoint.load import load_model
 from checkpoint.peft_targets import notes_on_peft, why_peft_differs
-from lora import LoRAConfig, attach_lora, lora_layers
+from lora import LoRAConfig, attach_lora, lora_layers, trainable
 from methods.lora_variants import variant_arguments
 from tests.common import GOLDEN, needs_shared
 from tests.test_families import reference, SMALL
@@ -150,6 +151,51 @@ def test_what_peft_loads_differently_is_said(name, targets, options, words, mixt
     except Exception:
         return
     assert (theirs - logits_of(model, IDS)).abs().max() > 1e-2
+
+
+def four_steps(logits, parameters) -> list[float]:
+    """The losses of four AdamW steps on the tokens IDS."""
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(4):
+        loss = F.cross_entropy(logits()[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("parts", [["down_proj"], MLP])
+def test_training_differs_from_peft_where_gate_and_up_are_one_stack(parts):
+    """From the same A: with down_proj alone the losses are PEFT's. With all three PEFT 0.21 gives
+    gate and up of an expert one A of twice the rank, which both read (docs/differences.md)."""
+    transformers, peft = needs_peft_21()
+    base = GOLDEN / "models" / "qwen3_moe"
+    model = load_model(base)
+    attach_lora(model, LoRAConfig(r=4, target_modules=[rf".*experts\.\d+\.({'|'.join(parts)})"]))
+    starts = {name: layer.lora_A.weight.detach().clone()
+              for name, layer in lora_layers(model).items()}
+    ours = four_steps(lambda: model.logits(model(IDS)), [*trainable(model).values()])
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=16, target_modules=parts))
+    trained = {name: p for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, A in trained.items():
+        if "lora_A" in name:
+            layer = name.partition(".layers.")[2].partition(".")[0]
+            own = MLP[:2] if "base_layer" in name else MLP[2:]
+            rows = [starts[f"model.layers.{layer}.mlp.experts.{expert}.{part}"]
+                    for expert in range(model.config.num_experts) for part in own]
+            assert A.shape == torch.cat(rows).shape                 # of gate and up: 2 r for each
+            A.data.copy_(torch.cat(rows))
+    others = four_steps(lambda: theirs(IDS).logits, [*trained.values()])
+    apart = [abs(one - other) for one, other in zip(ours, others)]
+    assert apart[0] < 1e-5
+    if parts == MLP:
+        assert max(apart) > 0.05
+    else:
+        assert max(apart) < 1e-4 and abs(ours[3] - ours[0]) > 0.1
 
 
 def test_dense_families_need_no_note(tmp_path):
