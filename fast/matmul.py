@@ -2,10 +2,10 @@
 
     python -m fast.matmul       how fast and how exact each is on this machine, and which is picked
 
-pick_matmul tries torch's own library and oneDNN on a model's products, and the head with several
-numbers of rows, into one table of rates; then fewer threads, with what was picked. Each needs to be
-CLEARLY faster than what is tried before it: other libraries round otherwise, and more rows need
-more memory.
+pick_matmul tries torch's own library and oneDNN on a model's products: one table of rates for the
+blocks; one for the head, whose matrix is far wider, with several numbers of rows; then fewer
+threads. Each needs to be CLEARLY faster than what is tried before it: other libraries round
+otherwise, and more rows need more memory.
 
 Requires: losses.py (chunk_rows).
 Next: fast/fused_block.py.
@@ -63,37 +63,29 @@ MATMULS = {"torch": F.linear, "onednn": onednn_matmul}      # F.linear: MKL, cuB
 @dataclass
 class MatmulChoice:
     """What pick_matmul found."""
-    picked: str                                     # a name of MATMULS
-    rates: dict = field(default_factory=dict)       # (name, rows of a head chunk) -> GFLOP/s
+    picked: str                                     # a name of MATMULS, for the blocks
+    rates: dict = field(default_factory=dict)       # name -> GFLOP/s of the blocks
+    head: str = ""                                  # a name for the head; "": as for the blocks
     head_rows: int = 0                              # 0: losses.chunk_rows decides
+    rows_tried: tuple = ()
     threads: int = 0                                # 0: as many as torch starts
     threads_tried: tuple = ()
     lines: list = field(default_factory=list)       # for the start page
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The libraries that are correct here."""
-        return tuple(dict.fromkeys(name for name, _ in self.rates)) or (self.picked,)
-
-    @property
-    def rows_tried(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(rows for _, rows in self.rates))
-
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product of a model: rows (tokens) at once, inputs, outputs, how often in a pass."""
+    """A matrix product of a model: rows (tokens) at once, inputs, outputs."""
     rows: int
     inputs: int
     outputs: int
-    times: float = 1
 
 
 SMALLEST = Product(256, 512, 1024)      # the time of smaller ones is that of the call
 
 
 def products_of(config) -> tuple[Product, Product | None]:
-    """Those that decide, for 256 tokens: gate, up and down of the blocks; the head, if it is large.
+    """Those that decide: gate or up of the blocks; the head. None for the head of a small model.
 
     In a model with smaller ones they decide nothing, and chance would choose. config: a
     ModelConfig.
@@ -101,29 +93,36 @@ def products_of(config) -> tuple[Product, Product | None]:
     hidden, width = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     if hidden < SMALLEST.inputs or width < SMALLEST.outputs:
         return SMALLEST, None
-    blocks = Product(256, hidden, width, 3 * config.num_hidden_layers)
-    return blocks, Product(256, hidden, config.vocab_size)
+    return Product(256, hidden, width), Product(HEAD_ROWS[0], hidden, config.vocab_size)
 
 
 @torch.no_grad()
 def pick_matmul(device, dtype: torch.dtype, blocks: Product = SMALLEST,
                 head: Product | None = None) -> MatmulChoice:
-    """The fastest correct library, rows of a head chunk and threads for a model's products.
+    """The fastest correct libraries, rows of a head chunk and threads for a model's products.
 
-    There is a choice only in float32 on CPUs, measured in less than 0.3 s, forward and backward; of
-    rows where there is a head, and of threads where there is one and OMP_NUM_THREADS is not set.
+    There is a choice only in float32 on CPUs, measured in less than 0.3 s, forward and backward;
+    for the head where one is given, and of threads then too, if OMP_NUM_THREADS is not set.
     Correct: no further from float64 than four times torch's own error.
     """
     device = torch.device(device)
     if device.type != "cpu" or dtype != torch.float32:
         return MatmulChoice("torch")
     refused = why_refused()
-    rates = {(name, rows): rate for name, matmul in MATMULS.items() if name not in refused
-             for rows, rate in rates_of(matmul, blocks, head).items()}
-    picked, rows = first_clearly_fastest(rates)
-    choice = MatmulChoice(picked, rates, rows, lines=matmul_lines(picked, rows, rates, refused))
-    if head and "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1:
-        speeds = thread_rates(MATMULS[picked], blocks)
+    matmuls = {name: matmul for name, matmul in MATMULS.items() if name not in refused}
+    rates = {name: rate_of(matmul, blocks) for name, matmul in matmuls.items()}
+    picked = first_clearly_fastest(rates)
+    choice = MatmulChoice(picked, rates, lines=[matmul_line(picked, rates, refused)])
+    if head is None:
+        return choice
+    chunks = {rows: replace(head, rows=rows or HEAD_ROWS[-1]) for rows in rows_to_try(head)}
+    head_rates = {(rows, name): rate_of(matmul, chunk)
+                  for rows, chunk in chunks.items() for name, matmul in matmuls.items()}
+    choice.head_rows, choice.head = first_clearly_fastest(head_rates)
+    choice.rows_tried = tuple(chunks)
+    choice.lines += head_lines(choice.head_rows, choice.head, head_rates)
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1:
+        speeds = thread_rates(matmuls[picked], blocks)
         choice.threads, choice.threads_tried = first_clearly_fastest(speeds), tuple(speeds)
         choice.lines.append(threads_line(choice.threads, speeds))
     return choice
@@ -156,36 +155,19 @@ def first_clearly_fastest(rates: dict):
     return best
 
 
-def rates_of(matmul: Callable, blocks: Product, head: Product | None) -> dict[int, float]:
-    """{rows of a head chunk: GFLOP/s of blocks and head}.
-
-    {0: …} without a head, and where the logits of the most rows are few bytes.
-    """
-    seconds = seconds_of(matmul, blocks)
-    if head is None:
-        return {0: flops_of(blocks) / seconds / 1e9}
-    rates = {}
+def rows_to_try(head: Product) -> list[int]:
+    """Rows of a chunk; [0] where the logits of all HEAD_ROWS are few bytes."""
     tried = [rows for rows in HEAD_ROWS if rows >= chunk_rows(0, head.outputs)]
-    for rows in tried if len(tried) > 1 else [0]:
-        in_chunk = rows or HEAD_ROWS[-1]
-        chunk = replace(head, rows=in_chunk, times=head.rows / in_chunk)
-        total = seconds + seconds_of(matmul, chunk)
-        rates[rows] = (flops_of(blocks) + flops_of(chunk)) / total / 1e9
-    return rates
+    return tried if len(tried) > 1 else [0]
 
 
-def flops_of(product: Product) -> float:
-    """Arithmetic of a product, forward and backward."""
-    return 4 * product.rows * product.inputs * product.outputs * product.times
-
-
-def seconds_of(matmul: Callable, product: Product) -> float:
-    """Seconds of a product, forward and backward, measured on some of its outputs."""
+def rate_of(matmul: Callable, product: Product) -> float:
+    """GFLOP/s of a product, forward and backward, measured on some of its outputs."""
     outputs = max(64, min(product.outputs, TRIED // (product.rows * product.inputs)))
     W = torch.ones(outputs, product.inputs)
     x, dy = torch.ones(product.rows, product.inputs), torch.ones(product.rows, outputs)
     seconds = shortest(lambda: matmul(x, W)) + shortest(lambda: matmul(dy, W.T))
-    return seconds * product.times * product.outputs / outputs
+    return 4 * product.rows * W.numel() / seconds / 1e9
 
 
 def thread_rates(matmul: Callable, product: Product) -> dict[int, float]:
@@ -197,19 +179,25 @@ def thread_rates(matmul: Callable, product: Product) -> dict[int, float]:
     rates = {}
     for threads in dict.fromkeys((cores, max(1, cores - 1), max(1, cores // 2))):
         torch.set_num_threads(threads)
-        rates[threads] = flops_of(product) / seconds_of(matmul, product) / 1e9
+        rates[threads] = rate_of(matmul, product)
     torch.set_num_threads(cores)
     return rates
 
 
-def matmul_lines(picked: str, rows: int, rates: dict, refused: dict[str, str]) -> list[str]:
-    """For the start page: "matmul: torch, 116 GFLOP/s (onednn 93)", "head_rows: 256, …"."""
-    alone = {name: rate for (name, tried), rate in rates.items() if tried == rows}
-    others = [f"{name} {rate:.0f}" for name, rate in alone.items() if name != picked]
+def matmul_line(picked: str, rates: dict[str, float], refused: dict[str, str]) -> str:
+    """For the start page: "matmul: torch, 116 GFLOP/s (onednn 93)"."""
+    others = [f"{name} {rate:.0f}" for name, rate in rates.items() if name != picked]
     others += [f"{name}: {reason}" for name, reason in refused.items()]
-    lines = [f"matmul: {picked}, {alone[picked]:.0f} GFLOP/s ({', '.join(others)})"]
+    return f"matmul: {picked}, {rates[picked]:.0f} GFLOP/s ({', '.join(others)})"
+
+
+def head_lines(rows: int, picked: str, rates: dict[tuple[int, str], float]) -> list[str]:
+    """For the start page: "head_matmul: onednn, 110 GFLOP/s (torch 96)", "head_rows: 128, …"."""
+    others = [f"{name} {rate:.0f}" for (tried, name), rate in rates.items()
+              if tried == rows and name != picked]
+    lines = [f"head_matmul: {picked}, {rates[rows, picked]:.0f} GFLOP/s ({', '.join(others)})"]
     if rows:
-        others = [f"{tried}: {rate:.0f}" for (name, tried), rate in rates.items()
+        others = [f"{tried}: {rate:.0f}" for (tried, name), rate in rates.items()
                   if name == picked and tried != rows]
         lines.append(f"head_rows: {rows}, of a chunk of the head ({', '.join(others)} GFLOP/s)")
     return lines
@@ -240,6 +228,6 @@ def shortest(call: Callable, times: int = 3) -> float:
 
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
-        choice = pick_matmul("cpu", dtype, Product(256, 512, 1408, 24), Product(256, 512, 128_256))
+        choice = pick_matmul("cpu", dtype, Product(256, 512, 1408), Product(128, 512, 128_256))
         print(f"cpu {str(dtype).removeprefix('torch.')}: ", end="")
         print("\n  ".join(choice.lines or ["matmul: torch, the only one"]))

@@ -66,7 +66,7 @@ def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
 
 
 def sft_objective(config, base, setup, ranks, resume) -> Objective:
-    matmul = setup.kernels.matmul
+    matmul = setup.kernels.head_matmul
     if config.use_dft_loss:
         return sft_losses.DFTObjective(setup.balance, matmul)
     if config.use_eaft_loss:
@@ -81,12 +81,12 @@ def sft_objective(config, base, setup, ranks, resume) -> Objective:
 
 def pair_objective(config, base, setup, ranks, resume) -> Objective:
     reference = build_reference(config, base, setup, ranks)
-    return preference.PairObjective(config, reference, ranks, setup.kernels.matmul)
+    return preference.PairObjective(config, reference, ranks, setup.kernels.head_matmul)
 
 
 def judged_objective(config, base, setup, ranks, resume) -> Objective:
     reference = build_reference(config, base, setup, ranks)
-    return preference.JudgedObjective(config, reference, ranks, setup.kernels.matmul)
+    return preference.JudgedObjective(config, reference, ranks, setup.kernels.head_matmul)
 
 
 def reward_objective(config, base, setup, ranks, resume) -> Objective:
@@ -144,7 +144,7 @@ def rollout_parts(config, base, setup, ranks, resume) -> tuple:
                       more=["reward_model"] if judge else [])
     reference = build_reference(config, base, setup, ranks)
     return (config, text, decode_rows, rewards, judge, ranks, setup.dtype, reference,
-            setup.kernels.matmul)
+            setup.kernels.head_matmul)
 
 
 def teacher_objective(config, base, setup, ranks, resume) -> Objective:
@@ -153,7 +153,7 @@ def teacher_objective(config, base, setup, ranks, resume) -> Objective:
     text, decode_rows = sampler(config, base, resume) if config.samples_replies else (None, None)
     teacher = build_reference(config, base, setup, ranks)
     return DistillObjective(config, text, decode_rows, teacher, ranks, setup.dtype,
-                            setup.kernels.matmul)
+                            setup.kernels.head_matmul)
 
 
 @dataclass(frozen=True)

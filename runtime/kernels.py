@@ -26,7 +26,8 @@ from optim import Optimizer, make_optimizer
 from text.tokenizer import read_json
 
 
-PINNABLE = ("attention", "matmul", "head_rows", "threads")     # parts of the key pin_kernels
+# parts of the key pin_kernels
+PINNABLE = ("attention", "matmul", "head_matmul", "head_rows", "threads")
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Kernels:
     correct: tuple = ("plain",)             # the names that give correct results here
     matmul_name: str = "torch"              # a key of matmuls
     matmuls: dict[str, Callable] = field(default_factory=lambda: {"torch": F.linear})
+    head_matmul_name: str = ""              # for the head; "": the same
     head_rows: int = 0                      # of a chunk of the head; 0: losses.chunk_rows decides
     threads: int = 0                        # of a CPU; 0: as many as torch starts
     head_rows_tried: tuple = (0,)
@@ -53,6 +55,11 @@ class Kernels:
     def matmul(self) -> Callable:
         """The matrix product: (x (N, in), W (out, in), bias) -> (N, out)."""
         return self.matmuls[self.matmul_name]
+
+    @property
+    def head_matmul(self) -> Callable:
+        """The matrix product of the head."""
+        return self.matmuls[self.head_matmul_name or self.matmul_name]
 
 
 # ---- one function a file ------------------------------------------------------------------------
@@ -75,7 +82,8 @@ def pick_matrix_product(kernels: Kernels, config, model_config: ModelConfig, dev
 
     choice = pick_matmul(device, dtype, *products_of(model_config))
     kernels.matmul_name = choice.picked
-    kernels.matmuls = {name: MATMULS[name] for name in choice.names}
+    kernels.head_matmul_name = choice.head
+    kernels.matmuls = {name: MATMULS[name] for name in choice.rates} or kernels.matmuls
     kernels.head_rows, kernels.head_rows_tried = choice.head_rows, choice.rows_tried
     kernels.threads, kernels.threads_tried = choice.threads, choice.threads_tried
     kernels.lines += choice.lines
@@ -173,6 +181,11 @@ def keep_kernels(kernels: Kernels, config, begun: dict):
     kernels.matmul_name = same_kernel(
         "matmul", kernels.matmul_name, tuple(kernels.matmuls), pinned.get("matmul"),
         begun.get("matmul", kernels.matmul_name), kernels.lines)
+    # as for the blocks, where only that is known
+    kernels.head_matmul_name = same_kernel(
+        "head_matmul", kernels.head_matmul_name or kernels.matmul_name, tuple(kernels.matmuls),
+        pinned.get("head_matmul", pinned.get("matmul")),
+        begun.get("head_matmul", kernels.head_matmul_name) or kernels.matmul_name, kernels.lines)
     for part in ("head_rows", "threads"):
         chosen = getattr(kernels, part)
         possible = tuple(map(str, (0, *getattr(kernels, f"{part}_tried"))))

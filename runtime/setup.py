@@ -324,7 +324,8 @@ def limit_head_rows(kernels: Kernels, model_config: ModelConfig, free_bytes: int
 def same_kernels(kernels: Kernels, ranks: Ranks, run):
     """Take the kernels that are pinned, else those of the run's first start, on all ranks."""
     chosen = {"kernel": kernels.attention, "matmul": kernels.matmul_name,
-              "head_rows": kernels.head_rows, "threads": kernels.threads}
+              "head_matmul": kernels.head_matmul_name, "head_rows": kernels.head_rows,
+              "threads": kernels.threads}
     chosen = ranks.from_main(lambda: chosen)
     keep_kernels(kernels, run.config,
                  {name: run.recorded(name, choice) for name, choice in chosen.items()})

@@ -127,8 +127,8 @@ class Config:
         choices=("linear", "dynamic", "yarn", "llama3"))
     pin_kernels: dict[str, str] = key({}, FREE,
         "compute with these and not with the fastest at the run's first start: "
-        "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch, pin_kernels.head_rows=128, "
-        "pin_kernels.threads=2", own=True)
+        "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch, pin_kernels.head_matmul=torch, "
+        "pin_kernels.head_rows=128, pin_kernels.threads=2", own=True)
     disable_gradient_checkpointing: bool = key(False, FREE,
         "keep all activations: faster, more memory")
     offload_activations: bool | None = key(None, FREE,

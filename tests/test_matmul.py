@@ -6,7 +6,7 @@ import torch
 
 from fast import matmul
 from fast.matmul import (HEAD_ROWS, MATMULS, SMALLEST, TRIED, Product, pick_matmul, products_of,
-                         rates_of, seconds_of)
+                         rate_of, rows_to_try)
 from tests.tiny_models import tiny
 
 
@@ -45,56 +45,53 @@ def test_the_fastest_is_picked_if_clearly_faster(monkeypatch):
 
 
 def test_the_models_own_products_decide(monkeypatch):
-    """Forward and backward, of blocks and head, each as often as it is computed."""
+    """Forward and backward, measured on some of their outputs."""
     blocks, head = products_of(replace(tiny().config, hidden_size=512, intermediate_size=1408))
-    assert (blocks.inputs, blocks.outputs, blocks.times) == (512, 1408, 6)
-    assert (head.inputs, head.outputs) == (512, 50)
+    assert blocks == Product(256, 512, 1408) and head == Product(128, 512, 50)
     assert products_of(tiny().config) == (SMALLEST, None)   # too small for a measurement
     seconds = iter([1.0, 3.0])
     monkeypatch.setattr(matmul, "shortest", lambda call: next(seconds))
-    wide = Product(100, 1000, 10**6)                    # measured on some of its outputs
     outputs = TRIED // 100_000
-    assert seconds_of(MATMULS["torch"], wide) == pytest.approx(4 * 10**6 / outputs)
-    seconds = iter([1.0, 1.0, 9.0, 9.0])                # ten of one and one of the other
-    many = Product(64, 64, 64, times=10)
-    rates = rates_of(MATMULS["torch"], many, Product(512, 64, 64))
-    assert rates == {0: pytest.approx((10 + 8) * 4 * 64**3 / (20 + 18) / 1e9)}
+    rate = rate_of(MATMULS["torch"], Product(100, 1000, 10**6))
+    assert rate == pytest.approx(2 * 2 * 100 * 1000 * outputs / 4 / 1e9)
 
 
-HEAD = Product(256, 512, 128_256)
+HEAD = Product(128, 512, 128_256)
 
 
 @pytest.fixture
 def rates(monkeypatch):
-    """{(library, rows of a head chunk): rate} that the trial finds; 1 where none is set."""
+    """{(rows or "blocks", library): rate} that the trial finds; 1 where none is set."""
     found = {}
     names = {product: name for name, product in MATMULS.items()}
-
-    def measured(product, blocks, head):
-        return {rows: found.get((names[product], rows), 1.0) for rows in HEAD_ROWS}
-
-    monkeypatch.setattr(matmul, "rates_of", measured)
+    monkeypatch.setattr(matmul, "rate_of", lambda product, tried: found.get(
+        ("blocks" if tried == SMALLEST else tried.rows, names[product]), 1.0))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return found
 
 
-def test_more_rows_of_the_head_are_taken_where_they_are_clearly_faster(rates):
-    choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)
-    assert (choice.picked, choice.head_rows) == ("torch", 128)
-    assert choice.rows_tried == HEAD_ROWS and choice.threads == 0
-    rates["torch", 256], rates["torch", 512] = 1.2, 1.25
-    choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)
-    assert (choice.picked, choice.head_rows) == ("torch", 256)
-    assert choice.lines == ["matmul: torch, 1 GFLOP/s (onednn 1)",
-                            "head_rows: 256, of a chunk of the head (128: 1, 512: 1 GFLOP/s)"]
-    rates["onednn", 128] = 1.4                          # together with the library
-    choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)
-    assert (choice.picked, choice.head_rows) == ("onednn", 128)
+def test_the_head_has_a_library_and_rows_of_its_own_where_they_are_clearly_faster(rates):
+    def picked():
+        choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)
+        assert choice.rows_tried == HEAD_ROWS and choice.threads == 0
+        return choice.picked, choice.head, choice.head_rows, choice.lines
+
+    assert picked()[:3] == ("torch", "torch", 128)
+    rates[256, "torch"], rates[512, "torch"] = 1.2, 1.25
+    *choice, lines = picked()
+    assert choice == ["torch", "torch", 256]
+    assert lines == ["matmul: torch, 1 GFLOP/s (onednn 1)",
+                     "head_matmul: torch, 1 GFLOP/s (onednn 1)",
+                     "head_rows: 256, of a chunk of the head (128: 1, 512: 1 GFLOP/s)"]
+    rates[128, "onednn"] = 1.15                         # as fast, in less memory
+    assert picked()[:3] == ("torch", "onednn", 128)
+    rates["blocks", "onednn"] = 2.0
+    assert picked()[0] == "onednn"
 
 
 def test_rows_are_tried_where_their_logits_are_many():
     def tried(vocab_size):
-        return tuple(rates_of(MATMULS["torch"], SMALLEST, Product(256, 64, vocab_size)))
+        return tuple(rows_to_try(Product(128, 64, vocab_size)))
 
     assert tried(128_256) == HEAD_ROWS and tried(151_936) == HEAD_ROWS
     assert tried(50_000) == (256, 512)
@@ -107,7 +104,7 @@ def test_fewer_threads_are_taken_where_they_are_clearly_faster(rates, monkeypatc
     threads = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
-    monkeypatch.setattr(matmul, "seconds_of", lambda product, blocks: 1 / speed[threads[0]])
+    monkeypatch.setattr(matmul, "rate_of", lambda product, blocks: speed[threads[0]])
     assert pick_matmul("cpu", torch.float32, SMALLEST, HEAD).threads == 0
     monkeypatch.delenv("OMP_NUM_THREADS")
     choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)

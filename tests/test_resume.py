@@ -965,7 +965,7 @@ def adapter_of(output) -> bytes:
     return (output / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).names,
+@pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).rates,
                     reason="torch is the only library of matrix products here")
 def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
     """Killed before its first checkpoint and started again where timing favors other kernels: equal
@@ -1002,6 +1002,27 @@ def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
                                         full_determinism=True)
         assert codes == [0], screen
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
+
+
+def test_the_library_of_the_head_is_kept():
+    """That of the first start, else pinned; that of the blocks where only it is known."""
+    def kept(begun, **pins):
+        kernels = Kernels(head_matmul_name="onednn", lines=["head_matmul: onednn, 9 GFLOP/s"],
+                          matmuls={"torch": torch.mm, "onednn": torch.matmul})
+        keep_kernels(kernels, Config(pin_kernels=pins), begun)
+        return kernels.matmul_name, kernels.head_matmul_name, kernels.lines
+
+    assert kept({})[:2] == ("torch", "onednn")
+    assert kept({"matmul": "torch", "head_matmul": "torch"})[1] == "torch"
+    assert kept({"matmul": "onednn", "head_matmul": ""})[:2] == ("onednn", "onednn")
+    assert kept({"matmul": "torch", "head_matmul": ""})[1] == "torch"   # an older release
+    assert kept({}, matmul="torch")[1] == "torch"
+    assert kept({}, matmul="torch", head_matmul="onednn")[:2] == ("torch", "onednn")
+    *_, lines = kept({"head_matmul": "torch"})
+    assert lines == ["head_matmul: torch, with which the run began (measured now, the choice would "
+                     "be onednn)"]
+    with pytest.raises(ValueError, match="pin_kernels.head_matmul: unknown or unsuitable kernel"):
+        kept({}, head_matmul="cutlass")
 
 
 def test_head_rows_and_threads_are_kept_as_the_kernels_are(monkeypatch):
