@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention import PackedLayout, attend, group_by_length
+from attention import PackedLayout, attend, group_by_length, to_device
 from families import ModelConfig
 from rope import rotate
 
@@ -152,13 +152,13 @@ class StateMixer(Mixer):
             lengths = None
             if cache is not None:           # pads must not reach the state
                 lengths = [layout.lengths[sequence] for sequence in group]
-                lengths = torch.tensor(lengths, device=batch[0].device)
+                lengths = to_device(torch.tensor(lengths), batch[0].device)
             out, state = self.scan(batch, None, lengths)
             outs.append(out.flatten(0, 1))
             states.append(state)
         if cache is not None:
             order = torch.tensor([sequence for group in members for sequence in group]).argsort()
-            order = order.to(layout.gather.device)
+            order = to_device(order, layout.gather.device)
             cache.keep_state(self.layer, tuple(torch.cat(parts)[order] for parts in zip(*states)))
         return torch.cat(outs).index_select(0, layout.scatter)[None]
 

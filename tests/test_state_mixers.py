@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from attention import PackedLayout
+from attention import PackedLayout, to_device
 from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
 from checkpoint.load import load_model
 from checkpoint.peft_targets import why_peft_differs
 from checkpoint.read_config import model_config
-from fast.batch_decode import RowCache, cache_bytes
+from fast.batch_decode import RowCache, answer_all, cache_bytes
 from fast.decode import pick_step
 from fast.fused_block import fuse_blocks
 from generate import generate
@@ -163,6 +163,24 @@ def test_captured_steps_keep_states_in_their_place(model):
                     torch.testing.assert_close(host(got), want, rtol=1e-4, atol=1e-5)
             assert state_places(cache.states) == places
         assert set(step.recorded) == {512}                  # the keys and values have moved
+
+
+def test_training_and_many_rows_on_a_gpu_wait_for_nothing(model):
+    """Packed rows, forward and backward; prompts and tokens of rows that are decoded together."""
+    lengths, prompts = [3, CHUNK + 1, 1], [(n, some_ids(n, n)[0].tolist()) for n in (2, 5, 1)]
+    limit = dict(limit=lambda length: 3)
+    want = sorted(answer_all(model, prompts, 1, **limit))
+    attach_lora(model, ALL, stored_name=model.config.stored_name)
+    ids, positions = some_ids(69), torch.cat([torch.arange(n) for n in lengths])[None]
+    with rehearse() as record:
+        model.to("cuda")
+        ids, positions = (to_device(x, torch.device("cuda")) for x in (ids, positions))
+        layout = PackedLayout(lengths, torch.device("cuda"))
+        with record.strict():
+            model(ids, positions, layout).square().sum().backward()
+        assert all(layer.lora_A.weight.grad is not None for layer in lora_layers(model).values())
+        with record.strict([("fast/batch_decode.py", "add_tokens")]):
+            assert sorted(answer_all(model, prompts, 2, **limit)) == want
 
 
 def state_places(states) -> list[int]:
