@@ -36,13 +36,15 @@ Papers: activations arXiv:2205.05198 (sec. 4).
 """
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from attention import PLAIN_QUERIES, SINK_FEATURES, TORCH, group_by_length, takes_grouped_heads
+from attention import (PLAIN_QUERIES, SINK_FEATURES, TORCH, group_by_length, sdpa,
+                       takes_grouped_heads)
 from checkpoint.load import quantized_weights
 from families import ModelConfig
 from lora import AdaptedLinear, LoRALinear, LoRAStacked
@@ -459,11 +461,19 @@ def kernel_bytes(attention: Attention, layer: int, model_config: ModelConfig,
     if batch.kernel == "sdpa-math":
         return math_size(batch) * slots * heads * Dh + scores
     # the output may be the very tensor that o_proj keeps as its input
-    is_input = batch.kernel in VARLEN or on_gpu and len(groups) == groups[0][0] == 1
-    is_input = is_input and not sinks
+    is_input = not sinks and (batch.kernel in VARLEN or len(groups) == groups[0][0] == 1
+                              and (on_gpu or writes_token_by_token()))
     counted = is_input and input_bytes(1, [attention.o_proj], batch)
     output = 0 if counted else H * Dh * batch.compute
     return slots * (heads * Dh * batch.compute + output + 4 * H) + scores
+
+
+@cache
+def writes_token_by_token() -> bool:
+    """Whether SDPA on a CPU stores its output (B, H, T, Dh) token by token: torch 2.4 does, 2.13
+    does not. If so, the heads of a token are side by side without a copy."""
+    q = torch.zeros(1, 2, 2, 8, device="cpu")
+    return sdpa(q, q, q, "sdpa-flash", scale=1.0).transpose(1, 2).is_contiguous()
 
 
 def padded_groups(layer: int, model_config: ModelConfig,
