@@ -8,8 +8,8 @@
 
 To merge, no model is built. Tensors are streamed from the base's files into new ones in blocks of
 rows, so a 70B checkpoint takes no more memory than a small one. The sum is formed in float32 and
-rounded once, to the base's dtype. While one block is written, threads read and sum the next ones,
-so that a merge takes about as long as copying the files.
+rounded once, to the base's dtype. While one block is written, threads read, sum and round the next
+ones (checkpoint/run_ahead.py), so that a merge takes about as long as copying the files.
 
 An adapter that was trained on a base in 4 or 8 bits is merged into that base, dequantized: this is
 the model that was trained. Such an adapter has learned to compensate for the rounding, so the sum
@@ -25,9 +25,7 @@ LoRA arXiv:2106.09685, section 4.1; QLoRA arXiv:2305.14314.
 import math
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,6 +46,7 @@ from checkpoint.adapters import folded_under, warn_of_folded
 from checkpoint.files import DTYPES, find_checkpoint, new_folder, open_tensors
 from checkpoint.load import formats_in_words, packed_weights, stays_quantized
 from checkpoint.read_config import read_config_json
+from checkpoint.run_ahead import run_ahead
 from evals.compare import compare_losses
 from exporting.check_adapter import check_adapter
 from exporting.export import Export
@@ -64,7 +63,6 @@ from text.vocabularies import find_vocabulary
 from text.written_formats import name_of, stored_template
 
 BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
-MAX_THREADS = 4                 # more would idle: one writes while the others sum
 
 
 def main(argv):
@@ -226,7 +224,8 @@ def other_base(adapter: Path, base: Path, name: str) -> str | None:
 def write_export(folder: Path, export: Export, device, shard_bytes: int,
                  progress: Callable[[int], object]):
     """Write the weight files of an export, from the merged rows of its sources."""
-    makers = block_makers(((name, export.plan[name]) for name in export.sources()), device)
+    tensors = ((name, export.plan[name]) for name in export.sources())
+    makers = block_makers(tensors, device, export.encode)
     blocks = (make() for make in makers) if export.computes else run_ahead(makers)
 
     def read(name):
@@ -235,29 +234,9 @@ def write_export(folder: Path, export: Export, device, shard_bytes: int,
     export.write(folder, read, shard_bytes, progress)
 
 
-def run_ahead(makers: Iterable[Callable]) -> Iterator:
-    """Yield what the functions return, in order; threads call them a few positions in advance.
-
-    Each thread computes on one core. torch's own threads would wait for each other and for the
-    disk.
-    """
-    workers = min(os.cpu_count() or 1, MAX_THREADS)
-    threads_before = torch.get_num_threads()
-    waiting = deque()
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for make in makers:
-                waiting.append(pool.submit(make))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-    finally:
-        torch.set_num_threads(threads_before)
-
-
-def block_makers(tensors: Iterable[tuple[str, Planned]], device) -> Iterator[Callable]:
-    """A function for each block of rows of each tensor, in order, which returns the merged rows."""
+def block_makers(tensors: Iterable[tuple[str, Planned]], device,
+                 encode: Callable) -> Iterator[Callable]:
+    """A function for each block of rows of each tensor, in order: encode(name, merged rows)."""
     for name, tensor in tensors:
         # A, or OFT's rotation, is needed by all rows of a matrix, B by all rows of a stack; else B
         # is read by rows
@@ -275,7 +254,8 @@ def block_makers(tensors: Iterable[tuple[str, Planned]], device) -> Iterator[Cal
             lora_B.append(B)
         matrix = dequantized_base(tensor, device)
         for rows in row_blocks(tensor.shape):
-            yield partial(merged_rows, name, tensor, rows, lora_A, lora_B, matrix, device)
+            merged = partial(merged_rows, name, tensor, rows, lora_A, lora_B, matrix, device)
+            yield lambda name=name, merged=merged: encode(name, merged())
 
 
 def rotation_of(change: Change, device) -> torch.Tensor:

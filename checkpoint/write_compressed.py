@@ -38,19 +38,18 @@ def compressed_parts(kind: str, shape: tuple, dtype: torch.dtype) -> dict:
     }
 
 
-def compress(kind: str, matrix: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The tensors of a file for a matrix (out, in), float32."""
+def compress(kind: str, rows: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Codes and scales of rows of a matrix (out, in), float32."""
     if kind == "fp8":
-        scales = usable(matrix.abs().amax(1, keepdim=True) / LARGEST_FP8, dtype)
-        scaled = (matrix / scales.float()).clamp_(-LARGEST_FP8, LARGEST_FP8)
+        scales = usable(rows.abs().amax(1, keepdim=True) / LARGEST_FP8, dtype)
+        scaled = (rows / scales.float()).clamp_(-LARGEST_FP8, LARGEST_FP8)
         return {"weight": scaled.to(FP8), "weight_scale": scales}
-    groups = matrix.view(len(matrix), -1, GROUP_SIZE)               # (out, groups, 128)
+    groups = rows.view(len(rows), -1, GROUP_SIZE)                   # (out, groups, 128)
     half_range = (2**BITS - 1) / 2
     scales = usable(groups.abs().amax(2) / half_range, dtype)
-    codes = (groups / scales.float()[..., None]).round() + 2**(BITS - 1)
-    codes = codes.clamp(0, 2**BITS - 1).to(torch.uint8).view(matrix.shape)
-    return {"weight_packed": pack_words(codes, BITS), "weight_scale": scales,
-            "weight_shape": torch.tensor(matrix.shape)}
+    codes = (groups / scales.float()[..., None]).round_().add_(2**(BITS - 1))
+    codes = codes.clamp_(0, 2**BITS - 1).to(torch.uint8).view(rows.shape)
+    return {"weight_packed": pack_words(codes, BITS), "weight_scale": scales}
 
 
 def usable(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,12 +11,13 @@ float16 number:
     q4_0   d = the number of largest size, with its sign, / -8; codes of 0 to 15 stand for -8 to 7;
            byte i of a block holds code i in its low half and code i + 16 in its high half
 
-Requires: checkpoint/files.py.
+Requires: checkpoint/files.py, checkpoint/run_ahead.py.
 Next: checkpoint/gguf_graphs.py (which tensors and metadata), checkpoint/gguf_tokenizer.py.
 Layout and rounding: the GGUF specification and reference quantization of ggml (gguf 0.19).
 """
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from errors import print_error  # noqa: F401
 import torch
 
 from checkpoint.files import check_disk
+from checkpoint.run_ahead import run_ahead
 
 ALIGNMENT = 32
 BLOCK_NUMBERS = 32
@@ -98,13 +100,22 @@ def encode_q8_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def encode_q4_0(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales (blocks, 1) float32, pairs of codes (blocks, 16) uint8)."""
-    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scales = largest / -8
+    scales = largest_numbers(blocks) / -8
     # float64: the reference's own product and sum are one fused operation
     shifted = blocks.double().mul_(inverse_or_zero(scales).double()).add_(8.5)
     codes = shifted.clamp_(0, 15).to(torch.uint8)               # which drops the fraction
     low, high = codes.split(BLOCK_NUMBERS // 2, 1)
     return scales, low | high << 4
+
+
+def largest_numbers(blocks: torch.Tensor) -> torch.Tensor:
+    """The number of largest size of each block, with its sign, (blocks, 1); of two, the first."""
+    low, high = blocks.amin(1, keepdim=True), blocks.amax(1, keepdim=True)
+    largest = torch.where(high > -low, high, low)
+    both = (high == -low).flatten().nonzero().flatten()     # in few blocks: argmax takes long
+    rows = blocks[both]
+    largest[both] = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return largest
 
 
 def inverse_or_zero(scales: torch.Tensor) -> torch.Tensor:
@@ -132,19 +143,28 @@ def write_gguf(path: Path, metadata: dict, tensors: dict[str, tuple[tuple, str]]
     check_disk(path.parent, len(header) + total)
     with open(path, "wb") as out:
         out.write(header)
-        for name, (shape, number_type) in tensors.items():
-            start = out.tell()
-            for rows in rows_of(name):
-                try:
-                    encoded = encode_numbers(rows, number_type)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-                out.write(encoded.numpy())
-                progress(encoded.numel())
-                del rows, encoded                       # before the next block is made
-            count = out.tell() - start
-            assert count == tensor_bytes(shape, number_type), (name, count)
-            out.write(bytes(padded(count) - count))
+        for encoded in run_ahead(encoders(tensors, rows_of)):
+            out.write(encoded.numpy())
+            progress(encoded.numel())
+        assert out.tell() == len(header) + total, (path, out.tell())
+
+
+def encoders(tensors: dict, rows_of: Callable) -> Iterator[Callable]:
+    """A function for each block of rows, which returns its bytes, and one for each tensor's end."""
+    for name, (shape, number_type) in tensors.items():
+        for rows in rows_of(name):
+            yield partial(encode_block, name, rows, number_type)
+            del rows                                    # before the next block is made
+        count = tensor_bytes(shape, number_type)
+        yield partial(torch.zeros, padded(count) - count, dtype=torch.uint8)
+
+
+def encode_block(name: str, rows: torch.Tensor, number_type: str) -> torch.Tensor:
+    """encode_numbers, with the tensor's name in the error."""
+    try:
+        return encode_numbers(rows, number_type)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def check_gguf(path: Path, metadata: dict, tensors: dict):

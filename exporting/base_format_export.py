@@ -47,6 +47,8 @@ def open_base_format(base: Path) -> Export:
 class BaseFormatExport(PackedExport):
     """Writes tensors with the names, shapes and dtypes of the base."""
 
+    by_rows = False
+
     def __init__(self, base: Path):
         super().__init__("base", base)
 
@@ -90,11 +92,12 @@ class BaseFormatExport(PackedExport):
         for written, part in self.parts_of[matrix_name].items():
             if part in new:
                 shape, dtype = self.tensors[written]
-                self.ready[written] = new[part].contiguous().flatten().view(dtype).view(shape)
+                packed = new[part].contiguous().flatten().view(dtype).view(shape)
+                self.ready[written] = [packed]
                 continue
             file, key = stored.parts[part]
             with open_tensors(file) as tensors:
-                self.ready[written] = tensors.get_tensor(key)
+                self.ready[written] = [tensors.get_tensor(key)]
 
     def settings(self) -> dict:
         return read_config_json(self.base).get("quantization_config") or {}

@@ -18,6 +18,7 @@ class BlockExport(PackedExport):
     """Rounds the changed matrices of a base in MXFP4 or in FP8 blocks, and copies the others."""
 
     verb = "merging"
+    by_rows = False
 
     def __init__(self, kind: str, base: Path):
         super().__init__(kind, base)
@@ -37,7 +38,7 @@ class BlockExport(PackedExport):
     def parts(self, name: str) -> dict:
         return self.stored[name].file_parts()
 
-    def pack(self, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack_matrix(self, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         part = self.stored[name]
         packed = part.pack(matrix)
         rounded = part.unpack(*packed.values(), torch.float32)

@@ -2,7 +2,8 @@
 
 An export is told the plan of the merge (set_plan). It says which tensors it will write, and which
 of the plan's it reads for them, in which order (sources); then it writes them (write), each from
-the rows that `read(name)` yields, and the files that describe them (finish).
+the rows that `read(name)` yields, encoded by the threads that read them (encode), and the files
+that describe them (finish).
 
 Requires: exporting/merge_plan.py, runtime/merge_folder.py, checkpoint/files.py.
 Next: exporting/gguf_export.py, exporting/gptq_export.py, merge.py.
@@ -46,6 +47,10 @@ class Export:
     def nbytes(self) -> int:
         """Bytes of the tensors to write."""
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors.values())
+
+    def encode(self, name: str, rows: torch.Tensor):
+        """What `read` yields for a block of rows of a source; threads call this ahead of time."""
+        return rows
 
     def rows_of(self, name: str, read: Callable) -> Iterable[torch.Tensor]:
         """The rows of a tensor to write, in one or several blocks."""

@@ -20,7 +20,7 @@ from checkpoint.gguf_tensors import graph_tensors
 from checkpoint.gguf_tokenizer import tokenizer_metadata
 from checkpoint.load import dense_skeleton
 from checkpoint.value_head import VALUE_HEAD
-from checkpoint.write_gguf import NUMBER_TYPES, check_gguf, tensor_bytes, write_gguf
+from checkpoint.write_gguf import NUMBER_TYPES, check_gguf, padded, tensor_bytes, write_gguf
 from exporting.export import Export
 from settings.config import Config
 from text.load_text import eos_ids_of
@@ -80,7 +80,7 @@ class GGUFExport(Export):
                 last = source
 
     def nbytes(self) -> int:
-        return sum(tensor_bytes(*info) for info in self.tensors.values())
+        return sum(padded(tensor_bytes(*info)) for info in self.tensors.values())
 
     def rows_of(self, name: str, read: Callable) -> Iterator[torch.Tensor]:
         if name == DIVISORS:

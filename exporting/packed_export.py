@@ -1,7 +1,7 @@
 """A checkpoint in 8 or 4 bits, rounded to the nearest: export_format fp8, w4a16 and bnb-nf4.
 
-Each matrix is merged, rounded and written before the next one is read. The sum of base and adapter
-is float32, so that it is rounded once.
+Matrices are merged, rounded and written one after the other. The sum of base and adapter is
+float32, so that it is rounded once.
 
 Requires: exporting/export.py, checkpoint/write_compressed.py, checkpoint/write_bnb.py.
 Next: exporting/export_formats.py; exporting/block_export.py, for bases in MXFP4 and in FP8 blocks.
@@ -21,7 +21,8 @@ from checkpoint.load import (formats_in_words, load_model, packed_weights, quant
                              stays_quantized)
 from checkpoint.read_config import read_config_json
 from checkpoint.write_bnb import NF4, bnb_fields, bnb_parts, pack_bnb
-from checkpoint.write_compressed import GROUP_SIZE, compress, compressed_fields, compressed_parts
+from checkpoint.write_compressed import (FORMATS, GROUP_SIZE, compress, compressed_fields,
+                                         compressed_parts)
 from exporting.export import Export
 
 
@@ -42,7 +43,7 @@ class PackedExport(Export):
         self.base = base
         self.model = load_model(base, skip_weights=True)
         self.stored = self.stored_weights(packed_weights(base))
-        self.ready = {}                 # {name in the new files: tensor} of the matrix just read
+        self.ready = {}                 # {name in the new files: blocks} of the matrix just read
         self.check_base()
 
     def check_base(self):
@@ -94,6 +95,11 @@ class PackedExport(Export):
         return bool(self.plan[name].changes or self.plan[name].quant_format)
 
     @property
+    def by_rows(self) -> bool:
+        """Whether each row has scales of its own: blocks of rows are then rounded by threads."""
+        return self.kind in FORMATS
+
+    @property
     def codes(self) -> str:
         """Suffix of the codes' tensor after the layer's name."""
         return CODES[self.kind]
@@ -105,11 +111,27 @@ class PackedExport(Export):
             return bnb_parts(shape, dtype)
         return compressed_parts(self.kind, shape, dtype)
 
-    def pack(self, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack(self, name: str, blocks: Iterable) -> dict[str, list[torch.Tensor]]:
+        """The tensors of `parts` in blocks of rows. blocks: those of encode, of a whole matrix."""
+        if not self.by_rows:
+            rows = [block.reshape(-1, block.shape[-1]) for block in blocks]
+            matrix = torch.cat(rows).view(self.plan[name].shape)
+            return {part: [tensor] for part, tensor in self.pack_matrix(name, matrix).items()}
+        blocks = list(blocks)
+        parts = {part: [block[part] for block in blocks] for part in blocks[0]}
+        if self.kind == "w4a16":
+            parts["weight_shape"] = [torch.tensor(self.plan[name].shape)]
+        return parts
+
+    def pack_matrix(self, name: str, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of `parts` for a matrix (out, in), float32."""
-        if self.kind == "bnb-nf4":
-            return pack_bnb(matrix, self.layers[name])
-        return compress(self.kind, matrix, self.layers[name])
+        return pack_bnb(matrix, self.layers[name])
+
+    def encode(self, name: str, rows: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Round rows of a matrix, where each row has scales of its own."""
+        if self.by_rows and name in self.layers:
+            return compress(self.kind, rows, self.layers[name])
+        return rows
 
     def sources(self) -> Iterable[str]:
         return dict.fromkeys(self.matrix_of.get(name, name) for name in self.tensors
@@ -124,12 +146,10 @@ class PackedExport(Export):
             return read(name)
         if name not in self.ready:
             matrix_name = self.matrix_of[name]
-            shape = self.plan[matrix_name].shape
-            rows = [block.reshape(-1, shape[-1]) for block in read(matrix_name)]
-            parts = self.pack(matrix_name, torch.cat(rows).view(shape))
             stem = matrix_name.removesuffix("weight")
-            self.ready = {stem + part: tensor for part, tensor in parts.items()}
-        return [self.ready.pop(name)]
+            self.ready = {stem + part: blocks for part, blocks in
+                          self.pack(matrix_name, read(matrix_name)).items()}
+        return self.ready.pop(name)
 
     def settings(self) -> dict:
         if self.stored:
