@@ -31,6 +31,10 @@ RMS = ("rms", "rms wide", "rms+1")      # the offset 1 is added to the stored we
 TANH = ("gelu_pytorch_tanh",)
 # dynamic and ntk_steps scale the rotation beyond the trained length only: see length_computed
 ROPE_TYPES = ("default", "linear", "yarn", "dynamic", "ntk_steps")
+UNREAD_ROPE = ("attention_factor", "truncate")
+YARN_WEIGHTS = ("mscale", "mscale_all_dim")     # read for latent attention, where they are equal
+LAYERS_OF_LITE = (26, 27)           # the deepseek2 graph takes such a model for one with q_proj
+GATES = {"softmax": 1, "sigmoid": 2}
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,16 @@ class Graph:
     states_scales: bool = False         # of embeddings, scores, residuals and logits: its metadata
     square: bool = False                # heads together are as wide as the model
     tied: bool | None = None            # None: with or without a head of its own
+    dense_first: bool = False           # layers without experts come before those with experts
+    mixer: str = "attention"
+    post_norm: bool = False             # the norm before the MLP is post_attention_norm
     fused_gate_up: bool = False         # gate and up are one tensor, ffn_up
 
 
 LLAMA = {**BIASES, "norm": RMS}
+# experts as in DeepSeek V3, beside a shared one; groups are judged by their two best experts
+DEEPSEEK = {"router": ANY, "router_float32": ANY, "selection_bias": ANY, "norm_topk_prob": ANY,
+            "routed_scale": ANY, "expert_groups": ANY, "top_groups": ANY, "group_score": ANY}
 GEMMA = {"norm": RMS, "embed_scale": ANY, "hidden_act": TANH}
 GRAPHS = (
     Graph("qwen2", families=("qwen2",), allows={"qkv_bias": (True,)}, square=True),
@@ -77,6 +87,12 @@ GRAPHS = (
           allows={"qkv_bias": ANY, "partial_rotary_factor": ANY}),
     Graph("glm4", rotary_pairs="neighbors", fused_gate_up=True,
           allows={"norm_place": ("both",), "qkv_bias": ANY, "partial_rotary_factor": ANY}),
+    Graph("glm4moe", experts=True, dense_first=True, post_norm=True,
+          allows={**DEEPSEEK, "qkv_bias": ANY, "qk_norm": ("", "head"),
+                  "partial_rotary_factor": ANY}),
+    Graph("deepseek2", experts=True, dense_first=True, rotary_pairs="neighbors",
+          mixer="latent attention", rope_types=("default", "yarn"),
+          allows={**DEEPSEEK, "rotary_dim": ANY}),
     Graph("olmo2", square=True, tied=False,
           allows={"norm": RMS, "norm_place": ("after",), "qk_norm": ("width",)}),
     Graph("olmo", rotary_pairs="neighbors", square=True,
@@ -115,18 +131,19 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
             continue                                    # 1 up to length_computed
         if values is not ANY and value not in values:
             yield f"{switch.name}: {value}"
-    if others := sorted(set(config.mixers) - {"attention"}):
+    if others := sorted(set(config.mixers) - {graph.mixer}):
         yield f"layers of {' and '.join(others)}"
+    if graph.mixer == "latent attention":
+        yield from differences_of_latents(graph, config)
+    elif unread := config.rope.keys() & {*UNREAD_ROPE, *YARN_WEIGHTS}:
+        yield f"rope setting {min(unread)}"
     by_width = config.embed_scale == config.hidden_size ** 0.5
     if "embed_scale" in graph.allows and not (by_width or graph.states_scales):
         yield f"embed_scale: {config.embed_scale}"
     if "attn_softcap" in graph.allows and None in (config.attn_softcap, config.final_softcap):
         yield "scores and logits without a soft cap"
-    rope = config.rope
-    if rope["rope_type"] not in graph.rope_types:
-        yield f"rope type {rope['rope_type']}"
-    if unread := rope.keys() & {"attention_factor", "mscale", "mscale_all_dim", "truncate"}:
-        yield f"rope setting {min(unread)}"
+    if config.rope["rope_type"] not in graph.rope_types:
+        yield f"rope type {config.rope['rope_type']}"
     rotated = [bool(window) for window in windows_of(graph, config)] if graph.rope_in_windows else \
         [True] * config.num_hidden_layers
     if any(config.chunks) or rotated != [*config.use_rope]:
@@ -134,19 +151,50 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
     has_window = config.windows[0] is not None
     if graph.windows and not (has_window and config.windows == windows_of(graph, config)):
         yield f"windows in other layers than all but every {graph.windows}th"
-    if graph.experts != any(config.sparse) or graph.experts != all(config.sparse):
-        yield "layers without experts" if graph.experts else "experts"
+    yield from differences_of_experts(graph, config)
     if graph.square and config.num_attention_heads * config.head_dim != config.hidden_size:
         yield "heads that are together not as wide as the model"
     if graph.tied and not config.tie_word_embeddings:
         yield "a head of its own"
-    if config.shared_expert_intermediate_size and graph.arch != "qwen2moe" and graph.experts:
+
+
+def differences_of_experts(graph: Graph, config: ModelConfig) -> Iterable[str]:
+    """What the graph does not compute of a mixture of experts."""
+    sparse, shared = config.sparse, config.shared_expert_intermediate_size
+    if not graph.experts:
+        if any(sparse):
+            yield "experts"
+        return
+    if not any(sparse) or not (all(sparse) or graph.dense_first):
+        yield "layers without experts"
+    elif list(sparse) != sorted(sparse):
+        yield "layers without experts after such with experts"
+    if graph.dense_first:
+        if not shared or shared % config.moe_intermediate_size:
+            yield "a mixture without shared experts"
+        if config.expert_groups > 1 and config.group_score != "two best":
+            yield f"group_score: {config.group_score}"
+    elif shared and graph.arch != "qwen2moe":
         yield "a shared expert"
+
+
+def differences_of_latents(graph: Graph, config: ModelConfig) -> Iterable[str]:
+    """What the graph does not compute of latent attention."""
+    rope = config.rope
+    if config.rotary_pairs != graph.rotary_pairs:
+        yield f"rotary_pairs: {config.rotary_pairs}"
+    if unread := rope.keys() & {*UNREAD_ROPE}:
+        yield f"rope setting {min(unread)}"
+    weights = [rope.get(name) for name in YARN_WEIGHTS]
+    if rope["rope_type"] == "yarn" and (not weights[0] or weights[0] != weights[1]):
+        yield f"yarn with mscale {weights[0]} and mscale_all_dim {weights[1]}"
+    if config.q_lora_rank and config.num_hidden_layers in LAYERS_OF_LITE:
+        yield f"q_lora_rank in a model of {config.num_hidden_layers} layers"
 
 
 def query_factor(graph: Graph, config: ModelConfig) -> float:
     """What queries are multiplied by, so that the graph's own scale of scores is the decoder's."""
-    if config.attn_scale is None or graph.states_scales:
+    if config.attn_scale is None or graph.states_scales or graph.mixer == "latent attention":
         return 1.0
     width = config.head_dim
     if (graph.arch, config.num_hidden_layers) in (("gemma2", 46), ("gemma3", 62)):      # of 27B
@@ -178,14 +226,16 @@ def graph_metadata(graph: Graph, config: ModelConfig) -> dict:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": int(config.head_dim * config.partial_rotary_factor),
+        "rope.dimension_count": config.rotated_features,
         "rope.freq_base": config.rope_theta,
     }
     if graph.experts:
         values |= {"expert_count": config.num_experts,
                    "expert_used_count": config.num_experts_per_tok,
                    "expert_feed_forward_length": experts_width}
-    if config.shared_expert_intermediate_size and graph.experts:
+    if graph.dense_first:
+        values |= deepseek_metadata(config)
+    elif config.shared_expert_intermediate_size and graph.experts:
         values["expert_shared_feed_forward_length"] = config.shared_expert_intermediate_size
     if graph.windows:
         values["attention.sliding_window"] = config.windows[0]
@@ -203,6 +253,32 @@ def graph_metadata(graph: Graph, config: ModelConfig) -> dict:
         values["attention.clamp_kqv"] = float(config.clip_qkv)
     values |= rope_metadata(config.rope)
     return {f"{graph.arch}.{name}": value for name, value in values.items()}
+
+
+def deepseek_metadata(config: ModelConfig) -> dict:
+    """The experts of DeepSeek V3, and latent attention."""
+    values = {
+        "leading_dense_block_count": config.sparse.index(True),
+        "expert_shared_count":
+            config.shared_expert_intermediate_size // config.moe_intermediate_size,
+        "expert_gating_func": GATES[config.router],
+        "expert_weights_norm": config.norm_topk_prob,
+        "expert_weights_scale": float(config.routed_scale),
+    }
+    if config.expert_groups > 1:
+        values |= {"expert_group_count": config.expert_groups,
+                   "expert_group_used_count": config.top_groups}
+    if config.kv_lora_rank:             # computed as one key/value head of latents
+        values |= {
+            "attention.head_count_kv": 1,
+            "attention.q_lora_rank": config.q_lora_rank,
+            "attention.kv_lora_rank": config.kv_lora_rank,
+            "attention.key_length": config.kv_lora_rank + config.rotary_dim,
+            "attention.value_length": config.kv_lora_rank,
+            "attention.key_length_mla": config.head_dim,
+            "attention.value_length_mla": config.v_head_dim,
+        }
+    return values
 
 
 def scale_metadata(graph: Graph, config: ModelConfig) -> dict:
@@ -240,6 +316,8 @@ def rope_metadata(rope: dict) -> dict:
         for name in ("beta_fast", "beta_slow"):
             if name in rope:
                 values[f"rope.scaling.yarn_{name}"] = float(rope[name])
+        if weight := rope.get("mscale_all_dim"):        # the graph multiplies it by 10
+            values["rope.scaling.yarn_log_multiplier"] = 0.1 * weight
     return values
 
 

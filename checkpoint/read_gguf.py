@@ -38,8 +38,7 @@ def load_gguf(path: Path, base: Path, device="cpu"):
     for name, shape in parameters.items():
         assign(model, name, torch.empty(shape, device=device))
     for name, tensor in made.items():
-        numbers = numbers_in_file(path, start, *stored[name]).to(device)
-        numbers = (numbers.view(tensor.shape) - tensor.offset) / tensor.factor
+        numbers = tensor.to_rows(numbers_in_file(path, start, *stored[name]).to(device))
         for i, source in enumerate(tensor.sources):
             weight = model.get_parameter(source)
             part = numbers[i] if len(tensor.sources) > 1 else numbers

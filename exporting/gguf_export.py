@@ -13,7 +13,6 @@ from pathlib import Path
 from errors import print_error  # noqa: F401
 
 import torch
-import torch.nn.functional as F
 
 from checkpoint.gguf_graphs import find_graph, graph_metadata, llama3_divisors
 from checkpoint.gguf_tensors import graph_tensors
@@ -91,11 +90,7 @@ class GGUFExport(Export):
             blocks = read(self.model.config.stored_name(source)) if made.rows is None else [
                 self.whole(source, read)[made.rows]]
             for rows in blocks:
-                if made.normalized:
-                    rows = F.normalize(rows)
-                if made.factor != 1 or made.offset:
-                    rows = rows * made.factor + made.offset
-                yield rows
+                yield made.from_rows(rows)
 
     def whole(self, source: str, read: Callable) -> torch.Tensor:
         """A matrix that several tensors are made of; it is read once."""

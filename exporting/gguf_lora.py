@@ -49,7 +49,12 @@ class GGUFLoRAExport(GGUFExport):
         missing = set(changed)
         for name, made in self.made.items():
             sources = [stored_name(source) for source in made.sources]
-            if changed.intersection(sources):
+            if found := changed.intersection(sources):
+                if self.graph.mixer == "latent attention" and is_unread(name):
+                    raise ValueError(
+                        f"export_format: gguf-lora: llama.cpp's graph {self.graph.arch} does not "
+                        f"add an adapter to {min(found)}; take export_format: gguf, which merges "
+                        "it")
                 self.pairs[name] = self.pair_of(made, sources)
             missing.difference_update(sources)
         if missing or self.untied:
@@ -102,6 +107,11 @@ class GGUFLoRAExport(GGUFExport):
         """How the file is used."""
         return (f"gguf      {self.path.name}: for a file of this base (graph {self.graph.arch}): "
                 f"llama-cli -m BASE.gguf --lora {self.path.name}")
+
+
+def is_unread(name: str) -> bool:
+    """Whether a graph with latent attention multiplies by this matrix without its adapter."""
+    return "attn_" in name and "attn_output" not in name or name == "output.weight"
 
 
 def is_plain(change: Change) -> bool:

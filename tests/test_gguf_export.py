@@ -36,7 +36,8 @@ TOKENIZERS = ROOT.parent / "shared/tokenizers"
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 REFUSED = {"baichuan2_13b": "alibi: True", "llama4": "stacked_experts: in, out",
            "llama4_nested": "stacked_experts: in, out", "qwen3_moe": "layers without experts"}
-OF_2026 = ("cohere2", "gemma3", "granite")      # recorded beyond their windows
+OF_2026 = ("cohere2", "deepseek_v2", "deepseek_v3", "gemma3", "glm4_moe",
+           "granite")                           # recorded beyond their windows
 IN_LLAMA_CPP = (*sorted({*RECORDED_MODELS} - {*REFUSED}), *OF_2026)
 COMPUTED = ("rope_freqs.weight",)           # not a copy: may differ in the last bit elsewhere
 QUESTIONS = ("What is 3 plus 4?", "Hello!", "What is the capital of Velmora?", "你好")
@@ -76,7 +77,7 @@ def model_of(file, base, number_type):
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     made = graph_tensors(find_graph(model.config), model.config, parameters, number_type)
     for name, tensor in made.items():
-        numbers = (stored[name] - tensor.offset) / tensor.factor
+        numbers = tensor.to_rows(stored[name])
         for i, source in enumerate(tensor.sources):
             part = numbers[i] if len(tensor.sources) > 1 else numbers
             weight = model.get_parameter(source).data
@@ -340,9 +341,9 @@ def test_losses_of_an_exported_folder_are_compared(tmp_path, capsys):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["chatglm3", "gemma2", "llama3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["chatglm3", "deepseek_v3", "gemma2", "llama3", "qwen2_moe"])
 def test_a_file_is_read_back_as_the_decoder_it_was_made_of(name, tmp_path):
-    base = GOLDEN / "models" / name
+    base = golden(name)
     model, read = load_model(base, torch.float32), load_gguf(export(base, tmp_path / name), base)
     for parameter, p in model.named_parameters():
         assert torch.allclose(read.get_parameter(parameter), p, atol=1e-6), parameter
@@ -359,6 +360,34 @@ def test_what_no_graph_computes_is_refused_by_name(name, tmp_path):
     message = message_of(export, base, tmp_path / "out")
     assert f"no graph of llama.cpp computes this {kind} model" in message
     assert REFUSED[name] in message and not (tmp_path / "out").exists()
+
+
+@needs_shared
+def test_latent_attention_that_the_graph_lacks_is_refused(tmp_path):
+    best = GOLDEN / "models2026/deepseek_v2_qlora"
+    assert "deepseek2, lacks group_score: best." in message_of(export, best, tmp_path / "out")
+    fields = json.loads((golden("deepseek_v3") / "config.json").read_text())
+    yarn = fields["rope_scaling"]
+    for changes, want in [
+            ({"rope_interleave": False}, "lacks rotary_pairs: halves."),
+            ({"num_hidden_layers": 26}, "lacks q_lora_rank in a model of 26 layers."),
+            ({"rope_scaling": yarn | {"mscale": 0.5}}, "mscale 0.5 and mscale_all_dim 1.0."),
+            ({"n_shared_experts": 0}, "lacks a mixture without shared experts.")]:
+        assert want in message_of(find_graph, model_config(fields | changes))
+
+
+@needs_shared
+@pytest.mark.parametrize("target, refused", [("kv_b_proj", True), ("o_proj", False)])
+def test_an_adapter_that_the_graph_does_not_add_is_refused(target, refused, tmp_path):
+    base = golden("deepseek_v2")
+    adapter = adapter_with(tmp_path / "adapter", base, targets=(target,))
+    arguments = [f"model_name_or_path={base}", f"adapter_name_or_path={adapter}",
+                 f"export_dir={tmp_path / 'lora'}", "export_format=gguf-lora"]
+    if refused:
+        message = message_of(merge.main, arguments)
+        assert "graph deepseek2 does not add an adapter to model.layers.0.self_attn.kv" in message
+    else:
+        merge.main(arguments)
 
 
 def test_every_family_is_written_or_refused_in_words(tmp_path):
