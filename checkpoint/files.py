@@ -81,6 +81,16 @@ def find_checkpoint(name_or_path: str, revision: str | None = None,
         raise FileNotFoundError(why_not_downloaded(name_or_path, revision, error)) from None
 
 
+def hub_name(name_or_path: str) -> str | None:
+    """The name on the hub of a checkpoint: its own, or of the cached folder; None for others."""
+    path = Path(name_or_path).expanduser()
+    if not path.is_dir():
+        return name_or_path if re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path) else None
+    parts = path.resolve().parts                    # …/models--OWNER--NAME/snapshots/REVISION
+    cached = re.fullmatch(r"models--(.+?)--(.+)", parts[-3]) if len(parts) > 3 else None
+    return f"{cached[1]}/{cached[2]}" if cached and parts[-2] == "snapshots" else None
+
+
 def download(repository: str, revision: str | None, cache_dir: str | None) -> Path:
     """Download weights, JSON, tokenizer, licence and code of a repository; the code is never run.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 # first: a missing package ends in a sentence
 from errors import print_error  # noqa: F401
 
+from checkpoint.files import hub_name
 from runtime.report import markdown_table
 from runtime.resize_vocab import trained_on
 from settings.config import Config
@@ -42,14 +43,16 @@ def finish_folder(config: Config, base: Path, adapters: list[Path], losses: dict
 def export_card(config: Config, base: Path, adapters: list[Path], name: str, losses: dict) -> str:
     """The text of README.md. name: of the model."""
     base_name = (trained_on(adapters[0]) if adapters else None) or config.model_name_or_path
+    on_hub = hub_name(base_name)
     trained = read_json(adapters[-1] / "train_config.json") if adapters else {}
     data = in_backticks(trained.get("dataset"))
     kind = "adapter" if config.export_format in ("peft", "gguf-lora") else "model"
     lines = [
-        *front_matter(base_name, license_of(base), config),
+        *front_matter(on_hub, license_of(base), config),
         f"# {name}",
         "",
-        f"A {kind} made from `{Path(base_name).name if is_local(base_name) else base_name}`"
+        f"A {kind} made from "
+        + (f"`{on_hub}`" if on_hub else f"a model in a local folder, `{Path(base_name).name}`,")
         + (f" by training on {data}" if data else "")
         + f": {method_in_words(config, kind, len(adapters))}.",
         "",
@@ -69,10 +72,10 @@ def in_backticks(names: list[str] | str | None) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
-def front_matter(base_name: str, license_lines: list[str], config: Config) -> list[str]:
-    """The lines that the hub reads. A base in a local folder is not named there."""
+def front_matter(base_name: str | None, license_lines: list[str], config: Config) -> list[str]:
+    """The lines that the hub reads. base_name: on the hub; None for a local folder."""
     lines = ["---"]
-    if not is_local(base_name):
+    if base_name:
         lines.append(f"base_model: {base_name}")
     lines += license_lines
     if config.export_format == "peft":
@@ -80,11 +83,6 @@ def front_matter(base_name: str, license_lines: list[str], config: Config) -> li
     elif config.export_format not in ("gguf", "gguf-lora"):
         lines.append("library_name: transformers")
     return [*lines, "pipeline_tag: text-generation", "tags:", "- pocket-factory", "---", ""]
-
-
-def is_local(name: str) -> bool:
-    """Whether a base is named by a folder, not by its id on the hub."""
-    return Path(name).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name)
 
 
 def license_of(base: Path) -> list[str]:

@@ -481,12 +481,17 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
 
     notes: sentences on what loads it. license_lines: of the base's model card.
     """
+    from checkpoint.files import hub_name       # imports torch, which a report does without
+
     is_adapter = config.finetuning_type in ADAPTERS
     data = "`, `".join(config.dataset or [])
     kind = {"lora": "LoRA adapter", "oft": "OFT adapter"}.get(config.finetuning_type, "model")
+    base = hub_name(config.model_name_or_path)
+    in_words = f"`{base}`" if base else ("a model in a local folder, "
+                                         f"`{Path(config.model_name_or_path).name}`")
     head = [
         "---",
-        f"base_model: {config.model_name_or_path}",
+        *([f"base_model: {base}"] if base else []),
         *license_lines,
         "tags:",
         "- pocket-factory",
@@ -499,7 +504,7 @@ def model_card(config: Config, metrics: dict, template: str, notes: Sequence[str
         "",
         f"# {Path(config.output_dir).name}",
         "",
-        f"A {kind} for `{config.model_name_or_path}`, trained on `{data}` "
+        f"A {kind} for {in_words}, trained on `{data}` "
         f"(stage {config.stage}, chat format `{template}`).",
         "",
     ]

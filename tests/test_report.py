@@ -191,6 +191,24 @@ def test_the_readme_says_what_loads_the_adapter():
     assert "pissa" not in model_card(config, {"train_loss": 1.0}, "qwen")
 
 
+def test_the_readme_names_a_base_of_the_hub_and_no_folder_of_this_machine(tmp_path):
+    def card_of(base):
+        config = load_config([f"model_name_or_path={base}", f"output_dir={tmp_path / 'out'}",
+                              "dataset=rows"], "train")
+        return model_card(config, {"train_loss": 1.0}, "qwen")
+
+    cached = tmp_path / "hub/models--Qwen--Qwen3-8B/snapshots/1a2b"
+    local = tmp_path / "my--model/snapshots/weights"
+    for folder in (cached, local):
+        folder.mkdir(parents=True)
+    for base in ("Qwen/Qwen3-8B", cached):
+        assert "---\nbase_model: Qwen/Qwen3-8B\n" in card_of(base)
+        assert "adapter for `Qwen/Qwen3-8B`, trained" in card_of(base)
+    card = card_of(local)
+    assert "base_model" not in card and str(tmp_path) not in card
+    assert "for a model in a local folder, `weights`, trained" in card
+
+
 def test_a_sketch_of_the_loss_where_matplotlib_is_missing():
     lines = report.sketch([4.0, 2.0, math.nan, 1.0, 1.0], width=8, height=3).splitlines()
     assert lines == ["   4.0000 |██", "          |████", "   1.0000 |████████"]
