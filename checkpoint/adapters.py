@@ -21,6 +21,7 @@ from checkpoint.files import new_folder, open_tensors, save_tensors, write_json
 from checkpoint.load import load_model, mismatch_message
 from checkpoint.peft_targets import peft_exchanges_stacks, peft_fields
 from checkpoint.shards import full_shape, full_tensor, own_part
+from families import ModelConfig
 from lora import (AdaptedLinear, AdapterConfig, LoRAConfig, LoRAStacked, attach_lora, find_targets,
                   is_quantized, lora_layers, match_patterns, merge_adapters, trainable)
 from model import CausalLM
@@ -56,7 +57,7 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None,
     Strict: every tensor is used, none is missing. dropout: instead of the adapter's own. device: of
     the trained weights, if not that of the frozen ones.
     """
-    config, raw = adapter_fields(folder, model)
+    config, raw = adapter_fields(folder, model.config)
     if dropout is not None:
         config.lora_dropout = dropout
     path = Path(folder) / "adapter_model.safetensors"
@@ -94,16 +95,16 @@ def check_rank(path: Path, config: LoRAConfig, tensors):
 
 def reload_adapter(model: CausalLM, folder):
     """Copy an adapter of the same layers into the model's."""
-    config, raw = adapter_fields(folder, model)
+    config, raw = adapter_fields(folder, model.config)
     path = Path(folder) / "adapter_model.safetensors"
     with open_tensors(path) as tensors:
         copy_adapter(model, UnstackedTensors(tensors, model), path, config, raw)
 
 
-def adapter_fields(folder, model: CausalLM) -> tuple[AdapterConfig, dict]:
+def adapter_fields(folder, model_config: ModelConfig) -> tuple[AdapterConfig, dict]:
     """read_adapter_config, with layer names as in the checkpoint's files."""
     def rename(name):
-        return name_in_files(name, model.config)
+        return name_in_files(name, model_config)
 
     config, raw = read_adapter_config(folder)
     changed = fields_with_names({key: getattr(config, key) for key in config.__dataclass_fields__},
@@ -225,7 +226,7 @@ def layers_of_parameter(model: CausalLM, parameter: str, experts_one_by_one: boo
 
 def stored_targets(model: CausalLM, folder) -> list[str]:
     """Names of the layers that an adapter folder is for, as the checkpoint's files call them."""
-    config, raw = adapter_fields(folder, model)
+    config, raw = adapter_fields(folder, model.config)
     with open_tensors(Path(folder) / "adapter_model.safetensors") as file:
         tensors = UnstackedTensors(file, model)
         targets = targets_of(model, config, raw, tensors.keys())

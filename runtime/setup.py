@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint.adapter_config import READ_FOR_TARGETS, read_adapter_config
-from checkpoint.adapters import stored_targets
+from checkpoint.adapter_config import READ_FOR_TARGETS
+from checkpoint.adapters import adapter_fields, stored_targets
 from checkpoint.load import (count_parameters, formats_in_words, load_model, packed_weights,
                              quantized_weights, stays_quantized)
 from checkpoint.read_config import read_model_config
@@ -138,7 +138,7 @@ def lora_config(config, base: Base, resume) -> AdapterConfig | None:
         return None
     continued = resume or base.continued_adapter(config)
     if continued:
-        known, raw = read_adapter_config(continued)
+        known, raw = adapter_fields(continued, base.model_config)
         if known.finetuning_type != config.finetuning_type:
             raise ValueError(
                 f"adapter_name_or_path: {continued} is an adapter of finetuning_type: "

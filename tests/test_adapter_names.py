@@ -1,5 +1,6 @@
 """checkpoint/adapter_names.py: the names of layers inside a model that reads images."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from safetensors.torch import load_file, save_file
 from checkpoint.adapter_names import module_name, name_in_files
 from checkpoint.adapters import load_adapter, save_adapter
 from checkpoint.load import load_model
-from lora import LoRAConfig, attach_lora
+from lora import LoRAConfig, attach_lora, find_targets, lora_layers
 from merge import merge_checkpoint
+from runtime.setup import lora_config
+from settings.config import Config
 from tests.tiny_models import IDS, TINY, logits_of, perturb
 
 VISION = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
@@ -80,6 +83,17 @@ def test_both_kinds_of_names_are_read_and_merged(names, tmp_path):
     merge_checkpoint(base, [adapter], tmp_path / "merged")
     merged = load_model(tmp_path / "merged", torch.float32).eval()
     assert (logits_of(merged, IDS) - logits_of(ours, IDS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_run_that_continues_an_adapter_adapts_the_same_layers(kind, tmp_path):
+    base = wrapped_base(kind, tmp_path / "base")
+    ours = trained_adapter(base, tmp_path / "adapter")
+    described = SimpleNamespace(folder=base, model_config=ours.config)
+    known = lora_config(Config(finetuning_type="lora"), described, tmp_path / "adapter")
+    empty = load_model(base, skip_weights=True)
+    targets = find_targets(empty, known.target_modules, empty.config.stored_name)
+    assert targets == list(lora_layers(ours))
 
 
 def test_names_are_exchanged_and_exchanged_back(tmp_path):
