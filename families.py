@@ -34,6 +34,7 @@ class Switches:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False          # gate, up and down
+    ungated_mlp: bool = False       # MLPs and experts: act(up(x)) instead of act(gate(x)) * up(x)
     clip_qkv: float | None = None   # q, k and v are clamped to [-clip, clip]
     output_gate: bool = False       # q_proj has a gate beside q in each head; the head's output is
                                     # multiplied by its sigmoid
@@ -70,6 +71,7 @@ class Switches:
     attn_sinks: bool = False                # a trained score per head in the denominator of every
                                             # softmax (arXiv:2508.10925)
     hidden_act: str = "silu"                # a row of layers.ACTIVATIONS
+    conv_act: str = ""                      # of a state space's convolution; "": hidden_act
 
     # block, embedding and head
     parallel_mlp: bool = False              # attention and MLP read one norm, and both are added
@@ -136,11 +138,11 @@ class ModelConfig(Switches):
     pad_token_id: int | None = None         # padding_idx of the embedding, as in transformers
 
     # one entry per layer
-    mixers: tuple                           # rows of model.MIXERS
+    mixers: tuple                           # rows of model.MIXERS; "none": an MLP alone
     windows: tuple                          # keys that a query sees, itself included; None = all
     chunks: tuple                           # chunked attention, tokens per chunk; None = all
     use_rope: tuple                         # rotate q and k?
-    sparse: tuple                           # mixture of experts instead of one MLP?
+    sparse: tuple                           # mixture of experts instead of one MLP? None: no MLP
 
     # experts
     num_experts: int = 0                    # E
@@ -166,10 +168,14 @@ class ModelConfig(Switches):
         """Numbers of a token's values, in all heads of a mixer with a state."""
         return self.linear_num_value_heads * self.linear_value_head_dim
 
+    def attends(self, layer: int) -> bool:
+        """Whether a layer is attention of some kind, with keys and values of earlier tokens."""
+        return self.mixers[layer] in ("attention", "latent attention")
+
     @property
     def has_states(self) -> bool:
         """Whether a layer reads earlier tokens through a state of fixed size."""
-        return not set(self.mixers) <= {"attention", "latent attention"}
+        return not set(self.mixers) <= {"attention", "latent attention", "none"}
 
     def stored_name(self, name: str) -> str:
         """The name of a parameter or module in the checkpoint's files."""
@@ -204,6 +210,8 @@ class Family(Switches):
     called: dict = field(default_factory=dict)    # {field of ModelConfig: its name in config.json}
     absent: dict = field(default_factory=dict)    # {field: default where config.json omits it}
     fixed: dict = field(default_factory=dict)     # {field: the only value that is supported}
+    without_effect: tuple = ()                    # fields that change nothing in this family
+    num_hidden_layers: Callable = lambda take: take("num_hidden_layers", needed=True)
     layer_types: Callable = said("layer_types")
     linear_value_head_dim: Callable = said("linear_value_head_dim", 0)
     mixer_of: dict = field(default_factory=dict)  # {layer type: a mixer other than attention}
@@ -439,6 +447,39 @@ def time_step_limit(take):
 
 def state_spaces_by_default(take):
     return take("layer_types") or ["mamba"] * take("num_hidden_layers", needed=True)
+
+
+LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+
+
+def types_by_letters(take):
+    """layers_block_type, or hybrid_override_pattern, a letter for each layer."""
+    letters = take("hybrid_override_pattern")
+    types = take("layer_types")
+    if types is None and letters is None:
+        raise ValueError(f"{take.where}: hybrid_override_pattern is missing: it has a letter for "
+                         "each layer")
+    if letters is None:
+        return types
+    if type(letters) is not str or not letters or set(letters) - set(LETTERS):
+        raise ValueError(f"{take.where}: hybrid_override_pattern: {shown(letters)} is not made of "
+                         "M (Mamba-2), * (attention), - (MLP) and E (experts)")
+    layers = take("num_hidden_layers", len(letters))
+    if layers != len(letters):
+        raise ValueError(f"{take.where}: hybrid_override_pattern has {len(letters)} letters for "
+                         f"num_hidden_layers: {layers}")
+    stated = [LETTERS[letter] for letter in letters]
+    older = {"mamba": "linear_attention", "attention": "full_attention"}
+    if types and [older.get(kind, kind) for kind in types] != stated:
+        raise ValueError(f"{take.where}: hybrid_override_pattern {letters} and layers_block_type "
+                         "contradict each other. Keep one of the two")
+    return stated
+
+
+def sparse_by_letters(take, layer):
+    """True: experts; False: an MLP; None: a mixer alone."""
+    kinds = {"moe": True, "mlp": False}
+    return kinds.get(types_by_letters(take)[layer])
 
 
 def attention_where_listed(take):
@@ -729,6 +770,41 @@ FAMILIES = {
                   for mlp in ("mlp", "mlp.shared_expert")},
                **{f"{mlp}.down_proj": "shared_mlp.output_linear"
                   for mlp in ("mlp", "mlp.shared_expert")}}),
+    "nemotron_h": Family(                           # Nemotron-H, arXiv:2504.03624; Nano 2 and 3
+        **BIASED, norm="rms wide", ungated_mlp=True, mlp_bias=said("mlp_bias", False),
+        hidden_act=said("mlp_hidden_act", "relu2"), conv_act=said("mamba_hidden_act", "silu"),
+        num_hidden_layers=lambda take: take("num_hidden_layers") or len(types_by_letters(take)),
+        layer_types=types_by_letters, sparse=sparse_by_letters,
+        mixer_of={"linear_attention": "state space", "mamba": "state space",
+                  "mlp": "none", "moe": "none"},
+        use_rope=lambda take, layer: False,
+        conv_bias=said("use_conv_bias", True), mixer_bias=said("use_bias", False),
+        **BALANCED_BY_BIAS,
+        fixed={"mamba_proj_bias": False, "residual_in_fp32": False, "sliding_window": None,
+               "n_shared_experts": 1},
+        without_effect=(
+            "expand", "norm_eps", "chunk_size", "mamba_ssm_cache_dtype", "use_mamba_kernels",
+            "num_logits_to_keep", "rescale_prenorm_residual", "time_step_min", "time_step_max",
+            "time_step_floor", "time_step_rank", "partial_rotary_factor",
+            "moe_shared_expert_overlap", "num_nextn_predict_layers", "mtp_layers_block_type",
+            "mtp_hybrid_override_pattern"),
+        called={"layer_types": "layers_block_type", "rms_norm_eps": "layer_norm_epsilon",
+                "num_experts": "n_routed_experts", "linear_num_key_heads": "n_groups",
+                "linear_num_value_heads": "mamba_num_heads",
+                "linear_key_head_dim": "ssm_state_size",
+                "linear_value_head_dim": "mamba_head_dim",
+                "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size"},
+        absent={"rms_norm_eps": 1e-5, "head_dim": 128, "intermediate_size": 21504,
+                "conv_kernel": 4, "linear_num_key_heads": 8, "linear_num_value_heads": 128,
+                "linear_key_head_dim": 128, "linear_value_head_dim": 64,
+                "num_experts": 8, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 7688, "shared_expert_intermediate_size": 7688},
+        names={"model": "backbone", "embed_tokens": "embeddings", "model.norm": "backbone.norm_f",
+               "input_layernorm": "norm", "post_attention_layernorm": "norm",
+               **dict.fromkeys(("self_attn", "mamba", "mlp"), "mixer"),
+               "mamba.o_proj": "mixer.out_proj", "mlp.shared_expert": "mixer.shared_experts",
+               "mlp.selection_bias": "mixer.gate.e_score_correction_bias"},
+        in_transformers={"backbone.": "model."}, skips=("mtp.",)),
     "hunyuan_v1_dense": Family(                     # the Hunyuan models of 0.5B to 7B
         **BIASED, qk_norm=lambda take: "head rotated" if take("use_qk_norm", True) else "",
         rope_alpha=True, fixed={"use_cla": False, "norm_type": "rms", "mlp_bias": False,

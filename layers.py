@@ -33,6 +33,7 @@ ACTIVATIONS = {
     "swish": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),      # arXiv:2109.08668, sec. 3
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 
@@ -378,7 +379,7 @@ class StateSpace(StateMixer):
         xbc, dt = tensors
         before, S = (None, None) if state is None else state
         xbc, last = self.conv1d(xbc, before, lengths)
-        xbc = ACTIVATIONS[config.hidden_act](xbc).float()
+        xbc = ACTIVATIONS[config.conv_act or config.hidden_act](xbc).float()
         x, k, q = xbc.split((config.linear_value_width, keys, keys), dim=-1)
         x = x.unflatten(-1, (nv, -1)).transpose(1, 2)                           # (B, nv, T, dv)
         q, k = (t.unflatten(-1, (groups, -1)).transpose(1, 2) for t in (q, k))

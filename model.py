@@ -142,12 +142,10 @@ class Attention(Mixer):
             self.v_proj = nn.Linear(D, K * Dh, bias=config.qkv_bias)
         self.o_proj = nn.Linear(H * Dh, D, bias=config.o_bias)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attn_sinks else None
-        if config.qk_norm.startswith("head"):
-            self.q_norm = norm(Dh, config.rms_norm_eps)
-            self.k_norm = norm(Dh, config.rms_norm_eps)
-        elif config.qk_norm == "width":                             # all heads together
-            self.q_norm = norm(H * Dh, config.rms_norm_eps)
-            self.k_norm = norm(K * Dh, config.rms_norm_eps)
+        if config.qk_norm in ("head", "head rotated", "width"):
+            heads, kv_heads = (H, K) if config.qk_norm == "width" else (1, 1)
+            self.q_norm = norm(heads * Dh, config.rms_norm_eps)
+            self.k_norm = norm(kv_heads * Dh, config.rms_norm_eps)
 
     def readers(self) -> list[nn.Module]:
         """The linear layers that read x: of q, k and v, or one for all three."""
@@ -232,7 +230,7 @@ class Attention(Mixer):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(act(gate(x)) * up(x)) (arXiv:2002.05202, eq. 6)."""
+    """SwiGLU: down(act(gate(x)) * up(x)) (arXiv:2002.05202, eq. 6); ungated: down(act(up(x)))."""
 
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
@@ -240,59 +238,68 @@ class MLP(nn.Module):
         self.fused = config.fused_gate_up
         if self.fused:
             self.gate_up_proj = nn.Linear(D, 2 * width, bias=bias)
-        else:
+        elif not config.ungated_mlp:
             self.gate_proj = nn.Linear(D, width, bias=bias)
+        if not self.fused:
             self.up_proj = nn.Linear(D, width, bias=bias)
         self.down_proj = nn.Linear(width, D, bias=bias)
         self.act = ACTIVATIONS[config.hidden_act]
 
+    def readers(self) -> list[nn.Module]:
+        """The linear layers that read x: of gate and up, one for both, or of up alone."""
+        names = ("gate_up_proj", "gate_proj", "up_proj")
+        return [getattr(self, name) for name in names if hasattr(self, name)]
+
     def forward(self, x, ctx: ForwardContext | None = None):
         """(…, D) -> (…, D)."""
-        if self.fused:
-            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)        # (…, I)
-        else:
-            gate = self.gate_proj(x)
-            up = self.up_proj(x)
-        return self.down_proj(self.gated(gate, up))
+        return self.down_proj(self.activate(*[layer(x) for layer in self.readers()]))
 
-    def gated(self, gate, up):
-        return self.act(gate) * up
+    def activate(self, *outputs):
+        """The outputs of `readers` -> the input of down_proj, (…, I)."""
+        return self.gated(*outputs[0].chunk(2, dim=-1) if self.fused else outputs)
+
+    def gated(self, gate, up=None):
+        return self.act(gate) if up is None else self.act(gate) * up
 
 
-MIXERS = {"attention": ("self_attn", Attention), **OTHER_MIXERS}
+# the halves of a block, by config.mixers and config.sparse; None: the block lacks it
+MIXERS = {"attention": ("self_attn", Attention), "none": ("self_attn", None), **OTHER_MIXERS}
+MLPS = {True: lambda config: MoE(config, MLP), None: lambda config: None,
+        False: lambda config: MLP(config, config.intermediate_size)}
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); norms before, after, or on both sides.
 
-    The mixer is attention, or another layer that reads earlier tokens.
+    The mixer is attention, or another layer that reads earlier tokens. Either half may be absent.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
 
-        def norm(place):
-            if config.norm_place not in (place, "both"):
+        def norm(place, half):
+            if half is None or config.norm_place not in (place, "both"):
                 return nn.Identity()
             return NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
 
         self.config = config
-        self.input_layernorm = norm("before")
         self.mixer_name, mixer = MIXERS[config.mixers[layer]]
-        self.add_module(self.mixer_name, mixer(config, layer, NORMS[config.norm]))
-        self.after_attention_norm = norm("after")
-        self.post_attention_layernorm = norm("before")      # Llama's name: it is before the MLP
-        if config.parallel_mlp:
-            self.post_attention_layernorm = nn.Identity()
-        if config.sparse[layer]:
-            self.mlp = MoE(config, MLP)
-        else:
-            self.mlp = MLP(config, config.intermediate_size)
-        self.after_mlp_norm = norm("after")
+        mlp = MLPS[config.sparse[layer]](config)
+        self.input_layernorm = norm("before", mixer)
+        self.add_module(self.mixer_name, mixer and mixer(config, layer, NORMS[config.norm]))
+        self.after_attention_norm = norm("after", mixer)
+        # Llama's name: it is before the MLP
+        self.post_attention_layernorm = norm("before", None if config.parallel_mlp else mlp)
+        self.mlp = mlp
+        self.after_mlp_norm = norm("after", mlp)
 
     def forward(self, x, ctx: ForwardContext):
         """(B, T, D) -> (B, T, D)."""
+        if self.mixer is None:
+            return self.add_mlp(x, ctx)
         h = self.attention_branch(x, ctx)
+        if self.mlp is None:
+            return x + h
         if self.config.parallel_mlp:
             return self.add_mlp(x, ctx) + h
         return self.add_mlp(x + h, ctx)
@@ -306,15 +313,14 @@ class Block(nn.Module):
         return x + self.scaled(self.after_mlp_norm(h))
 
     @property
-    def mixer(self) -> Mixer:
+    def mixer(self) -> Mixer | None:
         """Attention, or what this block has instead."""
         return getattr(self, self.mixer_name)
 
     @property
     def mlp_norm(self):
         """The norm in front of the MLP."""
-        one_norm = self.config.parallel_mlp
-        return self.input_layernorm if one_norm else self.post_attention_layernorm
+        return self.input_layernorm if self.config.parallel_mlp else self.post_attention_layernorm
 
     def scaled(self, branch):
         scale = self.config.residual_scale
@@ -333,8 +339,7 @@ class Decoder(nn.Module):
         weight = torch.empty(config.vocab_size, config.hidden_size)
         pad = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=pad)
-        blocks = (Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(blocks)
+        self.layers = nn.ModuleList(Block(config, n) for n in range(config.num_hidden_layers))
         self.norm = NORMS[config.norm](config.hidden_size, config.rms_norm_eps)
 
 

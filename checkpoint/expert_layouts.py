@@ -63,8 +63,13 @@ class UnstackedTensors(AdapterTensors):
                 self.slices |= self.slices_of(place, int(found[1]), model)
 
     def slices_of(self, key: str, layer: int, model: CausalLM) -> dict[str, ExpertSlice]:
-        """The slices of one stack. key: name of its lora_A. Raises ValueError if sizes differ."""
+        """The slices of one stack. key: name of its lora_A. Raises ValueError if sizes differ, and
+        for experts without gate, where sizes do not tell up from down."""
         config = model.config
+        if config.ungated_mlp:
+            raise ValueError(f"{key} is an adapter of a stack of experts, which is not read for "
+                             f"{config.model_type}. Merge it with peft, or train here with "
+                             "lora_target: all,experts")
         stem = key.removesuffix(".lora_A.weight")
         E, D, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
         size_in = self.tensors.get_slice(key).get_shape()[1]

@@ -131,7 +131,7 @@ def differences(graph: Graph, config: ModelConfig) -> Iterable[str]:
             continue                                    # 1 up to length_computed
         if values is not ANY and value not in values:
             yield f"{switch.name}: {value}"
-    if others := sorted(set(config.mixers) - {graph.mixer}):
+    if others := sorted(set(config.mixers) - {graph.mixer, "none"}):
         yield f"layers of {' and '.join(others)}"
     if graph.mixer == "latent attention":
         yield from differences_of_latents(graph, config)

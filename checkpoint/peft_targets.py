@@ -36,7 +36,10 @@ ROUTERS = {"qwen2_moe": "mlp.gate", "qwen3_5_moe_text": "mlp.gate",     # no lin
 # families as (out, in), and swaps A and B
 TAKEN_AS_STORED = ("gpt_oss",)
 # families whose adapters of separate experts PEFT 0.21 does not turn into those of stacks
-NOT_STACKED_BY_PEFT = ("qwen3_5_moe",)
+NOT_STACKED_BY_PEFT = ("qwen3_5_moe", "nemotron_h")
+# names of layers that PEFT 0.21 refuses to adapt, since kernels for CUDA would read their weight
+# past the adapter; 0.18 adapts them
+REFUSED_BY_PEFT = {"nemotron_h": "out_proj"}
 STACKED_GATE_UP = r".*\.experts\.gate_up_proj"
 STACKS_SINCE = "0.21.0"     # the version whose layout of stacks is written
 
@@ -197,7 +200,10 @@ def why_peft_differs(model: CausalLM, config: AdapterConfig) -> str:
     stored_name = model.config.stored_name
     layers = {stored_name(name): layer for name, layer in lora_layers(model).items()}
     reason = ""
-    if any(name.endswith("feed_forward.router") for name in layers):
+    refused = REFUSED_BY_PEFT.get(model.config.model_type)
+    if any(name.rpartition(".")[2] == refused for name in layers):
+        reason = f"it adapts no {refused} of {model.config.model_type}"
+    elif any(name.endswith("feed_forward.router") for name in layers):
         reason = "peft cannot adapt the router of Llama 4"
     elif any(isinstance(layer, LoRAStacked) and ".experts." not in name
              for name, layer in layers.items()):

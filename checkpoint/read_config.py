@@ -21,7 +21,7 @@ from errors import nearest_name, shown
 from families import FAMILIES, Family, ModelConfig, Switches, temperature_by_beta, time_step_limit
 
 # layers.py has the functions
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2")
 
 ROPE_FIELDS = {      # rope_type: (required fields, optional fields)
     "default": ((), ()),
@@ -87,13 +87,14 @@ FLAGS = frozenset("""
     use_dynamic_ntk output_router_logits attention_out_bias use_bias use_cla use_parallel_block
     use_gated_activation use_routing_bias rope_interleave attn_output_gate conv_bias
     mamba_conv_bias mamba_proj_bias tie_embedding use_expert_bias
-    block_auto_adjust_ff_dim block_use_swiglu use_pos_enc
+    block_auto_adjust_ff_dim block_use_swiglu use_pos_enc use_conv_bias residual_in_fp32
 """.split())
 OBJECTS = frozenset(("rope_scaling", "rope_parameters", "quantization_config"))
-TEXTS = frozenset(("hidden_act", "hidden_activation", "dtype", "torch_dtype"))
+TEXTS = frozenset(("hidden_act", "hidden_activation", "mlp_hidden_act", "mamba_hidden_act", "dtype",
+                   "torch_dtype"))
 NUMBER_LISTS = {"mlp_only_layers": (0, 2000), "moe_layers": (0, 2000), "no_rope_layers": (0, 1),
                 "full_attn_idxs": (0, 2000)}
-TEXT_LISTS = frozenset(("layer_types", "mlp_layer_types"))
+TEXT_LISTS = frozenset(("layer_types", "mlp_layer_types", "layers_block_type"))
 TOKENS = frozenset(("bos_token_id", "eos_token_id"))
 ROPE_BOUNDS = {     # of rope_scaling and rope_parameters
     "rope_theta": BOUNDS["rope_theta"],
@@ -319,7 +320,7 @@ def read_fields(raw: dict, kind: str, family: Family, where: str) -> ModelConfig
                              f"{json.dumps(value)}")
     config = build_config(family, take, tuple(notes + note_dropout(raw)))
 
-    known = take.taken | HARMLESS | DROPOUTS
+    known = take.taken | HARMLESS | DROPOUTS | set(family.without_effect)
     unread = {k: v for k, v in raw.items() if k not in known and v and (v is True or v != 1.0)}
     if unread:
         raise ValueError(f"{where}: {fields_in_words(unread)} may change what the network computes "
@@ -347,7 +348,7 @@ def text_part(family: Family, raw: dict, where: str) -> tuple[Family, dict]:
 
 def build_config(family: Family, take: FieldReader, notes: tuple) -> ModelConfig:
     """The ModelConfig of the fields that `take` reads."""
-    layers = take("num_hidden_layers", needed=True)
+    layers = family.num_hidden_layers(take)
     heads = take("num_attention_heads", needed=True)
     width = take("hidden_size", needed=True)
     positions = take("max_position_embeddings") or take("model_max_length", 2048)
@@ -695,9 +696,10 @@ def check_sizes(config: ModelConfig, where: str):
     for name in ("intermediate_size", "head_dim", "moe_intermediate_size"):
         if getattr(config, name) < 1 and (name != "moe_intermediate_size" or any(config.sparse)):
             raise ValueError(f"{where}: {name}: {getattr(config, name)} is not above 0")
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act {config.hidden_act!r} is not supported; supported "
-                         f"are {', '.join(ACTIVATIONS)}")
+    for act in (config.hidden_act, config.conv_act or config.hidden_act):
+        if act not in ACTIVATIONS:
+            raise ValueError(f"{where}: hidden_act {act!r} is not supported; supported are "
+                             f"{', '.join(ACTIVATIONS)}")
     heads = config.num_attention_heads
     groups = config.num_key_value_heads
     if heads % groups:

@@ -114,7 +114,7 @@ def absent_partners(model: CausalLM, name: str, pair: tuple, pairs: dict) -> dic
     for group in JOINED:
         for partner in group if leaf in group else ():
             other = f"{parent}.{partner}"
-            if other not in pairs:
+            if other not in pairs and hasattr(model.get_submodule(parent), partner):
                 size_out = full_shape(model.get_submodule(other).weight)[0]
                 A, _, scale = pair
                 found[other] = torch.zeros_like(A), A.new_zeros(size_out, len(A)), scale

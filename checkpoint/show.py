@@ -46,10 +46,10 @@ def draw(config: ModelConfig) -> str:
 
 
 def similar_layers(config: ModelConfig) -> list[list[int]]:
-    """The numbers of the layers that are alike: with experts, and without."""
+    """The numbers of the layers that are alike: of one mixer, with experts or without."""
     kinds = {}
-    for layer, sparse in enumerate(config.sparse):
-        kinds.setdefault(sparse, []).append(layer)
+    for layer, kind in enumerate(zip(config.mixers, config.sparse)):
+        kinds.setdefault(kind, []).append(layer)
     return list(kinds.values())
 
 

@@ -24,6 +24,7 @@ from errors import print_error  # noqa: F401
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapter_names import PREFIX, module_name, with_other_prefix
 from checkpoint.files import open_tensors, read_json_object, tensor_files
+from checkpoint.peft_targets import REFUSED_BY_PEFT
 from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.served_adapter import JOINED
 from families import ModelConfig
@@ -40,6 +41,7 @@ VLLM_PREFIXES = {
                 "lm_head": "language_model.lm_head"},
 }
 VLLM_PREFIXES["qwen3_5_moe"] = VLLM_PREFIXES["qwen3_5"]
+VLLM_PREFIXES["nemotron_h"] = {"model.": "backbone."}       # which it takes for model., too
 # model types for which vLLM reads PEFT's adapters of stacked experts; for others it expects one
 # adapter per expert
 VLLM_STACKS = ("gpt_oss", "qwen3_5_moe")
@@ -123,6 +125,9 @@ def in_sentences(result: Reading, count: int) -> str:
 
 def by_peft(adapter: Adapter) -> Reading:
     """transformers 5 with PEFT."""
+    refused = REFUSED_BY_PEFT.get(adapter.model_type)
+    if any(layer.rpartition(".")[2] == refused for layer in adapter.layers):
+        return Reading(refused=f"it adapts no {refused} of {adapter.model_type}")
     known = {module_name(name, adapter.config) for name in adapter.modules}
     known |= {re.sub(r"\.experts\..*", ".experts", name) for name in known}     # stacks there
     found = Reading()
@@ -198,7 +203,7 @@ def by_sglang(adapter: Adapter) -> Reading:
         return Reading(refused="rank_pattern: it needs one rank for all (adapter_prefix: served)")
     found = Reading()
     for layer in adapter.layers:
-        if why := why_not_in_sglang(layer, adapter.layers):
+        if why := why_not_in_sglang(layer, adapter.layers, adapter.config.ungated_mlp):
             found.ignored[layer] = why
     if fields.get("use_rslora") or fields.get("alpha_pattern"):
         found.notes.append("but scales all layers by lora_alpha / r, not by use_rslora or "
@@ -209,13 +214,13 @@ def by_sglang(adapter: Adapter) -> Reading:
     return found
 
 
-def why_not_in_sglang(layer: str, layers: set[str]) -> str:
-    """Why SGLang ignores a layer, or ""."""
+def why_not_in_sglang(layer: str, layers: set[str], ungated: bool = False) -> str:
+    """Why SGLang ignores a layer, or "". ungated: whether MLPs have no gate."""
     parent, _, leaf = layer.rpartition(".")
     if leaf in ("experts", "base_layer"):
         return "stacks of experts (adapter_prefix: served writes them one by one)"
     for group in JOINED:            # an adapter needs the first and the last layer of a group
-        if leaf not in group:
+        if leaf not in group or ungated and "gate_proj" in group:
             continue
         missing = [name for name in {group[0], group[-1]} if f"{parent}.{name}" not in layers]
         if missing and (leaf == group[0] == "gate_proj"):

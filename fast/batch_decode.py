@@ -175,7 +175,8 @@ def cache_bytes(config, rows: int, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of a RowCache for rows of up to so many tokens. config: a ModelConfig."""
     room = -(-tokens // GROWTH) * GROWTH
     states = [mixer_state_bytes(config, layer, dtype) for layer in range(config.num_hidden_layers)]
-    heads = 2 * states.count(0) * config.num_key_value_heads
+    attention = sum(map(config.attends, range(config.num_hidden_layers)))
+    heads = 2 * attention * config.num_key_value_heads
     return rows * (room * heads * config.head_dim * dtype.itemsize + sum(states))
 
 

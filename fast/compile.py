@@ -41,7 +41,8 @@ def compile_tokens(function: Callable, tensors: int = 1, dim: int = 0) -> Callab
 
     def call(*args):
         for tensor in args[:tensors]:
-            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
         return compiled(*args)
     return call
 
@@ -83,15 +84,15 @@ def rotate_heads(compiled: Callable, attention: Attention, x, ctx):
     return compiled(x, *attention.rope_of(ctx), attention.config.rotary_pairs)
 
 
-def gated_rows(compiled: Callable, act: Callable, gate, up):
+def gated_rows(compiled: Callable, act: Callable, gate, up=None):
     """MLP.gated."""
-    rows = (t.reshape(-1, t.shape[-1]) for t in (gate, up))                     # (N, I)
-    return compiled(*rows, act).view(gate.shape)
+    up = None if up is None else up.reshape(-1, up.shape[-1])                   # (N, I)
+    return compiled(gate.reshape(-1, gate.shape[-1]), up, act).view(gate.shape)
 
 
 def gated(gate, up, act: Callable):
     """MLP.gated of rows (N, I)."""
-    return act(gate) * up
+    return act(gate) if up is None else act(gate) * up
 
 
 # ---- the loss -----------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def fuse_matrices(model: CausalLM) -> int:
             if fuse_layers(module, ("q_proj", "k_proj", "v_proj"), "qkv_proj"):
                 module.config = replace(module.config, fused_qkv="blocks")
                 count += 1
-        elif isinstance(module, MLP) and not module.fused:
+        elif isinstance(module, MLP) and len(module.readers()) == 2:
             if fuse_layers(module, ("gate_proj", "up_proj"), "gate_up_proj"):
                 module.fused = True
                 count += 1

@@ -99,20 +99,15 @@ def attention_forward(attn: nn.Module, matmul: Callable, norm: nn.Module, x, ctx
 
 def mlp_forward(mlp: MLP, matmul: Callable, recompute: bool, norm: nn.Module, x, ctx=None):
     """MLP.forward of norm(x). Kept are x, gate and up; with `recompute` x alone."""
-    first = [mlp.gate_up_proj] if mlp.fused else [mlp.gate_proj, mlp.up_proj]
+    first = mlp.readers()
 
     def gate_and_up(x):
         return fused_linears(first, x, before=norm, matmul=matmul)
 
-    def gated(gate, up=None):
-        if up is None:                  # side by side
-            gate, up = gate.chunk(2, dim=-1)
-        return mlp.gated(gate, up)
-
     if recompute:
-        return fused_linears([mlp.down_proj], x, before=lambda x: gated(*gate_and_up(x)),
+        return fused_linears([mlp.down_proj], x, before=lambda x: mlp.activate(*gate_and_up(x)),
                              owners=(norm, *first), matmul=matmul)[0]
-    return fused_linears([mlp.down_proj], *gate_and_up(x), before=gated, matmul=matmul)[0]
+    return fused_linears([mlp.down_proj], *gate_and_up(x), before=mlp.activate, matmul=matmul)[0]
 
 
 def checkpointed_forward(forward: Callable, x, ctx: ForwardContext):

@@ -74,12 +74,11 @@ def group_experts(model: CausalLM, recompute: Sequence[str] | None = None,
 
 
 def layers_of(moe: MoE) -> list[list[nn.Module]]:
-    """The linear layers of the experts, [gate or gate and up, …, down]: E of them, or one stack."""
+    """The linear layers of the experts, [of those that read x, …, down]: E each, or one stack."""
     if isinstance(moe.experts, StackedExperts):
         return [[moe.experts.gate_up_proj], [moe.experts.down_proj]]
-    names = ("gate_up_proj", "down_proj") if moe.experts[0].fused else (
-        "gate_proj", "up_proj", "down_proj")
-    return [[getattr(expert, name) for expert in moe.experts] for name in names]
+    return [list(layers) for layers in zip(*(
+        (*expert.readers(), expert.down_proj) for expert in moe.experts))]
 
 
 def one_by_one_for(moe: MoE) -> str | None:
@@ -196,16 +195,8 @@ def mix_together(moe: MoE, stacks: list, recompute: bool, x, chosen, weights):
 
 def gate_of(moe: MoE) -> Callable:
     """From gate and up, apart or in one tensor (n, 2 I), to the input of down_proj (n, I)."""
-    if isinstance(moe.experts, StackedExperts):
-        return moe.experts.gated
-    expert = moe.experts[0]
-
-    def gated(gate, up=None):
-        if up is None:                  # side by side
-            gate, up = gate.chunk(2, dim=-1)
-        return expert.gated(gate, up)
-
-    return gated
+    stacked = isinstance(moe.experts, StackedExperts)
+    return moe.experts.gated if stacked else moe.experts[0].activate
 
 
 def run_experts(gated: Callable, layers: list[Stack], ends, rows):

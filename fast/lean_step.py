@@ -29,10 +29,12 @@ def hidden_of_token(model: CausalLM, ids, position_ids, cache: KVCache,
     ctx = model.context(position_ids, x, None, cache, None)
     h = None                                                    # not yet added to x
     for block in model.model.layers:
-        x, normed = sum_and_norm(block.input_layernorm, x, h, add_norm)
-        h = block.scaled(block.after_attention_norm(block.mixer(normed, ctx)))
-        x, normed = sum_and_norm(block.post_attention_layernorm, x, h, add_norm)
-        h = block.scaled(block.after_mlp_norm(block.mlp(normed, ctx)))
+        for norm, half, norm_after in (
+                (block.input_layernorm, block.mixer, block.after_attention_norm),
+                (block.post_attention_layernorm, block.mlp, block.after_mlp_norm)):
+            if half is not None:
+                x, normed = sum_and_norm(norm, x, h, add_norm)
+                h = block.scaled(norm_after(half(normed, ctx)))
     hidden = model.for_head(sum_and_norm(model.model.norm, x, h, add_norm)[1])
     cache.advance(1)
     return hidden

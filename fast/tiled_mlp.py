@@ -28,7 +28,7 @@ from model import Block, CausalLM, ForwardContext, MoE
 def tile_mlps(model: CausalLM, tile: int):
     """Compute the MLPs of a model in tiles of so many tokens, in place."""
     for block in model.model.layers:
-        if not isinstance(block.mlp, MoE):
+        if block.mlp is not None and not isinstance(block.mlp, MoE):
             block.add_mlp = partial(tiled_add_mlp, block, block.add_mlp, tile)
 
 

@@ -166,9 +166,9 @@ def dora_bytes(part: nn.Module) -> int:
     return max((8 * m.weight.numel() for m in part.modules() if uses_dora(m)), default=0)
 
 
-def backward_bytes(model_config: ModelConfig, batch: MicroBatch, sparse: bool) -> int:
-    """Bytes of the gradients within a block's MLP or experts."""
-    width = model_config.intermediate_size
+def backward_bytes(model_config: ModelConfig, batch: MicroBatch, sparse: bool | None) -> int:
+    """Bytes of the gradients within a block's MLP or experts, if it has them."""
+    width = model_config.intermediate_size if sparse is False else 0
     if sparse:
         width = model_config.moe_intermediate_size * model_config.num_experts_per_tok
     # fast: gate, up, their activation and product, and the gradients of these
@@ -181,6 +181,8 @@ def attention_peak_bytes(block: Block, layer: int, model_config: ModelConfig,
 
     What its MLP keeps is not there yet, or no more.
     """
+    if block.mixer is None:
+        return 0
     hidden = model_config.hidden_size
     norm = 0 if batch.fast else norm_bytes(block.input_layernorm, hidden, batch.stream)
     beside = batch.tokens * (norm + hidden * batch.stream)          # with a gradient of the stream
@@ -231,13 +233,15 @@ def block_bytes(block: Block, layer: int, model_config: ModelConfig, batch: Micr
         norms += norm_bytes(block.input_layernorm, hidden, batch.stream)
     if not batch.fast or sparse:
         norms += norm_bytes(block.mlp_norm, hidden, batch.stream)
-    if sparse:
+    if block.mlp is None:
+        mlp = 0
+    elif sparse:
         mlp = moe_bytes(block.mlp, model_config, batch)
     elif level == "mlp":
         mlp = hidden * batch.stream + low_rank_numbers([block.mlp.down_proj]) * batch.compute
     else:
         mlp = input_bytes(hidden, input_layers(block.mlp), batch, from_stream=True)
-        mlp += mlp_bytes(block.mlp, model_config.intermediate_size, batch)
+        mlp += mlp_bytes(block.mlp, model_config.intermediate_size, model_config, batch)
     attention = attention_bytes(block.mixer, layer, model_config, batch)
     own = sum(module.own_bytes(batch.compute) for module in block.modules()
               if isinstance(module, AdaptedLinear))
@@ -298,14 +302,18 @@ def uses_dora(module: nn.Module) -> bool:
     return getattr(module, "lora_magnitude_vector", None) is not None
 
 
-def mlp_bytes(mlp: nn.Module, width: int, batch: MicroBatch) -> int:
+def mlp_bytes(mlp: nn.Module, width: int, model_config: ModelConfig, batch: MicroBatch) -> int:
     """For each token, apart from the MLP's input: gate, act(gate), up, and their product.
 
-    On the fast path gate and up alone. width: I, of the MLP or of an expert.
+    On the fast path gate and up alone; without gate, up alone. width: I, of the MLP or of an
+    expert.
     """
+    ungated = model_config.ungated_mlp
     if batch.fast:
-        return (2 * width + low_rank_numbers([mlp.down_proj])) * batch.compute
-    return 3 * width * batch.compute + input_bytes(width, [mlp.down_proj], batch)
+        kept = width if ungated else 2 * width
+        return (kept + low_rank_numbers([mlp.down_proj])) * batch.compute
+    kept = width if ungated else 3 * width
+    return kept * batch.compute + input_bytes(width, [mlp.down_proj], batch)
 
 
 def input_layers(module: nn.Module) -> list:
@@ -324,7 +332,7 @@ def moe_bytes(moe: MoE, model_config: ModelConfig, batch: MicroBatch) -> int:
     routed = replace(batch, fast=batch.fast and not model_config.stacked_experts)
     width = model_config.moe_intermediate_size
     per_expert = input_bytes(hidden, input_layers(expert), routed, from_stream=True)
-    per_expert += mlp_bytes(expert, width, routed)
+    per_expert += mlp_bytes(expert, width, model_config, routed)
     if model_config.swiglu_limit:       # gate and up as they were clamped, and a sigmoid
         per_expert += 3 * width * batch.compute
     per_expert += weighted + 4 * 8
@@ -334,7 +342,7 @@ def moe_bytes(moe: MoE, model_config: ModelConfig, batch: MicroBatch) -> int:
     shared_width = model_config.shared_expert_intermediate_size
     if shared_width:
         readers += input_layers(moe.shared_expert)
-        total += mlp_bytes(moe.shared_expert, shared_width, batch)
+        total += mlp_bytes(moe.shared_expert, shared_width, model_config, batch)
     if model_config.shared_expert_gate:
         readers.append(moe.shared_expert_gate)
         total += hidden * batch.compute
@@ -344,6 +352,8 @@ def moe_bytes(moe: MoE, model_config: ModelConfig, batch: MicroBatch) -> int:
 def attention_bytes(attention: Attention, layer: int, model_config: ModelConfig,
                     batch: MicroBatch) -> int:
     """For all tokens: the inputs of the projections, norms of q and k, and the kernel's tensors."""
+    if attention is None:
+        return 0
     if isinstance(attention, StateMixer):
         return state_mixer_bytes(attention, model_config, batch)
     H = model_config.num_attention_heads

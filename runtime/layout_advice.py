@@ -176,6 +176,8 @@ def with_exchange(t: Traffic, sent: Sent) -> Sent:
     ways = 0
     for block, level, reached in zip(t.model.model.layers, t.recompute,
                                      reached_by_gradients(t.model)):
+        if block.mixer is None:
+            continue
         trained = any(p.requires_grad for name, p in block.mixer.named_parameters()
                       if not name.startswith("o_proj"))
         ways += 1 + (reached.attention or trained) + (reached.block and level == "block")
@@ -198,7 +200,8 @@ class Reached(NamedTuple):
 def reached_by_gradients(model: CausalLM) -> list[Reached]:
     """For each block; nothing trained lies below the first one that is reached."""
     def trained(*modules) -> bool:
-        return any(p.requires_grad for module in modules for p in module.parameters())
+        return any(p.requires_grad for module in modules if module is not None
+                   for p in module.parameters())
 
     found = []
     reached = trained(model.model.embed_tokens)

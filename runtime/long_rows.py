@@ -81,10 +81,13 @@ def peak_in_block(block: Block, layer: int, model_config: ModelConfig, batch: Mi
     # x is among them, or it is freed as soon as they are there
     attention += batch.tokens * norms - hidden * batch.stream
     after_gradients = hidden * (20 + batch.stream) if after else 0      # as in norm_gradient_bytes
+    of_mlp = attention + mlp_peak_bytes(block, model_config, batch) + dequantized
+    if block.mixer is None:
+        return max(of_mlp, norm_gradient_bytes(block, model_config, batch))
     return max(
         attention + again_bytes(block, model_config, batch) + dequantized
         + dora_bytes(block.mixer),
-        attention + mlp_peak_bytes(block, model_config, batch) + dequantized,
+        of_mlp,
         attention + 2 * hidden * batch.stream + dora_bytes(block),      # where it takes the norm
         attention + attention_gradient_bytes(layer, model_config, batch),
         # with x, and a gradient of the stream
@@ -119,6 +122,8 @@ def mlp_peak_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -
     """In the backward pass of the MLP, beside what attention keeps."""
     hidden, width = model_config.hidden_size, model_config.intermediate_size
     stream = batch.tokens * hidden * batch.stream
+    if block.mlp is None:
+        return stream
     if isinstance(block.mlp, MoE):
         sparse = block_bytes(block, 0, model_config, batch, "none")
         sparse -= attention_bytes(block.mixer, 0, model_config, batch)
@@ -126,7 +131,7 @@ def mlp_peak_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -
         return (sparse + stream + backward_bytes(model_config, batch, True)
                 + batch.tokens * routed)
     per_token = input_bytes(hidden, input_layers(block.mlp), batch, from_stream=True)
-    per_token += mlp_bytes(block.mlp, width, batch)
+    per_token += mlp_bytes(block.mlp, width, model_config, batch)
     gradients = 5 if batch.fast else 2                  # fast: gate, up, … are computed again
     if with_dropout(block.mlp.down_proj) and uses_dora(block.mlp.down_proj):
         gradients += 2                                  # inputs before dropout, their W x
@@ -167,12 +172,12 @@ def attention_gradient_bytes(layer: int, model_config: ModelConfig, batch: Micro
 
 def norm_gradient_bytes(block: Block, model_config: ModelConfig, batch: MicroBatch) -> int:
     """In the backward pass of the first norm, as torch computes it in single steps."""
-    if not hasattr(block.input_layernorm, "weight"):
+    if not hasattr(block.mlp_norm if block.mixer is None else block.input_layernorm, "weight"):
         return 0
     hidden = model_config.hidden_size
     in_float32 = 5 if batch.stream == 4 else 6      # the input is kept, rounded to float32
     per_token = 4 * in_float32 * hidden + hidden * (batch.compute + batch.stream)
-    if batch.fast:
+    if batch.fast and block.mixer is not None:
         layers = input_layers(block.mixer)
         per_token += 2 * hidden * batch.compute + 2 * low_rank_numbers(layers) * batch.compute
         per_token += 2 * model_config.num_key_value_heads * model_config.head_dim * batch.compute

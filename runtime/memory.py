@@ -313,7 +313,7 @@ def plan_ladder(plan: Plan, config: Config) -> list[dict]:
     if config.offload_activations is None and on_gpu and not workload.sharded:
         smallest = ladder[-1]
         ladder += [{**smallest, "offloaded": n} for n in range(1, most_offloaded(workload) + 1)]
-    is_dense = not all(workload.model_config.sparse)
+    is_dense = False in workload.model_config.sparse
     if config.mlp_tile is None and is_dense and not workload.sharded:
         smallest = ladder[-1]
         ladder += [{**smallest, "mlp_tile": tile} for tile in TILES]

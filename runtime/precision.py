@@ -83,8 +83,9 @@ def compute_dtype(config, base, quant_formats: dict) -> torch.dtype:
         return half_dtype(config)
     if config.finetuning_type not in ADAPTERS:
         return torch.float32
-    mixer = MIXERS[base.model_config.mixers[0]][0]
-    our_name = f"model.layers.0.{mixer}.o_proj.weight"
+    mixers = base.model_config.mixers
+    first = next((n for n, kind in enumerate(mixers) if kind != "none"), 0)
+    our_name = f"model.layers.{first}.{MIXERS[mixers[first]][0]}.o_proj.weight"
     stored_name = base.model_config.stored_name(our_name)
     try:
         _, dtype = stored_as(*find_tensors(base.folder, base.model_config)[stored_name])

@@ -65,8 +65,10 @@ def flops_of_parts(model: CausalLM, lengths: Sequence[int]) -> list[float]:
     flops = []
     for layer in range(len(model.model.layers)):
         frozen, trained = matmul_parameters(model, f"model.layers.{layer}.")
-        pairs = sum(attention_pairs(n, config.windows[layer] or 0, config.chunks[layer] or 0)
-                    for n in lengths)
+        pairs = 0
+        if config.attends(layer):
+            pairs = sum(attention_pairs(n, config.windows[layer] or 0, config.chunks[layer] or 0)
+                        for n in lengths)
         attention = 4 * config.num_attention_heads * config.head_dim * pairs
         if layer < first:
             flops.append(2 * frozen * sum(lengths) + attention)
@@ -87,7 +89,7 @@ def model_of_stage(model: CausalLM, stages: list[range], stage: int) -> CausalLM
     sends_back = any(p.requires_grad for p in before)
     is_last = stage == len(stages) - 1
     slices = {name: getattr(model.config, name)[layers.start:layers.stop]
-              for name in ("windows", "chunks", "use_rope", "sparse")}
+              for name in ("mixers", "windows", "chunks", "use_rope", "sparse")}
     model.config = replace(model.config, num_hidden_layers=len(layers), **slices)
     model.model.layers = model.model.layers[layers.start:layers.stop]
     embedding = model.model.embed_tokens.weight

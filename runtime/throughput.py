@@ -102,7 +102,8 @@ def forward_flops(model_config: ModelConfig, weights: float, lengths: Sequence[i
 
 def attention_flops(model_config: ModelConfig, lengths: Sequence[int]) -> float:
     """FLOPs of attention in a forward pass, for the pairs of tokens that attend to each other."""
-    kinds = Counter(zip(model_config.windows, model_config.chunks))      # most layers are alike
+    kinds = Counter((model_config.windows[layer], model_config.chunks[layer])    # most are alike
+                    for layer in range(len(model_config.mixers)) if model_config.attends(layer))
     pairs = 0
     for (window, chunk), layers in kinds.items():
         pairs += layers * sum(attention_pairs(n, window or 0, chunk or 0) for n in lengths)

@@ -65,7 +65,7 @@ def part_config(config: ModelConfig, parts: int, vocabulary: bool) -> ModelConfi
             "norm, where their gradients are not summed apart. Take fsdp: full_shard, which shards "
             "every model")
     names = ["num_attention_heads", "num_key_value_heads"]
-    names += ["intermediate_size"] if not all(config.sparse) else []
+    names += ["intermediate_size"] if False in config.sparse else []
     names += ["moe_intermediate_size"] if any(config.sparse) else []
     names += ["shared_expert_intermediate_size"] if any(config.sparse) else []
     names += ["vocab_size"] if vocabulary else []

@@ -348,6 +348,22 @@ CASES |= {
         MAMBA, num_local_experts=0, hidden_act="gelu", layer_types=["mamba", "attention", "mamba"],
     )),
 }
+NEMOTRON = dict(head_dim=16, mamba_num_heads=6, mamba_head_dim=8, n_groups=2, ssm_state_size=6,
+                n_routed_experts=5, num_experts_per_tok=2, moe_intermediate_size=20,
+                moe_shared_expert_intermediate_size=28)
+CASES |= {
+    "nemotron_h": ("nemotron_h", dict(
+        NEMOTRON, hybrid_override_pattern="-MM*E-M", routed_scaling_factor=1.7,
+    )),
+    "nemotron_h biases, one group, begins with experts": ("nemotron_h", dict(
+        NEMOTRON, hybrid_override_pattern="E*M-", n_groups=1, n_routed_experts=6, n_group=3,
+        topk_group=2, norm_topk_prob=False, use_conv_bias=False, conv_kernel=3, use_bias=True,
+        layer_norm_epsilon=1e-3, mamba_hidden_act="gelu", mlp_hidden_act="silu",
+    )),
+    "nemotron_h without attention": ("nemotron_h", dict(
+        NEMOTRON, hybrid_override_pattern="M-M-", mlp_bias=True, n_groups=6,
+    )),
+}
 SINCE_5 = {     # what transformers 4.57 reads otherwise
     "llama longrope": "looks for the trained length of longrope elsewhere",
     "qwen2_moe window": "has the window in other layers",
@@ -585,7 +601,7 @@ STATED = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers",
           "num_attention_heads", "vocab_size", "num_key_value_heads", "max_position_embeddings",
           "num_experts", "num_local_experts", "num_experts_per_tok",
           "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp",
-          "pad_token_id")
+          "pad_token_id", "layers_block_type")
 
 
 # a part that reads images; classes whose defaults are one model
@@ -764,6 +780,7 @@ READABLE = {kind: {"model_type": kind, **SMALL, **fields} for kind, fields in {
     "lfm2": dict(full_attn_idxs=[1]), "lfm2_moe": dict(EXPERTS, full_attn_idxs=[1]),
     "granitemoehybrid": MAMBA,
     "gpt_oss": BIASED_CHOICE,
+    "nemotron_h": dict(NEMOTRON, hybrid_override_pattern="M-*"),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), DELTA | SHARED_EXPERT),
 }.items()}
 for kind, part in {"gemma3": "gemma3_text", "mistral3": "ministral3",
@@ -1004,6 +1021,29 @@ def test_config_json_that_is_refused(change, words):
 def test_config_json_of_some_families(kind, change, words):
     with pytest.raises(ValueError, match=words):
         model_config(changed(kind, change))
+
+
+def test_layers_of_nemotron_h_are_a_mixer_or_an_mlp():
+    letters = READABLE["nemotron_h"]["hybrid_override_pattern"]
+    config = model_config(READABLE["nemotron_h"])
+    assert letters == "M-*" and config.mixers == ("state space", "none", "attention")
+    assert config.sparse == (None, False, None)
+    older = {"hybrid_override_pattern": None, "num_hidden_layers": None,
+             "layers_block_type": ["mamba", "mlp", "attention"]}
+    assert model_config({**READABLE["nemotron_h"], **older}) == config
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"hybrid_override_pattern": "M-x"}, '"M-x" is not made of M .Mamba-2., . .attention.'),
+    ({"hybrid_override_pattern": "M-"}, "has 2 letters for num_hidden_layers: 3"),
+    ({"hybrid_override_pattern": None}, "hybrid_override_pattern is missing"),
+    ({"layers_block_type": ["mamba", "mlp", "moe"]}, "layers_block_type contradict each other"),
+    ({"mamba_hidden_act": "gelu_9"}, "'gelu_9' is not supported"),
+    ({"moe_latent_size": 16}, "moe_latent_size"),
+])
+def test_config_json_of_nemotron_h(change, words):
+    with pytest.raises(ValueError, match=words):
+        model_config({**READABLE["nemotron_h"], **change})
 
 
 @pytest.mark.parametrize("kind, new_name", [

@@ -95,7 +95,9 @@ def test_peft_computes_what_was_trained(name, targets, use_rslora, mixtral, tmp_
     ("glm4_moe", "all", False), ("glm4_moe", ["all", "experts", "gate"], True),
     ("deepseek_v2", ["down_proj"], False), ("deepseek_v3", "all", False),
     ("minimax_m2", ["all", "experts"], True),
-    ("qwen3_5_moe_text", ["all", "experts", "gate"], True)])
+    ("qwen3_5_moe_text", ["all", "experts", "gate"], True),
+    ("nemotron_h", ["in_proj", "q_proj", "o_proj", "shared_experts"], True),
+    ("nemotron_h", r".*\.mixer\.(in|up|down|k)_proj", False)])
 def test_peft_computes_what_was_trained_of_the_families_of_2026(name, targets, use_rslora,
                                                                 tmp_path):
     check_with_peft(GOLDEN / "models2026" / name, tmp_path, targets, use_rslora)
@@ -139,9 +141,12 @@ def test_an_adapter_that_is_saved_again_is_the_same(tmp_path):
     ("qwen2_moe", ["gate"], {"use_dora": True}, "it has no DoRA for experts"),
     ("qwen2_moe", ["experts"], {"rank_pattern": {"0.gate_proj": 5}}, "different ranks"),
     ("llama4", ["router"], {}, "peft cannot adapt the router of Llama 4"),
+    ("nemotron_h", "all", {}, "it adapts no out_proj of nemotron_h"),
+    ("nemotron_h", ["experts"], {}, "here each expert has an adapter of its own"),
 ])
 def test_what_peft_loads_differently_is_said(name, targets, options, words, mixtral, tmp_path):
     base = mixtral if name == "mixtral" else GOLDEN / "models" / name
+    base = base if base.is_dir() else GOLDEN / "models2026" / name
     model, config = saved_adapter(base, tmp_path, targets, **options)
     assert words in why_peft_differs(model, config)
     [note] = notes_on_peft(model, config, converted=False)
