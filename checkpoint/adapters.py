@@ -68,6 +68,8 @@ def load_adapter(model: CausalLM, folder, dropout: float | None = None,
     start = pissa_start(folder, config) if config.pissa else None
     with open_tensors(path) as file:
         tensors = UnstackedTensors(file, model)
+        if tensors.is_stacked_here:
+            config, raw = tensors.with_stacks(config, raw)
         if isinstance(config, LoRAConfig):
             config = tensors.with_ranks(config)
             check_rank(path, config, tensors)
@@ -229,6 +231,8 @@ def stored_targets(model: CausalLM, folder) -> list[str]:
     config, raw = adapter_fields(folder, model.config)
     with open_tensors(Path(folder) / "adapter_model.safetensors") as file:
         tensors = UnstackedTensors(file, model)
+        if tensors.is_stacked_here:
+            config, raw = tensors.with_stacks(config, raw)
         targets = targets_of(model, config, raw, tensors.keys())
     return [model.config.stored_name(name) for name in targets]
 
@@ -256,6 +260,8 @@ def swapped_stacks(model: CausalLM, tensors, raw: dict) -> dict[str, int]:
     for families it knows better; their product is the same. The shapes tell; where all matrices are
     square, only family and version do.
     """
+    if tensors.is_stacked_here:
+        return {}
     names = peft_names(model)
     found = {}
     all_plain = True
