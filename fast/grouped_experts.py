@@ -9,6 +9,10 @@ checkpoint, or a new one (E, out, in), of which each expert's weight becomes a v
 single experts are stacked for each pass; gradients reach each expert's own. What is kept for the
 backward pass is what fast/fused_block.py keeps of one expert.
 
+Frozen matrices that are not there as they are multiplied are made for each product, forward and
+backward, all experts of a layer at once, and not kept: those in 4 or 8 bits are dequantized, those
+that fsdp has gathered are copied into one tensor.
+
 The slow twins are layers.grouped and layers.one_by_one.
 
 Requires: model.py, lora.py, fast/fused_block.py.
@@ -23,7 +27,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint.load import quantized_weights
 from checkpoint.read_config import model_config
 from errors import first_line
 from fast.fused_block import IDENTITY, can_fuse, gradients, operands
@@ -37,12 +40,16 @@ ERROR = 0.05            # relative, of outputs and gradients in bfloat16
 
 class Stack(NamedTuple):
     """One linear layer of all experts."""
-    W: torch.Tensor                     # (E, out, in), frozen
+    W: object                           # made by stack_weights
     A: torch.Tensor | None              # (E, r, in); None: no adapter, or a disabled one
     B: torch.Tensor | None              # (E, out, r)
     scale: float
     layers: list                        # of the experts, or one of all; A and B come from there
     bias: torch.Tensor | None = None    # (E, out), frozen
+
+    def matrices(self, dtype: torch.dtype):
+        """The frozen matrices (E, out, in)."""
+        return matrices_of(self.W, self.layers, dtype)
 
 
 # ---- set on a model -----------------------------------------------------------------------------
@@ -86,14 +93,13 @@ def one_by_one_for(moe: MoE) -> str | None:
 
     They must be frozen matrices of 16-byte rows, with adapters all alike or none.
     """
-    sharded = any(hasattr(p, "to_local") for p in moe.experts.parameters())
-    if sharded or moe.visited is not None:
-        return "they are shards of several ranks (fsdp), which are gathered expert by expert"
-    if quantized_weights(moe.experts):
-        return "they are in few bits, and one matrix is dequantized at a time"
+    if moe.visited is not None:
+        return "fsdp shards and trains them"
     if not all(map(alike, layers_of(moe))):
         return ("they are trained, or with sizes that are no multiples of 8, dropout, biases of "
                 "single experts, or adapters that are not all alike")
+    if not all(map(can_be_read_at_once, layers_of(moe))):
+        return "their bits cannot be read at once (other formats, or blocks across two experts)"
     return None
 
 
@@ -101,13 +107,12 @@ def alike(layers: list[nn.Module]) -> bool:
     """Whether the layers of all experts can be stacked, or are a stack that can be used."""
     if layers[0].weight.dim() == 3:
         return is_usable_stack(layers[0])
-    first = operands(layers[0]) if can_fuse(layers[0]) else None
-    if first is None or first.W is None or first.fp8 is not None:
+    if not can_fuse(layers[0]) or operands(layers[0]).fp8 is not None:
         return False
-    kinds = {(type(layer), operands(layer).scale, operands(layer).W.requires_grad,
+    kinds = {(type(layer), operands(layer).scale, layer.weight.requires_grad,
               operands(layer).bias is None, can_fuse(layer)) for layer in layers}
     ranks = {layer.lora_A.out_features for layer in layers if isinstance(layer, LoRALinear)}
-    sizes = {*first.W.shape, *ranks}
+    sizes = {*layers[0].weight.shape, *ranks}
     _, _, trained, no_bias, can = next(iter(kinds))
     one_kind = len(kinds) == 1 and len(ranks) <= 1
     return one_kind and can and no_bias and not trained and not any(n % ALIGNED for n in sizes)
@@ -126,43 +131,92 @@ def is_usable_stack(layer: nn.Module) -> bool:
     return not (trained or hooks or any(n % ALIGNED for n in sizes))
 
 
+def base_of(layer: nn.Module) -> nn.Module:
+    return getattr(layer, "base_layer", layer)
+
+
+def in_few_bits(layers: list[nn.Module]) -> bool:
+    """Whether the frozen matrices are modules that make them (methods/quant.py)."""
+    return isinstance(base_of(layers[0]).weight, nn.Module)
+
+
+def can_be_read_at_once(layers: list[nn.Module]) -> bool:
+    """Whether the matrices of all layers are tensors, or can be dequantized as one."""
+    weights = [base_of(layer).weight for layer in layers]
+    return not in_few_bits(layers) or weights[0].joins(weights)
+
+
 @torch.no_grad()
-def stack_weights(layers: list[nn.Module]) -> tuple[torch.Tensor, list[nn.Module]]:
-    """(the matrices of the layers in one tensor (E, out, in), the layers, now with views of it)."""
-    if layers[0].weight.dim() == 3:
-        base = getattr(layers[0], "base_layer", layers[0])
-        return base.weight if base.out_first else base.weight.transpose(1, 2), layers
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+def stack_weights(layers: list[nn.Module]) -> tuple[object, list[nn.Module]]:
+    """(the matrices of all layers, the layers, now with views of them).
+
+    The matrices: a tensor (E, out, in); quantized, one weight (E * out, in); None: they are asked
+    for when they are needed, as fsdp then has gathered them.
+    """
+    if in_few_bits(layers):
+        weights = [base_of(layer).weight for layer in layers]
+        return weights[0].joined(weights), layers
+    sharded = any(hasattr(base_of(layer).weight, "to_local") for layer in layers)
+    if sharded or layers[0].weight.dim() == 3:
+        return None, layers
+    bases = [base_of(layer) for layer in layers]
     stack = torch.stack([base.weight.detach() for base in bases])
     for base, matrix in zip(bases, stack):
         base.weight.data = matrix
     return stack, layers
 
 
-def with_adapters(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
-    """The stack with the adapters as they are now, (E, r, in) and (E, out, r), in its dtype."""
+def matrices_of(stack, layers: list[nn.Module], dtype: torch.dtype):
+    """The matrices (E, out, in) of layers with this result of stack_weights."""
+    if isinstance(stack, nn.Module):
+        return stack.dequantize(dtype).unflatten(0, (len(layers), -1))
+    base = base_of(layers[0])
+    if base.weight.dim() == 3:
+        return base.weight if base.out_first else base.weight.transpose(1, 2)
+    return torch.stack([base_of(layer).weight for layer in layers]) if stack is None else stack
+
+
+def made_bytes(model: CausalLM, device, itemsize: int, sharded: bool) -> int:
+    """Bytes of the largest stack that matrices_of makes, and what that takes; 0: it makes none.
+
+    Of a model without storage. itemsize: bytes per number in a product. sharded: by fsdp.
+    """
+    sizes = [0]
+    for block in model.model.layers:
+        for layers in layers_of(block.mlp) if isinstance(block.mlp, MoE) else ():
+            first = base_of(layers[0]).weight
+            if in_few_bits(layers) and can_be_read_at_once(layers):
+                whole = first.quant_format.of_joined(first.shape, len(layers))
+                whole = whole.empty((len(layers) * first.shape[0], first.shape[1]))
+                sizes.append(whole.dequantize_bytes(device, itemsize))
+            elif sharded and first.dim() == 2:
+                sizes.append(len(layers) * itemsize * first.numel())
+    return max(sizes)
+
+
+def with_adapters(stack, layers: list[nn.Module], dtype: torch.dtype) -> Stack:
+    """The stack with the adapters as they are now, (E, r, in) and (E, out, r), in this dtype."""
     if layers[0].weight.dim() == 3:
-        return with_stacked_adapter(stack, layers)
+        return with_stacked_adapter(layers[0], dtype)
     if not isinstance(layers[0], LoRALinear):
         return Stack(stack, None, None, 1.0, layers)
     pairs = [layer.adapter() for layer in layers]
     if pairs[0][0] is None:
         return Stack(stack, None, None, 1.0, layers)
-    A, B = (torch.stack(matrices).to(stack.dtype) for matrices in zip(*pairs))
+    A, B = (torch.stack(matrices).to(dtype) for matrices in zip(*pairs))
     return Stack(stack, A, B, layers[0].scale, layers)
 
 
-def with_stacked_adapter(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
+def with_stacked_adapter(layer: nn.Module, dtype: torch.dtype) -> Stack:
     """with_adapters of one LoRAStacked, or of a stack without an adapter."""
-    layer, = layers
-    base = getattr(layer, "base_layer", layer)
+    base = base_of(layer)
     if layer is base or not layer.enabled:
-        return Stack(stack, None, None, 1.0, layers, base.bias)
-    experts = len(stack)
+        return Stack(None, None, None, 1.0, [layer], base.bias)
+    experts = len(base.weight)
     A = layer.lora_A.weight.view(experts, -1, layer.lora_A.in_features)
     B = layer.lora_B.weight.view(layer.lora_B.out_features, -1, experts).permute(2, 0, 1)
-    A, B = (matrices.to(stack.dtype).contiguous() for matrices in (A, B))
-    return Stack(stack, A, B, layer.scale, layers, base.bias)
+    A, B = (matrices.to(dtype).contiguous() for matrices in (A, B))
+    return Stack(None, A, B, layer.scale, [layer], base.bias)
 
 
 # ---- the experts' sum ---------------------------------------------------------------------------
@@ -171,7 +225,9 @@ def with_stacked_adapter(stack: torch.Tensor, layers: list[nn.Module]) -> Stack:
 def mix_together(moe: MoE, stacks: list, recompute: bool, x, chosen, weights):
     """MoE.mix: the weighted sum of the chosen experts, (N, D). x (N, D); chosen, weights (N, k)."""
     config = moe.config
-    if torch.is_autocast_enabled(x.device.type) or x.dtype != stacks[0][0].dtype:
+    weight = base_of(stacks[0][1][0]).weight            # in few bits its dtype is another
+    other_dtype = torch.is_tensor(weight) and x.dtype != weight.dtype
+    if torch.is_autocast_enabled(x.device.type) or other_dtype:
         return MoE.mix(moe, x, chosen, weights)
     slots = chosen.flatten()                                        # (N*k,)
     order = slots.argsort(stable=True)                              # slots by expert
@@ -182,7 +238,7 @@ def mix_together(moe: MoE, stacks: list, recompute: bool, x, chosen, weights):
     if config.scale_input:
         rows = rows * factor
 
-    layers = [with_adapters(*stack) for stack in stacks]
+    layers = [with_adapters(*stack, x.dtype) for stack in stacks]
     run = partial(run_experts, gate_of(moe), layers, ends)
     if recompute and torch.is_grad_enabled():
         out = checkpoint(run, rows, use_reentrant=False)
@@ -237,14 +293,14 @@ class GroupedLinears(torch.autograd.Function):
         h = before(*xs)                                                         # (n, in)
         ys = []
         low_rank = []
-        for i, (W, _, _, scale, _, bias) in enumerate(layers):
+        for i, layer in enumerate(layers):
             A, B = A_and_B[2 * i:2 * i + 2]
-            y = grouped_matmul(h, W, ends)                                      # (n, out)
-            if bias is not None:
-                y.add_(bias[expert_of_rows(len(h), ends)])
+            y = grouped_matmul(h, layer.matrices(h.dtype), ends)                # (n, out)
+            if layer.bias is not None:
+                y.add_(layer.bias[expert_of_rows(len(h), ends)])
             low_rank.append(None if A is None else grouped_matmul(h, A, ends))  # (n, r)
             if A is not None:
-                y.add_(grouped_matmul(low_rank[-1], B, ends), alpha=scale)
+                y.add_(grouped_matmul(low_rank[-1], B, ends), alpha=layer.scale)
             ys.append(y)
         ctx.before = before
         ctx.layers = layers
@@ -264,19 +320,19 @@ class GroupedLinears(torch.autograd.Function):
         dh = None
         grads = []
         for layer, dy, Ax in zip(ctx.layers, dys, low_rank):
-            W, A, B, scale, *_ = with_adapters(layer.W, layer.layers)
+            layer = with_adapters(layer.W, layer.layers, rows.dtype)
             dy = dy.contiguous()
-            terms = [(dy, W)]
-            dA = dB = None
-            if A is not None:
-                dAx = torch._grouped_mm(dy, B, offs=ends).mul_(scale)           # (n, r)
-                dB = torch._grouped_mm(dy.T, Ax, offs=ends).mul_(scale)         # (E, out, r)
+            dA = dB = dAx = None
+            if layer.A is not None:
+                dAx = torch._grouped_mm(dy, layer.B, offs=ends).mul_(layer.scale)       # (n, r)
+                dB = torch._grouped_mm(dy.T, Ax, offs=ends).mul_(layer.scale)   # (E, out, r)
                 dA = torch._grouped_mm(dAx.T, rows, offs=ends)                  # (E, r, in)
-                terms.append((dAx, A))
             grads += [dA, dB]
-            for left, right in terms if h.requires_grad else ():
-                more = torch._grouped_mm(left, right, offs=ends)                # (n, in)
+            if h.requires_grad:
+                more = torch._grouped_mm(dy, layer.matrices(dy.dtype), offs=ends)       # (n, in)
                 dh = more if dh is None else dh.add_(more)
+                if dAx is not None:
+                    dh.add_(torch._grouped_mm(dAx, layer.A, offs=ends))
         d_xs = gradients(h, dh, xs) if h.requires_grad else [None] * len(xs)
         return None, None, None, None, *d_xs, *grads
 
@@ -297,7 +353,7 @@ def pick_grouped(device, dtype: torch.dtype, hidden_act: str = "silu") -> tuple[
         return False, f"experts: one by one (grouped product fails: {first_line(refusal)})"
     if not error < ERROR:
         return False, f"experts: one by one (grouped product is wrong by {error:.2g})"
-    return True, "experts: grouped in one product, where they are frozen matrices in 16 bits"
+    return True, "experts: grouped in one product, where they are frozen and not in fp8"
 
 
 TRIALS = {"one by one": {"model_type": "qwen3_moe"},

@@ -51,6 +51,10 @@ class GroupedFormat:
     def codes_in_a_byte(self) -> int:
         return 2 if self.width <= 4 else 1
 
+    def of_joined(self, shape, count: int) -> "GroupedFormat | None":
+        """The format of `count` matrices below each other; None: each has an order of columns."""
+        return None if self.with_columns else self
+
     def bits(self) -> float:
         """Bits per weight of a large matrix in memory."""
         return 8 / self.codes_in_a_byte + 8 * (self.scale_dtype.itemsize + 1) / self.group_size

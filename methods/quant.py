@@ -54,6 +54,7 @@ class QuantFormat:
     blocksize: int = 64                 # numbers that share a scale
     nested: int = 256                   # scales that share one; 0: scales are float32 numbers
     dtype: torch.dtype | None = None    # of the original matrix; None: of the one to be quantized
+    offsets: int = 0                    # of matrices in one weight, each with its own nested_offset
 
     def tensors(self, shape) -> dict[str, tuple[tuple, torch.dtype]]:
         """{name: (shape, dtype)} of the tensors that store a matrix of this shape (out, in)."""
@@ -71,8 +72,17 @@ class QuantFormat:
             "absmax": ((blocks,), torch.uint8),
             "nested_absmax": ((-(-blocks // self.nested),), torch.float32),
             "nested_quant_map": ((256,), torch.float32),
-            "nested_offset": ((), torch.float32),
+            "nested_offset": ((self.offsets,) if self.offsets else (), torch.float32),
         }
+
+    def of_joined(self, shape, count: int) -> "QuantFormat | None":
+        """The format of `count` matrices of a shape below each other; None: a block has two."""
+        if self.kind == "int8":
+            return self
+        block = self.blocksize * max(1, self.nested)
+        if math.prod(shape) % block:
+            return None
+        return replace(self, offsets=count) if self.nested else self
 
     def bits(self) -> float:
         """Bits per weight of a large matrix; for int8 without its scales, one per row."""
@@ -120,6 +130,30 @@ class FrozenWeight(nn.Module):
     def dim(self) -> int:
         return len(self.shape)
 
+    def joins(self, weights: list) -> bool:
+        """Whether these weights, self the first of them, can be read at once."""
+        alike = {(type(each), each.quant_format, each.shape) for each in weights}
+        return len(alike) == 1 and self.quant_format.of_joined(self.shape, len(weights)) is not None
+
+    def joined(self, weights: list) -> "FrozenWeight":
+        """One weight (E * out, in) of E weights that join; their tensors become views of its own.
+        """
+        quant_format = self.quant_format.of_joined(self.shape, len(weights))
+        shape = (len(weights) * self.shape[0], *self.shape[1:])
+        tensors = {}
+        for name, (size, _) in quant_format.tensors(shape).items():
+            parts = [each._buffers[name] for each in weights]
+            if size == parts[0].shape:                          # a map of values
+                tensors[name] = parts[0]
+                continue
+            tensors[name] = torch.stack(parts)
+            for each, part in zip(weights, tensors[name]):
+                each._buffers[name] = part
+            tensors[name] = tensors[name].view(size)
+        made = type(self)(quant_format, shape, **tensors)
+        made.first = (self,)
+        return made
+
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.quant_format.kind}"
 
@@ -134,9 +168,13 @@ class FrozenWeight(nn.Module):
 
 
 class QuantizedWeight(FrozenWeight):
-    """A frozen matrix (out, in) in bitsandbytes' 4 or 8 bits. compiled: see compile_dequantize."""
+    """A frozen matrix (out, in) in bitsandbytes' 4 or 8 bits. compiled: see compile_dequantize.
+
+    first: (the first of the joined weights), whose compiled kernel is used.
+    """
 
     compiled = None
+    first = ()
 
     def __init__(self, quant_format: QuantFormat, shape, **tensors):
         super().__init__(quant_format, shape, **tensors)
@@ -149,7 +187,10 @@ class QuantizedWeight(FrozenWeight):
             return self.absmax
         outer = self.nested_absmax.repeat_interleave(self.quant_format.nested)[:len(self.absmax)]
         inner = self.nested_quant_map.index_select(0, self.absmax.int())
-        return inner * outer + self.nested_offset
+        offset = self.nested_offset
+        if self.quant_format.offsets:
+            offset = offset.repeat_interleave(len(inner) // self.quant_format.offsets)
+        return inner * outer + offset
 
     def dequantize(self, dtype: torch.dtype | None = None):
         """The matrix (out, in), computed at each call.
@@ -161,8 +202,9 @@ class QuantizedWeight(FrozenWeight):
         if self.quant_format.kind == "int8":
             return unpack_rows(self.codes, self.absmax, out_dtype)
         whole_blocks = self.numel() % self.quant_format.blocksize == 0
-        if self.compiled and whole_blocks:  # the compiler would omit the first of two roundings
-            matrix = self.compiled(self.codes, self.scales(), self.pairs, self.dtype)
+        compiled = self.first[0].compiled if self.first else self.compiled
+        if compiled and whole_blocks:       # the compiler would omit the first of two roundings
+            matrix = compiled(self.codes, self.scales(), self.pairs, self.dtype)
             return matrix.view(self.shape).to(out_dtype)
         unpack = unpack_in_pieces if whole_blocks else unpack_any
         matrix = unpack(self.codes, self.scales(), self.pairs, self.numel(),

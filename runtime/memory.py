@@ -54,6 +54,7 @@ class Workload:
     fast: bool = False              # fast/fused_block.py is used
     recompute: list[str] | None = None      # a level of fused_block.RECOMPUTE for each block
     fp8: bool = False               # frozen weights are held in 8 bits (methods/fp8.py)
+    grouped: bool = False           # fast/grouped_experts.py is used
     quant_formats: dict | None = None       # of weights in 4 or 8 bits, by name
     other_bytes: int = 0            # of other models, which are not trained
     rollout_bytes: int = 0          # of the cache while answers are sampled, before the step
@@ -217,6 +218,8 @@ def largest_batch(workload: Workload) -> MicroBatch:
         kernel=workload.kernel,
         device=torch.device(workload.device),
         fast=workload.fast and can_be_fast(workload.lora, workload.dtype),
+        grouped=workload.grouped and not workload.fp8,
+        sharded=workload.sharded,
         tile=workload.mlp_tile if workload.mlp_tile < -(-sum(lengths) // workload.parts) else 0,
         parts=workload.parts,
         head_rows=workload.head_rows,

@@ -427,6 +427,7 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
         fast=bool(kernels.fuse),
         head_rows=kernels.head_rows,
         fp8=bool(kernels.fp8),
+        grouped=bool(kernels.group_experts),
         quant_formats=base.quant_formats,
         other_bytes=second_model_bytes(second_model(config, base, lora), dtype)
         // (plan.ranks.partners // parts)

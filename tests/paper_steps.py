@@ -45,7 +45,7 @@ from tests.common import ROOT
 KERNELS = ("sdpa-flash", "sdpa-efficient", *(("torch-varlen",) if TORCH >= (2, 12) else ()))
 # runs that start no other operators on the device than the rest, and one that waits for its router
 ALIKE = {"compiled steps", "DFT", "EAFT", "label smoothing", "orpo", "little memory", "Muon",
-         "Adam-mini", "experts"}
+         "Adam-mini", "experts", "experts of nf4 in one product"}
 if TORCH < (2, 8):                      # no grouped product
     ALIKE.add("experts in one product")
 SHARDED = {

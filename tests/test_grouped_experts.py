@@ -12,9 +12,10 @@ from fast.compile import compile_steps
 from fast.fused_block import fuse_blocks
 from fast.grouped_experts import group_experts, grouped_error, one_by_one_for, pick_grouped
 from lora import LoRAConfig, attach_lora, lora_layers, set_adapters
-from methods.quant import QuantFormat, quantize
+from methods.quant import QuantFormat, compile_dequantize, quantize
 from model import CausalLM, init_weights
 from tests.rehearsal import rehearse
+from tests.test_grouped import FORMS, weight_with
 from tests.tiny_models import small_config
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"),
@@ -134,38 +135,95 @@ def test_what_cannot_be_grouped_stays_as_it_is():
     sharded = with_experts()
     for block in sharded.model.layers:
         block.mlp.visited = set()
-    shards = with_experts("gpt_oss")                        # frozen ones, of fsdp with adapters
-    for block in shards.model.layers:
-        block.mlp.experts.down_proj.base_layer.weight.to_local = None
     trained = CausalLM(small_config("llama4"))
     stack_dropout = CausalLM(small_config("gpt_oss"))
     attach_lora(stack_dropout, LoRAConfig(8, 16, lora_dropout=0.1, target_modules=["experts"]), 1)
     odd_width = CausalLM(small_config("gpt_oss", intermediate_size=92)).requires_grad_(False)
-    for model in (full, odd_rank, dropout, sharded, shards, trained, stack_dropout, odd_width):
+    for model in (full, odd_rank, dropout, sharded, trained, stack_dropout, odd_width):
         moe = next(block.mlp for block in model.model.layers if hasattr(block.mlp, "experts"))
         assert one_by_one_for(moe)
         group_experts(model)
         assert "mix" not in vars(moe)
 
 
-def in_4_bits():
-    model = with_experts(targets=["q_proj"])
-    for name in quantizable_weights(model):
-        if ".experts." in name:
-            set_quantized(model, name, quantize(model.get_parameter(name).data, QuantFormat("nf4")))
+def few_bits(form, targets=("all", "experts"), width=384, seed=0):
+    """A small Mixtral with its matrices in few bits, and adapters on top."""
+    model = CausalLM(small_config("mixtral", intermediate_size=width, num_hidden_layers=2))
+    init_weights(model, torch.Generator().manual_seed(seed))
+    for number, name in enumerate(quantizable_weights(model)):
+        weight = model.get_parameter(name).data
+        if form == "gptq":
+            packed, _ = weight_with(FORMS["groups"], *weight.shape, dtype=torch.float32)
+            packed.scales.mul_((number % 7 + 1) / 7)
+        else:
+            packed = quantize(weight, form)
+        set_quantized(model, name, packed)
+    attach_lora(model, LoRAConfig(8, 16, target_modules=list(targets)), 1)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B.weight, std=0.1, generator=torch.Generator().manual_seed(2))
     return model
 
 
+FEW_BITS = {"nf4": QuantFormat("nf4"), "fp4, plain scales": QuantFormat("fp4", nested=0),
+            "int8": QuantFormat("int8", nested=0), "gptq": "gptq"}
+
+
+@pytest.mark.parametrize("level", ("none", "mlp"))
+@pytest.mark.parametrize("form", FEW_BITS)
+def test_experts_in_few_bits_together_equal_the_loop(form, level):
+    twin, model = few_bits(FEW_BITS[form]), few_bits(FEW_BITS[form])
+    levels = [level] * 2
+    fuse_blocks(model, recompute=levels)
+    assert group_experts(model, levels) == ""
+    assert all("mix" in vars(block.mlp) for block in model.model.layers)
+    assert_equal_within(results(model), results(twin), 1e-5)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("form", FEW_BITS)
+def test_matrices_in_few_bits_are_dequantized_at_once_bit_for_bit(form, compiled):
+    model = few_bits(FEW_BITS[form], ["q_proj"])
+    experts = model.model.layers[0].mlp.experts
+    weights = [expert.up_proj.weight for expert in experts]
+    want = [weight.dequantize(torch.bfloat16) for weight in weights]
+    nbytes = [weight.nbytes for weight in weights]
+    group_experts(model)
+    rows = []
+    if compiled:
+        def compiler(function, tensors):
+            return lambda codes, *others: rows.append(len(codes)) or function(codes, *others)
+
+        line = compile_dequantize(model, compiler)
+        rows.clear()
+        assert bool(line) == (form in ("nf4", "fp4, plain scales"))
+    stack, layers = model.model.layers[0].mlp.mix.args[1][1]
+    found = grouped_experts.matrices_of(stack, layers, torch.bfloat16)
+    assert torch.equal(found, torch.stack(want))
+    assert rows == ([found.numel() // 64] if compiled and "4" in form else [])
+    assert [weight.nbytes for weight in weights] == nbytes
+    assert all(torch.equal(w.dequantize(torch.bfloat16), x) for w, x in zip(weights, want))
+    assert len({weight.codes.untyped_storage().data_ptr() for weight in weights}) == 1
+    if hasattr(stack, "absmax"):
+        assert len({weight.absmax.untyped_storage().data_ptr() for weight in weights}) == 1
+
+
 def test_experts_one_by_one_are_said_with_the_reason():
-    layers = small_config("mixtral").num_hidden_layers
     assert group_experts(with_experts()) == ""
     assert group_experts(CausalLM(small_config("llama"))) == ""
     sharded = with_experts()
     for block in sharded.model.layers:
         block.mlp.visited = set()
-    for model, options, reason in ((sharded, {}, "shards"), (in_4_bits(), {}, "few bits"),
+    columns = few_bits("gptq")
+    for block in columns.model.layers:                      # each expert has an order of its own
+        for expert in block.mlp.experts:
+            weight = expert.up_proj.base_layer.weight
+            weight.quant_format = replace(weight.quant_format, with_columns=True)
+    for model, options, reason in ((sharded, {}, "fsdp shards and trains them"),
+                                   (few_bits(QuantFormat("nf4"), width=352), {}, "read at once"),
+                                   (columns, {}, "read at once"),
                                    (with_experts(), {"fp8": True}, "8 bits")):
         line = group_experts(model, **options)
+        layers = len(model.model.layers)
         assert f"one by one in {layers} of {layers} layers" in line and reason in line
         assert not any("mix" in vars(block.mlp) for block in model.model.layers)
 
@@ -187,6 +245,13 @@ def test_the_device_is_not_waited_for(name):
             assert not grouped or not waits, waits
 
 
+class OnMeta(grouped_experts.Stack):
+    """A stack whose matrices are W."""
+
+    def matrices(self, dtype):
+        return self.W
+
+
 @pytest.mark.parametrize("name", ("mixtral", "gpt_oss"))
 def test_nothing_in_it_needs_a_number_of_the_device(name):
     """Shapes alone, on the meta device: a wait would be an error."""
@@ -196,10 +261,10 @@ def test_nothing_in_it_needs_a_number_of_the_device(name):
     stacks = moe.mix.args[1]
     meta = []
     for stack, layers in stacks:
-        W, A, B, scale, _, bias = grouped_experts.with_adapters(stack, layers)
+        _, A, B, scale, _, bias = grouped_experts.with_adapters(stack, layers, torch.bfloat16)
+        W = grouped_experts.matrices_of(stack, layers, torch.bfloat16).to("meta")
         bias = None if bias is None else bias.to("meta")
-        meta.append(grouped_experts.Stack(W.to("meta"), A.to("meta"), B.to("meta"), scale, layers,
-                                          bias))
+        meta.append(OnMeta(W, A.to("meta"), B.to("meta"), scale, layers, bias))
     rows = torch.empty(12, model.config.hidden_size, dtype=torch.bfloat16, device="meta")
     ends = torch.empty(moe.config.num_experts, dtype=torch.int32, device="meta")
     out = grouped_experts.run_experts(grouped_experts.gate_of(moe), meta, ends, rows)

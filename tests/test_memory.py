@@ -20,6 +20,7 @@ from checkpoint.adapters import variant_of
 from checkpoint.load import count_parameters, quantizable_weights, set_quantized
 from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
+from fast.grouped_experts import group_experts
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
 from methods.grouped import GroupedFormat, GroupedWeight
@@ -64,7 +65,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None):
+def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None, grouped=False):
     """Measured bytes beside weights, gradients and optimizer state: (after the forward, peak)."""
     torch.manual_seed(0)
     model = CausalLM(model_config)
@@ -75,6 +76,8 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None)
         attach_lora(base, lora, stored_name=model_config.stored_name, **variant_of(lora))
     model.kernel = kernel
     fuse_blocks(model, F.linear if fast else None, recompute)
+    if grouped:
+        assert group_experts(model, recompute) == ""
     model.train()
     for p in trainable(model).values():
         p.grad = torch.zeros_like(p)  # as in the second micro-batch, which finds them allocated
@@ -134,6 +137,7 @@ def compare(
     close=0.1,
     fast=False,
     form=None,
+    grouped=False,
 ):
     """The bytes after the forward must match activations; the peak, activations and working."""
     plan = planned(
@@ -145,15 +149,17 @@ def compare(
         rows,
         fast=fast,
         quant_formats=form and all_in(form, model_config),
+        grouped=grouped,
     )
     kept, most = measure(
-        model_config, lora, dtype, kernel, plan.workload.recompute, rows, fast, form
+        model_config, lora, dtype, kernel, plan.workload.recompute, rows, fast, form, grouped
     )
     if any(p.requires_grad for p in plan.workload.model.lm_head.parameters()):
         # the head's gradient, which the plan counts in `working`
         kept -= 4 * model_config.vocab_size * model_config.hidden_size
     assert plan.activations == pytest.approx(kept, rel=close)
     assert plan.activations + plan.working == pytest.approx(most, rel=0.25)
+    return most
 
 
 @pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
@@ -264,6 +270,18 @@ def test_activations_over_a_quantized_base(name, form):
         form=form,
         fast=True,
     )
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
+@pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)),
+                         ids=("nf4", "int8"))
+def test_all_experts_of_a_layer_are_dequantized_at_once(form):
+    """They are the peak where tokens are few."""
+    sizes = small_config("mixtral", hidden_size=256, intermediate_size=2048, num_hidden_layers=2)
+    both = [compare(sizes, ALL, BF16, rows=[[24]], form=form, fast=True, grouped=grouped)
+            for grouped in (False, True)]
+    one = 2 * 256 * 2048
+    assert both[1] - both[0] > 3 * one          # 4 experts instead of one
 
 
 def test_the_head_of_a_large_vocabulary():
