@@ -25,7 +25,7 @@ import merge
 import train
 from attention import TORCH, to_device
 from checkpoint.load import load_model
-from fast import attention_picker, decode
+from fast import attention_picker, decode, grouped_experts
 from fast.batch_decode import answer_all, answer_each
 from generate import generate, next_scores
 from model import KVCache
@@ -409,6 +409,19 @@ def test_a_planted_wait_in_the_loop_is_caught(name, line, fault, message, tmp_pa
     with planted(train, name, line, fault) as place:
         with pytest.raises(Fault, match=f"^{place}: {re.escape(message)} waits for the device"):
             rehearsed(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
+@pytest.mark.parametrize("fault, message", [
+    ("ends.tolist()", "[.]tolist[(][)] waits for the device"),
+    ("x[x[:, 0] > 0]", "indexing by a mask waits for the device"),
+])
+def test_a_planted_fault_in_grouped_experts_is_caught(fault, message, world, tmp_path):
+    line = "    rows = x[order // chosen.shape[1]]\n"
+    fault = f"    x.shape and {fault}; rows = x[order // chosen.shape[1]]\n"
+    with planted(grouped_experts, "mix_together", line, fault) as place:
+        with pytest.raises(Fault, match=f"^{place}: {message}"):
+            rehearsed(tmp_path, f"model_name_or_path={world}/experts", "bf16=true")
 
 
 def test_a_planted_tensor_of_the_cpu_in_decoding_is_caught():

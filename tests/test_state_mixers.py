@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import layers
 from attention import PackedLayout, to_device
 from checkpoint.adapter_names import module_name
 from checkpoint.adapters import load_with_adapters, peft_names, save_adapter
@@ -32,11 +33,12 @@ from scale.context_parallel import check_shares
 from scale.tensor_parallel import part_config
 from settings.config import Config
 from tests.common import needs_shared
-from tests.rehearsal import host, rehearse
+from tests.rehearsal import Fault, host, rehearse
 from tests.test_families import (DELTA, FULL, MAMBA, NEMOTRON, READABLE, SHARED_EXPERT, SMALL,
                                  reference)
 from tests.test_families_2026 import FOLDERS
 from tests.test_memory import ALL, compare
+from tests.test_rehearsal import planted
 from tests.tiny_models import perturb
 
 KINDS = {
@@ -185,6 +187,21 @@ def test_training_and_many_rows_on_a_gpu_wait_for_nothing(model):
         assert all(layer.lora_A.weight.grad is not None for layer in lora_layers(model).values())
         with record.strict([("fast/batch_decode.py", "add_tokens")]):
             assert sorted(answer_all(model, prompts, 2, **limit)) == want
+
+
+@pytest.mark.parametrize("fault, message", [
+    ("; torch.zeros(1, device=S.device)", "zeros: memory is allocated in a captured graph"),
+    ("; S.sum().item()", "_local_scalar_dense in a captured graph"),
+    (" + torch.tensor(0.0)", "add: a tensor .. of the CPU"),
+])
+def test_a_planted_fault_in_a_captured_state_is_caught(fault, message):
+    kind, fields = KINDS["delta rule"]
+    line = "S = S * g_t.exp()[..., None, None]"
+    with rehearse(), planted(layers, "recurrent_scan", line, line + fault) as place:
+        model = CausalLM(model_config({"model_type": kind, **fields})).requires_grad_(False)
+        init_weights(model, torch.Generator().manual_seed(1))
+        with pytest.raises(Fault, match=f"^{place}: {message}"):
+            pick_step(model.to("cuda"), compiled=False)
 
 
 def state_places(states) -> list[int]:
