@@ -24,12 +24,13 @@ def scores(model, ids):
 
 @pytest.fixture(params=DECODE_MATMULS)
 def forced(request, monkeypatch):
-    """Each matmul in turn, whatever would be picked here; skipped where this torch lacks it."""
+    """Each matmul in turn, whatever would be picked here; skipped where torch or CPU lacks it."""
     matmul, laid_out = DECODE_MATMULS[request.param]
+    dtype = request.node.callspec.params.get("dtype", torch.float32)
     try:
-        matmul(torch.ones(1, 8), laid_out(torch.ones(4, 8)))
+        matmul(torch.ones(1, 8, dtype=dtype), laid_out(torch.ones(4, 8, dtype=dtype)))
     except (RuntimeError, AttributeError, NotImplementedError):
-        pytest.skip(f"{request.param} is not in this torch")
+        pytest.skip(f"this torch has no {request.param} in {dtype} for this CPU")
     choice = (request.param, "matmul    forced")
     monkeypatch.setattr(decode, "pick_decode_matmul", lambda dtype, rows: choice)
     monkeypatch.setattr(decode, "WORTH", 0)
