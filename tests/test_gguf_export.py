@@ -24,7 +24,7 @@ from checkpoint.read_gguf import load_gguf
 from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
 from families import FAMILIES
 from text.tokenizer import load_tokenizer
-from tests.common import GOLDEN, ROOT, losses_in, message_of, needs_shared
+from tests.common import GOLDEN, ROOT, SHARED, losses_in, message_of, needs_shared
 from tests.test_families import READABLE
 from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter_with, base_with,
                                checkpoint_of, tensors_in)
@@ -32,7 +32,7 @@ from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter
 gguf = pytest.importorskip("gguf")
 RECORDED = ROOT / "tests/recorded/llama_cpp.json"
 TINY_BASE = ROOT / "models/tiny"
-TOKENIZERS = ROOT.parent / "shared/tokenizers"
+TOKENIZERS = SHARED / "tokenizers"
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 REFUSED = {"baichuan2_13b": "alibi: True", "llama4": "stacked_experts: in, out",
            "llama4_nested": "stacked_experts: in, out", "qwen3_moe": "layers without experts"}
