@@ -82,6 +82,7 @@ MIXTURE = {"model_type": "qwen3_moe", **SMALL, "num_experts": 24, "num_experts_p
 COMMON = dict(model_name_or_path="dense", dataset="rows.jsonl", template="chatml", cutoff_len=96,
               use_cpu=True, disable_tqdm=True, even_batches=False, logging_steps=1,
               save_strategy="no", num_train_epochs=2, lora_rank=4, learning_rate=5e-3,
+              adam_epsilon=1e-4,        # or AdamW divides tiny gradients by their rounding errors
               lr_scheduler_type="cosine", disable_gradient_checkpointing=True,
               flash_attn="disabled")
 

@@ -123,7 +123,7 @@ CASES = {
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
     "budget": (LARGE, 1, dict(token_budget=100)),
     "dora": (LARGE, 1,
-             dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12, adam_epsilon=1e-4)),
+             dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12)),
     "freeze": (8000, 2, dict(
         finetuning_type="freeze", freeze_trainable_layers=1, learning_rate=5e-4, max_samples=12
     )),

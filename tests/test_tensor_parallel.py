@@ -79,8 +79,7 @@ MODELS = {
     "gpt_oss": {"model_type": "gpt_oss", **SMALL, "num_local_experts": 4, "sliding_window": 20,
                 "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
 }
-# AdamW divides tiny gradients, of experts with few tokens, by their own rounding errors: not here
-EXPERTS = dict(lora_target="all,experts", join_micro_batches=False, adam_epsilon=1e-6)
+EXPERTS = dict(lora_target="all,experts", join_micro_batches=False)
 SAVES = dict(save_strategy="steps", save_steps=2)
 FULL = dict(finetuning_type="full", learning_rate=5e-4)
 CASES = {   # settings of runs that agree with one process

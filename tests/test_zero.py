@@ -69,10 +69,9 @@ SAVES = dict(save_strategy="steps", save_steps=2)
 CASES = {       # 27 rows, 12 a step; the ranks have different numbers of micro-batches
     "full": dict(**FULL, **SAVES, weight_decay=0.1),
     "not clipped": dict(**FULL, max_grad_norm=0, max_steps=3),
-    "experts": dict(**FULL, model_name_or_path="mixture", cutoff_len=24, max_steps=3,
-                    adam_epsilon=1e-5),
+    "experts": dict(**FULL, model_name_or_path="mixture", cutoff_len=24, max_steps=3),
     "lora": dict(loraplus_lr_ratio=4, use_dora=True, lora_target="q_proj,up_proj",
-                 additional_target="embed_tokens", adam_epsilon=1e-4, max_steps=3),
+                 additional_target="embed_tokens", max_steps=3),
     "reward": dict(**FULL, stage="rm", dataset="pairs.jsonl", max_steps=2),
     "best": dict(**FULL, eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps",
                  eval_steps=2, save_steps=2, load_best_model_at_end=True, max_steps=4),
