@@ -55,7 +55,7 @@ def forked(world, script, *rest):
     return ["-m", "tests.fork_ranks", world, script, *rest]
 
 
-def outcomes(*launchers, seconds=120) -> list[tuple[int, str, float]]:
+def outcomes(*launchers, seconds=400) -> list[tuple[int, str, float]]:
     """(exit code, all that was printed, when it ended) of launchers that run at the same time."""
     found, start = [None] * len(launchers), time.time()
 

@@ -114,8 +114,7 @@ def here(tmp_path_factory):
                                                 zero_stage=stage, offload_optimizer=place))
                  for stage, place in ((1, "nvme"), (2, "cpu")) if world == 3]
         (here / f"runs{world}").write_text(json.dumps(todo))
-        (code, screen, _), = outcomes(forked(world, here / "worker.py", here / f"runs{world}"),
-                                      seconds=240)
+        (code, screen, _), = outcomes(forked(world, here / "worker.py", here / f"runs{world}"))
         assert code == 0, screen[-6000:]
         (here / f"screen{world}").write_text(screen)
     return here
