@@ -93,8 +93,9 @@ def one_by_one_for(moe: MoE) -> str | None:
 
     They must be frozen matrices of 16-byte rows, with adapters all alike or none.
     """
-    if moe.visited is not None:
-        return "fsdp shards and trains them"
+    sharded = any(hasattr(p, "to_local") for p in moe.experts.parameters())
+    if sharded or moe.visited is not None:
+        return "fsdp shards them"       # grouped, AdamW had states of an expert without tokens
     if not all(map(alike, layers_of(moe))):
         return ("they are trained, or with sizes that are no multiples of 8, dropout, biases of "
                 "single experts, or adapters that are not all alike")

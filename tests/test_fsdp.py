@@ -31,7 +31,6 @@ from tests.common import leave_with_parent
 leave_with_parent()
 import torch, train
 from errors import run_script
-from fast import grouped_experts
 from runtime import build, run as runtime_run
 joined, held, rank = [], {}, os.environ["RANK"]
 
@@ -50,10 +49,6 @@ def count(model, ranks):
     held[name] = live() - before
     print_shards(model, ranks)
 
-def always(device, dtype, hidden_act):
-    return "grouped" in name, ""            # not only on a GPU
-
-grouped_experts.pick_grouped = always
 start_ranks, end_ranks = train.start_ranks, runtime_run.end_ranks
 train.start_ranks, runtime_run.end_ranks = start, lambda: None
 print_shards = build.fsdp.print_shards
@@ -85,9 +80,6 @@ CASES = {  # settings of runs that agree with 0 (one process), 2 and 3 ranks: 27
     "dora": dict(use_dora=True, lora_target="q_proj,up_proj,lm_head", max_steps=3),
     "lora, experts": EVALUATION
                      | dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts"),
-    "lora, experts grouped": dict(model_name_or_path="mixture", cutoff_len=24, lora_rank=8,
-                                  lora_target="all,experts", learning_rate=5e-5, max_steps=4,
-                                  **SAVES),
     "full": dict(model_name_or_path="llama", disable_gradient_checkpointing=False, **FULL, **SAVES),
     "lora, pairs": dict(model_name_or_path="llama", stage="dpo", dataset="pairs.jsonl"),
     "full, pairs": dict(model_name_or_path="llama", stage="dpo", dataset="pairs.jsonl", **FULL),
@@ -95,7 +87,6 @@ CASES = {  # settings of runs that agree with 0 (one process), 2 and 3 ranks: 27
     "full, experts": dict(model_name_or_path="mixture", cutoff_len=24, max_steps=3, **FULL),
 }
 RECORDED = ("sft_llama3", "sft_qwen2_loraplus")  # by LLaMA-Factory; the latter's head is tied
-RESUMED = ("lora", "lora, whole modules", "lora, experts grouped", "full")
 WORDS = {2: "full_shard auto_wrap", 3: "full_shard,offload"}
 
 
@@ -132,7 +123,7 @@ def here(tmp_path_factory):
         train.main(arguments(here, 0, name, f"0 {name}"))
     for world in (2, 3):
         todo = [(name, arguments(here, world, name, f"{world} {name}")) for name in CASES]
-        for name in RESUMED:
+        for name in ("lora", "lora, whole modules", "full"):
             todo.append((f"{name} resumed",
                          arguments(here, world, name, f"{world} {name} resumed",
                                    resume_from_checkpoint=f"{here}/2 {name}/checkpoint-2")))
@@ -206,7 +197,7 @@ def test_recorded_runs(here, case):
     assert one.keys() == other.keys() and all((one[n] - other[n]).abs().max() < 1e-4 for n in one)
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", ["lora", "lora, whole modules", "full"])
 def test_a_resumed_run_equals_an_uninterrupted_run(here, name):
     """Bit for bit with the same number of ranks; to 1e-5 with three instead of two."""
     assert_alike(here / f"2 {name}", here / f"2 {name} resumed", 0)

@@ -218,7 +218,7 @@ def test_experts_one_by_one_are_said_with_the_reason():
         for expert in block.mlp.experts:
             weight = expert.up_proj.base_layer.weight
             weight.quant_format = replace(weight.quant_format, with_columns=True)
-    for model, options, reason in ((sharded, {}, "fsdp shards and trains them"),
+    for model, options, reason in ((sharded, {}, "fsdp shards them"),
                                    (few_bits(QuantFormat("nf4"), width=352), {}, "read at once"),
                                    (columns, {}, "read at once"),
                                    (with_experts(), {"fp8": True}, "8 bits")):
