@@ -9,9 +9,8 @@ checkpoint, or a new one (E, out, in), of which each expert's weight becomes a v
 single experts are stacked for each pass; gradients reach each expert's own. What is kept for the
 backward pass is what fast/fused_block.py keeps of one expert.
 
-Frozen matrices that are not there as they are multiplied are made for each product, forward and
-backward, all experts of a layer at once, and not kept: those in 4 or 8 bits are dequantized, those
-that fsdp has gathered are copied into one tensor.
+Frozen matrices in 4 or 8 bits are dequantized for each product, forward and backward, all experts
+of a layer at once, and not kept.
 
 The slow twins are layers.grouped and layers.one_by_one.
 
