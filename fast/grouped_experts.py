@@ -94,7 +94,7 @@ def one_by_one_for(moe: MoE) -> str | None:
     """
     sharded = any(hasattr(p, "to_local") for p in moe.experts.parameters())
     if sharded or moe.visited is not None:
-        return "fsdp shards them"       # grouped, AdamW had states of an expert without tokens
+        return "fsdp shards them"
     if not all(map(alike, layers_of(moe))):
         return ("they are trained, or with sizes that are no multiples of 8, dropout, biases of "
                 "single experts, or adapters that are not all alike")
@@ -150,14 +150,13 @@ def can_be_read_at_once(layers: list[nn.Module]) -> bool:
 def stack_weights(layers: list[nn.Module]) -> tuple[object, list[nn.Module]]:
     """(the matrices of all layers, the layers, now with views of them).
 
-    The matrices: a tensor (E, out, in); quantized, one weight (E * out, in); None: they are asked
-    for when they are needed, as fsdp then has gathered them.
+    The matrices: a tensor (E, out, in); quantized, one weight (E * out, in); None: of a checkpoint
+    that stores them as one stack.
     """
     if in_few_bits(layers):
         weights = [base_of(layer).weight for layer in layers]
         return weights[0].joined(weights), layers
-    sharded = any(hasattr(base_of(layer).weight, "to_local") for layer in layers)
-    if sharded or layers[0].weight.dim() == 3:
+    if layers[0].weight.dim() == 3:
         return None, layers
     bases = [base_of(layer) for layer in layers]
     stack = torch.stack([base.weight.detach() for base in bases])
@@ -173,13 +172,13 @@ def matrices_of(stack, layers: list[nn.Module], dtype: torch.dtype):
     base = base_of(layers[0])
     if base.weight.dim() == 3:
         return base.weight if base.out_first else base.weight.transpose(1, 2)
-    return torch.stack([base_of(layer).weight for layer in layers]) if stack is None else stack
+    return stack
 
 
-def made_bytes(model: CausalLM, device, itemsize: int, sharded: bool) -> int:
+def made_bytes(model: CausalLM, device, itemsize: int) -> int:
     """Bytes of the largest stack that matrices_of makes, and what that takes; 0: it makes none.
 
-    Of a model without storage. itemsize: bytes per number in a product. sharded: by fsdp.
+    Of a model without storage. itemsize: bytes per number in a product.
     """
     sizes = [0]
     for block in model.model.layers:
@@ -189,8 +188,6 @@ def made_bytes(model: CausalLM, device, itemsize: int, sharded: bool) -> int:
                 whole = first.quant_format.of_joined(first.shape, len(layers))
                 whole = whole.empty((len(layers) * first.shape[0], first.shape[1]))
                 sizes.append(whole.dequantize_bytes(device, itemsize))
-            elif sharded and first.dim() == 2:
-                sizes.append(len(layers) * itemsize * first.numel())
     return max(sizes)
 
 

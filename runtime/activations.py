@@ -67,7 +67,6 @@ class MicroBatch:
     device: torch.device
     fast: bool                      # fast/fused_block.py: keeps inputs, recomputes outputs
     grouped: bool = False           # fast/grouped_experts.py: all experts in one product
-    sharded: bool = False           # weights are gathered for each block
     tile: int = 0                   # tokens of a tile of the MLP; 0: all at once
     parts: int = 1                  # processes that share the row (scale/context_parallel.py)
     head_rows: int = 0              # of a chunk of the head, see losses.py
@@ -194,14 +193,14 @@ def attention_peak_bytes(block: Block, layer: int, model_config: ModelConfig,
 
 
 def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
-    """Bytes of the largest frozen matrix, or stack of experts, that is made for a matrix product:
-    dequantized, or copied from what fsdp has gathered."""
+    """Bytes of the largest quantized matrix, or stack of experts, while it is dequantized for a
+    matrix product."""
     sizes = [weight.dequantize_bytes(batch.device, batch.compute)
              for weight in quantized_weights(model.model).values()]
     if batch.grouped:
         from fast.grouped_experts import made_bytes     # only where it is used
 
-        sizes.append(made_bytes(model, batch.device, batch.compute, batch.sharded))
+        sizes.append(made_bytes(model, batch.device, batch.compute))
     return max(sizes, default=0)
 
 

@@ -219,7 +219,6 @@ def largest_batch(workload: Workload) -> MicroBatch:
         device=torch.device(workload.device),
         fast=workload.fast and can_be_fast(workload.lora, workload.dtype),
         grouped=workload.grouped and not workload.fp8,
-        sharded=workload.sharded,
         tile=workload.mlp_tile if workload.mlp_tile < -(-sum(lengths) // workload.parts) else 0,
         parts=workload.parts,
         head_rows=workload.head_rows,
