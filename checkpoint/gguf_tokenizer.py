@@ -26,6 +26,10 @@ MARKS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 SMALL = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN_WORDS = f"{MARKS}*{SMALL}+|{MARKS}+{SMALL}*|\\p{{N}}{REST}"
+CHINESE_JAPANESE = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+DEEPSEEK_WORDS = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+                  r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+                  r"\s*[\r\n]+|\s+(?!\S)|\s+")
 # {(regular expressions of the split, whether whole words are looked up before merging): its name}
 PRETOKENIZERS = {
     ((word_regex("{1,3}"),), True): "llama-bpe",
@@ -34,6 +38,7 @@ PRETOKENIZERS = {
     ((GPT2_WORDS,), False): "gpt-2",
     (("digits", GPT2_WORDS), False): "smollm",
     ((TEKKEN_WORDS,), True): "tekken",
+    ((r"\p{N}{1,3}", CHINESE_JAPANESE, DEEPSEEK_WORDS), False): "deepseek-v3",
 }
 IGNORES_MERGES = {name: ignores for (_, ignores), name in PRETOKENIZERS.items()}
 
@@ -116,12 +121,17 @@ def word_splits(rules: dict | None) -> tuple | None:
         if step["type"] == "Digits" and step["individual_digits"]:
             found.append("digits")
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            found.append(step["pattern"].get("Regex"))
+            found.append(escaped(step["pattern"].get("Regex")))
         else:
             return None
     if steps[-1].get("use_regex", True):
         found.append(GPT2_WORDS)
     return tuple(found)
+
+
+def escaped(regex: str | None) -> str | None:
+    """Ends of lines, which some files hold as characters, as the escapes of the others."""
+    return regex and regex.replace("\r", r"\r").replace("\n", r"\n")
 
 
 # ---- sentencepiece ------------------------------------------------------------------------------

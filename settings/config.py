@@ -674,7 +674,7 @@ class Config:
     gguf_pretokenizer: str | None = key(None, IGNORED,
         "how llama.cpp splits texts into words (none: it is recognized)", own=True,
         only="merge.py",
-        choices=("llama-bpe", "dbrx", "qwen2", "gpt-2", "smollm", "tekken"))
+        choices=("llama-bpe", "dbrx", "qwen2", "gpt-2", "smollm", "tekken", "deepseek-v3"))
     export_quantization_bit: int | None = key(None, IGNORED,
         "quantize the model to 2, 3, 4 or 8 bits by GPTQ, in groups of 128 columns (no adapter)",
         only="merge.py")

@@ -32,7 +32,7 @@ from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter
 gguf = pytest.importorskip("gguf")
 RECORDED = ROOT / "tests/recorded/llama_cpp.json"
 TINY_BASE = ROOT / "models/tiny"
-TOKENIZERS = SHARED / "tokenizers"
+TOKENIZERS = ("llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3", "deepseek_v3")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 REFUSED = {"baichuan2_13b": "alibi: True", "llama4": "stacked_experts: in, out",
            "llama4_nested": "stacked_experts: in, out", "qwen3_moe": "layers without experts"}
@@ -51,6 +51,10 @@ PAGE = [
     "<|im_start|>user\nhi<|im_end|>\n<|begin_of_text|>a", "x" * 50 + " " * 40 + "y",
     "ไทย ภาษาไทย हिन्दी नमस्ते", "$100.50 €5 50% 1,000,000", "AbcDEFghi JSONData", "1½ ² ³ Ⅷ",
 ]
+DEEPSEEK_SPLITS = [     # of its tokenizer.json, where ends of lines are characters
+    r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?"""
+    r"[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+".replace(r"\r\n", "\r\n")]
 
 
 def export(base, out, number_type="f32", *more):
@@ -302,13 +306,29 @@ def test_every_family_computes_the_same_in_llama_cpp(name, tmp_path):
 
 
 @needs_shared
-@pytest.mark.parametrize("name", ["llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3"])
-def test_ids_of_mixed_texts_are_llama_cpps(name):
-    tokenizer = load_tokenizer(TOKENIZERS / name)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_ids_of_mixed_texts_are_llama_cpps(name, tmp_path):
+    tokenizer = load_tokenizer(tokenizer_folder(name, tmp_path))
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))[f"tokenizer {name}"]
     section = tokenizer_metadata(tokenizer, tokenizer.vocab_size + 5, set())
     assert hashlib.sha256(repr(section).encode()).hexdigest()[:16] == recorded["digest"]
     assert [tokenizer.encode(text) for text in PAGE] == recorded["ids"]
+
+
+def tokenizer_folder(name, scratch):
+    """Files of a tokenizer; deepseek_v3: Qwen 2.5's vocabulary and the splits of DeepSeek V3."""
+    if name != "deepseek_v3":
+        return SHARED / "tokenizers" / name
+    folder = scratch / name
+    shutil.copytree(SHARED / "tokenizers/qwen2.5", folder)
+    fields = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    steps = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+              "invert": False} for regex in DEEPSEEK_SPLITS]
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False})
+    fields |= {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    (folder / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
+    return folder
 
 
 # ---- losses ----
@@ -409,7 +429,7 @@ def test_every_family_is_written_or_refused_in_words(tmp_path):
 def test_an_unknown_pretokenizer_is_refused_by_name(tmp_path):
     message = message_of(export, TINY_BASE, tmp_path / "out")
     assert "no tokenizer like tiny's and would split texts into other ids: it splits" in message
-    assert "name the nearest (gguf_pretokenizer: dbrx, qwen2, gpt-2, smollm)" in message
+    assert "nearest (gguf_pretokenizer: dbrx, qwen2, gpt-2, smollm, deepseek-v3)" in message
     assert not any(tmp_path.iterdir())                  # nothing half-written
 
 
@@ -452,11 +472,11 @@ def record(folder: Path):
         found[name], logits = judged(file, [prompt], count)
         ours = model.logits(model(torch.tensor([prompt])))[0]
         found[name]["logits_off"] = float((ours - logits).abs().max())
-    for name in ("llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3"):
-        tokenizer = load_tokenizer(TOKENIZERS / name)
-        rows = tokenizer.vocab_size + 5
+    for name in TOKENIZERS:
+        files = tokenizer_folder(name, folder)
+        rows = load_tokenizer(files).vocab_size + 5
         base = base_with(folder / f"base_{name}", vocab_size=rows)
-        for file in (TOKENIZERS / name).glob("*token*.json"):
+        for file in files.glob("*token*.json"):
             shutil.copyfile(file, base / file.name)
         file = export(base, folder / f"text_{name}", "f16")
         section = tokenizer_metadata(load_tokenizer(base), rows, set())
