@@ -24,7 +24,7 @@ from data import IGNORE, Batch, collate
 from losses import Objective
 from methods.distill_losses import Distance, Head, distill_sums
 from methods.prompts import Prompt, RowBatch
-from methods.rollouts import Group, RolloutObjective, answered, groups_of, known_sum
+from methods.rollouts import Group, RolloutObjective, answered, groups_of, known_sums
 
 
 @dataclass
@@ -141,7 +141,7 @@ class DistillObjective(RolloutObjective):
             "ended": [group.ended[0] for group in own],
             "sampler_gap": [self.gap] if own else [],
         }
-        return {name: known_sum(value).to(device) for name, value in values.items()}
+        return known_sums(values, device)
 
     def samples_of(self, group: Group) -> list[dict]:
         """The line of samples.jsonl for the answer of a group, if the model has given one."""

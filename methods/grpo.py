@@ -13,6 +13,7 @@ Papers: GRPO arXiv:2402.03300 (algorithm 1); see methods/policy_losses.py for th
 """
 import torch
 
+from attention import to_device
 from losses import weighted_sum
 from methods.policy_losses import (clipped_share, group_advantages, kl_estimates, policy_losses,
                                    token_weights)
@@ -42,7 +43,8 @@ class GRPOObjective(RolloutObjective):
         batch = answer_batch(groups_of(prompts, groups), device)
         rewards = torch.tensor([group.rewards for group in batch.groups])               # (P, G)
         advantages = group_advantages(rewards, self.config.scale_rewards).flatten()     # (S,)
-        batch.advantages = advantages.repeat_interleave(torch.tensor(batch.counts)).to(device)
+        advantages = advantages.repeat_interleave(torch.tensor(batch.counts))           # (N,)
+        batch.advantages = to_device(advantages, device)
         batch.old_logps = flat(batch.groups, "old_logps", device)
         if self.config.kl_beta:
             batch.answer_ref_logps = flat(batch.groups, "ref_logps", device)
@@ -65,7 +67,7 @@ class GRPOObjective(RolloutObjective):
             weights = token_weights(
                 self.config.policy_loss, n, kept, answers=answers, tokens=tokens,
                 micro_batches=micro_batches, max_new_tokens=self.config.max_new_tokens)
-            batch.weights = weights.to(batch.input_ids.device)
+            batch.weights = to_device(weights, batch.input_ids.device)
 
     # ---- the loss
 

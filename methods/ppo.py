@@ -19,6 +19,7 @@ from itertools import chain, zip_longest
 
 import torch
 
+from attention import to_device
 from data import IGNORE
 from losses import weighted_sum
 from methods.policy_losses import clipped_losses, clipped_share, token_weights
@@ -57,8 +58,8 @@ class PPOObjective(RolloutObjective):
 
     def values(self, hidden, batch):
         """What the head expects before each token of the answers, (N,)."""
-        rows = (batch.targets != IGNORE).nonzero()[:, 0].to(hidden.device)
-        return self.head(hidden[rows])
+        rows = (batch.targets != IGNORE).nonzero()[:, 0]
+        return self.head(hidden[to_device(rows, hidden.device)])
 
     def measured(self, answers: AnswerBatch, hidden):
         self.keep(answers, "old_values", self.values(hidden, answers))
@@ -137,7 +138,7 @@ class PPOObjective(RolloutObjective):
         weights = token_weights(                # means over micro-batches, as in LLaMA-Factory
             "bnpo", torch.tensor(batch.counts), torch.tensor(scored), answers=0, tokens=0,
             micro_batches=micro_batches, max_new_tokens=0)
-        batch.weights = weights.to(device)
+        batch.weights = to_device(weights, device)
         for name in ("advantages", "old_logps", "old_values", "returns"):
             setattr(batch, name, flat(groups, name, device))
         return batch

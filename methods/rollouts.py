@@ -17,12 +17,14 @@ import json
 import math
 import os
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.profiler import record_function
 
+from attention import to_device
 from data import IGNORE, Batch, Example, collate
 from generate import Sampling
 from losses import Objective, token_losses
@@ -298,9 +300,10 @@ class RolloutObjective(Objective):
     @staticmethod
     def keep(batch: AnswerBatch, name: str, logps):
         """Store (N,) values in the groups of a batch, answer by answer."""
-        parts = iter(logps.split(batch.counts))
+        values = iter(logps.tolist())           # one wait for the device
+        counts = iter(batch.counts)
         for group in batch.groups:
-            setattr(group, name, [next(parts).tolist() for _ in group.answers])
+            setattr(group, name, [list(islice(values, next(counts))) for _ in group.answers])
 
     # ---- what is logged
 
@@ -325,7 +328,7 @@ class RolloutObjective(Objective):
         if rewards.shape[1] > 1:
             values["reward_std"] = [np.std(group[~np.isnan(group)], ddof=1) for group in rewards
                                     if (~np.isnan(group)).sum() > 1]
-        return {name: known_sum(value).to(device) for name, value in values.items()}
+        return known_sums(values, device)
 
     # ---- what is kept
 
@@ -421,14 +424,17 @@ def answer_batch(groups: list[Group], device) -> AnswerBatch:
 def flat(groups: list[Group], name: str, device) -> torch.Tensor:
     """The values of all tokens of these groups, end to end, (N,) float32."""
     values = [value for group in groups for answer in getattr(group, name) for value in answer]
-    return torch.tensor(values, dtype=torch.float32, device=device)
+    return to_device(torch.tensor(values, dtype=torch.float32), device)
 
 
-def known_sum(values) -> torch.Tensor:
-    """(2,): the sum of the values that are not NaN, and their number."""
-    values = np.asarray(values, np.float64)
-    known = values[~np.isnan(values)]
-    return torch.tensor([known.sum(), known.size], dtype=torch.float32)
+def known_sums(values: dict, device) -> dict[str, torch.Tensor]:
+    """{name: (2,)}: the sum of its values that are not NaN, and their number."""
+    sums = []
+    for some in values.values():
+        known = np.asarray(some, np.float64)
+        known = known[~np.isnan(known)]
+        sums.append((known.sum(), known.size))
+    return dict(zip(values, to_device(torch.tensor(sums, dtype=torch.float32), device)))
 
 
 def keep_earlier(path: Path, rollout: int):

@@ -30,22 +30,26 @@ ALONE = {
 }
 
 
-def test_rows_of_three_adapters_and_the_base_share_every_pass():
-    alone = {name: make() for name, make in ALONE.items()}
-    shared = tiny_qwen2()
-    adapters = RowAdapters(torch.device("cpu"))
+def answers_together(prompts, alone: dict, shared, device="cpu") -> dict[int, list[int]]:
+    """{number: tokens}; prompt i asks the model i % 4, of which `alone` has the adapters."""
+    adapters = RowAdapters(torch.device(device))
     layers = {name: lora_layers(model) for name, model in alone.items() if name}
     put_beside(shared, layers, adapters)
-    batch, names = RunningBatch(shared, 5, adapters=adapters), [*ALONE]
-    prompts = random_prompts(13)
+    batch, names = RunningBatch(shared, 5, adapters=adapters), [*alone]
     waiting = [Row(number=number, prompt=prompt, room=12, adapter=names[number % 4])
                for number, prompt in prompts]
     rows = []
     while waiting or batch.rows:
         new = [waiting.pop(0) for _ in range(min(batch.free, len(waiting), 2))]
         rows += batch.step(new)
-    answers = {row.number: row.answer for row in rows}
-    for index, name in enumerate(names):
+    return {row.number: row.answer for row in rows}
+
+
+def test_rows_of_three_adapters_and_the_base_share_every_pass():
+    alone = {name: make() for name, make in ALONE.items()}
+    prompts = random_prompts(13)
+    answers = answers_together(prompts, alone, tiny_qwen2())
+    for index, name in enumerate(alone):
         mine = prompts[index::4]
         want = dict(answer_each(alone[name], mine, limit=lambda length: 12))
         assert {number: answers[number] for number, _ in mine} == want, name

@@ -69,13 +69,13 @@ def only_flash(names, problem):
 
 
 @contextmanager
-def strict_loop(record, meant=None):
+def strict_loop(record, *meant):
     """In train.py's loop nothing but Ranks.sync may wait, and evaluations, once a batch.
 
-    meant: a further place. Saving may wait anywhere.
+    meant: further places. Saving may wait anywhere.
     """
     begin, end, save, evaluate = Run.begin_step, Run.end_loop, Run.save_checkpoint, train.evaluate
-    strict = record.strict(may_wait={ONE_WAIT, meant})
+    strict = record.strict(may_wait={ONE_WAIT, *meant})
 
     def begin_step(run, step):
         if step.number == 1:
@@ -105,13 +105,18 @@ def strict_loop(record, meant=None):
 def trained(output, *settings) -> list[dict]:
     """The logged steps of a run of train.py."""
     train.main([*CONFIG, f"output_dir={output}", *settings])
+    return logged(output)
+
+
+def logged(output) -> list[dict]:
+    """The logged steps of a run."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [row for row in history if "loss" in row]
 
 
 def rehearsed(output, *settings, free_bytes: int = 79 * 10**9, meant=None):
     """(the logged steps of a rehearsed run, its Record)."""
-    with rehearse(free_bytes) as record, strict_loop(record, meant):
+    with rehearse(free_bytes) as record, strict_loop(record, *[meant] * bool(meant)):
         return trained(output, *settings), record
 
 
