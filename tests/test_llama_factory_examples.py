@@ -68,16 +68,56 @@ TRAINED = [file for file, script in examples().items()
 BASES = (("llama", "llama3", "llama3"), ("qwen2", "qwen2", "qwen2.5"), ("", "qwen3", "qwen3"))
 
 
-def base_for(file, parent):
-    """A random tiny model of the example's family, with the family's own tokenizer."""
+VOCABULARY = 1000       # tokens beside the special ones: logits of 150,000 would be all of the time
+
+
+def cut_tokenizer(source, folder) -> int:
+    """Write a tokenizer with the first tokens of another, and all special ones; -> its size.
+
+    The formats and special tokens are the family's own, and so are the merges that are left.
+    """
+    files = {name: json.loads((source / name).read_text(encoding="utf-8"))
+             for name in ("tokenizer.json", "tokenizer_config.json")}
+    core = files["tokenizer.json"]
+    names = [name for name, i in core["model"]["vocab"].items() if i < VOCABULARY]
+    special = [token["content"] for token in core["added_tokens"] if token["id"] >= VOCABULARY]
+    ids = {name: i for i, name in enumerate([*names, *special])}
+    core["model"]["vocab"] = {name: ids[name] for name in names}
+    pairs = [pair if isinstance(pair, list) else pair.split(" ")
+             for pair in core["model"]["merges"]]
+    core["model"]["merges"] = [pair for pair in pairs if {*pair, "".join(pair)} <= ids.keys()]
+    for token in core["added_tokens"]:
+        token["id"] = ids[token["content"]]
+    for processor in (core["post_processor"], *core["post_processor"].get("processors", [])):
+        for name, token in processor.get("special_tokens", {}).items():
+            token["ids"] = [ids[name]]
+    settings = files["tokenizer_config.json"]
+    settings["added_tokens_decoder"] = {
+        ids[token["content"]]: token for token in settings["added_tokens_decoder"].values()}
+    shutil.copytree(source, folder)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return len(ids)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    """{name: (folder, its tokens)} of the families' tokenizers, cut."""
+    here = tmp_path_factory.mktemp("tokenizers")
+    return {name: (here / name, cut_tokenizer(SHARED / "tokenizers" / name, here / name))
+            for name in ("llama2", *(row[2] for row in BASES))}
+
+
+def base_for(file, tokenizers, parent):
+    """A random tiny model of the example's family, with the family's own tokenizer, cut."""
     name, tokenizer = next(row[1:] for row in BASES if row[0] in file)
     if "llama2" in file:
         tokenizer = "llama2"
+    source, vocabulary = tokenizers[tokenizer]
     folder = parent / tokenizer
-    shutil.copytree(SHARED / "tokenizers" / tokenizer, folder)
-    vocabulary = len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
+    shutil.copytree(source, folder)
     fields = json.loads((GOLDEN / "models" / name / "config.json").read_text())
-    fields |= {"vocab_size": vocabulary + 300, "hidden_size": 16, "intermediate_size": 24,
+    fields |= {"vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 24,
                "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
                "num_hidden_layers": 8 if "llama_pro" in file else 2}
     (folder / "config.json").write_text(json.dumps(fields))
@@ -92,10 +132,10 @@ def base_for(file, parent):
     return folder
 
 
-def paths(file, tmp_path) -> list[str]:
+def paths(file, tokenizers, tmp_path) -> list[str]:
     """The example's arguments: its file, our paths, and what makes it short."""
     argv = [
-        str(EXAMPLES / file), f"model_name_or_path={base_for(file, tmp_path)}",
+        str(EXAMPLES / file), f"model_name_or_path={base_for(file, tokenizers, tmp_path)}",
         f"dataset_dir={SHARED}/data", f"output_dir={tmp_path}/out", "use_cpu=true", "max_steps=2",
         "max_samples=4", "cutoff_len=128", "logging_steps=1", "plot_loss=false", "report_to=none",
         "disable_tqdm=true", "preprocessing_num_workers=1", "tokenized_path=null"]
@@ -106,8 +146,8 @@ def paths(file, tmp_path) -> list[str]:
 
 @needs_shared
 @pytest.mark.parametrize("file", TRAINED)
-def test_an_example_trains(file, tmp_path):
-    train.main(paths(file, tmp_path))
+def test_an_example_trains(file, tokenizers, tmp_path):
+    train.main(paths(file, tokenizers, tmp_path))
     results = json.loads((tmp_path / "out/all_results.json").read_text())
     assert 0 < results["train_loss"] < 30           # of DFT tiny: weighted by the probabilities
 
@@ -145,10 +185,10 @@ top_p: 0.9
 
 
 @needs_shared
-def test_the_ppo_example_learns_from_a_reward_model_of_ours(tmp_path):
+def test_the_ppo_example_learns_from_a_reward_model_of_ours(tokenizers, tmp_path):
     """The reward model is the one that the reward example trains here, on the same base."""
-    reward = paths("train_lora/qwen3_lora_reward.yaml", tmp_path)
-    base = base_for("llama3", tmp_path)
+    reward = paths("train_lora/qwen3_lora_reward.yaml", tokenizers, tmp_path)
+    base = base_for("llama3", tokenizers, tmp_path)
     train.main([*reward, f"model_name_or_path={base}", "template=llama3",
                 f"output_dir={tmp_path}/reward"])
     (tmp_path / "ppo.yaml").write_text(PPO)
@@ -165,8 +205,8 @@ def test_the_ppo_example_learns_from_a_reward_model_of_ours(tmp_path):
 
 
 @needs_shared
-def test_an_adapter_goes_from_example_to_example(tmp_path):
-    argv = paths("train_lora/qwen3_lora_sft.yaml", tmp_path)
+def test_an_adapter_goes_from_example_to_example(tokenizers, tmp_path):
+    argv = paths("train_lora/qwen3_lora_sft.yaml", tokenizers, tmp_path)
     train.main(argv)
     own = [argv[1], f"adapter_name_or_path={tmp_path}/out"]
     merge.main([str(EXAMPLES / "merge_lora/qwen3_lora_sft.yaml"), *own,
