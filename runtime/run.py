@@ -131,6 +131,7 @@ class Run:
         config.gradient_accumulation_steps = accumulation_for(config, ranks.world)
         self.config = config
         self.device = device
+        self.device_name = device_name(device)          # before fewer threads are chosen
         self.ranks = ranks
         self.output = Path(config.output_dir)
         self.start_time = time.monotonic()
@@ -171,7 +172,7 @@ class Run:
     def is_same_run(self) -> bool:
         """Whether output_dir holds an earlier start of this very command on such a machine."""
         kernels = self.begun.get("kernels")
-        if not isinstance(kernels, dict) or kernels.get("device") != device_name(self.device):
+        if not isinstance(kernels, dict) or kernels.get("device") != self.device_name:
             return False
         compared = ["versions", *(key for key in self.settings if on_resume(key) != IGNORED)]
         now = json.loads(json.dumps(self.settings))
@@ -200,7 +201,7 @@ class Run:
             if changed:
                 print_pairs(f"settings changed since {self.resume}", changed)
         print(format_paragraph("environment", {
-            **versions(), "device": device_name(self.device),
+            **versions(), "device": self.device_name,
             "template": f"{text.template.name} ({text.origin})"}))
         for note in base.model_config.notes:
             print(f"  note: {note}")
@@ -232,7 +233,7 @@ class Run:
             mlp_tile=setup.memory.workload.mlp_tile,
         )
         self.settings["kernels"] = {
-            "device": device_name(self.device),
+            "device": self.device_name,
             **{name: getattr(self.state, name) for name in DECIDED}}
         history = self.restore() if self.resume else []
         self.first_step = self.state.step

@@ -4,9 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+import train
 from fast import matmul
-from fast.matmul import (HEAD_ROWS, MATMULS, SMALLEST, TRIED, Product, pick_matmul, products_of,
-                         rate_of, rows_to_try)
+from fast.matmul import (HEAD_ROWS, MATMULS, SMALLEST, TRIED, MatmulChoice, Product, pick_matmul,
+                         products_of, rate_of, rows_to_try)
+from runtime.kernels import kernels_of_training
+from tests.common import ROOT
 from tests.tiny_models import tiny
 
 
@@ -113,6 +116,23 @@ def test_fewer_threads_are_taken_where_they_are_clearly_faster(rates, monkeypatc
     speed[2] = 1.0
     assert pick_matmul("cpu", torch.float32, SMALLEST, HEAD).threads == 4
     assert pick_matmul("cpu", torch.float32).threads == 0       # a model too small to measure
+
+
+def test_a_run_with_fewer_threads_is_known_as_one_of_this_machine(monkeypatch, tmp_path):
+    """eval.py takes the kernels of the training, with the threads that the machine starts with."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(matmul, "pick_matmul", lambda *args: MatmulChoice(
+        "torch", {"torch": 1.0}, threads=1, threads_tried=(2, 1)))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        train.main(["configs/tiny_lora_sft.yaml", f"output_dir={tmp_path}", "max_steps=1", "ask=[]",
+                    "max_samples=2", "plot_loss=false", "use_cpu=true"])
+        assert torch.get_num_threads() == 1
+        torch.set_num_threads(2)
+        assert kernels_of_training(tmp_path, torch.device("cpu"))["threads"] == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _name_of(call, products):
