@@ -15,7 +15,9 @@ import sys
 import time
 import traceback
 
-import train  # noqa: F401                    what the scripts import, once for all ranks
+import torch._dynamo  # noqa: F401            what the scripts and torch import, once for all ranks
+
+import train  # noqa: F401
 from tests.common import leave_with_parent
 from tests.ranks import free_port
 

@@ -88,7 +88,8 @@ COMMON = dict(model_name_or_path="dense", dataset="rows.jsonl", template="chatml
 
 
 def tiny_model(folder, fields):
-    """A random checkpoint with these fields of config.json, and the tokenizer of models/tiny."""
+    """A random checkpoint with these fields of config.json, and the tokenizer of models/tiny,
+    without a chat template: each rank of each run would render it in a process of its own."""
     model = CausalLM(model_config(fields))
     init_weights(model, torch.Generator().manual_seed(0))
     weights = {model.config.stored_name(name): p.data for name, p in model.named_parameters()}
@@ -96,8 +97,10 @@ def tiny_model(folder, fields):
     write_tensors(folder, {n: (tuple(w.shape), w.dtype) for n, w in weights.items()},
                   lambda n: [weights[n]])
     (folder / "config.json").write_text(json.dumps(fields))
-    for file in TINY.glob("*token*"):
-        shutil.copy(file, folder)
+    shutil.copy(TINY / "tokenizer.json", folder)
+    tokenizer = json.loads((TINY / "tokenizer_config.json").read_text())
+    del tokenizer["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
 
 
 def small_world(here):
