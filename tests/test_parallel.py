@@ -1,15 +1,15 @@
 """parallel.py: ranks equal one process, gradients have a fixed order, a failure ends all ranks.
 
-torchrun starts the ranks on the CPU (gloo). Each runs WORKER: train.main on several settings, one
-after the other, so that torch is imported and the group joined only once. Ranks other than 0 get an
-output_dir of their own, which must not be created.
+torchrun, or fork_ranks.py, starts the ranks on the CPU (gloo). Each runs WORKER: train.main on
+several settings, one after the other, so that torch is imported and the group joined only once.
+Ranks other than 0 get an output_dir of their own, which must not be created.
 """
 import json
 import random
 import re
 import threading
 import time
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ import train
 from parallel import Gradients, Ranks
 from runtime.steps import micro_batches, pad_to_world
 from tests.common import ROOT, read_jsonl
-from tests.ranks import COMMON, free_port, outcomes, small_world, torchrun
+from tests.ranks import COMMON, forked, free_port, outcomes, small_world, torchrun
 
 WORKER = '''
 import functools, json, os, sys, time
@@ -102,14 +102,15 @@ LARGE = 2**25  # bytes of a bucket that holds all gradients
 WHOLE = 12  # rows: a step is one micro-batch over all ranks
 
 # bytes of a bucket; rows of a micro-batch (a step then has 12 rows over all ranks); settings
+ONCE = dict(num_train_epochs=1)
 CASES = {
     # 27 rows: steps of 12, 12 and 3
     "uneven": (LARGE, None, dict(save_strategy="steps", save_steps=2)),
     "packed": (LARGE, 1, dict(packing=True, cutoff_len=128)),
-    "nothing to learn": (LARGE, 1, dict(stage="pt", packing=False, dataset="texts.txt")),
-    "experts": (6000, 1,
-                dict(model_name_or_path="mixture", cutoff_len=24, lora_target="all,experts")),
-    "full": (8000, 2, dict(finetuning_type="full", learning_rate=5e-4)),
+    "nothing to learn": (LARGE, 1, dict(ONCE, stage="pt", packing=False, dataset="texts.txt")),
+    "experts": (6000, 1, dict(ONCE, model_name_or_path="mixture", cutoff_len=24,
+                              lora_target="all,experts")),
+    "full": (8000, 2, dict(ONCE, finetuning_type="full", learning_rate=5e-4)),
     "evaluation": (LARGE, 1, dict(
         eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=4,
         save_steps=4, per_device_eval_batch_size=3, load_best_model_at_end=True,
@@ -121,7 +122,7 @@ CASES = {
         "lr_scheduler_kwargs.factor": 0.5, "lr_scheduler_kwargs.threshold": 0.1,
     }),
     "drop last": (LARGE, 2, dict(dataloader_drop_last=True)),
-    "budget": (LARGE, 1, dict(token_budget=100)),
+    "budget": (LARGE, 1, dict(ONCE, token_budget=100)),
     "dora": (LARGE, 1,
              dict(use_dora=True, lora_target="q_proj,up_proj", max_samples=12)),
     "freeze": (8000, 2, dict(
@@ -129,24 +130,32 @@ CASES = {
     )),
     "pairs": (
         LARGE, 1,
-        dict(stage="dpo", dataset="pairs.jsonl", eval_dataset="pairs.jsonl", eval_strategy="epoch"),
+        dict(ONCE, stage="dpo", dataset="pairs.jsonl", eval_dataset="pairs.jsonl",
+             eval_strategy="epoch"),
     ),
     "judged": (LARGE, WHOLE, dict(stage="kto", dataset="judged.jsonl")),  # 24: steps of 12
     "few rows": (1, 1, dict(max_samples=3)),  # a bucket for each parameter
 }
-FAILURES = {        # ranks: what rank 1 does in the middle of a last run; the output after it
-    3: ("raise OSError('the disk of rank 1 is gone')", "error: .*the disk of rank 1 is gone"),
-    4: ("os.kill(os.getpid(), 9)", r"traceback : Signal 9 \(SIGKILL\) received"),
+WORLDS = {      # ranks: the cases they run
+    1: ("uneven",),
+    2: ("uneven", "packed", "evaluation", "greedy", "pairs"),
+    3: ("nothing to learn", "experts", "full", "drop last", "budget", "freeze", "few rows"),
+    4: ("experts", "dora", "judged", "few rows"),
 }
-FIVE = {1: ("eight.jsonl", 4), 2: ("five.jsonl", 2)}        # ranks: rows, rows of a micro-batch
+FAILURES = {        # ranks: what rank 1 does in the middle of a last run; the output after it
+    3: ("os.kill(os.getpid(), 9)", r"traceback : Signal 9 \(SIGKILL\) received"),
+    4: ("raise OSError('the disk of rank 1 is gone')", "error: .*the disk of rank 1 is gone"),
+}
+FIVE = {0: ("eight.jsonl", 4), 2: ("five.jsonl", 2)}        # ranks: rows, rows of a micro-batch
 
 
 def settings_of(here, world, name, output, **more) -> tuple[int, dict]:
     """(bytes of a bucket, settings) of a case for `world` ranks: the same rows in every step with
-    any number of ranks."""
+    any number of ranks. 0 ranks: this process."""
     bucket, size, own = CASES[name]
+    ranks = max(world, 1)
     size, accumulate = (
-        (12 // world, 1) if size == WHOLE else (size, 12 // world) if size else SHAPES[world]
+        (12 // ranks, 1) if size == WHOLE else (size, 12 // ranks) if size else SHAPES[ranks]
     )
     settings = COMMON | dict(per_device_train_batch_size=size,
                              gradient_accumulation_steps=accumulate) | own | more
@@ -162,13 +171,13 @@ def resumed(here) -> dict:
 
 
 def train_here(bucket, settings):
-    """A run in this process, without torchrun."""
+    """A run in this process."""
     train.main([f"{key}={value}" for key, value in settings.items()])
 
 
 def runs_of(here, world) -> list:
     """The runs of `world` ranks."""
-    todo = [settings_of(here, world, name, f"{world} {name}") for name in CASES]
+    todo = [settings_of(here, world, name, f"{world} {name}") for name in WORLDS.get(world, CASES)]
     if world in FIVE:
         dataset, size = FIVE[world]
         todo.append(settings_of(here, world, "uneven", f"{world} five", dataset=dataset,
@@ -187,22 +196,22 @@ def runs_of(here, world) -> list:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """(folder, {ranks: (number of ranks on which weights had a gradient, exit code, output, end
-    time)}): torchrun is started once for each number of ranks and runs all cases. Two ranks are two
-    hosts."""
+    time)}): a launcher for each number of ranks runs all its cases, and this process runs `0 …`.
+    Two ranks are two hosts; three, which resume from a checkpoint of two, are torchrun's."""
     here, found = tmp_path_factory.mktemp("ranks"), {}
     small_world(here)
-    for together in ((1, 2), (3, 4)):  # two cores; 3 ranks resume from a checkpoint of 2
-        scripts = {world: worker(here, world, runs_of(here, world)) for world in together}
-        launchers = {world: two_hosts(*script) if world == 2 else [torchrun(world, *script)]
-                     for world, script in scripts.items()}
-        ends = iter(outcomes(*chain(*launchers.values())))
-        for world in together:
-            codes, screens, ended = zip(*(next(ends) for _ in launchers[world]))
-            shares = Path(f"{scripts[world][1]}.shares")
-            assert shares.is_file() and (
-                world in FAILURES or not any(codes)
-            ), "".join(screens)[-4000:]
-            found[world] = json.loads(shares.read_text()), max(codes), "".join(screens), max(ended)
+    for settings in runs_of(here, 0):
+        train_here(*settings)
+    for world in WORLDS:
+        script = worker(here, world, runs_of(here, world))
+        launchers = {2: two_hosts(*script), 3: [torchrun(3, *script)]}
+        ends = outcomes(*launchers.get(world, [forked(world, *script)]))
+        codes, screens, ended = zip(*ends)
+        shares = Path(f"{script[1]}.shares")
+        assert shares.is_file() and (
+            world in FAILURES or not any(codes)
+        ), "".join(screens)[-4000:]
+        found[world] = json.loads(shares.read_text()), max(codes), "".join(screens), max(ended)
     return here, found
 
 
@@ -227,22 +236,18 @@ def assert_same(a, b, bound=1e-5):
     assert max(float((mine[name] - theirs[name]).abs().max()) for name in mine) <= bound
 
 
-@pytest.mark.parametrize("world", (2, 3, 4))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world, name",
+                         [(world, name) for world, names in WORLDS.items() for name in names])
 def test_ranks_equal_one_process(name, world, runs):
-    assert_same(runs[0] / f"{world} {name}", runs[0] / f"1 {name}")
-
-
-def test_one_rank_under_torchrun_is_one_process(runs):
-    train_here(*settings_of(runs[0], 1, "uneven", "0 uneven"))
-    assert_same(runs[0] / "0 uneven", runs[0] / "1 uneven")
+    """Also one rank that a launcher started."""
+    assert_same(runs[0] / f"{world} {name}", runs[0] / f"0 {name}")
 
 
 def test_resuming_with_another_number_of_ranks(runs):
     here = runs[0]
-    train_here(*settings_of(here, 1, "uneven", "1 resumed", save_strategy="no", **resumed(here)))
-    for folder in (here / "1 resumed", here / "3 resumed"):
-        assert_same(folder, here / "1 uneven")
+    train_here(*settings_of(here, 0, "uneven", "0 resumed", save_strategy="no", **resumed(here)))
+    for folder in (here / "0 resumed", here / "3 resumed"):
+        assert_same(folder, here / "0 uneven")
         assert [row["current_steps"] for row in read_jsonl(folder / "trainer_log.jsonl")] == [
             3, 4, 5, 6, 6
         ]
@@ -253,7 +258,7 @@ def test_another_global_batch_is_refused(runs):
         ValueError,
         match="checkpoint-2 was written with 12 rows a step, and this run takes 15: with 1",
     ):
-        train_here(*settings_of(runs[0], 1, "uneven", "refused", per_device_train_batch_size=5,
+        train_here(*settings_of(runs[0], 0, "uneven", "refused", per_device_train_batch_size=5,
                                 **resumed(runs[0])))
     assert [path.name for path in (runs[0] / "refused").iterdir()] == ["tokenised"]
 
@@ -262,15 +267,15 @@ def test_the_cases_cover_what_their_names_say(runs):
     """Weights that some or no ranks used, a loss of every step, evaluations: else the tests above
     prove little."""
     here, found = runs
-    for world in (2, 3, 4):
+    for world in (3, 4):
         shares = {folder.partition(f"/{world} ")[2]: counts
                   for folder, counts in found[world][0].items()}
         assert {"0", "1", str(world)} <= shares["experts"].keys(), shares
-        assert max(map(int, shares["few rows"])) == min(world, 3), shares
-        assert [len(curves(here / f"{world} {name}")) - 1 for name in CASES] == [
-            6, 2, 6, 6, 4, 7, 12, 4, 4, 2, 2, 8, 4, 2
-        ]
-    assert max(row[2] for row in curves(here / "1 evaluation")) > 1
+        assert max(map(int, shares["few rows"])) == 3, shares
+    assert [len(curves(here / f"0 {name}")) - 1 for name in CASES] == [
+        6, 2, 3, 3, 2, 7, 12, 4, 2, 2, 2, 4, 4, 2
+    ]
+    assert max(row[2] for row in curves(here / "0 evaluation")) > 1
 
 
 def test_only_rank_0_writes_and_prints(runs):
@@ -288,7 +293,7 @@ def test_by_default_all_ranks_have_full_batches(runs):
     """Two ranks, five rows, two rows a micro-batch: 0 1 | 2 3 and then 4 0 | 1 2, as one process
     with eight rows."""
     here, found = runs
-    assert_same(here / "2 five", here / "1 five")
+    assert_same(here / "2 five", here / "0 five")
     assert "3 rows of an epoch are trained twice" in found[2][2]
     assert "trained twice" not in found[3][2]
 
@@ -467,7 +472,7 @@ def test_a_rank_that_never_starts(tmp_path):
               "*args: time.sleep(99)")
     start = time.time()
     script = worker(tmp_path, 2, [settings_of(tmp_path, 2, "uneven", "out")], absent)
-    code, screen, ended = outcomes(torchrun(2, *script))[0]
+    code, screen, ended = outcomes(forked(2, *script))[0]
     assert code != 0 and ended - start < 60 and not (tmp_path / "out").exists()
     assert "error: rank 0 of 2, on " in screen
     assert "has not heard from all others within 2 s" in screen
