@@ -128,25 +128,53 @@ def checkout(tmp_path_factory):
     return copy
 
 
-def train_loss(checkout, output) -> tuple[float, set[str]]:
-    """(the loss of a plain run of two steps in this checkout, the modules that it imported)."""
-    run = subprocess.run(
-        [sys.executable, "-X", "importtime", "train.py", "--config",
-         "configs/tiny_lora_sft.yaml", "max_steps=2", "max_samples=40", f"output_dir={output}"],
-        cwd=checkout, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    loss = json.loads((output / "all_results.json").read_text())["train_loss"]
-    return loss, set(re.findall(r"^import time:.*\| +([\w.]+)$", run.stderr, re.M))
+# runs of train.py, each forked from a process that has imported the packages and no file of ours
+RUNS = '''
+import json, os, runpy, sys
+import safetensors.torch, tokenizers, torch._dynamo, tqdm, yaml
+sys.path.insert(0, os.getcwd())
+for line in sys.stdin:
+    if os.fork() == 0:
+        sys.argv = json.loads(line)
+        os.dup2(2, 1)
+        try:
+            runpy.run_path("train.py", run_name="__main__")
+        finally:
+            json.dump(sorted(sys.modules), open("imported", "w"))
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+'''
 
 
 @pytest.fixture(scope="module")
-def complete_run(checkout, tmp_path_factory):
-    return train_loss(checkout, tmp_path_factory.mktemp("complete") / "out")
+def train_loss(checkout):
+    """A function of an output_dir: (the loss of a plain run of two steps in the checkout, the
+    modules that it imported)."""
+    screen = checkout / "screen"
+    with open(screen, "w") as stderr:
+        server = subprocess.Popen([sys.executable, "-c", RUNS], cwd=checkout, text=True, bufsize=1,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+
+    def run(output) -> tuple[float, set[str]]:
+        argv = ["train.py", "--config", "configs/tiny_lora_sft.yaml", "max_steps=2",
+                "max_samples=40", f"output_dir={output}"]
+        server.stdin.write(json.dumps(argv) + "\n")
+        assert server.stdout.readline() == "0\n", screen.read_text()[-4000:]
+        loss = json.loads((output / "all_results.json").read_text())["train_loss"]
+        return loss, set(json.loads((checkout / "imported").read_text()))
+
+    yield run
+    server.communicate()
+
+
+@pytest.fixture(scope="module")
+def complete_run(train_loss, tmp_path_factory):
+    return train_loss(tmp_path_factory.mktemp("complete") / "out")
 
 
 @pytest.mark.parametrize("module", DELETABLE)
 def test_a_file_is_deleted_with_its_lines_and_a_plain_run_is_the_same(
-        module, checkout, complete_run, tmp_path):
+        module, checkout, train_loss, complete_run, tmp_path):
     """Files of methods/, fast/ and scale/: nothing but the entry files needs them.
 
     A file that the complete run has not imported is not missed.
@@ -162,7 +190,7 @@ def test_a_file_is_deleted_with_its_lines_and_a_plain_run_is_the_same(
     for path, text in entries.items():
         path.write_text(without(module, text))
     try:
-        loss, _ = train_loss(checkout, tmp_path / "out")
+        loss, _ = train_loss(tmp_path / "out")
     finally:
         file.write_text(source)
         for path, text in entries.items():
