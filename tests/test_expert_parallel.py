@@ -68,9 +68,9 @@ FURTHER = {"judged": JUDGED, "half": HALF}
 WORLDS = {      # processes: (experts' axis, cases)
     2: (2, list(CASES)),
     3: (3, ["small experts"]),
-    4: (2, ["small experts", "stacked", "full"]),
+    4: (2, ["small experts", "full"]),
 }
-RESUMED = ("small experts", "stacked", "full")      # from step 2, of a run with another layout
+RESUMED = ("stacked", "full")       # from step 2, of a run with another layout
 
 
 def arguments(here, processes, name, output, **more) -> list:
