@@ -324,6 +324,8 @@ def piece_size(device, blocksize: int) -> int:
 
 def pairs_of(quant_map):
     """(256,) int64: for each byte the bits of its two float32 numbers."""
+    if quant_map.is_meta:                       # torch takes milliseconds for a stack of nothing
+        return torch.empty(256, dtype=torch.int64, device="meta")
     byte = torch.arange(256, device=quant_map.device)
     pairs = torch.stack((quant_map[byte >> 4], quant_map[byte & 15]), dim=1)
     return pairs.view(torch.int64).view(-1)

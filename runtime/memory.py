@@ -117,6 +117,14 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     workload holds all.
     """
     workload = completed(config, workload)
+    return plan_of_step(workload, lasting_bytes(config, workload))
+
+
+def lasting_bytes(config: Config, workload: Workload) -> dict[str, int | bool]:
+    """Fields of Plan: what is there at every moment of a completed workload's step.
+
+    It does not depend on rows, recomputation, offloaded inputs and tiles.
+    """
     model = workload.model
     frozen, trained = weight_bytes(model, workload.fp8)
     gradients, optimizer, largest_state = optimizer_bytes(model, config)
@@ -136,9 +144,16 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     if config.offload_optimizer:
         on_gpu = torch.device(workload.device).type == "cuda"
         outside, optimizer = optimizer, state_window(optimizer, largest_state) if on_gpu else 0
-    if embedding_may_stay_outside(model, workload.device, workload.recompute):
-        frozen -= model.model.embed_tokens.weight.nbytes
+    return dict(weights=frozen + others, trained=trained, gradients=gradients, optimizer=optimizer,
+                state_outside=outside, state_on_disk=config.offload_optimizer == "nvme")
 
+
+def plan_of_step(workload: Workload, lasting: dict[str, int | bool]) -> Plan:
+    """The plan of a completed workload. lasting: as of lasting_bytes."""
+    model = workload.model
+    weights = lasting["weights"]
+    if embedding_may_stay_outside(model, workload.device, workload.recompute):
+        weights -= model.model.embed_tokens.weight.nbytes
     batch = largest_batch(workload)
     offloaded = 0
     if workload.offloaded or batch.tile:
@@ -147,16 +162,11 @@ def memory_plan(config: Config, workload: Workload) -> Plan:
     else:
         kept, working = activation_bytes(model, batch, workload.recompute)
     return Plan(
-        weights=frozen + others,
-        trained=trained,
-        gradients=gradients,
-        optimizer=optimizer,
+        **{**lasting, "weights": weights},
         activations=kept * workload.in_flight,
         working=working,
         workload=workload,
         offloaded=offloaded,
-        state_outside=outside,
-        state_on_disk=config.offload_optimizer == "nvme",
         rollout=workload.rollout_bytes,
     )
 
@@ -290,10 +300,11 @@ def lightest(plan: Plan, free_bytes: int | None, config: Config) -> Plan:
     if free_bytes is None or keeps_all:
         return plan
     ladder = plan_ladder(plan, config)
+    lasting = lasting_bytes(config, plan.workload)
     plans = {}
 
     def fits(rung: int) -> bool:
-        plans[rung] = memory_plan(config, replace(plan.workload, **ladder[rung]))
+        plans[rung] = plan_of_step(replace(plan.workload, **ladder[rung]), lasting)
         return plans[rung].fits(free_bytes)
 
     last = len(ladder) - 1
