@@ -162,9 +162,20 @@ def compare(
     return most
 
 
-@pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
-@pytest.mark.parametrize("name", SMALL_FAMILIES)
+TRAINED = {"lora-float32": (ALL, F32), "lora-bfloat16": (ALL, BF16),
+           "full-float32": (None, F32), "full-bfloat16": (None, BF16)}
+
+
+def by_family(*kinds):
+    """Cases (name, lora, dtype): every family with these kinds of TRAINED, two with all four.
+
+    The plain path and the fast one share the four kinds of a family between them.
+    """
+    return [pytest.param(name, *TRAINED[kind], id=f"{name}-{kind}") for name in SMALL_FAMILIES
+            for kind in (TRAINED if name in ("llama", "mixtral") else kinds)]
+
+
+@pytest.mark.parametrize("name, lora, dtype", by_family("lora-float32", "full-bfloat16"))
 def test_activations_of_every_kind_of_block(name, lora, dtype):
     compare(small_config(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash")
 
@@ -217,9 +228,7 @@ def test_activations_of_other_adapters(lora):
         compare(small_config(name), lora, dtype, close=0.15)
 
 
-@pytest.mark.parametrize("dtype", (F32, BF16), ids=("float32", "bfloat16"))
-@pytest.mark.parametrize("lora", (ALL, None), ids=("lora", "full"))
-@pytest.mark.parametrize("name", SMALL_FAMILIES)
+@pytest.mark.parametrize("name, lora, dtype", by_family("lora-bfloat16", "full-float32"))
 def test_activations_of_the_fast_path(name, lora, dtype):
     compare(
         small_config(name), lora, dtype, "plain" if name == "gemma2" else "sdpa-flash", fast=True
@@ -242,15 +251,12 @@ def test_activations_of_the_fast_path(name, lora, dtype):
 
 
 def test_activations_of_mixed_recomputation():
-    for levels in (
-        ["mlp", "mlp", "none", "none"],
-        ["block", "mlp", "mlp", "mlp"],
-        ["block"] + ["none"] * 3,
+    for levels, lora, dtype in (
+        (["mlp", "mlp", "none", "none"], ALL, F32),
+        (["block", "mlp", "mlp", "mlp"], ALL, BF16),
+        (["block"] + ["none"] * 3, None, F32),
     ):
-        for lora, dtype in ((ALL, F32), (ALL, BF16), (None, F32)):
-            compare(
-                small_config("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8
-            )
+        compare(small_config("llama"), lora, dtype, recompute=levels, fast=True, rows=[[150]] * 8)
 
 
 @pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)),
@@ -262,14 +268,13 @@ def test_activations_over_a_quantized_base(name, form):
     for fast in (True, False):
         for level in ("none", "block") + (("mlp",) if fast and name != "mixtral" else ()):
             compare(small_config(name), ALL, BF16, kernel, [level] * 4, fast=fast, form=form)
-    compare(
-        small_config("llama", hidden_size=256, intermediate_size=4096),
-        ALL,
-        F32,
-        rows=[[30]],
-        form=form,
-        fast=True,
-    )
+
+
+@pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)),
+                         ids=("nf4", "int8"))
+def test_a_dequantized_matrix_is_the_peak_of_short_rows(form):
+    sizes = small_config("llama", hidden_size=256, intermediate_size=4096)
+    compare(sizes, ALL, F32, rows=[[30]], form=form, fast=True)
 
 
 @pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no grouped product")
