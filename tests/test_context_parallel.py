@@ -26,8 +26,8 @@ from settings.config import Config
 from settings.load_config import load_config
 from tests.common import ROOT
 from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
-from tests.test_tensor_parallel import (EXPERTS, FULL, MODELS, SAVES, WORKER, assert_alike,
-                                        history)
+from tests.test_tensor_parallel import (BALANCED, EXPERTS, FULL, MODELS, SAVES, WORKER,
+                                        assert_alike, history)
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)      # see tests/test_fsdp.py
 TINY_MODELS = {name: MODELS[name] for name in ("llama", "gemma2", "mixtral", "gpt_oss")} | {
@@ -56,8 +56,8 @@ CASES = {   # settings of runs that agree with one process
     "gemma3": dict(model_name_or_path="gemma3"),                # windows with rope of their own
     "alibi": dict(model_name_or_path="alibi"),
     "dynamic": dict(model_name_or_path="dynamic"),              # frequencies of the longest row
-    "mixtral": dict(EXPERTS, model_name_or_path="mixtral", lora_target="all,experts,gate"),
-    "latent": dict(EXPERTS, model_name_or_path="latent"),       # keys and values of one vector
+    "mixtral": dict(BALANCED, model_name_or_path="mixtral", lora_target="all,experts,gate"),
+    "latent": dict(BALANCED, model_name_or_path="latent"),       # keys and values of one vector
     "gpt_oss": dict(EXPERTS, model_name_or_path="gpt_oss"),     # a sink for each head
     "four bits": dict(quantization_bit=4, use_dora=True, lora_dropout=0.1),
     "dft": dict(use_dft_loss=True, lora_target="q_proj,o_proj,lm_head",
@@ -69,7 +69,7 @@ CASES = {   # settings of runs that agree with one process
     "judged": dict(stage="kto", dataset="judged.jsonl"),
     "rewards": dict(stage="rm", dataset="pairs.jsonl"),
     "full": FULL | SAVES | dict(model_name_or_path="dense"),
-    "six": dict(EXPERTS, model_name_or_path="six"),
+    "six": dict(BALANCED, model_name_or_path="six"),
     "two tokens": dict(EXPERTS, model_name_or_path="six", stage="pt", dataset="short.txt",
                        packing=False),
 }

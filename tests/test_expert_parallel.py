@@ -21,8 +21,8 @@ from settings.load_config import load_config
 from tests.common import ROOT
 from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import MODELS as CUT
-from tests.test_tensor_parallel import (EXPERTS, FULL, SAVES, WORKER, assert_alike, history,
-                                        with_biases)
+from tests.test_tensor_parallel import (BALANCED, EXPERTS, FULL, SAVES, WORKER, assert_alike,
+                                        history, with_biases)
 
 MODELS = {      # without the dropout of reward models, whose random numbers each rank draws alone
     "mixtral": dict(CUT["mixtral"], summary_dropout_prob=0.0),
@@ -45,14 +45,14 @@ def run_grouped(arguments):
 train.main = run_grouped
 '''
 CASES = {   # settings of runs that agree with one process
-    "small experts": EXPERTS | SAVES | dict(
+    "small experts": BALANCED | SAVES | dict(
         model_name_or_path="twelve", cutoff_len=12, eval_dataset="eval.jsonl",
         eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=3,
         load_best_model_at_end=True),
-    "stacked": EXPERTS | SAVES | dict(model_name_or_path="stacked"),
+    "stacked": BALANCED | SAVES | dict(model_name_or_path="stacked"),
     "biased stacks": dict(EXPERTS, model_name_or_path="gpt_oss"),
-    "full": EXPERTS | FULL | SAVES,
-    "router": dict(EXPERTS, lora_target="all,experts,gate", disable_gradient_checkpointing=False),
+    "full": BALANCED | FULL | SAVES,
+    "router": dict(BALANCED, lora_target="all,experts,gate", disable_gradient_checkpointing=False),
     "experts alone": dict(EXPERTS, model_name_or_path="qwen2_moe", lora_target="experts"),
     "grouped": dict(EXPERTS, model_name_or_path="qwen2_moe", lora_rank=8,
                     disable_gradient_checkpointing=False),

@@ -41,7 +41,7 @@ MODELS = {
                   "shared_expert_intermediate_size": 32, "router_aux_loss_coef": 0.01,
                   "mlp_only_layers": [3], "tie_word_embeddings": False},
 }
-EXPERTS = dict(lora_target="all,experts,gate")
+EXPERTS = dict(lora_target="all,experts,gate", moe_aux_loss_coef=0.1)
 SAVES = dict(save_strategy="steps", save_steps=2)
 FULL = dict(finetuning_type="full", learning_rate=5e-4)
 CASES = {   # settings of runs that agree with one process
@@ -59,7 +59,7 @@ CASES = {   # settings of runs that agree with one process
     "pairs": dict(stage="dpo", dataset="pairs.jsonl", lora_dropout=0.1),
     "full": FULL | SAVES | dict(model_name_or_path="qwen3"),
     "full, pairs": dict(FULL, stage="dpo", dataset="pairs.jsonl"),
-    "full, experts": FULL | dict(model_name_or_path="mixtral"),
+    "full, experts": FULL | dict(model_name_or_path="mixtral", moe_aux_loss_coef=0.1),
 }
 LAYOUTS = {     # name: (processes, settings, cases)
     "3": (3, dict(pipeline_parallel_size=3),

@@ -80,6 +80,7 @@ MODELS = {
                 "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default"}},
 }
 EXPERTS = dict(lora_target="all,experts", join_micro_batches=False)
+BALANCED = dict(EXPERTS, moe_aux_loss_coef=0.1)
 SAVES = dict(save_strategy="steps", save_steps=2)
 FULL = dict(finetuning_type="full", learning_rate=5e-4)
 CASES = {   # settings of runs that agree with one process
@@ -89,10 +90,10 @@ CASES = {   # settings of runs that agree with one process
     "gemma2": dict(model_name_or_path="gemma2", use_rslora=True, loraplus_lr_ratio=4),
     "phi3": dict(model_name_or_path="phi3"),
     "internlm2": dict(model_name_or_path="internlm2"),
-    "mixtral": dict(EXPERTS, model_name_or_path="mixtral", lora_target="all,experts,gate"),
-    "qwen3_moe": dict(EXPERTS, model_name_or_path="mixture", cutoff_len=24),
-    "qwen2_moe": dict(EXPERTS, model_name_or_path="qwen2_moe"),
-    "stacked": dict(EXPERTS, model_name_or_path="stacked"),
+    "mixtral": dict(BALANCED, model_name_or_path="mixtral", lora_target="all,experts,gate"),
+    "qwen3_moe": dict(BALANCED, model_name_or_path="mixture", cutoff_len=24),
+    "qwen2_moe": dict(BALANCED, model_name_or_path="qwen2_moe"),
+    "stacked": dict(BALANCED, model_name_or_path="stacked"),
     "gpt_oss": dict(EXPERTS, model_name_or_path="gpt_oss"),
     "evaluation": dict(
         eval_dataset="eval.jsonl", eval_strategy="steps", save_strategy="steps", eval_steps=2,
@@ -105,7 +106,7 @@ CASES = {   # settings of runs that agree with one process
     "rewards": dict(stage="rm", dataset="pairs.jsonl"),
     "full": FULL | SAVES | dict(model_name_or_path="dense"),
     "full, pairs": dict(FULL, stage="dpo", dataset="pairs.jsonl"),
-    "full, experts": EXPERTS | FULL | dict(model_name_or_path="mixtral"),
+    "full, experts": BALANCED | FULL | dict(model_name_or_path="mixtral"),
 }
 FOUR = ("gemma2", "qwen3_moe", "evaluation", "pairs", "full")      # cases of 2 x 2 processes
 RESUMED = ("llama", "full")         # from step 2 of 4, of a run with another layout
