@@ -25,8 +25,10 @@ def twenty(length):
     return 20
 
 
-@pytest.mark.parametrize("sampling", WAYS, ids=str)
-@pytest.mark.parametrize("kernel", ["plain", "sdpa-flash", "sdpa-math"])
+@pytest.mark.parametrize("kernel, sampling", [
+    ("plain", WAYS[0]), ("sdpa-flash", WAYS[1]),
+    ("plain", WAYS[2]), ("sdpa-flash", WAYS[3]), ("sdpa-math", WAYS[3]),
+], ids=str)
 def test_batched_answers_equal_single_ones(kernel, sampling):
     """13 prompts of 1 to 20 tokens; some answers end early, so that rows join and leave."""
     model, prompts = tiny_qwen2(), random_prompts(13)
