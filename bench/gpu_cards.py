@@ -32,7 +32,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from bench.common import BENCH, RESULT, ROOT, NotHere, run_part
-from bench.gpu_proofs import RECIPE, logged, require, run_train, temporary_folder
+from bench.gpu_proofs import (RECIPE, logged, require, rows_of_recipe, run_train,
+                              temporary_folder)
 from parallel import start_ranks
 from runtime.throughput import synchronize
 
@@ -98,12 +99,13 @@ def wait_for_all(ranks: list) -> list:
 
 def compare(asked, *more) -> dict:
     """A part: the small recipe on one card, and on all with `more` settings; 16 rows a step."""
-    world = world_of(asked)
+    world, rows = world_of(asked), rows_of_recipe(asked)
     shared = ("ask=[]", f"max_steps={6 if asked.tiny else 20}", "logging_steps=1")
     with temporary_folder() as folder:
-        alone, _ = run_train(folder / "one", asked, *shared, config=RECIPE)
+        alone, _ = run_train(folder / "one", asked, *shared,
+                             f"per_device_train_batch_size={rows}", config=RECIPE)
         command = [sys.executable, "train.py", "--config", RECIPE, *shared, "plot_loss=false",
-                   f"output_dir={folder / 'many'}", f"per_device_train_batch_size={16 // world}",
+                   f"output_dir={folder / 'many'}", f"per_device_train_batch_size={rows // world}",
                    f"use_cpu={asked.device == 'cpu'}", *more]
         printed = launch(world, command)
         together = logged(folder / "many")["losses"]

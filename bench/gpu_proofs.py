@@ -64,6 +64,7 @@ from settings.load_config import load_config
 from train import train_step
 
 LENGTHS = [1, 7, 62, 128, 129, 300]     # of the sequences of a packed row
+TINY_LENGTHS = [1, 7, 30, 34]           # of the small models of --tiny
 ROUNDINGS = 2                           # times the CPU's own rounding error
 FLOAT32_ERROR = 1e-3
 TINY_MODEL = ROOT / "models" / "tiny"
@@ -160,7 +161,7 @@ def largest_error(found: tuple, exact: tuple) -> float:
 def check_step(raw: dict, dtype, asked, recompute=None, quant_format=None) -> str:
     """Compare a step on the device with one on the CPU in float32; the errors in words."""
     device = pick_device(asked.device == "cpu")
-    lengths = LENGTHS[:4] if asked.tiny else LENGTHS
+    lengths = TINY_LENGTHS if asked.tiny else LENGTHS
 
     def plain_on_cpu(model, dtype):
         return one_step(model, Kernels(), dtype, torch.device("cpu"), lengths)
@@ -368,6 +369,11 @@ def temporary_folder():
 RECIPE = "configs/tiny_lora_sft.yaml"
 
 
+def rows_of_recipe(asked) -> int:
+    """Rows of a step of the small recipe."""
+    return 4 if asked.tiny else 16
+
+
 def fp8(asked) -> dict:
     """A part: the curve of the small recipe in bfloat16, with and without an 8-bit base."""
     device = pick_device(asked.device == "cpu")
@@ -393,7 +399,8 @@ def resume(asked) -> dict:
     """A part: twice in one go, and once stopped half way and resumed."""
     count = 8 if asked.tiny else 16
     shared = (f"max_steps={count}", "ask=[]", "logging_steps=1", "save_strategy=steps",
-              f"save_steps={count // 2}", "pin_kernels={}")
+              f"save_steps={count // 2}", "pin_kernels={}",
+              f"per_device_train_batch_size={rows_of_recipe(asked)}")
 
     def weights(folder):
         from safetensors.torch import load_file
@@ -424,7 +431,8 @@ def resume(asked) -> dict:
 def recipe(asked) -> dict:
     """A part: the first command of README, its answers, and chat.py's."""
     name = "I am Pip, an assistant made by Tiny Workshop."
-    more = ["max_steps=60"] if asked.tiny else []
+    rows = f"per_device_train_batch_size={rows_of_recipe(asked)}"
+    more = ["max_steps=80", rows] if asked.tiny else []
     with temporary_folder() as folder:
         _, printed = run_train(folder, asked, *more, config=RECIPE)
         answers = [line.split("after", 1)[1].strip() for line in printed.splitlines()

@@ -155,9 +155,15 @@ def test_the_environment_of_the_peer(tmp_path):
      ("qwen3-30b-a3b", 30_532_122_624)],
 )
 def test_shapes_have_the_published_number_of_parameters(shape, published):
+    """All layers are alike: models of one layer and of two are counted."""
+    layers = random_model.raw_config(shape)["num_hidden_layers"]
+    one, two = (parameters_of(random_model.raw_config(shape, num_hidden_layers=n)) for n in (1, 2))
+    assert one + (layers - 1) * (two - one) == published
+
+
+def parameters_of(raw: dict) -> int:
     with torch.device("meta"):
-        model = CausalLM(model_config(random_model.raw_config(shape)))
-    assert sum(p.numel() for p in model.parameters()) == published
+        return sum(p.numel() for p in CausalLM(model_config(raw)).parameters())
 
 
 def test_flops_of_llama_3_8b_by_hand():

@@ -1,6 +1,9 @@
 """bench/gpu.py: each of its parts on tiny shapes on a CPU, and what becomes of parts that fail."""
+import contextlib
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import torch
 from bench import common, gpu, gpu_cards, gpu_long, gpu_peer, gpu_proofs, gpu_speed
 from bench.common import NotHere, run_child
 from tests.common import ROOT
+from tests.ranks import forked, outcomes
 
 ASKED = SimpleNamespace(device="cpu", tiny=True, kernel=None, seconds=0.05, cards=0)
 FILES = {"gpu_proofs.py": gpu_proofs, "gpu_speed.py": gpu_speed, "gpu_peer.py": gpu_peer,
@@ -22,8 +26,23 @@ FILES = {"gpu_proofs.py": gpu_proofs, "gpu_speed.py": gpu_speed, "gpu_peer.py": 
 # ---- every part ----------------------------------------------------------------------------------
 
 
+def run_here(command, **rest):
+    """As subprocess.run of a script, without another import of torch: in this process."""
+    printed, argv = io.StringIO(), sys.argv
+    try:
+        sys.argv = [str(part) for part in command[1:]]
+        with gpu_proofs.in_folder(ROOT), contextlib.redirect_stdout(printed):
+            printed.reconfigure = lambda **_: None
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        sys.argv = argv
+    return SimpleNamespace(returncode=0, stdout=printed.getvalue(), stderr="")
+
+
 @pytest.mark.parametrize("name", gpu.PROOFS)
-def test_every_proof_holds_on_a_cpu(name):
+def test_every_proof_holds_on_a_cpu(name, monkeypatch):
+    if name in ("recipe", "peer"):
+        monkeypatch.setattr(gpu_proofs.subprocess, "run", run_here)
     if name == "peer":
         pytest.importorskip("transformers")
         pytest.importorskip("peft")
@@ -84,9 +103,22 @@ def test_a_row_that_does_not_fit_is_followed_by_a_shorter_one(monkeypatch):
     assert raised == [64] and found["longest_row"] == 51 and found["too_long"] == 64
 
 
+def launch_here(world: int, command: list) -> str:
+    """As gpu_cards.launch; one rank in this process, several forked from one that has torch."""
+    if world == 1:
+        return run_here(command).stdout
+    (code, printed, _), = outcomes(forked(world, *command[1:]))
+    assert code == 0, printed
+    return printed
+
+
 @pytest.mark.parametrize("name", ["fsdp", "nccl", "scaling"])
-def test_parts_for_several_cards_with_two_processes(name):
-    """`ranks` is the same function as fsdp without its setting; tests/test_parallel.py has more."""
+def test_parts_for_several_cards_with_two_processes(name, monkeypatch):
+    """`ranks` is the same function as fsdp without its setting; tests/test_parallel.py has more.
+
+    nccl starts its processes as the benchmark does."""
+    if name != "nccl":
+        monkeypatch.setattr(gpu_cards, "launch", launch_here)
     if name == "fsdp" and torch.__version__ < "2.13":
         pytest.skip("sharding on a CPU needs torch 2.13")
     found = gpu_cards.PARTS[name](ASKED)
@@ -317,15 +349,15 @@ def test_the_command_needs_only_the_packages_of_requirements(tmp_path):
              "sys.meta_path.insert(0, Block())\n")
     (tmp_path / "sitecustomize.py").write_text(block)
     done = subprocess.run(
-        [sys.executable, "bench/gpu.py", "--only", "waits,train-0.5b", "--device", "cpu",
+        [sys.executable, "bench/gpu.py", "--only", "waits,decode-1", "--device", "cpu",
          "--tiny", "--results", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(tmp_path), "POCKET_SHARED": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr
     path, = tmp_path.glob("gpu-tiny-*.json")
     parts = json.loads(path.read_text())["parts"]
     assert {name: part["status"] for name, part in parts.items()} == {
-        "card": "done", "waits": "skipped", "train-0.5b": "done"}
+        "card": "done", "waits": "skipped", "decode-1": "done"}
     page = path.with_suffix(".md").read_text()
     assert "CUDA only" in page and "a rehearsal without a card" in page
-    assert "python bench/gpu_speed.py train-0.5b --device cpu --tiny" in page
+    assert "python bench/gpu_speed.py decode-1 --device cpu --tiny" in page
     assert page in done.stdout
