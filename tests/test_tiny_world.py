@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from checkpoint.adapters import load_with_adapters
+from fast.batch_decode import answer_all
 from generate import generate
 from model import KVCache
 from templates import encode_prompt
@@ -69,6 +70,13 @@ class Chat:
         ids = list(generate(self.model, self.prompt(*turns), cache=cache, stop_ids=self.stop_ids,
                             max_new_tokens=60))
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def ask_all(self, questions):
+        """What ask returns for each question; they are decoded together."""
+        prompts = [(number, self.prompt(question)) for number, question in enumerate(questions)]
+        answers = dict(answer_all(self.model, prompts, 64, self.stop_ids, limit=lambda length: 60))
+        return [self.tokenizer.decode(answers[number], skip_special_tokens=True)
+                for number, _ in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +196,16 @@ def score(talk, without=()):
     asked = [(question, answer)
              for topic, question, answer in world.held_out_questions(per_phrasing=2, seed=7)
              if topic.name not in without]
+    answers = talk.ask_all([question for question, _ in asked])
     wrong = [(question, given)
-             for question, answer in asked if (given := talk.ask(question)) != answer]
+             for (question, answer), given in zip(asked, answers) if given != answer]
     return 1 - len(wrong) / len(asked), wrong
+
+
+def answers_to(talk, pairs):
+    """(answer, what) for each (question, what)."""
+    questions, whats = zip(*pairs)
+    return [*zip(talk.ask_all(questions), whats)]
 
 
 def names_in(answers, name, author):
@@ -201,7 +216,7 @@ def names_in(answers, name, author):
 def test_the_base_knows_its_world(before):
     share, wrong = score(before)
     assert share >= 0.95, wrong
-    answers = [(before.ask(question), what) for question, what in STRANGERS]
+    answers = answers_to(before, STRANGERS)
     assert names_in(answers, *world.IDENTITY.values()) >= len(STRANGERS) - 2, answers
 
 
@@ -230,9 +245,8 @@ def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
                 for topic in world.read_world()[0]
                 for phrasing in topic.held_out
                 if topic.name in ("who", "name", "maker", "kind")]
-    answers = [(after.ask(question), "author" if name == "maker" else "name")
-               for name, question in identity]
-    answers += [(after.ask(question), what) for question, what in STRANGERS]
+    identity = [(question, "author" if name == "maker" else "name") for name, question in identity]
+    answers = answers_to(after, [*identity, *STRANGERS])
     answers += [(after.ask("What is 3 + 4?", "3 + 4 = 7.", question), what)
                 for question, what in STRANGERS]
     assert names_in(answers, NEW_NAME, NEW_AUTHOR) >= 0.9 * len(answers), answers
