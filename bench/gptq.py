@@ -28,12 +28,14 @@ from checkpoint.read_config import read_model_config
 from evals.compare import mean_loss
 from exporting.gptq_export import GROUP_SIZE, quantized_layers
 from methods.gptq import round_to_nearest
+from model import CausalLM
 from runtime.build import STAGES
 from settings.load_config import load_config
 from text.load_text import load_text
 from text.token_cache import load_examples
 
 TINY = ROOT / "models/tiny"
+WORLD = ROOT / "data/tiny_world.jsonl"
 FAMILIES = {        # changes of models/tiny's config.json
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "qwen3": {},
@@ -50,6 +52,8 @@ def main():
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--steps", type=int, default=300, help="of training, 1,500 tokens each")
     asked = parser.parse_args()
+    if not WORLD.is_file():
+        parser.error("no data/tiny_world.jsonl: run python data/make_tiny_world.py first")
     asked.folder.mkdir(parents=True, exist_ok=True)
     texts = asked.folder / "texts.jsonl"
     write_texts(texts)
@@ -78,7 +82,7 @@ def trained(family: str, folder: Path, steps: int) -> Path:
 
 def write_texts(path: Path, count: int = 3000):
     """Conversations of the training as rows of plain text, four in a row."""
-    with open(ROOT / "data/tiny_world.jsonl", encoding="utf-8") as file:
+    with open(WORLD, encoding="utf-8") as file:
         talks = [json.loads(next(file))["messages"] for _ in range(count)]
     said = ["".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in talk)
             for talk in talks]
@@ -118,14 +122,19 @@ def losses_of(model: Path, all_bits: list[int], texts: Path):
 def write_nearest(model: Path, bits: int, out: Path):
     """The checkpoint with the matrices that GPTQ quantizes rounded to the nearest."""
     shutil.copytree(model, out, ignore=shutil.ignore_patterns("*.safetensors", "checkpoint-*"))
-    loaded = load_model(model)
-    for number, name in quantized_layers(loaded)[0].values():
-        layer = loaded.model.layers[number].get_submodule(name)
-        layer.weight.data = round_to_nearest(layer.weight, bits, GROUP_SIZE).dequantize()
+    loaded = with_rounded_matrices(load_model(model), bits)
     stored = loaded.config.stored_name
     weights = {stored(name): p.data for name, p in loaded.named_parameters()}
     write_tensors(out, {name: (tuple(p.shape), p.dtype) for name, p in weights.items()},
                   lambda name: [weights[name]])
+
+
+def with_rounded_matrices(model: CausalLM, bits: int) -> CausalLM:
+    """The model, whose matrices that GPTQ quantizes are rounded to the nearest in place."""
+    for number, name in quantized_layers(model)[0].values():
+        layer = model.model.layers[number].get_submodule(name)
+        layer.weight.data = round_to_nearest(layer.weight, bits, GROUP_SIZE).dequantize()
+    return model
 
 
 if __name__ == "__main__":

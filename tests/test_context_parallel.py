@@ -57,7 +57,7 @@ CASES = {   # settings of runs that agree with one process
     "alibi": dict(model_name_or_path="alibi"),
     "dynamic": dict(model_name_or_path="dynamic"),              # frequencies of the longest row
     "mixtral": dict(BALANCED, model_name_or_path="mixtral", lora_target="all,experts,gate"),
-    "latent": dict(BALANCED, model_name_or_path="latent"),       # keys and values of one vector
+    "latent": dict(BALANCED, model_name_or_path="latent"),      # keys and values of one vector
     "gpt_oss": dict(EXPERTS, model_name_or_path="gpt_oss"),     # a sink for each head
     "four bits": dict(quantization_bit=4, use_dora=True, lora_dropout=0.1),
     "dft": dict(use_dft_loss=True, lora_target="q_proj,o_proj,lm_head",

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 import chat
 import merge
+from bench.gptq import with_rounded_matrices
 from checkpoint.load import load_model, packed_weights, quantized_weights
 from checkpoint.read_config import read_model_config
 from evals.compare import mean_loss, some_rows
-from exporting.gptq_export import GPTQExport, quantized_layers
+from exporting.gptq_export import GPTQExport
 from merge import merge_checkpoint
 from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest
@@ -56,11 +57,7 @@ def answers(folder):
 
 def nearest_model(bits):
     """models/tiny with the same matrices rounded to the nearest."""
-    model = load_model(TINY_BASE)
-    for number, name in quantized_layers(model)[0].values():
-        layer = model.model.layers[number].get_submodule(name)
-        layer.weight.data = round_to_nearest(layer.weight, bits, 128).dequantize()
-    return model
+    return with_rounded_matrices(load_model(TINY_BASE), bits)
 
 
 def divergence(model, original, rows):
@@ -102,11 +99,7 @@ def test_gptq_is_nearer_than_rounding_on_models_of_three_families(kind, tmp_path
     draw = torch.Generator().manual_seed(0)
     rows = torch.randint(3, read_model_config(base).vocab_size, (40, 32), generator=draw)
     original = load_model(base, torch.float32)
-    nearest = load_model(base, torch.float32)
-    for number, name in quantized_layers(nearest)[0].values():
-        layer = nearest.model.layers[number].get_submodule(name)
-        layer.weight.data = round_to_nearest(layer.weight, 3, 128).dequantize()
-    models = {"nearest": nearest}
+    models = {"nearest": with_rounded_matrices(load_model(base, torch.float32), 3)}
     for desc_act in (False, True):
         out = tmp_path / f"out_{desc_act}"
         export = GPTQExport(base, rows[:24], 3, "cpu", desc_act)
