@@ -101,8 +101,8 @@ def pick_matmul(device, dtype: torch.dtype, blocks: Product = SMALLEST,
                 head: Product | None = None) -> MatmulChoice:
     """The fastest correct libraries, rows of a head chunk and threads for a model's products.
 
-    There is a choice only in float32 on CPUs, measured forward and backward in about half a
-    second; for the head where one is given, and of threads then too, if OMP_NUM_THREADS is not set.
+    There is a choice only in float32 on CPUs, measured forward and backward; for the
+    head where one is given, and of threads then too, if OMP_NUM_THREADS is not set.
     Correct: no further from float64 than four times torch's own error.
     """
     device = torch.device(device)
