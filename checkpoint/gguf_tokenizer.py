@@ -30,6 +30,9 @@ CHINESE_JAPANESE = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 DEEPSEEK_WORDS = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
                   r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
+CASED_LETTERS = "\\s?[A-Za-z\u00b5"        # so begins a list of all letters that have a case
+PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+CHINESE_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 # {(regular expressions of the split, whether whole words are looked up before merging): its name}
 PRETOKENIZERS = {
     ((word_regex("{1,3}"),), True): "llama-bpe",
@@ -39,6 +42,8 @@ PRETOKENIZERS = {
     (("digits", GPT2_WORDS), False): "smollm",
     ((TEKKEN_WORDS,), True): "tekken",
     ((r"\p{N}{1,3}", CHINESE_JAPANESE, DEEPSEEK_WORDS), False): "deepseek-v3",
+    ((r"[\r\n]", CASED_LETTERS, PUNCTUATION, r"\s+$", CHINESE_KOREAN, "digits"), False):
+        "deepseek-llm",
 }
 IGNORES_MERGES = {name: ignores for (_, ignores), name in PRETOKENIZERS.items()}
 
@@ -92,8 +97,9 @@ def refused(tokenizer: Tokenizer, why: str) -> ValueError:
 
 def byte_level_section(tokenizer: Tokenizer, fields: dict, pretokenizer: str | None) -> dict:
     """Name of the split, and merges."""
-    if fields["normalizer"] not in (None, {"type": "NFC"}):
-        raise refused(tokenizer, f"its normalizer is {fields['normalizer']['type']}")
+    for step in steps_of(fields["normalizer"], "normalizers"):
+        if step["type"] != "NFC":
+            raise refused(tokenizer, f"its normalizer is {step['type']}")
     model = fields["model"]
     ignores = bool(model.get("ignore_merges"))
     words = word_splits(fields["pre_tokenizer"])
@@ -111,8 +117,8 @@ def byte_level_section(tokenizer: Tokenizer, fields: dict, pretokenizer: str | N
 
 def word_splits(rules: dict | None) -> tuple | None:
     """The regular expressions of a pre-tokenizer, "digits" for single digits; None for others."""
-    steps = (rules or {}).get("pretokenizers", [rules])
-    if not steps or not steps[-1] or steps[-1]["type"] != "ByteLevel":
+    steps = steps_of(rules, "pretokenizers")
+    if not steps or steps[-1]["type"] != "ByteLevel":
         return None
     if steps[-1].get("add_prefix_space"):
         return None
@@ -121,7 +127,7 @@ def word_splits(rules: dict | None) -> tuple | None:
         if step["type"] == "Digits" and step["individual_digits"]:
             found.append("digits")
         elif step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            found.append(escaped(step["pattern"].get("Regex")))
+            found.append(known_spelling(step["pattern"].get("Regex")))
         else:
             return None
     if steps[-1].get("use_regex", True):
@@ -129,8 +135,15 @@ def word_splits(rules: dict | None) -> tuple | None:
     return tuple(found)
 
 
-def escaped(regex: str | None) -> str | None:
-    """Ends of lines, which some files hold as characters, as the escapes of the others."""
+def steps_of(rules: dict | None, key: str) -> list[dict]:
+    """The steps of a normalizer or a pre-tokenizer, which may be none, one, or a sequence."""
+    return rules.get(key, [rules]) if rules else []
+
+
+def known_spelling(regex: str | None) -> str | None:
+    """Ends of lines, which some files hold as characters, as escapes; the long list by its name."""
+    if regex and regex.startswith(CASED_LETTERS):
+        return CASED_LETTERS
     return regex and regex.replace("\r", r"\r").replace("\n", r"\n")
 
 
@@ -163,10 +176,9 @@ def sentencepiece_section(tokenizer: Tokenizer, fields: dict, pieces: dict,
 
 def begins_with_space(tokenizer: Tokenizer, fields: dict) -> bool:
     """Whether a space is put before a text, also after a special token. Raises ValueError."""
-    steps = [*(fields["normalizer"] or {}).get("normalizers", [fields["normalizer"]]),
-             *(fields["pre_tokenizer"] or {}).get("pretokenizers", [fields["pre_tokenizer"]])]
     space = False
-    for step in filter(None, steps):
+    for step in (*steps_of(fields["normalizer"], "normalizers"),
+                 *steps_of(fields["pre_tokenizer"], "pretokenizers")):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             space = True
         elif step["type"] == "Metaspace":

@@ -15,7 +15,7 @@ from bench.common import (Child, curves, in_turn, medians, ratios, run_child, sl
 from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
-from tests.common import ROOT
+from tests.common import ROOT, needs_shared
 
 MIB = 2**20
 TEXT = ["--data", str(ROOT / "data"), "--tokenizer", str(ROOT / "models/tiny"),
@@ -247,6 +247,19 @@ def test_rollouts_from_end_to_end(tmp_path):
     run, = result["runs"]["ours"]
     assert run["samples_per_second"] == pytest.approx(4 / run["step_seconds"])
     assert 1 <= run["length"] <= 6 and 0 <= run["reward"] <= 1
+
+
+@needs_shared
+def test_memory_of_gptq_from_end_to_end(tmp_path):
+    command = [sys.executable, ROOT / "bench/gptq_memory.py", "--tiny", "--no-peer", "--results",
+               tmp_path]
+    found = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    result, = (json.loads(path.read_text()) for path in tmp_path.glob("gptq_memory-*.json"))
+    run, = result["runs"]["ours"]
+    plain = 2 * 128256 * 64 * 2                     # embedding and head, which keep 16 bits
+    assert run["peak_bytes"] > 100 * MIB and plain < run["written_bytes"] < 1.05 * plain
+    assert "| one block, float32" in found.stdout
 
 
 def test_what_processes_hold_and_send(tmp_path):

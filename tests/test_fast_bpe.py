@@ -76,8 +76,10 @@ def byte_level(normalizer=None, **options):
     return core
 
 
-def test_the_pattern_of_gpt2():
-    core = byte_level()
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC(), normalizers.Sequence([])],
+                         ids=["none", "NFC", "no steps"])
+def test_the_pattern_of_gpt2(normalizer):
+    core = byte_level(normalizer)
     cache = build_word_cache(core)
     for text in random_texts(2000, seed=1):
         assert cache.encode(text) in (None, core.encode(text).ids)

@@ -32,7 +32,7 @@ from tests.tiny_models import (CHECKPOINTS, RECORDED_MODELS, TINY_LLAMA, adapter
 gguf = pytest.importorskip("gguf")
 RECORDED = ROOT / "tests/recorded/llama_cpp.json"
 TINY_BASE = ROOT / "models/tiny"
-TOKENIZERS = ("llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3", "deepseek_v3")
+TOKENIZERS = ("llama2", "llama2_2026", "llama3", "qwen2.5", "qwen3", "deepseek_v2", "deepseek_v3")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 REFUSED = {"baichuan2_13b": "alibi: True", "llama4": "stacked_experts: in, out",
            "llama4_nested": "stacked_experts: in, out", "qwen3_moe": "layers without experts"}
@@ -51,10 +51,17 @@ PAGE = [
     "<|im_start|>user\nhi<|im_end|>\n<|begin_of_text|>a", "x" * 50 + " " * 40 + "y",
     "ไทย ภาษาไทย हिन्दी नमस्ते", "$100.50 €5 50% 1,000,000", "AbcDEFghi JSONData", "1½ ² ³ Ⅷ",
 ]
-DEEPSEEK_SPLITS = [     # of its tokenizer.json, where ends of lines are characters
-    r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?"""
-    r"[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+".replace(r"\r\n", "\r\n")]
+CASED_LETTERS = (       # six escaped: composed, they would be other characters
+    "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕ"
+    "ἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭ"
+    "ℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃")
+DEEPSEEK_SPLITS = {     # of its tokenizer.json, where ends of lines are characters
+    "deepseek_v2": ["[\r\n]", rf"\s?[{CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$",
+                    "[一-龥\u0800-一가-\ud7ff]+", "digits"],
+    "deepseek_v3": [
+        r"\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+".replace(r"\r\n", "\r\n")]}
 
 
 def export(base, out, number_type="f32", *more):
@@ -316,17 +323,19 @@ def test_ids_of_mixed_texts_are_llama_cpps(name, tmp_path):
 
 
 def tokenizer_folder(name, scratch):
-    """Files of a tokenizer; deepseek_v3: Qwen 2.5's vocabulary and the splits of DeepSeek V3."""
-    if name != "deepseek_v3":
+    """Files of a tokenizer; of DeepSeek's: Qwen 2.5's vocabulary, and the splits of its own."""
+    if name not in DEEPSEEK_SPLITS:
         return SHARED / "tokenizers" / name
     folder = scratch / name
     shutil.copytree(SHARED / "tokenizers/qwen2.5", folder)
     fields = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    steps = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
-              "invert": False} for regex in DEEPSEEK_SPLITS]
+    steps = [{"type": "Digits", "individual_digits": True} if regex == "digits" else
+             {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated",
+              "invert": False} for regex in DEEPSEEK_SPLITS[name]]
     steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False})
-    fields |= {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    fields |= {"normalizer": {"type": "Sequence", "normalizers": []},
+               "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     (folder / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder
 
@@ -429,7 +438,8 @@ def test_every_family_is_written_or_refused_in_words(tmp_path):
 def test_an_unknown_pretokenizer_is_refused_by_name(tmp_path):
     message = message_of(export, TINY_BASE, tmp_path / "out")
     assert "no tokenizer like tiny's and would split texts into other ids: it splits" in message
-    assert "nearest (gguf_pretokenizer: dbrx, qwen2, gpt-2, smollm, deepseek-v3)" in message
+    assert ("nearest (gguf_pretokenizer: dbrx, qwen2, gpt-2, smollm, deepseek-v3, deepseek-llm)"
+            in message)
     assert not any(tmp_path.iterdir())                  # nothing half-written
 
 

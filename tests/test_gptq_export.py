@@ -150,6 +150,23 @@ def test_transformers_reads_the_settings(tmp_path):
     assert read.to_dict()["quant_method"] == "gptq"
 
 
+@pytest.mark.parametrize("desc_act", ["false", "true"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_transformers_gives_the_same_logits_through_gptqmodel(bits, desc_act, tmp_path):
+    pytest.importorskip("gptqmodel", reason="gptqmodel reads these files (it needs torch 2.14)")
+    transformers = pytest.importorskip("transformers")
+    texts(tmp_path / "texts.jsonl")
+    merge.main(arguments(tmp_path, export_quantization_bit=bits,
+                         export_quantization_desc_act=desc_act))
+    ids = torch.randint(0, 1600, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    reader = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, device_map="cpu")
+    with torch.no_grad():
+        theirs = reader(ids).logits
+    ours = logits_of(load_model(tmp_path / "out", torch.float32), ids)
+    assert torch.allclose(theirs, ours, atol=1e-4)
+
+
 def test_the_seed_makes_the_bytes_and_shards_hold_the_same_tensors(tmp_path):
     texts(tmp_path / "texts.jsonl")
     for out, changes in (("a", {}), ("b", {}), ("c", {"seed": 7}), ("d", {"export_size": 0.0003})):

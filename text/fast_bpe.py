@@ -27,6 +27,7 @@ PLAIN = "\x00-\x7fÀ-ÖØ-öø-ÿ‐-‧"
 GPT2_PATTERN = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"
                 r"|\s+(?!\S)|\s+")
 NFC = {"type": "NFC"}
+NO_STEPS = {"type": "Sequence", "normalizers": []}
 MAX_WORDS = 500_000  # a full cache is emptied; real text has some ten thousand frequent words
 
 
@@ -93,7 +94,7 @@ def is_plain_bpe(core) -> bool:
     """Whether a tokenizer is a BPE without randomness, and normalizes by NFC or not at all."""
     return (type(core.model).__name__ == "BPE"
             and not core.model.dropout
-            and read_rules(core.normalizer) in ({}, NFC))
+            and read_rules(core.normalizer) in ({}, NO_STEPS, NFC))
 
 
 def match_literally(added_tokens) -> bool:
