@@ -291,7 +291,7 @@ def load_side(side: Side, config: Config, device) -> tuple:
     trained = (side.adapters or [side.base])[-1]
     keep_kernels(kernels, config, kernels_of_training(trained, device))
     use_kernels(model, kernels)
-    return model, kernels.head_matmul
+    return model, kernels.matmul
 
 
 def measure_rows(side: Side, config: Config, model, examples, device, matmul) -> dict:

@@ -14,6 +14,7 @@ Papers: the head's loss in chunks arXiv:2410.10989, softcapping arXiv:2408.00118
 of experts arXiv:2101.03961.
 """
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ def losses_and_grad(scores, y, softcap, dtype, needs_grad: bool = True):
 
 @record_function("loss")
 def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear,
-                      chunk_loss=losses_and_grad, head_rows=0):
+                      chunk_loss=losses_and_grad, frozen_head=None):
     """Sum of the token losses in nats, a float32 scalar.
 
     hidden: (N, D), the final hidden states.
@@ -69,30 +70,35 @@ def cross_entropy_sum(hidden, weight, targets, softcap=None, matmul=F.linear,
     softcap: c makes the logits c * tanh(logits / c), in float32.
     matmul: (x (n, in), W (out, in)) -> (n, out), see fast/matmul.py.
     chunk_loss: losses_and_grad, or the same sooner, see fast/compile.py.
-    head_rows: of a chunk, as fast/matmul.py has tried; 0: chunk_rows decides.
+    frozen_head: losses_in_chunks for a head that is not trained, or the same sooner, see
+        fast/head_in_tiles.py.
     """
-    if not torch.is_grad_enabled():
-        weight = weight.detach()            # evaluation needs no gradient of a trained head
-    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul, chunk_loss, head_rows)
+    if not is_trained(weight):
+        return token_losses(hidden, weight, targets, softcap, matmul, chunk_loss, frozen_head).sum()
+    return _CrossEntropySum.apply(hidden, weight, targets, softcap, matmul, chunk_loss)
+
+
+def is_trained(weight) -> bool:
+    """Whether the head needs a gradient; in an evaluation it does not."""
+    return weight.requires_grad and torch.is_grad_enabled()
 
 
 class _CrossEntropySum(torch.autograd.Function):
+    """With a head that is trained: its gradient is formed in the same pass, too."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, matmul, chunk_loss, head_rows):
+    def forward(ctx, hidden, weight, targets, softcap, matmul, chunk_loss):
         rows, y = supervised(targets, hidden.device)                                    # (n,)
         h, W = hidden[rows], weight.to(hidden.dtype)                                    # (n, D)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        dW = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        needs_grad = dh is not None or dW is not None
-        for chunk in chunks(len(rows), len(W), head_rows):
-            losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
-                                          needs_grad)                                   # (c, V)
+        dW = torch.zeros_like(weight, dtype=torch.float32)
+        for chunk in chunks(len(rows), len(W)):
+            losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype)  # (c, V)
             total += losses.sum()
             if dh is not None:
                 dh[chunk] = matmul(d_logits, W.T)
-            if dW is not None:
-                dW += (d_logits.T @ h[chunk]).float()
+            dW += (d_logits.T @ h[chunk]).float()
             del d_logits                                # make room for the next chunk's
         ctx.save_for_backward(rows, dh, dW)
         ctx.shape = hidden.shape
@@ -107,24 +113,22 @@ class _CrossEntropySum(torch.autograd.Function):
             d_hidden = dh.new_zeros(ctx.shape)
             # in float32: grad is 1 / num_items, whose rounding would rescale every gradient
             d_hidden[rows] = (dh.float() * grad).to(dh.dtype)
-        d_weight = None if dW is None else dW * grad
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, dW * grad, None, None, None, None
 
 
 # ---- chunks of logits ---------------------------------------------------------------------------
 
 
-def chunk_rows(supervised_rows: int, vocab_size: int, head_rows: int = 0) -> int:
-    """Positions whose logits are held at once. head_rows: in place of those of CHUNK_BYTES."""
-    fitting = head_rows or CHUNK_BYTES // (4 * vocab_size)
-    rows = max(1, fitting, -(-supervised_rows // MAX_CHUNKS))
+def chunk_rows(supervised_rows: int, vocab_size: int) -> int:
+    """Positions whose logits are held at once."""
+    rows = max(1, CHUNK_BYTES // (4 * vocab_size), -(-supervised_rows // MAX_CHUNKS))
     # a multiple, so that no matmul ends in a small block
     return rows // CHUNK_MULTIPLE * CHUNK_MULTIPLE or rows
 
 
-def chunks(supervised_rows: int, vocab_size: int, head_rows: int = 0) -> list[slice]:
+def chunks(supervised_rows: int, vocab_size: int) -> list[slice]:
     """The positions, split into chunks of chunk_rows."""
-    step = chunk_rows(supervised_rows, vocab_size, head_rows)
+    step = chunk_rows(supervised_rows, vocab_size)
     return [slice(start, start + step) for start in range(0, supervised_rows, step)]
 
 
@@ -185,13 +189,13 @@ def answer_logps_plain(hidden, weight, targets, lengths, softcap=None):
 
 @record_function("loss")
 def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear,
-                 chunk_loss=losses_and_grad, head_rows=0):
+                 chunk_loss=losses_and_grad, frozen_head=None):
     """For each sequence the log-probability of its targets in nats, and their number: (S,) float32.
 
     lengths: tokens of the S sequences that lie end to end in the row; the rest as in
     cross_entropy_sum.
     """
-    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss, head_rows)  # (n,)
+    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss, frozen_head)  # (n,)
     counts = [int((sequence != IGNORE).sum()) for sequence in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-sequence.sum() for sequence in losses.split(counts)])
@@ -199,50 +203,73 @@ def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear
 
 
 def token_losses(hidden, weight, targets, softcap=None, matmul=F.linear,
-                 chunk_loss=losses_and_grad, head_rows=0):
+                 chunk_loss=losses_and_grad, frozen_head=None):
     """-log p of each supervised target in nats, (n,) float32; arguments as in cross_entropy_sum."""
-    if not torch.is_grad_enabled():
-        weight = weight.detach()
     rows, y = supervised(targets, hidden.device)
-    return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul, chunk_loss, head_rows)
+    if is_trained(weight):
+        return _TokenLosses.apply(hidden, weight, rows, y, softcap, matmul, chunk_loss)
+    frozen_head = frozen_head or partial(losses_in_chunks, chunk_loss=chunk_loss)
+    return _FrozenHead.apply(hidden, weight.detach(), rows, y, softcap, matmul, frozen_head)
 
 
-class _TokenLosses(torch.autograd.Function):
+class _FrozenHead(torch.autograd.Function):
+    """Token losses, and in the same pass their gradients for the hidden states."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, rows, y, softcap, matmul, chunk_loss, head_rows):
+    def forward(ctx, hidden, weight, rows, y, softcap, matmul, frozen_head):
         h, W = hidden[rows], weight.to(hidden.dtype)                            # (n, D), (V, D)
-        losses = torch.empty(len(rows), dtype=torch.float32, device=hidden.device)
-        # the gradient of a trained head is a sum weighted by `grad`, which only backward knows
-        grad_in_forward = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        dh = torch.empty_like(h) if grad_in_forward else None
-        for chunk in chunks(len(rows), len(W), head_rows):
-            chunk_losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
-                                                grad_in_forward)
-            losses[chunk] = chunk_losses[:, 0]
-            if grad_in_forward:
-                dh[chunk] = matmul(d_logits, W.T)
-            del d_logits                                # make room for the next chunk's
-        if grad_in_forward:
-            ctx.save_for_backward(rows, dh)
-        else:
-            ctx.save_for_backward(rows, None, h, weight, y)
+        losses, dh = frozen_head(h, W, y, softcap, matmul, ctx.needs_input_grad[0])
+        ctx.save_for_backward(rows, dh)
         ctx.shape = hidden.shape
-        ctx.softcap = softcap
-        ctx.matmul = matmul
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):                                                    # (n,) float32
-        rows, dh, *more = ctx.saved_tensors
-        dW = None
-        if dh is None:
-            dh, dW = token_losses_grad(grad, *more, ctx.softcap, ctx.matmul)
-        else:
-            dh = (dh.float() * grad[:, None]).to(dh.dtype)
+        rows, dh = ctx.saved_tensors
+        d_hidden = dh.new_zeros(ctx.shape)
+        # in float32: grad is 1 / num_items, whose rounding would rescale every gradient
+        d_hidden[rows] = (dh.float() * grad[:, None]).to(dh.dtype)
+        return d_hidden, None, None, None, None, None, None
+
+
+def losses_in_chunks(h, W, y, softcap, matmul, needs_grad: bool, chunk_loss=losses_and_grad):
+    """-log p(y) of each row of h, (n,) float32, and its gradient for h (n, D), or None.
+
+    h: (n, D). W: (V, D), of the head, in the dtype of h. y: (n,).
+    """
+    losses = torch.empty(len(h), dtype=torch.float32, device=h.device)
+    dh = torch.empty_like(h) if needs_grad else None
+    for chunk in chunks(len(h), len(W)):
+        chunk_losses, d_logits = chunk_loss(matmul(h[chunk], W), y[chunk], softcap, h.dtype,
+                                            needs_grad)                         # (c, 1), (c, V)
+        losses[chunk] = chunk_losses[:, 0]
+        if needs_grad:
+            dh[chunk] = matmul(d_logits, W.T)
+        del d_logits                                    # make room for the next chunk's
+    return losses, dh
+
+
+class _TokenLosses(torch.autograd.Function):
+    """With a head that is trained: its gradient is a sum weighted by `grad`, which only backward
+    knows, where the logits are computed again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, rows, y, softcap, matmul, chunk_loss):
+        h = hidden[rows]                                                        # (n, D)
+        losses, _ = losses_in_chunks(h, weight.to(h.dtype), y, softcap, matmul, False, chunk_loss)
+        ctx.save_for_backward(rows, h, weight, y)
+        ctx.shape, ctx.softcap, ctx.matmul = hidden.shape, softcap, matmul
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):                                                    # (n,) float32
+        rows, *saved = ctx.saved_tensors
+        dh, dW = token_losses_grad(grad, *saved, ctx.softcap, ctx.matmul)
         d_hidden = dh.new_zeros(ctx.shape)
         d_hidden[rows] = dh
-        return d_hidden, dW, None, None, None, None, None, None
+        return d_hidden, dW, None, None, None, None, None
 
 
 def token_losses_grad(grad, h, weight, y, softcap, matmul):
@@ -309,7 +336,7 @@ class Objective:
     reference = None                    # a second model that is not trained
     step_tokens: float | None = None    # of the last step on all ranks, where rows do not tell
     chunk_loss = staticmethod(losses_and_grad)
-    head_rows = 0                       # of a chunk of the head, see cross_entropy_sum
+    frozen_head = None                  # see cross_entropy_sum
 
     def __init__(self, matmul=F.linear):
         self.matmul = matmul
@@ -369,7 +396,7 @@ class SFTObjective(Objective):
         hidden, routing_loss = self.hidden_states(model, batch)
         loss = cross_entropy_sum(hidden, model.head_weight(), batch.targets,
                                  model.config.final_softcap, self.matmul, self.chunk_loss,
-                                 self.head_rows)
+                                 self.frozen_head)
         return loss, routing_loss, {}
 
     def hidden_states(self, model, batch):

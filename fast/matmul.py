@@ -1,19 +1,17 @@
-"""Matrix multiplication on the CPU: library, rows of a head chunk and threads, picked by a trial.
+"""Matrix multiplication on the CPU: library and threads, picked by a trial.
 
     python -m fast.matmul       how fast and how exact each is on this machine, and which is picked
 
-pick_matmul tries torch's own library and oneDNN on a model's products: one table of rates for the
-blocks; one for the head, whose matrix is far wider, with several numbers of rows; then fewer
-threads. Each needs to be CLEARLY faster than what is tried before it: other libraries round
-otherwise, and more rows need more memory.
+pick_matmul tries torch's own library and oneDNN on a product of the model; then fewer threads. Each
+needs to be CLEARLY faster than what is tried before it: other libraries round otherwise.
 
-Requires: losses.py (chunk_rows).
-Next: fast/fused_block.py.
+Requires: nothing.
+Next: fast/fused_block.py, fast/head_in_tiles.py.
 """
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 # first: a missing package ends in a sentence
 from errors import print_error  # noqa: F401
@@ -21,12 +19,9 @@ from errors import print_error  # noqa: F401
 import torch
 import torch.nn.functional as F
 
-from losses import chunk_rows
-
 ROW_BLOCK = 128         # rows of one call of oneDNN
 ROW_STEP = 32           # the last block is padded to a multiple of this
 CLEARLY = 1.1           # how many times faster than those before it a choice must be to be picked
-HEAD_ROWS = (128, 256, 512)     # of a chunk of the head; twice the rows, twice the logits held
 TRIED = 2**27           # multiplications of one product of the trial, at most: a millisecond
 
 
@@ -63,11 +58,8 @@ MATMULS = {"torch": F.linear, "onednn": onednn_matmul}      # F.linear: MKL, cuB
 @dataclass
 class MatmulChoice:
     """What pick_matmul found."""
-    picked: str                                     # a name of MATMULS, for the blocks
-    rates: dict = field(default_factory=dict)       # name -> GFLOP/s of the blocks
-    head: str = ""                                  # a name for the head; "": as for the blocks
-    head_rows: int = 0                              # 0: losses.chunk_rows decides
-    rows_tried: tuple = ()
+    picked: str                                     # a name of MATMULS
+    rates: dict = field(default_factory=dict)       # name -> GFLOP/s
     threads: int = 0                                # 0: as many as torch starts
     threads_tried: tuple = ()
     lines: list = field(default_factory=list)       # for the start page
@@ -84,25 +76,23 @@ class Product:
 SMALLEST = Product(256, 512, 1024)      # the time of smaller ones is that of the call
 
 
-def products_of(config) -> tuple[Product, Product | None]:
-    """Those that decide: gate or up of the blocks; the head. None for the head of a small model.
+def product_of(config) -> Product:
+    """That of gate or up in a block; SMALLEST for a smaller model, where chance would choose.
 
-    In a model with smaller ones they decide nothing, and chance would choose. config: a
-    ModelConfig.
+    config: a ModelConfig.
     """
     hidden, width = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
     if hidden < SMALLEST.inputs or width < SMALLEST.outputs:
-        return SMALLEST, None
-    return Product(256, hidden, width), Product(HEAD_ROWS[0], hidden, config.vocab_size)
+        return SMALLEST
+    return Product(256, hidden, width)
 
 
 @torch.no_grad()
-def pick_matmul(device, dtype: torch.dtype, blocks: Product = SMALLEST,
-                head: Product | None = None) -> MatmulChoice:
-    """The fastest correct libraries, rows of a head chunk and threads for a model's products.
+def pick_matmul(device, dtype: torch.dtype, product: Product = SMALLEST) -> MatmulChoice:
+    """The fastest correct library and number of threads for a product, forward and backward.
 
-    There is a choice only in float32 on CPUs, measured forward and backward; for the
-    head where one is given, and of threads then too, if OMP_NUM_THREADS is not set.
+    There is a choice only in float32 on CPUs; of threads only for products larger than SMALLEST,
+    and if OMP_NUM_THREADS is not set.
     Correct: no further from float64 than four times torch's own error.
     """
     device = torch.device(device)
@@ -110,19 +100,12 @@ def pick_matmul(device, dtype: torch.dtype, blocks: Product = SMALLEST,
         return MatmulChoice("torch")
     refused = why_refused()
     matmuls = {name: matmul for name, matmul in MATMULS.items() if name not in refused}
-    rates = {name: rate_of(matmul, blocks) for name, matmul in matmuls.items()}
+    rates = {name: rate_of(matmul, product) for name, matmul in matmuls.items()}
     picked = first_clearly_fastest(rates)
     choice = MatmulChoice(picked, rates, lines=[matmul_line(picked, rates, refused)])
-    if head is None:
-        return choice
-    chunks = {rows: replace(head, rows=rows or HEAD_ROWS[-1]) for rows in rows_to_try(head)}
-    head_rates = {(rows, name): rate_of(matmul, chunk)
-                  for rows, chunk in chunks.items() for name, matmul in matmuls.items()}
-    choice.head_rows, choice.head = first_clearly_fastest(head_rates)
-    choice.rows_tried = tuple(chunks)
-    choice.lines += head_lines(choice.head_rows, choice.head, head_rates)
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1:
-        speeds = thread_rates(matmuls[picked], blocks)
+    may_set_threads = "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1
+    if product != SMALLEST and may_set_threads:
+        speeds = thread_rates(matmuls[picked], product)
         choice.threads, choice.threads_tried = first_clearly_fastest(speeds), tuple(speeds)
         choice.lines.append(threads_line(choice.threads, speeds))
     return choice
@@ -155,12 +138,6 @@ def first_clearly_fastest(rates: dict):
     return best
 
 
-def rows_to_try(head: Product) -> list[int]:
-    """Rows of a chunk; [0] where the logits of all HEAD_ROWS are few bytes."""
-    tried = [rows for rows in HEAD_ROWS if rows >= chunk_rows(0, head.outputs)]
-    return tried if len(tried) > 1 else [0]
-
-
 def rate_of(matmul: Callable, product: Product) -> float:
     """GFLOP/s of a product, forward and backward, measured on some of its outputs."""
     outputs = max(64, min(product.outputs, TRIED // (product.rows * product.inputs)))
@@ -191,18 +168,6 @@ def matmul_line(picked: str, rates: dict[str, float], refused: dict[str, str]) -
     return f"matmul: {picked}, {rates[picked]:.0f} GFLOP/s ({', '.join(others)})"
 
 
-def head_lines(rows: int, picked: str, rates: dict[tuple[int, str], float]) -> list[str]:
-    """For the start page: "head_matmul: onednn, 110 GFLOP/s (torch 96)", "head_rows: 128, …"."""
-    others = [f"{name} {rate:.0f}" for (tried, name), rate in rates.items()
-              if tried == rows and name != picked]
-    lines = [f"head_matmul: {picked}, {rates[rows, picked]:.0f} GFLOP/s ({', '.join(others)})"]
-    if rows:
-        others = [f"{tried}: {rate:.0f}" for (tried, name), rate in rates.items()
-                  if name == picked and tried != rows]
-        lines.append(f"head_rows: {rows}, of a chunk of the head ({', '.join(others)} GFLOP/s)")
-    return lines
-
-
 def threads_line(picked: int, rates: dict[int, float]) -> str:
     """For the start page: "threads: 2, 116 GFLOP/s (1: 60)"."""
     others = [f"{threads}: {rate:.0f}" for threads, rate in rates.items() if threads != picked]
@@ -228,6 +193,6 @@ def shortest(call: Callable, times: int = 3) -> float:
 
 if __name__ == "__main__":
     for dtype in (torch.float32, torch.bfloat16):
-        choice = pick_matmul("cpu", dtype, Product(256, 512, 1408), Product(128, 512, 128_256))
+        choice = pick_matmul("cpu", dtype, Product(256, 512, 1408))
         print(f"cpu {str(dtype).removeprefix('torch.')}: ", end="")
         print("\n  ".join(choice.lines or ["matmul: torch, the only one"]))

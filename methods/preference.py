@@ -128,7 +128,7 @@ class PreferenceObjective(Objective):
         hidden = model(batch.input_ids, batch.position_ids, batch.layout)               # (1, N, D)
         return answer_logps(hidden[0], model.head_weight(), batch.targets, batch.lengths,
                             model.config.final_softcap, self.matmul, self.chunk_loss,
-                            self.head_rows)
+                            self.frozen_head)
 
 
 # ---- stage dpo ----------------------------------------------------------------------------------

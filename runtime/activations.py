@@ -69,7 +69,7 @@ class MicroBatch:
     grouped: bool = False           # fast/grouped_experts.py: all experts in one product
     tile: int = 0                   # tokens of a tile of the MLP; 0: all at once
     parts: int = 1                  # processes that share the row (scale/context_parallel.py)
-    head_rows: int = 0              # of a chunk of the head, see losses.py
+    head_in_tiles: bool = False     # fast/head_in_tiles.py, for a head that is not trained
 
     @property
     def tokens(self) -> int:
@@ -205,25 +205,35 @@ def dequantized_bytes(model: CausalLM, batch: MicroBatch) -> int:
 
 
 def loss_bytes(model: CausalLM, batch: MicroBatch) -> int:
-    """Bytes of the loss (losses.py): a chunk's logits, and the gradient of a trained head."""
+    """Bytes of the loss: a chunk's logits (losses.py) or a tile's (fast/head_in_tiles.py), and the
+    gradient of a trained head."""
     head = model.lm_head
     weight = head.weight
     vocab_size = weight.shape[0]
     if not vocab_size:                      # of another stage of a pipeline
         return 0
-    rows = min(chunk_rows(batch.tokens, vocab_size, batch.head_rows), batch.tokens)
-    if model.config.final_softcap:
-        chunks = SOFTCAP_CHUNKS
+    trained = any(p.requires_grad for p in head.parameters())
+    if batch.head_in_tiles and not trained:
+        from fast.head_in_tiles import tile_bytes       # only where it is used
+
+        total = tile_bytes(batch.tokens, weight.shape, batch.compute, model.config.final_softcap)
     else:
-        chunks = HEAD_CHUNKS if batch.compute < 4 else 1
-    total = int(4 * vocab_size * rows * chunks)
+        rows = min(chunk_rows(batch.tokens, vocab_size), batch.tokens)
+        total = int(4 * vocab_size * rows * logit_copies(model.config, batch.compute))
     if hasattr(head, "effective_weight"):
         total += weight.numel() * batch.stream
     if batch.compute < weight.dtype.itemsize:
         total += weight.numel() * batch.compute
-    if any(p.requires_grad for p in head.parameters()):
+    if trained:
         total += 4 * weight.numel()
     return total
+
+
+def logit_copies(model_config: ModelConfig, compute: int) -> float:
+    """Float32 copies of a chunk's logits that the loss holds at once."""
+    if model_config.final_softcap:
+        return SOFTCAP_CHUNKS
+    return HEAD_CHUNKS if compute < 4 else 1
 
 
 # ---- activations of a block: bytes for all tokens, or for each token, of a micro-batch ----------

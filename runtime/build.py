@@ -66,7 +66,7 @@ def arrange(ranks: Ranks, config, device: torch.device) -> Ranks:
 
 
 def sft_objective(config, base, setup, ranks, resume) -> Objective:
-    matmul = setup.kernels.head_matmul
+    matmul = setup.kernels.matmul
     if config.use_dft_loss:
         return sft_losses.DFTObjective(setup.balance, matmul)
     if config.use_eaft_loss:
@@ -81,12 +81,12 @@ def sft_objective(config, base, setup, ranks, resume) -> Objective:
 
 def pair_objective(config, base, setup, ranks, resume) -> Objective:
     reference = build_reference(config, base, setup, ranks)
-    return preference.PairObjective(config, reference, ranks, setup.kernels.head_matmul)
+    return preference.PairObjective(config, reference, ranks, setup.kernels.matmul)
 
 
 def judged_objective(config, base, setup, ranks, resume) -> Objective:
     reference = build_reference(config, base, setup, ranks)
-    return preference.JudgedObjective(config, reference, ranks, setup.kernels.head_matmul)
+    return preference.JudgedObjective(config, reference, ranks, setup.kernels.matmul)
 
 
 def reward_objective(config, base, setup, ranks, resume) -> Objective:
@@ -144,7 +144,7 @@ def rollout_parts(config, base, setup, ranks, resume) -> tuple:
                       more=["reward_model"] if judge else [])
     reference = build_reference(config, base, setup, ranks)
     return (config, text, decode_rows, rewards, judge, ranks, setup.dtype, reference,
-            setup.kernels.head_matmul)
+            setup.kernels.matmul)
 
 
 def teacher_objective(config, base, setup, ranks, resume) -> Objective:
@@ -153,7 +153,7 @@ def teacher_objective(config, base, setup, ranks, resume) -> Objective:
     text, decode_rows = sampler(config, base, resume) if config.samples_replies else (None, None)
     teacher = build_reference(config, base, setup, ranks)
     return DistillObjective(config, text, decode_rows, teacher, ranks, setup.dtype,
-                            setup.kernels.head_matmul)
+                            setup.kernels.matmul)
 
 
 @dataclass(frozen=True)
@@ -184,13 +184,14 @@ STAGES = {
 def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None) -> Objective:
     """The objective of the config's stage, with its reference model or value head."""
     objective = STAGES[config.stage].build_objective(config, base, setup, ranks, resume)
-    objective.head_rows = setup.kernels.head_rows
     if setup.cuts_vocabulary:
         from scale.cut_vocabulary import vocabulary_loss    # only where it is asked for
 
         objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"])
     elif setup.kernels.compile:
         objective.chunk_loss = setup.kernels.compile_loss()
+    else:
+        objective.frozen_head = setup.kernels.frozen_head
     if "context" in ranks.axes:
         from scale.cut_losses import share_objective        # only where it is asked for
 

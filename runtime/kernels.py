@@ -27,7 +27,7 @@ from text.tokenizer import read_json
 
 
 # parts of the key pin_kernels
-PINNABLE = ("attention", "matmul", "head_matmul", "head_rows", "threads")
+PINNABLE = ("attention", "matmul", "threads")
 
 
 @dataclass
@@ -37,11 +37,9 @@ class Kernels:
     correct: tuple = ("plain",)             # the names that give correct results here
     matmul_name: str = "torch"              # a key of matmuls
     matmuls: dict[str, Callable] = field(default_factory=lambda: {"torch": F.linear})
-    head_matmul_name: str = ""              # for the head; "": the same
-    head_rows: int = 0                      # of a chunk of the head; 0: losses.chunk_rows decides
     threads: int = 0                        # of a CPU; 0: as many as torch starts
-    head_rows_tried: tuple = (0,)
     threads_tried: tuple = (0,)
+    frozen_head: Callable | None = None     # fast.head_in_tiles.losses_in_tiles
     fuse: Callable | None = None            # fast.fused_block.fuse_blocks
     compile: Callable | None = None         # fast.compile.compile_steps
     compile_tokens: Callable | None = None  # fast.compile.compile_tokens
@@ -55,11 +53,6 @@ class Kernels:
     def matmul(self) -> Callable:
         """The matrix product: (x (N, in), W (out, in), bias) -> (N, out)."""
         return self.matmuls[self.matmul_name]
-
-    @property
-    def head_matmul(self) -> Callable:
-        """The matrix product of the head."""
-        return self.matmuls[self.head_matmul_name or self.matmul_name]
 
 
 # ---- one function a file ------------------------------------------------------------------------
@@ -78,15 +71,22 @@ def pick_attention(kernels: Kernels, config, model_config: ModelConfig, device, 
 
 def pick_matrix_product(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
     """The fastest correct library for this model's matrix products on a CPU, and how it is used."""
-    from fast.matmul import MATMULS, pick_matmul, products_of
+    from fast.matmul import MATMULS, pick_matmul, product_of
 
-    choice = pick_matmul(device, dtype, *products_of(model_config))
+    choice = pick_matmul(device, dtype, product_of(model_config))
     kernels.matmul_name = choice.picked
-    kernels.head_matmul_name = choice.head
     kernels.matmuls = {name: MATMULS[name] for name in choice.rates} or kernels.matmuls
-    kernels.head_rows, kernels.head_rows_tried = choice.head_rows, choice.rows_tried
     kernels.threads, kernels.threads_tried = choice.threads, choice.threads_tried
     kernels.lines += choice.lines
+
+
+def pick_frozen_head(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
+    """The loss of a head that is not trained in tiles of the vocabulary, on a CPU."""
+    if torch.device(device).type != "cpu":
+        return
+    from fast.head_in_tiles import losses_in_tiles
+
+    kernels.frozen_head = losses_in_tiles
 
 
 def pick_fused_blocks(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
@@ -143,6 +143,7 @@ def pick_fp8_base(kernels: Kernels, config, model_config: ModelConfig, device, d
 PICKS = (
     pick_attention,             # fast/attention_picker.py
     pick_matrix_product,        # fast/matmul.py
+    pick_frozen_head,           # fast/head_in_tiles.py
     pick_fused_blocks,          # fast/fused_block.py
     pick_compiled_steps,        # fast/compile.py
     pick_grouped_experts,       # fast/grouped_experts.py
@@ -165,33 +166,24 @@ def choose_kernels(config, model_config: ModelConfig, device, dtype: torch.dtype
 def keep_kernels(kernels: Kernels, config, begun: dict):
     """Take the kernels that are pinned, else those with which a run began, where they work here.
 
-    Two kernels differ in the last bit of their results, and so do chunks of other rows, and other
-    numbers of threads. begun: {"kernel": …, "matmul": …, "head_rows": …, "threads": …}; what is
-    missing stays as chosen. Raises ValueError for a pinned kernel that does not work here.
+    Two kernels differ in the last bit of their results, and so do other numbers of threads. begun:
+    {"kernel": …, "matmul": …, "threads": …}; what is missing stays as chosen. Raises ValueError for
+    a pinned kernel that does not work here.
     """
     pinned = config.pin_kernels
     if unknown := sorted(pinned.keys() - set(PINNABLE)):
         raise ValueError("pin_kernels: " + unknown_name("part", unknown[0], PINNABLE))
     if config.full_determinism:                 # nothing that timing decides
-        pinned = {"attention": kernels.correct[0], "matmul": "torch", "head_rows": "0",
-                  "threads": "0", **pinned}
+        pinned = {"attention": kernels.correct[0], "matmul": "torch", "threads": "0", **pinned}
     kernels.attention = same_kernel(
         "attention", kernels.attention, kernels.correct, pinned.get("attention"),
         begun.get("kernel", kernels.attention), kernels.lines)
     kernels.matmul_name = same_kernel(
         "matmul", kernels.matmul_name, tuple(kernels.matmuls), pinned.get("matmul"),
         begun.get("matmul", kernels.matmul_name), kernels.lines)
-    # as for the blocks, where only that is known
-    kernels.head_matmul_name = same_kernel(
-        "head_matmul", kernels.head_matmul_name or kernels.matmul_name, tuple(kernels.matmuls),
-        pinned.get("head_matmul", pinned.get("matmul")),
-        begun.get("head_matmul", kernels.head_matmul_name) or kernels.matmul_name, kernels.lines)
-    for part in ("head_rows", "threads"):
-        chosen = getattr(kernels, part)
-        possible = tuple(map(str, (0, *getattr(kernels, f"{part}_tried"))))
-        setattr(kernels, part, int(same_kernel(
-            part, str(chosen), possible, pinned.get(part), str(begun.get(part, chosen)),
-            kernels.lines)))
+    kernels.threads = int(same_kernel(
+        "threads", str(kernels.threads), tuple(map(str, (0, *kernels.threads_tried))),
+        pinned.get("threads"), str(begun.get("threads", kernels.threads)), kernels.lines))
     if kernels.threads:
         torch.set_num_threads(kernels.threads)
 

@@ -63,7 +63,7 @@ class Workload:
     mlp_tile: int = 0               # tokens of a tile of the MLPs; 0: not tiled
     host_bytes: int | None = None   # free main memory beside a GPU; None: not known
     in_flight: int = 1              # micro-batches whose activations are kept (runtime/stages.py)
-    head_rows: int = 0              # of a chunk of the head, see losses.py
+    head_in_tiles: bool = False     # fast/head_in_tiles.py is used
 
 
 @dataclass
@@ -231,7 +231,7 @@ def largest_batch(workload: Workload) -> MicroBatch:
         grouped=workload.grouped and not workload.fp8,
         tile=workload.mlp_tile if workload.mlp_tile < -(-sum(lengths) // workload.parts) else 0,
         parts=workload.parts,
-        head_rows=workload.head_rows,
+        head_in_tiles=workload.head_in_tiles,
     )
 
 

@@ -69,8 +69,6 @@ class RunState:
     rows: str                       # checksum of the training rows
     kernel: str = "plain"
     matmul: str = "torch"
-    head_matmul: str = ""           # "": as matmul
-    head_rows: int = 0              # of a chunk of the head
     threads: int = 0                # of a CPU
     compiled: bool = False
     max_tokens_per_pass: int = 0
@@ -105,8 +103,7 @@ class RunState:
 
 
 # fields that say how a run computes, which a resumed run keeps
-DECIDED = ("kernel", "matmul", "head_matmul", "head_rows", "threads", "compiled",
-           "max_tokens_per_pass", "mlp_tile")
+DECIDED = ("kernel", "matmul", "threads", "compiled", "max_tokens_per_pass", "mlp_tile")
 # fields whose name in trainer_state.json is that of the first release
 LEGACY_NAMES = {
     "matmul": "product",
@@ -225,8 +222,6 @@ class Run:
             rows=plan.train_set.sign,
             kernel=setup.kernels.attention,
             matmul=setup.kernels.matmul_name,
-            head_matmul=setup.kernels.head_matmul_name,
-            head_rows=setup.kernels.head_rows,
             threads=setup.kernels.threads,
             compiled=bool(setup.kernels.compile),
             max_tokens_per_pass=setup.max_tokens_per_pass,

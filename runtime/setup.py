@@ -56,7 +56,6 @@ from runtime.throughput import matrix_rate
 from settings.config import ADAPTERS, AS_SIGMOID
 from text.token_cache import kept_in, load_examples
 
-HEAD_SHARE = 1 / 16     # of the free memory: logits of more rows than the least are not held
 # tokens in one pass: more make a device little faster
 ENOUGH_TOKENS = {"cuda": 16_384, "mps": 2_048, "cpu": 256}
 
@@ -275,7 +274,6 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     part = own_sizes(config, base, plan, lora, dtype)
     kernels = choose_kernels(config, part.model_config, device, dtype)
     free_bytes = free_on_all(device, ranks)
-    limit_head_rows(kernels, part.model_config, free_bytes)
     same_kernels(kernels, ranks, run)
 
     balance = 0.0
@@ -314,17 +312,9 @@ def choose_setup(config, base: Base, plan: StepPlan, device: torch.device, ranks
     )
 
 
-def limit_head_rows(kernels: Kernels, model_config: ModelConfig, free_bytes: int | None):
-    """Let losses.chunk_rows decide, where the logits of a chunk would fill much of the memory."""
-    if free_bytes and 4 * model_config.vocab_size * kernels.head_rows > HEAD_SHARE * free_bytes:
-        kernels.lines = [line for line in kernels.lines if not line.startswith("head_rows: ")]
-        kernels.head_rows = 0
-
-
 def same_kernels(kernels: Kernels, ranks: Ranks, run):
     """Take the kernels that are pinned, else those of the run's first start, on all ranks."""
     chosen = {"kernel": kernels.attention, "matmul": kernels.matmul_name,
-              "head_matmul": kernels.head_matmul_name, "head_rows": kernels.head_rows,
               "threads": kernels.threads}
     chosen = ranks.from_main(lambda: chosen)
     keep_kernels(kernels, run.config,
@@ -425,7 +415,8 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
         parts=parts,
         sharded=is_run_sharded(config, plan.ranks),
         fast=bool(kernels.fuse),
-        head_rows=kernels.head_rows,
+        head_in_tiles=bool(kernels.frozen_head) and not (
+            kernels.compile or part.cuts_vocabulary or config.reads_all_scores),
         fp8=bool(kernels.fp8),
         grouped=bool(kernels.group_experts),
         quant_formats=base.quant_formats,

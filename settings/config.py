@@ -127,8 +127,8 @@ class Config:
         choices=("linear", "dynamic", "yarn", "llama3"))
     pin_kernels: dict[str, str] = key({}, FREE,
         "compute with these and not with the fastest at the run's first start: "
-        "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch, pin_kernels.head_matmul=torch, "
-        "pin_kernels.head_rows=128, pin_kernels.threads=2", own=True)
+        "pin_kernels.attention=sdpa-math, pin_kernels.matmul=torch, pin_kernels.threads=2",
+        own=True)
     disable_gradient_checkpointing: bool = key(False, FREE,
         "keep all activations: faster, more memory")
     offload_activations: bool | None = key(None, FREE,
@@ -708,6 +708,12 @@ class Config:
     def samples_replies(self) -> bool:
         """Whether the run trains on replies that its model samples."""
         return self.stage in SAMPLED and (self.stage != "distill" or self.distill_lambda > 0)
+
+    @property
+    def reads_all_scores(self) -> bool:
+        """Whether the loss needs a token's scores beside that of its target."""
+        return bool(self.use_eaft_loss or self.use_asft_loss or self.label_smoothing_factor
+                    or self.stage == "distill")
 
     @property
     def has_reference(self) -> bool:

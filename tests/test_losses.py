@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import losses
 from data import IGNORE
 from losses import (MAX_CHUNKS, answer_logps, answer_logps_plain, chunk_rows,
-                    cross_entropy_plain, cross_entropy_sum, token_losses)
+                    cross_entropy_plain, cross_entropy_sum)
 
 N, V, D = 60, 97, 24
 
@@ -279,33 +279,10 @@ def test_evaluation_makes_no_gradients():
     assert probabilities not in seen[torch.no_grad].names
 
 
-@pytest.mark.parametrize("head_rows", [128, 256])
-def test_chunks_of_other_rows_have_the_same_loss_and_gradient(head_rows):
-    """As fast/matmul.py picks them; also where each token's loss is wanted."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(300, 8, requires_grad=True), torch.randn(50, 8)
-    targets = torch.randint(50, (300,))
-    plain = cross_entropy_plain(hidden, weight, targets)
-    [wanted] = torch.autograd.grad(plain, hidden)
-    shapes = []
-
-    def matmul(x, W):
-        shapes.append(x.shape)
-        return F.linear(x, W)
-
-    for loss in (cross_entropy_sum(hidden, weight, targets, matmul=matmul, head_rows=head_rows),
-                 token_losses(hidden, weight, targets, matmul=matmul, head_rows=head_rows).sum()):
-        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
-        torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], wanted)
-    assert {rows for rows, _ in shapes} == {head_rows, 300 % head_rows}
-
-
 def test_the_head_is_read_only_a_few_times():
     assert chunk_rows(100, 128_256) == 128                       # nearly 64 MiB of float32
     assert chunk_rows(32_768, 128_256) == 32_768 / MAX_CHUNKS
     assert chunk_rows(0, 10 ** 9) == 1
-    assert chunk_rows(100, 128_256, head_rows=256) == 256
-    assert chunk_rows(32_768, 128_256, head_rows=256) == 32_768 / MAX_CHUNKS
 
 
 # ---- log-probabilities of sequences --------------------------------------------------------------

@@ -6,8 +6,8 @@ import torch
 
 import train
 from fast import matmul
-from fast.matmul import (HEAD_ROWS, MATMULS, SMALLEST, TRIED, MatmulChoice, Product, pick_matmul,
-                         products_of, rate_of, rows_to_try)
+from fast.matmul import (MATMULS, SMALLEST, TRIED, MatmulChoice, Product, pick_matmul, product_of,
+                         rate_of)
 from runtime.kernels import kernels_of_training
 from tests.common import ROOT
 from tests.tiny_models import tiny
@@ -49,9 +49,9 @@ def test_the_fastest_is_picked_if_clearly_faster(monkeypatch):
 
 def test_the_models_own_products_decide(monkeypatch):
     """Forward and backward, measured on some of their outputs."""
-    blocks, head = products_of(replace(tiny().config, hidden_size=512, intermediate_size=1408))
-    assert blocks == Product(256, 512, 1408) and head == Product(128, 512, 50)
-    assert products_of(tiny().config) == (SMALLEST, None)   # too small for a measurement
+    large = replace(tiny().config, hidden_size=512, intermediate_size=1408)
+    assert product_of(large) == Product(256, 512, 1408)
+    assert product_of(tiny().config) == SMALLEST            # too small for a measurement
     seconds = iter([1.0, 3.0])
     monkeypatch.setattr(matmul, "shortest", lambda call: next(seconds))
     outputs = TRIED // 100_000
@@ -59,62 +59,24 @@ def test_the_models_own_products_decide(monkeypatch):
     assert rate == pytest.approx(2 * 2 * 100 * 1000 * outputs / 4 / 1e9)
 
 
-HEAD = Product(128, 512, 128_256)
+LARGE = Product(256, 512, 1408)
 
 
-@pytest.fixture
-def rates(monkeypatch):
-    """{(rows or "blocks", library): rate} that the trial finds; 1 where none is set."""
-    found = {}
-    names = {product: name for name, product in MATMULS.items()}
-    monkeypatch.setattr(matmul, "rate_of", lambda product, tried: found.get(
-        ("blocks" if tried == SMALLEST else tried.rows, names[product]), 1.0))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return found
-
-
-def test_the_head_has_a_library_and_rows_of_its_own_where_they_are_clearly_faster(rates):
-    def picked():
-        choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)
-        assert choice.rows_tried == HEAD_ROWS and choice.threads == 0
-        return choice.picked, choice.head, choice.head_rows, choice.lines
-
-    assert picked()[:3] == ("torch", "torch", 128)
-    rates[256, "torch"], rates[512, "torch"] = 1.2, 1.25
-    *choice, lines = picked()
-    assert choice == ["torch", "torch", 256]
-    assert lines == ["matmul: torch, 1 GFLOP/s (onednn 1)",
-                     "head_matmul: torch, 1 GFLOP/s (onednn 1)",
-                     "head_rows: 256, of a chunk of the head (128: 1, 512: 1 GFLOP/s)"]
-    rates[128, "onednn"] = 1.15                         # as fast, in less memory
-    assert picked()[:3] == ("torch", "onednn", 128)
-    rates["blocks", "onednn"] = 2.0
-    assert picked()[0] == "onednn"
-
-
-def test_rows_are_tried_where_their_logits_are_many():
-    def tried(vocab_size):
-        return tuple(rows_to_try(Product(128, 64, vocab_size)))
-
-    assert tried(128_256) == HEAD_ROWS and tried(151_936) == HEAD_ROWS
-    assert tried(50_000) == (256, 512)
-    assert tried(32_000) == tried(1_600) == (0,)
-
-
-def test_fewer_threads_are_taken_where_they_are_clearly_faster(rates, monkeypatch):
+def test_fewer_threads_are_taken_where_they_are_clearly_faster(monkeypatch):
     """And never against OMP_NUM_THREADS."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     speed = {4: 1.0, 3: 1.05, 2: 1.2}
     threads = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
     monkeypatch.setattr(matmul, "rate_of", lambda product, blocks: speed[threads[0]])
-    assert pick_matmul("cpu", torch.float32, SMALLEST, HEAD).threads == 0
+    assert pick_matmul("cpu", torch.float32, LARGE).threads == 0
     monkeypatch.delenv("OMP_NUM_THREADS")
-    choice = pick_matmul("cpu", torch.float32, SMALLEST, HEAD)
+    choice = pick_matmul("cpu", torch.float32, LARGE)
     assert choice.threads == 2 and choice.threads_tried == (4, 3, 2) and threads == [4]
     assert choice.lines[-1].startswith("threads: 2, ")
     speed[2] = 1.0
-    assert pick_matmul("cpu", torch.float32, SMALLEST, HEAD).threads == 4
+    assert pick_matmul("cpu", torch.float32, LARGE).threads == 4
     assert pick_matmul("cpu", torch.float32).threads == 0       # a model too small to measure
 
 

@@ -6,6 +6,7 @@ measurement does not depend on the formula.
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from checkpoint.load import count_parameters, quantizable_weights, set_quantized
 from checkpoint.read_config import model_config
 from fast.fused_block import fuse_blocks
 from fast.grouped_experts import group_experts
+from fast.head_in_tiles import losses_in_tiles, tile_bytes
 from lora import LoRAConfig, attach_lora, trainable
 from losses import cross_entropy_sum
 from methods.grouped import GroupedFormat, GroupedWeight
@@ -65,7 +67,8 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None, grouped=False):
+def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None, grouped=False,
+            frozen_head=None):
     """Measured bytes beside weights, gradients and optimizer state: (after the forward, peak)."""
     torch.manual_seed(0)
     model = CausalLM(model_config)
@@ -102,7 +105,8 @@ def measure(model_config, lora, dtype, kernel, recompute, rows, fast, form=None,
         with autocast:
             hidden = model(ids, positions, layout)
             loss = cross_entropy_sum(
-                hidden[0], model.head_weight(), ids[0], model_config.final_softcap
+                hidden[0], model.head_weight(), ids[0], model_config.final_softcap,
+                frozen_head=frozen_head
             )
         del hidden
         kept = live.now
@@ -138,6 +142,7 @@ def compare(
     fast=False,
     form=None,
     grouped=False,
+    frozen_head=None,
 ):
     """The bytes after the forward must match activations; the peak, activations and working."""
     plan = planned(
@@ -150,9 +155,11 @@ def compare(
         fast=fast,
         quant_formats=form and all_in(form, model_config),
         grouped=grouped,
+        head_in_tiles=bool(frozen_head),
     )
     kept, most = measure(
-        model_config, lora, dtype, kernel, plan.workload.recompute, rows, fast, form, grouped
+        model_config, lora, dtype, kernel, plan.workload.recompute, rows, fast, form, grouped,
+        frozen_head
     )
     if any(p.requires_grad for p in plan.workload.model.lm_head.parameters()):
         # the head's gradient, which the plan counts in `working`
@@ -296,11 +303,17 @@ def test_the_head_of_a_large_vocabulary():
         )  # several chunks
 
 
-def test_more_rows_in_a_chunk_of_the_head_are_counted():
-    sizes = small_config("llama", vocab_size=60000)
-    few, many = (planned(sizes, ALL, F32, "sdpa-flash", False, [[700]], head_rows=rows).working
-                 for rows in (256, 512))
-    assert (few, many) == (4 * 60000 * 256, 4 * 60000 * 512)
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_frozen_head_in_tiles(name, dtype):
+    """Less than the blocks need, where scores of whole rows are more."""
+    sizes = small_config(name, vocab_size=60000)
+    compare(sizes, ALL, dtype, "plain", rows=[[300], [250]], frozen_head=losses_in_tiles)
+    shape = (60000, sizes.hidden_size)
+    plan = partial(planned, sizes, ALL, dtype, "plain", True, [[700]])
+    tile = tile_bytes(700, shape, dtype.itemsize, sizes.final_softcap)
+    in_tiles, in_chunks = plan(head_in_tiles=True).working, plan().working
+    assert 5 * tile < in_chunks and tile <= in_tiles < in_chunks
 
 
 @pytest.mark.parametrize("name", SMALL_FAMILIES)

@@ -1004,45 +1004,23 @@ def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
     assert adapter_of(tmp_path / "a") == adapter_of(tmp_path / "b")
 
 
-def test_the_library_of_the_head_is_kept():
-    """That of the first start, else pinned; that of the blocks where only it is known."""
-    def kept(begun, **pins):
-        kernels = Kernels(head_matmul_name="onednn", lines=["head_matmul: onednn, 9 GFLOP/s"],
-                          matmuls={"torch": torch.mm, "onednn": torch.matmul})
-        keep_kernels(kernels, Config(pin_kernels=pins), begun)
-        return kernels.matmul_name, kernels.head_matmul_name, kernels.lines
-
-    assert kept({})[:2] == ("torch", "onednn")
-    assert kept({"matmul": "torch", "head_matmul": "torch"})[1] == "torch"
-    assert kept({"matmul": "onednn", "head_matmul": ""})[:2] == ("onednn", "onednn")
-    assert kept({"matmul": "torch", "head_matmul": ""})[1] == "torch"   # an older release
-    assert kept({}, matmul="torch")[1] == "torch"
-    assert kept({}, matmul="torch", head_matmul="onednn")[:2] == ("torch", "onednn")
-    *_, lines = kept({"head_matmul": "torch"})
-    assert lines == ["head_matmul: torch, with which the run began (measured now, the choice would "
-                     "be onednn)"]
-    with pytest.raises(ValueError, match="pin_kernels.head_matmul: unknown or unsuitable kernel"):
-        kept({}, head_matmul="cutlass")
-
-
-def test_head_rows_and_threads_are_kept_as_the_kernels_are(monkeypatch):
-    """Those of the first start, or pinned; what this machine cannot do is said."""
+def test_the_number_of_threads_is_kept_as_the_kernels_are(monkeypatch):
+    """That of the first start, or pinned; what this machine cannot do is said."""
     used = []
     monkeypatch.setattr(torch, "set_num_threads", used.append)
 
     def kept(begun=None, pins=None, **more):
-        kernels = Kernels(head_rows=256, threads=4, head_rows_tried=(128, 256),
-                          threads_tried=(4, 3, 2), lines=["head_rows: 256", "threads: 4"])
+        kernels = Kernels(threads=4, threads_tried=(4, 3, 2), lines=["threads: 4"])
         keep_kernels(kernels, Config(pin_kernels=pins or {}, **more), begun or {})
-        return kernels.head_rows, kernels.threads, kernels.lines
+        return kernels.threads, kernels.lines
 
-    assert kept()[:2] == (256, 4)
-    assert kept({"head_rows": 128, "threads": 2})[:2] == (128, 2)
-    assert kept({"head_rows": 0, "threads": 0})[:2] == (0, 0)   # of a release before them
-    assert kept({"head_rows": 128}, {"head_rows": "256", "threads": "3"})[:2] == (256, 3)
-    assert kept(full_determinism=True)[:2] == (0, 0)
+    assert kept()[0] == 4
+    assert kept({"threads": 2})[0] == 2
+    assert kept({"threads": 0})[0] == 0         # of a release before them
+    assert kept(pins={"threads": "3"})[0] == 3
+    assert kept(full_determinism=True)[0] == 0
     assert used == [4, 2, 3]
-    rows, threads, lines = kept({"threads": 16})
+    threads, lines = kept({"threads": 16})
     assert threads == 4 and "threads: 4; 16, with which the run began, does not work" in lines[-1]
     with pytest.raises(ValueError, match="pin_kernels.threads: unknown or unsuitable kernel '9'"):
         kept(pins={"threads": "9"})
