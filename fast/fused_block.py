@@ -281,12 +281,12 @@ class FusedLinears(torch.autograd.Function):
 
         needs = needs[len(xs):]
         grads = weight_grads(layers, dys, rows, needs)
-        dlow_rank = adapter_grads(layers, dys, rows, low_rank, grads)
+        dlow_rank = adapter_grads(layers, dys, rows, low_rank, grads, ctx.matmul)
         d_before = [None] * (len(xs) + len(trained))
         if h.requires_grad:
             dh = input_grad(layers, dys, ctx.matmul)
             if dlow_rank is not None:
-                dh.addmm_(dlow_rank, stacked_A(layers, h.dtype))
+                add_product(dh, dlow_rank, stacked_A(layers, h.dtype), ctx.matmul)
             d_before = gradients(h, dh.view_as(h), (*xs, *trained))
         return None, None, None, None, *d_before[:len(xs)], *grads, *d_before[len(xs):]
 
@@ -310,7 +310,7 @@ def weight_grads(layers: list[Operands], dys: list, rows, needs) -> list:
     return grads
 
 
-def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list):
+def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list, matmul: Callable):
     """Fill in the gradients of A and B; returns that of low_rank, (N, sum of r), or None."""
     adapted = [i for i, layer in enumerate(layers) if layer.A is not None]
     if not adapted:
@@ -319,13 +319,21 @@ def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list
     dlow_rank = []
     for i, Ax in zip(adapted, low_rank.split(ranks, dim=1)):                    # (N, r)
         layer, dy = layers[i], dys[i]
-        dlow_rank.append((dy @ layer.B.to(dy.dtype)).mul_(layer.scale))
+        matmul_B = F.linear if dy.dtype == torch.float32 else matmul    # small, but slow in 16 bits
+        dlow_rank.append(matmul_B(dy, layer.B.to(dy.dtype).T).mul_(layer.scale))
         grads[SAVED * i + 3] = (dy.T @ Ax).mul_(layer.scale).to(layer.B.dtype)  # (out, r)
     dlow_rank = torch.cat(dlow_rank, dim=1)
     dA = (dlow_rank.T @ rows).to(layers[adapted[0]].A.dtype).split(ranks)       # (r, in)
     for i, grad in zip(adapted, dA):
         grads[SAVED * i + 2] = grad
     return dlow_rank
+
+
+def add_product(total, x, W, matmul: Callable):
+    """total += x W, in place."""
+    if matmul is F.linear or x.dtype == torch.float32:
+        return total.addmm_(x, W)
+    return total.add_(matmul(x, W.T))
 
 
 def input_grad(layers: list[Operands], dys: list, matmul: Callable):

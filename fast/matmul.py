@@ -2,8 +2,8 @@
 
     python -m fast.matmul       how fast and how exact each is on this machine, and which is picked
 
-pick_matmul tries torch's own library and oneDNN on a product of the model; then fewer threads. Each
-needs to be CLEARLY faster than what is tried before it: other libraries round otherwise.
+pick_matmul tries the functions of MATMULS on a product of the model; then fewer threads. Each needs
+to be CLEARLY faster than what is tried before it, since it rounds otherwise.
 
 Requires: nothing.
 Next: fast/fused_block.py, fast/head_in_tiles.py.
@@ -22,7 +22,10 @@ import torch.nn.functional as F
 ROW_BLOCK = 128         # rows of one call of oneDNN
 ROW_STEP = 32           # the last block is padded to a multiple of this
 CLEARLY = 1.1           # how many times faster than those before it a choice must be to be picked
-TRIED = 2**27           # multiplications of one product of the trial, at most: a millisecond
+# multiplications of one product of the trial, at most: a millisecond; in 16 bits 100 on some CPUs
+TRIED = {torch.float32: 2**27, torch.bfloat16: 2**24, torch.float16: 2**24}
+LONG = 0.15             # seconds after which a call is not repeated
+CAST = 2**22            # numbers of a weight that are float32 at once: 16 MiB
 
 
 # ---- the libraries ------------------------------------------------------------------------------
@@ -49,7 +52,27 @@ def onednn_matmul(x, W, bias=None):
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-MATMULS = {"torch": F.linear, "onednn": onednn_matmul}      # F.linear: MKL, cuBLAS, Accelerate, …
+def through_float32(x, W, bias=None):
+    """x (N, in) times W (out, in) transposed, both in 16 bits: in float32, rounded once at the end.
+
+    Without instructions for 16-bit products (before AVX-512 BF16 or AMX) torch takes 4 times as
+    long for x Wᵀ, and 200 times for dy W, where W is a transposed view. W is cast piece by piece.
+    """
+    wide = x.float()
+    piece = max(1, CAST // max(W.shape))
+    if W.is_contiguous():
+        out = torch.cat([F.linear(wide, rows.float()) for rows in W.split(piece)], 1)
+    else:
+        out = wide.new_zeros(len(x), len(W))
+        for columns, rows in zip(wide.split(piece, 1), W.T.split(piece)):       # of the inputs
+            out.addmm_(columns, rows.float())
+    return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+MATMULS = {"torch": F.linear, "onednn": onednn_matmul,      # F.linear: MKL, cuBLAS, Accelerate, …
+           "float32": through_float32}
+NAMES = {torch.float32: ("torch", "onednn"), torch.bfloat16: ("torch", "float32"),
+         torch.float16: ("torch", "float32")}               # the choice in each dtype
 
 
 # ---- the choice ---------------------------------------------------------------------------------
@@ -91,36 +114,37 @@ def product_of(config) -> Product:
 def pick_matmul(device, dtype: torch.dtype, product: Product = SMALLEST) -> MatmulChoice:
     """The fastest correct library and number of threads for a product, forward and backward.
 
-    There is a choice only in float32 on CPUs; of threads only for products larger than SMALLEST,
-    and if OMP_NUM_THREADS is not set.
+    There is a choice only on CPUs; of threads only for products larger than SMALLEST, and if
+    OMP_NUM_THREADS is not set.
     Correct: no further from float64 than four times torch's own error.
     """
     device = torch.device(device)
-    if device.type != "cpu" or dtype != torch.float32:
+    if device.type != "cpu" or dtype not in NAMES:
         return MatmulChoice("torch")
-    refused = why_refused()
-    matmuls = {name: matmul for name, matmul in MATMULS.items() if name not in refused}
-    rates = {name: rate_of(matmul, product) for name, matmul in matmuls.items()}
+    refused = why_refused(dtype)
+    matmuls = {name: MATMULS[name] for name in NAMES[dtype] if name not in refused}
+    rates = {name: rate_of(matmul, product, dtype) for name, matmul in matmuls.items()}
     picked = first_clearly_fastest(rates)
     choice = MatmulChoice(picked, rates, lines=[matmul_line(picked, rates, refused)])
     may_set_threads = "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > 1
     if product != SMALLEST and may_set_threads:
-        speeds = thread_rates(matmuls[picked], product)
+        speeds = thread_rates(matmuls[picked], product, dtype)
         choice.threads, choice.threads_tried = first_clearly_fastest(speeds), tuple(speeds)
         choice.lines.append(threads_line(choice.threads, speeds))
     return choice
 
 
-def why_refused() -> dict[str, str]:
+def why_refused(dtype: torch.dtype) -> dict[str, str]:
     """{name of MATMULS: why it cannot be used here}."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ROW_BLOCK + 22, 512, generator=generator)       # a whole block and a padded one
-    W = torch.randn(192, 512, generator=generator)
+    # a whole block and a padded one
+    x = torch.randn(ROW_BLOCK + 22, 512, generator=generator).to(dtype)
+    W = torch.randn(192, 512, generator=generator).to(dtype)
     allowed = 4 * float((F.linear(x, W) - x.double() @ W.double().T).abs().max())
     refused = {}
-    for name, matmul in MATMULS.items():
+    for name in NAMES[dtype]:
         try:
-            error = matmul_error(matmul, x, W)
+            error = matmul_error(MATMULS[name], x, W)
         except (RuntimeError, AttributeError, NotImplementedError) as refusal:
             refused[name] = str(refusal).splitlines()[0][:80]
             continue
@@ -138,16 +162,17 @@ def first_clearly_fastest(rates: dict):
     return best
 
 
-def rate_of(matmul: Callable, product: Product) -> float:
-    """GFLOP/s of a product, forward and backward, measured on some of its outputs."""
-    outputs = max(64, min(product.outputs, TRIED // (product.rows * product.inputs)))
-    W = torch.ones(outputs, product.inputs)
-    x, dy = torch.ones(product.rows, product.inputs), torch.ones(product.rows, outputs)
+def rate_of(matmul: Callable, product: Product, dtype=torch.float32) -> float:
+    """GFLOP/s of a product, forward and backward, measured on some of its rows and outputs."""
+    rows = min(product.rows, max(1, TRIED[dtype] // (64 * product.inputs)))
+    outputs = max(64, min(product.outputs, TRIED[dtype] // (rows * product.inputs)))
+    W = torch.ones(outputs, product.inputs, dtype=dtype)
+    x, dy = (torch.ones(rows, size, dtype=dtype) for size in (product.inputs, outputs))
     seconds = shortest(lambda: matmul(x, W)) + shortest(lambda: matmul(dy, W.T))
-    return 4 * product.rows * W.numel() / seconds / 1e9
+    return 4 * rows * W.numel() / seconds / 1e9
 
 
-def thread_rates(matmul: Callable, product: Product) -> dict[int, float]:
+def thread_rates(matmul: Callable, product: Product, dtype) -> dict[int, float]:
     """{number of threads: GFLOP/s} of all cores, one less, and half of them.
 
     One may be busy, and half of them may be siblings that share the cores of the others.
@@ -156,14 +181,14 @@ def thread_rates(matmul: Callable, product: Product) -> dict[int, float]:
     rates = {}
     for threads in dict.fromkeys((cores, max(1, cores - 1), max(1, cores // 2))):
         torch.set_num_threads(threads)
-        rates[threads] = rate_of(matmul, product)
+        rates[threads] = rate_of(matmul, product, dtype)
     torch.set_num_threads(cores)
     return rates
 
 
 def matmul_line(picked: str, rates: dict[str, float], refused: dict[str, str]) -> str:
     """For the start page: "matmul: torch, 116 GFLOP/s (onednn 93)"."""
-    others = [f"{name} {rate:.0f}" for name, rate in rates.items() if name != picked]
+    others = [f"{name} {rate:.3g}" for name, rate in rates.items() if name != picked]
     others += [f"{name}: {reason}" for name, reason in refused.items()]
     return f"matmul: {picked}, {rates[picked]:.0f} GFLOP/s ({', '.join(others)})"
 
@@ -182,9 +207,12 @@ def matmul_error(matmul: Callable, x, W) -> float:
 
 
 def shortest(call: Callable, times: int = 3) -> float:
-    """Seconds of the shortest of several calls: other work on the machine only adds to it."""
+    """Seconds of the shortest of several calls: other work on the machine only adds to it.
+
+    It is not repeated once it has taken LONG.
+    """
     seconds = []
-    for _ in range(times):
+    while len(seconds) < times and sum(seconds) < LONG:
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)

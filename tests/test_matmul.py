@@ -6,8 +6,8 @@ import torch
 
 import train
 from fast import matmul
-from fast.matmul import (MATMULS, SMALLEST, TRIED, MatmulChoice, Product, pick_matmul, product_of,
-                         rate_of)
+from fast.matmul import (MATMULS, NAMES, SMALLEST, TRIED, MatmulChoice, Product, pick_matmul,
+                         product_of, rate_of, through_float32)
 from runtime.kernels import kernels_of_training
 from tests.common import ROOT
 from tests.tiny_models import tiny
@@ -24,12 +24,30 @@ def test_matmuls_agree_for_both_layouts():
             assert torch.allclose(product(x, W.T.contiguous().T), x @ W.T, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_through_float32_are_rounded_once(dtype, monkeypatch):
+    """Also where the weight is cast in pieces."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(rows, 96, generator=generator).to(dtype) for rows in (20, 70))
+    bias = torch.randn(70, generator=generator).to(dtype)
+    exact = x.double() @ W.double().T + bias.double()
+    for numbers in (2**22, 96 * 7):
+        monkeypatch.setattr(matmul, "CAST", numbers)
+        for layout in (W, W.T.contiguous().T):
+            got = through_float32(x, layout, bias)
+            assert got.dtype == dtype
+            # half a step of the dtype, and the error of float32
+            allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 1e-4
+            assert ((got.double() - exact).abs() <= allowed).all()
+
+
 def test_a_wrong_or_failing_matmul_is_not_picked(monkeypatch):
     def refused(x, W, bias=None):
         raise RuntimeError("no such thing here\nmore")
 
     monkeypatch.setitem(MATMULS, "onednn", lambda x, W, bias=None: torch.zeros(len(x), len(W)))
     monkeypatch.setitem(MATMULS, "other", refused)
+    monkeypatch.setitem(NAMES, torch.float32, ("torch", "onednn", "other"))
     choice = pick_matmul("cpu", torch.float32)
     assert choice.picked == "torch"
     assert choice.lines[0].startswith("matmul: torch, ")
@@ -38,13 +56,18 @@ def test_a_wrong_or_failing_matmul_is_not_picked(monkeypatch):
 
 
 def test_the_fastest_is_picked_if_clearly_faster(monkeypatch):
-    times = {"torch": 1.0, "onednn": 0.8}
+    times = {"torch": 1.0, "onednn": 0.8, "float32": 0.95}
     real = dict(MATMULS)
     monkeypatch.setattr(matmul, "shortest", lambda call: times[_name_of(call, real)])
     assert pick_matmul("cpu", torch.float32).picked == "onednn"
     times["onednn"] = 0.95
     assert pick_matmul("cpu", torch.float32).picked == "torch"
-    assert pick_matmul("cpu", torch.bfloat16).picked == "torch"
+    for dtype in (torch.bfloat16, torch.float16):
+        times["float32"] = 0.95
+        assert pick_matmul("cpu", dtype).picked == "torch"
+        times["float32"] = 0.8
+        choice = pick_matmul("cpu", dtype)
+        assert choice.picked == "float32" and list(choice.rates) == ["torch", "float32"]
 
 
 def test_the_models_own_products_decide(monkeypatch):
@@ -54,7 +77,7 @@ def test_the_models_own_products_decide(monkeypatch):
     assert product_of(tiny().config) == SMALLEST            # too small for a measurement
     seconds = iter([1.0, 3.0])
     monkeypatch.setattr(matmul, "shortest", lambda call: next(seconds))
-    outputs = TRIED // 100_000
+    outputs = TRIED[torch.float32] // 100_000
     rate = rate_of(MATMULS["torch"], Product(100, 1000, 10**6))
     assert rate == pytest.approx(2 * 2 * 100 * 1000 * outputs / 4 / 1e9)
 
@@ -69,7 +92,7 @@ def test_fewer_threads_are_taken_where_they_are_clearly_faster(monkeypatch):
     threads = [4]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
     monkeypatch.setattr(torch, "set_num_threads", lambda n: threads.__setitem__(0, n))
-    monkeypatch.setattr(matmul, "rate_of", lambda product, blocks: speed[threads[0]])
+    monkeypatch.setattr(matmul, "rate_of", lambda *args: speed[threads[0]])
     assert pick_matmul("cpu", torch.float32, LARGE).threads == 0
     monkeypatch.delenv("OMP_NUM_THREADS")
     choice = pick_matmul("cpu", torch.float32, LARGE)
