@@ -189,13 +189,13 @@ def answer_logps_plain(hidden, weight, targets, lengths, softcap=None):
 
 @record_function("loss")
 def answer_logps(hidden, weight, targets, lengths, softcap=None, matmul=F.linear,
-                 chunk_loss=losses_and_grad, frozen_head=None):
+                 chunk_loss=losses_and_grad):
     """For each sequence the log-probability of its targets in nats, and their number: (S,) float32.
 
     lengths: tokens of the S sequences that lie end to end in the row; the rest as in
     cross_entropy_sum.
     """
-    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss, frozen_head)  # (n,)
+    losses = token_losses(hidden, weight, targets, softcap, matmul, chunk_loss)             # (n,)
     counts = [int((sequence != IGNORE).sum()) for sequence in targets.split(lengths)]
     # sums of slices: index_add would add in another order each time on a GPU
     logps = torch.stack([-sequence.sum() for sequence in losses.split(counts)])
@@ -336,7 +336,6 @@ class Objective:
     reference = None                    # a second model that is not trained
     step_tokens: float | None = None    # of the last step on all ranks, where rows do not tell
     chunk_loss = staticmethod(losses_and_grad)
-    frozen_head = None                  # see cross_entropy_sum
 
     def __init__(self, matmul=F.linear):
         self.matmul = matmul
@@ -385,12 +384,13 @@ class SFTObjective(Objective):
     """Stages sft and pt: cross-entropy of the supervised tokens.
 
     balance: coefficient of the experts' balance loss; that is added undivided, as LLaMA-Factory
-    does.
+    does. frozen_head: see cross_entropy_sum.
     """
 
-    def __init__(self, balance: float = 0.0, matmul=F.linear):
+    def __init__(self, balance: float = 0.0, matmul=F.linear, frozen_head=None):
         super().__init__(matmul)
         self.balance = balance
+        self.frozen_head = frozen_head
 
     def loss_sum(self, model, batch):
         hidden, routing_loss = self.hidden_states(model, batch)

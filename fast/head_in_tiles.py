@@ -13,6 +13,9 @@ read once. The plain twin, losses_in_chunks of losses.py, holds the scores of wh
 The sums leave out the target, which is added at the end: a token that the model predicts well has a
 gradient near 0, which must not become the difference of two large numbers, in 16 bits above all.
 
+For stages pt and sft. The log-probabilities of preference stages are computed in chunks, which
+round as transformers does: small differences of large sums are compared there.
+
 Requires: losses.py (logits_of).
 Next: runtime/kernels.py.
 Papers: running maximum arXiv:1805.02867, flash attention arXiv:2205.14135, the head in tiles

@@ -127,8 +127,7 @@ class PreferenceObjective(Objective):
         """Log-probability of each answer of a batch, and its tokens: two (S,) float32 tensors."""
         hidden = model(batch.input_ids, batch.position_ids, batch.layout)               # (1, N, D)
         return answer_logps(hidden[0], model.head_weight(), batch.targets, batch.lengths,
-                            model.config.final_softcap, self.matmul, self.chunk_loss,
-                            self.frozen_head)
+                            model.config.final_softcap, self.matmul, self.chunk_loss)
 
 
 # ---- stage dpo ----------------------------------------------------------------------------------

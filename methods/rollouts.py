@@ -264,7 +264,7 @@ class RolloutObjective(Objective):
             hidden = hidden / heat
             softcap = softcap and softcap / heat
         return -token_losses(hidden, model.head_weight(), batch.targets, softcap, self.matmul,
-                             self.chunk_loss, self.frozen_head)
+                             self.chunk_loss)
 
     def measure(self, model, batches: list):
         """The log-probabilities of all answers by the trainer; and by the reference, if asked for.

@@ -40,8 +40,7 @@ class DFTObjective(SFTObjective):
     def weighted_loss(self, model, hidden, batch):
         """(sum of factor * token loss, metrics)."""
         losses = token_losses(hidden, model.head_weight(), batch.targets,
-                              model.config.final_softcap, self.matmul, self.chunk_loss,
-                              self.frozen_head)
+                              model.config.final_softcap, self.matmul, self.chunk_loss)
         factors = self.factors(model, hidden, batch, losses.detach())
         metrics = {"cross_entropy": weighted_sum(losses.detach(), torch.ones_like(losses))}
         return (factors * losses).sum(), metrics

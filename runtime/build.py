@@ -76,7 +76,7 @@ def sft_objective(config, base, setup, ranks, resume) -> Objective:
         return sft_losses.ASFTObjective(config, reference, ranks, setup.balance, matmul)
     if config.label_smoothing_factor:
         return sft_losses.SmoothedObjective(config, setup.balance, matmul)
-    return SFTObjective(setup.balance, matmul)
+    return SFTObjective(setup.balance, matmul, setup.frozen_head)
 
 
 def pair_objective(config, base, setup, ranks, resume) -> Objective:
@@ -190,8 +190,6 @@ def build_objective(config, base: Base, setup: Setup, ranks: Ranks, resume=None)
         objective.chunk_loss = partial(vocabulary_loss, ranks.axes["tensor"])
     elif setup.kernels.compile:
         objective.chunk_loss = setup.kernels.compile_loss()
-    else:
-        objective.frozen_head = setup.kernels.frozen_head
     if "context" in ranks.axes:
         from scale.cut_losses import share_objective        # only where it is asked for
 

@@ -13,7 +13,7 @@ Next: runtime/build.py, which builds what was decided; train.py.
 """
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -241,6 +241,12 @@ class Setup:
     notes: list                     # on sizes that do not fit, see runtime/odd_sizes.py
     layouts: list                   # advice on several cards, see runtime/layout_advice.py
 
+    @property
+    def frozen_head(self) -> Callable | None:
+        """What computes the cross-entropy of a frozen head in place of losses.losses_in_chunks."""
+        has_own = self.cuts_vocabulary or self.kernels.compile
+        return None if has_own else self.kernels.frozen_head
+
     def report(self) -> str:
         """The plan as a page of text."""
         page = [format_pairs("plan", self.numbers)]
@@ -415,8 +421,8 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
         parts=parts,
         sharded=is_run_sharded(config, plan.ranks),
         fast=bool(kernels.fuse),
-        head_in_tiles=bool(kernels.frozen_head) and not (
-            kernels.compile or part.cuts_vocabulary or config.reads_all_scores),
+        head_in_tiles=bool(kernels.frozen_head) and config.plain_cross_entropy
+        and not (kernels.compile or part.cuts_vocabulary),
         fp8=bool(kernels.fp8),
         grouped=bool(kernels.group_experts),
         quant_formats=base.quant_formats,

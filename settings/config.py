@@ -710,10 +710,11 @@ class Config:
         return self.stage in SAMPLED and (self.stage != "distill" or self.distill_lambda > 0)
 
     @property
-    def reads_all_scores(self) -> bool:
-        """Whether the loss needs a token's scores beside that of its target."""
-        return bool(self.use_eaft_loss or self.use_asft_loss or self.label_smoothing_factor
-                    or self.stage == "distill")
+    def plain_cross_entropy(self) -> bool:
+        """Whether the loss is the cross-entropy of the labels, all with the same weight."""
+        return self.stage in ("pt", "sft") and not (
+            self.use_dft_loss or self.use_eaft_loss or self.use_asft_loss
+            or self.label_smoothing_factor)
 
     @property
     def has_reference(self) -> bool:
