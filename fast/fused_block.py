@@ -232,7 +232,7 @@ def outputs(h, layers: list[Operands], matmul: Callable):
             y = matmul(rows, layer.dequantize(h.dtype), layer.bias)
         if layer.A is not None:
             end = start + len(layer.A)
-            y.addmm_(low_rank[:, start:end], layer.B.to(h.dtype).T, alpha=layer.scale)
+            add_product(y, low_rank[:, start:end], layer.B.to(h.dtype).T, matmul, layer.scale)
             start = end
         ys.append(y.view(*h.shape[:-1], y.shape[-1]))
     return ys, low_rank
@@ -319,8 +319,8 @@ def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list
     dlow_rank = []
     for i, Ax in zip(adapted, low_rank.split(ranks, dim=1)):                    # (N, r)
         layer, dy = layers[i], dys[i]
-        matmul_B = F.linear if dy.dtype == torch.float32 else matmul    # small, but slow in 16 bits
-        dlow_rank.append(matmul_B(dy, layer.B.to(dy.dtype).T).mul_(layer.scale))
+        product = F.linear if dy.dtype == torch.float32 else matmul     # oneDNN: for large ones
+        dlow_rank.append(product(dy, layer.B.to(dy.dtype).T).mul_(layer.scale))
         grads[SAVED * i + 3] = (dy.T @ Ax).mul_(layer.scale).to(layer.B.dtype)  # (out, r)
     dlow_rank = torch.cat(dlow_rank, dim=1)
     dA = (dlow_rank.T @ rows).to(layers[adapted[0]].A.dtype).split(ranks)       # (r, in)
@@ -329,11 +329,12 @@ def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list
     return dlow_rank
 
 
-def add_product(total, x, W, matmul: Callable):
-    """total += x W, in place."""
+def add_product(total, x, W, matmul: Callable, scale: float = 1.0):
+    """total += scale * x W, in place, rounded once. W is small."""
     if matmul is F.linear or x.dtype == torch.float32:
-        return total.addmm_(x, W)
-    return total.add_(matmul(x, W.T))
+        return total.addmm_(x, W, alpha=scale)
+    # 16 bits on a CPU that has no products in them (fast/matmul.py)
+    return total.copy_(torch.addmm(total.float(), x.float(), W.float(), alpha=scale))
 
 
 def input_grad(layers: list[Operands], dys: list, matmul: Callable):
