@@ -72,6 +72,8 @@ def random_model(raw: dict, dtype=torch.float32, device="cpu", seed: int = 1) ->
     with torch.device("meta"):
         model = CausalLM(model_config(raw)).to(dtype)
     model = model.to_empty(device=device)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight      # to_empty has made two of it
     init_weights(model, torch.Generator(device).manual_seed(seed))
     return model
 

@@ -12,6 +12,7 @@ from runtime import throughput as speed
 from bench import common, cpu, random_model, scaling
 from bench.common import (Child, curves, in_turn, medians, ratios, run_child, slug, table,
                           training_figures)
+from checkpoint.load import load_model
 from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
@@ -200,6 +201,13 @@ def test_random_checkpoints_are_the_same_for_the_same_seed(tmp_path):
     # not that of models/tiny
     assert json.loads((tmp_path / "model/config.json").read_text()) == raw
     assert (tmp_path / "model/tokenizer.json").is_file()
+
+
+def test_a_random_checkpoint_with_a_tied_head_is_read(tmp_path):
+    raw = random_model.raw_config("tiny", vocab_size=1600, tie_word_embeddings=True)
+    made = random_model.make_checkpoint(tmp_path, raw, ROOT / "models/tiny")
+    read = load_model(tmp_path, torch.float32)
+    assert read.lm_head.weight.equal(made.model.embed_tokens.weight)
 
 
 def test_rows_that_are_long_enough():
