@@ -188,6 +188,7 @@ class Operands(NamedTuple):
 
 
 SAVED = 4
+ROWS_IN_FLOAT32 = 256       # of outputs that are cast at once, see add_product
 
 
 def operands(layer: nn.Module) -> Operands:
@@ -319,7 +320,8 @@ def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list
     dlow_rank = []
     for i, Ax in zip(adapted, low_rank.split(ranks, dim=1)):                    # (N, r)
         layer, dy = layers[i], dys[i]
-        product = F.linear if dy.dtype == torch.float32 else matmul     # oneDNN: for large ones
+        # in float32 `matmul` may be oneDNN, which pays only for large products
+        product = F.linear if dy.dtype == torch.float32 else matmul
         dlow_rank.append(product(dy, layer.B.to(dy.dtype).T).mul_(layer.scale))
         grads[SAVED * i + 3] = (dy.T @ Ax).mul_(layer.scale).to(layer.B.dtype)  # (out, r)
     dlow_rank = torch.cat(dlow_rank, dim=1)
@@ -330,11 +332,14 @@ def adapter_grads(layers: list[Operands], dys: list, rows, low_rank, grads: list
 
 
 def add_product(total, x, W, matmul: Callable, scale: float = 1.0):
-    """total += scale * x W, in place, rounded once. W is small."""
+    """total += scale * x W, in place. W is small."""
     if matmul is F.linear or x.dtype == torch.float32:
         return total.addmm_(x, W, alpha=scale)
-    # 16 bits on a CPU that has no products in them (fast/matmul.py)
-    return total.copy_(torch.addmm(total.float(), x.float(), W.float(), alpha=scale))
+    # 16 bits on a CPU that has no products in them (fast/matmul.py): rounded once, a few rows each
+    W = W.float()
+    for y, rows in zip(total.split(ROWS_IN_FLOAT32), x.split(ROWS_IN_FLOAT32)):
+        y.copy_(torch.addmm(y.float(), rows.float(), W, alpha=scale))
+    return total
 
 
 def input_grad(layers: list[Operands], dys: list, matmul: Callable):

@@ -8,7 +8,8 @@ The sum of the gradient is what attention computes, with x as the query and the 
 both as keys and as values. So it can be done as flash attention does it: one tile of scores at a
 time, with a running maximum, and sums that are rescaled when the maximum grows. A tile stays in the
 processor's cache from the product that makes it to the product that uses it up, and the head is
-read once. The plain twin, losses_in_chunks of losses.py, holds the scores of whole rows.
+read once for 1,024 positions. The plain twin, losses_in_chunks of losses.py, holds the scores of
+whole rows.
 
 The sums leave out the target, which is added at the end: a token that the model predicts well has a
 gradient near 0, which must not become the difference of two large numbers, in 16 bits above all.
@@ -32,6 +33,8 @@ from losses import logits_of
 TILE_NUMBERS = 2**19        # of a tile of scores: 2 MiB, which the caches of two cores hold
 MOST_ROWS = 1024            # positions at once
 LEAST_WIDTH = 512           # token ids of a tile: narrower products are slow
+MOST_WIDTH = 2**14          # of a tile: float16 holds the sum of as many rows of a head
+LOWEST = torch.finfo(torch.float32).min
 
 
 def losses_in_tiles(h, W, y, softcap=None, matmul=F.linear, needs_grad: bool = True):
@@ -51,7 +54,7 @@ def losses_in_tiles(h, W, y, softcap=None, matmul=F.linear, needs_grad: bool = T
 
 def rows_in_tiles(h, W, y, softcap, matmul, needs_grad):
     """The same for at most MOST_ROWS rows; the gradient in float32."""
-    top = torch.full((len(h), 1), -torch.inf, device=h.device)      # the largest score so far
+    top = torch.full((len(h), 1), LOWEST, device=h.device)          # the largest score so far
     others = torch.zeros_like(top)          # the sum of exp(score - top) of all but the target
     mixed = h.new_zeros(h.shape, dtype=torch.float32)               # the same sum, times W_j
     at_y = torch.empty_like(top)                                    # the target's score
@@ -82,15 +85,20 @@ def rows_in_tiles(h, W, y, softcap, matmul, needs_grad):
 
 
 def tile_bytes(rows: int, head_shape: tuple, compute: int, softcap: float | None) -> int:
-    """Bytes that losses_in_tiles holds at once. head_shape: (V, D); compute: bytes of a number."""
+    """Bytes that losses_in_tiles holds at once, its input and its result with them.
+
+    head_shape: (V, D); compute: bytes of a number of h.
+    """
     vocab_size, hidden_size = head_shape
-    rows = min(rows, MOST_ROWS)
+    all_rows, rows = rows, min(rows, MOST_ROWS)
     numbers = rows * min(vocab_size, tile_width(rows))
     copies = 4 if softcap else 1                    # in float32: the scores, their tanh, …
     copied = compute if compute < 4 else 0          # the scores, in the dtype of the products
-    return numbers * (4 * copies + copied) + 2 * 4 * rows * hidden_size
+    sums = 2 * 4 * rows * hidden_size
+    return numbers * (4 * copies + copied) + sums + 2 * all_rows * hidden_size * compute
 
 
 def tile_width(rows: int) -> int:
     """Token ids of a tile of that many rows."""
-    return max(LEAST_WIDTH, TILE_NUMBERS // max(rows, 1) // LEAST_WIDTH * LEAST_WIDTH)
+    width = TILE_NUMBERS // max(rows, 1) // LEAST_WIDTH * LEAST_WIDTH
+    return min(max(LEAST_WIDTH, width), MOST_WIDTH)

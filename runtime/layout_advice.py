@@ -441,7 +441,8 @@ def candidates(config: Config, memory: Plan, plan: StepPlan,
             continue
         workload = replace(
             memory.workload, device=device, world=world, sharded=bool(changed.fsdp),
-            kernel=kernel, recompute=None, offloaded=0, mlp_tile=0, host_bytes=None)
+            kernel=kernel, recompute=None, offloaded=0, mlp_tile=0, host_bytes=None,
+            head_in_tiles=False)
         try:
             workload = own_workload(layout, changed, workload)
         except ValueError as refusal:

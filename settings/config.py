@@ -711,7 +711,10 @@ class Config:
 
     @property
     def plain_cross_entropy(self) -> bool:
-        """Whether the loss is the cross-entropy of the labels, all with the same weight."""
+        """Whether the loss is the cross-entropy of the labels, all with the same weight.
+
+        fast/head_in_tiles.py computes no other.
+        """
         return self.stage in ("pt", "sft") and not (
             self.use_dft_loss or self.use_eaft_loss or self.use_asft_loss
             or self.label_smoothing_factor)

@@ -1,5 +1,7 @@
 """fast/head_in_tiles.py against torch in float64 and the chunks of losses.py."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +127,21 @@ def test_extreme_scores(sizes):
     losses, dh = losses_in_tiles(h, W, y)
     assert losses[3].isnan() and dh[3].isnan().all()
     assert not losses[[*range(3), *range(4, N)]].isnan().any()
+
+
+def test_a_tile_of_infinities():
+    """Scores that overflow float16 downwards: they count as 0, as in chunks."""
+    h, W = torch.full((1, 8), 50.0).half(), torch.full((200, 8), -300.0).half()
+    W[100:] = 0
+    y = torch.tensor([150])
+    for losses, dh in (losses_in_tiles(h, W, y), losses_in_chunks(h, W, y, None, F.linear, True)):
+        assert float(losses) == pytest.approx(math.log(100), rel=1e-5) and dh.isfinite().all()
+
+
+def test_wide_sums_fit_float16():
+    h, W, y = torch.zeros(1, 8).half(), torch.full((150_000, 8), 0.6).half(), torch.tensor([3])
+    losses, dh = losses_in_tiles(h, W, y)
+    assert float(losses) == pytest.approx(math.log(150_000), rel=1e-5) and dh.abs().max() < 1e-2
 
 
 def test_no_rows():
