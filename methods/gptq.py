@@ -117,15 +117,15 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     mean = diagonal.mean()
     unused = diagonal == 0
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
-        damped.diagonal()[unused] = 1
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = hessian.clone()            # one name, so that two of them are held at most
+        matrix.diagonal().add_(damping * mean)
+        matrix.diagonal()[unused] = 1
+        matrix, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
         if not failed:
-            return factor
+            return matrix
         damping *= 10           # float32 was too coarse: nearer to rounding to the nearest
 
 
