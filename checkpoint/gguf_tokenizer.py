@@ -13,7 +13,9 @@ Requires: text/tokenizer.py.
 Next: exporting/gguf_export.py.
 Source: llama-vocab.cpp of llama.cpp in llama-cpp-python 0.3.36.
 """
+import hashlib
 import json
+import unicodedata
 from collections import Counter
 
 from text.tokenizer import Tokenizer
@@ -30,7 +32,7 @@ CHINESE_JAPANESE = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 DEEPSEEK_WORDS = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
                   r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
                   r"\s*[\r\n]+|\s+(?!\S)|\s+")
-CASED_LETTERS = "\\s?[A-Za-z\u00b5"        # so begins a list of all letters that have a case
+CASED_LETTERS = "991dfc9dc67aa691"          # checksum of a list of the letters that have a case
 PUNCTUATION = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 CHINESE_KOREAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 # {(regular expressions of the split, whether whole words are looked up before merging): its name}
@@ -141,10 +143,13 @@ def steps_of(rules: dict | None, key: str) -> list[dict]:
 
 
 def known_spelling(regex: str | None) -> str | None:
-    """Ends of lines, which some files hold as characters, as escapes; the long list by its name."""
-    if regex and regex.startswith(CASED_LETTERS):
+    """Ends of lines, which some files hold as characters, as escapes; the long list as checksum."""
+    if not regex:
+        return regex
+    composed = unicodedata.normalize("NFC", regex)          # as some copies of the list are
+    if hashlib.sha256(composed.encode()).hexdigest().startswith(CASED_LETTERS):
         return CASED_LETTERS
-    return regex and regex.replace("\r", r"\r").replace("\n", r"\n")
+    return regex.replace("\r", r"\r").replace("\n", r"\n")
 
 
 # ---- sentencepiece ------------------------------------------------------------------------------

@@ -244,8 +244,7 @@ class Setup:
     @property
     def frozen_head(self) -> Callable | None:
         """What computes the cross-entropy of a frozen head in place of losses.losses_in_chunks."""
-        has_own = self.cuts_vocabulary or self.kernels.compile
-        return None if has_own else self.kernels.frozen_head
+        return self.kernels.frozen_head if self.memory.workload.head_in_tiles else None
 
     def report(self) -> str:
         """The plan as a page of text."""

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import merge
 from checkpoint.gguf_graphs import find_graph
 from checkpoint.gguf_tensors import graph_tensors
-from checkpoint.gguf_tokenizer import tokenizer_metadata
+from checkpoint.gguf_tokenizer import CASED_LETTERS as CASED_LETTERS_SUM
+from checkpoint.gguf_tokenizer import known_spelling, tokenizer_metadata
 from checkpoint.load import load_model
 from checkpoint.read_config import model_config
 from checkpoint.read_gguf import load_gguf
@@ -340,6 +341,12 @@ def tokenizer_folder(name, scratch):
                "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     (folder / "tokenizer.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder
+
+
+def test_a_list_of_other_letters_is_not_taken_for_deepseeks():
+    letters = DEEPSEEK_SPLITS["deepseek_v2"][1]
+    assert known_spelling(letters) == CASED_LETTERS_SUM
+    assert known_spelling(letters.replace("À-Ö", "")) != CASED_LETTERS_SUM
 
 
 # ---- losses ----
