@@ -9,7 +9,7 @@ groups of 128, calibrated on the same 128 rows of 512 tokens, on the CPU. --laye
 quarter of the time; of this program's memory it is the same, since it holds one block at a time.
 
 Requires: common.py (how a child is measured), merge.py (the shape).
-Next: docs/export.md, which has the figures; ../exporting/gptq_export.py.
+Next: ../exporting/gptq_export.py.
 Peer: GPTQModel.
 """
 import argparse

@@ -131,9 +131,10 @@ ENCODE = {"q8_0": encode_q8_0, "q4_0": encode_q4_0}
 
 def write_gguf(path: Path, metadata: dict, tensors: dict[str, tuple[tuple, str]],
                rows_of: Callable[[str], Iterable[torch.Tensor]],
-               progress: Callable[[int], object] = lambda count: None):
-    """Write a file. metadata: {name: bool, int, float, text, or a list of one of the last three}.
+               progress: Callable[[int], object] = lambda count: None) -> bytes:
+    """Write a file, and return its header.
 
+    metadata: {name: bool, int, float, text, or a list of one of the last three}.
     tensors: {name: (shape, number type)} in the order of writing. rows_of(name): the rows of a
     tensor in one or several blocks. progress: called with the bytes of each block. Raises OSError
     if the disk has too little room.
@@ -147,6 +148,7 @@ def write_gguf(path: Path, metadata: dict, tensors: dict[str, tuple[tuple, str]]
             out.write(encoded.numpy())
             progress(encoded.numel())
         assert out.tell() == len(header) + total, (path, out.tell())
+    return header
 
 
 def encoders(tensors: dict, rows_of: Callable) -> Iterator[Callable]:
@@ -167,9 +169,8 @@ def encode_block(name: str, rows: torch.Tensor, number_type: str) -> torch.Tenso
         raise ValueError(f"{name}: {error}") from None
 
 
-def check_gguf(path: Path, metadata: dict, tensors: dict):
+def check_gguf(path: Path, header: bytes, tensors: dict):
     """Read the header of a written file again, and its size. Raises OSError."""
-    header = header_bytes(metadata, tensors)
     size = len(header) + sum(padded(tensor_bytes(*info)) for info in tensors.values())
     with open(path, "rb") as file:
         same = file.read(len(header)) == header

@@ -109,8 +109,8 @@ class GGUFExport(Export):
             "general.architecture": self.graph.arch,
             "general.name": self.name,
             **self.further_metadata(folder)}
-        write_gguf(self.path, self.metadata, self.tensors, lambda name: self.rows_of(name, read),
-                   progress)
+        self.header = write_gguf(self.path, self.metadata, self.tensors,
+                                 lambda name: self.rows_of(name, read), progress)
 
     def further_metadata(self, folder: Path) -> dict:
         """What is specific to a model."""
@@ -133,7 +133,7 @@ class GGUFExport(Export):
 
     def finish(self, folder: Path, fields: dict):
         """Leave the file and licenses alone in the folder. Raises OSError for a damaged file."""
-        check_gguf(self.path, self.metadata, self.tensors)
+        check_gguf(self.path, self.header, self.tensors)
         for file in folder.iterdir():
             if not any(fnmatch(file.name, pattern) for pattern in KEPT):
                 file.unlink()
