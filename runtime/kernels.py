@@ -81,12 +81,13 @@ def pick_matrix_product(kernels: Kernels, config, model_config: ModelConfig, dev
 
 
 def pick_frozen_head(kernels: Kernels, config, model_config: ModelConfig, device, dtype):
-    """The loss of a head that is not trained in tiles of the vocabulary, on a CPU."""
-    if torch.device(device).type != "cpu":
+    """The cross-entropy of a head that is not trained in tiles of the vocabulary, on a CPU."""
+    if torch.device(device).type != "cpu" or not (kernels.training and config.plain_cross_entropy):
         return
     from fast.head_in_tiles import losses_in_tiles
 
     kernels.frozen_head = losses_in_tiles
+    kernels.lines.append("loss: in tiles of the vocabulary, if the head is not trained")
 
 
 def pick_fused_blocks(kernels: Kernels, config, model_config: ModelConfig, device, dtype):

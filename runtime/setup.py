@@ -420,7 +420,7 @@ def plan_memory(config, base: Base, part: OwnSizes, plan: StepPlan, lora: Adapte
         parts=parts,
         sharded=is_run_sharded(config, plan.ranks),
         fast=bool(kernels.fuse),
-        head_in_tiles=bool(kernels.frozen_head) and config.plain_cross_entropy
+        head_in_tiles=bool(kernels.frozen_head)
         and not (kernels.compile or part.cuts_vocabulary),
         fp8=bool(kernels.fp8),
         grouped=bool(kernels.group_experts),
