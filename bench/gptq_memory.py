@@ -100,9 +100,8 @@ def memory_parts(asked) -> list:
     parts = {
         "one block, float32": 4 * block,
         "the largest H of its inputs, float32": 4 * ffn**2,
-        "two matrices of that size, on the way to the factor of its inverse": 2 * 4 * ffn**2,
+        "the factor of its inverse": 4 * ffn**2,
         "calibration rows at one depth, float32": 4 * asked.samples * asked.length * hidden,
-        "embedding, bfloat16": 2 * config["vocab_size"] * hidden,
     }
     return [[name, f"{size / 2**30:.2f}"] for name, size in parts.items()]
 

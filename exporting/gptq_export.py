@@ -209,8 +209,10 @@ class GPTQExport(Export):
         choice = pick_kernel("auto", device=self.device, dtype=torch.float32, training=False,
                              **attention_needs(self.model.config))
         self.model.kernel = choice.kernel
-        return torch.stack([self.model.embed(row[None])[0].float() for row in self.rows]
-                           ).to(self.device)
+        hidden = torch.stack([self.model.embed(row[None])[0].float() for row in self.rows])
+        for module in (self.model.model.embed_tokens, self.model.lm_head):
+            module.to("meta")                               # a tied head is the same matrix
+        return hidden.to(self.device)
 
     def passes(self, block: nn.Module, words: str) -> Iterator[tuple]:
         """(number, output (1, T, D)) of each row; None where the pass was ended before."""

@@ -116,14 +116,16 @@ def inverse_factor(hessian: torch.Tensor, damping: float = DAMPING) -> torch.Ten
     diagonal = hessian.diagonal()
     mean = diagonal.mean()
     unused = diagonal == 0
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
-        matrix = hessian.clone()            # one name, so that two of them are held at most
+        # each step in place, for the memory; .mT, the same matrix, lies in LAPACK's order
+        matrix = hessian.clone().mT
         matrix.diagonal().add_(damping * mean)
         matrix.diagonal()[unused] = 1
-        matrix, failed = torch.linalg.cholesky_ex(matrix)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
         if not failed:
             return matrix
         damping *= 10           # float32 was too coarse: nearer to rounding to the nearest

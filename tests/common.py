@@ -29,8 +29,23 @@ LLAMA3_8B = dict(
     tie_word_embeddings=False,
 )
 
+# RUN_SLOW=1: also what takes long and repeats, with further cases, what other tests have shown
+RUN_SLOW = bool(os.environ.get("RUN_SLOW"))
+slow = pytest.mark.skipif(not RUN_SLOW, reason="takes long: RUN_SLOW=1 python -m pytest runs it")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(),
                                   reason=f"the recorded fixtures are not here ({SHARED})")
+
+
+def usual(cases, *names):
+    """The cases of these names, which are always tested; with RUN_SLOW=1 all of them.
+
+    cases: a dict {name: case}, or a list of names or of tuples that begin with a name.
+    """
+    if RUN_SLOW:
+        return cases
+    if isinstance(cases, dict):
+        return {name: cases[name] for name in names}
+    return [case for case in cases if (case if isinstance(case, str) else case[0]) in names]
 
 
 def read_jsonl(path):

@@ -12,6 +12,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_report_header():
+    from tests.common import RUN_SLOW
+    if not RUN_SLOW:
+        return "RUN_SLOW is not set: tests that take long and further cases are left out"
+
+
 @pytest.fixture
 def day_of_recording(monkeypatch):
     """The date on which the golden rows were recorded; the llama3 tool text names it."""

@@ -16,7 +16,7 @@ from checkpoint.load import load_model
 from checkpoint.read_config import model_config
 from lora import LoRAConfig, attach_lora
 from model import CausalLM
-from tests.common import ROOT, needs_shared
+from tests.common import ROOT, needs_shared, slow
 
 MIB = 2**20
 TEXT = ["--data", str(ROOT / "data"), "--tokenizer", str(ROOT / "models/tiny"),
@@ -233,6 +233,7 @@ def test_cpu_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert run["tokens_per_second"] > 0 and run["peak_bytes"] > 100 * MIB
 
 
+@slow
 def test_scaling_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "WORK", tmp_path)
     monkeypatch.setattr(common, "SHARED", tmp_path)
@@ -246,6 +247,7 @@ def test_scaling_from_end_to_end(tmp_path, monkeypatch):
     assert "| lora_rank |" in scaling.axis_table("lora_rank", [found, found | {"size": 16}])
 
 
+@slow
 def test_rollouts_from_end_to_end(tmp_path):
     command = [sys.executable, ROOT / "bench/grpo.py", "--no-peer", "--times", "1", "--steps", "5",
                "--prompts", "2", "--answers", "2", "--tokens", "6", "--results", tmp_path]
@@ -257,6 +259,7 @@ def test_rollouts_from_end_to_end(tmp_path):
     assert 1 <= run["length"] <= 6 and 0 <= run["reward"] <= 1
 
 
+@slow
 @needs_shared
 def test_memory_of_gptq_from_end_to_end(tmp_path):
     command = [sys.executable, ROOT / "bench/gptq_memory.py", "--tiny", "--no-peer", "--results",
@@ -270,6 +273,7 @@ def test_memory_of_gptq_from_end_to_end(tmp_path):
     assert "| one block, float32" in found.stdout
 
 
+@slow
 def test_what_processes_hold_and_send(tmp_path):
     """Of data parallelism: the gradients, once; a block's spans follow each other."""
     command = [sys.executable, ROOT / "bench/parallelism.py", "--only", "dp", "--results", tmp_path,

@@ -15,7 +15,7 @@ import torch
 
 from bench import common, gpu, gpu_cards, gpu_long, gpu_peer, gpu_proofs, gpu_speed
 from bench.common import NotHere, run_child
-from tests.common import ROOT
+from tests.common import ROOT, RUN_SLOW, slow, usual
 from tests.ranks import forked, outcomes
 
 ASKED = SimpleNamespace(device="cpu", tiny=True, kernel=None, seconds=0.05, cards=0)
@@ -39,7 +39,8 @@ def run_here(command, **rest):
     return SimpleNamespace(returncode=0, stdout=printed.getvalue(), stderr="")
 
 
-@pytest.mark.parametrize("name", gpu.PROOFS)
+@pytest.mark.parametrize("name", [
+    name for name in gpu.PROOFS if RUN_SLOW or name not in ("fp8", "recipe")])
 def test_every_proof_holds_on_a_cpu(name, monkeypatch):
     if name in ("recipe", "peer"):
         monkeypatch.setattr(gpu_proofs, "subprocess", SimpleNamespace(run=run_here))
@@ -57,7 +58,8 @@ def test_every_proof_holds_on_a_cpu(name, monkeypatch):
         assert ours == pytest.approx(theirs, abs=2e-3) and ours[1] > 1 and ours[1] != ours[2]
 
 
-@pytest.mark.parametrize("name", gpu.SPEED)
+@pytest.mark.parametrize("name", [
+    name for name in gpu.SPEED if RUN_SLOW or name != "peer-8b-short"])
 def test_every_speed_is_measured_on_a_cpu(name):
     if gpu.SPEED[name].file == "gpu_peer.py":
         pytest.importorskip("transformers")
@@ -112,7 +114,7 @@ def launch_here(world: int, command: list) -> str:
     return printed
 
 
-@pytest.mark.parametrize("name", ["fsdp", "nccl", "scaling"])
+@pytest.mark.parametrize("name", usual(["fsdp", "nccl", "scaling"], "nccl"))
 def test_parts_for_several_cards_with_two_processes(name, monkeypatch):
     """`ranks` is the same function as fsdp without its setting; tests/test_parallel.py has more.
 
@@ -338,6 +340,7 @@ def test_a_child_that_does_not_die_is_left_behind(monkeypatch):
 # ---- from end to end -----------------------------------------------------------------------------
 
 
+@slow
 def test_the_command_needs_only_the_packages_of_requirements(tmp_path):
     """The real command with real parts, where any other package raises when it is imported."""
     block = ("import sys\nclass Block:\n"

@@ -3,9 +3,10 @@ import json
 import subprocess
 import sys
 
-from tests.common import ROOT, SHARED, needs_shared
+from tests.common import ROOT, SHARED, needs_shared, slow
 
 
+@slow
 @needs_shared
 def test_it_measures_this_program_alone(tmp_path):
     done = subprocess.run([sys.executable, "bench/preprocess.py", "--rows", "300", "--times", "1",

@@ -24,7 +24,7 @@ from scale.cut_losses import own_targets
 from scale.mesh import Axis
 from settings.config import Config
 from settings.load_config import load_config
-from tests.common import ROOT
+from tests.common import ROOT, usual
 from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import (BALANCED, EXPERTS, FULL, MODELS, SAVES, WORKER,
                                         assert_alike, history)
@@ -73,6 +73,8 @@ CASES = {   # settings of runs that agree with one process
     "two tokens": dict(EXPERTS, model_name_or_path="six", stage="pt", dataset="short.txt",
                        packing=False),
 }
+CASES = usual(CASES, "llama", "gemma3", "mixtral", "latent", "evaluation", "pairs", "full", "six",
+              "two tokens")
 LAYOUTS = {     # of 3 and 4 processes: (case, settings of the mesh); what is left is data parallel
     "3 six": ("six", dict(context_parallel_size=3)),            # key/value heads: 2, three times
     "3 two tokens": ("two tokens", dict(context_parallel_size=3)),
@@ -85,6 +87,7 @@ LAYOUTS = {     # of 3 and 4 processes: (case, settings of the mesh); what is le
     "4 sharded, full": ("full", dict(context_parallel_size=2, fsdp="full_shard")),
     "4 state": ("full", dict(context_parallel_size=2, zero_stage=2)),
 }
+LAYOUTS = usual(LAYOUTS, "3 six", "3 two tokens", "4 mixtral", "4 cut", "4 sharded, full")
 RESUMED = ("llama", "full")         # from step 2 of 4, of a run with another layout
 
 

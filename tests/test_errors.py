@@ -9,7 +9,7 @@ import pytest
 
 import errors
 from errors import bytes_in_words
-from tests.common import ROOT
+from tests.common import ROOT, usual
 
 
 def test_did_you_mean_names_the_most_similar_one():
@@ -107,7 +107,8 @@ RUNS = {
 }
 MISSING = [("torch", script) for script in RUNS if script != "text.tokenizer"]
 MISSING += [(package, script) for package in ("tqdm", "tokenizers")
-            for script in ("train.py", "chat.py", "merge.py", "eval.py", "runtime.preview")]
+            for script in usual(["train.py", "chat.py", "merge.py", "eval.py", "runtime.preview"],
+                                "train.py")]
 MISSING += [("yaml", "train.py"), ("yaml", "eval.py"), ("tokenizers", "text.tokenizer")]
 
 

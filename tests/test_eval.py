@@ -15,7 +15,7 @@ from evals.bleu_rouge import NAMES
 from fast import batch_decode as answers
 from runtime import finished as trained
 from settings.load_config import load_config
-from tests.common import CURVES, ROOT, SHARED, needs_shared, read_jsonl
+from tests.common import CURVES, ROOT, RUN_SLOW, SHARED, needs_shared, read_jsonl
 from tests.preference_runs import run_pairs
 from tests.rows import cases_of, known, make_config, tokenizer_for, write_dataset
 from text.chat_formats import TEMPLATES
@@ -149,7 +149,7 @@ def test_batch_size_does_not_matter(tmp_path, how):
 
 
 @needs_shared
-@pytest.mark.parametrize("killed_after", [1, 20, 40])
+@pytest.mark.parametrize("killed_after", [1, 20, 40] if RUN_SLOW else [20])
 def test_a_killed_run_is_resumed(tmp_path, monkeypatch, capsys, killed_after):
     """Killed among the adapter's 27 answers or the base's, with its last line half-written: the
     files equal those of an uninterrupted run, and no answer is generated twice."""

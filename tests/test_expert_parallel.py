@@ -18,7 +18,7 @@ from parallel import Ranks
 from scale.expert_parallel import OneOwner, cut_stack, own_config
 from scale.mesh import Axis
 from settings.load_config import load_config
-from tests.common import ROOT
+from tests.common import ROOT, usual
 from tests.ranks import COMMON, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import MODELS as CUT
 from tests.test_tensor_parallel import (BALANCED, EXPERTS, FULL, SAVES, WORKER, assert_alike,
@@ -62,6 +62,7 @@ CASES = {   # settings of runs that agree with one process
     "rewards": dict(EXPERTS, stage="rm", dataset="pairs.jsonl"),
     "full, pairs": EXPERTS | FULL | dict(stage="dpo", dataset="pairs.jsonl"),
 }
+CASES = usual(CASES, "small experts", "stacked", "biased stacks", "full", "grouped", "pairs")
 HALF = EXPERTS | FULL | dict(pure_bf16=True)        # whose sums are rounded in another order
 JUDGED = dict(EXPERTS, stage="kto", dataset="judged.jsonl")     # with a divergence of all ranks
 FURTHER = {"judged": JUDGED, "half": HALF}

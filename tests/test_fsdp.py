@@ -17,7 +17,7 @@ from checkpoint.load import load_model
 from checkpoint.shards import local_rows
 from parallel import Ranks
 from scale import fsdp
-from tests.common import CURVES, ROOT, SHARED, needs_shared
+from tests.common import CURVES, ROOT, SHARED, needs_shared, usual
 from tests.ranks import COMMON, forked, outcomes, small_world, tiny_model
 
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
@@ -88,12 +88,14 @@ CASES = {  # settings of runs that agree with one process: 27 rows, 12 a step
     "full, tied, best": FULL | EVALUATION,
     "full, experts": dict(model_name_or_path="mixture", cutoff_len=24, max_steps=3, **FULL),
 }
+CASES = usual(CASES, "lora", "lora, whole modules", "lora, experts", "full", "full, tied, best")
 RECORDED = ("sft_llama3", "sft_qwen2_loraplus")  # by LLaMA-Factory; the latter's head is tied
 WORDS = {2: "full_shard auto_wrap", 3: "full_shard,offload"}
 WORLDS = {      # ranks: the cases they run
     2: ("lora", "lora, whole modules", "full", "lora, pairs", "lora, experts"),
     3: ("lora", "full", "dora", "full, pairs", "full, tied, best", "full, experts"),
 }
+WORLDS = {world: [name for name in names if name in CASES] for world, names in WORLDS.items()}
 RESUMED = {2: ("lora, whole modules", "full"), 3: ("lora", "full")}     # from step 2 of two ranks
 COUNTED = ("lora", "full")      # whose tensors are counted
 

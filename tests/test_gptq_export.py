@@ -18,7 +18,7 @@ from merge import merge_checkpoint
 from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest
 from settings.load_config import load_config
-from tests.common import ROOT, losses_in, needs_shared, refusal
+from tests.common import ROOT, RUN_SLOW, losses_in, needs_shared, refusal
 from tests.tiny_models import CHECKPOINTS, adapter_with, base_with, checkpoint_of, logits_of
 from text.load_text import load_text
 
@@ -71,7 +71,7 @@ def divergence(model, original, rows):
     return total / tokens
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8] if RUN_SLOW else [4])
 def test_the_model_is_nearer_to_the_original_than_with_rounding_to_the_nearest(
         bits, tmp_path, capsys):
     texts(tmp_path / "texts.jsonl")

@@ -13,7 +13,7 @@ import train
 from fast import batch_decode
 from generate import Sampling
 from lora import set_adapters
-from tests.common import ROOT, read_jsonl
+from tests.common import ROOT, read_jsonl, slow
 from tests.ranks import forked, outcomes
 from tests.rollout_runs import NO_FRUIT, arguments, history, logged_by, sampled, steps
 
@@ -198,6 +198,7 @@ def test_several_rewards_with_weights(tmp_path):
         assert row["reward"] == pytest.approx(parts)
 
 
+@slow
 def test_the_recipe_learns_new_words_for_sums(tmp_path, monkeypatch):
     """The first 20 steps of configs/tiny_grpo.yaml; greedy answers to 100 questions held out."""
     monkeypatch.chdir(ROOT)

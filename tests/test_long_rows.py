@@ -26,7 +26,7 @@ from runtime.memory import (PAGE_LOCKED, TILES, Workload, all_in, checkpointing_
                             memory_plan, model_without_storage, plan_ladder, plan_lines)
 from runtime.memory_advice import advice
 from settings.config import Config
-from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded
+from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded, slow, usual
 from tests.test_memory import ALL, BF16, F32, Live, in_few_bits
 from tests.tiny_models import SMALL_FAMILIES, small_config
 
@@ -158,7 +158,7 @@ def test_plans_of_several_sequences_and_of_the_plain_kernel():
         check(plan_of(wide(), ALL, F32, tile=tile, rows=(600,), kernel="plain"))
 
 
-@pytest.mark.parametrize("name", SMALL_FAMILIES)
+@pytest.mark.parametrize("name", usual(SMALL_FAMILIES, "gemma2", "olmo2", "qwen3"))
 def test_plans_of_every_kind_of_block(name):
     """As close as the plans of other modes."""
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
@@ -271,6 +271,7 @@ def test_the_advice_after_out_of_memory_names_both():
         assert any(line.startswith(key) for line in lines), lines
 
 
+@slow
 def test_the_table_of_planned_lengths(capsys, monkeypatch):
     monkeypatch.setattr(offloading, "PIECE", 2**24)         # as it is
     planned_length.main(["--cards", "8,24"])

@@ -34,7 +34,7 @@ from parallel import Gradients, Ranks
 from runtime.memory import Plan, Workload, all_in, largest_rows, memory_plan, plan_lines
 from runtime.memory_advice import advice
 from settings.config import Config
-from tests.common import LLAMA3_8B
+from tests.common import LLAMA3_8B, usual
 from tests.tiny_models import SMALL_FAMILIES, small_config
 
 ALL = LoRAConfig(r=8, lora_alpha=16)
@@ -178,7 +178,9 @@ def by_family(*kinds):
 
     The plain path and the fast one share the four kinds of a family between them.
     """
-    return [pytest.param(name, *TRAINED[kind], id=f"{name}-{kind}") for name in SMALL_FAMILIES
+    return [pytest.param(name, *TRAINED[kind], id=f"{name}-{kind}")
+            for name in usual(list(SMALL_FAMILIES), "llama", "gemma2", "mixtral", "gpt_oss",
+                              "llama4")
             for kind in (TRAINED if name in ("llama", "mixtral") else kinds)]
 
 
@@ -268,7 +270,7 @@ def test_activations_of_mixed_recomputation():
 
 @pytest.mark.parametrize("form", (QuantFormat("nf4"), QuantFormat("int8", nested=0)),
                          ids=("nf4", "int8"))
-@pytest.mark.parametrize("name", ("llama", "gemma2", "mixtral"))
+@pytest.mark.parametrize("name", usual(["llama", "gemma2", "mixtral"], "mixtral"))
 def test_activations_over_a_quantized_base(name, form):
     """As over a base in 16 bits, plus one dequantized matrix: nothing of W is kept."""
     kernel = "plain" if name == "gemma2" else "sdpa-flash"
@@ -303,7 +305,7 @@ def test_the_head_of_a_large_vocabulary():
         )  # several chunks
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", usual(["llama", "gemma2"], "gemma2"))
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_frozen_head_in_tiles(name, dtype):
     """Less than the blocks need, where scores of whole rows are more."""

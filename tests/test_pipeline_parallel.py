@@ -19,7 +19,7 @@ from runtime.stages import flops_of_parts, model_of_stage, share_layers
 from scale.stage_messages import masks_of
 from settings.config import Config
 from settings.load_config import load_config
-from tests.common import ROOT
+from tests.common import ROOT, usual
 from tests.ranks import COMMON, SMALL, forked, outcomes, small_world, tiny_model
 from tests.test_tensor_parallel import WORKER, assert_alike, history
 
@@ -61,6 +61,7 @@ CASES = {   # settings of runs that agree with one process
     "full, pairs": dict(FULL, stage="dpo", dataset="pairs.jsonl"),
     "full, experts": FULL | dict(model_name_or_path="mixtral", moe_aux_loss_coef=0.1),
 }
+CASES = usual(CASES, "llama", "qwen3", "mixtral", "evaluation", "pairs", "full", "full, experts")
 LAYOUTS = {     # name: (processes, settings, cases)
     "3": (3, dict(pipeline_parallel_size=3),
           ("llama", "qwen3", "granite", "qwen2_moe", "late adapters", "full")),
@@ -70,6 +71,8 @@ LAYOUTS = {     # name: (processes, settings, cases)
     "2 x 2 tensor": (4, dict(pipeline_parallel_size=2, tensor_parallel_size=2),
                      ("llama", "mixtral", "full")),
 }
+LAYOUTS = {layout: (world, settings, [name for name in names if name in CASES])
+           for layout, (world, settings, names) in LAYOUTS.items()}
 RESUMED = ("llama", "full")         # from step 2 of 4
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from tests.common import ROOT, read_jsonl, refusal
+from tests.common import ROOT, read_jsonl, refusal, slow
 from tests.ranks import forked, outcomes
 from tests.rollout_runs import NO_FRUIT, arguments, history, logged_by, sampled, steps
 
@@ -234,6 +234,7 @@ def test_settings_that_contradict_each_other(more, words):
 # ---- it learns -----------------------------------------------------------------------------------
 
 
+@slow
 def test_the_recipe_raises_the_score_of_its_reward_model(tmp_path, monkeypatch):
     """8 rollouts, with a third of the reward model's training."""
     monkeypatch.chdir(ROOT)

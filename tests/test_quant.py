@@ -30,7 +30,7 @@ from runtime.offload import EmbeddingOutside
 from checkpoint.load import quantizable_weights, quantized_weights
 from methods.quant import (VALUES, QuantFormat, QuantizedWeight, QuantLinear, map_of_scales,
                            quantize, unpack_any, values_of)
-from tests.common import GOLDEN, ROOT, needs_shared
+from tests.common import GOLDEN, ROOT, needs_shared, usual
 from tests.tiny_models import adapter_with, base_with, write_quantized
 
 QUANT = GOLDEN / "quant"
@@ -476,7 +476,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(),
                     reason="the peak is read from Linux's own count")
-@pytest.mark.parametrize("kind, bits", [("nf4", 4.2), ("int8", 8.1)])
+@pytest.mark.parametrize("kind, bits", usual([("nf4", 4.2), ("int8", 8.1)], "nf4"))
 def test_the_16_bit_model_is_never_in_memory(kind, bits, tmp_path):
     """Peak of the process: the quantized weights and a few matrices of the 12 blocks, which take 75
     MB in 16 bits."""

@@ -40,7 +40,7 @@ from runtime import run as runtime_run
 from runtime.kernels import Kernels, keep_kernels
 from settings.config import DATA, FIXED, FREE, KEYS, Config
 from settings.load_config import load_config
-from tests.common import ROOT, read_jsonl
+from tests.common import ROOT, RUN_SLOW, read_jsonl, slow
 
 BASE = dict(
     model_name_or_path=ROOT / "models/tiny",
@@ -440,11 +440,12 @@ def kill_until(fork_server, here, uninterrupted, kills, seed, worlds=(1, 2)) -> 
     return killed
 
 
-@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)])
+@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)] if RUN_SLOW else [(1, 3), (2, 1)])
 def test_killed_at_random_moments(world, kills, fork_server, uninterrupted, tmp_path):
     kill_until(fork_server, tmp_path, uninterrupted, kills, seed=world, worlds=[world])
 
 
+@slow
 def test_killed_while_writing_the_result_without_checkpoints(fork_server, uninterrupted, tmp_path):
     """Half of the final files exist; auto starts again, without overwrite_output_dir."""
     own = dict(
@@ -557,6 +558,7 @@ def test_torchrun_restarts_ranks_that_die(uninterrupted, tmp_path):
     assert_same_end(tmp_path / "run", other)
 
 
+@slow
 def test_torchrun_does_not_restart_a_stopped_run(tmp_path):
     """torchrun takes exit code 75 for a failure; restarted, the ranks end at once."""
     done = torchrun(
@@ -672,6 +674,7 @@ def test_a_damaged_checkpoint_is_skipped(
             resume.find_resume(configured(run, resume_from_checkpoint=run / "checkpoint-8"))
 
 
+@slow
 def test_every_flipped_bit_of_the_checksums_is_found(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted(1)[0] / "checkpoint-8", tmp_path / "checkpoint-8")
     (folder / "tokenizer.json").unlink()  # the largest file: without it this takes a second
@@ -996,6 +999,7 @@ def test_other_settings_choose_their_own_kernels(fork_server, tmp_path):
     assert "with which the run began" not in screen
 
 
+@slow
 def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
     for name, favored in (("a", FIRST), ("b", LATER)):
         codes, screen = fork_server.run(tmp_path / name, 1, [favored], **CHOSEN,

@@ -32,7 +32,7 @@ from runtime.precision import compute_dtype
 from scale.context_parallel import check_shares
 from scale.tensor_parallel import part_config
 from settings.config import Config
-from tests.common import needs_shared
+from tests.common import needs_shared, usual
 from tests.rehearsal import Fault, host, rehearse
 from tests.test_families import (DELTA, FULL, MAMBA, NEMOTRON, READABLE, SHARED_EXPERT, SMALL,
                                  reference)
@@ -269,7 +269,7 @@ def test_the_dtype_of_a_run_is_that_of_the_first_mixer(tmp_path):
 # ---- training ----
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", usual(KINDS, "delta rule", "state space"))
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_memory_plan_counts_a_state_and_its_chunks(kind, fast):
     name, fields = KINDS[kind]

@@ -18,7 +18,7 @@ from scale.mesh import Axis, check_world, lay_out, places_of
 from scale.tensor_parallel import part_config
 from settings.config import Config
 from settings.load_config import load_config
-from tests.common import ROOT
+from tests.common import ROOT, usual
 from tests.ranks import COMMON, DENSE, MIXTURE, SMALL, forked, outcomes, small_world, tiny_model
 
 WORKER = '''
@@ -108,7 +108,9 @@ CASES = {   # settings of runs that agree with one process
     "full, pairs": dict(FULL, stage="dpo", dataset="pairs.jsonl"),
     "full, experts": BALANCED | FULL | dict(model_name_or_path="mixtral"),
 }
-FOUR = ("gemma2", "qwen3_moe", "evaluation", "pairs", "full")      # cases of 2 x 2 processes
+CASES = usual(CASES, "llama", "qwen3", "mixtral", "evaluation", "head", "pairs", "full")
+# cases of 2 x 2 processes
+FOUR = usual(["gemma2", "qwen3_moe", "evaluation", "pairs", "full"], "evaluation", "full")
 RESUMED = ("llama", "full")         # from step 2 of 4, of a run with another layout
 
 

@@ -19,7 +19,7 @@ from fast.batch_decode import answer_all
 from generate import generate
 from model import KVCache
 from templates import encode_prompt
-from tests.common import ROOT, read_jsonl
+from tests.common import ROOT, read_jsonl, slow
 from text.chat_formats import TEMPLATES
 from text.fit_tokenizer import fit_tokenizer
 from text.tokenizer import load_tokenizer
@@ -256,6 +256,7 @@ def test_the_lora_run_changes_the_name_and_keeps_the_world(trained):
     assert share >= 0.9, wrong
 
 
+@slow
 def test_the_dpo_run_learns_the_style_and_keeps_the_world(tmp_path):
     """Answers to questions of no pair end as the chosen ones do; without that ending they equal
     those before."""

@@ -176,7 +176,8 @@ def checkpoint_of(name, folder):
 
 def tensors_in(folder):
     """All tensors of a checkpoint folder, sharded or not."""
-    return {name: load_file(file)[name] for name, file in tensor_files(folder).items()}
+    files = set(tensor_files(folder).values())
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def base_with(folder, dtype=torch.float32, shard_bytes=10**9, extra=(), **changes):
