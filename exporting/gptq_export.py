@@ -35,6 +35,7 @@ from text.tokenizer import load_tokenizer
 
 GROUP_SIZE = 128
 MULTIPLE = 32           # inputs and outputs of a layer, for the words of the file and for kernels
+ROWS_COUNTED = 256      # of a matrix, for the errors: their products took half of the time
 # layers that are quantized at once, since they do not depend on each other
 STAGES_OF_BLOCK = (
     ("q_proj", "k_proj", "v_proj", "qkv_proj", "in_proj_qkv", "in_proj_qkvz", "in_proj_z"),
@@ -71,7 +72,7 @@ class GPTQExport(Export):
         self.next_block = 0
         self.ready = {}                 # {name in the new files: tensor} that is not written yet
         self.checksums = {}             # {name of a weight: of the values that it was rounded to}
-        self.errors = []                # of each layer: (GPTQ's, to the nearest), of its outputs
+        self.errors = []                # of each layer: [GPTQ's, to the nearest], of its outputs
         self.unseen = 0                 # layers, of experts, that no token has reached
 
     # ---- what is written
@@ -158,8 +159,7 @@ class GPTQExport(Export):
 
         names: {name in the block: name in the files}.
         """
-        from methods.gptq import (act_order, gptq, inverse_factor, output_error,
-                                  round_to_nearest)
+        from methods.gptq import act_order, gptq, inverse_factor
 
         parents = {}                                # layers of one module have the same input
         for name_in, name in names.items():
@@ -177,23 +177,28 @@ class GPTQExport(Export):
             factor = inverse_factor(ordered)
             for name, layer in layers.items():
                 rounded = gptq(layer.weight, factor, self.bits, GROUP_SIZE, order)
-                nearest = round_to_nearest(layer.weight, self.bits, GROUP_SIZE)
-                self.note_errors(*(output_error(layer.weight, q, hessian)
-                                   for q in (rounded, nearest)),
-                                 float(((layer.weight @ hessian) * layer.weight).sum()))
-                self.keep(name, rounded)
-                layer.weight.data = rounded.dequantize()
+                values = rounded.dequantize()
+                self.note_errors(layer.weight, values, hessian)
+                self.keep(name, rounded, values)
+                layer.weight.data = values
 
-    def note_errors(self, ours: float, nearest: float, whole: float):
-        """Count a layer's errors as shares of its outputs."""
+    def note_errors(self, weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor):
+        """Count a layer's errors as shares of its outputs, of some ROWS_COUNTED of its rows."""
+        from methods.gptq import output_error, round_to_nearest
+
+        some = slice(None, None, max(1, len(weight) // ROWS_COUNTED))
+        weight = weight[some]
+        nearest = round_to_nearest(weight, self.bits, GROUP_SIZE).dequantize()
+        whole = output_error(weight, hessian)
         if whole > 0:
-            self.errors.append((ours / whole, nearest / whole))
+            self.errors.append([output_error(weight - rounded, hessian) / whole
+                                for rounded in (values[some], nearest)])
         else:
             self.unseen += 1
 
-    def keep(self, name: str, rounded):
-        """Make the tensors of a quantized matrix ready to be written."""
-        self.checksums[name] = checksum_of(rounded.dequantize().half())
+    def keep(self, name: str, rounded, values: torch.Tensor):
+        """Make the tensors of a quantized matrix, which stands for these values, ready to write."""
+        self.checksums[name] = checksum_of(values.half())
         zeros = torch.full(rounded.scales.shape, rounded.zero, dtype=torch.uint8,
                            device=rounded.codes.device)
         parts = pack_gptq(rounded.codes, zeros, rounded.scales, self.bits, rounded.columns)

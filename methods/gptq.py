@@ -171,7 +171,6 @@ def round_group(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tenso
     return codes, errors
 
 
-def output_error(weight: torch.Tensor, rounded: Rounded, hessian: torch.Tensor) -> float:
-    """tr((W - Q) H (W - Q)ᵀ): the sum of squared errors of the layer's outputs."""
-    difference = weight.float() - rounded.dequantize()
+def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
+    """tr(D H Dᵀ) of D = W - Q: the sum of squared errors of the layer's outputs."""
     return float(((difference @ hessian) * difference).sum())

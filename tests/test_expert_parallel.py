@@ -62,7 +62,8 @@ CASES = {   # settings of runs that agree with one process
     "rewards": dict(EXPERTS, stage="rm", dataset="pairs.jsonl"),
     "full, pairs": EXPERTS | FULL | dict(stage="dpo", dataset="pairs.jsonl"),
 }
-CASES = usual(CASES, "small experts", "stacked", "biased stacks", "full", "grouped", "pairs")
+CASES = usual(CASES, "small experts", "stacked", "biased stacks", "full", "router", "grouped",
+              "pairs")
 HALF = EXPERTS | FULL | dict(pure_bf16=True)        # whose sums are rounded in another order
 JUDGED = dict(EXPERTS, stage="kto", dataset="judged.jsonl")     # with a divergence of all ranks
 FURTHER = {"judged": JUDGED, "half": HALF}

@@ -16,6 +16,11 @@ def problem(rows, columns, seed, tokens=None):
     return torch.randn(rows, columns, generator=draw), x.T @ x
 
 
+def error_of(weight, rounded, hessian):
+    """The sum of squared errors of the outputs."""
+    return output_error(weight - rounded.dequantize(), hessian)
+
+
 def best_error(weight, hessian, bits):
     """The least error of a matrix with one group, by trying all codes of each row."""
     scales = scales_of_group(weight, bits)
@@ -35,8 +40,8 @@ def test_between_the_optimum_and_rounding_to_the_nearest():
         weight, hessian = problem(8, 4, seed)
         ours = gptq(weight, inverse_factor(hessian, 1e-6), 3, 4)
         plain = round_to_nearest(weight, 3, 4)
-        errors = [best_error(weight, hessian, 3), output_error(weight, ours, hessian),
-                  output_error(weight, plain, hessian)]
+        errors = [best_error(weight, hessian, 3), error_of(weight, ours, hessian),
+                  error_of(weight, plain, hessian)]
         # a reader's values are rounded to float16
         assert errors[0] <= errors[1] * 1.01
         sums += torch.tensor(errors) / errors[0]
@@ -78,7 +83,7 @@ def test_act_order_is_gptq_of_the_columns_in_another_order():
     plain = gptq(weight[:, order], inverse_factor(ordered), 4, 16)
     assert torch.equal(ours.dequantize()[:, order], plain.dequantize())
     assert sorted(ours.columns.tolist()) == plain.columns.tolist() != ours.columns.tolist()
-    assert output_error(weight, ours, hessian) < output_error(
+    assert error_of(weight, ours, hessian) < error_of(
         weight, round_to_nearest(weight, 4, 16), hessian)
 
 
@@ -94,7 +99,7 @@ def test_inputs_that_are_always_zero_and_fewer_tokens_than_columns():
     hessian[3] = hessian[:, 3] = 0
     ours = gptq(weight, inverse_factor(hessian), 4, 20)
     assert torch.equal(ours.codes[:, 3], round_to_nearest(weight, 4, 20).codes[:, 3])
-    assert output_error(weight, ours, hessian) < output_error(
+    assert error_of(weight, ours, hessian) < error_of(
         weight, round_to_nearest(weight, 4, 20), hessian)
     nothing = gptq(weight, inverse_factor(torch.zeros(20, 20)), 4, 8)
     assert torch.equal(nothing.codes, round_to_nearest(weight, 4, 8).codes)

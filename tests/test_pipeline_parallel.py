@@ -61,7 +61,8 @@ CASES = {   # settings of runs that agree with one process
     "full, pairs": dict(FULL, stage="dpo", dataset="pairs.jsonl"),
     "full, experts": FULL | dict(model_name_or_path="mixtral", moe_aux_loss_coef=0.1),
 }
-CASES = usual(CASES, "llama", "qwen3", "mixtral", "evaluation", "pairs", "full", "full, experts")
+CASES = usual(CASES, "llama", "qwen3", "mixtral", "late adapters", "evaluation", "pairs", "full",
+              "full, experts")
 LAYOUTS = {     # name: (processes, settings, cases)
     "3": (3, dict(pipeline_parallel_size=3),
           ("llama", "qwen3", "granite", "qwen2_moe", "late adapters", "full")),
