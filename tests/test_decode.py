@@ -12,6 +12,7 @@ from fast.lean_step import compiled_steps, hidden_of_token
 from generate import Sampling, common_prefix, generate, generate_uncached, next_scores
 from lora import LoRAConfig, attach_lora, lora_layers
 from model import CausalLM, KVCache, init_weights
+from tests.common import some
 from tests.test_families import CASES, load, made  # noqa: F401  a fixture
 from tests.tiny_models import SMALL_FAMILIES, perturb, small_config, tiny_qwen2
 
@@ -55,7 +56,7 @@ def test_the_prepared_model_equals_the_plain_one(forced, dtype, tied):
         assert answers[0] == answers[1] == list(generate_uncached(fast, PROMPT, max_new_tokens=40))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES))
 def test_the_prepared_model_equals_transformers_in_every_family(made, name, forced):  # noqa: F811
     model, ids, want = load(made, name)
     prepare(model)
@@ -144,7 +145,7 @@ def capturable(model):
     return not decode.uncapturable(model)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", some(CASES))
 def test_static_growing_and_no_cache_agree(made, name):  # noqa: F811
     """In every family: the same tokens three ways, or a reason why its steps are not captured."""
     model, ids, _ = load(made, name)

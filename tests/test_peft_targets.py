@@ -12,7 +12,7 @@ from checkpoint.load import load_model
 from checkpoint.peft_targets import notes_on_peft, why_peft_differs
 from lora import LoRAConfig, attach_lora, lora_layers, trainable
 from methods.lora_variants import variant_arguments
-from tests.common import GOLDEN, needs_shared
+from tests.common import GOLDEN, needs_shared, some
 from tests.test_families import reference, SMALL
 from tests.tiny_models import IDS, logits_of, perturb
 
@@ -85,7 +85,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize("name, targets", CASES)
+@pytest.mark.parametrize("name, targets", some(CASES))
 def test_peft_computes_what_was_trained(name, targets, use_rslora, mixtral, tmp_path):
     base = mixtral if name == "mixtral" else GOLDEN / "models" / name
     check_with_peft(base, tmp_path, targets, use_rslora)

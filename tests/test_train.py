@@ -15,7 +15,7 @@ from losses import SFTObjective
 from methods.quant import QuantFormat, quantize
 from runtime import resume, setup
 from settings.config import Config
-from tests.common import CURVES, GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded
+from tests.common import CURVES, GOLDEN, ROOT, SHARED, needs_shared, read_jsonl, run_recorded, some
 from tests.tiny_models import write_quantized
 
 # kernels for runs that are compared bit for bit
@@ -94,7 +94,7 @@ def mark(tensor):
 
 
 @needs_shared
-@pytest.mark.parametrize("case", OTHERS)
+@pytest.mark.parametrize("case", some(OTHERS))
 def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
     """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks.
 
@@ -186,7 +186,7 @@ def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
 
 
 @needs_shared
-@pytest.mark.parametrize("case, more", [
+@pytest.mark.parametrize("case, more", some([
     ("sft_shuffled", []), ("sft_qwen2_loraplus", []),
     ("sft_shuffled", ["bf16=true", "create_new_adapter=true", "lora_dropout=0.2"]),
     *[("sft_shuffled", ["finetuning_type=full", "adapter_name_or_path=null", *more])
@@ -208,7 +208,7 @@ def test_output_files_equal_llama_factorys(tmp_path, monkeypatch):
         "eval_strategy=steps", "eval_steps=1", "eval_on_start=true",
         "load_best_model_at_end=false",
     ]) for kind in ("reduce_lr_on_plateau", "greedy")],
-])
+]))
 def test_a_resumed_run_equals_an_uninterrupted_run(case, more, tmp_path, monkeypatch):
     """Bit for bit, with dropout and noise on, from the middle of an epoch."""
     noise = [*more, "neftune_noise_alpha=5", "save_strategy=steps", "save_steps=2",

@@ -19,7 +19,7 @@ from checkpoint.read_config import model_config
 from families import FAMILIES
 from fast.decode import pick_decode_matmul
 from model import CausalLM, init_weights
-from tests.common import GOLDEN, SHARED, needs_shared
+from tests.common import GOLDEN, SHARED, needs_shared, some
 from tests.test_families_2026 import FOLDERS, NAMES
 from tests.test_latent_2026 import SIZES as LATENT_SIZES
 from tests.test_latent_2026 import VARIANTS as LATENT
@@ -97,7 +97,7 @@ def test_every_family_has_a_walk():
 
 
 @needs_shared
-@pytest.mark.parametrize("kind", ONE_EACH)
+@pytest.mark.parametrize("kind", some(ONE_EACH))
 def test_train_chat_merge(kind, tmp_path, monkeypatch, capsys):
     switches = {"stacked_experts": ""} if kind == "experts one by one" else {}
     base = base_of(ONE_EACH[kind], tmp_path / "base", **switches)
