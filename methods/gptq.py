@@ -14,9 +14,10 @@ Surgeon). With U, the upper Cholesky factor of the inverse, H⁻¹ = Uᵀ U, it 
     w_k = w_k - e U_jk      for all k > j
 
 since row j of U is what is needed of the inverse of H without the columns before j. These changes
-are made at once in the columns of one group (128 of them), which share a scale for each row; later
-groups receive them together, as one matmul. A group's scales are set when its turn comes, from the
-columns as they have become.
+are made as matmuls, of several columns at once: in a group (128 columns, which share a scale for
+each row) from its left half to its right half, and so on within each half (round_columns); and from
+a group to all later ones. A group's scales are set when its turn comes, from the columns as they
+have become.
 
 With act-order (desc_act) the columns with the largest inputs are quantized first, while most other
 columns can still compensate for their errors. A group is then 128 columns that follow each other in
@@ -149,7 +150,7 @@ def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int,
         scales.append(scales_of_group(columns, bits))
         group_codes, errors = round_group(columns, factor[group, group], scales[-1], bits)
         codes.append(group_codes)
-        rest[:, later] -= errors @ factor[group, later]
+        rest[:, later].addmm_(errors, factor[group, later], alpha=-1)
     rounded = rounded_of(codes, scales, bits, group_size)
     if order is None:
         return rounded
@@ -157,18 +158,33 @@ def gptq(weight: torch.Tensor, factor: torch.Tensor, bits: int, group_size: int,
     return rounded._replace(codes=rounded.codes[:, back], columns=rounded.columns[back])
 
 
-def round_group(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, bits: int):
-    """(codes, errors) of the columns (out, n) of a group, which are changed in place."""
-    zero = 2 ** (bits - 1)
+def round_group(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor,
+                bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(codes, errors) of the columns (out, n) of a group."""
+    columns = columns.T.contiguous()            # the numbers of a column side by side
     codes = torch.empty_like(columns)
     errors = torch.empty_like(columns)
-    for j in range(columns.shape[1]):
-        column = columns[:, j]
-        codes[:, j] = nearest_codes(column, scales, bits)
-        difference = column - (codes[:, j] - zero) * scales
-        errors[:, j] = difference / factor[j, j]
-        columns[:, j + 1:] -= errors[:, j, None] * factor[j, j + 1:]
-    return codes, errors
+    round_columns(columns, factor, scales, bits, codes, errors)
+    return codes.T, errors.T
+
+
+def round_columns(columns: torch.Tensor, factor: torch.Tensor, scales: torch.Tensor, bits: int,
+                  codes: torch.Tensor, errors: torch.Tensor):
+    """Fill codes and errors (n, out) of columns (n, out): the left half, then the right half.
+
+    The left half's errors change the right half in one matmul, so a column changes a few times in
+    place of n times.
+    """
+    size = len(columns)
+    if size == 1:
+        codes[0] = nearest_codes(columns[0], scales, bits)
+        difference = columns[0] - (codes[0] - 2 ** (bits - 1)) * scales
+        errors[0] = difference / factor[0, 0]
+        return
+    left, right = slice(None, size // 2), slice(size // 2, None)
+    round_columns(columns[left], factor[left, left], scales, bits, codes[left], errors[left])
+    columns[right].addmm_(factor[left, right].T, errors[left], alpha=-1)
+    round_columns(columns[right], factor[right, right], scales, bits, codes[right], errors[right])
 
 
 def output_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
