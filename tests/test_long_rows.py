@@ -26,7 +26,7 @@ from runtime.memory import (PAGE_LOCKED, TILES, Workload, all_in, checkpointing_
                             memory_plan, model_without_storage, plan_ladder, plan_lines)
 from runtime.memory_advice import advice
 from settings.config import Config
-from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded, slow, usual
+from tests.common import LLAMA3_8B, ROOT, needs_shared, run_recorded, slow, some, usual
 from tests.test_memory import ALL, BF16, F32, Live, in_few_bits
 from tests.tiny_models import SMALL_FAMILIES, small_config
 
@@ -114,7 +114,7 @@ MODES = {
 
 
 # each pair of mode, trained weights, dtype and path
-@pytest.mark.parametrize("trained, dtype, fast, mode", [
+@pytest.mark.parametrize("trained, dtype, fast, mode", some([
     ("lora", F32, True, "half of them"), ("lora", F32, True, "both"),
     ("lora", BF16, True, "offloaded"), ("lora", BF16, True, "tiles"),
     ("lora", BF16, True, "large tiles"),
@@ -123,7 +123,7 @@ MODES = {
     ("lora", BF16, False, "half of them"), ("lora", BF16, False, "both"),
     ("full", F32, False, "both"), ("full", F32, False, "tiles"),
     ("full", BF16, False, "offloaded"), ("full", BF16, False, "half of them"),
-    ("full", BF16, False, "large tiles")])
+    ("full", BF16, False, "large tiles")]))
 def test_plans_are_within_5_percent(trained, dtype, fast, mode):
     check(plan_of(wide(), ALL if trained == "lora" else None, dtype, fast, **MODES[mode]))
 

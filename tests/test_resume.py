@@ -536,6 +536,7 @@ def torchrun(output, folder, patch, *options, **settings) -> subprocess.Complete
     )
 
 
+@slow
 def test_torchrun_restarts_ranks_that_die(uninterrupted, tmp_path):
     """Rank 1 dies in step 4, then both within the next checkpoint: torchrun restarts them.
 
@@ -968,6 +969,7 @@ def adapter_of(output) -> bytes:
     return (output / "adapter_model.safetensors").read_bytes()
 
 
+@slow
 @pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).rates,
                     reason="torch is the only library of matrix products here")
 def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):

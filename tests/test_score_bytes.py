@@ -19,6 +19,7 @@ from model import CausalLM
 from runtime.kernels import Kernels, use_long_rows
 from runtime.memory import Workload, memory_plan
 from settings.config import Config
+from tests.common import some
 from tests.test_memory import ALL, BF16, F32
 from tests.tiny_models import SMALL_LLAMA
 
@@ -91,8 +92,10 @@ def wide(heads, kv_heads, **changes):
                          "max_position_embeddings": 4096, **changes})
 
 
-@pytest.mark.parametrize("level, tile, fast", [
-    ("none", 0, True), ("block", 0, True), ("block", 64, True), ("block", 0, False)])
+WAYS = (("none", 0, True), ("block", 0, True), ("block", 64, True), ("block", 0, False))
+
+
+@pytest.mark.parametrize("level, tile, fast", some(WAYS))
 @pytest.mark.parametrize("heads, kv_heads, window, rows", [
     (8, 2, 50, (900,)), (4, 4, 500, (700,)), (2, 1, 50, (900, 820)), (4, 4, 900, (800, 200))])
 def test_masks_of_windows(heads, kv_heads, window, rows, level, tile, fast):
@@ -101,8 +104,7 @@ def test_masks_of_windows(heads, kv_heads, window, rows, level, tile, fast):
     check(sizes, "sdpa-flash", rows, BF16 if fast else F32, level, tile, fast)
 
 
-@pytest.mark.parametrize("level, tile, fast", [
-    ("none", 0, True), ("block", 0, True), ("block", 64, True), ("block", 0, False)])
+@pytest.mark.parametrize("level, tile, fast", some(WAYS))
 @pytest.mark.parametrize("kernel, heads, kv_heads, window, rows", [
     ("sdpa-math", 8, 2, None, (400,)), ("sdpa-math", 2, 1, None, (800,)),
     ("sdpa-math", 4, 4, None, (450, 150, 420)), ("sdpa-math", 4, 2, 50, (450,)),
