@@ -183,18 +183,18 @@ class GPTQExport(Export):
                 layer.weight.data = values
 
     def note_errors(self, weight: torch.Tensor, values: torch.Tensor, hessian: torch.Tensor):
-        """Count a layer's errors as shares of its outputs, of some ROWS_COUNTED of its rows."""
+        """Count a layer's errors as shares of its outputs; ROWS_COUNTED rows stand for all."""
         from methods.gptq import output_error, round_to_nearest
 
         some = slice(None, None, max(1, len(weight) // ROWS_COUNTED))
         weight = weight[some]
         nearest = round_to_nearest(weight, self.bits, GROUP_SIZE).dequantize()
         whole = output_error(weight, hessian)
-        if whole > 0:
+        if not hessian.diagonal().any():
+            self.unseen += 1
+        elif whole > 0:
             self.errors.append([output_error(weight - rounded, hessian) / whole
                                 for rounded in (values[some], nearest)])
-        else:
-            self.unseen += 1
 
     def keep(self, name: str, rounded, values: torch.Tensor):
         """Make the tensors of a quantized matrix, which stands for these values, ready to write."""
