@@ -33,7 +33,7 @@ from runtime import kernels, throughput
 from runtime.device import pick_device
 from runtime.memory_advice import available_bytes
 from runtime.run import Run
-from tests.common import ROOT, SHARED, usual
+from tests.common import ROOT, SHARED
 from tests.rehearsal import Fault, rehearse
 from tests.tiny_models import tiny, write_tiny
 
@@ -220,10 +220,7 @@ def test_the_plain_blocks_wait_no_more_than_the_fused_ones(world, tmp_path, monk
     rehearsed(tmp_path, f"model_name_or_path={world}/dense", "join_micro_batches=true")
 
 
-@pytest.mark.parametrize("name", usual(
-    list(RUNS), "lora", "lora in bfloat16", "lora in float16", "dropout, dora and lora+",
-    "compiled steps", "full", "freeze", "oft", "nf4", "fp8", "8-bit AdamW", "little memory",
-    "nf4, inputs in main memory, tiles", "dpo", "kto", "rm", "experts", "experts in one product"))
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_waits_once_a_step_and_is_the_run_of_the_cpu(name, world, tmp_path):
     if name == "fp8" and not multiplies_in_8_bits():
         pytest.skip("this torch has no 8-bit matrix product on a CPU, which poses as the GPU")
