@@ -29,7 +29,7 @@ LLAMA3_8B = dict(
     tie_word_embeddings=False,
 )
 
-# RUN_SLOW=1: also what takes long and repeats, with further cases, what other tests have shown
+# RUN_SLOW=1: also what takes long, whole runs and further cases of what other tests show
 RUN_SLOW = bool(os.environ.get("RUN_SLOW"))
 slow = pytest.mark.skipif(not RUN_SLOW, reason="takes long: RUN_SLOW=1 python -m pytest runs it")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(),
@@ -45,7 +45,8 @@ def usual(cases, *names):
         return cases
     if isinstance(cases, dict):
         return {name: cases[name] for name in names}
-    return [case for case in cases if (case if isinstance(case, str) else case[0]) in names]
+    named = {case if isinstance(case, str) else case[0]: case for case in cases}
+    return [named[name] for name in names]
 
 
 def some(cases) -> list:
