@@ -186,13 +186,14 @@ class GPTQExport(Export):
         """Count a layer's errors as shares of its outputs; ROWS_COUNTED rows stand for all."""
         from methods.gptq import output_error, round_to_nearest
 
+        if not hessian.diagonal().any():
+            self.unseen += 1
+            return
         some = slice(None, None, max(1, len(weight) // ROWS_COUNTED))
         weight = weight[some]
         nearest = round_to_nearest(weight, self.bits, GROUP_SIZE).dequantize()
         whole = output_error(weight, hessian)
-        if not hessian.diagonal().any():
-            self.unseen += 1
-        elif whole > 0:
+        if whole > 0:
             self.errors.append([output_error(weight - rounded, hessian) / whole
                                 for rounded in (values[some], nearest)])
 

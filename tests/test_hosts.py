@@ -18,7 +18,7 @@ import train
 from runtime.steps import accumulation_for
 from scale import heartbeat
 from settings.config import Config
-from tests.common import ROOT, refusal, slow
+from tests.common import ROOT, refusal
 from tests.ranks import COMMON, free_port, small_world
 from tests.test_parallel import assert_same
 
@@ -111,7 +111,6 @@ def test_a_lost_host_is_noticed_within_a_minute():
     assert heartbeat.LOST + 3 * heartbeat.BEATS < 60
 
 
-@slow
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
 def test_a_suspended_host_ends_the_run_with_the_cause(world):
     """It closes no connection: without beats the other would wait for ddp_timeout, years."""
@@ -157,7 +156,6 @@ def namespaces():
             ip("netns", "del", name)
 
 
-@slow
 def test_a_cut_network_ends_both_hosts_with_the_cause(world):
     """Both sides say whom they miss."""
     with namespaces() as (hosts, ip):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.common import ROOT, some
+from tests.common import ROOT
 
 SCRIPTS = ("train", "chat", "serve", "board", "eval", "merge", "cli")
 # a folder imports the root and folders that stand before it; scripts import whatever they like, and
@@ -172,7 +172,7 @@ def complete_run(train_loss, tmp_path_factory):
     return train_loss(tmp_path_factory.mktemp("complete") / "out")
 
 
-@pytest.mark.parametrize("module", some(DELETABLE))
+@pytest.mark.parametrize("module", DELETABLE)
 def test_a_file_is_deleted_with_its_lines_and_a_plain_run_is_the_same(
         module, checkout, train_loss, complete_run, tmp_path):
     """Files of methods/, fast/ and scale/: nothing but the entry files needs them.

@@ -15,7 +15,7 @@ import train
 from checkpoint.read_config import model_config
 from model import CausalLM
 from settings.load_config import load_config
-from tests.common import GOLDEN, SHARED, needs_shared, some
+from tests.common import GOLDEN, SHARED, needs_shared
 from tests.tiny_models import write_grouped
 
 EXAMPLES = SHARED / "configs/llama_factory_examples"
@@ -145,7 +145,7 @@ def paths(file, tokenizers, tmp_path) -> list[str]:
 
 
 @needs_shared
-@pytest.mark.parametrize("file", some(TRAINED))
+@pytest.mark.parametrize("file", TRAINED)
 def test_an_example_trains(file, tokenizers, tmp_path):
     train.main(paths(file, tokenizers, tmp_path))
     results = json.loads((tmp_path / "out/all_results.json").read_text())

@@ -15,7 +15,7 @@ from methods.preference import (hinge_losses, ipo_losses, kto_losses, orpo_losse
                                 sigmoid_losses, simpo_losses)
 from runtime import memory, setup, throughput
 from settings.config import Config
-from tests.common import needs_shared, read_jsonl, some
+from tests.common import needs_shared, read_jsonl
 from tests.preference_runs import RECORDED, run_pairs, weights_in
 
 
@@ -95,7 +95,7 @@ def test_logged_metrics():
 # ---- recorded runs -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", some(RECORDED["cases"]))
+@pytest.mark.parametrize("name", RECORDED["cases"])
 def test_recorded_run(name, pairs_world, tmp_path, monkeypatch):
     """Losses, rewards, log-probabilities, gradient norms and final weights, to 1e-4 or better."""
     case = RECORDED["cases"][name]

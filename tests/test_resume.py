@@ -40,7 +40,7 @@ from runtime import run as runtime_run
 from runtime.kernels import Kernels, keep_kernels
 from settings.config import DATA, FIXED, FREE, KEYS, Config
 from settings.load_config import load_config
-from tests.common import ROOT, RUN_SLOW, read_jsonl, slow
+from tests.common import ROOT, read_jsonl
 
 BASE = dict(
     model_name_or_path=ROOT / "models/tiny",
@@ -440,12 +440,11 @@ def kill_until(fork_server, here, uninterrupted, kills, seed, worlds=(1, 2)) -> 
     return killed
 
 
-@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)] if RUN_SLOW else [(1, 3), (2, 1)])
+@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)])
 def test_killed_at_random_moments(world, kills, fork_server, uninterrupted, tmp_path):
     kill_until(fork_server, tmp_path, uninterrupted, kills, seed=world, worlds=[world])
 
 
-@slow
 def test_killed_while_writing_the_result_without_checkpoints(fork_server, uninterrupted, tmp_path):
     """Half of the final files exist; auto starts again, without overwrite_output_dir."""
     own = dict(
@@ -536,7 +535,6 @@ def torchrun(output, folder, patch, *options, **settings) -> subprocess.Complete
     )
 
 
-@slow
 def test_torchrun_restarts_ranks_that_die(uninterrupted, tmp_path):
     """Rank 1 dies in step 4, then both within the next checkpoint: torchrun restarts them.
 
@@ -559,7 +557,6 @@ def test_torchrun_restarts_ranks_that_die(uninterrupted, tmp_path):
     assert_same_end(tmp_path / "run", other)
 
 
-@slow
 def test_torchrun_does_not_restart_a_stopped_run(tmp_path):
     """torchrun takes exit code 75 for a failure; restarted, the ranks end at once."""
     done = torchrun(
@@ -675,7 +672,6 @@ def test_a_damaged_checkpoint_is_skipped(
             resume.find_resume(configured(run, resume_from_checkpoint=run / "checkpoint-8"))
 
 
-@slow
 def test_every_flipped_bit_of_the_checksums_is_found(uninterrupted, tmp_path):
     folder = shutil.copytree(uninterrupted(1)[0] / "checkpoint-8", tmp_path / "checkpoint-8")
     (folder / "tokenizer.json").unlink()  # the largest file: without it this takes a second
@@ -969,7 +965,6 @@ def adapter_of(output) -> bytes:
     return (output / "adapter_model.safetensors").read_bytes()
 
 
-@slow
 @pytest.mark.skipif("onednn" not in pick.pick_matmul("cpu", torch.float32).rates,
                     reason="torch is the only library of matrix products here")
 def test_a_run_keeps_the_kernels_of_its_first_start(fork_server, tmp_path):
@@ -1001,7 +996,6 @@ def test_other_settings_choose_their_own_kernels(fork_server, tmp_path):
     assert "with which the run began" not in screen
 
 
-@slow
 def test_full_determinism_leaves_nothing_to_timing(fork_server, tmp_path):
     for name, favored in (("a", FIRST), ("b", LATER)):
         codes, screen = fork_server.run(tmp_path / name, 1, [favored], **CHOSEN,

@@ -94,7 +94,7 @@ def mark(tensor):
 
 
 @needs_shared
-@pytest.mark.parametrize("case", some(OTHERS))
+@pytest.mark.parametrize("case", OTHERS)
 def test_recorded_run_of_another_method(case, tmp_path, monkeypatch):
     """Loss to 1e-5 at each step, gradient norm to 1e-4, final weights to 2e-4 in their marks.
 
