@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 # first: a missing package ends in a sentence
 from errors import print_error  # noqa: F401
@@ -111,10 +112,12 @@ def product_of(config) -> Product:
     return Product(256, hidden, width)
 
 
+@lru_cache(maxsize=None)
 @torch.no_grad()
 def pick_matmul(device, dtype: torch.dtype, product: Product = SMALLEST) -> MatmulChoice:
     """The fastest correct library and number of threads for a product, forward and backward.
 
+    Tried once per process and product, so that two runs of a process compute alike.
     There is a choice only on CPUs; of threads only for products larger than SMALLEST, and if
     OMP_NUM_THREADS is not set.
     Correct: no further from float64 than four times torch's own error.

@@ -16,6 +16,7 @@ import platform
 import textwrap
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
@@ -63,6 +64,7 @@ CARD_KEYS = (
 # ---- the start page -----------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=None)
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that affect a run's numbers."""
     found = {"python": platform.python_version()}

@@ -175,9 +175,10 @@ def checkpoint_of(name, folder):
 
 
 def tensors_in(folder):
-    """All tensors of a checkpoint folder, sharded or not."""
-    files = set(tensor_files(folder).values())
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    """All tensors of a checkpoint folder, sharded or not, each from the file that the index names."""
+    files = tensor_files(folder)
+    held = {file: load_file(file) for file in set(files.values())}
+    return {name: held[file][name] for name, file in files.items()}
 
 
 def base_with(folder, dtype=torch.float32, shard_bytes=10**9, extra=(), **changes):

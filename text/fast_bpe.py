@@ -119,7 +119,7 @@ def word_pattern(rules: dict) -> re.Pattern | None:
     except re.error:
         return None
     # every character must be in some word: nothing may be lost between them
-    plain = [chr(code) for code in range(0x2028) if re.match(f"[{PLAIN}]", chr(code))]
+    plain = re.findall(f"[{PLAIN}]", "".join(map(chr, range(0x2028))))
     return pattern if all(pattern.findall(char) == [char] for char in plain) else None
 
 
