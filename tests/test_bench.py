@@ -218,6 +218,7 @@ def test_rows_that_are_long_enough():
 # ---- from end to end -----------------------------------------------------------------------------
 
 
+@slow
 def test_cpu_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cpu, "WORK", tmp_path / "work")
     monkeypatch.setattr(sys, "argv",

@@ -14,7 +14,7 @@ import torch
 import chat
 from runtime import finished
 from settings import load_config
-from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl
+from tests.common import GOLDEN, ROOT, needs_shared, read_jsonl, some
 from text import load_text
 from text import tokenizer
 from text.tokenizer import load_tokenizer
@@ -398,7 +398,8 @@ def test_an_error_is_one_line_and_exit_code_1():
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "POSIX"}])
+@pytest.mark.parametrize("locale", some(
+    [{}, {"LC_ALL": "C.UTF-8"}, {"LC_ALL": "POSIX"}]))
 def test_a_line_that_is_not_utf8_is_refused_and_the_next_one_answered(locale):
     """Also without a locale, where Python reads such bytes as surrogates."""
     environment = {key: value for key, value in os.environ.items()

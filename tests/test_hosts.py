@@ -18,7 +18,7 @@ import train
 from runtime.steps import accumulation_for
 from scale import heartbeat
 from settings.config import Config
-from tests.common import ROOT, refusal
+from tests.common import ROOT, refusal, slow
 from tests.ranks import COMMON, free_port, small_world
 from tests.test_parallel import assert_same
 
@@ -111,6 +111,7 @@ def test_a_lost_host_is_noticed_within_a_minute():
     assert heartbeat.LOST + 3 * heartbeat.BEATS < 60
 
 
+@slow
 @pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
 def test_a_suspended_host_ends_the_run_with_the_cause(world):
     """It closes no connection: without beats the other would wait for ddp_timeout, years."""

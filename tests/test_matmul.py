@@ -6,8 +6,8 @@ import torch
 
 import train
 from fast import matmul
-from fast.matmul import (MATMULS, NAMES, SMALLEST, TRIED, MatmulChoice, Product, product_of, rate_of,
-                         through_float32)
+from fast.matmul import (MATMULS, NAMES, SMALLEST, TRIED, MatmulChoice, Product, product_of,
+                         rate_of, through_float32)
 from runtime.kernels import kernels_of_training
 from tests.common import ROOT
 from tests.tiny_models import tiny

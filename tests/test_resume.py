@@ -40,7 +40,7 @@ from runtime import run as runtime_run
 from runtime.kernels import Kernels, keep_kernels
 from settings.config import DATA, FIXED, FREE, KEYS, Config
 from settings.load_config import load_config
-from tests.common import ROOT, read_jsonl
+from tests.common import ROOT, RUN_SLOW, read_jsonl, slow
 
 BASE = dict(
     model_name_or_path=ROOT / "models/tiny",
@@ -440,7 +440,7 @@ def kill_until(fork_server, here, uninterrupted, kills, seed, worlds=(1, 2)) -> 
     return killed
 
 
-@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)])
+@pytest.mark.parametrize("world, kills", [(1, 8), (2, 5)] if RUN_SLOW else [(1, 4), (2, 3)])
 def test_killed_at_random_moments(world, kills, fork_server, uninterrupted, tmp_path):
     kill_until(fork_server, tmp_path, uninterrupted, kills, seed=world, worlds=[world])
 
@@ -557,6 +557,7 @@ def test_torchrun_restarts_ranks_that_die(uninterrupted, tmp_path):
     assert_same_end(tmp_path / "run", other)
 
 
+@slow
 def test_torchrun_does_not_restart_a_stopped_run(tmp_path):
     """torchrun takes exit code 75 for a failure; restarted, the ranks end at once."""
     done = torchrun(

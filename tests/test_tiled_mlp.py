@@ -12,7 +12,7 @@ from checkpoint.adapters import variant_of
 from methods.oft import OFTConfig
 from model import CausalLM, init_weights
 from tests.test_fused_block import loss_and_gradients, trainable_family
-from tests.common import needs_shared, some
+from tests.common import needs_shared, some, usual
 from tests.tiny_models import RECORDED_MODELS, small_config
 
 LENGTHS = [7, 12, 4]
@@ -64,7 +64,7 @@ class Patterned(nn.Module):
 
 @pytest.mark.parametrize("level", ("none", "mlp", "block"))
 @pytest.mark.parametrize("fast", (True, False), ids=("fused", "plain"))
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize("case", usual(ADAPTERS, "full", "lora", "DoRA with dropout", "OFT"))
 def test_tiles_equal_the_whole(case, fast, level):
     model = adapted(case)
     for module in model.modules():

@@ -175,7 +175,7 @@ def checkpoint_of(name, folder):
 
 
 def tensors_in(folder):
-    """All tensors of a checkpoint folder, sharded or not, each from the file that the index names."""
+    """All tensors of a checkpoint folder, each from the file that its index, if any, names."""
     files = tensor_files(folder)
     held = {file: load_file(file) for file in set(files.values())}
     return {name: held[file][name] for name, file in files.items()}
