@@ -38,8 +38,9 @@ def test_windows_of_rows_that_are_longer_by_the_seed(tmp_path):
 @pytest.mark.parametrize("rows, sentence", [
     ('{"text": "short"}\n', "too few rows of more than export_quantization_maxlen: 12 tokens"),
     ('{"content": "x"}\n', "no text under `text`; its keys are content"),
-    ('{"text": 3}\n', "no text under `text`"),
-    ('{"text": 3\n', "no text under `text`; it is"),
+    ('{"text": 3}\n', "no text under `text`; `text` is 3"),
+    ('{"text": 3\n', "no text under `text`; it is not a JSON object .* at character 11"),
+    ('[[5]]', "no text under `text`; it is no object but"),
     ("", "has no rows"),
 ])
 def test_rows_that_cannot_be_used(rows, sentence, tmp_path):

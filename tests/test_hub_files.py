@@ -108,9 +108,13 @@ def test_only_what_is_needed_is_fetched_and_the_cache_works_offline(tmp_path):
 
         outputs, _ = read(tmp_path, "d", HF_ENDPOINT=address)
         assert outputs == [f"{part}-{row}" for part in range(3) for row in range(3)]
-    outputs, notes = read(tmp_path, "d", HF_HUB_OFFLINE="1")
-    assert len(outputs) == 9
-    assert "in the cache are taken; whether it has more is not known" in " ".join(notes)
+    for settings in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": address}):    # nobody answers there
+        outputs, notes = read(tmp_path, "d", **settings)
+        assert len(outputs) == 9
+        assert "in the cache are taken; whether it has more is not known" in " ".join(notes)
+    write_info(tmp_path, d={"hf_hub_url": "me/other"})
+    with pytest.raises(AssertionError, match="'me/other' could not be fetched .*is there a network"):
+        read(tmp_path, "d", HF_ENDPOINT=address)
 
 
 def test_a_script_is_not_run(tmp_path):

@@ -20,8 +20,9 @@ import torch
 
 from text.conversations import Source
 from text.data_files import READERS, Rows, all_rows, files_at, files_on_hub, open_files
+from text.json_text import why_not_row
 from text.packed_files import unpacked_suffix
-from text.plain_text import check_utf8
+from text.plain_text import check_utf8, excerpt
 from text.tokenizer import Tokenizer
 
 TRIES = 100             # rows drawn for a sample, each too short, before this is an error
@@ -84,9 +85,18 @@ def text_of(rows: Rows, number: int) -> str:
     row = rows[number]
     text = row.data.get("text") if isinstance(row.data, dict) else None
     if not isinstance(text, str):
-        found = f"its keys are {', '.join(map(str, row.data))}" if isinstance(row.data, dict) else (
-            f"it is {row.excerpt}")
-        raise ValueError(f"{KEY}: {row.where}: no text under `text`; {found}. Calibration reads "
-                         "plain text, one object with `text` a row")
+        raise ValueError(f"{KEY}: {row.where}: no text under `text`; {found_in(row.data)}. "
+                         "Calibration reads plain text, one object with `text` a row")
     check_utf8(text, f"{KEY}: {row.where}", from_bytes=not row.is_utf8)
     return text
+
+
+def found_in(data) -> str:
+    """What a row without a text holds, for the message."""
+    if isinstance(data, str):
+        return f"it is {why_not_row(data)}: {excerpt(data)}"
+    if not isinstance(data, dict):
+        return f"it is no object but {excerpt(data)}"
+    if "text" in data:
+        return f"`text` is {excerpt(data['text'])}"
+    return f"its keys are {', '.join(map(str, data))}"

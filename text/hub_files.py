@@ -127,10 +127,13 @@ def names_in(folder: Path) -> list[str]:
 
 
 def hub_errors() -> tuple:
-    """What huggingface_hub raises beside OSError and ValueError."""
+    """What huggingface_hub raises beside OSError and ValueError.
+
+    Bases of its own error: that of httpx, which a missing network raises, is no OSError.
+    """
     from huggingface_hub.utils import HfHubHTTPError
 
-    return (HfHubHTTPError,)
+    return HfHubHTTPError.__bases__
 
 
 def why_not_fetched(name: str, error: Exception) -> str:
