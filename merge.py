@@ -49,7 +49,7 @@ from checkpoint.read_config import read_config_json
 from checkpoint.run_ahead import run_ahead
 from evals.compare import compare_losses
 from exporting.check_adapter import check_adapter
-from exporting.export import Export
+from exporting.export import Export, check_stored
 from exporting.export_formats import open_export
 from exporting.merge_plan import Change, Planned, plan_tensors
 from lora import expert_matrices, merged_weight
@@ -321,10 +321,8 @@ def merged_rows(name: str, tensor: Planned, rows, lora_A: list, lora_B: list,
         raise ValueError(f"{name}: the sum is not finite: the base or {tensor.changes[-1].file} "
                          "holds NaN or infinity")
     rounded = block.to(tensor.dtype)
-    to_float16 = tensor.dtype == torch.float16 and block.dtype != torch.float16
-    if to_float16 and not rounded.isfinite().all():
-        raise ValueError(f"{name}: values up to {float(block.abs().max()):.3g} are beyond float16, "
-                         "which ends at 65,504; set infer_dtype: bfloat16")
+    if tensor.dtype == torch.float16 and block.dtype != torch.float16:
+        check_stored(name, block, rounded, "set infer_dtype: bfloat16")
     return rounded
 
 

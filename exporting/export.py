@@ -87,3 +87,15 @@ class Export:
     def report(self) -> str:
         """Lines to print at the end."""
         return ""
+
+
+def check_stored(name: str, numbers: torch.Tensor, stored: torch.Tensor, advice: str = ""):
+    """Raise ValueError for numbers that are NaN or infinite, or become so where they are stored."""
+    # the sum is much sooner there; one that is not finite is looked at again
+    if stored.sum(dtype=torch.float32).isfinite() or stored.isfinite().all():
+        return
+    if not numbers.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinity: the base is damaged. Fetch or train it "
+                         "again")
+    raise ValueError(f"{name}: values up to {float(numbers.abs().max()):.3g} are beyond float16, "
+                     f"which ends at 65,504; {advice}")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoint.load import load_model, packed_weights
 from checkpoint.write_gptq import gptq_parts, pack_gptq, quantization_fields
-from exporting.export import Export
+from exporting.export import Export, check_stored
 from model import CausalLM, attention_needs
 from settings.config import Config
 from text.calibration import calibration_rows
@@ -120,10 +120,12 @@ class GPTQExport(Export):
 
     def report(self) -> str:
         """What was done."""
-        ours, nearest = (sum(column) / len(self.errors) for column in zip(*self.errors))
         text = (f"gptq      {len(self.checksums)} matrices in {self.bits} bits, groups of "
-                f"{GROUP_SIZE}; error of their outputs {ours:.3%}, {nearest:.3%} if rounded to the "
-                "nearest")
+                f"{GROUP_SIZE}")
+        if self.errors:                         # else the outputs of all were 0
+            ours, nearest = (sum(column) / len(self.errors) for column in zip(*self.errors))
+            text += (f"; error of their outputs {ours:.3%}, {nearest:.3%} if rounded to the "
+                     "nearest")
         if self.unseen:
             text += (f"; {self.unseen} matrices of experts that no calibration token has reached "
                      "are rounded to the nearest (export_quantization_nsamples draws more)")
@@ -174,10 +176,14 @@ class GPTQExport(Export):
             hessian = hessians.pop(parent)
             order = act_order(hessian) if self.desc_act else None
             ordered = hessian if order is None else hessian[order][:, order]
-            factor = inverse_factor(ordered)
+            try:
+                factor = inverse_factor(ordered)
+            except ValueError as error:
+                raise ValueError(f"{next(iter(layers))}: {error}") from None
             for name, layer in layers.items():
                 rounded = gptq(layer.weight, factor, self.bits, GROUP_SIZE, order)
                 values = rounded.dequantize()
+                check_stored(name, layer.weight, values, "export_format: bnb-nf4 writes them")
                 self.note_errors(layer.weight, values, hessian)
                 self.keep(name, rounded, values)
                 layer.weight.data = values

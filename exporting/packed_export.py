@@ -23,7 +23,7 @@ from checkpoint.read_config import read_config_json
 from checkpoint.write_bnb import NF4, bnb_fields, bnb_parts, pack_bnb
 from checkpoint.write_compressed import (FORMATS, GROUP_SIZE, compress, compressed_fields,
                                          compressed_parts)
-from exporting.export import Export
+from exporting.export import Export, check_stored
 
 
 CODES = {"fp8": "weight", "w4a16": "weight_packed", "bnb-nf4": "weight"}    # of a layer's tensors
@@ -129,6 +129,8 @@ class PackedExport(Export):
 
     def encode(self, name: str, rows: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Round rows of a matrix, where each row has scales of its own."""
+        if name in self.layers:
+            check_stored(name, rows, rows)              # the codes would be of any number
         if self.by_rows and name in self.layers:
             return compress(self.kind, rows, self.layers[name])
         return rows

@@ -165,6 +165,13 @@ def test_numbers_beyond_float16_are_refused():
         encode_numbers(torch.tensor([[7e4] * 32]), "f16")
 
 
+@pytest.mark.parametrize("number_type", NUMBER_TYPES)
+def test_damaged_numbers_are_refused_as_such(number_type):
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="^it holds NaN or infinity: the base is damaged"):
+            encode_numbers(torch.tensor([[1.0] * 31 + [number]]), number_type)
+
+
 def test_the_package_reads_the_metadata(tmp_path):
     metadata = {"general.architecture": "llama", "a": 7, "b": 0.5, "c": True, "d": "é",
                 "e": ["x", "", "中"], "f": [1, -2], "g": [0.5, -1.5]}

@@ -19,7 +19,8 @@ from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest
 from settings.load_config import load_config
 from tests.common import ROOT, RUN_SLOW, losses_in, needs_shared, refusal
-from tests.tiny_models import CHECKPOINTS, adapter_with, base_with, checkpoint_of, logits_of
+from tests.tiny_models import (CHECKPOINTS, adapter_with, base_with, checkpoint_of, logits_of,
+                               tensors_in)
 from text.load_text import load_text
 
 TINY_BASE = ROOT / "models/tiny"
@@ -296,3 +297,37 @@ def shifted(*matrices):
 def test_inputs_that_are_not_finite_end_in_a_sentence():
     with pytest.raises(ValueError, match="NaN or infinity"):
         inverse_factor(torch.full((4, 4), float("inf")))
+
+
+@pytest.mark.parametrize("number, words", [
+    (float("nan"), "holds NaN or infinity: the base is damaged"),
+    (float("-inf"), "holds NaN or infinity: the base is damaged"),
+    (1e6, "values up to 1e.06 are beyond float16"),
+])
+def test_damaged_and_huge_weights_of_the_last_matrix(number, words, tmp_path):
+    """No later layer has an input that would show them."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    matrix = torch.ones(64, 96)
+    matrix[5, 7] = number
+    base = base_with(tmp_path / "base", extra={name: matrix}, **SIZES)
+    quantizer = GPTQExport(base, torch.tensor([[3, 4, 5]]), 4, "cpu")
+    with pytest.raises(ValueError, match=f"{name}:? {words}"):
+        merge_checkpoint(base, [], tmp_path / "out", dtype=torch.float16, export=quantizer)
+    assert not (tmp_path / "out").exists()
+
+
+def test_infinite_inputs_name_the_layer(tmp_path):
+    name = "model.layers.1.post_attention_layernorm.weight"
+    base = base_with(tmp_path / "base", extra={name: torch.full((64,), 1e30)}, **SIZES)
+    quantizer = GPTQExport(base, torch.tensor([[3, 4, 5]]), 4, "cpu")
+    with pytest.raises(ValueError, match="layers.1.mlp.gate_proj.weight: the inputs of a layer"):
+        merge_checkpoint(base, [], tmp_path / "out", dtype=torch.bfloat16, export=quantizer)
+
+
+def test_a_model_whose_layers_are_zero_has_no_errors_to_report(tmp_path):
+    zeros = {name: torch.zeros_like(weight) for name, weight in tensors_in(
+        base_with(tmp_path / "base", **SIZES)).items() if "_proj" in name}
+    base = base_with(tmp_path / "base", extra=zeros, **SIZES)
+    quantizer = GPTQExport(base, torch.tensor([[3, 4, 5]]), 4, "cpu")
+    merge_checkpoint(base, [], tmp_path / "out", dtype=torch.float16, export=quantizer)
+    assert "14 matrices in 4 bits, groups of 128; 4 matrices" in quantizer.report()

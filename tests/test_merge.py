@@ -834,6 +834,9 @@ def test_damaged_and_missing_files(tmp_path):
     with pytest.raises(ValueError, match="beyond float16.*infer_dtype: bfloat16"):
         huge = adapter_with(tmp_path / "huge", base, alpha=10**7)
         merge_checkpoint(base, [huge], out, torch.float16)
+    damaged = base_with(tmp_path / "nan", extra={"model.norm.weight": torch.full((32,), torch.nan)})
+    with pytest.raises(ValueError, match="model.norm.weight holds NaN or infinity: the base is"):
+        merge_checkpoint(damaged, [], out, torch.float16)
     for file, words in (
         (
             adapter / "adapter_model.safetensors",

@@ -62,6 +62,18 @@ def test_matrices_are_rounded_to_the_nearest(kind, made):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_matrix_is_not_rounded(kind, tmp_path):
+    name = "model.layers.1.mlp.down_proj.weight"
+    for number in (float("nan"), float("inf")):
+        matrix = torch.ones(128, 256, dtype=torch.bfloat16)
+        matrix[3, 5] = number
+        base = base_with(tmp_path / "base", torch.bfloat16, extra={name: matrix}, **SIZES)
+        with pytest.raises(ValueError, match=f"{name} holds NaN or infinity: the base is damaged"):
+            export(base, tmp_path / "out", kind)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_transformers_reads_the_same_matrices(kind, made):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip(PACKAGES[kind])
