@@ -67,14 +67,14 @@ BLOCK = 2**20                   # numbers summed at once: 4 MB in float32
 
 def main(argv):
     config = load_config(argv, "merge")
-    if ignored := ignored_keys(config):
+    if ignored := ignored_keys(config) + idle_gptq_keys(config):
         print(f"accepted, no effect here: {', '.join(ignored)}")
     device = pick_merge_device(config.export_device)
 
     # ---- base and adapters
     base = named_folder(config, "model_name_or_path")
     if config.check_adapter:
-        return check_adapter(config, base, find_checkpoint(config.check_adapter))
+        return check_adapter(config, base, named_folder(config, "check_adapter"))
     adapters = adapter_folders(config)
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)
@@ -110,8 +110,11 @@ def check_folder(config: Config, base: Path, adapters: list[Path], device: str):
     """--check DIR: the losses of an exported folder beside those of its base and adapters."""
     if not (config.dataset or config.eval_dataset):
         raise ValueError("check: no rows to compare on; name some as eval_dataset or dataset")
-    find_checkpoint(config.check)
-    compare_losses(config, base, adapters, device, config.check)
+    folder = named_folder(config, "check")
+    if not (folder / "config.json").is_file() and not any(folder.glob("*.gguf")):
+        raise ValueError(f"check: {folder} holds neither config.json nor a .gguf file; name a "
+                         "folder that merge.py has written")
+    compare_losses(config, base, adapters, device, str(folder))
 
 
 def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = None,
@@ -166,6 +169,13 @@ def merge_checkpoint(base, adapters, export_dir, dtype: torch.dtype | None = Non
 
 
 # ---- sources and target -----------------------------------------------------------------------
+
+
+def idle_gptq_keys(config: Config) -> list[str]:
+    """Keys of the calibration that were set without export_quantization_bit."""
+    if config.export_quantization_bit:
+        return []
+    return [name for name in config.given if name.startswith("export_quantization_")]
 
 
 def pick_merge_device(export_device: str) -> str:

@@ -86,8 +86,8 @@ def check_range(stored: torch.Tensor, rows: torch.Tensor, number_type: str):
     # the sum is much sooner there; an infinite sum of finite numbers is looked at again
     if not stored.sum(dtype=torch.float32).isfinite() and not stored.isfinite().all():
         if not rows.isfinite().all():
-            raise ValueError("it holds NaN or infinity: the base is damaged. Fetch or train it "
-                             "again")
+            raise ValueError("it holds NaN or infinity: base or adapter are damaged. Fetch "
+                             "or train them again")
         raise ValueError(f"values up to {float(rows.abs().max()):.3g} are beyond what "
                          f"{number_type} holds (float16 ends at 65,504); set gguf_type: bf16")
 

@@ -2,7 +2,7 @@
 
     python merge.py model_name_or_path=BASE --check_adapter DIR
 
-Compares names and fields of adapter_config.json; no weight is read. The programs' rules:
+Compares names, sizes and fields of adapter_config.json; no weight is read. The programs' rules:
 
     PEFT        ignores a layer that is not a module of the transformers model, with a warning
     vLLM        refuses an adapter with an unknown last name; ignores a layer with another prefix
@@ -23,7 +23,7 @@ from errors import print_error  # noqa: F401
 
 from checkpoint.adapter_config import read_adapter_config
 from checkpoint.adapter_names import PREFIX, module_name, with_other_prefix
-from checkpoint.files import open_tensors, read_json_object, tensor_files
+from checkpoint.files import open_tensors, read_json_object, stored_as, tensor_files
 from checkpoint.peft_targets import REFUSED_BY_PEFT
 from checkpoint.read_config import read_config_json, read_model_config
 from checkpoint.served_adapter import JOINED
@@ -31,6 +31,7 @@ from families import ModelConfig
 from settings.config import Config
 
 PAIR = re.compile(r"(.+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
+PLAIN_PAIR = re.compile(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight")
 # model_type: {prefix in transformers 5: prefix in vLLM}, applied in this order
 VLLM_PREFIXES = {
     "gemma3": {"model.language_model.": "language_model.model.",
@@ -60,6 +61,7 @@ class Adapter:
     modules: set[str]                   # of the base, named as in its files
     model_type: str                     # of config.json
     config: ModelConfig
+    misfit: str                         # an A or B that does not fit the base's matrix, or ""
 
 
 @dataclass
@@ -78,7 +80,8 @@ def check_adapter(config: Config, base: Path, folder: Path):
     adapter = read_names(base, folder)
     print(f"checked   {folder}: {len(adapter.layers)} adapted layers, for the names in {base}")
     for program, judge in PROGRAMS.items():
-        print(f"{program:10}{in_sentences(judge(adapter), len(adapter.layers))}")
+        result = Reading(refused=adapter.misfit) if adapter.misfit else judge(adapter)
+        print(f"{program:10}{in_sentences(result, len(adapter.layers))}")
     print(f"{'llama.cpp':10}{in_sentences(by_llama_cpp(config, base, folder), 0)}")
 
 
@@ -102,7 +105,26 @@ def read_names(base: Path, folder: Path) -> Adapter:
     modules = {name.rpartition(".")[0] for name in tensor_files(base)}
     return Adapter(fields=fields, layers=layers, others=others, modules=modules,
                    model_type=read_config_json(base).get("model_type", ""),
-                   config=read_model_config(base))
+                   config=read_model_config(base), misfit=first_misfit(base, path))
+
+
+def first_misfit(base: Path, path: Path) -> str:
+    """The first A or B of an adapter's file whose size is not that of the base's matrix, or ""."""
+    weights = tensor_files(base)
+    with open_tensors(path) as tensors:
+        for key in tensors.keys():
+            pair = PLAIN_PAIR.fullmatch(key)
+            if not pair or f"{pair[1]}.weight" not in weights:
+                continue
+            name = f"{pair[1]}.weight"
+            whole, dtype = stored_as(weights[name], name)
+            if len(whole) != 2 or not dtype.is_floating_point:      # a stack, or codes
+                continue
+            side = 1 if pair[2] == "A" else 0
+            found = tensors.get_slice(key).get_shape()
+            if found[side] != whole[side]:
+                return f"{key} is {list(found)}, and {name} of the base {list(whole)}"
+    return ""
 
 
 def in_sentences(result: Reading, count: int) -> str:

@@ -666,7 +666,8 @@ class Config:
         "write the merged model in another format: gguf: a file for llama.cpp; gguf-lora: its "
         "adapter alone; peft: the adapter alone in PEFT's format, see adapter_prefix; fp8, w4a16: "
         "8 and 4 bits by compressed-tensors; bnb-nf4: 4 bits by bitsandbytes; base: that of a "
-        "base in 8 or 4 bits (GPTQ, AWQ, ...)", own=True, only="merge.py",
+        "base in 8 or 4 bits (GPTQ, AWQ, ...). export_quantization_bit writes GPTQ", own=True,
+        only="merge.py",
         choices=("gguf", "gguf-lora", "peft", "fp8", "w4a16", "bnb-nf4", "base"))
     gguf_type: str | None = key(None, IGNORED,
         "numbers of its matrices (none: f16, or bf16 as the base); smaller ones: llama-quantize",
@@ -674,7 +675,8 @@ class Config:
     gguf_pretokenizer: str | None = key(None, IGNORED,
         "how llama.cpp splits texts into words (none: it is recognized)", own=True,
         only="merge.py",
-        choices=("llama-bpe", "dbrx", "qwen2", "gpt-2", "smollm", "tekken", "deepseek-v3"))
+        choices=("llama-bpe", "dbrx", "qwen2", "gpt-2", "smollm", "tekken", "deepseek-v3",
+                 "deepseek-llm"))
     export_quantization_bit: int | None = key(None, IGNORED,
         "quantize the model to 2, 3, 4 or 8 bits by GPTQ, in groups of 128 columns (no adapter)",
         only="merge.py")

@@ -622,7 +622,8 @@ def _choice(value: str, row: dict, wrong: str, script: str) -> str:
         return value.lower()
     choices = ", ".join(row["choices"])
     if value not in row["later"]:
-        raise ValueError(f"{wrong} none of {choices}{did_you_mean(value, row['choices'])}")
+        hint = did_you_mean(value, row["choices"]) or f". Meaning: {row['help']}"
+        raise ValueError(f"{wrong} none of {choices}{hint}")
     if _applies("train", script):
         raise ValueError(f"{wrong} not in this release yet; choose from {choices}")
     return value

@@ -18,12 +18,13 @@ import merge
 from checkpoint.gguf_graphs import find_graph
 from checkpoint.gguf_tensors import graph_tensors
 from checkpoint.gguf_tokenizer import CASED_LETTERS as CASED_LETTERS_SUM
-from checkpoint.gguf_tokenizer import known_spelling, tokenizer_metadata
+from checkpoint.gguf_tokenizer import PRETOKENIZERS, known_spelling, tokenizer_metadata
 from checkpoint.load import load_model
 from checkpoint.read_config import model_config
 from checkpoint.read_gguf import load_gguf
 from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
 from families import FAMILIES
+from settings.config import KEYS
 from text.tokenizer import load_tokenizer
 from tests.common import GOLDEN, ROOT, SHARED, losses_in, message_of, needs_shared
 from tests.test_families import READABLE
@@ -168,7 +169,7 @@ def test_numbers_beyond_float16_are_refused():
 @pytest.mark.parametrize("number_type", NUMBER_TYPES)
 def test_damaged_numbers_are_refused_as_such(number_type):
     for number in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="^it holds NaN or infinity: the base is damaged"):
+        with pytest.raises(ValueError, match="^it holds NaN or infinity: base or adapter"):
             encode_numbers(torch.tensor([[1.0] * 31 + [number]]), number_type)
 
 
@@ -381,6 +382,11 @@ def test_losses_of_an_exported_folder_are_compared(tmp_path, capsys):
     assert table["merged"][0] == pytest.approx(table["adapter"][0], abs=2e-4) != table["base"][0]
     assert "no rows to compare on" in message_of(
         merge.main, [f"model_name_or_path={TINY_BASE}", "--check", str(tmp_path / "out")])
+    for folder, words in ((tmp_path, "holds neither config.json nor a .gguf file"),
+                          (tmp_path / "ou", "does not exist")):
+        with pytest.raises((ValueError, FileNotFoundError), match=f"^check: .* {words}"):
+            merge.main([f"model_name_or_path={TINY_BASE}", "--check", str(folder),
+                        "eval_dataset=tiny_review"])
     other = base_with(tmp_path / "other", num_hidden_layers=7)
     assert "has no tensor blk." in message_of(load_gguf, file, other)
 
@@ -457,6 +463,8 @@ def test_an_unknown_pretokenizer_is_refused_by_name(tmp_path):
     assert ("nearest (gguf_pretokenizer: dbrx, qwen2, gpt-2, smollm, deepseek-v3, deepseek-llm)"
             in message)
     assert not any(tmp_path.iterdir())                  # nothing half-written
+    choices = KEYS["gguf_pretokenizer"].metadata["choices"]
+    assert set(choices) == set(PRETOKENIZERS.values())  # what is advised can be given
 
 
 def test_an_older_file_is_replaced_on_demand_and_a_stranger_is_kept(tmp_path):

@@ -277,6 +277,12 @@ def test_settings_that_are_refused(tmp_path):
     assert "export_quantization_nsamples" in stops(export_quantization_nsamples=0)
 
 
+def test_keys_of_the_calibration_without_bits_are_listed(tmp_path, capsys):
+    merge.main(arguments(tmp_path, export_quantization_bit=None))
+    assert ("no effect here: export_quantization_dataset, export_quantization_nsamples, "
+            "export_quantization_maxlen\n") in capsys.readouterr().out
+
+
 def test_a_damaged_file_is_noticed(tmp_path, monkeypatch):
     texts(tmp_path / "texts.jsonl")
     monkeypatch.setattr("exporting.gptq_export.pack_gptq", shifted)

@@ -113,7 +113,7 @@ def test_only_what_is_needed_is_fetched_and_the_cache_works_offline(tmp_path):
         assert len(outputs) == 9
         assert "in the cache are taken; whether it has more is not known" in " ".join(notes)
     write_info(tmp_path, d={"hf_hub_url": "me/other"})
-    with pytest.raises(AssertionError, match="'me/other' could not be fetched .*is there a network"):
+    with pytest.raises(AssertionError, match="'me/other' could not be fetched .*a network"):
         read(tmp_path, "d", HF_ENDPOINT=address)
 
 

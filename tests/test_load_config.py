@@ -395,6 +395,7 @@ def test_a_chat_format_is_the_same_after_json(tmp_path):
         ("quantization_method: awq", "not in this release yet"),
         ("finetuning_type: ofd", "none of lora, oft, full, freeze (did you mean 'oft'?)"),
         ("optim: adafactor", "none of adamw_torch_fused"),
+        ("export_format: int8", "nf4, base. Meaning: write the merged model in another format"),
         ("seed: 1\nseed: 2", "line 2: seed was already set on line 1"),
         ("lr_scheduler_kwargs:\n  power: 1\n  power: 2", "line 3: power was already set on line 2"),
         ("eval_strategy: no\nevaluation_strategy: no", "line 2: eval_strategy was already set at"),

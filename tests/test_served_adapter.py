@@ -140,6 +140,22 @@ def test_names_that_no_module_has_are_said_by_program(tmp_path, capsys):
     assert "does not load it" in found["llama.cpp"]
 
 
+def test_an_adapter_of_a_model_of_another_size_is_applied_by_none(qwen, tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapted(qwen, adapter, target_modules=["down_proj"])
+    path = adapter / "adapter_model.safetensors"
+    save_file({key: torch.cat([tensor, tensor], 1) if "lora_A" in key else tensor
+               for key, tensor in load_file(path).items()}, path)
+    found = check(qwen, adapter, capsys)
+    for program in ("PEFT", "vLLM", "SGLang"):
+        assert "does not load it: base_model.model.model.layers.0.mlp.down_proj" in found[program]
+    assert "has shape" in found["llama.cpp"]
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(qwen), adapter)
+
+
 def test_peft_ignores_what_is_said(qwen, tmp_path, capsys):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     adapted(qwen, tmp_path / "adapter", target_modules=["q_proj"])
