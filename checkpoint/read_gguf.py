@@ -35,6 +35,11 @@ def load_gguf(path: Path, base: Path, device="cpu"):
     missing = made.keys() - stored.keys()
     if missing:
         raise ValueError(f"{path} has no tensor {min(missing)}; is it a model of {base}?")
+    for name, tensor in made.items():
+        if stored[name][0] != tensor.shape:
+            raise ValueError(f"{path}: {name} has shape {list(stored[name][0])}, and "
+                             f"{list(tensor.shape)} by the config.json of {base}; is it another "
+                             "model?")
     for name, shape in parameters.items():
         assign(model, name, torch.empty(shape, device=device))
     for name, tensor in made.items():
@@ -52,13 +57,22 @@ def load_gguf(path: Path, base: Path, device="cpu"):
 
 
 def read_tensor_list(path: Path) -> tuple[dict, int]:
-    """({name: (shape, number type, offset)}, where the tensors' bytes begin)."""
+    """({name: (shape, number type, offset)}, where the tensors' bytes begin).
+
+    Raises ValueError for a damaged file.
+    """
+    size = path.stat().st_size
     with open(path, "rb") as file:
+        def take(count):
+            if count > size - file.tell():      # a count that is damaged may be huge
+                raise ValueError(damaged(path))
+            return file.read(count)
+
         def number(form):
-            return struct.unpack("<" + form, file.read(struct.calcsize("<" + form)))[0]
+            return struct.unpack("<" + form, take(struct.calcsize("<" + form)))[0]
 
         def text():
-            return file.read(number("Q")).decode("utf-8")
+            return take(number("Q")).decode("utf-8", errors="replace")
 
         def skip(kind):
             if kind == TEXT:
@@ -67,12 +81,14 @@ def read_tensor_list(path: Path) -> tuple[dict, int]:
                 inner, count = number("I"), number("Q")
                 for _ in range(count):
                     skip(inner)
+            elif kind in SIZES:
+                take(SIZES[kind])
             else:
-                file.read(SIZES[kind])
+                raise ValueError(damaged(path))
 
-        magic, _ = file.read(4), number("I")
-        if magic != b"GGUF":
+        if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is no GGUF file")
+        number("I")                             # the version
         tensors, metadata = number("Q"), number("Q")
         for _ in range(metadata):
             text()
@@ -89,13 +105,20 @@ def read_tensor_list(path: Path) -> tuple[dict, int]:
         return found, padded(file.tell())
 
 
+def damaged(path: Path) -> str:
+    """The message for a file that cannot be read."""
+    return f"{path} is damaged or incomplete: export it again, or use another copy"
+
+
 def numbers_in_file(path: Path, start: int, shape: tuple, number_type: str,
                  offset: int) -> torch.Tensor:
-    """A tensor of the file, float32."""
+    """A tensor of the file, float32. Raises ValueError for a file that ends before it."""
     with open(path, "rb") as file:
         file.seek(start + offset)
-        stored = torch.frombuffer(bytearray(file.read(tensor_bytes(shape, number_type))),
-                                  dtype=torch.uint8)
+        numbers = file.read(tensor_bytes(shape, number_type))
+    if len(numbers) < tensor_bytes(shape, number_type):
+        raise ValueError(damaged(path))
+    stored = torch.frombuffer(bytearray(numbers), dtype=torch.uint8)
     if number_type in PLAIN:
         return stored.view(PLAIN[number_type]).float().view(shape)
     blocks = stored.view(-1, NUMBER_TYPES[number_type].nbytes)

@@ -92,10 +92,17 @@ def load_merged(base: Path, adapters: list[Path], dtype, device: str, quant_form
 
 
 def load_exported(folder, base: Path, dtype, device: str):
-    """The model in a folder that merge.py has written."""
-    files = list(Path(folder).glob("*.gguf"))
+    """The model in a folder that merge.py has written. Raises ValueError for another model."""
+    files = sorted(Path(folder).glob("*.gguf"))
     if not files:
-        return load_model(folder, dtype, device)
+        model, vocab_size = load_model(folder, dtype, device), read_model_config(base).vocab_size
+        if model.config.vocab_size != vocab_size:
+            raise ValueError(f"{folder} has vocab_size: {model.config.vocab_size}, and {base} "
+                             f"{vocab_size}; is it another model?")
+        return model
+    if len(files) > 1:
+        raise ValueError(f"{folder} holds several .gguf files ({files[0].name}, {files[1].name}); "
+                         "move all but the one to compare into another folder")
     from checkpoint.read_gguf import load_gguf              # only where it is asked for
 
     return load_gguf(files[0], base, device)

@@ -23,6 +23,7 @@ from checkpoint.load import load_model
 from checkpoint.read_config import model_config
 from checkpoint.read_gguf import load_gguf
 from checkpoint.write_gguf import NUMBER_TYPES, encode_numbers, header_bytes
+from evals.compare import load_exported
 from families import FAMILIES
 from settings.config import KEYS
 from text.tokenizer import load_tokenizer
@@ -389,6 +390,31 @@ def test_losses_of_an_exported_folder_are_compared(tmp_path, capsys):
                         "eval_dataset=tiny_review"])
     other = base_with(tmp_path / "other", num_hidden_layers=7)
     assert "has no tensor blk." in message_of(load_gguf, file, other)
+
+
+def test_a_damaged_file_or_one_of_another_model_is_not_compared(tmp_path):
+    base = base_with(tmp_path / "base")
+    file = export(base, tmp_path / "out", "f32")
+    whole = file.read_bytes()
+    for size in (0, 3, 6, 100, len(whole) // 3, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{file.name} is (damaged or incomplete|no GGUF)"):
+            load_gguf(file, base)
+    value = 24 + 8 + len("pocket_factory.written_by")       # the type of the first value
+    for place, number in ((value, 99), (value, 9), (value + 4, 2**31)):
+        file.write_bytes(whole[:place] + number.to_bytes(4, "little") + whole[place + 4:])
+        with pytest.raises(ValueError, match="is damaged or incomplete"):
+            load_gguf(file, base)
+    file.write_bytes(whole)
+    wide = base_with(tmp_path / "wide", intermediate_size=80)
+    with pytest.raises(ValueError, match="has shape .* is it another model"):
+        load_gguf(file, wide)
+    merge.main([f"model_name_or_path={base}", f"export_dir={tmp_path / 'copy'}"])
+    with pytest.raises(ValueError, match="vocab_size: 50, and .* 60; is it another model"):
+        load_exported(tmp_path / "copy", base_with(tmp_path / "more", vocab_size=60), None, "cpu")
+    shutil.copy(file, file.with_name("b.gguf"))
+    with pytest.raises(ValueError, match="several .gguf files .b.gguf, out-F32.gguf."):
+        load_exported(tmp_path / "out", base, None, "cpu")
 
 
 @needs_shared
