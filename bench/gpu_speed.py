@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from runtime.device import pick_device
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bench.common import NotHere, report_figures, run_part, versions_of
 from bench.random_model import random_model, raw_config
@@ -229,17 +230,19 @@ def timed(one_step, device, seconds: float) -> dict:
             "first_loss": losses[0], "last_loss": losses[-1]}
 
 
-def speed_figures(found: dict, flops: float, lengths: list[int], device) -> dict:
+def speed_figures(found: dict, flops: float, lengths: list[int], device,
+                  matmul=F.linear) -> dict:
     """Tokens and model TFLOP/s, the card's own rate now, and the peak of its memory.
 
-    found: of `timed`. flops: of a step. Both of one card.
+    found: of `timed`. flops: of a step. Both of one card. matmul: the products of the step.
     """
     synchronize(device)
     if device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     per_second = found["steps"] / found["seconds_measured"]
-    rate = matrix_rate(device, torch.bfloat16, seconds=1 if device.type == "cuda" else 0.1)
+    seconds = 1 if device.type == "cuda" else 0.1
+    rate = matrix_rate(device, torch.bfloat16, matmul, seconds)
     return found | {
         "tokens_per_second": per_second * sum(lengths), "tflops": per_second * flops / 1e12,
         "matrix_tflops": rate / 1e12, "share_of_matrix_rate": per_second * flops / rate,
@@ -260,7 +263,8 @@ def train(asked, case: Case) -> dict:
         loss, stop, ahead[0] = run.step(ahead[0], steps, over)
         return loss, stop
 
-    found = speed_figures(timed(one_step, run.device, asked.seconds), flops, lengths, run.device)
+    found = speed_figures(timed(one_step, run.device, asked.seconds), flops, lengths, run.device,
+                          run.kernels.matmul)
     layers = run.model.config.num_hidden_layers
     return found | {
         "says": f"{describe(lengths)} a pass, {layers} layers, base {case.base}, attention "
