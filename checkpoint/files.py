@@ -386,9 +386,13 @@ def new_folder(path, replaceable: Collection[str] = ()):
             write_json(work / "config.json", config)
 
     An existing folder is replaced if it holds nothing but files that the new one has, too, or
-    whose names are in `replaceable`; else it is kept under another name.
+    whose names are in `replaceable`; else it is kept under another name. Raises ValueError for a
+    path that is no folder: a file, or a device such as /dev/null.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, and a folder is to be written there. Remove it, or "
+                         "name another folder")
     with work_folder(path) as work:
         new = work / "new"
         new.mkdir()

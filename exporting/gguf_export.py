@@ -4,6 +4,7 @@ Requires: checkpoint/gguf_tensors.py, checkpoint/gguf_tokenizer.py, exporting/ex
 Next: merge.py.
 """
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -152,6 +153,6 @@ class GGUFExport(Export):
                      "the model's sliding window or its scaling of positions")
         if self.number_type in ("f32", "f16", "bf16"):
             smaller = re.sub(r"-[A-Z0-9]+\.gguf$", "-Q4_K_M.gguf", self.path.name)
-            text += ("\n          K-quants, by llama.cpp's own program: llama-quantize "
-                     f"{self.path.name} {smaller} Q4_K_M")
+            command = shlex.join(["llama-quantize", self.path.name, smaller, "Q4_K_M"])
+            text += f"\n          K-quants, by llama.cpp's own program: {command}"
         return text

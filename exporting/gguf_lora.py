@@ -8,6 +8,7 @@ Requires: exporting/gguf_export.py.
 Next: exporting/export_formats.py.
 Paper: LoRA arXiv:2106.09685.
 """
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,7 +107,7 @@ class GGUFLoRAExport(GGUFExport):
     def report(self) -> str:
         """How the file is used."""
         return (f"gguf      {self.path.name}: for a file of this base (graph {self.graph.arch}): "
-                f"llama-cli -m BASE.gguf --lora {self.path.name}")
+                f"llama-cli -m BASE.gguf --lora {shlex.quote(self.path.name)}")
 
 
 def is_unread(name: str) -> bool:

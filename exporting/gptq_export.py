@@ -28,6 +28,7 @@ from tqdm import tqdm
 from checkpoint.load import load_model, packed_weights
 from checkpoint.write_gptq import gptq_parts, pack_gptq, quantization_fields
 from exporting.export import Export, check_stored
+from generate import context_length
 from model import CausalLM, attention_needs
 from settings.config import Config
 from text.calibration import calibration_rows
@@ -339,6 +340,10 @@ def open_gptq(config: Config, base: Path, adapters: list[Path], device: str) -> 
     print(f"gptq      {len(export.layers)} matrices in {bits} bits, groups of {GROUP_SIZE}, "
           f"calibrated on {len(rows)} rows of {rows.shape[1]} tokens of "
           f"{config.export_quantization_dataset} (seed {config.seed})")
+    context = context_length(export.model.config)
+    if rows.shape[1] > context:
+        print(f"          note: the model was made for {context:,} tokens "
+              "(max_position_embeddings); set export_quantization_maxlen to no more")
     if export.skipped:
         print(f"          {len(export.skipped)} linear layers stay as they are, such as "
               f"{export.skipped[0]}")

@@ -4,6 +4,7 @@ Requires: runtime/report.py (tables of a card), text/tokenizer.py (reading JSON)
 Next: merge.py.
 """
 import re
+import shlex
 from pathlib import Path
 
 # first: a missing package ends in a sentence
@@ -37,7 +38,8 @@ def finish_folder(config: Config, base: Path, adapters: list[Path], losses: dict
     name = folder.resolve().name
     card = export_card(config, base, adapters, name, losses)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    print(f"upload    hf upload {name} {folder}     (README.md is its model card)")
+    command = shlex.join(["hf", "upload", name, str(folder)])
+    print(f"upload    {command}     (README.md is its model card)")
 
 
 def export_card(config: Config, base: Path, adapters: list[Path], name: str, losses: dict) -> str:

@@ -39,8 +39,9 @@ def check_target(path: Path, sources: list[Path], overwrite: bool) -> Path:
             relation = "is" if target == source.resolve() else "holds"
             raise ValueError(f"export_dir: {path} {relation} {source}, which is read here and "
                              "stays unchanged. Name another folder")
-    if target.is_file():
-        raise ValueError(f"export_dir: {path} is a file. Name a folder")
+    for place in (target, *target.parents):
+        if place.exists() and not place.is_dir():       # a file, a device, a pipe
+            raise ValueError(f"export_dir: {place} is a file. Name a folder")
 
     items = sorted(target.iterdir()) if target.is_dir() else []
     if items and not overwrite:

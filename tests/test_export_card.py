@@ -23,6 +23,14 @@ def test_the_licence_is_the_bases(tmp_path):
                                     "license_link: https://ai.google.dev/gemma/terms"]
 
 
+def test_printed_commands_hold_for_names_with_blanks(tmp_path, capsys):
+    base, out = base_with(tmp_path / "base"), tmp_path / "my model"
+    merge.main([f"model_name_or_path={base}", f"export_dir={out}", "export_format=gguf"])
+    printed = capsys.readouterr().out
+    assert f"hf upload 'my model' '{out}'  " in printed
+    assert "llama-quantize 'my model-F16.gguf' 'my model-Q4_K_M.gguf' Q4_K_M\n" in printed
+
+
 def test_the_card_of_an_export(tmp_path, capsys):
     base = base_with(tmp_path / "base")
     (base / "README.md").write_text(CARD)

@@ -602,6 +602,18 @@ def test_a_null_character_in_a_folders_name():
 # ---- all or nothing ----
 
 
+def test_new_folder_replaces_no_file(tmp_path):
+    """Nor a pipe, as devices such as /dev/null are tested for."""
+    (tmp_path / "file").write_text("kept")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("file", "pipe"):
+        with pytest.raises(ValueError, match=f"{name} is a file, and a folder is to be written"):
+            with new_folder(tmp_path / name):
+                pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "pipe"]
+    assert (tmp_path / "file").read_text() == "kept" and (tmp_path / "pipe").is_fifo()
+
+
 def test_new_folder_appears_when_it_is_complete(tmp_path):
     with new_folder(tmp_path / "deep" / "out") as work:
         (work / "a").write_text("1")

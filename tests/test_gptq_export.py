@@ -1,5 +1,6 @@
 """merge.py with export_quantization_bit: the file, its losses, families, and what is refused."""
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from bench.gptq import with_rounded_matrices
 from checkpoint.load import load_model, packed_weights, quantized_weights
 from checkpoint.read_config import read_model_config
 from evals.compare import mean_loss, some_rows
-from exporting.gptq_export import GPTQExport
+from exporting.gptq_export import GPTQExport, open_gptq
 from merge import merge_checkpoint
 from methods import gptq as mathematics
 from methods.gptq import inverse_factor, round_to_nearest
@@ -79,7 +80,7 @@ def test_the_model_is_nearer_to_the_original_than_with_rounding_to_the_nearest(
     merge.main(arguments(tmp_path, export_quantization_bit=bits))
     printed = capsys.readouterr().out
     assert f"28 matrices in {bits} bits, groups of 128; error of their outputs" in printed
-    assert "the weights are quantized" in printed
+    assert "the weights are quantized" in printed and "note:" not in printed
     rows = answers(tmp_path)
     original, nearest = load_model(TINY_BASE), nearest_model(bits)
     ours = load_model(tmp_path / "out", torch.float32)
@@ -281,6 +282,16 @@ def test_keys_of_the_calibration_without_bits_are_listed(tmp_path, capsys):
     merge.main(arguments(tmp_path, export_quantization_bit=None))
     assert ("no effect here: export_quantization_dataset, export_quantization_nsamples, "
             "export_quantization_maxlen\n") in capsys.readouterr().out
+
+
+def test_rows_beyond_the_context_are_said(tmp_path, capsys):
+    texts(tmp_path / "texts.jsonl")
+    base = shutil.copytree(TINY_BASE, tmp_path / "base")
+    fields = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**fields, "max_position_embeddings": LENGTH - 1}))
+    config = load_config(arguments(tmp_path, model_name_or_path=base), "merge")
+    open_gptq(config, base, [], "cpu")
+    assert "note: the model was made for 47 tokens" in capsys.readouterr().out
 
 
 def test_a_damaged_file_is_noticed(tmp_path, monkeypatch):

@@ -737,11 +737,14 @@ def test_an_error_on_the_command_line_is_one_line(tmp_path):
 def test_folders_that_are_not_overwritten(tmp_path, monkeypatch):
     base = base_with(tmp_path / "models/base")
     adapter, out = adapter_with(tmp_path / "adapter", base), tmp_path / "out"
+    os.mkfifo(base.parent / "pipe")
     for place, words in (
         (base, "is .*stays unchanged"),
         (adapter, "is .*stays"),
         (tmp_path / "models", "holds .*stays"),
         (base / "config.json", "is a file"),
+        (base / "config.json/out", "config.json is a file"),
+        (base.parent / "pipe", "is a file"),            # as /dev/null would be
     ):
         with pytest.raises(ValueError, match=words):
             merge_checkpoint(base, [adapter], place, overwrite=True)
