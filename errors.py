@@ -189,6 +189,9 @@ def error_message(error: Exception) -> str:
     if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
         return (f"{where}no space left on the disk; free some, or set output_dir, export_dir or "
                 "HF_HOME to another one")
+    if error.errno == errno.EFBIG:
+        return (f"{where}a file is larger than its disk or `ulimit -f` allows (FAT32: 4 GB); write "
+                "to another disk")
     return f"{where}{error.strerror}"
 
 

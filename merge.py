@@ -74,7 +74,8 @@ def main(argv):
     # ---- base and adapters
     base = named_folder(config, "model_name_or_path")
     if config.check_adapter:
-        return check_adapter(config, base, named_folder(config, "check_adapter"))
+        folder = named_folder(config, "check_adapter")
+        return check_adapter(config, resized_beside([folder]) or base, folder)
     adapters = adapter_folders(config)
     base = resized_beside(adapters) or base
     print_sources(config, base, adapters)

@@ -5,6 +5,7 @@ Next: evals/compare.py.
 Layout: see checkpoint/write_gguf.py.
 """
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 # first: a missing package ends in a sentence
@@ -29,8 +30,11 @@ def load_gguf(path: Path, base: Path, device="cpu"):
     base: the checkpoint folder that says what the decoder is.
     """
     model = dense_skeleton(base)
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     stored, start = read_tensor_list(path)
+    if model.config.tie_word_embeddings and "output.weight" in stored:      # an adapter changed it
+        model.config = replace(model.config, tie_word_embeddings=False)
+        assign(model, "lm_head.weight", torch.empty_like(model.lm_head.weight))
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     made = graph_tensors(find_graph(model.config), model.config, parameters, "f32")
     missing = made.keys() - stored.keys()
     if missing:

@@ -71,6 +71,11 @@ def test_run_script_has_a_message_for_a_full_disk(capsys):
     )
 
 
+def test_a_file_that_is_too_large_has_a_message():
+    message = errors.error_message(OSError(errno.EFBIG, "File too large"))
+    assert message.startswith("a file is larger than its disk") and "FAT32: 4 GB" in message
+
+
 def test_run_script_shows_the_traceback_of_a_bug_and_on_request(monkeypatch):
     with pytest.raises(KeyError):
         errors.run_script(raising(KeyError("bug")))

@@ -392,6 +392,25 @@ def test_losses_of_an_exported_folder_are_compared(tmp_path, capsys):
     assert "has no tensor blk." in message_of(load_gguf, file, other)
 
 
+def test_a_head_that_an_adapter_has_untied_is_read_back(tmp_path):
+    """With a graph for tied heads, too, and with one that always has its own (qwen3moe)."""
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
+                   norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    for kind, fields in (("llama", {}), ("qwen3_moe", experts)):
+        base = base_with(tmp_path / kind / "base", model_type=kind, tie_word_embeddings=True,
+                         **fields)
+        head = ("base_model.model.lm_head.weight", torch.randn(50, 32))
+        adapter = adapter_with(tmp_path / kind / "adapter", base, modules_to_save=["lm_head"],
+                               add=[head])
+        file = export(base, tmp_path / kind / "out", "f32", f"adapter_name_or_path={adapter}")
+        model = load_gguf(file, base)
+        assert torch.equal(model.lm_head.weight, head[1])
+        assert torch.equal(model.model.embed_tokens.weight,
+                           tensors_in(base)["model.embed_tokens.weight"])
+        tied = export(base, tmp_path / kind / "tied", "f32")
+        assert torch.equal(load_gguf(tied, base).lm_head.weight, model.model.embed_tokens.weight)
+
+
 def test_a_damaged_file_or_one_of_another_model_is_not_compared(tmp_path):
     base = base_with(tmp_path / "base")
     file = export(base, tmp_path / "out", "f32")

@@ -249,6 +249,8 @@ def test_a_run_and_what_reads_it(method, tmp_path, monkeypatch, capsys):
     assert "warning" not in capsys.readouterr().err
     merge.main([*arguments, f"export_dir={merged}"])
     assert "warning" not in capsys.readouterr().out
+    merge.main([*arguments, "--check_adapter", str(out)])
+    assert f"for the names in {out / RESIZED_BASE}\n" in capsys.readouterr().out
     assert tensors_in(merged)["lm_head.weight"].shape[0] == 1024
     assert not (merged / MARK).exists()                 # it is a base like any other
     assert load_tokenizer(merged).id_of("created") == 1008
