@@ -59,6 +59,7 @@ from runtime.finished import as_trained, scale_rope_as_trained
 from runtime.merge_folder import check_target, copy_files, fit_text_files
 from runtime.named_folders import named_folder, named_folders
 from runtime.resize_vocab import resized_beside, trained_on
+from text.data_files import find_sources
 from text.vocabularies import find_vocabulary
 from text.written_formats import name_of, stored_template
 
@@ -86,8 +87,13 @@ def main(argv):
     if config.export_format == "peft":
         export_adapter(config, base, adapters)
         return finish_folder(config, base, adapters, {})
+    check_target(Path(config.export_dir), [base, *adapters], config.overwrite)
     export = open_export(config, base, adapters, device)
     quant_format, description = format_to_merge(config, base, adapters)
+    rounded = bool(description and adapters) or type(export) is not Export
+    compares = rounded and bool(config.dataset or config.eval_dataset)
+    if compares and not config.tokenized_path:      # a misspelled name ends here, not hours later
+        find_sources([*(config.dataset or ()), *(config.eval_dataset or ())], config, notes=[])
 
     # ---- merge, then compare losses
     merge_checkpoint(
@@ -100,9 +106,8 @@ def main(argv):
         device=device,
         quant_format=quant_format,
         export=export)
-    rounded = bool(description and adapters) or type(export) is not Export
     losses = {}
-    if rounded and (config.dataset or config.eval_dataset):
+    if compares:
         losses = compare_losses(config, base, adapters, device, config.export_dir)
     finish_folder(config, base, adapters, losses)
 

@@ -268,6 +268,18 @@ def test_what_is_refused(tmp_path):
         GPTQExport(Path(small), torch.tensor([[1, 2]]), 4, "cpu")
 
 
+def test_mistakes_end_before_the_work(tmp_path, monkeypatch):
+    """A misspelled dataset of the table of losses, and a folder in use."""
+    texts(tmp_path / "texts.jsonl")
+    with pytest.raises(ValueError, match="no dataset 'tiny_rewiev' .did you mean 'tiny_review'"):
+        merge.main(arguments(tmp_path, dataset="tiny_rewiev", dataset_dir=ROOT / "data",
+                             template="chatml"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(merge, "open_export", None)         # which reads the rows of calibration
+    with pytest.raises(ValueError, match="is not empty"):
+        merge.main(arguments(tmp_path, export_dir=tmp_path))
+
+
 def test_settings_that_are_refused(tmp_path):
     def stops(**changes):
         return refusal(*arguments(tmp_path, **changes), script="merge")
