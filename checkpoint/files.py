@@ -11,8 +11,10 @@ import pickle
 import re
 import shutil
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -46,6 +48,7 @@ SHARDS = {
 WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.tiktoken", "*.py", "README.md",
           "LICENSE*"]
 DUPLICATES = ["consolidated*", "original/*"]
+SECONDS_BEHIND = 0.25           # between two times that a growing file is written through
 CODES = {dtype: code for code, dtype in FILE_DTYPES.items()}
 # A pickle can run any code. torch's restricted loader makes nothing but tensors, but could be
 # circumvented before torch 2.6 (CVE-2025-32434).
@@ -501,6 +504,27 @@ def check_disk(folder: Path, total: int):
                       "Make room, or choose another folder")
 
 
+@contextmanager
+def written_behind(path: Path):
+    """A new file, open for writing; its bytes go to the disk while the next ones are computed.
+
+    Else the disk would idle until the end, and the program then wait. Raises OSError of the disk.
+    """
+    ended = Event()
+
+    def write_through():
+        while not ended.wait(SECONDS_BEHIND):
+            os.fsync(out.fileno())
+
+    with open(path, "wb") as out, ThreadPoolExecutor(1) as pool:
+        behind = pool.submit(write_through)
+        try:
+            yield out
+        finally:
+            ended.set()
+        behind.result()
+
+
 def write_shard(path: Path, shapes: dict, rows_of, progress, metadata: dict[str, str]):
     """Write one safetensors file: 8 bytes of header length, a JSON header, the tensors' bytes.
 
@@ -518,7 +542,7 @@ def write_shard(path: Path, shapes: dict, rows_of, progress, metadata: dict[str,
         offset = end
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)         # tensors start at a multiple of 8 bytes
-    with open(path, "wb") as out:
+    with written_behind(path) as out:
         out.write(len(head).to_bytes(8, "little") + head)
         for name in shapes:
             start = out.tell()

@@ -26,7 +26,7 @@ from errors import print_error  # noqa: F401
 
 import torch
 
-from checkpoint.files import check_disk
+from checkpoint.files import check_disk, written_behind
 from checkpoint.run_ahead import run_ahead
 
 ALIGNMENT = 32
@@ -145,7 +145,7 @@ def write_gguf(path: Path, metadata: dict, tensors: dict[str, tuple[tuple, str]]
     header = header_bytes(metadata, tensors)
     total = sum(padded(tensor_bytes(*info)) for info in tensors.values())
     check_disk(path.parent, len(header) + total)
-    with open(path, "wb") as out:
+    with written_behind(path) as out:
         out.write(header)
         for encoded in run_ahead(encoders(tensors, rows_of)):
             out.write(encoded.numpy())

@@ -285,6 +285,42 @@ def test_tensors_in_blocks_are_held_one_at_a_time(tmp_path):
     assert torch.equal(read["a"], whole) and torch.equal(read["b"], whole) and most == [1] * 6
 
 
+def test_a_file_is_written_through_while_it_grows(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SECONDS_BEHIND", 0)
+    sizes, synced, sync = [], threading.Event(), os.fsync
+
+    def watched(number):
+        sync(number)
+        sizes.append(os.fstat(number).st_size)
+        synced.set()
+
+    monkeypatch.setattr(os, "fsync", watched)
+    half = b"x" * 100_000
+    with files.written_behind(tmp_path / "new") as out:
+        out.write(half)
+        synced.clear()
+        assert synced.wait(10)
+        assert sizes[-1] == len(half)
+        out.write(half)
+    assert (tmp_path / "new").read_bytes() == half + half
+
+
+def test_an_error_of_the_disk_behind_the_writing_is_raised(tmp_path, monkeypatch):
+    """Linux reports it once: it would be missing at the end."""
+    monkeypatch.setattr(files, "SECONDS_BEHIND", 0)
+    failed = threading.Event()
+
+    def fail(number):
+        failed.set()
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        with files.written_behind(tmp_path / "new") as out:
+            assert failed.wait(10)
+            out.write(b"more")
+
+
 def test_a_disk_that_is_too_small_is_an_error_before_writing(tmp_path, monkeypatch):
     usage = files.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
