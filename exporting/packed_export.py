@@ -129,11 +129,10 @@ class PackedExport(Export):
 
     def encode(self, name: str, rows: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
         """Round rows of a matrix, where each row has scales of its own."""
-        if name in self.layers:
-            check_stored(name, rows, rows)              # the codes would be of any number
-        if self.by_rows and name in self.layers:
-            return compress(self.kind, rows, self.layers[name])
-        return rows
+        if name not in self.layers:
+            return rows
+        check_stored(name, rows, rows)                  # NaN would be rounded to any code
+        return compress(self.kind, rows, self.layers[name]) if self.by_rows else rows
 
     def sources(self) -> Iterable[str]:
         return dict.fromkeys(self.matrix_of.get(name, name) for name in self.tensors
